@@ -1,0 +1,32 @@
+"""Errors that a user can cause and cure. Each message names the cause and what to do.
+
+The command line prints these without a traceback; everything else is a defect of ours.
+"""
+
+
+class PesoError(Exception):
+    """Base of all errors with a cause outside the program."""
+
+
+class ConfigError(PesoError):
+    """An unknown key, a wrong type or an impossible value in a configuration."""
+
+
+class DataError(PesoError):
+    """Unreadable, incomplete or inconsistent input: names file, row, key or id."""
+
+
+class BackboneError(PesoError):
+    """A language model that cannot be loaded or that does not pass the checks at loading."""
+
+
+class AssetError(PesoError):
+    """A model or data set that cannot be fetched or whose checksum is wrong."""
+
+
+class WorkspaceError(PesoError):
+    """A workspace that is missing, locked, damaged, newer than this version or configured differently."""
+
+
+class TrainingError(PesoError):
+    """Training that cannot start or go on."""

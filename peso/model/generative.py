@@ -1,0 +1,116 @@
+"""The generative recommender: a frozen backbone with adapters, a semantic vocabulary, a layout, a catalogue.
+
+Knows token ids, hidden states and logits; knows nothing of users, stages, losses over batches or search.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peso.items.semantic_ids import SemanticIds
+from peso.model.head import LogitTransform
+from peso.model.layout import PromptLayout
+from peso.model.vocabulary import SemanticVocabulary
+
+
+class GenerativeModel(nn.Module):
+    """One id space over the backbone's words and the semantic tokens.
+
+    Ids below ``vocabulary.first_id`` are the tokenizer's words, the rest rows of the vocabulary. The
+    backbone is called with embeddings and returns hidden states; logits are computed only where asked.
+
+    Args:
+        backbone: a Transformers causal LM, plain or wrapped by PEFT.
+        tokenizer: its tokenizer, without the semantic tokens.
+        loss_vocabulary: normalisation of every probability: ``full``, ``semantic`` or ``level``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        vocabulary: SemanticVocabulary,
+        layout: PromptLayout,
+        semantic_ids: SemanticIds,
+        loss_vocabulary: str,
+    ) -> None:
+        super().__init__()
+        if loss_vocabulary not in ("full", "semantic", "level"):
+            raise ValueError(f"loss_vocabulary {loss_vocabulary!r} is none of full, semantic, level")
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.layout = layout
+        self.semantic_ids = semantic_ids
+        self.loss_vocabulary = loss_vocabulary
+        self.logit_transform = LogitTransform.of(self.causal_lm.config)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Transformers model itself, adapters injected in place."""
+        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
+
+    @property
+    def device(self) -> torch.device:
+        return self.vocabulary.input_rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's own precision; vocabulary rows and adapters may be kept in a higher one."""
+        return self.causal_lm.get_input_embeddings().weight.dtype
+
+    def item_token_ids(self, items: Any) -> Any:
+        """int64 (n, levels) token ids of item rows (NumPy in, NumPy out)."""
+        return self.semantic_ids.token_numbers[items] + self.vocabulary.first_id
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (…) → embeddings (…, width) in the backbone's precision."""
+        first = self.vocabulary.first_id
+        semantic = ids >= first
+        words = self.causal_lm.get_input_embeddings()(ids.masked_fill(semantic, 0))
+        rows = F.embedding((ids - first).clamp_min(0), self.vocabulary.input_rows).to(words.dtype)
+        return torch.where(semantic.unsqueeze(-1), rows, words)
+
+    def hidden(
+        self, ids: Tensor, visible: Tensor | None, positions: Tensor, cache: Any = None
+    ) -> Tensor:
+        """Last hidden states.
+
+        Args:
+            ids: (rows, length) token ids.
+            visible: bool (rows, 1, length, past + length), who may attend to whom; every position must see
+                something. None: plain causal attention (no cache then).
+            positions: (rows, length) position ids.
+            cache: a Transformers cache; it is extended by ``length`` entries.
+
+        Returns:
+            (rows, length, width) in the backbone's precision.
+        """
+        mask = None
+        if visible is not None:
+            zero = torch.zeros((), dtype=self.dtype, device=ids.device)
+            mask = torch.where(visible, zero, torch.finfo(self.dtype).min)
+        output = self.causal_lm.get_decoder()(
+            inputs_embeds=self.embed(ids),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """hidden (…, width) → float32 logits (…, first_id) of the backbone's own words."""
+        words = self.causal_lm.get_output_embeddings().weight[: self.vocabulary.first_id]
+        bias = getattr(self.causal_lm.get_output_embeddings(), "bias", None)
+        logits = F.linear(hidden, words, None if bias is None else bias[: self.vocabulary.first_id])
+        return self.logit_transform(logits.float())
+
+    def semantic_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
+        """hidden (…, width) → float32 logits (…, tokens) of one level's codes, or of all semantic tokens."""
+        rows = self.vocabulary.output_rows if level is None else self.vocabulary.level_rows(level)
+        return self.logit_transform(F.linear(hidden, rows.to(hidden.dtype)).float())

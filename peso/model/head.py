@@ -1,0 +1,74 @@
+"""What stands between the head's product and the logits, and log-probabilities at target positions.
+
+Knows hidden states and token ids; knows nothing of batches, users or search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peso.model.generative import GenerativeModel
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits ← cap · tanh(scale · logits / cap): Cohere's ``logit_scale``, Granite's ``logits_scaling``
+    (a divisor), Gemma's ``final_logit_softcapping``. The check at loading compares with the model's own."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def token_log_probabilities(
+    model: GenerativeModel, hidden: Tensor, target_ids: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each target token under the model's ``loss_vocabulary``.
+
+    ``full``: softmax over all words and semantic tokens (the paper's). ``semantic``: over the semantic
+    tokens. ``level``: over the codes of the target's own level. The end token of a layout is a word: it
+    counts under ``full`` only, elsewhere its log-probability is 0 (it is certain after the last level).
+
+    Args:
+        hidden: (n, width), the state that predicts each token.
+        target_ids: int64 (n,) ids in the model's id space.
+        temperature: logits are divided by it.
+
+    Returns:
+        float32 (n,).
+    """
+    vocabulary = model.vocabulary
+    number = target_ids - vocabulary.first_id  # (n,) row of the vocabulary; negative for words
+    if model.loss_vocabulary == "full":
+        logits = torch.cat([model.word_logits(hidden), model.semantic_logits(hidden)], dim=-1) / temperature
+        return logits.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    result = torch.zeros(len(target_ids), dtype=torch.float32, device=hidden.device)
+    if model.loss_vocabulary == "semantic":
+        groups = [(number >= 0, None, 0)]
+    else:
+        starts = [*vocabulary.offsets.tolist(), len(vocabulary)]
+        groups = [
+            ((number >= start) & (number < stop), level, start)
+            for level, (start, stop) in enumerate(zip(starts, starts[1:], strict=False))
+        ]
+    for chosen, level, start in groups:
+        rows = chosen.nonzero().squeeze(-1)
+        logits = model.semantic_logits(hidden[rows], level) / temperature
+        picked = logits.gather(-1, (number[rows] - start).unsqueeze(-1)).squeeze(-1)
+        result = result.index_put((rows,), picked - logits.logsumexp(-1))
+    return result

@@ -1,0 +1,90 @@
+"""Where tests find real data, and models small enough to build for each of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from peso.items.semantic_ids import SemanticIds
+from peso.model.generative import GenerativeModel
+from peso.model.layout import make_layout
+from peso.model.small import byte_tokenizer, small_llama
+from peso.model.vocabulary import SemanticVocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("PESO_DATA", ROOT.parent / "shared" / "data"))
+
+
+def _folder(name: str) -> Path:
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"real data not at hand: {folder} (set PESO_DATA to the folder that holds it)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def release_dir() -> Path:
+    return _folder("peso_release/Video_Games_cl_0.6_0_5_3_0")
+
+
+@pytest.fixture(scope="session")
+def movietweetings_dir() -> Path:
+    return _folder("movietweetings_100k")
+
+
+@pytest.fixture(scope="session")
+def industrial_dir() -> Path:
+    return _folder("industrial")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def random_semantic_ids(items: int, sizes: tuple[int, ...], seed: int = 0) -> SemanticIds:
+    """A random catalogue; with few codes some items share an ID, as in the released index."""
+    generator = np.random.default_rng(seed)
+    codes = np.stack([generator.integers(0, size, items) for size in sizes], axis=1).astype(np.int32)
+    return SemanticIds([f"item{i}" for i in range(items)], codes, sizes)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., GenerativeModel]:
+    """make_model(layout=…, loss_vocabulary=…, items=…, sizes=…, window=…, seed=…): a random tiny model.
+
+    Rows are drawn wide (× 8) so that a random model's predictions differ from item to item.
+    """
+
+    def make(
+        layout: str = "stream",
+        loss_vocabulary: str = "full",
+        items: int = 50,
+        sizes: tuple[int, ...] = (5, 6, 7),
+        window: int = 20,
+        width: int = 32,
+        layers: int = 2,
+        seed: int = 0,
+        tied: bool = True,
+    ) -> GenerativeModel:
+        tokenizer = byte_tokenizer()
+        backbone = small_llama(width, layers, seed, tied=tied)
+        vocabulary = SemanticVocabulary(len(tokenizer), sizes, width)
+        embedding = backbone.get_input_embeddings().weight
+        vocabulary.initialise(embedding * 8, embedding * 8, seed)
+        model = GenerativeModel(
+            backbone,
+            tokenizer,
+            vocabulary,
+            make_layout(layout, tokenizer, window),
+            random_semantic_ids(items, sizes, seed),
+            loss_vocabulary,
+        )
+        return model.eval()
+
+    return make
