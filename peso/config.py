@@ -6,15 +6,10 @@ A configuration is read from YAML, changed by ``--set a.b=value`` and written ba
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from peso.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]

@@ -73,7 +73,9 @@ class SemanticIds:
         unknown = [item for item in item_ids if item not in self._rows]
         if unknown:
             shown = ", ".join(repr(item) for item in unknown[:5]) + (" …" if len(unknown) > 5 else "")
-            raise DataError(f"{len(unknown)} of {len(item_ids)} items are not in the semantic-ID index: {shown}")
+            raise DataError(
+                f"{len(unknown)} of {len(item_ids)} items are not in the semantic-ID index: {shown}"
+            )
         return np.array([self._rows[item] for item in item_ids], dtype=np.int32)
 
     def semantic_id(self, item_id: str) -> list[str]:

@@ -1,2 +1,4 @@
 """Being written."""
+
+
 class ItemTrie: ...

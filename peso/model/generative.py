@@ -75,9 +75,7 @@ class GenerativeModel(nn.Module):
         rows = F.embedding((ids - first).clamp_min(0), self.vocabulary.input_rows).to(words.dtype)
         return torch.where(semantic.unsqueeze(-1), rows, words)
 
-    def hidden(
-        self, ids: Tensor, visible: Tensor | None, positions: Tensor, cache: Any = None
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, visible: Tensor | None, positions: Tensor, cache: Any = None) -> Tensor:
         """Last hidden states.
 
         Args:
