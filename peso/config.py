@@ -6,13 +6,19 @@ A configuration is read from YAML, changed by ``--set a.b=value`` and written ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from peso.errors import ConfigError
 
 Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]
+STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -64,18 +70,35 @@ class AdapterConfig(Section):
     )
 
 
-class StrategyConfig(Section):
-    """How later stages are learnt. Which options apply depends on ``name``."""
+class NoneConfig(Section):
+    """Only stage 0 is learnt; later stages inherit it unchanged."""
 
-    name: Literal["none", "single", "peso"] = "peso"
+    name: Literal["none"]
+
+
+class SingleConfig(Section):
+    """One adapter, fine-tuned on every stage from where the last one left it."""
+
+    name: Literal["single"]
+
+
+class PesoConfig(Section):
+    """``single``, held near its last state by the softmax-KL proximal term."""
+
+    name: Literal["peso"]
     weight: float = Field(2.0, ge=0)
     reduction: Literal["sum", "mean"] = "mean"
+
+
+StrategyConfig = NoneConfig | SingleConfig | PesoConfig
 
 
 def _strategy(value: Any) -> Any:
     if value == "paper":
         return {"name": "peso", "weight": 2.0, "reduction": "mean"}
-    return {"name": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "peso", **value} if isinstance(value, Mapping) else value
 
 
 def _data(value: Any) -> Any:
@@ -133,9 +156,168 @@ class Config(Section):
     backbone: Annotated[BackboneConfig, BeforeValidator(_backbone)] = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
     adapter: AdapterConfig = AdapterConfig()
-    strategy: Annotated[StrategyConfig, BeforeValidator(_strategy)] = StrategyConfig()
+    strategy: Annotated[StrategyConfig, Field(discriminator="name"), BeforeValidator(_strategy)] = PesoConfig(
+        name="peso"
+    )
     training: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_loss_vocabulary(cls, tree: Any) -> Any:
+        """Write the layout's default loss vocabulary down, so that a saved configuration is complete.
+
+        ``stream``: measured on real data (docs/training.md); ``instruct`` and the paper's preset: ``full``.
+        """
+        if not isinstance(tree, Mapping):
+            return tree
+        training = tree.get("training") or {}
+        prompt = tree.get("prompt") or {}
+        if not isinstance(training, Mapping) or not isinstance(prompt, Mapping):
+            return tree  # the types are refused further on
+        if training.get("loss_vocabulary") is not None:
+            return tree
+        paper = tree.get("strategy") == "paper" or prompt.get("layout") == "instruct"
+        return {
+            **tree,
+            "training": {**training, "loss_vocabulary": "full" if paper else STREAM_LOSS_VOCABULARY},
+        }
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None
+) -> Config:
+    """Read, override and validate a configuration.
+
+    Args:
+        source: a YAML file, or an already read tree.
+        overrides: ``a.b=value`` texts, the value in YAML; later ones win.
+        base: relative ``data.path`` is taken from here; by default from the file's own folder if it exists
+            there, else from the working directory.
+
+    Raises:
+        ConfigError: names the key, the value and the nearest valid key.
+    """
+    if isinstance(source, Mapping):
+        tree = dict(source)
+    else:
+        path = Path(source)
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no configuration at {path}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} is not readable YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"{path} holds no configuration (expected keys such as data, backbone, strategy)"
+            )
+        base = base or path.parent
+    for text in overrides:
+        _override(tree, text)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+    return _absolute_paths(config, base)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the work."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Dotted names of the keys whose values differ, in the order of the tree."""
+    before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+    return [key for key in {**before, **after} if before.get(key) != after.get(key)]
+
+
+def _absolute_paths(config: Config, base: Path | None) -> Config:
+    if config.data.path is None:
+        return config
+    path = Path(config.data.path).expanduser()
+    if not path.is_absolute():
+        beside = (base or Path()) / path
+        path = beside if beside.exists() else path
+    data = config.data.model_copy(update={"path": str(path.resolve())})
+    return config.model_copy(update={"data": data})
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {text!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of --set {text!r} is not valid YAML") from None
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        below = tree.get(parent)
+        # a short form (`strategy: peso`, `backbone: tiny`) makes room for its options
+        tree[parent] = (
+            dict(below) if isinstance(below, Mapping) else {} if below is None else _expand(parent, below)
+        )
+        tree = tree[parent]
+    tree[last] = parsed
+
+
+def _expand(key: str, short: Any) -> dict[str, Any]:
+    expanded = {"strategy": _strategy, "backbone": _backbone, "data": _data}.get(key, lambda v: v)(short)
+    if not isinstance(expanded, dict):
+        raise ConfigError(f"{key} is {short!r}, which has no keys below it")
+    return dict(expanded)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The section types an annotation allows (several for a union)."""
+    if get_origin(annotation) is None:
+        return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def valid_keys() -> list[str]:
+    """Every dotted key that a configuration may hold."""
+
+    def below(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            yield prefix + name
+            for inner in _sections(field.annotation):
+                yield from below(inner, f"{prefix}{name}.")
+
+    return list(dict.fromkeys(below(Config, "")))
+
+
+def _explain(problem: Any) -> str:
+    names = valid_keys()
+    parts = [str(part) for part in problem["loc"]]
+    if len(parts) > 2 and parts[0] == "strategy":
+        del parts[1]  # pydantic names the chosen member of the union there
+    key = ".".join(parts)
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        if key in names:  # known, but not for this strategy
+            return f"strategy {problem['loc'][1]!r} has no option {parts[-1]!r} (given {value!r})"
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0) or names[:1]
+        return f"unknown key {key!r} (value {value!r}); the nearest valid key is {near[0]!r}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; a configuration needs at least data.format (and data.path)"
+    message = problem["msg"].removeprefix("Value error, ")
+    if key in ("", "data") and message.startswith("data."):
+        return message
+    if problem["type"] == "union_tag_invalid":
+        known = problem["ctx"]["expected_tags"]
+        return f"strategy.name: {problem['ctx']['tag']!r} is unknown; known are {known}"
+    return f"{key}: {message}; got {value!r}"

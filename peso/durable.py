@@ -1,0 +1,107 @@
+"""Files that are whole or absent, and their checksums.
+
+Knows the file system; knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from peso.errors import WorkspaceError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def commit_directory(target: Path) -> Iterator[Path]:
+    """Write a directory aside; on success it appears whole under its name, on failure nothing does.
+
+    Raises:
+        WorkspaceError: the disk is full (nothing half-written is left).
+    """
+    aside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            _fsync(path)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            aside.rename(target)
+            shutil.rmtree(old)
+        else:
+            aside.rename(target)
+        _fsync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise_if_full(error, target)
+        raise
+
+
+def write_atomically(target: Path, content: bytes) -> None:
+    """Replace one file: the old content or the new, never a mixture."""
+    aside = target.with_name(f".{target.name}.writing")
+    try:
+        with aside.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(target)
+        _fsync(target.parent)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        raise_if_full(error, target)
+        raise
+
+
+def raise_if_full(error: BaseException, target: Path) -> None:
+    """Turn a failed write for want of space into a WorkspaceError that says so."""
+    full = (isinstance(error, OSError) and error.errno in _FULL) or (
+        isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in _FULL)
+    )
+    if full:
+        raise WorkspaceError(
+            f"no space left while writing {target}; nothing half-written was left behind. "
+            "Free some space and start again: it continues where it was."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """sha256 of every file below, by relative path, in order of path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {str(path.relative_to(directory)): checksum(path) for path in files}
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest(*values: Any) -> str:
+    """sha256 of JSON values, independent of key order: equal digests, equal determination."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
