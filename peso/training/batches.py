@@ -1,0 +1,266 @@
+"""From target sequences to token batches in which a user's targets share one pass over their history.
+
+Knows item numbers, layouts and token budgets; knows nothing of models, losses or stages. Three steps, each
+a plain function: :func:`cut` sequences into chunks, :func:`plan_epoch` (which chunks make a batch),
+:func:`pack` (the tokens of a batch into rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peso.events.histories import TargetSequence
+from peso.model.layout import PromptLayout
+from peso.model.visibility import PADDING, ROOT, TRUNK, visibility
+
+LOOK_AHEAD = 64  # chunks that compete for the free places of a batch
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Items ``start:stop`` of a sequence as one pass; items ``first:stop`` are its targets."""
+
+    sequence: int
+    start: int
+    first: int
+    stop: int
+
+    @property
+    def targets(self) -> int:
+        return self.stop - self.first
+
+
+def cut(sequences: Sequence[TargetSequence], window: int, most: int) -> list[Chunk]:
+    """Chunks of at most ``most`` targets in which every target of every sequence occurs once.
+
+    A target with at most ``window`` items before it sees all of them, as in a prompt of its own. A later one
+    sees between ``window`` and 2·``window`` - 1 of the items before it: a chunk opens ``window`` items before
+    its first target and ends where the history would reach two windows.
+    """
+    chunks = []
+    for number, sequence in enumerate(sequences):
+        first = sequence.first_target
+        while first < len(sequence.items):
+            start = max(0, first - window)
+            stop = min(len(sequence.items), start + 2 * window, first + most)
+            chunks.append(Chunk(number, start, first, stop))
+            first = stop
+    return chunks
+
+
+def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
+    """Which chunks make up each batch of an epoch: whole chunks of ``batch_size`` targets together.
+
+    The rule: shuffle; a batch opens with the first chunk left and, of the ``LOOK_AHEAD`` that follow, adds
+    those that fill it best: their targets sum to as many of the free places as any choice can, and among
+    equal choices the earliest chunks win. So a batch never holds more than ``batch_size`` targets (unless
+    one chunk alone does), and all but the last few of an epoch hold exactly that many.
+
+    Args:
+        targets: int (chunks,) targets of each chunk.
+        seed: whole numbers that fix the shuffle, e.g. (seed, stage, epoch).
+
+    Returns:
+        Chunk numbers of each batch; every chunk occurs once.
+    """
+    upcoming = iter(np.random.default_rng(list(seed)).permutation(len(targets)).tolist())
+    size = targets.tolist()
+    batches: list[np.ndarray] = []
+    pool: list[int] = []
+    while pool := [*pool, *islice(upcoming, LOOK_AHEAD + 1 - len(pool))]:
+        batch = [pool.pop(0)]
+        free = max(0, batch_size - size[batch[0]])
+        # bit s of sums[-1 - i] is set if some choice of pool[i:] has s targets, s <= free
+        sums = [1]
+        for chunk in reversed(pool):
+            sums.append((sums[-1] | sums[-1] << size[chunk]) & ((2 << free) - 1))
+        missing = sums.pop().bit_length() - 1
+        left = []
+        for chunk in pool:
+            rest = sums.pop()
+            if size[chunk] <= missing and rest >> (missing - size[chunk]) & 1:
+                batch.append(chunk)
+                missing -= size[chunk]
+            else:
+                left.append(chunk)
+        pool = left
+        batches.append(np.array(batch))
+    return batches
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One chunk as tokens, without the root that it shares with others.
+
+    ``ids``, ``positions``, ``branch``, ``order``, ``limit``: int64 (length,), see
+    :func:`~peso.model.visibility.visibility`. ``targets``: int64 (target tokens,) ids; ``states``: int64
+    (target tokens,) the place whose hidden state predicts each, counted from the root's first token.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+    order: np.ndarray
+    limit: np.ndarray
+    targets: np.ndarray
+    states: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def lay_out(layout: PromptLayout, items: np.ndarray, first: int, *, predict_end: bool) -> Piece:
+    """The tokens of a history and its targets, such that each target is predicted as in its own prompt.
+
+    A layout without separator, suffix and end needs the trunk alone: the state before each target token
+    predicts it. Any other has one branch per target: suffix, target tokens, end, leaving the trunk at the
+    last item before the target, at the positions it would have in the separate prompt. The last token
+    predicts nothing and is left out.
+
+    Args:
+        items: int64 (n, levels) token ids of a chunk's items, oldest first.
+        first: ``items[first:]`` are the targets.
+        predict_end: whether the layout's end token is a target too.
+    """
+    if not layout.prefix:
+        raise ValueError("a layout needs a prefix: the first item of an empty history is predicted from it")
+    root, (count, levels) = len(layout.prefix), items.shape
+    if not (layout.separator or layout.branches):
+        ids = items.reshape(-1)
+        order = np.arange(len(ids) - 1)
+        states = np.arange(first * levels, len(ids)) + root - 1
+        return Piece(
+            ids[:-1], order + root, np.full_like(order, TRUNK), order, order, ids[first * levels :], states
+        )
+    separator = np.tile(np.array(layout.separator, dtype=np.int64), (count, 1))
+    step = levels + separator.shape[1]
+    # the trunk ends with the last item of the last target's history, no separator after it
+    trunk = np.concatenate([items, separator], axis=1)[:-1].reshape(-1)
+    trunk = trunk[: max(0, len(trunk) - separator.shape[1])]
+    place = np.arange(len(trunk))
+
+    targets = np.arange(first, count)
+    limit = np.where(targets > 0, targets * step - separator.shape[1] - 1, -1)  # last trunk token seen
+    suffix = np.tile(np.array(layout.suffix, dtype=np.int64), (len(targets), 1))
+    end = np.tile(np.array(layout.end if predict_end else (), dtype=np.int64), (len(targets), 1))
+    text = np.concatenate([suffix, items[first:], end], axis=1)  # (targets, length of a branch + 1)
+    length = text.shape[1] - 1
+    order = np.tile(np.arange(length), (len(targets), 1))
+    number = np.arange(1, len(targets) + 1).repeat(length)
+    limits = limit.repeat(length)
+    # the state before the first token of a branch is the trunk's at the limit (the root's last at -1)
+    before = np.arange(suffix.shape[1], text.shape[1]) - 1  # (target tokens,) place within the branch
+    in_branch = root + len(trunk) + np.arange(len(targets))[:, None] * length + before
+    states = np.where(before >= 0, in_branch, root + limit[:, None])
+    return Piece(
+        np.concatenate([trunk, text[:, :-1].reshape(-1)]),
+        np.concatenate([place, limits + 1 + order.reshape(-1)]) + root,
+        np.concatenate([np.full_like(place, TRUNK), number]),
+        np.concatenate([place, order.reshape(-1)]),
+        np.concatenate([place, limits]),
+        text[:, suffix.shape[1] :].reshape(-1),
+        states.reshape(-1),
+    )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of tokens for one forward pass and where in them the target tokens are predicted.
+
+    ``ids``, ``positions``: int64 (rows, length). ``visible``: bool (rows, 1, length, length).
+    ``states``: int64 (n,) places in the flattened rows; ``targets``: int64 (n,) the token each predicts;
+    ``owners``: int64 (n,) the piece each belongs to. ``tokens``: how many are not padding.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    states: Tensor
+    targets: Tensor
+    owners: Tensor
+    tokens: int
+
+    def to(self, device: torch.device) -> Packed:
+        tensors: dict[str, Any] = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+
+
+def pack(pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int) -> list[Packed]:
+    """Spread pieces evenly over as few rows of at most ``row_tokens`` as hold them, the root once per row.
+
+    Longest first into the shortest row, so rows end up nearly equal and padding small. A row is longer than
+    ``row_tokens`` only where a single piece is. Rows go together into one pass while it has at most
+    ``pass_tokens`` tokens, padding counted (at least one row a pass). What is computed for a target depends
+    on neither number: attention costs grow with the first, memory with the second.
+    """
+    root = len(prefix)
+    sizes = np.array([len(piece) for piece in pieces])
+    longest_first = np.argsort(-sizes, kind="stable")
+    room = max(row_tokens - root, int(sizes.max(initial=1)), 1)
+    count = -(-int(sizes.sum()) // room)
+    while (rows := _spread(longest_first, sizes, max(count, 1), room)) is None:
+        count += 1
+    rows.sort(key=lambda row: -int(sizes[row].sum()))
+    passes: list[list[list[int]]] = []
+    length = 0
+    for row in rows:
+        if not passes or (len(passes[-1]) + 1) * length > pass_tokens:
+            passes.append([])
+            length = root + int(sizes[row].sum())  # the longest row of this pass
+        passes[-1].append(row)
+    return [_assemble(pieces, prefix, rows) for rows in passes]
+
+
+def _spread(longest_first: np.ndarray, sizes: np.ndarray, count: int, room: int) -> list[list[int]] | None:
+    """Pieces of each of ``count`` rows, or None where that many rows do not hold them."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = np.zeros(count, dtype=np.int64)
+    for piece in longest_first.tolist():
+        row = int(filled.argmin())
+        filled[row] += sizes[piece]
+        if filled[row] > room:
+            return None
+        rows[row].append(piece)
+    return [row for row in rows if row]
+
+
+def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[int]]) -> Packed:
+    root = len(prefix)
+    length = root + max(sum(len(pieces[p]) for p in row) for row in rows)
+    ids, positions, branch, order, limit = np.zeros((5, len(rows), length), dtype=np.int64)
+    sequence = np.full((len(rows), length), PADDING, dtype=np.int64)
+    sequence[:, :root], ids[:, :root] = ROOT, prefix
+    branch[:, :root] = TRUNK
+    positions[:, :root] = order[:, :root] = limit[:, :root] = np.arange(root)
+    states, targets, owners, tokens = [], [], [], 0
+    for r, row in enumerate(rows):
+        start = root
+        for number, p in enumerate(row, 1):
+            piece = pieces[p]
+            span = slice(start, start + len(piece))
+            sequence[r, span] = number
+            ids[r, span], positions[r, span], branch[r, span] = piece.ids, piece.positions, piece.branch
+            order[r, span], limit[r, span] = piece.order, piece.limit
+            # a state in the root is the row's one root; the others moved with their piece
+            moved = np.where(piece.states < root, piece.states, piece.states - root + start)
+            states.append(r * length + moved)
+            targets.append(piece.targets)
+            owners.append(np.full(len(piece.targets), p))
+            start = span.stop
+        tokens += start
+    return Packed(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        visibility(*(torch.from_numpy(x) for x in (sequence, branch, order, limit))),
+        torch.from_numpy(np.concatenate(states)),
+        torch.from_numpy(np.concatenate(targets)),
+        torch.from_numpy(np.concatenate(owners)),
+        tokens,
+    )
