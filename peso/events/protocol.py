@@ -1,0 +1,117 @@
+"""The chronological protocol: a log cut into stages, what a stage holds, when a stage can be used.
+
+Knows users, item numbers and times; knows nothing of files, codes or models.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peso.errors import DataError
+from peso.events.histories import MIN_STAGE_ITEMS, Ragged, Stage
+
+BASE_SHARE = 0.6  # of all events, by time; the rest is cut into equal parts
+
+
+def cut_stages(
+    user_names: list[str],
+    users: np.ndarray,
+    items: np.ndarray,
+    times: np.ndarray,
+    stages: int,
+    base_share: float = BASE_SHARE,
+) -> list[Stage]:
+    """Cut a log by time: the oldest ``base_share`` of the events, then ``stages - 1`` equal parts.
+
+    Events of one second keep the order of the log. In each stage stand the users who did something in it,
+    in the order of ``user_names``, with their whole history before the stage as ``previous``.
+
+    Args:
+        user_names: ids of the users.
+        users: int (events,), rows of ``user_names``.
+        items: int (events,), item numbers.
+        times: (events,), anything that sorts.
+        stages: how many, stage 0 included.
+
+    Raises:
+        DataError: fewer events than stages.
+    """
+    events = len(users)
+    if stages < 1 or events < stages:
+        raise DataError(
+            f"{events} events cannot be cut into {stages} stages; give more events or fewer stages"
+        )
+    share = base_share if stages > 1 else 1.0
+    bounds = np.rint(np.linspace(share, 1.0, stages) * events).astype(np.int64)  # end of each stage
+    by_time = np.argsort(times, kind="stable")
+    by_user = by_time[np.argsort(users[by_time], kind="stable")]  # user after user, oldest first within each
+    values = items[by_user].astype(np.int32)
+    stage_of = np.empty(events, dtype=np.int64)
+    stage_of[by_time] = np.searchsorted(bounds, np.arange(events), side="right")
+    # counts[u, t]: events of user u in stage t. As (user, stage) is sorted in `by_user`, sums are positions.
+    counts = np.bincount(users * stages + stage_of, minlength=len(user_names) * stages)
+    ends = np.cumsum(counts).reshape(len(user_names), stages)
+    counts = counts.reshape(ends.shape)
+    firsts = ends[:, 0] - counts[:, 0]
+    result = []
+    for number in range(stages):
+        present = np.flatnonzero(counts[:, number])
+        end = ends[present, number]
+        start = end - counts[present, number]
+        result.append(
+            Stage(
+                number,
+                [user_names[u] for u in present],
+                _slices(values, firsts[present], start),
+                _slices(values, start, end),
+            )
+        )
+    return result
+
+
+def stage_counts(stage: Stage) -> dict[str, int]:
+    """What the protocol makes of a stage.
+
+    ``users``: everyone in it; ``left_out``: those with fewer than three items, of whom nothing is learnt
+    or tested; ``validation`` and ``test``: one case for each of the others; ``events``: items of the stage.
+    """
+    lengths = stage.current.lengths
+    eligible = lengths[lengths >= MIN_STAGE_ITEMS]
+    return {
+        "users": len(lengths),
+        "events": int(lengths.sum()),
+        "training_targets": int((eligible - 2).sum()),
+        "validation": len(eligible),
+        "test": len(eligible),
+        "left_out": len(lengths) - len(eligible),
+    }
+
+
+def require_trainable(stage: Stage, source: str) -> None:
+    """Refuse a stage that leaves nothing to learn from.
+
+    Args:
+        source: where the stage comes from, for the message.
+
+    Raises:
+        DataError: nobody is in the stage, or nobody has three items in it.
+    """
+    if not len(stage.users):
+        raise DataError(
+            f"{source}: stage {stage.number} is empty; leave it out and renumber the later ones, "
+            "or cut the log into fewer stages"
+        )
+    if not len(stage.eligible()):
+        raise DataError(
+            f"{source}: none of the {len(stage.users)} users of stage {stage.number} has "
+            f"{MIN_STAGE_ITEMS} events in it (the most is {stage.current.lengths.max()}), so nothing "
+            "can be learnt or tested; merge it with a neighbouring stage, or cut fewer stages"
+        )
+
+
+def _slices(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
+    """``values[start:end]`` for every pair, end to end."""
+    lengths = ends - starts
+    offsets = np.zeros(len(starts) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Ragged(values[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)

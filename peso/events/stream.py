@@ -1,0 +1,165 @@
+"""The stream on disk: one Parquet file of users a stage, one table of items, a manifest.
+
+Knows files and columns; knows nothing of logs, codes or models, nor of how a directory appears whole:
+whoever writes calls :func:`write_stream` on a temporary directory and renames it.
+
+    stream/stage=0/users.parquet   user, previous, current (item numbers, oldest first)
+    stream/items.parquet           item_id, title, text, category; the row is the item number
+    stream/manifest.json           format, counts of each stage, sha256 of the files
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peso.errors import DataError, WorkspaceError
+from peso.events import columns
+from peso.events.histories import Ragged, Stage
+from peso.events.protocol import require_trainable, stage_counts
+from peso.manifest import intact, read_manifest, write_manifest
+
+FORMAT = 1
+ITEMS_FILE = "items.parquet"
+
+
+def stage_file(number: int) -> str:
+    return f"stage={number}/users.parquet"
+
+
+def write_stream(
+    directory: Path, items: pa.Table, stages: Iterable[Stage], manifest: Mapping[str, Any] | None = None
+) -> None:
+    """Write a stream into an existing, empty directory. The manifest comes last.
+
+    Args:
+        items: the item table (``peso.events.columns.ITEMS``), one row an item, in item order.
+        stages: numbered 0, 1, … in this order; taken one by one, so that they need not all be in memory.
+        manifest: what else to record (where the data come from, say); next to it come ``format``,
+            ``items`` (how many), ``stages`` (their counts) and ``files`` (sha256).
+
+    Raises:
+        DataError: no stage at all, a stage that leaves nothing to learn, an item id twice.
+    """
+    items = items.select(columns.ITEMS.names).cast(columns.ITEMS)
+    _require_distinct(items)
+    pq.write_table(items, directory / ITEMS_FILE)
+    counts = []
+    for number, stage in enumerate(stages):
+        if stage.number != number:
+            raise ValueError(f"stage {stage.number} comes where stage {number} belongs")
+        for ragged in (stage.previous, stage.current):
+            if len(ragged.values) and not 0 <= ragged.values.min() <= ragged.values.max() < len(items):
+                raise ValueError(f"stage {number} has item numbers outside the table of {len(items)} items")
+        require_trainable(stage, "stream")
+        path = directory / stage_file(number)
+        path.parent.mkdir()
+        pq.write_table(_stage_table(stage), path)
+        counts.append(stage_counts(stage))
+    if not counts:
+        raise DataError("a stream needs at least stage 0; the data hold no stage")
+    write_manifest(directory, FORMAT, {**(manifest or {}), "items": len(items), "stages": counts})
+
+
+class Stream:
+    """A stream directory, opened. Files are read, and checked against their sha256, when asked for."""
+
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Stream:
+        """Open a directory that :func:`write_stream` filled.
+
+        Raises:
+            WorkspaceError: no manifest, a damaged one, or one of a newer version.
+        """
+        directory = Path(directory)
+        return cls(directory, read_manifest(directory, FORMAT))
+
+    @property
+    def stages(self) -> int:
+        """How many stages, stage 0 included."""
+        return len(self.counts)
+
+    @property
+    def counts(self) -> list[dict[str, int]]:
+        """Per stage what :func:`peso.events.protocol.stage_counts` says."""
+        return list(self.manifest["stages"])
+
+    def stage(self, number: int) -> Stage:
+        """Read one stage.
+
+        Raises:
+            DataError: there is no such stage.
+            WorkspaceError: its file is missing or damaged.
+        """
+        if not 0 <= number < self.stages:
+            raise DataError(f"{self.directory} has no stage {number}; it has 0 to {self.stages - 1}")
+        table = self._read(stage_file(number))
+        return Stage(
+            number,
+            table[columns.USER].to_pylist(),
+            _ragged(table[columns.PREVIOUS]),
+            _ragged(table[columns.CURRENT]),
+        )
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """The item table (``peso.events.columns.ITEMS``). Raises WorkspaceError if its file is damaged."""
+        return self._read(ITEMS_FILE)
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        return self.items[columns.ITEM_ID].to_pylist()
+
+    @cached_property
+    def titles(self) -> list[str | None]:
+        """Title of each item number, None where unknown."""
+        return self.items[columns.TITLE].to_pylist()
+
+    def _read(self, name: str) -> pa.Table:
+        path = intact(self.directory, name, self.manifest)
+        try:
+            # read as one file: the `stage=0` in the path is no column
+            return pq.ParquetFile(path).read()
+        except (pa.ArrowException, OSError) as error:
+            raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+
+
+def _stage_table(stage: Stage) -> pa.Table:
+    users = pa.array(stage.users, pa.string())
+    return pa.Table.from_arrays(
+        [users, _list_array(stage.previous), _list_array(stage.current)], schema=columns.STAGE
+    )
+
+
+def _list_array(ragged: Ragged) -> pa.ListArray:
+    # Arrow's list offsets are int32: the cast refuses a stage of more than 2 billion items
+    return pa.ListArray.from_arrays(
+        pa.array(ragged.offsets).cast(pa.int32()), pa.array(ragged.values, pa.int32())
+    )
+
+
+def _ragged(column: pa.ChunkedArray) -> Ragged:
+    lists = column.combine_chunks()
+    return Ragged(
+        lists.flatten().to_numpy(zero_copy_only=False),
+        # an array may be a slice of a longer buffer, whose offsets then do not start at 0
+        (lists.offsets.to_numpy() - lists.offsets[0].as_py()).astype(np.int64),
+    )
+
+
+def _require_distinct(items: pa.Table) -> None:
+    ids = items[columns.ITEM_ID].to_pylist()
+    if len(set(ids)) < len(ids):
+        item, times = Counter(ids).most_common(1)[0]
+        raise DataError(f"item {item!r} stands {times} times in the item table; keep one row")
