@@ -94,15 +94,15 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
     levels: int | None = None
     rows = []
     for item, tokens in index.items():
-        codes = _parse(path, item, tokens)
+        row = _parse(path, item, tokens)
         if levels is None:
-            levels, first = len(codes), item
-        if len(codes) != levels:
+            levels, first = len(row), item
+        if len(row) != levels:
             raise DataError(
-                f"{path}: item {item!r} has {len(codes)} codes {tokens}, but item {first!r} has {levels}; "
+                f"{path}: item {item!r} has {len(row)} codes {tokens}, but item {first!r} has {levels}; "
                 "all items of an index need the same number of codes: make the index again"
             )
-        rows.append(codes)
+        rows.append(row)
     codes = np.array(rows, dtype=np.int32)
     if sizes is None:
         sizes = [1 << int(codes.max()).bit_length()] * codes.shape[1]
@@ -112,9 +112,9 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
         )
     outside = (codes >= np.asarray(sizes)).any(axis=1)
     if outside.any():
-        row = int(outside.argmax())
+        at = int(outside.argmax())
         raise DataError(
-            f"{path}: item {list(index)[row]!r} has codes {codes[row].tolist()} outside the sizes "
+            f"{path}: item {list(index)[at]!r} has codes {codes[at].tolist()} outside the sizes "
             f"{list(sizes)} of the levels; give larger sizes"
         )
     return SemanticIds(list(index), codes, tuple(int(size) for size in sizes))
