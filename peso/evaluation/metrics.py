@@ -1,0 +1,145 @@
+"""How good ranked lists are: one number per case, then means over cases and stages.
+
+Knows predictions; knows nothing of files, runs or models. A metric is a pure function from ranks (or
+log-probabilities) to one value per case; :class:`Metric` gives it a name. With one relevant item per case the
+usual definitions reduce to functions of its rank r (1 = first, 0 = not in the list).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from peso.errors import ConfigError
+from peso.evaluation.intervals import Estimate, mean_of_cases, mean_of_stages
+from peso.evaluation.predictions import Predictions
+
+# semantic_id: items that share an ID count as one (the paper's protocol); item: told apart by the stated rule
+Ranking = Literal["semantic_id", "item"]
+
+
+def hit(ranks: np.ndarray, k: int) -> np.ndarray:
+    """Hit@k per case: 1 if 1 ≤ r ≤ k, else 0. Its mean is the hit rate (here equal to Recall@k).
+
+    Args:
+        ranks: int (n,), 0 where the target is not in the list.
+
+    Returns: float64 (n,).
+
+    >>> hit(np.array([1, 3, 6, 0]), k=5).tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    return ((ranks > 0) & (ranks <= k)).astype(np.float64)
+
+
+def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
+    """NDCG@k per case: 1 / log2(1 + r) if 1 ≤ r ≤ k, else 0.
+
+    The normalised discounted cumulative gain (Järvelin and Kekäläinen 2002) with one relevant item, whose
+    ideal gain is 1.
+
+    >>> ndcg(np.array([1, 3, 6, 0]), k=5).tolist()
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    return hit(ranks, k) / np.log2(1.0 + np.maximum(ranks, 1))
+
+
+def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
+    """Reciprocal rank per case: 1 / r, or 0 where the target is not in the stored list. Its mean is the MRR.
+
+    >>> reciprocal_rank(np.array([1, 2, 4, 0])).tolist()
+    [1.0, 0.5, 0.25, 0.0]
+    """
+    return (ranks > 0) / np.maximum(ranks, 1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named function from predictions to one value per case; larger is better.
+
+    ``name`` is its key in metrics.json (``ndcg@10``), ``label`` what a reader sees (``NDCG@10``).
+    """
+
+    name: str
+    label: str
+    decimals: int
+    values: Callable[[Predictions], np.ndarray]
+
+
+def hit_at(k: int, ranking: Ranking = "semantic_id") -> Metric:
+    """The metric Hit@k, see :func:`hit`."""
+    return Metric(f"hit@{k}", f"Hit@{k}", 4, lambda predictions: hit(_ranks(predictions, ranking, k), k))
+
+
+def ndcg_at(k: int, ranking: Ranking = "semantic_id") -> Metric:
+    """The metric NDCG@k, see :func:`ndcg`."""
+    return Metric(f"ndcg@{k}", f"NDCG@{k}", 4, lambda predictions: ndcg(_ranks(predictions, ranking, k), k))
+
+
+def mrr(ranking: Ranking = "semantic_id") -> Metric:
+    """The metric MRR over the stored list, see :func:`reciprocal_rank`."""
+    return Metric("mrr", "MRR", 4, lambda predictions: reciprocal_rank(_ranks(predictions, ranking, 1)))
+
+
+def log_probability() -> Metric:
+    """The metric log-probability: mean of ln p(target | history), in nats per item.
+
+    It sees every case, not only the few whose target is in the list, and so moves long before Hit@k does.
+    """
+    return Metric(
+        "log_probability",
+        "Log-probability",
+        3,
+        lambda predictions: predictions.target_log_probability.astype(np.float64),
+    )
+
+
+def default_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> list[Metric]:
+    """Hit@k and NDCG@k for each k, MRR and the target's log-probability."""
+    hits = [hit_at(k, ranking) for k in ks]
+    gains = [ndcg_at(k, ranking) for k in ks]
+    return [*hits, *gains, mrr(ranking), log_probability()]
+
+
+def stage_metrics(predictions: Predictions, metrics: Sequence[Metric]) -> dict[str, Estimate]:
+    """The mean of each metric over the cases of one stage, by name of the metric.
+
+    Raises:
+        ConfigError: a metric looks further down than the stored list reaches.
+    """
+    users = np.arange(len(predictions))  # one case a user
+    return {metric.name: mean_of_cases(metric.values(predictions), users) for metric in metrics}
+
+
+def average_metrics(
+    stages: Mapping[int, Predictions], metrics: Sequence[Metric], average: Literal["macro", "micro"] = "macro"
+) -> dict[str, Estimate]:
+    """The mean of each metric over several stages (the paper averages stages 1 … T, not stage 0).
+
+    ``macro``: the mean of the stages' means, as the paper; ``micro``: the mean over all cases, which is the
+    mean of the stages' means weighted by their counts. Intervals take the cases of one user together.
+
+    Raises:
+        ConfigError: a metric looks further down than the stored list reaches.
+    """
+    users = [np.array(predictions.users) for predictions in stages.values()]
+    result = {}
+    for metric in metrics:
+        values = [metric.values(predictions) for predictions in stages.values()]
+        if average == "macro":
+            result[metric.name] = mean_of_stages(values, users)
+        else:
+            result[metric.name] = mean_of_cases(np.concatenate(values), np.concatenate(users))
+    return result
+
+
+def _ranks(predictions: Predictions, ranking: Ranking, k: int) -> np.ndarray:
+    if k > predictions.depth:
+        raise ConfigError(
+            f"evaluation.k: {k} goes beyond the stored lists, which hold {predictions.depth} semantic IDs; "
+            f"use a smaller k, or set decoding.beams to at least {k} and evaluate again"
+        )
+    return predictions.rank_semantic_id if ranking == "semantic_id" else predictions.rank_item

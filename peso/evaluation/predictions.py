@@ -1,0 +1,252 @@
+"""What a model answered, case by case, and the file that holds it.
+
+Knows ranked lists, ranks and the columns of ``predictions.parquet``; knows nothing of models, nor of how
+ranks become metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peso.errors import DataError
+from peso.evaluation.segments import CaseLabels
+from peso.events.histories import Cases
+from peso.items.semantic_ids import SemanticIds
+
+# The columns of predictions.parquet: the one place that names them. A rank is null where the target is not
+# in the list.
+USER = "user"
+TARGET = "target"
+ITEMS = "items"
+SCORES = "scores"
+RANK_SEMANTIC_ID = "rank_semantic_id"
+RANK_ITEM = "rank_item"
+TARGET_LOG_PROBABILITY = "target_log_probability"
+USER_SEGMENT = "user_segment"
+ITEM_SEGMENT = "item_segment"
+HISTORY_LENGTH = "history_length"
+
+SCHEMA = pa.schema(
+    [
+        pa.field(USER, pa.string(), nullable=False),
+        pa.field(TARGET, pa.string(), nullable=False),
+        pa.field(ITEMS, pa.list_(pa.string()), nullable=False),
+        pa.field(SCORES, pa.list_(pa.float32()), nullable=False),
+        pa.field(RANK_SEMANTIC_ID, pa.int32()),
+        pa.field(RANK_ITEM, pa.int32()),
+        pa.field(TARGET_LOG_PROBABILITY, pa.float32(), nullable=False),
+        pa.field(USER_SEGMENT, pa.string(), nullable=False),
+        pa.field(ITEM_SEGMENT, pa.string(), nullable=False),
+        pa.field(HISTORY_LENGTH, pa.int32(), nullable=False),
+    ]
+)
+DEPTH = b"peso.depth"  # key of the file's own metadata
+UNRANKED = 0  # in memory, the rank of a target that is not in the list
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """One row per test case of one stage; each user has one case.
+
+    Attributes:
+        users, targets: the user and the item that came next.
+        items: per case the ranked item ids, best first. Items that share a semantic ID stand next to each
+            other, so a list may hold more than ``depth`` items.
+        scores: per case float32, as long as its list: the score of the item's semantic ID.
+        rank_semantic_id: int32 (n,), 1-based place of the target's semantic ID among the distinct semantic
+            IDs of the list (the paper's protocol: items that share an ID count as one); UNRANKED if absent.
+        rank_item: int32 (n,), 1-based place of the item itself; UNRANKED if absent.
+        target_log_probability: float32 (n,), natural logarithm.
+        user_segment, item_segment: see peso/evaluation/segments.py.
+        history_length: int32 (n,), the user's items before the target, not cut at the window.
+        depth: how many semantic IDs were asked for; metrics beyond it cannot be computed. A list is
+            shorter only where a filter or a small catalogue left no more.
+    """
+
+    users: list[str]
+    targets: list[str]
+    items: list[list[str]]
+    scores: list[np.ndarray]
+    rank_semantic_id: np.ndarray
+    rank_item: np.ndarray
+    target_log_probability: np.ndarray
+    user_segment: list[str]
+    item_segment: list[str]
+    history_length: np.ndarray
+    depth: int
+
+    def __post_init__(self) -> None:
+        lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)[:-1]}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns of different length: {lengths}")
+        if any(len(items) != len(scores) for items, scores in zip(self.items, self.scores, strict=True)):
+            raise ValueError("a list of items and its scores differ in length")
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Predictions:
+        """The cases with these row numbers, in this order."""
+        columns: dict[str, Any] = {}
+        for field in fields(self)[:-1]:
+            column = getattr(self, field.name)
+            columns[field.name] = (
+                column[rows] if isinstance(column, np.ndarray) else [column[r] for r in rows]
+            )
+        return Predictions(**columns, depth=self.depth)
+
+
+def semantic_id_ranks(leaves: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """1-based place of each target among the ranked semantic IDs, UNRANKED where it is not there.
+
+    Args:
+        leaves: int (n, beams), distinct in each row, best first, -1 where there is none.
+        targets: int (n,), the leaf of each target.
+
+    Returns: int32 (n,).
+
+    >>> semantic_id_ranks(np.array([[7, 3, 5], [7, 3, -1]]), np.array([3, 4])).tolist()
+    [2, 0]
+    """
+    found = leaves == targets[:, None]  # (n, beams)
+    return np.where(found.any(axis=1), found.argmax(axis=1) + 1, UNRANKED).astype(np.int32)
+
+
+def ranked_items(leaves: np.ndarray, items_of: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+    """Each case's ranked semantic IDs (n, beams), written out as the items that carry them.
+
+    ``items_of(leaf)`` gives the items of one ID in the order that tells them apart (ItemTrie.items_of).
+
+    >>> items_of = {0: [10], 1: [11, 12]}.__getitem__
+    >>> [case.tolist() for case in ranked_items(np.array([[1, 0], [0, -1]]), items_of)]
+    [[11, 12, 10], [10]]
+    """
+    none = np.empty(0, dtype=np.int32)
+    return [np.concatenate([none, *(items_of(leaf) for leaf in row if leaf >= 0)]) for row in leaves]
+
+
+def item_ranks(lists: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """1-based place of each target item in its list, UNRANKED where it is not there. Returns int32 (n,).
+
+    >>> item_ranks([np.array([11, 12, 10]), np.array([10])], np.array([10, 11])).tolist()
+    [3, 0]
+    """
+    ranks = np.full(len(lists), UNRANKED, dtype=np.int32)
+    for case, (items, target) in enumerate(zip(lists, targets, strict=True)):
+        places = np.flatnonzero(items == target)
+        if len(places):
+            ranks[case] = places[0] + 1
+    return ranks
+
+
+def make_predictions(
+    cases: Cases,
+    labels: CaseLabels,
+    leaves: np.ndarray,
+    scores: np.ndarray,
+    target_log_probability: np.ndarray,
+    semantic_ids: SemanticIds,
+) -> Predictions:
+    """Put a search's answer and the cases' labels side by side.
+
+    Args:
+        leaves: int (n, depth), the semantic IDs found for each case, best first, -1 where there is none.
+        scores: float (n, depth), theirs.
+        target_log_probability: float (n,), of each target under the same model.
+
+    Raises:
+        ValueError: the parts do not belong to the same cases.
+    """
+    if cases.users != labels.users:
+        raise ValueError("the labels belong to other cases")
+    if leaves.shape != scores.shape or len(leaves) != len(cases):
+        raise ValueError(f"{len(cases)} cases, leaves {leaves.shape} and scores {scores.shape} do not fit")
+    trie, names = semantic_ids.trie, semantic_ids.item_ids
+    lists = ranked_items(leaves, trie.items_of)
+    ranked_scores = []
+    for row, row_scores in zip(leaves, scores.astype(np.float32), strict=True):
+        valid = row >= 0
+        shared_by = trie.item_starts[row[valid] + 1] - trie.item_starts[row[valid]]
+        ranked_scores.append(np.repeat(row_scores[valid], shared_by))
+    return Predictions(
+        users=cases.users,
+        targets=[names[target] for target in cases.targets],
+        items=[[names[item] for item in items] for items in lists],
+        scores=ranked_scores,
+        rank_semantic_id=semantic_id_ranks(leaves, trie.leaf_of[cases.targets]),
+        rank_item=item_ranks(lists, cases.targets),
+        target_log_probability=target_log_probability.astype(np.float32),
+        user_segment=labels.user_segment,
+        item_segment=labels.item_segment,
+        history_length=labels.history_length,
+        depth=leaves.shape[1],
+    )
+
+
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Write ``predictions.parquet``: the columns above; ``depth`` goes into the file's metadata."""
+    offsets = np.zeros(len(predictions) + 1, dtype=np.int32)
+    np.cumsum([len(items) for items in predictions.items], out=offsets[1:])
+    flat_items = [item for items in predictions.items for item in items]
+    flat_scores = np.concatenate([np.empty(0, dtype=np.float32), *predictions.scores])
+    columns = {
+        USER: predictions.users,
+        TARGET: predictions.targets,
+        ITEMS: pa.ListArray.from_arrays(offsets, pa.array(flat_items, pa.string())),
+        SCORES: pa.ListArray.from_arrays(offsets, pa.array(flat_scores, pa.float32())),
+        RANK_SEMANTIC_ID: _nullable(predictions.rank_semantic_id),
+        RANK_ITEM: _nullable(predictions.rank_item),
+        TARGET_LOG_PROBABILITY: predictions.target_log_probability,
+        USER_SEGMENT: predictions.user_segment,
+        ITEM_SEGMENT: predictions.item_segment,
+        HISTORY_LENGTH: predictions.history_length,
+    }
+    schema = SCHEMA.with_metadata({DEPTH: str(predictions.depth)})
+    pq.write_table(pa.table(columns, schema=schema), path)
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what :func:`write_predictions` wrote.
+
+    Raises:
+        DataError: no such file, unreadable, or not of this format (names the columns that are missing).
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} cannot be read as predictions: {error}; evaluate the stage again") from None
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    depth = (table.schema.metadata or {}).get(DEPTH)
+    if missing or depth is None:
+        what = f"columns {', '.join(missing)}" if missing else f"metadata {DEPTH.decode()}"
+        raise DataError(f"{path} holds no predictions: {what} missing; evaluate the stage again")
+    column = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
+    ends = column[ITEMS].offsets.to_numpy()
+    flat_items = column[ITEMS].values.to_pylist()
+    flat_scores = column[SCORES].values.to_numpy()
+    bounds = list(pairwise(ends))
+    return Predictions(
+        users=column[USER].to_pylist(),
+        targets=column[TARGET].to_pylist(),
+        items=[flat_items[begin:end] for begin, end in bounds],
+        scores=[flat_scores[begin:end] for begin, end in bounds],
+        rank_semantic_id=column[RANK_SEMANTIC_ID].fill_null(UNRANKED).to_numpy(),
+        rank_item=column[RANK_ITEM].fill_null(UNRANKED).to_numpy(),
+        target_log_probability=column[TARGET_LOG_PROBABILITY].to_numpy(),
+        user_segment=column[USER_SEGMENT].to_pylist(),
+        item_segment=column[ITEM_SEGMENT].to_pylist(),
+        history_length=column[HISTORY_LENGTH].to_numpy(),
+        depth=int(depth),
+    )
+
+
+def _nullable(ranks: np.ndarray) -> pa.Array:
+    return pa.array(ranks, pa.int32(), mask=ranks == UNRANKED)

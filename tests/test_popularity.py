@@ -1,0 +1,72 @@
+"""The popularity baseline: what it counts, what it must not see, and how it answers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peso.baselines.popularity import item_counts, leaf_log_probabilities, predict_popularity
+from peso.errors import ConfigError
+from peso.evaluation.segments import label_cases
+from peso.events.histories import Ragged, Stage
+from peso.items.semantic_ids import SemanticIds
+
+# b and c share an ID
+IDS = SemanticIds(list("abcde"), np.array([[0], [1], [1], [2], [3]], dtype=np.int32), (4,))
+
+
+def stage(number: int, previous: list[list[int]], current: list[list[int]]) -> Stage:
+    return Stage(number, [f"u{i}" for i in range(len(current))], Ragged.of(previous), Ragged.of(current))
+
+
+STAGES = [
+    stage(0, [[], []], [[0, 0, 3], [3]]),
+    stage(1, [[0, 0, 3], [3], []], [[1, 2, 0, 4, 4], [4, 4], [1, 4, 4]]),
+]
+
+
+def test_counts_hold_the_past_and_what_the_stage_trains_on() -> None:
+    assert item_counts(STAGES, 5).tolist() == [2 + 1, 1 + 1, 1, 2, 0]
+    assert item_counts(STAGES, 5, "recent").tolist() == [1, 2, 1, 0, 0]
+    assert item_counts(STAGES[:1], 5).tolist() == [1, 0, 0, 0, 0]
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=5), st.data())
+def test_held_back_events_cannot_change_the_list(current: list[list[int]], data: st.DataObject) -> None:
+    """Nor can events of users whom the protocol leaves out."""
+    other = [
+        [*items[:-2], *data.draw(st.lists(st.integers(0, 4), min_size=2, max_size=2))]
+        if len(items) >= 3
+        else data.draw(st.lists(st.integers(0, 4), max_size=2))
+        for items in current
+    ]
+    empty: list[list[int]] = [[]] * len(current)
+    for period in ("all time", "recent"):
+        first = item_counts([*STAGES, stage(2, empty, current)], 5, period)
+        second = item_counts([*STAGES, stage(2, empty, other)], 5, period)
+        np.testing.assert_array_equal(first, second)
+
+
+def test_log_probabilities_are_smoothed_frequencies_of_semantic_ids() -> None:
+    p = np.exp(leaf_log_probabilities(np.array([3, 2, 1, 2, 0]), IDS))
+    np.testing.assert_allclose(p, np.array([4, 4, 3, 1]) / 12)
+    assert p.sum() == pytest.approx(1)
+
+
+def test_everyone_gets_the_same_list_best_first() -> None:
+    predictions = predict_popularity(STAGES, STAGES[1], label_cases(STAGES[:1], STAGES[1]), IDS, depth=3)
+    assert predictions.users == ["u0", "u2"]
+    assert predictions.items == [["a", "b", "c", "d"]] * 2
+    assert all(earlier >= later for earlier, later in pairwise(predictions.scores[0]))
+    assert predictions.rank_semantic_id.tolist() == [0, 0]  # both targets are e, which nobody had before
+    np.testing.assert_allclose(predictions.target_log_probability, np.log(1 / 12), rtol=1e-6)
+    assert predictions.depth == 3
+
+
+def test_a_list_longer_than_the_catalogue_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"5 .* 4 semantic IDs"):
+        predict_popularity(STAGES, STAGES[1], label_cases(STAGES[:1], STAGES[1]), IDS, depth=5)
