@@ -165,6 +165,15 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     seed: int = Field(0, ge=0, lt=2**31)
 
+    @model_validator(mode="after")
+    def _lists_reach_k(self) -> Config:
+        if max(self.evaluation.k) > self.decoding.beams:
+            raise ValueError(
+                f"evaluation.k asks for {max(self.evaluation.k)} items, but decoding.beams is "
+                f"{self.decoding.beams}; give at least as many beams"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _default_loss_vocabulary(cls, tree: Any) -> Any:
@@ -315,7 +324,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing; a configuration needs at least data.format (and data.path)"
     message = problem["msg"].removeprefix("Value error, ")
-    if key in ("", "data") and message.startswith("data."):
+    if problem["type"] == "value_error":  # raised by a section's own check, which names its keys
         return message
     if problem["type"] == "union_tag_invalid":
         known = problem["ctx"]["expected_tags"]

@@ -51,20 +51,30 @@ def commit_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(target: Path, content: bytes) -> None:
-    """Replace one file: the old content or the new, never a mixture."""
+@contextmanager
+def write_aside(target: Path) -> Iterator[Path]:
+    """A path to write one file to; on success it replaces `target`, on failure `target` is as before.
+
+    Raises:
+        WorkspaceError: the disk is full (nothing half-written is left).
+    """
     aside = target.with_name(f".{target.name}.writing")
     try:
-        with aside.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _fsync(aside)
         aside.replace(target)
         _fsync(target.parent)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         raise_if_full(error, target)
         raise
+
+
+def write_atomically(target: Path, content: bytes) -> None:
+    """Replace one file: the old content or the new, never a mixture."""
+    with write_aside(target) as aside:
+        aside.write_bytes(content)
 
 
 def raise_if_full(error: BaseException, target: Path) -> None:

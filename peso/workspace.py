@@ -6,7 +6,6 @@ Knows paths and locks; knows nothing of how a stage is learnt or of what the fil
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import sys
@@ -20,8 +19,9 @@ from typing import Any
 from peso.config import Config, changed_keys, dump_config, load_config
 from peso.durable import write_atomically
 from peso.errors import WorkspaceError
+from peso.manifest import MANIFEST, read_manifest
 
-FORMAT = 1  # of every manifest; a higher number was written by a newer version
+FORMAT = 1  # of a stage directory; a higher number was written by a newer version
 
 # What is fixed once a step is done. Keys of evaluation, decoding and report may change at any time.
 DEPENDS = {
@@ -52,9 +52,10 @@ class Workspace:
             raise WorkspaceError(
                 f"{root} is no workspace (no config.yaml); make one with `peso run CONFIG -w {root}`"
             )
-        for manifest in sorted(root.glob("*/manifest.json")) + sorted(root.glob("stages/*/manifest.json")):
-            read_manifest(manifest)
-        return cls(root, load_config(root / "config.yaml"))
+        workspace = cls(root, load_config(root / "config.yaml"))
+        for stage in workspace.finished_stages:
+            workspace.stage_manifest(stage)
+        return workspace
 
     @classmethod
     def create_or_open(cls, path: str | Path, config: Config) -> Workspace:
@@ -78,6 +79,14 @@ class Workspace:
         root.mkdir(parents=True, exist_ok=True)
         write_atomically(root / "config.yaml", dump_config(config).encode())
         return workspace
+
+    @classmethod
+    def preview(cls, path: str | Path, config: Config) -> Workspace:
+        """As :meth:`create_or_open`, but nothing is written: to say what would be done."""
+        root = Path(path)
+        if (root / "config.yaml").is_file():
+            cls.open(root).refuse_changes(config)
+        return cls(root, config)
 
     def refuse_changes(self, config: Config) -> None:
         """Raise WorkspaceError if `config` differs where a finished step depends on it."""
@@ -114,16 +123,16 @@ class Workspace:
 
     @property
     def has_stream(self) -> bool:
-        return (self.stream_directory / "manifest.json").is_file()
+        return (self.stream_directory / MANIFEST).is_file()
 
     @property
     def has_semantic_ids(self) -> bool:
-        return (self.semantic_ids_directory / "manifest.json").is_file()
+        return (self.semantic_ids_directory / MANIFEST).is_file()
 
     @property
     def finished_stages(self) -> list[int]:
         """Numbers of the stages whose training is committed, ascending."""
-        found = self.root.glob("stages/*/manifest.json")
+        found = self.root.glob(f"stages/*/{MANIFEST}")
         return sorted(int(manifest.parent.name) for manifest in found if manifest.parent.name.isdigit())
 
     def require_stage(self, stage: int | None) -> int:
@@ -140,7 +149,7 @@ class Workspace:
         return stage
 
     def stage_manifest(self, stage: int) -> dict[str, Any]:
-        return read_manifest(self.stage_directory(stage) / "manifest.json")
+        return read_manifest(self.stage_directory(stage), FORMAT)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -165,21 +174,6 @@ class Workspace:
     def scratch_directory(self, stage: int) -> Path:
         """Where an unfinished stage keeps its checkpoints; gone once the stage is committed."""
         return self.root / "stages" / f".{stage}.unfinished"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest. Raises WorkspaceError if it is damaged or newer than this version."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        number = int(manifest["format"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WorkspaceError(f"{path} is damaged ({error}); remove {path.parent} and run again") from None
-    if number > FORMAT:
-        raise WorkspaceError(
-            f"{path} was written by a newer version of peso (format {number}; this one reads "
-            f"up to {FORMAT}); update peso"
-        )
-    return manifest
 
 
 def provenance() -> dict[str, Any]:

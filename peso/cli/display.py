@@ -1,0 +1,104 @@
+"""What commands print: progress with rate and time left, tables.
+
+Knows terminals; knows nothing of training or decoding. Progress goes to stderr, results to stdout.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line every so often
+
+
+class Terminal:
+    """An Observer (peso/progress.py) that draws one bar; where stderr is no terminal, it writes lines."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._title, self._total, self._unit = "", 0, ""
+        self._started = self._spoke = 0.0
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        self.end()
+        self._title, self._total, self._unit = title, total, unit
+        self._started = self._spoke = time.monotonic()
+        self._first: int | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=total, figures="")
+            self._bar.start()
+
+    def advance(self, done: int, **figures: Any) -> None:
+        if self._first is None:
+            self._first = max(done - 1, 0)  # a resumed piece of work starts in the middle
+        now = time.monotonic()
+        rate = (done - self._first) / max(now - self._started, 1e-9)
+        shown = "  ".join([f"{rate:.3g} {self._unit}/s", *(f"{k} {_short(v)}" for k, v in figures.items())])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=shown)
+        elif now - self._spoke > SECONDS_BETWEEN_LINES:
+            self._spoke = now
+            left = (self._total - done) / max(rate, 1e-9)
+            self.note(f"{self._title}: {done}/{self._total} {self._unit}, {shown}, {_duration(left)} left")
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._title:
+            self.note(f"{self._title}: {_duration(time.monotonic() - self._started)}")
+            self._title = ""
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table to stdout; numbers are right-aligned."""
+    drawn = Table(title=title or None, title_justify="left", header_style="bold")
+    rows = [list(row) for row in rows]
+    for position, column in enumerate(columns):
+        numeric = all(isinstance(row[position], int | float) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        drawn.add_row(*(_short(value) for value in row))
+    Console(file=sys.stdout, highlight=False).print(drawn)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

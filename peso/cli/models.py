@@ -1,0 +1,49 @@
+"""`peso pull` and `peso export`: models and data in, models out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from peso.cli.display import Terminal
+from peso.cli.options import Directory, Stage
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(pull)
+    app.command()(export)
+
+
+def pull(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, all-minilm-l6-v2 or ml-100k.")],
+) -> None:
+    """Fetch a known model or data set into the cache, checked by its sha256.
+
+    Example: peso pull smollm2-135m
+    """
+    from peso import assets
+
+    print(assets.pull(name, on_progress=Terminal().note))
+
+
+def export(
+    workspace: Directory,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A directory that does not exist yet.")],
+    form: Annotated[
+        Literal["merged", "peft"],
+        typer.Option("--format", help="merged: one plain Transformers model; peft: backbone and adapter."),
+    ] = "merged",
+    stage: Stage = None,
+) -> None:
+    """Write a stage's model for others to load: Transformers, vLLM (merged) or PEFT (peft).
+
+    Example: peso export -w runs/games --format merged -o exported
+    """
+    from peso.model.export import export_merged, export_peft
+    from peso.recommender import Recommender
+
+    model = Recommender.load(workspace, stage=stage, device="cpu").model
+    (export_merged if form == "merged" else export_peft)(model, output)
+    print(output)

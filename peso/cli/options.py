@@ -1,0 +1,16 @@
+"""Options that several commands share, worded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Directory = Annotated[Path, typer.Option("-w", "--workspace", help="The directory the run lives in.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key: --set training.epochs=2. Can be given several times."),
+]
+Stage = Annotated[int | None, typer.Option("--stage", help="Which stage's model; by default the newest.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]

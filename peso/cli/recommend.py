@@ -1,0 +1,68 @@
+"""`peso recommend`: what one user, one history or everybody should see next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peso.cli.display import Terminal, table
+from peso.cli.options import Directory, Json, Stage
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(recommend)
+
+
+def recommend(
+    workspace: Directory,
+    user: Annotated[str | None, typer.Option(help="A user of the log.")] = None,
+    history: Annotated[str | None, typer.Option(help="Item ids, oldest first: ITEM,ITEM,…")] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Every user of the log, into --output.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="FILE.parquet for --all.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many items.", min=1)] = 10,
+    exclude_seen: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
+    stage: Stage = None,
+    as_json: Json = False,
+) -> None:
+    """Recommend k items, best first, with their scores (log-probabilities) and semantic IDs.
+
+    Example: peso recommend -w runs/games --history 25,311 -k 5
+    """
+    import json
+
+    from peso.errors import DataError
+    from peso.recommender import Recommender
+
+    if [user is not None, history is not None, everyone].count(True) != 1:
+        raise DataError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")
+    if everyone != (output is not None):
+        raise DataError("--all goes with -o FILE.parquet, and -o with --all")
+    recommender = Recommender.load(workspace, stage=stage)
+    if output is not None:
+        users = recommender.recommend_all(output, k=k, exclude_seen=exclude_seen, observer=Terminal())
+        print(json.dumps({"users": users, "file": str(output)}) if as_json else f"{users:,} users: {output}")
+        return
+    items = history.split(",") if history else recommender.history(user) if user is not None else []
+    ranked = recommender.recommend(history=items, k=k, exclude_seen=exclude_seen)
+    rows = [
+        {
+            "item": item,
+            "title": recommender.title(item),
+            "score": score,
+            "semantic_id": recommender.semantic_id(item),
+        }
+        for item, score in ranked
+    ]
+    if as_json:
+        print(json.dumps({"history": items, "recommendations": rows}, ensure_ascii=False))
+        return
+    table(
+        f"after {', '.join(recommender.title(item) or item for item in items[-5:]) or 'nothing'}",
+        ["", "item", "title", "score", "semantic ID"],
+        [
+            [place, row["item"], row["title"] or "", row["score"], "".join(row["semantic_id"])]
+            for place, row in enumerate(rows, 1)
+        ],
+    )

@@ -1,0 +1,61 @@
+"""`peso run`: everything a configuration describes, resuming what is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peso.cli.display import Terminal, table
+from peso.cli.options import Overrides
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(run)
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see examples/.")],
+    workspace: Annotated[
+        Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-CONFIG.")
+    ] = None,
+    overrides: Overrides = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="A workspace to take stage 0 from; refused if it was determined otherwise."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is left to do; estimate time, memory and disk.")
+    ] = False,
+) -> None:
+    """Do all that CONFIG describes and is not done yet: ingest, tokenize, learn and test stages, report.
+
+    Interrupt it anywhere; the same command continues and ends with the same result.
+
+    Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
+    """
+    from peso import pipeline
+    from peso.config import load_config
+    from peso.workspace import Workspace
+
+    resolved = load_config(config, overrides or [])
+    root = workspace or Path("runs") / config.stem
+    if dry_run:
+        from peso.estimate import estimate
+
+        plan = estimate(Workspace.preview(root, resolved))
+        table(
+            f"{root}: what is left to do",
+            ["step", "minutes", "memory GiB", "disk MiB", "note"],
+            [[step.name, step.minutes, step.memory_gib, step.disk_mib, step.note] for step in plan],
+        )
+        print(f"in all about {sum(step.minutes for step in plan):.0f} minutes on this machine")
+        return
+    opened = Workspace.create_or_open(root, resolved)
+    terminal = Terminal()
+    with opened.lock():
+        pipeline.run(opened, base=base, observer=terminal)
+    columns, rows = pipeline.result_table([opened])
+    table(f"{root}: results", columns, rows)
+    print(f"report: {opened.report_directory / 'index.html'}")

@@ -1,0 +1,158 @@
+"""The single steps of `peso run`: ingest, tokenize, train, update, evaluate, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peso.cli.display import Terminal, table
+from peso.cli.options import Directory, Json, Overrides, Stage
+
+
+def register(app: typer.Typer) -> None:
+    for command in (ingest, tokenize, train, update, evaluate, report):
+        app.command()(command)
+
+
+def ingest(
+    source: Annotated[str | None, typer.Argument(help="File or directory of the data.")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="peso-release or simulate.")] = None,
+    workspace: Annotated[
+        Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-SOURCE.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Read the data into stages; print the counts of each.
+
+    With SOURCE and --format a new workspace is made; without, the one at -w goes on with its configuration.
+
+    Example: peso ingest --format peso-release data/Video_Games_cl_0.6_0_5_3_0 -w runs/games
+    """
+    import json
+
+    from peso import pipeline
+    from peso.config import load_config
+    from peso.errors import ConfigError
+    from peso.workspace import Workspace
+
+    if data_format is not None or source is not None:
+        data = {"format": data_format or "peso-release", "path": source}
+        config = load_config({"data": data}, overrides or [], base=Path())
+        root = workspace or Path("runs") / (Path(source).resolve().name if source else "simulated")
+        opened = Workspace.create_or_open(root, config)
+    elif workspace is not None:
+        opened = _configured(workspace, overrides)
+    else:
+        raise ConfigError("name the data (SOURCE with --format) or a workspace (-w)")
+    with opened.lock():
+        manifest = pipeline.ingest(opened, Terminal())
+    if as_json:
+        print(json.dumps(manifest, ensure_ascii=False))
+        return
+    counts = manifest["stages"]
+    rows = [[number, *stage.values()] for number, stage in enumerate(counts)]
+    title = f"{opened.stream_directory}: {manifest['items']:,} items, {len(counts)} stages"
+    table(title, ["stage", *(name.replace("_", " ") for name in counts[0])], rows)
+
+
+def tokenize(workspace: Directory, overrides: Overrides = None) -> None:
+    """Give every item its semantic ID.
+
+    Example: peso tokenize -w runs/games
+    """
+    from peso import pipeline
+
+    opened = _configured(workspace, overrides)
+    with opened.lock():
+        manifest = pipeline.tokenize(opened, Terminal())
+    table(str(opened.semantic_ids_directory), ["", "count"], pipeline.describe_semantic_ids(opened, manifest))
+
+
+def train(workspace: Directory, overrides: Overrides = None) -> None:
+    """Learn the base stage (stage 0).
+
+    Example: peso train -w runs/games --set training.epochs=2
+    """
+    from peso import pipeline
+
+    opened = _configured(workspace, overrides)
+    with opened.lock():
+        pipeline.learn(opened, 0, Terminal())
+
+
+def update(workspace: Directory, overrides: Overrides = None) -> None:
+    """Learn the next stage, from where the last one left the adapter, and test it.
+
+    Example: peso update -w runs/games
+    """
+    from peso import pipeline
+
+    opened = _configured(workspace, overrides)
+    with opened.lock():
+        stage = pipeline.update(opened, Terminal())
+    columns, rows = pipeline.result_table([opened])
+    table(f"{opened.root}: stage {stage} learnt", columns, rows)
+
+
+def evaluate(
+    workspace: Directory,
+    stage: Stage = None,
+    on: Annotated[
+        int | None, typer.Option(help="Which stage's test cases; by default the same stage's.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Test a stage's model on a stage's test cases: hits, NDCG, MRR, log-probability of the target.
+
+    Example: peso evaluate -w runs/games --stage 0 --on 4
+    """
+    import json
+
+    from peso import pipeline
+
+    opened = _configured(workspace, overrides)
+    number = opened.require_stage(stage)
+    cases = number if on is None else on
+    with opened.lock():
+        metrics = pipeline.test(opened, number, cases, Terminal())
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    title = f"{opened.root}: model after stage {number} on the test cases of stage {cases}"
+    table(title, *pipeline.metric_table(metrics))
+
+
+def report(
+    workspaces: Annotated[list[Path], typer.Option("-w", "--workspace", help="One or several.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: report/ of the first workspace.")
+    ] = None,
+) -> None:
+    """Write the report: one HTML page that needs no network, with tables and plots as files beside it.
+
+    Example: peso report -w runs/none -w runs/single -w runs/peso -o runs/report
+    """
+    from peso import pipeline
+    from peso.workspace import Workspace
+
+    opened = [Workspace.open(path) for path in workspaces]
+    directory = output or opened[0].report_directory
+    pipeline.report(opened, directory)
+    columns, rows = pipeline.result_table(opened)
+    table("averages over the later stages", columns, rows)
+    print(f"report: {directory / 'index.html'}")
+
+
+def _configured(path: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+    """A workspace, with keys changed where nothing that is done depends on them."""
+    from peso.config import load_config
+    from peso.workspace import Workspace
+
+    opened = Workspace.open(path)
+    if not overrides:
+        return opened
+    return Workspace.create_or_open(path, load_config(path / "config.yaml", overrides))

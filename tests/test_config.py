@@ -1,0 +1,92 @@
+"""The configuration: complete when resolved, exact in its errors, overridable from the command line."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from peso.config import changed_keys, dump_config, load_config, valid_keys
+from peso.errors import ConfigError
+
+SIMULATED = {"data": "simulate"}
+
+
+def test_a_resolved_configuration_reads_back_to_itself(tmp_path):
+    config = load_config({**SIMULATED, "strategy": "paper", "backbone": "tiny"}, ["training.epochs=2"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_defaults_are_the_papers_protocol():
+    training = load_config({**SIMULATED, "strategy": "paper"}).training
+    assert (training.epochs, training.learning_rate, training.later_learning_rate_scale) == (4, 2e-4, 0.1)
+    assert (training.batch_size, training.temperature, training.max_grad_norm) == (32, 0.8, 1.0)
+    assert (training.weight_decay, training.warmup, training.schedule) == (0.01, 0.01, "cosine")
+
+
+def test_the_papers_preset_keeps_the_full_loss_vocabulary_and_an_explicit_choice_wins():
+    assert load_config({**SIMULATED, "strategy": "paper"}).training.loss_vocabulary == "full"
+    assert load_config({**SIMULATED, "prompt": {"layout": "instruct"}}).training.loss_vocabulary == "full"
+    chosen = load_config({**SIMULATED, "strategy": "paper", "training": {"loss_vocabulary": "level"}})
+    assert chosen.training.loss_vocabulary == "level"
+
+
+def test_every_key_can_be_set_on_the_command_line():
+    config = load_config(SIMULATED)
+    leaves = [key for key in valid_keys() if not any(other.startswith(f"{key}.") for other in valid_keys())]
+    tree = config.model_dump()
+    for key in leaves:
+        value = tree
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) and part in value else None
+        if value is not None:
+            assert load_config(SIMULATED, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}"]), key
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.epoch=2", ["'training.epoch'", "2", "'training.epochs'"]),
+        ("trainin.epochs=2", ["'trainin'", "'training'"]),
+        ("training.epochs=x", ["training.epochs", "'x'", "integer"]),
+        ("training.epochs=0", ["training.epochs", "0", "greater"]),
+        ("strategy.weight=-1", ["strategy.weight", "-1"]),
+        ("strategy=pesso", ["strategy.name", "'pesso'", "'peso'"]),
+        ("data.format=nonsense", ["data.format", "'nonsense'", "simulate"]),
+        ("data.format=peso-release", ["data.path"]),
+        ("evaluation.k=[0]", ["evaluation.k", "0"]),
+        ("seed", ["key=value"]),
+    ],
+)
+def test_an_error_names_the_key_the_value_and_the_way_out(override, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(SIMULATED, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_option_of_another_strategy_is_refused():
+    with pytest.raises(ConfigError, match="'single' has no option 'weight'"):
+        load_config(SIMULATED, ["strategy={name: single, weight: 3}"])
+
+
+def test_a_list_of_k_longer_than_the_beams_is_refused():
+    with pytest.raises(ConfigError, match=r"evaluation\.k.*20.*decoding\.beams"):
+        load_config(SIMULATED, ["evaluation.k=[5,20]"])
+
+
+def test_changed_keys_are_the_leaves_that_differ():
+    old = load_config(SIMULATED)
+    new = load_config(SIMULATED, ["training.epochs=7", "strategy=single"])
+    assert changed_keys(old, new) == ["strategy.name", "strategy.weight", "strategy.reduction", "training.epochs"]
+
+
+def test_a_missing_or_broken_file_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration at"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("data: [")
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match="no configuration"):
+        load_config(tmp_path / "empty.yaml")
