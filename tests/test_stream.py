@@ -63,6 +63,7 @@ def test_a_stream_reads_back_as_written(directory: Path, stages: list[Stage]) ->
     assert stream.items.equals(item_table())
     assert stream.item_ids == ["i0", "i1", "i2", "i3"]
     assert stream.titles == [None, "Title 1", "Title 2", "Title 3"]
+    assert stream.categories == ["A > B"] * 4
     assert stream.manifest["source"] == "here"
 
 

@@ -126,6 +126,11 @@ class Stream:
         """Title of each item number, None where unknown."""
         return self.items[columns.TITLE].to_pylist()
 
+    @cached_property
+    def categories(self) -> list[str | None]:
+        """Category path of each item number, None where unknown."""
+        return self.items[columns.CATEGORY].to_pylist()
+
     def _read(self, name: str) -> pa.Table:
         path = intact(self.directory, name, self.manifest)
         try:

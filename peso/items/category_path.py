@@ -1,0 +1,83 @@
+"""Semantic IDs from a category path: one level per depth, the last level numbers the items of a leaf.
+
+Knows item ids and category texts; knows nothing of files or of where the categories come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from peso.errors import DataError
+from peso.items.semantic_ids import SemanticIds
+
+SEPARATOR = " > "
+LIMIT = 1024  # codes a level: as a row of the vocabulary must be learnt for each, more want a deeper tree
+
+
+def category_path_ids(
+    item_ids: Sequence[str],
+    categories: Sequence[str | None],
+    sizes: Sequence[int] | None = None,
+    limit: int = LIMIT,
+) -> SemanticIds:
+    """Codes from paths such as ``"Kitchen > Coffee > Travel"``: here three levels and the item's number.
+
+    The code of level l numbers the distinct paths down to depth l + 1 over the whole tree, in the order in
+    which the catalogue brings them up; the last code numbers the items of one leaf in catalogue order. Every
+    item so has an ID of its own, and items appended to a catalogue leave all earlier codes as they were.
+
+    Limits: all paths have one depth, and no level has more than ``limit`` codes.
+
+    Args:
+        item_ids: the catalogue in row order.
+        categories: the path of each item, its parts joined by ``" > "``.
+        sizes: codes of each level, to leave room for categories and items to come. By default what is used.
+        limit: most codes of a level.
+
+    Raises:
+        DataError: no items, an item without a path or with one of another depth, a level that overflows.
+    """
+    if not len(item_ids):
+        raise DataError("an empty catalogue has no semantic IDs; give at least one item")
+    paths = [_parts(item, category) for item, category in zip(item_ids, categories, strict=True)]
+    depth = len(paths[0])
+    numbers: list[dict[tuple[str, ...], int]] = [{} for _ in range(depth)]
+    filled: dict[tuple[str, ...], int] = {}  # items of each leaf so far
+    codes = np.empty((len(paths), depth + 1), dtype=np.int32)
+    for row, path in enumerate(paths):
+        if len(path) != depth:
+            raise DataError(
+                f"item {item_ids[row]!r} has a category path of depth {len(path)} "
+                f"({SEPARATOR.join(path)!r}), item {item_ids[0]!r} one of depth {depth}; "
+                "cut or fill the paths to one depth"
+            )
+        for level, known in enumerate(numbers):
+            codes[row, level] = known.setdefault(path[: level + 1], len(known))
+        codes[row, depth] = filled.get(path, 0)
+        filled[path] = filled.get(path, 0) + 1
+
+    used = tuple(int(largest) + 1 for largest in codes.max(axis=0))
+    allowed = tuple(sizes) if sizes is not None else (limit,) * len(used)
+    if len(allowed) != len(used):
+        raise DataError(f"paths of depth {depth} give {len(used)} levels; sizes are given for {len(allowed)}")
+    for level, (need, most) in enumerate(zip(used, allowed, strict=True)):
+        if need > min(most, limit):
+            leaf = SEPARATOR.join(max(filled, key=filled.__getitem__))
+            what = f"items in {leaf!r}" if level == depth else f"categories of depth {level + 1}"
+            raise DataError(
+                f"{need} {what} do not fit into {min(most, limit)} codes of level {level + 1}; "
+                "use a deeper category tree, or give larger sizes or a larger limit"
+            )
+    return SemanticIds(list(item_ids), codes, used if sizes is None else allowed)
+
+
+def _parts(item: str, category: str | None) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in category.split(SEPARATOR.strip())) if category else ()
+    if not parts or not all(parts):
+        raise DataError(
+            f"item {item!r} has the category {category!r} where a path such as 'Kitchen{SEPARATOR}Coffee' "
+            "belongs; give every item a path, or make its IDs from its text"
+        )
+    return parts
