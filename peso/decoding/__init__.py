@@ -1,0 +1,6 @@
+"""Trie-constrained beam search: which items a model would recommend next (docs/decoding.md)."""
+
+from peso.decoding.beam import Beams, search
+from peso.decoding.ranked_items import beam_search
+
+__all__ = ["Beams", "beam_search", "search"]

@@ -1,0 +1,197 @@
+"""Trie-constrained beam search over item numbers.
+
+Knows the model, the trie and item rows; knows nothing of item ids, files or metrics. The prompt of a user is
+computed once; beams are extra positions behind it, each of which sees the prompt, its own ancestors and
+itself, so a beam that splits or dies costs no copy and no reordering. After the last code nothing is
+computed, and no end token is asked for: an item is complete when its codes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peso.decoding.filters import NodeFilter
+from peso.decoding.prompt import Opening, run_prompts
+from peso.decoding.scores import level_log_probabilities
+from peso.decoding.trie_step import Selection, TrieTensors, select
+from peso.errors import BackboneError
+from peso.items.trie import ItemTrie
+from peso.model.generative import GenerativeModel
+
+BEAMS_AT_ONCE = 4096  # over all users of a batch; bounds the memory of searches with hundreds of beams
+
+
+@dataclass(frozen=True)
+class Beams:
+    """The best semantic IDs of each user, best first.
+
+    leaves: int64 (users, beams), leaves of the catalogue's trie, -1 where fewer exist.
+    scores: float32 (users, beams), log-probability of the codes under the model's ``loss_vocabulary``; -inf
+        where there is no leaf.
+    """
+
+    leaves: np.ndarray
+    scores: np.ndarray
+
+
+@torch.no_grad()
+def search(
+    model: GenerativeModel,
+    histories: Sequence[np.ndarray],
+    *,
+    beams: int = 10,
+    batch_size: int = 64,
+    exclude: Sequence[np.ndarray] | None = None,
+    allow: np.ndarray | Sequence[np.ndarray] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Beams:
+    """The ``beams`` best semantic IDs that may follow each history.
+
+    Equal to Transformers' constrained beam search on the same model (docs/decoding.md). Users are computed
+    together in the order of their prompts' lengths, which changes no result but the rounding.
+
+    Args:
+        histories: int item rows of each user, oldest first (may be none); the last ``window`` are read.
+        beams: how many partial IDs of a user survive each level.
+        batch_size: how many users are computed together, at most.
+        exclude: per user item rows that may not come back.
+        allow: item rows that alone may come back: one array for all users, or a sequence of one per user.
+        on_progress: called with the number of users done so far.
+
+    Raises:
+        BackboneError: the model's log-probabilities are not numbers.
+        ValueError: arguments of different length, or no beams.
+    """
+    if beams < 1 or batch_size < 1:
+        raise ValueError(f"beams ({beams}) and batch_size ({batch_size}) must be at least 1")
+    catalogue = _Catalogue.of(model.semantic_ids.trie, model.semantic_ids.codes, allow)
+    own = None if allow is None or isinstance(allow, np.ndarray) else allow
+    for name, lists in (("exclude", exclude), ("allow", own)):
+        if lists is not None and len(lists) != len(histories):
+            raise ValueError(f"{name} has {len(lists)} lists for {len(histories)} histories")
+
+    leaves = np.full((len(histories), beams), -1, dtype=np.int64)
+    scores = np.full((len(histories), beams), -np.inf, dtype=np.float32)
+    if not len(histories) or catalogue is None:
+        return Beams(leaves, scores)
+
+    window = model.layout.window
+    prompts = [
+        model.layout.prompt(model.item_token_ids(np.asarray(history[-window:], dtype=np.int64)))
+        for history in histories
+    ]
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")[::-1]
+    together = min(batch_size, max(1, BEAMS_AT_ONCE // beams))
+    was_training = model.training
+    model.eval()
+    try:
+        # a pass of its own pays only where several users share it
+        opening = Opening.of(model) if len(prompts) > 1 else Opening(0, [])
+        for start in range(0, len(order), together):
+            users = order[start : start + together]
+            admitted = catalogue.filter(
+                None if exclude is None else [exclude[u] for u in users],
+                None if own is None else [own[u] for u in users],
+            )
+            found = _search_batch(
+                model, catalogue.trie, [prompts[u] for u in users], opening, beams, admitted
+            )
+            width = found.leaves.shape[1]
+            leaves[users, :width] = catalogue.leaves(found.leaves)
+            scores[users, :width] = found.scores
+            if on_progress is not None:
+                on_progress(min(start + together, len(order)))
+    finally:
+        model.train(was_training)
+    return Beams(leaves, scores)
+
+
+def _search_batch(
+    model: GenerativeModel,
+    catalogue: ItemTrie,
+    prompts: Sequence[np.ndarray],
+    opening: Opening,
+    beams: int,
+    admitted: NodeFilter | None,
+) -> Beams:
+    device, users = model.device, len(prompts)
+    trie = TrieTensors.of(catalogue, device)
+    admitted = None if admitted is None else admitted.to(device)
+    widths = [min(beams, nodes) for nodes in catalogue.nodes]
+    prompted = run_prompts(model, prompts, opening, room=sum(widths[:-1]))
+
+    hidden = prompted.last.unsqueeze(1)  # (users, beams, width)
+    seen = prompted.visible.unsqueeze(1)  # (users, beams, tokens in the cache)
+    step = Selection.root(users, device)
+    for level, width in enumerate(widths):
+        if level:
+            seen = _extend(seen, step.parents)
+            ids = model.vocabulary.first_id + model.vocabulary.offsets[level - 1] + step.codes
+            positions = (prompted.lengths + level - 1).unsqueeze(1).expand_as(ids)
+            hidden = model.hidden(ids, seen.unsqueeze(1), positions, prompted.cache)
+        log_probabilities = level_log_probabilities(model, hidden, level)
+        step = select(trie, level, step.nodes, step.scores, log_probabilities, width, admitted)
+    result = Beams(step.nodes.cpu().numpy(), step.scores.cpu().numpy())
+    if not np.isfinite(result.scores[result.leaves >= 0]).all():
+        raise BackboneError(
+            "the model's log-probabilities are not finite: its weights or precision are broken"
+        )
+    return result
+
+
+def _extend(seen: Tensor, parents: Tensor) -> Tensor:
+    """What new beams see: what their parents saw, and themselves. bool (users, beams, tokens + beams)."""
+    ancestors = seen.gather(1, parents.unsqueeze(-1).expand(-1, -1, seen.shape[-1]))
+    itself = torch.eye(parents.shape[1], dtype=torch.bool, device=seen.device)
+    return torch.cat([ancestors, itself.expand(len(seen), -1, -1)], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Catalogue:
+    """The trie that is searched: all items, or those that all users are confined to."""
+
+    trie: ItemTrie
+    rows: np.ndarray | None  # int64, sorted: item rows of a confined catalogue; None for all
+    leaf_of: np.ndarray  # int32: leaf of each item row in the trie of all items
+
+    @classmethod
+    def of(
+        cls, full: ItemTrie, codes: np.ndarray, allow: np.ndarray | Sequence[np.ndarray] | None
+    ) -> _Catalogue | None:
+        """None where all users are confined to nothing."""
+        if not isinstance(allow, np.ndarray):
+            return cls(full, None, full.leaf_of)
+        rows = np.unique(allow)
+        # rows stay sorted, so the rule for shared IDs holds in the confined trie too
+        return cls(ItemTrie.build(codes[rows]), rows, full.leaf_of) if len(rows) else None
+
+    def leaves(self, found: np.ndarray) -> np.ndarray:
+        """Leaves of this trie as leaves of the trie of all items, -1 kept."""
+        if self.rows is None:
+            return found
+        first_items = self.trie.items[self.trie.item_starts[np.maximum(found, 0)]]
+        return np.where(found < 0, -1, self.leaf_of[self.rows[first_items]])
+
+    def filter(self, exclude: list[np.ndarray] | None, allow: list[np.ndarray] | None) -> NodeFilter | None:
+        """What each user of a batch may enter."""
+        if allow is not None:
+            if exclude is not None:
+                allow = [np.setdiff1d(a, e) for a, e in zip(allow, exclude, strict=True)]
+            return NodeFilter.only(self.trie, allow)
+        if exclude is None:
+            return None
+        if self.rows is not None:
+            exclude = [_places(rows, self.rows) for rows in exclude]
+        return NodeFilter.without(self.trie, exclude)
+
+
+def _places(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Where in a sorted array those of these rows stand that occur in it."""
+    place = np.searchsorted(among, rows)
+    place, rows = place[place < len(among)], rows[place < len(among)]
+    return place[among[place] == rows]
