@@ -64,8 +64,12 @@ def category_path_ids(
         raise DataError(f"paths of depth {depth} give {len(used)} levels; sizes are given for {len(allowed)}")
     for level, (need, most) in enumerate(zip(used, allowed, strict=True)):
         if need > min(most, limit):
-            leaf = SEPARATOR.join(max(filled, key=filled.__getitem__))
-            what = f"items in {leaf!r}" if level == depth else f"categories of depth {level + 1}"
+            fullest = max(filled, key=filled.__getitem__)
+            what = (
+                f"items in {SEPARATOR.join(fullest)!r}"
+                if level == depth
+                else f"categories of depth {level + 1}"
+            )
             raise DataError(
                 f"{need} {what} do not fit into {min(most, limit)} codes of level {level + 1}; "
                 "use a deeper category tree, or give larger sizes or a larger limit"
