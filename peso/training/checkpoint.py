@@ -1,0 +1,109 @@
+"""What a stage in training needs to go on after any interruption, bit for bit.
+
+Knows tensors, positions and files; knows nothing of losses or strategies. Everything random in training is a
+function of seed, stage and position, so positions and tensors are all that has to be kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peso.durable import write_atomically
+from peso.errors import TrainingError
+
+FILE = "checkpoint.pt"
+
+
+class Checkpoint:
+    """The newest state of one stage in training, in one file of a directory.
+
+    Args:
+        directory: made if absent.
+        digest: of everything that determines the training; a state with another digest is refused.
+    """
+
+    def __init__(self, directory: Path, digest: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / FILE
+        self.digest = digest
+
+    def save(self, **state: Any) -> None:
+        """Replace the file: after a crash there is the old state or the new one, never a mixture."""
+        buffer = io.BytesIO()
+        torch.save({"digest": self.digest, **state}, buffer)
+        write_atomically(self.path, buffer.getvalue())
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, tensors on the CPU; None where there is none.
+
+        Raises:
+            TrainingError: a damaged file, or one from a training with other settings, data or start.
+        """
+        if not self.path.exists():
+            return None
+        again = f"remove {self.path} to train this stage from its start"
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{self.path} cannot be read ({error}); {again}") from None
+        if state.pop("digest", None) != self.digest:
+            raise TrainingError(
+                f"{self.path} is from a training with other settings, data or starting weights; {again}, "
+                "or put the old settings back"
+            )
+        return state
+
+
+class TrainingLog:
+    """``log.jsonl``: one JSON object a line, each on disk's way as soon as it is written.
+
+    Args:
+        keep: bytes to keep of an existing file: what was logged up to the checkpoint.
+
+    Raises:
+        TrainingError: the file is shorter than the checkpoint says.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep:
+            raise TrainingError(
+                f"{path} holds {size} bytes, but training went on for {keep}: it was cut or removed. "
+                "Remove the stage's checkpoint to train it from its start"
+            )
+        self._file = path.open("ab")
+        self._file.truncate(keep)
+
+    def write(self, **record: Any) -> None:
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force everything to disk; returns the length in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, formats, shapes and contents."""
+    result = hashlib.sha256()
+    for name, tensor in tensors.items():
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()

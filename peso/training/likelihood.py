@@ -1,0 +1,170 @@
+"""How likely a model finds the next items that users chose: the training loss and log-probabilities.
+
+Knows packed tokens and the model's probabilities; knows nothing of optimisers, stages or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peso.events.histories import Cases
+from peso.items.trie import ItemTrie
+from peso.model.generative import GenerativeModel
+from peso.model.head import token_log_probabilities
+from peso.training.batches import Packed, Piece, lay_out, pack
+
+SCORING_ROW_TOKENS = 512
+SCORING_PASS_TOKENS = 4096  # no gradients are kept, so passes may be larger than in training
+
+
+def predicts_end(model: GenerativeModel) -> bool:
+    """Whether the layout's end token is a target: under ``full`` it competes, elsewhere it is certain."""
+    return model.loss_vocabulary == "full"
+
+
+def target_states(model: GenerativeModel, packed: Packed) -> Tensor:
+    """(target tokens, width): the hidden state that predicts each target token of packed rows."""
+    hidden = model.hidden(packed.ids, packed.visible, packed.positions)
+    # index_select rather than indexing: several targets may share a state (the root's), and the gradient of
+    # index_select adds those up in a fixed order
+    return hidden.flatten(0, 1).index_select(0, packed.states)
+
+
+def target_token_log_probabilities(
+    model: GenerativeModel, packed: Packed, temperature: float = 1.0
+) -> Tensor:
+    """float32 (target tokens,): log-probability of each target token of packed rows.
+
+    The loss of a training step is minus their mean over the batch, as the ``Trainer`` of Transformers
+    averages: over target tokens, the end token among them where it is predicted.
+    """
+    return token_log_probabilities(model, target_states(model, packed), packed.targets, temperature)
+
+
+@torch.no_grad()
+def validation_loss(model: GenerativeModel, cases: Cases, temperature: float = 1.0) -> float:
+    """The training loss over all cases at once: minus the mean log-probability of their target tokens."""
+    total, tokens = 0.0, 0
+    for _, packed in _passes(model, cases, SCORING_PASS_TOKENS, predict_end=predicts_end(model)):
+        scores = target_token_log_probabilities(model, packed, temperature)
+        total -= float(scores.double().sum())
+        tokens += len(scores)
+    return total / tokens
+
+
+@torch.no_grad()
+def target_log_probabilities(
+    model: GenerativeModel,
+    cases: Cases,
+    batch_tokens: int = SCORING_PASS_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Log-probability of each case's target: the sum over the tokens of its semantic ID, end token left out.
+
+    Temperature 1, normalised as the model's ``loss_vocabulary`` says.
+
+    Args:
+        batch_tokens: tokens in one forward pass.
+        on_progress: called with the number of cases done.
+
+    Returns:
+        float32 (cases,).
+    """
+
+    def score(packed: Packed) -> Tensor:
+        return target_token_log_probabilities(model, packed)
+
+    return _per_case(model, cases, batch_tokens, on_progress, score)
+
+
+@torch.no_grad()
+def trie_log_likelihood(
+    model: GenerativeModel,
+    cases: Cases,
+    batch_tokens: int = SCORING_PASS_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Log-probability of each case's target among the items that exist.
+
+    At every level the probabilities of the codes that continue the target's path to some item of the
+    catalogue are renormalised to one, at temperature 1. What other tokens would have got plays no part, so
+    models trained with different ``loss_vocabulary`` compare.
+
+    Returns:
+        float32 (cases,).
+    """
+    trie, levels = model.semantic_ids.trie, model.semantic_ids.levels
+    sizes = model.vocabulary.sizes
+
+    def score(packed: Packed) -> Tensor:
+        states = target_states(model, packed).unflatten(0, (-1, levels))  # (n, levels, width)
+        numbers = (packed.targets - model.vocabulary.first_id).view(-1, levels)
+        codes = numbers - model.vocabulary.offsets  # (n, levels)
+        steps = []
+        for level, allowed in enumerate(_continuations(trie, codes.cpu().numpy(), sizes)):
+            logits = model.semantic_logits(states[:, level], level)
+            logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+            steps.append(logits.log_softmax(-1).gather(-1, codes[:, level : level + 1]))
+        return torch.cat(steps, dim=-1).flatten()
+
+    return _per_case(model, cases, batch_tokens, on_progress, score)
+
+
+def _continuations(trie: ItemTrie, codes: np.ndarray, sizes: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Level by level bool (n, codes of the level): which codes continue each path to some item.
+
+    codes: int (n, levels), paths that exist.
+    """
+    node = np.zeros(len(codes), dtype=np.int64)  # the root, from which every path starts
+    for level, size in enumerate(sizes):
+        begin, stop = trie.starts[level][node], trie.starts[level][node + 1]
+        counts = stop - begin
+        path = np.repeat(np.arange(len(codes)), counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        child = np.arange(len(path)) - first + np.repeat(begin, counts)
+        allowed = np.zeros((len(codes), size), dtype=bool)
+        allowed[path, trie.codes[level][child]] = True
+        yield allowed
+        node = child[trie.codes[level][child] == codes[path, level]]  # one child of each path
+
+
+def _per_case(
+    model: GenerativeModel,
+    cases: Cases,
+    batch_tokens: int,
+    on_progress: Callable[[int], None] | None,
+    score: Callable[[Packed], Tensor],
+) -> np.ndarray:
+    result = np.zeros(len(cases), dtype=np.float32)
+    done = 0
+    for rows, packed in _passes(model, cases, batch_tokens, predict_end=False):
+        # (tokens of the pass,) → per case; the tokens of one case stand together, in order
+        sums = score(packed).float().view(-1, model.semantic_ids.levels).sum(-1)
+        result[rows[packed.owners[:: model.semantic_ids.levels].cpu().numpy()]] = sums.cpu().numpy()
+        done += len(sums)
+        if on_progress is not None:
+            on_progress(done)
+    return result
+
+
+def _passes(
+    model: GenerativeModel, cases: Cases, pass_tokens: int, *, predict_end: bool
+) -> Iterator[tuple[np.ndarray, Packed]]:
+    """Cases of similar length together, at most about ``pass_tokens`` a pass: their numbers and tokens."""
+    layout = model.layout
+    by_length = np.argsort([-len(history) for history in cases.histories], kind="stable")
+    rows: list[int] = []
+    pieces: list[Piece] = []
+    for place, row in enumerate(by_length.tolist(), 1):
+        history = cases.histories[row][-layout.window :]
+        items = model.item_token_ids(np.append(history, cases.targets[row]))
+        rows.append(row)
+        pieces.append(lay_out(layout, items, len(history), predict_end=predict_end))
+        if sum(map(len, pieces)) >= pass_tokens or place == len(cases):
+            for packed in pack(pieces, layout.prefix, SCORING_ROW_TOKENS, pass_tokens):
+                yield np.array(rows), packed.to(model.device)
+            rows, pieces = [], []

@@ -1,0 +1,393 @@
+"""The training of one stage: batches, gradients, steps, validation, the best epoch.
+
+Knows models, sequences, a strategy's hooks and the files of a stage in training; knows nothing of workspaces,
+predictions or metrics. Reads top to bottom; every random choice is a function of (seed, stage, position).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from transformers import get_scheduler
+
+from peso.config import TrainingConfig
+from peso.continual.hooks import StageContext, Strategy
+from peso.durable import digest
+from peso.errors import TrainingError
+from peso.events.histories import Cases, TargetSequence
+from peso.model.adapter import adapter_parameters
+from peso.model.generative import GenerativeModel
+from peso.training.batches import Packed, cut, lay_out, pack, plan_epoch
+from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
+from peso.training.likelihood import predicts_end, target_token_log_probabilities, validation_loss
+from peso.training.precision import Precision, peak_memory
+
+ROW_TOKENS = 512
+PASS_TOKENS = {"cpu": 512, "cuda": 16384}  # a CPU gains nothing from more, and activations grow with it
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after a step. ``epoch`` and ``step`` count from 1."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What the training of a stage came to.
+
+    ``training_losses``, ``validation_losses``: nats per target token, one value an epoch (the first is the
+    mean over the epoch's steps, measured while it learnt). ``best_epoch`` counts from 1. ``seconds``: time
+    at work, over all interruptions, validation included. ``targets_per_second``, ``tokens_per_second``:
+    without validation. ``peak_memory``: bytes, of the process on the CPU, of the device on a GPU.
+    """
+
+    training_losses: list[float]
+    validation_losses: list[float]
+    best_epoch: int
+    steps: int
+    targets: int
+    tokens: int
+    seconds: float
+    targets_per_second: float
+    tokens_per_second: float
+    peak_memory: int
+
+
+class StagePlan:
+    """All batches of a stage, fixed before it starts. ``len(plan)`` is the number of optimiser steps.
+
+    Args:
+        sequences: the stage's training targets with what came before them.
+        window: of the layout.
+        settings: epochs, batch size and greatest number of steps.
+        seed, stage: fix the order of every epoch.
+
+    Raises:
+        TrainingError: no targets.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[TargetSequence],
+        window: int,
+        settings: TrainingConfig,
+        seed: int,
+        stage: int,
+    ) -> None:
+        self.sequences = sequences
+        self.chunks = cut(sequences, window, settings.batch_size)
+        if not self.chunks:
+            raise TrainingError(
+                f"stage {stage} has no training targets: no user has three items in it. "
+                "Leave the stage out, or use fewer stages"
+            )
+        targets = np.array([chunk.targets for chunk in self.chunks])
+        epochs = (plan_epoch(targets, settings.batch_size, (seed, stage, e)) for e in range(settings.epochs))
+        steps = [(epoch, batch) for epoch, batches in enumerate(epochs) for batch in batches]
+        self._steps = steps[: settings.max_steps]
+        self.epochs = self._steps[-1][0] + 1
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, both from 0."""
+        return self._steps[step][0]
+
+    def ends_epoch(self, step: int) -> bool:
+        return step + 1 == len(self) or self.epoch(step + 1) != self.epoch(step)
+
+    def batch(self, step: int, model: GenerativeModel) -> list[Packed]:
+        """The tokens of a step, one entry a forward pass, on the model's device."""
+        pieces = []
+        for chunk in (self.chunks[i] for i in self._steps[step][1]):
+            items = model.item_token_ids(self.sequences[chunk.sequence].items[chunk.start : chunk.stop])
+            first = chunk.first - chunk.start
+            pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
+        passes = pack(pieces, model.layout.prefix, ROW_TOKENS, PASS_TOKENS[model.device.type])
+        return [packed.to(model.device) for packed in passes]
+
+    def targets(self, step: int) -> int:
+        return sum(self.chunks[i].targets for i in self._steps[step][1])
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the tensors of model, optimiser and schedule."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # at work, validation included
+    step_seconds: float = 0.0
+    targets: int = 0
+    tokens: int = 0
+    epoch_loss: float = 0.0  # Σ loss · targets over the steps of the epoch so far
+    epoch_targets: int = 0
+    logged: int = 0  # bytes of log.jsonl
+    training_losses: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
+
+
+def train_stage(
+    model: GenerativeModel,
+    sequences: Sequence[TargetSequence],
+    validation: Cases,
+    settings: TrainingConfig,
+    *,
+    stage: int,
+    learning_rate: float,
+    strategy: Strategy,
+    seed: int,
+    directory: Path,
+    log: Path,
+    on_progress: Callable[[Progress], None] | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> StageResult:
+    """Train everything of the model that requires a gradient; leave it as it was after its best epoch.
+
+    The loss of a step is the mean negative log-probability over the target tokens of its batch (end token
+    included where it is predicted), as the ``Trainer`` of Transformers computes it; the gradient of the
+    strategy's penalty is added to its gradient. AdamW; weight decay on matrices only. Interrupted anywhere
+    and called again with the same arguments and the same starting weights, it goes on at its newest
+    checkpoint and ends with the same parameters, bit for bit, as if it had not been interrupted.
+
+    Args:
+        model: on its device; what is to be learnt requires a gradient and is float32.
+        sequences, validation: the stage's targets, and the cases that pick the best epoch.
+        stage: its number; with ``seed`` it fixes the order of the batches and what dropout drops.
+        learning_rate: the highest of the schedule.
+        strategy: its ``begin`` sees the model first, its ``end`` once the best epoch is back.
+        directory: where the checkpoint of this training lives; made if absent.
+        log: ``log.jsonl``, a line a step and a line an epoch.
+        on_progress: called after every step.
+        checkpoint_seconds: least time between two checkpoints within an epoch.
+
+    Raises:
+        TrainingError: no targets or nothing trainable, a loss or gradient that is not finite (the
+            parameters are then as before that step), or a checkpoint of another training.
+    """
+    plan = StagePlan(sequences, model.layout.window, settings, seed, stage)
+    validation = _sample(validation, settings.validation_cases, (seed, stage))
+    precision = Precision.of(settings.precision, str(model.device))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise TrainingError("no parameter of the model requires a gradient: there is nothing to train")
+    parameters = list(trained.values())
+    adapter = [p for p in adapter_parameters(model.backbone).values() if p.requires_grad]
+    optimizer = torch.optim.AdamW(_groups(parameters, settings.weight_decay), lr=learning_rate)
+    schedule = get_scheduler(
+        "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        optimizer,
+        num_warmup_steps=math.ceil(settings.warmup * len(plan)),
+        num_training_steps=len(plan),
+    )
+
+    context = StageContext(stage, model.backbone, len(plan))
+    strategy.begin(context)
+    determined_by = digest(
+        settings.model_dump(),
+        (learning_rate, seed, stage, type(strategy).__name__),
+        asdict(model.layout),
+        model.loss_vocabulary,
+        _data_digest(model, sequences, validation),
+        fingerprint(trained),
+    )
+    checkpoint = Checkpoint(directory, determined_by)
+    state, best = _State(), dict[str, Tensor]()
+    if (saved := checkpoint.load()) is not None:
+        state, best = _State(**saved["state"]), saved["best"]
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        _put(trained, saved["trained"])
+
+    was_training = model.training
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with (
+        TrainingLog(log, state.logged) as records,
+        torch.random.fork_rng(gpus),
+        disable_input_dtype_casting(model, precision.mixed),
+    ):
+        saved_at = clock = time.monotonic()
+        for step in range(state.step, len(plan)):
+            model.train()
+            torch.manual_seed(_number(seed, stage, step))  # what dropout draws from
+            passes = plan.batch(step, model)
+            loss = _backward(model, passes, settings.temperature, precision)
+            gradient_norm = _norm(adapter)
+            penalty, penalty_norm = _add_penalty(strategy.penalty(context), parameters)
+            _check_finite(step, loss + penalty, trained)
+            clip_grad_norm_(parameters, settings.max_grad_norm)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            strategy.after_step(context, rate)
+            schedule.step()
+            optimizer.zero_grad()
+
+            seconds, clock = time.monotonic() - clock, time.monotonic()
+            targets, tokens = plan.targets(step), sum(packed.tokens for packed in passes)
+            state.step += 1
+            state.seconds += seconds
+            state.step_seconds += seconds
+            state.targets += targets
+            state.tokens += tokens
+            state.epoch_loss += loss * targets
+            state.epoch_targets += targets
+            epoch = plan.epoch(step) + 1
+            records.write(
+                epoch=epoch,
+                step=state.step,
+                loss=loss,
+                penalty=penalty,
+                gradient_norm=gradient_norm,
+                penalty_gradient_norm=penalty_norm,
+                learning_rate=rate,
+                targets=targets,
+                tokens=tokens,
+                tokens_per_second=tokens / seconds,
+            )
+            if on_progress is not None:
+                speed = state.tokens / state.step_seconds
+                left = state.seconds / state.step * (len(plan) - state.step)
+                on_progress(Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left))
+
+            if plan.ends_epoch(step):
+                model.eval()
+                with precision.products():
+                    validated = validation_loss(model, validation, settings.temperature)
+                if not math.isfinite(validated):
+                    raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")
+                if validated < min(state.validation_losses, default=math.inf):
+                    best = {name: p.detach().cpu().clone() for name, p in trained.items()}
+                state.validation_losses.append(validated)
+                state.training_losses.append(state.epoch_loss / state.epoch_targets)
+                state.epoch_loss, state.epoch_targets = 0.0, 0
+                seconds, clock = time.monotonic() - clock, time.monotonic()
+                state.seconds += seconds
+                losses = {"training_loss": state.training_losses[-1], "validation_loss": validated}
+                records.write(epoch=epoch, step=state.step, **losses)
+            if plan.ends_epoch(step) or time.monotonic() - saved_at >= checkpoint_seconds:
+                state.logged = records.sync()
+                checkpoint.save(
+                    state=asdict(state),
+                    trained=trained,
+                    best=best,
+                    optimizer=optimizer.state_dict(),
+                    schedule=schedule.state_dict(),
+                )
+                saved_at = time.monotonic()
+
+    _put(trained, best)
+    model.train(was_training)
+    strategy.end(context)
+    return StageResult(
+        training_losses=state.training_losses,
+        validation_losses=state.validation_losses,
+        best_epoch=int(np.argmin(state.validation_losses)) + 1,
+        steps=state.step,
+        targets=state.targets,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        targets_per_second=state.targets / state.step_seconds,
+        tokens_per_second=state.tokens / state.step_seconds,
+        peak_memory=peak_memory(model.device),
+    )
+
+
+def _backward(
+    model: GenerativeModel, passes: list[Packed], temperature: float, precision: Precision
+) -> float:
+    """Gradients of the loss of one batch into the parameters; returns the loss."""
+    count = sum(len(packed.targets) for packed in passes)
+    total = 0.0
+    for packed in passes:
+        with precision.products():
+            loss = -target_token_log_probabilities(model, packed, temperature).sum() / count
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _add_penalty(penalty: Tensor | None, parameters: list[nn.Parameter]) -> tuple[float, float]:
+    """Add the gradient of a strategy's penalty to the parameters'; returns its value and gradient norm."""
+    if penalty is None:
+        return 0.0, 0.0
+    found = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    gradients = [gradient for gradient in found if gradient is not None]
+    held = []
+    for p, gradient in zip(parameters, found, strict=True):
+        if gradient is not None:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            held.append(p.grad)
+    torch._foreach_add_(held, gradients)  # one fused operation for hundreds of small tensors
+    return float(penalty.detach()), float(get_total_norm(gradients))
+
+
+def _norm(parameters: list[nn.Parameter]) -> float | None:
+    """Norm of the gradients over the adapter; None where there is no adapter."""
+    return float(get_total_norm([p.grad for p in parameters if p.grad is not None])) if parameters else None
+
+
+_CURE = "lower training.learning_rate, or set training.precision: float32"
+
+
+def _check_finite(step: int, loss: float, trained: Mapping[str, Tensor]) -> None:
+    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    if math.isfinite(loss) and math.isfinite(float(get_total_norm(gradients.values()))):
+        return
+    broken = next((name for name, g in gradients.items() if not bool(g.isfinite().all())), None)
+    where = "in every parameter's gradient that is not zero" if broken is None else f"first in {broken}"
+    raise TrainingError(f"step {step + 1}: the loss is {loss}, gradients not finite {where}; {_CURE}")
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay; biases and the scales of norms do not, as usual for AdamW."""
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _sample(cases: Cases, most: int | None, seed: tuple[int, ...]) -> Cases:
+    if most is None or most >= len(cases):
+        return cases
+    return cases.take(np.sort(np.random.default_rng(seed).choice(len(cases), most, replace=False)))
+
+
+def _number(*values: int) -> int:
+    """A seed from several whole numbers."""
+    return int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0])
+
+
+@torch.no_grad()
+def _put(trained: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, p in trained.items():
+        p.copy_(values[name])
+
+
+def _data_digest(model: GenerativeModel, sequences: Sequence[TargetSequence], validation: Cases) -> str:
+    """Of the tokens trained on and validated with, in order."""
+    result = hashlib.sha256()
+    for sequence in sequences:
+        result.update(model.item_token_ids(sequence.items).tobytes())
+        result.update(sequence.first_target.to_bytes(8))
+    for history, target in zip(validation.histories, validation.targets, strict=True):
+        result.update(model.item_token_ids(np.append(history, target)).tobytes())
+    return result.hexdigest()

@@ -1,0 +1,73 @@
+"""Which device and number formats a run uses.
+
+Knows the words of the configuration and what the machine offers; knows nothing of models or loops.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from peso.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Device and number formats of a run.
+
+    What is trained is always kept in float32: adapter, vocabulary rows, optimiser state, a backbone trained
+    whole. ``frozen`` is the format of the frozen weights, ``compute`` that of the matrix products.
+    """
+
+    device: torch.device
+    frozen: torch.dtype
+    compute: torch.dtype
+
+    @classmethod
+    def of(cls, precision: str, device: str) -> Precision:
+        """``float32``: all of it. ``bfloat16``: frozen weights and products in bfloat16. ``auto``: float32 on
+        the CPU; on a GPU that has bfloat16, weights in float32 and products in bfloat16.
+
+        ``device`` is a name of torch's or ``auto``: the GPU if there is one.
+
+        Raises:
+            TrainingError: an unknown device, or one that this machine does not have.
+        """
+        chosen = _device(device)
+        if precision == "bfloat16":
+            return cls(chosen, torch.bfloat16, torch.bfloat16)
+        mixed = precision == "auto" and chosen.type == "cuda" and torch.cuda.is_bf16_supported()
+        return cls(chosen, torch.float32, torch.bfloat16 if mixed else torch.float32)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products are computed in another format than float32."""
+        return self.compute != torch.float32
+
+    def products(self) -> AbstractContextManager[object]:
+        """The context in which a forward pass runs."""
+        return torch.autocast(self.device.type, dtype=self.compute) if self.mixed else nullcontext()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise TrainingError(f"training.device {name!r} cannot be used: {cause}; try auto or cpu") from None
+    return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most that was allocated on a GPU, or most that this process has occupied on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,210 @@
+"""A user's targets share one pass over their history, and nothing about the losses changes.
+
+The reference here shares no code with the packing: one example per target, its prompt written out, the
+backbone's plain causal forward, embeddings and head put together by hand, a softmax over the whole row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peso.events.histories import TargetSequence
+from peso.model.adapter import add_adapter, adapter_parameters
+from peso.model.generative import GenerativeModel
+from peso.training.batches import Packed, cut, lay_out, pack
+from peso.training.likelihood import predicts_end, target_token_log_probabilities
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def with_adapter(model: GenerativeModel) -> GenerativeModel:
+    """A LoRA adapter without dropout whose B is not zero, so that every matrix has a gradient."""
+    model.backbone = add_adapter(model.backbone, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter_parameters(model.backbone).values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.train()
+
+
+def random_sequences(seed: int, count: int, longest: int, items: int = 50) -> list[TargetSequence]:
+    generator = np.random.default_rng(seed)
+    result = []
+    for number in range(count):
+        length = int(generator.integers(1, longest + 1))
+        first = int(generator.integers(0, length))
+        rows = generator.integers(0, items, length).astype(np.int32)
+        result.append(TargetSequence(f"user{number}", rows, first))
+    return result
+
+
+def packed_batch(
+    model: GenerativeModel, sequences: list[TargetSequence], row_tokens: int, pass_tokens: int, most: int = 8
+) -> list[Packed]:
+    pieces = [
+        lay_out(
+            model.layout,
+            model.item_token_ids(sequences[c.sequence].items[c.start : c.stop]),
+            c.first - c.start,
+            predict_end=predicts_end(model),
+        )
+        for c in cut(sequences, model.layout.window, most)
+    ]
+    return pack(pieces, model.layout.prefix, row_tokens, pass_tokens)
+
+
+def packed_loss(model: GenerativeModel, passes: list[Packed], temperature: float = 0.8) -> Tensor:
+    scores = [target_token_log_probabilities(model, packed, temperature) for packed in passes]
+    return -torch.cat(scores).mean()
+
+
+def separate_loss(
+    model: GenerativeModel, sequences: list[TargetSequence], temperature: float = 0.8
+) -> Tensor:
+    """The mean over all target tokens, one example per target, nothing shared."""
+    causal_lm, vocabulary, layout = model.causal_lm, model.vocabulary, model.layout
+    words = causal_lm.get_input_embeddings().weight
+    table = torch.cat([words[: vocabulary.first_id], vocabulary.input_rows])
+    head = torch.cat(
+        [causal_lm.get_output_embeddings().weight[: vocabulary.first_id], vocabulary.output_rows]
+    )
+    starts = [vocabulary.first_id + int(o) for o in vocabulary.offsets] + [
+        vocabulary.first_id + len(vocabulary)
+    ]
+    losses = []
+    for sequence in sequences:
+        for t in range(sequence.first_target, len(sequence.items)):
+            history = model.item_token_ids(sequence.items[max(0, t - layout.window) : t])
+            prompt = layout.prompt(history.reshape(-1, vocabulary.levels))
+            target = model.item_token_ids(sequence.items[t])
+            ids = np.concatenate([prompt, target, layout.end]).astype(np.int64)
+            hidden = causal_lm.model(inputs_embeds=table[torch.from_numpy(ids)].unsqueeze(0))[0][0]
+            logits = hidden @ head.T / temperature
+            for place in range(len(prompt), len(ids)):
+                token, level = int(ids[place]), place - len(prompt)
+                row = logits[place - 1]
+                if model.loss_vocabulary == "full":
+                    losses.append(-row.log_softmax(0)[token])
+                elif level < vocabulary.levels:
+                    first, last = starts[0], starts[-1]
+                    if model.loss_vocabulary == "level":
+                        first, last = starts[level], starts[level + 1]
+                    losses.append(-row[first:last].log_softmax(0)[token - first])
+    return torch.stack(losses).mean()
+
+
+def gradients(model: GenerativeModel, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(
+        *((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True
+    )
+    found = torch.autograd.grad(loss, parameters)
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["stream", "instruct"])
+@pytest.mark.parametrize("loss_vocabulary", ["full", "semantic", "level"])
+def test_losses_and_gradients_equal_those_of_separate_examples(
+    make_model: Callable[..., GenerativeModel], layout: str, loss_vocabulary: str
+) -> None:
+    model = with_adapter(make_model(layout, loss_vocabulary, window=20))
+    sequences = random_sequences(seed=3, count=6, longest=9)
+    shared = packed_loss(model, packed_batch(model, sequences, row_tokens=512, pass_tokens=512))
+    separate = separate_loss(model, sequences)
+    torch.testing.assert_close(shared, separate, rtol=1e-5, atol=1e-5)
+    ours, theirs = gradients(model, shared), gradients(model, separate)
+    assert len(ours) == 2 * 2 * len(TARGETS) + 2  # A and B in two layers, input and output rows
+    for name, gradient in theirs.items():
+        assert gradient.norm() > 1e-4, name  # a comparison of zeros would show nothing
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("layout", ["stream", "instruct"])
+def test_a_history_of_exactly_the_window_is_exact_and_a_longer_one_is_not(
+    make_model: Callable[..., GenerativeModel], layout: str
+) -> None:
+    model = with_adapter(make_model(layout, "semantic", window=5))
+    items = np.arange(7, dtype=np.int32)
+    for length, exact in ((6, True), (7, False)):  # the last target sees 5 items, and 6
+        sequences = [TargetSequence("user", items[:length], 0)]
+        shared = packed_loss(model, packed_batch(model, sequences, 512, 512))
+        difference = abs(shared.item() - separate_loss(model, sequences).item())
+        assert (difference < 1e-5) is exact, (length, difference)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6),
+    row_tokens=st.integers(1, 600),
+    pass_tokens=st.integers(1, 2000),
+    layout=st.sampled_from(["stream", "instruct"]),
+    data=st.data(),
+)
+def test_neither_budgets_nor_the_order_of_users_change_a_loss(
+    models: dict[str, GenerativeModel],
+    seed: int,
+    row_tokens: int,
+    pass_tokens: int,
+    layout: str,
+    data: st.DataObject,
+) -> None:
+    model = models[layout]
+    sequences = random_sequences(seed, count=5, longest=12)
+    shuffled = data.draw(st.permutations(sequences))
+    with torch.no_grad():
+        one = packed_loss(model, packed_batch(model, sequences, 4096, 4096))
+        other = packed_loss(model, packed_batch(model, shuffled, row_tokens, pass_tokens))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def models(make_model: Callable[..., GenerativeModel]) -> dict[str, GenerativeModel]:
+    return {
+        layout: with_adapter(make_model(layout, "full", window=6, layers=1))
+        for layout in ("stream", "instruct")
+    }
+
+
+@pytest.mark.parametrize("layout", ["stream", "instruct"])
+def test_a_user_never_sees_another_user_nor_the_future(
+    make_model: Callable[..., GenerativeModel], layout: str
+) -> None:
+    """Changing one item changes the losses of that user's later targets and of nothing else."""
+    model = make_model(layout, "semantic", items=50)
+    sequences = [TargetSequence(u, np.arange(i, i + 6, dtype=np.int32), 0) for i, u in enumerate("abc")]
+    changed = [*sequences]
+    changed[1] = TargetSequence("b", np.array([1, 2, 3, 40, 5, 6], dtype=np.int32), 0)
+
+    def scores(batch: list[TargetSequence]) -> Tensor:
+        (packed,) = packed_batch(model, batch, 4096, 4096)
+        values = torch.zeros(3, 6)
+        by_token = target_token_log_probabilities(model, packed).view(-1, model.vocabulary.levels)
+        owners = packed.owners[:: model.vocabulary.levels]
+        for owner in range(3):
+            values[owner] = by_token[owners == owner].sum(-1)
+        return values
+
+    with torch.no_grad():
+        moved = (scores(sequences) - scores(changed)).abs() > 1e-4
+    assert moved.tolist() == [[False] * 6, [False] * 3 + [True] * 3, [False] * 6]
+
+
+def test_a_hotter_softmax_is_a_flatter_one(make_model: Callable[..., GenerativeModel]) -> None:
+    model = make_model("stream", "full")
+    sequences = random_sequences(0, 3, 5)
+    passes = packed_batch(model, sequences, 512, 512)
+    with torch.no_grad():
+        for temperature in (0.5, 0.8, 2.0):
+            torch.testing.assert_close(
+                packed_loss(model, passes, temperature),
+                separate_loss(model, sequences, temperature),
+                rtol=1e-5,
+                atol=1e-5,
+            )
+        uniform = np.log(len(model.tokenizer) + len(model.vocabulary))
+        assert abs(float(packed_loss(model, passes, 1e6)) - uniform) < 1e-3
