@@ -89,8 +89,12 @@ def raise_if_full(error: BaseException, target: Path) -> None:
         ) from error
 
 
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
 
 
 def checksums(directory: Path) -> dict[str, str]:

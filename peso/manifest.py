@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peso.durable import checksum, checksums, write_json
+from peso.durable import checksum, checksums, json_text, write_atomically
 from peso.errors import WorkspaceError
 
 MANIFEST = "manifest.json"
@@ -18,7 +18,8 @@ MANIFEST = "manifest.json"
 
 def write_manifest(directory: Path, number: int, content: Mapping[str, Any]) -> None:
     """Write ``manifest.json`` last: ``content``, then the format's number and the files' checksums."""
-    write_json(directory / MANIFEST, {**content, "format": number, "files": checksums(directory)})
+    whole = {**content, "format": number, "files": checksums(directory)}
+    write_atomically(directory / MANIFEST, json_text(whole).encode())
 
 
 def read_manifest(directory: Path, number: int) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from peso import decoding
 from peso.durable import write_aside
 from peso.errors import DataError
 from peso.events.stream import Stream
-from peso.items.index_files import read_semantic_ids
-from peso.model.build import load_trained
 from peso.model.generative import GenerativeModel
 from peso.progress import Observer, Silent
+from peso.stages import trained_model
 from peso.workspace import Workspace
 
 ROW_GROUP = 4096  # users of `recommend_all` that are held in memory together
@@ -40,7 +39,7 @@ class Recommender:
         self.model = model
 
     @classmethod
-    def load(cls, workspace: str | Path, stage: int | None = None, device: str = "auto") -> Recommender:
+    def load(cls, workspace: str | Path, stage: int | None = None, device: str | None = None) -> Recommender:
         """Load a trained stage, the newest by default.
 
         Raises:
@@ -49,8 +48,7 @@ class Recommender:
         """
         opened = Workspace.open(workspace)
         number = opened.require_stage(stage)
-        ids = read_semantic_ids(opened.semantic_ids_directory)
-        return cls(opened, number, load_trained(opened.config, ids, opened.stage_directory(number), device))
+        return cls(opened, number, trained_model(opened, number, device))
 
     # -- answers ---------------------------------------------------------------------------------
 

@@ -171,7 +171,7 @@ class Workspace:
             handle.flush()
             yield
 
-    def scratch_directory(self, stage: int) -> Path:
+    def unfinished_directory(self, stage: int) -> Path:
         """Where an unfinished stage keeps its checkpoints; gone once the stage is committed."""
         return self.root / "stages" / f".{stage}.unfinished"
 

@@ -1,5 +1,1 @@
 """The command line. Each command parses, calls one function elsewhere and prints what came back."""
-
-from peso.cli.app import main
-
-__all__ = ["main"]

@@ -1,0 +1,313 @@
+"""What `peso run` does, step by step, resuming what is done.
+
+Knows the order of the work and which file comes from which; each step is one function on a workspace. Knows
+nothing of terminals, prompts or how a loss is computed. A step is done when its files are there:
+ingest → stream/, tokenize → semantic_ids/, learn → stages/{t}/, test → predictions and metrics in it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peso.config import changed_keys
+from peso.continual.anchor_report import anchor_report
+from peso.continual.groups import find_groups
+from peso.continual.hooks import Strategy
+from peso.continual.strategy import make_strategy
+from peso.durable import commit_directory, write_json
+from peso.errors import WorkspaceError
+from peso.events.columns import CATEGORY
+from peso.events.release import read_release
+from peso.events.simulate import write_simulation
+from peso.events.stream import Stream, stage_file, write_stream
+from peso.items.category_path import category_path_ids
+from peso.items.index_files import INDEX_FILE, write_semantic_ids
+from peso.items.semantic_ids import SemanticIds
+from peso.manifest import read_manifest, write_manifest
+from peso.model.build import has_adapter, save_stage_weights
+from peso.model.generative import GenerativeModel
+from peso.progress import Observer, Silent
+from peso.stages import backbone_fingerprint, determination, starting_model, trains_backbone
+from peso.testing import METRICS, is_tested, test
+from peso.training.loop import Progress, train_stage
+from peso.workspace import FORMAT, Workspace, provenance
+
+LOG = "log.jsonl"
+
+# -- what is left to do ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of the work: `ingest`, `tokenize`, `learn` or `test`, the last two of a stage."""
+
+    name: str
+    stage: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.stage is None else f"{self.name} stage {self.stage}"
+
+
+def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
+    """What is not done yet, in order. ``stages``: how many the stream has."""
+    if not workspace.has_stream:
+        yield Step("ingest")
+    if not workspace.has_semantic_ids:
+        yield Step("tokenize")
+    learnt = workspace.finished_stages
+    for stage in range(stages):
+        if stage not in learnt:
+            yield Step("learn", stage)
+        if workspace.config.evaluation.enabled and not is_tested(workspace, stage, stage):
+            yield Step("test", stage)
+
+
+def run(workspace: Workspace, base: Path | None = None, observer: Observer | None = None) -> None:
+    """Do everything that is not done, then write the report. The caller holds the workspace's lock.
+
+    Args:
+        base: a workspace to take stage 0 from.
+
+    Raises:
+        PesoError: see the single steps. What was finished before stays.
+    """
+    observer = observer or Silent()
+    if not workspace.has_stream:
+        ingest(workspace, observer)
+    if not workspace.has_semantic_ids:
+        tokenize(workspace, observer)
+    if base is not None and 0 not in workspace.finished_stages:
+        take_base(workspace, Workspace.open(base), observer)
+    for step in list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages)):
+        assert step.stage is not None
+        if step.name == "learn":
+            learn(workspace, step.stage, observer)
+        else:
+            test(workspace, step.stage, step.stage, observer)
+    if workspace.config.evaluation.enabled:
+        from peso.summary import report  # draws plots: slow to import
+
+        report([workspace], workspace.report_directory)
+
+
+# -- data --------------------------------------------------------------------------------------------
+
+
+def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
+    """Read the data into stream/; returns its manifest.
+
+    Raises:
+        DataError: names what is wrong with the data. Nothing is written then.
+        WorkspaceError: stages were learnt from the stream that is there.
+    """
+    data = workspace.config.data
+    _refuse_if_learnt(workspace, "stream")
+    observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
+    with commit_directory(workspace.stream_directory) as directory:
+        if data.format == "simulate":
+            sizes = data.simulate
+            write_simulation(directory, sizes.users, sizes.items, sizes.stages, workspace.config.seed)
+        else:
+            items, stages, _ = read_release(str(data.path))
+            write_stream(directory, items, stages, {"source": data.model_dump(exclude={"simulate"})})
+    return dict(Stream.open(workspace.stream_directory).manifest)
+
+
+def tokenize(workspace: Workspace, observer: Observer) -> SemanticIds:
+    """Give every item of the stream its semantic ID, into semantic_ids/.
+
+    Raises:
+        WorkspaceError: there is no stream, or stages were learnt from the IDs that are there.
+    """
+    stream, data = _stream(workspace), workspace.config.data
+    _refuse_if_learnt(workspace, "semantic IDs")
+    if data.format == "simulate":
+        ids, source = category_path_ids(stream.item_ids, stream.items[CATEGORY].to_pylist()), "category path"
+    else:
+        ids, source = read_release(str(data.path))[2], "index of the release"
+    with commit_directory(workspace.semantic_ids_directory) as directory:
+        write_semantic_ids(ids, directory, {"source": source})
+    shared = len(ids.item_ids) - ids.trie.leaves
+    observer.note(f"tokenize: {len(ids.item_ids):,} items, {shared:,} share an ID with an earlier one")
+    return ids
+
+
+# -- learning ----------------------------------------------------------------------------------------
+
+
+def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
+    """Learn one stage from where the last one left the model, and commit stages/{stage}/.
+
+    Interrupted, it continues from its newest checkpoint and ends with the same bits.
+
+    Raises:
+        WorkspaceError: the stage before is not learnt, or this one already is.
+        TrainingError: see :func:`peso.training.loop.train_stage`.
+    """
+    _require_next(workspace, stage)
+    determined_by = determination(workspace, stage)
+    unfinished = workspace.unfinished_directory(stage) / determined_by[:16]
+    for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
+        shutil.rmtree(stale)
+    model = starting_model(workspace, stage)
+    training: dict[str, Any] = {}
+    strategy = make_strategy(workspace.config.strategy)
+    if strategy.learns(stage):
+        training = _train(workspace, stage, model, strategy, unfinished, observer)
+    else:
+        observer.note(f"stage {stage}: strategy {workspace.config.strategy.name} keeps the last state")
+    with commit_directory(workspace.stage_directory(stage)) as directory:
+        save_stage_weights(model, directory, whole_backbone=trains_backbone(workspace, stage))
+        if (unfinished / LOG).exists():
+            shutil.copyfile(unfinished / LOG, directory / LOG)
+        write_json(directory / METRICS, {"training": training})
+        parent = workspace.stage_manifest(stage - 1)["determined_by"] if stage else None
+        manifest = {
+            "stage": stage,
+            "determined_by": determined_by,
+            "parent": {"stage": stage - 1, "determined_by": parent} if stage else None,
+            "inputs": {
+                "stream": Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)],
+                "semantic_ids": read_manifest(workspace.semantic_ids_directory, 1)["files"][INDEX_FILE],
+            },
+            "backbone_sha256": backbone_fingerprint(model),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "configuration": workspace.config.model_dump(mode="json"),
+            "seed": workspace.config.seed,
+            **provenance(),
+        }
+        write_manifest(directory, FORMAT, manifest)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+def update(workspace: Workspace, observer: Observer) -> int:
+    """Learn, and test if evaluation is enabled, the first stage that is not learnt; returns its number.
+
+    Raises:
+        WorkspaceError: stage 0 is not learnt, or the stream has no further stage.
+    """
+    learnt = workspace.finished_stages
+    if not learnt:
+        raise WorkspaceError(
+            f"{workspace.root} has no base stage yet; `peso train -w {workspace.root}` first"
+        )
+    stage, stages = learnt[-1] + 1, _stream(workspace).stages
+    if stage >= stages:
+        raise WorkspaceError(f"all {stages} stages of {workspace.root} are learnt; there is no new one yet")
+    learn(workspace, stage, observer)
+    if workspace.config.evaluation.enabled:
+        test(workspace, stage, stage, observer)
+    return stage
+
+
+def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None:
+    """Take stage 0 over from another workspace instead of learning it again (files are linked, not copied).
+
+    Raises:
+        WorkspaceError: the other has no stage 0, or something that determines it differs.
+    """
+    source = base.stage_directory(0)
+    theirs = base.stage_manifest(base.require_stage(0) and 0)["determined_by"]
+    if theirs != determination(workspace, 0):
+        changed = [k for k in changed_keys(base.config, workspace.config) if not k.startswith("strategy.")]
+        raise WorkspaceError(
+            f"stage 0 of {base.root} was determined otherwise than this run's would be "
+            f"({', '.join(changed) or 'other data'}); leave --base out, or make them equal"
+        )
+    with commit_directory(workspace.stage_directory(0)) as directory:
+        shutil.copytree(source, directory, copy_function=_link, dirs_exist_ok=True)
+    observer.note(f"stage 0: taken over from {base.root}")
+
+
+def _train(
+    workspace: Workspace,
+    stage: int,
+    model: GenerativeModel,
+    strategy: Strategy,
+    unfinished: Path,
+    observer: Observer,
+) -> dict[str, Any]:
+    config = workspace.config
+    data = _stream(workspace).stage(stage)
+    rate = config.training.learning_rate * (config.training.later_learning_rate_scale if stage else 1.0)
+    before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
+    begun = False
+
+    def show(progress: Progress) -> None:
+        nonlocal begun
+        if not begun:
+            observer.begin(f"learn stage {stage}", progress.steps, "steps")
+            begun = True
+        observer.advance(
+            progress.step,
+            epoch=f"{progress.epoch}/{progress.epochs}",
+            loss=progress.loss,
+            tokens_per_second=progress.tokens_per_second,
+        )
+
+    unfinished.mkdir(parents=True, exist_ok=True)
+    result = train_stage(
+        model,
+        data.training_sequences(),
+        data.validation_cases(config.prompt.window),
+        config.training,
+        stage=stage,
+        learning_rate=rate,
+        strategy=strategy,
+        seed=config.seed,
+        directory=unfinished,
+        log=unfinished / LOG,
+        on_progress=show,
+    )
+    observer.end()
+    figures = {"learning_rate": rate, **asdict(result)}
+    if stage and before:
+        figures["moved"] = anchor_report(before, find_groups(model.backbone))
+    return figures
+
+
+def _stream(workspace: Workspace) -> Stream:
+    if not workspace.has_stream:
+        raise WorkspaceError(
+            f"{workspace.root} has no stream yet; `peso ingest -w {workspace.root}` comes first"
+        )
+    return Stream.open(workspace.stream_directory)
+
+
+def _require_next(workspace: Workspace, stage: int) -> None:
+    if not workspace.has_semantic_ids:
+        _stream(workspace)
+        raise WorkspaceError(
+            f"{workspace.root} has no semantic IDs yet; `peso tokenize -w {workspace.root}` comes first"
+        )
+    learnt = workspace.finished_stages
+    if stage in learnt:
+        raise WorkspaceError(
+            f"stage {stage} of {workspace.root} is learnt already; remove {workspace.stage_directory(stage)} "
+            "and those after it to learn it again"
+        )
+    if stage and stage - 1 not in learnt:
+        raise WorkspaceError(
+            f"stage {stage} of {workspace.root} starts from stage {stage - 1}, not learnt yet"
+        )
+
+
+def _refuse_if_learnt(workspace: Workspace, what: str) -> None:
+    if workspace.finished_stages:
+        raise WorkspaceError(
+            f"stages {workspace.finished_stages} of {workspace.root} were learnt from the {what} there; "
+            "take a new workspace (-w) for other data"
+        )
+
+
+def _link(source: str, target: str) -> None:
+    """Another name for the same file, which nobody writes to again; a copy where links are not to be had."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

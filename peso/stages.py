@@ -1,0 +1,110 @@
+"""A workspace's stage as a model: as it starts to learn, and as it stood afterwards.
+
+Knows which files of which stage make up a model, and what determines a stage; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from peso.durable import digest
+from peso.errors import BackboneError
+from peso.events.stream import Stream, stage_file
+from peso.items.index_files import INDEX_FILE, read_semantic_ids
+from peso.manifest import read_manifest
+from peso.model.backbone import BUILT_IN
+from peso.model.build import build_model, load_stage_weights
+from peso.model.generative import GenerativeModel
+from peso.training.precision import Precision
+from peso.workspace import Workspace
+
+SHAPES_A_STAGE = ("backbone", "prompt", "adapter", "training")
+
+
+def trains_backbone(workspace: Workspace, stage: int) -> bool:
+    """A backbone built in code knows nothing yet: at stage 0 all of its weights are trained."""
+    return stage == 0 and workspace.config.backbone.name in BUILT_IN
+
+
+def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
+    """The model that a stage starts to learn with: what the stage before left, on the device.
+
+    Raises:
+        BackboneError: the backbone cannot be loaded or is not the one that stage 0 was learnt on.
+        WorkspaceError: a missing or damaged file of an earlier stage.
+    """
+    model = _build(workspace, whole=trains_backbone(workspace, stage))
+    if stage:
+        _load(workspace, model, stage - 1)
+    return _placed(workspace, model)
+
+
+def trained_model(workspace: Workspace, stage: int, device: str | None = None) -> GenerativeModel:
+    """The model as it stood after a stage, in evaluation mode, on ``device`` (default: as configured).
+
+    Raises:
+        WorkspaceError: the stage is not learnt, or its files are damaged.
+        BackboneError: the backbone cannot be loaded or is not the one that the stage was learnt on.
+    """
+    stage = workspace.require_stage(stage)
+    model = _build(workspace, whole=trains_backbone(workspace, stage))
+    _load(workspace, model, stage)
+    return _placed(workspace, model, device).eval()
+
+
+def determination(workspace: Workspace, stage: int) -> str:
+    """Digest of all that determines a stage: configuration, its data, the codes, and the stages before.
+
+    Stages of equal digest have equal files, on the same hardware and versions.
+    """
+    tree = workspace.config.model_dump(mode="json")
+    shape: dict[str, Any] = {key: tree[key] for key in (*SHAPES_A_STAGE, "seed")}
+    if stage:  # every strategy learns the base stage alike
+        shape["strategy"] = tree["strategy"]
+    stream = Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)]
+    codes = read_manifest(workspace.semantic_ids_directory, 1)["files"][INDEX_FILE]
+    return digest(shape, stream, codes, determination(workspace, stage - 1) if stage else None)
+
+
+def backbone_fingerprint(model: GenerativeModel) -> str:
+    """sha256 over the backbone's weights, adapter left out, so that no other one is mistaken for it."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(model.causal_lm.state_dict().items()):
+        if "lora_" not in name:
+            plain = name.replace(".base_layer.", ".")
+            result.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            result.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
+def _build(workspace: Workspace, *, whole: bool) -> GenerativeModel:
+    config = workspace.config
+    return build_model(
+        config.backbone,
+        config.prompt,
+        None if whole else config.adapter,
+        config.training.loss_vocabulary,
+        read_semantic_ids(workspace.semantic_ids_directory),
+        seed=config.seed,
+        dtype=Precision.of(config.training.precision, config.training.device).frozen,
+    )
+
+
+def _load(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
+    if stage and workspace.config.backbone.name in BUILT_IN:
+        load_stage_weights(model, workspace.stage_directory(0))  # the backbone's weights lie there alone
+    load_stage_weights(model, workspace.stage_directory(stage))
+    known = workspace.stage_manifest(stage).get("backbone_sha256")
+    if known != backbone_fingerprint(model):
+        raise BackboneError(
+            f"the backbone {workspace.config.backbone.name!r} has other weights than the one that "
+            f"{workspace.stage_directory(stage)} was learnt on; fetch that one again, or start anew"
+        )
+
+
+def _placed(workspace: Workspace, model: GenerativeModel, device: str | None = None) -> GenerativeModel:
+    training = workspace.config.training
+    return model.to(Precision.of(training.precision, device or training.device).device)

@@ -1,0 +1,117 @@
+"""Testing a stage's model on the cases of a stage: predictions and metrics beside its weights.
+
+Knows a workspace's files and which evaluation function makes which; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peso.decoding import search
+from peso.durable import digest, json_text, write_aside, write_atomically
+from peso.errors import DataError
+from peso.evaluation.metrics import default_metrics, stage_metrics
+from peso.evaluation.predictions import make_predictions, read_predictions, write_predictions
+from peso.evaluation.segments import label_cases
+from peso.events.stream import Stream, stage_file
+from peso.manifest import write_manifest
+from peso.progress import Observer
+from peso.stages import trained_model
+from peso.training.likelihood import target_log_probabilities
+from peso.workspace import FORMAT, Workspace
+
+PREDICTIONS, METRICS = "predictions.parquet", "metrics.json"
+
+
+def test_directory(workspace: Workspace, stage: int, on: int) -> Path:
+    """Where the test of a stage's model on the cases of stage ``on`` lies."""
+    directory = workspace.stage_directory(stage)
+    return directory if stage == on else directory / f"on={on}"
+
+
+def is_tested(workspace: Workspace, stage: int, on: int) -> bool:
+    """Whether predictions and metrics are there and belong to this model, these cases and this search."""
+    tested = read_metrics(workspace, stage, on).get("test")
+    return (
+        tested is not None
+        and tested["determined_by"] == _determination(workspace, stage, on)
+        and set(workspace.config.evaluation.k) == set(tested["k"])
+        and (test_directory(workspace, stage, on) / PREDICTIONS).is_file()
+    )
+
+
+def read_metrics(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
+    """metrics.json of a test, {} where there is none."""
+    path = test_directory(workspace, stage, on) / METRICS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[str, Any]:
+    """Test the model of a stage on the test cases of stage ``on``; returns the metrics.
+
+    Writes predictions.parquet, then metrics.json, each whole or not at all. What is there already and fits
+    is not computed again; if only ``evaluation.k`` changed, the predictions stay.
+
+    Raises:
+        WorkspaceError: the stage is not learnt.
+        DataError: the stream has no stage ``on``, or the catalogue holds fewer items than a list is long.
+    """
+    stage = workspace.require_stage(stage)
+    config, directory = workspace.config, test_directory(workspace, stage, on)
+    if is_tested(workspace, stage, on):
+        return read_metrics(workspace, stage, on)["test"]
+    stream = Stream.open(workspace.stream_directory)
+    cases_of = stream.stage(on)  # raises for a stage that does not exist
+    directory.mkdir(exist_ok=True)
+    known = read_metrics(workspace, stage, on)
+    determined_by = _determination(workspace, stage, on)
+    if known.get("test", {}).get("determined_by") != determined_by or not (directory / PREDICTIONS).is_file():
+        model = trained_model(workspace, stage)
+        if model.semantic_ids.trie.leaves < max(config.evaluation.k):
+            raise DataError(
+                f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalogue has "
+                f"{model.semantic_ids.trie.leaves} distinct semantic IDs; ask for fewer"
+            )
+        cases = cases_of.test_cases(config.prompt.window)
+        title = f"test stage {stage}" + (f" on the cases of stage {on}" if stage != on else "")
+        observer.begin(f"{title}: search", len(cases), "users")
+        found = search(
+            model,
+            cases.histories,
+            beams=config.decoding.beams,
+            batch_size=config.decoding.batch_size,
+            on_progress=observer.advance,
+        )
+        observer.begin(f"{title}: score targets", len(cases), "users")
+        likelihood = target_log_probabilities(model, cases, on_progress=observer.advance)
+        observer.end()
+        labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of)
+        predictions = make_predictions(
+            cases, labels, found.leaves, found.scores, likelihood, model.semantic_ids
+        )
+        with write_aside(directory / PREDICTIONS) as aside:
+            write_predictions(aside, predictions)
+    estimates = stage_metrics(read_predictions(directory / PREDICTIONS), default_metrics(config.evaluation.k))
+    metrics = {
+        "stage": stage,
+        "on": on,
+        "k": config.evaluation.k,
+        "beams": config.decoding.beams,
+        "determined_by": determined_by,
+        "metrics": {name: estimate.as_json() for name, estimate in estimates.items()},
+    }
+    write_atomically(directory / METRICS, json_text({**known, "test": metrics}).encode())
+    manifest = workspace.stage_manifest(stage)
+    write_manifest(workspace.stage_directory(stage), FORMAT, manifest)
+    return metrics
+
+
+def _determination(workspace: Workspace, stage: int, on: int) -> str:
+    files = Stream.open(workspace.stream_directory).manifest["files"]
+    return digest(
+        workspace.stage_manifest(stage)["determined_by"],
+        files[stage_file(on)],
+        workspace.config.decoding.beams,
+    )
