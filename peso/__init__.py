@@ -1,0 +1,27 @@
+"""Keeps an LLM-based generative recommender fresh: one evolving LoRA adapter, held by a proximal anchor.
+
+Knows where its public names live; loads them when they are first used, so that ``import peso`` and
+``peso --help`` do not wait for PyTorch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "SoftmaxKL": "peso.continual.proximal",
+    "Workspace": "peso.workspace",
+    "Recommender": "peso.recommender",
+}
+_MODULES = ("decoding", "events")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"peso.{name}")
+    raise AttributeError(f"module 'peso' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES, *_MODULES]

@@ -1,0 +1,57 @@
+"""How far an adapter moved from where a stage began, in three measures: figures for ``metrics.json``.
+
+Knows two states of an adapter; knows nothing of the strategy that led from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from peso.continual.groups import Group, check_same_groups, shapes
+from peso.continual.softmax_kl import second_order, softmax_kl
+from peso.continual.stacks import placement, stack_anchors
+
+
+@torch.no_grad()
+def anchor_report(
+    before: Sequence[Group], after: Sequence[Group], temperature: float = 1.0
+) -> dict[str, Any]:
+    """Distance moved, overall and by module.
+
+        before = [group.snapshot() for group in find_groups(model)]     # then a stage is learnt
+        metrics["anchor"] = anchor_report(before, find_groups(model))
+
+    Args:
+        before: the groups as the stage began (copies); after: the same groups as it ended.
+        temperature: τ of the softmax.
+
+    Returns:
+        ``distance`` (the L2 norm of v − a), ``kl`` (Σ_g KL(softmax(v/τ) ‖ softmax(a/τ))) and
+        ``second_order`` (Σ_g ½·Var_p((v − a)/τ), which the KL tends to for small steps), and under
+        ``modules`` the same three by name of the module.
+
+    Raises:
+        TrainingError: the two states have other modules or shapes.
+    """
+    check_same_groups(shapes(before), after)
+    places = [placement(group.tensor) for group in after]
+    measured: dict[str, torch.Tensor] = {}  # module → float64 (3,): squared distance, KL, second order
+    for stack in stack_anchors([group.tensor for group in before], places, temperature):
+        moved = stack.displacement([group.tensor for group in after])
+        squares = torch.linalg.vector_norm(moved, dim=-1).mul(temperature).square()
+        variance = second_order(moved, stack.prior)
+        kl, _ = softmax_kl(moved, stack.prior)  # last: it overwrites `moved`
+        rows = torch.stack([squares, kl, variance], dim=-1).cpu().double()  # (groups, 3)
+        for member, row in zip(stack.members, rows, strict=True):
+            module = after[member].module
+            measured[module] = measured.get(module, 0) + row
+    modules = {group.module: _named(measured[group.module]) for group in after}  # in the model's order
+    return {**_named(torch.stack(list(measured.values())).sum(0)), "modules": modules}
+
+
+def _named(figures: torch.Tensor) -> dict[str, float]:
+    squares, kl, variance = figures.tolist()
+    return {"distance": squares**0.5, "kl": kl, "second_order": variance}

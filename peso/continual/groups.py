@@ -1,0 +1,142 @@
+"""Groups: the flattened A, or the flattened B, of each module that an adapter is attached to.
+
+Knows how PEFT keeps LoRA matrices in a model; knows nothing of penalties or stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from peso.errors import TrainingError
+
+Source = nn.Module | Iterable[Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group and where it belongs.
+
+    ``module``: name of the module in the model without its wrappers, e.g. ``model.layers.0.mlp.up_proj``;
+    ``factor``: ``A`` or ``B``; ``tensor``: the parameter itself, in its own shape.
+    """
+
+    module: str
+    factor: str
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.lora_{self.factor}" if self.factor else self.module
+
+    def snapshot(self) -> Group:
+        """The same group as it stands now: a copy that no optimiser moves."""
+        return Group(self.module, self.factor, self.tensor.detach().clone())
+
+
+def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
+    """The groups of a model in the order of ``named_modules``, A before B.
+
+    Args:
+        source: a model with LoRA layers of PEFT anywhere in it (wrapped by DDP or ``torch.compile`` or
+            not), or several tensors. Of plain tensors each is a group, and a module of its own.
+        adapter: which adapter; None: the active one.
+
+    Raises:
+        TrainingError: no LoRA layer, no such adapter, several active at once, or an empty tensor.
+    """
+    groups = _of_model(source, adapter) if isinstance(source, nn.Module) else _of_tensors(source)
+    for group in groups:
+        if group.tensor.numel() == 0:
+            raise TrainingError(
+                f"{group.name} has no values. Parameters that are sharded or not materialised must be "
+                "gathered before an anchor can read them"
+            )
+    return groups
+
+
+def shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every group, in order: what an anchor and a model must have in common."""
+    return {group.name: tuple(group.tensor.shape) for group in groups}
+
+
+def check_same_groups(anchored: dict[str, tuple[int, ...]], groups: Sequence[Group]) -> None:
+    """``anchored``: :func:`shapes` of the anchor. Raises TrainingError that names the first difference."""
+    current = shapes(groups)
+    if list(current.items()) == list(anchored.items()):
+        return
+    missing = [name for name in anchored if name not in current]
+    added = [name for name in current if name not in anchored]
+    if missing or added:
+        raise TrainingError(
+            "the anchor was taken of other modules: "
+            f"it has {len(anchored)} groups, the model {len(current)}; "
+            f"{_first('only in the anchor', missing)}{_first('only in the model', added)}"
+            "call anchor(model) with the adapter that is trained now"
+        )
+    for name, shape in anchored.items():
+        if shape != current[name]:
+            raise TrainingError(
+                f"the anchor of {name} has shape {shape}, the model's is {current[name]}: "
+                "an adapter of another rank or backbone. Keep both over the stages, or call anchor(model) "
+                "with the adapter that is trained now"
+            )
+    raise TrainingError(
+        "the anchor's modules come in another order than the model's: call anchor(model) again"
+    )
+
+
+def _first(what: str, names: list[str]) -> str:
+    return f"{what}: {names[0]}{' …' if len(names) > 1 else ''}; " if names else ""
+
+
+def _of_tensors(source: Iterable[Tensor]) -> list[Group]:
+    tensors = [] if isinstance(source, Tensor) else list(source)
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise TypeError(f"expected a model or a list of tensors, got {type(source).__name__}")
+    return [Group(f"tensor {number}", "", tensor) for number, tensor in enumerate(tensors)]
+
+
+def _of_model(model: nn.Module, adapter: str | None) -> list[Group]:
+    from peft.tuners.lora import LoraLayer  # only a model needs it; plain tensors do without PEFT
+
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    if not layers:
+        raise TrainingError(
+            f"no LoRA adapter found in {type(model).__name__}: "
+            "attach one first with peft.get_peft_model(model, peft.LoraConfig(...))"
+        )
+    name = adapter or _active(layers)
+    groups = []
+    for path, layer in layers:
+        for factor, holders in (
+            ("A", (layer.lora_A, layer.lora_embedding_A)),
+            ("B", (layer.lora_B, layer.lora_embedding_B)),
+        ):
+            for holder in holders:
+                if name in holder:
+                    matrix = holder[name]
+                    groups.append(Group(_plain(path), factor, getattr(matrix, "weight", matrix)))
+    if not groups:
+        known = sorted({known for _, layer in layers for known in (*layer.lora_A, *layer.lora_embedding_A)})
+        raise TrainingError(f"the model has no LoRA adapter {name!r}; it has {', '.join(known)}")
+    return groups
+
+
+def _active(layers: list[tuple[str, Any]]) -> str:
+    active = sorted({name for _, layer in layers for name in layer.active_adapters})
+    if len(active) != 1:
+        raise TrainingError(
+            f"{len(active)} adapters are active ({', '.join(active)}): "
+            "activate one with model.set_adapter(name), or say which one is meant with adapter=name"
+        )
+    return active[0]
+
+
+def _plain(path: str) -> str:
+    """The path without what PEFT, DDP and ``torch.compile`` put around a model, so that an anchor taken
+    before wrapping fits after it."""
+    return path.rpartition("base_model.model.")[2].replace("_orig_mod.", "").removeprefix("module.")

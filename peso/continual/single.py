@@ -1,0 +1,9 @@
+"""``single``: one evolving adapter, fine-tuned on each stage from where the last one left it."""
+
+from __future__ import annotations
+
+from peso.continual.hooks import Strategy
+
+
+class SingleAdapter(Strategy):
+    """Plain sequential fine-tuning, the defaults of every hook: all plasticity, nothing held."""
