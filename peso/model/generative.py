@@ -52,7 +52,8 @@ class GenerativeModel(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The Transformers model itself, adapters injected in place."""
-        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
+        backbone: Any = self.backbone
+        return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
     @property
     def device(self) -> torch.device:

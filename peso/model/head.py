@@ -6,6 +6,7 @@ Knows hidden states and token ids; knows nothing of batches, users or search.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,13 +59,14 @@ def token_log_probabilities(
         logits = torch.cat([model.word_logits(hidden), model.semantic_logits(hidden)], dim=-1) / temperature
         return logits.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
     result = torch.zeros(len(target_ids), dtype=torch.float32, device=hidden.device)
+    groups: list[tuple[Tensor, int | None, int]]
     if model.loss_vocabulary == "semantic":
         groups = [(number >= 0, None, 0)]
     else:
         starts = [*vocabulary.offsets.tolist(), len(vocabulary)]
         groups = [
             ((number >= start) & (number < stop), level, start)
-            for level, (start, stop) in enumerate(zip(starts, starts[1:], strict=False))
+            for level, (start, stop) in enumerate(pairwise(starts))
         ]
     for chosen, level, start in groups:
         rows = chosen.nonzero().squeeze(-1)

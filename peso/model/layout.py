@@ -8,10 +8,13 @@ suffix predicts each target on a branch of its own.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
+from tokenizers import AddedToken
 
 from peso.errors import BackboneError
 
@@ -32,6 +35,10 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def add_tokens(self, new_tokens: list[AddedToken]) -> int: ...
+
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,21 @@ def make_layout(name: str, tokenizer: Tokenizer, window: int) -> PromptLayout:
         raise BackboneError("the tokenizer has no end token (eos_token); prompts need one")
     if name == "stream":
         return PromptLayout(name, (end if start is None else start,), (), (), (), window)
-    before, between, after = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in INSTRUCTION)
+    before, between, after = _pieces(tokenizer)
     # a begin token only where the tokenizer itself puts one (Llama 3 does, SmolLM2 does not)
     with_specials = tokenizer.encode(INSTRUCTION[0], add_special_tokens=True)
     opening = (start,) if start is not None and with_specials[:1] == [start] else ()
     return PromptLayout(name, opening + before, between, after, (end,), window)
+
+
+def _pieces(tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The ids of the three texts of the instruction as they are around added tokens.
+
+    Encoded one by one they may differ: some tokenizers (Mistral, Phi-3) put a word mark before the first
+    piece of a text only. So the whole instruction is encoded, with an added token in the place of the items.
+    """
+    marked, mark = deepcopy(tokenizer), "<|item|>"
+    marked.add_tokens([AddedToken(mark, normalized=False, special=False)])
+    number = marked.convert_tokens_to_ids(mark)
+    ids = marked.encode(mark.join(INSTRUCTION), add_special_tokens=False)
+    return [tuple(run) for is_mark, run in groupby(ids, lambda i: i == number) if not is_mark]

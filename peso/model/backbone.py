@@ -1,0 +1,147 @@
+"""The frozen language model: where it comes from, and whether it can do what the rest asks of it.
+
+Knows names, paths, Transformers configurations and weights; knows nothing of items, adapters or prompts.
+Whoever gets a backbone from here may rely on what :mod:`peso.model.backbone_checks` has tried out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from peso import assets
+from peso.errors import BackboneError
+from peso.model.backbone_checks import check_backbone
+from peso.model.quiet import quiet_transformers
+from peso.model.small import byte_tokenizer, small_llama
+
+# Built in code, randomly initialised, trained whole at stage 0: name → (width, layers) where none are given.
+BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
+
+
+def load_backbone(
+    name: str,
+    *,
+    layers: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, Any]:
+    """A checked causal LM and its tokenizer.
+
+    Attention is scaled-dot-product attention, or eager where Transformers has no other for the family.
+
+    Args:
+        name: ``scratch``, ``tiny``, an asset that was pulled, the path of a Transformers directory, or a name
+            on the Hugging Face hub.
+        layers: keep the first n decoder layers; for ``scratch`` and ``tiny`` the depth.
+        width: hidden width, ``scratch`` and ``tiny`` only.
+        seed: of the random weights of ``scratch`` and ``tiny``.
+        dtype: precision of the weights.
+
+    Returns:
+        (causal LM, tokenizer): on the CPU, in evaluation mode, every parameter frozen.
+
+    Raises:
+        BackboneError: it cannot be found or read, has fewer layers, is incomplete, or fails a check.
+    """
+    if name in BUILT_IN:
+        default_width, default_layers = BUILT_IN[name]
+        try:
+            causal_lm: Any = small_llama(width or default_width, layers or default_layers, seed).to(dtype)
+        except ValueError as error:
+            raise BackboneError(f"backbone {name!r}: {error}; set backbone.width") from None
+        tokenizer: Any = byte_tokenizer()
+    else:
+        if width is not None:
+            raise BackboneError(
+                f"backbone.width is for {' and '.join(BUILT_IN)} only; {name!r} brings its own width"
+            )
+        causal_lm, tokenizer = _pretrained(name, _source(name), layers, dtype)
+    # PEFT writes this into its files: the name that was configured, not a place on this machine
+    causal_lm.name_or_path = causal_lm.config._name_or_path = name
+    causal_lm.eval().requires_grad_(False)
+    try:
+        check_backbone(causal_lm, tokenizer)
+    except BackboneError as error:
+        raise BackboneError(f"backbone {name!r} is refused: {error}") from None
+    return causal_lm, tokenizer
+
+
+def _source(name: str) -> str:
+    """What Transformers is given for a name: a directory, or the name itself for the hub."""
+    if name in assets.names("backbone"):
+        found = assets.find(name)
+        if found is None:
+            raise BackboneError(f"backbone {name!r} is not in the cache; fetch it with `peso pull {name}`")
+        return str(found)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise BackboneError(f"backbone {name!r} is a file; name the directory of a Transformers model")
+    # owner/model is how the hub names things; everything else was meant as one of ours or as a path
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        known = ", ".join([*BUILT_IN, *assets.names("backbone")])
+        raise BackboneError(
+            f"backbone {name!r} is no directory and no known name ({known}); "
+            "a hub name is written owner/model"
+        )
+    return name
+
+
+def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        with quiet_transformers():  # silent about the weights that `layers` leaves out
+            config = AutoConfig.from_pretrained(source)
+            if layers is not None:
+                _keep_layers(config, layers, name)
+            causal_lm, report = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(f"backbone {name!r} cannot be loaded from {source}: {cause}") from error
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise BackboneError(
+            f"backbone {name!r} is incomplete: {len(report['missing_keys'])} weights are not in its files "
+            f"({some}, …); name a directory that holds a whole causal LM"
+        )
+    return causal_lm, tokenizer
+
+
+def _keep_layers(config: Any, layers: int, name: str) -> None:
+    """Shorten a configuration to its first layers; lists with one entry a layer are shortened with it."""
+    text = config.get_text_config()
+    total = text.num_hidden_layers
+    if layers > total:
+        raise BackboneError(f"backbone.layers is {layers}, but backbone {name!r} has only {total} layers")
+    for key, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == total:
+            setattr(text, key, value[:layers])
+    text.num_hidden_layers = layers
+
+
+def embedding_scale(causal_lm: Any) -> float:
+    """The factor between a row of the input embedding and what the module gives for its token.
+
+    Gemma's module multiplies by √width. Our input rows stand beside the module, so they are kept as it gives
+    them; an export divides them by this factor.
+
+    Raises:
+        BackboneError: the module does something else than look up a row and scale it.
+    """
+    module = causal_lm.get_input_embeddings()
+    with torch.no_grad():
+        ids = torch.arange(min(64, len(module.weight)), device=module.weight.device)
+        rows, given = module.weight[ids].float(), module(ids).float()
+        scale = ((rows * given).sum() / rows.square().sum()).item()
+        if not torch.allclose(given, rows * scale, rtol=1e-2, atol=1e-4 * given.abs().max().item()):
+            raise BackboneError("its input embedding does more than look up a row and scale it")
+    return scale

@@ -1,0 +1,162 @@
+"""A generative model from its configuration, and its weights as a stage's files.
+
+Knows the sections of the configuration that shape a model and the files that hold its weights; knows nothing
+of stages, training or workspaces. Files of a stage: ``vocabulary.safetensors``, ``adapter/`` where there is
+one, ``backbone/`` where its weights were trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from peso.config import AdapterConfig, BackboneConfig, PromptConfig
+from peso.errors import BackboneError, WorkspaceError
+from peso.items.semantic_ids import SemanticIds
+from peso.model.adapter import add_adapter, load_adapter, save_adapter, weights_without_adapter
+from peso.model.backbone import embedding_scale, load_backbone
+from peso.model.backbone_checks import check_reach
+from peso.model.generative import GenerativeModel
+from peso.model.layout import PromptLayout, make_layout
+from peso.model.quiet import quiet_transformers
+from peso.model.vocabulary import SemanticVocabulary
+
+VOCABULARY = "vocabulary.safetensors"
+
+
+def build_model(
+    backbone: BackboneConfig,
+    prompt: PromptConfig,
+    adapter: AdapterConfig | None,
+    loss_vocabulary: str,
+    semantic_ids: SemanticIds,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> GenerativeModel:
+    """Load the backbone and set semantic vocabulary, adapter and layout beside it, on the CPU.
+
+    Vocabulary rows and adapter are float32 and trainable. Same arguments, same weights.
+
+    Args:
+        adapter: None: no adapter, the backbone itself is to be trained (and kept in float32 for that).
+        seed: of everything drawn: backbone, vocabulary and adapter draw from streams of their own.
+        dtype: precision of a frozen backbone.
+
+    Raises:
+        BackboneError: the backbone cannot be loaded, is refused by a check, is too short for the prompts, or
+            its tokenizer has semantic tokens already.
+    """
+    seeds = [int(state) for state in np.random.SeedSequence(seed).generate_state(3)]
+    causal_lm, tokenizer = load_backbone(
+        backbone.name,
+        layers=backbone.layers,
+        width=backbone.width,
+        seed=seeds[0],
+        dtype=torch.float32 if adapter is None else dtype,
+    )
+    layout = make_layout(prompt.layout, tokenizer, prompt.window)
+    check_reach(causal_lm, longest_sequence(layout, semantic_ids.levels))
+    taken = sorted(set(semantic_ids.tokens()) & tokenizer.get_vocab().keys())
+    if taken:
+        raise BackboneError(
+            f"the tokenizer of {backbone.name} has semantic tokens already ({taken[0]}, …); "
+            "name the backbone it was exported from"
+        )
+    first_id = len(tokenizer)
+    embedding = causal_lm.get_input_embeddings().weight[:first_id]
+    vocabulary = SemanticVocabulary(first_id, semantic_ids.sizes, embedding.shape[1])
+    scale = embedding_scale(causal_lm)
+    vocabulary.initialise(
+        embedding if scale == 1 else embedding * scale,
+        causal_lm.get_output_embeddings().weight[:first_id],
+        seeds[1],
+    )
+    if adapter is None:
+        model = causal_lm.requires_grad_(True)
+    else:
+        model = add_adapter(
+            causal_lm, adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, seed=seeds[2]
+        )
+    return GenerativeModel(model, tokenizer, vocabulary, layout, semantic_ids, loss_vocabulary)
+
+
+def longest_sequence(layout: PromptLayout, levels: int) -> int:
+    """Tokens of the longest sequence there is: two windows (training packs so much) and a target."""
+    item = levels + len(layout.separator)
+    return len(layout.prefix) + 2 * layout.window * item + len(layout.suffix) + levels + len(layout.end)
+
+
+def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_backbone: bool) -> None:
+    """Write what a stage has learnt.
+
+    Args:
+        directory: made if missing.
+        whole_backbone: the backbone was trained (then it has no adapter): write its weights too, as a
+            directory that Transformers loads.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {name: rows.detach().cpu().contiguous() for name, rows in model.vocabulary.named_parameters()}
+    save_file(rows, folder / VOCABULARY)
+    if whole_backbone:
+        with quiet_transformers():
+            model.causal_lm.save_pretrained(folder / "backbone")
+            model.tokenizer.save_pretrained(folder / "backbone")
+    if has_adapter(model):
+        save_adapter(model.backbone, folder / "adapter")
+
+
+@torch.no_grad()
+def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
+    """Read what is there of :func:`save_stage_weights`, bit for bit; what is not there stays as it is.
+
+    A backbone that was trained whole at stage 0 is only written there: read stage 0 first, then the stage.
+
+    Raises:
+        WorkspaceError: no vocabulary, a damaged file, or weights of another shape than the model's.
+    """
+    folder = Path(directory)
+    try:
+        rows = load_file(folder / VOCABULARY)
+    except FileNotFoundError:
+        raise WorkspaceError(f"{folder / VOCABULARY} is missing; train the stage again") from None
+    except (OSError, SafetensorError) as error:
+        raise WorkspaceError(f"{folder / VOCABULARY} is damaged ({error}); train the stage again") from error
+    _copy(dict(model.vocabulary.named_parameters()), rows, folder / VOCABULARY)
+    if (folder / "backbone").is_dir():
+        try:
+            with quiet_transformers():
+                stored = AutoModelForCausalLM.from_pretrained(folder / "backbone", dtype="auto")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise WorkspaceError(
+                f"{folder / 'backbone'} is damaged ({error}); train the stage again"
+            ) from error
+        _copy(weights_without_adapter(model.causal_lm), stored.state_dict(), folder / "backbone")
+    if has_adapter(model) and (folder / "adapter").is_dir():
+        load_adapter(model.backbone, folder / "adapter")
+
+
+def has_adapter(model: GenerativeModel) -> bool:
+    return hasattr(model.backbone, "peft_config")
+
+
+def _copy(into: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], source: Path) -> None:
+    wrong = {name for name in into.keys() | stored.keys() if _shape(into, name) != _shape(stored, name)}
+    if wrong:
+        name = min(wrong)
+        raise WorkspaceError(
+            f"{source} does not fit the model: {name} is {_shape(stored, name)} there, "
+            f"{_shape(into, name)} here; it was written with another configuration"
+        )
+    for name, tensor in into.items():
+        tensor.copy_(stored[name])
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
