@@ -33,11 +33,9 @@ from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.progress import Observer, Silent
 from peso.stages import backbone_fingerprint, determination, starting_model, trains_backbone
-from peso.testing import METRICS, is_tested, test
+from peso.testing import is_tested, test
 from peso.training.loop import Progress, train_stage
-from peso.workspace import FORMAT, Workspace, provenance
-
-LOG = "log.jsonl"
+from peso.workspace import FORMAT, LOG, METRICS, Workspace, provenance
 
 # -- what is left to do ------------------------------------------------------------------------------
 

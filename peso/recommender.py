@@ -22,7 +22,7 @@ from peso.progress import Observer, Silent
 from peso.stages import trained_model
 from peso.workspace import Workspace
 
-ROW_GROUP = 4096  # users of `recommend_all` that are held in memory together
+ROW_GROUP = 512  # users of `recommend_all` that are held in memory together
 
 
 class Recommender:
@@ -97,13 +97,13 @@ class Recommender:
                     [ids[history].tolist() for history in histories[part]],
                     k,
                     exclude_seen=exclude_seen,
-                    on_progress=lambda done, start=start: observer.advance(start + done),
                 )
                 rows = [
                     {"user": user, "items": [i for i, _ in best], "scores": [s for _, s in best]}
                     for user, best in zip(users[part], ranked, strict=True)
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                observer.advance(start + len(rows))
         observer.end()
         return len(users)
 

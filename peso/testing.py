@@ -20,9 +20,7 @@ from peso.manifest import write_manifest
 from peso.progress import Observer
 from peso.stages import trained_model
 from peso.training.likelihood import target_log_probabilities
-from peso.workspace import FORMAT, Workspace
-
-PREDICTIONS, METRICS = "predictions.parquet", "metrics.json"
+from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace
 
 
 def test_directory(workspace: Workspace, stage: int, on: int) -> Path:

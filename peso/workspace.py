@@ -21,6 +21,7 @@ from peso.durable import write_atomically
 from peso.errors import WorkspaceError
 from peso.manifest import MANIFEST, read_manifest
 
+PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"  # of a stage
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
 
 # What is fixed once a step is done. Keys of evaluation, decoding and report may change at any time.

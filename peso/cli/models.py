@@ -25,7 +25,18 @@ def pull(
     """
     from peso import assets
 
-    print(assets.pull(name, on_progress=Terminal().note))
+    terminal = Terminal()
+    told: list[str] = []
+
+    def show(work: str, share: float) -> None:
+        if [work] != told[-1:]:
+            told.append(work)
+            terminal.begin(work, 100, "%")
+        terminal.advance(round(100 * share))
+
+    directory = assets.pull(name, on_progress=show)
+    terminal.end()
+    print(directory)
 
 
 def export(

@@ -46,23 +46,23 @@ def recommend(
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
     ranked = recommender.recommend(history=items, k=k, exclude_seen=exclude_seen)
-    rows = [
-        {
-            "item": item,
-            "title": recommender.title(item),
-            "score": score,
-            "semantic_id": recommender.semantic_id(item),
-        }
-        for item, score in ranked
-    ]
     if as_json:
+        rows = [
+            {
+                "item": item,
+                "title": recommender.title(item),
+                "score": score,
+                "semantic_id": recommender.semantic_id(item),
+            }
+            for item, score in ranked
+        ]
         print(json.dumps({"history": items, "recommendations": rows}, ensure_ascii=False))
         return
     table(
         f"after {', '.join(recommender.title(item) or item for item in items[-5:]) or 'nothing'}",
         ["", "item", "title", "score", "semantic ID"],
         [
-            [place, row["item"], row["title"] or "", row["score"], "".join(row["semantic_id"])]
-            for place, row in enumerate(rows, 1)
+            [place, item, recommender.title(item) or "", score, "".join(recommender.semantic_id(item))]
+            for place, (item, score) in enumerate(ranked, 1)
         ],
     )

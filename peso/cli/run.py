@@ -35,7 +35,7 @@ def run(
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """
-    from peso import pipeline
+    from peso import pipeline, summary
     from peso.config import load_config
     from peso.workspace import Workspace
 
@@ -56,6 +56,6 @@ def run(
     terminal = Terminal()
     with opened.lock():
         pipeline.run(opened, base=base, observer=terminal)
-    columns, rows = pipeline.result_table([opened])
-    table(f"{root}: results", columns, rows)
+    columns, rows = summary.result_table([opened])
+    table(f"{root}: averages over the later stages", columns, rows)
     print(f"report: {opened.report_directory / 'index.html'}")

@@ -9,6 +9,7 @@ import typer
 
 from peso.cli.display import Terminal, table
 from peso.cli.options import Directory, Json, Overrides, Stage
+from peso.workspace import Workspace
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +37,6 @@ def ingest(
     from peso import pipeline
     from peso.config import load_config
     from peso.errors import ConfigError
-    from peso.workspace import Workspace
 
     if data_format is not None or source is not None:
         data = {"format": data_format or "peso-release", "path": source}
@@ -67,8 +67,14 @@ def tokenize(workspace: Directory, overrides: Overrides = None) -> None:
 
     opened = _configured(workspace, overrides)
     with opened.lock():
-        manifest = pipeline.tokenize(opened, Terminal())
-    table(str(opened.semantic_ids_directory), ["", "count"], pipeline.describe_semantic_ids(opened, manifest))
+        ids = pipeline.tokenize(opened, Terminal())
+    rows = [
+        ["items", len(ids.item_ids)],
+        ["distinct semantic IDs", ids.trie.leaves],
+        ["items that share an ID with an earlier one", len(ids.item_ids) - ids.trie.leaves],
+        *([f"codes in use, level {i}", len(set(codes.tolist()))] for i, codes in enumerate(ids.codes.T)),
+    ]
+    table(str(opened.semantic_ids_directory), ["", "count"], rows)
 
 
 def train(workspace: Directory, overrides: Overrides = None) -> None:
@@ -88,13 +94,15 @@ def update(workspace: Directory, overrides: Overrides = None) -> None:
 
     Example: peso update -w runs/games
     """
-    from peso import pipeline
+    from peso import pipeline, summary
+    from peso.testing import is_tested
 
     opened = _configured(workspace, overrides)
     with opened.lock():
         stage = pipeline.update(opened, Terminal())
-    columns, rows = pipeline.result_table([opened])
-    table(f"{opened.root}: stage {stage} learnt", columns, rows)
+    print(f"{opened.root}: stage {stage} learnt")
+    if is_tested(opened, stage, stage):
+        table("averages so far", *summary.result_table([opened]))
 
 
 def evaluate(
@@ -112,18 +120,18 @@ def evaluate(
     """
     import json
 
-    from peso import pipeline
+    from peso import summary, testing
 
     opened = _configured(workspace, overrides)
     number = opened.require_stage(stage)
     cases = number if on is None else on
     with opened.lock():
-        metrics = pipeline.test(opened, number, cases, Terminal())
+        metrics = testing.test(opened, number, cases, Terminal())
     if as_json:
         print(json.dumps(metrics))
         return
     title = f"{opened.root}: model after stage {number} on the test cases of stage {cases}"
-    table(title, *pipeline.metric_table(metrics))
+    table(title, *summary.metric_table(metrics))
 
 
 def report(
@@ -136,21 +144,18 @@ def report(
 
     Example: peso report -w runs/none -w runs/single -w runs/peso -o runs/report
     """
-    from peso import pipeline
-    from peso.workspace import Workspace
+    from peso import summary
 
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory
-    pipeline.report(opened, directory)
-    columns, rows = pipeline.result_table(opened)
-    table("averages over the later stages", columns, rows)
+    summary.report(opened, directory)
+    table("averages over the later stages", *summary.result_table(opened))
     print(f"report: {directory / 'index.html'}")
 
 
-def _configured(path: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+def _configured(path: Path, overrides: list[str] | None) -> Workspace:
     """A workspace, with keys changed where nothing that is done depends on them."""
     from peso.config import load_config
-    from peso.workspace import Workspace
 
     opened = Workspace.open(path)
     if not overrides:

@@ -1,0 +1,76 @@
+"""Which loss vocabulary suits the `stream` layout: full, semantic or level?
+
+Learns the released Video Games stream with the scratch backbone under each of the three (strategy `single`),
+and compares what cannot be compared by loss: the log-probability of every validation target renormalised over
+the items that exist (the catalogue's trie), paired by user.
+
+    python benchmarks/loss_vocabulary.py runs/loss_vocabulary [--quick] [--json]
+
+Resumable: finished stages are not learnt again. --quick: two stages, 100 optimiser steps each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from peso import pipeline
+from peso.cli.display import Terminal, table
+from peso.config import load_config
+from peso.events.stream import Stream
+from peso.stages import trained_model
+from peso.training.likelihood import trie_log_likelihood
+from peso.workspace import Workspace
+
+VOCABULARIES = ("full", "semantic", "level")
+CONFIG = Path(__file__).parent.parent / "examples" / "video_games_scratch.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    measured = {name: measure(arguments.directory / name, name, arguments.quick) for name in VOCABULARIES}
+    stages = len(measured["full"])
+    result = []
+    for stage in range(stages):
+        for name in VOCABULARIES:
+            scores = measured[name][stage]
+            difference = scores - measured["full"][stage]
+            half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if name != "full" else 0.0
+            row = {"stage": stage, "loss_vocabulary": name, "cases": len(scores)}
+            row |= {"log_likelihood": float(scores.mean()), "against_full": float(difference.mean())}
+            result.append(row | {"half_width": float(half)})
+    if arguments.json:
+        print(json.dumps({"validation": result}))
+    else:
+        title = "validation targets, nats per item, renormalised over the catalogue (95 % interval)"
+        table(title, list(result[0]), [list(row.values()) for row in result])
+
+
+def measure(root: Path, loss_vocabulary: str, quick: bool) -> list[np.ndarray]:
+    """Per stage the log-likelihood of every validation case under the model after that stage."""
+    changes = ["strategy=single", f"training.loss_vocabulary={loss_vocabulary}"]
+    config = load_config(CONFIG, changes + ["training.max_steps=100"] * quick)
+    workspace, terminal = Workspace.create_or_open(root, config), Terminal()
+    result = []
+    with workspace.lock():
+        if not workspace.has_semantic_ids:
+            pipeline.ingest(workspace, terminal)
+            pipeline.tokenize(workspace, terminal)
+        stream = Stream.open(workspace.stream_directory)
+        for number in range(2 if quick else stream.stages):
+            if number not in workspace.finished_stages:
+                pipeline.learn(workspace, number, terminal)
+            cases = stream.stage(number).validation_cases(config.prompt.window)
+            result.append(trie_log_likelihood(trained_model(workspace, number), cases))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Workspaces as runs of a report, and their results as tables.
+
+Knows which files of a workspace hold what a report needs; knows nothing of how it is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peso.baselines.popularity import predict_popularity
+from peso.config import Config, dump_config
+from peso.durable import commit_directory
+from peso.errors import WorkspaceError
+from peso.evaluation.metrics import average_metrics, default_metrics
+from peso.evaluation.predictions import read_predictions
+from peso.evaluation.report import write_report
+from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
+from peso.evaluation.segments import label_cases
+from peso.events.stream import Stream
+from peso.items.index_files import read_semantic_ids
+from peso.testing import is_tested, read_metrics
+from peso.workspace import LOG, METRICS, PREDICTIONS, Workspace
+
+CURVE_POINTS = 400  # of a training curve: more than a plot can show
+
+
+def report(workspaces: Sequence[Workspace], directory: Path) -> None:
+    """Write the report of one or several runs, popularity beside them, whole or not at all.
+
+    Raises:
+        WorkspaceError: a workspace has no tested stage.
+    """
+    runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
+    title = workspaces[0].config.report.title or f"peso: {', '.join(run.name for run in runs)}"
+    with commit_directory(directory) as aside:
+        write_report(aside, [*runs, popularity(workspaces[0])], title)
+
+
+def summarise(workspace: Workspace, name: str) -> RunSummary:
+    """All tested stages of a workspace."""
+    tested = [stage for stage in workspace.finished_stages if is_tested(workspace, stage, stage)]
+    if not tested:
+        raise WorkspaceError(f"{workspace.root} has no tested stage yet; `peso evaluate -w {workspace.root}`")
+    return RunSummary(
+        name=name,
+        strategy=strategy_label(workspace.config),
+        stages={stage: _stage(workspace, stage) for stage in tested},
+        configuration=dump_config(workspace.config),
+        manifests=[workspace.stage_manifest(stage) for stage in workspace.finished_stages],
+    )
+
+
+def popularity(workspace: Workspace) -> RunSummary:
+    """The most popular items so far, for everybody, kept up to date at every stage of the stream."""
+    stream = Stream.open(workspace.stream_directory)
+    ids = read_semantic_ids(workspace.semantic_ids_directory)
+    stages = [stream.stage(number) for number in range(stream.stages)]
+    answers = {}
+    for number, stage in enumerate(stages):
+        labels = label_cases(stages[:number], stage)
+        depth = min(workspace.config.decoding.beams, ids.trie.leaves)
+        answers[number] = StageSummary(predict_popularity(stages[: number + 1], stage, labels, ids, depth))
+    return RunSummary("popularity", "popularity (all time)", answers)
+
+
+def strategy_label(config: Config) -> str:
+    """``peso (weight 2, reduction mean)``: the strategy's name and options."""
+    options = config.strategy.model_dump(exclude={"name"})
+    text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
+    return f"{config.strategy.name} ({text})" if text else config.strategy.name
+
+
+def names(workspaces: Sequence[Workspace]) -> list[str]:
+    """The directories' own names; where they are not distinct, their paths."""
+    short = [workspace.root.resolve().name for workspace in workspaces]
+    return short if len(set(short)) == len(short) else [str(workspace.root) for workspace in workspaces]
+
+
+def result_table(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]]:
+    """Metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one row a run."""
+    runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
+    rows = []
+    metrics = default_metrics(workspaces[0].config.evaluation.k)
+    for run in [*runs, popularity(workspaces[0])]:
+        later = [stage for stage in run.stages if stage] or list(run.stages)
+        averages = average_metrics({stage: run.stages[stage].predictions for stage in later}, metrics)
+        cases = sum(len(run.stages[stage].predictions) for stage in later)
+        values = [f"{e.value:.4f} ± {e.half_width:.4f}" for e in averages.values()]
+        rows.append([run.name, run.strategy, _span(later), cases, *values])
+    return ["run", "strategy", "stages", "cases", *(metric.name for metric in metrics)], rows
+
+
+def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """The metrics of one test with their 95 % intervals."""
+    rows = [
+        [name, m["value"], "" if m["low"] is None else f"{m['low']:.4g} … {m['high']:.4g}", m["cases"]]
+        for name, m in test["metrics"].items()
+    ]
+    return ["metric", "value", "95 % interval", "cases"], rows
+
+
+def _stage(workspace: Workspace, stage: int) -> StageSummary:
+    directory = workspace.stage_directory(stage)
+    training = read_metrics(workspace, stage, stage).get("training") or {}
+    manifest = workspace.stage_manifest(stage)
+    answers = (LOG, METRICS, PREDICTIONS)
+    served = [directory / name for name in manifest["files"] if not name.endswith(answers)]
+    cost = StageCost(
+        seconds=training.get("seconds"),
+        peak_memory_bytes=training.get("peak_memory"),
+        trained_parameters=manifest["trained_parameters"] if training else 0,
+        bytes_on_disk=sum(path.stat().st_size for path in served),
+    )
+    return StageSummary(read_predictions(directory / PREDICTIONS), cost, _curve(directory / LOG))
+
+
+def _curve(log: Path) -> TrainingCurve | None:
+    if not log.is_file():
+        return None
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if "loss" in record]
+    thinned = steps[:: max(1, len(steps) // CURVE_POINTS)]
+    return TrainingCurve.of_records(thinned + [record for record in records if "validation_loss" in record])
+
+
+def _span(stages: list[int]) -> str:
+    return f"{stages[0]}–{stages[-1]}" if len(stages) > 1 else str(stages[0])
