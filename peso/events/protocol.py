@@ -13,6 +13,12 @@ from peso.events.histories import MIN_STAGE_ITEMS, Ragged, Stage
 BASE_SHARE = 0.6  # of all events, by time; the rest is cut into equal parts
 
 
+def stage_bounds(events: int, stages: int, base_share: float = BASE_SHARE) -> np.ndarray:
+    """int64 (stages,): how many of the events, oldest first, lie before the end of each stage."""
+    share = base_share if stages > 1 else 1.0
+    return np.rint(np.linspace(share, 1.0, stages) * events).astype(np.int64)
+
+
 def cut_stages(
     user_names: list[str],
     users: np.ndarray,
@@ -41,8 +47,7 @@ def cut_stages(
         raise DataError(
             f"{events} events cannot be cut into {stages} stages; give more events or fewer stages"
         )
-    share = base_share if stages > 1 else 1.0
-    bounds = np.rint(np.linspace(share, 1.0, stages) * events).astype(np.int64)  # end of each stage
+    bounds = stage_bounds(events, stages, base_share)
     by_time = np.argsort(times, kind="stable")
     by_user = by_time[np.argsort(users[by_time], kind="stable")]  # user after user, oldest first within each
     values = items[by_user].astype(np.int32)

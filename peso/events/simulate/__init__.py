@@ -1,0 +1,28 @@
+"""The drift simulator: shoppers whose taste is stable, drifts, sleeps and wakes, or is new.
+
+Knows how users choose and how that changes from stage to stage; knows nothing of codes or models. One file a
+part: :mod:`.behaviour` (the settings), :mod:`.catalogue` (items), :mod:`.market` (what sells, trends and
+follows), :mod:`.shoppers` (who comes when, with what taste), :mod:`.simulation` (the log they make),
+:mod:`.files` (log, stream and truth on disk).
+
+What a user takes next depends on the item before it (the next number of its series, or the companion in
+the category that follows), on the user's own favourite categories, on what is trending, and on chance. In
+later stages new items come out and sell best, trends move on, some categories are followed by others than
+before, and drifting users change favourites. So a sequence model beats popularity, and one that is updated
+beats one that is not, while dormant users come back with the taste they had in stage 0.
+"""
+
+from peso.events.simulate.behaviour import KINDS, Behaviour
+from peso.events.simulate.files import EVENTS_FILE, TRUTH_FILE, TRUTH_SUMMARY_FILE, write_simulation
+from peso.events.simulate.simulation import Simulation, simulate
+
+__all__ = [
+    "EVENTS_FILE",
+    "KINDS",
+    "TRUTH_FILE",
+    "TRUTH_SUMMARY_FILE",
+    "Behaviour",
+    "Simulation",
+    "simulate",
+    "write_simulation",
+]
