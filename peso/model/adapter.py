@@ -110,6 +110,7 @@ def load_adapter(peft_model: PeftModel, directory: str | Path) -> None:
             f"the adapter in {folder} is damaged ({error}); train the stage again"
         ) from error
     config = _as_json(peft_model.peft_config["default"].to_dict())
+    stored["target_modules"] = sorted(stored.get("target_modules", []))  # PEFT writes them in any order
     for key in ("r", "lora_alpha", "target_modules"):
         if stored.get(key) != config[key]:
             raise WorkspaceError(
