@@ -50,10 +50,25 @@ def cut_stages(
     bounds = stage_bounds(events, stages, base_share)
     by_time = np.argsort(times, kind="stable")
     by_user = by_time[np.argsort(users[by_time], kind="stable")]  # user after user, oldest first within each
-    values = items[by_user].astype(np.int32)
     stage_of = np.empty(events, dtype=np.int64)
     stage_of[by_time] = np.searchsorted(bounds, np.arange(events), side="right")
-    # counts[u, t]: events of user u in stage t. As (user, stage) is sorted in `by_user`, sums are positions.
+    return slice_stages(user_names, users[by_user], items[by_user], stage_of[by_user], stages)
+
+
+def slice_stages(
+    user_names: list[str], users: np.ndarray, items: np.ndarray, stage_of: np.ndarray, stages: int
+) -> list[Stage]:
+    """The stages of events that stand user after user, oldest first within each.
+
+    Args:
+        user_names: ids of the users.
+        users: int (events,), rows of ``user_names``, ascending.
+        items: int (events,), item numbers.
+        stage_of: int (events,), ascending within each user.
+        stages: how many, stage 0 included.
+    """
+    values = items.astype(np.int32)
+    # counts[u, t]: events of user u in stage t. As (user, stage) ascends, its running sums are positions.
     counts = np.bincount(users * stages + stage_of, minlength=len(user_names) * stages)
     ends = np.cumsum(counts).reshape(len(user_names), stages)
     counts = counts.reshape(ends.shape)
@@ -101,15 +116,25 @@ def require_trainable(stage: Stage, source: str) -> None:
     Raises:
         DataError: nobody is in the stage, or nobody has three items in it.
     """
-    if not len(stage.users):
+    refuse_untrainable(stage.number, len(stage.users), int(stage.current.lengths.max(initial=0)), source)
+
+
+def refuse_untrainable(number: int, users: int, most: int, source: str) -> None:
+    """As :func:`require_trainable`, for a stage of which only this is known.
+
+    Args:
+        users: how many are in it.
+        most: the events of the user who has most.
+    """
+    if not users:
         raise DataError(
-            f"{source}: stage {stage.number} is empty; leave it out and renumber the later ones, "
+            f"{source}: stage {number} is empty; leave it out and renumber the later ones, "
             "or cut the log into fewer stages"
         )
-    if not len(stage.eligible()):
+    if most < MIN_STAGE_ITEMS:
         raise DataError(
-            f"{source}: none of the {len(stage.users)} users of stage {stage.number} has "
-            f"{MIN_STAGE_ITEMS} events in it (the most is {stage.current.lengths.max()}), so nothing "
+            f"{source}: none of the {users} users of stage {number} has "
+            f"{MIN_STAGE_ITEMS} events in it (the most is {most}), so nothing "
             "can be learnt or tested; merge it with a neighbouring stage, or cut fewer stages"
         )
 

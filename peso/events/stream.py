@@ -61,7 +61,7 @@ def write_stream(
         require_trainable(stage, "stream")
         path = directory / stage_file(number)
         path.parent.mkdir()
-        pq.write_table(_stage_table(stage), path)
+        pq.write_table(stage_table(stage), path)
         counts.append(stage_counts(stage))
     if not counts:
         raise DataError("a stream needs at least stage 0; the data hold no stage")
@@ -140,7 +140,8 @@ class Stream:
             raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
 
 
-def _stage_table(stage: Stage) -> pa.Table:
+def stage_table(stage: Stage) -> pa.Table:
+    """The rows of a stage as they are stored (``peso.events.columns.STAGE``)."""
     users = pa.array(stage.users, pa.string())
     return pa.Table.from_arrays(
         [users, _list_array(stage.previous), _list_array(stage.current)], schema=columns.STAGE
