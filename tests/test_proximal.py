@@ -14,6 +14,7 @@ from torch import nn
 import peso
 from peso.continual.anchor_report import anchor_report
 from peso.continual.groups import check_same_groups, find_groups, shapes
+from peso.continual.stacks import CPU_VALUES
 from peso.errors import ConfigError, TrainingError
 from peso.model.small import small_llama
 
@@ -181,6 +182,16 @@ def test_value_and_gradients_are_those_of_the_formula(dtype: torch.dtype, temper
         assert found.dtype == dtype
         # a gradient has its parameter's dtype, so that of a bfloat16 parameter is the exact one, rounded
         torch.testing.assert_close(found, true, rtol=max(1e-4, torch.finfo(dtype).eps), atol=1e-9)
+
+
+def test_groups_that_do_not_fit_into_one_stack() -> None:
+    sizes = [50_000, CPU_VALUES + 1, 50_000, 50_000, 50_000, 50_000, CPU_VALUES + 1]
+    current, anchor = groups_of_sizes(sizes, torch.float32)
+    value = peso.SoftmaxKL.value(current, anchor)
+    alone = [peso.SoftmaxKL.value([v], [a]) for v, a in zip(current, anchor, strict=True)]
+    assert value.item() == pytest.approx(sum(kl.item() for kl in alone), rel=1e-6)
+    for together, kl, parameter in zip(torch.autograd.grad(value, current), alone, current, strict=True):
+        torch.testing.assert_close(together, torch.autograd.grad(kl, parameter)[0], rtol=1e-5, atol=1e-12)
 
 
 def test_gradcheck() -> None:

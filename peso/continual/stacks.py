@@ -16,6 +16,9 @@ from torch import Tensor
 from peso.continual.softmax_kl import Prior, softmax_kl
 from peso.errors import TrainingError
 
+# On a CPU a stack is no larger than its caches hold (0.5 MB a matrix): 1.5 times faster than one for all.
+CPU_VALUES = 1 << 17
+
 Placement = tuple[torch.device, torch.dtype]
 
 
@@ -38,23 +41,25 @@ class Stack:
 
     def displacement(self, tensors: Sequence[Tensor]) -> Tensor:
         """(v − a)/τ of the members, a fresh (groups, n). Exact for small steps: float32 or better."""
-        moved = self._gather(tensors).sub_(self.anchor)
-        return moved if self.temperature == 1.0 else moved.div_(self.temperature)
-
-    def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
         rows = torch.stack([tensors[member].detach().reshape(-1) for member in self.members])
-        return rows.to(self.anchor.dtype)
+        moved = rows.to(self.anchor.dtype).sub_(self.anchor)
+        return moved if self.temperature == 1.0 else moved.div_(self.temperature)
 
 
 def stack_anchors(anchors: Sequence[Tensor], places: Sequence[Placement], temperature: float) -> list[Stack]:
     """Copies of the anchors, stacked by size and by where their groups are computed."""
-    members = defaultdict(list)
+    alike = defaultdict(list)
     for number, (anchor, place) in enumerate(zip(anchors, places, strict=True)):
-        members[anchor.numel(), place].append(number)
+        alike[anchor.numel(), place].append(number)
     stacks = []
-    for (_, (device, dtype)), numbers in members.items():
-        rows = torch.stack([anchors[number].detach().reshape(-1).to(device, dtype) for number in numbers])
-        stacks.append(Stack(numbers, rows, Prior.of(rows, temperature), temperature))
+    for (size, (device, dtype)), numbers in alike.items():
+        rows = max(1, CPU_VALUES // size) if device.type == "cpu" else len(numbers)
+        for start in range(0, len(numbers), rows):
+            members = numbers[start : start + rows]
+            anchor = torch.stack(
+                [anchors[member].detach().reshape(-1).to(device, dtype) for member in members]
+            )
+            stacks.append(Stack(members, anchor, Prior.of(anchor, temperature), temperature))
     return stacks
 
 
