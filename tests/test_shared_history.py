@@ -1,7 +1,6 @@
 """A user's targets share one pass over their history, and nothing about the losses changes.
 
-The reference here shares no code with the packing: one example per target, its prompt written out, the
-backbone's plain causal forward, embeddings and head put together by hand, a softmax over the whole row.
+The reference (``plain_path.py``) shares no code with the packing.
 """
 
 from __future__ import annotations
@@ -13,35 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain_path import TARGETS, random_sequences, separate_loss, with_adapter
 from torch import Tensor
 
 from peso.events.histories import TargetSequence
-from peso.model.adapter import add_adapter, adapter_parameters
 from peso.model.generative import GenerativeModel
 from peso.training.batches import Packed, cut, lay_out, pack
 from peso.training.likelihood import predicts_end, target_token_log_probabilities
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def with_adapter(model: GenerativeModel) -> GenerativeModel:
-    """A LoRA adapter without dropout whose B is not zero, so that every matrix has a gradient."""
-    model.backbone = add_adapter(model.backbone, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in adapter_parameters(model.backbone).values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.train()
-
-
-def random_sequences(seed: int, count: int, longest: int, items: int = 50) -> list[TargetSequence]:
-    generator = np.random.default_rng(seed)
-    result = []
-    for number in range(count):
-        length = int(generator.integers(1, longest + 1))
-        first = int(generator.integers(0, length))
-        rows = generator.integers(0, items, length).astype(np.int32)
-        result.append(TargetSequence(f"user{number}", rows, first))
-    return result
 
 
 def packed_batch(
@@ -62,41 +39,6 @@ def packed_batch(
 def packed_loss(model: GenerativeModel, passes: list[Packed], temperature: float = 0.8) -> Tensor:
     scores = [target_token_log_probabilities(model, packed, temperature) for packed in passes]
     return -torch.cat(scores).mean()
-
-
-def separate_loss(
-    model: GenerativeModel, sequences: list[TargetSequence], temperature: float = 0.8
-) -> Tensor:
-    """The mean over all target tokens, one example per target, nothing shared."""
-    causal_lm, vocabulary, layout = model.causal_lm, model.vocabulary, model.layout
-    words = causal_lm.get_input_embeddings().weight
-    table = torch.cat([words[: vocabulary.first_id], vocabulary.input_rows])
-    head = torch.cat(
-        [causal_lm.get_output_embeddings().weight[: vocabulary.first_id], vocabulary.output_rows]
-    )
-    starts = [vocabulary.first_id + int(o) for o in vocabulary.offsets] + [
-        vocabulary.first_id + len(vocabulary)
-    ]
-    losses = []
-    for sequence in sequences:
-        for t in range(sequence.first_target, len(sequence.items)):
-            history = model.item_token_ids(sequence.items[max(0, t - layout.window) : t])
-            prompt = layout.prompt(history.reshape(-1, vocabulary.levels))
-            target = model.item_token_ids(sequence.items[t])
-            ids = np.concatenate([prompt, target, layout.end]).astype(np.int64)
-            hidden = causal_lm.model(inputs_embeds=table[torch.from_numpy(ids)].unsqueeze(0))[0][0]
-            logits = hidden @ head.T / temperature
-            for place in range(len(prompt), len(ids)):
-                token, level = int(ids[place]), place - len(prompt)
-                row = logits[place - 1]
-                if model.loss_vocabulary == "full":
-                    losses.append(-row.log_softmax(0)[token])
-                elif level < vocabulary.levels:
-                    first, last = starts[0], starts[-1]
-                    if model.loss_vocabulary == "level":
-                        first, last = starts[level], starts[level + 1]
-                    losses.append(-row[first:last].log_softmax(0)[token - first])
-    return torch.stack(losses).mean()
 
 
 def gradients(model: GenerativeModel, loss: Tensor) -> dict[str, Tensor]:
