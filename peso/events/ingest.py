@@ -1,0 +1,133 @@
+"""From the data that a configuration names to a stream directory.
+
+Knows the order of the work: read, clean, order, cut, write. Knows nothing of codes or models, nor of how a
+directory appears whole: whoever calls gives an empty directory and renames it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
+from peso.events import columns
+from peso.events.cleaning import Funnel, clean
+from peso.events.cutting import cut, order_by_time
+from peso.events.database import scalar, temporary_database
+from peso.events.loading import load
+from peso.events.release import read_release
+from peso.events.simulate import EVENTS_FILE, write_simulation
+from peso.events.sources import open_source
+from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
+from peso.events.stream import FORMAT, ITEMS_FILE, Stream, write_stream
+from peso.events.times import iso
+from peso.manifest import MANIFEST, write_manifest
+from peso.progress import Observer, Silent
+
+
+def ingest(
+    data: DataConfig, directory: Path, seed: int = 0, observer: Observer | None = None
+) -> dict[str, Any]:
+    """Fill an existing, empty directory with the stream of ``data`` (``peso.events.stream``).
+
+    Args:
+        seed: of the simulator; nothing else is drawn.
+
+    Returns:
+        The manifest. Of a log it holds, beside what every stream's does: ``source``, ``time`` (what was
+        recognised; first and last event), ``funnel`` (per step of the cleaning: events, users, items left),
+        ``skipped`` (unreadable rows), ``boundaries`` (where the stages were cut, if by time).
+
+    Raises:
+        DataError: names file, row, column or stage, and what to do.
+        WorkspaceError: the disk is full.
+    """
+    observer = observer or Silent()
+    if data.format == "peso-release":
+        items, stages, _ = read_release(str(data.path))
+        write_stream(directory, items, stages, {"source": describe(data)})
+    elif data.format == "simulate":
+        _ingest_simulation(data, directory, seed, observer)
+    else:
+        _ingest_log(data, directory, describe(data), observer)
+    return dict(Stream.open(directory).manifest)
+
+
+def describe(data: DataConfig) -> dict[str, Any]:
+    """The configuration of the data for a manifest: what differs from the defaults."""
+    return {"format": data.format, **data.model_dump(mode="json", exclude_defaults=True)}
+
+
+def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], observer: Observer) -> None:
+    with temporary_database(directory) as connection:
+        opened = open_source(data)
+        files = opened.log.table.files
+        observer.note(f"reading {files[0] if len(files) == 1 else f'{len(files)} files of {data.path}'}")
+        loaded = load(connection, opened.log, data.on_error == "skip", data.min_rating is not None)
+        observer.note(
+            f"times are {loaded.clock.stated}: {iso(loaded.first)} to {iso(loaded.last)}"
+            + (f"; {loaded.skipped:,} unreadable rows left out" if loaded.skipped else "")
+        )
+        funnel = Funnel(connection, loaded.rows)
+        clean(funnel, data.min_rating, data.repeats, data.min_user, data.min_item)
+        order_by_time(connection)
+        stages = cut(connection, data.stages, loaded.clock)
+        number_by_arrival(connection)
+        connection.execute("""
+            CREATE TABLE sorted AS SELECT user_numbers.n AS u, item_numbers.n AS i, ordered.rowid AS place
+            FROM ordered JOIN user_numbers USING (u) JOIN item_numbers USING (i)
+            ORDER BY user_numbers.n, ordered.rowid""")
+        observer.begin("writing the stages", scalar(connection, "SELECT count(*) FROM sorted"), "events")
+        counts = write_stages(connection, directory, stages.ends, 0, str(data.path), observer.advance)
+        observer.end()
+        items, repeated = new_items(connection, opened.items, data.on_error == "skip")
+        write_items(items, directory)
+        first, last = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
+    write_manifest(
+        directory,
+        FORMAT,
+        {
+            "source": source,
+            "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first, "last": last},
+            "skipped": loaded.skipped,
+            "funnel": funnel.rows,
+            "boundaries": [iso(moment) for moment in stages.moments] if stages.moments is not None else None,
+            "items": len(items),
+            "items_without_title": items[columns.TITLE].null_count,
+            "repeated_rows_of_items": repeated,
+            "stages": counts,
+        },
+    )
+
+
+def _ingest_simulation(data: DataConfig, directory: Path, seed: int, observer: Observer) -> None:
+    """The long way: log and product table are written as files and read like anyone's."""
+    sizes = data.simulate
+    aside = directory / ".simulated"
+    aside.mkdir()
+    write_simulation(aside, sizes.users, sizes.items, sizes.stages, seed)
+    kept = [p for p in aside.iterdir() if p.is_file() and p.name not in (ITEMS_FILE, MANIFEST)]
+    for path in kept:
+        path.rename(directory / path.name)
+    log = DataConfig.model_validate(
+        {
+            "format": "parquet",
+            "path": str(directory / EVENTS_FILE),
+            "stages": sizes.stages,
+            "items": ItemTableConfig(
+                path=str(aside / ITEMS_FILE),
+                columns=ItemColumnsConfig(
+                    item=columns.ITEM_ID,
+                    title=columns.TITLE,
+                    text=[columns.TEXT],
+                    category=columns.CATEGORY,
+                ),
+            ),
+        }
+    )
+    source = {"format": "simulate", **sizes.model_dump(), "seed": seed}
+    try:
+        _ingest_log(log, directory, source, observer)
+    finally:
+        shutil.rmtree(aside)

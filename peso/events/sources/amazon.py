@@ -1,0 +1,64 @@
+"""Amazon Reviews 2023: reviews as JSON lines or the rating-only CSVs (5-core and so on), and their metadata.
+
+Knows the files as they are published at https://amazon-reviews-2023.github.io; knows nothing of stages.
+
+    Video_Games.jsonl.gz, meta_Video_Games.jsonl.gz          reviews (times in milliseconds) and products
+    Video_Games.csv.gz: user_id,parent_asin,rating,timestamp the rating-only logs, 0-core and 5-core
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peso.errors import DataError
+from peso.events.sources.files import bare_suffix, first_of, require_content
+from peso.events.sources.source import PATH, ItemTable, Log, Source, plain
+from peso.events.sources.tables import csv_table, jsonl_table
+
+USER, ITEM, TIME, RATING = "user_id", "parent_asin", "timestamp", "rating"
+
+
+def amazon_source(path: str) -> Source:
+    """Reviews at ``path``: a file, or a folder with one. The metadata lie beside them under ``meta_``.
+
+    Raises:
+        DataError: no review file, several of them, or one without the published columns.
+    """
+    log_file = _log_file(Path(path))
+    require_content(log_file)
+    if bare_suffix(log_file) == ".csv":
+        table = csv_table([log_file], ",", header=True)
+    else:
+        table = jsonl_table([log_file], [USER, ITEM, TIME, RATING])
+    for column in (USER, ITEM, TIME, RATING):
+        table.require(column, "data.format (csv or jsonl with data.columns reads other files)")
+    category = log_file.name.split(".")[0]
+    meta = first_of(log_file.parent, f"meta_{category}.jsonl")
+    return Source(Log(table, USER, ITEM, TIME, RATING), _items(meta) if meta else None)
+
+
+def _log_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(
+        file
+        for file in path.iterdir()
+        if bare_suffix(file) in (".jsonl", ".csv") and not file.name.startswith("meta_")
+    )
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise DataError(f"{path} should hold one file of reviews (found: {names}); name the file itself")
+    return found[0]
+
+
+def _items(file: Path) -> ItemTable:
+    documents = ["title", "features", "description", "categories"]
+    table = jsonl_table([require_content(file)], [ITEM], documents)
+    there = [name for name in documents if name in table.columns]
+    return ItemTable(
+        table,
+        table.require(ITEM, "data.format"),
+        plain(table, *(name for name in there if name == "title")),
+        plain(table, *(name for name in there if name in ("features", "description"))),
+        plain(table, *(name for name in there if name == "categories"), join=PATH),
+    )

@@ -1,0 +1,133 @@
+"""MovieLens in all its shapes, and MovieTweetings, which took over the shape of MovieLens 1M.
+
+Knows the files as GroupLens, RecBole and MovieTweetings publish them; knows nothing of stages.
+
+    100k            u.data (tabs), u.item (bars, Latin-1, a flag a genre), u.genre
+    1M, 10M         ratings.dat, movies.dat (separated by ::; Latin-1 in 1M)
+    latest, 20M on  ratings.csv, movies.csv (with header)
+    RecBole         NAME.inter, NAME.item (tabs, a header with types)
+    MovieTweetings  ratings.dat, movies.dat (separated by ::, UTF-8)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peso.errors import DataError
+from peso.events.database import identifier, literal
+from peso.events.sources.files import first_of, is_utf8, require_content
+from peso.events.sources.source import LIST, ItemTable, Log, Source
+from peso.events.sources.tables import FileTable, csv_table
+
+FLAGS_FROM = 6  # of u.item: the first genre's column, counted from 1
+GENRES_100K = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
+    "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+
+
+def movielens_source(path: str) -> Source:
+    """A MovieLens folder, recognised by its files.
+
+    Raises:
+        DataError: none of the published files is there.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if log := first_of(folder, "u.data"):
+        return Source(_numbered(log, "\t"), _items_100k(first_of(folder, "u.item")))
+    if log := first_of(folder, "ratings.dat"):
+        return _dat(log, first_of(folder, "movies.dat"))
+    if log := first_of(folder, "ratings.csv"):
+        table = csv_table([require_content(log)], ",", header=True)
+        for name in ("userId", "movieId", "rating", "timestamp"):
+            table.require(name, "data.format (csv with data.columns reads other files)")
+        return Source(
+            Log(table, "userId", "movieId", "timestamp", "rating"), _latest(first_of(folder, "movies.csv"))
+        )
+    if found := sorted(folder.glob("*.inter")):
+        return _recbole(found[0])
+    raise DataError(
+        f"{folder} holds none of u.data, ratings.dat, ratings.csv or *.inter; "
+        "give the folder of an unpacked MovieLens data set"
+    )
+
+
+def movietweetings_source(path: str) -> Source:
+    """A MovieTweetings folder. Raises DataError if its ``ratings.dat`` is missing."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    log = require_content(folder / "ratings.dat" if Path(path).is_dir() else Path(path))
+    return _dat(log, first_of(folder, "movies.dat"))
+
+
+def _dat(log: Path, movies: Path | None) -> Source:
+    return Source(_numbered(log, "::"), _movies(_headless(movies, "::")) if movies else None)
+
+
+def _numbered(log: Path, separator: str) -> Log:
+    """User, item, rating, time in this order."""
+    table = csv_table([require_content(log)], separator, header=False, quote="")
+    if len(table.columns) < 4:
+        raise DataError(
+            f"{log} has {len(table.columns)} columns on its first line, where user, item, rating and time "
+            f"separated by {separator!r} belong; check data.format"
+        )
+    return Log(table, "1", "2", "4", "3", time_format="seconds")
+
+
+def _movies(table: FileTable) -> ItemTable:
+    """Number, title, genres separated by bars."""
+    return ItemTable(table, '"1"', '"2"', category=_genres('"3"') if "3" in table.columns else "NULL")
+
+
+def _latest(movies: Path | None) -> ItemTable | None:
+    if movies is None:
+        return None
+    table = csv_table([require_content(movies)], ",", header=True)
+    return ItemTable(table, table.require("movieId", "data.format"), '"title"', category=_genres('"genres"'))
+
+
+def _items_100k(file: Path | None) -> ItemTable | None:
+    if file is None:
+        return None
+    table = _headless(file, "|", "latin-1")
+    flags = [
+        f"CASE {identifier(str(FLAGS_FROM + place))} WHEN '1' THEN {literal(genre)} END"
+        for place, genre in enumerate(GENRES_100K)
+        if str(FLAGS_FROM + place) in table.columns
+    ]
+    genres = f"nullif(concat_ws({literal(LIST)}, {', '.join(flags)}), '')" if flags else "NULL"
+    return ItemTable(table, '"1"', '"2"', category=genres)
+
+
+def _recbole(log: Path) -> Source:
+    """Columns are named as in ``user_id:token``."""
+    table = csv_table([require_content(log)], "\t", header=True, quote="")
+    at = {name.partition(":")[0]: name for name in table.columns}
+    for name in ("user_id", "item_id", "timestamp"):
+        table.require(at.get(name, name), "data.format")
+    events = Log(table, at["user_id"], at["item_id"], at["timestamp"], at.get("rating"))
+    file = first_of(log.parent, f"{log.stem}.item")
+    if file is None:
+        return Source(events)
+    items = csv_table([require_content(file)], "\t", header=True, quote="")
+    of = {name.partition(":")[0]: identifier(name) for name in items.columns}
+    genres = of.get("class", of.get("genre"))
+    return Source(
+        events,
+        ItemTable(
+            items,
+            of["item_id"],
+            of.get("movie_title", of.get("title", "NULL")),
+            category=f"replace({genres}, ' ', {literal(LIST)})" if genres else "NULL",
+        ),
+    )
+
+
+def _headless(file: Path, separator: str, encoding: str | None = None) -> FileTable:
+    # MovieLens 1M is Latin-1, 10M and MovieTweetings are UTF-8; nothing in the files says which
+    encoding = encoding or ("utf-8" if is_utf8(require_content(file)) else "latin-1")
+    return csv_table([require_content(file)], separator, header=False, encoding=encoding, quote="")
+
+
+def _genres(column: str) -> str:
+    return f"nullif(replace({column}, '|', {literal(LIST)}), '(no genres listed)')"

@@ -1,0 +1,86 @@
+"""A user's own files: CSV, Parquet or JSON lines, with the columns that the configuration names.
+
+Knows the configuration of the data; knows nothing of well-known data sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peso.config import DataConfig
+from peso.errors import ConfigError
+from peso.events.sources.files import bare_suffix, find_files
+from peso.events.sources.source import PATH, ItemTable, Log, Source, plain
+from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
+
+SEPARATORS = {".tsv": "\t", ".tab": "\t", ".dat": "::"}  # by ending; a comma elsewhere
+
+
+def own_source(data: DataConfig) -> Source:
+    """The log at ``data.path`` and the product table of ``data.items``, if there is one.
+
+    Raises:
+        DataError: no such file, or a column that is not there.
+        ConfigError: columns by name and by number at once.
+    """
+    names = {key: value for key, value in data.columns if value is not None}
+    table = _table(data, str(data.path), data.format, data.separator, list(names.values()), ())
+    for key, value in names.items():
+        table.require(str(value), f"data.columns.{key}")
+    columns = {key: str(value) for key, value in names.items()}
+    log = Log(table, **columns, time_format=data.time_format)
+    return Source(log, _items(data) if data.items else None)
+
+
+def _items(data: DataConfig) -> ItemTable:
+    assert data.items is not None
+    given = data.items
+    kind = given.format or data.format
+    fields: dict[str, list[str | int]] = {
+        "title": [given.columns.title] if given.columns.title is not None else [],
+        "text": list(given.columns.text),
+        "category": [given.columns.category] if given.columns.category is not None else [],
+    }
+    documents = [name for several in fields.values() for name in several]
+    table = _table(data, given.path, kind, given.separator, [given.columns.item], documents)
+    table.require(str(given.columns.item), "data.items.columns.item")
+    for key, several in fields.items():
+        for name in several:
+            table.require(str(name), f"data.items.columns.{key}")
+    return ItemTable(
+        table,
+        plain(table, str(given.columns.item)),
+        plain(table, *map(str, fields["title"])),
+        plain(table, *map(str, fields["text"])),
+        plain(table, *map(str, fields["category"]), join=PATH),
+    )
+
+
+def _table(
+    data: DataConfig,
+    path: str,
+    kind: str,
+    separator: str | None,
+    columns: Sequence[str | int],
+    documents: Sequence[str | int],
+) -> FileTable:
+    files = find_files(path, kind)
+    if kind == "parquet":
+        return parquet_table(files)
+    if kind == "jsonl":
+        return jsonl_table(files, [str(name) for name in columns], [str(name) for name in documents])
+    numbered = {isinstance(name, int) for name in [*columns, *documents]}
+    if len(numbered) > 1:
+        raise ConfigError(
+            f"the columns of {path} are given partly by name and partly by number; "
+            "names are for files with a header, numbers for files without"
+        )
+    separator = separator or _separator(files[0])
+    # the quotes in `::` files are part of the text, as in those of MovieLens
+    quote = '"' if len(separator) == 1 else ""
+    return csv_table(files, separator, header=not numbered.pop(), encoding=data.encoding, quote=quote)
+
+
+def _separator(file: Path) -> str:
+    return SEPARATORS.get(bare_suffix(file), ",")

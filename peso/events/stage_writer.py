@@ -1,0 +1,167 @@
+"""From events in order of time to the files of a stream, a slice of the users at a time.
+
+Knows the table ``ordered`` and the files of ``peso.events.stream``; knows nothing of where the events come
+from. Memory does not grow with the log: users are written in slices of about ``SLICE`` events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peso.events import columns
+from peso.events.database import scalar
+from peso.events.histories import Stage
+from peso.events.protocol import refuse_untrainable, slice_stages, stage_counts
+from peso.events.sources import ItemTable
+from peso.events.stream import ITEMS_FILE, stage_file, stage_table
+
+SLICE = 1_000_000  # events
+
+
+class StageWriter:
+    """Writes the Parquet files of several stages side by side, and counts what they hold."""
+
+    def __init__(self, directory: Path, numbers: Sequence[int], stack: ExitStack) -> None:
+        self.numbers = list(numbers)
+        self.counts: list[dict[str, int]] = [{} for _ in numbers]
+        self.most = [0] * len(self.numbers)
+        self._files = []
+        for number in numbers:
+            path = directory / stage_file(number)
+            path.parent.mkdir()
+            self._files.append(stack.enter_context(pq.ParquetWriter(path, columns.STAGE)))
+
+    def write(self, stages: Sequence[Stage]) -> None:
+        """A slice of the users of each stage, in the order of the numbers."""
+        for place, stage in enumerate(stages):
+            if not stage.users:
+                continue
+            self._files[place].write_table(stage_table(stage))
+            for name, count in stage_counts(stage).items():
+                self.counts[place][name] = self.counts[place].get(name, 0) + count
+            self.most[place] = max(self.most[place], int(stage.current.lengths.max()))
+
+    def require_trainable(self, source: str) -> None:
+        """Raise DataError if a stage leaves nothing to learn from."""
+        for number, counts, most in zip(self.numbers, self.counts, self.most, strict=True):
+            refuse_untrainable(number, counts.get("users", 0), most, source)
+
+
+def number_by_arrival(connection: duckdb.DuckDBPyConnection, first_item: int = 0) -> None:
+    """Number users and items by their first event: tables ``user_numbers`` and ``item_numbers``.
+
+    ``user_numbers`` (u, n, name), ``item_numbers`` (i, n, name); items from ``first_item`` on, except those
+    ``known``, whose number is in the table ``known_items`` (name, n) already.
+    """
+    connection.execute("""
+        CREATE TABLE user_numbers AS
+        SELECT u, (row_number() OVER (ORDER BY place) - 1)::INTEGER AS n, name
+        FROM (SELECT u, min(rowid) AS place FROM ordered GROUP BY u) JOIN users USING (u) ORDER BY n""")
+    connection.execute(f"""
+        CREATE TABLE item_numbers AS
+        SELECT i, (row_number() OVER (ORDER BY place) - 1 + {first_item})::INTEGER AS n, name
+        FROM (SELECT i, min(rowid) AS place FROM ordered GROUP BY i) JOIN items USING (i) WHERE NOT known
+        ORDER BY n""")
+
+
+def write_stages(
+    connection: duckdb.DuckDBPyConnection,
+    directory: Path,
+    ends: np.ndarray,
+    first: int,
+    source: str,
+    advance: Callable[[int], None],
+) -> list[dict[str, int]]:
+    """Write the stages of the table ``sorted`` (u, i, place), events user after user, oldest first.
+
+    ``place`` is an event's place in time; a negative one came before the first stage to be written.
+
+    Args:
+        ends: int64 (stages,), the place at which each stage ends.
+        first: number of the first of these stages.
+        source: where the events come from, for messages.
+        advance: told how many events are written so far.
+
+    Returns:
+        Counts per stage (``peso.events.protocol.stage_counts``).
+
+    Raises:
+        DataError: a stage in which nobody has three events.
+    """
+    stages = len(ends)
+    bounds = np.concatenate([[0], ends[:-1]])  # stage 0 of the slices is what came before
+    events = scalar(connection, "SELECT count(*) FROM sorted")
+    users = scalar(connection, "SELECT count(*) FROM user_numbers")
+    starts = connection.execute(
+        f"SELECT DISTINCT u FROM sorted WHERE rowid % {SLICE} = 0 AND rowid > 0 ORDER BY u"
+    ).fetchall()
+    edges = [0, *(int(u) for (u,) in starts if u), users]
+    done = 0
+    with ExitStack() as stack:
+        writer = StageWriter(directory, range(first, first + stages), stack)
+        for begin, end in pairwise(edges):
+            part = connection.execute(
+                f"SELECT u, i, place FROM sorted WHERE u >= {begin} AND u < {end}"
+            ).fetchnumpy()
+            names = connection.execute(
+                f"SELECT name FROM user_numbers WHERE n >= {begin} AND n < {end} ORDER BY n"
+            ).fetchall()
+            stage_of = np.searchsorted(bounds, part["place"], side="right")
+            writer.write(
+                slice_stages(
+                    [name for (name,) in names],
+                    part["u"].astype(np.int64) - begin,
+                    part["i"],
+                    stage_of,
+                    stages + 1,
+                )[1:]
+            )
+            done += len(stage_of)
+            advance(done)
+        writer.require_trainable(source)
+    assert done == events, "every event belongs to a slice"
+    return writer.counts
+
+
+def new_items(connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool) -> tuple[Any, int]:
+    """The rows of the item table for ``item_numbers``, in their order, with what ``items`` says of them.
+
+    Returns:
+        An Arrow table (``peso.events.columns.ITEMS``), and how many rows of ``items`` repeat an item (the
+        first is taken).
+    """
+    repeated = 0
+    if items is None:
+        query = """
+            SELECT name AS item_id, NULL AS title, NULL AS text, NULL AS category FROM item_numbers
+            ORDER BY n"""
+    else:
+        connection.execute(f"""
+            CREATE TABLE catalogue AS
+            SELECT ({items.item})::VARCHAR AS item_id, nullif({items.title}, '') AS title,
+                   nullif({items.text}, '') AS text, nullif({items.category}, '') AS category
+            FROM {items.table.scan(skip)}""")
+        repeated = scalar(connection, "SELECT count(item_id) - count(DISTINCT item_id) FROM catalogue")
+        query = """
+            SELECT name AS item_id, title, text, category
+            FROM item_numbers
+            LEFT JOIN (SELECT item_id, min(rowid) AS first FROM catalogue GROUP BY item_id) AS firsts
+              ON firsts.item_id = name
+            LEFT JOIN catalogue ON catalogue.rowid = firsts.first
+            ORDER BY n"""
+    table = connection.sql(query).to_arrow_table()
+    return table.select(columns.ITEMS.names).cast(columns.ITEMS), repeated
+
+
+def write_items(table: pa.Table, directory: Path) -> None:
+    """Write ``items.parquet``."""
+    pq.write_table(table, directory / ITEMS_FILE)
