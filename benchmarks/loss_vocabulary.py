@@ -4,9 +4,9 @@ Learns the released Video Games stream with the scratch backbone under each of t
 and compares what cannot be compared by loss: the log-probability of every validation target renormalised over
 the items that exist (the catalogue's trie), paired by user.
 
-    python benchmarks/loss_vocabulary.py runs/loss_vocabulary [--quick] [--json]
+    python benchmarks/loss_vocabulary.py runs/loss_vocabulary [--epochs 4] [--stages 2] [--quick] [--json]
 
-Resumable: finished stages are not learnt again. --quick: two stages, 100 optimiser steps each.
+Resumable: finished stages are not learnt again. --quick: 100 optimiser steps a stage.
 """
 
 from __future__ import annotations
@@ -32,13 +32,19 @@ CONFIG = Path(__file__).parent.parent / "examples" / "video_games_scratch.yaml"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--only", choices=VOCABULARIES, help="learn this one and compare nothing")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    measured = {name: measure(arguments.directory / name, name, arguments.quick) for name in VOCABULARIES}
-    stages = len(measured["full"])
+    changes = [f"training.epochs={arguments.epochs}"] + ["training.max_steps=100"] * arguments.quick
+    names = [arguments.only] if arguments.only else VOCABULARIES
+    measured = {name: measure(arguments.directory / name, name, arguments.stages, changes) for name in names}
+    if arguments.only:
+        return
     result = []
-    for stage in range(stages):
+    for stage in range(arguments.stages):
         for name in VOCABULARIES:
             scores = measured[name][stage]
             difference = scores - measured["full"][stage]
@@ -53,10 +59,10 @@ def main() -> None:
         table(title, list(result[0]), [list(row.values()) for row in result])
 
 
-def measure(root: Path, loss_vocabulary: str, quick: bool) -> list[np.ndarray]:
+def measure(root: Path, loss_vocabulary: str, stages: int, changes: list[str]) -> list[np.ndarray]:
     """Per stage the log-likelihood of every validation case under the model after that stage."""
-    changes = ["strategy=single", f"training.loss_vocabulary={loss_vocabulary}"]
-    config = load_config(CONFIG, changes + ["training.max_steps=100"] * quick)
+    chosen = ["strategy=single", f"training.loss_vocabulary={loss_vocabulary}", *changes]
+    config = load_config(CONFIG, chosen)
     workspace, terminal = Workspace.create_or_open(root, config), Terminal()
     result = []
     with workspace.lock():
@@ -64,7 +70,7 @@ def measure(root: Path, loss_vocabulary: str, quick: bool) -> list[np.ndarray]:
             pipeline.ingest(workspace, terminal)
             pipeline.tokenize(workspace, terminal)
         stream = Stream.open(workspace.stream_directory)
-        for number in range(2 if quick else stream.stages):
+        for number in range(stages):
             if number not in workspace.finished_stages:
                 pipeline.learn(workspace, number, terminal)
             cases = stream.stage(number).validation_cases(config.prompt.window)

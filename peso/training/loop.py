@@ -192,7 +192,9 @@ def train_stage(
         raise TrainingError("no parameter of the model requires a gradient: there is nothing to train")
     parameters = list(trained.values())
     adapter = [p for p in adapter_parameters(model.backbone).values() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(parameters, settings.weight_decay), lr=learning_rate)
+    groups = _groups(parameters, settings.weight_decay)
+    # fused: one pass over each parameter; the loop of single operations costs a small model a fifth of a step
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     schedule = get_scheduler(
         "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         optimizer,
