@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers_reference import assert_same_ranking, extended_causal_lm, generate
+from transformers_reference import UsualWay, assert_same_ranking
 
 from peso.decoding import beam_search, search
 from peso.errors import BackboneError, ConfigError, DataError
@@ -62,9 +62,7 @@ def test_top_ten_equal_transformers_generate(
     # more semantic IDs than beams on every level, so that the search must prune
     model = make_model(layout, loss_vocabulary, items=400, sizes=(16, 12, 14), seed=1)
     histories = random_histories(model, [0, 1, 5, 20])
-    causal_lm = extended_causal_lm(model)
-    apart = [generate(causal_lm, model, [history], beams=10) for history in histories]
-    expected = tuple(np.concatenate(parts) for parts in zip(*apart, strict=True))
+    expected = UsualWay(model).in_batches(histories, beams=10, batch_size=1)
     found = search(model, histories, beams=10)
     assert found.scores.dtype == np.float32
     assert_same_ranking(expected, (found.leaves, found.scores))
@@ -102,9 +100,7 @@ def test_top_ten_equal_generate_on_smollm2(layout: str) -> None:
 
 def check_smollm2(model: GenerativeModel, lengths: list[int]) -> None:
     histories = random_histories(model, lengths)
-    causal_lm = extended_causal_lm(model)
-    apart = [generate(causal_lm, model, [history], beams=10) for history in histories]
-    expected = tuple(np.concatenate(parts) for parts in zip(*apart, strict=True))
+    expected = UsualWay(model).in_batches(histories, beams=10, batch_size=1)
     found = search(model, histories, beams=10)
     assert_same_ranking(expected, (found.leaves, found.scores))
 

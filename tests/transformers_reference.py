@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,66 +51,68 @@ class Renormalise(LogitsProcessor):
         return kept.log_softmax(-1)
 
 
-def allowed_tokens(model: GenerativeModel, prompt_length: int) -> Callable[[int, Tensor], list[int]]:
-    """``prefix_allowed_tokens_fn`` over a dictionary trie, as the released scripts have it."""
-    children: dict[tuple[int, ...], set[int]] = {}
-    for tokens in model.item_token_ids(np.arange(len(model.semantic_ids.item_ids))).tolist():
-        for level in range(len(tokens)):
-            children.setdefault(tuple(tokens[:level]), set()).add(tokens[level])
-    sorted_children = {prefix: sorted(tokens) for prefix, tokens in children.items()}
+class UsualWay:
+    """Transformers' beam search over the catalogue of one of our models, made ready once."""
 
-    def allowed(_: int, ids: Tensor) -> list[int]:
-        # a beam that generate keeps for want of better ones may be no prefix; its score is -inf already
-        return sorted_children.get(tuple(ids[prompt_length:].tolist()), [0])
+    def __init__(self, model: GenerativeModel) -> None:
+        self.model = model
+        self.causal_lm = extended_causal_lm(model)
+        # a trie of dictionaries and a lookup of whole IDs, as scripts have them
+        tokens = model.item_token_ids(np.arange(len(model.semantic_ids.item_ids))).tolist()
+        children: dict[tuple[int, ...], set[int]] = {}
+        for item in tokens:
+            for level in range(len(item)):
+                children.setdefault(tuple(item[:level]), set()).add(item[level])
+        self.children = {prefix: sorted(codes) for prefix, codes in children.items()}
+        self.leaf = {
+            tuple(i): int(leaf) for i, leaf in zip(tokens, model.semantic_ids.trie.leaf_of, strict=True)
+        }
 
-    return allowed
+    @torch.no_grad()
+    def generate(self, histories: list[np.ndarray], beams: int) -> tuple[np.ndarray, np.ndarray]:
+        """(users, beams) leaves and log-probabilities. Prompts of different length are left-padded."""
+        model, layout = self.model, self.model.layout
+        prompts = [layout.prompt(model.item_token_ids(history[-layout.window :])) for history in histories]
+        length = max(len(prompt) for prompt in prompts)
+        ids, mask = (torch.zeros(len(prompts), length, dtype=torch.int64) for _ in range(2))
+        for i, prompt in enumerate(prompts):
+            ids[i, length - len(prompt) :] = torch.from_numpy(prompt)
+            mask[i, length - len(prompt) :] = 1
 
+        def allowed(_: int, sequence: Tensor) -> list[int]:
+            # a beam that generate keeps for want of better ones may be no prefix; its score is -inf already
+            return self.children.get(tuple(sequence[length:].tolist()), [0])
 
-@torch.no_grad()
-def generate(
-    causal_lm: Any,
-    model: GenerativeModel,
-    histories: list[np.ndarray],
-    beams: int,
-    allowed: Callable[[int, Tensor], list[int]] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(users, beams) leaves and log-probabilities by Transformers' own beam search.
+        if model.loss_vocabulary == "full":
+            constraint: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed}
+        else:  # the built-in constraint would come before the renormalisation, so it is put behind it by hand
+            both = [Renormalise(model, length), PrefixConstrainedLogitsProcessor(allowed, beams)]
+            constraint = {"logits_processor": LogitsProcessorList(both)}
+        output = self.causal_lm.generate(
+            ids,
+            attention_mask=mask,
+            num_beams=beams,
+            num_return_sequences=beams,
+            max_new_tokens=model.semantic_ids.levels,
+            length_penalty=0.0,
+            early_stopping=False,
+            do_sample=False,
+            **constraint,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        leaves = [self.leaf.get(tuple(sequence), -1) for sequence in output.sequences[:, length:].tolist()]
+        return np.array(leaves).reshape(-1, beams), output.sequences_scores.numpy().reshape(-1, beams)
 
-    Prompts of different length are left-padded. ``allowed``: a ready ``prefix_allowed_tokens_fn`` for
-    prompts of this length.
-    """
-    layout, levels = model.layout, model.semantic_ids.levels
-    prompts = [layout.prompt(model.item_token_ids(history[-layout.window :])) for history in histories]
-    length = max(len(prompt) for prompt in prompts)
-    ids, mask = (torch.zeros(len(prompts), length, dtype=torch.int64) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, length - len(prompt) :] = 1
-    allowed = allowed or allowed_tokens(model, length)
-    if model.loss_vocabulary == "full":
-        constraint = {"prefix_allowed_tokens_fn": allowed}
-    else:  # the built-in constraint would come before the renormalisation, so it is put behind it by hand
-        both = [Renormalise(model, length), PrefixConstrainedLogitsProcessor(allowed, beams)]
-        constraint = {"logits_processor": LogitsProcessorList(both)}
-    output = causal_lm.generate(
-        ids,
-        attention_mask=mask,
-        num_beams=beams,
-        num_return_sequences=beams,
-        max_new_tokens=levels,
-        length_penalty=0.0,
-        early_stopping=False,
-        do_sample=False,
-        **constraint,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    trie = model.semantic_ids.trie
-    leaf = {tuple(path): number for number, path in enumerate(trie.paths(np.arange(trie.leaves)).tolist())}
-    numbers = output.sequences[:, length:].numpy() - model.vocabulary.first_id
-    codes = numbers - model.semantic_ids.offsets
-    leaves = np.array([leaf.get(tuple(path), -1) for path in codes.tolist()])
-    return leaves.reshape(-1, beams), output.sequences_scores.numpy().reshape(-1, beams)
+    def in_batches(
+        self, histories: list[np.ndarray], beams: int, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same in batches of ``batch_size``, in the given order."""
+        starts = range(0, len(histories), batch_size)
+        parts = [self.generate(histories[start : start + batch_size], beams) for start in starts]
+        return np.concatenate([leaves for leaves, _ in parts]), np.concatenate(
+            [scores for _, scores in parts]
+        )
 
 
 def assert_same_ranking(

@@ -135,8 +135,9 @@ def _search_batch(
             positions = (prompted.lengths + level - 1).unsqueeze(1).expand_as(ids)
             hidden = model.hidden(ids, seen.unsqueeze(1), positions, prompted.cache)
         log_probabilities = level_log_probabilities(model, hidden, level)
-        step = select(trie, level, step.nodes, step.scores, log_probabilities, width, admitted)
-    result = Beams(step.nodes.cpu().numpy(), step.scores.cpu().numpy())
+        step = select(trie, level, step, log_probabilities, width, admitted)
+    nodes, scores = step.ranked()
+    result = Beams(nodes.cpu().numpy(), scores.cpu().numpy())
     if not np.isfinite(result.scores[result.leaves >= 0]).all():
         raise BackboneError(
             "the model's log-probabilities are not finite: its weights or precision are broken"

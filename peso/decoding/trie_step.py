@@ -10,14 +10,23 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peso.decoding.filters import NodeFilter
 from peso.items.trie import ItemTrie
 
+NONE = torch.iinfo(torch.int64).max  # key of what is no candidate
+
 
 @dataclass(frozen=True)
 class TrieTensors:
-    """The arrays of an :class:`ItemTrie` on a device: on the CPU the same memory, elsewhere one copy."""
+    """The arrays of an :class:`ItemTrie` on a device.
+
+    codes: per level int32 (nodes, fan-out), a view of the flat codes: row i holds the codes of node i and of
+        those after it, so that one row fetches all children of a node, and what follows the last of them.
+    starts: per level int32 (nodes of the level above + 1,), where the children of each node begin.
+    fanout: per level the most children of a node.
+    """
 
     codes: tuple[Tensor, ...]
     starts: tuple[Tensor, ...]
@@ -25,13 +34,17 @@ class TrieTensors:
 
     @classmethod
     def of(cls, trie: ItemTrie, device: torch.device) -> TrieTensors:
+        """Made once per trie and device, kept as long as the trie."""
         copies = _ON_DEVICE.setdefault(trie, {})
         if device not in copies:
-            codes, starts = (
-                tuple(torch.from_numpy(array).to(device) for array in arrays)
-                for arrays in (trie.codes, trie.starts)
+            copies[device] = cls(
+                tuple(
+                    F.pad(torch.from_numpy(codes).to(device), (0, most - 1)).unfold(0, most, 1)
+                    for codes, most in zip(trie.codes, trie.fanout, strict=True)
+                ),
+                tuple(torch.from_numpy(starts).to(device) for starts in trie.starts),
+                trie.fanout,
             )
-            copies[device] = cls(codes, starts, trie.fanout)
         return copies[device]
 
 
@@ -40,72 +53,75 @@ _ON_DEVICE: WeakKeyDictionary[ItemTrie, dict[torch.device, TrieTensors]] = WeakK
 
 @dataclass(frozen=True)
 class Selection:
-    """The beams after a step, best first. All (users, beams).
+    """The beams after a step, in the order of the trie. All (users, beams).
 
-    nodes: int64 numbers within the level, -1 where there is no beam. scores: float32, -inf where none.
-    codes: int64, the code that led here. parents: int64, the beam of the step before that was continued.
+    nodes: int64 numbers within the level, -1 where there is no beam.
+    costs: float32 negative log-probabilities, inf where there is no beam.
+    codes: int64, the code that led here.
+    parents: int64, which beam of the step before was continued.
     """
 
     nodes: Tensor
-    scores: Tensor
+    costs: Tensor
     codes: Tensor
     parents: Tensor
 
     @classmethod
     def root(cls, users: int, device: torch.device) -> Selection:
-        """One beam each, before the first code: ``nodes`` 0 is the root."""
+        """One beam each, before the first code: node 0 is the root."""
         zero = torch.zeros(users, 1, dtype=torch.int64, device=device)
         return cls(zero, zero.float(), zero, zero)
+
+    def ranked(self) -> tuple[Tensor, Tensor]:
+        """(nodes, log-probabilities), best first; equal ones in the order of the trie."""
+        costs, order = self.costs.sort(stable=True)
+        return self.nodes.gather(1, order), 0.0 - costs
 
 
 def select(
     trie: TrieTensors,
     level: int,
-    nodes: Tensor,
-    scores: Tensor,
+    beams: Selection,
     log_probabilities: Tensor,
     width: int,
     admitted: NodeFilter | None = None,
 ) -> Selection:
     """Extend every beam by all its children and keep the ``width`` best of each user.
 
-    Equal scores are ordered by node number, that is by the code tuple: the lower semantic ID comes first.
-    The order is exact, whatever the device, because score and node are joined into one integer key before
-    the top-k: no two keys are equal.
+    Among equals the lower semantic ID (the lower code tuple) is kept. That is exact on every device: beams
+    stand in the order of the trie, so candidates do too, and the cost of a candidate and its place are joined
+    into one integer key, of which no two are equal. Costs are never negative, and the bits of such floats
+    compare like integers (IEEE 754).
 
     Args:
-        level: whose codes are chosen; ``nodes`` lie on the level above.
-        nodes: int64 (users, beams), -1 where there is no beam.
-        scores: float32 (users, beams) log-probabilities so far.
+        level: whose codes are chosen; the beams lie on the level above.
         log_probabilities: float32 (users, beams, codes of the level).
+        width: beams to keep, at most as many as there are candidates.
     """
-    starts, codes = trie.starts[level], trie.codes[level]
-    above = nodes.clamp_min(0)
-    first = starts[above].long()
-    count = torch.where(nodes < 0, 0, starts[above + 1] - first)
-    place = torch.arange(trie.fanout[level], device=nodes.device)
-    exists = place < count.unsqueeze(-1)  # (users, beams, fan-out)
-    children = (first.unsqueeze(-1) + place).clamp_max(len(codes) - 1)
-    code = codes[children].long()
+    starts, most = trie.starts[level], trie.fanout[level]
+    above = beams.nodes.clamp_min(0)
+    first = starts[above]  # (users, beams)
+    count = torch.where(beams.nodes < 0, 0, starts[above + 1] - first)
+    place = torch.arange(most, dtype=torch.int32, device=first.device)
+    missing = place >= count.unsqueeze(-1)  # (users, beams, fan-out), as all that follows
     if admitted is not None:
-        exists &= admitted.admits(level, children)
-    extended = scores.unsqueeze(-1) + log_probabilities.gather(-1, code)
+        missing |= ~admitted.admits(level, first.unsqueeze(-1).long() + place)
+    codes = trie.codes[level][first].long()
+    costs = beams.costs.unsqueeze(-1) - log_probabilities.gather(-1, codes)
+    costs.clamp_min_(0)  # a log-probability may be rounded to a little above 0
 
-    exists, children, code, extended = (x.flatten(1) for x in (exists, children, code, extended))
-    key = (_ordered_bits(extended) << 32) | (0xFFFFFFFF - children)
-    key = key.masked_fill(~exists, torch.iinfo(torch.int64).min)
-    best = key.topk(min(width, key.shape[1])).indices  # (users, width)
+    key = costs.view(torch.int32).long()
+    key.bitwise_left_shift_(32).masked_fill_(missing, NONE)
+    key, costs, codes = key.flatten(1), costs.flatten(1), codes.flatten(1)  # (users, candidates)
+    key.bitwise_or_(torch.arange(key.shape[1], device=key.device))
+    best = key.topk(width, largest=False, sorted=False).indices.sort().values  # (users, width)
 
-    found = exists.gather(1, best)
+    parents = best // most
+    nodes = first.gather(1, parents) + best % most
+    found = key.gather(1, best) != NONE
     return Selection(
-        torch.where(found, children.gather(1, best), -1),
-        torch.where(found, extended.gather(1, best), -torch.inf),
-        code.gather(1, best),
-        best // len(place),
+        torch.where(found, nodes.long(), -1),
+        torch.where(found, costs.gather(1, best), torch.inf),
+        codes.gather(1, best),
+        parents,
     )
-
-
-def _ordered_bits(x: Tensor) -> Tensor:
-    """float32 → int64 in the same order: IEEE 754 bits compare like integers once negatives are mirrored."""
-    bits = (x + 0.0).view(torch.int32)  # + 0.0 makes the two zeros one
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
