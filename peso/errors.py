@@ -30,3 +30,7 @@ class WorkspaceError(PesoError):
 
 class TrainingError(PesoError):
     """Training that cannot start or go on."""
+
+
+class ExportError(PesoError):
+    """A model that cannot be written in the form asked for, or not where it was asked for."""

@@ -1,0 +1,219 @@
+"""A model as others load it: plain Transformers, or PEFT on an extended backbone.
+
+Knows Transformers' and PEFT's files; knows nothing of stages or workspaces. The model in memory stays as it
+is; what is written appears whole or not at all. Input and output rows of the semantic tokens differ, so what
+is written is never tied, whatever the backbone was.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig
+
+from peso.durable import commit_directory, write_json
+from peso.errors import ExportError
+from peso.model.adapter import adapter_state, weights_without_adapter, write_adapter
+from peso.model.backbone import embedding_scale
+from peso.model.generative import GenerativeModel
+from peso.model.layout import INSTRUCTION
+from peso.model.quiet import quiet_transformers
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A layout as text: before, item, between, item, …, after; an item is its tokens without a gap."""
+
+    before: str
+    between: str
+    after: str
+    window: int  # most items of a history
+
+    @classmethod
+    def of(cls, model: GenerativeModel) -> PromptText:
+        layout, tokenizer = model.layout, model.tokenizer
+        if layout.name == "instruct":
+            return cls(*INSTRUCTION, layout.window)
+        # the begin token is written out where the tokenizer does not put it there itself
+        opens = tokenizer.encode("a")[:1] == list(layout.prefix)
+        return cls("" if opens else tokenizer.convert_ids_to_tokens(layout.prefix[0]), "", "", layout.window)
+
+    def prompt(self, items: list[str]) -> str:
+        """The text of a history; each item as its tokens in one string."""
+        return self.before + self.between.join(items[-self.window :]) + self.after
+
+
+def export_merged(model: GenerativeModel, directory: str | Path) -> None:
+    """Write one plain Transformers model: adapter merged, semantic tokens in embedding, head and tokenizer.
+
+    ``prompt.json`` beside it says how a history is written as text.
+
+    Raises:
+        ExportError: the place is taken, or the tokenizer would not read prompts as the model does.
+    """
+    with commit_directory(_free(directory)) as aside:
+        plain = _plain(model, _table_rows(model), model.vocabulary.output_rows, merged=True)
+        _save(plain, model, aside)
+
+
+def export_peft(model: GenerativeModel, directory: str | Path) -> None:
+    """Write ``backbone/``, extended by neutral rows and untied, and ``adapter/`` for it in PEFT's format.
+
+    The adapter holds the LoRA matrices and the rows of the semantic tokens (``trainable_token_indices`` of
+    embedding and head). PEFT forgets a head's bias when it replaces rows, so the rows of a head that has one
+    are in the backbone instead.
+
+    Raises:
+        ExportError: as :func:`export_merged`, or the model has no adapter, or several.
+    """
+    adapters = getattr(model.backbone, "peft_config", {})
+    if len(adapters) != 1:
+        raise ExportError(
+            f"the model has {len(adapters) or 'no'} adapters and PEFT's format holds one; "
+            "export it with --format merged"
+        )
+    causal_lm, first, rows = model.causal_lm, model.vocabulary.first_id, model.vocabulary
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    in_adapter = {_name(causal_lm, embedding): _table_rows(model)}
+    neutral_input, output = (_neutral(module.weight[:first], len(rows)) for module in (embedding, head))
+    if getattr(head, "bias", None) is None:
+        in_adapter[_name(causal_lm, head)] = rows.output_rows
+    else:
+        output = rows.output_rows
+    ids = list(range(first, first + len(rows)))
+    state = {
+        f"base_model.model.{name}.token_adapter.trainable_tokens_delta": _stored(tensor)
+        for name, tensor in in_adapter.items()
+    }
+    config = {
+        **adapters["default"].to_dict(),
+        "base_model_name_or_path": "backbone",  # which lies beside it
+        "trainable_token_indices": dict.fromkeys(in_adapter, ids),
+    }
+    with commit_directory(_free(directory)) as aside:
+        plain = _plain(model, neutral_input, output, merged=False)
+        _save(plain, model, aside / "backbone")
+        write_adapter(config, adapter_state(model.backbone) | state, aside / "adapter")
+
+
+def _free(directory: str | Path) -> Path:
+    target = Path(directory).expanduser().absolute()
+    if target.is_dir() and not any(target.iterdir()):
+        return target
+    if target.exists():
+        raise ExportError(f"{target} is not empty; name a directory that does not exist yet")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+@torch.no_grad()
+def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, merged: bool) -> nn.Module:
+    """The backbone without PEFT and with the semantic rows, on the CPU; what does not change is not copied.
+
+    Args:
+        input_rows: (tokens, width), into the table of the embedding module.
+        output_rows: (tokens, width), into the head.
+        merged: add the active adapters to the weights they belong to.
+    """
+    causal_lm, words, tokens = model.causal_lm, model.vocabulary.first_id, len(model.vocabulary)
+    weights = weights_without_adapter(causal_lm)
+    if merged:
+        weights |= _merged_weights(causal_lm)
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    for module, rows in ((embedding, input_rows), (head, output_rows)):
+        # some backbones pad their vocabulary: rows beyond the tokenizer's words make way for ours
+        kept = module.weight[:words]
+        weights[f"{_name(causal_lm, module)}.weight"] = torch.cat([kept, rows.to(kept)])
+    if getattr(head, "bias", None) is not None:
+        kept = head.bias[:words]
+        weights[f"{_name(causal_lm, head)}.bias"] = torch.cat([kept, kept.new_zeros(tokens)])
+    config = deepcopy(causal_lm.config)
+    for part in (config, config.get_text_config()):
+        part.vocab_size = words + tokens
+        part.tie_word_embeddings = False  # else Transformers drops the head in silence
+    with torch.device("meta"):
+        plain = type(causal_lm)(config)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
+    tokenizer = model.tokenizer
+    plain.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    return plain
+
+
+def _merged_weights(causal_lm: nn.Module) -> dict[str, Tensor]:
+    """W + (alpha / rank) · B A of every layer that has an active adapter; the layers stay as they are."""
+    result = {}
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            deltas = [
+                module.get_delta_weight(a).float() for a in module.active_adapters if a in module.lora_A
+            ]
+            result[f"{name}.weight"] = sum(deltas, weight.float()).to(weight.dtype)
+    return result
+
+
+def _save(plain: Any, model: GenerativeModel, directory: Path) -> None:
+    with quiet_transformers():
+        plain.save_pretrained(directory)
+        _extended_tokenizer(model).save_pretrained(directory)
+        text = PromptText.of(model)
+        write_json(directory / "prompt.json", asdict(text))
+        _check_reading(model, text, AutoTokenizer.from_pretrained(directory))
+
+
+def _extended_tokenizer(model: GenerativeModel) -> Any:
+    tokenizer = deepcopy(model.tokenizer)
+    # content, not control: decoding keeps them; and taken literally wherever they stand
+    tokenizer.add_tokens(
+        [AddedToken(name, normalized=False, special=False) for name in model.semantic_ids.tokens()]
+    )
+    return tokenizer
+
+
+def _check_reading(model: GenerativeModel, text: PromptText, tokenizer: Any) -> None:
+    """Raise ExportError unless the written tokenizer reads prompts as the model does."""
+    catalogue = model.semantic_ids
+    history = np.arange(min(2, len(catalogue.item_ids)))
+    prompt = text.prompt(["".join(catalogue.semantic_id(catalogue.item_ids[row])) for row in history])
+    expected = model.layout.prompt(model.item_token_ids(history)).tolist()
+    every = "".join(catalogue.tokens())
+    first = model.vocabulary.first_id
+    if (
+        tokenizer(prompt)["input_ids"] != expected
+        or tokenizer.encode(every, add_special_tokens=False)
+        != list(range(first, first + len(model.vocabulary)))
+        or len(tokenizer) != first + len(model.vocabulary)
+    ):
+        raise ExportError(
+            "this backbone's tokenizer, extended and saved, does not read prompts as the model does: "
+            "what was exported would be given other ids than it was trained on"
+        )
+
+
+def _table_rows(model: GenerativeModel) -> Tensor:
+    """Input rows, which stand beside the embedding module, as rows of its table."""
+    return model.vocabulary.input_rows.detach() / embedding_scale(model.causal_lm)
+
+
+def _neutral(weight: Tensor, count: int) -> Tensor:
+    return weight.float().mean(0).expand(count, -1)
+
+
+def _name(causal_lm: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in causal_lm.named_modules() if other is module)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
