@@ -90,8 +90,8 @@ def recognise(sample: Sequence[object], sql_type: str, time_format: str, where: 
     if time_format == "iso" or "%" in time_format:
         return Clock(time_format)
     given = [str(value) for value in sample if value is not None]
-    numbers = sum(_reads(value, "DOUBLE") for value in given[:100])
-    texts = sum(_reads(value, "TIMESTAMPTZ") for value in given[:100])
+    numbers = sum(_reads(value, "DOUBLE") for value in given[:20])
+    texts = sum(_reads(value, "TIMESTAMPTZ") for value in given[:20])
     if not numbers and not texts:
         example = repr(given[0]) if given else "nothing"
         raise DataError(

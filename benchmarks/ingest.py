@@ -1,0 +1,154 @@
+"""Ingestion of a raw log: time, memory and growth of `peso ingest`, against the same steps in pandas.
+
+    python benchmarks/ingest.py [--quick] [--json] [--directory DIR]
+
+A synthetic CSV of 20 million events (1 million users, 200 thousand items; 2 million events before that for
+the growth) is read, duplicates are dropped, users and items of fewer than 5 events go until none is left, the
+events are ordered by time, cut into 60 % and four times 10 %, and each stage's users are written to Parquet
+with all their items before the stage and in it. Each measurement is a process of its own; memory is its peak
+resident size. `--quick`: a twentieth of the events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+EVENTS = 20_000_000
+USERS_PER_EVENT, ITEMS_PER_EVENT = 1 / 20, 1 / 100
+CORE = 5
+SHARES = (0.6, 0.1, 0.1, 0.1, 0.1)
+
+
+def write_log(path: Path, events: int) -> None:
+    """A log whose items follow a power law; half of its events are of ever fewer, busier users."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv
+
+    rng = np.random.default_rng(0)
+    users, items = int(events * USERS_PER_EVENT), int(events * ITEMS_PER_EVENT)
+    busy = (users * rng.random(events) ** 3).astype(np.int64)
+    user = np.where(rng.random(events) < 0.5, rng.integers(0, users, events), busy)
+    item = (items * rng.random(events) ** 2.5).astype(np.int64)
+    seconds = rng.integers(1_500_000_000, 1_600_000_000, events)
+
+    def names(prefix: str, numbers: np.ndarray) -> pa.Array:
+        return pc.binary_join_element_wise(prefix, pa.array(numbers).cast(pa.string()), "")
+
+    table = pa.table({"user": names("U", user), "item": names("B0", item), "time": seconds})
+    pyarrow.csv.write_csv(table, path)
+
+
+def with_peso(path: Path, directory: Path) -> list[int]:
+    from peso.config import load_config
+    from peso.events.ingest import ingest
+
+    data = {"format": "csv", "path": str(path), "min_user": CORE, "min_item": CORE}
+    data["stages"] = {"fractions": list(SHARES)}
+    manifest = ingest(load_config({"data": data}).data, directory)
+    return [stage["events"] for stage in manifest["stages"]]
+
+
+def with_pandas(path: Path, directory: Path) -> list[int]:
+    """As one would write it: ids made numbers first, everything else on whole columns."""
+    import numpy as np
+    import pandas as pd
+
+    log = pd.read_csv(path)
+    log["user"], users = pd.factorize(log["user"])
+    log["item"], items = pd.factorize(log["item"])
+    log = log.drop_duplicates()
+    while True:
+        often = log["user"].map(log["user"].value_counts()) >= CORE
+        often &= log["item"].map(log["item"].value_counts()) >= CORE
+        if often.all():
+            break
+        log = log[often]
+    log = log.sort_values("time", kind="stable")
+    log["item"], kept = pd.factorize(log["item"])
+    pd.DataFrame({"item_id": items[kept]}).to_parquet(directory / "items.parquet")
+    ends = np.rint(np.cumsum(SHARES) * len(log)).astype(int)
+    counts = []
+    for number, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        current = log.iloc[begin:end].groupby("user")["item"].agg(list)
+        before = log.iloc[:begin]
+        previous = before[before["user"].isin(current.index)].groupby("user")["item"].agg(list)
+        stage = pd.DataFrame({"previous": previous.reindex(current.index), "current": current})
+        stage.index = users[stage.index]
+        stage.to_parquet(directory / f"{number}.parquet")
+        counts.append(end - begin)
+    return [int(count) for count in counts]
+
+
+WAYS = {"peso": with_peso, "pandas": with_pandas}
+
+
+def measure(way: str, path: Path) -> dict[str, object]:
+    """Run one way in a process of its own."""
+    command = [sys.executable, __file__, "--way", way, "--log", str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run_way(way: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        begin = time.perf_counter()
+        counts = WAYS[way](path, Path(directory))
+        seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+    print(json.dumps({"seconds": round(seconds, 2), "peak_gib": round(peak, 2), "stage_events": counts}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--directory", type=Path, help="where the logs are written (about 1 GB)")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        _run_way(arguments.way, arguments.log)
+        return
+    large = EVENTS // 20 if arguments.quick else EVENTS
+    small = large // 10
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        logs = {events: Path(directory) / f"{events}.csv" for events in (small, large)}
+        for events, path in logs.items():
+            write_log(path, events)
+        peso = {events: measure("peso", path) for events, path in logs.items()}
+        pandas = measure("pandas", logs[large])
+    if peso[large]["stage_events"] != pandas["stage_events"]:
+        raise SystemExit(f"the two ways differ: {peso[large]} and {pandas}")
+    result = {
+        "events": large,
+        "users": int(large * USERS_PER_EVENT),
+        "items": int(large * ITEMS_PER_EVENT),
+        "events_left": sum(pandas["stage_events"]),
+        "peso_seconds": peso[large]["seconds"],
+        "pandas_seconds": pandas["seconds"],
+        "pandas_ratio": round(pandas["seconds"] / peso[large]["seconds"], 2),
+        "peso_peak_gib": peso[large]["peak_gib"],
+        "pandas_peak_gib": pandas["peak_gib"],
+        "peso_seconds_at_a_tenth": peso[small]["seconds"],
+        "growth": round(peso[large]["seconds"] / peso[small]["seconds"], 2),
+        "n_log_n_growth": round(large * math.log(large) / (small * math.log(small)), 2),
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:26}{value:>14,}")
+
+
+if __name__ == "__main__":
+    main()
