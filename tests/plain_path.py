@@ -17,9 +17,9 @@ from peso.model.generative import GenerativeModel
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def with_adapter(model: GenerativeModel) -> GenerativeModel:
-    """A LoRA adapter without dropout whose B is not zero, so that every matrix has a gradient."""
-    model.backbone = add_adapter(model.backbone, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
+def with_adapter(model: GenerativeModel, dropout: float = 0.0) -> GenerativeModel:
+    """A LoRA adapter whose B is not zero, so that every matrix has a gradient; in training mode."""
+    model.backbone = add_adapter(model.backbone, rank=4, alpha=8, dropout=dropout, targets=TARGETS, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter_parameters(model.backbone).values():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
