@@ -1,0 +1,260 @@
+"""Line and interval plots as SVG and PNG.
+
+Knows points, intervals and colours; knows nothing of runs or metrics. A plot is drawn twice: as a file of its
+own (white ground, title and legend in it), and for a page, whose style sheet then decides on colours, font
+and legend. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+# Ink by role. A page replaces each by a variable of its style sheet, so that dark pages get light lines; the
+# values here are the light ones.
+INK, MUTED, RULE = "#24292f", "#6a737d", "#dcdcd8"
+PALETTE = ("#1f6fb2", "#c8571b", "#2c8a57", "#8a4fb0", "#b3324f", "#8a6d14", "#0f8b8d", "#56606b")
+# Markers by matplotlib's name, with the outline that a page's legend draws (in a box of 28 × 10).
+MARKERS = {
+    "o": "M14 1.5a3.5 3.5 0 1 0 0 7a3.5 3.5 0 1 0 0-7z",
+    "s": "M11 2h6v6h-6z",
+    "^": "M14 1.2l3.9 7.2h-7.8z",
+    "D": "M14 .8l4.2 4.2-4.2 4.2-4.2-4.2z",
+    "v": "M14 8.8l3.9-7.2h-7.8z",
+    "P": "M12.8 1.5h2.4v2.3h2.3v2.4h-2.3v2.3h-2.4v-2.3h-2.3v-2.4h2.3z",
+    "X": "M10.8 3.3l1.7-1.7 1.5 1.6 1.5-1.6 1.7 1.7-1.6 1.7 1.6 1.7-1.7 1.7-1.5-1.6-1.5 1.6-1.7-1.7 1.6-1.7z",
+    "h": "M14 1l3.5 2v4l-3.5 2-3.5-2v-4z",
+}
+WIDTH = 4.4  # inches
+LEGEND_WIDTH = 62  # characters that fit below a plot
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {c: f"series-{i}" for i, c in enumerate(PALETTE)}
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 10.0,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.color": RULE,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0.0,
+    "text.parse_math": False,  # names are names, not formulas
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One line: points x, y, and how far each may be off (nan: not known; None: nowhere).
+
+    ``colour`` is a number into the palette; ``dashed`` sets a second kind of line apart.
+    """
+
+    label: str
+    colour: int
+    x: np.ndarray
+    y: np.ndarray
+    half_width: np.ndarray | None = None
+    dashed: bool = False
+
+    @property
+    def palette(self) -> int:
+        return self.colour % len(PALETTE)
+
+    @property
+    def ink(self) -> str:
+        return PALETTE[self.palette]
+
+    @property
+    def marker(self) -> str:
+        # a second round through the palette gets other shapes
+        return list(MARKERS)[(self.colour + self.colour // len(PALETTE)) % len(MARKERS)]
+
+    @property
+    def marker_path(self) -> str:
+        return MARKERS[self.marker]
+
+
+@dataclass(frozen=True, eq=False)
+class Plot:
+    """A titled set of lines.
+
+    Attributes:
+        name: file name without its ending.
+        description: what a reader who cannot see it should know.
+        ticks: places on the x axis and what stands there.
+        points: draw a marker at each point, with its interval, and keep lines from covering one another by
+            moving them slightly apart; else draw plain lines.
+        boundaries: x of thin vertical lines.
+    """
+
+    name: str
+    title: str
+    description: str
+    series: Sequence[Series]
+    x_label: str
+    ticks: Sequence[tuple[float, str]]
+    points: bool = True
+    connected: bool = True
+    logarithmic: bool = False
+    boundaries: Sequence[float] = ()
+
+    @property
+    def legend(self) -> list[Series]:
+        """One series for each label, in order."""
+        return list({series.label: series for series in reversed(self.series)}.values())[::-1]
+
+
+def svg_file(plot: Plot) -> bytes:
+    """The plot as a file of its own; text as outlines, so that it looks the same everywhere."""
+    with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
+        return _print(_draw(plot, alone=True), "svg", metadata={"Date": None})
+
+
+def png_file(plot: Plot) -> bytes:
+    """The plot as a picture of 200 dots an inch on white."""
+    with mpl.rc_context(_STYLE):
+        return _print(_draw(plot, alone=True), "png", dpi=200)
+
+
+def svg_element(plot: Plot) -> str:
+    """The plot as an ``<svg>`` element for a page, without title, legend and ground.
+
+    Its colours are the page's variables ``--ink``, ``--muted``, ``--rule`` and ``--series-0`` …; its text
+    takes the page's font; its width is that of its box. Ids carry the plot's name, so that several plots can
+    stand on one page.
+    """
+    with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": plot.name}):
+        text = _print(_draw(plot, alone=False), "svg", metadata={"Date": None}).decode()
+    text = text[text.index("<svg") :]
+    # a style inside the drawing would hold for the whole page
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<style .*?</style>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*" width="[^"]*"', r"\1\2", text
+    )
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{plot.name}-", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable}, {colour})")
+    return text.strip()
+
+
+def _print(figure: Figure, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def _draw(plot: Plot, alone: bool) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.2 if alone else 3.0), layout="constrained")
+    if not alone:
+        figure.patch.set_visible(False)
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    for boundary in plot.boundaries:
+        axes.axvline(boundary, color=RULE, linewidth=0.8)
+    drawn = [series for series in plot.series if np.isfinite(series.y).any()]
+    gap = min(np.diff([place for place, _ in plot.ticks]), default=1.0)
+    for number, series in enumerate(drawn):
+        # the whole bunch stays within half of the distance between two ticks
+        step = gap * min(0.05 if plot.connected else 0.11, 0.5 / len(drawn)) if plot.points else 0.0
+        shift = (number - (len(drawn) - 1) / 2) * step
+        _line(axes, plot, series, shift)
+    _axes(axes, plot)
+    if alone:
+        axes.set_title(plot.title)
+        _legend(figure, plot)
+    return figure
+
+
+def _line(axes: Axes, plot: Plot, series: Series, shift: float) -> None:
+    style: dict[str, Any] = {"color": series.ink, "linewidth": 1.6 if plot.points else 1.3}
+    style["linestyle"] = ("--" if series.dashed else "-") if plot.connected else "none"
+    if plot.points:
+        style |= {"marker": series.marker, "markersize": 4.5, "markeredgewidth": 0.0}
+        if series.half_width is not None:
+            axes.errorbar(
+                series.x + shift,
+                series.y,
+                yerr=series.half_width,
+                fmt="none",
+                ecolor=series.ink,
+                elinewidth=1.0,
+                alpha=0.55,
+            )
+    axes.plot(series.x + shift, series.y, **style)
+
+
+def _axes(axes: Axes, plot: Plot) -> None:
+    places = [place for place, _ in plot.ticks]
+    axes.set_xlabel(plot.x_label)
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.set_xticklabels([text for _, text in plot.ticks])
+    decades = _decades(plot) if plot.logarithmic else 0.0
+    if decades >= 1:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2.5 else (1.0, 3.0), numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        if plot.logarithmic:
+            axes.set_ylim(bottom=0)  # all positive, too close together for a logarithmic scale
+    if plot.points and places:
+        margin = 0.5 if len(places) > 1 else 1.0
+        axes.set_xlim(min(places) - margin, max(places) + margin)
+
+
+def _decades(plot: Plot) -> float:
+    """How many powers of ten the values span; 0 where there is none."""
+    values = np.concatenate([np.empty(0), *(series.y[series.y > 0] for series in plot.series)])
+    return float(np.log10(values.max() / values.min())) if len(values) else 0.0
+
+
+def _legend(figure: Figure, plot: Plot) -> None:
+    """The legend below the axes; the figure grows by its height."""
+    if len(plot.legend) < 2:
+        return
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=series.ink,
+            linestyle="--" if series.dashed else "-",
+            marker=series.marker if plot.points else "",
+            markersize=4.5,
+        )
+        for series in plot.legend
+    ]
+    # matplotlib leaves out labels that begin with an underscore
+    labels = [fill(f" {s.label}" if s.label.startswith("_") else s.label, LEGEND_WIDTH) for s in plot.legend]
+    columns = max(1, LEGEND_WIDTH // (max(map(len, labels)) + 6))
+    lines = sum(
+        max(label.count("\n") + 1 for label in labels[row : row + columns])
+        for row in range(0, len(labels), columns)
+    )
+    figure.set_figheight(figure.get_figheight() + 0.19 * lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK)

@@ -1,0 +1,87 @@
+"""The report: one self-contained page, and its tables and plots as files beside it.
+
+Knows sections, the page's template and the file system; knows nothing of what the sections say. The same
+input gives the same bytes: nothing on the page tells of when or where it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from peso.durable import commit_directory
+from peso.errors import WorkspaceError
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.plots import png_file, svg_element, svg_file
+from peso.evaluation.run_summary import RunSummary
+from peso.evaluation.sections import SECTIONS
+from peso.evaluation.sections.section import Section
+from peso.evaluation.tables import to_csv, to_latex, to_markdown
+
+PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
+
+
+def write_report(
+    directory: Path, runs: Sequence[RunSummary], title: str, ks: Sequence[int] = (5, 10)
+) -> Path:
+    """Write ``index.html``, ``tables/`` (CSV, Markdown, LaTeX) and ``plots/`` (SVG, PNG).
+
+    The directory appears whole; an older report in its place stays until then.
+
+    Args:
+        ks: the list lengths of Hit@k and NDCG@k.
+
+    Returns: the path of the page.
+
+    Raises:
+        WorkspaceError: the directory holds what is not a report, two runs have one name, or no stage is
+            evaluated in all runs.
+        ConfigError: a k beyond the stored lists.
+    """
+    _refuse_foreign(directory)
+    comparison = Comparison(runs, ks)
+    sections = [section(comparison) for section in SECTIONS]
+    with commit_directory(directory) as aside:
+        for section in sections:
+            _write_files(aside, section)
+        (aside / PAGE).write_text(render_page(sections, title), encoding="utf-8")
+    return directory / PAGE
+
+
+def render_page(sections: Sequence[Section], title: str) -> str:
+    """The page as HTML: styles and plots are in it, scripts it has none."""
+    environment = Environment(
+        loader=PackageLoader("peso.evaluation"), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("report.html.j2")
+    return page.render(sections=sections, title=title, svg=lambda plot: Markup(svg_element(plot))) + "\n"
+
+
+def _write_files(directory: Path, section: Section) -> None:
+    for table in (*section.tables, *section.folded):
+        for ending, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
+            path = directory / TABLES / f"{table.name}.{ending}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(render(table), encoding="utf-8", newline="")
+    for plot in section.plots:
+        path = directory / PLOTS / plot.name
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".svg").write_bytes(svg_file(plot))
+        path.with_suffix(".png").write_bytes(png_file(plot))
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """A report replaces a whole directory, so it must not hold anything else."""
+    if not directory.exists():
+        return
+    own = (PAGE, TABLES, PLOTS, ".DS_Store")
+    found = directory.iterdir() if directory.is_dir() else [directory]
+    foreign = sorted(path.name for path in found if path.name not in own)
+    if foreign:
+        raise WorkspaceError(
+            f"{directory} holds what is not part of a report ({', '.join(foreign[:3])}"
+            f"{' …' if len(foreign) > 3 else ''}); writing one would remove it. Choose another directory"
+        )

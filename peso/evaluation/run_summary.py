@@ -1,0 +1,95 @@
+"""What a report needs to know of a run, as plain values.
+
+Knows no workspace and no file: whoever has them fills these in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from peso.evaluation.predictions import Predictions
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What learning one stage took; None where it was not measured.
+
+    ``bytes_on_disk``: of the files that the stage added, those that serving it needs.
+    """
+
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    trained_parameters: int | None = None
+    bytes_on_disk: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingCurve:
+    """Samples along the training of one stage, in order of step (1-based); not every step need be there.
+
+    Attributes:
+        steps: int (n,).
+        loss: float (n,), without the penalty.
+        gradient_norm: float (n,), of that loss over the adapter.
+        penalty_gradient_norm: float (n,), of the strategy's penalty; 0 where there is none.
+        validation_steps, validation_loss: (epochs,), at the end of each.
+    """
+
+    steps: np.ndarray
+    loss: np.ndarray
+    gradient_norm: np.ndarray
+    penalty_gradient_norm: np.ndarray
+    validation_steps: np.ndarray
+    validation_loss: np.ndarray
+
+    @classmethod
+    def of_records(cls, records: Iterable[Mapping[str, Any]]) -> TrainingCurve:
+        """From the lines of ``log.jsonl``: one record a step, and at the end of an epoch one that has
+        ``validation_loss`` instead."""
+        records = list(records)
+        steps = [record for record in records if "loss" in record]
+        epochs = [record for record in records if "validation_loss" in record]
+
+        def column(rows: list[Mapping[str, Any]], name: str) -> np.ndarray:
+            return np.array([row[name] for row in rows], dtype=np.float64)
+
+        return cls(
+            steps=column(steps, "step"),
+            loss=column(steps, "loss"),
+            gradient_norm=column(steps, "gradient_norm"),
+            penalty_gradient_norm=column(steps, "penalty_gradient_norm"),
+            validation_steps=column(epochs, "step"),
+            validation_loss=column(epochs, "validation_loss"),
+        )
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage of a run: its answers, and what it took to learn (None: nothing was learnt)."""
+
+    predictions: Predictions
+    cost: StageCost | None = None
+    curve: TrainingCurve | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run.
+
+    Attributes:
+        name: tells it from the other runs of a report.
+        strategy: how its stages were learnt, in a few words, e.g. ``peso (weight 2, mean)``.
+        stages: by number.
+        configuration: YAML text.
+        manifests: the chain, oldest first: each a JSON-like dictionary.
+    """
+
+    name: str
+    strategy: str
+    stages: Mapping[int, StageSummary]
+    configuration: str = ""
+    manifests: Sequence[Mapping[str, Any]] = field(default_factory=tuple)

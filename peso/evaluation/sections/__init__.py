@@ -1,0 +1,29 @@
+"""The sections of a report, one file each: a function from a comparison to texts, tables and plots.
+
+A new section is a new file and its name in :data:`SECTIONS`, which is also the order on the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.sections.cost import cost
+from peso.evaluation.sections.origin import configuration, provenance
+from peso.evaluation.sections.reading import reading
+from peso.evaluation.sections.section import Section
+from peso.evaluation.sections.segments import segments
+from peso.evaluation.sections.stages import by_stage
+from peso.evaluation.sections.summary import summary
+from peso.evaluation.sections.training import training
+
+SECTIONS: Sequence[Callable[[Comparison], Section]] = (
+    summary,
+    by_stage,
+    segments,
+    training,
+    cost,
+    configuration,
+    provenance,
+    reading,
+)

@@ -1,0 +1,80 @@
+"""What a report is made of, and the pieces that several sections share.
+
+Knows comparisons, tables and plots; knows nothing of HTML or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.intervals import Estimate
+from peso.evaluation.metrics import Metric
+from peso.evaluation.plots import Plot, Series
+from peso.evaluation.tables import Mark, Quantity, Table
+
+MARKS = "Best in bold; ≈ marks what the data cannot tell from the best (paired by case)."
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text to be shown as it is, folded under its title."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page, shown in the order of the fields.
+
+    ``folded`` tables are there for who asks; ``anchor`` is the section's address on the page.
+    """
+
+    anchor: str
+    title: str
+    paragraphs: Sequence[str] = ()
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    folded: Sequence[Table] = ()
+    listings: Sequence[Listing] = ()
+
+
+def marks(comparison: Comparison, metric: Metric, stages: Sequence[int] | None = None) -> dict[str, Mark]:
+    """The mark of each run's cell, by name of the run; no marks where there is nothing to compare."""
+    result: dict[str, Mark] = {run.name: "" for run in comparison.runs}
+    if len(result) > 1:
+        standing = comparison.standing(metric, stages)
+        result[standing.best.name] = "best"
+        result |= {run.name: "tied" for run in standing.tied}
+    return result
+
+
+def quantity(estimate: Estimate | None, metric: Metric, mark: Mark = "") -> Quantity | None:
+    """An estimate as a cell of a table."""
+    return Quantity.of(estimate, metric.decimals, mark)
+
+
+def series(
+    comparison: Comparison, number: int, estimates: Sequence[Estimate | None], x: Sequence[float]
+) -> Series:
+    """The estimates of the run with this number as points of a plot."""
+    return Series(
+        comparison.labels[comparison.runs[number].name],
+        number,
+        np.array(x, dtype=np.float64),
+        np.array([np.nan if e is None else e.value for e in estimates]),
+        np.array([np.nan if e is None else e.half_width for e in estimates]),
+    )
+
+
+def file_name(metric: Metric) -> str:
+    """
+    >>> from peso.evaluation.metrics import hit_at
+    >>> file_name(hit_at(10))
+    'hit-10'
+    """
+    return metric.name.replace("@", "-").replace("_", "-")

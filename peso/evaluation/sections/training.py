@@ -1,0 +1,109 @@
+"""Section: loss and gradients along the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.findings import stage_range
+from peso.evaluation.plots import Plot, Series
+from peso.evaluation.run_summary import TrainingCurve
+from peso.evaluation.sections.section import Section
+
+CURVE_POINTS = 60  # a stage's curve is drawn through the means of so many equal spans
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one plot shows: columns of a TrainingCurve (steps, values), the second pair dashed."""
+
+    name: str
+    title: str
+    columns: Sequence[tuple[str, str]]
+    logarithmic: bool = False
+
+
+PANELS = (
+    Panel("loss", "Loss (validation dashed)", [("steps", "loss"), ("validation_steps", "validation_loss")]),
+    Panel("gradient-norm", "Gradient norm of the loss", [("steps", "gradient_norm")], logarithmic=True),
+    Panel(
+        "penalty-gradient-norm",
+        "Gradient norm of the penalty",
+        [("steps", "penalty_gradient_norm")],
+        logarithmic=True,
+    ),
+)
+
+
+def training(comparison: Comparison) -> Section:
+    """Loss and gradients along the stages."""
+    curves = {
+        run.name: {
+            stage: learnt.curve
+            for stage, learnt in run.stages.items()
+            if learnt.curve is not None and len(learnt.curve.steps)
+        }
+        for run in comparison.runs
+    }
+    if not any(curves.values()):
+        return Section("training", "Training", ["There is no training log for these runs."])
+    plots = [_plot(comparison, curves, panel) for panel in PANELS]
+    drawn = [plot for plot in plots if any(np.isfinite(series.y).any() for series in plot.series)]
+    paragraph = (
+        "Every stage is drawn equally wide, however many steps it took; its last step stands at its right "
+        f"edge. A line joins the means of at most {CURVE_POINTS} equal spans."
+    )
+    if drawn == plots:
+        paragraph += " Where the penalty's gradient stays far below the loss's, the anchor hardly holds."
+    else:
+        paragraph += " What is zero or unrecorded throughout is not drawn."
+    return Section("training", "Training", [paragraph], plots=drawn)
+
+
+def _plot(comparison: Comparison, curves: Mapping[str, Mapping[int, TrainingCurve]], panel: Panel) -> Plot:
+    stages = comparison.stages
+    lines = []
+    for (steps, values), dashed in zip(panel.columns, (False, True), strict=False):
+        for number, run in enumerate(comparison.runs):
+            pieces = [
+                thinned(getattr(curve, steps), getattr(curve, values), float(curve.steps[-1]), place)
+                for place, stage in enumerate(stages)
+                if (curve := curves[run.name].get(stage)) is not None
+            ]
+            if pieces:
+                x, y = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+                # a logarithmic scale has no place for the zero of "no penalty"
+                y = np.where(y > 0, y, np.nan) if panel.logarithmic else y
+                lines.append(Series(comparison.labels[run.name], number, x, y, dashed=dashed))
+    return Plot(
+        panel.name,
+        panel.title,
+        f"{panel.title} of each strategy along the training of {stage_range(stages)}.",
+        lines,
+        "stage",
+        [(place + 0.5, str(stage)) for place, stage in enumerate(stages)],
+        points=False,
+        logarithmic=panel.logarithmic,
+        boundaries=range(len(stages) + 1),
+    )
+
+
+def thinned(steps: np.ndarray, values: np.ndarray, last: float, place: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over equal spans of a stage's steps, at ``place`` + the share of the stage that was done.
+
+    A nan at the end keeps a line from running on into the next stage.
+
+    >>> x, y = thinned(np.array([1, 2, 3, 4]), np.array([4.0, 3.0, 2.0, 1.0]), last=4, place=2)
+    >>> x.tolist(), y.tolist()
+    ([2.25, 2.5, 2.75, 3.0, 3.0], [4.0, 3.0, 2.0, 1.0, nan])
+    """
+    span = np.minimum((steps - 1) * CURVE_POINTS // last, CURVE_POINTS - 1).astype(np.int64)
+    counts = np.bincount(span, minlength=CURVE_POINTS)
+    step, value = (
+        np.bincount(span, weights=weights, minlength=CURVE_POINTS)[counts > 0] / counts[counts > 0]
+        for weights in (steps, values)
+    )
+    return np.append(place + step / last, place + 1.0), np.append(value, np.nan)

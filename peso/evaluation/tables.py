@@ -1,0 +1,208 @@
+"""Tables of estimates as CSV, Markdown and LaTeX.
+
+Knows cells; knows nothing of runs or metrics. CSV is for machines (full precision, bounds in columns of
+their own), the other two for readers.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peso.evaluation.intervals import Estimate
+
+Mark = Literal["", "best", "tied"]
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number in a table. ``half_width`` is nan where it has no interval, ``mark`` its standing in a column.
+
+    >>> Quantity(0.03124, 0.0041, decimals=4).text
+    '0.0312 ± 0.0041'
+    >>> Quantity(1234567).text
+    '1,234,567'
+    """
+
+    value: float
+    half_width: float = math.nan
+    decimals: int = 0
+    mark: Mark = ""
+
+    @classmethod
+    def of(cls, estimate: Estimate | None, decimals: int, mark: Mark = "") -> Quantity | None:
+        return (
+            None
+            if estimate is None
+            else cls(estimate.value, estimate.half_width, decimals=decimals, mark=mark)
+        )
+
+    @property
+    def number(self) -> str:
+        return f"{self.value:,.{self.decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+    @property
+    def margin(self) -> str:
+        """The half width of the interval, or nothing."""
+        return "" if math.isnan(self.half_width) else f"{self.half_width:,.{self.decimals}f}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.number} ± {self.margin}" if self.margin else self.number
+
+
+Cell = Quantity | str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled grid. ``name`` is its file name; ``note`` says how to read it."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+    def numeric(self, column: int) -> bool:
+        """Whether the column holds numbers, which are set to the right."""
+        cells = [row[column] for row in self.rows if row[column] is not None]
+        return bool(cells) and all(isinstance(cell, Quantity) for cell in cells)
+
+
+def to_csv(table: Table) -> str:
+    """Comma-separated, RFC 4180. A column with intervals is followed by ``… low`` and ``… high``.
+
+    >>> cell = Quantity(0.5, 0.25, decimals=1)
+    >>> print(to_csv(Table("t", "T", ["run", "Hit@5"], [["a, b", cell]])).replace("\\r", ""), end="")
+    run,Hit@5,Hit@5 low,Hit@5 high
+    "a, b",0.5,0.25,0.75
+    """
+    bounded = [
+        any(isinstance(row[i], Quantity) and row[i].margin for row in table.rows)  # type: ignore[union-attr]
+        for i in range(len(table.columns))
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    header: list[str] = []
+    for column, has_bounds in zip(table.columns, bounded, strict=True):
+        header += [column, f"{column} low", f"{column} high"] if has_bounds else [column]
+    writer.writerow(header)
+    for row in table.rows:
+        line: list[str] = []
+        for cell, has_bounds in zip(row, bounded, strict=True):
+            line += _csv_cell(cell, has_bounds)
+        writer.writerow(line)
+    return text.getvalue()
+
+
+def _csv_cell(cell: Cell, has_bounds: bool) -> list[str]:
+    if not isinstance(cell, Quantity):
+        return [cell or "", "", ""] if has_bounds else [cell or ""]
+    value = repr(float(cell.value)) if cell.decimals else str(int(cell.value))
+    if not has_bounds:
+        return [value]
+    if not cell.margin:
+        return [value, "", ""]
+    return [value, repr(cell.value - cell.half_width), repr(cell.value + cell.half_width)]
+
+
+def to_markdown(table: Table) -> str:
+    """A GitHub-flavoured table under its title; best in bold, ties with the best marked ≈.
+
+    >>> rows = [["a|b", Quantity(1, mark="best")], ["c", None]]
+    >>> print(to_markdown(Table("t", "T", ["run", "n"], rows)), end="")
+    **T**
+    <BLANKLINE>
+    | run | n |
+    |:---|---:|
+    | a\\|b | **1** |
+    | c | – |
+    """
+
+    def cell(value: Cell) -> str:
+        if isinstance(value, Quantity):
+            return {"": value.text, "best": f"**{value.text}**", "tied": f"{value.text} ≈"}[value.mark]
+        return ABSENT if value is None else re.sub(r"([\\|`*_<>\[\]~])", r"\\\1", " ".join(value.split()))
+
+    rules = ["---:" if table.numeric(i) else ":---" for i in range(len(table.columns))]
+    lines = [
+        f"**{cell(table.title)}**",
+        "",
+        "| " + " | ".join(map(cell, table.columns)) + " |",
+        "|" + "|".join(rules) + "|",
+        *("| " + " | ".join(map(cell, row)) + " |" for row in table.rows),
+    ]
+    return "\n".join([*lines, *(["", cell(table.note)] if table.note else [])]) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A ``table`` environment for booktabs; best in bold, ties with the best marked ≈.
+
+    >>> rows = [["R&D_1", Quantity(0.5, 0.25, decimals=2, mark="best")]]
+    >>> print(to_latex(Table("t", "100 %", ["run", "Hit@5"], rows)), end="")
+    % needs \\usepackage{booktabs}
+    \\begin{table}
+      \\centering
+      \\caption{100 \\%}
+      \\label{tab:t}
+      \\begin{tabular}{lr}
+        \\toprule
+        run & Hit@5 \\\\
+        \\midrule
+        R\\&D\\_1 & $\\mathbf{0.50} \\pm 0.25$ \\\\
+        \\bottomrule
+      \\end{tabular}
+    \\end{table}
+    """
+
+    def cell(value: Cell) -> str:
+        if not isinstance(value, Quantity):
+            return "--" if value is None else _latex(value)
+        number = value.number.replace("\N{MINUS SIGN}", "-").replace(",", "{,}")
+        number = rf"\mathbf{{{number}}}" if value.mark == "best" else number
+        margin = rf" \pm {value.margin}" if value.margin else ""
+        return f"${number}{margin}$" + (r"~$\approx$" if value.mark == "tied" else "")
+
+    alignment = "".join("r" if table.numeric(i) else "l" for i in range(len(table.columns)))
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{_latex(' '.join([table.title + '.' * bool(table.note), table.note]).strip())}}}",
+        rf"  \label{{tab:{table.name}}}",
+        rf"  \begin{{tabular}}{{{alignment}}}",
+        r"    \toprule",
+        "    " + " & ".join(map(cell, table.columns)) + r" \\",
+        r"    \midrule",
+        *("    " + " & ".join(map(cell, row)) + r" \\" for row in table.rows),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "≈": r"$\approx$",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "·": r"$\cdot$",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))

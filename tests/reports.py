@@ -1,0 +1,125 @@
+"""Made-up runs that look like real ones, for tests of reports."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from peso.evaluation.predictions import Predictions
+from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
+
+CASES = (900, 300, 320, 500, 450)
+CONFIGURATION = """\
+data:
+  format: peso-release
+  path: data/Video_Games
+backbone:
+  name: scratch
+  layers: 4
+  width: 128
+strategy:
+  name: {strategy}
+  weight: {weight}
+training:
+  epochs: 8
+  learning_rate: 0.001
+seed: 0
+"""
+
+
+def predictions(stage: int, skill: float, seed: int, n: int, depth: int = 10) -> Predictions:
+    """Cases that are the same for every skill and seed; ranks and log-probabilities that are not."""
+    cases, answers = np.random.default_rng(stage), np.random.default_rng((seed, stage))
+    users = cases.choice(2000, size=n, replace=False)
+    hard = cases.normal(size=n)  # what makes a case hard for every run
+    log_probability = -7.5 + 1.5 * skill - 1.2 * hard + 0.3 * answers.normal(size=n)
+    hits = answers.random(n) < np.clip(0.04 * (1 + skill) * np.exp(-0.8 * hard), 0, 1)
+    ranks = np.where(hits, answers.integers(1, depth + 1, n), 0).astype(np.int32)
+    segments = cases.choice(["dormant", "continuing", "new"], p=[0.1, 0.2, 0.7], size=n)
+    return Predictions(
+        users=[f"u{user}" for user in users],
+        targets=[f"i{item}" for item in cases.integers(0, 500, n)],
+        items=[[f"i{item}" for item in range(depth)]] * n,
+        scores=[-np.arange(depth, dtype=np.float32)] * n,
+        rank_semantic_id=ranks,
+        rank_item=ranks,
+        target_log_probability=log_probability.astype(np.float32),
+        user_segment=segments.tolist() if stage else ["new"] * n,
+        item_segment=cases.choice(["known", "new"], p=[0.8, 0.2], size=n).tolist(),
+        history_length=cases.integers(2, 80, n).astype(np.int32),
+        depth=depth,
+    )
+
+
+def curve(stage: int, penalty: float, seed: int) -> TrainingCurve:
+    generator = np.random.default_rng((seed, stage, 1))
+    steps = np.arange(1, (2000 if stage == 0 else 260) + 1)
+    loss = (
+        (6.5 if stage == 0 else 4.6 - 0.1 * stage)
+        - 0.28 * np.log(steps)
+        + 0.1 * generator.normal(size=len(steps))
+    )
+    epochs = np.linspace(steps[-1] / 4, steps[-1], 4)
+    return TrainingCurve(
+        steps=steps,
+        loss=loss,
+        gradient_norm=0.6 * np.exp(0.3 * generator.normal(size=len(steps))),
+        penalty_gradient_norm=penalty * (stage > 0) * (1 - np.exp(-steps / 60)),
+        validation_steps=epochs,
+        validation_loss=np.interp(epochs, steps, loss) + 0.35,
+    )
+
+
+def run(
+    name: str,
+    strategy: str,
+    skill: float,
+    seed: int = 0,
+    penalty: float = 0.0,
+    learns: bool = True,
+    cases: tuple[int, ...] = CASES,
+) -> RunSummary:
+    stages = {
+        stage: StageSummary(
+            predictions(stage, skill if stage else 0.6, seed, n),
+            StageCost(
+                seconds=310.0 if stage == 0 else 41.5 + stage,
+                peak_memory_bytes=1_430_000_000 + stage,
+                trained_parameters=2_345_678,
+                bytes_on_disk=3_456_789,
+            )
+            if learns
+            else None,
+            curve(stage, penalty, seed) if learns else None,
+        )
+        for stage, n in enumerate(cases)
+    }
+    manifests = [
+        {"step": "stream", "files": {"items.parquet": "9f2c" * 16}, "counts": {"users": 12447}},
+        *(
+            {
+                "stage": stage,
+                "parent": f"{stage:x}a7b" * 16,
+                "files": {"adapter/adapter_model.safetensors": f"{stage:x}c3d" * 16},
+                "versions": {"peso": "0.1.0", "torch": "2.13.0"},
+                "created": "2026-01-02T03:04:05+00:00",
+            }
+            for stage in stages
+        ),
+    ]
+    weight = 2.0 if penalty else 0.0
+    return RunSummary(name, strategy, stages, CONFIGURATION.format(strategy=name, weight=weight), manifests)
+
+
+def example_runs() -> list[RunSummary]:
+    """A baseline, a stale model and two updated ones that the cases can hardly tell apart."""
+    popularity = replace(
+        run("popularity", "popularity, all time", -0.8, seed=1, learns=False), configuration="", manifests=()
+    )
+    return [
+        popularity,
+        run("none", "none (stage 0 only)", 0.0, seed=2),
+        run("single", "single", 0.8, seed=3),
+        run("peso", "peso (weight 2, mean)", 0.82, seed=4, penalty=3e-4),
+    ]

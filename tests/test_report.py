@@ -1,0 +1,440 @@
+"""The report: what it claims, what it shows, and that one file is all it needs."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import importlib
+import json
+import math
+import pkgutil
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html import escape, unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reports import CASES, example_runs, predictions, run
+
+import peso.evaluation
+from peso.errors import ConfigError, WorkspaceError
+from peso.evaluation import report
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.findings import findings
+from peso.evaluation.report import render_page, write_report
+from peso.evaluation.run_summary import RunSummary, StageSummary, TrainingCurve
+from peso.evaluation.sections import SECTIONS
+from peso.evaluation.tables import Quantity, Table, to_latex, to_markdown
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """What a page is made of; refuses tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.references: set[str] = set()
+        self.headings: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            assert value is not None or name == "open"
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+                self.addresses.append(str(value))
+            if name.startswith("on"):
+                pytest.fail(f"an event handler: {name}")
+            if name == "aria-labelledby":
+                self.references.add(str(value))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("w") / "report"
+    write_report(directory, example_runs(), "Example")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> str:
+    return (written / "index.html").read_text(encoding="utf-8")
+
+
+def page_of(*runs: RunSummary) -> Page:
+    comparison = Comparison(runs, [5, 10])
+    return Page(render_page([section(comparison) for section in SECTIONS], "Title"))
+
+
+def test_docstring_examples() -> None:
+    attempted = 0
+    for found in pkgutil.walk_packages(peso.evaluation.__path__, "peso.evaluation."):
+        result = doctest.testmod(importlib.import_module(found.name))
+        assert not result.failed, found.name
+        attempted += result.attempted
+    assert attempted > 20
+
+
+# -- the page ----------------------------------------------------------------------------------------
+
+
+def test_page_needs_no_other_file_and_no_network(page: str) -> None:
+    parsed = Page(page)
+    assert all(address.startswith("#") or address == "data:," for address in parsed.addresses)
+    assert "script" not in parsed.tags
+    assert not re.search(r"@import|@font-face|url\((?!#)", page)
+    assert "default-src 'none'" in page  # the browser sees to it, too
+    assert len(page.encode()) < 1_000_000
+
+
+def test_page_is_well_formed_and_its_references_lead_somewhere(page: str) -> None:
+    parsed = Page(page)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    targets = {address[1:] for address in parsed.addresses if address.startswith("#")}
+    assert targets | parsed.references | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(parsed.ids)
+
+
+def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None:
+    parsed = Page(page)
+    assert parsed.headings == [
+        "Summary",
+        "Stage by stage",
+        "Who and what",
+        "Training",
+        "Cost",
+        "Configuration",
+        "Provenance",
+        "How to read this",
+    ]
+    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 9
+    assert page.count("<table>") == len(list((written / "tables").glob("*.csv")))
+    for text in ("learning_rate: 0.001", "strategy.weight", "adapter_model.safetensors", "Dormant users"):
+        assert text in parsed.text
+
+
+def test_every_table_and_plot_lies_beside_the_page_in_every_format(written: Path) -> None:
+    names = {path.stem for path in (written / "tables").glob("*.csv")}
+    assert {"averages", "ndcg-10-by-stage", "hit-10-by-segment", "cost"} <= names
+    for name in names:
+        assert (written / "tables" / f"{name}.md").read_text().startswith("**")
+        assert r"\toprule" in (written / "tables" / f"{name}.tex").read_text()
+    for path in (written / "plots").glob("*.svg"):
+        assert ET.parse(path).getroot().tag.endswith("svg")
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_runs_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    write_report(tmp_path / "again", example_runs(), "Example")
+    for path in written.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(written)).read_bytes() == path.read_bytes(), path
+
+
+def test_csv_holds_the_estimates_in_full(written: Path) -> None:
+    comparison = Comparison(example_runs(), [5, 10])
+    with (written / "tables" / "averages.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    for summary, row in zip(comparison.runs, rows, strict=True):
+        for metric in comparison.metrics:
+            estimate = comparison.average(summary, metric)
+            assert float(row[metric.label]) == estimate.value
+            assert float(row[f"{metric.label} high"]) == pytest.approx(estimate.high)
+
+
+def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
+    """Neither markup, nor a formula, nor a command."""
+    nasty = r"<script>alert(1)</script> & $\frac{ | _x_ \input{a}"
+    runs = [
+        replace(run("_a", nasty, 0.2), configuration=f"key: '{nasty}'", manifests=[{nasty: "</pre>"}]),
+        run("b", "_hidden", 0.3, seed=1),
+    ]
+    page = write_report(tmp_path / "r", runs, nasty).read_text(encoding="utf-8")
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert parsed.text.count(nasty) > 5
+    for path in (tmp_path / "r" / "plots").glob("*.svg"):
+        ET.parse(path)
+    latex = (tmp_path / "r" / "tables" / "averages.tex").read_text()
+    assert r"\textless{}script\textgreater{}" in latex
+    assert r"\input" not in latex
+    markdown = (tmp_path / "r" / "tables" / "averages.md").read_text()
+    assert r"\<script\>" in markdown
+    cells = [re.split(r"(?<!\\)\|", line) for line in markdown.splitlines() if line.startswith("| ")]
+    assert len({len(line) for line in cells}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_fits_the_window_and_logs_no_error(page: str, tmp_path: Path, width: int, scheme: str) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip(
+            "no Chromium on this machine; `apt-get install chromium` to look at the page in a browser"
+        )
+    frame = tmp_path / "frame.html"
+    # a frame: a browser window is never narrower than 500, and the page has no script to measure itself
+    frame.write_text(
+        f"""<!doctype html><meta name="color-scheme" content="light dark">
+        <iframe width="{width}" height="900" style="border: 0" srcdoc="{escape(page)}"></iframe>
+        <script>
+        const frame = document.querySelector("iframe");
+        frame.onload = () => {{
+            const page = frame.contentDocument, box = element => element.getBoundingClientRect();
+            page.querySelectorAll("details").forEach(details => details.open = true);
+            const inside = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll > *, svg"));
+            const texts = [...page.querySelectorAll(".plots svg text")];
+            const style = element => frame.contentWindow.getComputedStyle(element);
+            document.documentElement.dataset.measured = JSON.stringify({{
+                window: frame.contentWindow.innerWidth,
+                page: page.documentElement.scrollWidth,
+                wide: inside.filter(e => box(e).right > {width} + 1).map(e => e.outerHTML.slice(0, 80)),
+                small: texts.filter(e => box(e).height < 10).map(e => e.textContent),
+                boxes: page.querySelectorAll(".scroll").length,
+                ground: style(page.body).backgroundColor,
+                text: style(texts[0]).fill}});
+        }};
+        </script>""",
+        encoding="utf-8",
+    )
+    finished = subprocess.run(
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1400,900",
+            f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+            "--dump-dom",
+            frame.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = re.search(r'data-measured="([^"]*)"', finished.stdout)
+    assert found, finished.stderr[-2000:]
+    measured = json.loads(unescape(found[1]))
+    assert measured["window"] == width
+    assert measured["boxes"] > 10  # everything was there when it was measured
+    assert measured["wide"] == []
+    assert measured["page"] <= width
+    assert measured["small"] == []
+    # the scheme was followed, and the labels of the plots can be read in it
+    assert (_luminance(measured["ground"]) < 0.5) == (scheme == "dark")
+    assert _contrast(measured["ground"], measured["text"]) > 4.5
+    assert "CONSOLE" not in finished.stderr
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2) of a CSS colour ``rgb(r, g, b)``."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: str, other: str) -> float:
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+# -- writing it --------------------------------------------------------------------------------------
+
+
+def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old", ks=[3])
+    assert (tmp_path / "r" / "tables" / "ndcg-3-by-stage.csv").exists()
+    write_report(tmp_path / "r", [run("a", "a", 0.1)], "New")
+    assert "New" in (tmp_path / "r" / "index.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "r" / "tables" / "ndcg-3-by-stage.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "png_file", full)
+    with pytest.raises(WorkspaceError, match="no space left"):
+        write_report(tmp_path / "r", [run("a", "a", 0.1)], "New")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_with_other_things_in_it_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(WorkspaceError, match=r"notes\.txt"):
+        write_report(tmp_path, [run("a", "a", 0.1)], "New")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# -- what it says ------------------------------------------------------------------------------------
+
+
+def test_a_lead_is_claimed_only_where_its_interval_excludes_zero() -> None:
+    text = {line.split(":")[0]: line for line in findings(Comparison(example_runs(), [5, 10]))}
+    assert "“single” has the highest mean" in text["NDCG@10"]
+    assert "leads “none (stage 0 only)” and “popularity, all time” by more than" in text["NDCG@10"]
+    assert "do not tell it from “peso (weight 2, mean)” (lead +0.0001, interval −0.0" in text["NDCG@10"]
+    assert "These data" not in text["Log-probability"]  # it tells apart what the hits do not
+
+
+def test_two_copies_of_one_run_are_not_told_apart() -> None:
+    twin = replace(run("a", "first", 0.5), name="b", strategy="second")
+    text = " ".join(findings(Comparison([run("a", "first", 0.5), twin], [5, 10])))
+    assert text.count("These data do not tell it from “second” (no difference in any case).") == 3
+    assert "leads" not in text
+
+
+def test_the_difference_of_two_runs_is_that_of_paired_cases() -> None:
+    one, other = (
+        RunSummary(name, name, {1: StageSummary(predictions(1, skill, seed, 400))})
+        for name, skill, seed in (("a", 0.0, 1), ("b", 0.1, 2))
+    )
+    comparison = Comparison([one, other], [10])
+    metric = comparison.metric("log_probability")
+    found = comparison.difference(other, one, metric)
+    values = metric.values(other.stages[1].predictions) - metric.values(one.stages[1].predictions)
+    assert found.value == pytest.approx(values.mean())
+    assert found.half_width == pytest.approx(1.96 * values.std(ddof=1) / math.sqrt(400), rel=1e-4)
+    assert found.half_width < 0.5 * comparison.average(one, metric).half_width
+
+
+def test_cases_are_paired_by_user_whatever_their_order() -> None:
+    one, other = run("a", "a", 0.2, seed=1), run("b", "b", 0.4, seed=2)
+    shuffled = replace(
+        other,
+        stages={
+            t: StageSummary(s.predictions.take(np.random.default_rng(t).permutation(len(s.predictions))))
+            for t, s in other.stages.items()
+        },
+    )
+    before, after = (Comparison([one, second], [10]) for second in (other, shuffled))
+    for metric in before.metrics:
+        expected, found = before.difference(one, other, metric), after.difference(one, shuffled, metric)
+        assert found.value == pytest.approx(expected.value, abs=1e-15)
+        assert found.half_width == pytest.approx(expected.half_width)
+
+
+def test_runs_on_different_cases_are_shown_but_not_compared() -> None:
+    runs = [run("a", "a", 0.5), run("b", "b", 0.5, cases=(900, 299, 320, 500, 450))]
+    comparison = Comparison(runs, [10])
+    text = " ".join(findings(comparison))
+    assert "different cases" in text
+    assert "leads" not in text
+    assert "do not tell" not in text
+    with pytest.raises(ValueError, match="different cases of stage 1"):
+        comparison.difference(*runs, comparison.metrics[0])
+    assert "different numbers of cases" in page_of(*runs).text
+
+
+def test_averages_are_taken_over_the_stages_that_every_run_has() -> None:
+    half_done = run("b", "half", 0.5, cases=CASES[:3])
+    comparison = Comparison([run("a", "whole", 0.5), half_done], [10])
+    assert comparison.averaged == [1, 2]
+    text = " ".join(findings(comparison))
+    assert "Averages leave out stages 3 to 4, which not every run has: “half” lacks stages 3 to 4." in text
+    assert "–" in page_of(*comparison.runs).text.split("NDCG@10 by stage")[2]
+
+
+def test_a_run_without_later_stages_logs_or_costs_is_reported_as_such() -> None:
+    bare = RunSummary("a", "none", {0: StageSummary(predictions(0, 0.5, 1, 50))})
+    text = page_of(bare).text
+    for sentence in ("No later stage", "no training log", "without a configuration", "without manifests"):
+        assert sentence in text
+
+
+def test_runs_that_cannot_be_set_side_by_side_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="called a"):
+        write_report(tmp_path / "r", [run("a", "x", 0.1), run("a", "y", 0.1)], "T")
+    later = RunSummary("b", "b", {1: StageSummary(predictions(1, 0.5, 1, 50))})
+    first = RunSummary("a", "a", {0: StageSummary(predictions(0, 0.5, 1, 50))})
+    with pytest.raises(WorkspaceError, match="no stage is evaluated in all of a, b"):
+        write_report(tmp_path / "r", [first, later], "T")
+    with pytest.raises(ConfigError, match="20 goes beyond"):
+        write_report(tmp_path / "r", [first], "T", ks=[5, 20])
+    assert not (tmp_path / "r").exists()
+
+
+def test_cases_without_a_hit_have_no_interval() -> None:
+    hopeless = predictions(1, 0.5, 1, 50)
+    hopeless.rank_semantic_id[:] = 0
+    comparison = Comparison([RunSummary("a", "a", {1: StageSummary(hopeless)})], [10])
+    assert "NDCG@10 is 0.0000, Hit@10 is 0.0000 and" in findings(comparison)[1]
+
+
+def test_two_runs_of_one_strategy_are_told_apart_by_name() -> None:
+    comparison = Comparison([run("a", "peso", 0.1), run("b", "peso", 0.2), run("c", "none", 0.2)], [10])
+    assert list(comparison.labels.values()) == ["peso · a", "peso · b", "none"]
+
+
+def test_training_curve_reads_the_log() -> None:
+    lines = [
+        {"epoch": 1, "step": 1, "loss": 3.0, "gradient_norm": 0.5, "penalty_gradient_norm": 0.0, "tokens": 9},
+        {"epoch": 1, "step": 2, "loss": 2.0, "gradient_norm": 0.4, "penalty_gradient_norm": 0.1, "tokens": 9},
+        {"epoch": 1, "step": 2, "training_loss": 2.5, "validation_loss": 2.2},
+    ]
+    curve = TrainingCurve.of_records(lines)
+    assert curve.steps.tolist() == [1, 2]
+    assert curve.loss.tolist() == [3, 2]
+    assert curve.penalty_gradient_norm.tolist() == [0, 0.1]
+    assert (curve.validation_steps.tolist(), curve.validation_loss.tolist()) == ([2], [2.2])
+
+
+def test_sections_stand_alone() -> None:
+    """Each is a function of the comparison and names files and addresses that no other uses."""
+    sections = [section(Comparison(example_runs(), [5, 10])) for section in SECTIONS]
+    assert len({section.anchor for section in sections}) == len(sections)
+    tables = [table.name for section in sections for table in (*section.tables, *section.folded)]
+    plots = [plot.name for section in sections for plot in section.plots]
+    assert len(set(tables)) == len(tables)
+    assert len(set(plots)) == len(plots)
+
+
+# -- tables ------------------------------------------------------------------------------------------
+
+
+def test_marks_show_in_every_format() -> None:
+    table = Table(
+        "t", "T", ["run", "x"], [["a", Quantity(1.5, 0.5, 1, "best")], ["b", Quantity(1.4, 0.5, 1, "tied")]]
+    )
+    assert "**1.5 ± 0.5**" in to_markdown(table)
+    assert "1.4 ± 0.5 ≈" in to_markdown(table)
+    assert r"$\mathbf{1.5} \pm 0.5$" in to_latex(table)
+    assert r"$1.4 \pm 0.5$~$\approx$" in to_latex(table)
