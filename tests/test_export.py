@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from peso.model.build import build_model
 from peso.model.export import PromptText, export_merged, export_peft
 from peso.model.generative import GenerativeModel
 
+ROOT = Path(__file__).resolve().parent.parent
 CATALOGUE = random_semantic_ids(30, (5, 6, 7))
 # name → (family, what its configuration needs beside the common part, layout)
 BACKBONES = {
@@ -132,17 +134,20 @@ def exported(tmp_path_factory) -> dict:
     return {key: (models[key], task, read[task["folder"]]) for key, task in tasks.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["merged", "peft"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_elsewhere_it_gives_our_logits_and_reads_our_prompts(name: str, form: str, exported: dict) -> None:
     agrees(*exported[name, form])
 
 
+@pytest.mark.slow
 def test_semantic_tokens_are_content(exported: dict) -> None:
     _, task, read = exported["untied", "merged"]
     assert read["written"] == task["text"]
 
 
+@pytest.mark.slow
 def test_the_adapter_holds_the_rows_where_peft_can_apply_them(exported: dict) -> None:
     for name, rows in (("tied", 2), ("biased head", 1)):
         folder = Path(exported[name, "peft"][1]["folder"])
@@ -150,6 +155,7 @@ def test_the_adapter_holds_the_rows_where_peft_can_apply_them(exported: dict) ->
         assert len([key for key in state if "trainable_tokens" in key]) == rows
 
 
+@pytest.mark.slow
 def test_without_its_adapter_the_extended_backbone_knows_nothing_of_us(exported: dict) -> None:
     model, task, _ = exported["tied", "peft"]
     weights = load_file(Path(task["folder"]) / "backbone" / "model.safetensors")
@@ -177,6 +183,7 @@ def test_the_model_in_memory_is_left_as_it_was(tmp_path: Path) -> None:
     assert model.causal_lm.lm_head.weight is model.causal_lm.get_input_embeddings().weight
 
 
+@pytest.mark.slow
 def test_a_backbone_trained_whole_is_exported_merged_only(tmp_path: Path) -> None:
     config = BackboneConfig(name="tiny")
     model = build_model(config, PromptConfig(), None, "full", CATALOGUE, seed=0).eval()
@@ -263,3 +270,19 @@ def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(layout: str, t
     read = read_elsewhere(tasks, tmp_path)
     for task in tasks:
         agrees(model, task, read[task["folder"]])
+
+
+@pytest.mark.slow
+def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    model = trained(BackboneConfig(name="tiny", layers=1), "instruct")
+    written = []
+    for snippet, export in zip(snippets, (export_merged, export_peft), strict=True):
+        folder = tmp_path / export.__name__
+        folder.mkdir()
+        export(model, folder / "exported")
+        done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        written.append(done.stdout)
+    assert "<a_1><b_2><c_3>" in written[0]
