@@ -205,12 +205,12 @@ class RqVaeConfig(Section):
     """The network of ``items.quantizer: rq-vae`` and how it is trained; unused by the other quantisers."""
 
     hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        [512, 256],
+        [256],
         min_length=1,
         description="widths between the vectors and the latent, mirrored in the decoder",
     )
     latent: int = Field(64, ge=2, description="width of the space that the codebooks quantise")
-    steps: int = Field(2000, ge=1, description="optimiser steps")
+    steps: int = Field(1000, ge=1, description="optimiser steps")
     batch_size: int = Field(1024, ge=1, description="items in one optimiser step")
     learning_rate: float = Field(1e-3, gt=0)
     commitment: float = Field(0.25, ge=0, description="weight that holds the encoder to its codes")

@@ -1,0 +1,118 @@
+"""Item vectors made elsewhere, from text or images: ``.npy``, ``.parquet`` and ``.safetensors`` files.
+
+Knows files and item ids; knows nothing of how the vectors came about.
+
+    .parquet       a column item_id, and either one column of lists or one numeric column a dimension
+    .npy           a matrix; item ids stand beside it in NAME.ids.txt, one a line, in the order of the rows
+    .safetensors   one matrix; item ids likewise in NAME.ids.txt
+
+Without a NAME.ids.txt the rows are those of the item table, in its order, and exactly as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from peso.errors import DataError
+
+ITEM_ID = "item_id"
+
+
+def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:
+    """The vectors of these items, float32 (items, width); a row of zeros where the file has none.
+
+    Vectors of items that are not asked for are left aside.
+
+    Raises:
+        DataError: an unreadable file, no matrix, an item twice, NaN or infinity (names the item), another
+            number of rows than items where the file names no items, or none of the items in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} is missing; check items.vectors")
+    ids, matrix = _read(path)
+    if matrix.ndim != 2 or not matrix.shape[1] or not np.issubdtype(matrix.dtype, np.number):
+        raise DataError(
+            f"{path} holds {matrix.dtype} of shape {matrix.shape}; one row of numbers an item is needed"
+        )
+    if ids is None:
+        if len(matrix) != len(item_ids):
+            raise DataError(
+                f"{path} has {len(matrix)} rows for {len(item_ids)} items; without a {_names_of(path).name} "
+                "that names its items, it needs one row an item in the order of the item table"
+            )
+        ids = list(item_ids)
+    if len(ids) != len(matrix):
+        raise DataError(f"{path} has {len(matrix)} rows, but {len(ids)} item ids; give one id a row")
+    rows = {item: row for row, item in enumerate(ids)}
+    if len(rows) < len(ids):
+        twice = next(item for row, item in enumerate(ids) if rows[item] != row)
+        raise DataError(f"{path} has item {twice!r} twice; keep one vector an item")
+    with np.errstate(over="ignore"):
+        matrix = matrix.astype(np.float32)
+    finite = np.isfinite(matrix).all(axis=1)
+    if not finite.all():
+        item = ids[int((~finite).argmax())]
+        raise DataError(
+            f"{path} has NaN or infinity in the vector of item {item!r} (and of {int((~finite).sum()) - 1} "
+            "more); correct the vectors, or leave those items out"
+        )
+    found = np.array([rows.get(item, -1) for item in item_ids], dtype=np.int64)
+    if len(item_ids) and (found < 0).all():
+        raise DataError(
+            f"{path} has a vector for none of the {len(item_ids)} items (its first is {ids[:1]}, the "
+            f"catalogue's {list(item_ids[:1])}); are its ids those of the log?"
+        )
+    vectors = np.zeros((len(item_ids), matrix.shape[1]), np.float32)
+    vectors[found >= 0] = matrix[found[found >= 0]]
+    return vectors
+
+
+def _read(path: Path) -> tuple[list[str] | None, np.ndarray]:
+    try:
+        if path.suffix == ".parquet":
+            return _parquet(path)
+        if path.suffix == ".npy":
+            matrix = np.load(path, allow_pickle=False)
+        elif path.suffix == ".safetensors":
+            arrays = load_file(path)
+            if len(arrays) != 1:
+                raise DataError(f"{path} holds the tensors {sorted(arrays)}; one matrix is needed")
+            (matrix,) = arrays.values()
+        else:
+            raise DataError(f"{path} is no .npy, .parquet or .safetensors file; convert the vectors to one")
+        names = _names_of(path)
+        ids = names.read_text(encoding="utf-8").splitlines() if names.is_file() else None
+    except (OSError, ValueError, EOFError, SafetensorError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not readable ({type(error).__name__}: {error}); write it again") from None
+    return ids, matrix
+
+
+def _parquet(path: Path) -> tuple[list[str], np.ndarray]:
+    table = pq.ParquetFile(path).read()
+    if ITEM_ID not in table.column_names:
+        raise DataError(f"{path} has the columns {table.column_names}; a column {ITEM_ID!r} is needed")
+    ids = [str(item) for item in table[ITEM_ID].to_pylist()]
+    columns = [name for name in table.column_names if name != ITEM_ID]
+    if len(columns) != 1 or not pa.types.is_nested(table.schema.field(columns[0]).type):
+        return ids, np.stack([table[name].to_numpy() for name in columns], axis=1) if columns else np.empty(0)
+    rows = [np.asarray(row if row is not None else [], float) for row in table[columns[0]].to_pylist()]
+    widths = [len(row) for row in rows]
+    odd = next((at for at, width in enumerate(widths) if width != widths[0]), None)
+    if odd is not None:
+        raise DataError(
+            f"{path}: the vector of item {ids[odd]!r} has {widths[odd]} values, that of item {ids[0]!r} has "
+            f"{widths[0]}; all need the same number"
+        )
+    return ids, np.array(rows)
+
+
+def _names_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.ids.txt")

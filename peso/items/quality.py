@@ -1,0 +1,107 @@
+"""How good an index is: are its IDs distinct, its codes used, and do its prefixes keep neighbours.
+
+Knows vectors, codes and titles; gives plain data (dictionaries, lists, numbers) for tables and plots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from peso.items.semantic_ids import SemanticIds, token_name
+
+NEIGHBOURS = 10
+MOST_QUERIES = 5_000  # items whose neighbours are looked up; more add digits, not knowledge
+SAMPLE = 8  # titles shown under one prefix
+
+
+def collisions(codes: np.ndarray) -> dict[str, Any]:
+    """Items that share an ID: ``rate`` = 1 − distinct IDs / items (0 for an empty catalogue).
+
+    >>> collisions(np.array([[0, 1], [0, 1], [2, 0]]))
+    {'items': 3, 'distinct_ids': 2, 'items_sharing': 2, 'rate': 0.3333333333333333}
+    """
+    counts = np.unique(codes, axis=0, return_counts=True)[1]
+    rate = 1 - len(counts) / len(codes) if len(codes) else 0.0
+    return {
+        "items": len(codes),
+        "distinct_ids": len(counts),
+        "items_sharing": int(counts[counts > 1].sum()),
+        "rate": float(rate),
+    }
+
+
+def codebook_use(codes: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Per level: codes, how many are used, and their perplexity exp(−Σ p log p), p the shares of the items.
+
+    Perplexity is the number of equally used codes that would be as diverse.
+
+    >>> codebook_use(np.array([[0], [1]]), [4])
+    [{'codes': 4, 'used': 2, 'perplexity': 2.0}]
+    """
+    levels = []
+    for column, size in zip(codes.T, sizes, strict=True):
+        counts = np.bincount(column, minlength=size)
+        shares = counts[counts > 0] / max(len(column), 1)
+        levels.append(
+            {
+                "codes": int(size),
+                "used": int((counts > 0).sum()),
+                "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+            }
+        )
+    return levels
+
+
+def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """Share of each item's 10 nearest others in vector space that share its first code, its first two.
+
+    Exact Euclidean neighbours; for large catalogues of a seeded sample of items. Fine codes share less than
+    coarse ones: read it beside the codebook use, or against an index of the same sizes.
+
+    Args:
+        vectors: float32 (items, width).
+        codes: int (items, levels), of the same items.
+
+    Returns:
+        ``items`` measured, ``neighbours`` of each, ``first`` and ``first_two`` (absent with one level;
+        both absent with fewer than two items).
+    """
+    import faiss
+
+    neighbours = min(NEIGHBOURS, len(vectors) - 1)
+    if neighbours < 1:
+        return {"items": 0, "neighbours": 0}
+    queries = np.arange(len(vectors))
+    if len(queries) > MOST_QUERIES:
+        queries = np.sort(np.random.default_rng(seed).choice(len(queries), MOST_QUERIES, replace=False))
+    index = faiss.IndexFlatL2(vectors.shape[1])
+    index.add(np.ascontiguousarray(vectors, np.float32))
+    found = index.search(np.ascontiguousarray(vectors[queries], np.float32), neighbours + 1)[1]
+    # the item itself goes, wherever it came among equally near ones; else the farthest
+    own = found == queries[:, None]
+    own[~own.any(1), -1] = True
+    found = found[~own].reshape(len(queries), neighbours)
+    result: dict[str, Any] = {"items": len(queries), "neighbours": neighbours}
+    same = np.ones(found.shape, bool)
+    for name, column in zip(("first", "first_two"), codes.T, strict=False):
+        same &= column[found] == column[queries][:, None]
+        result[name] = float(same.mean())
+    return result
+
+
+def prefix_sample(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
+    """Items under the first two codes that most items share, with their titles (else their ids)."""
+    if not ids.item_ids:
+        return {"prefix": [], "items": []}
+    depth = min(2, ids.levels - 1)  # a whole ID is no prefix
+    prefixes, group, counts = np.unique(ids.codes[:, :depth], axis=0, return_inverse=True, return_counts=True)
+    largest = int(counts.argmax())
+    rows = np.flatnonzero(group.reshape(-1) == largest)[:SAMPLE]
+    return {
+        "prefix": [token_name(level, int(code)) for level, code in enumerate(prefixes[largest])],
+        "under_it": int(counts[largest]),
+        "items": [{"item": ids.item_ids[row], "title": titles[row]} for row in rows],
+    }

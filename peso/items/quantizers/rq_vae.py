@@ -1,0 +1,101 @@
+"""RQ-VAE: an autoencoder whose latent is written in residual codebooks (TIGER, arXiv 2305.05065; LC-Rec).
+
+Knows vectors; knows nothing of items. The residual quantiser with its k-means start and its codebooks kept
+as moving averages is vector-quantize-pytorch's; what is trained here ends up as plain arrays.
+
+    loss = ‖x − decoder(ẑ)‖² + β Σ_l ‖r_l − sg(e_l[c_l])‖²,   ẑ = Σ_l e_l[c_l], gradients straight through
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peso.config import RqVaeConfig
+from peso.items.quantizers.residual import Fitted, Layers, ResidualCodebooks
+from peso.progress import Observer
+
+DECAY = 0.99  # of the moving averages that the codebooks are
+UNUSED = 0.5  # a code that on average fewer items of a batch choose is moved to one of them
+START_ITEMS = 65_536  # most vectors that the k-means start sees
+SHOWN = 20  # steps between two reports
+
+
+def fit_rq_vae(
+    vectors: np.ndarray, sizes: Sequence[int], config: RqVaeConfig, seed: int, observer: Observer
+) -> Fitted:
+    """Train on float32 (n, width) vectors. The same on the same machine for the same seed."""
+    from vector_quantize_pytorch import ResidualVQ
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        data = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+        widths = [data.shape[1], *config.hidden, config.latent]
+        encoder, decoder = _network(widths), _network(widths[::-1])
+        quantizer = ResidualVQ(
+            dim=config.latent,
+            codebook_size=tuple(sizes),
+            kmeans_init=True,
+            decay=DECAY,
+            threshold_ema_dead_code=UNUSED,
+            commitment_weight=config.commitment,
+            rotation_trick=False,
+        )
+        _train(encoder, quantizer, decoder, data, config, observer)
+    codebooks = tuple(
+        level._codebook.embed[0].detach().numpy().astype(np.float32).copy() for level in quantizer.layers
+    )
+    fitted = ResidualCodebooks(codebooks, _arrays(encoder), _arrays(decoder))
+    return Fitted(fitted, fitted.nearest(fitted.latent(vectors)))
+
+
+def _train(
+    encoder: nn.Module,
+    quantizer: nn.Module,
+    decoder: nn.Module,
+    data: Tensor,
+    config: RqVaeConfig,
+    observer: Observer,
+) -> None:
+    observer.begin("RQ-VAE", config.steps, "steps")
+    with torch.no_grad():  # the k-means start happens in the first forward pass: let it see many items
+        quantizer(encoder(data[torch.randperm(len(data))[:START_ITEMS]])[None])
+    optimizer = torch.optim.AdamW(
+        [*encoder.parameters(), *decoder.parameters()], lr=config.learning_rate, weight_decay=1e-4
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    for step, rows in enumerate(itertools.islice(_batches(len(data), config.batch_size), config.steps), 1):
+        batch = data[rows]
+        quantized, _, commitment = quantizer(encoder(batch)[None])
+        error = functional.mse_loss(decoder(quantized[0]), batch, reduction="sum") / len(batch)
+        loss = error + commitment.sum() * config.latent  # the library averages over the width
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % SHOWN == 0 or step == config.steps:
+            observer.advance(step, error=float(error.detach()))
+
+
+def _batches(items: int, size: int) -> Iterator[Tensor]:
+    while True:
+        yield from torch.randperm(items).split(size)
+
+
+def _network(widths: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number, (width, following) in enumerate(itertools.pairwise(widths)):
+        layers.extend(([nn.ReLU()] if number else []) + [nn.Linear(width, following)])
+    return nn.Sequential(*layers)
+
+
+def _arrays(network: nn.Sequential) -> Layers:
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    return tuple(
+        (layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()) for layer in linear
+    )

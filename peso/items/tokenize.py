@@ -1,0 +1,368 @@
+"""Semantic IDs for a catalogue, and for the items that come later.
+
+Knows the item table, the configuration of items and the directory of semantic IDs; knows nothing of events,
+nor of how a directory appears whole: whoever calls gives an empty one and renames it.
+
+    semantic_ids/index.parquet, manifest.json   as peso.items.index_files has them; the manifest also says how
+                                                the IDs were made, how good they are and how well they fit
+    semantic_ids/codebooks.safetensors          the frozen quantiser
+    semantic_ids/encoder.safetensors            the frozen way from an item to its vector
+
+Everything is fitted once, to the items of stage 0 (``fit: all``: to all). What comes later gets its codes
+from what is frozen, and no code of an earlier item ever changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from safetensors.numpy import load_file, save_file
+
+from peso.config import ItemsConfig
+from peso.errors import ConfigError, DataError
+from peso.items import collisions, fitness, quality
+from peso.items.category_path import LIMIT, category_path_ids
+from peso.items.index_files import FORMAT, read_semantic_ids, write_semantic_ids
+from peso.items.quantizers.balanced_rq_kmeans import fit_balanced_rq_kmeans
+from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
+from peso.items.quantizers.rq_kmeans import fit_rq_kmeans
+from peso.items.quantizers.rq_vae import fit_rq_vae
+from peso.items.semantic_ids import SemanticIds
+from peso.items.vectors import ItemEncoder, ItemVectors
+from peso.manifest import intact, read_manifest
+from peso.progress import Observer, Silent
+
+CODEBOOKS_FILE = "codebooks.safetensors"
+ENCODER_FILE = "encoder.safetensors"
+# Codes that were made with other values of these cannot be continued.
+FROZEN_KEYS = ("encoder", "template", "max_tokens", "quantizer", "levels", "codes", "collisions")
+
+
+def tokenize(
+    items: pa.Table,
+    config: ItemsConfig,
+    directory: Path,
+    seed: int,
+    cache: Path | None = None,
+    observer: Observer | None = None,
+    first_stage: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Make semantic IDs and write them into an existing, empty directory.
+
+    Args:
+        items: the item table; the row is the item number.
+        cache: where vectors of text encoders are kept between runs; None: nowhere.
+        first_stage: int (items,), the stage in which each item first occurs. The codebooks are fitted to the
+            items of stage 0 (``fit: base``); those of stage 1, 2, … come after them in this order and get
+            frozen codes. None: all items are of stage 0.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: an encoder that cannot be loaded; ``quantizer: release`` without a released index.
+        DataError: no items; none with a text or a vector; bad vectors; categories that do not make IDs.
+    """
+    observer = observer or Silent()
+    if config.quantizer == "release":
+        raise ConfigError(
+            "items.quantizer is release, but the data bring no index; use rq-vae, rq-kmeans, "
+            "balanced-rq-kmeans or category-path"
+        )
+    if not len(items):
+        raise DataError("an empty catalogue has no semantic IDs; give at least one item")
+    stages = np.zeros(len(items), int) if first_stage is None else np.asarray(first_stage)
+    base = np.ones(len(items), bool) if config.fit == "all" else stages == stages.min()
+    if config.quantizer == "category-path":
+        return _by_category(items, config, None, directory, seed, cache, observer)
+    spared = np.zeros(len(items), bool)
+    spared[base] = fitness.held_out(int(base.sum()), seed)
+    rows = np.flatnonzero(base & ~spared)
+    encoder, vectors = ItemEncoder.fit(items, rows, config, seed, cache, observer)
+    rows = rows[vectors.known[rows]]
+    if not len(rows):
+        raise DataError(
+            f"not one of {int(base.sum())} items has a text or a vector to make its ID from; give titles, "
+            "texts or items.vectors, or use items.quantizer: category-path"
+        )
+    size = fillable(config.codes, int(base.sum()), config.levels)
+    if size < config.codes:
+        observer.note(f"{size} codes a level, not {config.codes}: {int(base.sum()):,} items fill no more")
+    fitted = _fit(vectors.vectors[rows], [size] * config.levels, config, seed, observer)
+    codebooks = fitted.codebooks
+    wanted = codebooks.nearest(codebooks.latent(vectors.vectors))
+    wanted[rows] = fitted.codes
+    extra = size if config.collisions == "extra-level" else 0
+    arrival = _Arrival(codebooks, config.collisions, extra, vectors, wanted)
+
+    out = np.flatnonzero(spared)
+    fit = {
+        "items": len(rows),
+        "error": arrival.error(rows),
+        "wanted_taken": fitness.already_wanted(fitted.codes, fitted.codes[:0]),
+    }
+    measured = (
+        None
+        if not len(out)
+        else {
+            "items": len(out),
+            "error": arrival.error(out),
+            "wanted_taken": fitness.already_wanted(wanted[out], wanted[rows]),
+        }
+    )
+    codes = np.zeros((len(items), config.levels + bool(extra)), np.int32)
+    done = np.zeros(len(items), bool)
+    groups = [np.flatnonzero(base)]
+    later = sorted(set(stages[~base].tolist()))
+    groups += [np.flatnonzero(~base & (stages == stage)) for stage in later]
+    codes[groups[0]] = arrival.place(groups[0], codes[done])
+    done[groups[0]] = True
+    new = arrival.stages(list(zip(later, groups[1:], strict=True)), codes, done)
+    state = {"fit": fit, "held_out": measured, "stages": new}
+
+    save_file(codebooks.arrays(), directory / CODEBOOKS_FILE)
+    save_file(encoder.arrays(), directory / ENCODER_FILE)
+    sizes = (size,) * config.levels + ((extra,) if extra else ())
+    ids = SemanticIds(items["item_id"].to_pylist(), codes, sizes)
+    return _write(ids, items, arrival, config, seed, state, directory, observer)
+
+
+def append(
+    items: pa.Table,
+    config: ItemsConfig,
+    source: Path,
+    directory: Path,
+    cache: Path | None = None,
+    observer: Observer | None = None,
+    first_stage: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Give IDs to the items that an item table has gained since ``source`` was written.
+
+    Args:
+        items: the whole table; its first rows are the items of ``source``.
+        source: a directory that :func:`tokenize` or this function filled.
+        directory: an existing, empty one, not ``source``; it gets all items, old codes unchanged.
+        first_stage: int (items,); None: the new items are one stage, the one after the last.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: the configuration asks for other codes than those that are frozen.
+        DataError: the table does not continue the one of then, or new vectors do not fit.
+        WorkspaceError: ``source`` is damaged or of a newer version.
+    """
+    observer = observer or Silent()
+    old = read_semantic_ids(source)
+    manifest = read_manifest(source, FORMAT)
+    _require_continues(items, old, config, manifest, source)
+    seed = int(manifest["seed"])
+    if config.quantizer == "category-path":
+        return _by_category(items, config, old, directory, seed, cache, observer)
+    codebooks = ResidualCodebooks.from_arrays(load_file(intact(source, CODEBOOKS_FILE, manifest)))
+    encoder = ItemEncoder.from_arrays(load_file(intact(source, ENCODER_FILE, manifest)))
+    vectors = encoder.encode(items, config, cache, observer)
+    wanted = codebooks.nearest(codebooks.latent(vectors.vectors))
+    extra = old.sizes[-1] if config.collisions == "extra-level" else 0
+    arrival = _Arrival(codebooks, config.collisions, extra, vectors, wanted)
+
+    codes = np.zeros((len(items), old.levels), np.int32)
+    codes[: len(old.codes)] = old.codes
+    done = np.arange(len(items)) < len(old.codes)
+    state = dict(manifest["fitness"])
+    before = state["stages"]
+    if first_stage is None:
+        number = max([stage["stage"] for stage in before], default=0) + 1
+        first_stage = np.full(len(items), number)
+    numbers = sorted(set(np.asarray(first_stage)[~done].tolist()))
+    groups = [(stage, np.flatnonzero(~done & (np.asarray(first_stage) == stage))) for stage in numbers]
+    state["stages"] = before + arrival.stages(groups, codes, done)
+
+    save_file(codebooks.arrays(), directory / CODEBOOKS_FILE)
+    save_file(encoder.arrays(), directory / ENCODER_FILE)
+    ids = SemanticIds(items["item_id"].to_pylist(), codes, old.sizes)
+    return _write(ids, items, arrival, config, seed, state, directory, observer)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """What is frozen, and what it says of each item: its vector and the codes nearest to it."""
+
+    codebooks: ResidualCodebooks
+    rule: collisions.Rule
+    extra: int
+    vectors: ItemVectors
+    wanted: np.ndarray
+
+    def error(self, rows: np.ndarray) -> float | None:
+        vectors = self.vectors.take(rows)
+        return fitness.quantisation_error(self.codebooks, vectors.vectors, self.wanted[rows], vectors.known)
+
+    def place(self, rows: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """Final codes of items that arrive together, beside those that are there."""
+        latent = self.codebooks.latent(self.vectors.vectors[rows])
+        return collisions.resolve(self.rule, self.codebooks, latent, self.wanted[rows], taken, self.extra)
+
+    def stages(
+        self, groups: list[tuple[int, np.ndarray]], codes: np.ndarray, done: np.ndarray
+    ) -> list[dict[str, Any]]:
+        """Place the new items of stage after stage; `codes` and `done` are filled. Measures of each stage."""
+        measured = []
+        for stage, rows in groups:
+            taken = codes[done]
+            codes[rows] = self.place(rows, taken)
+            measured.append(
+                {
+                    "stage": int(stage),
+                    "items": len(rows),
+                    "without_vector": int((~self.vectors.known[rows]).sum()),
+                    "error": self.error(rows),
+                    "wanted_taken": fitness.already_wanted(
+                        self.wanted[rows], taken[:, : self.wanted.shape[1]]
+                    ),
+                    "sharing": fitness.already_wanted(codes[rows], taken),
+                }
+            )
+            done[rows] = True
+        return measured
+
+
+def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, observer: Observer) -> Fitted:
+    if config.quantizer == "rq-kmeans":
+        fitted = fit_rq_kmeans(vectors, sizes, seed, observer)
+    elif config.quantizer == "balanced-rq-kmeans":
+        fitted = fit_balanced_rq_kmeans(vectors, sizes, seed, observer)
+    else:
+        fitted = fit_rq_vae(vectors, sizes, config.rq_vae, seed, observer)
+    observer.end()
+    return fitted
+
+
+def _by_category(
+    items: pa.Table,
+    config: ItemsConfig,
+    old: SemanticIds | None,
+    directory: Path,
+    seed: int,
+    cache: Path | None,
+    observer: Observer,
+) -> dict[str, Any]:
+    """IDs from category paths, with room for as many categories and items again; vectors only measure."""
+    item_ids, paths = items["item_id"].to_pylist(), items["category"].to_pylist()
+    if old is None:
+        used = category_path_ids(item_ids, paths).sizes
+        sizes = tuple(min(2 * size, LIMIT) for size in used)
+    else:
+        sizes = old.sizes
+    ids = category_path_ids(item_ids, paths, sizes)
+    vectors = ItemEncoder.fit(items, np.arange(len(items)), config, seed, cache, observer)[1]
+    arrival = _Arrival(ResidualCodebooks(()), "allow", 0, vectors, ids.codes)
+    return _write(ids, items, arrival, config, seed, {"stages": []}, directory, observer)
+
+
+def _require_continues(
+    items: pa.Table, old: SemanticIds, config: ItemsConfig, manifest: Mapping[str, Any], source: Path
+) -> None:
+    made_with = manifest.get("config")
+    if made_with is None:
+        raise ConfigError(
+            f"{source} holds an index that was imported: there are no codebooks to give new items codes; "
+            "tokenize anew"
+        )
+    now = config.model_dump(mode="json")
+    changed = [key for key in FROZEN_KEYS if made_with.get(key) != now[key]]
+    if changed:
+        listed = ", ".join(f"items.{key} ({made_with.get(key)!r} → {now[key]!r})" for key in changed)
+        raise ConfigError(
+            f"changed since the IDs in {source} were made: {listed}; set it back to give new items IDs of "
+            "the same kind, or tokenize anew (which changes all IDs)"
+        )
+    known = items["item_id"].slice(0, len(old.item_ids)).to_pylist()
+    if known != old.item_ids:
+        at = next(
+            (at for at, pair in enumerate(zip(known, old.item_ids, strict=False)) if pair[0] != pair[1]), 0
+        )
+        raise DataError(
+            f"the item table does not continue that of {source}: row {at} was item {old.item_ids[at]!r}; "
+            "rows may only be added at its end"
+        )
+
+
+def _write(
+    ids: SemanticIds,
+    items: pa.Table,
+    arrival: _Arrival,
+    config: ItemsConfig,
+    seed: int,
+    state: Mapping[str, Any],
+    directory: Path,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Measure, tell, and write the index and its manifest."""
+    vectors, known = arrival.vectors.vectors, arrival.vectors.known
+    titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
+    books = arrival.codebooks
+    measured = {
+        "collisions_before": quality.collisions(arrival.wanted),
+        "collisions": quality.collisions(ids.codes),
+        "levels": quality.codebook_use(ids.codes, ids.sizes),
+        "reconstruction_error": (
+            fitness.quantisation_error(books, vectors, ids.codes[:, : len(books.sizes)], known)
+            if books.sizes
+            else None
+        ),
+        "neighbours": quality.neighbours_kept(vectors[known], ids.codes[known], seed),
+        "without_vector": int((~known).sum()),
+        "same_vector": int(len(vectors) - len(np.unique(vectors, axis=0))),
+        "sample": quality.prefix_sample(ids, titles),
+    }
+    _tell(measured, ids, observer)
+    warnings = fitness.refit_warnings(state)
+    for warning in warnings:
+        observer.note(warning)
+    content = {
+        "made_by": "tokenize",
+        "config": config.model_dump(mode="json"),
+        "seed": seed,
+        "vector_width": int(vectors.shape[1]),
+        "collision_rule": _RULES["category-path" if not books.sizes else arrival.rule],
+        "quality": measured,
+        "fitness": {**state, "warnings": warnings},
+    }
+    write_semantic_ids(ids, directory, content)
+    return read_manifest(directory, FORMAT)
+
+
+_RULES = {
+    "reassign": "reassign: the item nearest to an ID keeps it; the others take the nearest free code of the "
+    "last level, or of the level above where a prefix is full",
+    "extra-level": "extra-level: the last level numbers the items whose other codes are the same",
+    "allow": "allow: items may share an ID",
+    "category-path": "category-path: the last level numbers the items of a category",
+}
+
+
+def _tell(measured: Mapping[str, Any], ids: SemanticIds, observer: Observer) -> None:
+    without, same = measured["without_vector"], measured["same_vector"]
+    if without:
+        observer.note(f"{without:,} items have no text or vector: they get the codes nearest to the centre")
+    if same:
+        observer.note(f"{same:,} items have exactly the vector of another: their IDs differ by number alone")
+    before, after = measured["collisions_before"], measured["collisions"]
+    if before["items_sharing"]:
+        observer.note(
+            f"{before['items_sharing']:,} of {before['items']:,} items shared an ID by their nearest codes; "
+            f"{after['items_sharing']:,} do now"
+        )
+    capacity = math.prod(ids.sizes)
+    if after["items"] > capacity:
+        observer.note(
+            f"{after['items']:,} items do not fit into {capacity:,} IDs; "
+            "more levels or codes would tell them apart"
+        )
