@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peso import assets
 from peso.config import changed_keys
 from peso.continual.anchor_report import anchor_report
 from peso.continual.groups import find_groups
@@ -22,9 +23,9 @@ from peso.continual.strategy import make_strategy
 from peso.durable import commit_directory, write_json
 from peso.errors import WorkspaceError
 from peso.events.columns import CATEGORY
+from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
-from peso.events.simulate import write_simulation
-from peso.events.stream import Stream, stage_file, write_stream
+from peso.events.stream import Stream, stage_file
 from peso.items.category_path import category_path_ids
 from peso.items.index_files import INDEX_FILE, write_semantic_ids
 from peso.items.semantic_ids import SemanticIds
@@ -107,13 +108,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     _refuse_if_learnt(workspace, "stream")
     observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
     with commit_directory(workspace.stream_directory) as directory:
-        if data.format == "simulate":
-            sizes = data.simulate
-            write_simulation(directory, sizes.users, sizes.items, sizes.stages, workspace.config.seed)
-        else:
-            items, stages, _ = read_release(str(data.path))
-            write_stream(directory, items, stages, {"source": data.model_dump(exclude={"simulate"})})
-    return dict(Stream.open(workspace.stream_directory).manifest)
+        return fill_stream(data, directory, workspace.config.seed, observer)
 
 
 def tokenize(workspace: Workspace, observer: Observer) -> SemanticIds:
@@ -148,6 +143,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
     _require_next(workspace, stage)
+    _pull_backbone(workspace, observer)
     determined_by = determination(workspace, stage)
     unfinished = workspace.unfinished_directory(stage) / determined_by[:16]
     for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
@@ -267,6 +263,14 @@ def _train(
     if stage and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
     return figures
+
+
+def _pull_backbone(workspace: Workspace, observer: Observer) -> None:
+    """Fetch a backbone that is an asset of ours, unless it is in the cache."""
+    name = workspace.config.backbone.name
+    if name in assets.names("backbone") and assets.find(name) is None:
+        observer.note(f"fetching {name}, which is not in the cache yet")
+        assets.pull(name, on_progress=None)
 
 
 def _stream(workspace: Workspace) -> Stream:

@@ -29,6 +29,15 @@ def trains_backbone(workspace: Workspace, stage: int) -> bool:
     return stage == 0 and workspace.config.backbone.name in BUILT_IN
 
 
+def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
+    """The model before anything was learnt, on the device; ``whole``: its backbone is to be trained.
+
+    Raises:
+        BackboneError: the backbone cannot be loaded.
+    """
+    return _placed(workspace, _build(workspace, whole=whole))
+
+
 def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
     """The model that a stage starts to learn with: what the stage before left, on the device.
 

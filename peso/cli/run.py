@@ -48,9 +48,9 @@ def run(
         table(
             f"{root}: what is left to do",
             ["step", "minutes", "memory GiB", "disk MiB", "note"],
-            [[step.name, step.minutes, step.memory_gib, step.disk_mib, step.note] for step in plan],
+            [[str(e.step), *map(_shown, (e.minutes, e.memory_gib, e.disk_mib)), e.note] for e in plan],
         )
-        print(f"in all about {sum(step.minutes for step in plan):.0f} minutes on this machine")
+        print(f"in all about {sum(e.minutes or 0 for e in plan):.0f} minutes on this machine")
         return
     opened = Workspace.create_or_open(root, resolved)
     terminal = Terminal()
@@ -59,3 +59,7 @@ def run(
     columns, rows = summary.result_table([opened])
     table(f"{root}: averages over the later stages", columns, rows)
     print(f"report: {opened.report_directory / 'index.html'}")
+
+
+def _shown(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1f}"
