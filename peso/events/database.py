@@ -1,7 +1,7 @@
 """The DuckDB that computes an ingestion: its limits, its quoting, and what its complaints mean to a user.
 
-Knows DuckDB; knows nothing of events. The database is a file beside what is being written, so that tables
-larger than memory spill to the same disk, and is gone afterwards.
+Knows DuckDB; knows nothing of events. Tables are held in memory up to a limit; what is beyond it spills to a
+folder beside what is being written, which is gone afterwards.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _JSON = re.compile(r'Malformed JSON in file "(.+?)", at byte (\d+) in (?:line|re
 
 @contextmanager
 def temporary_database(directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to an empty database in ``directory``, removed at the end.
+    """A connection to an empty database that spills into ``directory`` and leaves nothing there.
 
     Raises:
         DataError: an input that DuckDB cannot read; names file, line and cure.
@@ -38,10 +38,10 @@ def temporary_database(directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     work = directory / ".ingest"
     work.mkdir()
     try:
-        with duckdb.connect(work / "log.duckdb") as connection:
+        with duckdb.connect(":memory:") as connection:
             connection.execute(f"SET memory_limit = '{MEMORY}'")
             connection.execute(f"SET threads = {min(_cores(), THREADS)}")
-            connection.execute(f"SET temp_directory = {literal(str(work / 'spill'))}")
+            connection.execute(f"SET temp_directory = {literal(str(work))}")
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
             yield connection

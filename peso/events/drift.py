@@ -1,0 +1,119 @@
+"""How a stream drifts: per stage who and what is new, who came back, how far tastes moved.
+
+Knows stages, item numbers and, if given, one code an item; knows nothing of models or of how it is shown.
+Words as in ``peso.evaluation.segments``: *continuing* was seen in the stage before, *new* never, *dormant*
+(or *returning*) earlier but not in the stage before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from peso.events.histories import Stage
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+def drift(stages: Iterable[Stage], items: int, first_codes: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """Measure each stage against those before it.
+
+    Args:
+        stages: in order from stage 0; taken one by one.
+        items: rows of the item table.
+        first_codes: int (items,), the first-level code of each item.
+
+    Returns:
+        One dict a stage: ``stage``, ``events``, ``users``, ``new_users``, ``continuing_users``,
+        ``returning_users``, ``items``, ``new_items``, ``continuing_items``, ``returning_items``,
+        ``item_divergence`` and ``code_divergence`` (:func:`jensen_shannon` of the events of this stage and
+        those of the one before, over items and over first-level codes; None in stage 0 or without codes),
+        ``new_item_targets`` (share of the targets, those for validation and test included, whose item nobody
+        had before the stage), ``history_lengths`` (over the users of the stage, of what they bring into it:
+        mean and ``QUANTILES``).
+    """
+    seen = np.zeros(items, dtype=bool)
+    seen_users: set[str] = set()
+    last_users: set[str] = set()
+    last_counts: np.ndarray | None = None
+    result = []
+    for stage in stages:
+        present = np.flatnonzero(stage.current.lengths)
+        here = {stage.users[i] for i in present}
+        brought = stage.previous.lengths[present]
+        seen[stage.previous.values] = True  # what only a history tells of counts as earlier
+        seen_users |= {stage.users[i] for i in present[brought > 0]}
+        counts = np.bincount(stage.current.values, minlength=items)
+        there = counts > 0
+        lately = last_counts > 0 if last_counts is not None else np.zeros(items, dtype=bool)
+        result.append(
+            {
+                "stage": stage.number,
+                "events": int(counts.sum()),
+                "users": len(here),
+                "new_users": len(here - seen_users - last_users),
+                "continuing_users": len(here & last_users),
+                "returning_users": len((here & seen_users) - last_users),
+                "items": int(there.sum()),
+                "new_items": int((there & ~seen).sum()),
+                "continuing_items": int((there & lately).sum()),
+                "returning_items": int((there & seen & ~lately).sum()),
+                "item_divergence": None if last_counts is None else jensen_shannon(last_counts, counts),
+                "code_divergence": _code_divergence(last_counts, counts, first_codes),
+                "new_item_targets": _new_targets(stage, seen),
+                "history_lengths": _lengths(brought),
+            }
+        )
+        seen |= there
+        seen_users |= here
+        last_users, last_counts = here, counts
+    return result
+
+
+def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
+    """Jensen-Shannon divergence of two count vectors in bits: 0 for equal shares, 1 for nothing in common.
+
+    JS(p, q) = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q) (Lin, 1991).
+
+    >>> jensen_shannon(np.array([1, 1, 0]), np.array([2, 2, 0]))
+    0.0
+    >>> jensen_shannon(np.array([1, 0]), np.array([0, 5]))
+    1.0
+    """
+    p, q = first / first.sum(), second / second.sum()
+    middle = (p + q) / 2
+
+    def kl(share: np.ndarray) -> float:
+        some = share > 0
+        return float(np.sum(share[some] * np.log2(share[some] / middle[some])))
+
+    return max(0.0, (kl(p) + kl(q)) / 2)
+
+
+def _code_divergence(last: np.ndarray | None, counts: np.ndarray, codes: np.ndarray | None) -> float | None:
+    if last is None or codes is None:
+        return None
+    size = int(codes.max()) + 1
+    return jensen_shannon(
+        np.bincount(codes, weights=last, minlength=size), np.bincount(codes, weights=counts, minlength=size)
+    )
+
+
+def _new_targets(stage: Stage, seen: np.ndarray) -> float | None:
+    """All items of the eligible users in the stage are targets: of training, of validation or of test."""
+    rows = stage.eligible()
+    if not len(rows):
+        return None
+    targets = np.concatenate([stage.current[i] for i in rows])
+    return float(np.mean(~seen[targets]))
+
+
+def _lengths(brought: np.ndarray) -> dict[str, float]:
+    if not len(brought):
+        return {"mean": 0.0, **{f"p{q * 100:.0f}": 0.0 for q in QUANTILES}}
+    return {
+        "mean": float(brought.mean()),
+        **{f"p{q * 100:.0f}": float(np.quantile(brought, q)) for q in QUANTILES},
+    }

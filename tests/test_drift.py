@@ -1,0 +1,95 @@
+"""Drift of a stream equals its definitions, computed user by user and item by item."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
+
+from peso.events import drift as module
+from peso.events.drift import drift, jensen_shannon
+from peso.events.histories import Ragged, Stage
+from peso.events.protocol import cut_stages
+
+ITEMS, USERS = 9, 6
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> list[Stage]:
+    events = draw(
+        st.lists(st.tuples(st.integers(0, USERS - 1), st.integers(0, ITEMS - 1)), min_size=8, max_size=80)
+    )
+    users, items = np.array(events).T
+    names = [f"u{k}" for k in range(USERS)]
+    return cut_stages(names, users, items, np.arange(len(events)), draw(st.integers(1, 4)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(streams())
+def test_every_figure_equals_its_definition(stages: list[Stage]) -> None:
+    codes = np.arange(ITEMS) % 3
+    told = drift(iter(stages), ITEMS, codes)
+    current = [
+        [(user, item) for user, row in zip(s.users, s.current, strict=True) for item in row.tolist()]
+        for s in stages
+    ]
+    for t, (stage, figures) in enumerate(zip(stages, told, strict=True)):
+        for place, name in ((0, "users"), (1, "items")):
+            here = {event[place] for event in current[t]}
+            before = {event[place] for event in current[t - 1]} if t else set()
+            ever = {event[place] for past in current[:t] for event in past}
+            assert figures[name] == len(here)
+            assert figures[f"new_{name}"] == len(here - ever)
+            assert figures[f"continuing_{name}"] == len(here & before)
+            assert figures[f"returning_{name}"] == len((here & ever) - before)
+        assert figures["events"] == len(current[t])
+        if t == 0:
+            assert figures["item_divergence"] is figures["code_divergence"] is None
+        else:
+            for key, of in (("item_divergence", lambda i: i), ("code_divergence", lambda i: i % 3)):
+                shares = [Counter(of(i) for _, i in part) for part in (current[t - 1], current[t])]
+                vectors = [[count[k] for k in range(ITEMS)] for count in shares]
+                assert figures[key] == pytest.approx(jensenshannon(*vectors, base=2) ** 2, abs=1e-9)
+        known = {item for past in current[:t] for _, item in past}
+        targets = [
+            i
+            for user, items in zip(stage.users, stage.current, strict=True)
+            if len(items) >= 3
+            for i in items
+        ]
+        new = np.mean([i not in known for i in targets]) if targets else None
+        assert figures["new_item_targets"] == (None if new is None else pytest.approx(new))
+        lengths = [sum(u == user for past in current[:t] for u, _ in past) for user in stage.users]
+        assert figures["history_lengths"]["mean"] == pytest.approx(np.mean(lengths) if lengths else 0)
+        assert figures["history_lengths"]["p50"] == pytest.approx(np.median(lengths) if lengths else 0)
+    json.dumps(told)
+
+
+def test_what_only_a_history_tells_of_is_not_new() -> None:
+    stages = [
+        Stage(0, ["a"], Ragged.of([[]]), Ragged.of([[0, 1, 2]])),
+        Stage(1, ["b"], Ragged.of([[3]]), Ragged.of([[3, 4, 0]])),
+    ]
+    figures = drift(stages, 5)[1]
+    assert (figures["new_users"], figures["returning_users"]) == (0, 1)
+    assert (figures["new_items"], figures["returning_items"], figures["continuing_items"]) == (1, 1, 1)
+    assert figures["new_item_targets"] == pytest.approx(1 / 3)
+
+
+def test_the_divergence_is_symmetric_and_bounded() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        one, other = rng.integers(0, 5, 30) + np.eye(30, dtype=int)[0], rng.integers(0, 5, 30)
+        other[1] += 1
+        assert jensen_shannon(one, other) == pytest.approx(jensen_shannon(other, one))
+        assert 0 <= jensen_shannon(one, other) <= 1
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    assert doctest.testmod(module).failed == 0
