@@ -21,13 +21,13 @@ from peso.continual.groups import find_groups
 from peso.continual.hooks import Strategy
 from peso.continual.strategy import make_strategy
 from peso.durable import commit_directory, write_json
-from peso.errors import WorkspaceError
+from peso.errors import DataError, WorkspaceError
 from peso.events.columns import CATEGORY
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import Stream, stage_file
 from peso.items.category_path import category_path_ids
-from peso.items.index_files import INDEX_FILE, write_semantic_ids
+from peso.items.index_files import INDEX_FILE, read_semantic_ids, write_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.manifest import read_manifest, write_manifest
 from peso.model.build import has_adapter, save_stage_weights
@@ -80,6 +80,7 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
         ingest(workspace, observer)
     if not workspace.has_semantic_ids:
         tokenize(workspace, observer)
+    _require_catalogue(workspace)
     if base is not None and 0 not in workspace.finished_stages:
         take_base(workspace, Workspace.open(base), observer)
     for step in list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages)):
@@ -263,6 +264,16 @@ def _train(
     if stage and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
     return figures
+
+
+def _require_catalogue(workspace: Workspace) -> None:
+    """Refuse lists longer than the catalogue before anything long starts."""
+    asked, ids = max(workspace.config.evaluation.k), read_semantic_ids(workspace.semantic_ids_directory)
+    if workspace.config.evaluation.enabled and asked > ids.trie.leaves:
+        raise DataError(
+            f"evaluation.k asks for {asked} items, but the catalogue has {ids.trie.leaves} distinct semantic "
+            "IDs; ask for fewer"
+        )
 
 
 def _pull_backbone(workspace: Workspace, observer: Observer) -> None:

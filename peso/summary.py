@@ -12,7 +12,6 @@ from typing import Any
 
 from peso.baselines.popularity import predict_popularity
 from peso.config import Config, dump_config
-from peso.durable import commit_directory
 from peso.errors import WorkspaceError
 from peso.evaluation.metrics import average_metrics, default_metrics
 from peso.evaluation.predictions import read_predictions
@@ -35,8 +34,8 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
     """
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
     title = workspaces[0].config.report.title or f"peso: {', '.join(run.name for run in runs)}"
-    with commit_directory(directory) as aside:
-        write_report(aside, [*runs, popularity(workspaces[0])], title)
+    ks = workspaces[0].config.evaluation.k
+    write_report(directory, [*runs, popularity(workspaces[0])], title, ks)
 
 
 def summarise(workspace: Workspace, name: str) -> RunSummary:

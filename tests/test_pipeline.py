@@ -1,0 +1,300 @@
+"""A run from data to report on a tiny model: resumable anywhere, same files however often interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peso import pipeline, summary, testing
+from peso.config import load_config
+from peso.durable import checksum
+from peso.errors import DataError, WorkspaceError
+from peso.progress import Silent
+from peso.recommender import Recommender
+from peso.workspace import Workspace
+
+TREE = {
+    "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
+    "backbone": {"name": "tiny"},
+    "training": {"epochs": 2, "max_steps": 14, "learning_rate": 3e-3, "later_learning_rate_scale": 0.5},
+    "seed": 5,
+}
+
+
+def config(*overrides: str):
+    return load_config(TREE, overrides)
+
+
+def run(root: Path, *overrides: str, base: Path | None = None) -> Workspace:
+    workspace = Workspace.create_or_open(root, config(*overrides))
+    with workspace.lock():
+        pipeline.run(workspace, base=base)
+    return workspace
+
+
+@pytest.fixture(autouse=True)
+def _no_reports(monkeypatch):
+    """Plots take longer than everything else here; the run of `finished` draws them once."""
+    monkeypatch.setattr(summary, "report", lambda workspaces, directory: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Workspace:
+    return run(tmp_path_factory.mktemp("runs") / "peso")
+
+
+def result_files(workspace: Workspace) -> dict[str, str]:
+    """Checksums of everything that a run is judged by."""
+    kept = ("adapter_model.safetensors", "vocabulary.safetensors", "model.safetensors", "predictions.parquet")
+    stages = workspace.root / "stages"
+    return {str(path.relative_to(stages)): checksum(path) for path in stages.rglob("*") if path.name in kept}
+
+
+def test_the_layout_on_disk_is_the_documented_one(finished):
+    names = {str(path.relative_to(finished.root)) for path in finished.root.rglob("*") if path.is_file()}
+    for stage in range(3):
+        for name in (
+            "vocabulary.safetensors",
+            "manifest.json",
+            "metrics.json",
+            "predictions.parquet",
+            "log.jsonl",
+        ):
+            assert f"stages/{stage}/{name}" in names
+    assert "stages/0/backbone/model.safetensors" in names  # trained whole there, and only there
+    assert "stages/1/adapter/adapter_model.safetensors" in names
+    assert not any(name.startswith("stages/1/backbone") for name in names)
+    assert {"config.yaml", "stream/items.parquet", "stream/manifest.json", "report/index.html"} <= names
+    assert {"semantic_ids/index.parquet", "semantic_ids/manifest.json"} <= names
+    assert not [path for path in (finished.root / "stages").iterdir() if path.name.startswith(".")]
+
+
+def test_a_manifest_names_its_parent_its_inputs_and_every_output(finished):
+    chain = [finished.stage_manifest(stage) for stage in finished.finished_stages]
+    for parent, child in zip(chain, chain[1:], strict=False):
+        assert child["parent"] == {"stage": parent["stage"], "determined_by": parent["determined_by"]}
+    for manifest in chain:
+        directory = finished.stage_directory(manifest["stage"])
+        found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {
+            "manifest.json"
+        }
+        assert set(manifest["files"]) == found
+        assert all(checksum(directory / name) == sha for name, sha in manifest["files"].items())
+        assert manifest["configuration"] == finished.config.model_dump(mode="json")
+        assert {"inputs", "seed", "versions", "hardware", "backbone_sha256"} <= manifest.keys()
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished):
+    before = result_files(finished)
+    assert list(pipeline.missing_steps(finished, 3)) == []
+    with finished.lock():
+        pipeline.run(finished)
+    assert result_files(finished) == before
+
+
+def test_a_run_is_reproducible_bit_for_bit(finished, tmp_path):
+    assert result_files(run(tmp_path / "again")) == result_files(finished)
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path):
+    root, script = tmp_path / "killed", tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "import peso.training.loop as loop\n"
+        "plain = loop.train_stage\n"
+        "import peso.pipeline as pipeline\n"
+        "import peso.summary; peso.summary.report = lambda *a: None\n"
+        "pipeline.train_stage = lambda *a, **k: plain(*a, **k, checkpoint_seconds=0.0)\n"
+        "from peso.config import load_config; from peso.workspace import Workspace\n"
+        f"ws = Workspace.create_or_open({str(root)!r}, load_config({TREE!r}))\n"
+        "with ws.lock(): pipeline.run(ws)\n"
+    )
+    kills = 0
+    for wait in (5.0, 6.0, 7.0, 8.0, 120.0):
+        process = subprocess.Popen([sys.executable, str(script)], cwd=Path(__file__).parent.parent)
+        deadline = time.monotonic() + wait
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if process.returncode == 0:
+            break
+    assert kills > 0, "the run was over before it could be killed"
+    assert process.returncode == 0
+    assert result_files(Workspace.open(root)) == result_files(finished)
+
+
+def test_a_checkpoint_of_a_changed_strategy_is_not_continued(finished, tmp_path):
+    root = tmp_path / "w"
+    workspace = Workspace.create_or_open(root, config("strategy.weight=1e6"))
+
+    class Stop(Exception):
+        pass
+
+    class StopsInStage1(Silent):
+        def advance(self, done, **figures):
+            if figures and 0 in workspace.finished_stages and done == 3:
+                raise Stop
+
+    with workspace.lock(), pytest.raises(Stop):
+        pipeline.run(workspace, observer=StopsInStage1())
+    assert result_files(run(root)) == result_files(finished)
+
+
+def test_the_base_stage_is_taken_over_only_if_it_would_be_the_same(finished, tmp_path):
+    single = run(tmp_path / "single", "strategy=single", base=finished.root)
+    theirs = {name: sha for name, sha in result_files(finished).items() if name.startswith("0/")}
+    ours = {name: sha for name, sha in result_files(single).items() if name.startswith("0/")}
+    assert ours == theirs
+    with pytest.raises(WorkspaceError, match=r"training\.epochs"):
+        run(tmp_path / "other", "strategy=single", "training.epochs=1", base=finished.root)
+
+
+def test_none_keeps_the_base_state(finished, tmp_path):
+    none = run(tmp_path / "none", "strategy=none", base=finished.root)
+    files = result_files(none)
+    assert files["2/vocabulary.safetensors"] == files["0/vocabulary.safetensors"]
+    assert files["2/adapter/adapter_model.safetensors"] == files["1/adapter/adapter_model.safetensors"]
+
+
+def test_a_heavier_anchor_moves_less(finished, tmp_path):
+    moved = {}
+    for weight in ("0", "1e4"):
+        workspace = run(tmp_path / weight, f"strategy.weight={weight}", base=finished.root)
+        moved[weight] = testing.read_metrics(workspace, 1, 1)["training"]["moved"]["distance"]
+    assert moved["1e4"] < moved["0"]
+
+
+def test_any_model_is_tested_on_any_stage(finished):
+    metrics = testing.test(finished, 0, 2, Silent())
+    assert (metrics["stage"], metrics["on"]) == (0, 2)
+    assert (finished.stage_directory(0) / "on=2" / "predictions.parquet").is_file()
+    assert metrics != testing.read_metrics(finished, 2, 2)["test"]
+    with pytest.raises(DataError, match="no stage 9"):
+        testing.test(finished, 0, 9, Silent())
+
+
+def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finished, tmp_path):
+    workspace = run(tmp_path / "w", "strategy=none", base=finished.root)
+    path = workspace.stage_directory(1) / "predictions.parquet"
+    before, written = checksum(path), path.stat().st_mtime_ns
+    workspace = run(tmp_path / "w", "strategy=none", "evaluation.k=[1,3]")
+    assert path.stat().st_mtime_ns == written
+    assert "hit@3" in testing.read_metrics(workspace, 1, 1)["test"]["metrics"]
+    run(tmp_path / "w", "strategy=none", "evaluation.k=[1,3]", "decoding.beams=15")
+    assert checksum(path) != before
+
+
+def test_evaluation_can_be_left_out(tmp_path):
+    workspace = run(tmp_path / "w", "evaluation.enabled=false", "training.max_steps=2")
+    assert workspace.finished_stages == [0, 1, 2]
+    assert not (workspace.stage_directory(1) / "predictions.parquet").exists()
+    with pytest.raises(WorkspaceError, match="no tested stage"):
+        summary.summarise(workspace, "w")
+
+
+def test_more_items_than_the_catalogue_has_are_refused_before_anything_long(finished, tmp_path):
+    workspace = Workspace.create_or_open(
+        tmp_path / "w", config("evaluation.k=[100]", "decoding.beams=100", "training.max_steps=1")
+    )
+    with workspace.lock(), pytest.raises(DataError, match="100 items"):
+        pipeline.run(workspace)
+    assert workspace.finished_stages == []
+
+
+def test_steps_out_of_order_say_what_comes_first(tmp_path):
+    workspace = Workspace.create_or_open(tmp_path / "w", config())
+    with pytest.raises(WorkspaceError, match="peso ingest"):
+        pipeline.tokenize(workspace, Silent())
+    pipeline.ingest(workspace, Silent())
+    with pytest.raises(WorkspaceError, match="peso tokenize"):
+        pipeline.learn(workspace, 0, Silent())
+    pipeline.tokenize(workspace, Silent())
+    with pytest.raises(WorkspaceError, match="starts from stage 0"):
+        pipeline.learn(workspace, 1, Silent())
+    with pytest.raises(WorkspaceError, match="peso train"):
+        pipeline.update(workspace, Silent())
+
+
+def test_what_is_learnt_is_not_overwritten(finished):
+    with pytest.raises(WorkspaceError, match="learnt already"):
+        pipeline.learn(finished, 1, Silent())
+    with pytest.raises(WorkspaceError, match="new workspace"):
+        pipeline.ingest(finished, Silent())
+    with pytest.raises(WorkspaceError, match="all 3 stages"):
+        pipeline.update(finished, Silent())
+
+
+def test_the_log_has_every_figure_of_every_step(finished):
+    lines = (finished.stage_directory(1) / "log.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    wanted = {
+        "loss",
+        "penalty",
+        "gradient_norm",
+        "penalty_gradient_norm",
+        "learning_rate",
+        "tokens_per_second",
+    }
+    assert all(wanted <= record.keys() for record in steps)
+    assert steps[0]["penalty"] == 0.0  # at the anchor
+    assert steps[-1]["penalty"] > 0.0
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+
+
+def test_a_backbone_that_changed_is_refused(finished, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from peso.errors import BackboneError
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.root, copy)
+    weights = copy / "stages" / "0" / "backbone" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))] += 0.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match="other weights"):
+        Recommender.load(copy)
+
+
+def test_the_recommender_answers_for_histories_users_and_everybody(finished, tmp_path):
+    import pyarrow.parquet as pq
+
+    recommender = Recommender.load(finished.root)
+    user = next(iter(recommender.histories))
+    history = recommender.history(user)
+    assert recommender.recommend(user=user, k=5) == recommender.recommend(history=history, k=5)
+    ranked = recommender.recommend(history=history, k=20)
+    assert len({item for item, _ in ranked}) == 20
+    assert [score for _, score in ranked] == sorted((score for _, score in ranked), reverse=True)
+    seen = set(history)
+    assert not seen & {item for item, _ in recommender.recommend(history=history, k=10, exclude_seen=True)}
+    count = recommender.recommend_all(tmp_path / "all.parquet", k=3)
+    table = pq.read_table(tmp_path / "all.parquet")
+    assert count == len(table) == len(recommender.histories)
+    row = table["user"].to_pylist().index(user)
+    assert table["items"][row].as_py() == [item for item, _ in ranked[:3]]
+    assert recommender.title(ranked[0][0])
+    with pytest.raises(DataError, match="'nobody'"):
+        recommender.recommend(user="nobody")
+    with pytest.raises(DataError, match="'ghost'"):
+        recommender.recommend(history=["ghost"])
+
+
+def test_an_older_stage_answers_as_it_did(finished):
+    old, new = Recommender.load(finished.root, stage=0), Recommender.load(finished.root)
+    assert (old.stage, new.stage) == (0, 2)
+    history = new.history(next(iter(new.histories)))
+    assert old.recommend(history=history) != new.recommend(history=history)
