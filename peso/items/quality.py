@@ -20,8 +20,8 @@ SAMPLE = 8  # titles shown under one prefix
 def collisions(codes: np.ndarray) -> dict[str, Any]:
     """Items that share an ID: ``rate`` = 1 − distinct IDs / items (0 for an empty catalogue).
 
-    >>> collisions(np.array([[0, 1], [0, 1], [2, 0]]))
-    {'items': 3, 'distinct_ids': 2, 'items_sharing': 2, 'rate': 0.3333333333333333}
+    >>> collisions(np.array([[0, 1], [0, 1], [2, 0], [2, 1]]))
+    {'items': 4, 'distinct_ids': 3, 'items_sharing': 2, 'rate': 0.25}
     """
     counts = np.unique(codes, axis=0, return_counts=True)[1]
     rate = 1 - len(counts) / len(codes) if len(codes) else 0.0

@@ -48,9 +48,12 @@ class HashingEncoder:
         counts = counts[:, features]
         weights = TfidfTransformer(sublinear_tf=True).fit(counts)
         tfidf = weights.transform(counts)
-        rank = max(1, min(dimensions, *(size - 1 for size in tfidf.shape)))
-        svd = TruncatedSVD(rank, random_state=seed).fit(tfidf)
-        return cls(features, weights.idf_.astype(np.float32), svd.components_.astype(np.float32))
+        if min(tfidf.shape) == 1:  # one text, or one word: scikit-learn asks for two
+            components = np.linalg.svd(tfidf.toarray(), full_matrices=False)[2]
+        else:
+            rank = min(dimensions, *tfidf.shape)
+            components = TruncatedSVD(rank, random_state=seed).fit(tfidf).components_
+        return cls(features, weights.idf_.astype(np.float32), components.astype(np.float32))
 
     @property
     def dimensions(self) -> int:
@@ -59,7 +62,7 @@ class HashingEncoder:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 (texts, dimensions); zero where a text has no word that occurred in the fitted ones."""
         result = np.zeros((len(texts), self.dimensions), np.float32)
-        for start in range(0, len(texts), BATCH):
+        for start in range(0, len(texts) if len(self.features) else 0, BATCH):
             counts = _counts(texts[start : start + BATCH])[:, self.features]
             counts.data = np.log(counts.data) + 1  # sublinear TF, as TfidfTransformer computes it
             tfidf = normalize(counts @ sparse.diags(self.idf))

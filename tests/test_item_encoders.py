@@ -1,0 +1,196 @@
+"""Vectors from pretrained models, from the cache and from files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from peso.errors import ConfigError, DataError
+from peso.items.encoders.cache import encode_cached
+from peso.items.encoders.language_model import load_text_encoder
+from peso.items.encoders.vector_files import read_vectors
+from peso.model.small import byte_tokenizer, small_llama
+
+IDS = ["a", "b", "c"]
+MATRIX = np.arange(6, dtype=np.float32).reshape(3, 2) + 1
+
+
+class Counting:
+    """An encoder that counts the texts it is given; a vector tells the length of its text."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        self.texts += texts
+        return np.array([[len(text), 1] for text in texts], np.float32)
+
+
+def cached(texts: list[str], encode: Counting, folder: Path | None, name: str = "x") -> np.ndarray:
+    return encode_cached(texts, encode, (name,), folder, lambda done, total: None)
+
+
+def test_a_second_run_encodes_only_new_texts(tmp_path: Path) -> None:
+    first, second = Counting(), Counting()
+    cached(["tea", "hammer", "tea"], first, tmp_path)
+    vectors = cached(["nail", "tea", "hammer"], second, tmp_path)
+    assert sorted(first.texts) == ["hammer", "tea"]
+    assert second.texts == ["nail"]
+    assert vectors[:, 0].tolist() == [4, 3, 6]
+
+
+def test_another_encoder_finds_nothing_in_the_cache(tmp_path: Path) -> None:
+    cached(["tea"], Counting(), tmp_path, "one")
+    other = Counting()
+    cached(["tea"], other, tmp_path, "other")
+    assert other.texts == ["tea"]
+
+
+def test_a_damaged_part_of_the_cache_is_encoded_again(tmp_path: Path) -> None:
+    cached(["tea"], Counting(), tmp_path)
+    (part,) = tmp_path.rglob("*.safetensors")
+    part.write_bytes(part.read_bytes()[:20])
+    again = Counting()
+    assert cached(["tea"], again, tmp_path).tolist() == [[3, 1]]
+    assert again.texts == ["tea"]
+
+
+@pytest.fixture(scope="module")
+def causal_lm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("causal_lm")
+    small_llama(32, 2, 0).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_causal_lm_gives_the_mean_of_its_last_hidden_states(causal_lm_dir: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["a short one", "a text that is a good deal longer than the other", "mid length text"]
+    vectors = load_text_encoder(str(causal_lm_dir), 64).encode(texts)
+    model, tokenizer = AutoModel.from_pretrained(causal_lm_dir), AutoTokenizer.from_pretrained(causal_lm_dir)
+    for text, vector in zip(texts, vectors, strict=True):
+        with torch.no_grad():
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        np.testing.assert_allclose(vector, hidden.mean(0).numpy(), atol=1e-5)
+
+
+def test_a_text_is_cut_after_max_tokens(causal_lm_dir: Path) -> None:
+    encoder = load_text_encoder(str(causal_lm_dir), 8)
+    vectors = encoder.encode(["12345678 and more", "12345678 and something else"])
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+
+
+def test_another_limit_or_other_weights_are_another_encoder(causal_lm_dir: Path, tmp_path: Path) -> None:
+    one = load_text_encoder(str(causal_lm_dir), 8).identity
+    small_llama(32, 2, 1).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_text_encoder(str(causal_lm_dir), 9).identity != one
+    assert load_text_encoder(str(tmp_path), 8).identity != one
+    assert load_text_encoder(str(causal_lm_dir), 8).identity == one
+
+
+def test_a_sentence_transformer_pools_as_it_says_itself(causal_lm_dir: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="needs the extra `text`")
+    modules = pytest.importorskip("sentence_transformers.models")
+    word = modules.Transformer(str(causal_lm_dir))
+    pooling = modules.Pooling(32, pooling_mode="max")
+    model = library.SentenceTransformer(modules=[word, pooling], device="cpu")
+    model.save(str(tmp_path / "model"))
+    vectors = load_text_encoder(str(tmp_path / "model"), 64).encode(["tea", "a hammer"])
+    np.testing.assert_allclose(vectors, model.encode(["tea", "a hammer"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "no json"])
+def test_an_encoder_that_cannot_be_loaded_is_named_with_a_cure(tmp_path: Path, content: str | None) -> None:
+    folder = tmp_path / "model"
+    if content is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"items.encoder '.*model' cannot be loaded: .*hashing"):
+        load_text_encoder(str(folder), 8)
+
+
+def write(path: Path, matrix: np.ndarray, ids: list[str] | None = None) -> Path:
+    if path.suffix == ".npy":
+        np.save(path, matrix)
+    elif path.suffix == ".safetensors":
+        save_file({"vectors": matrix}, path)
+    else:
+        rows = pa.array(list(matrix.astype(float)), pa.list_(pa.float64()))
+        pq.write_table(pa.table({"item_id": ids or IDS, "vector": rows}), path)
+        return path
+    if ids is not None:
+        path.with_name(f"{path.stem}.ids.txt").write_text("\n".join(ids) + "\n")
+    return path
+
+
+SUFFIXES = pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+
+
+@SUFFIXES
+def test_vectors_are_found_by_item_id(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"v{suffix}", MATRIX, ["c", "a", "z"])
+    assert read_vectors(path, IDS).tolist() == [[3, 4], [0, 0], [1, 2]]
+
+
+def test_a_parquet_file_may_have_a_column_a_dimension(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": [1.0, 2.0], "item_id": ["b", "a"], "y": [3, 4]}), tmp_path / "v.parquet")
+    assert read_vectors(tmp_path / "v.parquet", ["a", "b"]).tolist() == [[2, 4], [1, 3]]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_without_ids_the_rows_are_those_of_the_item_table(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"v{suffix}", MATRIX)
+    np.testing.assert_array_equal(read_vectors(path, IDS), MATRIX)
+    with pytest.raises(DataError, match=r"3 rows for 4 items; without a v.ids.txt"):
+        read_vectors(path, [*IDS, "d"])
+
+
+@SUFFIXES
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_in_a_vector_names_the_item(tmp_path: Path, suffix: str, bad: float) -> None:
+    matrix = MATRIX.copy()
+    matrix[1, 1] = bad
+    with pytest.raises(DataError, match="NaN or infinity in the vector of item 'b'"):
+        read_vectors(write(tmp_path / f"v{suffix}", matrix), IDS)
+
+
+def test_a_vector_of_another_width_names_the_item(tmp_path: Path) -> None:
+    rows = pa.array([[1.0, 2.0], [1.0, 2.0, 3.0], [1.0, 2.0]])
+    pq.write_table(pa.table({"item_id": IDS, "vector": rows}), tmp_path / "v.parquet")
+    with pytest.raises(DataError, match=r"item 'b' has 3 values, that of item 'a' has 2"):
+        read_vectors(tmp_path / "v.parquet", IDS)
+
+
+def test_an_item_twice_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="item 'a' twice"):
+        read_vectors(write(tmp_path / "v.npy", MATRIX, ["a", "b", "a"]), IDS)
+
+
+def test_vectors_of_other_items_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="for none of the 3 items"):
+        read_vectors(write(tmp_path / "v.npy", MATRIX, ["x", "y", "z"]), IDS)
+
+
+def test_unreadable_files_of_vectors_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"v.npy is missing"):
+        read_vectors(tmp_path / "v.npy", IDS)
+    for suffix in (".npy", ".safetensors", ".parquet"):
+        path = tmp_path / f"w{suffix}"
+        path.write_bytes(b"not what it says")
+        with pytest.raises(DataError, match="is not readable"):
+            read_vectors(path, IDS)
+    (tmp_path / "v.csv").touch()
+    with pytest.raises(DataError, match=r"is no .npy, .parquet or .safetensors"):
+        read_vectors(tmp_path / "v.csv", IDS)
+    np.save(tmp_path / "flat.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"shape \(3,\)"):
+        read_vectors(tmp_path / "flat.npy", IDS)
