@@ -6,11 +6,14 @@ folder beside what is being written, which is gone afterwards.
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import duckdb
@@ -84,7 +87,8 @@ def _explained(error: duckdb.Error, directory: Path) -> Exception:
     if line := _CSV_LINE.search(text):
         return _explained_csv(text, int(line[1]))
     if found := _JSON.search(text):
-        file, _, line_number, what = found.groups()
+        file, _, reported, what = found.groups()
+        line_number = _json_line(Path(file), int(reported))
         cure = "convert the file to UTF-8" if "UTF-8" in what else "fetch or write the file again"
         return DataError(
             f"{file}: line {line_number} is no valid JSON ({what.strip().rstrip('.')}); {cure}, "
@@ -96,6 +100,17 @@ def _explained(error: duckdb.Error, directory: Path) -> Exception:
     if isinstance(error, duckdb.IOException | duckdb.InvalidInputException):
         return DataError(f"the data cannot be read: {text.splitlines()[0]}; fetch or write the file again")
     return error
+
+
+def _json_line(file: Path, reported: int) -> int:
+    """DuckDB counts the line after the broken one in some versions: look which of the two it is."""
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
+        for number, line in enumerate(islice(handle, max(reported - 2, 0), reported), max(reported - 1, 1)):
+            try:
+                json.loads(line)
+            except ValueError:
+                return number
+    return reported
 
 
 def _explained_csv(text: str, line: int) -> DataError:

@@ -56,7 +56,15 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
     connection.execute(f"SELECT {time} FROM {table.scan(skip)} WHERE {time} IS NOT NULL LIMIT {SAMPLE}")
     sample = [value for (value,) in connection.fetchall()]
     clock = recognise(sample, table.columns[log.time], log.time_format, where) if sample else Clock("iso")
-    connection.execute(f"CREATE TABLE raw AS SELECT {_fields(log, clock, rating)} FROM {table.scan(skip)}")
+    try:
+        connection.execute(
+            f"CREATE TABLE raw AS SELECT {_fields(log, clock, rating)} FROM {table.scan(skip)}"
+        )
+    except duckdb.Error as error:
+        # DuckDB may cast within the CSV reader, which then names the line but not in our words
+        if "Error when converting column" not in str(error):
+            raise
+        raise _first_unreadable(connection, log, clock, rating) from None
     bad = _unreadable(rating)
     unread = scalar(connection, f"SELECT count(*) FROM raw WHERE {bad}")
     if unread and not skip:
@@ -130,7 +138,8 @@ def _first_unreadable(
     connection.execute(
         f"SELECT {FILE} FROM (SELECT {fields}, {FILE} FROM {table.scan(name_file=True)}) WHERE {bad} LIMIT 1"
     )
-    file = next(f for f in table.files if str(f) == connection.fetchall()[0][0])
+    name = connection.fetchall()[0][0]
+    file = next(file for file in table.files if str(file) == name)
     connection.execute(f"""
         SELECT * FROM (SELECT row_number() OVER () AS place, {fields} FROM {table.scan(files=[file])})
         WHERE {bad} LIMIT 1""")

@@ -79,7 +79,7 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
         DataError: the line is not text in this encoding, or there is none.
     """
     try:
-        with _open_text(file, encoding) as handle:
+        with open_text(file, encoding, errors="replace") as handle:  # later bytes may be anything
             if quote:
                 fields = next(csv.reader(handle, delimiter=separator, quotechar=quote), [])
             else:
@@ -94,7 +94,7 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
 def is_utf8(file: Path) -> bool:
     """Whether all of the file is UTF-8 text."""
     try:
-        with _open_text(file, "utf-8") as handle:
+        with open_text(file, "utf-8") as handle:
             while handle.read(1 << 20):
                 pass
     except UnicodeDecodeError:
@@ -115,7 +115,8 @@ def require_same(tables: Sequence[tuple[Path, list[str]]]) -> list[str]:
 
 
 @contextmanager
-def _open_text(file: Path, encoding: str) -> Iterator[IO[str]]:
+def open_text(file: Path, encoding: str, errors: str = "strict") -> Iterator[IO[str]]:
+    """A text file, gzipped or not, with its line ends as they are."""
     name = "utf-8-sig" if encoding == "utf-8" else encoding
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as raw:
-        yield io.TextIOWrapper(raw, encoding=name, newline="")
+        yield io.TextIOWrapper(raw, encoding=name, errors=errors, newline="")

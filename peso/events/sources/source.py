@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peso.events.database import identifier, literal
 from peso.events.sources.tables import FileTable
 
 PATH = " > "  # between the parts of a category path, broad to narrow
@@ -46,22 +47,18 @@ class Source:
 
 def plain(table: FileTable, *names: str, join: str = "\n") -> str:
     """SQL: one text from these columns, null if all are. A list in a column is joined likewise."""
-    parts = [_as_text(table, name, join) for name in names]
-    return f"nullif(concat_ws({_sql(join)}, {', '.join(parts)}), '')" if parts else "NULL"
+    parts = [f"nullif({_as_text(table, name, join)}, '')" for name in names]
+    return f"nullif(concat_ws({literal(join)}, {', '.join(parts)}), '')" if parts else "NULL"
 
 
 def _as_text(table: FileTable, name: str, join: str) -> str:
-    column, kind = '"' + name.replace('"', '""') + '"', table.columns[name]
+    column, kind = identifier(name), table.columns[name]
     if kind == "JSON":
         items = f"""from_json({column}, '["VARCHAR"]')"""
         return (
-            f"CASE json_type({column}) WHEN 'ARRAY' THEN array_to_string({items}, {_sql(join)}) "
+            f"CASE json_type({column}) WHEN 'ARRAY' THEN array_to_string({items}, {literal(join)}) "
             f"ELSE {column} ->> '$' END"
         )
     if kind.endswith("[]"):
-        return f"array_to_string({column}::VARCHAR[], {_sql(join)})"
+        return f"array_to_string({column}::VARCHAR[], {literal(join)})"
     return f"{column}::VARCHAR"
-
-
-def _sql(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
