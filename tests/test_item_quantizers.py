@@ -19,12 +19,17 @@ from peso.items.quantizers.rq_kmeans import fit_rq_kmeans
 from peso.items.quantizers.rq_vae import fit_rq_vae
 from peso.progress import Silent
 
+SMALL_VAE = RqVaeConfig(hidden=[32], latent=8, steps=200, batch_size=64, learning_rate=5e-3)
 Fit = Callable[[np.ndarray, list[int], int], Fitted]
 FITS: dict[str, Fit] = {
     "rq-kmeans": lambda vectors, sizes, seed: fit_rq_kmeans(vectors, sizes, seed, Silent()),
     "balanced-rq-kmeans": lambda vectors, sizes, seed: fit_balanced_rq_kmeans(vectors, sizes, seed, Silent()),
     "rq-vae": lambda vectors, sizes, seed: fit_rq_vae(
-        vectors, sizes, RqVaeConfig(hidden=[32], latent=8, steps=200, batch_size=64), seed, Silent()
+        vectors,
+        sizes,
+        RqVaeConfig(hidden=[32], latent=8, steps=200, batch_size=64, learning_rate=5e-3),
+        seed,
+        Silent(),
     ),
 }
 every_quantizer = pytest.mark.parametrize("fit", FITS.values(), ids=FITS)

@@ -28,7 +28,7 @@ from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError
 from peso.items import collisions, fitness, quality
 from peso.items.category_path import LIMIT, category_path_ids
-from peso.items.index_files import FORMAT, read_semantic_ids, write_semantic_ids
+from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.quantizers.balanced_rq_kmeans import fit_balanced_rq_kmeans
 from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
 from peso.items.quantizers.rq_kmeans import fit_rq_kmeans
@@ -126,10 +126,10 @@ def tokenize(
     new = arrival.stages(list(zip(later, groups[1:], strict=True)), codes, done)
     state = {"fit": fit, "held_out": measured, "stages": new}
 
-    save_file(codebooks.arrays(), directory / CODEBOOKS_FILE)
-    save_file(encoder.arrays(), directory / ENCODER_FILE)
+    _save(codebooks.arrays(), directory / CODEBOOKS_FILE)
+    _save(encoder.arrays(), directory / ENCODER_FILE)
     sizes = (size,) * config.levels + ((extra,) if extra else ())
-    ids = SemanticIds(items["item_id"].to_pylist(), codes, sizes)
+    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, sizes)
     return _write(ids, items, arrival, config, seed, state, directory, observer)
 
 
@@ -184,9 +184,9 @@ def append(
     groups = [(stage, np.flatnonzero(~done & (np.asarray(first_stage) == stage))) for stage in numbers]
     state["stages"] = before + arrival.stages(groups, codes, done)
 
-    save_file(codebooks.arrays(), directory / CODEBOOKS_FILE)
-    save_file(encoder.arrays(), directory / ENCODER_FILE)
-    ids = SemanticIds(items["item_id"].to_pylist(), codes, old.sizes)
+    _save(codebooks.arrays(), directory / CODEBOOKS_FILE)
+    _save(encoder.arrays(), directory / ENCODER_FILE)
+    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, old.sizes)
     return _write(ids, items, arrival, config, seed, state, directory, observer)
 
 
@@ -233,6 +233,11 @@ class _Arrival:
         return measured
 
 
+def _save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    # safetensors writes the memory of an array as it lies: rows first, or it comes back scrambled
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
 def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, observer: Observer) -> Fitted:
     if config.quantizer == "rq-kmeans":
         fitted = fit_rq_kmeans(vectors, sizes, seed, observer)
@@ -254,7 +259,7 @@ def _by_category(
     observer: Observer,
 ) -> dict[str, Any]:
     """IDs from category paths, with room for as many categories and items again; vectors only measure."""
-    item_ids, paths = items["item_id"].to_pylist(), items["category"].to_pylist()
+    item_ids, paths = items[ITEM_ID].to_pylist(), items["category"].to_pylist()
     if old is None:
         used = category_path_ids(item_ids, paths).sizes
         sizes = tuple(min(2 * size, LIMIT) for size in used)
@@ -283,11 +288,10 @@ def _require_continues(
             f"changed since the IDs in {source} were made: {listed}; set it back to give new items IDs of "
             "the same kind, or tokenize anew (which changes all IDs)"
         )
-    known = items["item_id"].slice(0, len(old.item_ids)).to_pylist()
+    known = items[ITEM_ID].slice(0, len(old.item_ids)).to_pylist()
     if known != old.item_ids:
-        at = next(
-            (at for at, pair in enumerate(zip(known, old.item_ids, strict=False)) if pair[0] != pair[1]), 0
-        )
+        pairs = zip(known, old.item_ids, strict=False)
+        at = next((row for row, (given, then) in enumerate(pairs) if given != then), len(known))
         raise DataError(
             f"the item table does not continue that of {source}: row {at} was item {old.item_ids[at]!r}; "
             "rows may only be added at its end"

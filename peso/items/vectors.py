@@ -20,6 +20,7 @@ from peso.errors import DataError
 from peso.items.encoders.fusion import Fusion
 from peso.items.encoders.hashing import HashingEncoder
 from peso.items.encoders.vector_files import read_vectors
+from peso.items.index_files import ITEM_ID
 from peso.items.text import item_texts
 from peso.progress import Observer
 
@@ -127,7 +128,7 @@ def _sources(
         spread = np.zeros((len(texts), encoded.shape[1]), np.float32)
         spread[present] = encoded
         sources.append(spread)
-    item_ids = items["item_id"].to_pylist()
+    item_ids = items[ITEM_ID].to_pylist()
     for path in config.vectors:
         vectors = read_vectors(path, item_ids)
         missing = int((~vectors.any(1)).sum())
