@@ -24,12 +24,15 @@ class Funnel:
     def __init__(self, connection: duckdb.DuckDBPyConnection, read: int) -> None:
         self.connection = connection
         self.rows: list[dict[str, Any]] = [{"step": "read", "events": read, "users": None, "items": None}]
-        self.count("readable")
+        left = {
+            name: scalar(connection, f"SELECT count(*) FROM {name}") for name in ("events", "users", "items")
+        }
+        self.rows.append({"step": "readable", **left})
 
     def count(self, step: str) -> None:
         """Count what is left now. Raises DataError if nothing is."""
         events = scalar(self.connection, "SELECT count(*) FROM events")
-        if self.rows[-1]["users"] is not None and self.rows[-1]["events"] == events:
+        if self.rows[-1]["events"] == events:
             self.rows.append({**self.rows[-1], "step": step})  # where no event went, no user did
             return
         users, items = self.connection.execute(
