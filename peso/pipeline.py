@@ -108,8 +108,12 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     data = workspace.config.data
     _refuse_if_learnt(workspace, "stream")
     observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
-    with commit_directory(workspace.stream_directory) as directory:
-        return fill_stream(data, directory, workspace.config.seed, observer)
+    try:
+        with commit_directory(workspace.stream_directory) as directory:
+            return fill_stream(data, directory, workspace.config.seed, observer)
+    except DataError:
+        workspace.discard_if_bare()
+        raise
 
 
 def tokenize(workspace: Workspace, observer: Observer) -> SemanticIds:

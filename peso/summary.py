@@ -79,17 +79,18 @@ def names(workspaces: Sequence[Workspace]) -> list[str]:
 
 
 def result_table(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]]:
-    """Metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one row a run."""
+    """Metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one column a run."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
-    rows = []
+    runs.append(popularity(workspaces[0]))
     metrics = default_metrics(workspaces[0].config.evaluation.k)
-    for run in [*runs, popularity(workspaces[0])]:
+    columns: list[list[Any]] = [["strategy", "stages", "cases", *(metric.name for metric in metrics)]]
+    for run in runs:
         later = [stage for stage in run.stages if stage] or list(run.stages)
         averages = average_metrics({stage: run.stages[stage].predictions for stage in later}, metrics)
         cases = sum(len(run.stages[stage].predictions) for stage in later)
         values = [f"{e.value:.4f} ± {e.half_width:.4f}" for e in averages.values()]
-        rows.append([run.name, run.strategy, _span(later), cases, *values])
-    return ["run", "strategy", "stages", "cases", *(metric.name for metric in metrics)], rows
+        columns.append([run.strategy, _span(later), f"{cases:,}", *values])
+    return ["", *(run.name for run in runs)], [list(row) for row in zip(*columns, strict=True)]
 
 
 def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

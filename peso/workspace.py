@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,6 +154,11 @@ class Workspace:
         return read_manifest(self.stage_directory(stage), FORMAT)
 
     # -- writing ---------------------------------------------------------------------------------
+
+    def discard_if_bare(self) -> None:
+        """Remove a workspace in which nothing was done: what a mistaken first call would leave behind."""
+        if self.root.is_dir() and {path.name for path in self.root.iterdir()} <= {"config.yaml", ".lock"}:
+            shutil.rmtree(self.root)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

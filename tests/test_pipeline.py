@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_the_layout_on_disk_is_the_documented_one(finished):
 
 def test_a_manifest_names_its_parent_its_inputs_and_every_output(finished):
     chain = [finished.stage_manifest(stage) for stage in finished.finished_stages]
-    for parent, child in zip(chain, chain[1:], strict=False):
+    for parent, child in pairwise(chain):
         assert child["parent"] == {"stage": parent["stage"], "determined_by": parent["determined_by"]}
     for manifest in chain:
         directory = finished.stage_directory(manifest["stage"])

@@ -35,9 +35,13 @@ def finish_stream(workspace: Workspace) -> None:
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), commit_directory(tmp_path / "d") as aside:
-        (aside / "half").write_text("written")
-        raise RuntimeError
+    def fail() -> None:
+        with commit_directory(tmp_path / "d") as aside:
+            (aside / "half").write_text("written")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     with commit_directory(tmp_path / "d") as aside:
         (aside / "whole").write_text("written")
@@ -57,18 +61,23 @@ def test_a_replaced_directory_keeps_its_old_content_when_the_new_one_fails(tmp_p
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     write_atomically(tmp_path / "f", b"old")
-    with pytest.raises(RuntimeError), write_aside(tmp_path / "f") as aside:
-        aside.write_bytes(b"ne")
-        raise RuntimeError
+
+    def fail() -> None:
+        with write_aside(tmp_path / "f") as aside:
+            aside.write_bytes(b"ne")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert (tmp_path / "f").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, number):
-    with pytest.raises(WorkspaceError, match=r"no space left.*d.*continues where it was"):
-        with commit_directory(tmp_path / "d"):
-            raise OSError(number, "full")
+    said = pytest.raises(WorkspaceError, match=r"no space left.*d.*continues where it was")
+    with said, commit_directory(tmp_path / "d"):
+        raise OSError(number, "full")
     assert list(tmp_path.iterdir()) == []
 
 

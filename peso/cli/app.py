@@ -12,6 +12,8 @@ import typer
 from peso.cli import demo, models, recommend, run, steps
 from peso.errors import PesoError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -31,6 +33,7 @@ def main() -> None:
     except PesoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where it was", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # Typer's own answer to Ctrl-C says nothing
+            print("\ninterrupted; the same command continues where it was", file=sys.stderr)
+        raise

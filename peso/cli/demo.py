@@ -11,9 +11,9 @@ from peso.cli.display import Terminal, table
 
 # A stream, a model and a number of epochs small enough for two cores and large enough to learn something.
 CONFIG = {
-    "data": {"format": "simulate", "simulate": {"users": 1200, "items": 400, "stages": 4}},
+    "data": {"format": "simulate", "simulate": {"users": 600, "items": 300, "stages": 4}},
     "backbone": {"name": "scratch", "width": 64, "layers": 2},
-    "training": {"epochs": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
+    "training": {"epochs": 5, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
     "report": {"title": "peso demo: a simulated shop"},
 }
 STRATEGIES = ("none", "single", "peso")

@@ -87,7 +87,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         drawn.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         drawn.add_row(*(_short(value) for value in row))
-    Console(file=sys.stdout, highlight=False).print(drawn)
+    # in a file or a pipe nothing is cut to the width of a terminal that is not there
+    Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200).print(drawn)
 
 
 def _short(value: Any) -> str:
