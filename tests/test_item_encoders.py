@@ -108,6 +108,23 @@ def test_a_sentence_transformer_pools_as_it_says_itself(causal_lm_dir: Path, tmp
     np.testing.assert_allclose(vectors, model.encode(["tea", "a hammer"]), atol=1e-5)
 
 
+def test_a_hub_name_that_leads_nowhere_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(name: str, **options: object) -> str:
+        raise OSError(f"no {name} on the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ConfigError, match="'some/model' cannot be loaded: no some/model on the hub; name a"):
+        load_text_encoder("some/model", 8)
+
+
+def test_an_asset_that_was_not_pulled_says_how_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PESO_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="fetch it with `peso pull all-minilm-l6-v2`"):
+        load_text_encoder("all-minilm-l6-v2", 8)
+
+
 @pytest.mark.parametrize("content", [None, "{}", "no json"])
 def test_an_encoder_that_cannot_be_loaded_is_named_with_a_cure(tmp_path: Path, content: str | None) -> None:
     folder = tmp_path / "model"

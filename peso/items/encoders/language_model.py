@@ -8,7 +8,8 @@ as the PESO paper does).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,12 @@ def load_text_encoder(name: str, max_tokens: int) -> TextEncoder:
     Raises:
         ConfigError: it cannot be loaded; says why and what to do.
     """
-    source = _source(name)
     try:
-        if _is_sentence_transformer(source):
-            encode, revision = _sentence_transformer(source, max_tokens)
-        else:
-            encode, revision = _mean_pooling(source, max_tokens)
+        with _quiet():
+            directory, revision = _find(name)
+            packaged = (directory / "modules.json").is_file()
+            load = _sentence_transformer if packaged else _mean_pooling
+            encode = load(str(directory), max_tokens)
     except _MissingLibrary as error:
         raise ConfigError(
             f"items.encoder {name!r} is a sentence-transformers model; install the library with "
@@ -67,40 +68,40 @@ class _MissingLibrary(Exception):
     pass
 
 
-def _source(name: str) -> str:
-    if name in assets.names("encoder"):
+def _find(name: str) -> tuple[Path, str]:
+    """The directory of a model, fetched from the hub if need be, and what tells this state from another."""
+    if name in [*assets.names("encoder"), *assets.names("backbone")]:
         found = assets.find(name)
         if found is None:
             raise ConfigError(
                 f"items.encoder {name!r} is not in the cache; fetch it with `peso pull {name}`, or use "
                 "`hashing`, which needs no model"
             )
-        return str(found)
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        return found, _checksums(found)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory, _checksums(directory)
+    if name.startswith((".", "~", "/")):
+        raise OSError("there is no such directory")
+    from huggingface_hub import snapshot_download
+
+    described = ["*.json", "*.txt", "*.model"]
+    snapshot = Path(snapshot_download(name, allow_patterns=[*described, "*.safetensors"]))
+    if not list(snapshot.rglob("*.safetensors")):
+        snapshot = Path(snapshot_download(name, allow_patterns=[*described, "*.bin"]))
+    return snapshot, f"{name}@{snapshot.name}"  # the hub's own cache names a snapshot by its commit
 
 
-def _is_sentence_transformer(source: str) -> bool:
-    if Path(source).is_dir():
-        return (Path(source) / "modules.json").is_file()
-    from transformers.utils import cached_file
-
-    return cached_file(source, "modules.json", _raise_exceptions_for_missing_entries=False) is not None
+def _checksums(directory: Path) -> str:
+    return " ".join(checksum(path) for path in sorted(directory.rglob("*")) if path.suffix in _FILES)
 
 
-def _revision(source: str, commit: str | None) -> str:
-    """What tells one state of a model from another: the hub's commit, or the checksums of its files."""
-    if not Path(source).is_dir():
-        return f"{source}@{commit}"
-    files = sorted(path for path in Path(source).rglob("*") if path.suffix in _FILES)
-    return " ".join(checksum(path) for path in files)
-
-
-def _sentence_transformer(source: str, max_tokens: int) -> tuple[Encode, str]:
+def _sentence_transformer(directory: str, max_tokens: int) -> Encode:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise _MissingLibrary from error
-    model = SentenceTransformer(source, device=_device())
+    model = SentenceTransformer(directory, device=_device())
     limit = model.max_seq_length
     model.max_seq_length = max_tokens if limit is None else min(limit, max_tokens)
 
@@ -108,15 +109,14 @@ def _sentence_transformer(source: str, max_tokens: int) -> tuple[Encode, str]:
         batch = max(1, BATCH_TOKENS // model.max_seq_length)
         return np.asarray(model.encode(list(texts), batch_size=batch, show_progress_bar=False), np.float32)
 
-    commit = getattr(getattr(model[0], "auto_model", None), "config", None)
-    return encode, _revision(source, getattr(commit, "_commit_hash", None))
+    return encode
 
 
-def _mean_pooling(source: str, max_tokens: int) -> tuple[Encode, str]:
+def _mean_pooling(directory: str, max_tokens: int) -> Encode:
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModel.from_pretrained(source, dtype=torch.float32).to(_device()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32).to(_device()).eval()
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     limit = min(max_tokens, positions, tokenizer.model_max_length)
     if tokenizer.pad_token_id is None:  # padded positions are masked: any token will do
@@ -131,7 +131,7 @@ def _mean_pooling(source: str, max_tokens: int) -> tuple[Encode, str]:
             result[rows] = _pooled(model, padded.to(model.device))
         return result
 
-    return encode, _revision(source, getattr(model.config, "_commit_hash", None))
+    return encode
 
 
 @torch.no_grad()
@@ -150,6 +150,20 @@ def _batches(lengths: Sequence[int]) -> list[np.ndarray]:
             batches.append([])
         batches[-1].append(int(row))
     return [np.array(batch) for batch in batches]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars that loading draws between ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _device() -> str:
