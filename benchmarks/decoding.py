@@ -150,9 +150,8 @@ def main() -> None:
     )
     print(f"{'':>34} {'users/s':>9} {'ratio':>7}  range")
     for size, value in rates.items():
-        print(
-            f"{f'generate, instruct, batch size {size}':>34} {value:>9.3f}{'   (best)' if size == best else ''}"
-        )
+        mark = "   (best)" if size == best else ""
+        print(f"{f'generate, instruct, batch size {size}':>34} {value:>9.3f}{mark}")
     for layout, values in ratios.items():
         spread = f"{min(values):.1f} to {max(values):.1f}"
         print(f"{f'ours, {layout}':>34} {rate[layout]:>9.3f} {statistics.median(values):>7.1f}  {spread}")

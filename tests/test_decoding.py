@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers_reference import UsualWay, assert_same_ranking
 
-from peso.decoding import beam_search, search
+from peso.decoding import attention, beam_search, search
+from peso.decoding.prompt import alike
 from peso.errors import BackboneError, ConfigError, DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
@@ -66,6 +71,51 @@ def test_top_ten_equal_transformers_generate(
     found = search(model, histories, beams=10)
     assert found.scores.dtype == np.float32
     assert_same_ranking(expected, (found.leaves, found.scores))
+
+
+def test_a_backbone_whose_query_heads_share_key_heads(make_model: MakeModel, monkeypatch: Any) -> None:
+    plain = make_model("instruct", items=400, sizes=(16, 12, 14))
+    config = copy.deepcopy(plain.causal_lm.config)
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})
+    torch.manual_seed(0)
+    causal_lm = LlamaForCausalLM(config)
+    model = GenerativeModel(
+        causal_lm, plain.tokenizer, plain.vocabulary, plain.layout, plain.semantic_ids, "full"
+    ).eval()
+    histories = random_histories(model, [2, 9])
+    expected = UsualWay(model).in_batches(histories, beams=10, batch_size=1)
+    stacked = []
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", record(attention.F, stacked))
+    found = search(model, histories, beams=10)
+    assert_same_ranking(expected, (found.leaves, found.scores))
+    assert {shape[1] for shape in stacked} == {2}, "queries go in two heads, the keys are not repeated"
+    assert config._attn_implementation == "sdpa"
+
+
+def record(module: Any, shapes: list[torch.Size]) -> Callable[..., torch.Tensor]:
+    plain = module.scaled_dot_product_attention
+
+    def recorded(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        shapes.append(query.shape)
+        return plain(query, *rest, **options)
+
+    return recorded
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
+def test_attention_with_shared_keys_equals_transformers(heads: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads[0], 7, 8, generator=generator)
+    key, value = torch.randn(2, 3, heads[1], 11, 8, generator=generator)
+    mask = torch.where(
+        torch.rand(3, 1, 7, 11, generator=generator) < 0.5, 0.0, torch.finfo(torch.float32).min
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads[0] // heads[1]
+    for masks in (mask, mask[:1], None):
+        ours, _ = attention.shared_keys_attention(module, query, key, value, masks, scaling=0.3)
+        theirs, _ = sdpa_attention_forward(module, query, key, value, masks, scaling=0.3)
+        torch.testing.assert_close(ours, theirs)
 
 
 def slow_model(layout: str, loss_vocabulary: str, layers: int | None) -> GenerativeModel:
@@ -250,6 +300,24 @@ def test_hundreds_of_beams(make_model: MakeModel) -> None:
     assert all(len(set(leaves)) == 500 and min(leaves) >= 0 for leaves in found.leaves.tolist())
     of_leaves = exhaustive(model, histories[3])[trie.items[trie.item_starts[:-1]]]
     np.testing.assert_allclose(found.scores[3], of_leaves[found.leaves[3]], rtol=0, atol=1e-4)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8).map(lambda s: sorted(s, reverse=True)),
+    pass_tokens=st.integers(0, 40),
+)
+@settings(max_examples=200, deadline=None)
+def test_prompts_are_padded_together_at_the_least_cost(sizes: list[int], pass_tokens: int) -> None:
+    def cost(runs: list[slice]) -> int:
+        return sum(len(sizes[run]) * sizes[run][0] + pass_tokens for run in runs)
+
+    found = alike(sizes, pass_tokens)
+    assert [i for run in found for i in range(run.start, run.stop)] == list(range(len(sizes)))
+    every = []
+    for cuts in product([False, True], repeat=len(sizes) - 1):
+        bounds = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(sizes)]
+        every.append([slice(*pair) for pair in pairwise(bounds)])
+    assert cost(found) == min(map(cost, every))
 
 
 # --- what is computed -----------------------------------------------------------------------------------

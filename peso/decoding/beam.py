@@ -8,13 +8,15 @@ computed, and no end token is asked for: an item is complete when its codes are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from peso.decoding.attention import shared_keys
 from peso.decoding.filters import NodeFilter
 from peso.decoding.prompt import Opening, run_prompts
 from peso.decoding.scores import level_log_probabilities
@@ -87,9 +89,7 @@ def search(
     ]
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")[::-1]
     together = min(batch_size, max(1, BEAMS_AT_ONCE // beams))
-    was_training = model.training
-    model.eval()
-    try:
+    with _ready(model):
         # a pass of its own pays only where several users share it
         opening = Opening.of(model) if len(prompts) > 1 else Opening(0, [])
         for start in range(0, len(order), together):
@@ -98,17 +98,26 @@ def search(
                 None if exclude is None else [exclude[u] for u in users],
                 None if own is None else [own[u] for u in users],
             )
-            found = _search_batch(
-                model, catalogue.trie, [prompts[u] for u in users], opening, beams, admitted
-            )
+            batch = [prompts[u] for u in users]
+            found = _search_batch(model, catalogue.trie, batch, opening, beams, admitted)
             width = found.leaves.shape[1]
             leaves[users, :width] = catalogue.leaves(found.leaves)
             scores[users, :width] = found.scores
             if on_progress is not None:
                 on_progress(min(start + together, len(order)))
+    return Beams(leaves, scores)
+
+
+@contextmanager
+def _ready(model: GenerativeModel) -> Iterator[None]:
+    """Without dropout and with the attention that suits beams; afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with shared_keys(model.causal_lm):
+            yield
     finally:
         model.train(was_training)
-    return Beams(leaves, scores)
 
 
 def _search_batch(
@@ -128,8 +137,10 @@ def _search_batch(
     hidden = prompted.last.unsqueeze(1)  # (users, beams, width)
     seen = prompted.visible.unsqueeze(1)  # (users, beams, tokens in the cache)
     step = Selection.root(users, device)
+    everyone = slice(0, users)
     for level, width in enumerate(widths):
         if level:
+            prompted.cache.move(everyone, seen.shape[-1])
             seen = _extend(seen, step.parents)
             ids = model.vocabulary.first_id + model.vocabulary.offsets[level - 1] + step.codes
             positions = (prompted.lengths + level - 1).unsqueeze(1).expand_as(ids)

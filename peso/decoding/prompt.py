@@ -1,4 +1,4 @@
-"""One pass over the prompts of several users, and the cache that their beams then share.
+"""One pass over each prompt, and the cache that the beams of all users then share.
 
 Knows token ids, layouts and the model; knows nothing of the trie or of scores.
 """
@@ -16,41 +16,61 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from peso.model.generative import GenerativeModel
 
+# What one more pass costs beside its tokens, in tokens: reading all weights, or launching all kernels.
+PASS_TOKENS = {"cpu": 64}
+PASS_TOKENS_ELSEWHERE = 8192
+
+
+@dataclass
+class Place:
+    """Where the next keys and values go: which users, from which column on."""
+
+    users: slice
+    column: int
+
 
 class ReservedLayer(DynamicLayer):
-    """Keys and values of one layer in memory reserved for the whole search: appending moves nothing.
+    """Keys and values of one layer for a whole search, in memory reserved once: appending moves nothing.
 
     A plain full-attention layer whatever the backbone's configuration says: what may see what is the
     business of the mask alone. (Transformers' own grows by copying, or cuts at a sliding window.)
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, place: Place, users: int, columns: int) -> None:
         super().__init__()
-        self.capacity = capacity
-        self.length = 0
+        self.place, self.users, self.columns = place, users, columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        users, heads, _, _ = key_states.shape
-        self.keys = key_states.new_empty(users, heads, self.capacity, key_states.shape[-1])
-        self.values = value_states.new_empty(users, heads, self.capacity, value_states.shape[-1])
+        # zeros, since columns that nobody may see are multiplied by 0 all the same
+        self.keys, self.values = (
+            x.new_zeros(self.users, x.shape[1], self.columns, x.shape[3]) for x in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append (users, heads, new, head width) each; returns everything so far as views."""
+        """Write (users, heads, new, head width) each at the place; returns the columns so far as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        users, start, stop = self.place.users, self.place.column, self.place.column + key_states.shape[2]
+        self.keys[users, :, start:stop] = key_states
+        self.values[users, :, start:stop] = value_states
+        return self.keys[users, :, :stop], self.values[users, :, :stop]
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.place.column
 
 
-def reserved_cache(capacity: int) -> Cache:
-    return Cache(layer_class_to_replicate=partial(ReservedLayer, capacity))
+class SharedCache(Cache):
+    """One block of columns per user: the prompt, then the beams of each level. Move, then call the model."""
+
+    def __init__(self, users: int, columns: int) -> None:
+        self.place = Place(slice(0, users), 0)
+        super().__init__(layer_class_to_replicate=partial(ReservedLayer, self.place, users, columns))
+
+    def move(self, users: slice, column: int) -> None:
+        """What the model appends next belongs to these users and begins at this column."""
+        self.place.users, self.place.column = users, column
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class Opening:
         ids = torch.tensor([model.layout.prefix[:-1]], dtype=torch.int64, device=model.device)
         if not ids.shape[1]:
             return cls(0, [])
-        cache = reserved_cache(ids.shape[1])
+        cache = SharedCache(1, ids.shape[1])
         positions = torch.arange(ids.shape[1], device=model.device).unsqueeze(0)
         model.hidden(ids, _causal(0, ids.shape[1], model.device), positions, cache)
         return cls(ids.shape[1], [(layer.keys, layer.values) for layer in cache.layers])
@@ -76,13 +96,13 @@ class Opening:
 class Prompted:
     """Prompts after their pass.
 
-    cache: keys and values of all prompt tokens, right-padded to one length, with room for the beams.
-    visible: bool (users, prompt length), False at padding.
+    cache: keys and values of all prompt tokens, with room for the beams.
+    visible: bool (users, longest prompt), False behind the end of a shorter one.
     lengths: int64 (users,) tokens of each prompt; the position of what comes next.
     last: (users, width) hidden state of each prompt's last token.
     """
 
-    cache: Cache
+    cache: SharedCache
     visible: Tensor
     lengths: Tensor
     last: Tensor
@@ -91,30 +111,61 @@ class Prompted:
 def run_prompts(
     model: GenerativeModel, prompts: Sequence[np.ndarray], opening: Opening, room: int
 ) -> Prompted:
-    """Compute the prompts of several users in one pass.
+    """Compute every prompt once.
+
+    Prompts of like length go through the model together; all end up in one cache.
 
     Args:
-        prompts: int64 (length,) token ids each, beginning with the layout's prefix.
+        prompts: int64 (length,) token ids each, beginning with the layout's prefix, the longest first.
         opening: the shared first tokens; only what follows them is computed.
-        room: how many tokens the cache must hold beside the prompts.
+        room: how many columns the cache must hold beside the prompts.
     """
-    device, start = model.device, opening.tokens
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    ids = torch.zeros(len(prompts), longest - start, dtype=torch.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt) - start] = torch.from_numpy(prompt[start:])
-    ids, lengths = ids.to(device), lengths.to(device)
+    device, count = model.device, len(prompts)
+    sizes = [len(prompt) for prompt in prompts]
+    cache = SharedCache(count, sizes[0] + room)
+    for layer, states in enumerate(opening.states):
+        cache.update(*(x.expand(count, -1, -1, -1) for x in states), layer)
+    rest = [size - opening.tokens for size in sizes]
+    last = []
+    for users in alike(rest, PASS_TOKENS.get(device.type, PASS_TOKENS_ELSEWHERE)):
+        start, stop = opening.tokens, sizes[users.start]
+        ids = torch.zeros(users.stop - users.start, stop - start, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts[users], strict=True):
+            row[: len(prompt) - start] = torch.from_numpy(prompt[start:])
+        positions = torch.arange(start, stop, device=device).expand(len(ids), -1)
+        cache.move(users, start)
+        # padding comes last and attention looks back, so that no prompt sees any
+        hidden = model.hidden(ids.to(device), _causal(start, stop, device), positions, cache)
+        ends = torch.tensor(rest[users], device=device) - 1
+        last.append(hidden[torch.arange(len(ids), device=device), ends])
+    lengths = torch.tensor(sizes, device=device)
+    visible = torch.arange(sizes[0], device=device) < lengths.unsqueeze(1)
+    return Prompted(cache, visible, lengths, torch.cat(last))
 
-    cache = reserved_cache(longest + room)
-    for number, (keys, values) in enumerate(opening.states):
-        cache.update(*(x.expand(len(prompts), -1, -1, -1) for x in (keys, values)), number)
-    # padding comes last and attention looks back, so that no prompt sees any
-    positions = torch.arange(start, longest, device=device).expand(len(prompts), -1)
-    hidden = model.hidden(ids, _causal(start, longest, device), positions, cache)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - start - 1]
-    visible = torch.arange(longest, device=device) < lengths.unsqueeze(1)
-    return Prompted(cache, visible, lengths, last)
+
+def alike(sizes: Sequence[int], pass_tokens: int) -> list[slice]:
+    """Split sequences into runs that are padded together, at the least total cost.
+
+    A run costs its padded tokens plus ``pass_tokens``; the cheapest split is found exactly, by the cost of
+    the first n sequences for growing n.
+
+    Args:
+        sizes: tokens of each sequence, the longest first.
+    """
+    # sequences of one size stay together
+    bounds = [i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]] + [len(sizes)]
+    cheapest = {0: (0, 0)}  # of the first n sequences: cost, where the last run begins
+    for stop in bounds:
+        cheapest[stop] = min(
+            (cost + (stop - begin) * sizes[begin] + pass_tokens, begin)
+            for begin, (cost, _) in cheapest.items()
+        )
+    runs, stop = [], len(sizes)
+    while stop:
+        begin = cheapest[stop][1]
+        runs.append(slice(begin, stop))
+        stop = begin
+    return runs[::-1]
 
 
 def _causal(start: int, stop: int, device: torch.device) -> Tensor:
