@@ -43,7 +43,7 @@ def temporary_database(directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         with duckdb.connect(":memory:") as connection:
             connection.execute(f"SET memory_limit = '{MEMORY}'")
-            connection.execute(f"SET threads = {min(_cores(), THREADS)}")
+            connection.execute(f"SET threads = {cores()}")
             connection.execute(f"SET temp_directory = {literal(str(work))}")
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
@@ -69,8 +69,10 @@ def scalar(connection: duckdb.DuckDBPyConnection, query: str) -> int:
     return int(connection.execute(query).fetchall()[0][0])
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    """How many threads to compute with: the cores at hand, up to ``THREADS``."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(there, THREADS)
 
 
 def _explained(error: duckdb.Error, directory: Path) -> Exception:

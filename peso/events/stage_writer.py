@@ -7,6 +7,7 @@ from. Memory does not grow with the log: users are written in slices of about ``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.events import columns
-from peso.events.database import scalar
+from peso.events.database import cores, scalar
 from peso.events.histories import Stage
 from peso.events.protocol import refuse_untrainable, slice_stages, stage_counts
 from peso.events.sources import ItemTable
@@ -34,6 +35,7 @@ class StageWriter:
         self.numbers = list(numbers)
         self.counts: list[dict[str, int]] = [{} for _ in numbers]
         self.most = [0] * len(self.numbers)
+        self._threads = stack.enter_context(ThreadPoolExecutor(cores()))
         self._files = []
         for number in numbers:
             path = directory / stage_file(number)
@@ -42,13 +44,17 @@ class StageWriter:
 
     def write(self, stages: Sequence[Stage]) -> None:
         """A slice of the users of each stage, in the order of the numbers."""
-        for place, stage in enumerate(stages):
-            if not stage.users:
-                continue
-            self._files[place].write_table(stage_table(stage))
-            for name, count in stage_counts(stage).items():
+        present = [place for place, stage in enumerate(stages) if stage.users]
+        # Arrow encodes outside of Python's lock; each stage is a file of its own
+        list(
+            self._threads.map(
+                lambda place: self._files[place].write_table(stage_table(stages[place])), present
+            )
+        )
+        for place in present:
+            for name, count in stage_counts(stages[place]).items():
                 self.counts[place][name] = self.counts[place].get(name, 0) + count
-            self.most[place] = max(self.most[place], int(stage.current.lengths.max()))
+            self.most[place] = max(self.most[place], int(stages[place].current.lengths.max()))
 
     def require_trainable(self, source: str) -> None:
         """Raise DataError if a stage leaves nothing to learn from."""
@@ -114,11 +120,11 @@ def write_stages(
             ).fetchnumpy()
             names = connection.execute(
                 f"SELECT name FROM user_numbers WHERE n >= {begin} AND n < {end} ORDER BY n"
-            ).fetchall()
+            ).fetchnumpy()["name"]
             stage_of = np.searchsorted(bounds, part["place"], side="right")
             writer.write(
                 slice_stages(
-                    [name for (name,) in names],
+                    names.tolist(),
                     part["u"].astype(np.int64) - begin,
                     part["i"],
                     stage_of,
