@@ -245,9 +245,11 @@ class ItemsConfig(Section):
         try:
             named = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
         except ValueError as error:
-            raise ValueError(f"items.template is no template ({error})") from None
+            raise ValueError(f"items.template {self.template!r} is no template ({error})") from None
         if not named or not named <= fields:
-            raise ValueError("items.template takes the fields {title}, {text} and {category}")
+            raise ValueError(
+                f"items.template takes the fields {{title}}, {{text}} and {{category}}; got {self.template!r}"
+            )
         if self.encoder == "vectors" and not self.vectors:
             raise ValueError("items.encoder: vectors needs files in items.vectors")
         return self

@@ -1,0 +1,55 @@
+"""The section `items` of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peso.config import ItemsConfig, dump_config, load_config
+from peso.errors import ConfigError
+
+
+def load(items: dict[str, Any], base: Path | None = None):
+    return load_config({"data": "simulate", "items": items}, base=base).items
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    items = ItemsConfig()
+    assert (items.encoder, items.quantizer, items.levels, items.codes) == ("hashing", "rq-vae", 4, 256)
+
+
+def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    items = {"template": "{title}: {text}", "rq_vae": {"steps": 7}, "collisions": "allow"}
+    config = load_config({"data": "simulate", "items": items})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"template": "{titel}"}, "takes the fields {title}, {text} and {category}; got '{titel}'"),
+        ({"template": "no field"}, "takes the fields"),
+        ({"template": "{title"}, "'{title' is no template"),
+        ({"encoder": "vectors"}, "items.encoder: vectors needs files in items.vectors"),
+        ({"quantiser": "rq-vae"}, "the nearest valid key is 'items.quantizer'"),
+        ({"quantizer": "vq"}, "items.quantizer: .*'rq-kmeans'.*got 'vq'"),
+        ({"codes": 1}, "items.codes: .*got 1"),
+        ({"levels": 26}, "items.levels: .*got 26"),
+        ({"rq_vae": {"step": 1}}, "the nearest valid key is 'items.rq_vae.steps'"),
+    ],
+)
+def test_what_cannot_be_is_named(items: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(items)
+
+
+def test_paths_are_taken_from_where_the_configuration_stands(tmp_path: Path) -> None:
+    (tmp_path / "image.npy").touch()
+    (tmp_path / "model").mkdir()
+    items = load({"vectors": ["image.npy"], "encoder": "./model"}, base=tmp_path)
+    assert items.vectors == [str(tmp_path / "image.npy")]
+    assert items.encoder == str(tmp_path / "model")
+    assert load({"encoder": "owner/model"}, base=tmp_path).encoder == "owner/model"
