@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import yaml
 
 from peso.config import Config, dump_config, load_config
 from peso.errors import ConfigError
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def load(**data: Any) -> Config:
@@ -81,3 +84,8 @@ def test_the_product_tables_path_is_taken_from_beside_the_configuration(tmp_path
 def test_a_wrong_value_names_its_key_and_the_cure(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(**data)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_valid_configurations(path: Path) -> None:
+    assert load_config(path).data.format in path.read_text()

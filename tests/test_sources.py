@@ -182,6 +182,23 @@ def test_the_product_table_joins_the_items_that_were_sold(tmp_path: Path) -> Non
     assert stream.manifest["items_without_title"] == 4
 
 
+def test_of_an_item_that_stands_twice_the_first_row_is_taken_however_long_the_table(tmp_path: Path) -> None:
+    csv(tmp_path)
+    lines = [f"i{k % 6},row {k},{'x' * 40}" for k in range(200_000)]
+    (tmp_path / "items.csv").write_text("\n".join(["item,name,more", *lines]))
+    stream = ingested(
+        tmp_path / "s",
+        format="csv",
+        path=str(tmp_path / "log.csv"),
+        items={"path": str(tmp_path / "items.csv"), "columns": {"title": "name"}},
+        stages=1,
+    )
+    assert {item: row["title"] for item, row in item_rows(stream).items()} == {
+        f"i{k}": f"row {k}" for k in range(6)
+    }
+    assert stream.manifest["repeated_rows_of_items"] == 199_994
+
+
 def test_a_product_table_in_parquet_or_csv_reads_alike(tmp_path: Path) -> None:
     csv(tmp_path)
     flat = [{"id": f"i{k}", "name": f"Name {k}", "brand": "B" if k else "", "more": "x"} for k in range(6)]

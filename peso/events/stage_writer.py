@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -138,7 +137,9 @@ def write_stages(
     return writer.counts
 
 
-def new_items(connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool) -> tuple[Any, int]:
+def new_items(
+    connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool
+) -> tuple[pa.Table, int]:
     """The rows of the item table for ``item_numbers``, in their order, with what ``items`` says of them.
 
     Returns:
