@@ -129,10 +129,13 @@ def _known(name: str) -> Asset:
 
 
 def _directory(asset: Asset, cache: Path | None) -> Path:
-    if cache is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(os.environ.get("PESO_CACHE") or Path(home) / "peso")
-    return cache.expanduser().absolute() / asset.name
+    return (cache or cache_directory()).expanduser().absolute() / asset.name
+
+
+def cache_directory() -> Path:
+    """``PESO_CACHE``, else ``peso`` in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PESO_CACHE") or Path(home) / "peso").expanduser().absolute()
 
 
 def _damage(directory: Path) -> str | None:

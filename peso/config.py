@@ -373,6 +373,18 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     seed: int = Field(0, ge=0, lt=2**31)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_quantizer(cls, tree: Any) -> Any:
+        """The simulator's items come with a category tree, whose path is their ID unless told otherwise."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("items") or {}, Mapping):
+            return tree
+        data = _data(tree.get("data"))
+        items = tree.get("items") or {}
+        if not isinstance(data, Mapping) or data.get("format") != "simulate" or "quantizer" in items:
+            return tree
+        return {**tree, "items": {**items, "quantizer": "category-path"}}
+
     @model_validator(mode="after")
     def _lists_reach_k(self) -> Config:
         if max(self.evaluation.k) > self.decoding.beams:

@@ -22,13 +22,12 @@ from peso.continual.hooks import Strategy
 from peso.continual.strategy import make_strategy
 from peso.durable import commit_directory, write_json
 from peso.errors import DataError, WorkspaceError
-from peso.events.columns import CATEGORY
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import Stream, stage_file
-from peso.items.category_path import category_path_ids
+from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import INDEX_FILE, read_semantic_ids, write_semantic_ids
-from peso.items.semantic_ids import SemanticIds
+from peso.items.tokenize import tokenize as make_semantic_ids
 from peso.manifest import read_manifest, write_manifest
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
@@ -116,23 +115,33 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         raise
 
 
-def tokenize(workspace: Workspace, observer: Observer) -> SemanticIds:
-    """Give every item of the stream its semantic ID, into semantic_ids/.
+def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
+    """Give every item of the stream its semantic ID, into semantic_ids/; returns its manifest.
 
     Raises:
         WorkspaceError: there is no stream, or stages were learnt from the IDs that are there.
+        DataError, ConfigError: see :func:`peso.items.tokenize.tokenize`.
     """
     stream, data = _stream(workspace), workspace.config.data
     _refuse_if_learnt(workspace, "semantic IDs")
-    if data.format == "simulate":
-        ids, source = category_path_ids(stream.item_ids, stream.items[CATEGORY].to_pylist()), "category path"
-    else:
-        ids, source = read_release(str(data.path))[2], "index of the release"
     with commit_directory(workspace.semantic_ids_directory) as directory:
-        write_semantic_ids(ids, directory, {"source": source})
-    shared = len(ids.item_ids) - ids.trie.leaves
-    observer.note(f"tokenize: {len(ids.item_ids):,} items, {shared:,} share an ID with an earlier one")
-    return ids
+        if data.format == "peso-release":
+            write_semantic_ids(read_release(str(data.path))[2], directory, {"source": "index of the release"})
+        else:
+            make_semantic_ids(
+                stream.items,
+                workspace.config.items,
+                directory,
+                workspace.config.seed,
+                assets.cache_directory() / "vectors",
+                observer,
+                stream.first_stages(),
+            )
+    manifest = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+    observer.note(
+        f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
+    )
+    return manifest
 
 
 # -- learning ----------------------------------------------------------------------------------------
@@ -172,7 +181,9 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
             "parent": {"stage": stage - 1, "determined_by": parent} if stage else None,
             "inputs": {
                 "stream": Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)],
-                "semantic_ids": read_manifest(workspace.semantic_ids_directory, 1)["files"][INDEX_FILE],
+                "semantic_ids": read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["files"][
+                    INDEX_FILE
+                ],
             },
             "backbone_sha256": backbone_fingerprint(model),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

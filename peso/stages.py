@@ -13,6 +13,7 @@ import torch
 from peso.durable import digest
 from peso.errors import BackboneError
 from peso.events.stream import Stream, stage_file
+from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import INDEX_FILE, read_semantic_ids
 from peso.manifest import read_manifest
 from peso.model.backbone import BUILT_IN
@@ -74,7 +75,7 @@ def determination(workspace: Workspace, stage: int) -> str:
     if stage:  # every strategy learns the base stage alike
         shape["strategy"] = tree["strategy"]
     stream = Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)]
-    codes = read_manifest(workspace.semantic_ids_directory, 1)["files"][INDEX_FILE]
+    codes = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["files"][INDEX_FILE]
     return digest(shape, stream, codes, determination(workspace, stage - 1) if stage else None)
 
 

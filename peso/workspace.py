@@ -28,8 +28,9 @@ FORMAT = 1  # of a stage directory; a higher number was written by a newer versi
 # What is fixed once a step is done. Keys of evaluation, decoding and report may change at any time.
 DEPENDS = {
     "stream": ("data", "seed"),
-    "stage 0": ("data", "seed", "backbone", "prompt", "adapter", "training"),
-    "later stages": ("data", "seed", "backbone", "prompt", "adapter", "training", "strategy"),
+    "semantic IDs": ("data", "seed", "items"),
+    "stage 0": ("data", "seed", "items", "backbone", "prompt", "adapter", "training"),
+    "later stages": ("data", "seed", "items", "backbone", "prompt", "adapter", "training", "strategy"),
 }
 
 
@@ -93,7 +94,7 @@ class Workspace:
     def refuse_changes(self, config: Config) -> None:
         """Raise WorkspaceError if `config` differs where a finished step depends on it."""
         changed = changed_keys(self.config, config)
-        done = ["stream"] if self.has_stream else []
+        done = ["stream"] * self.has_stream + ["semantic IDs"] * self.has_semantic_ids
         stages = self.finished_stages
         done += ["stage 0"] * (0 in stages) + ["later stages"] * any(stages)
         for step in reversed(done):

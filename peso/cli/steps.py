@@ -67,13 +67,10 @@ def tokenize(workspace: Directory, overrides: Overrides = None) -> None:
 
     opened = _configured(workspace, overrides)
     with opened.lock():
-        ids = pipeline.tokenize(opened, Terminal())
-    rows = [
-        ["items", len(ids.item_ids)],
-        ["distinct semantic IDs", ids.trie.leaves],
-        ["items that share an ID with an earlier one", len(ids.item_ids) - ids.trie.leaves],
-        *([f"codes in use, level {i}", len(set(codes.tolist()))] for i, codes in enumerate(ids.codes.T)),
-    ]
+        manifest = pipeline.tokenize(opened, Terminal())
+    rows = [[key.replace("_", " "), manifest[key]] for key in ("items", "distinct_ids", "tokens_in_use")]
+    rows.append(["items that share an ID with an earlier one", manifest["items"] - manifest["distinct_ids"]])
+    rows.append(["codes a level", " × ".join(str(size) for size in manifest["sizes"])])
     table(str(opened.semantic_ids_directory), ["", "count"], rows)
 
 

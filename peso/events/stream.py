@@ -131,6 +131,16 @@ class Stream:
         """Category path of each item number, None where unknown."""
         return self.items[columns.CATEGORY].to_pylist()
 
+    def first_stages(self) -> np.ndarray:
+        """int64 (items,): the stage in which each item first occurs; 0 for one that occurs in none."""
+        first = np.full(len(self.item_ids), self.stages, dtype=np.int64)
+        for number in range(self.stages):
+            stage = self.stage(number)
+            np.minimum.at(first, stage.current.values, number)
+            if number == 0:  # what comes before the stream is known from its beginning
+                first[stage.previous.values] = 0
+        return np.where(first == self.stages, 0, first)
+
     def _read(self, name: str) -> pa.Table:
         path = intact(self.directory, name, self.manifest)
         try:

@@ -41,7 +41,17 @@ from peso.progress import Observer, Silent
 CODEBOOKS_FILE = "codebooks.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 # Codes that were made with other values of these cannot be continued.
-FROZEN_KEYS = ("encoder", "template", "max_tokens", "quantizer", "levels", "codes", "collisions")
+FROZEN_KEYS = (
+    "encoder",
+    "dimensions",
+    "template",
+    "max_tokens",
+    "quantizer",
+    "levels",
+    "codes",
+    "collisions",
+    "rq_vae",
+)
 
 
 def tokenize(

@@ -47,9 +47,7 @@ def fit_rq_vae(
             rotation_trick=False,
         )
         _train(encoder, quantizer, decoder, data, config, observer)
-    codebooks = tuple(
-        level._codebook.embed[0].detach().numpy().astype(np.float32).copy() for level in quantizer.layers
-    )
+    codebooks = tuple(level.codebook.detach().numpy().astype(np.float32).copy() for level in quantizer.layers)
     fitted = ResidualCodebooks(codebooks, _arrays(encoder), _arrays(decoder))
     return Fitted(fitted, fitted.nearest(fitted.latent(vectors)))
 
