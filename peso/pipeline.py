@@ -175,6 +175,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
             shutil.copyfile(unfinished / LOG, directory / LOG)
         write_json(directory / METRICS, {"training": training})
         parent = workspace.stage_manifest(stage - 1)["determined_by"] if stage else None
+        ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
         manifest = {
             "stage": stage,
             "determined_by": determined_by,
