@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from safetensors.numpy import load_file, save_file
 
 from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError
-from peso.items import collisions, fitness, quality
+from peso.items import fitness, quality
+from peso.items.arrival import Arrival, groups_of
 from peso.items.category_path import LIMIT, category_path_ids
 from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.quantizers.balanced_rq_kmeans import fit_balanced_rq_kmeans
@@ -34,7 +34,7 @@ from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
 from peso.items.quantizers.rq_kmeans import fit_rq_kmeans
 from peso.items.quantizers.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import SemanticIds
-from peso.items.vectors import ItemEncoder, ItemVectors
+from peso.items.vectors import ItemEncoder
 from peso.manifest import intact, read_manifest
 from peso.progress import Observer, Silent
 
@@ -109,32 +109,16 @@ def tokenize(
     wanted = codebooks.nearest(codebooks.latent(vectors.vectors))
     wanted[rows] = fitted.codes
     extra = size if config.collisions == "extra-level" else 0
-    arrival = _Arrival(codebooks, config.collisions, extra, vectors, wanted)
+    arrival = Arrival(codebooks, config.collisions, extra, vectors, wanted)
 
-    out = np.flatnonzero(spared)
-    fit = {
-        "items": len(rows),
-        "error": arrival.error(rows),
-        "wanted_taken": fitness.already_wanted(fitted.codes, fitted.codes[:0]),
-    }
-    measured = (
-        None
-        if not len(out)
-        else {
-            "items": len(out),
-            "error": arrival.error(out),
-            "wanted_taken": fitness.already_wanted(wanted[out], wanted[rows]),
-        }
-    )
     codes = np.zeros((len(items), config.levels + bool(extra)), np.int32)
-    done = np.zeros(len(items), bool)
-    groups = [np.flatnonzero(base)]
-    later = sorted(set(stages[~base].tolist()))
-    groups += [np.flatnonzero(~base & (stages == stage)) for stage in later]
-    codes[groups[0]] = arrival.place(groups[0], codes[done])
-    done[groups[0]] = True
-    new = arrival.stages(list(zip(later, groups[1:], strict=True)), codes, done)
-    state = {"fit": fit, "held_out": measured, "stages": new}
+    codes[base] = arrival.place(np.flatnonzero(base), codes[:0])
+    done = base.copy()
+    state = {
+        "fit": arrival.measure(rows, wanted[:0]),
+        "held_out": arrival.measure(np.flatnonzero(spared), wanted[rows]) if spared.any() else None,
+        "stages": arrival.place_stages(groups_of(stages, ~base), codes, done),
+    }
 
     _save(codebooks.arrays(), directory / CODEBOOKS_FILE)
     _save(encoder.arrays(), directory / ENCODER_FILE)
@@ -180,7 +164,7 @@ def append(
     vectors = encoder.encode(items, config, cache, observer)
     wanted = codebooks.nearest(codebooks.latent(vectors.vectors))
     extra = old.sizes[-1] if config.collisions == "extra-level" else 0
-    arrival = _Arrival(codebooks, config.collisions, extra, vectors, wanted)
+    arrival = Arrival(codebooks, config.collisions, extra, vectors, wanted)
 
     codes = np.zeros((len(items), old.levels), np.int32)
     codes[: len(old.codes)] = old.codes
@@ -190,57 +174,13 @@ def append(
     if first_stage is None:
         number = max([stage["stage"] for stage in before], default=0) + 1
         first_stage = np.full(len(items), number)
-    numbers = sorted(set(np.asarray(first_stage)[~done].tolist()))
-    groups = [(stage, np.flatnonzero(~done & (np.asarray(first_stage) == stage))) for stage in numbers]
-    state["stages"] = before + arrival.stages(groups, codes, done)
+    groups = groups_of(np.asarray(first_stage), ~done)
+    state["stages"] = before + arrival.place_stages(groups, codes, done)
 
     _save(codebooks.arrays(), directory / CODEBOOKS_FILE)
     _save(encoder.arrays(), directory / ENCODER_FILE)
     ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, old.sizes)
     return _write(ids, items, arrival, config, seed, state, directory, observer)
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    """What is frozen, and what it says of each item: its vector and the codes nearest to it."""
-
-    codebooks: ResidualCodebooks
-    rule: collisions.Rule
-    extra: int
-    vectors: ItemVectors
-    wanted: np.ndarray
-
-    def error(self, rows: np.ndarray) -> float | None:
-        vectors = self.vectors.take(rows)
-        return fitness.quantisation_error(self.codebooks, vectors.vectors, self.wanted[rows], vectors.known)
-
-    def place(self, rows: np.ndarray, taken: np.ndarray) -> np.ndarray:
-        """Final codes of items that arrive together, beside those that are there."""
-        latent = self.codebooks.latent(self.vectors.vectors[rows])
-        return collisions.resolve(self.rule, self.codebooks, latent, self.wanted[rows], taken, self.extra)
-
-    def stages(
-        self, groups: list[tuple[int, np.ndarray]], codes: np.ndarray, done: np.ndarray
-    ) -> list[dict[str, Any]]:
-        """Place the new items of stage after stage; `codes` and `done` are filled. Measures of each stage."""
-        measured = []
-        for stage, rows in groups:
-            taken = codes[done]
-            codes[rows] = self.place(rows, taken)
-            measured.append(
-                {
-                    "stage": int(stage),
-                    "items": len(rows),
-                    "without_vector": int((~self.vectors.known[rows]).sum()),
-                    "error": self.error(rows),
-                    "wanted_taken": fitness.already_wanted(
-                        self.wanted[rows], taken[:, : self.wanted.shape[1]]
-                    ),
-                    "sharing": fitness.already_wanted(codes[rows], taken),
-                }
-            )
-            done[rows] = True
-        return measured
 
 
 def _save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
@@ -277,7 +217,7 @@ def _by_category(
         sizes = old.sizes
     ids = category_path_ids(item_ids, paths, sizes)
     vectors = ItemEncoder.fit(items, np.arange(len(items)), config, seed, cache, observer)[1]
-    arrival = _Arrival(ResidualCodebooks(()), "allow", 0, vectors, ids.codes)
+    arrival = Arrival(ResidualCodebooks(()), "allow", 0, vectors, ids.codes)
     return _write(ids, items, arrival, config, seed, {"stages": []}, directory, observer)
 
 
@@ -311,7 +251,7 @@ def _require_continues(
 def _write(
     ids: SemanticIds,
     items: pa.Table,
-    arrival: _Arrival,
+    arrival: Arrival,
     config: ItemsConfig,
     seed: int,
     state: Mapping[str, Any],
