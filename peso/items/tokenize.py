@@ -273,10 +273,11 @@ def _write(
         ),
         "neighbours": quality.neighbours_kept(vectors[known], ids.codes[known], seed),
         "without_vector": int((~known).sum()),
-        "same_vector": int(len(vectors) - len(np.unique(vectors, axis=0))),
+        "same_vector": int(known.sum() - len(np.unique(vectors[known], axis=0))),
         "sample": quality.prefix_sample(ids, titles),
     }
-    _tell(measured, ids, observer)
+    if books.sizes:
+        _tell(measured, ids, observer)
     warnings = fitness.refit_warnings(state)
     for warning in warnings:
         observer.note(warning)
