@@ -13,6 +13,8 @@ from typing import Any
 from peso.baselines.popularity import predict_popularity
 from peso.config import Config, dump_config
 from peso.errors import WorkspaceError
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.findings import findings
 from peso.evaluation.metrics import average_metrics, default_metrics
 from peso.evaluation.predictions import read_predictions
 from peso.evaluation.report import write_report
@@ -32,10 +34,19 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
     Raises:
         WorkspaceError: a workspace has no tested stage.
     """
+    title = workspaces[0].config.report.title or f"peso: {', '.join(names(workspaces))}"
+    write_report(directory, runs_of(workspaces), title, workspaces[0].config.evaluation.k)
+
+
+def sentences(workspaces: Sequence[Workspace]) -> list[str]:
+    """What the runs' figures say, in plain sentences, and how far they can be trusted."""
+    return findings(Comparison(runs_of(workspaces), workspaces[0].config.evaluation.k))
+
+
+def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
+    """Each workspace as a run, popularity on the first one's stream last."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
-    title = workspaces[0].config.report.title or f"peso: {', '.join(run.name for run in runs)}"
-    ks = workspaces[0].config.evaluation.k
-    write_report(directory, [*runs, popularity(workspaces[0])], title, ks)
+    return [*runs, popularity(workspaces[0])]
 
 
 def summarise(workspace: Workspace, name: str) -> RunSummary:
@@ -80,8 +91,7 @@ def names(workspaces: Sequence[Workspace]) -> list[str]:
 
 def result_table(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]]:
     """Metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one column a run."""
-    runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
-    runs.append(popularity(workspaces[0]))
+    runs = runs_of(workspaces)
     metrics = default_metrics(workspaces[0].config.evaluation.k)
     columns: list[list[Any]] = [["strategy", "stages", "cases", *(metric.name for metric in metrics)]]
     for run in runs:

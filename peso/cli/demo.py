@@ -51,6 +51,8 @@ def demo(
     summary.report(workspaces, output / "report")
     columns, rows = summary.result_table(workspaces)
     table("averages over stages 1 to 3, each tested after it was learnt", columns, rows)
+    for sentence in summary.sentences(workspaces):
+        print(f"- {sentence}")
     some_user = Stream.open(workspaces[-1].stream_directory).stage(0).users[0]
     print(f"\nreport: {output / 'report' / 'index.html'}")
     print(f"try:    peso recommend -w {workspaces[-1].root} --user {some_user}")
