@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peso.decoding import beam_search
-from peso.model.adapter import add_adapter, adapter_parameters
+from peso.model.adapter import adapter_parameters, add_adapter
 from peso.model.export import export_merged
 
 

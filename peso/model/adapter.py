@@ -6,6 +6,7 @@ Knows PEFT and the names of linear layers; knows nothing of anchors, stages or i
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def add_adapter(
         fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in linear),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks Transformers for a property under the name that it had before
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
         return get_peft_model(causal_lm, config)
 
