@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
 from peso.config import TrainingConfig
@@ -27,14 +28,16 @@ from peso.durable import digest
 from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.adapter import adapter_parameters
+from peso.model.dropout import fast_dropout
 from peso.model.generative import GenerativeModel
 from peso.training.batches import Packed, cut, lay_out, pack, plan_epoch
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
 from peso.training.likelihood import predicts_end, target_token_log_probabilities, validation_loss
 from peso.training.precision import Precision, peak_memory
 
-ROW_TOKENS = 512
-PASS_TOKENS = {"cpu": 512, "cuda": 16384}  # a CPU gains nothing from more, and activations grow with it
+ROW_TOKENS = 384  # longer rows spend more on attention between users, shorter ones on repeated roots
+PASS_TOKENS = 16384  # on a GPU; a CPU is as fast with one row at a time and needs the memory of one row
+MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class StagePlan:
         window: of the layout.
         settings: epochs, batch size and greatest number of steps.
         seed, stage: fix the order of every epoch.
+        most: greatest number of targets in one chunk, beside the batch size.
 
     Raises:
         TrainingError: no targets.
@@ -92,9 +96,10 @@ class StagePlan:
         settings: TrainingConfig,
         seed: int,
         stage: int,
+        most: int | None = None,
     ) -> None:
         self.sequences = sequences
-        self.chunks = cut(sequences, window, settings.batch_size)
+        self.chunks = cut(sequences, window, min(settings.batch_size, most or settings.batch_size))
         if not self.chunks:
             raise TrainingError(
                 f"stage {stage} has no training targets: no user has three items in it. "
@@ -123,7 +128,8 @@ class StagePlan:
             items = model.item_token_ids(self.sequences[chunk.sequence].items[chunk.start : chunk.stop])
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
-        passes = pack(pieces, model.layout.prefix, ROW_TOKENS, PASS_TOKENS[model.device.type])
+        pass_tokens = ROW_TOKENS if model.device.type == "cpu" else PASS_TOKENS
+        passes = pack(pieces, model.layout.prefix, ROW_TOKENS, pass_tokens)
         return [packed.to(model.device) for packed in passes]
 
     def targets(self, step: int) -> int:
@@ -184,7 +190,8 @@ def train_stage(
         TrainingError: no targets or nothing trainable, a loss or gradient that is not finite (the
             parameters are then as before that step), or a checkpoint of another training.
     """
-    plan = StagePlan(sequences, model.layout.window, settings, seed, stage)
+    most = MOST_BRANCHES if model.layout.branches else None
+    plan = StagePlan(sequences, model.layout.window, settings, seed, stage, most)
     validation = _sample(validation, settings.validation_cases, (seed, stage))
     precision = Precision.of(settings.precision, str(model.device))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -221,11 +228,13 @@ def train_stage(
         _put(trained, saved["trained"])
 
     was_training = model.training
+    on_cpu = model.device.type == "cpu"
     gpus = [model.device] if model.device.type == "cuda" else []
     with (
         TrainingLog(log, state.logged) as records,
         torch.random.fork_rng(gpus),
         disable_input_dtype_casting(model, precision.mixed),
+        fast_dropout(model) if on_cpu else nullcontext(),
     ):
         saved_at = clock = time.monotonic()
         for step in range(state.step, len(plan)):
@@ -235,8 +244,9 @@ def train_stage(
             loss = _backward(model, passes, settings.temperature, precision)
             gradient_norm = _norm(adapter)
             penalty, penalty_norm = _add_penalty(strategy.penalty(context), parameters)
-            _check_finite(step, loss + penalty, trained)
-            clip_grad_norm_(parameters, settings.max_grad_norm)
+            whole_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            _check_finite(step, loss + penalty, whole_norm, trained)
+            clip_grads_with_norm_(parameters, settings.max_grad_norm, whole_norm)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             strategy.after_step(context, rate)
@@ -350,13 +360,12 @@ def _norm(parameters: list[nn.Parameter]) -> float | None:
 _CURE = "lower training.learning_rate, or set training.precision: float32"
 
 
-def _check_finite(step: int, loss: float, trained: Mapping[str, Tensor]) -> None:
-    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-    if math.isfinite(loss) and math.isfinite(float(get_total_norm(gradients.values()))):
+def _check_finite(step: int, loss: float, norm: Tensor, trained: Mapping[str, Tensor]) -> None:
+    if math.isfinite(loss) and bool(norm.isfinite()):
         return
-    broken = next((name for name, g in gradients.items() if not bool(g.isfinite().all())), None)
-    where = "in every parameter's gradient that is not zero" if broken is None else f"first in {broken}"
-    raise TrainingError(f"step {step + 1}: the loss is {loss}, gradients not finite {where}; {_CURE}")
+    broken = [name for name, p in trained.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    where = f", gradient not finite in {broken[0]} and {len(broken) - 1} more" if broken else ""
+    raise TrainingError(f"step {step + 1}: the loss is {loss}{where}; {_CURE}")
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
