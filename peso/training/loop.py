@@ -30,7 +30,7 @@ from peso.events.histories import Cases, TargetSequence
 from peso.model.adapter import adapter_parameters
 from peso.model.dropout import fast_dropout
 from peso.model.generative import GenerativeModel
-from peso.training.batches import Packed, cut, lay_out, pack, plan_epoch
+from peso.training.batches import Chunk, Packed, cut, lay_out, pack, plan_epoch
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
 from peso.training.likelihood import predicts_end, target_token_log_probabilities, validation_loss
 from peso.training.precision import Precision, peak_memory
@@ -121,19 +121,23 @@ class StagePlan:
     def ends_epoch(self, step: int) -> bool:
         return step + 1 == len(self) or self.epoch(step + 1) != self.epoch(step)
 
+    def members(self, step: int) -> list[Chunk]:
+        """The chunks whose targets make up the batch of a step."""
+        return [self.chunks[i] for i in self._steps[step][1]]
+
+    def targets(self, step: int) -> int:
+        return sum(chunk.targets for chunk in self.members(step))
+
     def batch(self, step: int, model: GenerativeModel) -> list[Packed]:
         """The tokens of a step, one entry a forward pass, on the model's device."""
         pieces = []
-        for chunk in (self.chunks[i] for i in self._steps[step][1]):
+        for chunk in self.members(step):
             items = model.item_token_ids(self.sequences[chunk.sequence].items[chunk.start : chunk.stop])
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
         pass_tokens = ROW_TOKENS if model.device.type == "cpu" else PASS_TOKENS
         passes = pack(pieces, model.layout.prefix, ROW_TOKENS, pass_tokens)
         return [packed.to(model.device) for packed in passes]
-
-    def targets(self, step: int) -> int:
-        return sum(self.chunks[i].targets for i in self._steps[step][1])
 
 
 @dataclass
