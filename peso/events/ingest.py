@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
@@ -104,30 +105,26 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
 def _ingest_simulation(data: DataConfig, directory: Path, seed: int, observer: Observer) -> None:
     """The long way: log and product table are written as files and read like anyone's."""
     sizes = data.simulate
-    aside = directory / ".simulated"
-    aside.mkdir()
-    write_simulation(aside, sizes.users, sizes.items, sizes.stages, seed)
-    kept = [p for p in aside.iterdir() if p.is_file() and p.name not in (ITEMS_FILE, MANIFEST)]
-    for path in kept:
-        path.rename(directory / path.name)
-    log = DataConfig.model_validate(
-        {
-            "format": "parquet",
-            "path": str(directory / EVENTS_FILE),
-            "stages": sizes.stages,
-            "items": ItemTableConfig(
-                path=str(aside / ITEMS_FILE),
-                columns=ItemColumnsConfig(
-                    item=columns.ITEM_ID,
-                    title=columns.TITLE,
-                    text=[columns.TEXT],
-                    category=columns.CATEGORY,
-                ),
-            ),
-        }
-    )
     source = {"format": "simulate", **sizes.model_dump(), "seed": seed}
-    try:
+    with TemporaryDirectory() as temporary:  # elsewhere: the manifest lists whatever lies in the stream's
+        aside = Path(temporary)
+        write_simulation(aside, sizes.users, sizes.items, sizes.stages, seed)
+        for path in [p for p in aside.iterdir() if p.is_file() and p.name not in (ITEMS_FILE, MANIFEST)]:
+            shutil.move(path, directory / path.name)
+        log = DataConfig.model_validate(
+            {
+                "format": "parquet",
+                "path": str(directory / EVENTS_FILE),
+                "stages": sizes.stages,
+                "items": ItemTableConfig(
+                    path=str(aside / ITEMS_FILE),
+                    columns=ItemColumnsConfig(
+                        item=columns.ITEM_ID,
+                        title=columns.TITLE,
+                        text=[columns.TEXT],
+                        category=columns.CATEGORY,
+                    ),
+                ),
+            }
+        )
         _ingest_log(log, directory, source, observer)
-    finally:
-        shutil.rmtree(aside)

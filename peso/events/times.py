@@ -136,5 +136,6 @@ def _finite(timestamp: str) -> str:
 
 
 def _reads(value: str, sql_type: str) -> bool:
-    row = duckdb.execute(f"SELECT try_cast({literal(value)} AS {sql_type}) IS NOT NULL").fetchone()
-    return row is not None and bool(row[0])
+    # fetched to the end: a result left open would block the process's shared connection
+    rows = duckdb.execute(f"SELECT try_cast({literal(value)} AS {sql_type}) IS NOT NULL").fetchall()
+    return bool(rows[0][0])
