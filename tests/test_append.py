@@ -196,3 +196,16 @@ def test_ingest_and_append_leave_no_trace_of_their_work(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         ingest(data_config(format="csv", path=str(path)), tmp_path / "s")
     assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_an_event_of_the_last_moment_is_appended_once(tmp_path: Path, stream: Stream) -> None:
+    user, _, last = EVENTS[-1]
+    other = (user, "i-late", last)  # at the same moment, and not in the stream
+    exported = write_log(tmp_path / "all.csv", [*EVENTS, other, *NEW])
+    longer = appended(tmp_path / "longer", stream, format="csv", path=str(exported), on_error="skip")
+    clean = write_log(tmp_path / "new.csv", [other, *NEW])
+    assert histories(longer) == histories(appended(tmp_path / "clean", stream, format="csv", path=str(clean)))
+    assert {key: longer.manifest["appended"][0]["funnel"][3][key] for key in ("step", "events")} == {
+        "step": "not in the stream yet",
+        "events": 41,
+    }

@@ -29,6 +29,12 @@ from peso.events.times import Clock, iso
 from peso.manifest import intact, write_manifest
 from peso.progress import Observer, Silent
 
+# Who had what before, as numbers of the new log.
+_HAD = """
+    SELECT users.u, items.i
+    FROM (SELECT name, unnest(history) AS n FROM known_users) AS had
+    JOIN users ON users.name = had.name
+    JOIN known_items ON known_items.n = had.n JOIN items ON items.name = known_items.name"""
 BEFORE = 2**40  # subtracted from the place of what a user did before: negative, and still in order
 
 
@@ -39,7 +45,8 @@ def append(
 
     The events of ``data`` become one stage, or with ``stages.every`` or ``stages.boundaries`` as many as
     begin among them. Users and items of the stream are never too rare; new ones have to reach ``min_user``
-    and ``min_item`` within the new events. Texts of items that the stream has stay as they are.
+    and ``min_item`` within the new events. Texts of items that the stream has stay as they are. An event at
+    the very moment of the stream's last is new unless its user had its item already.
 
     Args:
         data: where the new events are; cleaning and stages as for the stream.
@@ -71,13 +78,12 @@ def append(
         if older:
             funnel.count("not older than the stream")
         _know(connection, stream)
+        if scalar(connection, f"SELECT count(*) FROM events WHERE time = {last}"):
+            # the one moment of which the log may hold events that the stream has: duplicates are kept once
+            connection.execute(f"DELETE FROM events WHERE time = {last} AND (u, i) IN ({_HAD})")
+            funnel.count("not in the stream yet")
         if data.repeats == "drop":
-            connection.execute("""
-                DELETE FROM events WHERE (u, i) IN (
-                    SELECT users.u, items.i
-                    FROM (SELECT name, unnest(history) AS n FROM known_users) AS had
-                    JOIN users ON users.name = had.name
-                    JOIN known_items ON known_items.n = had.n JOIN items ON items.name = known_items.name)""")
+            connection.execute(f"DELETE FROM events WHERE (u, i) IN ({_HAD})")
             funnel.count("repeats of earlier stages dropped")
         clean(funnel, data.min_rating, data.repeats, data.min_user, data.min_item)
         order_by_time(connection)
