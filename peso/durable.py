@@ -51,6 +51,13 @@ def commit_directory(target: Path) -> Iterator[Path]:
         raise
 
 
+def restore(target: Path) -> None:
+    """Put back a directory that a crash took away between the two renames of :func:`commit_directory`."""
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+
+
 @contextmanager
 def write_aside(target: Path) -> Iterator[Path]:
     """A path to write one file to; on success it replaces `target`, on failure `target` is as before.

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peso import assets
-from peso.config import changed_keys
-from peso.continual.anchor_report import anchor_report
+from peso.config import DataConfig, changed_keys
+from peso.continual.anchor_report import anchor_finding, anchor_report
 from peso.continual.groups import find_groups
 from peso.continual.hooks import Strategy
 from peso.continual.strategy import make_strategy
+from peso.diagnosis import logged_ratio
 from peso.durable import commit_directory, write_json
 from peso.errors import DataError, WorkspaceError
+from peso.events.append import append as fill_longer_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import Stream, stage_file
+from peso.items import quality
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import INDEX_FILE, read_semantic_ids, write_semantic_ids
+from peso.items.semantic_ids import SemanticIds
+from peso.items.tokenize import append as continue_semantic_ids
 from peso.items.tokenize import tokenize as make_semantic_ids
 from peso.manifest import read_manifest, write_manifest
 from peso.model.build import has_adapter, save_stage_weights
@@ -55,7 +60,7 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
     """What is not done yet, in order. ``stages``: how many the stream has."""
     if not workspace.has_stream:
         yield Step("ingest")
-    if not workspace.has_semantic_ids:
+    if not workspace.has_semantic_ids or items_without_id(workspace):
         yield Step("tokenize")
     learnt = workspace.finished_stages
     for stage in range(stages):
@@ -79,6 +84,8 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
         ingest(workspace, observer)
     if not workspace.has_semantic_ids:
         tokenize(workspace, observer)
+    elif items_without_id(workspace):
+        tokenize_new(workspace, observer)
     _require_catalogue(workspace)
     if base is not None and 0 not in workspace.finished_stages:
         take_base(workspace, Workspace.open(base), observer)
@@ -115,6 +122,36 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         raise
 
 
+def append(workspace: Workspace, observer: Observer, data: DataConfig | None = None) -> dict[str, Any]:
+    """Add new events to stream/ as further stages; returns its manifest. What is learnt stays valid.
+
+    Args:
+        data: where the new events are, how they are cleaned and cut; none given: as configured (a folder to
+            which files were added, say). The workspace's configuration stays as it is.
+
+    Raises:
+        WorkspaceError: there is no stream, or it is damaged.
+        DataError: see :func:`peso.events.append.append`. The stream is then as before.
+    """
+    stream, data = _stream(workspace), data or workspace.config.data
+    if data.format in ("simulate", "peso-release"):
+        raise DataError(
+            f"{data.format} data have no new events; name a log of them: "
+            f"`peso ingest NEW --format csv --append -w {workspace.root}`"
+        )
+    observer.note(f"append: {data.format} {data.path}")
+    with commit_directory(workspace.stream_directory) as directory:
+        return fill_longer_stream(data, stream.directory, directory, observer)
+
+
+def items_without_id(workspace: Workspace) -> int:
+    """How many items the stream has gained since the semantic IDs were made; 0 as long as they are not."""
+    if not workspace.has_stream or not workspace.has_semantic_ids:
+        return 0
+    items = Stream.open(workspace.stream_directory).manifest["items"]
+    return int(items) - int(read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["items"])
+
+
 def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     """Give every item of the stream its semantic ID, into semantic_ids/; returns its manifest.
 
@@ -126,14 +163,16 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     _refuse_if_learnt(workspace, "semantic IDs")
     with commit_directory(workspace.semantic_ids_directory) as directory:
         if data.format == "peso-release":
-            write_semantic_ids(read_release(str(data.path))[2], directory, {"source": "index of the release"})
+            ids = read_release(str(data.path))[2]
+            measured = _quality_of_codes(ids, stream.titles)
+            write_semantic_ids(ids, directory, {"source": "index of the release", "quality": measured})
         else:
             make_semantic_ids(
                 stream.items,
                 workspace.config.items,
                 directory,
                 workspace.config.seed,
-                assets.cache_directory() / "vectors",
+                _vector_cache(),
                 observer,
                 stream.first_stages(),
             )
@@ -142,6 +181,31 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
     )
     return manifest
+
+
+def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
+    """Give the items that the stream has gained IDs from the frozen codebooks; returns the manifest.
+
+    Raises:
+        WorkspaceError: there is no stream, or there are no semantic IDs to continue.
+        DataError, ConfigError: see :func:`peso.items.tokenize.append`. The IDs are then as before.
+    """
+    stream, source = _stream(workspace), workspace.semantic_ids_directory
+    _require_semantic_ids(workspace)
+    new = items_without_id(workspace)
+    if new:
+        with commit_directory(source) as directory:
+            continue_semantic_ids(
+                stream.items,
+                workspace.config.items,
+                source,
+                directory,
+                _vector_cache(),
+                observer,
+                stream.first_stages(),
+            )
+    observer.note(f"tokenize: {new:,} new items; no earlier ID changed")
+    return read_manifest(source, IDS_FORMAT)
 
 
 # -- learning ----------------------------------------------------------------------------------------
@@ -182,9 +246,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
             "parent": {"stage": stage - 1, "determined_by": parent} if stage else None,
             "inputs": {
                 "stream": Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)],
-                "semantic_ids": read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["files"][
-                    INDEX_FILE
-                ],
+                "semantic_ids": ids["files"][INDEX_FILE],
             },
             "backbone_sha256": backbone_fingerprint(model),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -279,6 +341,8 @@ def _train(
     figures = {"learning_rate": rate, **asdict(result)}
     if stage and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
+        if finding := anchor_finding(stage, logged_ratio(unfinished / LOG)):
+            observer.note(finding)
     return figures
 
 
@@ -290,6 +354,19 @@ def _require_catalogue(workspace: Workspace) -> None:
             f"evaluation.k asks for {asked} items, but the catalogue has {ids.trie.leaves} distinct semantic "
             "IDs; ask for fewer"
         )
+
+
+def _quality_of_codes(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
+    """What is to be said of an index that came without the vectors it was made from."""
+    return {
+        "collisions": quality.collisions(ids.codes),
+        "levels": quality.codebook_use(ids.codes, ids.sizes),
+        "sample": quality.prefix_sample(ids, titles),
+    }
+
+
+def _vector_cache() -> Path:
+    return assets.cache_directory() / "vectors"
 
 
 def _pull_backbone(workspace: Workspace, observer: Observer) -> None:
@@ -308,11 +385,20 @@ def _stream(workspace: Workspace) -> Stream:
     return Stream.open(workspace.stream_directory)
 
 
-def _require_next(workspace: Workspace, stage: int) -> None:
+def _require_semantic_ids(workspace: Workspace) -> None:
     if not workspace.has_semantic_ids:
         _stream(workspace)
         raise WorkspaceError(
             f"{workspace.root} has no semantic IDs yet; `peso tokenize -w {workspace.root}` comes first"
+        )
+
+
+def _require_next(workspace: Workspace, stage: int) -> None:
+    _require_semantic_ids(workspace)
+    if new := items_without_id(workspace):
+        raise WorkspaceError(
+            f"{new:,} items of the stream in {workspace.root} have no semantic ID yet; "
+            f"`peso tokenize --append -w {workspace.root}` comes first"
         )
     learnt = workspace.finished_stages
     if stage in learnt:

@@ -13,9 +13,7 @@ import torch
 from peso.durable import digest
 from peso.errors import BackboneError
 from peso.events.stream import Stream, stage_file
-from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.items.index_files import INDEX_FILE, read_semantic_ids
-from peso.manifest import read_manifest
+from peso.items.index_files import read_semantic_ids
 from peso.model.backbone import BUILT_IN
 from peso.model.build import build_model, load_stage_weights
 from peso.model.generative import GenerativeModel
@@ -68,15 +66,20 @@ def trained_model(workspace: Workspace, stage: int, device: str | None = None) -
 def determination(workspace: Workspace, stage: int) -> str:
     """Digest of all that determines a stage: configuration, its data, the codes, and the stages before.
 
-    Stages of equal digest have equal files, on the same hardware and versions.
+    Stages of equal digest have equal files, on the same hardware and versions. Of the codes those count that
+    the catalogue had when the stage came: items that are appended later change no earlier stage.
     """
     tree = workspace.config.model_dump(mode="json")
-    shape: dict[str, Any] = {key: tree[key] for key in (*SHAPES_A_STAGE, "seed")}
-    if stage:  # every strategy learns the base stage alike
-        shape["strategy"] = tree["strategy"]
-    stream = Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)]
-    codes = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["files"][INDEX_FILE]
-    return digest(shape, stream, codes, determination(workspace, stage - 1) if stage else None)
+    stream, ids = Stream.open(workspace.stream_directory), read_semantic_ids(workspace.semantic_ids_directory)
+    result: str | None = None
+    for number in range(stage + 1):
+        # every strategy learns the base stage alike
+        keys = (*SHAPES_A_STAGE, "seed", *(["strategy"] if number else []))
+        shape: dict[str, Any] = {key: tree[key] for key in keys}
+        data = stream.manifest["files"][stage_file(number)]
+        result = digest(shape, data, ids.fingerprint(stream.items_known(number)), result)
+    assert result is not None
+    return result
 
 
 def backbone_fingerprint(model: GenerativeModel) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.config import Config, changed_keys, dump_config, load_config
-from peso.durable import write_atomically
+from peso.durable import restore, write_atomically
 from peso.errors import WorkspaceError
 from peso.manifest import MANIFEST, read_manifest
 
@@ -32,6 +32,9 @@ DEPENDS = {
     "stage 0": ("data", "seed", "items", "backbone", "prompt", "adapter", "training"),
     "later stages": ("data", "seed", "items", "backbone", "prompt", "adapter", "training", "strategy"),
 }
+_APPEND = (
+    " If the path leads to new events, add them as further stages: `peso ingest NEW --append -w {root}`."
+)
 
 
 class Workspace:
@@ -105,6 +108,7 @@ class Workspace:
                     f"{', '.join(fixed)}. Take the old values back (see {self.root / 'config.yaml'}), "
                     "or run into a new workspace with -w (--base takes over the stages that stay the same), "
                     f"or remove {self.root}. Keys of evaluation, decoding and report may change."
+                    + (_APPEND.format(root=self.root) if fixed == ["data.path"] else "")
                 )
 
     # -- layout ----------------------------------------------------------------------------------
@@ -177,6 +181,8 @@ class Workspace:
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
+            for directory in (self.stream_directory, self.semantic_ids_directory):
+                restore(directory)
             yield
 
     def unfinished_directory(self, stage: int) -> Path:

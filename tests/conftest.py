@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from peso.cli import app as cli
 from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
 from peso.model.layout import make_layout
@@ -45,6 +47,23 @@ def industrial_dir() -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def peso(monkeypatch, capsys):
+    """peso("run", …) → (exit status, stdout, stderr)."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peso", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
 
 
 def random_semantic_ids(items: int, sizes: tuple[int, ...], seed: int = 0) -> SemanticIds:

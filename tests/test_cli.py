@@ -14,23 +14,6 @@ from peso.events.stream import Stream
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def peso(monkeypatch, capsys):
-    """peso("run", …) → (exit status, stdout, stderr)."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peso", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
@@ -52,7 +35,7 @@ def workspace(config_file, tmp_path_factory) -> Path:
 
 
 COMMANDS = ("demo", "pull", "run", "ingest", "tokenize", "train", "update", "evaluate", "report")
-COMMANDS += ("recommend", "export")
+COMMANDS += ("recommend", "diagnose", "export")
 
 
 def test_help_lists_every_command_and_each_has_an_example(peso):

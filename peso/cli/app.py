@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from peso.cli import demo, models, recommend, run, steps
+from peso.cli import demo, diagnose, models, recommend, run, steps
 from peso.errors import PesoError
 
 INTERRUPTED = 130
@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Continual learning for LLM-based generative recommenders: one evolving LoRA adapter, held by a "
     "proximal anchor.",
 )
-for module in (demo, run, steps, recommend, models):
+for module in (demo, run, steps, recommend, diagnose, models):
     module.register(app)
 
 

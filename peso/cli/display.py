@@ -80,18 +80,23 @@ class Terminal:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table to stdout; numbers are right-aligned."""
-    drawn = Table(title=title or None, title_justify="left", header_style="bold")
+    drawn = Table(header_style="bold")
     rows = [list(row) for row in rows]
     for position, column in enumerate(columns):
-        numeric = all(isinstance(row[position], int | float) for row in rows)
+        numeric = all(isinstance(row[position], int | float | None) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         drawn.add_row(*(_short(value) for value in row))
     # in a file or a pipe nothing is cut to the width of a terminal that is not there
-    Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200).print(drawn)
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
+    if title:  # above, not within: a narrow table would break it
+        console.print(title, markup=False, style="bold")
+    console.print(drawn)
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

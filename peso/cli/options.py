@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,3 +14,7 @@ Overrides = Annotated[
 ]
 Stage = Annotated[int | None, typer.Option("--stage", help="Which stage's model; by default the newest.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+OnError = Annotated[
+    Literal["fail", "skip"] | None,
+    typer.Option(help="skip: leave unreadable rows out and count them; fail: refuse the log."),
+]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peso.cli.display import Terminal, table
-from peso.cli.options import Directory, Json, Overrides, Stage
+from peso.cli.options import Directory, Json, OnError, Overrides, Stage
 from peso.workspace import Workspace
 
 
@@ -19,18 +19,32 @@ def register(app: typer.Typer) -> None:
 
 def ingest(
     source: Annotated[str | None, typer.Argument(help="File or directory of the data.")] = None,
-    data_format: Annotated[str | None, typer.Option("--format", help="peso-release or simulate.")] = None,
+    data_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="csv, parquet, jsonl, amazon-2023, movielens, movietweetings, yelp, peso-release, simulate.",
+        ),
+    ] = None,
     workspace: Annotated[
         Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-SOURCE.")
     ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add new events to the stream at -w as further stages.")
+    ] = False,
+    on_error: OnError = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Read the data into stages; print the counts of each.
+    """Read the data into stages; print what the cleaning left and the counts of each stage.
 
     With SOURCE and --format a new workspace is made; without, the one at -w goes on with its configuration.
+    With --append the new events are those of SOURCE, or of the path that the workspace was made from; its
+    other data keys hold too, unless --set changes them for this time.
 
     Example: peso ingest --format peso-release data/Video_Games_cl_0.6_0_5_3_0 -w runs/games
+
+    Example: peso ingest week_12.csv --append -w runs/shop
     """
     import json
 
@@ -38,9 +52,15 @@ def ingest(
     from peso.config import load_config
     from peso.errors import ConfigError
 
+    overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
+    if append:
+        if workspace is None:
+            raise ConfigError("--append needs the workspace (-w) whose stream goes on")
+        _append(workspace, source, data_format, overrides, as_json)
+        return
     if data_format is not None or source is not None:
         data = {"format": data_format or "peso-release", "path": source}
-        config = load_config({"data": data}, overrides or [], base=Path())
+        config = load_config({"data": data}, overrides, base=Path())
         root = workspace or Path("runs") / (Path(source).resolve().name if source else "simulated")
         opened = Workspace.create_or_open(root, config)
     elif workspace is not None:
@@ -52,26 +72,79 @@ def ingest(
     if as_json:
         print(json.dumps(manifest, ensure_ascii=False))
         return
+    _show_stream(opened, manifest, manifest)
+
+
+def _append(
+    path: Path, source: str | None, data_format: str | None, overrides: list[str], as_json: bool
+) -> None:
+    import json
+
+    from peso import pipeline
+    from peso.config import changed_keys, load_config
+    from peso.errors import ConfigError
+
+    opened = Workspace.open(path)
+    new = [f"data.format={data_format}"] if data_format else []
+    new += [f"data.path={json.dumps(str(Path(source).absolute()))}"] if source else []
+    config = load_config(path / "config.yaml", [*new, *overrides])
+    others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
+    if others:
+        raise ConfigError(f"--append takes --set for keys of data only, not {', '.join(others)}")
+    with opened.lock():
+        manifest = pipeline.append(opened, Terminal(), config.data)
+    if as_json:
+        print(json.dumps(manifest, ensure_ascii=False))
+        return
+    _show_stream(opened, manifest, manifest["appended"][-1])
+    if pipeline.items_without_id(opened):
+        print(f"next: peso tokenize --append -w {path}")
+
+
+def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, Any]) -> None:
+    """``read``: what the manifest says of the log that was read now."""
+    if "funnel" in read:
+        when = read["time"]
+        title = f"times are {when['recognised']}: {when['from']} to {when['until']}"
+        left_out = [
+            f"{read[key]:,} {words}"
+            for key, words in (("skipped", "unreadable rows"), ("older", "events older than the stream"))
+            if read.get(key)
+        ]
+        title += f"; left out: {', '.join(left_out)}" if left_out else ""
+        table(title, list(read["funnel"][0]), [step.values() for step in read["funnel"]])
     counts = manifest["stages"]
     rows = [[number, *stage.values()] for number, stage in enumerate(counts)]
     title = f"{opened.stream_directory}: {manifest['items']:,} items, {len(counts)} stages"
     table(title, ["stage", *(name.replace("_", " ") for name in counts[0])], rows)
 
 
-def tokenize(workspace: Directory, overrides: Overrides = None) -> None:
-    """Give every item its semantic ID.
+def tokenize(
+    workspace: Directory,
+    append: Annotated[
+        bool, typer.Option("--append", help="Only the items that the stream has gained; no ID changes.")
+    ] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Give every item its semantic ID; print how good the IDs are.
 
     Example: peso tokenize -w runs/games
+
+    Example: peso tokenize --append -w runs/shop
     """
-    from peso import pipeline
+    import json
+
+    from peso import diagnosis, pipeline
 
     opened = _configured(workspace, overrides)
     with opened.lock():
-        manifest = pipeline.tokenize(opened, Terminal())
-    rows = [[key.replace("_", " "), manifest[key]] for key in ("items", "distinct_ids", "tokens_in_use")]
-    rows.append(["items that share an ID with an earlier one", manifest["items"] - manifest["distinct_ids"]])
-    rows.append(["codes a level", " × ".join(str(size) for size in manifest["sizes"])])
-    table(str(opened.semantic_ids_directory), ["", "count"], rows)
+        manifest = (pipeline.tokenize_new if append else pipeline.tokenize)(opened, Terminal())
+    if as_json:
+        print(json.dumps(manifest, ensure_ascii=False))
+        return
+    for title, columns, rows in diagnosis.quality_tables(manifest):
+        table(f"{opened.semantic_ids_directory}: {title}", columns, rows)
 
 
 def train(workspace: Directory, overrides: Overrides = None) -> None:

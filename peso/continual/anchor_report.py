@@ -1,11 +1,12 @@
-"""How far an adapter moved from where a stage began, in three measures: figures for ``metrics.json``.
+"""Whether an anchor held: how far an adapter moved from where a stage began, and what the penalty pulled.
 
-Knows two states of an adapter; knows nothing of the strategy that led from one to the other.
+Knows two states of an adapter and the records of the steps between them; knows nothing of the strategy that
+led from one to the other, nor of files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,43 @@ import torch
 from peso.continual.groups import Group, check_same_groups, shapes
 from peso.continual.softmax_kl import second_order, softmax_kl
 from peso.continual.stacks import placement, stack_anchors
+
+NO_EFFECT = 0.01  # of the loss's gradient: below, a penalty is lost in the noise between two batches
+
+
+def gradient_ratio(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean over the steps of ‖∇ penalty‖ / ‖∇ loss‖, each norm over the parameters it moves.
+
+    Args:
+        records: of ``log.jsonl``; those without a ``penalty_gradient_norm`` are passed over.
+
+    Returns:
+        None where there was no penalty in any step.
+
+    >>> step = {"gradient_norm": 0.5, "penalty_gradient_norm": 0.0}
+    >>> gradient_ratio([step, {**step, "penalty_gradient_norm": 0.1}, {"validation_loss": 3.2}])
+    0.1
+    >>> gradient_ratio([step]) is None
+    True
+    """
+    pairs = [
+        (record["penalty_gradient_norm"], record["gradient_norm"])
+        for record in records
+        if record.get("penalty_gradient_norm") is not None and record["gradient_norm"]
+    ]
+    if not any(penalty for penalty, _ in pairs):
+        return None
+    return sum(penalty / loss for penalty, loss in pairs) / len(pairs)
+
+
+def anchor_finding(stage: int, ratio: float | None) -> str | None:
+    """What a gradient ratio below ``NO_EFFECT`` means, in a sentence; None where there is nothing to say."""
+    if ratio is None or ratio >= NO_EFFECT:
+        return None
+    return (
+        f"stage {stage}: the penalty's gradient was {100 * ratio:.2g} % of the loss's on average: "
+        "the anchor had no measurable effect at this weight"
+    )
 
 
 @torch.no_grad()

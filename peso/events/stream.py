@@ -131,6 +131,11 @@ class Stream:
         """Category path of each item number, None where unknown."""
         return self.items[columns.CATEGORY].to_pylist()
 
+    def items_known(self, stage: int) -> int:
+        """Rows of the item table that were there when this stage came: later appends add rows at its end."""
+        later = [brought for brought in self.manifest.get("appended", []) if brought["first_stage"] > stage]
+        return int(self.manifest["items"]) - sum(brought["new_items"] for brought in later)
+
     def first_stages(self) -> np.ndarray:
         """int64 (items,): the stage in which each item first occurs; 0 for one that occurs in none."""
         first = np.full(len(self.item_ids), self.stages, dtype=np.int64)

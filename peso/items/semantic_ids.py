@@ -5,6 +5,8 @@ Knows item ids and codes; knows nothing of how the codes came about, nor of any 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from string import ascii_lowercase
@@ -57,6 +59,13 @@ class SemanticIds:
     @cached_property
     def trie(self) -> ItemTrie:
         return ItemTrie.build(self.codes)
+
+    def fingerprint(self, items: int) -> str:
+        """sha256 over the first ``items`` rows, ids and codes, and the sizes: what items added later at the
+        end do not change."""
+        result = hashlib.sha256(json.dumps([list(self.sizes), self.item_ids[:items]]).encode())
+        result.update(np.ascontiguousarray(self.codes[:items], "<i4").tobytes())
+        return result.hexdigest()
 
     def tokens(self) -> list[str]:
         """All token names, level by level: the order of the rows of the semantic vocabulary."""

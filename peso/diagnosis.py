@@ -1,0 +1,182 @@
+"""What a workspace tells beside its metrics: drift of its stream, fitness of its codes, hold of its anchor.
+
+Knows which files of a workspace hold what, and puts their figures together; knows nothing of how they are
+printed or drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peso.continual.anchor_report import anchor_finding, gradient_ratio
+from peso.errors import WorkspaceError
+from peso.events.drift import drift
+from peso.events.stream import Stream
+from peso.items.index_files import FORMAT as IDS_FORMAT
+from peso.items.index_files import read_semantic_ids
+from peso.items.semantic_ids import token_name
+from peso.manifest import read_manifest
+from peso.workspace import LOG, METRICS, Workspace
+
+Titled = tuple[str, list[str], list[list[Any]]]  # a table: title, columns, rows
+
+
+def diagnose(workspace: Workspace) -> dict[str, Any]:
+    """All that there is to tell so far.
+
+    Returns:
+        ``stream`` (:func:`peso.events.drift.drift`, one dict a stage), ``semantic_ids`` (the manifest's
+        ``quality`` and ``fitness``, and ``items_without_id``; None before they are made), ``anchor``
+        (:func:`anchors`), ``warnings`` (sentences: what calls for action).
+
+    Raises:
+        WorkspaceError: there is no stream, or a file is damaged.
+    """
+    ids, anchor = _semantic_ids(workspace), anchors(workspace)
+    warnings = list((ids or {}).get("fitness", {}).get("warnings", []))
+    if ids and ids["items_without_id"]:
+        warnings.append(
+            f"{ids['items_without_id']:,} items of the stream have no semantic ID yet; "
+            f"`peso tokenize --append -w {workspace.root}`"
+        )
+    warnings += [entry["finding"] for entry in anchor if entry["finding"]]
+    return {"stream": stream_drift(workspace), "semantic_ids": ids, "anchor": anchor, "warnings": warnings}
+
+
+def stream_drift(workspace: Workspace) -> list[dict[str, Any]]:
+    """Drift of every stage of the stream; without that of the codes while an item has none."""
+    if not workspace.has_stream:
+        raise WorkspaceError(
+            f"{workspace.root} has no stream yet; `peso ingest -w {workspace.root}` comes first"
+        )
+    stream = Stream.open(workspace.stream_directory)
+    items, first_codes = int(stream.manifest["items"]), None
+    if workspace.has_semantic_ids:
+        codes = read_semantic_ids(workspace.semantic_ids_directory).codes
+        first_codes = codes[:, 0] if len(codes) == items else None
+    return drift((stream.stage(number) for number in range(stream.stages)), items, first_codes)
+
+
+def anchors(workspace: Workspace) -> list[dict[str, Any]]:
+    """Of every stage that was trained on from an adapter: how far that moved, and what the anchor pulled.
+
+    ``gradient_ratio``: see :func:`peso.continual.anchor_report.gradient_ratio`; ``distance`` and ``kl`` from
+    the adapter as it was; ``finding``: a sentence where the anchor did not hold, else None.
+    """
+    found = []
+    for stage in workspace.finished_stages:
+        directory = workspace.stage_directory(stage)
+        moved = json.loads((directory / METRICS).read_text(encoding="utf-8"))["training"].get("moved")
+        if moved is None:
+            continue
+        ratio = logged_ratio(directory / LOG)
+        entry = {"stage": stage, "gradient_ratio": ratio, "distance": moved["distance"], "kl": moved["kl"]}
+        found.append({**entry, "finding": anchor_finding(stage, ratio)})
+    return found
+
+
+def logged_ratio(log: Path) -> float | None:
+    """The gradient ratio of the stage whose ``log.jsonl`` this is."""
+    with log.open(encoding="utf-8") as lines:
+        return gradient_ratio(json.loads(line) for line in lines)
+
+
+def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:
+    if not workspace.has_semantic_ids:
+        return None
+    manifest = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+    items = Stream.open(workspace.stream_directory).manifest["items"] if workspace.has_stream else 0
+    told: dict[str, Any] = {key: manifest[key] for key in ("quality", "fitness") if key in manifest}
+    return {**told, "items_without_id": max(0, items - manifest["items"])}
+
+
+# -- as tables ---------------------------------------------------------------------------------------
+
+USERS = ("stage", "events", "users", "new_users", "continuing_users", "returning_users")  # keys of the drift
+ITEMS: tuple[str, ...] = ("stage", "items", "new_items", "continuing_items", "returning_items")
+ITEMS += ("item_divergence", "code_divergence", "new_item_targets")
+FITNESS = ["items", "how many", "error", "want an ID that is taken", "share an ID"]
+
+
+def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
+    """What :func:`diagnose` found, as tables."""
+    stages = found["stream"]
+    users = [[*(s[key] for key in USERS), *s["history_lengths"].values()] for s in stages]
+    lengths = [f"history, {name}" for name in stages[0]["history_lengths"]]
+    tables: list[Titled] = [
+        (
+            "users, and how long the histories are that they bring",
+            ["stage", "events", "users", "new", "continuing", "returning", *lengths],
+            users,
+        ),
+        (
+            "items; Jensen-Shannon divergence from the stage before, in bits",
+            ["stage", "items", "new", "continuing", "returning", "JS items", "JS first codes", "new targets"],
+            [[s[key] for key in ITEMS] for s in stages],
+        ),
+    ]
+    fitness = fitness_rows((found["semantic_ids"] or {}).get("fitness", {}))
+    if fitness:
+        tables.append(("do the codes fit: items that came after they were made", FITNESS, fitness))
+    if found["anchor"]:
+        rows = [
+            [entry[key] for key in ("stage", "gradient_ratio", "distance", "kl")] for entry in found["anchor"]
+        ]
+        anchor = ["stage", "penalty's gradient / loss's", "distance moved", "KL"]
+        tables.append(("does the anchor hold", anchor, rows))
+    return tables
+
+
+def fitness_rows(fitness: dict[str, Any]) -> list[list[Any]]:
+    """The manifest's ``fitness`` under the columns FITNESS; none where nothing was fitted."""
+    groups = [("fitted", fitness.get("fit")), ("stage 0, held out", fitness.get("held_out"))]
+    groups += [(f"new in stage {stage['stage']}", stage) for stage in fitness.get("stages", [])]
+    return [
+        [name, group["items"], group["error"], group["wanted_taken"], group.get("sharing")]
+        for name, group in groups
+        if group is not None
+    ]
+
+
+def quality_tables(manifest: dict[str, Any]) -> list[Titled]:
+    """How good the IDs are, from the manifest of the semantic IDs: figures, levels, items under a prefix."""
+    quality = manifest.get("quality", {})
+    tables = [("how good the IDs are", ["", "value"], quality_rows(manifest))]
+    if "levels" in quality:
+        levels = [
+            [token_name(place, 0)[1], level["codes"], level["used"], level["perplexity"]]
+            for place, level in enumerate(quality["levels"])
+        ]
+        tables.append(("codes", ["level", "codes", "used", "perplexity"], levels))
+    if sample := quality.get("sample", {}).get("items"):
+        rows = [[entry["item"], entry["title"]] for entry in sample]
+        tables.append((sample_title(quality["sample"]), ["item", "title"], rows))
+    return tables
+
+
+def quality_rows(manifest: dict[str, Any]) -> list[list[Any]]:
+    """Figures of the index as a whole; what was not measured (an index that came without vectors) is left
+    out."""
+    quality = manifest.get("quality", {})
+    neighbours = quality.get("neighbours", {})
+    near = f"of the {neighbours.get('neighbours', 0)} nearest items share the first"
+    rows = [
+        ["items", manifest["items"]],
+        ["distinct semantic IDs", manifest["distinct_ids"]],
+        ["tokens in use", manifest["tokens_in_use"]],
+        ["items without a vector", quality.get("without_vector")],
+        ["collision rate before items were told apart", quality.get("collisions_before", {}).get("rate")],
+        ["collision rate", quality.get("collisions", {}).get("rate")],
+        ["reconstruction error", quality.get("reconstruction_error")],
+        [f"{near} code", neighbours.get("first")],
+        [f"{near} two codes", neighbours.get("first_two")],
+    ]
+    return [row for row in rows if row[1] is not None]
+
+
+def sample_title(sample: dict[str, Any]) -> str:
+    """``12 items under <a_3><b_7>, some of them``: what the prefix that most items share holds."""
+    shown = ", some of them" if sample["under_it"] > len(sample["items"]) else ""
+    return f"{sample['under_it']:,} items under {''.join(sample['prefix']) or 'no prefix'}{shown}"
