@@ -52,7 +52,8 @@ from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
 from peso.training.likelihood import validation_loss
-from peso.training.loop import Progress, StagePlan, train_stage
+from peso.training.loop import Progress, train_stage
+from peso.training.plan import StagePlan, most_targets
 from peso.training.precision import Precision, peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +162,7 @@ def run_contestant(contestant: Contestant, layers: int | None, threads: int, to_
     settings = TrainingConfig.model_validate(
         {"epochs": 1, "batch_size": TARGETS_A_STEP, "precision": contestant.precision, "device": "cpu"}
     )
-    plan = StagePlan(sequences, WINDOW, settings, SEED, 1)
+    plan = StagePlan(sequences, WINDOW, settings, SEED, 1, most_targets(model.layout))
     few = one_target_each(sequences, TARGETS_A_STEP)
     if contestant.name in (USUAL, EXPERT):
         way = (UsualWay if contestant.name == USUAL else ExpertWay)(model, DROPOUT, RATE, len(plan))

@@ -32,6 +32,7 @@ def train(
     checkpoint_seconds: float = EVERY_STEP,
     on_progress: Callable[[Progress], None] | None = None,
     learning_rate: float = 1e-2,
+    weight: float = 100.0,
     **settings: Any,
 ) -> StageResult:
     defaults = {"epochs": 3, "batch_size": 8, "device": "cpu"}
@@ -42,7 +43,7 @@ def train(
         TrainingConfig(**{**defaults, **settings}),
         stage=2,
         learning_rate=learning_rate,
-        strategy=Peso(weight=100.0, reduction="sum"),
+        strategy=Peso(weight, reduction="sum"),
         seed=7,
         directory=directory / "checkpoint",
         log=directory / "log.jsonl",
@@ -176,6 +177,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     changes: list[tuple[GenerativeModel, dict[str, Any]]] = [
         (with_adapter(make_model()), {"learning_rate": 2e-2}),
         (with_adapter(make_model()), {"temperature": 0.7}),
+        (with_adapter(make_model()), {"weight": 50.0}),  # of the strategy
         (with_adapter(make_model(seed=1)), {}),  # other starting weights
         (with_adapter(make_model(loss_vocabulary="level")), {}),
         (with_adapter(make_model(window=5)), {}),

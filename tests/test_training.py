@@ -23,8 +23,10 @@ from peso.model.adapter import adapter_parameters
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
 from peso.training import loop
+from peso.training import plan as plan_module
 from peso.training.likelihood import validation_loss
-from peso.training.loop import Progress, StagePlan, StageResult, train_stage
+from peso.training.loop import Progress, StageResult, train_stage
+from peso.training.plan import StagePlan
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 
@@ -101,7 +103,7 @@ def test_a_batch_in_many_passes_has_the_gradient_of_one(
     precision = loop.Precision.of("float32", "cpu")
     found = []
     for tokens in (100_000, 1):
-        monkeypatch.setattr(loop, "ROW_TOKENS", tokens)
+        monkeypatch.setitem(plan_module.BUDGETS, "cpu", (tokens, tokens))
         passes = plan.batch(0, model)
         loss = loop._backward(model, passes, 0.8, precision)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

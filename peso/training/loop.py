@@ -30,14 +30,11 @@ from peso.events.histories import Cases, TargetSequence
 from peso.model.adapter import adapter_parameters
 from peso.model.dropout import fast_dropout
 from peso.model.generative import GenerativeModel
-from peso.training.batches import Chunk, Packed, cut, lay_out, pack, plan_epoch
+from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
-from peso.training.likelihood import predicts_end, target_token_log_probabilities, validation_loss
+from peso.training.likelihood import target_token_log_probabilities, validation_loss
+from peso.training.plan import StagePlan, most_targets
 from peso.training.precision import Precision, peak_memory
-
-ROW_TOKENS = 384  # longer rows spend more on attention between users, shorter ones on repeated roots
-PASS_TOKENS = 16384  # on a GPU; a CPU is as fast with one row at a time and needs the memory of one row
-MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -73,71 +70,6 @@ class StageResult:
     targets_per_second: float
     tokens_per_second: float
     peak_memory: int
-
-
-class StagePlan:
-    """All batches of a stage, fixed before it starts. ``len(plan)`` is the number of optimiser steps.
-
-    Args:
-        sequences: the stage's training targets with what came before them.
-        window: of the layout.
-        settings: epochs, batch size and greatest number of steps.
-        seed, stage: fix the order of every epoch.
-        most: greatest number of targets in one chunk, beside the batch size.
-
-    Raises:
-        TrainingError: no targets.
-    """
-
-    def __init__(
-        self,
-        sequences: Sequence[TargetSequence],
-        window: int,
-        settings: TrainingConfig,
-        seed: int,
-        stage: int,
-        most: int | None = None,
-    ) -> None:
-        self.sequences = sequences
-        self.chunks = cut(sequences, window, min(settings.batch_size, most or settings.batch_size))
-        if not self.chunks:
-            raise TrainingError(
-                f"stage {stage} has no training targets: no user has three items in it. "
-                "Leave the stage out, or use fewer stages"
-            )
-        targets = np.array([chunk.targets for chunk in self.chunks])
-        epochs = (plan_epoch(targets, settings.batch_size, (seed, stage, e)) for e in range(settings.epochs))
-        steps = [(epoch, batch) for epoch, batches in enumerate(epochs) for batch in batches]
-        self._steps = steps[: settings.max_steps]
-        self.epochs = self._steps[-1][0] + 1
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def epoch(self, step: int) -> int:
-        """The epoch of a step, both from 0."""
-        return self._steps[step][0]
-
-    def ends_epoch(self, step: int) -> bool:
-        return step + 1 == len(self) or self.epoch(step + 1) != self.epoch(step)
-
-    def members(self, step: int) -> list[Chunk]:
-        """The chunks whose targets make up the batch of a step."""
-        return [self.chunks[i] for i in self._steps[step][1]]
-
-    def targets(self, step: int) -> int:
-        return sum(chunk.targets for chunk in self.members(step))
-
-    def batch(self, step: int, model: GenerativeModel) -> list[Packed]:
-        """The tokens of a step, one entry a forward pass, on the model's device."""
-        pieces = []
-        for chunk in self.members(step):
-            items = model.item_token_ids(self.sequences[chunk.sequence].items[chunk.start : chunk.stop])
-            first = chunk.first - chunk.start
-            pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
-        pass_tokens = ROW_TOKENS if model.device.type == "cpu" else PASS_TOKENS
-        passes = pack(pieces, model.layout.prefix, ROW_TOKENS, pass_tokens)
-        return [packed.to(model.device) for packed in passes]
 
 
 @dataclass
@@ -194,8 +126,7 @@ def train_stage(
         TrainingError: no targets or nothing trainable, a loss or gradient that is not finite (the
             parameters are then as before that step), or a checkpoint of another training.
     """
-    most = MOST_BRANCHES if model.layout.branches else None
-    plan = StagePlan(sequences, model.layout.window, settings, seed, stage, most)
+    plan = StagePlan(sequences, model.layout.window, settings, seed, stage, most_targets(model.layout))
     validation = _sample(validation, settings.validation_cases, (seed, stage))
     precision = Precision.of(settings.precision, str(model.device))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -214,10 +145,11 @@ def train_stage(
     )
 
     context = StageContext(stage, model.backbone, len(plan))
+    options = _options(strategy)
     strategy.begin(context)
     determined_by = digest(
         settings.model_dump(),
-        (learning_rate, seed, stage, type(strategy).__name__),
+        (learning_rate, seed, stage, options),
         asdict(model.layout),
         model.loss_vocabulary,
         _data_digest(model, sequences, validation),
@@ -242,6 +174,7 @@ def train_stage(
     ):
         saved_at = clock = time.monotonic()
         for step in range(state.step, len(plan)):
+            began = time.monotonic()
             model.train()
             torch.manual_seed(_number(seed, stage, step))  # what dropout draws from
             passes = plan.batch(step, model)
@@ -257,11 +190,12 @@ def train_stage(
             schedule.step()
             optimizer.zero_grad()
 
-            seconds, clock = time.monotonic() - clock, time.monotonic()
+            now = time.monotonic()
             targets, tokens = plan.targets(step), sum(packed.tokens for packed in passes)
             state.step += 1
-            state.seconds += seconds
-            state.step_seconds += seconds
+            state.seconds += now - clock
+            state.step_seconds += now - began
+            clock = now
             state.targets += targets
             state.tokens += tokens
             state.epoch_loss += loss * targets
@@ -277,7 +211,7 @@ def train_stage(
                 learning_rate=rate,
                 targets=targets,
                 tokens=tokens,
-                tokens_per_second=tokens / seconds,
+                tokens_per_second=tokens / (now - began),
             )
             if on_progress is not None:
                 speed = state.tokens / state.step_seconds
@@ -295,8 +229,9 @@ def train_stage(
                 state.validation_losses.append(validated)
                 state.training_losses.append(state.epoch_loss / state.epoch_targets)
                 state.epoch_loss, state.epoch_targets = 0.0, 0
-                seconds, clock = time.monotonic() - clock, time.monotonic()
-                state.seconds += seconds
+                now = time.monotonic()
+                state.seconds += now - clock
+                clock = now
                 losses = {"training_loss": state.training_losses[-1], "validation_loss": validated}
                 records.write(epoch=epoch, step=state.step, **losses)
             if plan.ends_epoch(step) or time.monotonic() - saved_at >= checkpoint_seconds:
@@ -406,3 +341,14 @@ def _data_digest(model: GenerativeModel, sequences: Sequence[TargetSequence], va
     for history, target in zip(validation.histories, validation.targets, strict=True):
         result.update(model.item_token_ids(np.append(history, target)).tobytes())
     return result.hexdigest()
+
+
+def _options(value: Any) -> Any:
+    """What an object was made with, as JSON: its type and public attributes that are plain values."""
+    if isinstance(value, str | int | float | None):
+        return value
+    if isinstance(value, list | tuple):
+        return [_options(each) for each in value]
+    attributes = {} if isinstance(value, nn.Module | Tensor) else getattr(value, "__dict__", {})
+    public = {name: _options(each) for name, each in attributes.items() if not name.startswith("_")}
+    return {type(value).__name__: public}

@@ -1,0 +1,94 @@
+"""All batches of a stage, fixed before it starts.
+
+Knows sequences, settings and seeds, and the token budgets of devices; knows nothing of losses or steps taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from peso.config import TrainingConfig
+from peso.errors import TrainingError
+from peso.events.histories import TargetSequence
+from peso.model.generative import GenerativeModel
+from peso.model.layout import PromptLayout
+from peso.training.batches import Chunk, Packed, cut, lay_out, pack, plan_epoch
+from peso.training.likelihood import predicts_end
+
+# Tokens of a row, of a forward pass. A CPU computes attention between all tokens of a row, seen or not, and
+# is as fast with one row at a time, whose activations are all it then keeps; a GPU wants much work at once.
+BUDGETS = {"cpu": (384, 384)}
+BUDGET_ELSEWHERE = (2048, 16384)
+MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
+
+
+def most_targets(layout: PromptLayout) -> int | None:
+    """The greatest number of targets worth putting into one chunk; None: as many as there are."""
+    return MOST_BRANCHES if layout.branches else None
+
+
+class StagePlan:
+    """The batches of a stage, step by step. ``len(plan)`` is the number of optimiser steps.
+
+    Args:
+        sequences: the stage's training targets with what came before them.
+        window: of the layout.
+        settings: epochs, batch size and greatest number of steps.
+        seed, stage: fix the order of every epoch.
+        most: greatest number of targets in one chunk, beside the batch size; see :func:`most_targets`.
+
+    Raises:
+        TrainingError: no targets.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[TargetSequence],
+        window: int,
+        settings: TrainingConfig,
+        seed: int,
+        stage: int,
+        most: int | None = None,
+    ) -> None:
+        self.sequences = sequences
+        self.chunks = cut(sequences, window, min(settings.batch_size, most or settings.batch_size))
+        if not self.chunks:
+            raise TrainingError(
+                f"stage {stage} has no training targets: no user has three items in it. "
+                "Leave the stage out, or use fewer stages"
+            )
+        targets = np.array([chunk.targets for chunk in self.chunks])
+        epochs = (plan_epoch(targets, settings.batch_size, (seed, stage, e)) for e in range(settings.epochs))
+        steps = [(epoch, batch) for epoch, batches in enumerate(epochs) for batch in batches]
+        self._steps = steps[: settings.max_steps]
+        self.epochs = self._steps[-1][0] + 1
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, both from 0."""
+        return self._steps[step][0]
+
+    def ends_epoch(self, step: int) -> bool:
+        return step + 1 == len(self) or self.epoch(step + 1) != self.epoch(step)
+
+    def members(self, step: int) -> list[Chunk]:
+        """The chunks whose targets make up the batch of a step."""
+        return [self.chunks[i] for i in self._steps[step][1]]
+
+    def targets(self, step: int) -> int:
+        return sum(chunk.targets for chunk in self.members(step))
+
+    def batch(self, step: int, model: GenerativeModel) -> list[Packed]:
+        """The tokens of a step, one entry a forward pass, on the model's device."""
+        pieces = []
+        for chunk in self.members(step):
+            items = model.item_token_ids(self.sequences[chunk.sequence].items[chunk.start : chunk.stop])
+            first = chunk.first - chunk.start
+            pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
+        budget = BUDGETS.get(model.device.type, BUDGET_ELSEWHERE)
+        passes = pack(pieces, model.layout.prefix, *budget)
+        return [packed.to(model.device) for packed in passes]
