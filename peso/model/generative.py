@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peso.items.semantic_ids import SemanticIds
-from peso.model.head import LogitTransform
 from peso.model.layout import PromptLayout
+from peso.model.logit_transform import LogitTransform
 from peso.model.vocabulary import SemanticVocabulary
 
 
