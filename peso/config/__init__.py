@@ -1,0 +1,56 @@
+"""The one typed, validated configuration tree.
+
+Knows every key, its type, its default and what is allowed; knows nothing of what the keys are used for.
+A configuration is read from YAML, changed by ``--set a.b=value`` and written back as resolved.
+"""
+
+from peso.config.data import (
+    PERIOD,
+    ColumnsConfig,
+    DataConfig,
+    ItemColumnsConfig,
+    ItemTableConfig,
+    SimulateConfig,
+    StagesConfig,
+)
+from peso.config.items import ItemsConfig, RqVaeConfig
+from peso.config.model import (
+    AdapterConfig,
+    BackboneConfig,
+    DecodingConfig,
+    EvaluationConfig,
+    PromptConfig,
+    ReportConfig,
+    TrainingConfig,
+)
+from peso.config.reading import changed_keys, dump_config, load_config, valid_keys
+from peso.config.strategy import NoneConfig, PesoConfig, SingleConfig, StrategyConfig
+from peso.config.tree import Config
+
+__all__ = [
+    "PERIOD",
+    "AdapterConfig",
+    "BackboneConfig",
+    "ColumnsConfig",
+    "Config",
+    "DataConfig",
+    "DecodingConfig",
+    "EvaluationConfig",
+    "ItemColumnsConfig",
+    "ItemTableConfig",
+    "ItemsConfig",
+    "NoneConfig",
+    "PesoConfig",
+    "PromptConfig",
+    "ReportConfig",
+    "RqVaeConfig",
+    "SimulateConfig",
+    "SingleConfig",
+    "StagesConfig",
+    "StrategyConfig",
+    "TrainingConfig",
+    "changed_keys",
+    "dump_config",
+    "load_config",
+    "valid_keys",
+]

@@ -1,0 +1,192 @@
+"""Where events come from, how they are cleaned, how they are cut into stages: the section `data`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import date
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from peso.config.section import Section
+
+
+class SimulateConfig(Section):
+    """Size of the embedded stream. ``stages`` counts stage 0 too."""
+
+    users: int = Field(600, ge=10)
+    items: int = Field(400, ge=20)
+    stages: int = Field(5, ge=1)
+
+
+def _moment(value: Any) -> Any:
+    # YAML reads 2013-06-01 as a date; the resolved configuration keeps it as ISO text
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("a moment is ISO text such as 2013-06-01 or a number in the unit of the log")
+    return value
+
+
+def _column(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError("a column is its name, or its number counted from 1 where a CSV file has no header")
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+Moment = Annotated[int | float | str, BeforeValidator(_moment)]
+Column = Annotated[int | str, BeforeValidator(_column)]
+LogFormat = Literal["csv", "parquet", "jsonl"]
+TIME_FORMATS = ("auto", "seconds", "milliseconds", "microseconds", "iso")
+PERIOD = re.compile(r"([1-9]\d*) (hour|day|week|month|year)s?")
+
+
+class StagesConfig(Section):
+    """Where the log is cut: one of ``fractions``, ``every`` with ``start`` (or ``from``), ``boundaries``.
+
+    A moment is ISO text (UTC where no zone is named) or a number in the log's own unit; an event at the very
+    moment belongs to the later stage.
+    """
+
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, min_length=1, description="share of the events of each stage, in order of time"
+    )
+    every: str | None = Field(None, description="1 week, 10 days, 1 month: how long each later stage is")
+    start: Moment | None = Field(None, description="with every: where stage 1 begins")
+    boundaries: list[Moment] | None = Field(None, min_length=1, description="where stages 1, 2, … begin")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> StagesConfig:
+        given = [name for name in ("fractions", "every", "boundaries") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "takes one of: a number of stages, fractions, every with from, boundaries "
+                f"(given: {', '.join(given) or 'none'})"
+            )
+        if self.fractions is not None and abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions sum to {sum(self.fractions):g}; they have to sum to 1")
+        if self.every is not None and not PERIOD.fullmatch(self.every):
+            raise ValueError(
+                f"every is a number and hours, days, weeks, months or years, such as '1 week', "
+                f"not {self.every!r}"
+            )
+        if (self.every is None) != (self.start is None):
+            raise ValueError("every and from (where stage 1 begins) go together")
+        return self
+
+
+def _stages(value: Any) -> Any:
+    """A bare number is how many stages: 0.6 of the events, the rest in equal parts. ``from`` is ``start``."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError("there is at least one stage")
+        return {"fractions": [1.0] if value == 1 else [0.6, *[0.4 / (value - 1)] * (value - 1)]}
+    if isinstance(value, Mapping) and "from" in value:
+        if "start" in value:
+            raise ValueError("takes from or start, which mean the same, not both")
+        return {("start" if key == "from" else key): moment for key, moment in value.items()}
+    return value
+
+
+class ColumnsConfig(Section):
+    """Where an event's fields stand: a name, or a number counted from 1 in CSV files without a header."""
+
+    user: Column = "user"
+    item: Column = "item"
+    time: Column = "time"
+    rating: Column | None = None
+
+
+class ItemColumnsConfig(Section):
+    """Where an item's fields stand. Several columns as ``text`` are joined to one."""
+
+    item: Column = "item"
+    title: Column | None = None
+    text: Annotated[list[Column], BeforeValidator(_listed)] = Field([])
+    category: Column | None = None
+
+
+class ItemTableConfig(Section):
+    """The product table beside a log of one's own; other options as in ``data``."""
+
+    path: str
+    format: LogFormat | None = Field(None, description="none given: that of the log")
+    columns: ItemColumnsConfig = ItemColumnsConfig()
+    separator: str | None = Field(None, min_length=1, max_length=4)
+
+
+class DataConfig(Section):
+    """Where the events come from, how they are cleaned and cut into stages (docs/data.md)."""
+
+    format: Literal[
+        "peso-release",
+        "simulate",
+        "csv",
+        "parquet",
+        "jsonl",
+        "amazon-2023",
+        "movielens",
+        "movietweetings",
+        "yelp",
+    ]
+    path: str | None = Field(None, description="a file, a folder or a glob")
+    columns: ColumnsConfig = ColumnsConfig()
+    separator: str | None = Field(
+        None, min_length=1, max_length=4, description="csv; none given: tab in .tsv, :: in .dat, else comma"
+    )
+    encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="csv only")
+    time_format: str = Field(
+        "auto", description="auto, seconds, milliseconds, microseconds, iso, or a pattern such as %d/%m/%Y"
+    )
+    items: ItemTableConfig | None = Field(None, description="csv, parquet and jsonl: the product table")
+    min_rating: float | None = None
+    repeats: Literal["keep", "drop"] = Field("keep", description="drop: a user's first event of an item only")
+    min_user: int = Field(1, ge=1, description="events that every user is left with (k-core)")
+    min_item: int = Field(1, ge=1, description="events that every item is left with (k-core)")
+    stages: Annotated[StagesConfig, BeforeValidator(_stages)] = StagesConfig(
+        fractions=[0.6, 0.1, 0.1, 0.1, 0.1]
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="skip: unreadable rows are left out, counted"
+    )
+    simulate: SimulateConfig = SimulateConfig()
+
+    @model_validator(mode="after")
+    def _fits_its_format(self) -> DataConfig:
+        if self.format != "simulate" and self.path is None:
+            raise ValueError(f"data.path is required for data.format: {self.format}")
+        own = self.format in get_args(LogFormat)
+        unused = {"columns", "separator", "encoding", "time_format", "items"} if not own else set()
+        if own and self.format != "csv":
+            unused |= {"separator", "encoding"}
+        if self.format in ("peso-release", "simulate"):
+            unused |= {"min_rating", "repeats", "min_user", "min_item", "stages", "on_error"}
+        fields = type(self).model_fields
+        for name in fields:
+            if name in unused and getattr(self, name) != fields[name].default:
+                raise ValueError(f"data.{name} has no meaning for data.format: {self.format}; leave it out")
+        if self.min_rating is not None and own and self.columns.rating is None:
+            raise ValueError("data.min_rating needs data.columns.rating, the column that holds the ratings")
+        if self.time_format not in TIME_FORMATS and "%" not in self.time_format:
+            raise ValueError(
+                f"data.time_format is one of {', '.join(TIME_FORMATS)} or a pattern such as %d/%m/%Y; "
+                f"got {self.time_format!r}"
+            )
+        return self
+
+
+def expand_data(value: Any) -> Any:
+    """The short forms of the section written out."""
+    # design: `simulate` is itself a section (users, items, stages), so naming it alone is enough
+    if value == "simulate":
+        return {"format": "simulate"}
+    if isinstance(value, Mapping) and "simulate" in value and "format" not in value:
+        return {"format": "simulate", **value}
+    return value

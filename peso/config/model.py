@@ -1,0 +1,76 @@
+"""What is learnt and how it is used: backbone, prompt, adapter, training, decoding, evaluation, report."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from peso.config.section import Section
+
+Layout = Literal["stream", "instruct"]
+LossVocabulary = Literal["full", "semantic", "level"]
+STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class BackboneConfig(Section):
+    """``name``: a hub name, a path, an asset of ``peso pull``, ``scratch`` or ``tiny``."""
+
+    name: str = "smollm2-135m"
+    layers: int | None = Field(None, ge=1, description="keep the first n layers; for scratch: its depth")
+    width: int | None = Field(None, ge=8, description="scratch and tiny only: hidden width")
+
+
+class PromptConfig(Section):
+    layout: Layout = "stream"
+    window: int = Field(20, ge=1)
+
+
+class AdapterConfig(Section):
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+
+
+def expand_backbone(value: Any) -> Any:
+    """The short form of the section, a name alone, written out."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    later_learning_rate_scale: float = Field(0.1, gt=0)
+    batch_size: int = Field(32, ge=1, description="targets in one optimiser step, in every layout")
+    max_steps: int | None = Field(None, ge=1)
+    loss_vocabulary: LossVocabulary = Field(
+        STREAM_LOSS_VOCABULARY, description="the paper's preset and `instruct` have another default: full"
+    )
+    temperature: float = Field(0.8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.01, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    precision: Precision = "auto"
+    device: str = "auto"
+    validation_cases: int | None = Field(
+        None, ge=1, description="validate on a seeded sample of so many cases; none given: on all"
+    )
+
+
+class DecodingConfig(Section):
+    beams: int = Field(10, ge=1, le=500)
+    batch_size: int = Field(64, ge=1, description="users decoded together")
+
+
+class EvaluationConfig(Section):
+    enabled: bool = True
+    k: list[Annotated[int, Field(ge=1)]] = Field([5, 10], min_length=1)
+
+
+class ReportConfig(Section):
+    title: str | None = None

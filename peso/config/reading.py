@@ -1,0 +1,173 @@
+"""A configuration read from YAML, changed from the command line, validated, compared and written back.
+
+Knows how a mistake is explained: key, value and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from peso.config.data import expand_data
+from peso.config.model import expand_backbone
+from peso.config.strategy import expand_strategy
+from peso.config.tree import Config
+from peso.errors import ConfigError
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None
+) -> Config:
+    """Read, override and validate a configuration.
+
+    Args:
+        source: a YAML file, or an already read tree.
+        overrides: ``a.b=value`` texts, the value in YAML; later ones win.
+        base: relative ``data.path`` is taken from here; by default from the file's own folder if it exists
+            there, else from the working directory.
+
+    Raises:
+        ConfigError: names the key, the value and the nearest valid key.
+    """
+    if isinstance(source, Mapping):
+        tree = dict(source)
+    else:
+        path = Path(source)
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no configuration at {path}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} is not readable YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"{path} holds no configuration (expected keys such as data, backbone, strategy)"
+            )
+        base = base or path.parent
+    for text in overrides:
+        _override(tree, text)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+    return _absolute_paths(config, base)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the work."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Dotted names of the keys whose values differ, in the order of the tree."""
+    before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+    return [key for key in {**before, **after} if before.get(key) != after.get(key)]
+
+
+def _absolute_paths(config: Config, base: Path | None) -> Config:
+    items = config.items.model_copy(
+        update={"vectors": [_absolute(path, base) for path in config.items.vectors]}
+    )
+    if items.encoder.startswith((".", "~", "/")):  # everything else may be a name of the hub
+        items = items.model_copy(update={"encoder": _absolute(items.encoder, base)})
+    config = config.model_copy(update={"items": items})
+    if config.data.path is None:
+        return config
+    update: dict[str, Any] = {"path": _absolute(config.data.path, base)}
+    if config.data.items is not None:
+        table = config.data.items
+        update["items"] = table.model_copy(update={"path": _absolute(table.path, base)})
+    data = config.data.model_copy(update=update)
+    return config.model_copy(update={"data": data})
+
+
+def _absolute(text: str, base: Path | None) -> str:
+    path = Path(text).expanduser()
+    if not path.is_absolute():
+        beside = (base or Path()) / path
+        path = beside if beside.exists() else path
+    return str(path.resolve())
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {text!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of --set {text!r} is not valid YAML") from None
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        below = tree.get(parent)
+        # a short form (`strategy: peso`, `backbone: tiny`) makes room for its options
+        tree[parent] = (
+            dict(below) if isinstance(below, Mapping) else {} if below is None else _expand(parent, below)
+        )
+        tree = tree[parent]
+    tree[last] = parsed
+
+
+def _expand(key: str, short: Any) -> dict[str, Any]:
+    expanded = {"strategy": expand_strategy, "backbone": expand_backbone, "data": expand_data}.get(
+        key, lambda v: v
+    )(short)
+    if not isinstance(expanded, dict):
+        raise ConfigError(f"{key} is {short!r}, which has no keys below it")
+    return dict(expanded)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The section types an annotation allows (several for a union)."""
+    if get_origin(annotation) is None:
+        return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def valid_keys() -> list[str]:
+    """Every dotted key that a configuration may hold."""
+
+    def below(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            yield prefix + name
+            for inner in _sections(field.annotation):
+                yield from below(inner, f"{prefix}{name}.")
+
+    return list(dict.fromkeys(below(Config, "")))
+
+
+def _explain(problem: Any) -> str:
+    names = valid_keys()
+    parts = [str(part) for part in problem["loc"]]
+    if len(parts) > 2 and parts[0] == "strategy":
+        del parts[1]  # pydantic names the chosen member of the union there
+    key = ".".join(parts)
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        if key in names:  # known, but not for this strategy
+            return f"strategy {problem['loc'][1]!r} has no option {parts[-1]!r} (given {value!r})"
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0) or names[:1]
+        return f"unknown key {key!r} (value {value!r}); the nearest valid key is {near[0]!r}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; a configuration needs at least data.format (and data.path)"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and (not parts or message.startswith(f"{parts[0]}.")):
+        # raised by a section's own check, which names its keys
+        return message
+    if problem["type"] == "union_tag_invalid":
+        known = problem["ctx"]["expected_tags"]
+        return f"strategy.name: {problem['ctx']['tag']!r} is unknown; known are {known}"
+    return f"{key}: {message}; got {value!r}"

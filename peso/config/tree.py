@@ -1,0 +1,78 @@
+"""The configuration as a whole: its sections in the order of the work, and what they demand of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from peso.config.data import DataConfig, expand_data
+from peso.config.items import ItemsConfig
+from peso.config.model import (
+    AdapterConfig,
+    BackboneConfig,
+    DecodingConfig,
+    EvaluationConfig,
+    PromptConfig,
+    ReportConfig,
+    TrainingConfig,
+    expand_backbone,
+)
+from peso.config.section import Section
+from peso.config.strategy import PesoConfig, StrategyConfig, expand_strategy
+
+
+class Config(Section):
+    """Everything a run is determined by. Field order is the order of the work."""
+
+    data: Annotated[DataConfig, BeforeValidator(expand_data)]
+    items: ItemsConfig = ItemsConfig()
+    backbone: Annotated[BackboneConfig, BeforeValidator(expand_backbone)] = BackboneConfig()
+    prompt: PromptConfig = PromptConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    strategy: Annotated[StrategyConfig, Field(discriminator="name"), BeforeValidator(expand_strategy)] = (
+        PesoConfig(name="peso")
+    )
+    training: TrainingConfig = TrainingConfig()
+    decoding: DecodingConfig = DecodingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_quantizer(cls, tree: Any) -> Any:
+        """The simulator's items come with a category tree, whose path is their ID unless told otherwise."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("items") or {}, Mapping):
+            return tree
+        data = expand_data(tree.get("data"))
+        items = tree.get("items") or {}
+        if not isinstance(data, Mapping) or data.get("format") != "simulate" or "quantizer" in items:
+            return tree
+        return {**tree, "items": {**items, "quantizer": "category-path"}}
+
+    @model_validator(mode="after")
+    def _lists_reach_k(self) -> Config:
+        if max(self.evaluation.k) > self.decoding.beams:
+            raise ValueError(
+                f"evaluation.k asks for {max(self.evaluation.k)} items, but decoding.beams is "
+                f"{self.decoding.beams}; give at least as many beams"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_loss_vocabulary(cls, tree: Any) -> Any:
+        """``full`` for `instruct` and for the paper's preset; the default of `stream` is measured on real
+        data (docs/training.md)."""
+        if not isinstance(tree, Mapping):
+            return tree
+        training = tree.get("training") or {}
+        prompt = tree.get("prompt") or {}
+        if not isinstance(training, Mapping) or not isinstance(prompt, Mapping):
+            return tree  # the types are refused further on
+        paper = tree.get("strategy") == "paper" or prompt.get("layout") == "instruct"
+        if training.get("loss_vocabulary") is not None or not paper:
+            return tree
+        return {**tree, "training": {**training, "loss_vocabulary": "full"}}
