@@ -12,6 +12,7 @@ from peso.cli.display import Terminal, table
 # A stream, a model and a number of epochs small enough for two cores and large enough to learn something.
 CONFIG = {
     "data": {"format": "simulate", "simulate": {"users": 600, "items": 300, "stages": 4}},
+    "items": {"encoder": "hashing", "quantizer": "rq-kmeans", "levels": 3, "codes": 16},
     "backbone": {"name": "scratch", "width": 64, "layers": 2},
     "training": {"epochs": 5, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
     "report": {"title": "peso demo: a simulated shop"},
@@ -29,8 +30,9 @@ def demo(
 ) -> None:
     """The whole loop on embedded data, in minutes: no network, no file needed; ends with a report.
 
-    A simulated shop whose users drift, fall dormant, return and arrive; three ways to keep its model: none
-    (stage 0 only), single (fine-tune) and peso (fine-tune, held by the anchor); popularity beside them.
+    A simulated shop whose users drift, fall dormant, return and arrive: its log is cut into stages, its product
+    texts become semantic IDs, and its model is kept in three ways: none (stage 0 only), single (fine-tune) and
+    peso (fine-tune, held by the anchor); popularity beside them.
 
     Example: peso demo -o runs/demo
     """
