@@ -30,9 +30,9 @@ def demo(
 ) -> None:
     """The whole loop on embedded data, in minutes: no network, no file needed; ends with a report.
 
-    A simulated shop whose users drift, fall dormant, return and arrive: its log is cut into stages, its product
-    texts become semantic IDs, and its model is kept in three ways: none (stage 0 only), single (fine-tune) and
-    peso (fine-tune, held by the anchor); popularity beside them.
+    A simulated shop whose users drift, fall dormant, return and arrive: its log is cut into stages, its
+    product texts become semantic IDs, and its model is kept in three ways: none (stage 0 only), single
+    (fine-tune) and peso (fine-tune, held by the anchor); popularity beside them.
 
     Example: peso demo -o runs/demo
     """
