@@ -14,6 +14,7 @@ from peso.continual.anchor_report import anchor_finding, gradient_ratio
 from peso.errors import WorkspaceError
 from peso.events.drift import drift
 from peso.events.stream import Stream
+from peso.items import fitness, quality
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import token_name
@@ -97,7 +98,7 @@ def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:
 USERS = ("stage", "events", "users", "new_users", "continuing_users", "returning_users")  # keys of the drift
 ITEMS: tuple[str, ...] = ("stage", "items", "new_items", "continuing_items", "returning_items")
 ITEMS += ("item_divergence", "code_divergence", "new_item_targets")
-FITNESS = ["items", "how many", "error", "want an ID that is taken", "share an ID"]
+FITNESS = ("how many", "error", "want an ID that is taken", "share an ID")
 
 
 def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
@@ -117,9 +118,9 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
             [[s[key] for key in ITEMS] for s in stages],
         ),
     ]
-    fitness = fitness_rows((found["semantic_ids"] or {}).get("fitness", {}))
-    if fitness:
-        tables.append(("do the codes fit: items that came after they were made", FITNESS, fitness))
+    told = (found["semantic_ids"] or {}).get("fitness", {})
+    if fit := [list(row) for row in fitness.rows(told)]:
+        tables.append(("do the codes fit: items that came after they were made", ["items", *FITNESS], fit))
     if found["anchor"]:
         rows = [
             [entry[key] for key in ("stage", "gradient_ratio", "distance", "kl")] for entry in found["anchor"]
@@ -129,54 +130,18 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
     return tables
 
 
-def fitness_rows(fitness: dict[str, Any]) -> list[list[Any]]:
-    """The manifest's ``fitness`` under the columns FITNESS; none where nothing was fitted."""
-    groups = [("fitted", fitness.get("fit")), ("stage 0, held out", fitness.get("held_out"))]
-    groups += [(f"new in stage {stage['stage']}", stage) for stage in fitness.get("stages", [])]
-    return [
-        [name, group["items"], group["error"], group["wanted_taken"], group.get("sharing")]
-        for name, group in groups
-        if group is not None
-    ]
-
-
 def quality_tables(manifest: dict[str, Any]) -> list[Titled]:
     """How good the IDs are, from the manifest of the semantic IDs: figures, levels, items under a prefix."""
-    quality = manifest.get("quality", {})
-    tables = [("how good the IDs are", ["", "value"], quality_rows(manifest))]
-    if "levels" in quality:
+    measured = manifest.get("quality", {})
+    figures = [list(row) for row in quality.figures(manifest)]
+    tables: list[Titled] = [("how good the IDs are", ["", "value"], figures)]
+    if "levels" in measured:
         levels = [
             [token_name(place, 0)[1], level["codes"], level["used"], level["perplexity"]]
-            for place, level in enumerate(quality["levels"])
+            for place, level in enumerate(measured["levels"])
         ]
         tables.append(("codes", ["level", "codes", "used", "perplexity"], levels))
-    if sample := quality.get("sample", {}).get("items"):
+    if sample := measured.get("sample", {}).get("items"):
         rows = [[entry["item"], entry["title"]] for entry in sample]
-        tables.append((sample_title(quality["sample"]), ["item", "title"], rows))
+        tables.append((quality.sample_title(measured["sample"]), ["item", "title"], rows))
     return tables
-
-
-def quality_rows(manifest: dict[str, Any]) -> list[list[Any]]:
-    """Figures of the index as a whole; what was not measured (an index that came without vectors) is left
-    out."""
-    quality = manifest.get("quality", {})
-    neighbours = quality.get("neighbours", {})
-    near = f"of the {neighbours.get('neighbours', 0)} nearest items share the first"
-    rows = [
-        ["items", manifest["items"]],
-        ["distinct semantic IDs", manifest["distinct_ids"]],
-        ["tokens in use", manifest["tokens_in_use"]],
-        ["items without a vector", quality.get("without_vector")],
-        ["collision rate before items were told apart", quality.get("collisions_before", {}).get("rate")],
-        ["collision rate", quality.get("collisions", {}).get("rate")],
-        ["reconstruction error", quality.get("reconstruction_error")],
-        [f"{near} code", neighbours.get("first")],
-        [f"{near} two codes", neighbours.get("first_two")],
-    ]
-    return [row for row in rows if row[1] is not None]
-
-
-def sample_title(sample: dict[str, Any]) -> str:
-    """``12 items under <a_3><b_7>, some of them``: what the prefix that most items share holds."""
-    shown = ", some of them" if sample["under_it"] > len(sample["items"]) else ""
-    return f"{sample['under_it']:,} items under {''.join(sample['prefix']) or 'no prefix'}{shown}"

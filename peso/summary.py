@@ -12,6 +12,7 @@ from typing import Any
 
 from peso.baselines.popularity import predict_popularity
 from peso.config import Config, dump_config
+from peso.diagnosis import stream_drift
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import findings
@@ -21,11 +22,14 @@ from peso.evaluation.report import write_report
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream
+from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
+from peso.manifest import read_manifest
 from peso.testing import is_tested, read_metrics
 from peso.workspace import LOG, METRICS, PREDICTIONS, Workspace
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
+INDEX = ("items", "distinct_ids", "tokens_in_use", "quality", "fitness")  # of the semantic IDs' manifest
 
 
 def report(workspaces: Sequence[Workspace], directory: Path) -> None:
@@ -54,20 +58,25 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
     tested = [stage for stage in workspace.finished_stages if is_tested(workspace, stage, stage)]
     if not tested:
         raise WorkspaceError(f"{workspace.root} has no tested stage yet; `peso evaluate -w {workspace.root}`")
+    ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
     return RunSummary(
         name=name,
         strategy=strategy_label(workspace.config),
         stages={stage: _stage(workspace, stage) for stage in tested},
         configuration=dump_config(workspace.config),
         manifests=[workspace.stage_manifest(stage) for stage in workspace.finished_stages],
+        drift=stream_drift(workspace),
+        semantic_ids={key: ids[key] for key in INDEX if key in ids},
     )
 
 
 def popularity(workspace: Workspace) -> RunSummary:
-    """The most popular items so far, for everybody, kept up to date at every stage of the stream."""
+    """The most popular items so far, for everybody, kept up to date at every stage of the stream whose items
+    have IDs."""
     stream = Stream.open(workspace.stream_directory)
     ids = read_semantic_ids(workspace.semantic_ids_directory)
-    stages = [stream.stage(number) for number in range(stream.stages)]
+    coded = [n for n in range(stream.stages) if stream.items_known(n) <= len(ids.item_ids)]
+    stages = [stream.stage(number) for number in coded]
     answers = {}
     for number, stage in enumerate(stages):
         labels = label_cases(stages[:number], stage)

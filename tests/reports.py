@@ -71,6 +71,54 @@ def curve(stage: int, penalty: float, seed: int) -> TrainingCurve:
     )
 
 
+DRIFT = [
+    {
+        "stage": stage,
+        "events": 9000 - 1000 * stage,
+        "users": 1000,
+        "new_users": 1000 - 150 * stage,
+        "continuing_users": 100 * stage,
+        "returning_users": 50 * stage,
+        "items": 400,
+        "new_items": 400 - 90 * stage,
+        "continuing_items": 90 * stage,
+        "returning_items": 0,
+        "item_divergence": 0.1 * stage if stage else None,
+        "code_divergence": 0.02 * stage if stage else None,
+        "new_item_targets": 0.08,
+        "history_lengths": {"mean": 11.5, "p10": 2.0, "p50": 9.0, "p90": 25.0},
+    }
+    for stage in range(len(CASES))
+]
+INDEX = {
+    "items": 480,
+    "distinct_ids": 478,
+    "tokens_in_use": 96,
+    "quality": {
+        "collisions_before": {"items": 480, "distinct_ids": 440, "items_sharing": 77, "rate": 0.0833},
+        "collisions": {"items": 480, "distinct_ids": 478, "items_sharing": 4, "rate": 0.0042},
+        "levels": [{"codes": 32, "used": 32, "perplexity": 27.5 - level} for level in range(3)],
+        "reconstruction_error": 0.31,
+        "neighbours": {"items": 480, "neighbours": 10, "first": 0.61, "first_two": 0.2},
+        "without_vector": 3,
+        "sample": {
+            "prefix": ["<a_4>", "<b_9>"],
+            "under_it": 12,
+            "items": [{"item": "i7", "title": "Moka Pot"}, {"item": "i8", "title": None}],
+        },
+    },
+    "fitness": {
+        "fit": {"items": 400, "error": 0.25, "wanted_taken": 30},
+        "held_out": {"items": 20, "error": 0.4, "wanted_taken": 2},
+        "stages": [
+            {"stage": stage, "items": 20, "error": 0.4 + 0.1 * stage, "wanted_taken": stage, "sharing": 0}
+            for stage in range(1, len(CASES))
+        ],
+        "warnings": ["stage 4: the codes write its 20 new items badly; tokenize anew is due"],
+    },
+}
+
+
 def run(
     name: str,
     strategy: str,
@@ -109,13 +157,18 @@ def run(
         ),
     ]
     weight = 2.0 if penalty else 0.0
-    return RunSummary(name, strategy, stages, CONFIGURATION.format(strategy=name, weight=weight), manifests)
+    configuration = CONFIGURATION.format(strategy=name, weight=weight)
+    return RunSummary(name, strategy, stages, configuration, manifests, DRIFT, INDEX)
 
 
 def example_runs() -> list[RunSummary]:
     """A baseline, a stale model and two updated ones that the cases can hardly tell apart."""
     popularity = replace(
-        run("popularity", "popularity, all time", -0.8, seed=1, learns=False), configuration="", manifests=()
+        run("popularity", "popularity, all time", -0.8, seed=1, learns=False),
+        configuration="",
+        manifests=(),
+        drift=(),
+        semantic_ids={},
     )
     return [
         popularity,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reports import CASES, example_runs, predictions, run
+from reports import CASES, INDEX, example_runs, predictions, run
 
 import peso.evaluation
 from peso.errors import ConfigError, WorkspaceError
@@ -133,13 +133,17 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
         "Who and what",
         "Training",
         "Cost",
+        "Drift of the stream",
+        "Semantic IDs",
         "Configuration",
         "Provenance",
         "How to read this",
     ]
-    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 9
+    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 16
     assert page.count("<table>") == len(list((written / "tables").glob("*.csv")))
     for text in ("learning_rate: 0.001", "strategy.weight", "adapter_model.safetensors", "Dormant users"):
+        assert text in parsed.text
+    for text in ("Moka Pot", "Refit due: stage 4", "12 items under <a_4><b_9>, the first 2 of them"):
         assert text in parsed.text
 
 
@@ -378,6 +382,28 @@ def test_a_run_without_later_stages_logs_or_costs_is_reported_as_such() -> None:
     text = page_of(bare).text
     for sentence in ("No later stage", "no training log", "without a configuration", "without manifests"):
         assert sentence in text
+    for sentence in ("without figures of their stream", "without figures of their semantic IDs"):
+        assert sentence in text
+
+
+def test_what_runs_share_is_shown_once_and_what_differs_for_each() -> None:
+    one, same = run("a", "one", 0.1), run("b", "two", 0.2)
+    other = replace(same, drift=[{**stage, "users": 2000} for stage in same.drift])
+    assert page_of(one, same).text.count("Users of each stage") == 1
+    text = page_of(one, other).text
+    assert text.count("Users of each stage · one") == text.count("Users of each stage · two") == 1
+    assert text.count("The index in figures") == 1
+
+
+def test_an_index_that_came_with_the_data_is_shown_by_what_is_known_of_it() -> None:
+    quality = {key: INDEX["quality"][key] for key in ("collisions", "levels", "sample")}
+    brought = {**INDEX, "quality": quality}
+    del brought["fitness"]
+    text = page_of(replace(run("a", "a", 0.1), semantic_ids=brought)).text
+    assert "Collision rate" in text
+    assert "Reconstruction error" not in text
+    old = {key: INDEX[key] for key in ("items", "distinct_ids", "tokens_in_use")}  # of an earlier version
+    assert "478" in page_of(replace(run("a", "a", 0.1), semantic_ids=old)).text
 
 
 def test_runs_that_cannot_be_set_side_by_side_are_refused(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ class RunSummary:
         stages: by number.
         configuration: YAML text.
         manifests: the chain, oldest first: each a JSON-like dictionary.
+        drift: of the stream, one dictionary a stage (:func:`peso.events.drift.drift`).
+        semantic_ids: the manifest of the index: figures, ``quality``, ``fitness``.
     """
 
     name: str
@@ -93,3 +95,5 @@ class RunSummary:
     stages: Mapping[int, StageSummary]
     configuration: str = ""
     manifests: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    drift: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    semantic_ids: Mapping[str, Any] = field(default_factory=dict)

@@ -75,3 +75,15 @@ def refit_warnings(fitness: Mapping[str, Any]) -> list[str]:
                 f"taken ({usual:.0%} of the items held out of stage 0 do); tokenize anew is due"
             )
     return found
+
+
+def rows(fitness: Mapping[str, Any]) -> list[tuple[str, int, float | None, int, int | None]]:
+    """The entry of that name in the manifest, a row for each group of items: its name, how many, their error,
+    how many want an ID that is taken, how many share one. None at all where nothing was fitted."""
+    groups = [("fitted", fitness.get("fit")), ("held out of stage 0", fitness.get("held_out"))]
+    groups += [(f"new in stage {stage['stage']}", stage) for stage in fitness.get("stages", [])]
+    return [
+        (name, group["items"], group["error"], group["wanted_taken"], group.get("sharing"))
+        for name, group in groups
+        if group is not None
+    ]

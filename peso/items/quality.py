@@ -5,7 +5,7 @@ Knows vectors, codes and titles; gives plain data (dictionaries, lists, numbers)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,3 +105,32 @@ def prefix_sample(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, A
         "under_it": int(counts[largest]),
         "items": [{"item": ids.item_ids[row], "title": titles[row]} for row in rows],
     }
+
+
+def figures(manifest: Mapping[str, Any]) -> list[tuple[str, int | float]]:
+    """The index as a whole in figures with their names, from the manifest of the semantic IDs.
+
+    What was not measured is left out: an index that came with the data came without vectors.
+    """
+    measured = manifest.get("quality", {})
+    near = measured.get("neighbours", {})
+    shared = f"share of the {near.get('neighbours', 0)} nearest items under the same"
+    named = (
+        ("items", manifest["items"]),
+        ("distinct semantic IDs", manifest["distinct_ids"]),
+        ("tokens in use", manifest["tokens_in_use"]),
+        ("items without a vector", measured.get("without_vector")),
+        ("collision rate before items were told apart", measured.get("collisions_before", {}).get("rate")),
+        ("collision rate", measured.get("collisions", {}).get("rate")),
+        ("reconstruction error", measured.get("reconstruction_error")),
+        (f"{shared} first code", near.get("first")),
+        (f"{shared} first two codes", near.get("first_two")),
+    )
+    return [(name, value) for name, value in named if value is not None]
+
+
+def sample_title(sample: Mapping[str, Any]) -> str:
+    """What a sample of :func:`prefix_sample` shows: ``12 items under <a_3><b_7>, the first 8 of them``."""
+    shown = len(sample["items"])
+    more = f", the first {shown} of them" if sample["under_it"] > shown else ""
+    return f"{sample['under_it']:,} items under {''.join(sample['prefix']) or 'no prefix'}{more}"

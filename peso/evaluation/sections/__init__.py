@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.sections.cost import cost
+from peso.evaluation.sections.drift import drift
 from peso.evaluation.sections.origin import configuration, provenance
 from peso.evaluation.sections.reading import reading
 from peso.evaluation.sections.section import Section
 from peso.evaluation.sections.segments import segments
+from peso.evaluation.sections.semantic_ids import semantic_ids
 from peso.evaluation.sections.stages import by_stage
 from peso.evaluation.sections.summary import summary
 from peso.evaluation.sections.training import training
@@ -23,6 +25,8 @@ SECTIONS: Sequence[Callable[[Comparison], Section]] = (
     segments,
     training,
     cost,
+    drift,
+    semantic_ids,
     configuration,
     provenance,
     reading,

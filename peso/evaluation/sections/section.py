@@ -5,8 +5,9 @@ Knows comparisons, tables and plots; knows nothing of HTML or files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import Metric
 from peso.evaluation.plots import Plot, Series
+from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.tables import Mark, Quantity, Table
 
+T = TypeVar("T")
 MARKS = "Best in bold; ≈ marks what the data cannot tell from the best (paired by case)."
 
 
@@ -69,6 +72,24 @@ def series(
         np.array([np.nan if e is None else e.value for e in estimates]),
         np.array([np.nan if e is None else e.half_width for e in estimates]),
     )
+
+
+def distinct(comparison: Comparison, values: Callable[[RunSummary], T]) -> list[tuple[str, T]]:
+    """What runs have in common shown once: each different value with a label to tell it by.
+
+    Empty values are left out. The label is that of the first run of the value, and "" where all share one.
+    """
+    found: list[tuple[str, T]] = []
+    for run in comparison.runs:
+        value = values(run)
+        if value and all(value != other for _, other in found):
+            found.append((comparison.labels[run.name], value))
+    return [("", value) for _, value in found] if len(found) == 1 else found
+
+
+def labelled(text: str, label: str) -> str:
+    """A text with the label of :func:`distinct`, where it has one."""
+    return f"{text} · {label}" if label else text
 
 
 def file_name(metric: Metric) -> str:

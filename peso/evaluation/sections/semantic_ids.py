@@ -1,0 +1,159 @@
+"""Section: how good the semantic IDs are, and how well they fit the items that came later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.plots import Plot, Series
+from peso.evaluation.sections.section import Section, distinct, labelled
+from peso.evaluation.tables import Cell, Quantity, Table
+from peso.items import fitness, quality
+from peso.items.semantic_ids import token_name
+
+Index = tuple[str, Mapping[str, Any]]  # a label, the manifest of an index
+LINES = ("codes", "used", "perplexity")
+
+
+def semantic_ids(comparison: Comparison) -> Section:
+    """How good the semantic IDs are, and how well they fit the items that came later."""
+    title = "Semantic IDs"
+    indices = distinct(comparison, lambda run: dict(run.semantic_ids))
+    if not indices:
+        return Section("semantic-ids", title, ["These runs came without figures of their semantic IDs."])
+    measured = [(label, index) for label, index in indices if "quality" in index]
+    fitted = [(label, index) for label, index in indices if index.get("fitness", {}).get("stages")]
+    warnings = [
+        f"{labelled('Refit due', label)}: {warning}."
+        for label, index in indices
+        for warning in index.get("fitness", {}).get("warnings", [])
+    ]
+    plots = [_levels_plot(measured)] if measured else []
+    if fitted:
+        plots.append(_fitness_plot("semantic-ids-error", "Error of items that came later", "error", fitted))
+        plots.append(
+            _fitness_plot("semantic-ids-taken", "Items that want a taken ID, %", "wanted_taken", fitted)
+        )
+    return Section(
+        "semantic-ids",
+        title,
+        [
+            *warnings,
+            "A collision is an ID that several items have. Perplexity is the number of equally used codes "
+            "that would be as diverse. The error is the mean squared distance between an item's vector and "
+            "what its codes say; 1 is what no code at all gives. Fine codes keep fewer neighbours together "
+            "than coarse ones.",
+        ],
+        plots=plots,
+        tables=[
+            _figures(indices),
+            *([_levels(measured)] if measured else []),
+            *(_sample(label, place, index) for place, (label, index) in enumerate(measured)),
+        ],
+        folded=[_fitness(fitted)] if fitted else [],
+    )
+
+
+def _figures(indices: Sequence[Index]) -> Table:
+    columns = [dict(quality.figures(index)) for _, index in indices]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    return Table(
+        "semantic-ids",
+        "The index in figures",
+        ["Figure", *(label or "Value" for label, _ in indices)],
+        [[name[0].upper() + name[1:], *(_cell(column.get(name)) for column in columns)] for name in names],
+    )
+
+
+def _levels(indices: Sequence[Index]) -> Table:
+    return Table(
+        "semantic-ids-levels",
+        "Codes of each level",
+        ["Level", *map(str.capitalize, LINES)],
+        [
+            [labelled(_letter(place), label), *(_cell(level[line]) for line in LINES)]
+            for label, index in indices
+            for place, level in enumerate(index["quality"]["levels"])
+        ],
+    )
+
+
+def _sample(label: str, place: int, index: Mapping[str, Any]) -> Table:
+    sample = index["quality"]["sample"]
+    return Table(
+        f"semantic-ids-sample{f'-{place + 1}' if place else ''}",
+        labelled(quality.sample_title(sample), label),
+        ["Item", "Title"],
+        [[entry["item"], entry["title"]] for entry in sample["items"]],
+        "The prefix of two codes that most items share.",
+    )
+
+
+def _fitness(indices: Sequence[Index]) -> Table:
+    return Table(
+        "semantic-ids-fitness",
+        "How well the frozen codes fit",
+        ["Items", "Number", "Error", "Want an ID that is taken", "Share an ID"],
+        [
+            [labelled(name.capitalize(), label), *map(_cell, figures)]
+            for label, index in indices
+            for name, *figures in fitness.rows(index["fitness"])
+        ],
+        "Codes write what they were fitted to better than anything else: compare with the items held out.",
+    )
+
+
+def _levels_plot(indices: Sequence[Index]) -> Plot:
+    levels = max(len(index["quality"]["levels"]) for _, index in indices)
+    return Plot(
+        "semantic-ids-levels",
+        "Codes of each level, codes in use and their perplexity",
+        "Codes, codes in use and perplexity of each level; see the table.",
+        [
+            Series(
+                labelled(line, label),
+                number + 5 * place,
+                np.arange(len(index["quality"]["levels"]), dtype=np.float64),
+                np.array([level[line] for level in index["quality"]["levels"]], dtype=np.float64),
+            )
+            for place, (label, index) in enumerate(indices)
+            for number, line in enumerate(LINES)
+        ],
+        "level",
+        [(place, _letter(place)) for place in range(levels)],
+    )
+
+
+def _fitness_plot(name: str, title: str, key: str, indices: Sequence[Index]) -> Plot:
+    """New items of each stage, and the items held out of stage 0 as a level to compare with."""
+    series, numbers = [], set[int]()
+    for place, (label, index) in enumerate(indices):
+        stages, held_out = index["fitness"]["stages"], index["fitness"].get("held_out")
+        x = np.array([stage["stage"] for stage in stages], dtype=np.float64)
+        y = np.array([_height(stage, key) for stage in stages])
+        series.append(Series(labelled("new items", label), len(LINES) + 5 * place, x, y))
+        if held_out is not None:
+            level = np.full(len(x), _height(held_out, key))
+            called = labelled("held out of stage 0", label)
+            series.append(Series(called, len(LINES) + 1 + 5 * place, x, level, dashed=True))
+        numbers |= {stage["stage"] for stage in stages}
+    ticks = [(number, str(number)) for number in sorted(numbers)]
+    return Plot(name, title, f"{title}, stage by stage; see the table.", series, "stage", ticks)
+
+
+def _height(group: Mapping[str, Any], key: str) -> float:
+    if key == "error":
+        return np.nan if group[key] is None else float(group[key])
+    return 100 * group[key] / group["items"]
+
+
+def _letter(level: int) -> str:
+    return token_name(level, 0)[1]
+
+
+def _cell(value: float | None) -> Cell:
+    """Whole numbers are counts; the others are shares, errors and the like."""
+    return None if value is None else Quantity(value, decimals=0 if isinstance(value, int) else 3)
