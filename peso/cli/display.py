@@ -34,7 +34,7 @@ class Terminal:
         self._started = self._spoke = 0.0
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def begin(self, title: str, total: int, unit: str) -> None:
         self.end()

@@ -1,0 +1,155 @@
+"""`peso diagnose`, and what ingest and tokenize print: the figures of manifests and logs, and warnings."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from pathlib import Path
+
+import pytest
+from event_logs import write_log
+
+from peso import pipeline
+from peso.config import load_config
+from peso.continual import anchor_report
+from peso.continual.anchor_report import NO_EFFECT, anchor_finding, gradient_ratio
+from peso.diagnosis import diagnose
+from peso.errors import WorkspaceError
+from peso.events.drift import drift
+from peso.events.stream import Stream
+from peso.items.index_files import read_semantic_ids
+from peso.progress import Silent
+from peso.workspace import Workspace
+
+TREE = {
+    "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},
+    "items": {"quantizer": "rq-kmeans", "levels": 3},
+    "backbone": "tiny",
+    "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
+    "evaluation": {"enabled": False},
+}
+SENTENCE = "the anchor had no measurable effect at this weight"
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def learnt(root: Path, *overrides: str, base: Path | None = None) -> tuple[Workspace, list[str]]:
+    workspace, observer = Workspace.create_or_open(root, load_config(TREE, overrides)), Notes()
+    with workspace.lock():
+        pipeline.run(workspace, base=base, observer=observer)
+    return workspace, observer.notes
+
+
+@pytest.fixture(scope="module")
+def weak(tmp_path_factory) -> tuple[Workspace, list[str]]:
+    return learnt(tmp_path_factory.mktemp("runs") / "weak")
+
+
+def test_the_anchor_s_ratio_is_the_mean_over_the_steps(weak) -> None:
+    workspace, notes = weak
+    lines = (workspace.stage_directory(1) / "log.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    ratios = [record["penalty_gradient_norm"] / record["gradient_norm"] for record in steps]
+    (anchor,) = diagnose(workspace)["anchor"]
+    assert anchor["gradient_ratio"] == pytest.approx(sum(ratios) / len(ratios))
+    assert 0 < anchor["gradient_ratio"] < NO_EFFECT
+    assert anchor["distance"] > 0
+    # said when the stage was learnt, and whenever one asks
+    assert anchor["finding"] in notes
+    assert anchor["finding"] in diagnose(workspace)["warnings"]
+    assert SENTENCE in anchor["finding"]
+
+
+def test_an_anchor_that_holds_and_none_at_all_give_no_warning(weak, tmp_path: Path) -> None:
+    for name, override in (("heavy", "strategy={name: peso, weight: 1e6}"), ("single", "strategy=single")):
+        workspace, notes = learnt(tmp_path / name, override, base=weak[0].root)
+        (anchor,) = diagnose(workspace)["anchor"]
+        assert anchor["finding"] is None
+        assert (anchor["gradient_ratio"] is None) == (name == "single")
+        assert not any(SENTENCE in note for note in notes)
+    none, _ = learnt(tmp_path / "none", "strategy=none", base=weak[0].root)
+    assert diagnose(none)["anchor"] == []
+
+
+def test_findings_of_ratios() -> None:
+    assert anchor_finding(2, NO_EFFECT) is anchor_finding(2, None) is None
+    assert "stage 2: the penalty's gradient was 0.03 %" in str(anchor_finding(2, 0.0003))
+    assert gradient_ratio([{"gradient_norm": None, "penalty_gradient_norm": 0.0}]) is None
+    assert doctest.testmod(anchor_report).attempted > 2
+    assert not doctest.testmod(anchor_report).failed
+
+
+def test_drift_and_codes_are_those_of_the_workspace(weak) -> None:
+    workspace, _ = weak
+    stream = Stream.open(workspace.stream_directory)
+    codes = read_semantic_ids(workspace.semantic_ids_directory).codes
+    found = diagnose(workspace)
+    stages = [stream.stage(number) for number in range(stream.stages)]
+    assert found["stream"] == drift(stages, len(stream.items), codes[:, 0])
+    manifest = json.loads((workspace.semantic_ids_directory / "manifest.json").read_text())
+    assert found["semantic_ids"]["fitness"] == manifest["fitness"]
+    assert found["semantic_ids"]["items_without_id"] == 0
+
+
+def test_whatever_is_there_is_shown(peso, tmp_path: Path) -> None:
+    root = tmp_path / "w"
+    workspace = Workspace.create_or_open(root, load_config(TREE))
+    with pytest.raises(WorkspaceError, match="peso ingest"):
+        diagnose(workspace)
+    pipeline.ingest(workspace, Silent())
+    status, out, _ = peso("diagnose", "-w", root, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert (found["semantic_ids"], found["anchor"], found["warnings"]) == (None, [], [])
+    assert [stage["code_divergence"] for stage in found["stream"]] == [None, None]
+    status, out, _ = peso("diagnose", "-w", root)
+    assert status == 0
+    assert "continuing" in out
+
+
+def test_diagnose_prints_tables_and_warnings(peso, weak) -> None:
+    status, out, _ = peso("diagnose", "-w", weak[0].root)
+    assert status == 0
+    for words in ("JS first codes", "new in stage 1", "does the anchor hold"):
+        assert words in out
+    assert f"warning: {diagnose(weak[0])['warnings'][-1]}" in out
+
+
+def test_tokenize_prints_how_good_the_ids_are(peso, tmp_path: Path) -> None:
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(TREE))
+    pipeline.ingest(workspace, Silent())
+    status, out, _ = peso("tokenize", "-w", workspace.root)
+    assert status == 0
+    status, printed, _ = peso("tokenize", "-w", workspace.root, "--json")
+    assert status == 0
+    manifest = json.loads(printed)
+    assert manifest == json.loads((workspace.semantic_ids_directory / "manifest.json").read_text())
+    quality = manifest["quality"]
+    for words in ("collision rate", "perplexity", "reconstruction error", "10 nearest"):
+        assert words in out
+    assert f"{quality['levels'][0]['perplexity']:.4g}" in out
+    assert f"items under {''.join(quality['sample']['prefix'])}" in out
+    assert quality["sample"]["items"][0]["title"] in out
+
+
+def test_ingest_prints_the_funnel_and_what_was_left_out(peso, tmp_path: Path) -> None:
+    events = [(f"u{k % 4}", f"i{k % 5}", 1_600_000_000 + 60 * k) for k in range(40)]
+    log = write_log(tmp_path / "log.csv", [*events, ("u1", "i1", "soon"), *events[:3]])
+    arguments = ("--format", "csv", "-w", tmp_path / "w", "--set", "data.stages=2")
+    status, _, err = peso("ingest", log, *arguments)
+    assert status == 1
+    assert "'soon'" in err
+    status, out, _ = peso("ingest", log, *arguments, "--on-error", "skip")
+    assert status == 0
+    assert "times are seconds: 2020-09-13" in out
+    assert "1 unreadable rows" in out
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    assert ["read", "44", "–", "–"] in lines
+    assert ["readable", "43", "4", "5"] in lines
+    assert ["duplicates kept once", "40", "4", "5"] in lines
