@@ -11,12 +11,13 @@ from typing import Any
 
 from peso.decoding import search
 from peso.durable import digest, json_text, write_aside, write_atomically
-from peso.errors import DataError
+from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.evaluation.predictions import make_predictions, read_predictions, write_predictions
 from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream, stage_file
-from peso.manifest import write_manifest
+from peso.items.index_files import FORMAT as IDS_FORMAT
+from peso.manifest import read_manifest, write_manifest
 from peso.progress import Observer
 from peso.stages import trained_model
 from peso.training.likelihood import target_log_probabilities
@@ -53,7 +54,7 @@ def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[
     is not computed again; if only ``evaluation.k`` changed, the predictions stay.
 
     Raises:
-        WorkspaceError: the stage is not learnt.
+        WorkspaceError: the stage is not learnt, or items of stage ``on`` have no semantic ID yet.
         DataError: the stream has no stage ``on``, or the catalogue holds fewer items than a list is long.
     """
     stage = workspace.require_stage(stage)
@@ -62,6 +63,11 @@ def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[
         return read_metrics(workspace, stage, on)["test"]
     stream = Stream.open(workspace.stream_directory)
     cases_of = stream.stage(on)  # raises for a stage that does not exist
+    if stream.items_known(on) > read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["items"]:
+        raise WorkspaceError(
+            f"items of stage {on} of {workspace.root} have no semantic ID yet; "
+            f"`peso tokenize --append -w {workspace.root}` comes first"
+        )
     directory.mkdir(exist_ok=True)
     known = read_metrics(workspace, stage, on)
     determined_by = _determination(workspace, stage, on)

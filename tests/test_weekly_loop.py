@@ -76,6 +76,9 @@ def test_append_tokenize_update_recommend(peso, started: Path, shop: Path) -> No
     status, _, err = peso("update", "-w", shop)
     assert status == 1
     assert "6 items of the stream" in err
+    status, _, err = peso("evaluate", "-w", shop, "--stage", "1", "--on", "2")
+    assert status == 1
+    assert "peso tokenize --append" in err
     assert list(summary.popularity(Workspace.open(shop)).stages) == [0, 1]  # new items have no ID to be hit
     status, out, err = peso("tokenize", "--append", "-w", shop)
     assert status == 0, err
