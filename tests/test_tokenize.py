@@ -17,7 +17,7 @@ from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.items import fitness
 from peso.items.index_files import read_release_index, read_semantic_ids, write_semantic_ids
-from peso.items.quality import codebook_use, neighbours_kept
+from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
 from peso.items.semantic_ids import SemanticIds
 from peso.items.tokenize import append, tokenize
 from peso.items.vectors import ItemEncoder
@@ -365,3 +365,13 @@ def test_on_a_real_catalogue_ids_are_distinct_and_keep_neighbours_as_the_release
     ours, theirs = neighbours_kept(vectors, ids.codes), neighbours_kept(vectors, released.codes)
     assert ours["first"] >= theirs["first"]
     assert ours["first_two"] >= theirs["first_two"]
+
+
+def test_a_sample_prefers_items_with_titles() -> None:
+    codes = np.array([[0, 0, k] for k in range(5)] + [[1, 1, k] for k in range(3)], np.int32)
+    ids = SemanticIds([f"item{k}" for k in range(8)], codes, (2, 2, 5))
+    told = prefix_sample(ids, [None] * 5 + ["tea", None, "pot"])
+    assert told["prefix"] == ["<a_1>", "<b_1>"]
+    assert told["under_it"] == 3
+    assert told["items"] == [{"item": "item5", "title": "tea"}, {"item": "item7", "title": "pot"}]
+    assert prefix_sample(ids, [None] * 8)["prefix"] == ["<a_0>", "<b_0>"]

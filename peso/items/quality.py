@@ -93,13 +93,19 @@ def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> di
 
 
 def prefix_sample(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
-    """Items under the first two codes that most items share, with their titles (else their ids)."""
+    """Items under the first two codes that most items share, with their titles.
+
+    Items without a title tell nothing: they count only where no item has one.
+    """
     if not ids.item_ids:
         return {"prefix": [], "items": []}
     depth = min(2, ids.levels - 1)  # a whole ID is no prefix
     prefixes, group, counts = np.unique(ids.codes[:, :depth], axis=0, return_inverse=True, return_counts=True)
-    largest = int(counts.argmax())
-    rows = np.flatnonzero(group.reshape(-1) == largest)[:SAMPLE]
+    group = group.reshape(-1)
+    telling = np.array([title is not None for title in titles])
+    telling |= not telling.any()
+    largest = int(np.bincount(group[telling]).argmax())
+    rows = np.flatnonzero((group == largest) & telling)[:SAMPLE]
     return {
         "prefix": [token_name(level, int(code)) for level, code in enumerate(prefixes[largest])],
         "under_it": int(counts[largest]),
