@@ -105,7 +105,7 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
 
 
 def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
-    """Read the data into stream/; returns its manifest.
+    """Read the data into stream/; returns its manifest. Semantic IDs of another stream are removed.
 
     Raises:
         DataError: names what is wrong with the data. Nothing is written then.
@@ -114,12 +114,17 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     data = workspace.config.data
     _refuse_if_learnt(workspace, "stream")
     observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
+    before = Stream.open(workspace.stream_directory).manifest["files"] if workspace.has_stream else None
     try:
         with commit_directory(workspace.stream_directory) as directory:
-            return fill_stream(data, directory, workspace.config.seed, observer)
+            manifest = fill_stream(data, directory, workspace.config.seed, observer)
     except DataError:
         workspace.discard_if_bare()
         raise
+    if workspace.has_semantic_ids and manifest["files"] != before:
+        shutil.rmtree(workspace.semantic_ids_directory)
+        observer.note("the data changed: their semantic IDs are to be made again")
+    return manifest
 
 
 def append(workspace: Workspace, observer: Observer, data: DataConfig | None = None) -> dict[str, Any]:

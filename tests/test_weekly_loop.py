@@ -203,6 +203,28 @@ def test_no_new_item_is_no_new_index(peso, started: Path, shop: Path, tmp_path: 
     assert peso("update", "-w", shop)[0] == 0
 
 
+def test_ids_of_other_data_are_not_kept(peso, tmp_path: Path) -> None:
+    root, log = tmp_path / "w", write_log(tmp_path / "log.csv", EVENTS)
+    options = (
+        "--set",
+        "data.stages=2",
+        "--set",
+        "items={quantizer: category-path}",
+        "--set",
+        "backbone=tiny",
+    )
+    assert peso("ingest", log, "--format", "csv", "-w", root, *options)[0] == 0
+    (root / "semantic_ids").mkdir()
+    (root / "semantic_ids" / "manifest.json").write_text('{"format": 1, "files": {}, "items": 24}')
+    assert peso("ingest", "-w", root)[0] == 0  # the same again
+    assert (root / "semantic_ids").is_dir()
+    write_log(log, [*EVENTS, *WEEK])
+    status, _, err = peso("ingest", "-w", root)
+    assert status == 0
+    assert "made again" in err
+    assert not (root / "semantic_ids").exists()
+
+
 def test_a_crash_between_two_renames_loses_no_stream(shop: Path) -> None:
     before = files(shop, "stream")
     (shop / "stream").rename(shop / ".stream.old")
