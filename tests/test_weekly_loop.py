@@ -15,6 +15,7 @@ from peso.cli import app as cli
 from peso.durable import checksum
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
+from peso.items.semantic_ids import SemanticIds
 from peso.recommender import Recommender
 from peso.stages import determination
 from peso.workspace import Workspace
@@ -124,6 +125,17 @@ def test_earlier_stages_are_determined_as_before(peso, started: Path, shop: Path
     assert [determination(workspace, stage) for stage in (0, 1)] == before
     assert all(testing.is_tested(workspace, stage, stage) for stage in (0, 1))
     assert determination(workspace, 2) not in before
+
+
+def test_a_stage_is_determined_by_the_codes_it_knew_and_no_others() -> None:
+    codes = np.array([[0, 1], [1, 0], [1, 1]], np.int32)
+    known = SemanticIds(["a", "b", "c"], codes, (2, 2)).fingerprint(2)
+    other = np.array([[0, 1], [1, 0], [0, 0]], np.int32)  # the item that came later is another one
+    assert SemanticIds(["a", "b", "d"], other, (2, 2)).fingerprint(2) == known
+    assert SemanticIds(["a", "b", "c"], codes[::-1], (2, 2)).fingerprint(2) != known
+    assert SemanticIds(["b", "a", "c"], codes, (2, 2)).fingerprint(2) != known
+    assert SemanticIds(["a", "b", "c"], codes, (2, 3)).fingerprint(2) != known
+    assert SemanticIds(["a", "b", "c"], codes, (2, 2)).fingerprint(3) != known
 
 
 def test_an_earlier_stage_answers_beside_items_it_never_saw(peso, started: Path, shop: Path) -> None:
