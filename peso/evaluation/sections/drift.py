@@ -73,7 +73,9 @@ def _plot(
     streams: Sequence[tuple[str, Sequence[Stage]]],
     first_colour: int = 0,
 ) -> Plot:
-    """A line has its colour in all plots of the section, which share a legend."""
+    """Stage 0, in which all is new, is left to the tables. A line has its colour in all plots of the section,
+    which share a legend."""
+    streams = [(label, stages[1:] or stages) for label, stages in streams]
     series = [
         Series(
             labelled(called, label),
