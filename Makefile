@@ -17,12 +17,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/peso demo
 
+# two processes of one thread each: what a laptop has, and what the time limits of the tests are meant for
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# a few tens of seconds, for daily use
+# the subset for daily use
 quick: install
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 lint: install
 	$(BIN)/ruff check .
