@@ -84,12 +84,16 @@ def write_atomically(target: Path, content: bytes) -> None:
         aside.write_bytes(content)
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space or quota."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in _FULL)
+
+
 def raise_if_full(error: BaseException, target: Path) -> None:
     """Turn a failed write for want of space into a WorkspaceError that says so."""
-    full = (isinstance(error, OSError) and error.errno in _FULL) or (
-        isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in _FULL)
-    )
-    if full:
+    if is_full(error):
         raise WorkspaceError(
             f"no space left while writing {target}; nothing half-written was left behind. "
             "Free some space and start again: it continues where it was."

@@ -299,3 +299,26 @@ def test_an_older_stage_answers_as_it_did(finished):
     assert (old.stage, new.stage) == (0, 2)
     history = new.history(next(iter(new.histories)))
     assert old.recommend(history=history) != new.recommend(history=history)
+
+
+@pytest.mark.parametrize("where", ["weights", "log"])
+def test_a_full_disk_leaves_no_half_stage_and_the_run_goes_on_later(finished, tmp_path, monkeypatch, where):
+    import errno
+
+    from peso.training.checkpoint import TrainingLog
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    root = tmp_path / "w"
+    with monkeypatch.context() as patch:
+        if where == "weights":
+            patch.setattr(pipeline, "save_stage_weights", full)
+        else:
+            patch.setattr(TrainingLog, "write", full)
+        with pytest.raises((WorkspaceError, OSError), match=r"(?i)no space left"):
+            run(root)
+    workspace = Workspace.open(root)
+    assert workspace.finished_stages == []
+    assert not workspace.stage_directory(0).exists()
+    assert result_files(run(root)) == result_files(finished)

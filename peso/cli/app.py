@@ -10,6 +10,7 @@ import sys
 import typer
 
 from peso.cli import demo, diagnose, models, recommend, run, steps
+from peso.durable import is_full
 from peso.errors import PesoError
 
 INTERRUPTED = 130
@@ -32,6 +33,11 @@ def main() -> None:
         app()
     except PesoError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(f"error: no space left ({error}); free some and start again: it continues", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # Typer's own answer to Ctrl-C says nothing
