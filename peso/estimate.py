@@ -26,7 +26,7 @@ from peso.pipeline import Step
 from peso.progress import Silent
 from peso.stages import fresh_model, trains_backbone
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
-from peso.training.loop import StagePlan, peak_memory
+from peso.training.loop import StagePlan, most_targets, peak_memory
 from peso.workspace import Workspace
 
 TIMED_STEPS, TIMED_CASES = 4, 64
@@ -54,6 +54,7 @@ class Speed:
     test: float
     memory_gib: float
     trained_bytes: int
+    most_targets: int | None  # of a chunk, see peso.training.plan
 
 
 def estimate(workspace: Workspace) -> list[Estimate]:
@@ -96,7 +97,8 @@ def _stage_estimate(workspace: Workspace, step: Step, stage: Stage, speed: Speed
     if not make_strategy(config.strategy).learns(stage.number):
         return Estimate(step, 0.1, speed.memory_gib, disk, "keeps the last state")
     settings = config.training
-    plan = StagePlan(stage.training_sequences(), config.prompt.window, settings, config.seed, stage.number)
+    sequences, window = stage.training_sequences(), config.prompt.window
+    plan = StagePlan(sequences, window, settings, config.seed, stage.number, speed.most_targets)
     validated = min(cases, settings.validation_cases or cases) * plan.epochs
     seconds = len(plan) * speed.step + validated * speed.validation
     return Estimate(step, seconds / 60, speed.memory_gib, disk, f"{len(plan):,} optimiser steps")
@@ -105,7 +107,8 @@ def _stage_estimate(workspace: Workspace, step: Step, stage: Stage, speed: Speed
 def _measure(workspace: Workspace, stage: Stage, whole: bool) -> Speed:
     model = fresh_model(workspace, whole=whole)
     config = workspace.config
-    plan = StagePlan(stage.training_sequences(), config.prompt.window, config.training, config.seed, 0)
+    sequences, most = stage.training_sequences(), most_targets(model.layout)
+    plan = StagePlan(sequences, config.prompt.window, config.training, config.seed, 0, most)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
@@ -123,7 +126,9 @@ def _measure(workspace: Workspace, stage: Stage, whole: bool) -> Speed:
     validation = _timed(lambda: validation_loss(model.eval(), some)) / len(some)
     found = _timed(lambda: search(model, some.histories, beams=config.decoding.beams)) / len(some)
     weights = sum(p.numel() * p.element_size() for p in trained)
-    return Speed(step_seconds, validation, found + validation, peak_memory(model.device) / 2**30, weights)
+    return Speed(
+        step_seconds, validation, found + validation, peak_memory(model.device) / 2**30, weights, most
+    )
 
 
 def _timed(work: Callable[[], object]) -> float:

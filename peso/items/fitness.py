@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy.stats import fisher_exact
 
 from peso.items.quantizers.residual import ResidualCodebooks
 
 HELD_OUT = 0.05  # share of the items of stage 0 that nothing is fitted to
 FEWEST = 20  # fewer items tell nothing: no part is held out, no warning is given
 WORSE = 1.25  # times the error of the held-out items
+CHANCE = 0.01  # how often a warning of collisions may come from a handful of items by luck
 MORE_COLLISIONS = 0.1  # more of the items than of the held-out ones want an ID that is taken
 
 
@@ -69,12 +71,18 @@ def refit_warnings(fitness: Mapping[str, Any]) -> list[str]:
                 f"{error:.3f}, items of stage 0 that were held out with {usual:.3f}; tokenize anew is due"
             )
         share, usual = stage["wanted_taken"] / stage["items"], expected["wanted_taken"] / expected["items"]
-        if share > usual + MORE_COLLISIONS:
+        if share > usual + MORE_COLLISIONS and _more_often(stage, expected):
             found.append(
                 f"stage {stage['stage']}: {share:.0%} of its {stage['items']:,} new items want an ID that is "
                 f"taken ({usual:.0%} of the items held out of stage 0 do); tokenize anew is due"
             )
     return found
+
+
+def _more_often(stage: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether a stage's items want taken IDs more often than chance explains (Fisher's exact test)."""
+    table = [[group["wanted_taken"], group["items"] - group["wanted_taken"]] for group in (stage, expected)]
+    return bool(fisher_exact(table, alternative="greater").pvalue < CHANCE)
 
 
 def rows(fitness: Mapping[str, Any]) -> list[tuple[str, int, float | None, int, int | None]]:
