@@ -121,6 +121,7 @@ def test_evaluate_tests_any_stage_on_any_cases(peso, workspace):
     assert set(metrics["metrics"]) == {"hit@5", "hit@10", "ndcg@5", "ndcg@10", "mrr", "log_probability"}
 
 
+@pytest.mark.slow
 def test_reports_of_several_runs_stand_side_by_side(peso, workspace, config_file, tmp_path):
     other = tmp_path / "none"
     assert peso("run", config_file, "-w", other, "--set", "strategy=none", "--base", workspace)[0] == 0

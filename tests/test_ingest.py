@@ -49,6 +49,7 @@ def test_movietweetings_five_core_has_the_published_counts(movietweetings_dir: P
         known |= set(stage.users)
 
 
+@pytest.mark.slow
 def test_the_release_written_out_as_a_log_ingests_back_to_the_same_cases(
     release_dir: Path, tmp_path: Path
 ) -> None:

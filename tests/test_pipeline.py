@@ -168,6 +168,7 @@ def test_none_keeps_the_base_state(finished, tmp_path):
     assert files["2/adapter/adapter_model.safetensors"] == files["1/adapter/adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_heavier_anchor_moves_less(finished, tmp_path):
     moved = {}
     for weight in ("0", "1e4"):

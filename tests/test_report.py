@@ -158,6 +158,7 @@ def test_every_table_and_plot_lies_beside_the_page_in_every_format(written: Path
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_same_runs_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
     write_report(tmp_path / "again", example_runs(), "Example")
     for path in written.rglob("*"):
