@@ -88,6 +88,12 @@ class RunSummary:
         manifests: the chain, oldest first: each a JSON-like dictionary.
         drift: of the stream, one dictionary a stage (:func:`peso.events.drift.drift`).
         semantic_ids: the manifest of the index: figures, ``quality``, ``fitness``.
+        data_set, backbone: what it ran on, where a report holds several.
+        seed: None where nothing is random. Runs that differ in nothing but the seed are one system.
+        options: what an option grid sets apart, by key of the configuration, e.g. ``{"strategy.name": "peso",
+            "strategy.weight": 2.0}``.
+        across: answers of the model after stage i to the cases of stage j ≠ i, by (i, j).
+        expected_stages: how many it should have; fewer is a run not done yet. 0: not known.
     """
 
     name: str
@@ -97,3 +103,9 @@ class RunSummary:
     manifests: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     drift: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     semantic_ids: Mapping[str, Any] = field(default_factory=dict)
+    data_set: str = ""
+    backbone: str = ""
+    seed: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    across: Mapping[tuple[int, int], Predictions] = field(default_factory=dict)
+    expected_stages: int = 0
