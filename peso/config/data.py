@@ -153,6 +153,9 @@ class DataConfig(Section):
     stages: Annotated[StagesConfig, BeforeValidator(_stages)] = StagesConfig(
         fractions=[0.6, 0.1, 0.1, 0.1, 0.1]
     )
+    split: Literal["natural", "user-disjoint"] = Field(
+        "natural", description="user-disjoint: stages as large, but every user dealt to one of them, whole"
+    )
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="skip: unreadable rows are left out, counted"
     )

@@ -67,6 +67,11 @@ def append(
             f"{stream.directory} was not made from a log with times ({stream.manifest.get('source')}), so "
             "nothing says where new events belong; append to a stream that was ingested from a log"
         )
+    if split := stream.manifest.get("split"):
+        raise DataError(
+            f"{stream.directory} was split {split}: its stages do not follow one another in time, so nothing "
+            "comes after them; ingest everything into a new workspace"
+        )
     last = int(stream.manifest["time"]["last"])
     skip = data.on_error == "skip"
     with temporary_database(directory) as connection:

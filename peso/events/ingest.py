@@ -1,7 +1,7 @@
 """From the data that a configuration names to a stream directory.
 
-Knows the order of the work: read, clean, order, cut, write. Knows nothing of codes or models, nor of how a
-directory appears whole: whoever calls gives an empty directory and renames it.
+Knows the order of the work: read, clean, order, cut, write, deal users out if they are to be. Knows nothing of
+codes or models, nor of how a directory appears whole: whoever calls gives an empty directory and renames it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from peso.events.loading import load
 from peso.events.release import read_release
 from peso.events.simulate import EVENTS_FILE, write_simulation
 from peso.events.sources import open_source
+from peso.events.split import user_disjoint
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
-from peso.events.stream import FORMAT, ITEMS_FILE, Stream, write_stream
+from peso.events.stream import FORMAT, ITEMS_FILE, Stream, replace_stages, write_stream
 from peso.events.times import iso
 from peso.manifest import MANIFEST, write_manifest
 from peso.progress import Observer, Silent
@@ -33,12 +34,13 @@ def ingest(
     """Fill an existing, empty directory with the stream of ``data`` (``peso.events.stream``).
 
     Args:
-        seed: of the simulator; nothing else is drawn.
+        seed: of the simulator, and of the shuffle of ``split: user-disjoint``; nothing else is drawn.
 
     Returns:
         The manifest. Of a log it holds, beside what every stream's does: ``source``, ``time`` (what was
         recognised; first and last event), ``funnel`` (per step of the cleaning: events, users, items left),
-        ``skipped`` (unreadable rows), ``boundaries`` (where the stages were cut, if by time).
+        ``skipped`` (unreadable rows), ``boundaries`` (where the stages were cut, if by time); ``split``
+        unless it is the natural one.
 
     Raises:
         DataError: names file, row, column or stage, and what to do.
@@ -52,6 +54,11 @@ def ingest(
         _ingest_simulation(data, directory, seed, observer)
     else:
         _ingest_log(data, directory, describe(data), observer)
+    if data.split == "user-disjoint":
+        natural = Stream.open(directory)
+        dealt = user_disjoint([natural.stage(number) for number in range(natural.stages)], seed)
+        replace_stages(directory, dealt, {"split": data.split, "boundaries": None})
+        observer.note("split: every user belongs to one stage")
     return dict(Stream.open(directory).manifest)
 
 

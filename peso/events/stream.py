@@ -58,14 +58,26 @@ def write_stream(
         for ragged in (stage.previous, stage.current):
             if len(ragged.values) and not 0 <= ragged.values.min() <= ragged.values.max() < len(items):
                 raise ValueError(f"stage {number} has item numbers outside the table of {len(items)} items")
-        require_trainable(stage, "stream")
-        path = directory / stage_file(number)
-        path.parent.mkdir()
-        pq.write_table(stage_table(stage), path)
-        counts.append(stage_counts(stage))
+        counts.append(_write_stage(directory, stage, "stream"))
     if not counts:
         raise DataError("a stream needs at least stage 0; the data hold no stage")
     write_manifest(directory, FORMAT, {**(manifest or {}), "items": len(items), "stages": counts})
+
+
+def replace_stages(directory: Path, stages: Iterable[Stage], manifest: Mapping[str, Any]) -> None:
+    """Write other stages, as many, over those of a stream that nothing was learnt from yet.
+
+    Args:
+        manifest: what else to record, see :func:`write_stream`; the number of items stays.
+
+    Raises:
+        DataError: a stage that leaves nothing to learn.
+    """
+    stream = Stream.open(directory)
+    counts = [_write_stage(directory, stage, str(manifest.get("split", "stream"))) for stage in stages]
+    if len(counts) != stream.stages:
+        raise ValueError(f"{len(counts)} stages cannot replace {stream.stages}")
+    write_manifest(directory, FORMAT, {**stream.manifest, **manifest, "stages": counts})
 
 
 class Stream:
@@ -153,6 +165,14 @@ class Stream:
             return pq.ParquetFile(path).read()
         except (pa.ArrowException, OSError) as error:
             raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+
+
+def _write_stage(directory: Path, stage: Stage, source: str) -> dict[str, int]:
+    require_trainable(stage, source)
+    path = directory / stage_file(stage.number)
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(stage_table(stage), path)
+    return stage_counts(stage)
 
 
 def stage_table(stage: Stage) -> pa.Table:
