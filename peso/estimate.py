@@ -98,7 +98,9 @@ def _stage_estimate(workspace: Workspace, step: Step, stage: Stage, speed: Speed
         return Estimate(step, 0.1, speed.memory_gib, disk, "keeps the last state")
     settings = config.training
     sequences, window = stage.training_sequences(), config.prompt.window
-    plan = StagePlan(sequences, window, settings, config.seed, stage.number, speed.most_targets)
+    plan = StagePlan(
+        sequences, window, settings, config.seed_of_stage(stage.number), stage.number, speed.most_targets
+    )
     validated = min(cases, settings.validation_cases or cases) * plan.epochs
     seconds = len(plan) * speed.step + validated * speed.validation
     return Estimate(step, seconds / 60, speed.memory_gib, disk, f"{len(plan):,} optimiser steps")
@@ -108,7 +110,7 @@ def _measure(workspace: Workspace, stage: Stage, whole: bool) -> Speed:
     model = fresh_model(workspace, whole=whole)
     config = workspace.config
     sequences, most = stage.training_sequences(), most_targets(model.layout)
-    plan = StagePlan(sequences, config.prompt.window, config.training, config.seed, 0, most)
+    plan = StagePlan(sequences, config.prompt.window, config.training, config.seed_of_stage(0), 0, most)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 

@@ -117,7 +117,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     before = Stream.open(workspace.stream_directory).manifest["files"] if workspace.has_stream else None
     try:
         with commit_directory(workspace.stream_directory) as directory:
-            manifest = fill_stream(data, directory, workspace.config.seed, observer)
+            manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
     except DataError:
         workspace.discard_if_bare()
         raise
@@ -176,7 +176,7 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
                 stream.items,
                 workspace.config.items,
                 directory,
-                workspace.config.seed,
+                workspace.config.seed_of_data,
                 _vector_cache(),
                 observer,
                 stream.first_stages(),
@@ -256,7 +256,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
             "backbone_sha256": backbone_fingerprint(model),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "configuration": workspace.config.model_dump(mode="json"),
-            "seed": workspace.config.seed,
+            "seed": workspace.config.seed_of_stage(stage),
             **provenance(),
         }
         write_manifest(directory, FORMAT, manifest)
@@ -281,6 +281,24 @@ def update(workspace: Workspace, observer: Observer) -> int:
     if workspace.config.evaluation.enabled:
         test(workspace, stage, stage, observer)
     return stage
+
+
+def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> None:
+    """Take stream and semantic IDs over from another workspace (files are linked, not copied).
+
+    Raises:
+        WorkspaceError: the other has none yet, or something that determines them differs.
+    """
+    theirs, ours = source.config, workspace.config
+    changed = [k for k in changed_keys(theirs, ours) if k.split(".")[0] in ("data", "items")]
+    changed += ["data_seed"] if theirs.seed_of_data != ours.seed_of_data else []
+    if changed:
+        raise WorkspaceError(f"the data of {source.root} were made otherwise: {', '.join(changed)} differ")
+    _require_semantic_ids(source)
+    for name in ("stream_directory", "semantic_ids_directory"):
+        with commit_directory(getattr(workspace, name)) as directory:
+            shutil.copytree(getattr(source, name), directory, copy_function=_link, dirs_exist_ok=True)
+    observer.note(f"stream and semantic IDs: taken over from {source.root}")
 
 
 def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None:
@@ -337,7 +355,7 @@ def _train(
         stage=stage,
         learning_rate=rate,
         strategy=strategy,
-        seed=config.seed,
+        seed=config.seed_of_stage(stage),
         directory=unfinished,
         log=unfinished / LOG,
         on_progress=show,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from peso.config import Config
 from peso.durable import digest
 from peso.errors import BackboneError
 from peso.events.stream import Stream, stage_file
@@ -34,7 +35,7 @@ def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
     Raises:
         BackboneError: the backbone cannot be loaded.
     """
-    return _placed(workspace, _build(workspace, whole=whole))
+    return _placed(workspace, _build(workspace, 0, whole=whole))
 
 
 def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
@@ -44,7 +45,7 @@ def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
         BackboneError: the backbone cannot be loaded or is not the one that stage 0 was learnt on.
         WorkspaceError: a missing or damaged file of an earlier stage.
     """
-    model = _build(workspace, whole=trains_backbone(workspace, stage))
+    model = _build(workspace, stage, whole=trains_backbone(workspace, stage))
     if stage:
         _load(workspace, model, stage - 1)
     return _placed(workspace, model)
@@ -58,9 +59,25 @@ def trained_model(workspace: Workspace, stage: int, device: str | None = None) -
         BackboneError: the backbone cannot be loaded or is not the one that the stage was learnt on.
     """
     stage = workspace.require_stage(stage)
-    model = _build(workspace, whole=trains_backbone(workspace, stage))
+    model = _build(workspace, stage, whole=trains_backbone(workspace, stage))
     _load(workspace, model, stage)
     return _placed(workspace, model, device).eval()
+
+
+def stage_shape(config: Config, stage: int) -> dict[str, Any]:
+    """The part of a configuration that shapes one stage, the data apart, as plain values.
+
+    The base stage is learnt alike by every strategy, at the unscaled learning rate; where it trains a whole
+    backbone it has no adapter.
+    """
+    tree = config.model_dump(mode="json")
+    shape: dict[str, Any] = {key: tree[key] for key in SHAPES_A_STAGE} | {"seed": config.seed_of_stage(stage)}
+    if stage:
+        return shape | {"strategy": tree["strategy"]}
+    del shape["training"]["later_learning_rate_scale"]
+    if config.backbone.name in BUILT_IN:
+        del shape["adapter"]
+    return shape
 
 
 def determination(workspace: Workspace, stage: int) -> str:
@@ -69,13 +86,10 @@ def determination(workspace: Workspace, stage: int) -> str:
     Stages of equal digest have equal files, on the same hardware and versions. Of the codes those count that
     the catalogue had when the stage came: items that are appended later change no earlier stage.
     """
-    tree = workspace.config.model_dump(mode="json")
     stream, ids = Stream.open(workspace.stream_directory), read_semantic_ids(workspace.semantic_ids_directory)
     result: str | None = None
     for number in range(stage + 1):
-        # every strategy learns the base stage alike
-        keys = (*SHAPES_A_STAGE, "seed", *(["strategy"] if number else []))
-        shape: dict[str, Any] = {key: tree[key] for key in keys}
+        shape = stage_shape(workspace.config, number)
         data = stream.manifest["files"][stage_file(number)]
         result = digest(shape, data, ids.fingerprint(stream.items_known(number)), result)
     assert result is not None
@@ -93,7 +107,7 @@ def backbone_fingerprint(model: GenerativeModel) -> str:
     return result.hexdigest()
 
 
-def _build(workspace: Workspace, *, whole: bool) -> GenerativeModel:
+def _build(workspace: Workspace, stage: int, *, whole: bool) -> GenerativeModel:
     config = workspace.config
     return build_model(
         config.backbone,
@@ -101,7 +115,7 @@ def _build(workspace: Workspace, *, whole: bool) -> GenerativeModel:
         None if whole else config.adapter,
         config.training.loss_vocabulary,
         read_semantic_ids(workspace.semantic_ids_directory),
-        seed=config.seed,
+        seed=config.seed_of_stage(stage),
         dtype=Precision.of(config.training.precision, config.training.device).frozen,
     )
 

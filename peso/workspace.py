@@ -25,12 +25,13 @@ from peso.manifest import MANIFEST, read_manifest
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"  # of a stage
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
 
+_SEEDS = ("seed", "data_seed", "base_seed")
 # What is fixed once a step is done. Keys of evaluation, decoding and report may change at any time.
 DEPENDS = {
-    "stream": ("data", "seed"),
-    "semantic IDs": ("data", "seed", "items"),
-    "stage 0": ("data", "seed", "items", "backbone", "prompt", "adapter", "training"),
-    "later stages": ("data", "seed", "items", "backbone", "prompt", "adapter", "training", "strategy"),
+    "stream": ("data", *_SEEDS[:2]),
+    "semantic IDs": ("data", *_SEEDS[:2], "items"),
+    "stage 0": ("data", *_SEEDS, "items", "backbone", "prompt", "adapter", "training"),
+    "later stages": ("data", *_SEEDS, "items", "backbone", "prompt", "adapter", "training", "strategy"),
 }
 _APPEND = (
     " If the path leads to new events, add them as further stages: `peso ingest NEW --append -w {root}`."

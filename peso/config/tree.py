@@ -22,6 +22,8 @@ from peso.config.model import (
 from peso.config.section import Section
 from peso.config.strategy import PesoConfig, StrategyConfig, expand_strategy
 
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
 
 class Config(Section):
     """Everything a run is determined by. Field order is the order of the work."""
@@ -38,7 +40,18 @@ class Config(Section):
     decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: Seed = 0
+    data_seed: Seed | None = Field(None, description="of simulated data and semantic IDs; none given: seed")
+    base_seed: Seed | None = Field(None, description="of stage 0; none given: seed")
+
+    @property
+    def seed_of_data(self) -> int:
+        """Of what stands before any stage: simulated data and semantic IDs."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def seed_of_stage(self, stage: int) -> int:
+        """Runs that share their base stage differ in the seed of the later ones only."""
+        return self.seed if stage or self.base_seed is None else self.base_seed
 
     @model_validator(mode="before")
     @classmethod
