@@ -1,7 +1,7 @@
 """From the data that a configuration names to a stream directory.
 
-Knows the order of the work: read, clean, order, cut, write, deal users out if they are to be. Knows nothing of
-codes or models, nor of how a directory appears whole: whoever calls gives an empty directory and renames it.
+Knows the order of the work: read, clean, order, cut, write, deal users out if they are to be. Knows nothing
+of codes or models, nor of how a directory appears whole: whoever calls gives an empty one and renames it.
 """
 
 from __future__ import annotations
