@@ -9,6 +9,8 @@ from typing import Any
 
 _HOMES = {
     "SoftmaxKL": "peso.continual.proximal",
+    "PerRankKL": "peso.continual.proximal",
+    "L2": "peso.continual.proximal",
     "Workspace": "peso.workspace",
     "Recommender": "peso.recommender",
 }

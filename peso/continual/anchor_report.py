@@ -7,13 +7,15 @@ led from one to the other, nor of files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from peso.continual.grouping import find_units
 from peso.continual.groups import Group, check_same_groups, shapes
+from peso.continual.proximal.metrics import SoftmaxMetric
 from peso.continual.softmax_kl import second_order, softmax_kl
-from peso.continual.stacks import placement, stack_anchors
+from peso.continual.stacks import Gather, placement, stack_anchors
 
 NO_EFFECT = 0.01  # of the loss's gradient: below, a penalty is lost in the noise between two batches
 
@@ -55,7 +57,7 @@ def anchor_finding(stage: int, ratio: float | None) -> str | None:
 
 @torch.no_grad()
 def anchor_report(
-    before: Sequence[Group], after: Sequence[Group], temperature: float = 1.0
+    before: Sequence[Group], after: Sequence[Group], temperature: float | Literal["auto"] = 1.0
 ) -> dict[str, Any]:
     """Distance moved, overall and by module.
 
@@ -64,7 +66,7 @@ def anchor_report(
 
     Args:
         before: the groups as the stage began (copies); after: the same groups as it ended.
-        temperature: τ of the softmax.
+        temperature: τ of the softmax, or ``auto``, see :class:`peso.SoftmaxKL`.
 
     Returns:
         ``distance`` (the L2 norm of v − a), ``kl`` (Σ_g KL(softmax(v/τ) ‖ softmax(a/τ))) and
@@ -77,13 +79,20 @@ def anchor_report(
     check_same_groups(shapes(before), after)
     places = [placement(group.tensor) for group in after]
     measured: dict[str, torch.Tensor] = {}  # module → float64 (3,): squared distance, KL, second order
-    for stack in stack_anchors([group.tensor for group in before], places, temperature):
+
+    def metric(anchor: torch.Tensor, gather: Gather) -> SoftmaxMetric:
+        return SoftmaxMetric.of(anchor, temperature)
+
+    anchors = [group.tensor for group in before]
+    for stack in stack_anchors(anchors, find_units(after, "factor"), places, metric):
         moved = stack.displacement([group.tensor for group in after])
-        squares = torch.linalg.vector_norm(moved, dim=-1).mul(temperature).square()
-        variance = second_order(moved, stack.prior)
-        kl, _ = softmax_kl(moved, stack.prior)  # last: it overwrites `moved`
+        squares = torch.linalg.vector_norm(moved, dim=-1).square()
+        moved = stack.metric.scaled(moved)
+        variance = second_order(moved, stack.metric.prior)
+        kl, _ = softmax_kl(moved, stack.metric.prior)  # last: it overwrites `moved`
         rows = torch.stack([squares, kl, variance], dim=-1).cpu().double()  # (groups, 3)
-        for member, row in zip(stack.members, rows, strict=True):
+        for (piece,), row in zip(stack.layout.units, rows, strict=True):
+            member = piece.tensor
             module = after[member].module
             measured[module] = measured.get(module, 0) + row
     modules = {group.module: _named(measured[group.module]) for group in after}  # in the model's order

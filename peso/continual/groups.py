@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from peso.errors import TrainingError
 
-Source = nn.Module | Iterable[Tensor]
+Source = nn.Module | Iterable[nn.Module | Tensor]
+
+PAST = "past"  # the adapter that holds frozen adapters of earlier stages: never the one that is trained
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,21 @@ def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
 
     Args:
         source: a model with LoRA layers of PEFT anywhere in it (wrapped by DDP or ``torch.compile`` or
-            not), or several tensors. Of plain tensors each is a group, and a module of its own.
-        adapter: which adapter; None: the active one.
+            not), or several tensors, or both: ``[model, vocabulary.input_rows]``. Of plain tensors each is
+            a group, and a module of its own.
+        adapter: which adapter; None: the active one, beside which one named ``past`` may be active.
 
     Raises:
         TrainingError: no LoRA layer, no such adapter, several active at once, or an empty tensor.
     """
-    groups = _of_model(source, adapter) if isinstance(source, nn.Module) else _of_tensors(source)
+    groups: list[Group] = []
+    tensors = 0
+    for part in _parts(source):
+        if isinstance(part, nn.Module):
+            groups.extend(_of_model(part, adapter))
+        else:
+            groups.append(Group(f"tensor {tensors}", "", part))
+            tensors += 1
     for group in groups:
         if group.tensor.numel() == 0:
             raise TrainingError(
@@ -93,11 +103,13 @@ def _first(what: str, names: list[str]) -> str:
     return f"{what}: {names[0]}{' …' if len(names) > 1 else ''}; " if names else ""
 
 
-def _of_tensors(source: Iterable[Tensor]) -> list[Group]:
-    tensors = [] if isinstance(source, Tensor) else list(source)
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+def _parts(source: Source) -> list[nn.Module | Tensor]:
+    if isinstance(source, nn.Module):
+        return [source]
+    parts = [] if isinstance(source, Tensor) else list(source)
+    if not parts or not all(isinstance(part, Tensor | nn.Module) for part in parts):
         raise TypeError(f"expected a model or a list of tensors, got {type(source).__name__}")
-    return [Group(f"tensor {number}", "", tensor) for number, tensor in enumerate(tensors)]
+    return parts
 
 
 def _of_model(model: nn.Module, adapter: str | None) -> list[Group]:
@@ -128,6 +140,8 @@ def _of_model(model: nn.Module, adapter: str | None) -> list[Group]:
 
 def _active(layers: list[tuple[str, Any]]) -> str:
     active = sorted({name for _, layer in layers for name in layer.active_adapters})
+    if len(active) > 1:
+        active = [name for name in active if name != PAST]
     if len(active) != 1:
         raise TrainingError(
             f"{len(active)} adapters are active ({', '.join(active)}): "

@@ -27,6 +27,9 @@ from peso.errors import TrainingError
 SERIES = 0.1
 COEFFICIENTS = (1 / 840, 1 / 144, 1 / 30, 1 / 8, 1 / 3, 1 / 2)
 
+LEAST_TEMPERATURE = 1e-2
+WIDEST = 60.0  # span of a group over its temperature: e⁻⁶⁰ / n is still a normal float32
+
 
 @dataclass(frozen=True)
 class Prior:
@@ -40,21 +43,37 @@ class Prior:
     total: Tensor
 
     @classmethod
-    def of(cls, anchor: Tensor, temperature: float = 1.0) -> Prior:
-        """anchor: (groups, n) float32 or float64.
+    def of(cls, anchor: Tensor, temperature: float | Tensor = 1.0) -> Prior:
+        """anchor: (groups, n) float32 or float64; temperature: one for all, or (groups, 1).
 
         The softmax is taken in float64: a float32 sum over a million values is itself off by 1e-5.
         Raises TrainingError where a weight is too small for the dtype, which would drop its value unseen.
         """
         wide = anchor.cpu() if anchor.device.type == "mps" else anchor  # MPS has no float64
-        weights = torch.softmax(wide.double() / temperature, dim=-1).to(anchor)
+        scaled = wide.double() / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
+        weights = torch.softmax(scaled, dim=-1).to(anchor)
         if bool((weights < torch.finfo(anchor.dtype).tiny).any()):
             spread = float((anchor.amax(-1) - anchor.amin(-1)).max())
+            shown = float(temperature.min()) if isinstance(temperature, Tensor) else temperature
             raise TrainingError(
-                f"temperature {temperature:g} is too small for an anchor group whose values span {spread:g}: "
-                f"its softmax weights vanish in {anchor.dtype}. Use a temperature above {spread / 60:.2g}"
+                f"temperature {shown:g} is too small for an anchor group whose values span {spread:g}: "
+                f"its softmax weights vanish in {anchor.dtype}. Use a temperature above "
+                f"{spread / WIDEST:.2g}"
             )
         return cls(weights, weights.sum(-1, keepdim=True))
+
+
+def automatic_temperature(anchor: Tensor) -> Tensor:
+    """Standard deviation of each anchor group, at least 1e-2: (groups, n) → (groups, 1).
+
+    The floor is for a fresh B, which is all zeros. A group with values very far from the rest gets the
+    smallest temperature at which none of its weights vanishes, if that is higher.
+    """
+    wide = anchor.cpu() if anchor.device.type == "mps" else anchor
+    wide = wide.double()
+    spread = wide.std(-1, correction=0, keepdim=True).clamp_min(LEAST_TEMPERATURE)
+    span = wide.amax(-1, keepdim=True) - wide.amin(-1, keepdim=True)
+    return torch.maximum(spread, span / WIDEST).to(anchor)
 
 
 def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:

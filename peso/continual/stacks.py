@@ -6,14 +6,15 @@ Knows tensors, devices and autograd; knows nothing of models, modules or weights
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from peso.continual.softmax_kl import Prior, softmax_kl
+from peso.continual.grouping import Unit
 from peso.errors import TrainingError
 
 # On a CPU a stack is no larger than its caches hold (0.5 MB a matrix): 1.5 times faster than one for all.
@@ -22,75 +23,138 @@ CPU_VALUES = 1 << 17
 Placement = tuple[torch.device, torch.dtype]
 
 
+class Metric(Protocol):
+    """What it costs the groups of one stack to be away from their anchor."""
+
+    def penalty(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
+        """Of v − a (groups, n), which may be overwritten: the penalty (groups,), its gradient (groups, n)."""
+        ...
+
+    def trace(self) -> Tensor:
+        """Trace of the penalty's Hessian at the anchor, (groups,)."""
+        ...
+
+    def shrunk(self, displacement: Tensor, rate: float) -> Tensor:
+        """v − a (groups, n) after the decoupled form pulled at it for ``rate`` = lr · κ."""
+        ...
+
+
+M = TypeVar("M", bound=Metric, covariant=True)
+Gather = Callable[[Sequence[Tensor]], Tensor]  # lays tensors out as the rows of a stack: (groups, n)
+
+
 def placement(tensor: Tensor) -> Placement:
     """Where a group is computed: on its own device, in float32 or better whatever its own dtype."""
     return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Anchor of all groups of one size on one device.
+class Layout:
+    """How units of one form become the rows of one matrix. ``place``: where that matrix is."""
 
-    ``members``: which groups, in the order of the rows; ``anchor``: (groups, n); ``prior``: the same shape.
-    """
+    units: list[Unit]
+    place: Placement
 
-    members: list[int]
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """(groups, n): the rows of the units, in the tensors' own precision. Perhaps a view."""
+        columns = []
+        for position in range(len(self.units[0])):
+            pieces = [unit[position] for unit in self.units]
+            rows = [piece.rows(tensors[piece.tensor].detach()).to(self.place[0]) for piece in pieces]
+            columns.append(rows[0] if len(rows) == 1 else torch.cat(rows))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+    def scatter(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The inverse of :meth:`gather`: number of a tensor, its values in its shape."""
+        columns = rows.split([piece.width for piece in self.units[0]], dim=-1)
+        for position, column in enumerate(columns):
+            heights = column.split(self.units[0][position].height)
+            for unit, part in zip(self.units, heights, strict=True):
+                yield unit[position].tensor, unit[position].restored(part)
+
+
+@dataclass(frozen=True)
+class Stack(Generic[M]):
+    """Anchor of groups of one size on one device. ``anchor``: (groups, n), float32 or better."""
+
+    layout: Layout
     anchor: Tensor
-    prior: Prior
-    temperature: float
+    metric: M
 
     def displacement(self, tensors: Sequence[Tensor]) -> Tensor:
-        """(v − a)/τ of the members, a fresh (groups, n). Exact for small steps: float32 or better."""
-        rows = torch.stack([tensors[member].detach().reshape(-1) for member in self.members])
-        moved = rows.to(self.anchor.dtype).sub_(self.anchor)
-        return moved if self.temperature == 1.0 else moved.div_(self.temperature)
+        """v − a, a fresh (groups, n). Exact for small steps: float32 or better."""
+        return torch.sub(self.layout.gather(tensors).to(self.anchor.dtype), self.anchor)
 
 
-def stack_anchors(anchors: Sequence[Tensor], places: Sequence[Placement], temperature: float) -> list[Stack]:
-    """Copies of the anchors, stacked by size and by where their groups are computed."""
-    alike = defaultdict(list)
-    for number, (anchor, place) in enumerate(zip(anchors, places, strict=True)):
-        alike[anchor.numel(), place].append(number)
+def stack_anchors(
+    anchors: Sequence[Tensor],
+    units: Sequence[Unit],
+    places: Sequence[Placement],
+    make_metric: Callable[[Tensor, Gather], M],
+) -> list[Stack[M]]:
+    """Copies of the anchors, stacked by size and by where their groups are computed.
+
+    Args:
+        places: of each tensor. A unit of several is computed where the first is, in the best precision.
+        make_metric: of a stack's anchor (groups, n).
+    """
+    alike: dict[Any, list[Unit]] = defaultdict(list)
+    for unit in units:
+        device = places[unit[0].tensor][0]
+        dtype = reduce(torch.promote_types, [places[piece.tensor][1] for piece in unit])
+        alike[tuple((piece.height, piece.width) for piece in unit), (device, dtype)].append(unit)
     stacks = []
-    for (size, (device, dtype)), numbers in alike.items():
-        rows = max(1, CPU_VALUES // size) if device.type == "cpu" else len(numbers)
-        for start in range(0, len(numbers), rows):
-            members = numbers[start : start + rows]
-            anchor = torch.stack(
-                [anchors[member].detach().reshape(-1).to(device, dtype) for member in members]
-            )
-            stacks.append(Stack(members, anchor, Prior.of(anchor, temperature), temperature))
+    for (form, place), members in alike.items():
+        size = sum(height * width for height, width in form)
+        count = max(1, CPU_VALUES // size) if place[0].type == "cpu" else len(members)
+        for start in range(0, len(members), count):
+            layout = Layout(members[start : start + count], place)
+            anchor = layout.gather(anchors).to(place[1]).clone()
+            stacks.append(Stack(layout, anchor, make_metric(anchor, layout.gather)))
     return stacks
 
 
-def unstack_anchors(stacks: Sequence[Stack]) -> list[Tensor]:
-    """The flat anchors in the order of the groups (views)."""
-    rows = {member: row for stack in stacks for member, row in zip(stack.members, stack.anchor, strict=True)}
-    return [rows[number] for number in range(len(rows))]
+def unstack_anchors(stacks: Sequence[Stack[Metric]]) -> list[Tensor]:
+    """The anchors in the order of the tensors, each in its shape."""
+    found = dict(pair for stack in stacks for pair in stack.layout.scatter(stack.anchor))
+    return [found[number] for number in range(len(found))]
 
 
-def stacked_softmax_kl(stacks: Sequence[Stack], tensors: Sequence[Tensor], scale: float) -> Tensor:
-    """scale · Σ_g KL(softmax(v/τ) ‖ softmax(a/τ)): a 0-d tensor on the device of the first group,
-    differentiable once with respect to ``tensors``. Raises TrainingError where a second derivative is asked
-    for."""
+def stacked_penalty(stacks: Sequence[Stack[Metric]], tensors: Sequence[Tensor], scale: float) -> Tensor:
+    """scale · Σ_g penalty: a 0-d tensor on the device of the first tensor, differentiable once with respect
+    to ``tensors``. Raises TrainingError where a second derivative is asked for."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _StackedSoftmaxKL.apply(stacks, scale, wanted, *tensors)
+    return _StackedPenalty.apply(stacks, scale, wanted, *tensors)
 
 
-class _StackedSoftmaxKL(torch.autograd.Function):
+@torch.no_grad()
+def shrink(stacks: Sequence[Stack[Metric]], tensors: Sequence[Tensor], rate: float) -> None:
+    """The decoupled form, in place: every tensor becomes its anchor plus its shrunk displacement."""
+    targets, values = [], []
+    for stack in stacks:
+        moved = stack.metric.shrunk(stack.displacement(tensors), rate).add_(stack.anchor)
+        for number, value in stack.layout.scatter(moved):
+            targets.append(tensors[number])
+            values.append(value)
+    torch._foreach_copy_(targets, values)
+
+
+class _StackedPenalty(torch.autograd.Function):
     """Forward finds value and gradient in one go; backward only scales what forward left."""
 
     @staticmethod
-    def forward(ctx: Any, stacks: Sequence[Stack], scale: float, wanted: bool, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, stacks: Sequence[Stack[Metric]], scale: float, wanted: bool, *tensors: Tensor
+    ) -> Tensor:
         total = tensors[0].new_zeros((), dtype=placement(tensors[0])[1])
         gradients = []
         for stack in stacks:
-            kl, gradient = softmax_kl(stack.displacement(tensors), stack.prior)
-            total = total + kl.sum().to(total.device)
+            penalty, gradient = stack.metric.penalty(stack.displacement(tensors))
+            total = total + penalty.sum().to(total.device)
             if wanted:
                 gradients.append(gradient)
         ctx.stacks, ctx.scale = stacks, scale
-        ctx.like = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        ctx.places = [(tensor.device, tensor.dtype) for tensor in tensors]
         ctx.save_for_backward(*gradients)
         return total * scale
 
@@ -98,13 +162,12 @@ class _StackedSoftmaxKL(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # the saved gradient counts as constant: a second derivative would be 0
             raise TrainingError(
-                "the softmax-KL term has a first derivative only: take its gradient without create_graph=True"
+                "a proximal term has a first derivative only: take its gradient without create_graph=True"
             )
-        gradients: list[Tensor | None] = [None] * len(ctx.like)
+        gradients: list[Tensor | None] = [None] * len(ctx.places)
         for stack, saved in zip(ctx.stacks, ctx.saved_tensors, strict=True):
             # not in place: a graph that is kept may be run backward again
-            rows = saved * (outer * (ctx.scale / stack.temperature)).to(saved)
-            for member, row in zip(stack.members, rows.unbind(0), strict=True):
-                shape, dtype = ctx.like[member]
-                gradients[member] = row.view(shape).to(dtype)
+            rows = saved * (outer * ctx.scale).to(saved)
+            for number, value in stack.layout.scatter(rows):
+                gradients[number] = value.to(*ctx.places[number])
         return (None, None, None, *gradients)
