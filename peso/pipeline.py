@@ -10,37 +10,30 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peso import assets
 from peso.config import DataConfig, changed_keys
-from peso.continual.anchor_report import anchor_finding, anchor_report
-from peso.continual.groups import find_groups
-from peso.continual.hooks import Strategy
-from peso.continual.strategy import make_strategy
-from peso.diagnosis import logged_ratio
-from peso.durable import commit_directory, write_json
+from peso.durable import commit_directory
 from peso.errors import DataError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
-from peso.events.stream import Stream, stage_file
+from peso.events.stream import Stream
 from peso.items import quality
 from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.items.index_files import INDEX_FILE, read_semantic_ids, write_semantic_ids
+from peso.items.index_files import read_semantic_ids, write_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.items.tokenize import append as continue_semantic_ids
 from peso.items.tokenize import tokenize as make_semantic_ids
-from peso.manifest import read_manifest, write_manifest
-from peso.model.build import has_adapter, save_stage_weights
-from peso.model.generative import GenerativeModel
+from peso.learning import learn_stage
+from peso.manifest import read_manifest
 from peso.progress import Observer, Silent
-from peso.stages import backbone_fingerprint, determination, starting_model, trains_backbone
+from peso.stages import determination
 from peso.testing import is_tested, test
-from peso.training.loop import Progress, train_stage
-from peso.workspace import FORMAT, LOG, METRICS, Workspace, provenance
+from peso.workspace import Workspace
 
 # -- what is left to do ------------------------------------------------------------------------------
 
@@ -226,41 +219,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
     _require_next(workspace, stage)
-    _pull_backbone(workspace, observer)
-    determined_by = determination(workspace, stage)
-    unfinished = workspace.unfinished_directory(stage) / determined_by[:16]
-    for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
-        shutil.rmtree(stale)
-    model = starting_model(workspace, stage)
-    training: dict[str, Any] = {}
-    strategy = make_strategy(workspace.config.strategy)
-    if strategy.learns(stage):
-        training = _train(workspace, stage, model, strategy, unfinished, observer)
-    else:
-        observer.note(f"stage {stage}: strategy {workspace.config.strategy.name} keeps the last state")
-    with commit_directory(workspace.stage_directory(stage)) as directory:
-        save_stage_weights(model, directory, whole_backbone=trains_backbone(workspace, stage))
-        if (unfinished / LOG).exists():
-            shutil.copyfile(unfinished / LOG, directory / LOG)
-        write_json(directory / METRICS, {"training": training})
-        parent = workspace.stage_manifest(stage - 1)["determined_by"] if stage else None
-        ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
-        manifest = {
-            "stage": stage,
-            "determined_by": determined_by,
-            "parent": {"stage": stage - 1, "determined_by": parent} if stage else None,
-            "inputs": {
-                "stream": Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)],
-                "semantic_ids": ids["files"][INDEX_FILE],
-            },
-            "backbone_sha256": backbone_fingerprint(model),
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "configuration": workspace.config.model_dump(mode="json"),
-            "seed": workspace.config.seed_of_stage(stage),
-            **provenance(),
-        }
-        write_manifest(directory, FORMAT, manifest)
-    shutil.rmtree(unfinished.parent, ignore_errors=True)
+    learn_stage(workspace, stage, observer)
 
 
 def update(workspace: Workspace, observer: Observer) -> int:
@@ -320,55 +279,6 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
     observer.note(f"stage 0: taken over from {base.root}")
 
 
-def _train(
-    workspace: Workspace,
-    stage: int,
-    model: GenerativeModel,
-    strategy: Strategy,
-    unfinished: Path,
-    observer: Observer,
-) -> dict[str, Any]:
-    config = workspace.config
-    data = _stream(workspace).stage(stage)
-    rate = config.training.learning_rate * (config.training.later_learning_rate_scale if stage else 1.0)
-    before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
-    begun = False
-
-    def show(progress: Progress) -> None:
-        nonlocal begun
-        if not begun:
-            observer.begin(f"learn stage {stage}", progress.steps, "steps")
-            begun = True
-        observer.advance(
-            progress.step,
-            epoch=f"{progress.epoch}/{progress.epochs}",
-            loss=progress.loss,
-            tokens_per_second=progress.tokens_per_second,
-        )
-
-    unfinished.mkdir(parents=True, exist_ok=True)
-    result = train_stage(
-        model,
-        data.training_sequences(),
-        data.validation_cases(config.prompt.window),
-        config.training,
-        stage=stage,
-        learning_rate=rate,
-        strategy=strategy,
-        seed=config.seed_of_stage(stage),
-        directory=unfinished,
-        log=unfinished / LOG,
-        on_progress=show,
-    )
-    observer.end()
-    figures = {"learning_rate": rate, **asdict(result)}
-    if stage and before:
-        figures["moved"] = anchor_report(before, find_groups(model.backbone))
-        if finding := anchor_finding(stage, logged_ratio(unfinished / LOG)):
-            observer.note(finding)
-    return figures
-
-
 def _require_catalogue(workspace: Workspace) -> None:
     """Refuse lists longer than the catalogue before anything long starts."""
     asked, ids = max(workspace.config.evaluation.k), read_semantic_ids(workspace.semantic_ids_directory)
@@ -390,14 +300,6 @@ def _quality_of_codes(ids: SemanticIds, titles: Sequence[str | None]) -> dict[st
 
 def _vector_cache() -> Path:
     return assets.cache_directory() / "vectors"
-
-
-def _pull_backbone(workspace: Workspace, observer: Observer) -> None:
-    """Fetch a backbone that is an asset of ours, unless it is in the cache."""
-    name = workspace.config.backbone.name
-    if name in assets.names("backbone") and assets.find(name) is None:
-        observer.note(f"fetching {name}, which is not in the cache yet")
-        assets.pull(name, on_progress=None)
 
 
 def _stream(workspace: Workspace) -> Stream:

@@ -6,27 +6,38 @@ Knows which files of which stage make up a model, and what determines a stage; k
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from peso.config import Config
+from peso.continual.strategy import make_strategy
 from peso.durable import digest
-from peso.errors import BackboneError
+from peso.errors import BackboneError, WorkspaceError
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
 from peso.model.backbone import BUILT_IN
 from peso.model.build import build_model, load_stage_weights
 from peso.model.generative import GenerativeModel
+from peso.model.past import Past, put_past
 from peso.training.precision import Precision
 from peso.workspace import Workspace
 
+MEMORY = "state.safetensors"
 SHAPES_A_STAGE = ("backbone", "prompt", "adapter", "training")
 
 
 def trains_backbone(workspace: Workspace, stage: int) -> bool:
-    """A backbone built in code knows nothing yet: at stage 0 all of its weights are trained."""
-    return stage == 0 and workspace.config.backbone.name in BUILT_IN
+    """A backbone built in code knows nothing yet: at stage 0 all of its weights are trained. Later it is the
+    strategy's choice."""
+    if stage == 0:
+        return workspace.config.backbone.name in BUILT_IN
+    return make_strategy(workspace.config.strategy).trains_backbone(stage)
 
 
 def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
@@ -45,7 +56,12 @@ def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
         BackboneError: the backbone cannot be loaded or is not the one that stage 0 was learnt on.
         WorkspaceError: a missing or damaged file of an earlier stage.
     """
-    model = _build(workspace, stage, whole=trains_backbone(workspace, stage))
+    whole = trains_backbone(workspace, stage)
+    if stage and whole and not trains_backbone(workspace, stage - 1):
+        model = _build(workspace, stage, whole=False)
+        _load(workspace, model, stage - 1)
+        return _placed(workspace, model.merged())
+    model = _build(workspace, stage, whole=whole)
     if stage:
         _load(workspace, model, stage - 1)
     return _placed(workspace, model)
@@ -61,7 +77,45 @@ def trained_model(workspace: Workspace, stage: int, device: str | None = None) -
     stage = workspace.require_stage(stage)
     model = _build(workspace, stage, whole=trains_backbone(workspace, stage))
     _load(workspace, model, stage)
+    memory = stored_memory(workspace.stage_directory(stage))
+    if (past := Past.of_state(memory)) is not None:
+        put_past(model.backbone, past)
+    if stage:
+        model = make_strategy(workspace.config.strategy).answer(model, memory)
     return _placed(workspace, model, device).eval()
+
+
+@torch.no_grad()
+def put_back(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
+    """Make adapter and vocabulary of a model what they were before anything was learnt, drawn from the seed
+    of ``stage``; where stage 0 trained the backbone itself, the vocabulary that it left."""
+    fresh = _build(workspace, stage, whole=False)
+    if trains_backbone(workspace, 0):
+        load_stage_weights(fresh, workspace.stage_directory(0))
+    values = dict(fresh.named_parameters())
+    for name, p in model.named_parameters():
+        if name in values and (".lora_" in name or name.startswith("vocabulary.")):
+            p.copy_(values[name])
+
+
+def stored_memory(directory: Path) -> dict[str, Tensor]:
+    """What a stage's strategy kept beside the adapter, by name; {} where it kept nothing.
+
+    Raises:
+        WorkspaceError: a damaged file.
+    """
+    if not (directory / MEMORY).is_file():
+        return {}
+    try:
+        return load_file(directory / MEMORY)
+    except (OSError, SafetensorError) as error:
+        raise WorkspaceError(f"{directory / MEMORY} is damaged ({error}); train the stage again") from error
+
+
+def write_memory(directory: Path, memory: Mapping[str, Tensor]) -> None:
+    """Write what a stage's strategy keeps; no file where it keeps nothing."""
+    if memory:
+        save_file({name: t.detach().cpu().contiguous() for name, t in memory.items()}, directory / MEMORY)
 
 
 def stage_shape(config: Config, stage: int) -> dict[str, Any]:

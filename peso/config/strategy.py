@@ -1,36 +1,197 @@
-"""How later stages are learnt: the section `strategy`, one class a strategy with the options it takes."""
+"""How later stages are learnt: the section `strategy`, one class a strategy with the options it takes.
+
+Knows names, options and where each strategy lives; a new one is a class here (its registration) and a file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from peso.config.section import Section
 
+Coupling = Literal["loss", "decoupled"]
+History = Literal["all", "latest"]
 
-class NoneConfig(Section):
+
+class StrategySection(Section):
+    """``home``: the class that does it, made with the options as keyword arguments."""
+
+    home: ClassVar[str]
+
+    def options(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"name"})
+
+
+class NoneConfig(StrategySection):
     """Only stage 0 is learnt; later stages inherit it unchanged."""
 
+    home = "peso.continual.none.NoUpdates"
     name: Literal["none"]
 
 
-class SingleConfig(Section):
+class SingleConfig(StrategySection):
     """One adapter, fine-tuned on every stage from where the last one left it."""
 
+    home = "peso.continual.single.SingleAdapter"
     name: Literal["single"]
 
 
-class PesoConfig(Section):
-    """``single``, held near its last state by the softmax-KL proximal term."""
+class PesoConfig(StrategySection):
+    """``single``, held near its last state by a proximal term."""
 
+    home = "peso.continual.peso.Peso"
     name: Literal["peso"]
-    weight: float = Field(2.0, ge=0)
+    proximal: Literal["softmax_kl", "l2", "fisher", "orthogonal", "output_kl", "per_rank_kl"] = "softmax_kl"
+    strength: float | None = Field(None, ge=0, description="dimensionless; 1 unless a weight is given")
+    weight: float | None = Field(None, ge=0, description="raw: what it does depends on sizes and rates")
+    coupling: Coupling | None = Field(
+        None, description="unless given: decoupled for a strength, loss for a weight"
+    )
     reduction: Literal["sum", "mean"] = "mean"
+    temperature: float | Literal["auto"] = Field(1.0, description="of softmax_kl and per_rank_kl")
+    groups: Literal["factor", "module", "rank", "all"] = "factor"
+    vocabulary: bool = Field(False, description="anchor the rows of the semantic vocabulary too")
+    examples: int = Field(64, ge=2, description="single targets that ρ̄ and fisher are estimated from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strength_is_default(cls, tree: Any) -> Any:
+        """``peso`` alone means strength 1; a strength is decoupled, a weight in the loss."""
+        if not isinstance(tree, Mapping):
+            return tree
+        result = dict(tree)
+        if result.get("strength") is None and result.get("weight") is None:
+            result["strength"] = 1.0
+        if result.get("coupling") is None:
+            in_loss = result.get("weight") is not None or result.get("proximal") in OUTPUT_TERMS
+            result["coupling"] = "loss" if in_loss else "decoupled"
+        return result
+
+    @model_validator(mode="after")
+    def _possible(self) -> PesoConfig:
+        if self.strength is not None and self.weight is not None:
+            raise ValueError("strength and weight are two ways to say the same: give one of them")
+        if self.proximal in OUTPUT_TERMS and self.coupling == "decoupled":
+            raise ValueError(f"coupling: {self.proximal} has no decoupled form; use coupling: loss")
+        if self.temperature != "auto" and not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} must be above 0")
+        return self
 
 
-StrategyConfig = NoneConfig | SingleConfig | PesoConfig
+OUTPUT_TERMS = ("orthogonal", "output_kl")  # no metric on the adapter's values, so nothing to shrink along
+
+
+class SumLoraConfig(StrategySection):
+    """A new adapter beside the frozen ones of earlier stages, each factor of these divided by its norm."""
+
+    home = "peso.continual.sum_lora.SumLora"
+    name: Literal["sum_lora"]
+    history: History = "all"
+    inherit: bool = Field(False, description="begin at the last adapter instead of a fresh one")
+
+
+class SdLoraConfig(StrategySection):
+    """``sum_lora`` with a learnable magnitude for every earlier adapter (SD-LoRA)."""
+
+    home = "peso.continual.sd_lora.SdLora"
+    name: Literal["sd_lora"]
+    history: History = "all"
+    inherit: bool = False
+
+
+class InfLoraConfig(StrategySection):
+    """A new adapter whose A spans directions free of earlier inputs, B alone trained (InfLoRA)."""
+
+    home = "peso.continual.inf_lora.InfLora"
+    name: Literal["inf_lora"]
+    threshold: float = Field(0.95, gt=0, le=1, description="share of the inputs' energy that is protected")
+    examples: int = Field(512, ge=1, description="target sequences whose inputs are looked at")
+
+
+class OLoraConfig(StrategySection):
+    """A new adapter, penalised for overlapping with the A of earlier ones (O-LoRA)."""
+
+    home = "peso.continual.o_lora.OLora"
+    name: Literal["o_lora"]
+    weight: float = Field(0.5, ge=0)
+
+
+class LsatConfig(StrategySection):
+    """A long-term adapter on all data so far and a short-term one on the new stage, fused (LSAT)."""
+
+    home = "peso.continual.lsat.Lsat"
+    name: Literal["lsat"]
+    fusion: Literal["outputs", "arithmetic"] = "outputs"
+    long_share: float = Field(0.5, ge=0, le=1, description="weight of the long-term adapter")
+
+
+class ReplayConfig(StrategySection):
+    """``single`` on the new stage and a sample of earlier ones of fixed size (reservoir)."""
+
+    home = "peso.continual.replay.Replay"
+    name: Literal["replay"]
+    budget: int = Field(1000, ge=1, description="target sequences of earlier stages that are kept")
+
+
+class DistillConfig(StrategySection):
+    """``single`` with the model of the previous stage as teacher on the new data."""
+
+    home = "peso.continual.distill.Distill"
+    name: Literal["distill"]
+    weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class AverageConfig(StrategySection):
+    """``single``, each stage's result averaged with what came before it."""
+
+    home = "peso.continual.average.Average"
+    name: Literal["average"]
+    share: float = Field(0.5, gt=0, le=1, description="weight of the newest stage in the running average")
+
+
+class RetrainConfig(StrategySection):
+    """One adapter, learnt anew at every stage on all data so far."""
+
+    home = "peso.continual.retrain.Retrain"
+    name: Literal["retrain"]
+
+
+class FullConfig(StrategySection):
+    """All weights of the backbone, fine-tuned on every stage."""
+
+    home = "peso.continual.full.FullFineTuning"
+    name: Literal["full"]
+
+
+class CustomConfig(StrategySection):
+    """A strategy of one's own: ``module`` is a class that Python can import, made with ``options``."""
+
+    home = "peso.continual.hooks.Strategy"
+    name: Literal["custom"]
+    module: str = Field(description="e.g. my_package.my_strategy.MyStrategy")
+    arguments: dict[str, Any] = Field(default={}, description="given to it as keyword arguments")
+
+
+StrategyConfig = (
+    NoneConfig
+    | SingleConfig
+    | PesoConfig
+    | SumLoraConfig
+    | SdLoraConfig
+    | InfLoraConfig
+    | OLoraConfig
+    | LsatConfig
+    | ReplayConfig
+    | DistillConfig
+    | AverageConfig
+    | RetrainConfig
+    | FullConfig
+    | CustomConfig
+)
 
 
 def expand_strategy(value: Any) -> Any:

@@ -1,13 +1,57 @@
 """What a strategy is asked in the course of a stage, and what it is told about the stage.
 
-Knows the model of a stage; knows nothing of files, batches or the loop that calls the hooks.
+Knows the model of a stage and which examples there are; knows nothing of files, batches or the loop that
+calls the hooks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from peso.events.histories import TargetSequence
+
+
+class ForwardPass(Protocol):
+    """One forward pass of a step, as :meth:`Strategy.output_penalty` sees it."""
+
+    targets: Tensor  # int64 (target tokens,)
+
+    def log_probabilities(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """float32 (target tokens, tokens that compete): log-probabilities at each target token.
+
+        Args:
+            values: parameters to compute with instead of the model's own, by the names of
+                :func:`trainable`: one more pass, in evaluation mode, without a graph. None: what the step
+                itself computed, differentiable.
+        """
+        ...
+
+
+class Examples(Protocol):
+    """Training examples of the stages up to the one that is learnt, and what the model makes of them.
+
+    ``tokens``: target tokens of one target.
+    """
+
+    tokens: int
+
+    def of(self, stage: int) -> Sequence[TargetSequence]:
+        """The training targets of a stage, each user's with what came before them."""
+        ...
+
+    def losses(self, stage: int, count: int) -> Iterator[Tensor]:
+        """The training loss of ``count`` single targets of a stage, chosen by the seed: 0-d each, with its
+        graph, dropout off; mean over the target's tokens."""
+        ...
+
+    def show(self, stage: int, count: int) -> None:
+        """Run the model over ``count`` target sequences of a stage, chosen by the seed, without a graph and
+        without dropout: for hooks that look at what goes through it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -15,37 +59,88 @@ class StageContext:
     """The stage that is being learnt.
 
     ``number``: 0 is the base stage; ``backbone``: the backbone with the adapter that is trained (a PEFT
-    model; at stage 0 of a ``scratch`` backbone a plain one, all of its weights trained); ``total_steps``:
-    optimiser steps of the stage.
+    model; a plain one where all of its weights are trained); ``vocabulary``: the semantic vocabulary;
+    ``total_steps``: optimiser steps; ``total_rate``: Σ of the learning rates over them; ``seed``: of the run;
+    ``phase``: which of :meth:`Strategy.phases`; ``examples``: of this stage and those before; ``memory``:
+    tensors that the strategy kept at the end of the last stage, by name, stored with the stage: what is in it
+    at the end of this one is kept in turn; ``reset``: puts adapter and vocabulary to what they were before
+    anything was learnt (where stage 0 trained the backbone itself: vocabulary as stage 0 left it, adapter
+    fresh).
     """
 
     number: int
     backbone: nn.Module
     total_steps: int
+    total_rate: float = 0.0
+    seed: int = 0
+    phase: str = ""
+    vocabulary: nn.Module | None = None
+    examples: Examples | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    reset: Callable[[], None] | None = None
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What is learnt, of backbone and vocabulary, by name."""
+        parts = {"backbone": self.backbone, "vocabulary": self.vocabulary}
+        return {
+            f"{part}.{name}": parameter
+            for part, module in parts.items()
+            if module is not None
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
 
 
 class Strategy:
     """How a stage is learnt. The defaults: every stage is learnt, from the adapter of the last, freely.
 
-    A strategy overrides what it does differently; one object serves one stage after another. The order in
-    a stage is ``learns``, ``begin``, for every step ``penalty`` and ``after_step``, ``end``.
+    A strategy overrides what it does differently; one object serves one stage. The order in a stage is
+    ``learns``, for each of its ``phases``: ``choose``, ``begin``, for every step ``output_penalty`` (once a
+    forward pass), ``penalty`` and ``after_step``, then ``end``; and whenever the stage answers, ``answer``.
+    Stage 0 is shared by all strategies, so no hook may change anything there.
     """
 
     def learns(self, stage: int) -> bool:
         """Whether the stage is trained on at all; where not, the last state answers for it too."""
         return True
 
+    def trains_backbone(self, stage: int) -> bool:
+        """Whether the stage trains all weights of the backbone instead of an adapter."""
+        return False
+
+    def phases(self, stage: int) -> Sequence[str]:
+        """Names of the trainings that the stage takes, one after another on the same model."""
+        return ("",)
+
+    def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
+        """The examples to learn from; None: those of the stage. ``total_steps`` is not known yet."""
+        return None
+
     def begin(self, context: StageContext) -> None:
         """Before the first step. The backbone holds the adapter that the stage inherits: of a stage that
-        was interrupted too, whose own progress is restored afterwards."""
+        was interrupted too, whose own progress is restored afterwards. What requires a gradient when this
+        hook returns is what is learnt."""
 
     def penalty(self, context: StageContext) -> Tensor | None:
         """Called once in every step: what is added to the loss, weighted: 0-d, differentiable with respect
         to trained parameters. None: nothing."""
         return None
 
+    def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
+        """Called in every forward pass of a step, before its gradients: as :meth:`penalty`, of what the
+        model makes of the pass. A step's passes are weighted by their target tokens."""
+        return None
+
     def after_step(self, context: StageContext, learning_rate: float) -> None:
         """After the optimiser moved the parameters at this learning rate."""
 
     def end(self, context: StageContext) -> None:
-        """After the last step. The backbone holds the state that the stage keeps."""
+        """After the last step. The backbone holds the state that the stage keeps, which may be changed."""
+
+    def figures(self) -> dict[str, Any]:
+        """What there is to tell of the stage that was learnt, as JSON: for its metrics.json."""
+        return {}
+
+    def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
+        """The model that answers for a stage: the stored one, or one made of it and of what was kept."""
+        return model

@@ -1,29 +1,41 @@
-"""Every strategy by its configuration. A new one is a file of its own in this folder and a case here.
+"""Every strategy by its configuration.
 
-Knows which strategies there are and which options each takes; knows nothing of what they do.
+Knows where a configuration says that a strategy lives; knows nothing of what strategies do.
 """
 
 from __future__ import annotations
 
-from typing import assert_never
+from importlib import import_module
 
-from peso.config import NoneConfig, PesoConfig, SingleConfig, StrategyConfig
-from peso.continual.hooks import StageContext, Strategy
-from peso.continual.none import NoUpdates
-from peso.continual.peso import Peso
-from peso.continual.single import SingleAdapter
+from peso.config import CustomConfig, StrategyConfig
+from peso.continual.hooks import ForwardPass, StageContext, Strategy
+from peso.errors import ConfigError
 
-__all__ = ["StageContext", "Strategy", "make_strategy"]
+__all__ = ["ForwardPass", "StageContext", "Strategy", "make_strategy"]
 
 
 def make_strategy(config: StrategyConfig) -> Strategy:
-    """A fresh strategy for one run. Unknown names and options are refused by the configuration."""
-    match config:
-        case NoneConfig():
-            return NoUpdates()
-        case SingleConfig():
-            return SingleAdapter()
-        case PesoConfig():
-            return Peso(config.weight, config.reduction)
-        case _:
-            assert_never(config)
+    """A fresh strategy for one stage. Unknown names and options are refused by the configuration.
+
+    Raises:
+        ConfigError: a strategy of one's own that cannot be imported, is none, or takes other arguments.
+    """
+    if isinstance(config, CustomConfig):
+        return _custom(config)
+    module, _, name = config.home.rpartition(".")
+    strategy: Strategy = getattr(import_module(module), name)(**config.options())
+    return strategy
+
+
+def _custom(config: CustomConfig) -> Strategy:
+    module, _, name = config.module.rpartition(".")
+    try:
+        made = getattr(import_module(module or name), name)(**config.arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"strategy.module: {config.module} cannot be made with {config.arguments} ({error}); name a "
+            "class that Python can import from here (PYTHONPATH) and the keyword arguments that it takes"
+        ) from error
+    if not isinstance(made, Strategy):
+        raise ConfigError(f"strategy.module: {config.module} is no peso.continual.strategy.Strategy")
+    return made

@@ -55,6 +55,15 @@ class GenerativeModel(nn.Module):
         backbone: Any = self.backbone
         return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
+    def merged(self) -> GenerativeModel:
+        """The model with its active adapters added to the backbone's weights for good, in float32; all
+        of them require a gradient."""
+        backbone: Any = self.backbone
+        causal_lm = backbone.float().merge_and_unload().requires_grad_(True)
+        return GenerativeModel(
+            causal_lm, self.tokenizer, self.vocabulary, self.layout, self.semantic_ids, self.loss_vocabulary
+        )
+
     @property
     def device(self) -> torch.device:
         return self.vocabulary.input_rows.device

@@ -12,6 +12,33 @@ from torch import Tensor
 
 from peso.model.generative import GenerativeModel
 
+MASKED = -1e4  # of a token that does not compete: finite, so that 0 · it is 0
+
+
+def log_probabilities(
+    model: GenerativeModel, hidden: Tensor, target_ids: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities of all tokens that compete with each target token under ``loss_vocabulary``.
+
+    Args:
+        hidden: (n, width), the state that predicts each token.
+        target_ids: int64 (n,): under ``level`` they say which level's codes compete; the other levels'
+            tokens get ``MASKED``.
+
+    Returns:
+        float32 (n, tokens): under ``full`` all words and semantic tokens, else the semantic tokens.
+    """
+    logits = model.semantic_logits(hidden)
+    if model.loss_vocabulary == "full":
+        logits = torch.cat([model.word_logits(hidden), logits], dim=-1)
+    elif model.loss_vocabulary == "level":
+        offsets = model.vocabulary.offsets.to(hidden.device)
+        tokens = torch.arange(logits.shape[-1], device=hidden.device)
+        level_of = torch.bucketize(tokens, offsets, right=True)
+        targets = level_of[(target_ids - model.vocabulary.first_id).clamp_min(0)]
+        logits = logits.masked_fill(level_of != targets.unsqueeze(-1), MASKED)
+    return (logits / temperature).log_softmax(-1)
+
 
 def token_log_probabilities(
     model: GenerativeModel, hidden: Tensor, target_ids: Tensor, temperature: float = 1.0

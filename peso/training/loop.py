@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from peso.events.histories import Cases, TargetSequence
 from peso.model.adapter import adapter_parameters
 from peso.model.dropout import fast_dropout
 from peso.model.generative import GenerativeModel
+from peso.model.head import token_log_probabilities
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
-from peso.training.likelihood import target_token_log_probabilities, validation_loss
+from peso.training.likelihood import target_states, validation_loss
+from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
 from peso.training.precision import Precision, peak_memory
 
@@ -100,6 +103,7 @@ def train_stage(
     seed: int,
     directory: Path,
     log: Path,
+    context: StageContext | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> StageResult:
@@ -116,9 +120,12 @@ def train_stage(
         sequences, validation: the stage's targets, and the cases that pick the best epoch.
         stage: its number; with ``seed`` it fixes the order of the batches and what dropout drops.
         learning_rate: the highest of the schedule.
-        strategy: its ``begin`` sees the model first, its ``end`` once the best epoch is back.
+        strategy: its ``begin`` sees the model first and decides what of it is trained, its ``end`` once the
+            best epoch is back.
         directory: where the checkpoint of this training lives; made if absent.
         log: ``log.jsonl``, a line a step and a line an epoch.
+        context: what the strategy is told of the stage; steps and rates are filled in here. None: only what
+            the other arguments say.
         on_progress: called after every step.
         checkpoint_seconds: least time between two checkpoints within an epoch.
 
@@ -129,6 +136,12 @@ def train_stage(
     plan = StagePlan(sequences, model.layout.window, settings, seed, stage, most_targets(model.layout))
     validation = _sample(validation, settings.validation_cases, (seed, stage))
     precision = Precision.of(settings.precision, str(model.device))
+    context = context or StageContext(stage, model.backbone, 0, seed=seed, vocabulary=model.vocabulary)
+    context = replace(
+        context, total_steps=len(plan), total_rate=_total_rate(settings, len(plan), learning_rate)
+    )
+    options = _options(strategy)
+    strategy.begin(context)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise TrainingError("no parameter of the model requires a gradient: there is nothing to train")
@@ -137,16 +150,7 @@ def train_stage(
     groups = _groups(parameters, settings.weight_decay)
     # fused: one pass over each parameter; the loop of single operations costs a small model a fifth of a step
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    schedule = get_scheduler(
-        "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        optimizer,
-        num_warmup_steps=math.ceil(settings.warmup * len(plan)),
-        num_training_steps=len(plan),
-    )
-
-    context = StageContext(stage, model.backbone, len(plan))
-    options = _options(strategy)
-    strategy.begin(context)
+    schedule = _schedule(settings, optimizer, len(plan))
     determined_by = digest(
         settings.model_dump(),
         (learning_rate, seed, stage, options),
@@ -178,11 +182,14 @@ def train_stage(
             model.train()
             torch.manual_seed(_number(seed, stage, step))  # what dropout draws from
             passes = plan.batch(step, model)
-            loss = _backward(model, passes, settings.temperature, precision)
-            gradient_norm = _norm(adapter)
-            penalty, penalty_norm = _add_penalty(strategy.penalty(context), parameters)
+            penalty = Penalty(parameters, measured=step % MEASURED_EVERY == 0)
+            penalised = partial(_penalised, strategy, context, penalty)
+            loss = _backward(model, passes, settings.temperature, precision, penalised)
+            gradient_norm = _norm(adapter) if penalty.separate else None
+            penalty.add(strategy.penalty(context))
+            penalty_norm = penalty.apply()
             whole_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            _check_finite(step, loss + penalty, whole_norm, trained)
+            _check_finite(step, loss + penalty.value, whole_norm, trained)
             clip_grads_with_norm_(parameters, settings.max_grad_norm, whole_norm)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
@@ -205,7 +212,7 @@ def train_stage(
                 epoch=epoch,
                 step=state.step,
                 loss=loss,
-                penalty=penalty,
+                penalty=penalty.value,
                 gradient_norm=gradient_norm,
                 penalty_gradient_norm=penalty_norm,
                 learning_rate=rate,
@@ -263,32 +270,58 @@ def train_stage(
 
 
 def _backward(
-    model: GenerativeModel, passes: list[Packed], temperature: float, precision: Precision
+    model: GenerativeModel,
+    passes: list[Packed],
+    temperature: float,
+    precision: Precision,
+    penalised: Callable[[Tensor, TrainingPass, float], Tensor] | None = None,
 ) -> float:
-    """Gradients of the loss of one batch into the parameters; returns the loss."""
+    """Gradients of the loss of one batch into the parameters; returns the loss.
+
+    Args:
+        penalised: given a pass's loss, the pass and its share of the targets: what is to be differentiated.
+    """
     count = sum(len(packed.targets) for packed in passes)
     total = 0.0
     for packed in passes:
         with precision.products():
-            loss = -target_token_log_probabilities(model, packed, temperature).sum() / count
+            states = target_states(model, packed)
+            scores = token_log_probabilities(model, states, packed.targets, temperature)
+            loss = -scores.sum() / count
+            total += float(loss.detach())
+            if penalised is not None:
+                outputs = TrainingPass(model, packed, states, temperature)
+                loss = penalised(loss, outputs, len(packed.targets) / count)
         loss.backward()
-        total += float(loss.detach())
     return total
 
 
-def _add_penalty(penalty: Tensor | None, parameters: list[nn.Parameter]) -> tuple[float, float]:
-    """Add the gradient of a strategy's penalty to the parameters'; returns its value and gradient norm."""
-    if penalty is None:
-        return 0.0, 0.0
-    found = torch.autograd.grad(penalty, parameters, allow_unused=True)
-    gradients = [gradient for gradient in found if gradient is not None]
-    held = []
-    for p, gradient in zip(parameters, found, strict=True):
-        if gradient is not None:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            held.append(p.grad)
-    torch._foreach_add_(held, gradients)  # one fused operation for hundreds of small tensors
-    return float(penalty.detach()), float(get_total_norm(gradients))
+def _penalised(
+    strategy: Strategy,
+    context: StageContext,
+    penalty: Penalty,
+    loss: Tensor,
+    outputs: TrainingPass,
+    share: float,
+) -> Tensor:
+    extra = strategy.output_penalty(context, outputs)
+    return loss if extra is None else penalty.beside(loss, extra * share)
+
+
+def _schedule(settings: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    return get_scheduler(
+        "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        optimizer,
+        num_warmup_steps=math.ceil(settings.warmup * steps),
+        num_training_steps=steps,
+    )
+
+
+def _total_rate(settings: TrainingConfig, steps: int, learning_rate: float) -> float:
+    """Σ of the learning rates of a stage's steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
+    (factor,) = _schedule(settings, optimizer, steps).lr_lambdas
+    return learning_rate * sum(factor(step) for step in range(steps))
 
 
 def _norm(parameters: list[nn.Parameter]) -> float | None:

@@ -1,0 +1,13 @@
+"""``full``: every weight of the backbone fine-tuned, stage after stage. What an adapter is spared."""
+
+from __future__ import annotations
+
+from peso.continual.hooks import Strategy
+
+
+class FullFineTuning(Strategy):
+    """``single`` without an adapter: from stage 1 on all weights move; the base stage's adapter is merged
+    into them first. Each stage stores a whole backbone."""
+
+    def trains_backbone(self, stage: int) -> bool:
+        return stage > 0

@@ -1,0 +1,45 @@
+"""``o_lora``: a new adapter each stage, kept from the subspaces of earlier ones (arXiv 2310.14152)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peso.continual.groups import find_groups
+from peso.continual.hooks import StageContext, Strategy
+from peso.model.adapter import redraw_adapter
+from peso.model.past import Past, put_past, read_adapter
+
+
+class OLora(Strategy):
+    """W + s Σ_{i<t} B_i A_i + s B_t A_t, with the penalty weight · Σ_modules Σ_{i<t} ‖A_i A_tᵀ‖₁ (the sum of
+    absolute values, as in the authors' code; 0.5 is their weight). A_t, B_t begin fresh."""
+
+    def __init__(self, weight: float = 0.5) -> None:
+        self.weight = weight
+        self._earlier: list[Tensor] = []  # (Σ ranks, in) of each module, in the order of find_groups
+
+    def begin(self, context: StageContext) -> None:
+        self._earlier = []
+        if context.number == 0:
+            return
+        past, last = Past.of_state(context.memory), read_adapter(context.backbone)
+        if last.acts:
+            past = last if past is None else past + last
+        redraw_adapter(context.backbone, (context.seed, context.number))
+        if past is not None:
+            put_past(context.backbone, past)
+            context.memory.update(past.state())
+            down = {
+                group.module: group.tensor for group in find_groups(context.backbone) if group.factor == "A"
+            }
+            self._earlier = [past.down[module].to(tensor) for module, tensor in down.items()]
+
+    def penalty(self, context: StageContext) -> Tensor | None:
+        if not self._earlier:
+            return None
+        down = [group.tensor for group in find_groups(context.backbone) if group.factor == "A"]
+        overlaps = [
+            (before @ tensor.T).abs().sum() for before, tensor in zip(self._earlier, down, strict=True)
+        ]
+        return self.weight * torch.stack(overlaps).sum()

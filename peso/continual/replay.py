@@ -1,0 +1,59 @@
+"""``replay``: the new stage and a sample of the old ones, of fixed size whatever the log has grown to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peso.continual.hooks import StageContext, Strategy
+from peso.events.histories import TargetSequence
+
+VALUES, OFFSETS, FIRST, SEEN = "replay.items", "replay.offsets", "replay.first_target", "replay.seen"
+
+
+class Replay(Strategy):
+    """Each stage is learnt together with ``budget`` target sequences of all stages before it, a uniform
+    sample kept by reservoir sampling (Vitter 1985, algorithm R): the log of earlier stages may be gone."""
+
+    def __init__(self, budget: int = 1000) -> None:
+        self.budget = budget
+
+    def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
+        if context.number == 0:
+            return None
+        assert context.examples is not None
+        kept, seen = stored(context.memory)
+        # what the memory does not know yet: the stage before this one
+        rng = np.random.default_rng((context.seed, context.number))
+        for sequence in context.examples.of(context.number - 1):
+            place = len(kept) if len(kept) < self.budget else int(rng.integers(0, seen + 1))
+            if place == len(kept):
+                kept.append(sequence)
+            elif place < self.budget:
+                kept[place] = sequence
+            seen += 1
+        context.memory.update(as_tensors(kept, seen))
+        return [*context.examples.of(context.number), *kept]
+
+
+def as_tensors(kept: Sequence[TargetSequence], seen: int) -> dict[str, Tensor]:
+    """The reservoir as tensors: item numbers end to end; ``seen``: sequences that came by."""
+    lengths = [len(sequence.items) for sequence in kept]
+    return {
+        VALUES: torch.from_numpy(np.concatenate([sequence.items for sequence in kept]).astype(np.int32)),
+        OFFSETS: torch.tensor(np.cumsum([0, *lengths])),
+        FIRST: torch.tensor([sequence.first_target for sequence in kept]),
+        SEEN: torch.tensor(seen),
+    }
+
+
+def stored(memory: dict[str, Tensor]) -> tuple[list[TargetSequence], int]:
+    """The reservoir of :func:`as_tensors`, without the users' names, which training does not need."""
+    if SEEN not in memory:
+        return [], 0
+    values, offsets = memory[VALUES].numpy(), memory[OFFSETS].tolist()
+    spans = zip(offsets, offsets[1:], memory[FIRST].tolist(), strict=False)
+    return [TargetSequence("", values[a:b], first) for a, b, first in spans], int(memory[SEEN])

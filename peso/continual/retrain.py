@@ -1,0 +1,27 @@
+"""``retrain``: one adapter on all data so far, learnt anew at every stage. What forgetting nothing costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peso.continual.hooks import StageContext, Strategy
+from peso.events.histories import TargetSequence
+
+
+class Retrain(Strategy):
+    """The upper end in data and in cost: stages 0 … t together, from a fresh adapter. Where stage 0 trained
+    the backbone itself, that backbone stays and the adapter is learnt on top of it."""
+
+    def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
+        return everything(context) if context.number > 0 else None
+
+    def begin(self, context: StageContext) -> None:
+        if context.number > 0:
+            assert context.reset is not None
+            context.reset()
+
+
+def everything(context: StageContext) -> list[TargetSequence]:
+    """The training targets of all stages up to this one."""
+    assert context.examples is not None
+    return [each for stage in range(context.number + 1) for each in context.examples.of(stage)]

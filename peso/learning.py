@@ -1,0 +1,223 @@
+"""The learning of one stage of a workspace, by its strategy, into stages/{t}/.
+
+Knows a workspace's files, the strategy's phases and what a stage keeps; knows nothing of the order of stages
+or of how a loss is computed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peso import assets
+from peso.continual.anchor_report import anchor_finding, anchor_report
+from peso.continual.groups import find_groups
+from peso.continual.hooks import StageContext, Strategy
+from peso.continual.strategy import make_strategy
+from peso.diagnosis import logged_ratio
+from peso.durable import commit_directory, write_aside, write_json
+from peso.events.stream import Stream, stage_file
+from peso.items.index_files import FORMAT as IDS_FORMAT
+from peso.items.index_files import INDEX_FILE
+from peso.manifest import read_manifest, write_manifest
+from peso.model.build import has_adapter, save_stage_weights
+from peso.model.generative import GenerativeModel
+from peso.progress import Observer
+from peso.stages import (
+    backbone_fingerprint,
+    determination,
+    put_back,
+    starting_model,
+    stored_memory,
+    trains_backbone,
+    write_memory,
+)
+from peso.training.examples import StageExamples
+from peso.training.loop import Progress, StageResult, train_stage
+from peso.workspace import FORMAT, LOG, METRICS, Workspace, provenance
+
+FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in training left
+
+
+def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
+    """Learn one stage from where the last one left the model, and commit stages/{stage}/.
+
+    Interrupted, it continues from its newest checkpoint and ends with the same bits.
+
+    Raises:
+        TrainingError: see :func:`peso.training.loop.train_stage`.
+    """
+    _pull_backbone(workspace, observer)
+    determined_by = determination(workspace, stage)
+    unfinished = workspace.unfinished_directory(stage) / determined_by[:16]
+    for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
+        shutil.rmtree(stale)
+    model = starting_model(workspace, stage)
+    memory = stored_memory(workspace.stage_directory(stage - 1)) if stage else {}
+    training: dict[str, Any] = {}
+    strategy = make_strategy(workspace.config.strategy)
+    if strategy.learns(stage):
+        training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
+    else:
+        observer.note(f"stage {stage}: strategy {workspace.config.strategy.name} keeps the last state")
+    with commit_directory(workspace.stage_directory(stage)) as directory:
+        save_stage_weights(model, directory, whole_backbone=trains_backbone(workspace, stage))
+        write_memory(directory, memory)
+        if (unfinished / LOG).exists():
+            shutil.copyfile(unfinished / LOG, directory / LOG)
+        write_json(directory / METRICS, {"training": training})
+        parent = workspace.stage_manifest(stage - 1)["determined_by"] if stage else None
+        ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+        manifest = {
+            "stage": stage,
+            "determined_by": determined_by,
+            "parent": {"stage": stage - 1, "determined_by": parent} if stage else None,
+            "inputs": {
+                "stream": Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)],
+                "semantic_ids": ids["files"][INDEX_FILE],
+            },
+            "backbone_sha256": backbone_fingerprint(model),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "configuration": workspace.config.model_dump(mode="json"),
+            "seed": workspace.config.seed_of_stage(stage),
+            **provenance(),
+        }
+        write_manifest(directory, FORMAT, manifest)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+def _train(
+    workspace: Workspace,
+    stage: int,
+    model: GenerativeModel,
+    strategy: Strategy,
+    memory: dict[str, Tensor],
+    unfinished: Path,
+    observer: Observer,
+) -> dict[str, Any]:
+    """All phases of the stage; returns the figures of the last one, with the time of all."""
+    config = workspace.config
+    stream = Stream.open(workspace.stream_directory)
+    before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
+    context = StageContext(
+        stage,
+        model.backbone,
+        total_steps=0,
+        seed=config.seed_of_stage(stage),
+        vocabulary=model.vocabulary,
+        examples=StageExamples(model, stream.stage, stage, config.training, config.seed_of_stage(stage)),
+        memory=memory,
+        reset=lambda: put_back(workspace, model, stage),
+    )
+    *earlier, last = strategy.phases(stage)
+    spent = 0.0
+    for phase in earlier:
+        finished = unfinished / phase / FINISHED_PHASE
+        if finished.is_file():
+            spent += _restore(model, memory, finished)
+            continue
+        here = replace(context, phase=phase)
+        spent += _train_phase(workspace, model, strategy, here, unfinished / phase, observer).seconds
+        _keep(model, memory, spent, finished)
+    result = _train_phase(workspace, model, strategy, replace(context, phase=last), unfinished, observer)
+    figures: dict[str, Any] = {"learning_rate": _learning_rate(workspace, stage), **asdict(result)}
+    figures["seconds"] += spent
+    if told := strategy.figures():
+        figures["strategy"] = told
+    if stage and before:
+        figures["moved"] = anchor_report(before, find_groups(model.backbone))
+        if finding := anchor_finding(stage, logged_ratio(unfinished / LOG)):
+            observer.note(finding)
+    return figures
+
+
+def _train_phase(
+    workspace: Workspace,
+    model: GenerativeModel,
+    strategy: Strategy,
+    context: StageContext,
+    directory: Path,
+    observer: Observer,
+) -> StageResult:
+    config, stage = workspace.config, context.number
+    data = Stream.open(workspace.stream_directory).stage(stage)
+    title = f"learn stage {stage}" + (f", {context.phase}" if context.phase else "")
+    begun = False
+
+    def show(progress: Progress) -> None:
+        nonlocal begun
+        if not begun:
+            observer.begin(title, progress.steps, "steps")
+            begun = True
+        observer.advance(
+            progress.step,
+            epoch=f"{progress.epoch}/{progress.epochs}",
+            loss=progress.loss,
+            tokens_per_second=progress.tokens_per_second,
+        )
+
+    directory.mkdir(parents=True, exist_ok=True)
+    chosen = strategy.choose(context)
+    result = train_stage(
+        model,
+        data.training_sequences() if chosen is None else chosen,
+        data.validation_cases(config.prompt.window),
+        config.training,
+        stage=stage,
+        learning_rate=_learning_rate(workspace, stage),
+        strategy=strategy,
+        seed=context.seed,
+        directory=directory,
+        log=directory / LOG,
+        context=context,
+        on_progress=show,
+    )
+    observer.end()
+    return result
+
+
+def _learning_rate(workspace: Workspace, stage: int) -> float:
+    training = workspace.config.training
+    return training.learning_rate * (training.later_learning_rate_scale if stage else 1.0)
+
+
+def _keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, file: Path) -> None:
+    """Write what a phase left in model and memory, whole or not at all."""
+    kept = {f"memory.{name}": tensor for name, tensor in memory.items()}
+    kept |= {f"model.{name}": p.detach().cpu().contiguous() for name, p in _learnable(model).items()}
+    with write_aside(file) as aside:
+        save_file({**kept, "seconds": torch.tensor(seconds)}, aside)
+
+
+@torch.no_grad()
+def _restore(model: GenerativeModel, memory: dict[str, Tensor], file: Path) -> float:
+    """What :func:`_keep` wrote, into model and memory; returns the seconds."""
+    kept = load_file(file)
+    for name, p in _learnable(model).items():
+        p.copy_(kept[f"model.{name}"])
+    memory.clear()
+    memory.update(
+        {name.removeprefix("memory."): tensor for name, tensor in kept.items() if name.startswith("memory.")}
+    )
+    return float(kept["seconds"])
+
+
+def _learnable(model: GenerativeModel) -> dict[str, Tensor]:
+    """Adapter and vocabulary, by name."""
+    return {
+        name: p for name, p in model.named_parameters() if ".lora_" in name or name.startswith("vocabulary.")
+    }
+
+
+def _pull_backbone(workspace: Workspace, observer: Observer) -> None:
+    """Fetch a backbone that is an asset of ours, unless it is in the cache."""
+    name = workspace.config.backbone.name
+    if name in assets.names("backbone") and assets.find(name) is None:
+        observer.note(f"fetching {name}, which is not in the cache yet")
+        assets.pull(name, on_progress=None)
