@@ -89,7 +89,7 @@ def test_a_text_that_many_items_share_weighs_as_one() -> None:
     np.testing.assert_array_equal(once.components, often.components)
 
 
-@pytest.mark.parametrize("texts", [["one text alone"], ["!!!", "..."], ["same", "same"]])
+@pytest.mark.parametrize("texts", [["one text alone"], ["!!!", "..."], ["same", "same"], []])
 def test_few_texts_and_texts_without_words_are_encoded_all_the_same(texts: list[str]) -> None:
     vectors = HashingEncoder.fit(texts, 128, seed=0).encode(texts)
     assert vectors.shape[0] == len(texts)

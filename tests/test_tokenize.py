@@ -193,9 +193,10 @@ def test_an_item_without_text_gets_the_codes_nearest_to_the_centre(tmp_path: Pat
     assert later["fitness"]["stages"][0]["error"] is None
 
 
-def test_a_catalogue_without_any_text_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("titles", [[None, "", "..."], [None, None, None]])  # no word; no text at all
+def test_a_catalogue_without_any_text_is_refused(titles: list[str | None], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not one of 3 items has a text or a vector"):
-        tokenize(item_table([None, "", "..."]), settings_for(), tmp_path, seed=0)
+        tokenize(item_table(titles), settings_for(), tmp_path, seed=0)
     with pytest.raises(DataError, match="empty catalogue"):
         tokenize(item_table([]), settings_for(), tmp_path, seed=0)
     assert not list(tmp_path.iterdir())

@@ -41,9 +41,9 @@ class HashingEncoder:
 
         Fewer than ``dimensions`` directions are kept where the texts span no more.
         """
-        counts = _counts(sorted(set(texts)))
+        counts = _counts(sorted(set(texts)) or [""])
         features = _frequent(counts)
-        if not len(features):  # not one word: every vector is zero, which stands for "no text"
+        if not len(features):  # not one word, or no text: every vector is zero, which stands for "no text"
             return cls(features, np.empty(0, np.float32), np.empty((1, 0), np.float32))
         counts = counts[:, features]
         weights = TfidfTransformer(sublinear_tf=True).fit(counts)
