@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from event_logs import core, data_config, expected_histories, histories, ingested, write_log
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peso.config import DataConfig
+from peso.errors import DataError
 from peso.events import columns
 from peso.events.cutting import calendar
 from peso.events.ingest import ingest
@@ -264,6 +267,26 @@ def test_a_pattern_of_times(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", log)
     stream = ingested(tmp_path / "s", format="csv", path=str(path), time_format="%d/%m/%Y", stages=1)
     assert histories(stream) == [{"a": ([], ["i1", "i3", "i9", "i12"])}]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_days_without_separators_are_not_taken_for_seconds_of_1970(tmp_path: Path, kind: str) -> None:
+    log = [("a", f"i{day}", 20200300 + day) for day in (9, 3, 12, 1)]
+    if kind == "csv":
+        path = write_log(tmp_path / "log.csv", log)
+    else:
+        path = tmp_path / "log.parquet"
+        pq.write_table(
+            pa.table(dict(zip(("user", "item", "time"), zip(*log, strict=True), strict=True))), path
+        )
+    source = {"format": kind, "path": str(path), "stages": 1}
+    with pytest.raises(DataError, match=r"holds '20200309': a day, or .* '%Y%m%d' or seconds"):
+        ingested(tmp_path / "auto", **source)
+    stream = ingested(tmp_path / "days", **source, time_format="%Y%m%d")
+    assert histories(stream) == [{"a": ([], ["i1", "i3", "i9", "i12"])}]
+    assert stream.manifest["time"]["from"] == "2020-03-01T00:00:00Z"
+    seconds = ingested(tmp_path / "seconds", **source, time_format="seconds")
+    assert seconds.manifest["time"]["first"] == 20200301 * 1_000_000
 
 
 def test_the_funnel_and_the_manifest_are_json(tmp_path: Path) -> None:

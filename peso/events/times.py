@@ -5,6 +5,7 @@ Knows numbers and texts; gives microseconds since 1970 (UTC). Knows nothing of u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -47,7 +48,7 @@ class Clock:
             return _finite(f"try_cast({column} AS TIMESTAMPTZ)")
         if self.kind == "typed":
             return _finite(f"{column}::TIMESTAMPTZ")
-        return _finite(f"try_strptime({column}, {literal(self.kind)})")
+        return _finite(f"try_strptime({column}::VARCHAR, {literal(self.kind)})")
 
     def in_microseconds(self, column: str) -> str:
         """SQL: what :meth:`parse` gave, in microseconds."""
@@ -76,20 +77,29 @@ def recognise(sample: Sequence[object], sql_type: str, time_format: str, where: 
 
     Args:
         sample: values of the column.
-        sql_type: the column's type; anything but text is taken as it is.
+        sql_type: the column's type; timestamps and dates are taken as they are.
         time_format: as configured; ``auto`` to recognise.
         where: names the column, for the message.
 
     Raises:
-        DataError: neither numbers nor ISO text.
+        DataError: neither numbers nor ISO text, or numbers such as 20130601.
     """
     if sql_type.startswith(("TIMESTAMP", "DATE")):
         return Clock("typed")
-    if sql_type.startswith(_NUMERIC) or time_format in MICROSECONDS:
-        return Clock("number", None if time_format in ("auto", "iso") else time_format)
-    if time_format == "iso" or "%" in time_format:
+    if time_format in MICROSECONDS:
+        return Clock("number", time_format)
+    if "%" in time_format:
         return Clock(time_format)
     given = [str(value) for value in sample if value is not None]
+    if time_format == "auto" and given and all(map(_is_compact_date, given)):
+        raise DataError(
+            f"{where} holds {given[0]!r}: a day, or a number of seconds in 1970? Say which in "
+            "data.time_format: '%Y%m%d' or seconds"
+        )
+    if sql_type.startswith(_NUMERIC):
+        return Clock("number")
+    if time_format == "iso":
+        return Clock("iso")
     numbers = sum(_reads(value, "DOUBLE") for value in given[:20])
     texts = sum(_reads(value, "TIMESTAMPTZ") for value in given[:20])
     if not numbers and not texts:
@@ -129,6 +139,11 @@ def iso(microseconds_: int) -> str:
         return (_EPOCH + timedelta(microseconds=microseconds_)).isoformat().replace("+00:00", "Z")
     except OverflowError:
         return str(microseconds_)
+
+
+def _is_compact_date(value: str) -> bool:
+    """20130601 and the like: as ISO 8601 a day, as seconds one in August 1970."""
+    return re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", value) is not None
 
 
 def _finite(timestamp: str) -> str:

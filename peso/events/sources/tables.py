@@ -77,6 +77,10 @@ def csv_table(
     if not header:
         first = [(file, [str(number + 1) for number in range(len(fields))]) for file, fields in first]
     names = require_same(first)
+    if any(mark in "".join(names) for mark in ("\0", "\ufffd")):
+        raise DataError(
+            f"the first line of {files[0]} is no {encoding} text; set data.encoding (utf-8, latin-1, utf-16)"
+        )
     if len(set(names)) < len(names):
         raise DataError(f"{files[0]} has two columns of one name ({', '.join(names)}); rename one")
     columns = dict.fromkeys(names, "VARCHAR")
