@@ -156,6 +156,34 @@ def test_times_that_are_no_times(tmp_path: Path) -> None:
     )
 
 
+def test_another_encoding_of_the_header_is_named(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "log.csv", LOG)
+    path.write_bytes(path.read_bytes().decode().encode("utf-16"))
+    refused(tmp_path, "is no utf-8 text; set data.encoding .*utf-16", format="csv", path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("items.jsonl", ['{"item": "i1", "title": "cut', '{"title": "of no item"}']),
+        ("items.csv", ["i1,too,many", ",of no item"]),
+    ],
+)
+def test_unreadable_rows_of_the_product_table_are_refused_or_counted(
+    tmp_path: Path, name: str, bad: list[str]
+) -> None:
+    log = write_log(tmp_path / "log.csv", LOG)
+    good = ['{"item": "i0", "title": "T"}'] if name.endswith("jsonl") else ["item,title", "i0,T"]
+    (tmp_path / name).write_text("\n".join([*good, *bad]) + "\n")
+    table = {"path": str(tmp_path / name), "format": name[6:], "columns": {"title": "title"}}
+    data: dict[str, Any] = {"format": "csv", "path": str(log), "items": table}
+    refused(tmp_path, rf"{name}: line \d", **data)
+    write_log(log, [*LOG, ("u1",)])  # the log's own bad line is no product's
+    stream = ingested(tmp_path / "s", **data, stages=2, on_error="skip")
+    assert (stream.manifest["skipped"], stream.manifest["skipped_rows_of_items"]) == (1, 2)
+    assert dict(zip(stream.item_ids, stream.titles, strict=True))["i0"] == "T"
+
+
 def test_times_in_two_units(tmp_path: Path) -> None:
     path = bad_row(tmp_path, ("u1", "i1", 1_600_000_000_000))
     refused(tmp_path, "mixes seconds and milliseconds.*data.time_format", format="csv", path=str(path))

@@ -276,6 +276,20 @@ def test_movielens_100k(tmp_path: Path, reference: object) -> None:
     assert item_rows(stream)["i0"]["category"] == "Action, Sci-Fi"
 
 
+def test_movielens_100k_as_peso_pulls_it(tmp_path: Path, reference: object) -> None:
+    folder = tmp_path / "ml-100k"
+    folder.mkdir()
+    (folder / "u.data").write_text("".join(f"{u}\t{i}\t{r}\t{t}\n" for u, i, t, r in LOG))
+    (folder / "movies.tsv").write_text(
+        'item_id\ttitle\tyear\tgenres\ni0\tToy "Story"\t1995\tAnimation|Comedy\ni1\tunknown\t\tunknown\n'
+    )
+    stream = ingested(tmp_path / "s", format="movielens", path=str(folder), stages=3)
+    assert histories(stream) == reference
+    of = item_rows(stream)
+    assert (of["i0"]["title"], of["i0"]["category"]) == ('Toy "Story" (1995)', "Animation, Comedy")
+    assert of["i1"]["title"] == "unknown"
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
 def test_movielens_1m_and_10m(tmp_path: Path, reference: object, encoding: str) -> None:
     folder = tmp_path / "ml-1m"

@@ -109,7 +109,7 @@ def append(
             connection, directory, stages.ends, stream.stages, str(data.path), observer.advance
         )
         observer.end()
-        added, repeated = new_items(connection, source.items, skip)
+        added, of_items = new_items(connection, source.items, skip)
         items = pa.concat_tables([stream.items, added])
         write_items(items, directory)
         first_new, last_new = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
@@ -126,7 +126,7 @@ def append(
         "funnel": funnel.rows,
         "boundaries": [iso(moment) for moment in stages.moments or []],
         "new_items": len(added),
-        "repeated_rows_of_items": repeated,
+        **of_items,
     }
     content = dict(stream.manifest)
     content.update(

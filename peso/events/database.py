@@ -69,6 +69,18 @@ def scalar(connection: duckdb.DuckDBPyConnection, query: str) -> int:
     return int(connection.execute(query).fetchall()[0][0])
 
 
+def rejected_lines(connection: duckdb.DuckDBPyConnection) -> int:
+    """Lines that the CSV reader has left out so far. A scan may meet one twice: its sample, its reading."""
+    tables = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'"
+    if not scalar(connection, tables):
+        return 0
+    return scalar(
+        connection,
+        "SELECT count(*) FROM (SELECT DISTINCT file_path, line FROM reject_errors JOIN reject_scans "
+        "USING (scan_id, file_id))",
+    )
+
+
 def cores() -> int:
     """How many threads to compute with: the cores at hand, up to ``THREADS``."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -89,7 +89,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         observer.begin("writing the stages", scalar(connection, "SELECT count(*) FROM sorted"), "events")
         counts = write_stages(connection, directory, stages.ends, 0, str(data.path), observer.advance)
         observer.end()
-        items, repeated = new_items(connection, opened.items, data.on_error == "skip")
+        items, of_items = new_items(connection, opened.items, data.on_error == "skip")
         write_items(items, directory)
         first, last = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
     write_manifest(
@@ -103,7 +103,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
             "boundaries": [iso(moment) for moment in stages.moments] if stages.moments is not None else None,
             "items": len(items),
             "items_without_title": items[columns.TITLE].null_count,
-            "repeated_rows_of_items": repeated,
+            **of_items,
             "stages": counts,
         },
     )

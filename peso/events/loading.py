@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 
 from peso.errors import DataError
-from peso.events.database import scalar
+from peso.events.database import rejected_lines, scalar
 from peso.events.sources import Log
 from peso.events.sources.tables import FILE
 from peso.events.times import Clock, iso, recognise, recognise_unit
@@ -72,7 +72,7 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
     rows = scalar(connection, "SELECT count(*) FROM raw")
     if rows == unread:
         raise DataError(f"{table.files[0]} holds no readable event; fetch or write the file again")
-    rejected = _rejected(connection) if skip else 0
+    rejected = rejected_lines(connection) if skip else 0
     clock = _with_unit(connection, clock, bad, where)
     connection.execute(f"""
         CREATE TABLE users AS SELECT name, (row_number() OVER () - 1)::INTEGER AS u, false AS known
@@ -113,18 +113,6 @@ def _with_unit(connection: duckdb.DuckDBPyConnection, clock: Clock, bad: str, wh
         return clock
     least, most = connection.execute(f"SELECT min(time), max(time) FROM raw WHERE NOT ({bad})").fetchall()[0]
     return Clock(clock.kind, recognise_unit(least, most, where))
-
-
-def _rejected(connection: duckdb.DuckDBPyConnection) -> int:
-    """Lines that the CSV reader itself left out. They were met twice: by the sample and by the reading."""
-    tables = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'"
-    if not scalar(connection, tables):
-        return 0
-    return scalar(
-        connection,
-        "SELECT count(*) FROM (SELECT DISTINCT file_path, line FROM reject_errors JOIN reject_scans "
-        "USING (scan_id, file_id))",
-    )
 
 
 def _first_unreadable(

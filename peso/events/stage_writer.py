@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.events import columns
-from peso.events.database import cores, scalar
+from peso.events.database import cores, rejected_lines, scalar
 from peso.events.histories import Stage
 from peso.events.protocol import refuse_untrainable, slice_stages, stage_counts
 from peso.events.sources import ItemTable
@@ -139,25 +139,36 @@ def write_stages(
 
 def new_items(
     connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool
-) -> tuple[pa.Table, int]:
+) -> tuple[pa.Table, dict[str, int]]:
     """The rows of the item table for ``item_numbers``, in their order, with what ``items`` says of them.
 
+    Args:
+        skip: leave rows of ``items`` that cannot be read out, instead of refusing it.
+
     Returns:
-        An Arrow table (``peso.events.columns.ITEMS``), and how many rows of ``items`` repeat an item (the
-        first is taken).
+        An Arrow table (``peso.events.columns.ITEMS``), and for the manifest how many rows of ``items`` repeat
+        an item (the first is taken), and how many were left out as unreadable or name no item.
     """
-    repeated = 0
+    told = {"repeated_rows_of_items": 0, "skipped_rows_of_items": 0}
     if items is None:
         query = """
             SELECT name AS item_id, NULL AS title, NULL AS text, NULL AS category FROM item_numbers
             ORDER BY n"""
     else:
+        rejected = rejected_lines(connection)  # of the log: the reader goes on counting
         connection.execute(f"""
             CREATE TABLE catalogue AS
-            SELECT ({items.item})::VARCHAR AS item_id, nullif({items.title}, '') AS title,
+            SELECT nullif(({items.item})::VARCHAR, '') AS item_id, nullif({items.title}, '') AS title,
                    nullif({items.text}, '') AS text, nullif({items.category}, '') AS category
             FROM {items.table.scan(skip)}""")
-        repeated = scalar(connection, "SELECT count(item_id) - count(DISTINCT item_id) FROM catalogue")
+        told["repeated_rows_of_items"] = scalar(
+            connection, "SELECT count(item_id) - count(DISTINCT item_id) FROM catalogue"
+        )
+        told["skipped_rows_of_items"] = (
+            scalar(connection, "SELECT count(*) - count(item_id) FROM catalogue")
+            + rejected_lines(connection)
+            - rejected
+        )
         query = """
             SELECT name AS item_id, title, text, category
             FROM item_numbers
@@ -166,7 +177,7 @@ def new_items(
             LEFT JOIN catalogue ON catalogue.rowid = firsts.first
             ORDER BY n"""
     table = connection.sql(query).to_arrow_table()
-    return table.select(columns.ITEMS.names).cast(columns.ITEMS), repeated
+    return table.select(columns.ITEMS.names).cast(columns.ITEMS), told
 
 
 def write_items(table: pa.Table, directory: Path) -> None:

@@ -5,6 +5,7 @@ Knows the files as GroupLens, RecBole and MovieTweetings publish them; knows not
     100k            u.data (tabs), u.item (bars, Latin-1, a flag a genre), u.genre
     1M, 10M         ratings.dat, movies.dat (separated by ::; Latin-1 in 1M)
     latest, 20M on  ratings.csv, movies.csv (with header)
+    peso pull       u.data, movies.tsv (tabs, with header: item_id, title, year, genres)
     RecBole         NAME.inter, NAME.item (tabs, a header with types)
     MovieTweetings  ratings.dat, movies.dat (separated by ::, UTF-8)
 """
@@ -34,7 +35,10 @@ def movielens_source(path: str) -> Source:
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if log := first_of(folder, "u.data"):
-        return Source(_numbered(log, "\t"), _items_100k(first_of(folder, "u.item")))
+        pulled = first_of(folder, "movies.tsv")
+        return Source(
+            _numbered(log, "\t"), _pulled(pulled) if pulled else _items_100k(first_of(folder, "u.item"))
+        )
     if log := first_of(folder, "ratings.dat"):
         return _dat(log, first_of(folder, "movies.dat"))
     if log := first_of(folder, "ratings.csv"):
@@ -97,6 +101,14 @@ def _items_100k(file: Path | None) -> ItemTable | None:
     ]
     genres = f"nullif(concat_ws({literal(LIST)}, {', '.join(flags)}), '')" if flags else "NULL"
     return ItemTable(table, '"1"', '"2"', category=genres)
+
+
+def _pulled(movies: Path) -> ItemTable:
+    table = csv_table([require_content(movies)], "\t", header=True, quote="")
+    year = table.require("year", "data.format")
+    title = f"concat({table.require('title', 'data.format')}, ' (' || nullif({year}, '') || ')')"
+    item, genres = (table.require(name, "data.format") for name in ("item_id", "genres"))
+    return ItemTable(table, item, title, category=_genres(genres))
 
 
 def _recbole(log: Path) -> Source:
