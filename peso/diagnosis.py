@@ -95,9 +95,10 @@ def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:
 
 # -- as tables ---------------------------------------------------------------------------------------
 
-USERS = ("stage", "events", "users", "new_users", "continuing_users", "returning_users")  # keys of the drift
-ITEMS: tuple[str, ...] = ("stage", "items", "new_items", "continuing_items", "returning_items")
-ITEMS += ("item_divergence", "code_divergence", "new_item_targets")
+STATES = ("new", "continuing", "returning", "dormant")
+USERS = ("stage", "events", "users", *(f"{state}_users" for state in STATES))  # keys of the drift
+MOVED = ("item_divergence", "code_divergence", "new_item_targets")
+ITEMS = ("stage", "items", *(f"{state}_items" for state in STATES), *MOVED)
 FITNESS = ("how many", "error", "want an ID that is taken", "share an ID")
 
 
@@ -109,12 +110,12 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
     tables: list[Titled] = [
         (
             "users, and how long the histories are that they bring",
-            ["stage", "events", "users", "new", "continuing", "returning", *lengths],
+            ["stage", "events", "users", *STATES, *lengths],
             users,
         ),
         (
             "items; Jensen-Shannon divergence from the stage before, in bits",
-            ["stage", "items", "new", "continuing", "returning", "JS items", "JS first codes", "new targets"],
+            ["stage", "items", *STATES, "JS items", "JS first codes", "new targets"],
             [[s[key] for key in ITEMS] for s in stages],
         ),
     ]

@@ -48,6 +48,7 @@ def test_every_figure_equals_its_definition(stages: list[Stage]) -> None:
             assert figures[f"new_{name}"] == len(here - ever)
             assert figures[f"continuing_{name}"] == len(here & before)
             assert figures[f"returning_{name}"] == len((here & ever) - before)
+            assert figures[f"dormant_{name}"] == len(ever - here)
         assert figures["events"] == len(current[t])
         if t == 0:
             assert figures["item_divergence"] is figures["code_divergence"] is None

@@ -1,8 +1,8 @@
 """How a stream drifts: per stage who and what is new, who came back, how far tastes moved.
 
 Knows stages, item numbers and, if given, one code an item; knows nothing of models or of how it is shown.
-Words as in ``peso.evaluation.segments``: *continuing* was seen in the stage before, *new* never, *dormant*
-(or *returning*) earlier but not in the stage before.
+Words as in ``peso.evaluation.segments``: *continuing* was seen in the stage before, *new* never before. Who
+is known but does nothing in a stage is *dormant* in it; who does something again after that is *returning*.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def drift(stages: Iterable[Stage], items: int, first_codes: np.ndarray | None = 
 
     Returns:
         One dict a stage: ``stage``, ``events``, ``users``, ``new_users``, ``continuing_users``,
-        ``returning_users``, ``items``, ``new_items``, ``continuing_items``, ``returning_items``,
-        ``item_divergence`` and ``code_divergence`` (:func:`jensen_shannon` of the events of this stage and
-        those of the one before, over items and over first-level codes; None in stage 0 or without codes),
+        ``returning_users``, ``dormant_users``, and the same of ``items``; ``item_divergence`` and
+        ``code_divergence`` (:func:`jensen_shannon` of the events of this stage and those of the one before,
+        over items and over first-level codes; None in stage 0 or without codes),
         ``new_item_targets`` (share of the targets, those for validation and test included, whose item nobody
         had before the stage), ``history_lengths`` (over the users of the stage, of what they bring into it:
         mean and ``QUANTILES``).
@@ -56,10 +56,12 @@ def drift(stages: Iterable[Stage], items: int, first_codes: np.ndarray | None = 
                 "new_users": len(here - seen_users - last_users),
                 "continuing_users": len(here & last_users),
                 "returning_users": len((here & seen_users) - last_users),
+                "dormant_users": len((seen_users | last_users) - here),
                 "items": int(there.sum()),
                 "new_items": int((there & ~seen).sum()),
                 "continuing_items": int((there & lately).sum()),
                 "returning_items": int((there & seen & ~lately).sum()),
+                "dormant_items": int((seen & ~there).sum()),
                 "item_divergence": None if last_counts is None else jensen_shannon(last_counts, counts),
                 "code_divergence": _code_divergence(last_counts, counts, first_codes),
                 "new_item_targets": _new_targets(stage, seen),

@@ -16,6 +16,7 @@ Stage = Mapping[str, Any]
 Line = tuple[str, Callable[[Stage], float | None]]  # what a line is called, and its height at a stage
 
 STATES = ("new", "continuing", "returning")
+COUNTED = (*STATES, "dormant")
 
 
 def drift(comparison: Comparison) -> Section:
@@ -28,9 +29,10 @@ def drift(comparison: Comparison) -> Section:
         "Drift of the stream",
         [
             "New was never seen before, continuing in the stage before, returning earlier but not in the "
-            "stage before. The Jensen-Shannon divergence compares the events of a stage with those of the "
-            "one before, over items and over their first codes, in bits: 0 for the same shares, 1 for "
-            "nothing in common. A target is new if nobody had its item before the stage."
+            "stage before; dormant is known but not in the stage. The Jensen-Shannon divergence compares the "
+            "events of a stage with those of the one before, over items and over their first codes, in bits: "
+            "0 for the same shares, 1 for nothing in common. A target is new if nobody had its item before "
+            "the stage."
         ],
         plots=[
             _plot("drift-users", "Users, %", [(state, _share("users", state)) for state in STATES], streams),
@@ -102,11 +104,17 @@ def _users(label: str, place: int, stages: Sequence[Stage]) -> Table:
     return Table(
         f"drift-users{_number(place)}",
         labelled("Users of each stage", label),
-        ["Stage", "Events", "Users", *map(str.capitalize, STATES), *(f"History, {name}" for name in lengths)],
+        [
+            "Stage",
+            "Events",
+            "Users",
+            *map(str.capitalize, COUNTED),
+            *(f"History, {name}" for name in lengths),
+        ],
         [
             [
                 f"Stage {stage['stage']}",
-                *map(Quantity, (stage["events"], stage["users"], *(stage[f"{s}_users"] for s in STATES))),
+                *map(Quantity, (stage["events"], stage["users"], *(stage[f"{s}_users"] for s in COUNTED))),
                 *(Quantity(stage["history_lengths"][name], decimals=1) for name in lengths),
             ]
             for stage in stages
@@ -122,7 +130,7 @@ def _items(label: str, place: int, stages: Sequence[Stage]) -> Table:
         [
             "Stage",
             "Items",
-            *map(str.capitalize, STATES),
+            *map(str.capitalize, COUNTED),
             "JS of items",
             "JS of first codes",
             "New targets, %",
@@ -130,7 +138,7 @@ def _items(label: str, place: int, stages: Sequence[Stage]) -> Table:
         [
             [
                 f"Stage {stage['stage']}",
-                *map(Quantity, (stage["items"], *(stage[f"{s}_items"] for s in STATES))),
+                *map(Quantity, (stage["items"], *(stage[f"{s}_items"] for s in COUNTED))),
                 _measured(stage["item_divergence"], 3),
                 _measured(stage["code_divergence"], 3),
                 _measured(_percent(stage["new_item_targets"]), 1),
