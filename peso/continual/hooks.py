@@ -34,10 +34,12 @@ class ForwardPass(Protocol):
 class Examples(Protocol):
     """Training examples of the stages up to the one that is learnt, and what the model makes of them.
 
-    ``tokens``: target tokens of one target.
+    ``tokens``: target tokens of one target; ``window``: how many items before the first target of a
+    sequence are looked at.
     """
 
     tokens: int
+    window: int
 
     def of(self, stage: int) -> Sequence[TargetSequence]:
         """The training targets of a stage, each user's with what came before them."""

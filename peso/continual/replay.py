@@ -29,14 +29,20 @@ class Replay(Strategy):
         # what the memory does not know yet: the stage before this one
         rng = np.random.default_rng((context.seed, context.number))
         for sequence in context.examples.of(context.number - 1):
-            place = len(kept) if len(kept) < self.budget else int(rng.integers(0, seen + 1))
-            if place == len(kept):
-                kept.append(sequence)
-            elif place < self.budget:
-                kept[place] = sequence
             seen += 1
+            sequence = trimmed(sequence, context.examples.window)
+            if len(kept) < self.budget:
+                kept.append(sequence)
+            elif (place := int(rng.integers(0, seen))) < self.budget:
+                kept[place] = sequence
         context.memory.update(as_tensors(kept, seen))
         return [*context.examples.of(context.number), *kept]
+
+
+def trimmed(sequence: TargetSequence, window: int) -> TargetSequence:
+    """Without the items that no target sees: training looks back one window from the first."""
+    start = max(0, sequence.first_target - window)
+    return TargetSequence(sequence.user, sequence.items[start:], sequence.first_target - start)
 
 
 def as_tensors(kept: Sequence[TargetSequence], seen: int) -> dict[str, Tensor]:

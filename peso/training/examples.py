@@ -41,6 +41,7 @@ class StageExamples:
     ) -> None:
         ends = len(model.layout.end) if predicts_end(model) else 0
         self.tokens = model.semantic_ids.levels + ends
+        self.window = model.layout.window
         self._model = model
         self._stage = stage
         self._learning = learning
