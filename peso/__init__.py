@@ -11,6 +11,9 @@ _HOMES = {
     "SoftmaxKL": "peso.continual.proximal",
     "PerRankKL": "peso.continual.proximal",
     "L2": "peso.continual.proximal",
+    "Fisher": "peso.continual.proximal",
+    "Orthogonal": "peso.continual.proximal",
+    "OutputKL": "peso.continual.proximal",
     "Workspace": "peso.workspace",
     "Recommender": "peso.recommender",
 }

@@ -68,6 +68,30 @@ def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
     return groups
 
 
+def find_layers(model: nn.Module, adapter: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Name of the adapter that is meant, and PEFT's layers that have it by name of the module.
+
+    Raises:
+        TrainingError: no LoRA layer, no such adapter, or several active at once.
+    """
+    from peft.tuners.lora import LoraLayer  # only a model needs it; plain tensors do without PEFT
+
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    if not layers:
+        raise TrainingError(
+            f"no LoRA adapter found in {type(model).__name__}: "
+            "attach one first with peft.get_peft_model(model, peft.LoraConfig(...))"
+        )
+    name = adapter or _active(layers)
+    found = {
+        _plain(path): layer for path, layer in layers if name in (*layer.lora_A, *layer.lora_embedding_A)
+    }
+    if not found:
+        known = sorted({known for _, layer in layers for known in (*layer.lora_A, *layer.lora_embedding_A)})
+        raise TrainingError(f"the model has no LoRA adapter {name!r}; it has {', '.join(known)}")
+    return name, found
+
+
 def shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every group, in order: what an anchor and a model must have in common."""
     return {group.name: tuple(group.tensor.shape) for group in groups}
@@ -113,17 +137,9 @@ def _parts(source: Source) -> list[nn.Module | Tensor]:
 
 
 def _of_model(model: nn.Module, adapter: str | None) -> list[Group]:
-    from peft.tuners.lora import LoraLayer  # only a model needs it; plain tensors do without PEFT
-
-    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    if not layers:
-        raise TrainingError(
-            f"no LoRA adapter found in {type(model).__name__}: "
-            "attach one first with peft.get_peft_model(model, peft.LoraConfig(...))"
-        )
-    name = adapter or _active(layers)
+    name, layers = find_layers(model, adapter)
     groups = []
-    for path, layer in layers:
+    for module, layer in layers.items():
         for factor, holders in (
             ("A", (layer.lora_A, layer.lora_embedding_A)),
             ("B", (layer.lora_B, layer.lora_embedding_B)),
@@ -131,10 +147,7 @@ def _of_model(model: nn.Module, adapter: str | None) -> list[Group]:
             for holder in holders:
                 if name in holder:
                     matrix = holder[name]
-                    groups.append(Group(_plain(path), factor, getattr(matrix, "weight", matrix)))
-    if not groups:
-        known = sorted({known for _, layer in layers for known in (*layer.lora_A, *layer.lora_embedding_A)})
-        raise TrainingError(f"the model has no LoRA adapter {name!r}; it has {', '.join(known)}")
+                    groups.append(Group(module, factor, getattr(matrix, "weight", matrix)))
     return groups
 
 

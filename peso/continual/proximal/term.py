@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from peso.continual.calibration import Calibration, second_moment
-from peso.continual.groups import Group, Source, find_groups
+from peso.continual.groups import Group, Source
 from peso.errors import ConfigError, TrainingError
 
 Coupling = Literal["loss", "decoupled"]
@@ -20,8 +20,8 @@ Reduction = Literal["mean", "sum"]
 
 
 class Term:
-    """A penalty on leaving an anchor. A term of its own overrides ``anchor``, ``value_at`` and
-    ``metric_trace``, and ``pull`` where it has a decoupled form.
+    """A penalty on leaving an anchor. A term of its own overrides ``anchor``, ``value_at``, ``groups_of`` and
+    ``metric_trace``, and ``pull`` or else ``has_decoupled_form``.
 
     Args:
         weight: λ, raw: (λ/2)·‖v − a‖²_H to second order. With ``decoupled`` κ, the rate per learning rate.
@@ -39,6 +39,8 @@ class Term:
         ConfigError: an impossible argument.
     """
 
+    has_decoupled_form = True
+
     def __init__(
         self,
         weight: float | None = None,
@@ -51,6 +53,11 @@ class Term:
     ) -> None:
         check_choice("coupling", coupling, get_args(Coupling))
         check_choice("reduction", reduction, get_args(Reduction))
+        if coupling == "decoupled" and not self.has_decoupled_form:
+            raise ConfigError(
+                f"{type(self).__name__} has no decoupled form: it is no squared distance of each value from "
+                "its anchor. Use coupling='loss'"
+            )
         if weight is not None and strength is not None:
             raise ConfigError(f"weight {weight} and strength {strength} exclude each other: give one")
         for name, value in (("weight", weight), ("strength", strength)):
@@ -98,14 +105,11 @@ class Term:
 
     def pull(self, source: Source, rate: float) -> None:
         """The decoupled form for lr · κ = ``rate``, in place."""
-        raise ConfigError(
-            f"{type(self).__name__} has no decoupled form: it is no squared distance to one point. "
-            "Use coupling='loss'"
-        )
+        raise NotImplementedError
 
     def groups_of(self, source: Source) -> list[Group]:
         """The groups the term acts on, checked against the anchor."""
-        return find_groups(source, self.adapter)
+        raise NotImplementedError
 
     # --- what all do alike ------------------------------------------------------------------------------
 
@@ -116,21 +120,24 @@ class Term:
             TrainingError: before :meth:`anchor`, for an adapter of other modules or another rank, before
                 :meth:`calibrate` where a strength was given, or for a decoupled term.
         """
+        return self.value_at(source, self.weight_in_loss())
+
+    __call__ = term
+
+    def weight_in_loss(self) -> float:
+        """λ. Raises TrainingError where it is not known yet, or the term is decoupled."""
         if self.coupling != "loss":
             raise TrainingError(
                 "a decoupled term is not added to the loss: call after_step(model, learning_rate, "
                 "total_learning_rate) after each optimiser step, or choose coupling='loss'"
             )
-        weight = self.weight
-        if weight is None:
+        if self.weight is None:
             raise TrainingError(
                 f"strength {self.strength:g} has no weight yet: call calibrate(model, losses) after "
                 "anchor(model), with the losses of some single targets; or give a weight, or "
                 "coupling='decoupled'"
             )
-        return self.value_at(source, weight)
-
-    __call__ = term
+        return self.weight
 
     def calibrate(self, source: Source, losses: Iterable[Tensor], tokens: float = 1.0) -> Calibration:
         """Measures ρ̄ = tr(Σ)/tr(H) at the anchor; from then on a strength is the weight strength · ρ̄.
@@ -149,10 +156,10 @@ class Term:
         """
         groups = self.groups_of(source)
         check_trained(groups)
+        moment, error, examples = second_moment([group.tensor for group in groups], losses, tokens)
         trace = self.metric_trace()
         if not trace > 0:
             raise TrainingError("the term has no curvature at this anchor: a strength means nothing for it")
-        moment, error, examples = second_moment([group.tensor for group in groups], losses, tokens)
         self._calibration = Calibration(moment / trace, error / trace, examples)
         return self._calibration
 
