@@ -1,0 +1,265 @@
+"""Systems in pairs: how far apart they are, whether that can be chance, and what could have been seen.
+
+Knows systems as values per seed and case; knows nothing of runs, files or how results are shown.
+
+A p value is that of the paired permutation test over users: the difference is compared with what it becomes
+when the two systems change places for random users. An interval is that of the paired bootstrap over users.
+Where a system was trained with several seeds, both get a second level: the deviations due to users keep only
+the part that is not luck of one seed (``Spread.shrinkage``), and a deviation due to seeds is added, drawn
+from Student's t. Resampling the seeds themselves would not do: the variance among resamples of five is a
+fifth too small and their tails are too short. Where seeds are all the chance there is, that rejects identical
+systems in 15 % of cases.
+
+All pairs of a table are corrected together, not only those with the best: which one is the best is itself
+read from the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+from scipy import stats
+
+from peso.evaluation.significance.correction import holm
+from peso.evaluation.significance.panel import Panel
+from peso.evaluation.significance.resampling import sign_flips, user_resamples
+from peso.evaluation.significance.spread import Spread, spread_of_difference
+
+DRAWS = 10_000
+LEVEL = 0.05
+POWER = 0.8
+# A weighted sum of random signs exceeds x standard deviations at most this many times as often as a normal
+# variable does (Bentkus and Dzindzalieta 2015).
+SIGN_TAIL = 1 / (4 * stats.norm.sf(math.sqrt(2)))
+FEW = 10  # draws beyond the observed difference; with fewer the tail is bounded instead of counted
+
+
+@dataclass(frozen=True, eq=False)
+class SystemValues:
+    """What one system answered, for each metric: float (seeds, cases), cases in the panel's order.
+
+    ``seeds``: one for each run; ``(None,)`` for a system in which nothing is random.
+    """
+
+    name: str
+    seeds: Sequence[int | None]
+    values: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise ValueError(f"{self.name} needs distinct seeds, not {list(self.seeds)}")
+        if any(values.shape[0] != len(self.seeds) for values in self.values.values()):
+            raise ValueError(f"{self.name} needs one row of values for each of its {len(self.seeds)} seeds")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One system minus another, in one metric.
+
+    Attributes:
+        value, low, high: the difference of means and its 95 % interval (nan: nothing varies).
+        percent, percent_low, percent_high: the same in per cent of the other's mean.
+        p, p_adjusted: of the permutation test; ``p_adjusted`` after Holm's correction over the table.
+        detectable: the smallest true difference that such data show (p ≤ 0.05) four times in five.
+        covers_seeds: whether chance in training is in the interval and in p; if not, they speak of users
+            alone.
+    """
+
+    value: float
+    low: float
+    high: float
+    percent: float
+    percent_low: float
+    percent_high: float
+    p: float
+    p_adjusted: float
+    detectable: float
+    covers_seeds: bool
+
+    @property
+    def significant(self) -> bool:
+        """After correction, at the 5 % level."""
+        return self.p_adjusted <= LEVEL
+
+
+class Contrasts:
+    """All pairs of systems in all metrics.
+
+    The draws are fixed by ``seed``: the same values give the same figures.
+
+    Args:
+        systems: at least one, with the same metrics and cases.
+        panel: whose the cases are.
+
+    Raises:
+        ValueError: a system has other metrics than the first, or another number of cases than the panel.
+    """
+
+    def __init__(
+        self, systems: Sequence[SystemValues], panel: Panel, draws: int = DRAWS, seed: int = 0
+    ) -> None:
+        self.systems = list(systems)
+        self.metrics = list(self.systems[0].values)
+        for system in self.systems:
+            if set(system.values) != set(self.metrics):
+                raise ValueError(f"{system.name} has other metrics than {self.systems[0].name}")
+            if any(values.shape[1] != panel.cases for values in system.values.values()):
+                raise ValueError(f"{system.name} does not have {panel.cases} cases")
+        self.panel, self.draws, self.seed = panel, draws, seed
+        self._place = {system.name: number for number, system in enumerate(self.systems)}
+        self._means = self._each(lambda values: values @ panel.weight)
+        self._influence = self._each(panel.influence)
+        self._spreads: dict[tuple[str, int, int], Spread] = {}
+        self._t: dict[float, np.ndarray] = {}
+
+    # -- estimates ---------------------------------------------------------------------------------
+
+    def mean(self, metric: str, system: str) -> float:
+        """Over seeds and the panel."""
+        return float(self._means[metric][self._place[system]].mean())
+
+    def contrast(self, metric: str, system: str, other: str) -> Contrast:
+        """``system`` minus ``other``."""
+        a, b = self._place[system], self._place[other]
+        base, found = self.mean(metric, other), self._spread(metric, a, b)
+        value = self.mean(metric, system) - base
+        interval = percents = (math.nan, math.nan)
+        if found.error:
+            resamples = self._resamples[metric]
+            drawn = value + found.shrinkage * (resamples[:, a] - resamples[:, b]) + self._of_seeds(found)
+            interval = _middle(drawn)
+            bases = np.abs(base + resamples[:, b])
+            if bases.all():
+                percents = _middle(100 * drawn / bases)
+        return Contrast(
+            value=value,
+            low=interval[0],
+            high=interval[1],
+            percent=100 * value / abs(base) if base else math.nan,
+            percent_low=percents[0],
+            percent_high=percents[1],
+            p=self.p(metric, system, other),
+            p_adjusted=self.p_adjusted(metric, system, other),
+            detectable=smallest_detectable(found),
+            covers_seeds=found.covers_seeds,
+        )
+
+    def best(self, metric: str) -> str:
+        """Name of the system with the highest mean; of equals the first."""
+        return max(self.systems, key=lambda system: self.mean(metric, system.name)).name
+
+    def ties(self, metric: str) -> list[str]:
+        """Names of the systems that are not significantly worse than the best, without the best itself."""
+        best = self.best(metric)
+        return [
+            system.name
+            for system in self.systems
+            if system.name != best and self.p_adjusted(metric, best, system.name) > LEVEL
+        ]
+
+    # -- p values ----------------------------------------------------------------------------------
+
+    def p(self, metric: str, system: str, other: str) -> float:
+        """Two-sided, of the paired permutation test; 1 for a system against itself."""
+        return self._p.get(self._key(metric, system, other), 1.0)
+
+    def p_adjusted(self, metric: str, system: str, other: str) -> float:
+        """The same after Holm's correction over all pairs and metrics."""
+        return self._adjusted.get(self._key(metric, system, other), 1.0)
+
+    def _key(self, metric: str, system: str, other: str) -> tuple[str, int, int]:
+        one, two = sorted((self._place[system], self._place[other]))
+        return metric, one, two
+
+    @cached_property
+    def _p(self) -> dict[tuple[str, int, int], float]:
+        """Of every metric and pair (smaller number first)."""
+        return {
+            (metric, a, b): self._p_of(metric, a, b)
+            for metric in self.metrics
+            for a, b in combinations(range(len(self.systems)), 2)
+        }
+
+    @cached_property
+    def _adjusted(self) -> dict[tuple[str, int, int], float]:
+        return dict(zip(self._p, holm(np.array(list(self._p.values()))).tolist(), strict=True))
+
+    def _p_of(self, metric: str, a: int, b: int) -> float:
+        means, flips = self._means[metric], self._flips[metric]
+        found = self._spread(metric, a, b)
+        observed = abs(float(means[a].mean() - means[b].mean()))
+        drawn = found.shrinkage * (flips[:, a] - flips[:, b]) + self._of_seeds(found)
+        # equal up to rounding is equal: hits make ties
+        reached = int(np.count_nonzero(np.abs(drawn) >= observed - 1e-9 * found.error))
+        p = (1 + reached) / (1 + self.draws)
+        if reached >= FEW or not found.error:
+            return p
+        beyond = float(stats.t.sf(observed / found.error, found.effective_degrees))
+        return min(p, 2 * SIGN_TAIL * beyond)
+
+    # -- draws -------------------------------------------------------------------------------------
+
+    @cached_property
+    def _flips(self) -> dict[str, np.ndarray]:
+        generator = np.random.default_rng((self.seed, 0))
+        shares = self._each(lambda values: self.panel.shares(values.mean(axis=0)))
+        return self._split(sign_flips(self._columns(shares), self.draws, generator))
+
+    @cached_property
+    def _resamples(self) -> dict[str, np.ndarray]:
+        generator = np.random.default_rng((self.seed, 1))
+        influence = {m: [z.mean(axis=0) for z in self._influence[m]] for m in self.metrics}
+        return self._split(user_resamples(self._columns(influence), self.draws, generator))
+
+    def _of_seeds(self, found: Spread) -> np.ndarray | float:
+        """Deviations due to seeds."""
+        if not found.seeds:
+            return 0.0
+        if found.degrees not in self._t:
+            generator = np.random.default_rng((self.seed, 2))
+            self._t[found.degrees] = generator.standard_t(found.degrees, self.draws)
+        return math.sqrt(found.seeds) * self._t[found.degrees]
+
+    def _spread(self, metric: str, a: int, b: int) -> Spread:
+        key = (metric, min(a, b), max(a, b))
+        if key not in self._spreads:
+            _, one, other = key
+            means, influence = self._means[metric], self._influence[metric]
+            self._spreads[key] = spread_of_difference(
+                (means[one], means[other]),
+                (influence[one], influence[other]),
+                (self.systems[one].seeds, self.systems[other].seeds),
+            )
+        return self._spreads[key]
+
+    def _each(self, function: Callable[[np.ndarray], np.ndarray]) -> dict[str, list[np.ndarray]]:
+        return {m: [function(system.values[m]) for system in self.systems] for m in self.metrics}
+
+    def _columns(self, rows: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+        return np.stack([row for metric in self.metrics for row in rows[metric]], axis=1)
+
+    def _split(self, columns: np.ndarray) -> dict[str, np.ndarray]:
+        parts = np.split(columns, len(self.metrics), axis=1)
+        return dict(zip(self.metrics, parts, strict=True))
+
+
+def _middle(drawn: np.ndarray) -> tuple[float, float]:
+    """The interval that leaves out 2.5 % on either side."""
+    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
+
+
+def smallest_detectable(found: Spread, level: float = LEVEL, power: float = POWER) -> float:
+    """The true difference at which a two-sided test at ``level`` rejects with probability ``power``:
+    (t_{1−level/2} + t_power) · standard error. It is about 2.8 standard errors with many degrees of freedom.
+
+    >>> round(smallest_detectable(Spread(users=1.0)), 3)
+    2.802
+    """
+    degrees = found.effective_degrees
+    return float(stats.t.ppf(1 - level / 2, degrees) + stats.t.ppf(power, degrees)) * found.error
