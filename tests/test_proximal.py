@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peso
-from peso.continual.anchor_report import anchor_report
+from peso.continual.anchor_report import anchor_finding, anchor_report, gradient_ratio, gradient_ratios
 from peso.continual.groups import check_same_groups, find_groups, shapes
 from peso.continual.stacks import CPU_VALUES
 from peso.errors import ConfigError, TrainingError
@@ -391,3 +391,35 @@ def test_the_report_of_what_did_not_move_is_zero_and_of_another_rank_an_error() 
     assert (report["distance"], report["kl"], report["second_order"]) == (0, 0, 0)
     with pytest.raises(TrainingError, match="another rank"):
         anchor_report(before, find_groups(adapted(rank=2)))
+
+
+def test_the_ratio_over_time_is_the_ratio_of_each_part() -> None:
+    steps = [{"gradient_norm": 2.0, "penalty_gradient_norm": float(step)} for step in range(10)]
+    others = [{"validation_loss": 3.0}, {"gradient_norm": 1.0, "penalty_gradient_norm": None}]
+    records = [*steps[:7], *others, *steps[7:]]
+    quarters = gradient_ratios(records)
+    assert quarters == [gradient_ratio(part) for part in (steps[:2], steps[2:5], steps[5:7], steps[7:])]
+    assert gradient_ratios(records, parts=1) == [gradient_ratio(records)]
+    assert gradient_ratios(steps[1:3]) == [0.5, 1.0]  # fewer steps than parts
+    assert gradient_ratios(others) is gradient_ratios([]) is None
+    assert gradient_ratios([{"gradient_norm": 2.0, "penalty_gradient_norm": 0.0}] * 8) is None
+
+
+@pytest.mark.parametrize(("rho", "shown"), [(4.43e4, "3.1e4"), (1.0, "0.7"), (2e-6, "1.4e-6"), (50, "35")])
+def test_the_finding_says_which_weight_a_strength_would_be(rho: float, shown: str) -> None:
+    sentence = str(anchor_finding(2, 0.0003, rho))
+    assert sentence.startswith("stage 2: the penalty's gradient was 0.03 % of the loss's on average")
+    assert sentence.endswith(
+        f"the anchor had no measurable effect at this weight; strength 0.7 would be weight {shown}"
+    )
+    assert anchor_finding(2, 0.02, rho) is None
+
+
+def test_the_report_takes_the_automatic_temperature() -> None:
+    model = adapted()
+    before = [group.snapshot() for group in find_groups(model)]
+    move(model)
+    report = anchor_report(before, find_groups(model), "auto")
+    value = peso.SoftmaxKL.value(lora_parameters(model), [group.tensor for group in before], "auto")
+    assert report["kl"] == pytest.approx(value.item(), rel=1e-6)
+    assert report["second_order"] == pytest.approx(report["kl"], rel=0.05)

@@ -7,6 +7,7 @@ led from one to the other, nor of files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from peso.continual.softmax_kl import second_order, softmax_kl
 from peso.continual.stacks import Gather, placement, stack_anchors
 
 NO_EFFECT = 0.01  # of the loss's gradient: below, a penalty is lost in the noise between two batches
+SUGGESTED = 0.7  # the strength that the finding speaks of
 
 
 def gradient_ratio(records: Iterable[Mapping[str, Any]]) -> float | None:
@@ -35,24 +37,65 @@ def gradient_ratio(records: Iterable[Mapping[str, Any]]) -> float | None:
     >>> gradient_ratio([step]) is None
     True
     """
-    pairs = [
-        (record["penalty_gradient_norm"], record["gradient_norm"])
-        for record in records
-        if record.get("penalty_gradient_norm") is not None and record["gradient_norm"]
-    ]
-    if not any(penalty for penalty, _ in pairs):
+    ratios = _ratios(records)
+    return sum(ratios) / len(ratios) if any(ratios) else None
+
+
+def gradient_ratios(records: Iterable[Mapping[str, Any]], parts: int = 4) -> list[float] | None:
+    """:func:`gradient_ratio` over time: of each quarter of the stage's steps.
+
+    Args:
+        records: of ``log.jsonl``, in order.
+        parts: how many; with fewer steps than that, one value a step.
+
+    Returns:
+        None where there was no penalty in any step.
+
+    >>> steps = [{"gradient_norm": 0.5, "penalty_gradient_norm": 0.1 * step} for step in range(5)]
+    >>> [round(ratio, 3) for ratio in gradient_ratios(steps, parts=2)]
+    [0.1, 0.6]
+    """
+    ratios = _ratios(records)
+    if not any(ratios):
         return None
-    return sum(penalty / loss for penalty, loss in pairs) / len(pairs)
+    parts = min(parts, len(ratios))
+    ends = [len(ratios) * (part + 1) // parts for part in range(parts)]
+    return [sum(ratios[a:b]) / (b - a) for a, b in pairwise([0, *ends])]
 
 
-def anchor_finding(stage: int, ratio: float | None) -> str | None:
-    """What a gradient ratio below ``NO_EFFECT`` means, in a sentence; None where there is nothing to say."""
+def anchor_finding(
+    stage: int, ratio: float | None, rho: float | None = None, strength: float = SUGGESTED
+) -> str | None:
+    """What a gradient ratio below ``NO_EFFECT`` means, in a sentence; None where there is nothing to say.
+
+    Args:
+        rho: ρ̄ of the term, where it was measured; then the sentence says which weight a strength would be.
+
+    >>> anchor_finding(1, 0.0003, rho=4.4e4).split("; ")[1]
+    'strength 0.7 would be weight 3.1e4'
+    """
     if ratio is None or ratio >= NO_EFFECT:
         return None
-    return (
+    sentence = (
         f"stage {stage}: the penalty's gradient was {100 * ratio:.2g} % of the loss's on average: "
         "the anchor had no measurable effect at this weight"
     )
+    if rho is None:
+        return sentence
+    return f"{sentence}; strength {strength:g} would be weight {_short(strength * rho)}"
+
+
+def _ratios(records: Iterable[Mapping[str, Any]]) -> list[float]:
+    return [
+        record["penalty_gradient_norm"] / record["gradient_norm"]
+        for record in records
+        if record.get("penalty_gradient_norm") is not None and record["gradient_norm"]
+    ]
+
+
+def _short(value: float) -> str:
+    """Two digits, as a configuration takes them: 3.1e4, 0.31."""
+    return f"{value:.2g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
 @torch.no_grad()
