@@ -100,7 +100,7 @@ class Magnitudes(nn.Module):
 @torch.no_grad()
 def read_adapter(backbone: nn.Module) -> Past:
     """The trained adapter as it stands: a copy on the CPU. One rank and one alpha for all modules."""
-    layers = _layers(backbone)
+    layers = lora_layers(backbone)
     down = {
         name: layer.lora_A[TRAINED].weight.detach().float().cpu().clone() for name, layer in layers.items()
     }
@@ -131,7 +131,7 @@ def put_past(backbone: PeftModel, past: Past, *, train_magnitudes: bool = False)
         backbone.add_adapter(PAST, config)
     backbone.base_model.set_adapter([TRAINED, PAST])
     magnitudes = Magnitudes(past, trainable=train_magnitudes)
-    for name, layer in _layers(backbone).items():
+    for name, layer in lora_layers(backbone).items():
         down, up = layer.lora_A[PAST], layer.lora_B[PAST]
         # as the trained adapter: float32, whatever the backbone's precision
         down.weight = nn.Parameter(past.down[name].to(down.weight.device), requires_grad=False)
@@ -153,7 +153,7 @@ def read_past(backbone: nn.Module) -> Past | None:
         return None
     down, up = {}, {}
     magnitudes: Any = None
-    for name, layer in _layers(backbone).items():
+    for name, layer in lora_layers(backbone).items():
         parametrized: Any = layer.lora_A[PAST].parametrizations.weight
         magnitudes = parametrized[0]
         down[name] = parametrized.original.detach().cpu().clone()
@@ -161,7 +161,7 @@ def read_past(backbone: nn.Module) -> Past | None:
     return Past(down, up, tuple(magnitudes.ranks.tolist()), magnitudes.magnitudes.detach().cpu().clone())
 
 
-def _layers(backbone: nn.Module) -> dict[str, Any]:
+def lora_layers(backbone: nn.Module) -> dict[str, Any]:
     """LoRA layers by the name of their module in the backbone."""
     return {
         path.rpartition("base_model.model.")[2]: layer

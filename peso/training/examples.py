@@ -81,9 +81,10 @@ class StageExamples:
             ids = model.item_token_ids(items)
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, ids, first, predict_end=predicts_end(model)))
-        budget = BUDGETS.get(model.device.type, BUDGET_ELSEWHERE)
+        row_tokens, _ = BUDGETS.get(model.device.type, BUDGET_ELSEWHERE)
         with self._still():
-            for packed in pack(pieces, model.layout.prefix, *budget):
+            # one row a pass: there is no padding for a hook to take for examples
+            for packed in pack(pieces, model.layout.prefix, row_tokens, 1):
                 target_states(model, packed.to(model.device))
 
     def _single_targets(self, stage: int, count: int) -> Iterator[tuple[np.ndarray, int]]:

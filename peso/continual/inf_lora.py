@@ -1,0 +1,124 @@
+"""``inf_lora``: new adapters learn where inputs of earlier stages have no component (arXiv 2404.00228).
+
+InfLoRA (Liang & Li, CVPR 2024). The memory of earlier inputs is DualGPM's, of every stage up to the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from peso.continual.hooks import StageContext, Strategy
+from peso.continual.input_space import Protected
+from peso.errors import TrainingError
+from peso.model.adapter import redraw_adapter
+from peso.model.past import TRAINED, Past, lora_layers, put_past, read_adapter
+
+PREFIX = "inputs."
+ROW_NORM = 1 / math.sqrt(3)  # of a row of A: the authors', and what a row as PEFT draws it has
+
+
+class InfLora(Strategy):
+    """W + s Σ_{i<t} B_i A_i + s B_t A_t, of which B_t alone is learnt, from zero.
+
+    The rows of A_t are the strongest directions of the new stage's inputs (of each layer) among those that
+    the inputs of the stages before hardly use, so W x stays what it was for them: A_t x ≈ 0. ``threshold``
+    of their energy is protected; ``examples`` target sequences of a stage are looked at. Stage 0 is learnt
+    like any strategy's; its inputs are looked at when stage 1 begins.
+    """
+
+    def __init__(self, threshold: float = 0.95, examples: int = 512) -> None:
+        self.threshold = threshold
+        self.examples = examples
+
+    def begin(self, context: StageContext) -> None:
+        if context.number == 0:
+            return
+        past, last = Past.of_state(context.memory), read_adapter(context.backbone)
+        if last.acts:  # else the last stage trained the backbone itself
+            past = last if past is None else past + last
+        redraw_adapter(context.backbone, (context.seed, context.number))
+        if past is not None:
+            put_past(context.backbone, past)
+            context.memory.update(past.state())
+        # with B zero, the model answers as the last stage left it, for both
+        before, same = self._moments(context, context.number - 1)
+        now, _ = self._moments(context, context.number)
+        known = protected(context.memory)
+        spaces = {
+            name: known.get(name, Protected.nothing(len(moment))).grown(moment, self.threshold)
+            for name, moment in before.items()
+        }
+        for key in [key for key in context.memory if key.startswith(PREFIX)]:
+            del context.memory[key]  # a basis may have changed its kind, and its name with it
+        context.memory.update(as_tensors(spaces))
+        layers = lora_layers(context.backbone)
+        for name, layer in layers.items():
+            down, owner = layer.lora_A[TRAINED].weight, same[name]
+            down.data.copy_(ROW_NORM * spaces[owner].free_directions(now[owner], len(down)))
+            down.requires_grad_(False)
+        if not any(bool(layer.lora_A[TRAINED].weight.any()) for layer in layers.values()):
+            raise TrainingError(
+                f"stage {context.number}: strategy.threshold {self.threshold} leaves no direction free of "
+                "earlier inputs in any layer; lower it"
+            )
+
+    def _moments(self, context: StageContext, stage: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        assert context.examples is not None
+        with second_moments(context.backbone) as (moments, same):
+            context.examples.show(stage, self.examples)
+        return moments, same
+
+
+@contextmanager
+def second_moments(backbone: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+    """What goes into LoRA layers within this context, as Σ x xᵀ, float32 (width, width).
+
+    Yields:
+        Σ x xᵀ by layer, once for layers that read the same tensor (as q, k and v do); and for each layer the
+        one under whose name it is.
+    """
+    moments: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    newest: list[tuple[Tensor, str]] = []  # the tensor that was read last, and who read it first
+
+    def look(name: str, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if newest and newest[0][0] is x:
+            same[name] = newest[0][1]
+            return
+        newest[:] = [(x, name)]
+        same[name] = name
+        rows = x.detach().flatten(0, -2).float()
+        moments[name] = moments[name] + rows.T @ rows if name in moments else rows.T @ rows
+
+    def hook(name: str) -> object:
+        return lambda _, inputs: look(name, inputs)
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in lora_layers(backbone).items()]
+    try:
+        yield moments, same
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_tensors(spaces: Mapping[str, Protected]) -> dict[str, Tensor]:
+    """By name, for a file."""
+    return {
+        f"{PREFIX}{name}.{'free' if space.dual else 'protected'}": space.basis.contiguous()
+        for name, space in spaces.items()
+    }
+
+
+def protected(memory: Mapping[str, Tensor]) -> dict[str, Protected]:
+    """From :func:`as_tensors`, other tensors beside it or not."""
+    result = {}
+    for key, basis in memory.items():
+        if key.startswith(PREFIX):
+            name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+            result[name] = Protected(basis, dual=kind == "free")
+    return result
