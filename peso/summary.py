@@ -121,19 +121,25 @@ def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return ["metric", "value", "95 % interval", "cases"], rows
 
 
-def _stage(workspace: Workspace, stage: int) -> StageSummary:
+def stage_cost(workspace: Workspace, stage: int) -> StageCost:
+    """What learning a stage took, and what it keeps."""
     directory = workspace.stage_directory(stage)
     training = read_metrics(workspace, stage, stage).get("training") or {}
     manifest = workspace.stage_manifest(stage)
     answers = (LOG, METRICS, PREDICTIONS)
     served = [directory / name for name in manifest["files"] if not name.endswith(answers)]
-    cost = StageCost(
+    return StageCost(
         seconds=training.get("seconds"),
         peak_memory_bytes=training.get("peak_memory"),
         trained_parameters=manifest["trained_parameters"] if training else 0,
         bytes_on_disk=sum(path.stat().st_size for path in served),
     )
-    return StageSummary(read_predictions(directory / PREDICTIONS), cost, _curve(directory / LOG))
+
+
+def _stage(workspace: Workspace, stage: int) -> StageSummary:
+    directory = workspace.stage_directory(stage)
+    predictions = read_predictions(directory / PREDICTIONS)
+    return StageSummary(predictions, stage_cost(workspace, stage), _curve(directory / LOG))
 
 
 def _curve(log: Path) -> TrainingCurve | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -67,14 +68,14 @@ class Terminal:
         elif now - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = now
             left = (self._total - done) / max(rate, 1e-9)
-            self.note(f"{self._title}: {done}/{self._total} {self._unit}, {shown}, {_duration(left)} left")
+            self.note(f"{self._title}: {done}/{self._total} {self._unit}, {shown}, {duration(left)} left")
 
     def end(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         if self._title:
-            self.note(f"{self._title}: {_duration(time.monotonic() - self._started)}")
+            self.note(f"{self._title}: {duration(time.monotonic() - self._started)}")
             self._title = ""
 
 
@@ -86,7 +87,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         numeric = all(isinstance(row[position], int | float | None) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left")
     for row in rows:
-        drawn.add_row(*(_short(value) for value in row))
+        drawn.add_row(*(escape(_short(value)) for value in row))  # `l2[weight=3]` is no markup
     # in a file or a pipe nothing is cut to the width of a terminal that is not there
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
     if title:  # above, not within: a narrow table would break it
@@ -102,7 +103,7 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -37,25 +37,33 @@ def load_config(
     if isinstance(source, Mapping):
         tree = dict(source)
     else:
-        path = Path(source)
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"no configuration at {path}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} is not readable YAML: {error}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(
-                f"{path} holds no configuration (expected keys such as data, backbone, strategy)"
-            )
-        base = base or path.parent
+        tree, base = read_tree(Path(source)), base or Path(source).parent
     for text in overrides:
-        _override(tree, text)
+        override(tree, text)
+    if "compare" in tree:
+        raise ConfigError("the section compare describes several runs: use `peso compare`, or leave it out")
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
     return _absolute_paths(config, base)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file as it stands, nothing checked but that it holds keys.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, or it holds something else.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no configuration (expected keys such as data, backbone, strategy)")
+    return tree
 
 
 def dump_config(config: Config) -> str:
@@ -102,7 +110,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def override(tree: dict[str, Any], text: str) -> None:
+    """Change a tree by ``a.b=value``, the value in YAML. Raises ConfigError if it is not of that form."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {text!r}")
@@ -110,7 +119,12 @@ def _override(tree: dict[str, Any], text: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"the value of --set {text!r} is not valid YAML") from None
-    *parents, last = key.strip().split(".")
+    place(tree, key.strip(), parsed)
+
+
+def place(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; what stands above it is copied, not changed, so that trees may share it."""
+    *parents, last = key.split(".")
     for parent in parents:
         below = tree.get(parent)
         # a short form (`strategy: peso`, `backbone: tiny`) makes room for its options
@@ -118,7 +132,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
             dict(below) if isinstance(below, Mapping) else {} if below is None else _expand(parent, below)
         )
         tree = tree[parent]
-    tree[last] = parsed
+    tree[last] = value
 
 
 def _expand(key: str, short: Any) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""`peso compare`: strategies × data sets × backbones × seeds from one file, and one report of them all."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from peso.cli.display import duration, table
+from peso.cli.options import Overrides
+from peso.errors import ConfigError, PesoError
+
+if TYPE_CHECKING:
+    from peso.compare.schedule import Row
+
+BUDGET = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+SHOWN_ROWS = 40  # of a live table: more than a screen cannot be redrawn
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(compare)
+
+
+def compare(
+    config: Annotated[Path, typer.Argument(help="A YAML file with a section compare (docs/compare.md).")],
+    workspace: Annotated[
+        Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-CONFIG.")
+    ] = None,
+    overrides: Overrides = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Time for this call: 90m, 2h30m. What is left over is done by the next call."),
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Start nothing; report what is there.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; estimate their time.")] = False,
+) -> None:
+    """Do all runs that CONFIG describes and are not done yet, side by side, then report them together.
+
+    Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S; data and base stages are made
+    once and shared. Interrupt it anywhere, or give it a --budget; the same command continues.
+
+    Example: peso compare examples/strategies.yaml -w runs/strategies --budget 90m
+    """
+    from peso.compare.machine import Machine
+    from peso.compare.plan import make_plan
+    from peso.compare.results import collect, write_results
+    from peso.compare.schedule import Schedule
+
+    began = time.time()
+    seconds = None if budget is None else _seconds(budget)
+    root = workspace or Path("runs") / config.stem
+    plan = make_plan(config, root, overrides or [])
+    machine = Machine.of(plan.compare.workers, plan.common.training.device)
+    if dry_run:
+        _show_plan(plan, machine)
+        return
+    failed: list[Any] = []
+    if not report_only:
+        plan.refuse_changes()
+        root.mkdir(parents=True, exist_ok=True)
+        deadline = None if seconds is None else began + seconds
+        with Display() as display:
+            rows = Schedule(plan, machine.workers, machine.environment, deadline, display.show).run()
+        failed = [row for row in rows if row.state == "failed"]
+        for row in failed:
+            print(f"failed: {row.run.name}: {row.note}", file=sys.stderr)
+        states = Counter(row.state for row in rows)
+        print(", ".join(f"{count} {state}" for state, count in states.items()))
+    collected = collect(plan)
+    for remark in collected.remarks:
+        print(f"- {remark}")
+    for page in write_results(plan, collected):
+        print(f"report: {page}")
+    print(f"table:  {root / 'results.parquet'}")
+    if failed:
+        raise PesoError(f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again")
+
+
+class Display:
+    """The table of runs: redrawn in a terminal; elsewhere a line whenever a run gets on."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._live: Live | None = None
+        self._said: dict[str, tuple[Any, ...]] = {}
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, rows: Sequence[Row]) -> None:
+        if self._live is not None:
+            self._live.update(_drawn(rows))
+            return
+        for row in rows:
+            now = (row.state, row.standing.done)
+            if self._said.get(row.run.name, ("waiting", 0)) != now:
+                stages, hit, ndcg, left = _cells(row)
+                figures = "" if row.standing.hit is None else f", hit {hit}, ndcg {ndcg}"
+                more = f", {left} left" if row.seconds_left else ""
+                note = f" ({row.note})" if row.state == "failed" else ""
+                line = f"{row.run.name}: {row.state}, {stages} stages{figures}{more}{note}"
+                self.console.print(line, markup=False, soft_wrap=True)
+            self._said[row.run.name] = now
+
+
+def _drawn(rows: Sequence[Row]) -> Table:
+    """Rows at work and done first where not all fit; the rest is counted."""
+    order = ["running", "failed", "done", "stopped", "waiting"]
+    shown = list(rows)
+    if len(shown) > SHOWN_ROWS:
+        shown = sorted(shown, key=lambda row: order.index(row.state))[:SHOWN_ROWS]
+    states = Counter[str](row.state for row in rows)
+    title = ", ".join(f"{states[state]} {state}" for state in order if states[state])
+    drawn = Table(header_style="bold", caption=title)
+    for name in ("run", "state", "stages", "Hit", "NDCG", "left", "now"):
+        drawn.add_column(name, no_wrap=name != "now")
+    for row in shown:
+        drawn.add_row(escape(row.run.name), row.state, *_cells(row), escape(row.note))
+    return drawn
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    at = row.standing
+    stages = f"{at.done}/{'?' if at.stages is None else at.stages}"
+    hit, ndcg = ("–" if value is None else f"{value:.4f}" for value in (at.hit, at.ndcg))
+    return stages, hit, ndcg, "" if row.seconds_left is None else duration(row.seconds_left)
+
+
+def _show_plan(plan: Any, machine: Any) -> None:
+    from peso.compare.forecast import forecast
+
+    expected = forecast(plan, machine.threads)
+    rows = [[e.name, e.state, None if e.minutes is None else round(e.minutes, 1), e.note] for e in expected]
+    table(f"{plan.root}: {len(plan.runs)} runs", ["run", "state", "minutes", "note"], rows)
+    known = sum(e.minutes or 0 for e in expected)
+    unknown = sum(e.minutes is None for e in expected)
+    print(
+        f"in all about {known / machine.workers:.0f} minutes on this machine: {machine.workers} at once, "
+        f"{machine.threads} threads each"
+        + (f"; {unknown} of unknown length are not counted" if unknown else "")
+    )
+
+
+def _seconds(text: str) -> float:
+    found = BUDGET.fullmatch(text.strip())
+    if not found or not any(found.groups()):
+        raise ConfigError(f"--budget takes hours, minutes, seconds such as 90m, 2h or 1h30m; got {text!r}")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return 3600.0 * hours + 60 * minutes + seconds

@@ -1,0 +1,82 @@
+"""How long what is missing will take: for `peso compare --dry-run`.
+
+Knows the plan and the estimate of one run; measures once for runs that differ only in seed or strategy. What
+a strategy does beside plain fine-tuning is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peso.compare.plan import Plan, Task
+from peso.compare.standing import is_done, standing
+from peso.durable import digest
+from peso.estimate import Estimate, estimate
+from peso.stages import stage_shape
+from peso.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A run, trial or shared task; ``minutes``: None where it cannot be said yet, and the note says why."""
+
+    name: str
+    state: str
+    minutes: float | None
+    note: str
+
+
+def forecast(plan: Plan, threads: int) -> list[Expected]:
+    """Every task in the order in which it would be started, what is done included.
+
+    Raises:
+        PesoError: as the runs themselves would, for bad data or an unusable backbone.
+    """
+    torch.set_num_threads(threads)
+    tasks: dict[Path, tuple[Task, str]] = {}
+
+    def add(task: Task, name: str) -> None:
+        for need in task.needs:
+            add(need, str(need.root.relative_to(plan.root)))
+        tasks.setdefault(task.root, (task, name))
+
+    for run in plan.runs:
+        for candidate in run.candidates:
+            add(candidate.trial, str(candidate.trial.root.relative_to(plan.root)))
+        add(run.task, run.name)
+    measured: dict[str, list[Estimate]] = {}
+    return [_expected(task, name, measured) for task, name in tasks.values()]
+
+
+def _expected(task: Task, name: str, measured: dict[str, list[Estimate]]) -> Expected:
+    if is_done(task):
+        return Expected(name, "done", 0.0, "")
+    if task.last_stage == -1:
+        return Expected(name, "missing", 0.1, "data")
+    steps = _steps(task, measured)
+    at = standing(task)
+    first = 0 if task.base is None else 1
+    counted = [
+        e
+        for e in steps
+        if e.step.stage is not None
+        and max(first, at.done) <= e.step.stage <= (task.last_stage if task.last_stage is not None else 10**9)
+        and (e.step.name == "learn" or task.config.evaluation.enabled)
+    ]
+    if any(e.minutes is None for e in steps):
+        return Expected(name, "missing", None, next(e.note for e in steps if e.minutes is None))
+    state = f"{at.done} of {at.stages} stages" if at.done else "missing"
+    return Expected(name, state, sum(e.minutes or 0.0 for e in counted), "")
+
+
+def _steps(task: Task, measured: dict[str, list[Estimate]]) -> list[Estimate]:
+    """Estimates of all steps of a run like this one that has only its data."""
+    assert task.data is not None
+    shape = stage_shape(task.config, 1) | {"seed": None, "strategy": task.config.strategy.name == "none"}
+    key = digest(shape, str(task.data.root))
+    if key not in measured:
+        measured[key] = estimate(Workspace(task.data.root, task.config))
+    return measured[key]

@@ -1,0 +1,215 @@
+"""The runs of a comparison, and what they share: data and base stages.
+
+Knows configurations and paths; starts nothing and writes nothing. Work that several runs have in common has a
+place named by a digest of all that determines it, so that it is done once, whoever asks for it first.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peso.config import AdapterConfig, Config, EvaluationConfig, NoneConfig, TrainingConfig, load_config
+from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
+from peso.durable import digest
+from peso.errors import ConfigError, DataError
+from peso.model.backbone import BUILT_IN
+from peso.stages import stage_shape
+from peso.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Task:
+    """A workspace to be filled.
+
+    Attributes:
+        root: its directory.
+        config: its configuration.
+        last_stage: where it ends: -1 before stage 0, None with the stream.
+        data: where stream and semantic IDs are taken from; None: made.
+        base: where stage 0 is taken from, and later stages as far as they would be the same; None: learnt.
+    """
+
+    root: Path
+    config: Config
+    last_stage: int | None = None
+    data: Task | None = None
+    base: Task | None = None
+
+    @property
+    def needs(self) -> list[Task]:
+        return [task for task in (self.data, self.base) if task is not None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Options that a tuned strategy may end up with: the trial that tells, and the run they would make."""
+
+    options: Mapping[str, Any]
+    trial: Task
+    task: Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the comparison.
+
+    Attributes:
+        seed: None where nothing is random: strategy ``none`` after a shared base stage.
+        task: what fills its workspace; of a tuned strategy the first candidate's until one is chosen.
+        options: what an option grid sets apart, by dotted key.
+        candidates: of a tuned strategy, else empty.
+    """
+
+    data: str
+    backbone: str
+    strategy: str
+    seed: int | None
+    task: Task
+    options: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def name(self) -> str:
+        seed = [] if self.seed is None else [f"seed={self.seed}"]
+        return "/".join([self.data, self.backbone, self.strategy, *seed])
+
+    def with_choice(self, candidate: Candidate) -> Run:
+        """The run once its options are chosen."""
+        return replace(self, task=candidate.task, options=candidate.options, candidates=())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs in the order in which they are done: every strategy with the first seed, then the second."""
+
+    root: Path
+    runs: Sequence[Run]
+    common: Config
+    compare: CompareConfig
+
+    def refuse_changes(self) -> None:
+        """Raise WorkspaceError if a run on disk has another configuration than this plan gives it."""
+        for run in self.runs:
+            for task in [run.task] if not run.candidates else [c.trial for c in run.candidates]:
+                Workspace.preview(task.root, task.config)
+
+
+def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
+    """Expand a comparison's file. ``root``: the directory that everything goes into.
+
+    Raises:
+        ConfigError: an unknown key, an empty grid, two runs of one name, an impossible value: says where.
+        DataError: a data set that is not there.
+    """
+    tree, compare = load_comparison(source, overrides)
+    common = load_config(tree, base=source.parent)
+    seeds = {"data_seed": common.seed_of_data}
+    if compare.share_base:
+        seeds["base_seed"] = common.seed_of_stage(0)
+    data = variants(compare.data, "data", "compare.data") or [Variant(_data_name(common))]
+    backbones = variants(compare.backbones, "backbone", "compare.backbones")
+    backbones = backbones or [Variant(_plain(common.backbone.name))]
+    strategies = variants(compare.strategies, "strategy", "compare.strategies")
+    for wide in variants(compare.grid, "strategy", "compare.grid"):
+        strategies += grid(wide, f"compare.grid.{wide.name}")
+    tuned = _trials(variants(compare.tune, "strategy", "compare.tune"))
+
+    def resolve(seed: int, *chosen: Variant) -> Config:
+        varied = tree
+        for variant in chosen:
+            varied = variant.apply(varied)
+        try:
+            return load_config({**varied, "seed": seed, **seeds}, base=source.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{', '.join(variant.name for variant in chosen)}: {error}") from None
+
+    runs = []
+    for seed, of_data, of_backbone in ((s, d, b) for s in compare.seeds for d in data for b in backbones):
+        cell = (of_data.name, of_backbone.name)
+        for strategy in strategies:
+            config = resolve(seed, of_data, of_backbone, strategy)
+            fixed = config.strategy.name == "none" and compare.share_base
+            if fixed and seed != compare.seeds[0]:
+                continue  # it would be the same run again
+            task = _task(root, "runs", (*cell, strategy.name), config)
+            runs.append(Run(*cell, strategy.name, None if fixed else seed, task, strategy.options))
+        for name, choices in tuned.items():
+            candidates = []
+            for choice in choices:
+                trial = resolve(compare.seeds[0], of_data, of_backbone, choice)
+                trial = trial.model_copy(update={"evaluation": EvaluationConfig(enabled=False)})
+                tried = _task(root, "trials", (*cell, choice.name), trial)
+                task = _task(root, "runs", (*cell, name), resolve(seed, of_data, of_backbone, choice))
+                task = replace(task, base=tried) if seed == compare.seeds[0] else task
+                candidates.append(Candidate(choice.options, tried, task))
+            runs.append(Run(*cell, name, seed, candidates[0].task, candidates=tuple(candidates)))
+    _require_distinct(runs)
+    for run in {run.data: run for run in runs}.values():
+        _require_data(run)
+    return Plan(root, runs, common, compare)
+
+
+def _trials(tuned: Sequence[Variant]) -> dict[str, list[Variant]]:
+    """The candidates of every tuned strategy, equally many for each: the same budget for everyone."""
+    trials = {wide.name: grid(wide, f"compare.tune.{wide.name}") for wide in tuned}
+    if len({len(choices) for choices in trials.values()}) > 1:
+        counts = ", ".join(f"{name} {len(choices)}" for name, choices in trials.items())
+        raise ConfigError(f"compare.tune gives some strategies more trials than others ({counts})")
+    return trials
+
+
+def _task(root: Path, folder: str, names: tuple[str, str, str], config: Config) -> Task:
+    """A run's own task, with those that it shares with others."""
+    data_config = Config(data=config.data, items=config.items, seed=config.seed_of_data)
+    of_data = digest(data_config.model_dump(mode="json"))
+    data = Task(root / "data" / names[0] / of_data[:8], data_config, -1)
+    of_base = digest(of_data, stage_shape(config, 0))
+    base = Task(root / "base" / names[0] / names[1] / of_base[:8], _base_config(config), 0, data)
+    own = root / folder / names[0] / names[1] / _plain(names[2]) / f"seed={config.seed}"
+    return Task(own, config, None, data, base)
+
+
+def _base_config(config: Config) -> Config:
+    """The configuration of stage 0 alone, equal for all that share it: what shapes later stages is left at
+    its default."""
+    scale = TrainingConfig().later_learning_rate_scale
+    return config.model_copy(
+        update={
+            "adapter": AdapterConfig() if config.backbone.name in BUILT_IN else config.adapter,
+            "strategy": NoneConfig(name="none"),
+            "training": config.training.model_copy(update={"later_learning_rate_scale": scale}),
+            "evaluation": EvaluationConfig(k=config.evaluation.k),
+            "seed": config.seed_of_stage(0),
+            "data_seed": config.seed_of_data,
+            "base_seed": None,
+        }
+    )
+
+
+def _require_distinct(runs: Sequence[Run]) -> None:
+    times = Counter(run.task.root for run in runs)
+    twice = [run.name for run in runs if times[run.task.root] > 1]
+    if twice:
+        raise ConfigError(f"compare makes several runs called {twice[0]}; give each a name of its own")
+
+
+def _require_data(run: Run) -> None:
+    path = run.task.config.data.path
+    if path is not None and not Path(path).exists() and not glob.glob(path, recursive=True):
+        raise DataError(f"data set {run.data}: there is nothing at {path}")
+
+
+def _data_name(config: Config) -> str:
+    path = config.data.path
+    return _plain(Path(path).name if path else config.data.format)
+
+
+def _plain(name: str) -> str:
+    """A name as a directory's: ``peso[weight=3]`` becomes ``peso,weight=3``, which no shell minds."""
+    return re.sub(r"[^\w.+=,-]+", "-", name.replace("[", ",").removesuffix("]")).strip("-")

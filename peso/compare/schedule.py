@@ -1,0 +1,282 @@
+"""The tasks of a comparison in processes side by side, each started as soon as what it needs is done.
+
+Knows tasks, processes and the clock; knows nothing of how anything is shown. A process that dies takes
+its own run with it and nobody else's; the next call goes on from what it left on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from peso.compare.plan import Plan, Run, Task
+from peso.compare.standing import Standing, is_done, standing
+from peso.compare.tuning import choose
+from peso.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
+from peso.errors import PesoError
+from peso.workspace import Workspace
+
+State = Literal["waiting", "running", "done", "stopped", "failed"]
+SHUTDOWN_SECONDS = 10.0
+TICK_SECONDS = 0.5
+LAST_LINES = 5
+
+
+@dataclass
+class Row:
+    """A run as it stands. ``note``: what it does now, or why it failed. ``seconds_left``: None, not known."""
+
+    run: Run
+    state: State
+    standing: Standing
+    note: str = ""
+    seconds_left: float | None = None
+
+
+@dataclass
+class _Process:
+    """A task at work in a process of its own."""
+
+    task: Task
+    slot: int
+    process: subprocess.Popen[str]
+    log: Path
+    began: float
+    done_before: int
+    title: str = ""
+    fraction: float = 0.0
+    events: list[str] = field(default_factory=list)
+
+
+class Schedule:
+    """Runs a plan.
+
+    Args:
+        plan: what is to be done.
+        workers: processes at once; ``environment(slot)`` is what each gets beside the common one.
+        deadline: seconds since the epoch after which nothing is begun; None: no end.
+        watch: called with all rows whenever something has changed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        workers: int,
+        environment: Callable[[int], Mapping[str, str]],
+        deadline: float | None = None,
+        watch: Callable[[Sequence[Row]], None] = lambda rows: None,
+    ) -> None:
+        self.plan, self.workers, self.environment = plan, workers, environment
+        self.deadline, self.watch = deadline, watch
+        self.rows = [Row(run, "waiting", standing(run.task)) for run in plan.runs]
+        self._done: dict[Path, bool] = {}  # read from disk once; later only our own processes change it
+        self._failed: dict[Path, str] = {}
+        self._working: dict[Path, _Process] = {}
+        self._events: queue.Queue[tuple[Path, str | None]] = queue.Queue()
+
+    def run(self) -> list[Row]:
+        """Do all that can be done, in the plan's order; returns how every run ended.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; every process is ended first.
+        """
+        try:
+            self._settle()
+            self.watch(self.rows)
+            while self._start_some() or self._working:
+                self._listen()
+                self._settle()
+                self.watch(self.rows)
+        finally:
+            self._end_all()
+        for row in self.rows:
+            row.state = "stopped" if row.state in ("waiting", "running") else row.state
+        self.watch(self.rows)
+        return self.rows
+
+    # -- what to do next ---------------------------------------------------------------------------
+
+    def _start_some(self) -> bool:
+        """Fill the free slots; whether anything was started."""
+        started = False
+        while len(self._working) < self.workers and not self._out_of_time():
+            task = next((task for row in self.rows if (task := self._next_of(row)) is not None), None)
+            if task is None:
+                break
+            self._start(task)
+            started = True
+        return started
+
+    def _next_of(self, row: Row) -> Task | None:
+        """A task that a run needs, that can be started now."""
+        if row.state in ("done", "failed"):
+            return None
+        if row.run.candidates:
+            for candidate in row.run.candidates:
+                if (task := self._startable(candidate.trial)) is not None:
+                    return task
+            return None
+        return self._startable(row.run.task)
+
+    def _startable(self, task: Task) -> Task | None:
+        if task.root in self._working or task.root in self._failed or self._is_done(task):
+            return None
+        open_needs = [need for need in task.needs if not self._is_done(need)]
+        if not open_needs:
+            return task
+        return next((found for need in open_needs if (found := self._startable(need)) is not None), None)
+
+    def _is_done(self, task: Task) -> bool:
+        if task.root not in self._done:
+            self._done[task.root] = is_done(task)
+        return self._done[task.root]
+
+    def _settle(self) -> None:
+        """Bring the rows up to date with what is done, chosen, at work or failed."""
+        for row in self.rows:
+            if row.state in ("done", "failed"):
+                continue
+            if row.run.candidates and all(self._is_done(c.trial) for c in row.run.candidates):
+                row.run = row.run.with_choice(choose(row.run.candidates))
+            working = self._working.get(row.run.task.root)
+            failed = self._failure(row)
+            if failed is not None:
+                row.state, row.note, row.seconds_left = "failed", failed, None
+            elif working is not None:
+                row.state, row.note = "running", working.title
+                row.seconds_left = self._seconds_left(working, row.standing)
+            elif not row.run.candidates and self._is_done(row.run.task):
+                row.state, row.note, row.seconds_left = "done", "", None
+                row.standing = standing(row.run.task)
+            else:
+                busy = next((p for p in self._working.values() if p.task in self._ancestors(row)), None)
+                row.state, row.seconds_left = "waiting", None
+                row.note = "" if busy is None else f"for {self._called(busy.task)}: {busy.title}"
+
+    def _ancestors(self, row: Row) -> list[Task]:
+        tasks = [c.trial for c in row.run.candidates] or [row.run.task]
+        return [need for task in tasks for need in (task, *_all_needs(task))]
+
+    def _failure(self, row: Row) -> str | None:
+        for task in self._ancestors(row):
+            if task.root in self._failed:
+                own = task.root == row.run.task.root
+                return self._failed[task.root] if own else f"{self._called(task)}: {self._failed[task.root]}"
+        return None
+
+    def _called(self, task: Task) -> str:
+        return str(task.root.relative_to(self.plan.root))
+
+    def _out_of_time(self) -> bool:
+        return self.deadline is not None and time.time() > self.deadline
+
+    @staticmethod
+    def _seconds_left(working: _Process, now: Standing) -> float | None:
+        if now.stages is None:
+            return None
+        done = now.done - working.done_before + working.fraction
+        if done < 0.05:
+            return None
+        return (time.monotonic() - working.began) / done * (now.stages - now.done - working.fraction)
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def _start(self, task: Task) -> None:
+        try:
+            Workspace.create_or_open(task.root, task.config)
+        except PesoError as error:
+            self._failed[task.root] = str(error)
+            return
+        log = self.plan.root / "logs" / f"{'-'.join(task.root.relative_to(self.plan.root).parts)}.log"
+        log.parent.mkdir(exist_ok=True)
+        data, base = (None if need is None else str(need.root) for need in (task.data, task.base))
+        job = Job(str(task.root), task.last_stage, data, base, self.deadline)
+        slot = min(set(range(self.workers)) - {process.slot for process in self._working.values()})
+        with log.open("a", encoding="utf-8") as written:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "peso.compare.worker", job.as_json()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=written,
+                text=True,
+                env={**os.environ, **self.environment(slot)},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
+            )
+        done = standing(task).done
+        self._working[task.root] = _Process(task, slot, process, log, time.monotonic(), done)
+        threading.Thread(target=self._read, args=(task.root, process), daemon=True).start()
+
+    def _read(self, root: Path, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._events.put((root, line))
+        self._events.put((root, None))
+
+    def _listen(self) -> None:
+        """Take in what the processes say, for a moment."""
+        until = time.monotonic() + TICK_SECONDS
+        while (left := until - time.monotonic()) > 0 and self._working:
+            try:
+                root, line = self._events.get(timeout=left)
+            except queue.Empty:
+                break
+            if root not in self._working:
+                continue  # ended by us; what it still had to say is of no use
+            if line is None:
+                self._ended(self._working.pop(root))
+                break
+            self._heard(self._working[root], json.loads(line))
+        if self.deadline is not None and time.time() > self.deadline + 2 * GRACE_SECONDS:
+            self._end_all()  # in a step that has no checkpoint
+
+    def _heard(self, working: _Process, event: Mapping[str, object]) -> None:
+        done, total = int(str(event["done"])), int(str(event["total"]))
+        title = str(event["title"])
+        if not total:  # a step begins: what came before it is on disk
+            for row in self.rows:
+                if row.run.task.root == working.task.root:
+                    row.standing = standing(row.run.task)
+        learning = 0.8  # of a stage's time, learning takes the most
+        share = done / total if total else 0.0
+        working.fraction = share * learning if title.startswith("learn") else learning * (total > 0)
+        working.title = f"{title}, {share:.0%}" if total else title
+
+    def _ended(self, working: _Process) -> None:
+        status = working.process.wait()
+        if status == 0 and is_done(working.task):
+            self._done[working.task.root] = True
+        elif status != OUT_OF_TIME:
+            self._failed[working.task.root] = _explained(status, working.log)
+
+    def _end_all(self) -> None:
+        for working in self._working.values():
+            working.process.terminate()
+        for working in self._working.values():
+            try:
+                working.process.wait(SHUTDOWN_SECONDS)
+            except subprocess.TimeoutExpired:
+                working.process.kill()
+                working.process.wait()
+        self._working.clear()
+
+
+def _all_needs(task: Task) -> list[Task]:
+    return [found for need in task.needs for found in (need, *_all_needs(need))]
+
+
+def _explained(status: int, log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    if status == 1 and lines and lines[-1].startswith("error: "):
+        return lines[-1].removeprefix("error: ")
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{how}; last lines of {log}: {' | '.join(lines) or 'none'}"

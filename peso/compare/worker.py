@@ -1,0 +1,155 @@
+"""What one process of a comparison does: fill one workspace, and tell how far it is.
+
+Knows the steps of the pipeline and one task; knows nothing of other runs. Started as
+``python -m peso.compare.worker JOB`` with a JSON job; progress goes to stdout, one JSON object a line, all
+else to stderr. Exit status 0: done, 1: an error that is explained, ``OUT_OF_TIME``: the budget ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peso import pipeline
+from peso.durable import commit_directory
+from peso.errors import PesoError
+from peso.events.stream import Stream
+from peso.stages import determination
+from peso.testing import test
+from peso.training.checkpoint import FILE as CHECKPOINT
+from peso.workspace import Workspace
+
+OUT_OF_TIME = 75
+GRACE_SECONDS = 75.0  # longer than between two checkpoints
+SECONDS_BETWEEN_REPORTS = 0.5
+
+
+class OutOfTime(Exception):
+    """The stated budget ended and everything worth keeping is on disk."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task as plain values, see :class:`peso.compare.plan.Task`. ``deadline``: seconds since the epoch."""
+
+    root: str
+    last_stage: int | None
+    data: str | None
+    base: str | None
+    deadline: float | None
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Reporter:
+    """An Observer (peso/progress.py) that writes what happens as JSON lines, and ends work on time.
+
+    After the deadline a stage in training stops at its next checkpoint; a test, which has none, gets
+    ``GRACE_SECONDS`` to finish.
+    """
+
+    def __init__(self, workspace: Workspace, deadline: float | None, out: Any) -> None:
+        self.workspace, self.deadline, self.out = workspace, deadline, out
+        self._title, self._total, self._spoke = "", 0, 0.0
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        self._title, self._total = title, total
+        self._say(title=title, done=0, total=total)
+
+    def advance(self, done: int, **figures: Any) -> None:
+        now = time.time()
+        if now - self._spoke >= SECONDS_BETWEEN_REPORTS:
+            self._spoke = now
+            self._say(title=self._title, done=done, total=self._total)
+        if self.deadline is not None and now > self.deadline:
+            late = now > self.deadline + GRACE_SECONDS
+            if late or (self._title.startswith("learn") and self._checkpoint_time() > self.deadline):
+                raise OutOfTime
+
+    def end(self) -> None:
+        self._title = ""
+
+    def step(self, title: str) -> None:
+        """A step begins: refused once the time is over."""
+        if self.deadline is not None and time.time() > self.deadline:
+            raise OutOfTime
+        self._say(title=title, done=0, total=0)
+
+    def _say(self, **values: Any) -> None:
+        self.out.write(json.dumps(values) + "\n")
+        self.out.flush()
+
+    def _checkpoint_time(self) -> float:
+        found = self.workspace.root.glob(f"stages/.*.unfinished/**/{CHECKPOINT}")
+        return max((path.stat().st_mtime for path in found), default=0.0)
+
+
+def work(job: Job, out: Any) -> None:
+    """Do what is not done of a job; the workspace's configuration is there already.
+
+    Raises:
+        PesoError: as the steps of the pipeline do.
+        OutOfTime: the deadline has passed.
+    """
+    workspace = Workspace.open(job.root)
+    reporter = Reporter(workspace, job.deadline, out)
+    with workspace.lock():
+        if job.data is None:
+            if not workspace.has_stream:
+                reporter.step("ingest")
+                pipeline.ingest(workspace, reporter)
+            if not workspace.has_semantic_ids:
+                reporter.step("tokenize")
+                pipeline.tokenize(workspace, reporter)
+        elif not workspace.has_semantic_ids:
+            pipeline.take_data(workspace, Workspace.open(job.data), reporter)
+        if job.base is not None:
+            take_stages(workspace, Workspace.open(job.base), reporter)
+        stages = Stream.open(workspace.stream_directory).stages
+        for step in list(pipeline.missing_steps(workspace, stages)):
+            if step.stage is None or (job.last_stage is not None and step.stage > job.last_stage):
+                continue
+            reporter.step(str(step))
+            if step.name == "learn":
+                pipeline.learn(workspace, step.stage, reporter)
+            else:
+                test(workspace, step.stage, step.stage, reporter)
+
+
+def take_stages(workspace: Workspace, base: Workspace, reporter: Reporter) -> None:
+    """Take over stage 0, and the stages after it as long as they are what this run's would be."""
+    if 0 not in workspace.finished_stages:
+        pipeline.take_base(workspace, base, reporter)
+    for stage in base.finished_stages:
+        if stage in workspace.finished_stages:
+            continue
+        if base.stage_manifest(stage)["determined_by"] != determination(workspace, stage):
+            return
+        with commit_directory(workspace.stage_directory(stage)) as directory:
+            shutil.copytree(base.stage_directory(stage), directory, dirs_exist_ok=True)
+
+
+def main() -> int:
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not be taken for progress
+    try:
+        work(Job(**json.loads(sys.argv[1])), out)
+    except PesoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OutOfTime:
+        return OUT_OF_TIME
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

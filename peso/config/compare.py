@@ -1,0 +1,191 @@
+"""What is compared: the section `compare` beside an ordinary configuration.
+
+Knows the shape of the section and how a variant changes the common tree; knows nothing of runs or files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from peso.config.data import expand_data
+from peso.config.model import expand_backbone
+from peso.config.reading import override, place, read_tree
+from peso.config.section import Section
+from peso.config.strategy import expand_strategy
+from peso.config.tree import Config, Seed
+from peso.errors import ConfigError
+
+Axis = Literal["data", "backbone", "strategy"]
+EXPAND = {"data": expand_data, "backbone": expand_backbone, "strategy": expand_strategy}
+NAME = re.compile(r"[\w+-][\w.+-]*")  # part of a path, so nothing that a shell or a file system minds
+
+
+def _listed(value: Any) -> Any:
+    """``[none, single]`` is short for ``{none: none, single: single}``."""
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        if len(set(value)) < len(value):
+            raise ValueError(f"two variants of one name in {value}")
+        return {name: name for name in value}
+    return value
+
+
+Variants = Annotated[dict[str, Any], BeforeValidator(_listed)]
+
+
+class CompareConfig(Section):
+    """Data sets × backbones × strategies × seeds. A variant is the axis' own section (``{name: peso, …}``) or
+    any sections of the configuration with keys under ``set``: ``{strategy: single, set: {adapter.rank: 4}}``.
+    """
+
+    data: Variants = Field({}, description="none given: the common data alone")
+    backbones: Variants = Field({}, description="none given: the common backbone alone")
+    strategies: Variants = Field({})
+    grid: dict[str, Any] = Field({}, description="strategies whose lists of values become a run each")
+    tune: dict[str, Any] = Field({}, description="strategies whose lists are chosen from on validation loss")
+    seeds: list[Seed] = Field([0], min_length=1)
+    share_base: bool = Field(True, description="one stage 0 for all seeds; false: learnt again for each")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="processes at once; auto: one per core, or per GPU"
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One value of an axis: ``sections`` and dotted keys ``changes`` that it sets in the common tree.
+
+    ``options``: what an option grid sets apart, by dotted key.
+    """
+
+    name: str
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """The tree changed. ``data``, ``backbone`` and ``strategy`` are replaced whole: the options of one
+        strategy mean nothing to another. Other sections are changed key by key."""
+        result = dict(tree)
+        for name, section in self.sections.items():
+            below = result.get(name)
+            merged = name not in EXPAND and isinstance(section, Mapping) and isinstance(below, Mapping)
+            result[name] = _merged(below, section) if merged else section
+        for key, value in self.changes.items():
+            place(result, key, value)
+        return result
+
+
+def load_comparison(source: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], CompareConfig]:
+    """The common tree of a comparison's file, as it stands, and its section ``compare``, validated.
+
+    Raises:
+        ConfigError: names the key, the value and the nearest valid key.
+    """
+    tree = read_tree(source)
+    for text in overrides:
+        override(tree, text)
+    if "compare" not in tree:
+        raise ConfigError(f"{source} has no section compare; for a single run there is `peso run`")
+    section = tree.pop("compare")
+    try:
+        compare = CompareConfig.model_validate(section)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+    if not (compare.strategies or compare.grid or compare.tune):
+        raise ConfigError("nothing to compare: give compare.strategies, compare.grid or compare.tune")
+    if len(set(compare.seeds)) < len(compare.seeds):
+        raise ConfigError(f"compare.seeds: {compare.seeds} names a seed twice")
+    return tree, compare
+
+
+def variants(named: Mapping[str, Any], axis: Axis, key: str) -> list[Variant]:
+    """The variants of an axis in the order of the file. ``key``: where they stand, for messages.
+
+    Raises:
+        ConfigError: a name that cannot be part of a path, or a value that is no variant.
+    """
+    return [_variant(name, value, axis, f"{key}.{name}") for name, value in named.items()]
+
+
+def grid(variant: Variant, key: str) -> list[Variant]:
+    """One variant for every combination of the values in its lists, the last list varying fastest.
+
+    Raises:
+        ConfigError: there is no list, or an empty one.
+    """
+    leaves = [*_leaves(variant.sections), *variant.changes.items()]
+    lists = {name: values for name, values in leaves if isinstance(values, list)}
+    if not lists:
+        raise ConfigError(
+            f"{key}: no option is a list, so there is nothing to vary; a single strategy goes "
+            "under compare.strategies"
+        )
+    if empty := [name for name, values in lists.items() if not values]:
+        raise ConfigError(f"{key}: {empty[0]} is an empty list")
+    last = [name.rpartition(".")[2] for name in lists]
+    shown = last if len(set(last)) == len(last) else list(lists)
+    result = []
+    for values in itertools.product(*lists.values()):
+        options = dict(zip(lists, values, strict=True))
+        text = ",".join(f"{name}={_text(value)}" for name, value in zip(shown, values, strict=True))
+        result.append(
+            Variant(f"{variant.name}[{text}]", variant.sections, {**variant.changes, **options}, options)
+        )
+    return result
+
+
+def _variant(name: str, value: Any, axis: Axis, key: str) -> Variant:
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{key}: a name is made of letters, digits and . _ + -; got {name!r}")
+    sections: dict[str, Any] = {axis: value}
+    changes: Mapping[str, Any] = {}
+    if isinstance(value, Mapping) and (axis in value or {*value} <= {*Config.model_fields, "set"}):
+        sections = {section: below for section, below in value.items() if section != "set"}
+        changes = value.get("set") or {}
+    if value is None or not isinstance(changes, Mapping):
+        raise ConfigError(f"{key}: expected {axis} options, sections or set: {{key: value}}; got {value!r}")
+    for section in EXPAND.keys() & sections.keys():  # short forms written out: options may be set in them
+        sections[section] = EXPAND[section](sections[section])
+    return Variant(name, sections, dict(changes))
+
+
+def _merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
+        result[key] = _merged(below[key], value) if both else value
+    return result
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _text(value: Any) -> str:
+    """A value as part of a name."""
+    text = (
+        value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    )
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+
+
+def _explain(problem: Any) -> str:
+    parts = ["compare", *(str(part) for part in problem["loc"])]
+    key, value = ".".join(parts), problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        names = [f"compare.{name}" for name in CompareConfig.model_fields]
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0) or names[:1]
+        return f"unknown key {key!r} (value {value!r}); the nearest valid key is {near[0]!r}"
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')}; got {value!r}"
