@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from peso.continual.hooks import StageContext, Strategy
-from peso.continual.proximal import L2, PerRankKL, SoftmaxKL, Term
+from peso.continual.hooks import ForwardPass, StageContext, Strategy
+from peso.continual.proximal import L2, Fisher, Orthogonal, OutputKL, PerRankKL, SoftmaxKL, Term
 
 
 class Peso(Strategy):
@@ -16,6 +16,7 @@ class Peso(Strategy):
     Args:
         proximal: which term holds it; ``strength``, ``weight``, ``coupling``, ``reduction``,
             ``temperature``, ``groups``: of the term.
+        vocabulary: the rows of the semantic vocabulary are anchored too, input and output rows a group each.
         examples: single targets that ρ̄ (for a strength in the loss, and for the report) is estimated from.
     """
 
@@ -40,24 +41,56 @@ class Peso(Strategy):
                 self.term = PerRankKL(weight, temperature=temperature, **how)
             case "l2":
                 self.term = L2(weight, **how)
+            case "fisher":
+                self.term = Fisher(weight, **how)
+            case "orthogonal":
+                self.term = Orthogonal(weight, **how)
+            case "output_kl":
+                self.term = OutputKL(weight, **how)
             case _:
                 raise ValueError(f"no proximal term {proximal!r}")
+        self.vocabulary = vocabulary
         self.examples = examples
 
     def begin(self, context: StageContext) -> None:
-        if context.number > 0:
-            self.term.anchor(context.backbone)
-            if context.examples is not None:
-                losses = context.examples.losses(context.number, self.examples)
-                self.term.calibrate(context.backbone, losses, context.examples.tokens)
+        if context.number == 0:
+            return
+        source, term, examples = self._held(context), self.term, context.examples
+        if isinstance(term, Fisher):
+            # the adapter stands as the last stage left it: what mattered to that stage is asked now
+            assert examples is not None
+            term.anchor(source, examples.losses(context.number - 1, self.examples))
+        else:
+            term.anchor(source)
+        # a penalty that is no distance to the anchor has no strength to tell unless one is asked for
+        if examples is not None and not (isinstance(term, Orthogonal) and term.strength is None):
+            term.calibrate(source, examples.losses(context.number, self.examples), examples.tokens)
+        if isinstance(term, OutputKL):
+            term.attach(source)
 
     def penalty(self, context: StageContext) -> Tensor | None:
-        held = context.number > 0 and self.term.coupling == "loss" and self.term.weight != 0
-        return self.term(context.backbone) if held else None
+        in_loss = self.term.coupling == "loss" and not isinstance(self.term, OutputKL)
+        held = context.number > 0 and in_loss and self.term.weight != 0
+        return self.term(self._held(context)) if held else None
+
+    def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
+        if context.number > 0 and isinstance(self.term, OutputKL):
+            return self.term.collected()
+        return None
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
         if context.number > 0 and self.term.coupling == "decoupled":
-            self.term.after_step(context.backbone, learning_rate, context.total_rate)
+            self.term.after_step(self._held(context), learning_rate, context.total_rate)
+
+    def end(self, context: StageContext) -> None:
+        if isinstance(self.term, OutputKL):
+            self.term.detach()
+
+    def _held(self, context: StageContext) -> nn.Module | list[nn.Module | Tensor]:
+        if not self.vocabulary:
+            return context.backbone
+        assert context.vocabulary is not None
+        return [context.backbone, *context.vocabulary.parameters()]
 
     def figures(self) -> dict[str, Any]:
         found = self.term.calibration
