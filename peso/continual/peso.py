@@ -55,7 +55,7 @@ class Peso(Strategy):
     def begin(self, context: StageContext) -> None:
         if context.number == 0:
             return
-        source, term, examples = self._held(context), self.term, context.examples
+        source, term, examples = self.held(context), self.term, context.examples
         if isinstance(term, Fisher):
             # the adapter stands as the last stage left it: what mattered to that stage is asked now
             assert examples is not None
@@ -71,7 +71,7 @@ class Peso(Strategy):
     def penalty(self, context: StageContext) -> Tensor | None:
         in_loss = self.term.coupling == "loss" and not isinstance(self.term, OutputKL)
         held = context.number > 0 and in_loss and self.term.weight != 0
-        return self.term(self._held(context)) if held else None
+        return self.term(self.held(context)) if held else None
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
         if context.number > 0 and isinstance(self.term, OutputKL):
@@ -80,13 +80,14 @@ class Peso(Strategy):
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
         if context.number > 0 and self.term.coupling == "decoupled":
-            self.term.after_step(self._held(context), learning_rate, context.total_rate)
+            self.term.after_step(self.held(context), learning_rate, context.total_rate)
 
     def end(self, context: StageContext) -> None:
         if isinstance(self.term, OutputKL):
             self.term.detach()
 
-    def _held(self, context: StageContext) -> nn.Module | list[nn.Module | Tensor]:
+    def held(self, context: StageContext) -> nn.Module | list[nn.Module | Tensor]:
+        """What the term is given: the backbone, with the vocabulary's rows where these are anchored."""
         if not self.vocabulary:
             return context.backbone
         assert context.vocabulary is not None
