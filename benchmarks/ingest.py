@@ -126,6 +126,8 @@ def main() -> None:
     if arguments.way:
         _run_way(arguments.way, arguments.log)
         return
+    if arguments.directory:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
     large = EVENTS // 20 if arguments.quick else EVENTS
     small = large // 10
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
