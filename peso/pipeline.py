@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ from typing import Any
 from peso import assets
 from peso.config import DataConfig, changed_keys
 from peso.durable import commit_directory
-from peso.errors import DataError, WorkspaceError
+from peso.errors import DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import Stream
-from peso.items import quality
+from peso.items.imported import adopt, adopt_more
 from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.items.index_files import read_semantic_ids, write_semantic_ids
-from peso.items.semantic_ids import SemanticIds
+from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
 from peso.items.tokenize import append as continue_semantic_ids
 from peso.items.tokenize import tokenize as make_semantic_ids
 from peso.learning import learn_stage
@@ -155,25 +154,18 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
 
     Raises:
         WorkspaceError: there is no stream, or stages were learnt from the IDs that are there.
-        DataError, ConfigError: see :func:`peso.items.tokenize.tokenize`.
+        DataError, ConfigError: see :mod:`peso.items.tokenize` and :mod:`peso.items.imported`.
     """
-    stream, data = _stream(workspace), workspace.config.data
+    stream, config = _stream(workspace), workspace.config
     _refuse_if_learnt(workspace, "semantic IDs")
     with commit_directory(workspace.semantic_ids_directory) as directory:
-        if data.format == "peso-release":
-            ids = read_release(str(data.path))[2]
-            measured = _quality_of_codes(ids, stream.titles)
-            write_semantic_ids(ids, directory, {"source": "index of the release", "quality": measured})
+        further = (config.items, directory, config.seed_of_data, _vector_cache(), observer)
+        if config.items.index is not None:
+            adopt(stream.items, read_release_index(config.items.index), config.items.index, *further)
+        elif config.data.format == "peso-release":
+            adopt(stream.items, read_release(str(config.data.path))[2], "index of the release", *further)
         else:
-            make_semantic_ids(
-                stream.items,
-                workspace.config.items,
-                directory,
-                workspace.config.seed_of_data,
-                _vector_cache(),
-                observer,
-                stream.first_stages(),
-            )
+            make_semantic_ids(stream.items, *further, stream.first_stages())
     manifest = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
     observer.note(
         f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
@@ -182,28 +174,39 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
 
 
 def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
-    """Give the items that the stream has gained IDs from the frozen codebooks; returns the manifest.
+    """Give the items that the stream has gained IDs from what is frozen; returns the manifest.
 
     Raises:
         WorkspaceError: there is no stream, or there are no semantic IDs to continue.
-        DataError, ConfigError: see :func:`peso.items.tokenize.append`. The IDs are then as before.
+        DataError, ConfigError: as :func:`tokenize`. The IDs are then as before.
     """
     stream, source = _stream(workspace), workspace.semantic_ids_directory
     _require_semantic_ids(workspace)
     new = items_without_id(workspace)
     if new:
+        config, seed = workspace.config.items, workspace.config.seed_of_data
         with commit_directory(source) as directory:
-            continue_semantic_ids(
-                stream.items,
-                workspace.config.items,
-                source,
-                directory,
-                _vector_cache(),
-                observer,
-                stream.first_stages(),
-            )
+            further = (config, source, directory, _vector_cache(), observer)
+            if config.index is not None:
+                index = read_release_index(config.index, read_semantic_ids(source).sizes)
+                adopt_more(stream.items, index, config.index, *further, seed=seed)
+            else:
+                continue_semantic_ids(stream.items, *further, stream.first_stages())
     observer.note(f"tokenize: {new:,} new items; no earlier ID changed")
     return read_manifest(source, IDS_FORMAT)
+
+
+def export_index(workspace: Workspace, path: Path) -> None:
+    """Write the semantic IDs of all items as the ``index.json`` of released research code.
+
+    Raises:
+        WorkspaceError: there are no semantic IDs, or the disk is full.
+        ExportError: the place is taken.
+    """
+    _require_semantic_ids(workspace)
+    if path.exists():
+        raise ExportError(f"{path} is there already; name a file that does not exist yet")
+    write_release_index(read_semantic_ids(workspace.semantic_ids_directory), path)
 
 
 # -- learning ----------------------------------------------------------------------------------------
@@ -287,15 +290,6 @@ def _require_catalogue(workspace: Workspace) -> None:
             f"evaluation.k asks for {asked} items, but the catalogue has {ids.trie.leaves} distinct semantic "
             "IDs; ask for fewer"
         )
-
-
-def _quality_of_codes(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
-    """What is to be said of an index that came without the vectors it was made from."""
-    return {
-        "collisions": quality.collisions(ids.codes),
-        "levels": quality.codebook_use(ids.codes, ids.sizes),
-        "sample": quality.prefix_sample(ids, titles),
-    }
 
 
 def _vector_cache() -> Path:

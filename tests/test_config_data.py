@@ -46,6 +46,11 @@ def test_the_resolved_section_reads_back_as_itself(data: dict[str, Any]) -> None
     assert load_config(yaml.safe_load(dump_config(config))) == config
 
 
+def test_a_pattern_of_times_needs_no_quotes_on_the_command_line() -> None:
+    source = {"data": {"format": "csv", "path": "log.csv"}}
+    assert load_config(source, ["data.time_format=%d/%m/%Y"]).data.time_format == "%d/%m/%Y"
+
+
 def test_the_product_tables_path_is_taken_from_beside_the_configuration(tmp_path) -> None:
     (tmp_path / "products.csv").touch()
     (tmp_path / "peso.yaml").write_text(

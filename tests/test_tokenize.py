@@ -279,11 +279,6 @@ def test_append_refuses_what_does_not_continue_the_index(tmp_path: Path) -> None
     assert not list(more.iterdir())
 
 
-def test_a_release_quantiser_needs_a_released_index(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the data bring no index"):
-        tokenize(catalogue(10), settings_for("release"), tmp_path, seed=0)
-
-
 def test_items_unlike_all_before_are_a_reason_to_refit_items_alike_are_not(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     directions = generator.normal(size=(8, 20))

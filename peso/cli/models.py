@@ -41,17 +41,32 @@ def pull(
 
 def export(
     workspace: Directory,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A directory that does not exist yet.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A directory (index: a file) that does not exist yet.")
+    ],
     form: Annotated[
-        Literal["merged", "peft"],
-        typer.Option("--format", help="merged: one plain Transformers model; peft: backbone and adapter."),
+        Literal["merged", "peft", "index"],
+        typer.Option(
+            "--format",
+            help="merged: one plain Transformers model; peft: backbone and adapter; index: the semantic IDs "
+            "as the index.json of research code.",
+        ),
     ] = "merged",
     stage: Stage = None,
 ) -> None:
-    """Write a stage's model for others to load: Transformers, vLLM (merged) or PEFT (peft).
+    """Write a stage's model, or the semantic IDs, for others: Transformers, vLLM, PEFT, research code.
 
     Example: peso export -w runs/games --format merged -o exported
+
+    Example: peso export -w runs/games --format index -o games.index.json
     """
+    if form == "index":
+        from peso import pipeline
+        from peso.workspace import Workspace
+
+        pipeline.export_index(Workspace.open(workspace), output)
+        print(output)
+        return
     from peso.model.export import export_merged, export_peft
     from peso.recommender import Recommender
 

@@ -39,7 +39,10 @@ class ItemsConfig(Section):
     )
     max_tokens: int = Field(256, ge=1, description="text encoders only: tokens of an item that are read")
     vectors: list[str] = Field([], description="files of vectors, fused with those of the encoder")
-    quantizer: Literal["rq-vae", "rq-kmeans", "balanced-rq-kmeans", "category-path", "release"] = "rq-vae"
+    index: str | None = Field(
+        None, description="an index.json made elsewhere: its IDs are taken, nothing is fitted"
+    )
+    quantizer: Literal["rq-vae", "rq-kmeans", "balanced-rq-kmeans", "category-path"] = "rq-vae"
     levels: int = Field(4, ge=1, le=25)
     codes: int = Field(256, ge=2, le=65_536, description="codes a level; fewer where the catalogue is small")
     collisions: Literal["reassign", "extra-level", "allow"] = "reassign"

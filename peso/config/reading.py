@@ -83,6 +83,8 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
     )
     if items.encoder.startswith((".", "~", "/")):  # everything else may be a name of the hub
         items = items.model_copy(update={"encoder": _absolute(items.encoder, base)})
+    if items.index is not None:
+        items = items.model_copy(update={"index": _absolute(items.index, base)})
     config = config.model_copy(update={"items": items})
     if config.data.path is None:
         return config
@@ -116,7 +118,8 @@ def override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {text!r}")
     try:
-        parsed = yaml.safe_load(value)
+        # a pattern of times (%d/%m/%Y) is a text; YAML itself would ask for quotes
+        parsed = value if value.startswith("%") else yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"the value of --set {text!r} is not valid YAML") from None
     place(tree, key.strip(), parsed)

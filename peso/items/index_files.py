@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from peso.durable import write_atomically
 from peso.errors import DataError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds, token_name
 from peso.json_files import read_json_object
@@ -115,18 +116,22 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
         at = int(outside.argmax())
         raise DataError(
             f"{path}: item {list(index)[at]!r} has codes {codes[at].tolist()} outside the sizes "
-            f"{list(sizes)} of the levels; give larger sizes"
+            f"{list(sizes)} of the levels; give larger sizes, or tokenize anew"
         )
     return SemanticIds(list(index), codes, tuple(int(size) for size in sizes))
 
 
 def write_release_index(ids: SemanticIds, path: str | Path) -> None:
-    """Write the ``index.json`` of released research code, items in row order."""
+    """Write the ``index.json`` of released research code, items in row order.
+
+    Raises:
+        WorkspaceError: the disk is full; nothing half-written is left.
+    """
     index = {
         item: [token_name(level, code) for level, code in enumerate(codes)]
         for item, codes in zip(ids.item_ids, ids.codes.tolist(), strict=True)
     }
-    Path(path).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+    write_atomically(Path(path), json.dumps(index, ensure_ascii=False).encode())
 
 
 def _parse(path: Path, item: str, tokens: Any) -> list[int]:

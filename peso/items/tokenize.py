@@ -76,15 +76,10 @@ def tokenize(
         The manifest.
 
     Raises:
-        ConfigError: an encoder that cannot be loaded; ``quantizer: release`` without a released index.
+        ConfigError: an encoder that cannot be loaded.
         DataError: no items; none with a text or a vector; bad vectors; categories that do not make IDs.
     """
     observer = observer or Silent()
-    if config.quantizer == "release":
-        raise ConfigError(
-            "items.quantizer is release, but the data bring no index; use rq-vae, rq-kmeans, "
-            "balanced-rq-kmeans or category-path"
-        )
     if not len(items):
         raise DataError("an empty catalogue has no semantic IDs; give at least one item")
     stages = np.zeros(len(items), int) if first_stage is None else np.asarray(first_stage)
@@ -98,8 +93,8 @@ def tokenize(
     rows = rows[vectors.known[rows]]
     if not len(rows):
         raise DataError(
-            f"not one of {int(base.sum())} items has a text or a vector to make its ID from; give titles, "
-            "texts or items.vectors, or use items.quantizer: category-path"
+            f"not one of {int(base.sum())} items has a text or a vector to make its ID from; give a product "
+            "table (data.items), items.vectors or items.index, or use items.quantizer: category-path"
         )
     size = fillable(config.codes, int(base.sum()), config.levels)
     if size < config.codes:

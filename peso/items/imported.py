@@ -1,0 +1,125 @@
+"""An index that was made elsewhere: its IDs for the items of a catalogue, measured where there are vectors.
+
+Knows the item table, an index and the directory of semantic IDs; knows nothing of how the codes came about.
+There are no codebooks: items that come later have to stand in a later state of the index.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from peso.config import ItemsConfig
+from peso.errors import DataError
+from peso.items import quality
+from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
+from peso.items.semantic_ids import SemanticIds
+from peso.items.text import item_texts
+from peso.items.vectors import ItemEncoder
+from peso.manifest import read_manifest
+from peso.progress import Observer, Silent
+
+
+def adopt(
+    items: pa.Table,
+    index: SemanticIds,
+    source: str,
+    config: ItemsConfig,
+    directory: Path,
+    seed: int,
+    cache: Path | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Write the IDs that an index has for these items into an existing, empty directory.
+
+    Where items have a text, or ``config.vectors`` names files, the vectors tell how well the IDs keep
+    neighbours; nothing else depends on them.
+
+    Args:
+        items: the item table; the row is the item number.
+        index: of these items and perhaps of others, which are left aside and counted.
+        source: where the index is from, for the manifest and for messages.
+        cache: where vectors of text encoders are kept between runs; None: nowhere.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: items without an ID (names them); bad files of vectors.
+        ConfigError: an encoder that cannot be loaded.
+    """
+    observer = observer or Silent()
+    item_ids = items[ITEM_ID].to_pylist()
+    try:
+        rows = index.rows(item_ids)
+    except DataError as error:
+        raise DataError(
+            f"{source}: {error}; add them to the index, or leave items.index out to make IDs from the items' "
+            "texts"
+        ) from None
+    ids = SemanticIds(item_ids, index.codes[rows], index.sizes)
+    if aside := len(index.item_ids) - len(item_ids):
+        observer.note(f"{source}: {aside:,} items that the log does not have are left aside")
+    titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
+    measured = {
+        "collisions": quality.collisions(ids.codes),
+        "levels": quality.codebook_use(ids.codes, ids.sizes),
+        "sample": quality.prefix_sample(ids, titles),
+        **_by_vectors(items, ids, config, seed, cache, observer),
+    }
+    write_semantic_ids(ids, directory, {"made_by": "import", "source": source, "quality": measured})
+    return read_manifest(directory, FORMAT)
+
+
+def adopt_more(
+    items: pa.Table,
+    index: SemanticIds,
+    source: str,
+    config: ItemsConfig,
+    earlier: Path,
+    directory: Path,
+    cache: Path | None = None,
+    observer: Observer | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """As :func:`adopt`, for an item table and an index that continue those of the directory ``earlier``.
+
+    Raises:
+        DataError: also where an item that was there has another ID now, or stands in another row.
+        WorkspaceError: ``earlier`` is damaged or of a newer version.
+    """
+    old = read_semantic_ids(earlier)
+    manifest = adopt(items, index, source, config, directory, seed, cache, observer)
+    new = read_semantic_ids(directory)
+    count = len(old.item_ids)
+    if new.item_ids[:count] != old.item_ids or new.sizes != old.sizes:
+        raise DataError(f"{source} does not continue the IDs in {earlier}; take a new workspace (-w)")
+    changed = (new.codes[:count] != old.codes).any(axis=1)
+    if changed.any():
+        item = old.item_ids[int(changed.argmax())]
+        before, now = ("".join(ids.semantic_id(item)) for ids in (old, new))
+        raise DataError(
+            f"{source}: {int(changed.sum())} items have another ID than before, the first is {item!r} "
+            f"({before} → {now}); IDs that were given stay: put them back, or take a new workspace (-w)"
+        )
+    return manifest
+
+
+def _by_vectors(
+    items: pa.Table,
+    ids: SemanticIds,
+    config: ItemsConfig,
+    seed: int,
+    cache: Path | None,
+    observer: Observer,
+) -> dict[str, Any]:
+    """What takes vectors to measure; nothing where no item has one."""
+    if not config.vectors and not any(text is not None for text in item_texts(items, config.template)):
+        return {}
+    vectors = ItemEncoder.fit(items, np.arange(len(items)), config, seed, cache, observer)[1]
+    known = vectors.known
+    kept = quality.neighbours_kept(vectors.vectors[known], ids.codes[known], seed)
+    return {"neighbours": kept, "without_vector": int((~known).sum())}
