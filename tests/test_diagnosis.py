@@ -141,7 +141,7 @@ def test_tokenize_prints_how_good_the_ids_are(peso, tmp_path: Path) -> None:
 def test_ingest_prints_the_funnel_and_what_was_left_out(peso, tmp_path: Path) -> None:
     events = [(f"u{k % 4}", f"i{k % 5}", 1_600_000_000 + 60 * k) for k in range(40)]
     log = write_log(tmp_path / "log.csv", [*events, ("u1", "i1", "soon"), *events[:3]])
-    arguments = ("--format", "csv", "-w", tmp_path / "w", "--set", "data.stages=2")
+    arguments = ("-w", tmp_path / "w", "--set", "data.stages=2")  # that it is CSV its name says
     status, _, err = peso("ingest", log, *arguments)
     assert status == 1
     assert "'soon'" in err

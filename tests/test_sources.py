@@ -15,6 +15,7 @@ import pytest
 from event_logs import histories, ingested, write_json_lines, write_log
 
 from peso.events import columns
+from peso.events.sources.files import kind_of
 from peso.events.stream import Stream
 from peso.events.times import iso
 
@@ -135,6 +136,20 @@ def test_a_log_is_the_same_in_every_container(
     data = container(folder)
     stream = ingested(tmp_path / "s", **{**data, "path": str(data["path"])}, stages=3)
     assert histories(stream) == reference
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("log.csv", "csv"),
+        ("log.TSV.gz", "csv"),
+        ("logs/*.jsonl", "jsonl"),
+        ("a.parquet", "parquet"),
+        ("a", None),
+    ],
+)
+def test_a_file_s_ending_tells_its_kind(path: str, kind: str | None) -> None:
+    assert kind_of(path) == kind
 
 
 def test_numbers_as_ids_are_their_text(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def ingest(
         str | None,
         typer.Option(
             "--format",
-            help="csv, parquet, jsonl, amazon-2023, movielens, movietweetings, yelp, peso-release, simulate.",
+            help="csv, parquet, jsonl, amazon-2023, movielens, movietweetings, yelp, peso-release, simulate. "
+            "None given: by the file's ending; of a folder peso-release.",
         ),
     ] = None,
     workspace: Annotated[
@@ -42,6 +43,8 @@ def ingest(
     With --append the new events are those of SOURCE, or of the path that the workspace was made from; its
     other data keys hold too, unless --set changes them for this time.
 
+    Example: peso ingest shop.csv --set data.columns.item=sku -w runs/shop
+
     Example: peso ingest --format peso-release data/Video_Games_cl_0.6_0_5_3_0 -w runs/games
 
     Example: peso ingest week_12.csv --append -w runs/shop
@@ -51,6 +54,7 @@ def ingest(
     from peso import pipeline
     from peso.config import load_config
     from peso.errors import ConfigError
+    from peso.events.sources.files import kind_of
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
     if append:
@@ -59,7 +63,7 @@ def ingest(
         _append(workspace, source, data_format, overrides, as_json)
         return
     if data_format is not None or source is not None:
-        data = {"format": data_format or "peso-release", "path": source}
+        data = {"format": data_format or kind_of(source or "") or "peso-release", "path": source}
         config = load_config({"data": data}, overrides, base=Path())
         root = workspace or Path("runs") / (Path(source).resolve().name if source else "simulated")
         opened = Workspace.create_or_open(root, config)

@@ -49,6 +49,12 @@ def find_files(path: str, kind: str) -> list[Path]:
     return sorted(found)
 
 
+def kind_of(path: str) -> str | None:
+    """``csv``, ``jsonl`` or ``parquet`` by the ending of a file (``log.csv.gz``) or glob; else None."""
+    suffix = bare_suffix(Path(path))
+    return next((kind for kind, endings in ENDINGS.items() if suffix in endings), None)
+
+
 def require_content(file: Path) -> Path:
     """The file itself. Raises DataError if it is missing or empty."""
     if not file.is_file():
