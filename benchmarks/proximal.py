@@ -5,7 +5,9 @@
 Cost: a model of SmolLM2-135M's shape (random weights) with LoRA r = 8 on the seven linear targets, batch
 8 × 128 tokens. A step is forward, backward and AdamW, with Transformers and PEFT alone. The term is its
 value, its backward and the addition to the gradients that are there; `step_share` is the term over the step,
-`naive_share` the same for a loop over the modules that writes the textbook form in autograd.
+`naive_share` the same for a loop over the modules that writes the textbook form in autograd. The other shares
+are those of the rest of the family: in the loss, decoupled (`after_step`), and of `output_kl` what a watched
+step takes more.
 
 Accuracy: relative error of value and gradient (in norm) against float64 for groups of 16,384 values, an
 anchor of N(0, 0.02²), steps of N(0, step²). Textbook: softmax, 1e-8 added, logarithm of the ratio, in the
@@ -20,6 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import peft
 import torch
@@ -28,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peso
 from peso.continual.groups import Group, find_groups
+from peso.continual.proximal import Term
 from peso.continual.softmax_kl import Prior, softmax_kl
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -88,7 +92,16 @@ def cost(device: torch.device, repetitions: int) -> dict[str, float]:
         total = sum(textbook_kl(v.tensor, a.tensor) for v, a in zip(find_groups(model), before, strict=True))
         (2.0 / (len(before) // 2) * total).backward()
 
-    works = {"step": step, "term": ours, "naive": naive}
+    def watched() -> None:
+        optimizer.zero_grad()
+        with output_kl.watch(model):
+            loss = model(input_ids=ids, labels=ids).loss
+        (loss + output_kl(model)).backward()
+        optimizer.step()
+
+    output_kl = peso.OutputKL(weight=1.0)
+    output_kl.anchor(model)
+    works = {"step": step, "term": ours, "naive": naive, "watched": watched, **family(model)}
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repetition in range(repetitions + 1):  # the first only warms up
         for name, work in works.items():
@@ -96,14 +109,38 @@ def cost(device: torch.device, repetitions: int) -> dict[str, float]:
             if repetition:
                 taken[name].append(second)
     median = {name: statistics.median(values) for name, values in taken.items()}
+    median["output_kl"] = median.pop("watched") - median["step"]
     return {
         "step_share": median["term"] / median["step"],
-        "naive_share": median["naive"] / median["step"],
-        "step_milliseconds": median["step"] * 1e3,
-        "term_milliseconds": median["term"] * 1e3,
-        "naive_milliseconds": median["naive"] * 1e3,
+        **{f"{name}_share": median[name] / median["step"] for name in median if name not in ("step", "term")},
+        **{f"{name}_milliseconds": value * 1e3 for name, value in median.items()},
         "groups": len(before),
         "values": sum(group.tensor.numel() for group in before),
+    }
+
+
+def family(model: peft.PeftModel) -> dict[str, Callable[[], None]]:
+    """A step of each of the other terms: value, backward and addition to the gradients; or `after_step`."""
+    fisher = {group.name: torch.rand_like(group.tensor) for group in find_groups(model)}
+    in_loss: dict[str, Term] = {
+        "auto": peso.SoftmaxKL(temperature="auto"),
+        "per_rank_kl": peso.PerRankKL(),
+        "l2": peso.L2(weight=1.0),
+        "fisher": peso.Fisher(weight=1.0),
+        "orthogonal": peso.Orthogonal(),
+    }
+    decoupled: dict[str, Term] = {
+        "decoupled_softmax_kl": peso.SoftmaxKL(strength=1e-3, coupling="decoupled"),
+        "decoupled_l2": peso.L2(strength=1e-3, coupling="decoupled"),
+    }
+    for term in (*in_loss.values(), *decoupled.values()):
+        if isinstance(term, peso.Fisher):
+            term.anchor(model, fisher=fisher)
+        else:
+            term.anchor(model)
+    return {
+        **{name: partial(lambda each: each(model).backward(), term) for name, term in in_loss.items()},
+        **{name: partial(term.after_step, model, 1e-3, 1.0) for name, term in decoupled.items()},
     }
 
 
@@ -169,8 +206,10 @@ def main() -> None:
         f"{measured['groups']} groups, {measured['values']:,} values, {device}, {result['threads']} threads"
     )
     print(f"{'one training step':>28} {measured['step_milliseconds']:9.1f} ms")
-    for name, share in (("term", "step_share"), ("naive", "naive_share")):
-        print(f"{name:>28} {measured[f'{name}_milliseconds']:9.1f} ms {measured[share]:8.2%} of the step")
+    for name in ("term", *(key.removesuffix("_share") for key in measured if key.endswith("_share"))):
+        if name != "step":
+            share = measured["step_share" if name == "term" else f"{name}_share"]
+            print(f"{name:>28} {measured[f'{name}_milliseconds']:9.1f} ms {share:8.2%} of the step")
     print(f"\nrelative error against float64, groups of {GROUP_SIZE:,} values")
     print("dtype         step         KL |   value  gradient | textbook: value  gradient  cosine")
     for row in rows:

@@ -371,7 +371,7 @@ def test_each_coupling_refuses_the_other_s_call() -> None:
 @pytest.mark.parametrize("name", ["l2", "softmax"])
 def test_a_huge_weight_under_adamw_with_clipping_stays_within_steps_of_the_anchor(name: str) -> None:
     """AdamW moves a value by about lr a step however long the gradient is, so a huge weight in the loss
-    does not diverge; but it does not hold exactly either: values swing around the anchor within a few lr."""
+    does not diverge; but it does not hold exactly either: values swing around the anchor within 3 lr."""
     rate = 1e-3
     anchor = tensors(0, 0.1, torch.float32)
     current = [value.detach().clone().requires_grad_() for value in anchor]
@@ -392,7 +392,7 @@ def test_a_huge_weight_under_adamw_with_clipping_stays_within_steps_of_the_ancho
             if name == "softmax":
                 moved = centred_on(moved, [torch.softmax(a, -1) for a in anchor])
             farthest = max(farthest, float(flat(moved).abs().max()))
-    assert 0 < farthest < 20 * rate  # 300 steps of the data alone would go 300 · rate
+    assert 0 < farthest < 3 * rate  # 300 steps of the data alone would go 300 · rate
 
 
 # --- storage --------------------------------------------------------------------------------------------
