@@ -82,7 +82,7 @@ class AnchoredTerm(Term):
 
     def metric_trace(self) -> float:
         self._check_anchored()
-        total = sum(float(stack.metric.trace().double().sum()) for stack in self._stacks)
+        total = sum(float(stack.metric.trace().cpu().double().sum()) for stack in self._stacks)
         return total / self._divisor
 
     def value_at(self, source: Source, weight: float) -> Tensor:

@@ -123,7 +123,7 @@ class Fisher(AnchoredTerm):
                 )
         self._fisher = [fisher[group.name].detach().clone() for group in groups]
         count = sum(values.numel() for values in self._fisher)
-        self._mean = sum(float(values.double().sum()) for values in self._fisher) / count
+        self._mean = sum(float(values.cpu().double().sum()) for values in self._fisher) / count
         if not self._mean > 0:
             raise TrainingError("the Fisher information is 0 everywhere: no gradient reached the adapter")
         super().anchor(source)
