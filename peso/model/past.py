@@ -110,6 +110,14 @@ def read_adapter(backbone: nn.Module) -> Past:
 
 
 @torch.no_grad()
+def put_adapter(backbone: nn.Module, adapter: Past) -> None:
+    """Give the trained adapter the values that :func:`read_adapter` read of one like it."""
+    for name, layer in lora_layers(backbone).items():
+        layer.lora_A[TRAINED].weight.copy_(adapter.down[name])
+        layer.lora_B[TRAINED].weight.copy_(adapter.up[name])
+
+
+@torch.no_grad()
 def put_past(backbone: PeftModel, past: Past, *, train_magnitudes: bool = False) -> None:
     """Make the adapters of the past act beside the trained one, frozen; an earlier past is replaced.
 

@@ -1,0 +1,91 @@
+"""``lsat``: a long-term adapter on all data so far and a short-term one on the new stage (arXiv 2312.15599).
+
+LSAT (Shi et al. 2023), with both of its ways to answer with the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peso.continual.hooks import StageContext, Strategy
+from peso.continual.retrain import everything
+from peso.events.histories import TargetSequence
+from peso.model.adapter import redraw_adapter
+from peso.model.ensemble import Ensemble, twin
+from peso.model.past import Past, lora_layers, put_adapter, read_adapter
+
+LONG, SHORT = "long-term", "short-term"
+PREFIX, ROWS = "lsat.", "lsat.vocabulary."
+
+
+class Lsat(Strategy):
+    """Two trainings a stage. Long-term: adapter and vocabulary learnt anew on the stages 0 … t. Short-term: a
+    fresh adapter on stage t, with the vocabulary going on from there. With w = ``long_share``, they answer by
+
+    - fusion ``outputs``: logits w · long + (1 - w) · short, each with its own vocabulary; two passes;
+    - fusion ``arithmetic``: weights W + w ΔW_long + (1 - w) ΔW_short, vocabulary rows averaged alike.
+    """
+
+    def __init__(self, fusion: Literal["outputs", "arithmetic"] = "outputs", long_share: float = 0.5) -> None:
+        self.fusion = fusion
+        self.long_share = long_share
+
+    def phases(self, stage: int) -> Sequence[str]:
+        return (LONG, SHORT) if stage > 0 else ("",)
+
+    def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
+        return everything(context) if context.phase == LONG else None
+
+    def begin(self, context: StageContext) -> None:
+        if context.phase == LONG:
+            assert context.reset is not None
+            context.reset()
+            context.memory.clear()  # of the last stage's two nothing is needed
+        elif context.phase == SHORT:
+            redraw_adapter(context.backbone, (context.seed, context.number))
+
+    def end(self, context: StageContext) -> None:
+        if context.phase == LONG:
+            adapter = {f"{PREFIX}{name}": t for name, t in read_adapter(context.backbone).state().items()}
+            context.memory.update(adapter | _rows(context.vocabulary))
+        elif context.phase == SHORT and self.fusion == "arithmetic":
+            self._add_up(context)
+
+    @torch.no_grad()
+    def _add_up(self, context: StageContext) -> None:
+        """Make the model the fused one: the long-term adapter as its past, the short-term one scaled."""
+        long, rows = _long(context.memory)
+        w, vocabulary = self.long_share, context.vocabulary
+        assert vocabulary is not None
+        context.memory.clear()
+        context.memory.update(Past(long.down, long.up, long.ranks, w * long.magnitudes).state())
+        for layer in lora_layers(context.backbone).values():
+            layer.lora_B["default"].weight.mul_(1 - w)
+        for name, p in vocabulary.named_parameters():
+            p.lerp_(rows[name].to(p), w)
+
+    def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
+        if not any(name.startswith(PREFIX) for name in memory):
+            return model
+        long = twin(model)
+        adapter, rows = _long(memory)
+        put_adapter(long.backbone, adapter)
+        long.vocabulary.load_state_dict(rows)
+        return Ensemble(long, model, self.long_share)
+
+
+def _rows(vocabulary: Any) -> dict[str, Tensor]:
+    return {f"{ROWS}{name}": p.detach().cpu().clone() for name, p in vocabulary.named_parameters()}
+
+
+def _long(memory: Mapping[str, Tensor]) -> tuple[Past, dict[str, Tensor]]:
+    """Adapter and vocabulary rows of the long-term training."""
+    kept = {name.removeprefix(PREFIX): t for name, t in memory.items() if name.startswith(PREFIX)}
+    adapter = Past.of_state(kept)
+    assert adapter is not None
+    rows = {name.removeprefix(ROWS): t for name, t in memory.items() if name.startswith(ROWS)}
+    return adapter, rows

@@ -1,0 +1,109 @@
+"""Two models that answer as one: their logits averaged.
+
+Knows the models' common interface; knows nothing of how they were learnt. An average of logits is, normalised,
+the product of the models' distributions: p ∝ p_1^w · p_2^(1-w), high where both find a token likely.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peso.model.generative import GenerativeModel
+
+
+class Ensemble(nn.Module):
+    """What search and likelihood ask of a :class:`GenerativeModel`, answered by two of them on one backbone.
+
+        logits = share · logits of the first + (1 - share) · logits of the second
+
+    each as its model gives them, scaled and capped where its family does that. A hidden state is those of
+    both, one behind the other; so is a cache's list of layers. Answers are all it is for: it has no adapter
+    of its own and cannot be trained.
+
+    Args:
+        first, second: of the same ids, layout, catalogue and loss vocabulary.
+        share: weight of the first.
+    """
+
+    def __init__(self, first: GenerativeModel, second: GenerativeModel, share: float) -> None:
+        super().__init__()
+        self.members: Any = nn.ModuleList([first, second])
+        self.shares = (share, 1 - share)
+        self.tokenizer = first.tokenizer
+        self.vocabulary = first.vocabulary  # for ids and sizes: rows are each member's own
+        self.layout = first.layout
+        self.semantic_ids = first.semantic_ids
+        self.loss_vocabulary = first.loss_vocabulary
+        self.item_token_ids = first.item_token_ids
+
+    @property
+    def causal_lm(self) -> Any:
+        """The first member's: for its configuration, which both share."""
+        return self.members[0].causal_lm
+
+    @property
+    def device(self) -> torch.device:
+        return self.vocabulary.input_rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.members[0].dtype
+
+    def hidden(self, ids: Tensor, visible: Tensor | None, positions: Tensor, cache: Any = None) -> Tensor:
+        """As :meth:`GenerativeModel.hidden`: (rows, length, 2 · width)."""
+        layers = self.causal_lm.config.get_text_config().num_hidden_layers
+        caches = [None if cache is None else _Layers(cache, number * layers) for number in (0, 1)]
+        states = [
+            member.hidden(ids, visible, positions, own)
+            for member, own in zip(self.members, caches, strict=True)
+        ]
+        return torch.cat(states, dim=-1)
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        return self._average(hidden, lambda member, own: member.word_logits(own))
+
+    def semantic_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
+        return self._average(hidden, lambda member, own: member.semantic_logits(own, level))
+
+    def _average(self, hidden: Tensor, logits: Any) -> Tensor:
+        first, second = (
+            share * logits(member, own)
+            for share, member, own in zip(self.shares, self.members, hidden.chunk(2, dim=-1), strict=True)
+        )
+        return first + second
+
+
+class _Layers:
+    """A cache seen from a model whose layers are those from ``first`` on; all else is the cache's."""
+
+    def __init__(self, cache: Any, first: int) -> None:
+        self._cache = cache
+        self._first = first
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        return self._cache.update(keys, values, layer + self._first, *args, **kwargs)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self._cache.get_seq_length(layer + self._first)
+
+    def get_mask_sizes(self, query_length: int, layer: int) -> Any:
+        return self._cache.get_mask_sizes(query_length, layer + self._first)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def twin(model: GenerativeModel) -> GenerativeModel:
+    """A model with adapter and rows of its own on the same backbone, of which nothing is copied."""
+    own = {
+        id(p) for name, p in model.named_parameters() if ".lora_" in name or name.startswith("vocabulary.")
+    }
+    shared: list[Any] = [p for p in model.parameters() if id(p) not in own]
+    shared += [model.tokenizer, model.layout, model.semantic_ids]
+    # one configuration, so that who changes how attention is computed changes it for both
+    shared += [module.config for module in model.modules() if hasattr(module, "config")]
+    return deepcopy(model, {id(each): each for each in shared})
