@@ -88,6 +88,10 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
         else:
             test(workspace, step.stage, step.stage, observer)
     if workspace.config.evaluation.enabled:
+        if workspace.config.baselines:
+            from peso.baseline_runs import run_baselines
+
+            run_baselines(workspace, workspace.config.baselines, observer)
         from peso.summary import report  # draws plots: slow to import
 
         report([workspace], workspace.report_directory)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peso.baseline_runs import baseline_summaries, found_baselines
 from peso.baselines.popularity import predict_popularity
 from peso.config import Config, dump_config
 from peso.diagnosis import stream_drift
@@ -48,9 +49,12 @@ def sentences(workspaces: Sequence[Workspace]) -> list[str]:
 
 
 def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
-    """Each workspace as a run, popularity on the first one's stream last."""
+    """Each workspace as a run, then popularity and the baselines that were run in the first one."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
-    return [*runs, popularity(workspaces[0])]
+    baselines = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
+    if any(run.name == "popularity" for run in baselines):
+        return [*runs, *baselines]
+    return [*runs, popularity(workspaces[0]), *baselines]
 
 
 def summarise(workspace: Workspace, name: str) -> RunSummary:
@@ -100,8 +104,12 @@ def names(workspaces: Sequence[Workspace]) -> list[str]:
 
 def result_table(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]]:
     """Metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one column a run."""
-    runs = runs_of(workspaces)
-    metrics = default_metrics(workspaces[0].config.evaluation.k)
+    return run_table(runs_of(workspaces), workspaces[0].config.evaluation.k)
+
+
+def run_table(runs: Sequence[RunSummary], ks: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
+    """As :func:`result_table`, of any runs."""
+    metrics = default_metrics(ks)
     columns: list[list[Any]] = [["strategy", "stages", "cases", *(metric.name for metric in metrics)]]
     for run in runs:
         later = [stage for stage in run.stages if stage] or list(run.stages)

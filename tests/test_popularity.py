@@ -31,7 +31,7 @@ STAGES = [
 
 def test_counts_hold_the_past_and_what_the_stage_trains_on() -> None:
     assert item_counts(STAGES, 5).tolist() == [2 + 1, 1 + 1, 1, 2, 0]
-    assert item_counts(STAGES, 5, "recent").tolist() == [1, 2, 1, 0, 0]
+    assert item_counts(STAGES, 5, last=1).tolist() == [1, 2, 1, 0, 0]
     assert item_counts(STAGES[:1], 5).tolist() == [1, 0, 0, 0, 0]
 
 
@@ -45,9 +45,9 @@ def test_held_back_events_cannot_change_the_list(current: list[list[int]], data:
         for items in current
     ]
     empty: list[list[int]] = [[]] * len(current)
-    for period in ("all time", "recent"):
-        first = item_counts([*STAGES, stage(2, empty, current)], 5, period)
-        second = item_counts([*STAGES, stage(2, empty, other)], 5, period)
+    for last in (None, 1, 2):
+        first = item_counts([*STAGES, stage(2, empty, current)], 5, last)
+        second = item_counts([*STAGES, stage(2, empty, other)], 5, last)
         np.testing.assert_array_equal(first, second)
 
 

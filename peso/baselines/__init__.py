@@ -1,0 +1,1 @@
+"""Recommenders without a language model, on the same stages and test cases: one file a baseline."""

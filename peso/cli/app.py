@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from peso.cli import compare, demo, diagnose, models, recommend, run, steps
+from peso.cli import baseline, compare, demo, diagnose, models, recommend, run, steps
 from peso.durable import is_full
 from peso.errors import PesoError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Continual learning for LLM-based generative recommenders: one evolving LoRA adapter, held by a "
     "proximal anchor.",
 )
-for module in (demo, run, compare, steps, recommend, diagnose, models):
+for module in (demo, run, compare, steps, recommend, baseline, diagnose, models):
     module.register(app)
 
 

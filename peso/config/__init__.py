@@ -4,6 +4,7 @@ Knows every key, its type, its default and what is allowed; knows nothing of wha
 A configuration is read from YAML, changed by ``--set a.b=value`` and written back as resolved.
 """
 
+from peso.config.baselines import BaselineConfig, baseline_label
 from peso.config.data import (
     PERIOD,
     ColumnsConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "AdapterConfig",
     "AverageConfig",
     "BackboneConfig",
+    "BaselineConfig",
     "ColumnsConfig",
     "Config",
     "CustomConfig",
@@ -76,6 +78,7 @@ __all__ = [
     "StrategyConfig",
     "SumLoraConfig",
     "TrainingConfig",
+    "baseline_label",
     "changed_keys",
     "dump_config",
     "load_config",

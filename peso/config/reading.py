@@ -171,11 +171,14 @@ def _explain(problem: Any) -> str:
     parts = [str(part) for part in problem["loc"]]
     if len(parts) > 2 and parts[0] == "strategy":
         del parts[1]  # pydantic names the chosen member of the union there
+    if len(parts) > 1 and parts[0] == "baselines":
+        del parts[1:3]  # the place in the list, and the member of the union
     key = ".".join(parts)
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
         if key in names:  # known, but not for this strategy
-            return f"strategy {problem['loc'][1]!r} has no option {parts[-1]!r} (given {value!r})"
+            chosen = problem["loc"][1 if parts[0] == "strategy" else 2]
+            return f"{parts[0].removesuffix('s')} {chosen!r} has no option {parts[-1]!r} (given {value!r})"
         near = difflib.get_close_matches(key, names, n=1, cutoff=0) or names[:1]
         return f"unknown key {key!r} (value {value!r}); the nearest valid key is {near[0]!r}"
     if problem["type"] == "missing":
@@ -186,5 +189,5 @@ def _explain(problem: Any) -> str:
         return message
     if problem["type"] == "union_tag_invalid":
         known = problem["ctx"]["expected_tags"]
-        return f"strategy.name: {problem['ctx']['tag']!r} is unknown; known are {known}"
+        return f"{parts[0]}.name: {problem['ctx']['tag']!r} is unknown; known are {known}"
     return f"{key}: {message}; got {value!r}"

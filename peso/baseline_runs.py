@@ -1,0 +1,264 @@
+"""Learning and testing the baselines of a workspace, stage by stage, resuming what is done.
+
+Knows a workspace's files and what determines a baseline's answers; knows nothing of how one learns.
+
+    W/baselines/{label}/{t}/   model/ (of a network), predictions.parquet (kept up to date until stage t),
+                               static.parquet (as it stood after stage 0), metrics.json, manifest.json
+
+A stage's directory appears whole or not at all. Killed at any point and started again, a run ends with the
+same answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from peso.baselines.answers import Answerer, BaselineAnswers
+from peso.baselines.baseline import Baseline, repeats_occur
+from peso.baselines.hybrid import HybridAnswers
+from peso.baselines.registry import make_baseline
+from peso.config.baselines import BaselineConfig, HybridConfig, PlainBaselineConfig, baseline_label
+from peso.durable import commit_directory, digest, restore, write_json
+from peso.errors import ConfigError, WorkspaceError
+from peso.evaluation.metrics import default_metrics, stage_metrics
+from peso.evaluation.predictions import Predictions, make_predictions, read_predictions, write_predictions
+from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary
+from peso.evaluation.segments import label_cases
+from peso.events.histories import Stage
+from peso.events.stream import Stream, stage_file
+from peso.items.index_files import read_semantic_ids
+from peso.items.semantic_ids import SemanticIds
+from peso.manifest import MANIFEST, read_manifest, write_manifest
+from peso.progress import Observer
+from peso.stages import trained_model
+from peso.training.precision import Precision
+from peso.workspace import METRICS, PREDICTIONS, Workspace, provenance
+
+FORMAT = 1  # of the directory of a stage
+STATIC, MODEL = "static.parquet", "model"
+
+
+class BaselineRun:
+    """One baseline on the stages of a workspace whose items have semantic IDs.
+
+    Args:
+        workspace: the caller holds its lock if anything is to be written.
+
+    Raises:
+        WorkspaceError: there are no semantic IDs yet.
+    """
+
+    def __init__(self, workspace: Workspace, config: BaselineConfig) -> None:
+        if not workspace.has_semantic_ids:
+            raise WorkspaceError(
+                f"{workspace.root} has no semantic IDs yet; `peso tokenize -w {workspace.root}` comes first"
+            )
+        self.workspace, self.config, self.label = workspace, config, baseline_label(config)
+        self.directory = workspace.root / "baselines" / self.label
+        self.stream = Stream.open(workspace.stream_directory)
+        self.ids: SemanticIds = read_semantic_ids(workspace.semantic_ids_directory)
+        known = len(self.ids.item_ids)
+        self.stages = [n for n in range(self.stream.stages) if self.stream.items_known(n) <= known]
+
+    def stage_directory(self, stage: int) -> Path:
+        return self.directory / str(stage)
+
+    def is_done(self, stage: int) -> bool:
+        """Whether answers are there and belong to these data, options and models."""
+        directory = self.stage_directory(stage)
+        return (
+            (directory / MANIFEST).is_file()
+            and read_manifest(directory, FORMAT)["determined_by"] == self.determination(stage)
+            and (directory / PREDICTIONS).is_file()
+        )
+
+    def determination(self, stage: int) -> str:
+        """Digest of all that determines the answers to a stage."""
+        config, files = self.workspace.config, self.stream.manifest["files"]
+        result = digest(
+            self.config.model_dump(mode="json"),
+            config.seed,
+            config.prompt.window,
+            config.decoding.beams,
+            [files[stage_file(number)] for number in range(stage + 1)],
+            self.ids.fingerprint(self.stream.items_known(stage)),
+        )
+        if not isinstance(self.config, HybridConfig):
+            return result
+        learnt = self.workspace.finished_stages
+        models = [
+            self.workspace.stage_manifest(number)["determined_by"] if number in learnt else None
+            for number in sorted({0, stage})
+        ]
+        return digest(result, models)
+
+    # -- learning and testing --------------------------------------------------------------------
+
+    def run(self, observer: Observer) -> None:
+        """Learn and test what is not done.
+
+        Raises:
+            ConfigError: lists longer than the catalogue.
+            WorkspaceError: the run's own model is needed, by the hybrid, and is not learnt.
+        """
+        depth = self.workspace.config.decoding.beams
+        if depth > self.ids.trie.leaves:
+            raise ConfigError(
+                f"a list of {depth} is asked for, but the catalogue has {self.ids.trie.leaves} semantic IDs; "
+                "set decoding.beams lower"
+            )
+        stages = self.stages
+        if isinstance(self.config, HybridConfig):
+            BaselineRun(self.workspace, self.config.two_tower).run(observer)
+            self.workspace.require_stage(0)
+            stages = [stage for stage in stages if stage in self.workspace.finished_stages]
+        for stage in stages:
+            restore(self.stage_directory(stage))
+            if not self.is_done(stage):
+                self._learn_and_test(stage, observer)
+
+    def _learn_and_test(self, stage: int, observer: Observer) -> None:
+        observer.note(f"baseline {self.label}: stage {stage}")
+        with commit_directory(self.stage_directory(stage)) as aside:
+            began = time.perf_counter()
+            learnt: Answerer
+            if isinstance(self.config, HybridConfig):
+                learnt, figures = self._fused(self.config, stage, observer), dict[str, Any]()
+            else:
+                learnt, figures = self._learn(self.config, stage, aside, observer)
+            seconds = time.perf_counter() - began
+            answers = {PREDICTIONS: self._test(learnt, stage, observer)}
+            if stage:
+                answers[STATIC] = self._test(self._restored(0), stage, observer)
+            metrics = default_metrics(self.workspace.config.evaluation.k)
+            tests = {
+                Path(name).stem: {
+                    metric: estimate.as_json() for metric, estimate in stage_metrics(found, metrics).items()
+                }
+                for name, found in answers.items()
+            }
+            for name, found in answers.items():
+                write_predictions(aside / name, found)
+            write_json(aside / METRICS, {"stage": stage, "learning": figures, **tests})
+            content = {
+                "stage": stage,
+                "baseline": self.config.model_dump(mode="json"),
+                "settings": learnt.settings,
+                "determined_by": self.determination(stage),
+                "seconds": seconds,
+                "seed": self.workspace.config.seed,
+                **provenance(),
+            }
+            write_manifest(aside, FORMAT, content)
+
+    def _learn(
+        self, config: PlainBaselineConfig, stage: int, aside: Path, observer: Observer
+    ) -> tuple[BaselineAnswers, dict[str, Any]]:
+        """Learn a stage, from where the last one left the baseline."""
+        stages = self._until(stage)
+        baseline = self._make(config)
+        if stage:
+            baseline.restore(self.stage_directory(stage - 1) / MODEL, stages[:-1])
+        figures = baseline.learn(stages, observer)
+        (aside / MODEL).mkdir()
+        baseline.save(aside / MODEL)
+        validation = stages[-1].validation_cases(self.workspace.config.prompt.window)
+        repeats = repeats_occur(stages) if config.repeats == "auto" else config.repeats == "keep"
+        return BaselineAnswers.fitted(baseline, self.ids.trie, validation, repeats=repeats), figures
+
+    def _fused(self, config: HybridConfig, stage: int, observer: Observer) -> HybridAnswers:
+        """Both models after a stage, the weight tuned on its validation cases."""
+        fused = self._fusion(config, stage, config.weight)
+        if config.weight is not None:
+            return fused
+        settings = self.workspace.config
+        cases = self.stream.stage(stage).validation_cases(settings.prompt.window)
+        observer.begin(f"{self.label}: tune on validation of stage {stage}", len(cases), "users")
+        tuned = fused.tuned(cases, settings.decoding.beams, observer.advance)
+        observer.end()
+        return tuned
+
+    def _restored(self, stage: int) -> Answerer:
+        """What was learnt and chosen at a stage that is done."""
+        settings = read_manifest(self.stage_directory(stage), FORMAT)["settings"]
+        if isinstance(self.config, HybridConfig):
+            return self._fusion(self.config, stage, settings["weight"])
+        baseline = self._make(self.config)
+        baseline.restore(self.stage_directory(stage) / MODEL, self._until(stage))
+        return BaselineAnswers(baseline, self.ids.trie, **settings)
+
+    def _fusion(self, config: HybridConfig, stage: int, weight: float | None) -> HybridAnswers:
+        towers = BaselineRun(self.workspace, config.two_tower)._restored(stage)
+        assert isinstance(towers, BaselineAnswers)
+        model = trained_model(self.workspace, stage)
+        batch = self.workspace.config.decoding.batch_size
+        return HybridAnswers(towers, model, config.candidates, 0.5 if weight is None else weight, batch)
+
+    def _make(self, config: PlainBaselineConfig) -> Baseline:
+        settings = self.workspace.config
+        device = Precision.of("float32", settings.training.device).device
+        return make_baseline(config, self.ids.trie, settings.prompt.window, settings.seed, device)
+
+    def _until(self, stage: int) -> list[Stage]:
+        return [self.stream.stage(number) for number in range(stage + 1)]
+
+    def _test(self, answerer: Answerer, number: int, observer: Observer) -> Predictions:
+        settings = self.workspace.config
+        *earlier, stage = self._until(number)
+        cases = stage.test_cases(settings.prompt.window)
+        observer.begin(f"{self.label}: test on stage {number}", len(cases), "users")
+        found = answerer.answer(cases, settings.decoding.beams, observer.advance)
+        observer.end()
+        return make_predictions(
+            cases,
+            label_cases(earlier, stage),
+            found.leaves,
+            found.scores,
+            found.target_log_probability,
+            self.ids,
+        )
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def summaries(self) -> list[RunSummary]:
+        """As runs of a report: the baseline kept up to date, and as it stood after stage 0 (``static``).
+
+        Only what is done and belongs to these data; none where nothing is.
+        """
+        done = [stage for stage in self.stages if self.is_done(stage)]
+        continual, static = {}, {}
+        for stage in done:
+            directory = self.stage_directory(stage)
+            size = sum(path.stat().st_size for path in (directory / MODEL).glob("*"))
+            cost = StageCost(read_manifest(directory, FORMAT)["seconds"], bytes_on_disk=size)
+            continual[stage] = StageSummary(read_predictions(directory / PREDICTIONS), cost)
+            static[stage] = StageSummary(read_predictions(directory / STATIC)) if stage else continual[stage]
+        runs = [RunSummary(self.label, self.label, continual)] if continual else []
+        if any(static):
+            runs.append(RunSummary(f"{self.label} (static)", f"{self.label} (static)", static))
+        return runs
+
+
+def found_baselines(workspace: Workspace) -> list[BaselineConfig]:
+    """Those that have something in ``baselines/``, in the order of their labels, configured or not."""
+    manifests = sorted((workspace.root / "baselines").glob(f"*/0/{MANIFEST}"))
+    read = TypeAdapter[BaselineConfig](Annotated[BaselineConfig, Field(discriminator="name")])
+    return [
+        read.validate_python(read_manifest(manifest.parent, FORMAT)["baseline"]) for manifest in manifests
+    ]
+
+
+def run_baselines(workspace: Workspace, configs: Sequence[BaselineConfig], observer: Observer) -> None:
+    """Learn and test what is not done of each. The caller holds the workspace's lock."""
+    for config in configs:
+        BaselineRun(workspace, config).run(observer)
+
+
+def baseline_summaries(workspace: Workspace, configs: Sequence[BaselineConfig]) -> list[RunSummary]:
+    """All of them as runs, as far as they are tested."""
+    return [run for config in configs for run in BaselineRun(workspace, config).summaries()]

@@ -1,0 +1,150 @@
+"""From a baseline's scores of items to what a model of the protocol answers: ranked semantic IDs.
+
+Knows scores of items and which items share a semantic ID; knows nothing of how the scores came about.
+
+The scores become probabilities of items, p(i) = softmax(s_i / τ): τ = 1 for a model whose softmax is its own
+distribution, else the τ under which the validation targets are likeliest. A semantic ID has the probability
+of its items together, which ranks it; items that share one stand in the order of the catalogue, as in every
+model's answer. So ranks and log-probabilities mean for a baseline what they mean for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from peso.baselines.baseline import Baseline
+from peso.events.histories import Cases
+from peso.items.trie import ItemTrie
+
+BATCH = 64  # cases scored together: with 26,000 items 13 MB in float64, which a cache may hold
+# ln p of an item that never repeats is this much lower; finite, for a first repeat would cost infinity
+REPEAT = np.log(1e-6)
+FITTED_ON = 1024  # validation cases that a temperature is fitted to
+INVERSE_TEMPERATURES = (1e-3, 1e6)  # between which 1 / τ is searched
+
+
+@dataclass(frozen=True)
+class Answers:
+    """leaves: int64 (n, depth), semantic IDs, best first, -1 where there is none; scores: float64 (n, depth),
+    their log-probabilities; target_log_probability: float64 (n,), of the targets' semantic IDs."""
+
+    leaves: np.ndarray
+    scores: np.ndarray
+    target_log_probability: np.ndarray
+
+
+class Answerer(Protocol):
+    """Whatever can be tested: a baseline as it stands after a stage, or a fusion of models."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was chosen on validation, to be recorded."""
+
+    def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
+        """Rank semantic IDs for each case. ``advance`` is told the number of cases done."""
+
+
+@dataclass(frozen=True)
+class BaselineAnswers:
+    """A baseline, and how its scores become probabilities.
+
+    ``inverse_temperature``: 1 / τ. ``repeats``: whether items of the history are answers like others.
+    """
+
+    baseline: Baseline
+    trie: ItemTrie
+    inverse_temperature: float = 1.0
+    repeats: bool = True
+
+    @classmethod
+    def fitted(
+        cls, baseline: Baseline, trie: ItemTrie, validation: Cases, *, repeats: bool
+    ) -> BaselineAnswers:
+        """With the temperature that makes the validation targets likeliest, where one is needed."""
+        plain = cls(baseline, trie, repeats=repeats)
+        if baseline.probabilistic or not len(validation):
+            return plain
+        rows = np.linspace(0, len(validation) - 1, min(len(validation), FITTED_ON)).astype(np.int64)
+        cases = validation.take(np.unique(rows))
+        scores = [(part, baseline.scores(part)) for part in batches(cases)]
+
+        def loss(log_inverse: float) -> float:
+            return -sum(
+                _item_log_probabilities(some, part, np.exp(log_inverse), repeats)[
+                    np.arange(len(part)), part.targets
+                ].sum()
+                for part, some in scores
+            )
+
+        low, high = np.log(INVERSE_TEMPERATURES)
+        found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 0.01})
+        return cls(baseline, trie, float(np.exp(found.x)), repeats)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"inverse_temperature": self.inverse_temperature, "repeats": self.repeats}
+
+    def log_probabilities(self, cases: Cases) -> np.ndarray:
+        """float64 (n, leaves): of every semantic ID; they sum to one in each row."""
+        items = _item_log_probabilities(
+            self.baseline.scores(cases), cases, self.inverse_temperature, self.repeats
+        )
+        return np.logaddexp.reduceat(items[:, self.trie.items], self.trie.item_starts[:-1], axis=1)
+
+    def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
+        found, done = [], 0
+        for part in batches(cases):
+            log_probabilities = self.log_probabilities(part)
+            best = top(log_probabilities, depth)
+            targets = self.trie.leaf_of[part.targets]
+            found.append(
+                Answers(
+                    best,
+                    np.take_along_axis(log_probabilities, best, axis=1),
+                    log_probabilities[np.arange(len(part)), targets],
+                )
+            )
+            done += len(part)
+            advance(done)
+        return Answers(
+            np.concatenate([one.leaves for one in found]),
+            np.concatenate([one.scores for one in found]),
+            np.concatenate([one.target_log_probability for one in found]),
+        )
+
+
+def batches(cases: Cases) -> Iterator[Cases]:
+    """The cases in order, ``BATCH`` at a time."""
+    for begin in range(0, len(cases), BATCH):
+        yield cases.take(np.arange(begin, min(begin + BATCH, len(cases))))
+
+
+def top(scores: np.ndarray, depth: int) -> np.ndarray:
+    """int64 (n, depth): columns of the largest scores, best first; of equal ones the smaller column.
+
+    >>> top(np.array([[1.0, 3.0, 3.0, 2.0]]), depth=3).tolist()
+    [[1, 2, 3]]
+    """
+    result = np.empty((len(scores), depth), dtype=np.int64)
+    for row, values in zip(result, scores, strict=True):
+        least = np.partition(values, -depth)[-depth]
+        above = np.flatnonzero(values > least)  # fewer than depth, ascending
+        row[: len(above)] = above[np.argsort(-values[above], kind="stable")]
+        row[len(above) :] = np.flatnonzero(values == least)[: depth - len(above)]
+    return result
+
+
+def _item_log_probabilities(
+    scores: np.ndarray, cases: Cases, inverse_temperature: float, repeats: bool
+) -> np.ndarray:
+    scaled = scores.astype(np.float64) * inverse_temperature
+    if not repeats:
+        for row, history in zip(scaled, cases.histories, strict=True):
+            row[np.unique(history)] += REPEAT
+    return log_softmax(scaled, axis=1)

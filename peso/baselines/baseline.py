@@ -1,0 +1,67 @@
+"""What a baseline is: it learns stage after stage and scores every item for a user.
+
+Knows stages, cases and item numbers; knows nothing of semantic IDs, workspaces or metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from peso.events.histories import Cases, Stage
+from peso.progress import Observer
+
+
+class Baseline(Protocol):
+    """One recommender in its state after some stage.
+
+    ``probabilistic``: whether softmax over the scores is the model's own distribution over the next item;
+    else a temperature is fitted to the validation cases.
+    """
+
+    probabilistic: bool
+
+    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+        """Learn the last of these stages, the others before it being learnt. Returns figures to record."""
+
+    def scores(self, cases: Cases) -> np.ndarray:
+        """float32 (n, items): larger is better. Reads users and histories, never targets."""
+
+    def save(self, directory: Path) -> None:
+        """Write into an empty directory what cannot be had from the stages at once."""
+
+    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        """Be as after learning these stages, of which the last was saved here."""
+
+
+def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
+    """What each user is known to have done when the last of these stages has been learnt, oldest first.
+
+    Of that stage only what models train on: ``current[:-2]`` of the users who take part. The others' events
+    in it become known with the next stage.
+    """
+    *past, latest = stages
+    known: dict[str, np.ndarray] = {}
+    for stage in past:
+        for user, previous, current in zip(stage.users, stage.previous, stage.current, strict=True):
+            known[user] = np.concatenate([previous, current])
+    known.update(zip(latest.users, latest.previous, strict=True))
+    known.update({sequence.user: sequence.items for sequence in latest.training_sequences()})
+    return {user: items for user, items in known.items() if len(items)}
+
+
+def repeats_occur(stages: Sequence[Stage]) -> bool:
+    """Whether anyone is known to have had an item twice when the last of these stages has been learnt."""
+    return any(len(np.unique(items)) < len(items) for items in known_histories(stages).values())
+
+
+def padded(histories: Sequence[np.ndarray], window: int, padding: int) -> np.ndarray:
+    """int64 (n, window): the last ``window`` items of each history from the left, then padding."""
+    result = np.full((len(histories), window), padding, dtype=np.int64)
+    for row, history in zip(result, histories, strict=True):
+        last = history[-window:]
+        row[: len(last)] = last
+    return result

@@ -1,0 +1,80 @@
+"""Item-kNN: what the users of an item of the history had besides (Deshpande and Karypis 2004).
+
+Knows who had what; knows nothing of order in time within a history. With c_ij the number of users who had
+both i and j:
+
+    similarity(i, j) = c_ij / (√(c_ii · c_jj) + shrinkage),   j among the ``neighbours`` most similar to i
+    score(history, j) = Σ_{i ∈ history} similarity(i, j)
+
+All items take part: the matrix is sparse. One product of sparse matrices says it all, so SciPy serves and no
+further library is asked for. What a history says nothing about is ordered by popularity: a millionth of an
+item's share of the users is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from peso.baselines.baseline import known_histories
+from peso.baselines.interactions import Matrix, interactions
+from peso.events.histories import Cases, Stage
+from peso.progress import Observer, Silent
+
+LEAST = 1e-6  # of popularity beside similarities
+ROWS = 2048  # of the similarities computed at once: they are cut to the neighbours before they add up
+
+
+class ItemKnn:
+    """Counted anew at every stage over all that is known by then, which takes seconds; nothing is saved."""
+
+    probabilistic = False
+
+    def __init__(self, items: int, window: int, neighbours: int, shrinkage: float) -> None:
+        self.items, self.window = items, window
+        self.neighbours, self.shrinkage = neighbours, shrinkage
+
+    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+        had = interactions(list(known_histories(stages).values()), self.items)
+        self.similarities = similarities(had, self.neighbours, self.shrinkage)
+        self.popularity = LEAST * had.sum(axis=0) / had.shape[0]
+        return {"users": had.shape[0], "similarities": int(self.similarities.nnz)}
+
+    def scores(self, cases: Cases) -> np.ndarray:
+        had = interactions([history[-self.window :] for history in cases.histories], self.items)
+        return ((had @ self.similarities).toarray() + self.popularity).astype(np.float32)
+
+    def save(self, directory: Path) -> None: ...
+
+    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        self.learn(stages, Silent())
+
+
+def similarities(had: Matrix, neighbours: int, shrinkage: float) -> Matrix:
+    """Sparse (items, items): row i holds the similarities of the neighbours of i, itself not among them.
+
+    Of equally similar items those with the smaller number are taken.
+
+    Args:
+        had: sparse (users, items) of ones.
+    """
+    users_of = np.asarray(had.sum(axis=0))  # (items,)
+    transposed, kept = had.T.tocsr(), []
+    for begin in range(0, had.shape[1], ROWS):
+        block = (transposed[begin : begin + ROWS] @ had).tocoo()
+        row, column, both = block.row, block.col, block.data
+        other = row + begin != column
+        row, column, both = row[other], column[other], both[other]
+        norm = np.sqrt(users_of[row + begin] * users_of[column])
+        value = both / (norm + shrinkage)
+        order = np.lexsort((column, -value, row))
+        row, column, value = row[order], column[order], value[order]
+        counts = np.bincount(row, minlength=block.shape[0])
+        place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        near = place < neighbours
+        kept.append(sparse.csr_array((value[near], (row[near], column[near])), shape=block.shape))
+    return sparse.vstack(kept, format="csr")

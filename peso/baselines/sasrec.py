@@ -1,0 +1,162 @@
+"""SASRec: a small causal Transformer over items (Kang and McAuley 2018, arXiv 1808.09781).
+
+Knows item numbers in order; knows nothing of who the user is, nor of text or codes. The last ``window``
+items, each its vector plus the vector of its place, go through ``layers`` pre-norm layers of masked
+self-attention; the state after item n scores item n + 1 by its product with the item vectors, which input and
+output share.
+
+Trained by cross-entropy over the whole catalogue (which sampled negatives only approximate and which a
+catalogue of ten thousands allows; Klenitskiy and Vasilev 2023, arXiv 2309.07602). A later stage goes on from
+the weights of the stage before; items that the catalogue gains later get fresh rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peso.baselines.baseline import padded
+from peso.baselines.fitting import fit, mean_target_loss, seeded
+from peso.config.baselines import SasRecConfig
+from peso.errors import ConfigError
+from peso.events.histories import Cases, Stage, TargetSequence
+from peso.progress import Observer
+
+WEIGHTS = "sasrec.safetensors"
+NO_TARGET = -1
+
+
+class CausalItems(nn.Module):
+    """Item row ``items`` is padding; it stands behind what it could disturb, so it needs no mask."""
+
+    def __init__(self, items: int, window: int, options: SasRecConfig) -> None:
+        super().__init__()
+        width = options.width
+        self.item = nn.Embedding(items + 1, width, padding_idx=items)
+        self.place = nn.Embedding(window, width)
+        self.dropout = nn.Dropout(options.dropout)
+        layer = nn.TransformerEncoderLayer(
+            width, options.heads, 4 * width, options.dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, options.layers, nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.bias = nn.Parameter(torch.zeros(items))
+        for table in (self.item, self.place):
+            nn.init.normal_(table.weight, std=width**-0.5)
+        with torch.no_grad():
+            self.item.weight[items] = 0
+
+    def forward(self, items: Tensor) -> Tensor:
+        """(n, length) item rows → (n, length, width): the state after each of them."""
+        length = items.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=items.device)
+        states = self.dropout(self.item(items) + self.place.weight[:length])
+        return self.layers(states, mask=mask, is_causal=True)
+
+    def log_probabilities(self, states: Tensor) -> Tensor:
+        """(n, width) → (n, items)."""
+        return torch.addmm(self.bias, states, self.item.weight[:-1].T).log_softmax(-1)
+
+
+class SasRec:
+    """The model between stages, see :class:`~peso.baselines.baseline.Baseline`."""
+
+    probabilistic = True
+
+    def __init__(
+        self, items: int, window: int, options: SasRecConfig, seed: int, device: torch.device
+    ) -> None:
+        if options.width % options.heads:
+            raise ConfigError(
+                f"sasrec: width {options.width} cannot be shared by {options.heads} heads; choose a multiple"
+            )
+        self.items, self.window, self.options = items, window, options
+        self.seed, self.device = seed, device
+        self.network = self._fresh()
+
+    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+        stage = stages[-1]
+        inputs, targets = training_rows(stage.training_sequences(), self.window, self.items)
+        inputs_tensor, targets_tensor = torch.from_numpy(inputs), torch.from_numpy(targets)
+
+        def loss_of(rows: np.ndarray) -> Tensor:
+            expected = targets_tensor[rows].to(self.device)
+            states = self.network(inputs_tensor[rows].to(self.device))
+            asked = expected != NO_TARGET
+            return nn.functional.nll_loss(self.network.log_probabilities(states[asked]), expected[asked])
+
+        cases = stage.validation_cases(self.window)
+        result = fit(
+            self.network,
+            loss_of,
+            len(inputs),
+            lambda: mean_target_loss(lambda rows: self._of(cases.take(rows)), cases.targets),
+            self.options,
+            stage.number,
+            self.seed,
+            observer,
+        )
+        return asdict(result)
+
+    @torch.no_grad()
+    def scores(self, cases: Cases) -> np.ndarray:
+        return self._of(cases).cpu().numpy()
+
+    def save(self, directory: Path) -> None:
+        state = self.network.state_dict()
+        save_file({**state, "item.weight": state["item.weight"][:-1].contiguous()}, directory / WEIGHTS)
+
+    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        saved = load_file(directory / WEIGHTS, device=str(self.device))
+        self.network = self._fresh()
+        with torch.no_grad():
+            for name, tensor in self.network.state_dict().items():
+                tensor[: len(saved[name])] = saved[name]
+            self.network.item.weight[self.items] = 0
+
+    def _fresh(self) -> CausalItems:
+        def make() -> CausalItems:
+            return CausalItems(self.items, self.window, self.options)
+
+        return cast(CausalItems, seeded([self.seed, self.items, 3], make)).to(self.device).eval()
+
+    def _of(self, cases: Cases) -> Tensor:
+        rows = torch.from_numpy(padded(cases.histories, self.window, self.items)).to(self.device)
+        lengths = torch.tensor([min(len(history), self.window) for history in cases.histories])
+        last = lengths.clamp(min=1).to(self.device) - 1  # of an empty history: the state after padding
+        states = self.network(rows)
+        return self.network.log_probabilities(states[torch.arange(len(rows), device=self.device), last])
+
+
+def training_rows(
+    sequences: Sequence[TargetSequence], window: int, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every target but a first item once, at the place of the item before it.
+
+    A sequence that fits the window is one row. A longer one is cut so that its later targets see more than
+    half a window of items, as far as there are so many.
+
+    Returns: inputs, padded, and targets, NO_TARGET where there is none; both int64 (rows, window).
+    """
+    inputs, targets = [], []
+    for sequence in sequences:
+        first, length = max(sequence.first_target, 1), len(sequence.items)
+        while first < length:
+            stop = min(length, max(window + 1, first + (window + 1) // 2))
+            start = max(0, stop - 1 - window)
+            row = np.full((2, window), padding, dtype=np.int64)
+            row[0, : stop - 1 - start] = sequence.items[start : stop - 1]
+            row[1] = NO_TARGET
+            row[1, first - 1 - start : stop - 1 - start] = sequence.items[first:stop]
+            inputs.append(row[0])
+            targets.append(row[1])
+            first = stop
+    return np.array(inputs).reshape(-1, window), np.array(targets).reshape(-1, window)

@@ -1,0 +1,181 @@
+"""Two towers: a vector for a user with a history, a vector for an item, their product the score.
+
+Knows users by name and items by number; knows nothing of an item's text or codes. These are the explicit
+vectors of users and items that a semantic ID does not have:
+
+    x(u, h) = e_u + 1/|h| Σ_{i ∈ h} p_i,    score(u, h, j) = x · q_j + b_j,    P(j | u, h) = softmax_j score
+
+with e_u the user's own vector, p_i an item's vector as history and q_j its vector as an answer (as in FISM,
+Kabbur et al. 2013). Trained by cross-entropy over the whole catalogue, target by target, each seeing the last
+``window`` items before it.
+
+The rule for users: e_u exists once u was among the training targets of a learnt stage. Everyone else has
+e_u = 0 and is described by the mean of the history alone. So that this is no surprise to the model, a share
+``user_dropout`` of the training cases is answered with e_u = 0. Items that the catalogue gains later get
+fresh rows; a later stage goes on from the weights of the stage before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peso.baselines.baseline import padded
+from peso.baselines.fitting import fit, mean_target_loss, seeded
+from peso.config.baselines import TwoTowerConfig
+from peso.events.histories import Cases, Stage, TargetSequence
+from peso.progress import Observer
+
+WEIGHTS, USERS = "two_tower.safetensors", "users.json"
+
+
+class Towers(nn.Module):
+    """The formula above. User row 0 stands for everyone without a vector, item row ``items`` for padding."""
+
+    def __init__(self, users: int, items: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.user = nn.Embedding(users + 1, width, padding_idx=0)
+        self.history = nn.Embedding(items + 1, width, padding_idx=items)
+        self.answer = nn.Embedding(items, width)
+        self.bias = nn.Parameter(torch.zeros(items))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.user.weight)
+        for table in (self.history, self.answer):
+            nn.init.normal_(table.weight, std=width**-0.5)
+        with torch.no_grad():
+            self.history.weight[items] = 0
+
+    def forward(self, users: Tensor, histories: Tensor) -> Tensor:
+        """Log-probabilities (n, items) from user rows (n,) and padded histories (n, window)."""
+        lengths = (histories != self.history.num_embeddings - 1).sum(1, keepdim=True).clamp(min=1)
+        mean = self.history(histories).sum(1) / lengths  # (n, width)
+        user = self.dropout(self.user(users) + mean)
+        return torch.addmm(self.bias, user, self.answer.weight.T).log_softmax(-1)
+
+
+class TwoTower:
+    """The model between stages, see :class:`~peso.baselines.baseline.Baseline`."""
+
+    probabilistic = True
+
+    def __init__(
+        self, items: int, window: int, options: TwoTowerConfig, seed: int, device: torch.device
+    ) -> None:
+        self.items, self.window, self.options = items, window, options
+        self.seed, self.device = seed, device
+        self.users: dict[str, int] = {}  # to rows of the table, from 1
+        self.towers = self._fresh(0)
+
+    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+        stage = stages[-1]
+        sequences = stage.training_sequences()
+        self._make_room([sequence.user for sequence in sequences])
+        rows = np.array([self.users[sequence.user] for sequence in sequences])
+        examples = Examples(sequences, self.window, self.items)
+        generator = np.random.default_rng([self.seed, stage.number, 1])
+
+        def loss_of(numbers: np.ndarray) -> Tensor:
+            of_sequence, histories, targets = examples.take(numbers)
+            known = generator.random(len(numbers)) >= self.options.user_dropout
+            scores = self._forward(rows[of_sequence] * known, histories)
+            return nn.functional.nll_loss(scores, torch.from_numpy(targets).to(self.device))
+
+        cases = stage.validation_cases(self.window)
+        result = fit(
+            self.towers,
+            loss_of,
+            len(examples),
+            lambda: mean_target_loss(lambda some: self._of(cases.take(some)), cases.targets),
+            self.options,
+            stage.number,
+            self.seed,
+            observer,
+        )
+        return asdict(result)
+
+    @torch.no_grad()
+    def scores(self, cases: Cases) -> np.ndarray:
+        return self._of(cases).cpu().numpy()
+
+    def save(self, directory: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self._state().items()}, directory / WEIGHTS)
+        (directory / USERS).write_text(json.dumps(list(self.users), ensure_ascii=False), encoding="utf-8")
+
+    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        users = json.loads((directory / USERS).read_text(encoding="utf-8"))
+        self.users = {user: row for row, user in enumerate(users, 1)}
+        self._take(load_file(directory / WEIGHTS, device=str(self.device)))
+
+    def _make_room(self, users: Sequence[str]) -> None:
+        known = len(self.users)
+        for user in users:
+            self.users.setdefault(user, len(self.users) + 1)
+        if len(self.users) > known:
+            self._take(self._state())
+
+    def _take(self, state: dict[str, Tensor]) -> None:
+        """The weights of a model with fewer users, or fewer items, and fresh rows for the others."""
+        towers = self._fresh(len(self.users))
+        with torch.no_grad():
+            for name, tensor in towers.state_dict().items():
+                rows = state[name].to(tensor.device)
+                tensor[: len(rows)] = rows
+            towers.history.weight[self.items] = 0
+        self.towers = towers.eval()
+
+    def _state(self) -> dict[str, Tensor]:
+        """Without the row of the padding, which stands behind the last item."""
+        state = self.towers.state_dict()
+        return {**state, "history.weight": state["history.weight"][:-1]}
+
+    def _fresh(self, users: int) -> Towers:
+        def make() -> Towers:
+            return Towers(users, self.items, self.options.width, self.options.dropout)
+
+        return cast(Towers, seeded([self.seed, self.items, 2], make)).to(self.device)
+
+    def _of(self, cases: Cases) -> Tensor:
+        rows = np.array([self.users.get(user, 0) for user in cases.users])
+        return self._forward(rows, padded(cases.histories, self.window, self.items))
+
+    def _forward(self, rows: np.ndarray, histories: np.ndarray) -> Tensor:
+        return self.towers(
+            torch.from_numpy(rows).to(self.device), torch.from_numpy(histories).to(self.device)
+        )
+
+
+class Examples:
+    """Every training target with the items before it, cut out when it is asked for."""
+
+    def __init__(self, sequences: Sequence[TargetSequence], window: int, padding: int) -> None:
+        self.window, self.padding = window, padding
+        lengths = np.array([len(sequence.items) for sequence in sequences])
+        firsts = np.array([sequence.first_target for sequence in sequences])
+        starts = np.cumsum(lengths) - lengths
+        self.values = np.concatenate([sequence.items for sequence in sequences]).astype(np.int64)
+        self.of = np.repeat(np.arange(len(sequences)), lengths - firsts)
+        self.start = starts[self.of]
+        self.place = np.concatenate(
+            [
+                np.arange(start + first, start + n)
+                for start, first, n in zip(starts, firsts, lengths, strict=True)
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number of the sequence (n,), padded history (n, window), target (n,), all int64."""
+        places = self.place[numbers][:, None] + np.arange(-self.window, 0)
+        inside = places >= self.start[numbers][:, None]
+        histories = np.where(inside, self.values[np.maximum(places, 0)], self.padding)
+        return self.of[numbers], histories, self.values[self.place[numbers]]

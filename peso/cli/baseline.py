@@ -1,0 +1,57 @@
+"""`peso baseline`: other recommenders on the same stages and test cases."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peso.cli.display import Terminal, table
+from peso.cli.options import Directory, Overrides
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(baseline)
+
+
+def baseline(
+    workspace: Directory,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="popularity, item-knn, ease, two-tower, sasrec, hybrid, or with options as in the "
+            "configuration: '{name: ease, items: 8000}'. By default those of the configuration."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Learn and test baselines on every stage, updated and static; resumes what is done.
+
+    Needs the stream and the semantic IDs; `hybrid` also the stages that the run has learnt. `peso report`
+    sets them beside the run.
+
+    Example: peso baseline popularity ease sasrec -w runs/games
+    """
+    from peso import baseline_runs, summary
+    from peso.config import load_config
+    from peso.errors import ConfigError
+    from peso.workspace import Workspace
+
+    path = workspace / "config.yaml"
+    opened = Workspace.open(workspace)
+    if overrides:
+        opened = Workspace.create_or_open(workspace, load_config(path, overrides))
+    configured = opened.config.baselines
+    if names:
+        # a name alone has the options of the configuration, where it stands there
+        by_name = {config.name: config.model_dump_json() for config in configured}
+        asked = ", ".join(by_name.get(name, name) for name in names)  # type: ignore[call-overload]
+        configured = load_config(path, [f"baselines=[{asked}]"]).baselines
+    if not configured:
+        raise ConfigError(f"name a baseline, or list some as `baselines` in {path}")
+    with opened.lock():
+        baseline_runs.run_baselines(opened, configured, Terminal())
+    runs = baseline_runs.baseline_summaries(opened, configured)
+    columns, rows = summary.run_table(runs, opened.config.evaluation.k)
+    by_run = zip(columns[1:], *(row[1:] for row in rows[1:]), strict=True)  # many runs, few metrics
+    table("averages over the later stages", ["", *(row[0] for row in rows[1:])], list(by_run))

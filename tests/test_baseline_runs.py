@@ -1,0 +1,171 @@
+"""Baselines on a workspace: same cases as the run, resumable, found by the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peso import baseline_runs, pipeline, summary
+from peso.baseline_runs import BaselineRun, baseline_summaries, found_baselines, run_baselines
+from peso.config import baseline_label, load_config
+from peso.durable import checksum
+from peso.errors import ConfigError, WorkspaceError
+from peso.evaluation.predictions import read_predictions
+from peso.progress import Silent
+from peso.workspace import Workspace
+
+SMALL = {"width": 8, "epochs": 2}
+TREE = {
+    "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
+    "backbone": {"name": "tiny"},
+    "training": {"epochs": 1, "max_steps": 4},
+    "baselines": [
+        "popularity",
+        {"name": "item-knn", "neighbours": 20},
+        {"name": "ease", "items": 30},
+        {"name": "two-tower", **SMALL},
+        {"name": "sasrec", **SMALL},
+        {"name": "hybrid", "candidates": 5, "two_tower": SMALL},
+    ],
+    "seed": 5,
+}
+
+
+def files(workspace: Workspace) -> dict[str, str]:
+    root = workspace.root / "baselines"
+    kept = [path for path in root.rglob("*") if path.suffix in (".parquet", ".safetensors")]
+    return {str(path.relative_to(root)): checksum(path) for path in kept}
+
+
+def prepared(root: Path) -> Workspace:
+    workspace = Workspace.create_or_open(root, load_config(TREE))
+    pipeline.ingest(workspace, Silent())
+    pipeline.tokenize(workspace, Silent())
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Workspace:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            summary, "report", lambda workspaces, directory: None
+        )  # plots take longer than the rest
+        workspace = Workspace.create_or_open(tmp_path_factory.mktemp("runs") / "run", load_config(TREE))
+        with workspace.lock():
+            pipeline.run(workspace)
+    return workspace
+
+
+def test_a_run_tests_its_baselines_on_its_own_cases(finished: Workspace) -> None:
+    runs = baseline_summaries(finished, finished.config.baselines)
+    labels = [baseline_label(config) for config in finished.config.baselines]
+    assert [run.name for run in runs] == [name for label in labels for name in (label, f"{label} (static)")]
+    for stage in range(3):
+        own = read_predictions(finished.stage_directory(stage) / "predictions.parquet")
+        for run in runs:
+            theirs = run.stages[stage].predictions
+            assert (theirs.users, theirs.targets) == (own.users, own.targets)
+            assert (theirs.user_segment, theirs.item_segment) == (own.user_segment, own.item_segment)
+            assert theirs.depth == own.depth
+            assert (theirs.target_log_probability <= 0).all()
+
+
+def test_static_and_continual_part_after_the_base_stage(finished: Workspace) -> None:
+    runs = baseline_summaries(finished, finished.config.baselines)
+    for continual, static in zip(runs[::2], runs[1::2], strict=True):
+        base = [run.stages[0].predictions.target_log_probability.tolist() for run in (continual, static)]
+        assert base[0] == base[1]
+        last = [run.stages[2].predictions.target_log_probability.tolist() for run in (continual, static)]
+        assert last[0] != last[1], continual.name
+
+
+def test_what_is_done_is_not_done_again(finished: Workspace, monkeypatch) -> None:
+    monkeypatch.setattr(baseline_runs, "make_baseline", None)  # whoever learns or tests would need it
+    run_baselines(finished, finished.config.baselines, Silent())
+
+
+def test_another_option_or_a_lost_stage_is_run_again(finished: Workspace) -> None:
+    ease, other = (
+        load_config({**TREE, "baselines": [{"name": "ease", "items": n}]}).baselines[0] for n in (30, 31)
+    )
+    assert BaselineRun(finished, ease).is_done(2)
+    assert not BaselineRun(finished, other).is_done(2)
+
+
+def test_interrupted_between_stages_it_ends_with_the_same_answers(
+    finished: Workspace, tmp_path: Path, monkeypatch
+) -> None:
+    workspace = prepared(tmp_path / "again")
+    networks = [config for config in finished.config.baselines if config.name in ("two-tower", "sasrec")]
+    learn = BaselineRun._learn
+
+    def interrupted(self, config, stage, aside, observer):
+        if stage == 1 and not (tmp_path / config.name).exists():
+            (tmp_path / config.name).touch()
+            learn(self, config, stage, aside, observer)
+            raise KeyboardInterrupt
+        return learn(self, config, stage, aside, observer)
+
+    monkeypatch.setattr(BaselineRun, "_learn", interrupted)
+    for config in networks:
+        with pytest.raises(KeyboardInterrupt):
+            run_baselines(workspace, [config], Silent())
+        assert not BaselineRun(workspace, config).stage_directory(1).exists()
+        run_baselines(workspace, [config], Silent())
+    expected = files(finished)
+    assert files(workspace) == {name: expected[name] for name in files(workspace)}
+    assert len(files(workspace)) == 2 * (3 + 2 + 3)  # predictions, static, weights
+
+
+def test_the_report_finds_them(finished: Workspace) -> None:
+    assert {baseline_label(c) for c in found_baselines(finished)} >= {
+        baseline_label(c) for c in finished.config.baselines
+    }
+    named = [run.name for run in summary.runs_of([finished])]
+    assert named[0] == "run"
+    assert named.count("popularity") == 1
+    assert "ease items=30 (static)" in named
+
+
+def test_the_command_prints_a_table(peso, finished: Workspace, tmp_path: Path) -> None:
+    status, out, _ = peso("baseline", "ease", "{name: popularity, last: 1}", "-w", finished.root)
+    assert status == 0
+    assert "ease items=30 (static)" in out  # the options of the configuration
+    assert "popularity last=1" in out
+    manifest = finished.root / "baselines" / "popularity last=1" / "2" / "manifest.json"
+    assert json.loads(manifest.read_text())["baseline"]["last"] == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("easy", "'easy' is unknown"),
+        ("{name: ease, item: 3}", "baselines.item"),
+        ("{name: ease, layers: 3}", "baseline 'ease' has no option 'layers'"),
+        ("{name: sasrec, width: wide}", "baselines.width"),
+    ],
+)
+def test_a_mistake_is_named(peso, finished: Workspace, asked: str, says: str) -> None:
+    status, _, error = peso("baseline", asked, "-w", finished.root)
+    assert status == 1
+    assert says in error
+
+
+def test_without_a_name_or_a_learnt_model_it_says_what_is_missing(peso, tmp_path: Path) -> None:
+    workspace = Workspace.create_or_open(tmp_path / "bare", load_config({**TREE, "baselines": []}))
+    status, _, error = peso("baseline", "-w", workspace.root)
+    assert status == 1
+    assert "name a baseline" in error
+    with pytest.raises(WorkspaceError, match="peso tokenize"):
+        run_baselines(workspace, load_config(TREE).baselines[:1], Silent())
+    with pytest.raises(WorkspaceError, match="no trained stage"):
+        run_baselines(prepared(tmp_path / "data"), load_config(TREE).baselines[-1:], Silent())
+
+
+def test_a_list_longer_than_the_catalogue_is_refused(tmp_path: Path) -> None:
+    workspace = prepared(tmp_path / "data")
+    longer = load_config({**TREE, "decoding": {"beams": 100}})
+    with pytest.raises(ConfigError, match="a list of 100"):
+        run_baselines(Workspace(workspace.root, longer), longer.baselines[:1], Silent())

@@ -1,0 +1,234 @@
+"""The two networks: what they may see, what they learn, that they go on from where they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peso.baselines.baseline import Baseline
+from peso.baselines.fitting import mean_target_loss
+from peso.baselines.sasrec import NO_TARGET, SasRec, training_rows
+from peso.baselines.two_tower import Examples, TwoTower
+from peso.config.baselines import SasRecConfig, TwoTowerConfig
+from peso.errors import ConfigError
+from peso.events.histories import Cases, Ragged, Stage, TargetSequence
+from peso.progress import Silent
+
+ITEMS, WINDOW, CPU = 12, 6, torch.device("cpu")
+
+
+def two_tower(seed: int = 0, items: int = ITEMS, **options) -> TwoTower:
+    options = {"width": 8, "epochs": 30, "learning_rate": 0.02, "batch_size": 16, "dropout": 0.0, **options}
+    return TwoTower(items, WINDOW, TwoTowerConfig(**options), seed, CPU)
+
+
+def sasrec(seed: int = 0, items: int = ITEMS, **options) -> SasRec:
+    options = {"width": 16, "epochs": 12, "learning_rate": 0.01, "batch_size": 16, "dropout": 0.1, **options}
+    return SasRec(items, WINDOW, SasRecConfig(**options), seed, CPU)
+
+
+MAKERS = pytest.mark.parametrize("make", [two_tower, sasrec])
+
+
+def clubs(number: int, users: range, swap: bool = False, length: int = 8, seed: int = 0) -> Stage:
+    """Users with even numbers have the first half of the items, the others the second; ``swap``: reversed."""
+    generator = np.random.default_rng([seed, number])
+    half = ITEMS // 2
+    rows = [generator.integers(0, half, length) + half * ((user + swap) % 2) for user in users]
+    return Stage(number, [f"u{u}" for u in users], Ragged.of([[]] * len(rows)), Ragged.of(rows))
+
+
+def cycles(number: int, users: int, step: int = 1, length: int = 9) -> Stage:
+    """Everyone goes round: after item i comes i + step."""
+    starts = np.random.default_rng(number).integers(0, ITEMS, users)
+    rows = [(start + step * np.arange(length)) % ITEMS for start in starts]
+    return Stage(number, [f"u{u}" for u in range(users)], Ragged.of([[]] * users), Ragged.of(rows))
+
+
+def asked(users: list[str], histories: list[list[int]]) -> Cases:
+    arrays = [np.array(history, dtype=np.int32) for history in histories]
+    return Cases(users, arrays, np.zeros(len(users), dtype=np.int32))
+
+
+@given(st.integers(1, 5), st.lists(st.integers(0, ITEMS - 1), min_size=2, max_size=9), st.data())
+def test_a_later_item_changes_no_earlier_state(place: int, items: list[int], data: st.DataObject) -> None:
+    network = _sasrec_for_states().network
+    place = min(place, len(items) - 1)
+    later = data.draw(
+        st.lists(st.integers(0, ITEMS), min_size=len(items) - place, max_size=len(items) - place)
+    )
+    other = items[:place] + later
+    window = slice(0, WINDOW)
+    with torch.no_grad():
+        first, second = network(torch.tensor([items[window]])), network(torch.tensor([other[window]]))
+    torch.testing.assert_close(first[:, :place], second[:, :place], atol=1e-6, rtol=0)
+
+
+_STATES: list[SasRec] = []
+
+
+def _sasrec_for_states() -> SasRec:
+    if not _STATES:
+        _STATES.append(sasrec())
+    return _STATES[0]
+
+
+def test_an_earlier_item_does_change_a_later_state() -> None:
+    network = sasrec().network
+    with torch.no_grad():
+        first, second = network(torch.tensor([[1, 2, 3]])), network(torch.tensor([[4, 2, 3]]))
+    assert (first[0, 2] - second[0, 2]).abs().max() > 1e-3
+
+
+@given(
+    st.lists(
+        st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 8),
+)
+def test_every_target_is_trained_on_once_with_a_history_of_its_own(
+    shapes: list[tuple[int, int]], window: int
+) -> None:
+    # an item is its own place, so that each can be followed
+    ends = np.cumsum([length for length, _ in shapes])
+    sequences = [
+        TargetSequence(f"u{n}", np.arange(end - length, end), first)
+        for n, ((length, first), end) in enumerate(zip(shapes, ends, strict=True))
+    ]
+    expected = [int(t) for s in sequences for t in s.items[max(s.first_target, 1) :]]
+    inputs, targets = training_rows(sequences, window, padding=999)
+    trained = targets != NO_TARGET
+    assert sorted(targets[trained].tolist()) == expected
+    np.testing.assert_array_equal(targets[trained], inputs[trained] + 1)
+    first_of = {int(t): int(s.items[0]) for s in sequences for t in s.items}
+    for row, columns in zip(inputs, trained, strict=True):
+        for column in np.flatnonzero(columns):
+            seen = row[: column + 1]
+            assert seen.tolist() == list(range(seen[-1] - column, seen[-1] + 1))
+            available = seen[-1] - first_of[int(seen[-1])] + 1
+            assert len(seen) >= min(available, window // 2 + 1)
+
+    examples = Examples(sequences, window, padding=999)
+    of, histories, own = examples.take(np.arange(len(examples)))
+    assert own.tolist() == [int(t) for s in sequences for t in s.items[s.first_target :]]
+    for number, history, target in zip(of, histories, own, strict=True):
+        begin = int(sequences[number].items[0])
+        assert history[history != 999].tolist() == list(range(max(begin, target - window), target))
+
+
+def test_the_two_tower_model_learns_who_likes_what() -> None:
+    model = two_tower()
+    model.learn([clubs(0, range(60))], Silent())
+    scores = model.scores(asked(["u0", "u1", "stranger", "stranger"], [[], [], [0, 1], [7, 8]]))
+    liked = np.exp(scores)[:, : ITEMS // 2].sum(axis=1)
+    assert liked[0] > 0.6 > 0.4 > liked[1]  # by the user's own vector alone
+    assert liked[2] > 0.9 > 0.1 > liked[3]  # by the history alone
+
+
+def test_an_unknown_user_is_the_mean_of_the_history() -> None:
+    model = two_tower()
+    model.learn([clubs(0, range(40))], Silent())
+    scores = model.scores(asked(["a", "b", "a"], [[1, 2], [2, 1], [1, 2, 1, 2]]))
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+    np.testing.assert_allclose(scores[0], scores[2], atol=1e-6)
+    assert np.abs(scores - model.scores(asked(["u0"] * 3, [[1, 2]] * 3))).max() > 1e-3
+
+
+def test_sasrec_learns_an_order() -> None:
+    model = sasrec()
+    model.learn([cycles(0, 60)], Silent())
+    found = model.scores(asked(["u"] * 3, [[3, 4, 5], [9, 10, 11], [2]])).argmax(axis=1)
+    assert found.tolist() == [6, 0, 3]
+
+
+@MAKERS
+def test_scores_are_log_probabilities_and_read_no_targets(make: Callable[..., Baseline]) -> None:
+    model = make(epochs=1)
+    model.learn([clubs(0, range(20))], Silent())
+    cases = asked(["u0", "new"], [[1, 2, 3], [0] * 10])
+    scores = model.scores(cases)
+    np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1, rtol=1e-5)
+    other = Cases(cases.users, cases.histories, cases.targets + 5)
+    np.testing.assert_array_equal(scores, model.scores(other))
+    shorter = asked(["u0", "new"], [[1, 2, 3], [0] * WINDOW])  # what is older than the window is not read
+    np.testing.assert_array_equal(scores, model.scores(shorter))
+
+
+@MAKERS
+def test_updates_follow_the_new_stage_and_the_static_model_does_not(make: Callable[..., Baseline]) -> None:
+    stages = [cycles(0, 60), cycles(1, 60, step=5)]
+    model = make()
+    model.learn(stages[:1], Silent())
+    cases = stages[1].test_cases(WINDOW)
+    static = float(np.mean(model.scores(cases)[np.arange(len(cases)), cases.targets]))
+    model.learn(stages, Silent())
+    continual = float(np.mean(model.scores(cases)[np.arange(len(cases)), cases.targets]))
+    assert continual > static + 0.5
+
+
+@MAKERS
+def test_saved_and_restored_it_goes_on_alike(make: Callable[..., Baseline], tmp_path: Path) -> None:
+    """As after an interruption between two stages."""
+    stages = [clubs(0, range(30)), clubs(1, range(10, 50), swap=True)]
+    through, stopped, resumed = make(epochs=3), make(epochs=3), make(epochs=3)
+    through.learn(stages[:1], Silent())
+    through.learn(stages, Silent())
+    stopped.learn(stages[:1], Silent())
+    stopped.save(tmp_path)
+    resumed.restore(tmp_path, stages[:1])
+    resumed.learn(stages, Silent())
+    cases = stages[1].test_cases(WINDOW)
+    np.testing.assert_array_equal(through.scores(cases), resumed.scores(cases))
+
+
+@MAKERS
+def test_the_seed_fixes_everything(make: Callable[..., Baseline]) -> None:
+    cases = clubs(0, range(20)).test_cases(WINDOW)
+
+    def learnt(seed: int) -> np.ndarray:
+        torch.manual_seed(seed + 77)  # what was drawn before plays no part
+        model = make(seed=seed, epochs=2)
+        model.learn([clubs(0, range(20))], Silent())
+        return model.scores(cases)
+
+    np.testing.assert_array_equal(learnt(3), learnt(3))
+    assert np.abs(learnt(3) - learnt(4)).max() > 1e-3
+
+
+@MAKERS
+def test_the_best_epoch_is_kept(make: Callable[..., Baseline]) -> None:
+    stage = clubs(0, range(8))
+    model = make(epochs=12, patience=12, learning_rate=0.05)  # few users: it soon learns them by heart
+    figures = model.learn([stage], Silent())
+    cases = stage.validation_cases(WINDOW)
+    losses = figures["validation_loss"]
+    assert figures["best_epoch"] == int(np.argmin(losses)) + 1 < len(losses)
+    found = mean_target_loss(lambda rows: torch.from_numpy(model.scores(cases.take(rows))), cases.targets)
+    assert found == pytest.approx(min(losses), rel=1e-5)
+
+
+@MAKERS
+def test_a_catalogue_that_grew_keeps_what_was_learnt(make: Callable[..., Baseline], tmp_path: Path) -> None:
+    stage = clubs(0, range(20))
+    model, larger = make(epochs=2), make(epochs=2, items=ITEMS + 3)
+    model.learn([stage], Silent())
+    model.save(tmp_path)
+    larger.restore(tmp_path, [stage])
+    cases = stage.test_cases(WINDOW)
+    before, after = model.scores(cases), larger.scores(cases)[:, :ITEMS]
+    np.testing.assert_allclose(
+        after - after[:, :1], before - before[:, :1], atol=1e-5
+    )  # the same but for the normalisation
+
+
+def test_heads_that_do_not_share_the_width_are_refused() -> None:
+    with pytest.raises(ConfigError, match="width 16 cannot be shared by 3 heads"):
+        sasrec(heads=3)
