@@ -126,7 +126,8 @@ def _train(
         spent += _train_phase(workspace, model, strategy, here, unfinished / phase, observer).seconds
         _keep(model, memory, spent, finished)
     result = _train_phase(workspace, model, strategy, replace(context, phase=last), unfinished, observer)
-    figures: dict[str, Any] = {"learning_rate": _learning_rate(workspace, stage), **asdict(result)}
+    rate = _learning_rate(workspace, strategy, stage, last)
+    figures: dict[str, Any] = {"learning_rate": rate, **asdict(result)}
     figures["seconds"] += spent
     if told := strategy.figures():
         figures["strategy"] = told
@@ -170,7 +171,7 @@ def _train_phase(
         data.validation_cases(config.prompt.window),
         config.training,
         stage=stage,
-        learning_rate=_learning_rate(workspace, stage),
+        learning_rate=_learning_rate(workspace, strategy, stage, context.phase),
         strategy=strategy,
         seed=context.seed,
         directory=directory,
@@ -182,9 +183,10 @@ def _train_phase(
     return result
 
 
-def _learning_rate(workspace: Workspace, stage: int) -> float:
+def _learning_rate(workspace: Workspace, strategy: Strategy, stage: int, phase: str) -> float:
     training = workspace.config.training
-    return training.learning_rate * (training.later_learning_rate_scale if stage else 1.0)
+    anew = strategy.starts_anew(stage, phase)
+    return training.learning_rate * (1.0 if anew else training.later_learning_rate_scale)
 
 
 def _keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, file: Path) -> None:

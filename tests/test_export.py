@@ -191,7 +191,7 @@ def test_a_backbone_trained_whole_is_exported_merged_only(tmp_path: Path) -> Non
     ids, text = prompt_of(model, [1, 2])
     task = {"folder": str(tmp_path / "merged"), "form": "merged", "ids": ids, "text": text}
     agrees(model, task, read_elsewhere([task], tmp_path)[task["folder"]])
-    with pytest.raises(ExportError, match=r"no adapters .* --format merged"):
+    with pytest.raises(ExportError, match=r"no adapter.* --format merged"):
         export_peft(model, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 

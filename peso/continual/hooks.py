@@ -114,6 +114,11 @@ class Strategy:
         """Names of the trainings that the stage takes, one after another on the same model."""
         return ("",)
 
+    def starts_anew(self, stage: int, phase: str) -> bool:
+        """Whether a phase begins from nothing (:attr:`StageContext.reset`), so that it learns at the rate of
+        the base stage and not at that of an update."""
+        return stage == 0
+
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
         """The examples to learn from; None: those of the stage. ``total_steps`` is not known yet."""
         return None

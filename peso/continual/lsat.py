@@ -37,6 +37,9 @@ class Lsat(Strategy):
     def phases(self, stage: int) -> Sequence[str]:
         return (LONG, SHORT) if stage > 0 else ("",)
 
+    def starts_anew(self, stage: int, phase: str) -> bool:
+        return stage == 0 or phase == LONG
+
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
         return everything(context) if context.phase == LONG else None
 

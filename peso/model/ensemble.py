@@ -1,7 +1,7 @@
 """Two models that answer as one: their logits averaged.
 
-Knows the models' common interface; knows nothing of how they were learnt. An average of logits is, normalised,
-the product of the models' distributions: p ∝ p_1^w · p_2^(1-w), high where both find a token likely.
+Knows the models' common interface; knows nothing of how they were learnt. Averaged logits, normalised, are
+the product of the models' distributions, p ∝ p_1^w · p_2^(1-w): high where both find a token likely.
 """
 
 from __future__ import annotations

@@ -21,10 +21,13 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from peso.durable import commit_directory, write_json
 from peso.errors import ExportError
-from peso.model.adapter import adapter_state, weights_without_adapter, write_adapter
+from peso.model.adapter import weights_without_adapter, write_adapter
 from peso.model.backbone import embedding_scale
+from peso.model.build import has_adapter
+from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 from peso.model.layout import INSTRUCTION
+from peso.model.past import as_one_adapter
 from peso.model.quiet import quiet_transformers
 
 
@@ -57,8 +60,10 @@ def export_merged(model: GenerativeModel, directory: str | Path) -> None:
     ``prompt.json`` beside it says how a history is written as text.
 
     Raises:
-        ExportError: the place is taken, or the tokenizer would not read prompts as the model does.
+        ExportError: the place is taken, the tokenizer would not read prompts as the model does, or the model
+            is an ensemble.
     """
+    _require_one(model)
     with commit_directory(_free(directory)) as aside:
         plain = _plain(model, _table_rows(model), model.vocabulary.output_rows, merged=True)
         _save(plain, model, aside)
@@ -67,18 +72,18 @@ def export_merged(model: GenerativeModel, directory: str | Path) -> None:
 def export_peft(model: GenerativeModel, directory: str | Path) -> None:
     """Write ``backbone/``, extended by neutral rows and untied, and ``adapter/`` for it in PEFT's format.
 
-    The adapter holds the LoRA matrices and the rows of the semantic tokens (``trainable_token_indices`` of
-    embedding and head). PEFT forgets a head's bias when it replaces rows, so the rows of a head that has one
-    are in the backbone instead.
+    Adapters of earlier stages that act beside the trained one are in the same adapter, whose rank is the sum
+    of theirs. It also holds the rows of the semantic tokens (``trainable_token_indices`` of embedding and
+    head). PEFT forgets a head's bias when it replaces rows, so the rows of a head that has one are in the
+    backbone instead.
 
     Raises:
-        ExportError: as :func:`export_merged`, or the model has no adapter, or several.
+        ExportError: as :func:`export_merged`, or the model has no adapter: its backbone was trained whole.
     """
-    adapters = getattr(model.backbone, "peft_config", {})
-    if len(adapters) != 1:
+    _require_one(model)
+    if not has_adapter(model):
         raise ExportError(
-            f"the model has {len(adapters) or 'no'} adapters and PEFT's format holds one; "
-            "export it with --format merged"
+            "the model has no adapter, its backbone was trained whole; export it with --format merged"
         )
     causal_lm, first, rows = model.causal_lm, model.vocabulary.first_id, model.vocabulary
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
@@ -93,15 +98,24 @@ def export_peft(model: GenerativeModel, directory: str | Path) -> None:
         f"base_model.model.{name}.token_adapter.trainable_tokens_delta": _stored(tensor)
         for name, tensor in in_adapter.items()
     }
+    adapter, matrices = as_one_adapter(model.backbone)
     config = {
-        **adapters["default"].to_dict(),
+        **adapter,
         "base_model_name_or_path": "backbone",  # which lies beside it
         "trainable_token_indices": dict.fromkeys(in_adapter, ids),
     }
     with commit_directory(_free(directory)) as aside:
         plain = _plain(model, neutral_input, output, merged=False)
         _save(plain, model, aside / "backbone")
-        write_adapter(config, adapter_state(model.backbone) | state, aside / "adapter")
+        write_adapter(config, matrices | state, aside / "adapter")
+
+
+def _require_one(model: Any) -> None:
+    if isinstance(model, Ensemble):
+        raise ExportError(
+            "this stage answers with the averaged logits of two models, which no single model gives; "
+            "strategy lsat with fusion: arithmetic adds their weights up instead, and that can be exported"
+        )
 
 
 def _free(directory: str | Path) -> Path:

@@ -17,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from peso.model.adapter import adapter_state
+
 PAST = "past"
 TRAINED = "default"
 
@@ -167,6 +169,25 @@ def read_past(backbone: nn.Module) -> Past | None:
         down[name] = parametrized.original.detach().cpu().clone()
         up[name] = layer.lora_B[PAST].weight.detach().cpu().clone()
     return Past(down, up, tuple(magnitudes.ranks.tolist()), magnitudes.magnitudes.detach().cpu().clone())
+
+
+@torch.no_grad()
+def as_one_adapter(backbone: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All that acts as one adapter of PEFT's format: its configuration, and tensors by the names in its file.
+
+    The trained adapter itself where it has no past, else the ranks of both concatenated, alpha = rank, and
+    what multiplies each adapter worked into its rows of A.
+    """
+    config, past = backbone.peft_config[TRAINED].to_dict(), read_past(backbone)
+    if past is None:
+        return config, adapter_state(backbone)
+    total = past + read_adapter(backbone)
+    config |= {"r": total.rank, "lora_alpha": total.rank}
+    scale = total.magnitudes.repeat_interleave(torch.tensor(total.ranks)).unsqueeze(-1)
+    begin = "base_model.model."
+    down = {f"{begin}{name}.lora_A.weight": scale * rows for name, rows in total.down.items()}
+    up = {f"{begin}{name}.lora_B.weight": columns.contiguous() for name, columns in total.up.items()}
+    return config, down | up
 
 
 def lora_layers(backbone: nn.Module) -> dict[str, Any]:
