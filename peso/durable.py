@@ -6,6 +6,7 @@ Knows the file system; knows nothing of what the files mean.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -49,6 +50,29 @@ def commit_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise_if_full(error, target)
         raise
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Hold a directory, made if absent, against every other process.
+
+    Raises:
+        WorkspaceError: another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            who = handle.read().strip() or "unknown"
+            raise WorkspaceError(
+                f"{directory} is being written by another process (pid {who}); wait for it or stop it"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
 
 
 def restore(target: Path) -> None:

@@ -268,22 +268,30 @@ def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> No
 
 
 def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None:
-    """Take stage 0 over from another workspace instead of learning it again (files are linked, not copied).
+    """Take stage 0 over from another workspace instead of learning it again, and the stages after it as long
+    as they would be the same (files are linked, not copied).
 
     Raises:
         WorkspaceError: the other has no stage 0, or something that determines it differs.
     """
-    source = base.stage_directory(0)
-    theirs = base.stage_manifest(base.require_stage(0) and 0)["determined_by"]
-    if theirs != determination(workspace, 0):
+    base.require_stage(0)
+    if base.stage_manifest(0)["determined_by"] != determination(workspace, 0):
         changed = [k for k in changed_keys(base.config, workspace.config) if not k.startswith("strategy.")]
         raise WorkspaceError(
             f"stage 0 of {base.root} was determined otherwise than this run's would be "
             f"({', '.join(changed) or 'other data'}); leave --base out, or make them equal"
         )
-    with commit_directory(workspace.stage_directory(0)) as directory:
-        shutil.copytree(source, directory, copy_function=_link, dirs_exist_ok=True)
-    observer.note(f"stage 0: taken over from {base.root}")
+    for stage in range(_stream(workspace).stages):
+        if stage in workspace.finished_stages:
+            continue
+        if stage not in base.finished_stages:
+            break
+        if base.stage_manifest(stage)["determined_by"] != determination(workspace, stage):
+            break
+        with commit_directory(workspace.stage_directory(stage)) as directory:
+            source = base.stage_directory(stage)
+            shutil.copytree(source, directory, copy_function=_link, dirs_exist_ok=True)
+        observer.note(f"stage {stage}: taken over from {base.root}")
 
 
 def _require_catalogue(workspace: Workspace) -> None:

@@ -5,7 +5,6 @@ Knows paths and locks; knows nothing of how a stage is learnt or of what the fil
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.config import Config, changed_keys, dump_config, load_config
-from peso.durable import restore, write_atomically
+from peso.durable import only_writer, restore, write_atomically
 from peso.errors import WorkspaceError
 from peso.manifest import MANIFEST, read_manifest
 
@@ -169,19 +168,7 @@ class Workspace:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the only writer. Raises WorkspaceError at once if another process is."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                who = handle.read().strip() or "unknown"
-                raise WorkspaceError(
-                    f"{self.root} is being written by another process (pid {who}); wait for it or stop it"
-                ) from None
-            handle.truncate(0)
-            handle.write(str(os.getpid()))
-            handle.flush()
+        with only_writer(self.root):
             for directory in (self.stream_directory, self.semantic_ids_directory):
                 restore(directory)
             yield

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from peso.cli.display import duration, table
 from peso.cli.options import Overrides
+from peso.durable import only_writer
 from peso.errors import ConfigError, PesoError
 
 if TYPE_CHECKING:
@@ -69,9 +70,8 @@ def compare(
     failed: list[Any] = []
     if not report_only:
         plan.refuse_changes()
-        root.mkdir(parents=True, exist_ok=True)
         deadline = None if seconds is None else began + seconds
-        with Display() as display:
+        with only_writer(root), Display() as display:
             rows = Schedule(plan, machine.workers, machine.environment, deadline, display.show).run()
         failed = [row for row in rows if row.state == "failed"]
         for row in failed:
@@ -81,9 +81,10 @@ def compare(
     collected = collect(plan)
     for remark in collected.remarks:
         print(f"- {remark}")
-    for page in write_results(plan, collected):
-        print(f"report: {page}")
-    print(f"table:  {root / 'results.parquet'}")
+    if collected.runs or report_only:
+        for page in write_results(plan, collected):
+            print(f"report: {page}")
+        print(f"table:  {root / 'results.parquet'}")
     if failed:
         raise PesoError(f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again")
 

@@ -17,7 +17,7 @@ from typing import Any
 from peso.config import AdapterConfig, Config, EvaluationConfig, NoneConfig, TrainingConfig, load_config
 from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
 from peso.durable import digest
-from peso.errors import ConfigError, DataError
+from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.model.backbone import BUILT_IN
 from peso.stages import stage_shape
 from peso.workspace import Workspace
@@ -50,6 +50,7 @@ class Task:
 class Candidate:
     """Options that a tuned strategy may end up with: the trial that tells, and the run they would make."""
 
+    label: str
     options: Mapping[str, Any]
     trial: Task
     task: Task
@@ -62,7 +63,7 @@ class Run:
     Attributes:
         seed: None where nothing is random: strategy ``none`` after a shared base stage.
         task: what fills its workspace; of a tuned strategy the first candidate's until one is chosen.
-        options: what an option grid sets apart, by dotted key.
+        options: of an option grid, all that it sets, by dotted key.
         candidates: of a tuned strategy, else empty.
     """
 
@@ -94,7 +95,10 @@ class Plan:
     compare: CompareConfig
 
     def refuse_changes(self) -> None:
-        """Raise WorkspaceError if a run on disk has another configuration than this plan gives it."""
+        """Raise WorkspaceError if a run on disk has another configuration than this plan gives it, or if the
+        directory is something else."""
+        if (self.root / "config.yaml").exists():
+            raise WorkspaceError(f"{self.root} is the workspace of one run; choose another place with -w")
         for run in self.runs:
             for task in [run.task] if not run.candidates else [c.trial for c in run.candidates]:
                 Workspace.preview(task.root, task.config)
@@ -147,7 +151,8 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
                 tried = _task(root, "trials", (*cell, choice.name), trial)
                 task = _task(root, "runs", (*cell, name), resolve(seed, of_data, of_backbone, choice))
                 task = replace(task, base=tried) if seed == compare.seeds[0] else task
-                candidates.append(Candidate(choice.options, tried, task))
+                label = choice.name.removeprefix(name).strip("[]")
+                candidates.append(Candidate(label, choice.options, tried, task))
             runs.append(Run(*cell, name, seed, candidates[0].task, candidates=tuple(candidates)))
     _require_distinct(runs)
     for run in {run.data: run for run in runs}.values():

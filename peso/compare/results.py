@@ -49,9 +49,11 @@ def collect(plan: Plan) -> Collected:
                 remarks.append(f"{run.name}: missing, its options are not chosen yet")
                 continue
             chosen = choose(run.candidates)
-            tried = [f"{_options(c.options)}: {validation_loss(c.trial):.4f}" for c in run.candidates]
-            losses = "; ".join(tried)
-            remarks.append(f"{run.name}: {_options(chosen.options)}, chosen on validation loss ({losses})")
+            tried = ", ".join(f"{c.label} {validation_loss(c.trial):.4f}" for c in run.candidates)
+            cell = f"{run.data}/{run.backbone}/{run.strategy}"
+            said = f"{cell}: {chosen.label}, the lowest validation loss of {tried}"
+            if said not in remarks:  # the choice is the same for every seed
+                remarks.append(said)
             run = run.with_choice(chosen)
         found = standing(run.task)
         if not found.done or not _tested(run):
@@ -153,7 +155,3 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 def _tested(run: Run) -> list[int]:
     workspace = Workspace(run.task.root, run.task.config)
     return [stage for stage in workspace.finished_stages if is_tested(workspace, stage, stage)]
-
-
-def _options(options: Any) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in options.items())

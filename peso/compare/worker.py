@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from peso import pipeline
-from peso.durable import commit_directory
 from peso.errors import PesoError
 from peso.events.stream import Stream
-from peso.stages import determination
 from peso.testing import test
 from peso.training.checkpoint import FILE as CHECKPOINT
 from peso.workspace import Workspace
@@ -113,7 +110,7 @@ def work(job: Job, out: Any) -> None:
         elif not workspace.has_semantic_ids:
             pipeline.take_data(workspace, Workspace.open(job.data), reporter)
         if job.base is not None:
-            take_stages(workspace, Workspace.open(job.base), reporter)
+            pipeline.take_base(workspace, Workspace.open(job.base), reporter)
         stages = Stream.open(workspace.stream_directory).stages
         for step in list(pipeline.missing_steps(workspace, stages)):
             if step.stage is None or (job.last_stage is not None and step.stage > job.last_stage):
@@ -123,19 +120,6 @@ def work(job: Job, out: Any) -> None:
                 pipeline.learn(workspace, step.stage, reporter)
             else:
                 test(workspace, step.stage, step.stage, reporter)
-
-
-def take_stages(workspace: Workspace, base: Workspace, reporter: Reporter) -> None:
-    """Take over stage 0, and the stages after it as long as they are what this run's would be."""
-    if 0 not in workspace.finished_stages:
-        pipeline.take_base(workspace, base, reporter)
-    for stage in base.finished_stages:
-        if stage in workspace.finished_stages:
-            continue
-        if base.stage_manifest(stage)["determined_by"] != determination(workspace, stage):
-            return
-        with commit_directory(workspace.stage_directory(stage)) as directory:
-            shutil.copytree(base.stage_directory(stage), directory, dirs_exist_ok=True)
 
 
 def main() -> int:

@@ -62,7 +62,7 @@ class CompareConfig(Section):
 class Variant:
     """One value of an axis: ``sections`` and dotted keys ``changes`` that it sets in the common tree.
 
-    ``options``: what an option grid sets apart, by dotted key.
+    ``options``: of an option grid, all that it sets, by dotted key.
     """
 
     name: str
@@ -134,10 +134,15 @@ def grid(variant: Variant, key: str) -> list[Variant]:
     shown = last if len(set(last)) == len(last) else list(lists)
     result = []
     for values in itertools.product(*lists.values()):
-        options = dict(zip(lists, values, strict=True))
+        set_apart = dict(zip(lists, values, strict=True))
         text = ",".join(f"{name}={_text(value)}" for name, value in zip(shown, values, strict=True))
         result.append(
-            Variant(f"{variant.name}[{text}]", variant.sections, {**variant.changes, **options}, options)
+            Variant(
+                f"{variant.name}[{text}]",
+                variant.sections,
+                {**variant.changes, **set_apart},
+                {**dict(leaves), **set_apart},
+            )
         )
     return result
 

@@ -1,0 +1,372 @@
+"""Many runs from one file: what they are, what they share, and that a run is the same however it was made."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from peso import pipeline, summary
+from peso.compare.machine import Machine
+from peso.compare.plan import Plan, make_plan
+from peso.compare.results import collect, write_results
+from peso.compare.schedule import Schedule
+from peso.compare.standing import is_done, standing
+from peso.compare.tuning import choose, validation_loss
+from peso.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
+from peso.config import load_config
+from peso.durable import checksum, write_json
+from peso.errors import ConfigError, DataError, WorkspaceError
+from peso.workspace import Workspace
+
+COMMON = {
+    "data": {"format": "simulate", "simulate": {"users": 80, "items": 50, "stages": 3}},
+    "backbone": "tiny",
+    "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 0.5},
+    "evaluation": {"k": [5, 10]},
+}
+
+
+def plan_of(root: Path, compare: dict, *overrides: str, **common: object) -> Plan:
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "c.yaml"
+    path.write_text(yaml.safe_dump({**COMMON, **common, "compare": compare}, sort_keys=False))
+    return make_plan(path, root / "w", overrides)
+
+
+def names(plan: Plan) -> list[str]:
+    return [run.name.removeprefix("simulate/tiny/") for run in plan.runs]
+
+
+def do(task) -> None:
+    """A task with all that it needs, in this process."""
+    for need in task.needs:
+        do(need)
+    if not is_done(task):
+        Workspace.create_or_open(task.root, task.config)
+        data, base = (None if need is None else str(need.root) for need in (task.data, task.base))
+        work(Job(str(task.root), task.last_stage, data, base, None), io.StringIO())
+
+
+def result_files(root: Path) -> dict[str, str]:
+    kept = ("adapter_model.safetensors", "vocabulary.safetensors", "model.safetensors", "predictions.parquet")
+    files = [path for path in (root / "stages").rglob("*") if path.name in kept]
+    return {str(path.relative_to(root)): checksum(path) for path in files}
+
+
+# -- which runs ----------------------------------------------------------------------------------------
+
+
+def test_every_strategy_comes_with_the_first_seed_before_any_with_the_second(tmp_path):
+    plan = plan_of(tmp_path, {"strategies": ["single", "paper"], "seeds": [3, 1]})
+    assert names(plan) == ["single/seed=3", "paper/seed=3", "single/seed=1", "paper/seed=1"]
+
+
+def test_a_grid_is_one_run_for_every_combination_and_each_has_its_own_directory(tmp_path):
+    grid = {"p": {"name": "peso", "weight": [0.5, 8], "reduction": ["sum", "mean"]}}
+    plan = plan_of(tmp_path, {"grid": grid})
+    assert [run.strategy for run in plan.runs] == [
+        "p[weight=0.5,reduction=sum]",
+        "p[weight=0.5,reduction=mean]",
+        "p[weight=8,reduction=sum]",
+        "p[weight=8,reduction=mean]",
+    ]
+    chosen = plan.runs[2]
+    assert (chosen.task.config.strategy.weight, chosen.task.config.strategy.reduction) == (8, "sum")
+    assert chosen.options == {"strategy.name": "peso", "strategy.weight": 8, "strategy.reduction": "sum"}
+    assert len({run.task.root for run in plan.runs}) == 4
+    assert not any(character in str(chosen.task.root) for character in "[]* ")  # nothing that a shell minds
+
+
+def test_a_strategy_may_change_keys_beside_its_own_and_leaves_the_others_runs_alone(tmp_path):
+    strategies = {
+        "plain": "single",
+        "slow": {"strategy": "single", "set": {"training.later_learning_rate_scale": 0.05}},
+        "small": {"strategy": "single", "adapter": {"rank": 2}, "set": {"adapter.alpha": 4}},
+    }
+    plain, slow, small = (run.task.config for run in plan_of(tmp_path, {"strategies": strategies}).runs)
+    assert slow.training.later_learning_rate_scale == 0.05
+    assert plain.training.later_learning_rate_scale == 0.5
+    assert slow.training.max_steps == plain.training.max_steps == 6
+    assert (small.adapter.rank, small.adapter.alpha, plain.adapter.rank) == (2, 4, 8)
+    assert small.adapter.dropout == plain.adapter.dropout
+
+
+def test_options_of_the_common_strategy_do_not_leak_into_another(tmp_path):
+    common = {"strategy": {"name": "peso", "weight": 7.0}}
+    run = plan_of(tmp_path, {"strategies": {"p": "peso"}}, **common).runs[0]
+    assert run.task.config.strategy.weight != 7.0
+
+
+def test_the_papers_preset_is_compared_at_the_common_loss_vocabulary(tmp_path):
+    paper, single = plan_of(tmp_path, {"strategies": ["paper", "single"]}).runs
+    assert paper.task.config.training == single.task.config.training
+    assert paper.task.base == single.task.base
+
+
+def test_data_sets_and_backbones_are_crossed(tmp_path):
+    smaller = {"simulate": {"users": 60, "items": 40, "stages": 2}}
+    compare = {
+        "data": {"all": {}, "few": {"format": "simulate", **smaller}},
+        "backbones": {
+            "thin": {"backbone": {"name": "tiny", "width": 16}, "training": {"epochs": 2}},
+            "t": "tiny",
+        },
+        "strategies": ["single"],
+    }
+    runs = plan_of(tmp_path, compare).runs
+    assert [(run.data, run.backbone) for run in runs] == [
+        (d, b) for d in ("all", "few") for b in ("thin", "t")
+    ]
+    assert [run.task.config.training.epochs for run in runs] == [2, 1, 2, 1]
+    assert [run.task.config.data.simulate.users for run in runs] == [80, 80, 60, 60]
+    assert len({run.task.data.root for run in runs}) == 2
+
+
+def test_stage_0_is_shared_by_all_that_would_learn_the_same_and_by_nobody_else(tmp_path):
+    strategies = {
+        "single": "single",
+        "peso": "paper",
+        "slow": {"strategy": "single", "set": {"training.later_learning_rate_scale": 0.05}},
+        "rank": {"strategy": "single", "set": {"adapter.rank": 2}},  # tiny learns stage 0 without adapter
+        "fast": {"strategy": "single", "set": {"training.learning_rate": 1e-2}},
+    }
+    shared = plan_of(tmp_path, {"strategies": strategies, "seeds": [0, 1]})
+    base = {run.name.split("/")[2:][0]: run.task.base for run in shared.runs}
+    assert base["single"] == base["peso"] == base["slow"] == base["rank"] != base["fast"]
+    assert len({run.task.base.root for run in shared.runs}) == 2
+    apart = plan_of(tmp_path, {"strategies": strategies, "seeds": [0, 1], "share_base": False})
+    assert len({run.task.base.root for run in apart.runs}) == 4
+    assert (
+        len({run.task.data.root for run in apart.runs}) == 1
+    )  # the same cases
+
+
+def test_what_is_not_random_is_run_once(tmp_path):
+    assert names(plan_of(tmp_path, {"strategies": ["none", "single"], "seeds": [0, 1]})) == [
+        "none",
+        "single/seed=0",
+        "single/seed=1",
+    ]
+    apart = plan_of(tmp_path, {"strategies": ["none"], "seeds": [0, 1], "share_base": False})
+    assert names(apart) == ["none/seed=0", "none/seed=1"]
+
+
+# -- bad input -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compare", "words"),
+    [
+        ({"strategys": ["none"]}, ["'compare.strategys'", "'compare.strategies'"]),
+        ({}, ["compare.strategies", "compare.grid"]),
+        ({"strategies": ["none", "none"]}, ["none", "two variants"]),
+        ({"strategies": ["single"], "seeds": [1, 1]}, ["compare.seeds", "twice"]),
+        ({"strategies": ["single"], "seeds": []}, ["compare.seeds", "1"]),
+        ({"strategies": {"a/b": "single"}}, ["a/b", "letters"]),
+        ({"strategies": {"x": {"name": "pesso"}}}, ["x:", "'pesso'", "'peso'"]),
+        (
+            {"strategies": {"x": {"strategy": "single", "set": {"training.epoch": 1}}}},
+            ["x:", "'training.epochs'"],
+        ),
+        ({"strategies": {"x": {"name": "peso", "wait": 2}}}, ["x:", "'strategy.wait'"]),
+        ({"grid": {"g": {"name": "peso", "weight": []}}}, ["compare.grid.g", "empty"]),
+        ({"grid": {"g": {"name": "peso", "weight": 2}}}, ["compare.grid.g", "no option is a list"]),
+        ({"grid": {"g": {"name": "peso", "weight": [1, 1.0]}}}, ["several runs", "g[weight=1]"]),
+        ({"strategies": ["single"], "tune": {"single": {"name": "peso", "weight": [1, 2]}}}, ["single"]),
+        (
+            {"tune": {"a": {"name": "peso", "weight": [1, 2]}, "b": {"name": "peso", "weight": [1, 2, 3]}}},
+            ["more trials", "a 2", "b 3"],
+        ),
+        ({"strategies": ["single"], "workers": 0}, ["compare.workers", "0"]),
+    ],
+)
+def test_a_mistake_is_named_before_anything_starts(tmp_path, compare, words):
+    with pytest.raises(ConfigError) as error:
+        plan_of(tmp_path, compare)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_data_set_that_is_not_there_is_named(tmp_path):
+    data = {"here": {}, "gone": {"format": "movietweetings", "path": "nowhere"}}
+    with pytest.raises(DataError, match=r"gone.*nowhere"):
+        plan_of(tmp_path, {"data": data, "strategies": ["single"]})
+
+
+def test_run_and_compare_send_each_others_files_on(tmp_path, peso):
+    plan_of(tmp_path, {"strategies": ["single"]})
+    status, _, err = peso("run", tmp_path / "c.yaml", "-w", tmp_path / "r")
+    assert status == 1
+    assert "peso compare" in err
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(COMMON))
+    status, _, err = peso("compare", tmp_path / "plain.yaml", "-w", tmp_path / "r")
+    assert status == 1
+    assert "peso run" in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_workspace_of_a_single_run_is_not_taken_for_a_comparisons(tmp_path):
+    plan = plan_of(tmp_path, {"strategies": ["single"]})
+    Workspace.create_or_open(tmp_path / "w", load_config(COMMON))
+    with pytest.raises(WorkspaceError, match="one run"):
+        plan.refuse_changes()
+
+
+def test_changed_options_of_a_finished_run_are_refused(tmp_path):
+    do(plan_of(tmp_path, {"strategies": {"x": "none"}}).runs[0].task)
+    with pytest.raises(WorkspaceError, match="strategy"):
+        plan_of(tmp_path, {"strategies": {"x": "single"}}).refuse_changes()
+
+
+def test_a_budget_that_is_no_time_is_refused(tmp_path, peso):
+    plan_of(tmp_path, {"strategies": ["single"]})
+    for budget in ("soon", "", "10", "1d"):
+        status, _, err = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--budget", budget)
+        assert status == 1
+        assert "90m" in err
+
+
+# -- one run -------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_a_comparison_equals_the_same_configuration_under_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "report", lambda workspaces, directory: None)
+    run = plan_of(tmp_path, {"strategies": ["single"], "seeds": [4]}).runs[0]
+    do(run.task)
+    alone = Workspace.create_or_open(tmp_path / "alone", load_config(run.task.root / "config.yaml"))
+    with alone.lock():
+        pipeline.run(alone)
+    assert result_files(alone.root) == result_files(run.task.root)
+    assert standing(run.task).complete
+
+
+def test_seeds_share_data_and_stage_0_and_differ_afterwards(tmp_path):
+    zero, one = plan_of(tmp_path, {"strategies": ["single"], "seeds": [0, 1]}).runs
+    do(zero.task)
+    do(one.task)
+    files = [result_files(run.task.root) for run in (zero, one)]
+    for name in files[0]:
+        assert (files[0][name] == files[1][name]) == name.startswith("stages/0/"), name
+    stream = [run.task.root / "stream" / "items.parquet" for run in (zero, one)]
+    assert stream[0].stat().st_ino == stream[1].stat().st_ino  # one file, not two
+
+
+def test_options_are_chosen_on_the_validation_loss_and_the_chosen_trial_is_the_run(tmp_path):
+    wide = {"strategy": "single", "set": {"training.later_learning_rate_scale": [0.001, 1.0]}}
+    run = plan_of(tmp_path, {"tune": {"tuned": wide}}).runs[0]
+    for candidate in run.candidates:
+        do(candidate.trial)
+        assert not list((candidate.trial.root / "stages" / "1").glob("predictions*"))  # no test is looked at
+    losses = [validation_loss(candidate.trial) for candidate in run.candidates]
+    best = choose(run.candidates)
+    assert best is run.candidates[losses.index(min(losses))]
+    chosen = run.with_choice(best)
+    do(chosen.task)
+    weights = "stages/2/adapter/adapter_model.safetensors"
+    assert checksum(chosen.task.root / weights) == checksum(best.trial.root / weights)
+    assert standing(chosen.task).complete
+    figures = json.loads((chosen.task.root / "stages/2/metrics.json").read_text())
+    assert {"training", "test"} <= figures.keys()
+
+
+def test_after_the_deadline_training_stops_at_its_next_checkpoint_and_no_sooner(tmp_path):
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(COMMON))
+    reporter = Reporter(workspace, time.time() - 1, io.StringIO())
+    with pytest.raises(OutOfTime):
+        reporter.step("learn stage 1")
+    reporter.begin("learn stage 1", 10, "steps")
+    reporter.advance(1)  # nothing since the deadline is on disk yet
+    unfinished = workspace.unfinished_directory(1) / "abc"
+    unfinished.mkdir(parents=True)
+    write_json(unfinished / "checkpoint.pt", {})
+    with pytest.raises(OutOfTime):
+        reporter.advance(2)
+    reporter.begin("test stage 1: search", 10, "users")
+    reporter.advance(1)
+    late = Reporter(workspace, time.time() - GRACE_SECONDS - 1, io.StringIO())
+    late.begin("test stage 1: search", 10, "users")
+    with pytest.raises(OutOfTime):
+        late.advance(1)
+
+
+def test_workers_share_the_cores_between_them():
+    cores = len(os.sched_getaffinity(0))
+    assert Machine.of("auto", "cpu").workers == cores
+    two = Machine.of(2, "cpu")
+    assert two.environment(1)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert "CUDA_VISIBLE_DEVICES" not in two.environment(0)
+    gpus = Machine(3, 1, ("4", "7"))
+    assert [gpus.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
+
+
+# -- many runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_same_result(tmp_path):
+    plan = plan_of(tmp_path, {"strategies": ["single", "paper"]})
+    machine = Machine(2, 1)
+    killed = []
+
+    def watch(rows):
+        for row in rows:
+            if row.run.strategy == "single" and row.note.startswith("learn stage 1") and not killed:
+                killed.append(row)
+                os.kill(schedule._working[row.run.task.root].process.pid, signal.SIGKILL)
+
+    schedule = Schedule(plan, 2, machine.environment, watch=watch)
+    single, paper = schedule.run()
+    assert (single.state, paper.state) == ("failed", "done")
+    assert "SIGKILL" in single.note
+    assert (tmp_path / "w" / "logs").is_dir()
+
+    found = collect(plan)
+    assert [run.strategy for run, _ in found.runs][-1] == "paper"
+    assert any("single" in remark and "only 1 of 3" in remark for remark in found.remarks)
+
+    rows = Schedule(plan, 2, machine.environment).run()
+    assert [row.state for row in rows] == ["done", "done"]
+    assert all(row.standing.hit is not None for row in rows)
+    again = plan_of(tmp_path / "again", {"strategies": ["single", "paper"]})
+    for run, same in zip(plan.runs, again.runs, strict=True):
+        do(same.task)
+        assert result_files(run.task.root) == result_files(same.task.root)
+
+    pages = write_results(plan, collect(plan))
+    assert [page.name for page in pages] == ["index.html"]
+    table = pq.read_table(tmp_path / "w" / "results.parquet").to_pylist()
+    assert [(row["strategy"], row["stage"]) for row in table] == [
+        (s, t) for s in ("single", "paper") for t in range(3)
+    ]
+    for row in table:
+        metrics = json.loads((Path(row["workspace"]) / f"stages/{row['stage']}/metrics.json").read_text())
+        assert row["hit@10"] == metrics["test"]["metrics"]["hit@10"]["value"]
+        assert row["validation_loss"] == min(metrics["training"]["validation_losses"])
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_over_starts_nothing_and_the_command_still_says_what_is_missing(tmp_path, peso):
+    plan_of(tmp_path, {"strategies": ["single"]})
+    status, out, _ = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--budget", "0s")
+    assert status == 0
+    assert "1 stopped" in out
+    assert "single/seed=0: missing" in out
+    assert not (tmp_path / "w" / "data").exists()
+
+
+@pytest.mark.slow
+def test_the_dry_run_lists_every_run_and_writes_nothing(tmp_path, peso):
+    plan_of(tmp_path, {"strategies": ["none"], "grid": {"p": {"name": "peso", "weight": [1, 2]}}})
+    status, out, _ = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--dry-run")
+    assert status == 0
+    for name in ("tiny/none", "tiny/p[weight=1]/seed=0", "tiny/p[weight=2]/seed=0"):
+        assert name in out
+    assert not (tmp_path / "w").exists()
