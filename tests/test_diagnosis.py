@@ -14,7 +14,8 @@ from peso.config import load_config
 from peso.continual import anchor_report
 from peso.continual.anchor_report import NO_EFFECT, anchor_finding, gradient_ratio
 from peso.diagnosis import diagnose
-from peso.errors import WorkspaceError
+from peso.directions import stage_directions
+from peso.errors import ConfigError, WorkspaceError
 from peso.events.drift import drift
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
@@ -48,7 +49,13 @@ def learnt(root: Path, *overrides: str, base: Path | None = None) -> tuple[Works
 
 @pytest.fixture(scope="module")
 def weak(tmp_path_factory) -> tuple[Workspace, list[str]]:
-    return learnt(tmp_path_factory.mktemp("runs") / "weak")
+    return learnt(tmp_path_factory.mktemp("runs") / "weak", "strategy={name: peso, weight: 2}")
+
+
+@pytest.fixture(scope="module")
+def free(weak, tmp_path_factory) -> Workspace:
+    """The stage of `weak` learnt without an anchor."""
+    return learnt(tmp_path_factory.mktemp("runs") / "single", "strategy=single", base=weak[0].root)[0]
 
 
 def test_the_anchor_s_ratio_is_the_mean_over_the_steps(weak) -> None:
@@ -153,3 +160,101 @@ def test_ingest_prints_the_funnel_and_what_was_left_out(peso, tmp_path: Path) ->
     assert ["read", "44", "–", "–"] in lines
     assert ["readable", "43", "4", "5"] in lines
     assert ["duplicates kept once", "40", "4", "5"] in lines
+
+
+# -- directions ----------------------------------------------------------------------------------------
+
+
+def test_directions_of_a_free_run_against_itself_have_weight_one(free) -> None:
+    found = stage_directions(free, 3, examples=24, free=free)
+    assert found["weight"] is None
+    assert all(row["measured"] == pytest.approx(1) for row in found["directions"])
+    assert all("predicted" not in row for row in found["directions"])
+    for part in ("in_directions", "in_other_support", "without_support"):
+        assert found["rest"][f"measured_{part}"] == pytest.approx(1)
+    shares = [
+        found["rest"][f"share_{part}"] for part in ("of_directions", "of_other_support", "without_support")
+    ]
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) >= 0
+    # carried shares are of one whole, and of the modules that the adapter has
+    for row in found["directions"]:
+        for kind in ("modules", "layers", "targets", "factors"):
+            assert sum(row[kind].values()) == pytest.approx(1)
+        assert set(row["factors"]) == {"A", "B"}
+
+
+@pytest.mark.parametrize("coupling", ["loss", "decoupled"])
+def test_a_stronger_anchor_predicts_and_measures_less_of_the_new_optimum(
+    weak, free, tmp_path, coupling
+) -> None:
+    weights = []
+    for number, value in enumerate(("1e-3", "30") if coupling == "decoupled" else ("1e-6", "1e4")):
+        key = "strength" if coupling == "decoupled" else "weight"
+        options = f"strategy={{name: peso, proximal: l2, {key}: {value}, coupling: {coupling}, examples: 8}}"
+        held, _ = learnt(tmp_path / f"{coupling}{number}", options, base=weak[0].root)
+        found = stage_directions(held, 2, examples=24, free=free)
+        assert found["differences"] == []
+        assert found["coupling"] == coupling
+        rows, rest = found["directions"], found["rest"]
+        weights.append(
+            [rows[0]["predicted"], rows[0]["predicted_in_the_limit"], rest["measured_in_directions"]]
+        )
+    for weak_anchor, strong_anchor in zip(*weights, strict=True):
+        assert weak_anchor == pytest.approx(1, abs=0.02)
+        assert strong_anchor < 0.5
+
+
+def test_the_weight_is_the_one_that_the_stage_was_learnt_with(weak, tmp_path: Path) -> None:
+    options = "strategy={name: peso, strength: 0.5, coupling: loss, examples: 8}"
+    held, _ = learnt(tmp_path / "strength", options, base=weak[0].root)
+    metrics = json.loads((held.stage_directory(1) / "metrics.json").read_text())
+    found = stage_directions(held, 1, examples=20)
+    assert found["weight"] == pytest.approx(metrics["training"]["strategy"]["weight"], rel=1e-6)
+    assert "measured" not in found["directions"][0]
+
+
+def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
+    workspace = weak[0]
+    with pytest.raises(WorkspaceError, match="learnt with peso"):
+        stage_directions(workspace, 2, examples=20, free=workspace)
+    with pytest.raises(WorkspaceError, match="stage 0 starts from nothing"):
+        stage_directions(workspace, 2, stage=0)
+    none, _ = learnt(tmp_path / "none", "strategy=none", base=workspace.root)
+    with pytest.raises(ConfigError, match="none does not move one adapter"):
+        stage_directions(none, 2)
+    other, _ = learnt(tmp_path / "other", "strategy=single", "seed=7", "data_seed=0")
+    with pytest.raises(WorkspaceError, match="another backbone"):
+        stage_directions(workspace, 2, examples=20, free=other)
+    longer, _ = learnt(
+        tmp_path / "longer", "strategy=single", "training.later_learning_rate_scale=0.5", base=workspace.root
+    )
+    assert stage_directions(workspace, 2, examples=20, free=longer)["differences"] == [
+        "The two runs differ in training too."
+    ]
+
+
+def test_diagnose_prints_and_draws_directions(peso, weak, tmp_path: Path) -> None:
+    arguments = ("diagnose", "-w", weak[0].root, "--directions", "3", "--examples", "24")
+    status, out, _ = peso(*arguments, "--at", "end", "--plot", tmp_path / "d.svg")
+    assert status == 0
+    for words in (
+        "strongest directions of stage 1",
+        "which modules carry them",
+        "ρ/(ρ+λ)",
+        "cross-validated",
+    ):
+        assert words in out
+    assert (tmp_path / "d.svg").read_bytes().startswith(b"<?xml")
+    status, out, _ = peso(*arguments, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert [row["direction"] for row in found["directions"]] == [1, 2, 3]
+    assert found["sentences"]
+    for wrong in (("--plot", "d.pdf"), ("--free", weak[0].root)):
+        status, _, err = peso(*arguments, *wrong)
+        assert status == 1
+        assert "error" in err
+    status, _, err = peso("diagnose", "-w", weak[0].root, "--stage", "1")
+    assert status == 1
+    assert "--directions" in err

@@ -1,31 +1,72 @@
-"""`peso diagnose`: how the stream drifts, whether the codes still fit, whether the anchor holds."""
+"""`peso diagnose`: drift of the stream, fit of the codes, whether the anchor holds, and where."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from peso.cli.display import table
 from peso.cli.options import Directory, Json
 
+if TYPE_CHECKING:
+    from peso.workspace import Workspace
+
 
 def register(app: typer.Typer) -> None:
     app.command()(diagnose)
 
 
-def diagnose(workspace: Directory, as_json: Json = False) -> None:
+def diagnose(
+    workspace: Directory,
+    directions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Show the so many directions that a stage's data support most, instead."),
+    ] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="With --directions: of which stage; by default the newest.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=20, help="With --directions: single targets to estimate supports from.")
+    ] = 256,
+    free: Annotated[
+        Path | None,
+        typer.Option(help="With --directions: a workspace that learnt the stage with strategy `single`."),
+    ] = None,
+    at: Annotated[
+        Literal["start", "end"],
+        typer.Option(help="With --directions: take gradients where the stage started, or where it ended."),
+    ] = "start",
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --directions: draw predicted and measured weights, FILE.svg or FILE.png."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show how the stream drifts, whether the codes still fit new items, and whether the anchor holds.
 
     Whatever is there is shown: after `peso ingest` the drift, after `peso tokenize` the codes, after each
-    learnt stage the anchor. Warnings come last.
+    learnt stage the anchor. Warnings come last. With --directions: what of an adapter the new data support,
+    what the anchor's weight predicts to be kept, and, with --free, what was kept (docs/diagnosis.md).
 
     Example: peso diagnose -w runs/shop
+
+    Example: peso diagnose -w runs/peso --directions 8 --stage 1 --free runs/single --plot directions.svg
     """
     import json
 
     from peso import diagnosis
+    from peso.errors import ConfigError
     from peso.workspace import Workspace
 
-    found = diagnosis.diagnose(Workspace.open(workspace))
+    opened = Workspace.open(workspace)
+    if directions is not None:
+        _directions(opened, directions, stage, examples, free, at, plot, as_json)
+        return
+    if stage is not None or free is not None or plot is not None:
+        raise ConfigError("--stage, --free and --plot go with --directions: say how many")
+    found = diagnosis.diagnose(opened)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -33,3 +74,38 @@ def diagnose(workspace: Directory, as_json: Json = False) -> None:
         table(title, columns, rows)
     for warning in found["warnings"]:
         print(f"warning: {warning}")
+
+
+def _directions(
+    workspace: Workspace,
+    count: int,
+    stage: int | None,
+    examples: int,
+    free: Path | None,
+    at: Literal["start", "end"],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    import json
+
+    from peso.direction_views import direction_plot, direction_sentences, direction_tables
+    from peso.directions import stage_directions
+    from peso.errors import ConfigError
+    from peso.evaluation.plots import png_file, svg_file
+    from peso.workspace import Workspace
+
+    drawers = {".svg": svg_file, ".png": png_file}
+    if plot is not None and plot.suffix not in drawers:
+        raise ConfigError(f"--plot {plot}: a plot ends in .svg or .png")
+    unheld = None if free is None else Workspace.open(free)
+    found = stage_directions(workspace, count, stage, examples, unheld, at)
+    found["sentences"] = direction_sentences(found)
+    if plot is not None:
+        plot.write_bytes(drawers[plot.suffix](direction_plot(found)))
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for title, columns, rows in direction_tables(found):
+        table(title, columns, rows)
+    for sentence in found["sentences"]:
+        print(sentence)

@@ -184,6 +184,7 @@ def stage_weight(
     Args:
         free_time: T of the free stage, where it is another.
     """
+    support = support.clamp_min(torch.finfo(support.dtype).eps * float(support.max()))  # the limit, not 0/0
     y, s = time * support / inertia, time * torch.as_tensor(weight) / inertia
     y_free = (time if free_time is None else free_time) * support / inertia
     held = y / (y + s) * -torch.expm1(-(y + s))

@@ -55,7 +55,7 @@ class Carried:
 
 
 class Sketch:
-    """Gradients of ``examples`` losses at the anchor of a term, each of one target of ``tokens`` tokens."""
+    """Gradients of ``examples`` losses, each of one target of ``tokens`` tokens. ``groups``: the anchor."""
 
     def __init__(self, groups: Sequence[Group], parts: Sequence[Part], tokens: float) -> None:
         self.groups = groups
@@ -64,12 +64,20 @@ class Sketch:
         self.examples = len(parts[0].gradients)
 
     @classmethod
-    def of(cls, term: AnchoredTerm, source: Source, losses: Iterable[Tensor], tokens: float) -> Sketch:
+    def of(
+        cls,
+        term: AnchoredTerm,
+        source: Source,
+        losses: Iterable[Tensor],
+        tokens: float,
+        anchors: Sequence[Tensor] | None = None,
+    ) -> Sketch:
         """
         Args:
-            term: anchored at the parameters as they are.
-            source: as given to its ``anchor``.
+            term: anchored.
+            source: as given to its ``anchor``; gradients are taken where its parameters are now.
             losses: see :meth:`peso.continual.proximal.term.Term.calibrate`.
+            anchors: where the term is anchored; None: where the parameters are now.
 
         Raises:
             TrainingError: a frozen group, or no losses.
@@ -77,7 +85,7 @@ class Sketch:
         groups = term.groups_of(source)
         check_trained(groups)
         tensors = [group.tensor for group in groups]
-        anchors = [tensor.detach() for tensor in tensors]
+        anchors = [tensor.detach() for tensor in tensors] if anchors is None else anchors
         stacks = stack_anchors(anchors, find_units(groups, term.groups), [ON_CPU] * len(groups), term.metric)
         rows: list[list[Tensor]] = [[] for _ in stacks]
         for loss in losses:
@@ -94,7 +102,11 @@ class Sketch:
         parts = []
         for stack in stacks:
             parts.append(_part(stack, torch.stack(rows.pop(0)), divisor))
-        return cls([group.snapshot() for group in groups], parts, tokens)
+        kept = [
+            Group(group.module, group.factor, anchor.detach().clone())
+            for group, anchor in zip(groups, anchors, strict=True)
+        ]
+        return cls(kept, parts, tokens)
 
     def gram(self) -> Tensor:
         """K: float64 (examples, examples)."""
@@ -161,7 +173,7 @@ class Sketch:
         return Carried(shares, inertia, pull)
 
 
-def _part(stack: Stack, gradients: Tensor, divisor: int) -> Part:  # type: ignore[type-arg]
+def _part(stack: Stack, gradients: Tensor, divisor: int) -> Part:
     size = stack.anchor.shape[-1]
     metric = stack.metric
     ones = torch.ones(len(stack.anchor), 1, dtype=torch.float64)

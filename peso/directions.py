@@ -1,0 +1,296 @@
+"""Which directions of an adapter a stage's data support, and what the anchor left of them: of a workspace.
+
+Knows which files of a workspace hold a stage's states; knows nothing of how the figures are shown. The
+mathematics is in ``peso/continual/directions.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peso.continual.directions import (
+    Directions,
+    held_out,
+    limit_weight,
+    stage_weight,
+    strongest,
+)
+from peso.continual.groups import Group, Source, find_groups
+from peso.continual.hooks import StageContext
+from peso.continual.peso import Peso
+from peso.continual.proximal import SoftmaxKL
+from peso.continual.proximal.anchored import AnchoredTerm
+from peso.continual.sketch import Sketch
+from peso.continual.strategy import make_strategy
+from peso.errors import ConfigError, WorkspaceError
+from peso.events.stream import Stream
+from peso.model.build import has_adapter, load_stage_weights
+from peso.model.generative import GenerativeModel
+from peso.stages import starting_model, stored_memory
+from peso.training.examples import StageExamples
+from peso.workspace import LOG, METRICS, Workspace
+
+At = Literal["start", "end"]
+MOVES_ONE_ADAPTER = ("single", "peso", "replay", "distill", "average")
+FOLDS = 10
+EXAMPLES = 256
+
+
+def stage_directions(
+    workspace: Workspace,
+    count: int,
+    stage: int | None = None,
+    examples: int = EXAMPLES,
+    free: Workspace | None = None,
+    at: At = "start",
+) -> dict[str, Any]:
+    """The strongest directions of (Σ, H) of a stage, predicted and measured.
+
+    Args:
+        count: how many directions.
+        stage: from 1 on; None: the newest.
+        examples: single targets of the stage that are looked at.
+        free: a workspace that learnt the same stage without an anchor (``single``).
+        at: where the gradients are taken. ``start``: at the anchor, where H and ρ̄ are taken too, all runs of
+            a stage stand at the same place, and nothing is fitted to the examples yet; the pull that they
+            share counts as support (``mean_share``). ``end``: where the stage ended, nearer to the optimum
+            that the formula speaks of, but fitted to these very examples.
+
+    Returns:
+        ``directions``: a dict for each of them, see docs/diagnosis.md; ``rest``: the weight measured in what
+        the sample supports beside them, and in what it does not support; ``differences``: sentences on what
+        sets the free run apart beside the anchor.
+
+    Raises:
+        WorkspaceError: a stage without an anchor or not learnt, or a free workspace that is no comparison.
+        ConfigError: a strategy that does not move one adapter on, or a term that has no metric.
+        TrainingError: too few examples for a spread, or gradients that say nothing.
+    """
+    stage = _stage_with_anchor(workspace, stage)
+    differences = [] if free is None else _differences(workspace, free, stage)
+    model, term, sketch, source = _sketched(workspace, stage, examples, at)
+    gram = sketch.gram()
+    everything = strongest(gram, sketch.examples, sketch.tokens)  # the whole span of the sample
+    count = min(count, len(everything.support))
+    top = Directions(everything.support[:count], everything.coefficients[:, :count])
+    fresh = held_out(gram, count, sketch.tokens, FOLDS)
+    carried = sketch.carried(top, workspace.config.training.batch_size)
+    pace = _Pace.of(workspace, stage)
+    strength = _strength(term, pace) if workspace.config.strategy.name == "peso" else None
+    columns: dict[str, Tensor] = {
+        "support": fresh.support,
+        "support_standard_error": fresh.standard_error,
+        "support_of_sample": top.support,
+        "mean_share": fresh.mean_share,
+    }
+    moved = sketch.step(_stored(workspace, stage, model, source))
+    columns["moved"] = everything.along(sketch.products(moved))
+    if strength is not None:
+        weight = strength * (carried.pull if term.coupling == "decoupled" else torch.ones(count))
+        own, other = pace.until_best, None if free is None else _Pace.of(free, stage).until_best
+        columns["weight"] = weight
+        for suffix, support in (("", fresh.support), ("_of_sample", top.support)):
+            columns[f"predicted_in_the_limit{suffix}"] = limit_weight(support, weight)
+            columns[f"predicted{suffix}"] = stage_weight(support, weight, carried.inertia, own, other)
+    rest: dict[str, float | None] = {}
+    if free is not None:
+        there = sketch.step(_stored(free, stage, model, source))
+        columns["moved_freely"] = everything.along(sketch.products(there))
+        columns["measured"] = columns["moved"] / columns["moved_freely"]
+        rest = _rest(sketch, moved, there, columns["moved"], columns["moved_freely"], count)
+    return {
+        "stage": stage,
+        "term": _named(term),
+        "coupling": term.coupling if strength is not None else None,
+        "weight": strength,
+        "rho": sketch.rho(),
+        "examples": sketch.examples,
+        "at": at,
+        "tokens": sketch.tokens,
+        "free": None if free is None else str(free.root),
+        "differences": differences,
+        "directions": [
+            {"direction": k + 1, **{name: float(values[k]) for name, values in columns.items()}}
+            | _carriers(sketch.groups, carried.shares[k])
+            for k in range(count)
+        ],
+        "rest": rest,
+    }
+
+
+# -- what the stage started from, and where it went ------------------------------------------------------
+
+
+def _stage_with_anchor(workspace: Workspace, stage: int | None) -> int:
+    stage = workspace.require_stage(stage)
+    if stage == 0:
+        raise WorkspaceError(
+            "stage 0 starts from nothing that could be an anchor; name a later one (--stage)"
+        )
+    name = workspace.config.strategy.name
+    if name not in MOVES_ONE_ADAPTER:
+        raise ConfigError(
+            f"strategy {name} does not move one adapter on from stage to stage, so there are no directions "
+            f"to follow; they are known for {', '.join(MOVES_ONE_ADAPTER)}"
+        )
+    return stage
+
+
+def _sketched(
+    workspace: Workspace, stage: int, examples: int, at: At
+) -> tuple[GenerativeModel, AnchoredTerm, Sketch, Source]:
+    """The stage's model, the term anchored where it began, gradients of its targets, and what is anchored."""
+    config = workspace.config
+    model = starting_model(workspace, stage)
+    if not has_adapter(model):
+        raise ConfigError(f"stage {stage} of {workspace.root} has no adapter")
+    seed = config.seed_of_stage(stage)
+    stream = Stream.open(workspace.stream_directory)
+    given = StageExamples(model, stream.stage, stage, config.training, seed)
+    context = StageContext(
+        stage,
+        model.backbone,
+        total_steps=0,
+        seed=seed,
+        vocabulary=model.vocabulary,
+        examples=given,
+        memory=stored_memory(workspace.stage_directory(stage - 1)),
+    )
+    strategy = make_strategy(config.strategy)
+    term = strategy.term if isinstance(strategy, Peso) else SoftmaxKL()
+    if not isinstance(term, AnchoredTerm):
+        raise ConfigError(
+            f"{type(term).__name__} is no squared distance to the anchor: it has no metric H, and so there "
+            "are no directions of (Σ, H)"
+        )
+    source: Source = model.backbone
+    if isinstance(strategy, Peso):
+        strategy.begin(context)  # anchors, and finds the weight of a strength as the stage did
+        source = strategy.held(context)
+    else:
+        term.anchor(source)
+    anchors = [group.snapshot().tensor for group in term.groups_of(source)]
+    if at == "end":
+        load_stage_weights(model, workspace.stage_directory(stage))
+    losses = given.losses(stage, examples)
+    return model, term, Sketch.of(term, source, losses, given.tokens, anchors), source
+
+
+def _stored(workspace: Workspace, stage: int, model: GenerativeModel, source: Source) -> list[Tensor]:
+    """What a stage left of what is anchored, read into the model."""
+    load_stage_weights(model, workspace.stage_directory(stage))
+    return [group.tensor.detach().clone() for group in find_groups(source)]
+
+
+def _differences(workspace: Workspace, free: Workspace, stage: int) -> list[str]:
+    """Sentences on what differs between two runs of a stage beside the anchor. Raises WorkspaceError where
+    the two cannot be set side by side."""
+    options = free.config.strategy
+    if options.name != "single":
+        raise WorkspaceError(
+            f"{free.root} is learnt with {options.name}: what a stage would reach unheld is told by `single`"
+        )
+    if stage not in free.finished_stages:
+        raise WorkspaceError(f"stage {stage} of {free.root} is not learnt; it has {free.finished_stages}")
+    ours, theirs = (w.stage_manifest(stage) for w in (workspace, free))
+    for key, what in (("backbone_sha256", "backbone"), ("inputs", "data")):
+        if ours[key] != theirs[key]:
+            raise WorkspaceError(f"stage {stage} of {free.root} was learnt on another {what}")
+    found = []
+    before = [w.stage_manifest(stage - 1)["determined_by"] for w in (workspace, free)]
+    if before[0] != before[1]:
+        found.append(
+            f"The two runs differ from stage {stage - 1} or earlier on, so they do not start at the same "
+            "place: what was measured mixes this stage's anchor with those before. Stage 1 on one stage 0 "
+            "tells them apart."
+        )
+    ours, theirs = (w.config.model_dump(mode="json") for w in (workspace, free))
+    other = [key for key in ("training", "adapter", "prompt") if ours[key] != theirs[key]]
+    if other or workspace.config.seed_of_stage(stage) != free.config.seed_of_stage(stage):
+        found.append(f"The two runs differ in {', '.join(other) or 'seed'} too.")
+    return found
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Σ of the learning rates of a stage, over all its steps and up to the end of its best epoch."""
+
+    total: float
+    until_best: float
+
+    @classmethod
+    def of(cls, workspace: Workspace, stage: int) -> _Pace:
+        directory = workspace.stage_directory(stage)
+        best = json.loads((directory / METRICS).read_text(encoding="utf-8"))["training"]["best_epoch"]
+        with (directory / LOG).open(encoding="utf-8") as lines:
+            steps = [record for record in map(json.loads, lines) if "learning_rate" in record]
+        rates = [(record["learning_rate"], record["epoch"] <= best) for record in steps]
+        return cls(sum(rate for rate, _ in rates), sum(rate for rate, kept in rates if kept))
+
+
+def _strength(term: AnchoredTerm, pace: _Pace) -> float | None:
+    """λ, or κ of the decoupled form."""
+    if term.coupling == "decoupled" and term.strength is not None:
+        return term.strength / pace.total
+    return term.weight
+
+
+def _rest(
+    sketch: Sketch,
+    moved: Sequence[Tensor],
+    there: Sequence[Tensor],
+    along: Tensor,
+    along_freely: Tensor,
+    count: int,
+) -> dict[str, float | None]:
+    """Weight measured beside the strongest directions, and how the free movement is spread over the three."""
+    whole, products = sketch.inner(there, there), along * along_freely
+    supported = [float(along_freely[:count].square().sum()), float(along_freely[count:].square().sum())]
+    outside = whole - sum(supported)
+    held_outside = sketch.inner(moved, there) - float(products.sum())
+    return {
+        "share_of_directions": supported[0] / whole,
+        "share_of_other_support": supported[1] / whole,
+        "share_without_support": outside / whole,
+        "measured_in_directions": float(products[:count].sum()) / supported[0],
+        "measured_in_other_support": float(products[count:].sum()) / supported[1] if supported[1] else None,
+        "measured_without_support": held_outside / outside,
+    }
+
+
+def _carriers(groups: Sequence[Group], shares: Tensor) -> dict[str, dict[str, float]]:
+    """Shares of ‖q‖²_H by layer, by target and by factor, largest first."""
+
+    def split(owner: Callable[[Group], str]) -> dict[str, float]:
+        sums: dict[str, float] = defaultdict(float)
+        for group, share in zip(groups, shares.tolist(), strict=True):
+            sums[owner(group)] += share
+        return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
+
+    return {
+        "modules": split(lambda group: group.module),
+        "layers": split(lambda group: layer_of(group.module)),
+        "targets": split(lambda group: group.module.rpartition(".")[2]),
+        "factors": split(lambda group: group.factor or group.module),
+    }
+
+
+def layer_of(module: str) -> str:
+    """
+    >>> layer_of("model.layers.11.mlp.up_proj"), layer_of("tensor 0")
+    ('11', 'tensor 0')
+    """
+    return next((part for part in module.split(".") if part.isdigit()), module)
+
+
+def _named(term: Any) -> str:
+    options = {"temperature": "τ", "groups": "groups", "reduction": "reduction"}
+    told = [f"{sign} {getattr(term, name)}" for name, sign in options.items() if hasattr(term, name)]
+    return f"{type(term).__name__} ({', '.join(told)})"
