@@ -7,6 +7,7 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from event_logs import data_config, histories, ingested, write_json_lines, write
 from peso.durable import commit_directory
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.events import stage_writer
+from peso.events.database import temporary_database
 from peso.events.ingest import ingest
 
 LOG = [(f"u{k % 3}", f"i{k % 5}", 1_600_000_000 + k) for k in range(30)]
@@ -342,3 +344,12 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with commit_directory(tmp_path / "stream") as directory:
         ingest(data_config(format="csv", path=str(path), stages=2), directory)
     assert (tmp_path / "stream" / "manifest.json").is_file()
+
+
+def test_a_disk_that_fills_up_with_what_is_spilt_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(WorkspaceError, match=r"no space left while ingesting .* nothing half-written"),
+        temporary_database(tmp_path),
+    ):
+        raise duckdb.IOException('IO Error: Could not write file "x.tmp": No space left on device')
+    assert not list(tmp_path.iterdir())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peso.config import ItemsConfig
+from peso.durable import commit_directory
 from peso.errors import ConfigError, DataError, WorkspaceError
-from peso.items import fitness
+from peso.items import fitness, index_files
 from peso.items.index_files import read_release_index, read_semantic_ids, write_semantic_ids
 from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
 from peso.items.semantic_ids import SemanticIds
@@ -225,6 +228,34 @@ def test_a_hundred_thousand_items_with_one_text_take_seconds(tmp_path: Path) -> 
     config = settings_for(levels=4, codes=256)
     manifest = tokenize(item_table(["the same"] * 100_000), config, tmp_path, seed=0)
     assert manifest["quality"]["collisions"]["distinct_ids"] == 100_000
+
+
+def test_a_full_disk_leaves_no_ids_or_those_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items, config = catalogue(80), settings_for()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def make(count: int, run: Callable[..., object], *source: Path) -> None:
+        with commit_directory(tmp_path / "ids") as directory:
+            run(items.slice(0, count), config, *source, directory, **({} if source else {"seed": 0}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_files.pq, "write_table", full)
+        with pytest.raises(WorkspaceError, match=r"no space left while writing .*nothing half-written"):
+            make(60, tokenize)
+    assert not list(tmp_path.iterdir())
+    make(60, tokenize)
+    before = read_semantic_ids(tmp_path / "ids").codes
+    with monkeypatch.context() as patch:
+        patch.setattr(index_files.pq, "write_table", full)
+        with pytest.raises(WorkspaceError, match="no space left while writing"):
+            make(80, append, tmp_path / "ids")
+    np.testing.assert_array_equal(read_semantic_ids(tmp_path / "ids").codes, before)
+    make(80, append, tmp_path / "ids")
+    np.testing.assert_array_equal(read_semantic_ids(tmp_path / "ids").codes[:60], before)
 
 
 @pytest.fixture

@@ -152,7 +152,9 @@ def _leave_out_older(connection: duckdb.DuckDBPyConnection, last: int, skip: boo
         )
     connection.execute(f"DELETE FROM events WHERE time < {last}")
     if not scalar(connection, "SELECT count(*) FROM events"):
-        raise DataError(f"{path}: all {older:,} events are older than the last one of the stream")
+        raise DataError(
+            f"{path}: all {older:,} events are older than the last one of the stream; nothing is new"
+        )
     return older
 
 
