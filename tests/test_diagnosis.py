@@ -26,6 +26,7 @@ TREE = {
     "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},
     "items": {"quantizer": "rq-kmeans", "levels": 3},
     "backbone": "tiny",
+    "strategy": {"name": "peso", "weight": 2.0, "reduction": "mean"},  # an anchor too weak to hold
     "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
     "evaluation": {"enabled": False},
 }
