@@ -79,7 +79,8 @@ class Peso(Strategy):
         return None
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
-        if context.number > 0 and self.term.coupling == "decoupled":
+        # a stage of a single step is all warm-up: at rate 0 nothing moves
+        if context.number > 0 and self.term.coupling == "decoupled" and learning_rate > 0:
             self.term.after_step(self.held(context), learning_rate, context.total_rate)
 
     def end(self, context: StageContext) -> None:
