@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
 from peso.baselines.baseline import Baseline
 from peso.events.histories import Cases
@@ -95,7 +94,7 @@ class BaselineAnswers:
         items = _item_log_probabilities(
             self.baseline.scores(cases), cases, self.inverse_temperature, self.repeats
         )
-        return np.logaddexp.reduceat(items[:, self.trie.items], self.trie.item_starts[:-1], axis=1)
+        return _of_leaves(items, self.trie)
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
         found, done = [], 0
@@ -140,6 +139,17 @@ def top(scores: np.ndarray, depth: int) -> np.ndarray:
     return result
 
 
+def _of_leaves(items: np.ndarray, trie: ItemTrie) -> np.ndarray:
+    """(n, leaves): the log-probability of each leaf's items together. Few leaves have more than one."""
+    result = items[:, trie.items[trie.item_starts[:-1]]]
+    counts = np.diff(trie.item_starts)
+    for place in range(1, counts.max()):
+        shared = np.flatnonzero(counts > place)
+        other = items[:, trie.items[trie.item_starts[shared] + place]]
+        result[:, shared] = np.logaddexp(result[:, shared], other)
+    return result
+
+
 def _item_log_probabilities(
     scores: np.ndarray, cases: Cases, inverse_temperature: float, repeats: bool
 ) -> np.ndarray:
@@ -147,4 +157,6 @@ def _item_log_probabilities(
     if not repeats:
         for row, history in zip(scaled, cases.histories, strict=True):
             row[np.unique(history)] += REPEAT
-    return log_softmax(scaled, axis=1)
+    scaled -= scaled.max(axis=1, keepdims=True)
+    scaled -= np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    return scaled

@@ -54,7 +54,7 @@ class EaseConfig(BaselineOptions):
 
     name: Literal["ease"] = "ease"
     items: int = Field(5000, ge=1, description="that take part: those with most users; memory grows squared")
-    regularisation: float = Field(100.0, gt=0)
+    regularisation: float = Field(50.0, gt=0)
 
 
 class TwoTowerConfig(NetworkOptions):
