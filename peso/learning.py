@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peso import assets
-from peso.continual.anchor_report import anchor_finding, anchor_report
+from peso.continual.anchor_report import anchor_report
 from peso.continual.groups import find_groups
+from peso.continual.hold import Watch, hold_report
 from peso.continual.hooks import StageContext, Strategy
 from peso.continual.strategy import make_strategy
-from peso.diagnosis import logged_ratio
+from peso.diagnosis import read_log
 from peso.durable import commit_directory, write_aside, write_json
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
@@ -62,6 +63,8 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
     memory = stored_memory(workspace.stage_directory(stage - 1)) if stage else {}
     training: dict[str, Any] = {}
     strategy = make_strategy(workspace.config.strategy)
+    if stage == 0:
+        strategy = Strategy()  # the base stage is the same for all
     if strategy.learns(stage):
         training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
     else:
@@ -133,8 +136,9 @@ def _train(
         figures["strategy"] = told
     if stage and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
-        if finding := anchor_finding(stage, logged_ratio(unfinished / LOG)):
-            observer.note(finding)
+        figures["anchor"] = hold_report(stage, read_log(unfinished / LOG), told.get("rho"))
+        if says := figures["anchor"]["says"]:
+            observer.note(says)
     return figures
 
 
@@ -149,13 +153,16 @@ def _train_phase(
     config, stage = workspace.config, context.number
     data = Stream.open(workspace.stream_directory).stage(stage)
     title = f"learn stage {stage}" + (f", {context.phase}" if context.phase else "")
-    begun = False
+    begun, watch = False, Watch(stage, 0)
 
     def show(progress: Progress) -> None:
-        nonlocal begun
+        nonlocal begun, watch
         if not begun:
             observer.begin(title, progress.steps, "steps")
             begun = True
+            watch = Watch(stage, progress.steps, strategy.figures().get("rho"))
+        if stage and (warning := watch.see(progress.record)):
+            observer.note(f"warning: {warning}")
         observer.advance(
             progress.step,
             epoch=f"{progress.epoch}/{progress.epochs}",
@@ -185,7 +192,7 @@ def _train_phase(
 
 def _learning_rate(workspace: Workspace, strategy: Strategy, stage: int, phase: str) -> float:
     training = workspace.config.training
-    anew = strategy.starts_anew(stage, phase)
+    anew = stage == 0 or strategy.starts_anew(phase)
     return training.learning_rate * (1.0 if anew else training.later_learning_rate_scale)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from strategy_runs import Runs
 
 from peso.cli import app as cli
 from peso.items.semantic_ids import SemanticIds
@@ -42,6 +43,11 @@ def movietweetings_dir() -> Path:
 @pytest.fixture(scope="session")
 def industrial_dir() -> Path:
     return _folder("industrial")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("strategies"))
 
 
 @pytest.fixture(autouse=True, scope="session")

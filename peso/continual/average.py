@@ -24,6 +24,5 @@ class Average(Strategy):
 
     @torch.no_grad()
     def end(self, context: StageContext) -> None:
-        if context.number > 0:
-            for name, p in context.trainable().items():
-                p.copy_(torch.lerp(self._before[name], p, self.share))
+        for name, p in context.trainable().items():
+            p.copy_(torch.lerp(self._before[name], p, self.share))

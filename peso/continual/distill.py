@@ -19,11 +19,10 @@ class Distill(Strategy):
         self._teacher: dict[str, Tensor] = {}
 
     def begin(self, context: StageContext) -> None:
-        if context.number > 0:
-            self._teacher = {name: p.detach().clone() for name, p in context.trainable().items()}
+        self._teacher = {name: p.detach().clone() for name, p in context.trainable().items()}
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
-        if not self._teacher or not self.weight:
+        if not self.weight:
             return None
         teacher = (outputs.log_probabilities(self._teacher) / self.temperature).log_softmax(-1)
         student = (outputs.log_probabilities() / self.temperature).log_softmax(-1)

@@ -99,7 +99,7 @@ class Strategy:
     A strategy overrides what it does differently; one object serves one stage. The order in a stage is
     ``learns``, for each of its ``phases``: ``choose``, ``begin``, for every step ``output_penalty`` (once a
     forward pass), ``penalty`` and ``after_step``, then ``end``; and whenever the stage answers, ``answer``.
-    Stage 0 is shared by all strategies, so no hook may change anything there.
+    Stage 0 is the same for all strategies: it is learnt by the defaults, and no strategy is asked there.
     """
 
     def learns(self, stage: int) -> bool:
@@ -114,10 +114,10 @@ class Strategy:
         """Names of the trainings that the stage takes, one after another on the same model."""
         return ("",)
 
-    def starts_anew(self, stage: int, phase: str) -> bool:
+    def starts_anew(self, phase: str) -> bool:
         """Whether a phase begins from nothing (:attr:`StageContext.reset`), so that it learns at the rate of
         the base stage and not at that of an update."""
-        return stage == 0
+        return False
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
         """The examples to learn from; None: those of the stage. ``total_steps`` is not known yet."""

@@ -35,8 +35,6 @@ class InfLora(Strategy):
         self.examples = examples
 
     def begin(self, context: StageContext) -> None:
-        if context.number == 0:
-            return
         past, last = Past.of_state(context.memory), read_adapter(context.backbone)
         if last.acts:  # else the last stage trained the backbone itself
             past = last if past is None else past + last

@@ -35,10 +35,10 @@ class Lsat(Strategy):
         self.long_share = long_share
 
     def phases(self, stage: int) -> Sequence[str]:
-        return (LONG, SHORT) if stage > 0 else ("",)
+        return (LONG, SHORT)
 
-    def starts_anew(self, stage: int, phase: str) -> bool:
-        return stage == 0 or phase == LONG
+    def starts_anew(self, phase: str) -> bool:
+        return phase == LONG
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
         return everything(context) if context.phase == LONG else None
@@ -48,14 +48,14 @@ class Lsat(Strategy):
             assert context.reset is not None
             context.reset()
             context.memory.clear()  # of the last stage's two nothing is needed
-        elif context.phase == SHORT:
+        else:
             redraw_adapter(context.backbone, (context.seed, context.number))
 
     def end(self, context: StageContext) -> None:
         if context.phase == LONG:
             adapter = {f"{PREFIX}{name}": t for name, t in read_adapter(context.backbone).state().items()}
             context.memory.update(adapter | _rows(context.vocabulary))
-        elif context.phase == SHORT and self.fusion == "arithmetic":
+        elif self.fusion == "arithmetic":
             self._add_up(context)
 
     @torch.no_grad()

@@ -21,8 +21,6 @@ class OLora(Strategy):
 
     def begin(self, context: StageContext) -> None:
         self._earlier = []
-        if context.number == 0:
-            return
         past, last = Past.of_state(context.memory), read_adapter(context.backbone)
         if last.acts:
             past = last if past is None else past + last

@@ -22,8 +22,6 @@ class Replay(Strategy):
         self.budget = budget
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
-        if context.number == 0:
-            return None
         assert context.examples is not None
         kept, seen = stored(context.memory)
         # what the memory does not know yet: the stage before this one

@@ -12,16 +12,15 @@ class Retrain(Strategy):
     """The upper end in data and in cost: stages 0 … t together, from a fresh adapter. Where stage 0 trained
     the backbone itself, that backbone stays and the adapter is learnt on top of it."""
 
-    def starts_anew(self, stage: int, phase: str) -> bool:
+    def starts_anew(self, phase: str) -> bool:
         return True
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
-        return everything(context) if context.number > 0 else None
+        return everything(context)
 
     def begin(self, context: StageContext) -> None:
-        if context.number > 0:
-            assert context.reset is not None
-            context.reset()
+        assert context.reset is not None
+        context.reset()
 
 
 def everything(context: StageContext) -> list[TargetSequence]:

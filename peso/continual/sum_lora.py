@@ -26,15 +26,14 @@ class SumLora(Strategy):
         self.inherit = inherit
 
     def begin(self, context: StageContext) -> None:
-        if context.number > 0:
-            last, past = read_adapter(context.backbone), Past.of_state(context.memory)
-            if last.acts:  # else the last stage trained the backbone itself
-                last = normalised(last)
-                past = last if past is None or self.history == "latest" else past + last
-            if past is not None:
-                put_past(context.backbone, past, train_magnitudes=self.train_magnitudes)
-            if not self.inherit:
-                redraw_adapter(context.backbone, (context.seed, context.number))
+        last, past = read_adapter(context.backbone), Past.of_state(context.memory)
+        if last.acts:  # else the last stage trained the backbone itself
+            last = normalised(last)
+            past = last if past is None or self.history == "latest" else past + last
+        if past is not None:
+            put_past(context.backbone, past, train_magnitudes=self.train_magnitudes)
+        if not self.inherit:
+            redraw_adapter(context.backbone, (context.seed, context.number))
 
     def end(self, context: StageContext) -> None:
         if (past := read_past(context.backbone)) is not None:
