@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peso.continual.anchor_report import anchor_finding, gradient_ratio
+from peso.continual.hold import hold_report
 from peso.errors import WorkspaceError
 from peso.events.drift import drift
 from peso.events.stream import Stream
@@ -63,25 +63,26 @@ def stream_drift(workspace: Workspace) -> list[dict[str, Any]]:
 def anchors(workspace: Workspace) -> list[dict[str, Any]]:
     """Of every stage that was trained on from an adapter: how far that moved, and what the anchor pulled.
 
-    ``gradient_ratio``: see :func:`peso.continual.anchor_report.gradient_ratio`; ``distance`` and ``kl`` from
-    the adapter as it was; ``finding``: a sentence where the anchor did not hold, else None.
+    ``distance`` and ``kl`` from the adapter as it was, ``strategy`` what the strategy says of itself (weight,
+    strength, ρ̄ with its spread), and what :func:`peso.continual.hold.hold_report` found.
     """
     found = []
     for stage in workspace.finished_stages:
         directory = workspace.stage_directory(stage)
-        moved = json.loads((directory / METRICS).read_text(encoding="utf-8"))["training"].get("moved")
-        if moved is None:
+        training = json.loads((directory / METRICS).read_text(encoding="utf-8"))["training"]
+        if (moved := training.get("moved")) is None:
             continue
-        ratio = logged_ratio(directory / LOG)
-        entry = {"stage": stage, "gradient_ratio": ratio, "distance": moved["distance"], "kl": moved["kl"]}
-        found.append({**entry, "finding": anchor_finding(stage, ratio)})
+        told = training.get("strategy", {})
+        held = training.get("anchor") or hold_report(stage, read_log(directory / LOG), told.get("rho"))
+        entry = {"stage": stage, "distance": moved["distance"], "kl": moved["kl"]}
+        found.append({**entry, "strategy": told, **held})
     return found
 
 
-def logged_ratio(log: Path) -> float | None:
-    """The gradient ratio of the stage whose ``log.jsonl`` this is."""
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The records of the stage whose ``log.jsonl`` this is."""
     with log.open(encoding="utf-8") as lines:
-        return gradient_ratio(json.loads(line) for line in lines)
+        return [json.loads(line) for line in lines]
 
 
 def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:
@@ -99,6 +100,13 @@ STATES = ("new", "continuing", "returning", "dormant")
 USERS = ("stage", "events", "users", *(f"{state}_users" for state in STATES))  # keys of the drift
 MOVED = ("item_divergence", "code_divergence", "new_item_targets")
 ITEMS = ("stage", "items", *(f"{state}_items" for state in STATES), *MOVED)
+ANCHOR = {
+    "gradient_ratio": "penalty's gradient / loss's",
+    "pull_ratio": "pull / step",
+    "taken_back": "taken back",
+    "distance": "distance moved",
+    "kl": "KL",
+}
 FITNESS = ("how many", "error", "want an ID that is taken", "share an ID")
 
 
@@ -123,10 +131,12 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
     if fit := [list(row) for row in fitness.rows(told)]:
         tables.append(("do the codes fit: items that came after they were made", ["items", *FITNESS], fit))
     if found["anchor"]:
+        anchor = ["stage", *ANCHOR.values(), "weight", "strength", "ρ̄", "±"]
+        told = ("weight", "strength", "rho", "rho_standard_error")
         rows = [
-            [entry[key] for key in ("stage", "gradient_ratio", "distance", "kl")] for entry in found["anchor"]
+            [entry["stage"], *(entry[key] for key in ANCHOR), *(entry["strategy"].get(key) for key in told)]
+            for entry in found["anchor"]
         ]
-        anchor = ["stage", "penalty's gradient / loss's", "distance moved", "KL"]
         tables.append(("does the anchor hold", anchor, rows))
     return tables
 

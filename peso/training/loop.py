@@ -35,6 +35,7 @@ from peso.model.head import token_log_probabilities
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
 from peso.training.likelihood import target_states, validation_loss
+from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
 from peso.training.precision import Precision, peak_memory
@@ -42,7 +43,8 @@ from peso.training.precision import Precision, peak_memory
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after a step. ``epoch`` and ``step`` count from 1."""
+    """Where training stands after a step. ``epoch`` and ``step`` count from 1; ``record``: the step's line of
+    ``log.jsonl``."""
 
     epoch: int
     epochs: int
@@ -51,6 +53,7 @@ class Progress:
     loss: float
     tokens_per_second: float
     seconds_left: float
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def train_stage(
         fingerprint(trained),
     )
     checkpoint = Checkpoint(directory, determined_by)
+    movement = Movement(adapter)  # from here: what a checkpoint restores has moved already
     state, best = _State(), dict[str, Tensor]()
     if (saved := checkpoint.load()) is not None:
         state, best = _State(**saved["state"]), saved["best"]
@@ -192,7 +196,9 @@ def train_stage(
             _check_finite(step, loss + penalty.value, whole_norm, trained)
             clip_grads_with_norm_(parameters, settings.max_grad_norm, whole_norm)
             rate = optimizer.param_groups[0]["lr"]
+            movement.begin(step)
             optimizer.step()
+            movement.stepped()
             strategy.after_step(context, rate)
             schedule.step()
             optimizer.zero_grad()
@@ -208,22 +214,24 @@ def train_stage(
             state.epoch_loss += loss * targets
             state.epoch_targets += targets
             epoch = plan.epoch(step) + 1
-            records.write(
-                epoch=epoch,
-                step=state.step,
-                loss=loss,
-                penalty=penalty.value,
-                gradient_norm=gradient_norm,
-                penalty_gradient_norm=penalty_norm,
-                learning_rate=rate,
-                targets=targets,
-                tokens=tokens,
-                tokens_per_second=tokens / (now - began),
-            )
+            record = {
+                "epoch": epoch,
+                "step": state.step,
+                "loss": loss,
+                "penalty": penalty.value,
+                "gradient_norm": gradient_norm,
+                "penalty_gradient_norm": penalty_norm,
+                "learning_rate": rate,
+                "targets": targets,
+                "tokens": tokens,
+                "tokens_per_second": tokens / (now - began),
+                **movement.figures(),
+            }
+            records.write(**record)
             if on_progress is not None:
                 speed = state.tokens / state.step_seconds
                 left = state.seconds / state.step * (len(plan) - state.step)
-                on_progress(Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left))
+                on_progress(Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left, record))
 
             if plan.ends_epoch(step):
                 model.eval()
