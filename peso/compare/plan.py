@@ -172,7 +172,7 @@ def _trials(tuned: Sequence[Variant]) -> dict[str, list[Variant]]:
 def _task(root: Path, folder: str, names: tuple[str, str, str], config: Config) -> Task:
     """A run's own task, with those that it shares with others."""
     data_config = Config(data=config.data, items=config.items, seed=config.seed_of_data)
-    of_data = digest(data_config.model_dump(mode="json"))
+    of_data = digest(data_config.model_dump(mode="json", include={"data", "items", "seed"}))
     data = Task(root / "data" / names[0] / of_data[:8], data_config, -1)
     of_base = digest(of_data, stage_shape(config, 0))
     base = Task(root / "base" / names[0] / names[1] / of_base[:8], _base_config(config), 0, data)

@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from peso import summary
+from peso.baseline_runs import baseline_summaries, found_baselines
 from peso.compare.plan import Plan, Run
 from peso.compare.standing import Standing, is_done, standing
 from peso.compare.tuning import choose, validation_loss
@@ -43,6 +44,10 @@ def collect(plan: Plan) -> Collected:
         WorkspaceError: a run's files are damaged.
     """
     runs, remarks = [], []
+    if plan.common.baselines:
+        remarks.append(
+            "baselines are not run here; `peso baseline -w RUN` in the first run, and the report shows them"
+        )
     for run in plan.runs:
         if run.candidates:
             if not all(is_done(candidate.trial) for candidate in run.candidates):
@@ -84,12 +89,12 @@ def write_results(plan: Plan, collected: Collected) -> list[Path]:
     pages = []
     for cell in cells:
         inside = [(run, found) for run, found in collected.runs if (run.data, run.backbone) == cell]
-        directory = plan.root / "report" if len(cells) == 1 else plan.root / "report" / "-".join(cell)
+        directory = plan.root / "report" if len(cells) == 1 else plan.root / "reports" / "-".join(cell)
         title = plan.common.report.title or f"peso: {', '.join(cell)}"
         runs = [run_summary(run, found) for run, found in inside]
-        popular = summary.popularity(Workspace(inside[0][0].task.root, inside[0][0].task.config))
-        popular = replace(popular, data_set=cell[0], backbone=cell[1])
-        pages.append(write_report(directory, [*runs, popular], title, plan.common.evaluation.k))
+        pages.append(
+            write_report(directory, [*runs, *_baselines(inside[0][0])], title, plan.common.evaluation.k)
+        )
     return pages
 
 
@@ -105,6 +110,15 @@ def run_summary(run: Run, found: Standing) -> RunSummary:
         options=run.options,
         expected_stages=found.stages or 0,
     )
+
+
+def _baselines(run: Run) -> list[RunSummary]:
+    """Popularity, and the baselines that `peso baseline` has run in a run's workspace."""
+    workspace = Workspace(run.task.root, run.task.config)
+    found = baseline_summaries(workspace, found_baselines(workspace))
+    if not any(baseline.name == "popularity" for baseline in found):
+        found = [summary.popularity(workspace), *found]
+    return [replace(baseline, data_set=run.data, backbone=run.backbone) for baseline in found]
 
 
 def results_table(runs: Any) -> pa.Table:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from peso.compare.plan import Plan, Run, Task
-from peso.compare.standing import Standing, is_done, standing
+from peso.compare.standing import Standing, is_done, open_needs, standing
 from peso.compare.tuning import choose
 from peso.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.errors import PesoError
@@ -131,10 +131,10 @@ class Schedule:
     def _startable(self, task: Task) -> Task | None:
         if task.root in self._working or task.root in self._failed or self._is_done(task):
             return None
-        open_needs = [need for need in task.needs if not self._is_done(need)]
-        if not open_needs:
+        missing = [need for need in open_needs(task) if need is not None and not self._is_done(need)]
+        if not missing:
             return task
-        return next((found for need in open_needs if (found := self._startable(need)) is not None), None)
+        return next((found for need in missing if (found := self._startable(need)) is not None), None)
 
     def _is_done(self, task: Task) -> bool:
         if task.root not in self._done:
@@ -199,7 +199,7 @@ class Schedule:
             return
         log = self.plan.root / "logs" / f"{'-'.join(task.root.relative_to(self.plan.root).parts)}.log"
         log.parent.mkdir(exist_ok=True)
-        data, base = (None if need is None else str(need.root) for need in (task.data, task.base))
+        data, base = (None if need is None else str(need.root) for need in open_needs(task))
         job = Job(str(task.root), task.last_stage, data, base, self.deadline)
         slot = min(set(range(self.workers)) - {process.slot for process in self._working.values()})
         with log.open("a", encoding="utf-8") as written:

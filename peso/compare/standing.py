@@ -65,6 +65,13 @@ def is_done(task: Task) -> bool:
     return task.last_stage == -1 or standing(task).complete
 
 
+def open_needs(task: Task) -> tuple[Task | None, Task | None]:
+    """Of what a task takes over, data and base, what it does not have yet."""
+    workspace = Workspace(task.root, task.config)
+    data = None if data_ready(task) else task.data
+    return data, None if 0 in workspace.finished_stages else task.base
+
+
 def _stages(task: Task) -> int | None:
     if task.last_stage is not None:
         return task.last_stage + 1
