@@ -94,6 +94,7 @@ def test_another_option_or_a_lost_stage_is_run_again(finished: Workspace) -> Non
     assert not BaselineRun(finished, other).is_done(2)
 
 
+@pytest.mark.slow
 def test_interrupted_between_stages_it_ends_with_the_same_answers(
     finished: Workspace, tmp_path: Path, monkeypatch
 ) -> None:
