@@ -22,7 +22,7 @@ from peso.continual.anchor_report import (
 
 QUARTERS = 4
 WATCHED = 0.1  # of a stage's steps, before anything is said of it
-LEAST_STEPS = 3
+LEAST_STEPS = 10  # movements are measured at steps 1, 9, 17, …, and at 1 a warm-up has hardly begun
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -44,7 +44,7 @@ def hold_report(stage: int, records: Iterable[Mapping[str, Any]], rho: float | N
     >>> step = {"gradient_norm": 1.0, "penalty_gradient_norm": 0.0, "learning_rate": 0.1}
     >>> pulled = {**step, "step": 1, "step_norm": 2.0, "pull_norm": 0.5, "distance": 1.5}
     >>> report = hold_report(1, [pulled])
-    >>> report["pull_ratio"], report["taken_back"], report["gradient_ratio"]
+    >>> report["pull_ratio"], round(report["taken_back"], 6), report["gradient_ratio"]
     (0.25, 0.25, None)
     """
     steps = [record for record in records if "loss" in record or "gradient_norm" in record]
@@ -161,10 +161,7 @@ def _total_rate(steps: Records) -> float:
 
 def _quarters(measured: Records, steps: Records) -> list[Records]:
     """What was measured in each quarter of the steps; quarters without a measurement are left out."""
-    ends = (
-        [steps[len(steps) * part // QUARTERS - 1]["step"] for part in range(1, QUARTERS + 1)]
-        if measured
-        else []
-    )
+    last = [len(steps) * part // QUARTERS - 1 for part in range(1, QUARTERS + 1)]
+    ends = [steps[number]["step"] for number in last] if measured else []
     parts = [[r for r in measured if a < r["step"] <= b] for a, b in pairwise([0, *ends])]
     return [part for part in parts if part]
