@@ -1,0 +1,172 @@
+"""Strategies that choose their examples: what they learn from, and what they keep of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from scipy.stats import chisquare
+from strategy_runs import Runs, check_same_results, state
+from torch import Tensor, nn
+
+from peso import pipeline
+from peso.continual.hooks import StageContext
+from peso.continual.replay import Replay, stored, trimmed
+from peso.continual.retrain import Retrain
+from peso.errors import TrainingError
+from peso.events.histories import TargetSequence
+from peso.events.stream import Stream
+from peso.stages import starting_model
+from peso.training.batches import cut
+from peso.training.examples import StageExamples
+from peso.workspace import Workspace
+
+WINDOW = 5
+
+
+class Numbered:
+    """60 sequences a stage; the first item of each is its number."""
+
+    tokens, window = 2, WINDOW
+
+    def of(self, stage: int) -> list[TargetSequence]:
+        return [TargetSequence("u", np.array([60 * stage + i, 1], dtype=np.int32), 1) for i in range(60)]
+
+
+def context(number: int, seed: int, memory: dict[str, Tensor]) -> StageContext:
+    examples = Numbered()
+    return StageContext(number, nn.Identity(), 0, seed=seed, examples=examples, memory=memory)  # type: ignore
+
+
+def test_the_reservoir_is_a_uniform_sample_of_all_earlier_stages() -> None:
+    """Over 800 seeds every one of 180 sequences is kept equally often, whichever stage it came with."""
+    budget, stages, seeds = 20, 3, 800
+    counts = np.zeros(60 * stages)
+    for seed in range(seeds):
+        memory: dict[str, Tensor] = {}
+        for number in range(1, stages + 1):
+            chosen = Replay(budget).choose(context(number, seed, memory))
+            assert chosen is not None
+            assert len(chosen) == 60 + budget
+        kept, seen = stored(memory)
+        assert seen == 60 * stages
+        numbers = [int(sequence.items[0]) for sequence in kept]
+        assert len(set(numbers)) == budget
+        counts[numbers] += 1
+    assert chisquare(counts).pvalue > 1e-3
+    assert chisquare(counts.reshape(stages, 60).sum(1)).pvalue > 1e-3
+
+
+def test_the_reservoir_goes_on_from_what_is_stored_not_from_the_old_log() -> None:
+    """Of earlier stages but the last nothing is asked for: they may be gone."""
+
+    class Recent(Numbered):
+        def of(self, stage: int) -> list[TargetSequence]:
+            assert stage >= 4
+            return super().of(stage)
+
+    memory: dict[str, Tensor] = {}
+    for number in range(1, 5):
+        Replay(20).choose(context(number, 0, memory))
+    before = {int(sequence.items[0]) for sequence in stored(memory)[0]}
+    later = dataclasses.replace(context(5, 0, memory), examples=Recent())  # type: ignore[arg-type]
+    Replay(20).choose(later)
+    after = {int(sequence.items[0]) for sequence in stored(memory)[0]}
+    assert after <= before | set(range(240, 300))
+    assert after & before
+
+
+def test_fewer_sequences_than_the_budget_are_all_kept() -> None:
+    memory: dict[str, Tensor] = {}
+    Replay(100).choose(context(1, 0, memory))
+    assert sorted(int(sequence.items[0]) for sequence in stored(memory)[0]) == list(range(60))
+
+
+@given(
+    length=st.integers(1, 60), first=st.integers(0, 59), window=st.integers(1, 20), most=st.integers(1, 16)
+)
+def test_what_is_trimmed_is_what_no_target_sees(length: int, first: int, window: int, most: int) -> None:
+    items = np.arange(length, dtype=np.int32)
+    whole = TargetSequence("u", items, min(first, length - 1))
+    short = trimmed(whole, window)
+    assert len(short.items) <= window + whole.targets
+
+    def seen(sequence: TargetSequence) -> list[tuple[list[int], list[int]]]:
+        return [
+            (sequence.items[c.start : c.stop].tolist(), sequence.items[c.first : c.stop].tolist())
+            for c in cut([sequence], window, most)
+        ]
+
+    assert seen(short) == seen(whole)
+
+
+def test_a_run_keeps_no_more_than_the_budget(runs: Runs) -> None:
+    workspace = runs({"name": "replay", "budget": 7})
+    window = workspace.config.prompt.window
+    for stage in (1, 2, 3):
+        kept, seen = stored(state(workspace, stage))
+        assert len(kept) == 7
+        stream = Stream.open(workspace.stream_directory)
+        assert seen == sum(len(stream.stage(earlier).training_sequences()) for earlier in range(stage))
+        assert all(sequence.first_target <= window for sequence in kept)
+
+
+def examples_at(workspace: Workspace, stage: int) -> StageExamples:
+    model = starting_model(workspace, stage)
+    stream = Stream.open(workspace.stream_directory)
+    return StageExamples(model, stream.stage, stage, workspace.config.training, 0)
+
+
+def test_retrain_learns_every_target_of_the_stages_so_far_and_no_other(runs: Runs) -> None:
+    workspace = runs("retrain")
+    examples = examples_at(workspace, 2)
+    chosen = Retrain().choose(StageContext(2, nn.Identity(), 0, examples=examples))
+    stream = Stream.open(workspace.stream_directory)
+    expected = [sequence for stage in range(3) for sequence in stream.stage(stage).training_sequences()]
+    assert [(s.user, s.items.tolist(), s.first_target) for s in chosen] == [
+        (s.user, s.items.tolist(), s.first_target) for s in expected
+    ]
+
+
+@pytest.mark.parametrize("backbone", ["pretrained", "tiny"])
+def test_retrain_owes_nothing_to_earlier_states(runs: Runs, tmp_path: Path, backbone: str) -> None:
+    """Other weights in the stage before change no bit; of stage 0 only the backbone trained there counts."""
+    workspace = runs("retrain", backbone=backbone)
+    other = runs.start(tmp_path / "other", "retrain", backbone=backbone)
+    base = runs("none", backbone=backbone).root
+    learn_two_stages(other, base)
+    for file in (other.stage_directory(1)).rglob("*.safetensors"):
+        save_file({name: torch.randn_like(t) for name, t in load_file(file).items()}, file)
+    pipeline.run(other)
+    check_same_results(other, workspace, 2)
+
+
+def learn_two_stages(workspace: Workspace, base: Path) -> None:
+    """Stage 0 from ``base`` and stage 1, as an interrupted run leaves them."""
+    from unittest.mock import patch
+
+    plain = pipeline.learn
+
+    def learn(workspace: Workspace, stage: int, *rest: object) -> None:
+        if stage == 2:
+            raise KeyboardInterrupt
+        plain(workspace, stage, *rest)  # type: ignore[arg-type]
+
+    with patch.object(pipeline, "learn", learn), pytest.raises(KeyboardInterrupt):
+        pipeline.run(workspace, base=base)
+    assert workspace.finished_stages == [0, 1]
+
+
+def test_no_stage_but_those_up_to_the_one_that_is_learnt_can_be_looked_at(runs: Runs) -> None:
+    examples = examples_at(runs("none"), 1)
+    for stage in (-1, 2):
+        with pytest.raises(TrainingError, match=f"stage {stage} cannot be looked at while stage 1"):
+            examples.of(stage)
+        with pytest.raises(TrainingError, match=f"stage {stage} cannot be looked at"):
+            examples.show(stage, 1)
