@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 
@@ -163,6 +164,40 @@ def run(
     return RunSummary(name, strategy, stages, configuration, manifests, DRIFT, INDEX)
 
 
+def catalogue() -> Catalogue:
+    """500 items, some of which were seen much more often, in two categories."""
+    generator = np.random.default_rng(9)
+    return Catalogue(
+        item_ids=[f"i{item}" for item in range(500)],
+        seen={stage: (20 * generator.pareto(1.0, 500)).astype(np.int64) for stage in range(len(CASES))},
+        codes=generator.integers(0, 8, (500, 3)).astype(np.int32),
+        item_columns={"category": ["games" if item % 3 else None for item in range(500)]},
+    )
+
+
+def across(skill: float, seed: int) -> dict[tuple[int, int], Predictions]:
+    """The answers of each stage's model to the other stages' cases: the later ones are harder for it."""
+    stages = range(len(CASES))
+    return {
+        (i, j): predictions(j, skill - 0.2 * abs(i - j), seed + 100 * (i + 1), CASES[j])
+        for i in stages
+        for j in stages
+        if i != j
+    }
+
+
+def seeds(name: str, strategy: str, skill: float, count: int = 3, penalty: float = 0.0) -> list[RunSummary]:
+    """Runs of one system, whose skill differs a little from seed to seed."""
+    return [
+        replace(
+            run(f"{name}-{seed}", strategy, skill + 0.02 * seed, 10 * seed + len(name), penalty),
+            configuration=CONFIGURATION.format(strategy=name, weight=2.0).replace("seed: 0", f"seed: {seed}"),
+            seed=seed,
+        )
+        for seed in range(count)
+    ]
+
+
 def example_runs() -> list[RunSummary]:
     """A baseline, a stale model and two updated ones that the cases can hardly tell apart."""
     popularity = replace(
@@ -173,8 +208,8 @@ def example_runs() -> list[RunSummary]:
         semantic_ids={},
     )
     return [
-        popularity,
-        run("none", "none (stage 0 only)", 0.0, seed=2),
-        run("single", "single", 0.8, seed=3),
-        run("peso", "peso (weight 2, mean)", 0.82, seed=4, penalty=3e-4),
+        replace(popularity, catalogue=catalogue()),
+        replace(run("none", "none (stage 0 only)", 0.0, seed=2), seed=0),
+        replace(run("single", "single", 0.8, seed=3), seed=0, across=across(0.8, 3)),
+        replace(run("peso", "peso (weight 2, mean)", 0.82, seed=4, penalty=3e-4), seed=0),
     ]

@@ -118,7 +118,7 @@ def test_evaluate_tests_any_stage_on_any_cases(peso, workspace):
     assert status == 0
     metrics = json.loads(out)
     assert (metrics["stage"], metrics["on"]) == (0, 2)
-    assert set(metrics["metrics"]) == {"hit@5", "hit@10", "ndcg@5", "ndcg@10", "mrr", "log_probability"}
+    assert set(metrics["metrics"]) == {"hit@5", "hit@10", "ndcg@5", "ndcg@10", "mrr@10", "log_probability"}
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_metrics_equal_ranx(case: Predictions) -> None:
         }
     )
     theirs = {"hit@5": "hit_rate@5", "hit@10": "hit_rate@10", "ndcg@5": "ndcg@5", "ndcg@10": "ndcg@10"} | {
-        "mrr": "mrr"
+        "mrr@10": "mrr@10"
     }
     expected = ranx.evaluate(qrels, run, list(theirs.values()))
     ours = stage_metrics(case, default_metrics([5, 10]))
@@ -97,7 +97,7 @@ def test_the_two_rankings_read_their_own_column() -> None:
     case = replace(predictions([[3, 2]], [3]), rank_item=by_item)
     assert stage_metrics(case, [metrics.hit_at(1)])["hit@1"].value == 1
     assert stage_metrics(case, [metrics.hit_at(1, "item")])["hit@1"].value == 0
-    assert stage_metrics(case, [metrics.mrr("item")])["mrr"].value == 0.5
+    assert stage_metrics(case, [metrics.mrr_at(10, "item")])["mrr@10"].value == 0.5
 
 
 def test_log_probability_is_the_mean_of_the_column() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reports import CASES, INDEX, example_runs, predictions, run
+from reports import CASES, INDEX, example_runs, predictions, run, seeds
 
 import peso.evaluation
 from peso.errors import ConfigError, WorkspaceError
@@ -29,6 +29,9 @@ from peso.evaluation.findings import findings
 from peso.evaluation.report import render_page, write_report
 from peso.evaluation.run_summary import RunSummary, StageSummary, TrainingCurve
 from peso.evaluation.sections import SECTIONS
+from peso.evaluation.sections.significance import significance
+from peso.evaluation.sections.summary import summary
+from peso.evaluation.sections.sweep import sweep
 from peso.evaluation.tables import Quantity, Table, to_latex, to_markdown
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -129,8 +132,12 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
     parsed = Page(page)
     assert parsed.headings == [
         "Summary",
+        "More than chance?",
         "Stage by stage",
         "Who and what",
+        "Forgetting and transfer",
+        "Options",
+        "What is recommended",
         "Training",
         "Cost",
         "Drift of the stream",
@@ -139,7 +146,7 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
         "Provenance",
         "How to read this",
     ]
-    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 16
+    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 21
     assert page.count("<table>") == len(list((written / "tables").glob("*.csv")))
     for text in ("learning_rate: 0.001", "strategy.weight", "adapter_model.safetensors", "Dormant users"):
         assert text in parsed.text
@@ -150,6 +157,7 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
 def test_every_table_and_plot_lies_beside_the_page_in_every_format(written: Path) -> None:
     names = {path.stem for path in (written / "tables").glob("*.csv")}
     assert {"averages", "ndcg-10-by-stage", "hit-10-by-segment", "cost"} <= names
+    assert {"ndcg-10-to-best", "hit-10-pairs", "lists", "ndcg-10-transfer", "hit-10-by-popularity"} <= names
     for name in names:
         assert (written / "tables" / f"{name}.md").read_text().startswith("**")
         assert r"\toprule" in (written / "tables" / f"{name}.tex").read_text()
@@ -170,9 +178,9 @@ def test_csv_holds_the_estimates_in_full(written: Path) -> None:
     comparison = Comparison(example_runs(), [5, 10])
     with (written / "tables" / "averages.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    for summary, row in zip(comparison.runs, rows, strict=True):
+    for system, row in zip(comparison.systems, rows, strict=True):
         for metric in comparison.metrics:
-            estimate = comparison.average(summary, metric)
+            estimate = comparison.average(system, metric)
             assert float(row[metric.label]) == estimate.value
             assert float(row[f"{metric.label} high"]) == pytest.approx(estimate.high)
 
@@ -334,11 +342,12 @@ def test_the_difference_of_two_runs_is_that_of_paired_cases() -> None:
     )
     comparison = Comparison([one, other], [10])
     metric = comparison.metric("log_probability")
-    found = comparison.difference(other, one, metric)
+    first, second = comparison.systems
+    found = comparison.difference(second, first, metric)
     values = metric.values(other.stages[1].predictions) - metric.values(one.stages[1].predictions)
     assert found.value == pytest.approx(values.mean())
     assert found.half_width == pytest.approx(1.96 * values.std(ddof=1) / math.sqrt(400), rel=1e-4)
-    assert found.half_width < 0.5 * comparison.average(one, metric).half_width
+    assert found.half_width < 0.5 * comparison.average(first, metric).half_width
 
 
 def test_cases_are_paired_by_user_whatever_their_order() -> None:
@@ -352,12 +361,13 @@ def test_cases_are_paired_by_user_whatever_their_order() -> None:
     )
     before, after = (Comparison([one, second], [10]) for second in (other, shuffled))
     for metric in before.metrics:
-        expected, found = before.difference(one, other, metric), after.difference(one, shuffled, metric)
+        expected = before.difference(*before.systems, metric)
+        found = after.difference(*after.systems, metric)
         assert found.value == pytest.approx(expected.value, abs=1e-15)
         assert found.half_width == pytest.approx(expected.half_width)
 
 
-def test_runs_on_different_cases_are_shown_but_not_compared() -> None:
+def test_runs_on_different_cases_are_shown_but_not_compared(tmp_path: Path) -> None:
     runs = [run("a", "a", 0.5), run("b", "b", 0.5, cases=(900, 299, 320, 500, 450))]
     comparison = Comparison(runs, [10])
     text = " ".join(findings(comparison))
@@ -365,7 +375,9 @@ def test_runs_on_different_cases_are_shown_but_not_compared() -> None:
     assert "leads" not in text
     assert "do not tell" not in text
     with pytest.raises(ValueError, match="different cases of stage 1"):
-        comparison.difference(*runs, comparison.metrics[0])
+        comparison.difference(*comparison.systems, comparison.metrics[0])
+    with pytest.raises(WorkspaceError, match=r"a and b answered different cases of stage 1.*same stream"):
+        write_report(tmp_path / "r", runs, "T", ks=[10], paired=True)
     assert "different numbers of cases" in page_of(*runs).text
 
 
@@ -426,9 +438,102 @@ def test_cases_without_a_hit_have_no_interval() -> None:
     assert "NDCG@10 is 0.0000, Hit@10 is 0.0000 and" in findings(comparison)[1]
 
 
+def test_runs_that_differ_in_their_seed_alone_are_one_system() -> None:
+    runs = [*seeds("peso", "peso", 0.8), *seeds("single", "single", 0.2), run("popularity", "popularity", -1)]
+    comparison = Comparison(runs, [10])
+    assert [(system.label, system.seeds) for system in comparison.systems] == [
+        ("peso", [0, 1, 2]),
+        ("single", [0, 1, 2]),
+        ("popularity", [None]),
+    ]
+    metric = comparison.metric("log_probability")
+    alone = [Comparison([one], [10]) for one in runs[:3]]
+    means = [one.average(one.systems[0], metric).value for one in alone]
+    assert comparison.average(comparison.systems[0], metric).value == pytest.approx(np.mean(means))
+    text = " ".join(findings(comparison))
+    assert "3 systems in 7 runs" in text
+    assert "users and seeds." in text
+    assert "another seed of training" not in text
+    other = replace(runs[1], configuration=runs[1].configuration.replace("0.001", "0.002"))
+    assert len(Comparison([runs[0], other], [10]).systems) == 2
+
+
+def test_one_seed_is_said_to_speak_of_users_alone() -> None:
+    comparison = Comparison([seeds("peso", "peso", 0.8, 1)[0], *seeds("single", "single", 0.2)], [10])
+    assert "do not cover another seed" in findings(comparison)[-1]
+    assert "One seed only of “peso”" in " ".join(significance(comparison).paragraphs)
+
+
+def test_seeds_of_one_system_on_different_cases_are_refused() -> None:
+    first, second = seeds("peso", "peso", 0.5, 2)
+    stages = {t: StageSummary(s.predictions.take(range(100))) for t, s in second.stages.items()}
+    with pytest.raises(WorkspaceError, match="peso-0 and peso-1 answered different cases of stage 0"):
+        Comparison([first, replace(second, stages=stages)], [10])
+
+
+def test_a_run_that_is_not_done_is_left_out_and_named() -> None:
+    runs = [replace(one, expected_stages=5) for one in seeds("peso", "peso", 0.5)]
+    half = replace(runs[1], stages={t: runs[1].stages[t] for t in (0, 1)})
+    missing = RunSummary("late", "retrain", {}, expected_stages=5)
+    comparison = Comparison([runs[0], half, runs[2], missing], [10])
+    assert comparison.averaged == [1, 2, 3, 4]
+    assert comparison.systems[0].seeds == [0, 2]
+    text = " ".join(findings(comparison))
+    assert "“peso-1” has 2 of 5 stages and “late” has 0 of 5 stages" in text
+    assert [row[0] for row in summary(comparison).tables[0].rows] == [
+        "peso",
+        "peso-1 (not done)",
+        "late (not done)",
+    ]
+
+
+def test_marks_are_those_of_the_corrected_tests() -> None:
+    comparison = Comparison(example_runs(), [5, 10])
+    table = summary(comparison).tables[0]
+    for place, metric in enumerate(comparison.metrics, start=1):
+        standing = comparison.standing(metric)
+        found = {row[0]: row[place].mark for row in table.rows}  # type: ignore[union-attr]
+        assert found.pop(standing.best.label) == "best"
+        for system in standing.tied + standing.behind:
+            p = comparison.contrasts.p_adjusted(metric.name, standing.best.name, system.name)
+            assert found[system.label] == ("worse" if p <= 0.05 else "tied")
+
+
+@pytest.mark.slow
+def test_runs_on_several_data_sets_are_compared_within_each(tmp_path: Path) -> None:
+    runs = [
+        replace(one, name=f"{one.name} {place}", data_set=place, backbone="scratch")
+        for place in ("games", "films")
+        for one in (run("a", "a", 0.2), run("b", "b", 0.6, seed=1))
+    ]
+    parsed = Page(write_report(tmp_path / "r", runs, "Two").read_text(encoding="utf-8"))
+    assert {"Summary · games · scratch", "Summary · films · scratch"} <= set(parsed.headings)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert (tmp_path / "r" / "tables" / "films-scratch-averages.csv").exists()
+
+
+def test_a_sweep_is_drawn_over_the_values_of_an_option() -> None:
+    runs = [
+        replace(
+            run(f"peso-{weight}", f"peso (weight {weight})", 0.5, seed=place),
+            options={"strategy.name": "peso", "strategy.weight": weight},
+        )
+        for place, weight in enumerate((0.0, 0.1, 1.0, 10.0))
+    ]
+    single = replace(run("single", "single", 0.4, seed=9), options={"strategy.name": "single"})
+    comparison = Comparison([*runs, single], [10])
+    plot = sweep(comparison).plots[0]
+    curve, level = plot.series  # type: ignore[union-attr]
+    assert curve.x.tolist() == [-2, -1, 0, 1]
+    metric = comparison.headline[0]
+    assert curve.y.tolist() == [comparison.average(s, metric).value for s in comparison.systems[:4]]
+    assert (level.label, level.dashed) == ("single", True)
+    assert not sweep(Comparison(runs[:2], [10])).plots
+
+
 def test_two_runs_of_one_strategy_are_told_apart_by_name() -> None:
     comparison = Comparison([run("a", "peso", 0.1), run("b", "peso", 0.2), run("c", "none", 0.2)], [10])
-    assert list(comparison.labels.values()) == ["peso · a", "peso · b", "none"]
+    assert [system.label for system in comparison.systems] == ["peso · a", "peso · b", "none"]
 
 
 def test_training_curve_reads_the_log() -> None:

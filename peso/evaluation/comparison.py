@@ -1,4 +1,4 @@
-"""Runs side by side: every estimate that tables, plots and sentences are made of.
+"""Systems side by side: every estimate that tables, plots and sentences are made of.
 
 Knows runs and metrics; knows nothing of how anything is shown.
 """
@@ -9,44 +9,64 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
+from typing import Literal
 
 import numpy as np
 
 from peso.errors import WorkspaceError
-from peso.evaluation.intervals import Estimate, mean_of_cases, mean_of_stages
+from peso.evaluation.catalogue import Catalogue
+from peso.evaluation.intervals import Estimate
+from peso.evaluation.lists import ListFigures, list_figures
 from peso.evaluation.metrics import Metric, default_metrics
-from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary
+from peso.evaluation.segmentation import ACTIVE, HISTORY, ITEMS, USERS, Segmentation, by_column, by_popularity
+from peso.evaluation.significance.contrasts import LEVEL, Contrasts, SystemValues
+from peso.evaluation.significance.correction import holm
+from peso.evaluation.significance.panel import Panel
+from peso.evaluation.significance.spread import Spread, spread, spread_of_difference
+from peso.evaluation.systems import System, systems_of
 
 
 class Comparison:
-    """Estimates of every metric for every run, over the stages that all runs have.
+    """Estimates of every metric for every system, over the stages that all runs have.
 
     Averages are macro over the later stages (1 … T), as in the paper, or over stage 0 where there is no
-    later one. Runs are compared in pairs, case by case, and only where they answered the same cases.
+    later one, and over the seeds of a system. Systems are compared in pairs, case by case, and only where
+    they answered the same cases.
 
     Args:
         runs: at least one.
         ks: the list lengths of Hit@k and NDCG@k.
+        columns: of the item or user table, each a way to part the cases.
 
     Attributes:
+        systems: of the runs that are complete.
+        unfinished: runs with fewer stages than they should have, which nothing here counts (unless no run is
+            complete: then all count as far as they are).
         averaged: the stages that averages are taken over, ascending.
-        left_out: stages that some runs have and others lack.
+        left_out: stages that some systems have and others lack.
 
     Raises:
-        WorkspaceError: two runs of one name, or no stage that all runs have.
-        ConfigError: a k beyond a stored list.
+        WorkspaceError: two runs of one name, no stage that all runs have, or runs of one system that
+            answered different cases.
+        ConfigError: a k beyond a stored list, or an unknown column.
     """
 
-    def __init__(self, runs: Sequence[RunSummary], ks: Sequence[int]) -> None:
-        self.runs = list(runs)
+    def __init__(self, runs: Sequence[RunSummary], ks: Sequence[int], columns: Sequence[str] = ()) -> None:
         names = Counter(run.name for run in runs)
-        if len(names) < len(self.runs):
+        if len(names) < len(runs):
             twice = ", ".join(name for name, times in names.items() if times > 1)
             raise WorkspaceError(f"several runs are called {twice}; give each a name of its own")
+        complete = [run for run in runs if run.stages and len(run.stages) >= run.expected_stages]
+        counted = complete or [run for run in runs if run.stages]
+        self.unfinished = [run for run in runs if run not in counted]
+        if not counted:
+            raise WorkspaceError(f"none of {', '.join(names)} has a tested stage; run them first")
+        self.systems = systems_of(counted)
         self.ks = sorted(set(ks))
         self.metrics: list[Metric] = default_metrics(self.ks)
-        held = [set(run.stages) for run in self.runs]
+        held = [set(system.stages) for system in self.systems]
         common = sorted(set.intersection(*held))
         if not common:
             raise WorkspaceError(
@@ -54,26 +74,28 @@ class Comparison:
             )
         self.averaged = [stage for stage in common if stage > 0] or common
         self.left_out = sorted(set.union(*held) - set(common))
-        self._values: dict[tuple[str, int, str], np.ndarray] = {}
+        self._order: dict[tuple[str, int], np.ndarray] = {}
         self._users: dict[tuple[str, int], np.ndarray] = {}
         self._numbers: dict[str, int] = {}
+        self._values: dict[tuple[str, int, str], np.ndarray] = {}
         self._same: dict[int, bool] = {}
+        self._panels: dict[tuple[str, tuple[int, ...], str], Panel] = {}
+        self._groups: dict[tuple[str, str], np.ndarray] = {}
+        self.segmentations = self._segmentations(columns)
+        for system in self.systems:
+            self._require_same_within(system)
 
     # -- what there is -----------------------------------------------------------------------------
 
-    @cached_property
-    def stages(self) -> list[int]:
-        """Every stage that some run has."""
-        return sorted({stage for run in self.runs for stage in run.stages})
+    @property
+    def runs(self) -> list[RunSummary]:
+        """All runs that count, system by system."""
+        return [run for system in self.systems for run in system.runs]
 
     @cached_property
-    def labels(self) -> dict[str, str]:
-        """What each run is called where it is shown: its strategy, where that tells it apart, else more."""
-        times = Counter(run.strategy for run in self.runs)
-        return {
-            run.name: run.strategy if times[run.strategy] == 1 else f"{run.strategy} · {run.name}"
-            for run in self.runs
-        }
+    def stages(self) -> list[int]:
+        """Every stage that some system has."""
+        return sorted({stage for system in self.systems for stage in system.stages})
 
     def metric(self, name: str) -> Metric:
         return next(metric for metric in self.metrics if metric.name == name)
@@ -87,63 +109,108 @@ class Comparison:
 
     @cached_property
     def same_cases(self) -> bool:
-        """Whether all runs answered the same cases in the stages that averages are taken over."""
+        """Whether all systems answered the same cases in the stages that averages are taken over."""
         return all(self._same_cases_at(stage) for stage in self.averaged)
+
+    def cases(self, system: System) -> int:
+        """Number of cases that the system's averages are taken over, the same for each seed."""
+        return sum(len(system.first.stages[stage].predictions) for stage in self.averaged)
 
     def _same_cases_at(self, stage: int) -> bool:
         if stage not in self._same:
-            first, *others = (
-                sorted(zip(predictions.users, predictions.targets, strict=True))
-                for predictions in (self._predictions(run, stage) for run in self.runs)
-            )
+            first, *others = (self._cases(system.first, stage) for system in self.systems)
             self._same[stage] = all(other == first for other in others)
         return self._same[stage]
 
-    def cases(self, run: RunSummary) -> int:
-        """Number of cases that the run's averages are taken over."""
-        return sum(len(run.stages[stage].predictions) for stage in self.averaged)
+    def _require_same_within(self, system: System) -> None:
+        for stage in system.stages:
+            first, *others = (self._cases(run, stage) for run in system.runs)
+            for run, other in zip(system.runs[1:], others, strict=True):
+                if other != first:
+                    raise _not_paired(system.first.name, run.name, stage)
+
+    def require_same_cases(self) -> None:
+        """Refuse what cannot be paired.
+
+        Raises:
+            WorkspaceError: two systems answered different cases of a stage.
+        """
+        for stage in self.averaged:
+            first, *others = (self._cases(system.first, stage) for system in self.systems)
+            for system, other in zip(self.systems[1:], others, strict=True):
+                if other != first:
+                    raise _not_paired(self.systems[0].name, system.name, stage)
 
     # -- estimates ---------------------------------------------------------------------------------
 
-    def at_stage(self, run: RunSummary, metric: Metric, stage: int) -> Estimate | None:
-        """The mean over the cases of one stage; None where the run does not have it or it has no case."""
-        if stage not in run.stages or not len(run.stages[stage].predictions):
+    def at_stage(self, system: System, metric: Metric, stage: int) -> Estimate | None:
+        """The mean over the cases of one stage; None where the system does not have it or it has no case."""
+        if stage not in system.stages or not len(system.first.stages[stage].predictions):
             return None
-        return mean_of_cases(self._of(run, metric, stage), self._who(run, stage))
+        return self._estimate(system, metric, [stage], "macro")
 
-    def average(self, run: RunSummary, metric: Metric) -> Estimate:
+    def average(self, system: System, metric: Metric) -> Estimate:
         """Macro over the averaged stages."""
-        return mean_of_stages(
-            [self._of(run, metric, stage) for stage in self.averaged],
-            [self._who(run, stage) for stage in self.averaged],
-        )
+        return self._estimate(system, metric, self.averaged, "macro")
 
-    def average_of_cases(self, run: RunSummary, metric: Metric) -> Estimate:
+    def average_of_cases(self, system: System, metric: Metric) -> Estimate:
         """Micro over the averaged stages."""
-        return mean_of_cases(
-            np.concatenate([self._of(run, metric, stage) for stage in self.averaged]),
-            np.concatenate([self._who(run, stage) for stage in self.averaged]),
+        return self._estimate(system, metric, self.averaged, "micro")
+
+    def in_group(
+        self, system: System, metric: Metric, segmentation: Segmentation, group: int
+    ) -> Estimate | None:
+        """The mean over all cases of a group in the averaged stages (micro: a group may be missing from a
+        stage); None where there is no such case."""
+        inside = self._group_of(system, segmentation) == group
+        if not inside.any():
+            return None
+        users = np.concatenate([self._who(system.first, stage) for stage in self.averaged])
+        values = self._joined(system, metric, self.averaged)[:, inside]
+        return _estimate(values, Panel.of([users[inside]], "micro"), system)
+
+    def _group_of(self, system: System, segmentation: Segmentation) -> np.ndarray:
+        """int (cases of the averaged stages,)."""
+        key = (system.name, segmentation.name)
+        if key not in self._groups:
+            self._groups[key] = np.concatenate(
+                [
+                    segmentation.assign(stage, system.first.stages[stage].predictions)[
+                        self._sorted(system.first, stage)
+                    ]
+                    for stage in self.averaged
+                ]
+            )
+        return self._groups[key]
+
+    @cached_property
+    def catalogue(self) -> Catalogue | None:
+        """Of the first run that brings one that knows the averaged stages."""
+        return next(
+            (c for run in self.runs if (c := run.catalogue) and set(self.averaged) <= set(c.seen)), None
         )
 
-    def in_segment(self, run: RunSummary, metric: Metric, column: str, segment: str) -> Estimate | None:
-        """The mean over all cases of a segment in the averaged stages (micro: a segment may be missing from
-        a stage); None where there is no case.
+    def list_figures(self, run: RunSummary, stage: int) -> ListFigures:
+        """Of one stage's lists, cut at the largest k."""
+        if self.catalogue is None:
+            raise ValueError("no run brings a catalogue")
+        return list_figures(run.stages[stage].predictions, self.catalogue, stage, self.ks[-1])
 
-        Args:
-            column: ``user_segment`` or ``item_segment``.
-        """
-        values, users = [], []
-        for stage in self.averaged:
-            inside = np.array(getattr(run.stages[stage].predictions, column)) == segment
-            values.append(self._of(run, metric, stage)[inside])
-            users.append(self._who(run, stage)[inside])
-        joined = np.concatenate(values)
-        return mean_of_cases(joined, np.concatenate(users)) if len(joined) else None
+    def _segmentations(self, columns: Sequence[str]) -> list[Segmentation]:
+        always = [USERS, ITEMS, HISTORY, ACTIVE]
+        if self.catalogue is None:
+            if columns:
+                raise WorkspaceError(
+                    f"segments by {', '.join(columns)} need the item table, which no run brings"
+                )
+            return always
+        chosen = [by_column(self.catalogue, column) for column in columns]
+        return [*always, by_popularity(self.catalogue), *chosen]
 
     def difference(
-        self, run: RunSummary, other: RunSummary, metric: Metric, stages: Sequence[int] | None = None
+        self, system: System, other: System, metric: Metric, stages: Sequence[int] | None = None
     ) -> Estimate:
-        """Macro mean of ``run`` minus ``other``, case by case, so that what makes a case easy or hard for
+        """Macro mean of ``system`` minus ``other``, case by case, so that what makes a case easy or hard for
         both cancels.
 
         Args:
@@ -152,66 +219,155 @@ class Comparison:
         Raises:
             ValueError: the two did not answer the same cases.
         """
-        differences, users = [], []
-        for stage in self.averaged if stages is None else stages:
+        value, found, cases = self._difference(system, other, metric, stages or self.averaged)
+        return Estimate(value, value - found.half_width, value + found.half_width, cases)
+
+    def _difference(
+        self, system: System, other: System, metric: Metric, stages: Sequence[int]
+    ) -> tuple[float, Spread, int]:
+        for stage in stages:
             if not self._same_cases_at(stage):
                 raise ValueError(f"the runs answered different cases of stage {stage}")
-            order, other_order = (np.argsort(self._who(r, stage), kind="stable") for r in (run, other))
-            differences.append(
-                self._of(run, metric, stage)[order] - self._of(other, metric, stage)[other_order]
-            )
-            users.append(self._who(run, stage)[order])
-        return mean_of_stages(differences, users)
+        panel = self._panel(system, stages, "macro")
+        values = [self._joined(one, metric, stages) for one in (system, other)]
+        one, two = (v @ panel.weight for v in values)
+        z_one, z_two = (panel.influence(v) for v in values)
+        found = spread_of_difference((one, two), (z_one, z_two), (system.seeds, other.seeds))
+        return float(one.mean() - two.mean()), found, panel.cases
+
+    def _estimate(
+        self, system: System, metric: Metric, stages: Sequence[int], average: Literal["macro", "micro"]
+    ) -> Estimate:
+        panel = self._panel(system, stages, average)
+        return _estimate(self._joined(system, metric, stages), panel, system)
 
     # -- standing ----------------------------------------------------------------------------------
 
-    def standing(self, metric: Metric, stages: Sequence[int] | None = None) -> Standing:
-        """Which run is best, on average or in given stages, and which the data cannot tell from it.
+    @cached_property
+    def contrasts(self) -> Contrasts:
+        """All pairs in all metrics, macro over the averaged stages.
 
-        Args:
-            stages: all runs must have them; none given: the averaged ones.
+        Raises:
+            WorkspaceError: the systems answered different cases.
         """
-        stages = self.averaged if stages is None else list(stages)
-        means = {
-            run.name: np.mean([self._of(run, metric, stage).mean() for stage in stages]) for run in self.runs
-        }
-        best, *rest = sorted(self.runs, key=lambda run: -means[run.name])  # stable: equals stay in order
-        if not all(self._same_cases_at(stage) for stage in stages):
-            return Standing(best, (), ())
-        apart = {run.name: self.difference(best, run, metric, stages).excludes_zero for run in rest}
-        return Standing(
-            best,
-            tuple(run for run in rest if not apart[run.name]),
-            tuple(run for run in rest if apart[run.name]),
+        self.require_same_cases()
+        panel = self._panel(self.systems[0], self.averaged, "macro")
+        return Contrasts(
+            [
+                SystemValues(
+                    system.name,
+                    system.seeds,
+                    {metric.name: self._joined(system, metric, self.averaged) for metric in self.metrics},
+                )
+                for system in self.systems
+            ],
+            panel,
         )
 
+    def standing(self, metric: Metric) -> Standing:
+        """Which system is best on average, and which are not significantly worse."""
+        best = max(self.systems, key=lambda system: self.average(system, metric).value)
+        if not self.same_cases:
+            return Standing(best, (), ())
+        rest = sorted(
+            (system for system in self.systems if system is not best),
+            key=lambda system: -self.contrasts.mean(metric.name, system.name),
+        )
+        ties = set(self.contrasts.ties(metric.name, best.name))
+        return Standing(
+            best,
+            tuple(system for system in rest if system.name in ties),
+            tuple(system for system in rest if system.name not in ties),
+        )
+
+    def standings_by_stage(self, metric: Metric, stages: Sequence[int]) -> dict[int, Standing]:
+        """The same at each of some stages that all systems have: p values of the paired t test, corrected
+        over all stages and pairs together."""
+        pairs = list(combinations(range(len(self.systems)), 2))
+        comparable = [stage for stage in stages if self._same_cases_at(stage)]
+        p = {}
+        for stage in comparable:
+            for a, b in pairs:
+                value, found, _ = self._difference(self.systems[a], self.systems[b], metric, [stage])
+                p[stage, a, b] = found.p(value)
+        adjusted = dict(zip(p, holm(np.array(list(p.values()))), strict=True))
+        result = {}
+        for stage in stages:
+            means = [self._joined(system, metric, [stage]).mean() for system in self.systems]
+            best = int(np.argmax(means))
+            tied: list[System] = []
+            behind: list[System] = []
+            if stage in comparable:
+                for number in sorted(set(range(len(means))) - {best}, key=lambda i: -means[i]):
+                    apart = adjusted[stage, min(best, number), max(best, number)] <= LEVEL
+                    (behind if apart else tied).append(self.systems[number])
+            result[stage] = Standing(self.systems[best], tuple(tied), tuple(behind))
+        return result
+
     # -- one value per case ------------------------------------------------------------------------
+
+    def _joined(self, system: System, metric: Metric, stages: Sequence[int]) -> np.ndarray:
+        """float64 (seeds, cases): stage after stage, the cases of each in one order for all systems."""
+        return np.stack(
+            [np.concatenate([self._of(run, metric, stage) for stage in stages]) for run in system.runs]
+        )
+
+    def _panel(self, system: System, stages: Sequence[int], average: Literal["macro", "micro"]) -> Panel:
+        key = (system.name, tuple(stages), average)
+        if key not in self._panels:
+            self._panels[key] = Panel.of([self._who(system.first, stage) for stage in stages], average)
+        return self._panels[key]
 
     def _of(self, run: RunSummary, metric: Metric, stage: int) -> np.ndarray:
         key = (run.name, stage, metric.name)
         if key not in self._values:
-            self._values[key] = metric.values(self._predictions(run, stage))
+            self._values[key] = metric.values(run.stages[stage].predictions)[self._sorted(run, stage)]
         return self._values[key]
 
     def _who(self, run: RunSummary, stage: int) -> np.ndarray:
-        """Numbers for the users of the cases, the same for one user in every run and stage."""
+        """Numbers for the users of the cases, ascending, the same for one user in every run and stage."""
         key = (run.name, stage)
         if key not in self._users:
-            numbers, users = self._numbers, self._predictions(run, stage).users
-            self._users[key] = np.array([numbers.setdefault(user, len(numbers)) for user in users])
+            numbers, users = self._numbers, run.stages[stage].predictions.users
+            found = np.array([numbers.setdefault(user, len(numbers)) for user in users], dtype=np.int64)
+            self._order[key] = np.argsort(found, kind="stable")
+            self._users[key] = found[self._order[key]]
         return self._users[key]
 
-    def _predictions(self, run: RunSummary, stage: int) -> Predictions:
-        return run.stages[stage].predictions
+    def _sorted(self, run: RunSummary, stage: int) -> np.ndarray:
+        """The order of the cases that :meth:`_who` gives."""
+        self._who(run, stage)
+        return self._order[run.name, stage]
+
+    def _cases(self, run: RunSummary, stage: int) -> list[tuple[str, str]]:
+        predictions = run.stages[stage].predictions
+        order = self._sorted(run, stage)
+        return [(predictions.users[i], predictions.targets[i]) for i in order]
 
 
 @dataclass(frozen=True)
 class Standing:
-    """``tied``: the interval of the difference to the best contains zero; ``behind``: it does not.
+    """``tied``: not significantly worse than the best; ``behind``: significantly worse.
 
-    Both are empty where runs answered different cases: then nothing can be said beyond who is best.
+    Both are empty where systems answered different cases: then nothing can be said beyond who is best.
     """
 
-    best: RunSummary
-    tied: tuple[RunSummary, ...]
-    behind: tuple[RunSummary, ...]
+    best: System
+    tied: tuple[System, ...]
+    behind: tuple[System, ...]
+
+
+def _estimate(values: np.ndarray, panel: Panel, system: System) -> Estimate:
+    means = values @ panel.weight
+    found = spread(means, panel.influence(values), random=system.first.seed is not None)
+    mean = float(means.mean())
+    # differences below rounding error are no spread
+    half_width = found.half_width if found.error > 1e-14 * abs(mean) else float("nan")
+    return Estimate(mean, mean - half_width, mean + half_width, panel.cases)
+
+
+def _not_paired(one: str, other: str, stage: int) -> WorkspaceError:
+    return WorkspaceError(
+        f"{one} and {other} answered different cases of stage {stage}, so they cannot be compared in pairs; "
+        "test both on the same stream"
+    )

@@ -1,16 +1,17 @@
 """What the figures say, in plain sentences, and how far they can be trusted.
 
-Knows comparisons; knows nothing of pages. A difference is called one only where its interval excludes zero.
+Knows comparisons; knows nothing of pages. A difference is called one only where it is
+significant after Holm's correction.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import Metric
-from peso.evaluation.run_summary import RunSummary
+from peso.evaluation.systems import System
 from peso.evaluation.tables import Quantity
 
 MOST_NAMED = 5  # runs that a sentence names one by one
@@ -18,7 +19,7 @@ MOST_NAMED = 5  # runs that a sentence names one by one
 
 def findings(comparison: Comparison) -> list[str]:
     """Sentences for the head of a report: what was measured, what came out, what to make of it."""
-    if len(comparison.runs) == 1:
+    if len(comparison.systems) == 1:
         results = [_values(comparison)]
     else:
         results = [_result(comparison, metric) for metric in comparison.headline]
@@ -46,12 +47,20 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def _scope(comparison: Comparison) -> str:
-    runs = comparison.runs
-    who = f"{len(runs)} runs were" if len(runs) > 1 else f"{_name(comparison, runs[0])} was"
-    counts = [comparison.cases(run) for run in runs]
+    systems = comparison.systems
+    runs = sum(len(system.runs) for system in systems)
+    if len(systems) == 1:
+        who = f"{_name(systems[0])} was"
+    elif runs == len(systems):
+        who = f"{runs} runs were"
+    else:
+        who = f"{len(systems)} systems in {runs} runs were"
+    counts = [comparison.cases(system) for system in systems]
     cases = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
-    same = "the same " * (len(runs) > 1 and comparison.same_cases)
-    depth = min(run.stages[stage].predictions.depth for run in runs for stage in comparison.averaged)
+    same = "the same " * (len(systems) > 1 and comparison.same_cases)
+    depth = min(
+        run.stages[stage].predictions.depth for run in comparison.runs for stage in comparison.averaged
+    )
     return (
         f"{who} tested on {same}{cases} cases of {stage_range(comparison.averaged)}. A case is one user's "
         f"last item in a stage; the answer is a list of {depth} semantic IDs, made from the items before it."
@@ -59,14 +68,16 @@ def _scope(comparison: Comparison) -> str:
 
 
 def _values(comparison: Comparison) -> str:
-    (run,) = comparison.runs
-    values = listed([f"{metric.label} is {_mean(comparison, run, metric)}" for metric in comparison.headline])
+    (system,) = comparison.systems
+    values = listed(
+        [f"{metric.label} is {_mean(comparison, system, metric)}" for metric in comparison.headline]
+    )
     stages = comparison.averaged
     return f"{values}{f', averaged over {stage_range(stages)}' if len(stages) > 1 else ''}."
 
 
-def _mean(comparison: Comparison, run: RunSummary, metric: Metric) -> str:
-    mean = Quantity.of(comparison.average(run, metric), metric.decimals)
+def _mean(comparison: Comparison, system: System, metric: Metric) -> str:
+    mean = Quantity.of(comparison.average(system, metric), metric.decimals)
     assert mean is not None
     return mean.text + " nats" * (metric.name == "log_probability")
 
@@ -74,34 +85,36 @@ def _mean(comparison: Comparison, run: RunSummary, metric: Metric) -> str:
 def _result(comparison: Comparison, metric: Metric) -> str:
     standing = comparison.standing(metric)
     value = _mean(comparison, standing.best, metric)
-    text = f"{metric.label}: {_name(comparison, standing.best)} has the highest mean, {value}"
+    text = f"{metric.label}: {_name(standing.best)} has the highest mean, {value}"
     if standing.behind:
-        names = [_name(comparison, run) for run in standing.behind]
-        text += f", and leads {_some(names)} by more than the choice of users explains"
+        text += (
+            f", and leads {_some([_name(system) for system in standing.behind])} by more than chance explains"
+        )
     text += "."
     if standing.tied:
         tied = [
-            f"{_name(comparison, run)} ({_lead(comparison.difference(standing.best, run, metric), metric)})"
-            for run in standing.tied
+            f"{_name(system)} ({_lead(comparison, standing.best, system, metric)})"
+            for system in standing.tied
         ]
         text += f" These data do not tell it from {_some(tied)}."
     return text
 
 
-def _name(comparison: Comparison, run: RunSummary) -> str:
-    return f"“{comparison.labels[run.name]}”"
+def _name(system: System) -> str:
+    return f"“{system.label}”"
 
 
 def _some(names: Sequence[str]) -> str:
     return listed(names) if len(names) <= MOST_NAMED else f"{len(names)} others (see the tables)"
 
 
-def _lead(estimate: Estimate, metric: Metric) -> str:
-    if not estimate.has_interval:
-        return "no difference in any case" if estimate.value == 0 else "too few cases to say"
+def _lead(comparison: Comparison, best: System, other: System, metric: Metric) -> str:
+    found = comparison.contrasts.contrast(metric.name, best.name, other.name)
+    if math.isnan(found.low):
+        return "no difference in any case" if found.value == 0 else "too few cases to say"
     value, low, high = (
         f"{number:+.{metric.decimals}f}".replace("-", "\N{MINUS SIGN}")
-        for number in (estimate.value, estimate.low, estimate.high)
+        for number in (found.value, found.low, found.high)
     )
     return f"lead {value}, interval {low} to {high}"
 
@@ -112,11 +125,17 @@ def _gaps(comparison: Comparison) -> list[str]:
         notes.append(
             "The runs were tested on different cases, so nothing is said about the differences between them."
         )
+    if comparison.unfinished:
+        lacking = [
+            f"“{run.name}” has {len(run.stages)} of {run.expected_stages} stages"
+            for run in comparison.unfinished
+        ]
+        notes.append(f"Not done yet and left out: {_some(lacking)}.")
     if comparison.left_out:
         lacking = [
-            f"{_name(comparison, run)} lacks {stage_range(missing)}"
-            for run in comparison.runs
-            if (missing := [stage for stage in comparison.left_out if stage not in run.stages])
+            f"{_name(system)} lacks {stage_range(missing)}"
+            for system in comparison.systems
+            if (missing := [stage for stage in comparison.left_out if stage not in system.stages])
         ]
         notes.append(
             f"Averages leave out {stage_range(comparison.left_out)}, which not every run has: "
@@ -128,13 +147,13 @@ def _gaps(comparison: Comparison) -> list[str]:
 
 
 def _caution(comparison: Comparison) -> str:
-    text = (
-        "Intervals are 95 % intervals over users. They do not cover another seed of training, which can move "
-        "results as much"
-    )
-    if len(comparison.runs) > 2:
+    alone = any(system.one_seed for system in comparison.systems)
+    text = "Intervals are 95 % intervals over users"
+    if alone:
         text += (
-            "; nor are they corrected for the number of runs compared, so the best of many looks a little "
+            ". Where there is one seed only they do not cover another seed of training, which can move "
+            "results as much"
         )
-        text += "better than it is"
+    else:
+        text += " and seeds" * any(len(system.runs) > 1 for system in comparison.systems)
     return text + "."

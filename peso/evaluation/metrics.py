@@ -47,13 +47,13 @@ def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
     return hit(ranks, k) / np.log2(1.0 + np.maximum(ranks, 1))
 
 
-def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
-    """Reciprocal rank per case: 1 / r, or 0 where the target is not in the stored list. Its mean is the MRR.
+def reciprocal_rank(ranks: np.ndarray, k: int) -> np.ndarray:
+    """Reciprocal rank at k per case: 1 / r if 1 ≤ r ≤ k, else 0. Its mean is MRR@k.
 
-    >>> reciprocal_rank(np.array([1, 2, 4, 0])).tolist()
-    [1.0, 0.5, 0.25, 0.0]
+    >>> reciprocal_rank(np.array([1, 2, 4, 0]), k=3).tolist()
+    [1.0, 0.5, 0.0, 0.0]
     """
-    return (ranks > 0) / np.maximum(ranks, 1)
+    return hit(ranks, k) / np.maximum(ranks, 1)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,11 @@ def ndcg_at(k: int, ranking: Ranking = "semantic_id") -> Metric:
     return Metric(f"ndcg@{k}", f"NDCG@{k}", 4, lambda predictions: ndcg(_ranks(predictions, ranking, k), k))
 
 
-def mrr(ranking: Ranking = "semantic_id") -> Metric:
-    """The metric MRR over the stored list, see :func:`reciprocal_rank`."""
-    return Metric("mrr", "MRR", 4, lambda predictions: reciprocal_rank(_ranks(predictions, ranking, 1)))
+def mrr_at(k: int, ranking: Ranking = "semantic_id") -> Metric:
+    """The metric MRR@k, see :func:`reciprocal_rank`."""
+    return Metric(
+        f"mrr@{k}", f"MRR@{k}", 4, lambda predictions: reciprocal_rank(_ranks(predictions, ranking, k), k)
+    )
 
 
 def log_probability() -> Metric:
@@ -98,10 +100,10 @@ def log_probability() -> Metric:
 
 
 def default_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> list[Metric]:
-    """Hit@k and NDCG@k for each k, MRR and the target's log-probability."""
+    """Hit@k and NDCG@k for each k, MRR at the largest and the target's log-probability."""
     hits = [hit_at(k, ranking) for k in ks]
     gains = [ndcg_at(k, ranking) for k in ks]
-    return [*hits, *gains, mrr(ranking), log_probability()]
+    return [*hits, *gains, mrr_at(max(ks), ranking), log_probability()]
 
 
 def stage_metrics(predictions: Predictions, metrics: Sequence[Metric]) -> dict[str, Estimate]:

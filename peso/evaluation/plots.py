@@ -1,4 +1,4 @@
-"""Line and interval plots as SVG and PNG.
+"""Lines, bars, points with intervals and heat maps, as SVG and PNG.
 
 Knows points, intervals and colours; knows nothing of runs or metrics. A plot is drawn twice: as a file of its
 own (white ground, title and legend in it), and for a page, whose style sheet then decides on colours, font
@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Ink by role. A page replaces each by a variable of its style sheet, so that dark pages get light lines; the
@@ -80,6 +81,7 @@ class Series:
     y: np.ndarray
     half_width: np.ndarray | None = None
     dashed: bool = False
+    x_half_width: np.ndarray | None = None
 
     @property
     def palette(self) -> int:
@@ -106,7 +108,8 @@ class Plot:
     Attributes:
         name: file name without its ending.
         description: what a reader who cannot see it should know.
-        ticks: places on the x axis and what stands there.
+        ticks: places on the x axis and what stands there; none: x is a quantity like y.
+        bars: from 0 to each point, instead of a marker.
         points: draw a marker at each point, with its interval, and keep lines from covering one another by
             moving them slightly apart; else draw plain lines.
         boundaries: x of thin vertical lines.
@@ -122,6 +125,8 @@ class Plot:
     connected: bool = True
     logarithmic: bool = False
     boundaries: Sequence[float] = ()
+    y_label: str = ""
+    bars: bool = False
 
     @property
     def legend(self) -> list[Series]:
@@ -129,19 +134,44 @@ class Plot:
         return list({series.label: series for series in reversed(self.series)}.values())[::-1]
 
 
-def svg_file(plot: Plot) -> bytes:
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """A matrix as coloured cells with their numbers; cells that are nan stay empty.
+
+    Attributes:
+        values: float (rows, columns). In each column the least value is pale, the largest dark.
+    """
+
+    name: str
+    title: str
+    description: str
+    values: np.ndarray
+    rows: Sequence[str]
+    columns: Sequence[str]
+    row_label: str
+    column_label: str
+    decimals: int
+    points: bool = False
+
+    @property
+    def legend(self) -> list[Series]:
+        """None: the cells carry their numbers."""
+        return []
+
+
+def svg_file(plot: Plot | HeatMap) -> bytes:
     """The plot as a file of its own; text as outlines, so that it looks the same everywhere."""
     with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
         return _print(_draw(plot, alone=True), "svg", metadata={"Date": None})
 
 
-def png_file(plot: Plot) -> bytes:
+def png_file(plot: Plot | HeatMap) -> bytes:
     """The plot as a picture of 200 dots an inch on white."""
     with mpl.rc_context(_STYLE):
         return _print(_draw(plot, alone=True), "png", dpi=200)
 
 
-def svg_element(plot: Plot) -> str:
+def svg_element(plot: Plot | HeatMap) -> str:
     """The plot as an ``<svg>`` element for a page, without title, legend and ground.
 
     Its colours are the page's variables ``--ink``, ``--muted``, ``--rule`` and ``--series-0`` …; its text
@@ -168,12 +198,23 @@ def _print(figure: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _draw(plot: Plot, alone: bool) -> Figure:
+def _draw(plot: Plot | HeatMap, alone: bool) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.2 if alone else 3.0), layout="constrained")
     if not alone:
         figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)
+    if isinstance(plot, HeatMap):
+        _cells(axes, plot)
+    else:
+        _lines(axes, plot)
+    if alone:
+        axes.set_title(fill(plot.title, LEGEND_WIDTH - 8))
+        _legend(figure, plot)
+    return figure
+
+
+def _lines(axes: Axes, plot: Plot) -> None:
     for boundary in plot.boundaries:
         axes.axvline(boundary, color=RULE, linewidth=0.8)
     drawn = [series for series in plot.series if np.isfinite(series.y).any()]
@@ -181,25 +222,49 @@ def _draw(plot: Plot, alone: bool) -> Figure:
     for number, series in enumerate(drawn):
         # the whole bunch stays within half of the distance between two ticks
         step = gap * min(0.05 if plot.connected else 0.11, 0.5 / len(drawn)) if plot.points else 0.0
-        shift = (number - (len(drawn) - 1) / 2) * step
+        if plot.bars:
+            step = gap * 0.8 / len(drawn)
+        shift = (number - (len(drawn) - 1) / 2) * step if plot.ticks else 0.0
+        if plot.bars:
+            axes.bar(series.x + shift, series.y, 0.85 * step, color=series.ink, alpha=0.55)
         _line(axes, plot, series, shift)
     _axes(axes, plot)
-    if alone:
-        axes.set_title(plot.title)
-        _legend(figure, plot)
-    return figure
+
+
+def _cells(axes: Axes, plot: HeatMap) -> None:
+    values, (rows, columns) = plot.values, plot.values.shape
+    for row, column in np.ndindex(rows, columns):
+        value = values[row, column]
+        if np.isfinite(value):
+            low, high = np.nanmin(values[:, column]), np.nanmax(values[:, column])
+            shade = 0.08 + 0.5 * (float((value - low) / (high - low)) if high > low else 0.5)
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=PALETTE[0], alpha=shade, linewidth=0)
+            )
+            text = f"{value:.{plot.decimals}f}".replace("-", "\N{MINUS SIGN}")
+            size = 8 if columns < 7 else 6
+            axes.text(column, row, text, color=INK, ha="center", va="center", fontsize=size)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.grid(False)
+    axes.set_xticks(range(columns), plot.columns)
+    axes.set_yticks(range(rows), plot.rows)
+    axes.set_xlabel(plot.column_label)
+    axes.set_ylabel(plot.row_label)
 
 
 def _line(axes: Axes, plot: Plot, series: Series, shift: float) -> None:
     style: dict[str, Any] = {"color": series.ink, "linewidth": 1.6 if plot.points else 1.3}
     style["linestyle"] = ("--" if series.dashed else "-") if plot.connected else "none"
     if plot.points:
-        style |= {"marker": series.marker, "markersize": 4.5, "markeredgewidth": 0.0}
+        if not plot.bars:
+            style |= {"marker": series.marker, "markersize": 4.5, "markeredgewidth": 0.0}
         if series.half_width is not None:
             axes.errorbar(
                 series.x + shift,
                 series.y,
                 yerr=series.half_width,
+                xerr=series.x_half_width,
                 fmt="none",
                 ecolor=series.ink,
                 elinewidth=1.0,
@@ -211,8 +276,12 @@ def _line(axes: Axes, plot: Plot, series: Series, shift: float) -> None:
 def _axes(axes: Axes, plot: Plot) -> None:
     places = [place for place, _ in plot.ticks]
     axes.set_xlabel(plot.x_label)
-    axes.xaxis.set_major_locator(FixedLocator(places))
-    axes.set_xticklabels([text for _, text in plot.ticks])
+    axes.set_ylabel(plot.y_label)
+    if places:
+        axes.xaxis.set_major_locator(FixedLocator(places))
+        axes.set_xticklabels([text for _, text in plot.ticks])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     decades = _decades(plot) if plot.logarithmic else 0.0
     if decades >= 1:
         axes.set_yscale("log")
@@ -224,7 +293,7 @@ def _axes(axes: Axes, plot: Plot) -> None:
         if plot.logarithmic:
             axes.set_ylim(bottom=0)  # all positive, too close together for a logarithmic scale
     if plot.points and places:
-        margin = 0.5 if len(places) > 1 else 1.0
+        margin = 0.5 * min(np.diff(places)) if len(places) > 1 else 1.0
         axes.set_xlim(min(places) - margin, max(places) + margin)
 
 
@@ -234,7 +303,7 @@ def _decades(plot: Plot) -> float:
     return float(np.log10(values.max() / values.min())) if len(values) else 0.0
 
 
-def _legend(figure: Figure, plot: Plot) -> None:
+def _legend(figure: Figure, plot: Plot | HeatMap) -> None:
     """The legend below the axes; the figure grows by its height."""
     if len(plot.legend) < 2:
         return

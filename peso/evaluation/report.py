@@ -6,7 +6,9 @@ input gives the same bytes: nothing on the page tells of when or where it was ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -25,30 +27,69 @@ PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
 
 
 def write_report(
-    directory: Path, runs: Sequence[RunSummary], title: str, ks: Sequence[int] = (5, 10)
+    directory: Path,
+    runs: Sequence[RunSummary],
+    title: str,
+    ks: Sequence[int] = (5, 10),
+    columns: Sequence[str] = (),
+    paired: bool = False,
 ) -> Path:
     """Write ``index.html``, ``tables/`` (CSV, Markdown, LaTeX) and ``plots/`` (SVG, PNG).
 
-    The directory appears whole; an older report in its place stays until then.
+    The directory appears whole; an older report in its place stays until then. Runs on several data sets or
+    backbones are compared within each, one after another on the page.
 
     Args:
         ks: the list lengths of Hit@k and NDCG@k.
+        columns: of the item or user table, each a further way to part the cases.
+        paired: refuse runs that answered different cases, instead of setting them side by side uncompared.
 
     Returns: the path of the page.
 
     Raises:
-        WorkspaceError: the directory holds what is not a report, two runs have one name, or no stage is
-            evaluated in all runs.
-        ConfigError: a k beyond the stored lists.
+        WorkspaceError: the directory holds what is not a report, two runs have one name, no stage is
+            evaluated in all runs, or runs of one system (with ``paired``, any) answered different cases.
+        ConfigError: a k beyond the stored lists, or an unknown column.
     """
     _refuse_foreign(directory)
-    comparison = Comparison(runs, ks)
-    sections = [section(comparison) for section in SECTIONS]
+    comparisons = {place: Comparison(group, ks, columns) for place, group in by_place(runs).items()}
+    if paired:
+        for comparison in comparisons.values():
+            comparison.require_same_cases()
+    sections = [
+        _placed(section(comparison), place if len(comparisons) > 1 else "")
+        for place, comparison in comparisons.items()
+        for section in SECTIONS
+    ]
     with commit_directory(directory) as aside:
         for section in sections:
             _write_files(aside, section)
         (aside / PAGE).write_text(render_page(sections, title), encoding="utf-8")
     return directory / PAGE
+
+
+def by_place(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
+    """Runs by data set and backbone, which only runs of the same can be compared on."""
+    places: dict[str, list[RunSummary]] = {}
+    for run in runs:
+        label = " · ".join(part for part in (run.data_set, run.backbone) if part)
+        places.setdefault(label, []).append(run)
+    return places
+
+
+def _placed(section: Section, place: str) -> Section:
+    """The section with a title, an address and file names that tell it from those of other places."""
+    if not place:
+        return section
+    prefix = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
+    return replace(
+        section,
+        anchor=f"{prefix}-{section.anchor}",
+        title=f"{section.title} · {place}",
+        plots=[replace(plot, name=f"{prefix}-{plot.name}") for plot in section.plots],
+        tables=[replace(table, name=f"{prefix}-{table.name}") for table in section.tables],
+        folded=[replace(table, name=f"{prefix}-{table.name}") for table in section.folded],
+    )
 
 
 def render_page(sections: Sequence[Section], title: str) -> str:

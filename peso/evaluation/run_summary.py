@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.predictions import Predictions
 
 
@@ -93,6 +94,7 @@ class RunSummary:
         options: what an option grid sets apart, by key of the configuration, e.g. ``{"strategy.name": "peso",
             "strategy.weight": 2.0}``.
         across: answers of the model after stage i to the cases of stage j ≠ i, by (i, j).
+        catalogue: of its stream and index; None: figures that need it are left out.
         expected_stages: how many it should have; fewer is a run not done yet. 0: not known.
     """
 
@@ -108,4 +110,5 @@ class RunSummary:
     seed: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     across: Mapping[tuple[int, int], Predictions] = field(default_factory=dict)
+    catalogue: Catalogue | None = None
     expected_stages: int = 0

@@ -16,7 +16,7 @@ from typing import Literal
 
 from peso.evaluation.intervals import Estimate
 
-Mark = Literal["", "best", "tied"]
+Mark = Literal["", "best", "tied", "worse"]
 ABSENT = "–"
 
 
@@ -24,16 +24,25 @@ ABSENT = "–"
 class Quantity:
     """A number in a table. ``half_width`` is nan where it has no interval, ``mark`` its standing in a column.
 
+    ``bounds`` are those of an interval that does not lie evenly about the number. ``chance``: a probability,
+    which is never shown as 0.
+
     >>> Quantity(0.03124, 0.0041, decimals=4).text
     '0.0312 ± 0.0041'
     >>> Quantity(1234567).text
     '1,234,567'
+    >>> Quantity(2.0, decimals=1, bounds=(-1.0, 6.0)).text
+    '2.0 (−1.0 to 6.0)'
+    >>> Quantity(0.00001, decimals=4, chance=True).text
+    '<0.0001'
     """
 
     value: float
     half_width: float = math.nan
     decimals: int = 0
     mark: Mark = ""
+    bounds: tuple[float, float] = (math.nan, math.nan)
+    chance: bool = False
 
     @classmethod
     def of(cls, estimate: Estimate | None, decimals: int, mark: Mark = "") -> Quantity | None:
@@ -45,16 +54,31 @@ class Quantity:
 
     @property
     def number(self) -> str:
-        return f"{self.value:,.{self.decimals}f}".replace("-", "\N{MINUS SIGN}")
+        least = 10.0**-self.decimals
+        return f"<{self._shown(least)}" if self.chance and self.value < least else self._shown(self.value)
 
     @property
     def margin(self) -> str:
-        """The half width of the interval, or nothing."""
-        return "" if math.isnan(self.half_width) else f"{self.half_width:,.{self.decimals}f}"
+        """What follows the number to give its interval, or nothing."""
+        if not math.isnan(self.half_width):
+            return f" ± {self._shown(self.half_width)}"
+        if not math.isnan(self.bounds[0]):
+            return f" ({self._shown(self.bounds[0])} to {self._shown(self.bounds[1])})"
+        return ""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its ends, nan where there is none."""
+        if math.isnan(self.half_width):
+            return self.bounds
+        return self.value - self.half_width, self.value + self.half_width
 
     @property
     def text(self) -> str:
-        return f"{self.number} ± {self.margin}" if self.margin else self.number
+        return self.number + self.margin
+
+    def _shown(self, value: float) -> str:
+        return f"{value:,.{self.decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 Cell = Quantity | str | None
@@ -110,11 +134,11 @@ def _csv_cell(cell: Cell, has_bounds: bool) -> list[str]:
         return [value]
     if not cell.margin:
         return [value, "", ""]
-    return [value, repr(cell.value - cell.half_width), repr(cell.value + cell.half_width)]
+    return [value, *(repr(float(end)) for end in cell.interval)]
 
 
 def to_markdown(table: Table) -> str:
-    """A GitHub-flavoured table under its title; best in bold, ties with the best marked ≈.
+    """A GitHub-flavoured table under its title; best in bold, ties with it marked ≈, worse ↓.
 
     >>> rows = [["a|b", Quantity(1, mark="best")], ["c", None]]
     >>> print(to_markdown(Table("t", "T", ["run", "n"], rows)), end="")
@@ -128,7 +152,9 @@ def to_markdown(table: Table) -> str:
 
     def cell(value: Cell) -> str:
         if isinstance(value, Quantity):
-            return {"": value.text, "best": f"**{value.text}**", "tied": f"{value.text} ≈"}[value.mark]
+            return {"best": f"**{value.text}**", "tied": f"{value.text} ≈", "worse": f"{value.text} ↓"}.get(
+                value.mark, value.text
+            )
         return ABSENT if value is None else re.sub(r"([\\|`*_<>\[\]~])", r"\\\1", " ".join(value.split()))
 
     rules = ["---:" if table.numeric(i) else ":---" for i in range(len(table.columns))]
@@ -143,7 +169,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment for booktabs; best in bold, ties with the best marked ≈.
+    """A ``table`` environment for booktabs; best in bold, ties with it marked ≈, worse ↓.
 
     >>> rows = [["R&D_1", Quantity(0.5, 0.25, decimals=2, mark="best")]]
     >>> print(to_latex(Table("t", "100 %", ["run", "Hit@5"], rows)), end="")
@@ -167,8 +193,10 @@ def to_latex(table: Table) -> str:
             return "--" if value is None else _latex(value)
         number = value.number.replace("\N{MINUS SIGN}", "-").replace(",", "{,}")
         number = rf"\mathbf{{{number}}}" if value.mark == "best" else number
-        margin = rf" \pm {value.margin}" if value.margin else ""
-        return f"${number}{margin}$" + (r"~$\approx$" if value.mark == "tied" else "")
+        margin = value.margin.replace("±", r"\pm").replace("\N{MINUS SIGN}", "-").replace(",", "{,}")
+        margin = margin.replace(" to ", r"~\mathrm{to}~")
+        mark = {"tied": r"~$\approx$", "worse": r"~$\downarrow$"}.get(value.mark, "")
+        return f"${number}{margin}$" + mark
 
     alignment = "".join("r" if table.numeric(i) else "l" for i in range(len(table.columns)))
     lines = [
@@ -197,6 +225,9 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "≈": r"$\approx$",
+    "↓": r"$\downarrow$",
+    "→": r"$\to$",
+    "≤": r"$\leq$",
     "±": r"$\pm$",
     "−": r"$-$",
     "·": r"$\cdot$",

@@ -19,7 +19,10 @@ def cost(comparison: Comparison) -> Section:
     return Section(
         "cost",
         "Cost",
-        ["Learning alone, without testing. Later stages are given as their mean."],
+        [
+            "Learning alone, without testing. Later stages and seeds are given as their mean, memory as its "
+            "maximum."
+        ],
         tables=[_cost_table(comparison)],
         folded=[_cost_by_stage_table(comparison)],
     )
@@ -27,12 +30,12 @@ def cost(comparison: Comparison) -> Section:
 
 def _cost_table(comparison: Comparison) -> Table:
     rows: list[list[Cell]] = []
-    for run in comparison.runs:
-        base = [s.cost for stage, s in run.stages.items() if stage == 0 and s.cost]
-        later = [s.cost for stage, s in run.stages.items() if stage > 0 and s.cost]
+    for system in comparison.systems:
+        base = [s.cost for run in system.runs for stage, s in run.stages.items() if stage == 0 and s.cost]
+        later = [s.cost for run in system.runs for stage, s in run.stages.items() if stage > 0 and s.cost]
         rows.append(
             [
-                comparison.labels[run.name],
+                system.label,
                 _mean_cost(base, "seconds", 1, 1),
                 _mean_cost(later, "seconds", 1, 1),
                 _mean_cost(
@@ -59,17 +62,17 @@ def _cost_table(comparison: Comparison) -> Table:
 
 def _cost_by_stage_table(comparison: Comparison) -> Table:
     rows: list[list[Cell]] = []
-    for run in comparison.runs:
-        for stage, learnt in sorted(run.stages.items()):
-            if learnt.cost is None:
+    for system in comparison.systems:
+        for stage in system.stages:
+            costs = [cost for run in system.runs if (cost := run.stages[stage].cost)]
+            if not costs:
                 continue
-            costs = [learnt.cost]
             rows.append(
                 [
-                    comparison.labels[run.name],
+                    system.label,
                     Quantity(stage),
                     _mean_cost(costs, "seconds", 1, 1),
-                    _mean_cost(costs, "peak_memory_bytes", MIB, 0),
+                    _mean_cost([max(costs, key=_memory)], "peak_memory_bytes", MIB, 0),
                     _mean_cost(costs, "trained_parameters", 1, 0),
                     _mean_cost(costs, "bytes_on_disk", MIB, 2),
                 ]

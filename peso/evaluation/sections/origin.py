@@ -14,28 +14,28 @@ from peso.evaluation.tables import Table
 
 def configuration(comparison: Comparison) -> Section:
     """Configurations as resolved, and where they differ."""
-    runs = [run for run in comparison.runs if run.configuration]
-    if not runs:
+    systems = [system for system in comparison.systems if system.first.configuration]
+    if not systems:
         return Section("configuration", "Configuration", ["These runs came without a configuration."])
-    flat = {run.name: dict(_flat(yaml.safe_load(run.configuration))) for run in runs}
+    flat = {s.name: dict(_flat(yaml.safe_load(s.first.configuration))) for s in systems}
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     rows = []
     for key in keys:
-        values = [flat[run.name].get(key) for run in runs]
+        values = [flat[system.name].get(key) for system in systems]
         if len(set(values)) > 1:
             rows.append([key, *values])
     table = Table(
         "configuration-differences",
         "Where the configurations differ",
-        ["Key", *(comparison.labels[run.name] for run in runs)],
+        ["Key", *(system.label for system in systems)],
         rows,
     )
     return Section(
         "configuration",
         "Configuration",
-        [] if rows or len(runs) == 1 else ["The configurations are the same."],
+        [] if rows or len(systems) == 1 else ["The configurations are the same."],
         tables=[table] if rows else [],
-        listings=[Listing(comparison.labels[run.name], run.configuration) for run in runs],
+        listings=[Listing(system.label, system.first.configuration) for system in systems],
     )
 
 
@@ -54,10 +54,11 @@ def provenance(comparison: Comparison) -> Section:
     """The chain of manifests of every run."""
     listings = [
         Listing(
-            comparison.labels[run.name],
+            f"{system.label}{f', seed {run.seed}' * (len(system.runs) > 1)}",
             yaml.safe_dump_all(map(dict, run.manifests), sort_keys=False, allow_unicode=True),
         )
-        for run in comparison.runs
+        for system in comparison.systems
+        for run in system.runs
         if run.manifests
     ]
     if not listings:

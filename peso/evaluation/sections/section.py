@@ -11,15 +11,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from peso.evaluation.comparison import Comparison
+from peso.evaluation.comparison import Comparison, Standing
 from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import Metric
-from peso.evaluation.plots import Plot, Series
+from peso.evaluation.plots import HeatMap, Plot, Series
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.tables import Mark, Quantity, Table
 
 T = TypeVar("T")
-MARKS = "Best in bold; ≈ marks what the data cannot tell from the best (paired by case)."
+MARKS = (
+    "Best in bold; ≈ marks what is not significantly worse, ↓ what is (paired by case, p ≤ 0.05 after Holm's "
+    "correction over all pairs in this metric)."
+)
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,19 @@ class Section:
     anchor: str
     title: str
     paragraphs: Sequence[str] = ()
-    plots: Sequence[Plot] = ()
+    plots: Sequence[Plot | HeatMap] = ()
     tables: Sequence[Table] = ()
     folded: Sequence[Table] = ()
     listings: Sequence[Listing] = ()
 
 
-def marks(comparison: Comparison, metric: Metric, stages: Sequence[int] | None = None) -> dict[str, Mark]:
-    """The mark of each run's cell, by name of the run; no marks where there is nothing to compare."""
-    result: dict[str, Mark] = {run.name: "" for run in comparison.runs}
+def marks(comparison: Comparison, standing: Standing) -> dict[str, Mark]:
+    """The mark of each system's cell, by name of the system; none where there is nothing to compare."""
+    result: dict[str, Mark] = {system.name: "" for system in comparison.systems}
     if len(result) > 1:
-        standing = comparison.standing(metric, stages)
         result[standing.best.name] = "best"
-        result |= {run.name: "tied" for run in standing.tied}
+        result |= {system.name: "tied" for system in standing.tied}
+        result |= {system.name: "worse" for system in standing.behind}
     return result
 
 
@@ -64,9 +67,9 @@ def quantity(estimate: Estimate | None, metric: Metric, mark: Mark = "") -> Quan
 def series(
     comparison: Comparison, number: int, estimates: Sequence[Estimate | None], x: Sequence[float]
 ) -> Series:
-    """The estimates of the run with this number as points of a plot."""
+    """The estimates of the system with this number as points of a plot."""
     return Series(
-        comparison.labels[comparison.runs[number].name],
+        comparison.systems[number].label,
         number,
         np.array(x, dtype=np.float64),
         np.array([np.nan if e is None else e.value for e in estimates]),
@@ -77,13 +80,13 @@ def series(
 def distinct(comparison: Comparison, values: Callable[[RunSummary], T]) -> list[tuple[str, T]]:
     """What runs have in common shown once: each different value with a label to tell it by.
 
-    Empty values are left out. The label is that of the first run of the value, and "" where all share one.
+    Empty values are left out. The label is that of the first system of the value, and "" where all share one.
     """
     found: list[tuple[str, T]] = []
-    for run in comparison.runs:
-        value = values(run)
+    for system in comparison.systems:
+        value = values(system.first)
         if value and all(value != other for _, other in found):
-            found.append((comparison.labels[run.name], value))
+            found.append((system.label, value))
     return [("", value) for _, value in found] if len(found) == 1 else found
 
 

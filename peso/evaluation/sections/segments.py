@@ -1,68 +1,114 @@
-"""Section: dormant, continuing and new users; known and new items."""
+"""Section: the parts of the cases: users, items, histories, popularity, activity, columns."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import stage_range
+from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import Metric
-from peso.evaluation.plots import Plot
+from peso.evaluation.plots import Plot, Series
 from peso.evaluation.sections.section import Section, file_name, quantity, series
-from peso.evaluation.segments import ITEM_SEGMENTS, USER_SEGMENTS
-from peso.evaluation.tables import Table
-
-SEGMENTS = [
-    *(("user_segment", segment, f"{segment} users") for segment in USER_SEGMENTS),
-    *(("item_segment", segment, f"{segment} items") for segment in ITEM_SEGMENTS),
-]
+from peso.evaluation.segmentation import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
+from peso.evaluation.segments import DORMANT, NEW, USER_SEGMENTS
+from peso.evaluation.systems import System
+from peso.evaluation.tables import Cell, Table
 
 
 def segments(comparison: Comparison) -> Section:
-    """Dormant, continuing and new users; known and new items."""
+    """Dormant, continuing and new users; known and new items; and every other way to part the cases."""
+    others = [s for s in comparison.segmentations if s not in (USERS, ITEMS)]
     return Section(
         "segments",
         "Who and what",
         [
             "A dormant user was seen in an earlier stage but not in the last one, a continuing user in the "
             "last one, a new user never. A known item occurred before the stage, a new one did not. Every "
-            f"case of {stage_range(comparison.averaged)} counts the same here."
+            f"case of {stage_range(comparison.averaged)} counts the same here.",
+            "The plane sets what is kept (dormant users) against what is learnt (new users): a system "
+            "further up learns better, one further right keeps better. Among the tables: histories of up to "
+            f"and of more than {LONG_HISTORY} items; quarters of users by the number of their items so far, "
+            "with the gap between the best and the worst served quarter; and, where the catalogue is known, "
+            "target items by popularity (head, middle and tail each hold a third of the events before).",
         ],
-        plots=[_segment_plot(comparison, metric) for metric in comparison.headline],
-        tables=[_segment_table(comparison, metric) for metric in comparison.headline],
+        plots=[
+            *(_bars(comparison, metric) for metric in comparison.headline),
+            *(_plane(comparison, metric) for metric in comparison.headline),
+        ],
+        tables=[_main_table(comparison, metric) for metric in comparison.headline],
+        folded=[_table(comparison, metric, part) for part in others for metric in comparison.headline],
     )
 
 
-def _segment_table(comparison: Comparison, metric: Metric) -> Table:
-    """Case counts stand in the heads of the columns where they are the same for all runs."""
-    estimates = {
-        (run.name, column, segment): comparison.in_segment(run, metric, column, segment)
-        for run in comparison.runs
-        for column, segment, _ in SEGMENTS
+def _main_table(comparison: Comparison, metric: Metric) -> Table:
+    columns = [
+        (part, number, f"{group} {part.title.split()[-1]}")
+        for part in (USERS, ITEMS)
+        for number, group in enumerate(part.groups)
+    ]
+    return _grid(comparison, metric, columns, "segment", f"{metric.label} by segment")
+
+
+def _table(comparison: Comparison, metric: Metric, part: Segmentation) -> Table:
+    columns = [(part, number, group) for number, group in enumerate(part.groups)]
+    return _grid(comparison, metric, columns, part.name, f"{metric.label} by {part.title}", part is ACTIVE)
+
+
+def _grid(
+    comparison: Comparison,
+    metric: Metric,
+    columns: list[tuple[Segmentation, int, str]],
+    name: str,
+    title: str,
+    with_gap: bool = False,
+) -> Table:
+    """Case counts stand in the heads of the columns where they are the same for all systems."""
+    found = {
+        (system.name, place): comparison.in_group(system, metric, part, number)
+        for system in comparison.systems
+        for place, (part, number, _) in enumerate(columns)
     }
-    heads, counts_differ = [], False
-    for column, segment, title in SEGMENTS:
-        counts = {
-            found.cases if (found := estimates[run.name, column, segment]) else 0 for run in comparison.runs
-        }
+    heads, shown, counts_differ = [], [], False
+    for place, (_, _, head) in enumerate(columns):
+        counts = {e.cases if (e := found[system.name, place]) else 0 for system in comparison.systems}
+        if counts == {0} and name.startswith("column"):
+            continue
+        shown.append(place)
         counts_differ |= len(counts) > 1
-        heads.append(
-            f"{title} (n = {counts.pop():,})".capitalize() if len(counts) == 1 else title.capitalize()
-        )
+        head = head[:1].upper() + head[1:]
+        heads.append(f"{head} (n = {counts.pop():,})" if len(counts) == 1 else head)
+    rows: list[list[Cell]] = []
+    for system in comparison.systems:
+        estimates = [found[system.name, place] for place in shown]
+        gap = [quantity(_gap(estimates), metric)] if with_gap else []
+        rows.append([system.label, *(quantity(estimate, metric) for estimate in estimates), *gap])
     return Table(
-        f"{file_name(metric)}-by-segment",
-        f"{metric.label} by segment",
-        ["Strategy", *heads],
-        [
-            [
-                comparison.labels[run.name],
-                *(quantity(estimates[run.name, column, segment], metric) for column, segment, _ in SEGMENTS),
-            ]
-            for run in comparison.runs
-        ],
+        f"{file_name(metric)}-by-{name}",
+        title,
+        ["Strategy", *heads, *(["Largest gap"] * with_gap)],
+        rows,
         "The runs have different numbers of cases in some segments." if counts_differ else "",
     )
 
 
-def _segment_plot(comparison: Comparison, metric: Metric) -> Plot:
+def _gap(estimates: list[Estimate | None]) -> Estimate | None:
+    """The largest difference between two groups' means, a figure of fairness.
+
+    Its interval takes the two groups as independent, although users may be in both in different stages, and
+    as given, although they were chosen for being the extremes.
+    """
+    known = [estimate for estimate in estimates if estimate is not None]
+    if len(known) < 2:
+        return None
+    best, worst = max(known, key=lambda e: e.value), min(known, key=lambda e: e.value)
+    value, error = best.value - worst.value, math.hypot(best.half_width, worst.half_width)
+    return Estimate(value, value - error, value + error, best.cases + worst.cases)
+
+
+def _bars(comparison: Comparison, metric: Metric) -> Plot:
     places = list(range(len(USER_SEGMENTS)))
     return Plot(
         f"{file_name(metric)}-by-user-segment",
@@ -72,12 +118,44 @@ def _segment_plot(comparison: Comparison, metric: Metric) -> Plot:
             series(
                 comparison,
                 number,
-                [comparison.in_segment(run, metric, "user_segment", segment) for segment in USER_SEGMENTS],
+                [comparison.in_group(system, metric, USERS, place) for place in places],
                 places,
             )
-            for number, run in enumerate(comparison.runs)
+            for number, system in enumerate(comparison.systems)
         ],
         "users",
-        [(place, segment) for place, segment in zip(places, USER_SEGMENTS, strict=True)],
+        list(zip(places, USER_SEGMENTS, strict=True)),
         connected=False,
+        bars=metric.name != "log_probability",  # bars start at 0, which no log-probability comes near
+    )
+
+
+def _plane(comparison: Comparison, metric: Metric) -> Plot:
+    kept, learnt = (USER_SEGMENTS.index(segment) for segment in (DORMANT, NEW))
+    points = [
+        _point(number, system, *(comparison.in_group(system, metric, USERS, g) for g in (kept, learnt)))
+        for number, system in enumerate(comparison.systems)
+    ]
+    return Plot(
+        f"{file_name(metric)}-plane",
+        f"{metric.label}: stability and plasticity",
+        f"{metric.label} of each strategy for new users against that for dormant ones; see the table.",
+        points,
+        "dormant users (stability)",
+        (),
+        y_label="new users (plasticity)",
+        connected=False,
+    )
+
+
+def _point(number: int, system: System, kept: Estimate | None, learnt: Estimate | None) -> Series:
+    values = [np.nan if e is None else e.value for e in (kept, learnt)]
+    widths = [np.nan if e is None else e.half_width for e in (kept, learnt)]
+    return Series(
+        system.label,
+        number,
+        np.array(values[:1]),
+        np.array(values[1:]),
+        np.array(widths[1:]),
+        x_half_width=np.array(widths[:1]),
     )

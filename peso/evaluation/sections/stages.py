@@ -18,7 +18,10 @@ def by_stage(comparison: Comparison) -> Section:
     return Section(
         "stages",
         "Stage by stage",
-        ["Each model is tested right after it has learnt the stage. Bars are 95 % intervals over users."],
+        [
+            "Each model is tested right after it has learnt the stage. Bars are 95 % intervals over users "
+            "and, where there are several, seeds."
+        ],
         plots=[_stage_plot(comparison, metric) for metric in first],
         tables=[_stage_table(comparison, metric) for metric in first],
         folded=[_stage_table(comparison, metric) for metric in others] + [_micro_table(comparison)],
@@ -26,22 +29,28 @@ def by_stage(comparison: Comparison) -> Section:
 
 
 def _stage_table(comparison: Comparison, metric: Metric) -> Table:
-    stages, average = comparison.stages, marks(comparison, metric)
-    at = {stage: marks(comparison, metric, [stage]) for stage in stages if stage not in comparison.left_out}
+    stages, average = comparison.stages, marks(comparison, comparison.standing(metric))
+    held = [stage for stage in stages if stage not in comparison.left_out]
+    at = {
+        stage: marks(comparison, standing)
+        for stage, standing in comparison.standings_by_stage(metric, held).items()
+    }
     rows = []
-    for run in comparison.runs:
+    for system in comparison.systems:
         cells = [
-            quantity(comparison.at_stage(run, metric, stage), metric, at.get(stage, {}).get(run.name, ""))
+            quantity(
+                comparison.at_stage(system, metric, stage), metric, at.get(stage, {}).get(system.name, "")
+            )
             for stage in stages
         ]
-        mean = quantity(comparison.average(run, metric), metric, average[run.name])
-        rows.append([comparison.labels[run.name], *cells, mean])
+        mean = quantity(comparison.average(system, metric), metric, average[system.name])
+        rows.append([system.label, *cells, mean])
     return Table(
         f"{file_name(metric)}-by-stage",
         f"{metric.label} by stage",
         ["Strategy", *(f"Stage {stage}" for stage in stages), f"Mean of {_short_range(comparison.averaged)}"],
         rows,
-        MARKS if len(comparison.runs) > 1 else "",
+        f"{MARKS} Stages are corrected together, the mean by itself." if len(comparison.systems) > 1 else "",
     )
 
 
@@ -52,14 +61,14 @@ def _micro_table(comparison: Comparison) -> Table:
         ["Strategy", *(metric.label for metric in comparison.metrics), "Cases"],
         [
             [
-                comparison.labels[run.name],
+                system.label,
                 *(
-                    quantity(comparison.average_of_cases(run, metric), metric)
+                    quantity(comparison.average_of_cases(system, metric), metric)
                     for metric in comparison.metrics
                 ),
-                Quantity(comparison.cases(run)),
+                Quantity(comparison.cases(system)),
             ]
-            for run in comparison.runs
+            for system in comparison.systems
         ],
     )
 
@@ -71,8 +80,10 @@ def _stage_plot(comparison: Comparison, metric: Metric) -> Plot:
         f"{metric.label} by stage",
         f"{metric.label} of each strategy at {stage_range(stages)}; see the table.",
         [
-            series(comparison, number, [comparison.at_stage(run, metric, stage) for stage in stages], stages)
-            for number, run in enumerate(comparison.runs)
+            series(
+                comparison, number, [comparison.at_stage(system, metric, stage) for stage in stages], stages
+            )
+            for number, system in enumerate(comparison.systems)
         ],
         "stage",
         [(stage, str(stage)) for stage in stages],

@@ -5,54 +5,31 @@ from __future__ import annotations
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import findings, stage_range
 from peso.evaluation.sections.section import MARKS, Section, marks, quantity
-from peso.evaluation.tables import Quantity, Table
+from peso.evaluation.tables import Cell, Quantity, Table
 
 
 def summary(comparison: Comparison) -> Section:
     """What was measured and what came out."""
-    tables = [averages_table(comparison)]
-    if len(comparison.runs) > 1 and comparison.same_cases:
-        tables.append(_distance_table(comparison))
-    return Section("summary", "Summary", findings(comparison), tables=tables)
+    return Section("summary", "Summary", findings(comparison), tables=[averages_table(comparison)])
 
 
 def averages_table(comparison: Comparison) -> Table:
-    """Every metric of every run, averaged over the later stages."""
-    standings = {metric.name: marks(comparison, metric) for metric in comparison.metrics}
+    """Every metric of every system, averaged over the later stages; runs that are not done at its end."""
+    standings = {metric.name: marks(comparison, comparison.standing(metric)) for metric in comparison.metrics}
+    rows: list[list[Cell]] = []
+    for system in comparison.systems:
+        cells = [
+            quantity(comparison.average(system, metric), metric, standings[metric.name][system.name])
+            for metric in comparison.metrics
+        ]
+        seeds = Quantity(len(system.runs)) if system.first.seed is not None else None
+        rows.append([system.label, *cells, seeds])
+    for run in comparison.unfinished:
+        rows.append([f"{run.name} (not done)", *([None] * len(comparison.metrics)), None])
     return Table(
         "averages",
         f"Mean of {stage_range(comparison.averaged)}, every stage counting the same",
-        ["Strategy", *(metric.label for metric in comparison.metrics)],
-        [
-            [
-                comparison.labels[run.name],
-                *(
-                    quantity(comparison.average(run, metric), metric, standings[metric.name][run.name])
-                    for metric in comparison.metrics
-                ),
-            ]
-            for run in comparison.runs
-        ],
-        f"± is the half width of the 95 % interval over users. {MARKS}" if len(comparison.runs) > 1 else "",
-    )
-
-
-def _distance_table(comparison: Comparison) -> Table:
-    columns = []
-    for metric in comparison.metrics:
-        standing, column = comparison.standing(metric), dict[str, Quantity | None]()
-        for run in standing.tied + standing.behind:
-            difference = comparison.difference(standing.best, run, metric)
-            column[run.name] = quantity(difference, metric, "tied" if run in standing.tied else "")
-        columns.append(column)
-    return Table(
-        "distance-to-best",
-        "How far behind the best of each column",
-        ["Strategy", *(metric.label for metric in comparison.metrics)],
-        [
-            [comparison.labels[run.name], *(column.get(run.name) for column in columns)]
-            for run in comparison.runs
-        ],
-        "Differences are taken case by case, so what makes a case hard for all cancels. ≈ marks an interval "
-        "that contains zero; – stands for the best itself.",
+        ["Strategy", *(metric.label for metric in comparison.metrics), "Seeds"],
+        rows,
+        f"± is the half width of the 95 % interval. {MARKS}" if len(comparison.systems) > 1 else "",
     )

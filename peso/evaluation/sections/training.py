@@ -41,12 +41,12 @@ PANELS = (
 def training(comparison: Comparison) -> Section:
     """Loss and gradients along the stages."""
     curves = {
-        run.name: {
+        system.name: {
             stage: learnt.curve
-            for stage, learnt in run.stages.items()
+            for stage, learnt in system.first.stages.items()
             if learnt.curve is not None and len(learnt.curve.steps)
         }
-        for run in comparison.runs
+        for system in comparison.systems
     }
     if not any(curves.values()):
         return Section("training", "Training", ["There is no training log for these runs."])
@@ -60,6 +60,8 @@ def training(comparison: Comparison) -> Section:
         paragraph += " Where the penalty's gradient stays far below the loss's, the anchor hardly holds."
     else:
         paragraph += " What is zero or unrecorded throughout is not drawn."
+    if any(len(system.runs) > 1 for system in comparison.systems):
+        paragraph += " Of several seeds the first is shown."
     return Section("training", "Training", [paragraph], plots=drawn)
 
 
@@ -67,17 +69,17 @@ def _plot(comparison: Comparison, curves: Mapping[str, Mapping[int, TrainingCurv
     stages = comparison.stages
     lines = []
     for (steps, values), dashed in zip(panel.columns, (False, True), strict=False):
-        for number, run in enumerate(comparison.runs):
+        for number, system in enumerate(comparison.systems):
             pieces = [
                 thinned(getattr(curve, steps), getattr(curve, values), float(curve.steps[-1]), place)
                 for place, stage in enumerate(stages)
-                if (curve := curves[run.name].get(stage)) is not None
+                if (curve := curves[system.name].get(stage)) is not None
             ]
             if pieces:
                 x, y = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
                 # a logarithmic scale has no place for the zero of "no penalty"
                 y = np.where(y > 0, y, np.nan) if panel.logarithmic else y
-                lines.append(Series(comparison.labels[run.name], number, x, y, dashed=dashed))
+                lines.append(Series(system.label, number, x, y, dashed=dashed))
     return Plot(
         panel.name,
         panel.title,

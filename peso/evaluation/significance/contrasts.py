@@ -10,8 +10,8 @@ from Student's t. Resampling the seeds themselves would not do: the variance amo
 fifth too small and their tails are too short. Where seeds are all the chance there is, that rejects identical
 systems in 15 % of cases.
 
-All pairs of a table are corrected together, not only those with the best: which one is the best is itself
-read from the data.
+Of each metric all pairs are corrected together, not only those with the best: which one is the best is itself
+read from the data. Metrics are corrected one by one: they are different questions, asked of the same lists.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Contrast:
     Attributes:
         value, low, high: the difference of means and its 95 % interval (nan: nothing varies).
         percent, percent_low, percent_high: the same in per cent of the other's mean.
-        p, p_adjusted: of the permutation test; ``p_adjusted`` after Holm's correction over the table.
+        p, p_adjusted: of the permutation test; ``p_adjusted`` after Holm's correction over all pairs.
         detectable: the smallest true difference that such data show (p ≤ 0.05) four times in five.
         covers_seeds: whether chance in training is in the interval and in p; if not, they speak of users
             alone.
@@ -153,9 +153,9 @@ class Contrasts:
         """Name of the system with the highest mean; of equals the first."""
         return max(self.systems, key=lambda system: self.mean(metric, system.name)).name
 
-    def ties(self, metric: str) -> list[str]:
+    def ties(self, metric: str, best: str | None = None) -> list[str]:
         """Names of the systems that are not significantly worse than the best, without the best itself."""
-        best = self.best(metric)
+        best = best or self.best(metric)
         return [
             system.name
             for system in self.systems
@@ -169,7 +169,7 @@ class Contrasts:
         return self._p.get(self._key(metric, system, other), 1.0)
 
     def p_adjusted(self, metric: str, system: str, other: str) -> float:
-        """The same after Holm's correction over all pairs and metrics."""
+        """The same after Holm's correction over all pairs in this metric."""
         return self._adjusted.get(self._key(metric, system, other), 1.0)
 
     def _key(self, metric: str, system: str, other: str) -> tuple[str, int, int]:
@@ -187,7 +187,11 @@ class Contrasts:
 
     @cached_property
     def _adjusted(self) -> dict[tuple[str, int, int], float]:
-        return dict(zip(self._p, holm(np.array(list(self._p.values()))).tolist(), strict=True))
+        result: dict[tuple[str, int, int], float] = {}
+        for metric in self.metrics:
+            keys = [key for key in self._p if key[0] == metric]
+            result |= dict(zip(keys, holm(np.array([self._p[key] for key in keys])).tolist(), strict=True))
+        return result
 
     def _p_of(self, metric: str, a: int, b: int) -> float:
         means, flips = self._means[metric], self._flips[metric]

@@ -63,6 +63,12 @@ class Spread:
             return math.nan
         return float(stats.t.ppf(0.975, self.effective_degrees)) * self.error
 
+    def p(self, difference: float) -> float:
+        """Two-sided, of the t test that a difference of this spread is 0; 1 where nothing varies."""
+        if not self.error:
+            return 1.0
+        return float(2 * stats.t.sf(abs(difference) / self.error, self.effective_degrees))
+
 
 def spread(means: np.ndarray, influence: np.ndarray, random: bool = True) -> Spread:
     """Of the mean over seeds.

@@ -1,0 +1,63 @@
+"""Section: what is in the lists, right or wrong."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.findings import stage_range
+from peso.evaluation.lists import ListFigures
+from peso.evaluation.sections.section import Section
+from peso.evaluation.systems import System
+from peso.evaluation.tables import Quantity, Table
+
+HEADS = ("Coverage", "Gini index", "Novelty, bits", "Popularity percentile", "ID diversity")
+
+
+def lists(comparison: Comparison) -> Section:
+    """Variety, novelty and popularity of what is recommended."""
+    title = "What is recommended"
+    if comparison.catalogue is None:
+        return Section("lists", title, ["These runs came without figures of their catalogue."])
+    k = comparison.ks[-1]
+    stages = comparison.averaged
+    return Section(
+        "lists",
+        title,
+        [
+            f"Of the first {k} items of every list. Coverage is the share of the catalogue that is "
+            "recommended to somebody; the Gini index is 0 if all items are recommended equally often and "
+            "near 1 if few are; novelty is the mean of −log₂ of an item's share among past events; the "
+            "percentile is 1 for the most popular item; ID diversity is the mean distance of two items of a "
+            "list, 0 if their semantic IDs are the same, 1 if they differ from the first level on."
+        ],
+        tables=[
+            Table(
+                "lists",
+                f"Lists of {k}, mean of {stage_range(stages)}",
+                ["Strategy", *HEADS],
+                [_row(comparison, system, stages) for system in comparison.systems],
+            )
+        ],
+        folded=[
+            Table(
+                "lists-by-stage",
+                f"Lists of {k}, stage by stage",
+                ["Strategy", "Stage", *HEADS],
+                [
+                    [row[0], Quantity(stage), *row[1:]]
+                    for system in comparison.systems
+                    for stage in stages
+                    for row in [_row(comparison, system, [stage])]
+                ],
+            )
+        ],
+    )
+
+
+def _row(comparison: Comparison, system: System, stages: list[int]) -> list[Quantity | str | None]:
+    found = [comparison.list_figures(run, stage) for run in system.runs for stage in stages]
+    means = [float(np.mean([getattr(one, f.name) for one in found])) for f in fields(ListFigures)]
+    return [system.label, *(Quantity(mean, decimals=3) for mean in means)]

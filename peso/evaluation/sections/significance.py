@@ -1,0 +1,102 @@
+"""Section: which differences are more than chance, how large they are, and what could have been seen."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.findings import listed
+from peso.evaluation.metrics import Metric
+from peso.evaluation.sections.section import Section, file_name
+from peso.evaluation.significance.contrasts import Contrast
+from peso.evaluation.systems import System
+from peso.evaluation.tables import Cell, Quantity, Table
+
+COLUMNS = ("Difference", "In per cent", "p", "p, corrected", "Could be seen from")
+
+
+def significance(comparison: Comparison) -> Section:
+    """Which differences are more than chance."""
+    title = "More than chance?"
+    if len(comparison.systems) < 2:
+        return Section("significance", title, ["There is nothing to compare with."])
+    if not comparison.same_cases:
+        return Section("significance", title, ["Different test cases cannot be compared in pairs."])
+    text = (
+        "Every difference is taken case by case. p is that of a permutation test in which random users "
+        "change sides; the correction (Holm) covers all pairs in one metric. Intervals (95 %) come from "
+        "resampling users. “Could be seen from” is the smallest true difference that these data would show "
+        "four times in five, before the correction."
+    )
+    return Section(
+        "significance",
+        title,
+        [text, *_about_seeds(comparison)],
+        tables=[_to_best(comparison, metric) for metric in comparison.headline],
+        folded=[
+            *(_to_best(comparison, m) for m in comparison.metrics if m not in comparison.headline),
+            *(
+                _all_pairs(comparison, metric)
+                for metric in comparison.headline
+                if len(comparison.systems) > 2
+            ),
+        ],
+    )
+
+
+def _about_seeds(comparison: Comparison) -> list[str]:
+    several = [system for system in comparison.systems if len(system.runs) > 1]
+    alone = [f"“{system.label}”" for system in comparison.systems if system.one_seed]
+    sentences = []
+    if several:
+        sentences.append(
+            "Where systems were run with several seeds, means are over seeds, and p and intervals cover both "
+            "another draw of users and other seeds."
+        )
+    if alone:
+        who = listed(alone) if len(alone) <= 5 else f"{len(alone)} systems"
+        sentences.append(
+            f"One seed only of {who}: there p and intervals speak of users alone. Another seed of training "
+            "can move results as much."
+        )
+    return sentences
+
+
+def _to_best(comparison: Comparison, metric: Metric) -> Table:
+    standing = comparison.standing(metric)
+    rows = [
+        [system.label, *_cells(_contrast(comparison, metric, system, standing.best), metric)]
+        for system in standing.tied + standing.behind
+    ]
+    return Table(
+        f"{file_name(metric)}-to-best",
+        f"{metric.label}: distance to the best, {standing.best.label}",
+        ["Strategy", *COLUMNS],
+        rows,
+    )
+
+
+def _all_pairs(comparison: Comparison, metric: Metric) -> Table:
+    rows = [
+        [f"{one.label} − {other.label}", *_cells(_contrast(comparison, metric, one, other), metric)]
+        for one, other in combinations(comparison.systems, 2)
+    ]
+    return Table(
+        f"{file_name(metric)}-pairs", f"{metric.label}: all pairs", ["Difference of", *COLUMNS], rows
+    )
+
+
+def _contrast(comparison: Comparison, metric: Metric, one: System, other: System) -> Contrast:
+    return comparison.contrasts.contrast(metric.name, one.name, other.name)
+
+
+def _cells(found: Contrast, metric: Metric) -> list[Cell]:
+    return [
+        Quantity(found.value, decimals=metric.decimals, bounds=(found.low, found.high)),
+        Quantity(found.percent, decimals=1, bounds=(found.percent_low, found.percent_high))
+        if found.percent == found.percent
+        else None,
+        Quantity(found.p, decimals=4, chance=True),
+        Quantity(found.p_adjusted, decimals=4, chance=True),
+        Quantity(found.detectable, decimals=metric.decimals),
+    ]

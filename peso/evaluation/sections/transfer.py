@@ -1,0 +1,99 @@
+"""Section: what learning one stage does to the others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.metrics import Metric
+from peso.evaluation.plots import HeatMap
+from peso.evaluation.sections.section import Section, file_name, quantity
+from peso.evaluation.systems import System
+from peso.evaluation.tables import Cell, Quantity, Table
+from peso.evaluation.transfer import backward_transfer, forgetting, forward_transfer
+
+FEW = 6  # systems with a heat map for each of two metrics; of more, one each
+RETRAIN = "retrain"  # the strategy that learns every stage anew from all data so far
+
+
+def transfer(comparison: Comparison) -> Section:
+    """Transfer, forgetting, and the regret against learning anew."""
+    title = "Forgetting and transfer"
+    tested = [system for system in comparison.systems if any(run.across for run in system.runs)]
+    anew = next((s for s in comparison.systems if s.family == RETRAIN), None)
+    if not tested and anew is None:
+        return Section(
+            "transfer",
+            title,
+            [
+                "Not measured: it needs the models after each stage tested on the cases of the others "
+                "(`peso evaluate --on`), or a system that learns every stage anew (`retrain`)."
+            ],
+        )
+    text = (
+        "Rows are models, after stage i; columns the test cases of stage j, each with shades of its own. "
+        "Backward transfer is the mean change of the result on earlier stages by what was learnt later; "
+        "forgetting the mean distance to the best there was on them; forward transfer how much the stages "
+        "before j help on j, against the model of the base stage. Regret is how much better a model is that "
+        "learns every stage anew."
+    )
+    ndcg, _, log_probability = comparison.headline
+    shown = [ndcg, log_probability] if len(tested) <= FEW else [ndcg]
+    return Section(
+        "transfer",
+        title,
+        [text],
+        plots=[_heat_map(comparison, system, metric) for metric in shown for system in tested],
+        tables=[_table(comparison, metric, anew) for metric in comparison.headline],
+    )
+
+
+def matrix(system: System, metric: Metric) -> np.ndarray:
+    """R of :mod:`peso.evaluation.transfer`, mean over the seeds that were tested on other stages; nan where
+    one of them lacks a test. Where none was, the diagonal alone, of all seeds."""
+    last = max(system.stages)
+    runs = [run for run in system.runs if run.across] or list(system.runs)
+    found = np.full((len(runs), last + 1, last + 1), np.nan)
+    for number, run in enumerate(runs):
+        for stage, summary in run.stages.items():
+            if stage <= last and len(summary.predictions):
+                found[number, stage, stage] = metric.values(summary.predictions).mean()
+        for (i, j), predictions in run.across.items():
+            if max(i, j) <= last and len(predictions):
+                found[number, i, j] = metric.values(predictions).mean()
+    return found.mean(axis=0)
+
+
+def _table(comparison: Comparison, metric: Metric, anew: System | None) -> Table:
+    rows: list[list[Cell]] = []
+    for system in comparison.systems:
+        results = matrix(system, metric)
+        figures = [function(results) for function in (backward_transfer, forward_transfer, forgetting)]
+        regret: Cell = None
+        if anew is not None and system is not anew and comparison.same_cases:
+            regret = quantity(comparison.difference(anew, system, metric), metric)
+        cells = [None if np.isnan(f) else Quantity(f, decimals=metric.decimals) for f in figures]
+        if any(cell is not None for cell in [*cells, regret]):
+            rows.append([system.label, *cells, regret])
+    return Table(
+        f"{file_name(metric)}-transfer",
+        f"{metric.label}: transfer and forgetting",
+        ["Strategy", "Backward transfer", "Forward transfer", "Forgetting", "Regret against retraining"],
+        rows,
+    )
+
+
+def _heat_map(comparison: Comparison, system: System, metric: Metric) -> HeatMap:
+    results = matrix(system, metric)
+    stages = [str(stage) for stage in range(len(results))]
+    return HeatMap(
+        f"{file_name(metric)}-across-{comparison.systems.index(system)}",
+        f"{metric.label} · {system.label}",
+        f"{metric.label} of {system.label} after each stage on the cases of each stage.",
+        results,
+        stages,
+        stages,
+        "model after stage",
+        "cases of stage",
+        metric.decimals,
+    )

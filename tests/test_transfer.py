@@ -1,0 +1,72 @@
+"""Transfer and forgetting by their formulas, and what the report makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reports import CASES, across, run
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.run_summary import RunSummary
+from peso.evaluation.sections.transfer import matrix, transfer
+from peso.evaluation.transfer import backward_transfer, forgetting, forward_transfer
+
+
+@given(st.integers(2, 6), st.integers(0, 1000))
+def test_figures_by_definition(stages: int, seed: int) -> None:
+    results, last = np.random.default_rng(seed).normal(size=(stages, stages)), stages - 1
+    changes = [results[last, j] - results[j, j] for j in range(last)]
+    assert backward_transfer(results) == pytest.approx(sum(changes) / last)
+    drops = [max(results[i, j] for i in range(last)) - results[last, j] for j in range(last)]
+    assert forgetting(results) == pytest.approx(sum(drops) / last)
+    helped = [results[j - 1, j] - results[0, j] for j in range(2, stages)]
+    if helped:
+        assert forward_transfer(results) == pytest.approx(sum(helped) / len(helped))
+    else:
+        assert np.isnan(forward_transfer(results))
+
+
+def test_a_model_that_never_changes_neither_transfers_nor_forgets() -> None:
+    results = np.tile(np.array([0.4, 0.1, 0.3, 0.2]), (4, 1))
+    assert backward_transfer(results) == forward_transfer(results) == forgetting(results) == 0
+
+
+def test_what_was_not_tested_is_not_guessed() -> None:
+    results = np.diag([0.4, 0.3, 0.2])
+    results[results == 0] = np.nan
+    assert all(np.isnan(f(results)) for f in (backward_transfer, forward_transfer, forgetting))
+
+
+def test_one_stage_has_no_transfer() -> None:
+    assert np.isnan(backward_transfer(np.ones((1, 1))))
+    assert np.isnan(forgetting(np.ones((1, 1))))
+
+
+def with_across(name: str, strategy: str, skill: float) -> RunSummary:
+    return replace(run(name, strategy, skill, seed=3), across=across(skill, 3))
+
+
+def test_matrix_holds_the_means_of_the_tests() -> None:
+    comparison = Comparison([with_across("a", "single", 0.5)], [10])
+    (system,) = comparison.systems
+    metric = comparison.metric("log_probability")
+    results = matrix(system, metric)
+    assert results.shape == (len(CASES), len(CASES))
+    assert results[1, 3] == pytest.approx(metric.values(system.first.across[1, 3]).mean())
+    assert results[2, 2] == pytest.approx(metric.values(system.first.stages[2].predictions).mean())
+
+
+def test_regret_is_the_paired_difference_to_learning_anew() -> None:
+    runs = [run("a", "single", 0.2, seed=1), run("b", "retrain", 0.9, seed=2)]
+    comparison = Comparison(runs, [10])
+    section = transfer(comparison)
+    (table,) = [t for t in section.tables if t.name == "log-probability-transfer"]
+    single, anew = comparison.systems
+    expected = comparison.difference(anew, single, comparison.metric("log_probability"))
+    assert table.rows[0][4].value == pytest.approx(expected.value)  # type: ignore[union-attr]
+    assert table.rows[1][4] is None
+    assert table.rows[0][1] is None  # no tests across stages
