@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peso.continual.grouping import Grouping, find_units
 from peso.continual.groups import Group, Source, check_same_groups, find_groups, shapes
-from peso.continual.proximal.term import Coupling, Term, check_choice
+from peso.continual.proximal.term import Coupling, Term, check_choice, check_trained
 from peso.continual.stacks import (
     Gather,
     Metric,
@@ -90,8 +90,9 @@ class AnchoredTerm(Term):
         return stacked_penalty(self._stacks, tensors, weight / self._divisor)
 
     def pull(self, source: Source, rate: float) -> None:
-        tensors = self._tensors(source)
-        shrink(self._stacks, tensors, rate)
+        groups = self.groups_of(source)  # once: a walk over the modules costs as much as shrinking
+        check_trained(groups)
+        shrink(self._stacks, self._placed(groups), rate)
 
     def groups_of(self, source: Source) -> list[Group]:
         self._check_anchored()
@@ -100,8 +101,10 @@ class AnchoredTerm(Term):
         return groups
 
     def _tensors(self, source: Source) -> list[Tensor]:
+        return self._placed(self.groups_of(source))
+
+    def _placed(self, groups: Sequence[Group]) -> list[Tensor]:
         """The groups' tensors; stacks that are where they are now."""
-        groups = self.groups_of(source)
         tensors = [group.tensor for group in groups]
         if [placement(tensor) for tensor in tensors] != self._places:  # moved, or the precision changed
             self._stack(groups, unstack_anchors(self._stacks))

@@ -104,7 +104,7 @@ class Term:
         raise NotImplementedError
 
     def pull(self, source: Source, rate: float) -> None:
-        """The decoupled form for lr · κ = ``rate``, in place."""
+        """The decoupled form for lr · κ = ``rate``, in place. Raises TrainingError for a frozen group."""
         raise NotImplementedError
 
     def groups_of(self, source: Source) -> list[Group]:
@@ -190,7 +190,6 @@ class Term:
                 )
             kappa = self.strength / total_learning_rate
         if kappa and learning_rate:
-            check_trained(self.groups_of(source))
             self.pull(source, learning_rate * kappa)
 
 
