@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peso.baselines.popularity import predict_popularity
 from peso.config import Config, dump_config
 from peso.diagnosis import stream_drift
 from peso.errors import WorkspaceError
+from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import findings
 from peso.evaluation.metrics import average_metrics, default_metrics
@@ -26,7 +28,7 @@ from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.manifest import read_manifest
-from peso.testing import is_tested, read_metrics
+from peso.testing import is_tested, read_metrics, test_directory
 from peso.workspace import LOG, METRICS, PREDICTIONS, Workspace
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
@@ -53,7 +55,7 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
     baselines = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
     if any(run.name == "popularity" for run in baselines):
-        return [*runs, *baselines]
+        return [replace(runs[0], catalogue=_catalogue(workspaces[0])), *runs[1:], *baselines]
     return [*runs, popularity(workspaces[0]), *baselines]
 
 
@@ -71,7 +73,19 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
         manifests=[workspace.stage_manifest(stage) for stage in workspace.finished_stages],
         drift=stream_drift(workspace),
         semantic_ids={key: ids[key] for key in INDEX if key in ids},
+        seed=workspace.config.seed,
+        across={
+            (stage, on): read_predictions(test_directory(workspace, stage, on) / PREDICTIONS)
+            for stage in tested
+            for on in tested
+            if on != stage and is_tested(workspace, stage, on)
+        },
     )
+
+
+def _catalogue(workspace: Workspace) -> Catalogue:
+    stream = Stream.open(workspace.stream_directory)
+    return Catalogue.of(stream, read_semantic_ids(workspace.semantic_ids_directory))
 
 
 def popularity(workspace: Workspace) -> RunSummary:
@@ -86,7 +100,7 @@ def popularity(workspace: Workspace) -> RunSummary:
         labels = label_cases(stages[:number], stage)
         depth = min(workspace.config.decoding.beams, ids.trie.leaves)
         answers[number] = StageSummary(predict_popularity(stages[: number + 1], stage, labels, ids, depth))
-    return RunSummary("popularity", "popularity (all time)", answers)
+    return RunSummary("popularity", "popularity (all time)", answers, catalogue=Catalogue.of(stream, ids))
 
 
 def strategy_label(config: Config) -> str:
@@ -147,7 +161,14 @@ def stage_cost(workspace: Workspace, stage: int) -> StageCost:
 def _stage(workspace: Workspace, stage: int) -> StageSummary:
     directory = workspace.stage_directory(stage)
     predictions = read_predictions(directory / PREDICTIONS)
-    return StageSummary(predictions, stage_cost(workspace, stage), _curve(directory / LOG))
+    training = read_metrics(workspace, stage, stage).get("training") or {}
+    held = {key: training[key] for key in ("moved", "strategy") if key in training}
+    return StageSummary(
+        predictions,
+        stage_cost(workspace, stage),
+        _curve(directory / LOG),
+        {**training.get("anchor", {}), **held},
+    )
 
 
 def _curve(log: Path) -> TrainingCurve | None:

@@ -51,9 +51,8 @@ class Catalogue:
             stage = stream.stage(number)
             if number == 0:  # what happened before the stream
                 before += np.bincount(stage.previous.values, minlength=len(before))
-            now = before.copy()
-            for row in stage.eligible():
-                np.add.at(now, stage.current[row][:-2], 1)
+            learnt = np.concatenate([stage.current[row][:-2] for row in stage.eligible()])
+            now = before + np.bincount(learnt, minlength=len(before))
             seen[number] = now[: stream.items_known(number)]
             before += np.bincount(stage.current.values, minlength=len(before))
         columns = {

@@ -70,11 +70,17 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage of a run: its answers, and what it took to learn (None: nothing was learnt)."""
+    """One stage of a run: its answers, and what it took to learn (None: nothing was learnt).
+
+    ``anchor``: how the adapter moved and what held it: ``moved`` (:func:`peso.continual.anchor_report`), the
+    figures of :func:`peso.continual.hold.hold_report`, ``strategy`` (weight, strength, ρ̄); empty where no
+    adapter was moved on.
+    """
 
     predictions: Predictions
     cost: StageCost | None = None
     curve: TrainingCurve | None = None
+    anchor: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.sections.anchor import anchor
 from peso.evaluation.sections.cost import cost
 from peso.evaluation.sections.drift import drift
 from peso.evaluation.sections.lists import lists
@@ -32,6 +33,7 @@ SECTIONS: Sequence[Callable[[Comparison], Section]] = (
     sweep,
     lists,
     training,
+    anchor,
     cost,
     drift,
     semantic_ids,

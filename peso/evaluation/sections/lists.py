@@ -14,6 +14,7 @@ from peso.evaluation.systems import System
 from peso.evaluation.tables import Quantity, Table
 
 HEADS = ("Coverage", "Gini index", "Novelty, bits", "Popularity percentile", "ID diversity")
+DECIMALS = (4, 3, 2, 3, 3)
 
 
 def lists(comparison: Comparison) -> Section:
@@ -60,4 +61,4 @@ def lists(comparison: Comparison) -> Section:
 def _row(comparison: Comparison, system: System, stages: list[int]) -> list[Quantity | str | None]:
     found = [comparison.list_figures(run, stage) for run in system.runs for stage in stages]
     means = [float(np.mean([getattr(one, f.name) for one in found])) for f in fields(ListFigures)]
-    return [system.label, *(Quantity(mean, decimals=3) for mean in means)]
+    return [system.label, *(Quantity(mean, decimals=d) for mean, d in zip(means, DECIMALS, strict=True))]
