@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,24 @@ def curve(stage: int, penalty: float, seed: int) -> TrainingCurve:
         validation_steps=epochs,
         validation_loss=np.interp(epochs, steps, loss) + 0.35,
     )
+
+
+def moved(stage: int, penalty: float) -> dict[str, Any]:
+    """What is known of a stage's anchor; without a penalty only how far the adapter moved."""
+    distances = {
+        f"model.layers.{k}.{m}": k + 0.1 for k in (0, 1) for m in ("mlp.up_proj", "self_attn.q_proj")
+    }
+    modules = {name: {"distance": d, "kl": d / 100, "second_order": d / 99} for name, d in distances.items()}
+    whole = {"distance": 2.5 + stage, "kl": 0.0123, "second_order": 0.0124, "modules": modules}
+    if not penalty:
+        return {"moved": whole, "says": None, "gradient_ratios": None, "pull_ratios": None}
+    return {
+        "moved": whole,
+        "says": f"stage {stage}: the penalty's gradient was 12 % of the loss's on average",
+        "gradient_ratio": 0.12,
+        "gradient_ratios": [0.02, 0.1, 0.16, 0.2],
+        "strategy": {"weight": 2.0, "rho": 4.4e4, "rho_standard_error": 9.1e3},
+    }
 
 
 DRIFT = [
@@ -143,6 +162,7 @@ def run(
             if learns
             else None,
             curve(stage, penalty, seed) if learns else None,
+            moved(stage, penalty) if learns and stage else {},
         )
         for stage, n in enumerate(cases)
     }

@@ -43,7 +43,7 @@ def train(
         TrainingConfig(**{**defaults, **settings}),
         stage=2,
         learning_rate=learning_rate,
-        strategy=Peso(weight, reduction="sum"),
+        strategy=Peso(weight=weight, reduction="sum"),
         seed=7,
         directory=directory / "checkpoint",
         log=directory / "log.jsonl",

@@ -1,0 +1,175 @@
+"""Section: does the anchor hold, and where the adapters moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.plots import HeatMap, Plot, Series
+from peso.evaluation.sections.section import Section
+from peso.evaluation.systems import System
+from peso.evaluation.tables import Cell, Quantity, Table
+
+FEW = 6  # systems with a map of their own
+RATIOS = {
+    "gradient_ratios": ("anchor-gradient", "Gradient of the penalty over that of the loss"),
+    "pull_ratios": ("anchor-pull", "Decoupled pull over the optimiser's step"),
+}
+
+
+def anchor(comparison: Comparison) -> Section:
+    """Ratios over time, distance by module, and one sentence a stage."""
+    title = "Does the anchor hold"
+    moved = [system for system in comparison.systems if _stages(system)]
+    if not moved:
+        return Section("anchor", title, ["No stage of these runs moved an adapter on from an earlier one."])
+    text = (
+        "In the loss an anchor pulls by its gradient: below 1 % of the loss's gradient it is lost in the "
+        "noise between two batches. Decoupled it shrinks the displacement after each step: what counts is "
+        "the share that is taken back, by the end of the stage, of a displacement present at its start. Of "
+        "several seeds the first is shown."
+    )
+    plots: list[Plot | HeatMap] = [
+        plot for key in RATIOS if (plot := _over_time(comparison, moved, key)) is not None
+    ]
+    return Section(
+        "anchor",
+        title,
+        [text, *_sentences(moved)],
+        plots=plots + [_map(system) for system in moved[:FEW]],
+        tables=[_table(moved)],
+    )
+
+
+def _stages(system: System) -> dict[int, Mapping[str, Any]]:
+    """What is known of the anchor of each stage."""
+    return {stage: s.anchor for stage, s in sorted(system.first.stages.items()) if s.anchor.get("moved")}
+
+
+def _sentences(systems: Sequence[System]) -> list[str]:
+    """A paragraph a system, of the stages where something was anchored."""
+    found = []
+    for system in systems:
+        says = [text for told in _stages(system).values() if (text := told.get("says"))]
+        if says:
+            found.append(f"{system.label}: {'; '.join(says)}.")
+    return found
+
+
+def _over_time(comparison: Comparison, systems: Sequence[System], key: str) -> Plot | None:
+    name, title = RATIOS[key]
+    places = {stage: place for place, stage in enumerate(s for s in comparison.stages if s)}
+    lines = []
+    for system in systems:
+        x: list[float] = []
+        y: list[float] = []
+        for stage, told in _stages(system).items():
+            ratios = told.get(key)
+            if ratios and stage in places:
+                x += [places[stage] + (part + 0.5) / len(ratios) for part in range(len(ratios))]
+                x.append(places[stage] + 1.0)
+                y += [*ratios, np.nan]  # no line from one stage into the next
+        if y:
+            values = np.array(y)
+            number = comparison.systems.index(system)
+            lines.append(Series(system.label, number, np.array(x), np.where(values > 0, values, np.nan)))
+    if not lines:
+        return None
+    return Plot(
+        name,
+        title,
+        f"{title}, by quarter of each stage.",
+        lines,
+        "stage",
+        [(place + 0.5, str(stage)) for stage, place in places.items()],
+        points=False,
+        logarithmic=True,
+        boundaries=range(len(places) + 1),
+    )
+
+
+def _map(system: System) -> HeatMap:
+    """Distance moved by layer and target, mean over the stages."""
+    rows: dict[str, int] = {}
+    columns: dict[str, int] = {}
+    sums: dict[tuple[str, str], list[float]] = {}
+    for told in _stages(system).values():
+        for module, figures in told["moved"]["modules"].items():
+            place = layer, target = _place(module)
+            rows.setdefault(layer, len(rows))
+            columns.setdefault(target, len(columns))
+            sums.setdefault(place, []).append(figures["distance"])
+    values = np.full((len(rows), len(columns)), np.nan)
+    for (layer, target), distances in sums.items():
+        values[rows[layer], columns[target]] = np.mean(distances)
+    largest = float(np.nanmax(values))
+    decimals = max(0, 1 - int(np.floor(np.log10(largest)))) if largest > 0 else 1
+    return HeatMap(
+        f"anchor-moved-{system.name}".replace("/", "-").replace(" ", "-"),
+        f"Distance moved by module, {system.label}",
+        "Mean distance that the adapter of each module moved in a stage, by layer and target.",
+        values,
+        list(rows),
+        [target.removesuffix("_proj") for target in columns],
+        "layer",
+        "module",
+        decimals,
+    )
+
+
+def _place(module: str) -> tuple[str, str]:
+    """
+    >>> _place("model.layers.3.mlp.up_proj"), _place("tensor 0")
+    (('3', 'up_proj'), ('', 'tensor 0'))
+    """
+    parts = module.split(".")
+    return next((part for part in parts if part.isdigit()), ""), parts[-1]
+
+
+COLUMNS = {
+    "Gradient ratio": ("gradient_ratio", 4),
+    "Pull ratio": ("pull_ratio", 4),
+    "Taken back": ("taken_back", 3),
+}
+
+
+def _table(systems: Sequence[System]) -> Table:
+    rows: list[list[Cell]] = []
+    for system in systems:
+        for stage, told in _stages(system).items():
+            strategy, moved = told.get("strategy", {}), told["moved"]
+            rows.append(
+                [
+                    system.label,
+                    Quantity(stage),
+                    *(_cell(told.get(key), decimals) for key, decimals in COLUMNS.values()),
+                    _cell(moved["distance"], 3),
+                    _short(moved["kl"]),
+                    _short(moved["second_order"]),
+                    _short(strategy.get("weight")),
+                    _short(strategy.get("strength")),
+                    _short(strategy.get("rho")),
+                    _short(strategy.get("rho_standard_error")),
+                ]
+            )
+    titles = ["Distance", "KL", "½ Var", "Weight", "Strength", "ρ̄", "± ρ̄"]
+    return Table(
+        "anchor",
+        "What the anchor did, stage by stage",
+        ["Strategy", "Stage", *COLUMNS, *titles],
+        rows,
+        "Ratios are means over the stage. KL is summed over groups at τ = 1, ½ Var the variance form that it "
+        "tends to for small steps. ρ̄ is the weight that strength 1 is in the loss, ± its standard error.",
+    )
+
+
+def _cell(value: float | None, decimals: int) -> Quantity | None:
+    return None if value is None else Quantity(value, decimals=decimals)
+
+
+def _short(value: float | None) -> str | None:
+    """Figures of any size: three digits."""
+    return None if value is None else f"{value:.3g}"
