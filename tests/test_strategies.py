@@ -50,7 +50,8 @@ def test_no_configuration_is_without_its_strategy() -> None:
     schema = TypeAdapter(StrategyConfig).json_schema()
     for definition in schema["$defs"].values():
         name = definition["properties"]["name"]["const"]
-        made = make_strategy(TypeAdapter(StrategyConfig).validate_python({"name": name}))
+        options = {"module": "peso.continual.single.SingleAdapter"} if name == "custom" else {}
+        made = make_strategy(TypeAdapter(StrategyConfig).validate_python({"name": name, **options}))
         assert isinstance(made, Strategy)
 
 
