@@ -139,6 +139,7 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
         "Options",
         "What is recommended",
         "Training",
+        "Does the anchor hold",
         "Cost",
         "Drift of the stream",
         "Semantic IDs",
@@ -146,7 +147,7 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
         "Provenance",
         "How to read this",
     ]
-    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 21
+    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 25
     assert page.count("<table>") == len(list((written / "tables").glob("*.csv")))
     for text in ("learning_rate: 0.001", "strategy.weight", "adapter_model.safetensors", "Dormant users"):
         assert text in parsed.text
