@@ -9,6 +9,7 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.run_summary import StageCost
 from peso.evaluation.sections.section import Section
+from peso.evaluation.systems import System
 from peso.evaluation.tables import Cell, Quantity, Table
 
 MIB = 2**20
@@ -29,20 +30,24 @@ def cost(comparison: Comparison) -> Section:
 
 
 def _cost_table(comparison: Comparison) -> Table:
+    single = next((system for system in comparison.systems if system.family == "single"), None)
+    plain = _later(single) if single is not None else []
     rows: list[list[Cell]] = []
     for system in comparison.systems:
         base = [s.cost for run in system.runs for stage, s in run.stages.items() if stage == 0 and s.cost]
-        later = [s.cost for run in system.runs for stage, s in run.stages.items() if stage > 0 and s.cost]
+        later = _later(system)
         rows.append(
             [
                 system.label,
                 _mean_cost(base, "seconds", 1, 1),
                 _mean_cost(later, "seconds", 1, 1),
+                _times(later, plain, "seconds"),
                 _mean_cost(
                     [max(base + later, key=_memory)] if base + later else [], "peak_memory_bytes", MIB, 0
                 ),
+                _times(later, plain, "peak_memory_bytes"),
                 _mean_cost(later, "trained_parameters", 1, 0),
-                _mean_cost(later, "bytes_on_disk", MIB, 2),
+                *(_mean_cost(_at_end(system, end), "bytes_on_disk", MIB, 2) for end in (0, -1)),
             ]
         )
     return Table(
@@ -52,12 +57,34 @@ def _cost_table(comparison: Comparison) -> Table:
             "Strategy",
             "Stage 0, s",
             "A later stage, s",
+            "× single",
             "Peak memory, MiB",
+            "× single",
             "Parameters trained in a later stage",
-            "Disk for a later stage, MiB",
+            "Disk for the first later stage, MiB",
+            "… for the last",
         ],
         rows,
+        "× single: a later stage beside one of plain fine-tuning, where it is among the runs; times of runs "
+        "that shared a busy machine tell little.",
     )
+
+
+def _later(system: System) -> list[StageCost]:
+    return [s.cost for run in system.runs for stage, s in run.stages.items() if stage > 0 and s.cost]
+
+
+def _at_end(system: System, end: int) -> list[StageCost]:
+    """Of the first (0) or last (-1) of the later stages, in every run."""
+    later = [stage for stage in system.stages if stage > 0]
+    return [cost for run in system.runs if later and (cost := run.stages[later[end]].cost)]
+
+
+def _times(costs: Sequence[StageCost], plain: Sequence[StageCost], name: str) -> Quantity | None:
+    mine, theirs = _mean_cost(costs, name, 1, 2), _mean_cost(plain, name, 1, 2)
+    if mine is None or theirs is None or not theirs.value:
+        return None
+    return Quantity(mine.value / theirs.value, decimals=2)
 
 
 def _cost_by_stage_table(comparison: Comparison) -> Table:
