@@ -144,9 +144,7 @@ def test_stage_0_is_shared_by_all_that_would_learn_the_same_and_by_nobody_else(t
     assert len({run.task.base.root for run in shared.runs}) == 2
     apart = plan_of(tmp_path, {"strategies": strategies, "seeds": [0, 1], "share_base": False})
     assert len({run.task.base.root for run in apart.runs}) == 4
-    assert (
-        len({run.task.data.root for run in apart.runs}) == 1
-    )  # the same cases
+    assert len({run.task.data.root for run in apart.runs}) == 1  # the same cases
 
 
 def test_what_is_not_random_is_run_once(tmp_path):
@@ -340,8 +338,7 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
         do(same.task)
         assert result_files(run.task.root) == result_files(same.task.root)
 
-    pages = write_results(plan, collect(plan))
-    assert [page.name for page in pages] == ["index.html"]
+    assert write_results(plan, collect(plan)).is_file()
     table = pq.read_table(tmp_path / "w" / "results.parquet").to_pylist()
     assert [(row["strategy"], row["stage"]) for row in table] == [
         (s, t) for s in ("single", "paper") for t in range(3)

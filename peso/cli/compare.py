@@ -82,8 +82,7 @@ def compare(
     for remark in collected.remarks:
         print(f"- {remark}")
     if collected.runs or report_only:
-        for page in write_results(plan, collected):
-            print(f"report: {page}")
+        print(f"report: {write_results(plan, collected)}")
         print(f"table:  {root / 'results.parquet'}")
     if failed:
         raise PesoError(f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again")

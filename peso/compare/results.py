@@ -70,13 +70,11 @@ def collect(plan: Plan) -> Collected:
     return Collected(runs, remarks)
 
 
-def write_results(plan: Plan, collected: Collected) -> list[Path]:
-    """Write ``results.parquet``, ``results.csv`` and the report; returns the report's pages.
-
-    One report a data set and backbone: answers to different cases are not set side by side.
+def write_results(plan: Plan, collected: Collected) -> Path:
+    """Write ``results.parquet``, ``results.csv`` and the report; returns the report's page.
 
     Raises:
-        WorkspaceError: no run has a tested stage.
+        WorkspaceError: no run has a tested stage, or runs on one data set answered different cases.
     """
     if not collected.runs:
         raise WorkspaceError(f"nothing in {plan.root} is tested yet: {'; '.join(collected.remarks[:3])} …")
@@ -85,17 +83,12 @@ def write_results(plan: Plan, collected: Collected) -> list[Path]:
         pq.write_table(table, aside)
     with write_aside(plan.root / f"{RESULTS}.csv") as aside:
         pyarrow.csv.write_csv(table, aside)
-    cells = list(dict.fromkeys((run.data, run.backbone) for run, _ in collected.runs))
-    pages = []
-    for cell in cells:
-        inside = [(run, found) for run, found in collected.runs if (run.data, run.backbone) == cell]
-        directory = plan.root / "report" if len(cells) == 1 else plan.root / "reports" / "-".join(cell)
-        title = plan.common.report.title or f"peso: {', '.join(cell)}"
-        runs = [run_summary(run, found) for run, found in inside]
-        pages.append(
-            write_report(directory, [*runs, *_baselines(inside[0][0])], title, plan.common.evaluation.k)
-        )
-    return pages
+    first_of_cell = {(run.data, run.backbone): run for run, _ in reversed(collected.runs)}
+    runs = [run_summary(run, found) for run, found in collected.runs]
+    for first in reversed(first_of_cell.values()):
+        runs += _baselines(first)
+    title = plan.common.report.title or f"peso compare: {plan.root.name}"
+    return write_report(plan.root / "report", runs, title, plan.common.evaluation.k, paired=True)
 
 
 def run_summary(run: Run, found: Standing) -> RunSummary:
