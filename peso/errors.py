@@ -32,5 +32,9 @@ class TrainingError(PesoError):
     """Training that cannot start or go on."""
 
 
+class LostProcess(TrainingError):
+    """One of several processes that train together is gone."""
+
+
 class ExportError(PesoError):
     """A model that cannot be written in the form asked for, or not where it was asked for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from peso.items.index_files import INDEX_FILE
 from peso.manifest import read_manifest, write_manifest
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
+from peso.processes import current
 from peso.progress import Observer
 from peso.stages import (
     backbone_fingerprint,
@@ -49,16 +51,21 @@ FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in t
 def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
     """Learn one stage from where the last one left the model, and commit stages/{stage}/.
 
-    Interrupted, it continues from its newest checkpoint and ends with the same bits.
+    Interrupted, it continues from its newest checkpoint and ends with the same bits. Several processes
+    (:mod:`peso.processes`) learn it together; the main one writes.
 
     Raises:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
-    _pull_backbone(workspace, observer)
     determined_by = determination(workspace, stage)
     unfinished = workspace.unfinished_directory(stage) / determined_by[:16]
-    for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
-        shutil.rmtree(stale)
+
+    def prepare() -> None:
+        _pull_backbone(workspace, observer)
+        for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
+            shutil.rmtree(stale)
+
+    current().on_main(prepare)
     model = starting_model(workspace, stage)
     memory = stored_memory(workspace.stage_directory(stage - 1)) if stage else {}
     training: dict[str, Any] = {}
@@ -69,6 +76,19 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
         training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
     else:
         observer.note(f"stage {stage}: strategy {workspace.config.strategy.name} keeps the last state")
+    current().on_main(partial(_commit, workspace, stage, model, memory, training, unfinished, determined_by))
+
+
+def _commit(
+    workspace: Workspace,
+    stage: int,
+    model: GenerativeModel,
+    memory: dict[str, Tensor],
+    training: dict[str, Any],
+    unfinished: Path,
+    determined_by: str,
+) -> None:
+    """stages/{stage}/, whole, in place of what training kept on the way."""
     with commit_directory(workspace.stage_directory(stage)) as directory:
         save_stage_weights(model, directory, whole_backbone=trains_backbone(workspace, stage))
         write_memory(directory, memory)
@@ -127,8 +147,10 @@ def _train(
             continue
         here = replace(context, phase=phase)
         spent += _train_phase(workspace, model, strategy, here, unfinished / phase, observer).seconds
-        _keep(model, memory, spent, finished)
+        current().on_main(partial(_keep, model, memory, spent, finished))
     result = _train_phase(workspace, model, strategy, replace(context, phase=last), unfinished, observer)
+    if not current().is_main:  # the figures are told, and written, once
+        return {}
     rate = _learning_rate(workspace, strategy, stage, last)
     figures: dict[str, Any] = {"learning_rate": rate, **asdict(result)}
     figures["seconds"] += spent
@@ -185,6 +207,7 @@ def _train_phase(
         log=directory / LOG,
         context=context,
         on_progress=show,
+        processes=current(),
     )
     observer.end()
     return result

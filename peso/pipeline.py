@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from peso.items.tokenize import append as continue_semantic_ids
 from peso.items.tokenize import tokenize as make_semantic_ids
 from peso.learning import learn_stage
 from peso.manifest import read_manifest
+from peso.processes import current
 from peso.progress import Observer, Silent
 from peso.stages import determination
 from peso.testing import is_tested, test
@@ -65,6 +67,8 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
 def run(workspace: Workspace, base: Path | None = None, observer: Observer | None = None) -> None:
     """Do everything that is not done, then write the report. The caller holds the workspace's lock.
 
+    Several processes (:mod:`peso.processes`) learn and test together; the main one does the rest.
+
     Args:
         base: a workspace to take stage 0 from.
 
@@ -72,6 +76,18 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
         PesoError: see the single steps. What was finished before stays.
     """
     observer = observer or Silent()
+    for step in current().on_main(partial(_begin, workspace, base, observer)):
+        assert step.stage is not None
+        if step.name == "learn":
+            learn(workspace, step.stage, observer)
+        else:
+            test(workspace, step.stage, step.stage, observer)
+    if workspace.config.evaluation.enabled:
+        current().on_main(partial(_conclude, workspace, observer))
+
+
+def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[Step]:
+    """Everything before the stages; returns what is left to do of these."""
     if not workspace.has_stream:
         ingest(workspace, observer)
     if not workspace.has_semantic_ids:
@@ -81,20 +97,18 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
     _require_catalogue(workspace)
     if base is not None and 0 not in workspace.finished_stages:
         take_base(workspace, Workspace.open(base), observer)
-    for step in list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages)):
-        assert step.stage is not None
-        if step.name == "learn":
-            learn(workspace, step.stage, observer)
-        else:
-            test(workspace, step.stage, step.stage, observer)
-    if workspace.config.evaluation.enabled:
-        if workspace.config.baselines:
-            from peso.baseline_runs import run_baselines
+    return list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages))
 
-            run_baselines(workspace, workspace.config.baselines, observer)
-        from peso.summary import report  # draws plots: slow to import
 
-        report([workspace], workspace.report_directory)
+def _conclude(workspace: Workspace, observer: Observer) -> None:
+    """Everything after the stages."""
+    if workspace.config.baselines:
+        from peso.baseline_runs import run_baselines
+
+        run_baselines(workspace, workspace.config.baselines, observer)
+    from peso.summary import report  # draws plots: slow to import
+
+    report([workspace], workspace.report_directory)
 
 
 # -- data --------------------------------------------------------------------------------------------
@@ -225,7 +239,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
         WorkspaceError: the stage before is not learnt, or this one already is.
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
-    _require_next(workspace, stage)
+    current().on_main(partial(_require_next, workspace, stage))
     learn_stage(workspace, stage, observer)
 
 
@@ -235,6 +249,14 @@ def update(workspace: Workspace, observer: Observer) -> int:
     Raises:
         WorkspaceError: stage 0 is not learnt, or the stream has no further stage.
     """
+    stage = current().on_main(partial(_next_stage, workspace))
+    learn(workspace, stage, observer)
+    if workspace.config.evaluation.enabled:
+        test(workspace, stage, stage, observer)
+    return stage
+
+
+def _next_stage(workspace: Workspace) -> int:
     learnt = workspace.finished_stages
     if not learnt:
         raise WorkspaceError(
@@ -243,9 +265,6 @@ def update(workspace: Workspace, observer: Observer) -> int:
     stage, stages = learnt[-1] + 1, _stream(workspace).stages
     if stage >= stages:
         raise WorkspaceError(f"all {stages} stages of {workspace.root} are learnt; there is no new one yet")
-    learn(workspace, stage, observer)
-    if workspace.config.evaluation.enabled:
-        test(workspace, stage, stage, observer)
     return stage
 
 

@@ -6,6 +6,7 @@ Knows a workspace's files and which evaluation function makes which; knows nothi
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.manifest import read_manifest, write_manifest
+from peso.processes import current
 from peso.progress import Observer
 from peso.stages import trained_model
 from peso.training.likelihood import target_log_probabilities
@@ -51,59 +53,84 @@ def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[
     """Test the model of a stage on the test cases of stage ``on``; returns the metrics.
 
     Writes predictions.parquet, then metrics.json, each whole or not at all. What is there already and fits
-    is not computed again; if only ``evaluation.k`` changed, the predictions stay.
+    is not computed again; if only ``evaluation.k`` changed, the predictions stay. Several processes
+    (:mod:`peso.processes`) share the cases; the main one writes.
 
     Raises:
         WorkspaceError: the stage is not learnt, or items of stage ``on`` have no semantic ID yet.
         DataError: the stream has no stage ``on``, or the catalogue holds fewer items than a list is long.
     """
-    stage = workspace.require_stage(stage)
-    config, directory = workspace.config, test_directory(workspace, stage, on)
-    if is_tested(workspace, stage, on):
+    stage, processes = workspace.require_stage(stage), current()
+    if processes.on_main(partial(is_tested, workspace, stage, on)):
         return read_metrics(workspace, stage, on)["test"]
     stream = Stream.open(workspace.stream_directory)
-    cases_of = stream.stage(on)  # raises for a stage that does not exist
+    stream.stage(on)  # raises for a stage that does not exist
     if stream.items_known(on) > read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["items"]:
         raise WorkspaceError(
             f"items of stage {on} of {workspace.root} have no semantic ID yet; "
             f"`peso tokenize --append -w {workspace.root}` comes first"
         )
-    directory.mkdir(exist_ok=True)
-    known = read_metrics(workspace, stage, on)
+    if not processes.on_main(partial(_is_predicted, workspace, stage, on)):
+        _predict(workspace, stage, on, observer)
+    return processes.on_main(partial(_measure, workspace, stage, on))
+
+
+def _is_predicted(workspace: Workspace, stage: int, on: int) -> bool:
+    """Whether predictions are there that belong to this model, these cases and this search."""
+    tested = read_metrics(workspace, stage, on).get("test", {})
     determined_by = _determination(workspace, stage, on)
-    if known.get("test", {}).get("determined_by") != determined_by or not (directory / PREDICTIONS).is_file():
-        model = trained_model(workspace, stage)
-        if model.semantic_ids.trie.leaves < max(config.evaluation.k):
-            raise DataError(
-                f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalogue has "
-                f"{model.semantic_ids.trie.leaves} distinct semantic IDs; ask for fewer"
-            )
-        cases = cases_of.test_cases(config.prompt.window)
-        title = f"test stage {stage}" + (f" on the cases of stage {on}" if stage != on else "")
-        observer.begin(f"{title}: search", len(cases), "users")
-        found = search(
-            model,
-            cases.histories,
-            beams=config.decoding.beams,
-            batch_size=config.decoding.batch_size,
-            on_progress=observer.advance,
+    there = (test_directory(workspace, stage, on) / PREDICTIONS).is_file()
+    return there and tested.get("determined_by") == determined_by
+
+
+def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> None:
+    """predictions.parquet; several processes share the cases."""
+    config, processes = workspace.config, current()
+    stream = Stream.open(workspace.stream_directory)
+    model = trained_model(workspace, stage)
+    if model.semantic_ids.trie.leaves < max(config.evaluation.k):
+        raise DataError(
+            f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalogue has "
+            f"{model.semantic_ids.trie.leaves} distinct semantic IDs; ask for fewer"
         )
-        observer.begin(f"{title}: score targets", len(cases), "users")
-        likelihood = target_log_probabilities(model, cases, on_progress=observer.advance)
-        observer.end()
+    cases_of = stream.stage(on)
+    cases = cases_of.test_cases(config.prompt.window)
+    title = f"test stage {stage}" + (f" on the cases of stage {on}" if stage != on else "")
+    observer.begin(f"{title}: search", len(cases), "users")
+    found = search(
+        model,
+        cases.histories,
+        beams=config.decoding.beams,
+        batch_size=config.decoding.batch_size,
+        on_progress=observer.advance,
+        processes=processes,
+    )
+    observer.begin(f"{title}: score targets", len(cases), "users")
+    likelihood = target_log_probabilities(model, cases, on_progress=observer.advance, processes=processes)
+    observer.end()
+
+    def write() -> None:
         labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of)
         predictions = make_predictions(
             cases, labels, found.leaves, found.scores, likelihood, model.semantic_ids
         )
-        with write_aside(directory / PREDICTIONS) as aside:
+        with write_aside(test_directory(workspace, stage, on) / PREDICTIONS) as aside:
             write_predictions(aside, predictions)
+
+    processes.on_main(write)
+
+
+def _measure(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
+    """metrics.json, from the predictions."""
+    config, directory = workspace.config, test_directory(workspace, stage, on)
+    known = read_metrics(workspace, stage, on)
     estimates = stage_metrics(read_predictions(directory / PREDICTIONS), default_metrics(config.evaluation.k))
     metrics = {
         "stage": stage,
         "on": on,
         "k": config.evaluation.k,
         "beams": config.decoding.beams,
-        "determined_by": determined_by,
+        "determined_by": _determination(workspace, stage, on),
         "metrics": {name: estimate.as_json() for name, estimate in estimates.items()},
     }
     write_atomically(directory / METRICS, json_text({**known, "test": metrics}).encode())

@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from peso.config import Config, changed_keys, dump_config, load_config
 from peso.durable import only_writer, restore, write_atomically
 from peso.errors import WorkspaceError
 from peso.manifest import MANIFEST, read_manifest
+from peso.processes import current
 
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"  # of a stage
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
@@ -167,10 +168,18 @@ class Workspace:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only writer. Raises WorkspaceError at once if another process is."""
-        with only_writer(self.root):
-            for directory in (self.stream_directory, self.semantic_ids_directory):
-                restore(directory)
+        """Be the only writer. Raises WorkspaceError at once if another process is.
+
+        Of several processes that train together the main one holds the lock.
+        """
+        with ExitStack() as held:
+
+            def hold() -> None:
+                held.enter_context(only_writer(self.root))
+                for directory in (self.stream_directory, self.semantic_ids_directory):
+                    restore(directory)
+
+            current().on_main(hold)
             yield
 
     def unfinished_directory(self, stage: int) -> Path:

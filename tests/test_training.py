@@ -24,7 +24,7 @@ from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
 from peso.training import loop
 from peso.training import plan as plan_module
-from peso.training.likelihood import validation_loss
+from peso.training.likelihood import tokens_of_target, validation_loss
 from peso.training.loop import Progress, StageResult, train_stage
 from peso.training.plan import StagePlan
 
@@ -105,7 +105,8 @@ def test_a_batch_in_many_passes_has_the_gradient_of_one(
     for tokens in (100_000, 1):
         monkeypatch.setitem(plan_module.BUDGETS, "cpu", (tokens, tokens))
         passes = plan.batch(0, model)
-        loss = loop._backward(model, passes, 0.8, precision)
+        count = plan.targets(0) * tokens_of_target(model)
+        loss = loop._backward(model, passes, count, 0.8, precision)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         found.append((len(passes), loss, torch.cat([g.flatten() for g in gradients])))
         model.zero_grad()

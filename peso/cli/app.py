@@ -5,15 +5,18 @@ Heavy libraries are imported inside the commands, so that `peso --help` answers 
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
 
 from peso.cli import baseline, compare, demo, diagnose, models, recommend, run, steps
 from peso.durable import is_full
-from peso.errors import PesoError
+from peso.errors import ConfigError, LostProcess, PesoError
+from peso.processes import ON_MAIN, current, launched
 
 INTERRUPTED = 130
+TOGETHER = ("run", "train", "update", "evaluate")  # commands that several processes may share
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,12 +30,40 @@ for module in (demo, run, compare, steps, recommend, baseline, diagnose, models)
     module.register(app)
 
 
+def _refuse_processes() -> None:
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command not in TOGETHER:
+        raise ConfigError(
+            f"`peso {command}` is the work of one process: call it without torchrun or accelerate launch. "
+            f"Several processes can {', '.join(TOGETHER)}"
+        )
+
+
+def _stopped(*_: object) -> None:
+    """A launcher stops the processes that are left when one ends."""
+    raise LostProcess(
+        "told to stop, most likely since another process ended. Start the same command again: it continues "
+        "at its newest checkpoint"
+    )
+
+
+def _tell(error: PesoError) -> None:
+    """Of several processes each tells its own errors; what all were told of is said once."""
+    if ON_MAIN in getattr(error, "__notes__", ()):
+        return
+    who = f" (process {current().rank} of {current().count})" if current().count > 1 else ""
+    print(f"error{who}: {error}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Entry point: a PesoError becomes one line and exit status 1, Ctrl-C becomes exit status 130."""
     try:
+        if launched() > 1:
+            _refuse_processes()
+            signal.signal(signal.SIGTERM, _stopped)
         app()
     except PesoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(1)
     except OSError as error:
         if not is_full(error):

@@ -22,6 +22,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from peso.processes import current
+from peso.progress import Observer, Silent
+
 SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line every so often
 
 
@@ -77,6 +80,11 @@ class Terminal:
         if self._title:
             self.note(f"{self._title}: {duration(time.monotonic() - self._started)}")
             self._title = ""
+
+
+def watcher() -> Observer:
+    """Who shows what a command does: of several processes the main one alone speaks."""
+    return Terminal() if current().is_main else Silent()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

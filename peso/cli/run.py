@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Terminal, table
+from peso.cli.display import table, watcher
 from peso.cli.options import Overrides
 
 
@@ -31,12 +31,14 @@ def run(
 ) -> None:
     """Do all that CONFIG describes and is not done yet: ingest, tokenize, learn and test stages, report.
 
-    Interrupt it anywhere; the same command continues and ends with the same result.
+    Interrupt it anywhere; the same command continues and ends with the same result. Several processes learn
+    and test together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W (docs/training.md).
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """
     from peso import pipeline, summary
     from peso.config import load_config
+    from peso.processes import join
     from peso.workspace import Workspace
 
     resolved = load_config(config, overrides or [])
@@ -52,10 +54,12 @@ def run(
         )
         print(f"in all about {sum(e.minutes or 0 for e in plan):.0f} minutes on this machine")
         return
-    opened = Workspace.create_or_open(root, resolved)
-    terminal = Terminal()
+    processes = join(resolved.training.device)
+    opened = processes.on_main(lambda: Workspace.create_or_open(root, resolved))
     with opened.lock():
-        pipeline.run(opened, base=base, observer=terminal)
+        pipeline.run(opened, base=base, observer=watcher())
+    if not processes.is_main:
+        return
     columns, rows = summary.result_table([opened])
     table(f"{root}: averages over the later stages", columns, rows)
     print(f"report: {opened.report_directory / 'index.html'}")

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from peso.cli.display import Terminal, table
+from peso.cli.display import Terminal, table, watcher
 from peso.cli.options import Directory, Json, OnError, Overrides, Stage
+from peso.processes import current
 from peso.workspace import Workspace
 
 
@@ -158,9 +159,9 @@ def train(workspace: Directory, overrides: Overrides = None) -> None:
     """
     from peso import pipeline
 
-    opened = _configured(workspace, overrides)
+    opened = _together(workspace, overrides)
     with opened.lock():
-        pipeline.learn(opened, 0, Terminal())
+        pipeline.learn(opened, 0, watcher())
 
 
 def update(workspace: Directory, overrides: Overrides = None) -> None:
@@ -171,9 +172,11 @@ def update(workspace: Directory, overrides: Overrides = None) -> None:
     from peso import pipeline, summary
     from peso.testing import is_tested
 
-    opened = _configured(workspace, overrides)
+    opened = _together(workspace, overrides)
     with opened.lock():
-        stage = pipeline.update(opened, Terminal())
+        stage = pipeline.update(opened, watcher())
+    if not current().is_main:
+        return
     print(f"{opened.root}: stage {stage} learnt")
     if is_tested(opened, stage, stage):
         table("averages so far", *summary.result_table([opened]))
@@ -196,11 +199,13 @@ def evaluate(
 
     from peso import summary, testing
 
-    opened = _configured(workspace, overrides)
+    opened = _together(workspace, overrides)
     number = opened.require_stage(stage)
     cases = number if on is None else on
     with opened.lock():
-        metrics = testing.test(opened, number, cases, Terminal())
+        metrics = testing.test(opened, number, cases, watcher())
+    if not current().is_main:
+        return
     if as_json:
         print(json.dumps(metrics))
         return
@@ -235,3 +240,13 @@ def _configured(path: Path, overrides: list[str] | None) -> Workspace:
     if not overrides:
         return opened
     return Workspace.create_or_open(path, load_config(path / "config.yaml", overrides))
+
+
+def _together(path: Path, overrides: list[str] | None) -> Workspace:
+    """As :func:`_configured`, for commands that several processes may do together."""
+    from peso.config import load_config
+    from peso.processes import join
+
+    Workspace.open(path)  # raises where there is none
+    device = load_config(path / "config.yaml", overrides or []).training.device
+    return join(device).on_main(lambda: _configured(path, overrides))

@@ -24,6 +24,7 @@ from peso.decoding.trie_step import Selection, TrieTensors, select
 from peso.errors import BackboneError
 from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
+from peso.processes import ALONE, Processes
 
 BEAMS_AT_ONCE = 4096  # over all users of a batch; bounds the memory of searches with hundreds of beams
 
@@ -51,6 +52,7 @@ def search(
     exclude: Sequence[np.ndarray] | None = None,
     allow: np.ndarray | Sequence[np.ndarray] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Beams:
     """The ``beams`` best semantic IDs that may follow each history.
 
@@ -64,6 +66,8 @@ def search(
         exclude: per user item rows that may not come back.
         allow: item rows that alone may come back: one array for all users, or a sequence of one per user.
         on_progress: called with the number of users done so far.
+        processes: each computes its share of the batches, which are those of a single process, so that not
+            even the rounding differs; every one gets the result of all.
 
     Raises:
         BackboneError: the model's log-probabilities are not numbers.
@@ -87,12 +91,15 @@ def search(
         model.layout.prompt(model.item_token_ids(np.asarray(history[-window:], dtype=np.int64)))
         for history in histories
     ]
+    computed = np.zeros(len(prompts), dtype=bool)
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")[::-1]
     together = min(batch_size, max(1, BEAMS_AT_ONCE // beams))
     with _ready(model):
         # a pass of its own pays only where several users share it
         opening = Opening.of(model) if len(prompts) > 1 else Opening(0, [])
-        for start in range(0, len(order), together):
+        for number, start in enumerate(range(0, len(order), together)):
+            if not processes.takes(number):
+                continue
             users = order[start : start + together]
             admitted = catalogue.filter(
                 None if exclude is None else [exclude[u] for u in users],
@@ -103,9 +110,10 @@ def search(
             width = found.leaves.shape[1]
             leaves[users, :width] = catalogue.leaves(found.leaves)
             scores[users, :width] = found.scores
+            computed[users] = True
             if on_progress is not None:
                 on_progress(min(start + together, len(order)))
-    return Beams(leaves, scores)
+    return Beams(processes.merge(leaves, computed), processes.merge(scores, computed))
 
 
 @contextmanager

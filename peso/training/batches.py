@@ -218,6 +218,15 @@ def pack(pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass
     return [_assemble(pieces, prefix, rows) for rows in passes]
 
 
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """Which of the things of these sizes each of ``hands`` gets, as even as longest-first makes it; with
+    fewer things than hands some get none."""
+    order = np.argsort(-np.array(sizes), kind="stable")
+    dealt = _spread(order, np.array(sizes), hands, sum(sizes))
+    assert dealt is not None  # there is room for all in one hand
+    return dealt + [[] for _ in range(hands - len(dealt))]
+
+
 def _spread(longest_first: np.ndarray, sizes: np.ndarray, count: int, room: int) -> list[list[int]] | None:
     """Pieces of each of ``count`` rows, or None where that many rows do not hold them."""
     rows: list[list[int]] = [[] for _ in range(count)]

@@ -82,7 +82,8 @@ class TrainingLog:
                 "Remove the stage's checkpoint to train it from its start"
             )
         self._file = path.open("ab")
-        self._file.truncate(keep)
+        if size > keep:
+            self._file.truncate(keep)
 
     def write(self, **record: Any) -> None:
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")

@@ -18,7 +18,12 @@ from peso.errors import TrainingError
 from peso.events.histories import Stage, TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.training.batches import cut, lay_out, pack
-from peso.training.likelihood import predicts_end, target_states, target_token_log_probabilities
+from peso.training.likelihood import (
+    predicts_end,
+    target_states,
+    target_token_log_probabilities,
+    tokens_of_target,
+)
 from peso.training.plan import BUDGET_ELSEWHERE, BUDGETS, most_targets
 from peso.training.precision import Precision
 
@@ -39,8 +44,7 @@ class StageExamples:
         settings: TrainingConfig,
         seed: int,
     ) -> None:
-        ends = len(model.layout.end) if predicts_end(model) else 0
-        self.tokens = model.semantic_ids.levels + ends
+        self.tokens = tokens_of_target(model)
         self.window = model.layout.window
         self._model = model
         self._stage = stage

@@ -15,6 +15,7 @@ from peso.events.histories import Cases
 from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
+from peso.processes import ALONE, Processes
 from peso.training.batches import Packed, Piece, lay_out, pack
 
 SCORING_ROW_TOKENS = 512
@@ -24,6 +25,11 @@ SCORING_PASS_TOKENS = 4096  # no gradients are kept, so passes may be larger tha
 def predicts_end(model: GenerativeModel) -> bool:
     """Whether the layout's end token is a target: under ``full`` it competes, elsewhere it is certain."""
     return model.loss_vocabulary == "full"
+
+
+def tokens_of_target(model: GenerativeModel) -> int:
+    """How many target tokens a target has: one a level, and the layout's end where it is predicted."""
+    return model.semantic_ids.levels + (len(model.layout.end) if predicts_end(model) else 0)
 
 
 def target_states(model: GenerativeModel, packed: Packed) -> Tensor:
@@ -46,13 +52,17 @@ def target_token_log_probabilities(
 
 
 @torch.no_grad()
-def validation_loss(model: GenerativeModel, cases: Cases, temperature: float = 1.0) -> float:
+def validation_loss(
+    model: GenerativeModel, cases: Cases, temperature: float = 1.0, processes: Processes = ALONE
+) -> float:
     """The training loss over all cases at once: minus the mean log-probability of their target tokens."""
-    total, tokens = 0.0, 0
-    for _, packed in _passes(model, cases, SCORING_PASS_TOKENS, predict_end=predicts_end(model)):
+    total, tokens = 0.0, 0.0
+    ends = predicts_end(model)
+    for _, packed in _passes(model, cases, SCORING_PASS_TOKENS, processes, predict_end=ends):
         scores = target_token_log_probabilities(model, packed, temperature)
         total -= float(scores.double().sum())
         tokens += len(scores)
+    total, tokens = processes.sum_numbers(total, tokens)
     return total / tokens
 
 
@@ -62,6 +72,7 @@ def target_log_probabilities(
     cases: Cases,
     batch_tokens: int = SCORING_PASS_TOKENS,
     on_progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> np.ndarray:
     """Log-probability of each case's target: the sum over the tokens of its semantic ID, end token left out.
 
@@ -70,6 +81,7 @@ def target_log_probabilities(
     Args:
         batch_tokens: tokens in one forward pass.
         on_progress: called with the number of cases done.
+        processes: each takes its share of the passes and gets the result of all.
 
     Returns:
         float32 (cases,).
@@ -78,7 +90,7 @@ def target_log_probabilities(
     def score(packed: Packed) -> Tensor:
         return target_token_log_probabilities(model, packed)
 
-    return _per_case(model, cases, batch_tokens, on_progress, score)
+    return _per_case(model, cases, batch_tokens, on_progress, score, processes)
 
 
 @torch.no_grad()
@@ -138,24 +150,31 @@ def _per_case(
     batch_tokens: int,
     on_progress: Callable[[int], None] | None,
     score: Callable[[Packed], Tensor],
+    processes: Processes = ALONE,
 ) -> np.ndarray:
-    result = np.zeros(len(cases), dtype=np.float32)
+    result, own = np.zeros(len(cases), dtype=np.float32), np.zeros(len(cases), dtype=bool)
     done = 0
-    for rows, packed in _passes(model, cases, batch_tokens, predict_end=False):
+    for rows, packed in _passes(model, cases, batch_tokens, processes, predict_end=False):
         # (tokens of the pass,) → per case; the tokens of one case stand together, in order
         sums = score(packed).float().view(-1, model.semantic_ids.levels).sum(-1)
-        result[rows[packed.owners[:: model.semantic_ids.levels].cpu().numpy()]] = sums.cpu().numpy()
+        scored = rows[packed.owners[:: model.semantic_ids.levels].cpu().numpy()]
+        result[scored], own[scored] = sums.cpu().numpy(), True
         done += len(sums)
         if on_progress is not None:
-            on_progress(done)
-    return result
+            on_progress(min(done * processes.count, len(cases)))  # the others are about as far
+    return processes.merge(result, own)
 
 
 def _passes(
-    model: GenerativeModel, cases: Cases, pass_tokens: int, *, predict_end: bool
+    model: GenerativeModel, cases: Cases, pass_tokens: int, processes: Processes, *, predict_end: bool
 ) -> Iterator[tuple[np.ndarray, Packed]]:
-    """Cases of similar length together, at most about ``pass_tokens`` a pass: their numbers and tokens."""
+    """Cases of similar length together, at most about ``pass_tokens`` a pass: their numbers and tokens.
+
+    Several processes take whole passes in turn, so that what is computed together does not depend on how
+    many there are.
+    """
     layout = model.layout
+    groups = 0
     by_length = np.argsort([-len(history) for history in cases.histories], kind="stable")
     rows: list[int] = []
     pieces: list[Piece] = []
@@ -165,6 +184,8 @@ def _passes(
         rows.append(row)
         pieces.append(lay_out(layout, items, len(history), predict_end=predict_end))
         if sum(map(len, pieces)) >= pass_tokens or place == len(cases):
-            for packed in pack(pieces, layout.prefix, SCORING_ROW_TOKENS, pass_tokens):
-                yield np.array(rows), packed.to(model.device)
+            if processes.takes(groups):
+                for packed in pack(pieces, layout.prefix, SCORING_ROW_TOKENS, pass_tokens):
+                    yield np.array(rows), packed.to(model.device)
             rows, pieces = [], []
+            groups += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -32,9 +33,10 @@ from peso.model.adapter import adapter_parameters
 from peso.model.dropout import fast_dropout
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
+from peso.processes import ALONE, Processes
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
-from peso.training.likelihood import target_states, validation_loss
+from peso.training.likelihood import target_states, tokens_of_target, validation_loss
 from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
@@ -109,6 +111,7 @@ def train_stage(
     context: StageContext | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     checkpoint_seconds: float = 60.0,
+    processes: Processes = ALONE,
 ) -> StageResult:
     """Train everything of the model that requires a gradient; leave it as it was after its best epoch.
 
@@ -131,10 +134,13 @@ def train_stage(
             the other arguments say.
         on_progress: called after every step.
         checkpoint_seconds: least time between two checkpoints within an epoch.
+        processes: those that train this model together, each with all arguments the same: they share the
+            targets of every step and the validation cases, and step alike. The main one writes.
 
     Raises:
         TrainingError: no targets or nothing trainable, a loss or gradient that is not finite (the
-            parameters are then as before that step), or a checkpoint of another training.
+            parameters are then as before that step), a checkpoint of another training, or processes that
+            do not hold the same.
     """
     plan = StagePlan(sequences, model.layout.window, settings, seed, stage, most_targets(model.layout))
     validation = _sample(validation, settings.validation_cases, (seed, stage))
@@ -162,6 +168,7 @@ def train_stage(
         _data_digest(model, sequences, validation),
         fingerprint(trained),
     )
+    processes.require_same(determined_by, "settings, data or starting weights")
     checkpoint = Checkpoint(directory, determined_by)
     movement = Movement(adapter)  # from here: what a checkpoint restores has moved already
     state, best = _State(), dict[str, Tensor]()
@@ -175,7 +182,7 @@ def train_stage(
     on_cpu = model.device.type == "cpu"
     gpus = [model.device] if model.device.type == "cuda" else []
     with (
-        TrainingLog(log, state.logged) as records,
+        TrainingLog(*((log, state.logged) if processes.is_main else (Path(os.devnull), 0))) as records,
         torch.random.fork_rng(gpus),
         disable_input_dtype_casting(model, precision.mixed),
         fast_dropout(model) if on_cpu else nullcontext(),
@@ -184,11 +191,17 @@ def train_stage(
         for step in range(state.step, len(plan)):
             began = time.monotonic()
             model.train()
-            torch.manual_seed(_number(seed, stage, step))  # what dropout draws from
-            passes = plan.batch(step, model)
+            # what dropout draws from: something else on every process, which see other targets
+            torch.manual_seed(_number(seed, stage, step, *([processes.rank] if processes.rank else [])))
+            passes = plan.batch(step, model, processes)
+            count = plan.targets(step) * tokens_of_target(model)
             penalty = Penalty(parameters, measured=step % MEASURED_EVERY == 0)
             penalised = partial(_penalised, strategy, context, penalty)
-            loss = _backward(model, passes, settings.temperature, precision, penalised)
+            loss = _backward(model, passes, count, settings.temperature, precision, penalised)
+            tokens: float = sum(packed.tokens for packed in passes)
+            loss, tokens = processes.sum_numbers(loss, tokens)
+            _sum_gradients(parameters, processes)
+            penalty.gather(processes)
             gradient_norm = _norm(adapter) if penalty.separate else None
             penalty.add(strategy.penalty(context))
             penalty_norm = penalty.apply()
@@ -204,7 +217,7 @@ def train_stage(
             optimizer.zero_grad()
 
             now = time.monotonic()
-            targets, tokens = plan.targets(step), sum(packed.tokens for packed in passes)
+            targets, tokens = plan.targets(step), int(tokens)
             state.step += 1
             state.seconds += now - clock
             state.step_seconds += now - began
@@ -234,9 +247,10 @@ def train_stage(
                 on_progress(Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left, record))
 
             if plan.ends_epoch(step):
+                processes.require_same(fingerprint(trained), f"what they learnt until epoch {epoch}")
                 model.eval()
                 with precision.products():
-                    validated = validation_loss(model, validation, settings.temperature)
+                    validated = validation_loss(model, validation, settings.temperature, processes)
                 if not math.isfinite(validated):
                     raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")
                 if validated < min(state.validation_losses, default=math.inf):
@@ -249,7 +263,8 @@ def train_stage(
                 clock = now
                 losses = {"training_loss": state.training_losses[-1], "validation_loss": validated}
                 records.write(epoch=epoch, step=state.step, **losses)
-            if plan.ends_epoch(step) or time.monotonic() - saved_at >= checkpoint_seconds:
+            due = plan.ends_epoch(step) or time.monotonic() - saved_at >= checkpoint_seconds
+            if due and processes.is_main:
                 state.logged = records.sync()
                 checkpoint.save(
                     state=asdict(state),
@@ -280,16 +295,17 @@ def train_stage(
 def _backward(
     model: GenerativeModel,
     passes: list[Packed],
+    count: int,
     temperature: float,
     precision: Precision,
     penalised: Callable[[Tensor, TrainingPass, float], Tensor] | None = None,
 ) -> float:
-    """Gradients of the loss of one batch into the parameters; returns the loss.
+    """Gradients of the passes' part of the loss of a batch into the parameters; returns that part.
 
     Args:
+        count: target tokens of the whole batch.
         penalised: given a pass's loss, the pass and its share of the targets: what is to be differentiated.
     """
-    count = sum(len(packed.targets) for packed in passes)
     total = 0.0
     for packed in passes:
         with precision.products():
@@ -302,6 +318,13 @@ def _backward(
                 loss = penalised(loss, outputs, len(packed.targets) / count)
         loss.backward()
     return total
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:
+    """Gradients of the loss of the whole batch from those of the processes' parts."""
+    summed = processes.sum_tensors([p.grad for p in parameters], parameters)
+    for p, gradient in zip(parameters, summed, strict=True):
+        p.grad = gradient
 
 
 def _penalised(

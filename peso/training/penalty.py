@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.model.head import log_probabilities
+from peso.processes import Processes
 from peso.training.batches import Packed
 from peso.training.likelihood import target_states
 
@@ -49,6 +50,16 @@ class Penalty:
         self.value += float(penalty.detach())
         self.separate = False
         return loss + penalty
+
+    def gather(self, processes: Processes) -> None:
+        """Penalties on outputs over the passes of all processes: before :meth:`add`, whose penalties every
+        process finds for itself."""
+        value, mixed, apart = processes.sum_numbers(self.value, not self.separate, bool(self._gradients))
+        self.value, self.separate = value, not mixed
+        if apart:
+            mine = [self._gradients.get(number) for number in range(len(self._parameters))]
+            found = processes.sum_tensors(mine, self._parameters)
+            self._gradients = {number: g for number, g in enumerate(found) if g is not None}
 
     def add(self, penalty: Tensor | None) -> None:
         """A penalty with a graph of its own. Raises TrainingError where it moves nothing that is trained."""

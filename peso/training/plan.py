@@ -14,7 +14,8 @@ from peso.errors import TrainingError
 from peso.events.histories import TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
-from peso.training.batches import Chunk, Packed, cut, lay_out, pack, plan_epoch
+from peso.processes import ALONE, Processes
+from peso.training.batches import Chunk, Packed, cut, deal, lay_out, pack, plan_epoch
 from peso.training.likelihood import predicts_end
 
 # Tokens of a row, of a forward pass. A CPU computes attention between all tokens of a row, seen or not, and
@@ -82,13 +83,16 @@ class StagePlan:
     def targets(self, step: int) -> int:
         return sum(chunk.targets for chunk in self.members(step))
 
-    def batch(self, step: int, model: GenerativeModel) -> list[Packed]:
-        """The tokens of a step, one entry a forward pass, on the model's device."""
+    def batch(self, step: int, model: GenerativeModel, processes: Processes = ALONE) -> list[Packed]:
+        """The tokens of a step, one entry a forward pass, on the model's device: of several processes this
+        one's share, whole chunks, which may be none."""
         pieces = []
         for chunk in self.members(step):
             items = model.item_token_ids(self.sequences[chunk.sequence].items[chunk.start : chunk.stop])
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
+        mine = deal([len(piece) for piece in pieces], processes.count)[processes.rank]
+        pieces = [pieces[number] for number in sorted(mine)]
         budget = BUDGETS.get(model.device.type, BUDGET_ELSEWHERE)
         passes = pack(pieces, model.layout.prefix, *budget)
         return [packed.to(model.device) for packed in passes]

@@ -1,0 +1,214 @@
+"""Several processes train and test as one does: same losses, same answers, one writer, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import together
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_path import with_adapter
+
+from peso import pipeline, testing
+from peso.config import load_config
+from peso.model.generative import GenerativeModel
+from peso.processes import ALONE
+from peso.progress import Silent
+from peso.training.batches import deal
+from peso.workspace import Workspace
+
+HERE = Path(__file__).parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+}
+CONFIG = """
+data: {format: simulate, simulate: {users: 60, items: 40, stages: 1}}
+items: {quantizer: rq-kmeans, levels: 2, codes: 8}
+backbone: {name: tiny}
+training: {epochs: 2, max_steps: 20, batch_size: 16, learning_rate: 3e-3, device: cpu}
+adapter: {dropout: 0.0}
+decoding: {batch_size: 8}
+"""
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 8))
+def test_everything_is_dealt_once_and_evenly(sizes: list[int], hands: int) -> None:
+    dealt = deal(sizes, hands)
+    assert len(dealt) == hands
+    assert sorted(number for hand in dealt for number in hand) == list(range(len(sizes)))
+    loads = [sum(sizes[number] for number in hand) for hand in dealt]
+    assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_one_process_exchanges_nothing() -> None:
+    gradient, rows = torch.ones(3), np.arange(4)
+    assert ALONE.is_main
+    assert ALONE.sum_tensors([gradient, None], [gradient, gradient]) == [gradient, None]
+    assert ALONE.merge(rows, np.ones(4, bool)) is rows
+    assert ALONE.on_main(lambda: 3) == 3
+    assert all(ALONE.takes(number) for number in range(5))
+
+
+def test_commands_of_one_process_refuse_several(
+    peso: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, error = peso("ingest", "log.csv")
+    assert status == 1
+    assert "the work of one process: call it without torchrun" in error
+
+
+@pytest.fixture(scope="module")
+def two(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., GenerativeModel]
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Where two processes worked, and what each of them found."""
+    directory = tmp_path_factory.mktemp("two")
+    torch.save(with_adapter(make_model("instruct", "full", layers=1)), directory / "model.pt")
+    subprocess.run(
+        [*LAUNCH, str(HERE / "together.py"), str(directory)], env=ENVIRONMENT, check=True, timeout=280
+    )
+    return directory, [torch.load(directory / f"found.{rank}.pt") for rank in range(2)]
+
+
+def fresh(directory: Path) -> GenerativeModel:
+    return torch.load(directory / "model.pt", weights_only=False)
+
+
+def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for losses in ("training", "validation"):
+        assert found[losses] == pytest.approx(expected[losses], abs=1e-4)
+    assert found["targets"] == expected["targets"]
+    for name, value in expected["learnt"].items():
+        torch.testing.assert_close(found["learnt"][name], value, atol=2e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "peso", "softened"])
+def test_two_processes_learn_what_one_learns(
+    two: tuple[Path, list[dict[str, Any]]], tmp_path: Path, strategy: str
+) -> None:
+    directory, (main, other) = two
+    expected = together.train(fresh(directory), tmp_path, strategy=strategy)
+    check_same(main[strategy], expected)
+    for name, value in main[strategy]["learnt"].items():
+        assert torch.equal(other[strategy]["learnt"][name], value), name
+    ours, theirs = (
+        [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        for place in (tmp_path, directory / strategy)
+    )
+    assert len(ours) == len(theirs)  # one process writes, each step once
+    for one, both in zip(ours, theirs, strict=True):
+        assert one.keys() == both.keys()
+        for key in set(one) - {"tokens", "tokens_per_second"}:
+            known = one[key] is not None
+            assert both[key] == (pytest.approx(one[key], abs=1e-4, rel=1e-3) if known else None), key
+
+
+@pytest.mark.slow
+def test_a_step_may_leave_a_process_without_targets(
+    two: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    directory, (main, _) = two
+    expected = together.train(fresh(directory), tmp_path, sequences=together.ONE)
+    steps = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert any(step.get("targets") == 8 for step in steps)  # a whole batch of one user: one chunk
+    check_same(main["one user"], expected)
+
+
+@pytest.mark.slow
+def test_answers_do_not_depend_on_how_many_processes_find_them(
+    two: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    directory, found = two
+    expected = together.answers(fresh(directory))
+    for each in found:
+        for ours, theirs in zip(each["answers"], expected, strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were_stopped(
+    two: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    directory, (main, _) = two
+    assert main["stopped"]
+    expected = together.train(fresh(directory), tmp_path, strategy="peso")
+    check_same(together.train(fresh(directory), directory / "stopped", strategy="peso"), expected)
+
+
+@pytest.mark.slow
+def test_all_are_told_what_went_wrong(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    for each in two[1]:
+        written, failed, unlike = each["errors"]
+        assert written == "written by 0"
+        assert failed == "DataError: no such file"
+        assert unlike.startswith("TrainingError: the 2 processes differ in rank")
+
+
+def in_two(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [*LAUNCH, "-m", "peso", *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
+    """A stage learnt and tested by two processes, one of which is killed on the way, beside one alone."""
+    two, one = (
+        Workspace.create_or_open(tmp_path / name, load_config(yaml.safe_load(CONFIG)))
+        for name in ("two", "one")
+    )
+    for workspace in (two, one):
+        pipeline.ingest(workspace, Silent())
+        pipeline.tokenize(workspace, Silent())
+
+    launcher = in_two("train", "-w", two.root)
+    deadline = time.monotonic() + 200
+    while not any(log.stat().st_size for log in two.root.glob("stages/.0.unfinished/*/log.jsonl")):
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (worker,) = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1"]
+    worker.kill()
+    _, told = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    assert "continues at its newest checkpoint" in told
+    assert not two.finished_stages
+
+    for arguments in (["train"], ["evaluate", "--json"]):
+        launcher = in_two(*arguments, "-w", two.root)
+        out, told = launcher.communicate(timeout=250)
+        assert launcher.returncode == 0, told
+    json.loads(out)  # the main process alone speaks
+
+    pipeline.learn(one, 0, Silent())
+    testing.test(one, 0, 0, Silent())
+    logs, tables = [], []
+    for workspace in (two, one):
+        directory = workspace.stage_directory(0)
+        lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+        logs.append([line.get("loss", line.get("validation_loss")) for line in lines])
+        tables.append(pq.read_table(directory / "predictions.parquet"))
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+    assert tables[0]["items"] == tables[1]["items"]
+    likelihoods = [table["target_log_probability"].to_numpy() for table in tables]
+    np.testing.assert_allclose(*likelihoods, atol=1e-4)

@@ -1,0 +1,136 @@
+"""What `tests/test_processes.py` starts in several processes; each writes what it found to a file of its own.
+
+torchrun --nproc-per-node N tests/together.py DIRECTORY
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain_path import cases_of, random_sequences
+from torch import Tensor
+
+from peso.config import TrainingConfig
+from peso.continual.hooks import ForwardPass, StageContext, Strategy
+from peso.continual.peso import Peso
+from peso.decoding import search
+from peso.errors import DataError, PesoError
+from peso.events.histories import TargetSequence
+from peso.model.generative import GenerativeModel
+from peso.processes import ALONE, Processes, join
+from peso.training.likelihood import target_log_probabilities
+from peso.training.loop import Progress, train_stage
+
+MANY = random_sequences(0, count=12, longest=8)
+ONE = [
+    TargetSequence("alone", sequence.items, 1)
+    for sequence in random_sequences(3, 9, 9)
+    if len(sequence.items) > 8
+]
+CASES = cases_of([s for s in random_sequences(1, count=19, longest=9) if len(s.items) > 1], 20)
+
+
+class Softened(Strategy):
+    """A penalty on outputs: target tokens should be less certain. Exact however a batch is passed."""
+
+    def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor:
+        probabilities = outputs.log_probabilities()
+        return 0.3 * (probabilities.exp() * probabilities).sum(-1).mean()
+
+
+STRATEGIES = {"single": Strategy, "peso": lambda: Peso(weight=20.0, reduction="sum"), "softened": Softened}
+
+
+class Stop:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.step == self.step:
+            raise KeyboardInterrupt
+
+
+def train(
+    model: GenerativeModel,
+    directory: Path,
+    processes: Processes = ALONE,
+    strategy: str = "single",
+    sequences: list[TargetSequence] = MANY,
+    stop: int = 0,
+) -> dict[str, Any]:
+    """The training's losses and what it learnt."""
+    result = train_stage(
+        model,
+        sequences,
+        CASES,
+        TrainingConfig(epochs=2, batch_size=8, device="cpu", warmup=0),
+        stage=1,
+        learning_rate=1e-2,
+        strategy=STRATEGIES[strategy](),
+        seed=7,
+        directory=directory / "checkpoint",
+        log=directory / "log.jsonl",
+        on_progress=Stop(stop),
+        checkpoint_seconds=0.0,
+        processes=processes,
+    )
+    return {
+        "training": result.training_losses,
+        "validation": result.validation_losses,
+        "targets": result.targets,
+        "learnt": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+def answers(model: GenerativeModel, processes: Processes = ALONE) -> list[Any]:
+    """Searches and likelihoods of many cases and of one."""
+    found = []
+    for cases in (CASES, CASES.take([0])):
+        beams = search(model.eval(), cases.histories, beams=10, batch_size=4, processes=processes)
+        likelihood = target_log_probabilities(model, cases, 200, processes=processes)
+        found.append([torch.from_numpy(x) for x in (beams.leaves, beams.scores, likelihood)])
+    return found
+
+
+def everything(directory: Path, processes: Processes) -> dict[str, Any]:
+    def fresh() -> GenerativeModel:
+        return torch.load(directory / "model.pt", weights_only=False)
+
+    found: dict[str, Any] = {"answers": answers(fresh(), processes)}
+    for strategy in STRATEGIES:
+        found[strategy] = train(fresh(), directory / strategy, processes, strategy)
+    found["one user"] = train(fresh(), directory / "one", processes, sequences=ONE)
+    try:
+        train(fresh(), directory / "stopped", processes, "peso", stop=4)
+    except KeyboardInterrupt:
+        found["stopped"] = True
+    return found
+
+
+def errors(processes: Processes) -> list[str]:
+    """What each process is told when the main one fails, and when they are not alike."""
+
+    def fail() -> None:
+        raise DataError("no such file")
+
+    told = [str(processes.on_main(lambda: f"written by {processes.rank}"))]
+    for work in (
+        lambda: processes.on_main(fail),
+        lambda: processes.require_same(str(processes.rank), "rank"),
+    ):
+        try:
+            work()
+        except PesoError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    joined = join("cpu")
+    torch.save(
+        {"errors": errors(joined), **everything(directory, joined)}, directory / f"found.{joined.rank}.pt"
+    )
