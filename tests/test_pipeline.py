@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from peso import pipeline, summary, testing
+from peso import learning, pipeline, summary, testing
 from peso.config import load_config
 from peso.durable import checksum
 from peso.errors import DataError, WorkspaceError
@@ -242,8 +242,9 @@ def test_what_is_learnt_is_not_overwritten(finished):
         pipeline.update(finished, Silent())
 
 
-def test_the_log_has_every_figure_of_every_step(finished):
-    lines = (finished.stage_directory(1) / "log.jsonl").read_text().splitlines()
+def test_the_log_has_every_figure_of_every_step(finished, tmp_path):
+    anchored = run(tmp_path / "w", "strategy.weight=2.0", base=finished.root)
+    lines = (anchored.stage_directory(1) / "log.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if "loss" in record]
     wanted = {
         "loss",
@@ -319,7 +320,7 @@ def test_a_full_disk_leaves_no_half_stage_and_the_run_goes_on_later(finished, tm
     root = tmp_path / "w"
     with monkeypatch.context() as patch:
         if where == "weights":
-            patch.setattr(pipeline, "save_stage_weights", full)
+            patch.setattr(learning, "save_stage_weights", full)
         else:
             patch.setattr(TrainingLog, "write", full)
         with pytest.raises((WorkspaceError, OSError), match=r"(?i)no space left"):
