@@ -104,8 +104,8 @@ def popularity(workspace: Workspace) -> RunSummary:
 
 
 def strategy_label(config: Config) -> str:
-    """``peso (weight 2, reduction mean)``: the strategy's name and options."""
-    options = config.strategy.model_dump(exclude={"name"})
+    """``peso (strength 1, coupling decoupled)``: the strategy's name and what is not its default."""
+    options = config.strategy.model_dump(exclude={"name"}, exclude_defaults=True)
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
     return f"{config.strategy.name} ({text})" if text else config.strategy.name
 

@@ -58,6 +58,7 @@ def finished(tmp_path_factory) -> Workspace:
     return workspace
 
 
+@pytest.mark.slow
 def test_a_run_tests_its_baselines_on_its_own_cases(finished: Workspace) -> None:
     runs = baseline_summaries(finished, finished.config.baselines)
     labels = [baseline_label(config) for config in finished.config.baselines]

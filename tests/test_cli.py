@@ -88,6 +88,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(peso, config_file, tmp_p
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_single_steps_make_the_same_run(peso, config_file, workspace, tmp_path):
     root = tmp_path / "w"
     assert peso("run", config_file, "-w", root, "--set", "data.format=simulate", "--dry-run")[0] == 0

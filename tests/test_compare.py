@@ -235,6 +235,7 @@ def test_a_budget_that_is_no_time_is_refused(tmp_path, peso):
 # -- one run -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_a_comparison_equals_the_same_configuration_under_run(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "report", lambda workspaces, directory: None)
     run = plan_of(tmp_path, {"strategies": ["single"], "seeds": [4]}).runs[0]
@@ -246,6 +247,7 @@ def test_a_run_of_a_comparison_equals_the_same_configuration_under_run(tmp_path,
     assert standing(run.task).complete
 
 
+@pytest.mark.slow
 def test_seeds_share_data_and_stage_0_and_differ_afterwards(tmp_path):
     zero, one = plan_of(tmp_path, {"strategies": ["single"], "seeds": [0, 1]}).runs
     do(zero.task)

@@ -55,6 +55,7 @@ def tokens(workspace: Path) -> dict[str, list[str]]:
     return {item: ids.semantic_id(item) for item in ids.item_ids}
 
 
+@pytest.mark.slow
 def test_an_index_is_taken_as_it_is_measured_and_exported_again(peso: Peso, shop: Path) -> None:
     status, out, err = peso("run", shop / "shop.yaml", "-w", shop / "w")
     assert status == 0, err

@@ -104,6 +104,7 @@ def test_a_finished_run_has_nothing_left_to_do(finished):
     assert result_files(finished) == before
 
 
+@pytest.mark.slow
 def test_a_run_is_reproducible_bit_for_bit(finished, tmp_path):
     assert result_files(run(tmp_path / "again")) == result_files(finished)
 
@@ -139,6 +140,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path
     assert result_files(Workspace.open(root)) == result_files(finished)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_changed_strategy_is_not_continued(tmp_path):
     root, large = tmp_path / "w", "training.batch_size=256"  # so that there is a second epoch to stop in
     workspace = Workspace.create_or_open(root, config("strategy.weight=1e6", large))
@@ -157,6 +159,7 @@ def test_a_checkpoint_of_a_changed_strategy_is_not_continued(tmp_path):
     assert result_files(run(root, large)) == result_files(run(tmp_path / "straight", large))
 
 
+@pytest.mark.slow
 def test_the_base_stage_is_taken_over_only_if_it_would_be_the_same(finished, tmp_path):
     single = run(tmp_path / "single", "strategy=single", base=finished.root)
     theirs = {name: sha for name, sha in result_files(finished).items() if name.startswith("0/")}
@@ -309,6 +312,7 @@ def test_an_older_stage_answers_as_it_did(finished):
 
 
 @pytest.mark.parametrize("where", ["weights", "log"])
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_stage_and_the_run_goes_on_later(finished, tmp_path, monkeypatch, where):
     import errno
 

@@ -186,6 +186,7 @@ def test_csv_holds_the_estimates_in_full(written: Path) -> None:
             assert float(row[f"{metric.label} high"]) == pytest.approx(estimate.high)
 
 
+@pytest.mark.slow
 def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     """Neither markup, nor a formula, nor a command."""
     nasty = r"<script>alert(1)</script> & $\frac{ | _x_ \input{a}"
@@ -289,6 +290,7 @@ def _contrast(one: str, other: str) -> float:
 # -- writing it --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old", ks=[3])
     assert (tmp_path / "r" / "tables" / "ndcg-3-by-stage.csv").exists()
@@ -298,6 +300,7 @@ def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
+@pytest.mark.slow
 def test_a_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -400,6 +403,7 @@ def test_a_run_without_later_stages_logs_or_costs_is_reported_as_such() -> None:
         assert sentence in text
 
 
+@pytest.mark.slow
 def test_what_runs_share_is_shown_once_and_what_differs_for_each() -> None:
     one, same = run("a", "one", 0.1), run("b", "two", 0.2)
     other = replace(same, drift=[{**stage, "users": 2000} for stage in same.drift])

@@ -79,6 +79,7 @@ def test_a_panel_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["log-probability", "hit"])
+@pytest.mark.slow
 def test_permutation_equals_scipy(kind: str) -> None:
     generator = np.random.default_rng(5)
     if kind == "hit":
@@ -121,6 +122,7 @@ def test_permutation_agrees_with_wilcoxon_where_both_apply() -> None:
     assert stats.spearmanr(ours, theirs).statistic > 0.9
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_equals_scipy() -> None:
     generator = np.random.default_rng(1)
     one, other = (generator.random((2, 3000)) < np.array([[0.03], [0.02]])).astype(float)

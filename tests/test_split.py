@@ -106,6 +106,7 @@ def test_nothing_is_appended_to_a_stream_out_of_time(tmp_path: Path) -> None:
         appended(tmp_path / "longer", dealt, format="csv", path=str(path))
 
 
+@pytest.mark.slow
 def test_the_release_is_dealt_out_too(tmp_path: Path, release_dir: Path) -> None:
     dealt = ingested(tmp_path / "s", format="peso-release", path=str(release_dir), split="user-disjoint")
     natural = read_release(release_dir)[1]

@@ -50,6 +50,7 @@ PHASES = [
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_an_interrupted_run_ends_the_same(
     runs: Runs,
     tmp_path: Path,

@@ -126,6 +126,7 @@ def overlap(workspace: Workspace, stage: int) -> float:
     )
 
 
+@pytest.mark.slow
 def test_the_penalty_of_o_lora_drives_overlaps_down(runs: Runs) -> None:
     longer = ("training.max_steps=12", "training.epochs=12")
     free, held = (runs({"name": "o_lora", "weight": weight}, *longer) for weight in (0.0, 10.0))

@@ -370,6 +370,7 @@ def test_quality_shows_items_of_one_prefix_with_their_titles(tmp_path: Path) -> 
     assert all(shown["title"].split()[0] in KINDS for shown in sample["items"])
 
 
+@pytest.mark.slow
 def test_on_a_real_catalogue_ids_are_distinct_and_keep_neighbours_as_the_released_index_does(
     industrial_dir: Path, tmp_path: Path
 ) -> None:

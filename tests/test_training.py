@@ -65,6 +65,7 @@ def records(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.slow
 def test_learns_a_small_data_set_by_heart(
     make_model: Callable[..., GenerativeModel], tmp_path: Path, branches: bool
 ) -> None:

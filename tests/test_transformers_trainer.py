@@ -29,6 +29,7 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_large_weight_keeps_the_adapter_nearer_its_anchor(
     example: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
