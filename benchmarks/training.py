@@ -12,7 +12,9 @@ Each contestant is a process of its own, so that its peak memory is its own; the
 step of 32 targets each, and a ratio is taken within the turn: median and range. `…_ratio` is ours in float32
 over the usual way, `…_expert_ratio` over the expert's, `…_best` ours in its fastest precision over the same
 (both others stay in float32), `memory_ratio` the peak memory of ours (`instruct`, float32) over that of the
-usual way. Before the turns the float32 losses of 32 targets, dropout off, must agree.
+usual way, `storage_ratio` the bytes of the files that ours keeps of stage 1 over those of the released layout
+(embedding, head and adapter in float32, and the adapter of stage 0). Before the turns the float32 losses of
+32 targets, dropout off, must agree.
 
 Targets are those of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random. The backbone
 is SmolLM2-135M where it was pulled (`peso pull smollm2-135m`), else random weights of its shape. All six
@@ -48,6 +50,7 @@ from peso.events.release import read_release
 from peso.items.semantic_ids import SemanticIds
 from peso.model.adapter import add_adapter
 from peso.model.backbone import load_backbone
+from peso.model.build import save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
@@ -166,7 +169,15 @@ def run_contestant(contestant: Contestant, layers: int | None, threads: int, to_
     few = one_target_each(sequences, TARGETS_A_STEP)
     if contestant.name in (USUAL, EXPERT):
         way = (UsualWay if contestant.name == USUAL else ExpertWay)(model, DROPOUT, RATE, len(plan))
-        to_parent.send({"loss": way.loss(list(examples_of(model, few))), "backbone": source, "data": data})
+        of_adapters = sum(p.nbytes for name, p in way.model.named_parameters() if "lora_" in name)
+        to_parent.send(
+            {
+                "loss": way.loss(list(examples_of(model, few))),
+                "stored": sum(p.nbytes for p in way.trained) + of_adapters,
+                "backbone": source,
+                "data": data,
+            }
+        )
         to_parent.recv()
         way.step(list(examples_of(model, few[:BATCH])))
         to_parent.send((0.0, 0))
@@ -184,7 +195,8 @@ def run_contestant(contestant: Contestant, layers: int | None, threads: int, to_
     model.backbone = add_adapter(model.causal_lm, 8, 16, DROPOUT, TARGETS, seed=0)
     cases = Cases([s.user for s in few], [s.items[:-1] for s in few], np.array([s.items[-1] for s in few]))
     with Precision.of(contestant.precision, "cpu").products():
-        to_parent.send({"loss": validation_loss(model, cases, TEMPERATURE)})
+        loss = validation_loss(model, cases, TEMPERATURE)
+    to_parent.send({"loss": loss, "stored": stored(model)})
     to_parent.recv()
     started = time.perf_counter()
 
@@ -210,6 +222,13 @@ def run_contestant(contestant: Contestant, layers: int | None, threads: int, to_
             on_progress=report_and_wait,
             checkpoint_seconds=1e9,
         )
+
+
+def stored(model: GenerativeModel) -> int:
+    """Bytes of the files that a stage keeps of its weights."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_stage_weights(model, directory, whole_backbone=False)
+        return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
 
 
 @dataclass
@@ -283,6 +302,8 @@ def main() -> None:
     result |= {
         "memory_ratio": figures["instruct float32"].memory / usual.memory,
         "memory_expert_ratio": figures["instruct float32"].memory / figures[EXPERT].memory,
+        "storage_ratio": figures["instruct float32"].first["stored"] / usual.first["stored"],
+        "stored_mb": {name: f.first["stored"] / 1e6 for name, f in figures.items()},
         "targets_per_second": {name: statistics.median(f.rates) for name, f in figures.items()},
         "peak_gib": {name: f.memory / 2**30 for name, f in figures.items()},
         "losses": {name: f.first["loss"] for name, f in figures.items()},

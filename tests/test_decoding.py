@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers_reference import UsualWay, assert_same_ranking
+from transformers_reference import ExpertWay, UsualWay, assert_same_ranking
 
 from peso.decoding import attention, beam_search, search
 from peso.decoding.prompt import alike
@@ -402,3 +402,12 @@ def test_a_broken_model_is_no_recommendation(make_model: MakeModel) -> None:
 
 def test_no_histories_no_answers(make_model: MakeModel) -> None:
     assert beam_search(make_model(), []) == []
+
+
+@pytest.mark.parametrize("way", [UsualWay, ExpertWay])
+def test_the_baselines_of_the_benchmark_answer_alike(make_model: MakeModel, way: type[UsualWay]) -> None:
+    """In whatever order and batches; among few items, where `generate` runs out of valid beams too."""
+    model = make_model("instruct", "full", items=30)
+    histories = [np.arange(n, dtype=np.int64) for n in (3, 1, 7, 5, 2)]
+    found = search(model, histories, beams=6)
+    assert_same_ranking(way(model).in_batches(histories, 6, 2), (found.leaves, found.scores))

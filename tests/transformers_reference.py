@@ -68,6 +68,19 @@ class UsualWay:
             tuple(i): int(leaf) for i, leaf in zip(tokens, model.semantic_ids.trie.leaf_of, strict=True)
         }
 
+    def constraint(self, length: int, beams: int) -> dict[str, Any]:
+        """What `generate` is given so that it writes items; ``length``: tokens of a prompt."""
+
+        def allowed(_: int, sequence: Tensor) -> list[int]:
+            # a beam that generate keeps for want of better ones may be no prefix; its score is -inf already
+            return self.children.get(tuple(sequence[length:].tolist()), [0])
+
+        if self.model.loss_vocabulary == "full":
+            return {"prefix_allowed_tokens_fn": allowed}
+        # the built-in constraint would come before the renormalisation, so it is put behind it by hand
+        both = [Renormalise(self.model, length), PrefixConstrainedLogitsProcessor(allowed, beams)]
+        return {"logits_processor": LogitsProcessorList(both)}
+
     @torch.no_grad()
     def generate(self, histories: list[np.ndarray], beams: int) -> tuple[np.ndarray, np.ndarray]:
         """(users, beams) leaves and log-probabilities. Prompts of different length are left-padded."""
@@ -79,15 +92,6 @@ class UsualWay:
             ids[i, length - len(prompt) :] = torch.from_numpy(prompt)
             mask[i, length - len(prompt) :] = 1
 
-        def allowed(_: int, sequence: Tensor) -> list[int]:
-            # a beam that generate keeps for want of better ones may be no prefix; its score is -inf already
-            return self.children.get(tuple(sequence[length:].tolist()), [0])
-
-        if model.loss_vocabulary == "full":
-            constraint: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed}
-        else:  # the built-in constraint would come before the renormalisation, so it is put behind it by hand
-            both = [Renormalise(model, length), PrefixConstrainedLogitsProcessor(allowed, beams)]
-            constraint = {"logits_processor": LogitsProcessorList(both)}
         output = self.causal_lm.generate(
             ids,
             attention_mask=mask,
@@ -97,7 +101,7 @@ class UsualWay:
             length_penalty=0.0,
             early_stopping=False,
             do_sample=False,
-            **constraint,
+            **self.constraint(length, beams),
             return_dict_in_generate=True,
             output_scores=True,
         )
@@ -113,6 +117,61 @@ class UsualWay:
         return np.concatenate([leaves for leaves, _ in parts]), np.concatenate(
             [scores for _, scores in parts]
         )
+
+
+class TrieConstraint(LogitsProcessor):
+    """The catalogue as arrays: all rows of a batch at once, no Python per beam. ``full`` only."""
+
+    def __init__(self, model: GenerativeModel, length: int, keys: list[np.ndarray]) -> None:
+        self.trie, self.vocabulary, self.length = model.semantic_ids.trie, model.vocabulary, length
+        self.keys = keys  # per level: parent · codes + code of each node, ascending
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        trie, vocabulary = self.trie, self.vocabulary
+        written = input_ids[:, self.length :].cpu().numpy() - vocabulary.first_id
+        node = np.zeros(len(written), dtype=np.int64)
+        alive = np.ones(len(written), dtype=bool)
+        for level, numbers in enumerate(written.T):
+            codes = numbers - int(vocabulary.offsets[level])
+            size, keys = vocabulary.sizes[level], self.keys[level]
+            place = np.searchsorted(keys, node * size + codes).clip(max=len(keys) - 1)
+            alive &= (keys[place] == node * size + codes) & (codes >= 0) & (codes < size)
+            node = np.where(alive, place, 0)
+        level = written.shape[1]
+        starts = trie.starts[level]
+        counts = np.where(alive, starts[node + 1] - starts[node], 0)
+        rows = np.repeat(np.arange(len(node)), counts)
+        children = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts - starts[node], counts)
+        tokens = trie.codes[level][children] + int(vocabulary.offsets[level]) + vocabulary.first_id
+        kept = torch.full_like(scores, -torch.inf)
+        kept[rows, tokens] = scores[rows, tokens]
+        kept[~torch.from_numpy(alive), 0] = scores[~torch.from_numpy(alive), 0]
+        return kept
+
+
+class ExpertWay(UsualWay):
+    """The same libraries in expert hands: users of like length together, the catalogue as arrays."""
+
+    def __init__(self, model: GenerativeModel) -> None:
+        super().__init__(model)
+        levels = zip(
+            model.semantic_ids.trie.starts, model.semantic_ids.trie.codes, model.vocabulary.sizes, strict=True
+        )
+        self.keys = [
+            np.repeat(np.arange(len(starts) - 1), np.diff(starts)) * size + codes
+            for starts, codes, size in levels
+        ]
+
+    def constraint(self, length: int, beams: int) -> dict[str, Any]:
+        return {"logits_processor": LogitsProcessorList([TrieConstraint(self.model, length, self.keys)])}
+
+    def in_batches(
+        self, histories: list[np.ndarray], beams: int, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort([-len(history) for history in histories], kind="stable")
+        leaves, scores = super().in_batches([histories[i] for i in order], beams, batch_size)
+        back = np.argsort(order)
+        return leaves[back], scores[back]
 
 
 def assert_same_ranking(
