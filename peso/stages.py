@@ -125,6 +125,7 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
     backbone it has no adapter.
     """
     tree = config.model_dump(mode="json")
+    tree["training"] = config.training.determining()
     shape: dict[str, Any] = {key: tree[key] for key in SHAPES_A_STAGE} | {"seed": config.seed_of_stage(stage)}
     if stage:
         return shape | {"strategy": tree["strategy"]}

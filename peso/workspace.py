@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peso.config import Config, changed_keys, dump_config, load_config
+from peso.config import HOW, Config, changed_keys, dump_config, load_config
 from peso.durable import only_writer, restore, write_atomically
 from peso.errors import WorkspaceError
 from peso.manifest import MANIFEST, read_manifest
@@ -33,6 +33,7 @@ DEPENDS = {
     "stage 0": ("data", *_SEEDS, "items", "backbone", "prompt", "adapter", "training"),
     "later stages": ("data", *_SEEDS, "items", "backbone", "prompt", "adapter", "training", "strategy"),
 }
+FREE = {f"training.{key}" for key in HOW}  # may change at any time too
 _APPEND = (
     " If the path leads to new events, add them as further stages: `peso ingest NEW --append -w {root}`."
 )
@@ -97,7 +98,7 @@ class Workspace:
 
     def refuse_changes(self, config: Config) -> None:
         """Raise WorkspaceError if `config` differs where a finished step depends on it."""
-        changed = changed_keys(self.config, config)
+        changed = [key for key in changed_keys(self.config, config) if key not in FREE]
         done = ["stream"] * self.has_stream + ["semantic IDs"] * self.has_semantic_ids
         stages = self.finished_stages
         done += ["stage 0"] * (0 in stages) + ["later stages"] * any(stages)

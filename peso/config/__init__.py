@@ -16,6 +16,7 @@ from peso.config.data import (
 )
 from peso.config.items import ItemsConfig, RqVaeConfig
 from peso.config.model import (
+    HOW,
     AdapterConfig,
     BackboneConfig,
     DecodingConfig,
@@ -45,6 +46,7 @@ from peso.config.strategy import (
 from peso.config.tree import Config
 
 __all__ = [
+    "HOW",
     "PERIOD",
     "AdapterConfig",
     "AverageConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,6 +13,7 @@ Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]
 STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
 Precision = Literal["auto", "float32", "bfloat16"]
+HOW = ("gradient_checkpointing", "compile")  # keys of training that change what a step costs, no more
 
 
 class BackboneConfig(Section):
@@ -60,6 +62,17 @@ class TrainingConfig(Section):
     validation_cases: int | None = Field(
         None, ge=1, description="validate on a seeded sample of so many cases; none given: on all"
     )
+    # not written where not used, so that an earlier version reads a configuration without them
+    gradient_checkpointing: bool = Field(
+        False, exclude_if=not_, description="less memory for a third more computation; no number changes"
+    )
+    compile: bool | Literal["auto"] = Field(
+        False, exclude_if=not_, description="torch.compile; auto: on a GPU; rounding alone changes"
+    )
+
+    def determining(self) -> dict[str, Any]:
+        """What a training's result depends on: all but how its steps are computed."""
+        return self.model_dump(mode="json", exclude=set(HOW))
 
 
 class DecodingConfig(Section):

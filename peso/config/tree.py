@@ -68,6 +68,15 @@ class Config(Section):
         return {**tree, "items": {**items, "quantizer": "category-path"}}
 
     @model_validator(mode="after")
+    def _terms_on_outputs_see_a_module_once(self) -> Config:
+        if self.training.gradient_checkpointing and getattr(self.strategy, "proximal", "") == "output_kl":
+            raise ValueError(
+                "training.gradient_checkpointing passes every module twice, but strategy.proximal: output_kl "
+                "looks at each pass; turn one of them off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lists_reach_k(self) -> Config:
         if max(self.evaluation.k) > self.decoding.beams:
             raise ValueError(

@@ -34,6 +34,7 @@ from peso.model.dropout import fast_dropout
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.processes import ALONE, Processes
+from peso.training.acceleration import compiled, gradient_checkpointing
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
 from peso.training.likelihood import target_states, tokens_of_target, validation_loss
@@ -150,7 +151,8 @@ def train_stage(
         context, total_steps=len(plan), total_rate=_total_rate(settings, len(plan), learning_rate)
     )
     options = _options(strategy)
-    strategy.begin(context)
+    with gradient_checkpointing(model, settings.gradient_checkpointing):
+        strategy.begin(context)  # what cannot do with it says so
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise TrainingError("no parameter of the model requires a gradient: there is nothing to train")
@@ -161,7 +163,7 @@ def train_stage(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     schedule = _schedule(settings, optimizer, len(plan))
     determined_by = digest(
-        settings.model_dump(),
+        settings.determining(),
         (learning_rate, seed, stage, options),
         asdict(model.layout),
         model.loss_vocabulary,
@@ -186,6 +188,7 @@ def train_stage(
         torch.random.fork_rng(gpus),
         disable_input_dtype_casting(model, precision.mixed),
         fast_dropout(model) if on_cpu else nullcontext(),
+        compiled(model, settings.compile),
     ):
         saved_at = clock = time.monotonic()
         for step in range(state.step, len(plan)):
@@ -197,7 +200,8 @@ def train_stage(
             count = plan.targets(step) * tokens_of_target(model)
             penalty = Penalty(parameters, measured=step % MEASURED_EVERY == 0)
             penalised = partial(_penalised, strategy, context, penalty)
-            loss = _backward(model, passes, count, settings.temperature, precision, penalised)
+            with gradient_checkpointing(model, settings.gradient_checkpointing):
+                loss = _backward(model, passes, count, settings.temperature, precision, penalised)
             tokens: float = sum(packed.tokens for packed in passes)
             loss, tokens = processes.sum_numbers(loss, tokens)
             _sum_gradients(parameters, processes)

@@ -200,6 +200,12 @@ class OutputKL(Term):
     def _attach(self, source: Source, look: Look) -> None:
         self.groups_of(source)
         self.detach()
+        for part in [source] if isinstance(source, nn.Module) else list(source):
+            if getattr(part, "is_activation_checkpointing", False):
+                raise TrainingError(
+                    "OutputKL looks at every pass of a module, and gradient checkpointing passes each twice: "
+                    "turn it off, or choose another term"
+                )
         for name, layers in self._layers(source):
             for module, layer in layers.items():
                 self._hooks.append(layer.register_forward_hook(self._hook(module, name, look)))
