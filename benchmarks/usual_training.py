@@ -2,11 +2,12 @@
 
 Knows our model only to start from the same weights and prompts; from there on plain Transformers and PEFT.
 One example per target, the history's prompt and the target after it, loss on the target alone, padded batches
-of 8, gradients accumulated to 32 targets, AdamW, cosine schedule, clipping: what `Trainer` does with them.
+(of 8), gradients accumulated to 32 targets, AdamW, cosine schedule, clipping: what `Trainer` does with them.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,16 @@ class UsualWay:
     """Embedding and head copied and trained (`modules_to_save`), logits of the whole vocabulary at all
     positions, batches in the order of the shuffle."""
 
-    def __init__(self, model: GenerativeModel, dropout: float, learning_rate: float, steps: int) -> None:
-        self.levels = model.vocabulary.levels
+    def __init__(
+        self,
+        model: GenerativeModel,
+        dropout: float,
+        learning_rate: float,
+        steps: int,
+        batch: int = BATCH,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
+        self.device, self.compute, self.batch = model.device, compute, batch
         config = LoraConfig(
             r=8,
             lora_alpha=16,
@@ -58,7 +67,7 @@ class UsualWay:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.model = get_peft_model(resized(model), config).train()
+            self.model = get_peft_model(resized(model), config).to(self.device).train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01, fused=True)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, 1, steps)
@@ -90,12 +99,18 @@ class UsualWay:
         return total / sum(len(answer) for _, answer in examples)
 
     def batches(self, examples: list[Example]) -> list[list[Example]]:
-        return [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+        return [examples[i : i + self.batch] for i in range(0, len(examples), self.batch)]
+
+    def products(self) -> AbstractContextManager[object]:
+        """What `Trainer(bf16=True)` does; nothing in float32."""
+        mixed = self.compute != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute) if mixed else nullcontext()
 
     def summed_loss(self, batch: list[Example]) -> Tensor:
-        ids, mask, labels = padded(batch, left=False)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        logits = logits[:, :-1] / TEMPERATURE
+        ids, mask, labels = (x.to(self.device) for x in padded(batch, left=False))
+        with self.products():
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = logits.float()[:, :-1] / TEMPERATURE
         return F.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -113,16 +128,17 @@ class ExpertWay(UsualWay):
         return super().batches(sorted(examples, key=lambda example: -len(example[0])))
 
     def summed_loss(self, batch: list[Example]) -> Tensor:
-        ids, mask, labels = padded(batch, left=True)
+        ids, mask, labels = (x.to(self.device) for x in padded(batch, left=True))
         answer = len(batch[0][1])
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=answer + 1,
-        )
+        with self.products():
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=answer + 1,
+            )
         logits = output.logits[:, :-1].float() / TEMPERATURE
         return F.cross_entropy(logits.flatten(0, 1), labels[:, -answer:].flatten(), reduction="sum")
 

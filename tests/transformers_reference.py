@@ -93,8 +93,8 @@ class UsualWay:
             mask[i, length - len(prompt) :] = 1
 
         output = self.causal_lm.generate(
-            ids,
-            attention_mask=mask,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
             num_beams=beams,
             num_return_sequences=beams,
             max_new_tokens=model.semantic_ids.levels,
@@ -106,7 +106,8 @@ class UsualWay:
             output_scores=True,
         )
         leaves = [self.leaf.get(tuple(sequence), -1) for sequence in output.sequences[:, length:].tolist()]
-        return np.array(leaves).reshape(-1, beams), output.sequences_scores.numpy().reshape(-1, beams)
+        scores = output.sequences_scores.float().cpu().numpy()
+        return np.array(leaves).reshape(-1, beams), scores.reshape(-1, beams)
 
     def in_batches(
         self, histories: list[np.ndarray], beams: int, batch_size: int
@@ -143,9 +144,11 @@ class TrieConstraint(LogitsProcessor):
         rows = np.repeat(np.arange(len(node)), counts)
         children = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts - starts[node], counts)
         tokens = trie.codes[level][children] + int(vocabulary.offsets[level]) + vocabulary.first_id
+        dead = np.flatnonzero(~alive)  # kept for want of better ones; the score is -inf already
+        rows, tokens = np.append(rows, dead), np.append(tokens, np.zeros_like(dead))
+        place = torch.from_numpy(np.stack([rows, tokens])).to(scores.device)
         kept = torch.full_like(scores, -torch.inf)
-        kept[rows, tokens] = scores[rows, tokens]
-        kept[~torch.from_numpy(alive), 0] = scores[~torch.from_numpy(alive), 0]
+        kept[place[0], place[1]] = scores[place[0], place[1]]
         return kept
 
 

@@ -1,0 +1,362 @@
+"""Training, decoding and memory on one GPU, ours beside the usual ways: one JSON object.
+
+    python benchmarks/gpu.py [--quick] [--device cuda] [--peak-tflops T] [--model NAME]
+
+Two models: SmolLM2-135M (where it was pulled, else random weights of its shape) and random weights of
+Llama-3.2-1B's shape. Training: optimiser steps of the same targets, LoRA on seven projections, loss
+vocabulary `full`, float32 weights under bfloat16 autocast; the usual way and the expert's way of
+`benchmarks/usual_training.py` at the batch size that is their fastest. Decoding: 10 beams, weights in
+bfloat16; `generate` with `prefix_allowed_tokens_fn` at its fastest batch size, and one request at a time.
+
+Model FLOP utilisation counts what a step needs: per token 4 FLOPs for each frozen weight of the layers
+(forward, and backward to the activations), per predicted position 4 for each value of the head (6 where the
+head is trained); attention's scores, adapters and recomputation are not counted. It is null where the peak of
+the GPU is not known: give --peak-tflops.
+
+`--device cpu` is for trying the script out: toy shapes, float32, figures that mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import training as on_cpu  # benchmarks/training.py: data, layouts and the examples of the usual way
+from transformers import LlamaConfig, LlamaForCausalLM
+from usual_training import TARGETS, TEMPERATURE, ExpertWay, UsualWay
+
+from peso import assets
+from peso.config import TrainingConfig
+from peso.continual.hooks import Strategy
+from peso.decoding import search
+from peso.events.histories import Cases, TargetSequence
+from peso.items.semantic_ids import SemanticIds
+from peso.model.adapter import add_adapter
+from peso.model.backbone import load_backbone
+from peso.model.generative import GenerativeModel
+from peso.model.layout import PromptLayout, make_layout
+from peso.model.vocabulary import SemanticVocabulary
+from peso.training.likelihood import validation_loss
+from peso.training.loop import Progress, train_stage
+from peso.training.plan import StagePlan, most_targets
+from peso.training.precision import Precision, peak_memory
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import transformers_reference as generation
+
+BEAMS, DROPOUT, RATE, SEED = 10, 0.05, 2e-5, 0
+# dense bfloat16, 10¹² FLOPs a second, from the makers' data sheets
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    targets: int  # in an optimiser step
+    steps: int  # timed, after two that are not
+    users: int
+    requests: int
+    train_batches: tuple[int, ...]  # of the usual ways
+    generate_batches: tuple[int, ...]
+    search_batch: int
+
+
+FULL = Size(512, 10, 512, 200, (8, 64), (1, 16, 64), 256)
+QUICK = Size(256, 4, 128, 50, (8, 64), (1, 32), 128)
+TOY = Size(16, 2, 6, 3, (4, 8), (1, 4), 4)
+
+
+def shape(vocab: int, width: int, inner: int, layers: int, heads: int, groups: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+    )
+
+
+SHAPES = {
+    "smollm2-135m": shape(49152, 576, 1536, 30, 9, 3),
+    "llama-3.2-1b-shape": shape(128256, 2048, 8192, 16, 32, 8),
+    "toy": shape(512, 64, 128, 2, 4, 2),
+}
+
+
+class Bench:
+    """One model on one device: makes it anew for each contestant, so that none has another's memory."""
+
+    def __init__(self, name: str, device: torch.device, size: Size, peak: float | None) -> None:
+        self.name, self.device, self.size, self.peak = name, device, size, peak
+        self.compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.ids, sequences, self.data = toy_data() if name == "toy" else on_cpu.real_or_random()
+        self.sequences: list[TargetSequence] = sequences
+        self.few = on_cpu.one_target_each(sequences, 32)
+
+    def model(self, layout: str, dtype: torch.dtype = torch.float32) -> GenerativeModel:
+        tokenizer, prompt = None, on_cpu.LAYOUTS[layout]
+        if self.name == "smollm2-135m" and assets.find(self.name) is not None:
+            causal_lm, tokenizer = load_backbone(self.name, dtype=dtype)
+            prompt = make_layout(layout, tokenizer, on_cpu.WINDOW)
+        else:
+            torch.manual_seed(SEED)
+            with torch.device(self.device):
+                causal_lm = (
+                    LlamaForCausalLM(copy.deepcopy(SHAPES[self.name])).to(dtype).eval().requires_grad_(False)
+                )
+        if self.name == "toy":
+            prompt = PromptLayout(
+                layout, prompt.prefix[:3], prompt.separator[:1], prompt.suffix[:3], prompt.end, 20
+            )
+        words = causal_lm.get_input_embeddings().weight
+        vocabulary = SemanticVocabulary(len(words), self.ids.sizes, words.shape[1])
+        vocabulary.initialise(words.float().cpu(), words.float().cpu(), seed=SEED)
+        return GenerativeModel(causal_lm, tokenizer, vocabulary, prompt, self.ids, "full").to(self.device)
+
+    def result(self) -> dict[str, Any]:
+        return {"data": self.data, "training": self.training(), "decoding": self.decoding()}
+
+    # -- training --------------------------------------------------------------------------------
+
+    def training(self) -> dict[str, Any]:
+        found = {f"ours, {layout}": self.ours(layout) for layout in ("instruct", "stream")}
+        for name, way in (("usual way", UsualWay), ("expert's way", ExpertWay)):
+            tried = [self.theirs(way, batch) for batch in self.size.train_batches]
+            found[name] = max(tried, key=lambda figures: figures["examples_per_second"])
+        losses = [found[name].pop("loss") for name in ("ours, instruct", "usual way", "expert's way")]
+        found["ours, stream"].pop("loss")
+        if max(losses) - min(losses) > 1e-3:
+            raise SystemExit(f"the losses of ours, usual way and expert's way differ: {losses}")
+        ratios: dict[str, float] = {}
+        for layout in ("instruct", "stream"):
+            own = found[f"ours, {layout}"]
+            for key, other in (("ratio", found["usual way"]), ("expert_ratio", found["expert's way"])):
+                ratios[f"{layout}_{key}"] = own["examples_per_second"] / other["examples_per_second"]
+        memory = found["ours, instruct"]["peak_gib"] / found["usual way"]["peak_gib"]
+        return {**ratios, "memory_ratio": memory, "loss": losses[0], "contestants": found}
+
+    def plan(self, model: GenerativeModel) -> StagePlan:
+        return StagePlan(self.sequences, on_cpu.WINDOW, self.settings(), SEED, 1, most_targets(model.layout))
+
+    def settings(self) -> TrainingConfig:
+        size = self.size
+        return TrainingConfig(
+            epochs=100,
+            max_steps=size.steps + 2,
+            batch_size=size.targets,
+            loss_vocabulary="full",
+            device=str(self.device),
+            precision="auto",
+        )
+
+    def ours(self, layout: str) -> dict[str, Any]:
+        model = self.model(layout)
+        model.backbone = add_adapter(model.causal_lm, 8, 16, DROPOUT, TARGETS, seed=SEED)
+        few = self.few
+        cases = Cases(
+            [s.user for s in few], [s.items[:-1] for s in few], np.array([s.items[-1] for s in few])
+        )
+        loss = validation_loss(model, cases, TEMPERATURE)
+        self.forget()
+        steps: list[Progress] = []
+        at: list[float] = []
+
+        def show(progress: Progress) -> None:
+            self.wait()
+            steps.append(progress)
+            at.append(time.perf_counter())
+
+        with tempfile.TemporaryDirectory() as directory:
+            train_stage(
+                model,
+                self.sequences,
+                cases,
+                self.settings(),
+                stage=1,
+                learning_rate=RATE,
+                strategy=Strategy(),
+                seed=SEED,
+                directory=Path(directory),
+                log=Path(directory) / "log.jsonl",
+                on_progress=show,
+                checkpoint_seconds=1e9,
+            )
+        seconds = at[-1] - at[1]
+        targets, tokens = (sum(step.record[key] for step in steps[2:]) for key in ("targets", "tokens"))
+        positions = targets * (self.ids.levels + (len(model.layout.end)))
+        needed = self.flops(tokens, positions, trained_head=False)
+        return {"loss": loss, **self.speed(targets, tokens, needed, seconds)}
+
+    def theirs(self, way: type[UsualWay], batch: int) -> dict[str, Any]:
+        model, size = self.model("instruct"), self.size
+        plan = self.plan(model)
+        few = list(on_cpu.examples_of(model, self.few))
+        contestant = way(model, DROPOUT, RATE, len(plan), batch, torch.float32)
+        loss = contestant.loss(few)
+        contestant.compute = self.compute
+        self.forget()
+        targets = tokens = positions = 0
+        for step in range(size.steps + 2):
+            if step == 2:
+                self.wait()
+                started = time.perf_counter()
+            members = [
+                TargetSequence("", self.sequences[c.sequence].items[: c.stop], c.first)
+                for c in plan.members(step % len(plan))
+            ]
+            examples = list(on_cpu.examples_of(model, members))
+            contestant.step(examples)
+            if step >= 2:
+                targets += len(examples)
+                tokens += sum(len(prompt) + len(answer) for prompt, answer in examples)
+                positions += sum(len(answer) for _, answer in examples)
+        self.wait()
+        seconds = time.perf_counter() - started
+        usual = way is UsualWay
+        needed = self.flops(tokens, tokens if usual else positions, trained_head=usual)
+        return {"loss": loss, "batch_size": batch, **self.speed(targets, tokens, needed, seconds)}
+
+    def flops(self, tokens: int, predicted: int, *, trained_head: bool) -> float:
+        config = SHAPES[self.name]
+        head = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+        layer = config.hidden_size * (head + 3 * config.intermediate_size)
+        rows = config.vocab_size + sum(self.ids.sizes)
+        per_position = (6 if trained_head else 4) * rows * config.hidden_size
+        return 4.0 * layer * config.num_hidden_layers * tokens + per_position * predicted
+
+    def speed(self, targets: int, tokens: int, flops: float, seconds: float) -> dict[str, Any]:
+        return {
+            "examples_per_second": targets / seconds,
+            "tokens_per_second": tokens / seconds,
+            "tflops": flops / seconds / 1e12,
+            "model_flop_utilisation": flops / seconds / 1e12 / self.peak if self.peak else None,
+            "peak_gib": peak_memory(self.device) / 2**30,
+        }
+
+    # -- decoding --------------------------------------------------------------------------------
+
+    def decoding(self) -> dict[str, Any]:
+        generator = np.random.default_rng(SEED)
+        chosen = generator.choice(len(self.sequences), self.size.users)
+        histories = [self.sequences[i].items[-on_cpu.WINDOW :] for i in chosen]
+        found: dict[str, Any] = {}
+        for layout in ("instruct", "stream"):
+            model = self.model(layout, self.compute).eval()
+            batch = self.size.search_batch
+
+            def ours(some: list[np.ndarray], model: GenerativeModel = model, batch: int = batch) -> Any:
+                return search(model, some, beams=BEAMS, batch_size=batch)
+
+            found[f"ours, {layout}"] = self.answering(ours, histories, self.size.requests)
+        for name, way in (("usual way", generation.UsualWay), ("expert's way", generation.ExpertWay)):
+            usual = way(self.model("instruct", self.compute).eval())
+            few = histories[: max(self.size.generate_batches) * 2]
+            tried = {}
+            for size in self.size.generate_batches:
+                tried[size] = self.answering(
+                    lambda some, usual=usual, size=size: usual.in_batches(some, BEAMS, size),
+                    few,
+                    -(-self.size.requests // 4) if size == 1 else 0,
+                )
+            best = max(tried, key=lambda size: tried[size]["users_per_second"])
+            found[name] = {**tried[1], **tried[best], "batch_size": best}
+        ratios = {}
+        for layout in ("instruct", "stream"):
+            own = found[f"ours, {layout}"]
+            for key, other in (("ratio", found["usual way"]), ("expert_ratio", found["expert's way"])):
+                ratios[f"{layout}_{key}"] = own["users_per_second"] / other["users_per_second"]
+                ratios[f"{layout}_latency_{key}"] = other["p50_ms"] / own["p50_ms"]
+        return {**ratios, "contestants": found}
+
+    def answering(
+        self, answer: Callable[[list[np.ndarray]], Any], histories: list[np.ndarray], requests: int
+    ) -> dict[str, Any]:
+        """Users a second, and the milliseconds of single requests where there are any."""
+        self.forget()
+        answer(histories[:2])
+        started = time.perf_counter()
+        answer(histories)
+        figures = {"users_per_second": len(histories) / (time.perf_counter() - started)}
+        figures["peak_gib"] = peak_memory(self.device) / 2**30
+        if requests:
+            taken = list(each_taken(answer, histories, requests))
+            figures["p50_ms"] = statistics.median(taken)
+            figures["p99_ms"] = float(np.quantile(taken, 0.99))
+        return figures
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def forget(self) -> None:
+        """Peak memory counts from here."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def each_taken(
+    answer: Callable[[list[np.ndarray]], Any], histories: list[np.ndarray], count: int
+) -> Iterator[float]:
+    for number in range(count):
+        started = time.perf_counter()
+        answer([histories[number % len(histories)]])
+        yield 1000 * (time.perf_counter() - started)
+
+
+def toy_data() -> tuple[SemanticIds, list[TargetSequence], str]:
+    generator = np.random.default_rng(0)
+    codes = generator.integers(0, 16, (300, 4)).astype(np.int32)
+    ids = SemanticIds([str(i) for i in range(len(codes))], codes, (16,) * 4)
+    sequences = []
+    for user in range(60):
+        before, targets = generator.integers(1, 6, 2)
+        items = generator.integers(0, len(codes), before + targets).astype(np.int32)
+        sequences.append(TargetSequence(str(user), items, int(before)))
+    return ids, sequences, "random sequences"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps and users")
+    parser.add_argument("--json", action="store_true", help="as always: one JSON object")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 of this GPU")
+    parser.add_argument("--model", choices=["smollm2-135m", "llama-3.2-1b-shape"], help="this one alone")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = Precision.of("auto", arguments.device).device
+    on_gpu = device.type == "cuda"
+    card = torch.cuda.get_device_name(device) if on_gpu else "CPU: toy shapes"
+    known = next((float(peak) for name, peak in PEAKS.items() if name in card), None)
+    peak = arguments.peak_tflops or (known if on_gpu else None)
+    size = (QUICK if arguments.quick else FULL) if on_gpu else TOY
+    models = [arguments.model] if arguments.model else ["smollm2-135m", "llama-3.2-1b-shape"]
+    started = time.perf_counter()
+    result: dict[str, Any] = {"device": card, "peak_tflops": peak, "torch": torch.__version__}
+    for name in models if on_gpu else ["toy"]:
+        result[name] = Bench(name, device, size, peak).result()
+    print(json.dumps(result | {"seconds": time.perf_counter() - started}))
+
+
+if __name__ == "__main__":
+    main()
