@@ -16,6 +16,8 @@ from peso.evaluation.predictions import read_predictions
 from peso.progress import Silent
 from peso.workspace import Workspace
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SMALL = {"width": 8, "epochs": 2}
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
@@ -58,7 +60,6 @@ def finished(tmp_path_factory) -> Workspace:
     return workspace
 
 
-@pytest.mark.slow
 def test_a_run_tests_its_baselines_on_its_own_cases(finished: Workspace) -> None:
     runs = baseline_summaries(finished, finished.config.baselines)
     labels = [baseline_label(config) for config in finished.config.baselines]
@@ -95,7 +96,6 @@ def test_another_option_or_a_lost_stage_is_run_again(finished: Workspace) -> Non
     assert not BaselineRun(finished, other).is_done(2)
 
 
-@pytest.mark.slow
 def test_interrupted_between_stages_it_ends_with_the_same_answers(
     finished: Workspace, tmp_path: Path, monkeypatch
 ) -> None:

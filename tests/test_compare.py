@@ -26,6 +26,8 @@ from peso.durable import checksum, write_json
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.workspace import Workspace
 
+pytestmark = pytest.mark.slow  # whole runs
+
 COMMON = {
     "data": {"format": "simulate", "simulate": {"users": 80, "items": 50, "stages": 3}},
     "backbone": "tiny",
@@ -235,7 +237,6 @@ def test_a_budget_that_is_no_time_is_refused(tmp_path, peso):
 # -- one run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_of_a_comparison_equals_the_same_configuration_under_run(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "report", lambda workspaces, directory: None)
     run = plan_of(tmp_path, {"strategies": ["single"], "seeds": [4]}).runs[0]
@@ -247,7 +248,6 @@ def test_a_run_of_a_comparison_equals_the_same_configuration_under_run(tmp_path,
     assert standing(run.task).complete
 
 
-@pytest.mark.slow
 def test_seeds_share_data_and_stage_0_and_differ_afterwards(tmp_path):
     zero, one = plan_of(tmp_path, {"strategies": ["single"], "seeds": [0, 1]}).runs
     do(zero.task)
@@ -310,7 +310,6 @@ def test_workers_share_the_cores_between_them():
 # -- many runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_same_result(tmp_path):
     plan = plan_of(tmp_path, {"strategies": ["single", "paper"]})
     machine = Machine(2, 1)
@@ -351,7 +350,6 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
         assert row["validation_loss"] == min(metrics["training"]["validation_losses"])
 
 
-@pytest.mark.slow
 def test_a_budget_that_is_over_starts_nothing_and_the_command_still_says_what_is_missing(tmp_path, peso):
     plan_of(tmp_path, {"strategies": ["single"]})
     status, out, _ = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--budget", "0s")
@@ -361,7 +359,6 @@ def test_a_budget_that_is_over_starts_nothing_and_the_command_still_says_what_is
     assert not (tmp_path / "w" / "data").exists()
 
 
-@pytest.mark.slow
 def test_the_dry_run_lists_every_run_and_writes_nothing(tmp_path, peso):
     plan_of(tmp_path, {"strategies": ["none"], "grid": {"p": {"name": "peso", "weight": [1, 2]}}})
     status, out, _ = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--dry-run")

@@ -23,6 +23,8 @@ from peso.training.penalty import TrainingPass
 from peso.training.plan import StagePlan
 from peso.workspace import Workspace
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.mark.parametrize(
     "strategy",
@@ -114,7 +116,6 @@ def test_distillation_is_the_divergence_from_the_last_model(make_model: Any, los
     assert "vocabulary.output_rows" in moved
 
 
-@pytest.mark.slow
 def test_a_strong_teacher_is_still_believed_at_the_end(runs: Runs) -> None:
     longer = ("training.max_steps=10", "training.epochs=10", "training.later_learning_rate_scale=0.3")
     free, held = (runs(s, *longer) for s in ("single", {"name": "distill", "weight": 100.0}))
