@@ -5,6 +5,7 @@ Knows stacks and metrics; knows nothing of which metric it is.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -60,9 +61,9 @@ class AnchoredTerm(Term):
         self._places: list[Placement] = []
         self._stacks: list[Stack[Metric]] = []
 
+    @abstractmethod
     def metric(self, anchor: Tensor, gather: Gather) -> Metric:
         """The metric around an anchor (groups, n); ``gather`` lays other tensors out like it."""
-        raise NotImplementedError
 
     def anchor(self, source: Source) -> None:
         """Takes the parameters as they are now for the anchor; an earlier one and its calibration go.

@@ -6,6 +6,7 @@ Knows weights, strengths and the two couplings; knows nothing of what a term com
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal, get_args
 
@@ -19,7 +20,7 @@ Coupling = Literal["loss", "decoupled"]
 Reduction = Literal["mean", "sum"]
 
 
-class Term:
+class Term(ABC):
     """A penalty on leaving an anchor. A term of its own overrides ``anchor``, ``value_at``, ``groups_of`` and
     ``metric_trace``, and ``pull`` or else ``has_decoupled_form``.
 
@@ -91,25 +92,26 @@ class Term:
 
     # --- what a term of its own says --------------------------------------------------------------------
 
+    @abstractmethod
     def anchor(self, source: Source) -> None:
         """Takes the parameters as they are now for the anchor; an earlier one and its calibration go."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value_at(self, source: Source, weight: float) -> Tensor:
         """The term times ``weight``: 0-d, differentiable once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metric_trace(self) -> float:
         """tr(H): the trace of the Hessian of the unweighted term at the anchor, reduction included."""
-        raise NotImplementedError
 
     def pull(self, source: Source, rate: float) -> None:
-        """The decoupled form for lr · κ = ``rate``, in place. Raises TrainingError for a frozen group."""
-        raise NotImplementedError
+        """The decoupled form for lr · κ = ``rate``, in place. Raises TrainingError for a frozen group, or
+        where there is no such form."""
+        raise TrainingError(f"{type(self).__name__} has no decoupled form: add term(model) to the loss")
 
+    @abstractmethod
     def groups_of(self, source: Source) -> list[Group]:
         """The groups the term acts on, checked against the anchor."""
-        raise NotImplementedError
 
     # --- what all do alike ------------------------------------------------------------------------------
 
