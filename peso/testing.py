@@ -13,7 +13,7 @@ from typing import Any
 from peso.decoding import search
 from peso.durable import digest, json_text, write_aside, write_atomically
 from peso.errors import DataError, WorkspaceError
-from peso.evaluation.metrics import default_metrics, stage_metrics
+from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
 from peso.evaluation.predictions import make_predictions, read_predictions, write_predictions
 from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream, stage_file
@@ -22,7 +22,7 @@ from peso.manifest import read_manifest, write_manifest
 from peso.processes import current
 from peso.progress import Observer
 from peso.stages import trained_model
-from peso.training.likelihood import target_log_probabilities
+from peso.training.likelihood import target_level_log_probabilities
 from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace
 
 
@@ -106,13 +106,13 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
         processes=processes,
     )
     observer.begin(f"{title}: score targets", len(cases), "users")
-    likelihood = target_log_probabilities(model, cases, on_progress=observer.advance, processes=processes)
+    by_level = target_level_log_probabilities(model, cases, on_progress=observer.advance, processes=processes)
     observer.end()
 
     def write() -> None:
         labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of)
         predictions = make_predictions(
-            cases, labels, found.leaves, found.scores, likelihood, model.semantic_ids
+            cases, labels, found.leaves, found.scores, by_level.sum(axis=-1), model.semantic_ids, by_level
         )
         with write_aside(test_directory(workspace, stage, on) / PREDICTIONS) as aside:
             write_predictions(aside, predictions)
@@ -124,7 +124,10 @@ def _measure(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
     """metrics.json, from the predictions."""
     config, directory = workspace.config, test_directory(workspace, stage, on)
     known = read_metrics(workspace, stage, on)
-    estimates = stage_metrics(read_predictions(directory / PREDICTIONS), default_metrics(config.evaluation.k))
+    predictions = read_predictions(directory / PREDICTIONS)
+    estimates = stage_metrics(
+        predictions, [*default_metrics(config.evaluation.k), *level_metrics(predictions)]
+    )
     metrics = {
         "stage": stage,
         "on": on,

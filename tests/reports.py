@@ -51,6 +51,7 @@ def predictions(stage: int, skill: float, seed: int, n: int, depth: int = 10) ->
         item_segment=cases.choice(["known", "new"], p=[0.8, 0.2], size=n).tolist(),
         history_length=cases.integers(2, 80, n).astype(np.int32),
         depth=depth,
+        target_level_log_probabilities=np.outer(log_probability, [0.4, 0.3, 0.2, 0.1]).astype(np.float32),
     )
 
 

@@ -11,7 +11,12 @@ from plain_path import cases_of, random_sequences, separate_loss, token_losses, 
 
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
-from peso.training.likelihood import target_log_probabilities, trie_log_likelihood, validation_loss
+from peso.training.likelihood import (
+    target_level_log_probabilities,
+    target_log_probabilities,
+    trie_log_likelihood,
+    validation_loss,
+)
 
 LAYOUTS = ["stream", "instruct"]
 VOCABULARIES = ["full", "semantic", "level"]
@@ -26,13 +31,17 @@ def test_log_probability_of_a_target_is_the_sum_over_its_levels(
     cases = cases_of(random_sequences(1, 12, 9), window=6)  # histories of 0 to 6 items, in no order
     done: list[int] = []
     found = target_log_probabilities(model, cases, batch_tokens=64, on_progress=done.append)
+    by_level = target_level_log_probabilities(model, cases, batch_tokens=64)
     with torch.no_grad():
-        expected = [
-            -token_losses(model, history, target)[: model.vocabulary.levels].sum()
-            for history, target in zip(cases.histories, cases.targets, strict=True)
-        ]
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, torch.stack(expected).numpy(), rtol=1e-5, atol=1e-5)
+        expected = torch.stack(
+            [
+                -token_losses(model, history, target)[: model.vocabulary.levels]
+                for history, target in zip(cases.histories, cases.targets, strict=True)
+            ]
+        ).numpy()
+    assert found.dtype == by_level.dtype == np.float32
+    np.testing.assert_allclose(by_level, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found, by_level.sum(axis=1))
     assert done == sorted(done)
     assert done[-1] == len(cases)
 

@@ -105,6 +105,25 @@ def test_log_probability_is_the_mean_of_the_column() -> None:
     assert stage_metrics(case, default_metrics([5]))["log_probability"].value == pytest.approx(-6)
 
 
+def test_levels_sum_to_the_log_probability_and_baselines_have_none() -> None:
+    by_level = np.array([[-1.0, -2.0], [-3.0, -1.0], [-2.0, -6.0]], dtype=np.float32)
+    case = replace(
+        predictions([[1], [2], [3]], [1, 1, 1]),
+        target_level_log_probabilities=by_level,
+        target_log_probability=by_level.sum(axis=1),
+    )
+    found = stage_metrics(case, [metrics.log_probability(), *metrics.level_metrics(case)])
+    assert {name: e.value for name, e in found.items()} == {
+        "log_probability": -5.0,
+        "log_probability_level_1": -2.0,
+        "log_probability_level_2": -3.0,
+    }
+    baseline = predictions([[1]], [1])
+    assert metrics.level_metrics(baseline) == []
+    with pytest.raises(ConfigError, match="level 1"):
+        stage_metrics(baseline, [metrics.level_log_probability_at(1)])
+
+
 def test_a_k_beyond_the_stored_list_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.k: 11 .* 10 semantic IDs.*decoding\.beams"):
         stage_metrics(predictions([[1]], [1]), default_metrics([11]))

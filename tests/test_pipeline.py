@@ -11,12 +11,14 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from peso import learning, pipeline, summary, testing
 from peso.config import load_config
 from peso.durable import checksum
 from peso.errors import DataError, WorkspaceError
+from peso.evaluation.predictions import read_predictions
 from peso.progress import Silent
 from peso.recommender import Recommender
 from peso.workspace import Workspace
@@ -188,7 +190,10 @@ def test_a_heavier_anchor_moves_less(finished, tmp_path):
 def test_any_model_is_tested_on_any_stage(finished):
     metrics = testing.test(finished, 0, 2, Silent())
     assert (metrics["stage"], metrics["on"]) == (0, 2)
-    assert (finished.stage_directory(0) / "on=2" / "predictions.parquet").is_file()
+    found = read_predictions(finished.stage_directory(0) / "on=2" / "predictions.parquet")
+    by_level = found.target_level_log_probabilities
+    assert by_level.shape == (len(found), finished.config.items.levels)
+    np.testing.assert_allclose(by_level.sum(axis=1), found.target_log_probability, rtol=1e-6)
     assert metrics != testing.read_metrics(finished, 2, 2)["test"]
     with pytest.raises(DataError, match="no stage 9"):
         testing.test(finished, 0, 9, Silent())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,9 @@ def example() -> Predictions:
     """Stage 2 of STAGES: leaf 0 = {a, b}, leaf 1 = {c}, leaf 2 = {d, e, f}."""
     leaves = np.array([[2, 0], [1, 2], [1, 0], [0, -1]])
     scores = np.array([[-0.5, -1.0], [-0.1, -2.0], [-0.3, -0.4], [-0.2, -np.inf]])
-    return make_predictions(
-        STAGES[2].test_cases(window=20), label_cases(STAGES[:2], STAGES[2]), leaves, scores, scores[:, 0], IDS
-    )
+    by_level = np.array([[-0.5, -0.25], [-1.0, -2.0], [-4.0, -0.125], [-3.0, -0.5]], dtype=np.float32)
+    cases, labels = STAGES[2].test_cases(window=20), label_cases(STAGES[:2], STAGES[2])
+    return make_predictions(cases, labels, leaves, scores, by_level.sum(axis=1), IDS, by_level)
 
 
 @pytest.mark.parametrize("documented", [module, segments], ids=lambda m: m.__name__)
@@ -125,7 +126,13 @@ def test_read_gives_back_what_was_written(tmp_path: Path) -> None:
     read = read_predictions(tmp_path / "p.parquet")
     for name in ("users", "targets", "items", "user_segment", "item_segment", "depth"):
         assert getattr(read, name) == getattr(written, name)
-    for name in ("rank_semantic_id", "rank_item", "target_log_probability", "history_length"):
+    for name in (
+        "rank_semantic_id",
+        "rank_item",
+        "target_log_probability",
+        "history_length",
+        "target_level_log_probabilities",
+    ):
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
         assert getattr(read, name).dtype == getattr(written, name).dtype
     assert [scores.tolist() for scores in read.scores] == [scores.tolist() for scores in written.scores]
@@ -150,10 +157,30 @@ def test_other_programs_see_plain_columns_and_null_for_an_absent_target(tmp_path
         "user_segment",
         "item_segment",
         "history_length",
+        "target_level_log_probabilities",
     ]
     assert table.column("rank_semantic_id").to_pylist() == [1, 2, 2, None]
     assert table.schema.field("items").type == pa.list_(pa.string())
     assert table.schema.field("scores").type == pa.list_(pa.float32())
+
+
+def test_files_from_before_levels_were_stored_and_answers_without_levels_are_read(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "new.parquet", example())
+    table = pq.read_table(tmp_path / "new.parquet")
+    pq.write_table(table.drop_columns(["target_level_log_probabilities"]), tmp_path / "old.parquet")
+    write_predictions(tmp_path / "plain.parquet", replace(example(), target_level_log_probabilities=None))
+    for name in ("old", "plain"):
+        read = read_predictions(tmp_path / f"{name}.parquet")
+        assert read.target_level_log_probabilities is None
+        assert read.take([2, 0]).target_level_log_probabilities is None
+        np.testing.assert_array_equal(read.target_log_probability, example().target_log_probability)
+
+
+def test_levels_follow_their_cases() -> None:
+    by_level = example().target_level_log_probabilities
+    assert by_level is not None
+    taken = example().take([3, 1]).target_level_log_probabilities
+    np.testing.assert_array_equal(taken, by_level[[3, 1]])
 
 
 def test_a_foreign_or_broken_file_is_refused(tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation import report
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import findings
+from peso.evaluation.predictions import Predictions
 from peso.evaluation.report import render_page, write_report
 from peso.evaluation.run_summary import RunSummary, StageSummary, TrainingCurve
 from peso.evaluation.sections import SECTIONS
+from peso.evaluation.sections.levels import levels
 from peso.evaluation.sections.significance import significance
 from peso.evaluation.sections.summary import summary
 from peso.evaluation.sections.sweep import sweep
@@ -134,6 +136,7 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
         "Summary",
         "More than chance?",
         "Stage by stage",
+        "Level by level",
         "Who and what",
         "Forgetting and transfer",
         "Options",
@@ -552,6 +555,27 @@ def test_training_curve_reads_the_log() -> None:
     assert curve.loss.tolist() == [3, 2]
     assert curve.penalty_gradient_norm.tolist() == [0, 0.1]
     assert (curve.validation_steps.tolist(), curve.validation_loss.tolist()) == ([2], [2.2])
+
+
+def test_levels_of_a_table_sum_to_their_last_column_and_baselines_are_not_in_it() -> None:
+    comparison = Comparison(example_runs(), [5, 10])
+    first, *others = comparison.systems
+    assert first.runs[0].stages[1].predictions.target_level_log_probabilities is not None
+    (table,) = levels(comparison).tables
+    assert [row[0] for row in table.rows] == [system.label for system in comparison.systems]
+    for row in table.rows:
+        numbers = [cell.value for cell in row[1:] if isinstance(cell, Quantity)]
+        assert numbers[-1] == pytest.approx(sum(numbers[:-1]), abs=1e-5)
+    bare = [
+        replace(run, stages={t: replace(s, predictions=_without_levels(s)) for t, s in run.stages.items()})
+        for run in others[0].runs
+    ]
+    (table,) = levels(Comparison([*first.runs, *bare], [5, 10])).tables
+    assert [row[0] for row in table.rows] == [first.label]
+
+
+def _without_levels(stage: StageSummary) -> Predictions:
+    return replace(stage.predictions, target_level_log_probabilities=None)
 
 
 def test_sections_stand_alone() -> None:

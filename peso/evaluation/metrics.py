@@ -56,6 +56,29 @@ def reciprocal_rank(ranks: np.ndarray, k: int) -> np.ndarray:
     return hit(ranks, k) / np.maximum(ranks, 1)
 
 
+def level_log_probability(by_level: np.ndarray, level: int) -> np.ndarray:
+    """Log-probability of one level per case: ln p(c_l | history, c_1 … c_{l-1}), c_l the target's code there.
+
+    By the chain rule the levels sum to the log-probability of the semantic ID, so a level tells where the
+    nats are lost: at the first, which is the coarse kind of item, or at the last, which tells neighbours
+    apart.
+
+    Args:
+        by_level: float (n, levels).
+        level: from 1.
+
+    Returns: float64 (n,).
+
+    >>> by_level = np.log([[0.5, 0.25], [0.1, 1.0]])
+    >>> np.exp(level_log_probability(by_level, level=2)).round(3).tolist()
+    [0.25, 1.0]
+    >>> total = level_log_probability(by_level, 1) + level_log_probability(by_level, 2)
+    >>> np.exp(total).round(3).tolist()
+    [0.125, 0.1]
+    """
+    return by_level[:, level - 1].astype(np.float64)
+
+
 @dataclass(frozen=True)
 class Metric:
     """A named function from predictions to one value per case; larger is better.
@@ -97,6 +120,29 @@ def log_probability() -> Metric:
         3,
         lambda predictions: predictions.target_log_probability.astype(np.float64),
     )
+
+
+def level_log_probability_at(level: int) -> Metric:
+    """The metric log-probability of one level, see :func:`level_log_probability`.
+
+    Raises (where it is computed):
+        ConfigError: the predictions hold no levels.
+    """
+
+    def values(predictions: Predictions) -> np.ndarray:
+        by_level = predictions.target_level_log_probabilities
+        if by_level is None or not 1 <= level <= by_level.shape[1]:
+            raise ConfigError(f"the predictions hold no log-probability of level {level}; evaluate again")
+        return level_log_probability(by_level, level)
+
+    return Metric(f"log_probability_level_{level}", f"Level {level}", 3, values)
+
+
+def level_metrics(predictions: Predictions) -> list[Metric]:
+    """The log-probability of each level that predictions hold; none of a baseline's, which has no levels."""
+    by_level = predictions.target_level_log_probabilities
+    levels = 0 if by_level is None else by_level.shape[1]
+    return [level_log_probability_at(level) for level in range(1, levels + 1)]
 
 
 def default_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> list[Metric]:

@@ -30,6 +30,7 @@ SCORES = "scores"
 RANK_SEMANTIC_ID = "rank_semantic_id"
 RANK_ITEM = "rank_item"
 TARGET_LOG_PROBABILITY = "target_log_probability"
+TARGET_LEVEL_LOG_PROBABILITIES = "target_level_log_probabilities"
 USER_SEGMENT = "user_segment"
 ITEM_SEGMENT = "item_segment"
 HISTORY_LENGTH = "history_length"
@@ -46,8 +47,10 @@ SCHEMA = pa.schema(
         pa.field(USER_SEGMENT, pa.string(), nullable=False),
         pa.field(ITEM_SEGMENT, pa.string(), nullable=False),
         pa.field(HISTORY_LENGTH, pa.int32(), nullable=False),
+        pa.field(TARGET_LEVEL_LOG_PROBABILITIES, pa.list_(pa.float32())),
     ]
 )
+LATER_COLUMNS = (TARGET_LEVEL_LOG_PROBABILITIES,)  # that older files lack
 DEPTH = b"peso.depth"  # key of the file's own metadata
 UNRANKED = 0  # in memory, the rank of a target that is not in the list
 
@@ -69,6 +72,9 @@ class Predictions:
         history_length: int32 (n,), the user's items before the target, not cut at the window.
         depth: how many semantic IDs were asked for; metrics beyond it cannot be computed. A list is
             shorter only where a filter or a small catalogue left no more.
+        target_level_log_probabilities: float32 (n, levels), whose sum over the levels is
+            ``target_log_probability``; None where the answers were not made level by level (baselines) or
+            the file is older than the column.
     """
 
     users: list[str]
@@ -82,9 +88,10 @@ class Predictions:
     item_segment: list[str]
     history_length: np.ndarray
     depth: int
+    target_level_log_probabilities: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)[:-1]}
+        lengths = {name: len(column) for name, column in self._columns().items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of different length: {lengths}")
         if any(len(items) != len(scores) for items, scores in zip(self.items, self.scores, strict=True)):
@@ -95,13 +102,16 @@ class Predictions:
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Predictions:
         """The cases with these row numbers, in this order."""
-        columns: dict[str, Any] = {}
-        for field in fields(self)[:-1]:
-            column = getattr(self, field.name)
-            columns[field.name] = (
-                column[rows] if isinstance(column, np.ndarray) else [column[r] for r in rows]
-            )
+        columns: dict[str, Any] = {
+            name: column[rows] if isinstance(column, np.ndarray) else [column[r] for r in rows]
+            for name, column in self._columns().items()
+        }
         return Predictions(**columns, depth=self.depth)
+
+    def _columns(self) -> dict[str, Any]:
+        """What has a row for each case, by name."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "depth"}
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 def semantic_id_ranks(leaves: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -154,6 +164,7 @@ def make_predictions(
     scores: np.ndarray,
     target_log_probability: np.ndarray,
     semantic_ids: SemanticIds,
+    target_level_log_probabilities: np.ndarray | None = None,
 ) -> Predictions:
     """Put a search's answer and the cases' labels side by side.
 
@@ -161,6 +172,7 @@ def make_predictions(
         leaves: int (n, depth), the semantic IDs found for each case, best first, -1 where there is none.
         scores: float (n, depth), theirs.
         target_log_probability: float (n,), of each target under the same model.
+        target_level_log_probabilities: float (n, levels), the same level by level, where there are levels.
 
     Raises:
         ValueError: the parts do not belong to the same cases.
@@ -188,6 +200,11 @@ def make_predictions(
         item_segment=labels.item_segment,
         history_length=labels.history_length,
         depth=leaves.shape[1],
+        target_level_log_probabilities=(
+            None
+            if target_level_log_probabilities is None
+            else target_level_log_probabilities.astype(np.float32)
+        ),
     )
 
 
@@ -208,6 +225,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
         USER_SEGMENT: predictions.user_segment,
         ITEM_SEGMENT: predictions.item_segment,
         HISTORY_LENGTH: predictions.history_length,
+        TARGET_LEVEL_LOG_PROBABILITIES: _rows(predictions.target_level_log_probabilities, len(predictions)),
     }
     schema = SCHEMA.with_metadata({DEPTH: str(predictions.depth)})
     pq.write_table(pa.table(columns, schema=schema), path)
@@ -223,12 +241,14 @@ def read_predictions(path: Path) -> Predictions:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read as predictions: {error}; evaluate the stage again") from None
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    missing = [name for name in SCHEMA.names if name not in (*table.column_names, *LATER_COLUMNS)]
     depth = (table.schema.metadata or {}).get(DEPTH)
     if missing or depth is None:
         what = f"columns {', '.join(missing)}" if missing else f"metadata {DEPTH.decode()}"
         raise DataError(f"{path} holds no predictions: {what} missing; evaluate the stage again")
-    column = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
+    column = {
+        name: table.column(name).combine_chunks() for name in SCHEMA.names if name in table.column_names
+    }
     ends = column[ITEMS].offsets.to_numpy()
     flat_items = column[ITEMS].values.to_pylist()
     flat_scores = column[SCORES].values.to_numpy()
@@ -245,7 +265,24 @@ def read_predictions(path: Path) -> Predictions:
         item_segment=column[ITEM_SEGMENT].to_pylist(),
         history_length=column[HISTORY_LENGTH].to_numpy(),
         depth=int(depth),
+        target_level_log_probabilities=_matrix(column.get(TARGET_LEVEL_LOG_PROBABILITIES)),
     )
+
+
+def _rows(matrix: np.ndarray | None, count: int) -> pa.Array:
+    """A matrix (count, width) as a column of lists; nulls where there is none."""
+    kind = pa.list_(pa.float32())
+    if matrix is None:
+        return pa.nulls(count, kind)
+    ends = np.arange(count + 1, dtype=np.int32) * np.int32(matrix.shape[1])
+    return pa.ListArray.from_arrays(ends, pa.array(matrix.ravel(), pa.float32()))
+
+
+def _matrix(rows: pa.Array | None) -> np.ndarray | None:
+    """The matrix that :func:`_rows` wrote; None where there is no column, or a null in it."""
+    if rows is None or rows.null_count or not len(rows):
+        return None
+    return rows.flatten().to_numpy().reshape(len(rows), -1)
 
 
 def _nullable(ranks: np.ndarray) -> pa.Array:

@@ -74,7 +74,23 @@ def target_log_probabilities(
     on_progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
 ) -> np.ndarray:
-    """Log-probability of each case's target: the sum over the tokens of its semantic ID, end token left out.
+    """Log-probability of each case's target: :func:`target_level_log_probabilities` summed over the levels.
+
+    Returns:
+        float32 (cases,).
+    """
+    return target_level_log_probabilities(model, cases, batch_tokens, on_progress, processes).sum(axis=-1)
+
+
+@torch.no_grad()
+def target_level_log_probabilities(
+    model: GenerativeModel,
+    cases: Cases,
+    batch_tokens: int = SCORING_PASS_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
+) -> np.ndarray:
+    """ln p(c_l | history, c_1 … c_{l-1}) of each code c_l of each case's target, end token left out.
 
     Temperature 1, normalised as the model's ``loss_vocabulary`` says.
 
@@ -84,13 +100,13 @@ def target_log_probabilities(
         processes: each takes its share of the passes and gets the result of all.
 
     Returns:
-        float32 (cases,).
+        float32 (cases, levels).
     """
 
     def score(packed: Packed) -> Tensor:
         return target_token_log_probabilities(model, packed)
 
-    return _per_case(model, cases, batch_tokens, on_progress, score, processes)
+    return _per_level(model, cases, batch_tokens, on_progress, score, processes)
 
 
 @torch.no_grad()
@@ -123,7 +139,7 @@ def trie_log_likelihood(
             steps.append(logits.log_softmax(-1).gather(-1, codes[:, level : level + 1]))
         return torch.cat(steps, dim=-1).flatten()
 
-    return _per_case(model, cases, batch_tokens, on_progress, score)
+    return _per_level(model, cases, batch_tokens, on_progress, score).sum(axis=-1)
 
 
 def _continuations(trie: ItemTrie, codes: np.ndarray, sizes: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -144,7 +160,7 @@ def _continuations(trie: ItemTrie, codes: np.ndarray, sizes: tuple[int, ...]) ->
         node = child[trie.codes[level][child] == codes[path, level]]  # one child of each path
 
 
-def _per_case(
+def _per_level(
     model: GenerativeModel,
     cases: Cases,
     batch_tokens: int,
@@ -152,14 +168,16 @@ def _per_case(
     score: Callable[[Packed], Tensor],
     processes: Processes = ALONE,
 ) -> np.ndarray:
-    result, own = np.zeros(len(cases), dtype=np.float32), np.zeros(len(cases), dtype=bool)
+    """float32 (cases, levels), from the scores of the target tokens of a pass, case by case."""
+    levels = model.semantic_ids.levels
+    result, own = np.zeros((len(cases), levels), dtype=np.float32), np.zeros(len(cases), dtype=bool)
     done = 0
     for rows, packed in _passes(model, cases, batch_tokens, processes, predict_end=False):
-        # (tokens of the pass,) → per case; the tokens of one case stand together, in order
-        sums = score(packed).float().view(-1, model.semantic_ids.levels).sum(-1)
-        scored = rows[packed.owners[:: model.semantic_ids.levels].cpu().numpy()]
-        result[scored], own[scored] = sums.cpu().numpy(), True
-        done += len(sums)
+        # (tokens of the pass,) → (cases, levels); the tokens of one case stand together, in order
+        found = score(packed).float().view(-1, levels)
+        scored = rows[packed.owners[::levels].cpu().numpy()]
+        result[scored], own[scored] = found.cpu().numpy(), True
+        done += len(found)
         if on_progress is not None:
             on_progress(min(done * processes.count, len(cases)))  # the others are about as far
     return processes.merge(result, own)

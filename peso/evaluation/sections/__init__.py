@@ -11,6 +11,7 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.sections.anchor import anchor
 from peso.evaluation.sections.cost import cost
 from peso.evaluation.sections.drift import drift
+from peso.evaluation.sections.levels import levels
 from peso.evaluation.sections.lists import lists
 from peso.evaluation.sections.origin import configuration, provenance
 from peso.evaluation.sections.reading import reading
@@ -28,6 +29,7 @@ SECTIONS: Sequence[Callable[[Comparison], Section]] = (
     summary,
     significance,
     by_stage,
+    levels,
     segments,
     transfer,
     sweep,
