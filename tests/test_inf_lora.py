@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategy_runs import RANK, SCALE, Runs, changes_at, factors, state
 from torch import Tensor
@@ -72,6 +72,7 @@ def test_the_memory_holds_the_share_asked_for_and_no_direction_more(
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=12, width=4, count=3)  # what is free is a thousandth as strong as what is not
 @given(seed=st.integers(0, 10**6), width=st.integers(3, 12), count=st.integers(1, 12))
 def test_new_directions_are_the_strongest_that_are_free(seed: int, width: int, count: int) -> None:
     """Orthogonal to the memory, orthonormal, and of the projected inputs the first right singular vectors."""

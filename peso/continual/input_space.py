@@ -34,20 +34,30 @@ class Protected:
         width, directions = self.basis.shape
         return directions if self.dual else width - directions
 
-    def within_free(self, moment: Tensor) -> Tensor:
-        """P C P, P the projection onto what is free: (width, width), float64."""
-        basis, result = self.basis.to(moment).double(), moment.double()
-        onto = basis @ basis.T
-        project = onto if self.dual else torch.eye(len(basis), dtype=onto.dtype, device=onto.device) - onto
-        return project @ result @ project
+    def strongest_free(self, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies (free,) of these inputs in what is free, strongest first; the directions, (width, free).
+
+        In coordinates of the free space, so that nothing of a direction leaks into what is protected, however
+        much stronger the inputs are there. float64, on the moment's device.
+        """
+        inside = self._free_basis().to(moment.device)
+        energies, directions = torch.linalg.eigh(inside.T @ moment.double() @ inside)
+        return energies.flip(0).clamp_min(0), inside @ directions.flip(1)
+
+    def _free_basis(self) -> Tensor:
+        """(width, free) orthonormal columns, float64; the stored float32 ones are so to 1e-7 only."""
+        basis = self.basis.double()
+        if self.dual:
+            return _orthonormal(basis)
+        return torch.linalg.qr(basis, mode="complete")[0][:, basis.shape[1] :]
 
     def grown(self, moment: Tensor, threshold: float) -> Protected:
         """With as many further directions, strongest first, as it takes for the share ``threshold`` of the
         energy of these inputs (the trace of their second moment) to lie in what is protected."""
-        energies, directions = _strongest_first(self.within_free(moment))
+        energies, directions = self.strongest_free(moment)
         free_energy = energies.flip(0).cumsum(0).flip(0)  # left free if all before are protected
         allowed = (1 - threshold) * float(moment.double().trace())
-        count = min(int((free_energy > allowed + ROUNDING * float(moment.double().trace())).sum()), self.free)
+        count = int((free_energy > allowed + ROUNDING * float(moment.double().trace())).sum())
         if count == 0:
             return self
         new = directions[:, :count].cpu()
@@ -65,15 +75,11 @@ class Protected:
     def free_directions(self, moment: Tensor, count: int) -> Tensor:
         """(count, width) orthonormal rows: the free directions in which these inputs have most energy. Rows
         beyond those in which they have any are zero: nothing could be learnt along them."""
-        energies, directions = _strongest_first(self.within_free(moment))
+        energies, directions = self.strongest_free(moment)
         strong = energies[:count] > ROUNDING * float(moment.double().trace())
-        return (directions[:, :count] * strong).T.float()
-
-
-def _strongest_first(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), rounding below zero removed, and eigenvectors in columns."""
-    values, vectors = torch.linalg.eigh(symmetric)
-    return values.flip(0).clamp_min(0), vectors.flip(1)
+        rows = moment.new_zeros(count, len(moment), dtype=torch.float32)
+        rows[: len(strong)] = (directions[:, :count] * strong).T.float()
+        return rows
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
