@@ -1,14 +1,15 @@
 """How far a stage moves at a strength, and whether that carries over to other shapes and settings.
 
-    python benchmarks/strength.py WORKSPACE [--steps N] [--cells FILE] [--quick] [--json]
+    python benchmarks/strength.py WORKSPACE [--steps N] [--settings NAME;NAME] [--terms NAME,NAME]
+                                  [--cells FILE] [--quick] [--json]
 
 Stage 1 of a workspace whose stage 0 is learnt is trained again and again: with `single`, with an anchor of
 strength 0.3, 1 and 3 in both couplings, and with one raw weight; as configured, and with rank, batch size or
-learning rate doubled, or with two of the seven modules. Reported is the distance moved from where the stage
-began, over that of `single` in the same setting ("shortening"), beside two predictions: 1 / (1 + s), the
-interpolation at the optimum with λ = s · ρ̄; and (1 - e^-s) / s, what is left of a steady drift that shrinks
-all the while (the decoupled form). Nothing is tested and the workspace stays as it is. What is measured is
-kept in FILE (JSON lines), so that a second call goes on.
+learning rate doubled, or with two of the seven modules (another width is another workspace). Reported is the
+distance moved from where the stage began, over that of `single` in the same setting ("shortening"), beside
+two predictions: 1 / (1 + s), the interpolation at the optimum with λ = s · ρ̄; and (1 - e^-s) / s, what is
+left of a steady drift that shrinks all the while (the decoupled form). Nothing is tested and the workspace
+stays as it is. What is measured is kept in FILE (JSON lines), so that a second call goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,10 @@ SETTINGS = (
 )
 
 
-def anchors(weight: float) -> dict[str, dict[str, Any]]:
+def anchors(weight: float, terms: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The anchors tried in every setting, by name; ``weight``: the raw one, of summed softmax-KL."""
     tried: dict[str, dict[str, Any]] = {"single": {}}
-    for proximal in ("softmax_kl", "l2"):
+    for proximal in terms:
         for coupling in ("decoupled", "loss"):
             for strength in STRENGTHS:
                 name = f"{proximal}, {coupling}, strength {strength:g}"
@@ -145,6 +147,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps; none given: all epochs")
     parser.add_argument("--weight", type=float, default=5.0, help="the raw weight that is tried too")
     parser.add_argument("--cells", type=Path, help="what is measured goes here, and is not measured again")
+    parser.add_argument("--settings", help="names, separated by semicolons; none given: all")
+    parser.add_argument("--terms", default="softmax_kl,l2", help="proximal terms, separated by commas")
     parser.add_argument("--quick", action="store_true", help="as configured alone")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -152,10 +156,14 @@ def main() -> None:
     known: dict[str, dict[str, Any]] = {}
     if arguments.cells and arguments.cells.exists():
         known = {line["cell"]: line for line in map(json.loads, arguments.cells.open(encoding="utf-8"))}
+    settings = {setting.name: setting for setting in SETTINGS[: 1 if arguments.quick else None]}
+    chosen = arguments.settings.split(";") if arguments.settings else list(settings)
+    if unknown := [name for name in chosen if name not in settings]:
+        parser.error(f"--settings {unknown[0]!r} is none of {', '.join(settings)}")
     rows = []
-    for setting in SETTINGS[: 1 if arguments.quick else None]:
+    for setting in (settings[name] for name in chosen):
         alone = 0.0
-        for name, options in anchors(arguments.weight).items():
+        for name, options in anchors(arguments.weight, arguments.terms.split(",")).items():
             cell = f"{setting.name}: {name}"
             if cell not in known:
                 known[cell] = {"cell": cell, **measure(workspace, setting, options, arguments.steps)}

@@ -48,11 +48,11 @@ class Piece:
         return tensor.movedim(self.rank_axis, 0).flatten(1)
 
     def restored(self, rows: Tensor) -> Tensor:
-        """The inverse of :meth:`rows`."""
+        """The inverse of :meth:`rows`: a view."""
         if self.rank_axis is None:
-            return rows.reshape(self.shape)
+            return rows.view(self.shape)
         others = [size for axis, size in enumerate(self.shape) if axis != self.rank_axis]
-        return rows.reshape(self.height, *others).movedim(0, self.rank_axis).contiguous()
+        return rows.unflatten(-1, others).movedim(0, self.rank_axis)
 
 
 Unit = tuple[Piece, ...]

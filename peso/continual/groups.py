@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from peso.errors import TrainingError
 
-Source = nn.Module | Iterable[nn.Module | Tensor]
-
 PAST = "past"  # the adapter that holds frozen adapters of earlier stages: never the one that is trained
 
 
@@ -39,18 +37,31 @@ class Group:
         return Group(self.module, self.factor, self.tensor.detach().clone())
 
 
+@dataclass(frozen=True)
+class Found:
+    """Groups as :func:`find_groups` found them, to be given in the source's place: a walk over the modules in
+    every step costs more than most penalties. Good as long as the model keeps its adapter and parameters."""
+
+    groups: tuple[Group, ...]
+
+
+Source = nn.Module | Found | Iterable[nn.Module | Tensor]
+
+
 def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
     """The groups of a model in the order of ``named_modules``, A before B.
 
     Args:
         source: a model with LoRA layers of PEFT anywhere in it (wrapped by DDP or ``torch.compile`` or
             not), or several tensors, or both: ``[model, vocabulary.input_rows]``. Of plain tensors each is
-            a group, and a module of its own.
+            a group, and a module of its own. Or what was found before.
         adapter: which adapter; None: the active one, beside which one named ``past`` may be active.
 
     Raises:
         TrainingError: no LoRA layer, no such adapter, several active at once, or an empty tensor.
     """
+    if isinstance(source, Found):
+        return list(source.groups)
     groups: list[Group] = []
     tensors = 0
     for part in _parts(source):
@@ -127,7 +138,7 @@ def _first(what: str, names: list[str]) -> str:
     return f"{what}: {names[0]}{' …' if len(names) > 1 else ''}; " if names else ""
 
 
-def _parts(source: Source) -> list[nn.Module | Tensor]:
+def _parts(source: nn.Module | Iterable[nn.Module | Tensor]) -> list[nn.Module | Tensor]:
     if isinstance(source, nn.Module):
         return [source]
     parts = [] if isinstance(source, Tensor) else list(source)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from peso.continual.groups import Found, find_groups
 from peso.continual.hooks import ForwardPass, StageContext, Strategy
 from peso.continual.proximal import L2, Fisher, Orthogonal, OutputKL, PerRankKL, SoftmaxKL, Term
 
@@ -51,11 +52,13 @@ class Peso(Strategy):
                 raise ValueError(f"no proximal term {proximal!r}")
         self.vocabulary = vocabulary
         self.examples = examples
+        self._found = Found(())
 
     def begin(self, context: StageContext) -> None:
         if context.number == 0:
             return
         source, term, examples = self.held(context), self.term, context.examples
+        self._found = Found(tuple(find_groups(source)))  # once a stage: their values change, they do not
         if isinstance(term, Fisher):
             # the adapter stands as the last stage left it: what mattered to that stage is asked now
             assert examples is not None
@@ -71,7 +74,7 @@ class Peso(Strategy):
     def penalty(self, context: StageContext) -> Tensor | None:
         in_loss = self.term.coupling == "loss" and not isinstance(self.term, OutputKL)
         held = context.number > 0 and in_loss and self.term.weight != 0
-        return self.term(self.held(context)) if held else None
+        return self.term(self._found) if held else None
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
         if context.number > 0 and isinstance(self.term, OutputKL):
@@ -81,7 +84,7 @@ class Peso(Strategy):
     def after_step(self, context: StageContext, learning_rate: float) -> None:
         # a stage of a single step is all warm-up: at rate 0 nothing moves
         if context.number > 0 and self.term.coupling == "decoupled" and learning_rate > 0:
-            self.term.after_step(self.held(context), learning_rate, context.total_rate)
+            self.term.after_step(self._found, learning_rate, context.total_rate)
 
     def end(self, context: StageContext) -> None:
         if isinstance(self.term, OutputKL):

@@ -105,12 +105,21 @@ def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     series = log_ratio * COEFFICIENTS[0]
     for coefficient in COEFFICIENTS[1:]:
         series.add_(coefficient).mul_(log_ratio)
-    series.mul_(log_ratio).mul_(p)
-    # p·φ(ℓ) as ℓ·(s − p) − (s − p) + p·ℓ: the product p·(e^ℓ − 1) never overflows, e^ℓ·ℓ might
-    closed = torch.mul(log_ratio, moved, out=scratch).sub_(moved).addcmul_(p, log_ratio)
-    kl = torch.where(log_ratio.abs() < SERIES, series, closed).sum(-1)
+    terms = series.mul_(log_ratio).mul_(p)
+    # where no value has moved far, a CPU is spared the rest; a GPU would have to wait for the answer
+    if log_ratio.device.type != "cpu" or float(log_ratio.abs().amax()) >= SERIES:
+        terms = torch.where(log_ratio.abs() < SERIES, series, _closed(log_ratio, moved, p, scratch))
+    kl = terms.sum(-1)
     gradient = moved.add_(p).mul_(log_ratio.sub_(kl.unsqueeze(-1)))
     return kl, gradient
+
+
+def _closed(log_ratio: Tensor, moved: Tensor, p: Tensor, scratch: Tensor) -> Tensor:
+    """p·φ(ℓ) without the series, into ``scratch``; ``moved``: s − p.
+
+    As ℓ·(s − p) − (s − p) + p·ℓ: the product p·(e^ℓ − 1) never overflows, e^ℓ·ℓ might.
+    """
+    return torch.mul(log_ratio, moved, out=scratch).sub_(moved).addcmul_(p, log_ratio)
 
 
 def second_order(displacement: Tensor, prior: Prior) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -34,8 +34,8 @@ class Metric(Protocol):
         """Trace of the penalty's Hessian at the anchor, (groups,)."""
         ...
 
-    def shrunk(self, displacement: Tensor, rate: float) -> Tensor:
-        """v − a (groups, n) after the decoupled form pulled at it for ``rate`` = lr · κ."""
+    def shrink(self, displacement: Tensor, rate: float) -> None:
+        """The decoupled form pulls at v − a (groups, n), in place, for ``rate`` = lr · κ."""
         ...
 
 
@@ -66,6 +66,11 @@ class Layout:
 
     def scatter(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The inverse of :meth:`gather`: number of a tensor, its values in its shape."""
+        for number, part in self.parts(rows):
+            yield number, part.contiguous()
+
+    def parts(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Number of a tensor, and the place of its values in the contiguous ``rows``: a view in its shape."""
         columns = rows.split([piece.width for piece in self.units[0]], dim=-1)
         for position, column in enumerate(columns):
             heights = column.split(self.units[0][position].height)
@@ -73,17 +78,52 @@ class Layout:
                 yield unit[position].tensor, unit[position].restored(part)
 
 
-@dataclass(frozen=True)
+class Table:
+    """A matrix (groups, n) that tensors are laid out in, again and again: its views are made once, so that a
+    step takes one call and not a few operations a tensor."""
+
+    def __init__(self, layout: Layout, rows: Tensor) -> None:
+        self.rows = rows
+        numbers, parts = zip(*layout.parts(rows), strict=True)
+        self._numbers: list[int] = list(numbers)
+        self._parts: list[Tensor] = list(parts)
+
+    def lay_out(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows, overwritten with the tensors' values."""
+        torch._foreach_copy_(self._parts, self.own(tensors))
+        return self.rows
+
+    def put_back(self, tensors: Sequence[Tensor]) -> None:
+        """The tensors, overwritten with what the rows hold."""
+        torch._foreach_copy_(self.own(tensors), self._parts)
+
+    def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[number] for number in self._numbers]
+
+
+@dataclass
 class Stack(Generic[M]):
     """Anchor of groups of one size on one device. ``anchor``: (groups, n), float32 or better."""
 
     layout: Layout
     anchor: Tensor
     metric: M
+    _table: Table | None = field(default=None, init=False, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
+
+    @property
+    def table(self) -> Table:
+        """Made when it is first needed; what it holds lasts until somebody else lays something out."""
+        if self._table is None:
+            self._table = Table(self.layout, torch.empty_like(self.anchor))
+        return self._table
+
+    @torch.no_grad()
     def displacement(self, tensors: Sequence[Tensor]) -> Tensor:
         """v − a, a fresh (groups, n). Exact for small steps: float32 or better."""
-        return torch.sub(self.layout.gather(tensors).to(self.anchor.dtype), self.anchor)
+        return self.table.lay_out(tensors) - self.anchor
 
 
 def stack_anchors(
@@ -130,13 +170,11 @@ def stacked_penalty(stacks: Sequence[Stack[Metric]], tensors: Sequence[Tensor], 
 @torch.no_grad()
 def shrink(stacks: Sequence[Stack[Metric]], tensors: Sequence[Tensor], rate: float) -> None:
     """The decoupled form, in place: every tensor becomes its anchor plus its shrunk displacement."""
-    targets, values = [], []
     for stack in stacks:
-        moved = stack.metric.shrunk(stack.displacement(tensors), rate).add_(stack.anchor)
-        for number, value in stack.layout.scatter(moved):
-            targets.append(tensors[number])
-            values.append(value)
-    torch._foreach_copy_(targets, values)
+        moved = stack.table.lay_out(tensors).sub_(stack.anchor)
+        stack.metric.shrink(moved, rate)
+        moved.add_(stack.anchor)
+        stack.table.put_back(tensors)
 
 
 class _StackedPenalty(torch.autograd.Function):

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from peso.training.penalty import MEASURED_EVERY
 
 
 class Movement:
-    """Measures one step out of ``MEASURED_EVERY`` (two copies of the adapter); the others cost nothing.
+    """Measures one step out of ``MEASURED_EVERY`` (three copies of the adapter); the others cost nothing.
 
         movement = Movement(adapter)          # as the training began
         movement.begin(step)
@@ -29,34 +28,51 @@ class Movement:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
-        self._start = self._copies()
-        self._before: list[Tensor] = []
-        self._between: list[Tensor] = []
+        self._parameters = [p.detach() for p in parameters]
+        self._measured = False
+        self._start, self._one, self._other = (_Snapshot(self._parameters) for _ in range(3))
+        self._start.take()
 
     def begin(self, step: int) -> None:
-        measured = step % MEASURED_EVERY == 0
-        self._before = self._copies() if measured else []
+        self._measured = step % MEASURED_EVERY == 0 and bool(self._parameters)
+        if self._measured:
+            self._one.take()
 
     def stepped(self) -> None:
-        if self._before:
-            self._between = self._copies()
+        if self._measured:
+            self._other.take()
 
     def figures(self) -> dict[str, float]:
         """``step_norm``: length of the optimiser's step; ``pull_norm``: of what came after it, 0 for most
         strategies; ``distance``: from the start, after both."""
-        if not self._before:
+        if not self._measured:
             return {}
+        stepped = self._other.distance(self._one)
+        self._one.take()
         return {
-            "step_norm": _distance(self._between, self._before),
-            "pull_norm": _distance(self._parameters, self._between),
-            "distance": _distance(self._parameters, self._start),
+            "step_norm": stepped,
+            "pull_norm": self._one.distance(self._other),
+            "distance": self._one.distance(self._start),
         }
 
-    def _copies(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self._parameters]
 
+class _Snapshot:
+    """Values of many tensors, one behind the other, so that a distance takes two operations and not two a
+    tensor. Float32 or better, where the first tensor is."""
 
-@torch.no_grad()
-def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return float(get_total_norm(torch._foreach_sub(list(one), list(other))))
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        sizes = [p.numel() for p in parameters]
+        first = parameters[0] if parameters else torch.zeros(0)
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self.values = torch.zeros(sum(sizes), dtype=dtype, device=first.device)
+        parts = self.values.split(sizes)
+        self._parts = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+
+    def take(self) -> None:
+        """As the tensors stand now."""
+        if self._parts:
+            torch._foreach_copy_(self._parts, self._parameters)
+
+    def distance(self, other: _Snapshot) -> float:
+        return float(torch.linalg.vector_norm(self.values - other.values))

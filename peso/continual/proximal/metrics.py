@@ -40,13 +40,13 @@ class SoftmaxMetric:
         p = self.prior.weights / self.prior.total
         return (p * (1 - p)).sum(-1, keepdim=True).div_(self.temperature).div_(self.temperature).squeeze(-1)
 
-    def shrunk(self, displacement: Tensor, rate: float) -> Tensor:
-        """μ + (Δ − μ)·exp(−rate·n·p), μ = Σ p·Δ."""
+    def shrink(self, displacement: Tensor, rate: float) -> None:
+        """Δ ← μ + (Δ − μ)·exp(−rate·n·p), μ = Σ p·Δ."""
         p, total = self.prior.weights, self.prior.total
         centred = displacement - (p * displacement).sum(-1, keepdim=True) / total
         # Δ plus a change: where the rate is small, exp(−rate) itself would lose it in rounding
-        change = torch.expm1(p * (-rate * p.shape[-1]))
-        return displacement.addcmul_(centred, change)
+        change = torch.mul(p, -rate * p.shape[-1]).expm1_()
+        displacement.addcmul_(centred, change)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class DiagonalMetric:
             return torch.full((self.size[0],), float(self.size[1]))
         return self.curvature.sum(-1)
 
-    def shrunk(self, displacement: Tensor, rate: float) -> Tensor:
-        """Δ·exp(−rate·w), w = h / mean."""
+    def shrink(self, displacement: Tensor, rate: float) -> None:
+        """Δ ← Δ·exp(−rate·w), w = h / mean."""
         if self.curvature is None:
-            return displacement.add_(displacement, alpha=math.expm1(-rate))
-        return displacement.addcmul_(displacement, torch.expm1(self.curvature * (-rate / self.mean)))
+            displacement.add_(displacement, alpha=math.expm1(-rate))
+        else:
+            displacement.addcmul_(displacement, torch.expm1(self.curvature * (-rate / self.mean)))

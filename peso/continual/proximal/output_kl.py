@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peso.continual.calibration import Calibration
-from peso.continual.groups import Group, Source, check_same_groups, find_groups, find_layers, shapes
+from peso.continual.groups import Found, Group, Source, check_same_groups, find_groups, find_layers, shapes
 from peso.continual.proximal.term import Coupling, Reduction, Term
 from peso.continual.softmax_kl import Prior, softmax_kl
 from peso.continual.stacks import placement
@@ -194,14 +194,13 @@ class OutputKL(Term):
 
     def _layers(self, source: Source) -> list[tuple[str, dict[str, Any]]]:
         """Of every model in the source: name of its adapter, layers by module."""
-        parts = [source] if isinstance(source, nn.Module) else list(source)
-        return [find_layers(part, self.adapter) for part in parts if isinstance(part, nn.Module)]
+        return [find_layers(model, self.adapter) for model in _models(source)]
 
     def _attach(self, source: Source, look: Look) -> None:
         self.groups_of(source)
         self.detach()
-        for part in [source] if isinstance(source, nn.Module) else list(source):
-            if getattr(part, "is_activation_checkpointing", False):
+        for model in _models(source):
+            if getattr(model, "is_activation_checkpointing", False):
                 raise TrainingError(
                     "OutputKL looks at every pass of a module, and gradient checkpointing passes each twice: "
                     "turn it off, or choose another term"
@@ -224,6 +223,13 @@ class OutputKL(Term):
     @property
     def _divisor(self) -> int:
         return len(self._anchors) if self.reduction == "mean" else 1
+
+
+def _models(source: Source) -> list[nn.Module]:
+    if isinstance(source, Found):
+        raise TypeError("OutputKL looks at forward passes: give it the model, not the groups found in it")
+    parts = [source] if isinstance(source, nn.Module) else list(source)
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 @torch.no_grad()
