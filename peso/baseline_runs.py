@@ -11,18 +11,24 @@ same answers.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field, TypeAdapter
+from typing import Any
 
 from peso.baselines.answers import Answerer, BaselineAnswers
 from peso.baselines.baseline import Baseline, repeats_occur
 from peso.baselines.hybrid import HybridAnswers
 from peso.baselines.registry import make_baseline
-from peso.config.baselines import BaselineConfig, HybridConfig, PlainBaselineConfig, baseline_label
+from peso.config.baselines import (
+    BaselineConfig,
+    HybridConfig,
+    PlainBaselineConfig,
+    baseline_label,
+    is_random,
+    read_baseline,
+)
 from peso.durable import commit_directory, digest, restore, write_json
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
@@ -102,6 +108,15 @@ class BaselineRun:
     def run(self, observer: Observer) -> None:
         """Learn and test what is not done.
 
+        Raises: as :meth:`prepare`.
+        """
+        self.prepare(observer)
+        for stage in self.missing():
+            self.learn_and_test(stage, observer)
+
+    def prepare(self, observer: Observer) -> None:
+        """Make ready what the stages need: for the hybrid, its two-tower model.
+
         Raises:
             ConfigError: lists longer than the catalogue.
             WorkspaceError: the run's own model is needed, by the hybrid, and is not learnt.
@@ -112,17 +127,21 @@ class BaselineRun:
                 f"a list of {depth} is asked for, but the catalogue has {self.ids.trie.leaves} semantic IDs; "
                 "set decoding.beams lower"
             )
-        stages = self.stages
         if isinstance(self.config, HybridConfig):
             BaselineRun(self.workspace, self.config.two_tower).run(observer)
             self.workspace.require_stage(0)
-            stages = [stage for stage in stages if stage in self.workspace.finished_stages]
-        for stage in stages:
+
+    def missing(self) -> Iterator[int]:
+        """The stages that are not done, in order, each looked at when its turn comes."""
+        for stage in self.stages:
+            if isinstance(self.config, HybridConfig) and stage not in self.workspace.finished_stages:
+                continue
             restore(self.stage_directory(stage))
             if not self.is_done(stage):
-                self._learn_and_test(stage, observer)
+                yield stage
 
-    def _learn_and_test(self, stage: int, observer: Observer) -> None:
+    def learn_and_test(self, stage: int, observer: Observer) -> None:
+        """One stage, those before it being done; the directory appears whole or not at all."""
         observer.note(f"baseline {self.label}: stage {stage}")
         with commit_directory(self.stage_directory(stage)) as aside:
             began = time.perf_counter()
@@ -225,6 +244,11 @@ class BaselineRun:
 
     # -- results ---------------------------------------------------------------------------------
 
+    def metrics(self, stage: int) -> Mapping[str, Any]:
+        """Of a stage that is done, kept up to date: each metric's estimate by name."""
+        text = (self.stage_directory(stage) / METRICS).read_text(encoding="utf-8")
+        return json.loads(text)[Path(PREDICTIONS).stem]
+
     def summaries(self) -> list[RunSummary]:
         """As runs of a report: the baseline kept up to date, and as it stood after stage 0 (``static``).
 
@@ -238,19 +262,18 @@ class BaselineRun:
             cost = StageCost(read_manifest(directory, FORMAT)["seconds"], bytes_on_disk=size)
             continual[stage] = StageSummary(read_predictions(directory / PREDICTIONS), cost)
             static[stage] = StageSummary(read_predictions(directory / STATIC)) if stage else continual[stage]
-        runs = [RunSummary(self.label, self.label, continual)] if continual else []
+        seed = self.workspace.config.seed if is_random(self.config) else None
+        runs = [RunSummary(self.label, self.label, continual, seed=seed)] if continual else []
         if any(static):
-            runs.append(RunSummary(f"{self.label} (static)", f"{self.label} (static)", static))
+            frozen = f"{self.label} (static)"
+            runs.append(RunSummary(frozen, frozen, static, seed=seed))
         return runs
 
 
 def found_baselines(workspace: Workspace) -> list[BaselineConfig]:
     """Those that have something in ``baselines/``, in the order of their labels, configured or not."""
     manifests = sorted((workspace.root / "baselines").glob(f"*/0/{MANIFEST}"))
-    read = TypeAdapter[BaselineConfig](Annotated[BaselineConfig, Field(discriminator="name")])
-    return [
-        read.validate_python(read_manifest(manifest.parent, FORMAT)["baseline"]) for manifest in manifests
-    ]
+    return [read_baseline(read_manifest(manifest.parent, FORMAT)["baseline"]) for manifest in manifests]
 
 
 def run_baselines(workspace: Workspace, configs: Sequence[BaselineConfig], observer: Observer) -> None:

@@ -55,7 +55,7 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
     baselines = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
     if any(run.name == "popularity" for run in baselines):
-        return [replace(runs[0], catalogue=_catalogue(workspaces[0])), *runs[1:], *baselines]
+        return [replace(runs[0], catalogue=catalogue(workspaces[0])), *runs[1:], *baselines]
     return [*runs, popularity(workspaces[0]), *baselines]
 
 
@@ -74,6 +74,7 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
         drift=stream_drift(workspace),
         semantic_ids={key: ids[key] for key in INDEX if key in ids},
         seed=workspace.config.seed,
+        family=workspace.config.strategy.name,
         across={
             (stage, on): read_predictions(test_directory(workspace, stage, on) / PREDICTIONS)
             for stage in tested
@@ -83,7 +84,8 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
     )
 
 
-def _catalogue(workspace: Workspace) -> Catalogue:
+def catalogue(workspace: Workspace) -> Catalogue:
+    """Of a workspace's stream and semantic IDs: what figures of lists and of popularity need."""
     stream = Stream.open(workspace.stream_directory)
     return Catalogue.of(stream, read_semantic_ids(workspace.semantic_ids_directory))
 

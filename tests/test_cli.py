@@ -119,7 +119,11 @@ def test_evaluate_tests_any_stage_on_any_cases(peso, workspace):
     assert status == 0
     metrics = json.loads(out)
     assert (metrics["stage"], metrics["on"]) == (0, 2)
-    assert set(metrics["metrics"]) == {"hit@5", "hit@10", "ndcg@5", "ndcg@10", "mrr@10", "log_probability"}
+    ranking = {"hit@5", "hit@10", "ndcg@5", "ndcg@10", "mrr@10"}
+    levels = {name for name in metrics["metrics"] if name.startswith("log_probability_level_")}
+    assert set(metrics["metrics"]) == ranking | {"log_probability"} | levels
+    whole = metrics["metrics"]["log_probability"]["value"]
+    assert sum(metrics["metrics"][name]["value"] for name in levels) == pytest.approx(whole)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,17 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from peso import pipeline, summary
+from peso import pipeline, summary, testing
+from peso.baseline_runs import BaselineRun
 from peso.compare.machine import Machine
 from peso.compare.plan import Plan, make_plan
 from peso.compare.results import collect, write_results
 from peso.compare.schedule import Schedule
-from peso.compare.standing import is_done, standing
+from peso.compare.standing import is_done, standing, tests_across
 from peso.compare.tuning import choose, validation_loss
 from peso.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
 from peso.config import load_config
+from peso.config.baselines import read_baseline
 from peso.durable import checksum, write_json
 from peso.errors import ConfigError, DataError, WorkspaceError
+from peso.progress import Silent
 from peso.workspace import Workspace
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -39,6 +43,7 @@ COMMON = {
 def plan_of(root: Path, compare: dict, *overrides: str, **common: object) -> Plan:
     root.mkdir(parents=True, exist_ok=True)
     path = root / "c.yaml"
+    compare = {"transfer": False, **compare}  # half of the time of these runs
     path.write_text(yaml.safe_dump({**COMMON, **common, "compare": compare}, sort_keys=False))
     return make_plan(path, root / "w", overrides)
 
@@ -54,12 +59,16 @@ def do(task) -> None:
     if not is_done(task):
         Workspace.create_or_open(task.root, task.config)
         data, base = (None if need is None else str(need.root) for need in (task.data, task.base))
-        work(Job(str(task.root), task.last_stage, data, base, None), io.StringIO())
+        options = None if task.baseline is None else task.baseline.model_dump(mode="json")
+        job = Job(str(task.root), task.last_stage, data, base, task.kind, options, None)
+        work(job, io.StringIO())
 
 
 def result_files(root: Path) -> dict[str, str]:
     kept = ("adapter_model.safetensors", "vocabulary.safetensors", "model.safetensors", "predictions.parquet")
-    files = [path for path in (root / "stages").rglob("*") if path.name in kept]
+    files = [
+        path for part in ("stages", "baselines") for path in (root / part).rglob("*") if path.name in kept
+    ]
     return {str(path.relative_to(root)): checksum(path) for path in files}
 
 
@@ -159,6 +168,55 @@ def test_what_is_not_random_is_run_once(tmp_path):
     assert names(apart) == ["none/seed=0", "none/seed=1"]
 
 
+def test_baselines_are_run_once_where_nothing_is_drawn_and_with_each_seed_where_something_is(tmp_path):
+    baselines = ["popularity", {"name": "popularity", "last": 1}, "sasrec", "hybrid"]
+    backbones = {"a": {"backbone": {"name": "tiny", "width": 16}}, "b": "tiny"}
+    compare = {"backbones": backbones, "strategies": ["none", "single"], "seeds": [0, 1]}
+    plan = plan_of(tmp_path, {**compare, "baselines": baselines})
+    for backbone in ("a", "b"):
+        assert [run.name for run in plan.baselines if run.backbone == backbone] == [
+            f"simulate/{backbone}/baselines/{name}"
+            for name in (
+                "popularity",
+                "popularity last=1",
+                "sasrec/seed=0",
+                "sasrec/seed=1",
+                "hybrid with single/seed=0",
+                "hybrid with single/seed=1",
+            )
+        ]
+    places = {run.name: run.task.root for run in plan.baselines}
+    shared = [name for name in places if "/a/" in name and places[name] == places[name.replace("/a/", "/b/")]]
+    assert len(shared) == 4  # all but the hybrid, which has a backbone
+    assert len(set(places.values())) == 4 + 2 * 2
+    order = [run.name for run in plan.all]
+    assert order.index("simulate/b/baselines/sasrec/seed=0") < order.index("simulate/a/single/seed=1")
+
+
+def test_baselines_of_a_comparison_and_common_ones_mean_the_same(tmp_path):
+    inside = plan_of(tmp_path, {"strategies": ["single"], "baselines": ["ease"]})
+    outside = plan_of(tmp_path, {"strategies": ["single"]}, baselines=["ease"])
+    assert [run.task.root for run in inside.baselines] == [run.task.root for run in outside.baselines]
+
+
+def test_transfer_is_of_the_first_seed_of_what_is_named_and_comes_last(tmp_path):
+    compare = {
+        "strategies": ["none", "single"],
+        "grid": {"g": {"name": "peso", "weight": [1, 2]}},
+        "seeds": [4, 5],
+    }
+
+    def across(transfer: object) -> list[str]:
+        plan = plan_of(tmp_path, {**compare, "transfer": transfer})
+        assert plan.all[len(plan.all) - len(plan.transfers) :] == plan.transfers
+        return [run.name.removeprefix("simulate/tiny/") for run in plan.transfers]
+
+    assert across(True) == ["none/transfer", "single/seed=4/transfer"]
+    assert across(False) == []
+    assert across(["g"]) == ["g[weight=1]/seed=4/transfer", "g[weight=2]/seed=4/transfer"]
+    assert across(["single"]) == ["single/seed=4/transfer"]
+
+
 # -- bad input -----------------------------------------------------------------------------------------
 
 
@@ -186,6 +244,9 @@ def test_what_is_not_random_is_run_once(tmp_path):
             ["more trials", "a 2", "b 3"],
         ),
         ({"strategies": ["single"], "workers": 0}, ["compare.workers", "0"]),
+        ({"strategies": ["single"], "transfer": ["singel"]}, ["compare.transfer", "'singel'", "single"]),
+        ({"strategies": ["single"], "hybrid_with": ["x"]}, ["compare.hybrid_with", "'x'", "single"]),
+        ({"strategies": ["single"], "baselines": ["eese"]}, ["compare.baselines", "eese"]),
     ],
 )
 def test_a_mistake_is_named_before_anything_starts(tmp_path, compare, words):
@@ -319,7 +380,7 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
         for row in rows:
             if row.run.strategy == "single" and row.note.startswith("learn stage 1") and not killed:
                 killed.append(row)
-                os.kill(schedule._working[row.run.task.root].process.pid, signal.SIGKILL)
+                os.kill(schedule._working[row.run.task.key].process.pid, signal.SIGKILL)
 
     schedule = Schedule(plan, 2, machine.environment, watch=watch)
     single, paper = schedule.run()
@@ -348,6 +409,57 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
         metrics = json.loads((Path(row["workspace"]) / f"stages/{row['stage']}/metrics.json").read_text())
         assert row["hit@10"] == metrics["test"]["metrics"]["hit@10"]["value"]
         assert row["validation_loss"] == min(metrics["training"]["validation_losses"])
+
+
+def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("peso.evaluation.report.png_file", lambda plot: b"")  # half of a report's time
+    quick = {"two_tower": {"epochs": 1}}
+    baselines = [{"name": "two-tower", "epochs": 1}, {"name": "hybrid", **quick}]
+    plan = plan_of(tmp_path, {"strategies": ["single"], "baselines": baselines, "transfer": True})
+    machine = Machine(2, 1)
+    killed = set()
+
+    def watch(rows):
+        for row in rows:
+            ripe = row.run.kind != "strategy" and row.standing.done >= 1 and row.state == "running"
+            if ripe and row.run.kind not in killed:
+                killed.add(row.run.kind)
+                os.kill(schedule._working[row.run.task.key].process.pid, signal.SIGKILL)
+
+    schedule = Schedule(plan, 2, machine.environment, watch=watch)
+    schedule.run()
+    assert killed == {"baseline", "transfer"}
+    assert any("forgetting and transfer" in remark for remark in collect(plan).remarks)
+    rows = Schedule(plan, 2, machine.environment).run()
+    assert {row.state for row in rows} == {"done"}, [row.note for row in rows]
+    assert collect(plan).remarks == []
+
+    by_hand = Workspace(tmp_path / "hand", plan.runs[0].task.config)
+    shutil.copytree(plan.runs[0].task.root, by_hand.root)
+    for folder in by_hand.root.glob("stages/*/on=*"):
+        shutil.rmtree(folder)
+    for stage, on in tests_across(3):
+        testing.test(by_hand, stage, on, Silent())
+    BaselineRun(by_hand, read_baseline({"name": "hybrid", **quick})).run(Silent())
+    done = result_files(plan.runs[0].task.root)
+    assert sum("on=" in name for name in done) == 6
+    fused = plan.baselines[1].task.root
+    done |= {name: digest for name, digest in result_files(fused).items() if name.startswith("baselines")}
+    assert done == result_files(by_hand.root)
+
+    page = write_results(plan, collect(plan)).read_text()
+    for text in (
+        " with single (static)",
+        "two-tower epochs=1 (static)",
+        "Backward transfer",
+        "model after stage",
+    ):
+        assert text in page, text
+    table = pq.read_table(tmp_path / "w" / "results.parquet").to_pylist()
+    assert {(row["strategy"], row["seed"]) for row in table} >= {
+        ("two-tower epochs=1", 0),
+        ("two-tower epochs=1 (static)", 0),
+    }
 
 
 def test_a_budget_that_is_over_starts_nothing_and_the_command_still_says_what_is_missing(tmp_path, peso):

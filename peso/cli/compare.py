@@ -50,7 +50,9 @@ def compare(
     """Do all runs that CONFIG describes and are not done yet, side by side, then report them together.
 
     Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S; data and base stages are made
-    once and shared. Interrupt it anywhere, or give it a --budget; the same command continues.
+    once and shared. Baselines run beside them; at the end the first seed's models are tested on the cases of
+    every stage, for forgetting and transfer. Interrupt it anywhere, or give it a --budget; the same command
+    continues.
 
     Example: peso compare examples/strategies.yaml -w runs/strategies --budget 90m
     """
@@ -85,7 +87,7 @@ def compare(
         print(f"report: {write_results(plan, collected)}")
         print(f"table:  {root / 'results.parquet'}")
     if failed:
-        raise PesoError(f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again")
+        raise PesoError(f"{len(failed)} of {len(plan.all)} runs failed; the same command tries them again")
 
 
 class Display:
@@ -117,7 +119,8 @@ class Display:
                 figures = "" if row.standing.hit is None else f", hit {hit}, ndcg {ndcg}"
                 more = f", {left} left" if row.seconds_left else ""
                 note = f" ({row.note})" if row.state == "failed" else ""
-                line = f"{row.run.name}: {row.state}, {stages} stages{figures}{more}{note}"
+                what = "tests" if row.run.kind == "transfer" else "stages"
+                line = f"{row.run.name}: {row.state}, {stages} {what}{figures}{more}{note}"
                 self.console.print(line, markup=False, soft_wrap=True)
             self._said[row.run.name] = now
 
@@ -131,7 +134,7 @@ def _drawn(rows: Sequence[Row]) -> Table:
     states = Counter[str](row.state for row in rows)
     title = ", ".join(f"{states[state]} {state}" for state in order if states[state])
     drawn = Table(header_style="bold", caption=title)
-    for name in ("run", "state", "stages", "Hit", "NDCG", "left", "now"):
+    for name in ("run", "state", "done", "Hit", "NDCG", "left", "now"):
         drawn.add_column(name, no_wrap=name != "now")
     for row in shown:
         drawn.add_row(escape(row.run.name), row.state, *_cells(row), escape(row.note))
@@ -150,7 +153,7 @@ def _show_plan(plan: Any, machine: Any) -> None:
 
     expected = forecast(plan, machine.threads)
     rows = [[e.name, e.state, None if e.minutes is None else round(e.minutes, 1), e.note] for e in expected]
-    table(f"{plan.root}: {len(plan.runs)} runs", ["run", "state", "minutes", "note"], rows)
+    table(f"{plan.root}: {_counted(plan)}", ["run", "state", "minutes", "note"], rows)
     known = sum(e.minutes or 0 for e in expected)
     unknown = sum(e.minutes is None for e in expected)
     print(
@@ -158,6 +161,11 @@ def _show_plan(plan: Any, machine: Any) -> None:
         f"{machine.threads} threads each"
         + (f"; {unknown} of unknown length are not counted" if unknown else "")
     )
+
+
+def _counted(plan: Any) -> str:
+    parts = [(plan.runs, "runs"), (plan.baselines, "baselines"), (plan.transfers, "tested on other stages")]
+    return ", ".join(f"{len(some)} {name}" for some, name in parts if some)
 
 
 def _seconds(text: str) -> float:

@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 
 from peso.compare.plan import Plan, Task
-from peso.compare.standing import is_done, standing
+from peso.compare.standing import is_done, standing, tests_across
 from peso.durable import digest
 from peso.estimate import Estimate, estimate
 from peso.stages import stage_shape
+from peso.testing import is_tested
 from peso.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A run, trial or shared task; ``minutes``: None where it cannot be said yet, and the note says why."""
+    """A task and what it will take; ``minutes``: None where it cannot be said yet, and the note says why."""
 
     name: str
     state: str
@@ -36,14 +37,14 @@ def forecast(plan: Plan, threads: int) -> list[Expected]:
         PesoError: as the runs themselves would, for bad data or an unusable backbone.
     """
     torch.set_num_threads(threads)
-    tasks: dict[Path, tuple[Task, str]] = {}
+    tasks: dict[tuple[Path, bool], tuple[Task, str]] = {}
 
     def add(task: Task, name: str) -> None:
         for need in task.needs:
             add(need, str(need.root.relative_to(plan.root)))
-        tasks.setdefault(task.root, (task, name))
+        tasks.setdefault(task.key, (task, name))
 
-    for run in plan.runs:
+    for run in plan.all:
         for candidate in run.candidates:
             add(candidate.trial, str(candidate.trial.root.relative_to(plan.root)))
         add(run.task, run.name)
@@ -56,8 +57,13 @@ def _expected(task: Task, name: str, measured: dict[str, list[Estimate]]) -> Exp
         return Expected(name, "done", 0.0, "")
     if task.last_stage == -1:
         return Expected(name, "missing", 0.1, "data")
-    steps = _steps(task, measured)
     at = standing(task)
+    if task.kind == "baseline":
+        state = f"{at.done} of {at.stages} stages" if at.done else "missing"
+        return Expected(name, state, None, "a baseline")
+    steps = _steps(task, measured)
+    if task.kind == "transfer":
+        return _across(task, name, steps)
     first = 0 if task.base is None else 1
     counted = [
         e
@@ -72,8 +78,23 @@ def _expected(task: Task, name: str, measured: dict[str, list[Estimate]]) -> Exp
     return Expected(name, state, sum(e.minutes or 0.0 for e in counted), "")
 
 
+def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
+    """The tests on other stages' cases that are not there yet, each as long as the stage's own test."""
+    tests = {e.step.stage: e.minutes for e in steps if e.step.name == "test" and e.step.stage is not None}
+    if not tests or any(minutes is None for minutes in tests.values()):
+        return Expected(name, "missing", None, next((e.note for e in steps if e.minutes is None), ""))
+    workspace = Workspace(task.root, task.config)
+    learnt = workspace.finished_stages
+    pairs = tests_across(len(tests))
+    missing = [(i, j) for i, j in pairs if i not in learnt or not is_tested(workspace, i, j)]
+    state = f"{len(pairs) - len(missing)} of {len(pairs)} tests" if len(missing) < len(pairs) else "missing"
+    return Expected(name, state, sum(tests[j] or 0.0 for _, j in missing), f"{len(missing)} tests")
+
+
 def _steps(task: Task, measured: dict[str, list[Estimate]]) -> list[Estimate]:
     """Estimates of all steps of a run like this one that has only its data."""
+    while task.kind == "transfer" and task.base is not None:
+        task = task.base
     assert task.data is not None
     shape = stage_shape(task.config, 1) | {"seed": None, "strategy": task.config.strategy.name == "none"}
     key = digest(shape, str(task.data.root))

@@ -1,4 +1,4 @@
-"""The runs of a comparison, and what they share: data and base stages.
+"""The runs of a comparison, and what they share: data and base stages; the baselines beside them.
 
 Knows configurations and paths; starts nothing and writes nothing. Work that several runs have in common has a
 place named by a digest of all that determines it, so that it is done once, whoever asks for it first.
@@ -9,12 +9,22 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from peso.config import AdapterConfig, Config, EvaluationConfig, NoneConfig, TrainingConfig, load_config
+from peso.config import (
+    AdapterConfig,
+    Config,
+    DecodingConfig,
+    EvaluationConfig,
+    NoneConfig,
+    PromptConfig,
+    TrainingConfig,
+    load_config,
+)
+from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
 from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
 from peso.durable import digest
 from peso.errors import ConfigError, DataError, WorkspaceError
@@ -22,10 +32,12 @@ from peso.model.backbone import BUILT_IN
 from peso.stages import stage_shape
 from peso.workspace import Workspace
 
+Kind = Literal["strategy", "transfer", "baseline"]
+
 
 @dataclass(frozen=True)
 class Task:
-    """A workspace to be filled.
+    """Work to be done in a workspace by one process.
 
     Attributes:
         root: its directory.
@@ -33,6 +45,9 @@ class Task:
         last_stage: where it ends: -1 before stage 0, None with the stream.
         data: where stream and semantic IDs are taken from; None: made.
         base: where stage 0 is taken from, and later stages as far as they would be the same; None: learnt.
+        kind: ``strategy``: fill the workspace; ``transfer``: test each stage of the run ``base``, which is
+            the same workspace, on the cases of the others; ``baseline``: learn and test ``baseline`` in a
+            workspace of its own (the hybrid's takes all stages of ``base`` over).
     """
 
     root: Path
@@ -40,6 +55,13 @@ class Task:
     last_stage: int | None = None
     data: Task | None = None
     base: Task | None = None
+    kind: Kind = "strategy"
+    baseline: BaselineConfig | None = None
+
+    @property
+    def key(self) -> tuple[Path, bool]:
+        """Tells it from every other task."""
+        return self.root, self.kind == "transfer"
 
     @property
     def needs(self) -> list[Task]:
@@ -61,7 +83,8 @@ class Run:
     """One cell of the comparison.
 
     Attributes:
-        seed: None where nothing is random: strategy ``none`` after a shared base stage.
+        strategy: its name in the file; of a baseline its label.
+        seed: None where nothing is random: strategy ``none`` after a shared base stage, counted baselines.
         task: what fills its workspace; of a tuned strategy the first candidate's until one is chosen.
         options: of an option grid, all that it sets, by dotted key.
         candidates: of a tuned strategy, else empty.
@@ -76,9 +99,15 @@ class Run:
     candidates: tuple[Candidate, ...] = ()
 
     @property
+    def kind(self) -> Kind:
+        return self.task.kind
+
+    @property
     def name(self) -> str:
         seed = [] if self.seed is None else [f"seed={self.seed}"]
-        return "/".join([self.data, self.backbone, self.strategy, *seed])
+        before = ["baselines"] if self.kind == "baseline" else []
+        after = ["transfer"] if self.kind == "transfer" else []
+        return "/".join([self.data, self.backbone, *before, self.strategy, *seed, *after])
 
     def with_choice(self, candidate: Candidate) -> Run:
         """The run once its options are chosen."""
@@ -87,12 +116,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs in the order in which they are done: every strategy with the first seed, then the second."""
+    """All runs in the order in which they are done: every strategy with the first seed, the baselines with
+    it, then those with the second; last of all the tests of what is learnt on the cases of other stages.
+    """
 
     root: Path
     runs: Sequence[Run]
     common: Config
     compare: CompareConfig
+    baselines: Sequence[Run] = ()
+    transfers: Sequence[Run] = ()
+
+    @property
+    def all(self) -> list[Run]:
+        """Everything that is to be done, in order."""
+        order: dict[int | None, int] = {seed: place for place, seed in enumerate(self.compare.seeds)}
+        by_seed = sorted([*self.runs, *self.baselines], key=lambda run: order.get(run.seed, 0))
+        return [*by_seed, *self.transfers]
 
     def refuse_changes(self) -> None:
         """Raise WorkspaceError if a run on disk has another configuration than this plan gives it, or if the
@@ -157,7 +197,110 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
     _require_distinct(runs)
     for run in {run.data: run for run in runs}.values():
         _require_data(run)
-    return Plan(root, runs, common, compare)
+    learning = [run for run in runs if run.task.config.strategy.name != "none"]
+    names = {run.strategy for run in runs}
+    fused = _named(compare.hybrid_with, names, "hybrid_with") if compare.hybrid_with else None
+    fused = fused or {(learning or runs)[0].strategy}
+    if compare.transfer is True:
+        across = names - {name for name in names if "[" in name}
+    else:
+        across = _named(compare.transfer or [], names, "transfer")
+    return Plan(
+        root,
+        runs,
+        common,
+        compare,
+        _baseline_runs(root, runs, compare.baselines or common.baselines, fused),
+        [
+            _transfer(run)
+            for run in runs
+            if run.strategy in across
+            and run.seed in (None, compare.seeds[0])
+            and run.task.config.evaluation.enabled
+        ],
+    )
+
+
+def _named(asked: Sequence[str], names: Set[str], key: str) -> set[str]:
+    """The strategies with these names; a grid's name means all of its variants.
+
+    Raises:
+        ConfigError: there is no such strategy.
+    """
+    found = set[str]()
+    for name in asked:
+        meant = {one for one in names if one == name or one.startswith(f"{name}[")}
+        if not meant:
+            raise ConfigError(
+                f"compare.{key}: {name!r} is no strategy of this comparison; there are "
+                f"{', '.join(sorted(names))}"
+            )
+        found |= meant
+    return found
+
+
+def _transfer(run: Run) -> Run:
+    """The tests of a run's models on the cases of the other stages."""
+
+    def across(task: Task) -> Task:
+        return Task(task.root, task.config, base=task, kind="transfer")
+
+    candidates = tuple(replace(candidate, task=across(candidate.task)) for candidate in run.candidates)
+    return replace(run, task=across(run.task), candidates=candidates)
+
+
+def _baseline_runs(
+    root: Path, runs: Sequence[Run], configs: Sequence[BaselineConfig], fused: Set[str]
+) -> list[Run]:
+    """Each baseline on every data set and backbone: once where nothing is drawn, else with each seed."""
+    cells: dict[tuple[str, str, int | None], Run] = {}
+    for run in runs:
+        cells.setdefault((run.data, run.backbone, run.seed), run)
+    seeded = {key: run for key, run in cells.items() if key[2] is not None} or cells
+    first = {(data, backbone): run for (data, backbone, _), run in reversed(seeded.items())}
+    found = []
+    for config in configs:
+        if isinstance(config, HybridConfig):
+            found += [_hybrid(root, run, config) for run in runs if run.strategy in fused]
+        elif is_random(config):
+            found += [_plain_baseline(root, run, config, run.task.config.seed) for run in seeded.values()]
+        else:
+            found += [_plain_baseline(root, run, config, None) for run in reversed(first.values())]
+    return found
+
+
+def _plain_baseline(root: Path, run: Run, config: BaselineConfig, seed: int | None) -> Run:
+    """Beside a run, of which it needs the data alone; backbones share it."""
+    theirs, data = run.task.config, run.task.data
+    assert data is not None
+    own = Config(
+        data=theirs.data,
+        items=theirs.items,
+        prompt=PromptConfig(window=theirs.prompt.window),
+        strategy=NoneConfig(name="none"),
+        training=TrainingConfig(device=theirs.training.device),
+        decoding=DecodingConfig(beams=theirs.decoding.beams),
+        evaluation=EvaluationConfig(k=theirs.evaluation.k),
+        seed=theirs.seed_of_data if seed is None else seed,
+        data_seed=theirs.seed_of_data,
+    )
+    label = baseline_label(config)
+    of_all = digest(str(data.root.name), own.model_dump(mode="json", include={"prompt", "decoding", "seed"}))
+    place = root / "baselines" / run.data / _plain(label) / of_all[:8]
+    task = Task(place, own, None, data, kind="baseline", baseline=config)
+    return Run(run.data, run.backbone, label, seed, task)
+
+
+def _hybrid(root: Path, run: Run, config: HybridConfig) -> Run:
+    """Fused with the model of a run, of which it takes all stages over."""
+    label = f"{baseline_label(config)} with {run.strategy}"
+
+    def beside(task: Task) -> Task:
+        place = root / "baselines" / run.data / _plain(label) / digest(str(task.root.relative_to(root)))[:8]
+        return Task(place, task.config, None, task.data, task, "baseline", config)
+
+    candidates = tuple(replace(candidate, task=beside(candidate.task)) for candidate in run.candidates)
+    return replace(run, strategy=label, task=beside(run.task), options={}, candidates=candidates)
 
 
 def _trials(tuned: Sequence[Variant]) -> dict[str, list[Variant]]:

@@ -1,4 +1,4 @@
-"""What came out of a comparison: runs for the report, and one table with a row per run and stage.
+"""What came out of a comparison: runs and baselines for the report, and a table with a row per run and stage.
 
 Knows the files of the runs; knows nothing of statistics or of how anything is drawn.
 """
@@ -6,6 +6,7 @@ Knows the files of the runs; knows nothing of statistics or of how anything is d
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from peso import summary
-from peso.baseline_runs import baseline_summaries, found_baselines
+from peso.baseline_runs import BaselineRun, baseline_summaries, found_baselines
 from peso.compare.plan import Plan, Run
 from peso.compare.standing import Standing, is_done, standing
 from peso.compare.tuning import choose, validation_loss
+from peso.config.baselines import baseline_label
 from peso.durable import write_aside
 from peso.errors import WorkspaceError
+from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.evaluation.report import write_report
 from peso.evaluation.run_summary import RunSummary
 from peso.testing import is_tested, read_metrics
@@ -31,9 +34,10 @@ RESULTS = "results"  # .parquet and .csv
 
 @dataclass(frozen=True)
 class Collected:
-    """The runs that have something to report, and sentences on what is missing or was chosen."""
+    """The runs and baselines that have something to report; sentences on what is missing or was chosen."""
 
     runs: list[tuple[Run, Standing]]
+    baselines: list[tuple[Run, Standing]]
     remarks: list[str]
 
 
@@ -43,14 +47,11 @@ def collect(plan: Plan) -> Collected:
     Raises:
         WorkspaceError: a run's files are damaged.
     """
-    runs, remarks = [], []
-    if plan.common.baselines:
-        remarks.append(
-            "baselines are not run here; `peso baseline -w RUN` in the first run, and the report shows them"
-        )
+    runs, baselines = [], []
+    remarks = list[str]()
     for run in plan.runs:
         if run.candidates:
-            if not all(is_done(candidate.trial) for candidate in run.candidates):
+            if not _tried(run):
                 remarks.append(f"{run.name}: missing, its options are not chosen yet")
                 continue
             chosen = choose(run.candidates)
@@ -67,7 +68,30 @@ def collect(plan: Plan) -> Collected:
         if not found.complete:
             remarks.append(f"{run.name}: only {found.done} of {found.stages} stages are done")
         runs.append((run, found))
-    return Collected(runs, remarks)
+    for run in map(_chosen, plan.baselines):
+        found = standing(run.task)
+        if not found.complete:
+            remarks.append(
+                f"{run.name}: {f'{found.done} of {found.stages} stages' if found.done else 'missing'}"
+            )
+        if found.done:
+            baselines.append((run, found))
+    open_tests = [run.name for run in map(_chosen, plan.transfers) if not standing(run.task).complete]
+    if open_tests:
+        remarks.append(
+            f"forgetting and transfer: tests on other stages are missing in {len(open_tests)} of "
+            f"{len(plan.transfers)} runs ({', '.join(open_tests[:3])}{' …' if len(open_tests) > 3 else ''})"
+        )
+    return Collected(runs, baselines, remarks)
+
+
+def _tried(run: Run) -> bool:
+    return all(is_done(candidate.trial) for candidate in run.candidates)
+
+
+def _chosen(run: Run) -> Run:
+    """With the options that were chosen, where they are."""
+    return run.with_choice(choose(run.candidates)) if run.candidates and _tried(run) else run
 
 
 def write_results(plan: Plan, collected: Collected) -> Path:
@@ -78,15 +102,16 @@ def write_results(plan: Plan, collected: Collected) -> Path:
     """
     if not collected.runs:
         raise WorkspaceError(f"nothing in {plan.root} is tested yet: {'; '.join(collected.remarks[:3])} …")
-    table = results_table(run for run, _ in collected.runs)
+    table = results_table(collected)
     with write_aside(plan.root / f"{RESULTS}.parquet") as aside:
         pq.write_table(table, aside)
     with write_aside(plan.root / f"{RESULTS}.csv") as aside:
         pyarrow.csv.write_csv(table, aside)
-    first_of_cell = {(run.data, run.backbone): run for run, _ in reversed(collected.runs)}
     runs = [run_summary(run, found) for run, found in collected.runs]
-    for first in reversed(first_of_cell.values()):
-        runs += _baselines(first)
+    cells = {(run.data, run.backbone): run for run, _ in reversed(collected.runs)}
+    for cell, first in reversed(cells.items()):
+        beside = [pair for pair in collected.baselines if (pair[0].data, pair[0].backbone) == cell]
+        runs += _baselines(first, beside)
     title = plan.common.report.title or f"peso compare: {plan.root.name}"
     return write_report(plan.root / "report", runs, title, plan.common.evaluation.k, paired=True)
 
@@ -105,21 +130,43 @@ def run_summary(run: Run, found: Standing) -> RunSummary:
     )
 
 
-def _baselines(run: Run) -> list[RunSummary]:
-    """Popularity, and the baselines that `peso baseline` has run in a run's workspace."""
-    workspace = Workspace(run.task.root, run.task.config)
-    found = baseline_summaries(workspace, found_baselines(workspace))
-    if not any(baseline.name == "popularity" for baseline in found):
+def _baselines(first: Run, beside: Sequence[tuple[Run, Standing]]) -> list[RunSummary]:
+    """The baselines of a data set and backbone, those that `peso baseline` has run in the first run's
+    workspace, and popularity in any case."""
+    workspace = Workspace(first.task.root, first.task.config)
+    found = [each for run, at in beside for each in baseline_summary(run, at)]
+    own = {baseline_label(run.task.baseline) for run, _ in beside if run.task.baseline is not None}
+    others = [config for config in found_baselines(workspace) if baseline_label(config) not in own]
+    found += baseline_summaries(workspace, others)
+    if not any(baseline.strategy == "popularity" for baseline in found):
         found = [summary.popularity(workspace), *found]
-    return [replace(baseline, data_set=run.data, backbone=run.backbone) for baseline in found]
+    found[0] = replace(found[0], catalogue=summary.catalogue(workspace))
+    return [replace(baseline, data_set=first.data, backbone=first.backbone) for baseline in found]
 
 
-def results_table(runs: Any) -> pa.Table:
-    """One row per run and tested stage: metrics, validation loss, distance moved, cost.
+def baseline_summary(run: Run, at: Standing) -> list[RunSummary]:
+    """A baseline kept up to date and as it stood after stage 0, as the report takes them."""
+    assert run.task.baseline is not None
+    label = baseline_label(run.task.baseline)
+    return [
+        replace(
+            found,
+            name=found.name.replace(label, run.name, 1),
+            strategy=found.strategy.replace(label, run.strategy, 1),
+            seed=run.seed,
+            expected_stages=at.stages or 0,
+        )
+        for found in BaselineRun(Workspace(run.task.root, run.task.config), run.task.baseline).summaries()
+    ]
 
-    Columns that only some strategies have are null elsewhere.
+
+def results_table(collected: Collected) -> pa.Table:
+    """One row per run or baseline and tested stage: metrics, validation loss, distance moved, cost.
+
+    Columns that only some have are null elsewhere.
     """
-    rows = [row for run in runs for row in _rows(run)]
+    rows = [row for run, _ in collected.runs for row in _rows(run)]
+    rows += [row for run, at in collected.baselines for row in _baseline_rows(run, at)]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: pa.array([row.get(name) for row in rows]) for name in columns})
 
@@ -157,6 +204,28 @@ def _rows(run: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _baseline_rows(run: Run, at: Standing) -> Iterator[dict[str, Any]]:
+    for found in baseline_summary(run, at):
+        assert run.task.baseline is not None
+        for stage, answers in found.stages.items():
+            metrics = default_metrics(run.task.config.evaluation.k)
+            estimates = stage_metrics(answers.predictions, metrics)
+            yield {
+                "data_set": run.data,
+                "backbone": run.backbone,
+                "strategy": found.strategy,
+                "seed": run.seed,
+                "stage": stage,
+                "strategy_name": run.task.baseline.name,
+                "options": json.dumps({}),
+                **{name: estimate.value for name, estimate in estimates.items()},
+                "cases": len(answers.predictions),
+                "seconds": answers.cost.seconds if answers.cost else None,
+                "bytes_on_disk": answers.cost.bytes_on_disk if answers.cost else None,
+                "workspace": str(run.task.root),
+            }
 
 
 def _tested(run: Run) -> list[int]:

@@ -26,6 +26,7 @@ from peso.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.errors import PesoError
 from peso.workspace import Workspace
 
+Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
 SHUTDOWN_SECONDS = 10.0
 TICK_SECONDS = 0.5
@@ -78,11 +79,11 @@ class Schedule:
     ) -> None:
         self.plan, self.workers, self.environment = plan, workers, environment
         self.deadline, self.watch = deadline, watch
-        self.rows = [Row(run, "waiting", standing(run.task)) for run in plan.runs]
-        self._done: dict[Path, bool] = {}  # read from disk once; later only our own processes change it
-        self._failed: dict[Path, str] = {}
-        self._working: dict[Path, _Process] = {}
-        self._events: queue.Queue[tuple[Path, str | None]] = queue.Queue()
+        self.rows = [Row(run, "waiting", standing(run.task)) for run in plan.all]
+        self._done: dict[Key, bool] = {}  # read from disk once; later only our own processes change it
+        self._failed: dict[Key, str] = {}
+        self._working: dict[Key, _Process] = {}
+        self._events: queue.Queue[tuple[Key, str | None]] = queue.Queue()
 
     def run(self) -> list[Row]:
         """Do all that can be done, in the plan's order; returns how every run ended.
@@ -129,7 +130,7 @@ class Schedule:
         return self._startable(row.run.task)
 
     def _startable(self, task: Task) -> Task | None:
-        if task.root in self._working or task.root in self._failed or self._is_done(task):
+        if task.key in self._working or task.key in self._failed or self._is_done(task):
             return None
         missing = [need for need in open_needs(task) if need is not None and not self._is_done(need)]
         if not missing:
@@ -137,9 +138,9 @@ class Schedule:
         return next((found for need in missing if (found := self._startable(need)) is not None), None)
 
     def _is_done(self, task: Task) -> bool:
-        if task.root not in self._done:
-            self._done[task.root] = is_done(task)
-        return self._done[task.root]
+        if task.key not in self._done:
+            self._done[task.key] = is_done(task)
+        return self._done[task.key]
 
     def _settle(self) -> None:
         """Bring the rows up to date with what is done, chosen, at work or failed."""
@@ -148,7 +149,7 @@ class Schedule:
                 continue
             if row.run.candidates and all(self._is_done(c.trial) for c in row.run.candidates):
                 row.run = row.run.with_choice(choose(row.run.candidates))
-            working = self._working.get(row.run.task.root)
+            working = self._working.get(row.run.task.key)
             failed = self._failure(row)
             if failed is not None:
                 row.state, row.note, row.seconds_left = "failed", failed, None
@@ -169,13 +170,14 @@ class Schedule:
 
     def _failure(self, row: Row) -> str | None:
         for task in self._ancestors(row):
-            if task.root in self._failed:
-                own = task.root == row.run.task.root
-                return self._failed[task.root] if own else f"{self._called(task)}: {self._failed[task.root]}"
+            if task.key in self._failed:
+                own = task.key == row.run.task.key
+                return self._failed[task.key] if own else f"{self._called(task)}: {self._failed[task.key]}"
         return None
 
     def _called(self, task: Task) -> str:
-        return str(task.root.relative_to(self.plan.root))
+        """Its place, which is also the name of its log."""
+        return str(task.root.relative_to(self.plan.root)) + ("/transfer" if task.kind == "transfer" else "")
 
     def _out_of_time(self) -> bool:
         return self.deadline is not None and time.time() > self.deadline
@@ -195,12 +197,13 @@ class Schedule:
         try:
             Workspace.create_or_open(task.root, task.config)
         except PesoError as error:
-            self._failed[task.root] = str(error)
+            self._failed[task.key] = str(error)
             return
-        log = self.plan.root / "logs" / f"{'-'.join(task.root.relative_to(self.plan.root).parts)}.log"
+        log = self.plan.root / "logs" / f"{'-'.join(Path(self._called(task)).parts)}.log"
         log.parent.mkdir(exist_ok=True)
         data, base = (None if need is None else str(need.root) for need in open_needs(task))
-        job = Job(str(task.root), task.last_stage, data, base, self.deadline)
+        options = None if task.baseline is None else task.baseline.model_dump(mode="json")
+        job = Job(str(task.root), task.last_stage, data, base, task.kind, options, self.deadline)
         slot = min(set(range(self.workers)) - {process.slot for process in self._working.values()})
         with log.open("a", encoding="utf-8") as written:
             process = subprocess.Popen(
@@ -213,29 +216,29 @@ class Schedule:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
             )
         done = standing(task).done
-        self._working[task.root] = _Process(task, slot, process, log, time.monotonic(), done)
-        threading.Thread(target=self._read, args=(task.root, process), daemon=True).start()
+        self._working[task.key] = _Process(task, slot, process, log, time.monotonic(), done)
+        threading.Thread(target=self._read, args=(task.key, process), daemon=True).start()
 
-    def _read(self, root: Path, process: subprocess.Popen[str]) -> None:
+    def _read(self, key: Key, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self._events.put((root, line))
-        self._events.put((root, None))
+            self._events.put((key, line))
+        self._events.put((key, None))
 
     def _listen(self) -> None:
         """Take in what the processes say, for a moment."""
         until = time.monotonic() + TICK_SECONDS
         while (left := until - time.monotonic()) > 0 and self._working:
             try:
-                root, line = self._events.get(timeout=left)
+                key, line = self._events.get(timeout=left)
             except queue.Empty:
                 break
-            if root not in self._working:
+            if key not in self._working:
                 continue  # ended by us; what it still had to say is of no use
             if line is None:
-                self._ended(self._working.pop(root))
+                self._ended(self._working.pop(key))
                 break
-            self._heard(self._working[root], json.loads(line))
+            self._heard(self._working[key], json.loads(line))
         if self.deadline is not None and time.time() > self.deadline + 2 * GRACE_SECONDS:
             self._end_all()  # in a step that has no checkpoint
 
@@ -244,7 +247,7 @@ class Schedule:
         title = str(event["title"])
         if not total:  # a step begins: what came before it is on disk
             for row in self.rows:
-                if row.run.task.root == working.task.root:
+                if row.run.task.key == working.task.key:
                     row.standing = standing(row.run.task)
         learning = 0.8  # of a stage's time, learning takes the most
         share = done / total if total else 0.0
@@ -254,9 +257,9 @@ class Schedule:
     def _ended(self, working: _Process) -> None:
         status = working.process.wait()
         if status == 0 and is_done(working.task):
-            self._done[working.task.root] = True
+            self._done[working.task.key] = True
         elif status != OUT_OF_TIME:
-            self._failed[working.task.root] = _explained(status, working.log)
+            self._failed[working.task.key] = _explained(status, working.log)
 
     def _end_all(self) -> None:
         for working in self._working.values():

@@ -1,13 +1,17 @@
-"""How far each run is, from its files alone.
+"""How far each run, baseline or set of tests is, from its files alone.
 
 Knows the files of a workspace; knows nothing of processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from peso.baseline_runs import BaselineRun
 from peso.compare.plan import Task
+from peso.config.baselines import BaselineConfig
 from peso.events.stream import Stream
 from peso.testing import is_tested, read_metrics
 from peso.workspace import Workspace
@@ -15,8 +19,13 @@ from peso.workspace import Workspace
 
 @dataclass(frozen=True)
 class Standing:
-    """Stages done (learnt, and tested where evaluation is on) of all there are (None: not known yet); Hit and
-    NDCG at the largest k, averaged over the later stages that are tested (None: there is none)."""
+    """How far a task is.
+
+    Attributes:
+        done: stages that are learnt, and tested where evaluation is on; of transfer: tests.
+        stages: how many there are; None: not known yet.
+        hit, ndcg: at the largest k, averaged over the later stages that are tested; None: there is none.
+    """
 
     done: int
     stages: int | None
@@ -37,6 +46,10 @@ def standing(task: Task) -> Standing:
     if not (task.root / "config.yaml").is_file():
         return Standing(0, _stages(task))
     workspace = Workspace(task.root, task.config)
+    if task.kind == "transfer":
+        return _transfer_standing(task, workspace)
+    if task.baseline is not None:
+        return _baseline_standing(task, workspace, task.baseline)
     done = workspace.finished_stages
     if task.config.evaluation.enabled and task.last_stage != -1:
         done = [stage for stage in done if is_tested(workspace, stage, stage)]
@@ -45,12 +58,40 @@ def standing(task: Task) -> Standing:
         if (task.config.evaluation.enabled)
         else []
     )
-    k = max(task.config.evaluation.k)
+    return Standing(len(done), _stages(task), *_means(later, max(task.config.evaluation.k)))
+
+
+def _means(later: Sequence[Mapping[str, Any]], k: int) -> tuple[float | None, float | None]:
+    """Hit and NDCG, averaged over what was measured at later stages."""
 
     def mean(name: str) -> float | None:
         return sum(metrics[name]["value"] for metrics in later) / len(later) if later else None
 
-    return Standing(len(done), _stages(task), mean(f"hit@{k}"), mean(f"ndcg@{k}"))
+    return mean(f"hit@{k}"), mean(f"ndcg@{k}")
+
+
+def tests_across(stages: int) -> list[tuple[int, int]]:
+    """(model after stage i, cases of stage j ≠ i), all that forgetting and transfer are computed from."""
+    return [(i, j) for i in range(stages) for j in range(stages) if i != j]
+
+
+def _transfer_standing(task: Task, workspace: Workspace) -> Standing:
+    stages = _stages(task)
+    if stages is None:
+        return Standing(0, None)
+    learnt = workspace.finished_stages
+    pairs = tests_across(stages)
+    return Standing(sum(i in learnt and is_tested(workspace, i, j) for i, j in pairs), len(pairs))
+
+
+def _baseline_standing(task: Task, workspace: Workspace, config: BaselineConfig) -> Standing:
+    if not data_ready(task):
+        return Standing(0, _stages(task))
+    run = BaselineRun(workspace, config)
+    done = [stage for stage in run.stages if run.is_done(stage)]
+    k = max(task.config.evaluation.k)
+    later = [metrics for stage in done if stage and f"hit@{k}" in (metrics := run.metrics(stage))]
+    return Standing(len(done), _stages(task), *_means(later, k))
 
 
 def data_ready(task: Task) -> bool:
@@ -67,9 +108,14 @@ def is_done(task: Task) -> bool:
 
 def open_needs(task: Task) -> tuple[Task | None, Task | None]:
     """Of what a task takes over, data and base, what it does not have yet."""
-    workspace = Workspace(task.root, task.config)
     data = None if data_ready(task) else task.data
-    return data, None if 0 in workspace.finished_stages else task.base
+    if task.base is None:
+        return data, None
+    if task.kind == "transfer":
+        return data, None if is_done(task.base) else task.base
+    taken = Workspace(task.root, task.config).finished_stages
+    enough = task.kind == "baseline" and len(taken) == _stages(task)
+    return data, None if enough or (task.kind == "strategy" and 0 in taken) else task.base
 
 
 def _stages(task: Task) -> int | None:

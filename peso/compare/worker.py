@@ -1,4 +1,4 @@
-"""What one process of a comparison does: fill one workspace, and tell how far it is.
+"""What one process of a comparison does: one task in one workspace, telling how far it is.
 
 Knows the steps of the pipeline and one task; knows nothing of other runs. Started as
 ``python -m peso.compare.worker JOB`` with a JSON job; progress goes to stdout, one JSON object a line, all
@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peso import pipeline
+from peso.baseline_runs import BaselineRun
+from peso.compare.standing import tests_across
+from peso.config.baselines import read_baseline
 from peso.errors import PesoError
 from peso.events.stream import Stream
-from peso.testing import test
+from peso.testing import is_tested, test
 from peso.training.checkpoint import FILE as CHECKPOINT
 from peso.workspace import Workspace
 
@@ -39,6 +42,8 @@ class Job:
     last_stage: int | None
     data: str | None
     base: str | None
+    kind: str
+    baseline: dict[str, Any] | None
     deadline: float | None
 
     def as_json(self) -> str:
@@ -101,6 +106,9 @@ def work(job: Job, out: Any) -> None:
     workspace = Workspace.open(job.root)
     reporter = Reporter(workspace, job.deadline, out)
     with workspace.lock():
+        if job.kind == "transfer":
+            _test_across(workspace, reporter)
+            return
         if job.data is None:
             if not workspace.has_stream:
                 reporter.step("ingest")
@@ -112,6 +120,9 @@ def work(job: Job, out: Any) -> None:
             pipeline.take_data(workspace, Workspace.open(job.data), reporter)
         if job.base is not None:
             pipeline.take_base(workspace, Workspace.open(job.base), reporter)
+        if job.baseline is not None:
+            _run_baseline(workspace, job.baseline, reporter)
+            return
         stages = Stream.open(workspace.stream_directory).stages
         for step in list(pipeline.missing_steps(workspace, stages)):
             if step.stage is None or (job.last_stage is not None and step.stage > job.last_stage):
@@ -121,6 +132,22 @@ def work(job: Job, out: Any) -> None:
                 pipeline.learn(workspace, step.stage, reporter)
             else:
                 test(workspace, step.stage, step.stage, reporter)
+
+
+def _test_across(workspace: Workspace, reporter: Reporter) -> None:
+    """Every stage's model on the cases of the other stages."""
+    for stage, on in tests_across(Stream.open(workspace.stream_directory).stages):
+        if not is_tested(workspace, stage, on):
+            reporter.step(f"test stage {stage} on stage {on}")
+            test(workspace, stage, on, reporter)
+
+
+def _run_baseline(workspace: Workspace, options: dict[str, Any], reporter: Reporter) -> None:
+    run = BaselineRun(workspace, read_baseline(options))
+    run.prepare(reporter)
+    for stage in run.missing():
+        reporter.step(f"stage {stage}")
+        run.learn_and_test(stage, reporter)
 
 
 def _end_with(parent: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from peso.config.section import Section
 
@@ -102,6 +102,17 @@ Baselines = Annotated[
     list[Annotated[BaselineConfig, Field(discriminator="name"), BeforeValidator(_named)]],
     BeforeValidator(_listed),
 ]
+
+
+def read_baseline(options: Mapping[str, Any]) -> BaselineConfig:
+    """A baseline from its options as they were dumped, the name among them."""
+    read = TypeAdapter[BaselineConfig](Annotated[BaselineConfig, Field(discriminator="name")])
+    return read.validate_python(options)
+
+
+def is_random(config: BaselineConfig) -> bool:
+    """Whether what it learns depends on a seed: the networks do, what is counted or solved does not."""
+    return isinstance(config, NetworkOptions | HybridConfig)
 
 
 def baseline_label(config: BaselineConfig) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from peso.config.baselines import Baselines
 from peso.config.data import expand_data
 from peso.config.model import expand_backbone
 from peso.config.reading import override, place, read_tree
@@ -51,6 +52,15 @@ class CompareConfig(Section):
     strategies: Variants = Field({})
     grid: dict[str, Any] = Field({}, description="strategies whose lists of values become a run each")
     tune: dict[str, Any] = Field({}, description="strategies whose lists are chosen from on validation loss")
+    baselines: Baselines = Field([], description="none given: those of the common `baselines`")
+    hybrid_with: list[str] = Field(
+        [], description="strategies whose model the baseline hybrid is fused with; none given: the first"
+    )
+    transfer: bool | list[str] = Field(
+        True,
+        description="test every stage's model of the first seed on the cases of all other stages; true: of "
+        "every strategy outside of grid, or those named",
+    )
     seeds: list[Seed] = Field([0], min_length=1)
     share_base: bool = Field(True, description="one stage 0 for all seeds; false: learnt again for each")
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(

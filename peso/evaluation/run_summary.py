@@ -95,6 +95,7 @@ class RunSummary:
         manifests: the chain, oldest first: each a JSON-like dictionary.
         drift: of the stream, one dictionary a stage (:func:`peso.events.drift.drift`).
         semantic_ids: the manifest of the index: figures, ``quality``, ``fitness``.
+        family: the strategy's own name, where ``strategy`` is what somebody called it.
         data_set, backbone: what it ran on, where a report holds several.
         seed: None where nothing is random. Runs that differ in nothing but the seed are one system.
         options: what an option grid sets apart, by key of the configuration, e.g. ``{"strategy.name": "peso",
@@ -118,3 +119,4 @@ class RunSummary:
     across: Mapping[tuple[int, int], Predictions] = field(default_factory=dict)
     catalogue: Catalogue | None = None
     expected_stages: int = 0
+    family: str = ""

@@ -39,7 +39,11 @@ class System:
     @property
     def family(self) -> str:
         """The strategy's name without its options: ``peso`` of ``peso (weight 2)`` and ``peso[weight=2]``."""
-        named = self.first.options.get("strategy.name") or re.split(r"[ \[(]", self.first.strategy)[0]
+        named = (
+            self.first.family
+            or self.first.options.get("strategy.name")
+            or re.split(r"[ \[(]", self.first.strategy)[0]
+        )
         return str(named)
 
     @property
