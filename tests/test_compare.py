@@ -400,7 +400,7 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
         do(same.task)
         assert result_files(run.task.root) == result_files(same.task.root)
 
-    assert write_results(plan, collect(plan)).is_file()
+    assert write_results(plan, collect(plan), plan.root).is_file()
     table = pq.read_table(tmp_path / "w" / "results.parquet").to_pylist()
     assert [(row["strategy"], row["stage"]) for row in table] == [
         (s, t) for s in ("single", "paper") for t in range(3)
@@ -447,7 +447,8 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
     done |= {name: digest for name, digest in result_files(fused).items() if name.startswith("baselines")}
     assert done == result_files(by_hand.root)
 
-    page = write_results(plan, collect(plan)).read_text()
+    page = write_results(plan, collect(plan), tmp_path / "told" / "here").read_text()
+    assert not (plan.root / "report").exists()
     for text in (
         " with single (static)",
         "two-tower epochs=1 (static)",
@@ -455,7 +456,7 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
         "model after stage",
     ):
         assert text in page, text
-    table = pq.read_table(tmp_path / "w" / "results.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "told" / "here" / "results.parquet").to_pylist()
     assert {(row["strategy"], row["seed"]) for row in table} >= {
         ("two-tower epochs=1", 0),
         ("two-tower epochs=1 (static)", 0),

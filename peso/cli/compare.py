@@ -37,6 +37,10 @@ def compare(
     workspace: Annotated[
         Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-CONFIG.")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Where table and report go; default: the workspace."),
+    ] = None,
     overrides: Overrides = None,
     budget: Annotated[
         str | None,
@@ -84,8 +88,8 @@ def compare(
     for remark in collected.remarks:
         print(f"- {remark}")
     if collected.runs or report_only:
-        print(f"report: {write_results(plan, collected)}")
-        print(f"table:  {root / 'results.parquet'}")
+        print(f"report: {write_results(plan, collected, output or root)}")
+        print(f"table:  {(output or root) / 'results.parquet'}")
     if failed:
         raise PesoError(f"{len(failed)} of {len(plan.all)} runs failed; the same command tries them again")
 

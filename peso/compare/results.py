@@ -94,8 +94,8 @@ def _chosen(run: Run) -> Run:
     return run.with_choice(choose(run.candidates)) if run.candidates and _tried(run) else run
 
 
-def write_results(plan: Plan, collected: Collected) -> Path:
-    """Write ``results.parquet``, ``results.csv`` and the report; returns the report's page.
+def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
+    """Write ``results.parquet``, ``results.csv`` and ``report/``; returns the report's page.
 
     Raises:
         WorkspaceError: no run has a tested stage, or runs on one data set answered different cases.
@@ -103,17 +103,18 @@ def write_results(plan: Plan, collected: Collected) -> Path:
     if not collected.runs:
         raise WorkspaceError(f"nothing in {plan.root} is tested yet: {'; '.join(collected.remarks[:3])} …")
     table = results_table(collected)
-    with write_aside(plan.root / f"{RESULTS}.parquet") as aside:
+    directory.mkdir(parents=True, exist_ok=True)
+    with write_aside(directory / f"{RESULTS}.parquet") as aside:
         pq.write_table(table, aside)
-    with write_aside(plan.root / f"{RESULTS}.csv") as aside:
+    with write_aside(directory / f"{RESULTS}.csv") as aside:
         pyarrow.csv.write_csv(table, aside)
     runs = [run_summary(run, found) for run, found in collected.runs]
     cells = {(run.data, run.backbone): run for run, _ in reversed(collected.runs)}
     for cell, first in reversed(cells.items()):
         beside = [pair for pair in collected.baselines if (pair[0].data, pair[0].backbone) == cell]
         runs += _baselines(first, beside)
-    title = plan.common.report.title or f"peso compare: {plan.root.name}"
-    return write_report(plan.root / "report", runs, title, plan.common.evaluation.k, paired=True)
+    title = plan.common.report.title or f"peso compare: {directory.name}"
+    return write_report(directory / "report", runs, title, plan.common.evaluation.k, paired=True)
 
 
 def run_summary(run: Run, found: Standing) -> RunSummary:
