@@ -31,31 +31,37 @@ class BitDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2¹⁵ … 2¹⁵ - 1
-        kept = bits >= round(self.p * _STEPS) - _STEPS // 2
-        return _Masked.apply(x, kept.view(torch.int8).neg_(), 1 / (1 - self.p))
+        return _Masked.apply(x, bit_mask(x, self.p), 1 / (1 - self.p))
+
+
+def bit_mask(x: Tensor, p: float) -> Tensor:
+    """int8 of the shape of ``x``: 0 with probability p (a multiple of 2⁻¹⁶), else -1 (all bits set)."""
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2¹⁵ … 2¹⁵ - 1
+    kept = bits >= round(p * _STEPS) - _STEPS // 2
+    return kept.view(torch.int8).neg_()
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is -1, 0 where it is 0: one bitwise operation on whole words, several times faster on
+    a CPU than a selection by booleans."""
+    word = _WORD[x.element_size()]
+    return x.contiguous().view(word).bitwise_and(mask.to(word)).view(x.dtype)
 
 
 class _Masked(torch.autograd.Function):
-    """x · scale where the mask is -1 (all bits set), 0 where it is 0: one bitwise operation on whole words,
-    several times faster on a CPU than a selection by booleans."""
+    """:func:`masked` of x · scale, and of its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.scale = scale
-        return _masked(x, mask, scale)
+        return masked(x * scale, mask)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return _masked(gradient, mask, ctx.scale), None, None
-
-
-def _masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    word = _WORD[x.element_size()]
-    return (x * scale).view(word).bitwise_and_(mask.to(word)).view(x.dtype)
+        return masked(gradient * ctx.scale, mask), None, None
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.adapter import adapter_parameters
 from peso.model.dropout import fast_dropout
+from peso.model.fused_lora import fused_lora
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.processes import ALONE, Processes
@@ -188,6 +189,7 @@ def train_stage(
         torch.random.fork_rng(gpus),
         disable_input_dtype_casting(model, precision.mixed),
         fast_dropout(model) if on_cpu else nullcontext(),
+        fused_lora(model),
         compiled(model, settings.compile),
     ):
         saved_at = clock = time.monotonic()
