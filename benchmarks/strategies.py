@@ -9,15 +9,19 @@ weighs on both. `share`: what the strategy's hooks and the addition of their gra
 `watch`: what it takes to measure whether the anchor holds (one step in eight). `passes`: forward passes of
 the backbone in a step over those of `single`, and how many more before the first step; `steps`: optimiser
 steps of the last stage if nothing limits them, over those of `single`. `kept`: what a stage leaves to serve
-and to go on from, the backbone of stage 0 and figures apart, after each of the three stages. Peak memory
-is that of the whole process, code and libraries included.
+and to go on from, the backbone of stage 0 and figures apart, after each of the three stages. `memory`: bytes
+of the tensors that the last stage allocates (backbone, adapter, optimiser, what the strategy holds,
+activations, gradients), at the highest point of its steps 2 to 6, over that of `single`; `standing`: the same
+between two steps, without activations. It is read from the profiler's record of every allocation, in a run of
+its own after the turns; code and libraries, most of what a process of this size takes, are not in it. `none`
+learns nothing and is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -87,11 +91,53 @@ class Turns:
             "hooks": self.watched.pop("hooks", 0.0),
             "watch": self.watched.pop("watch", 0.0),
             "passes": self.passes.pop("passes", 0),
-            "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         self.pipe.send(taken)
         self.pipe.recv()
         self._began = time.perf_counter()
+
+
+class Allocations:
+    """An observer that records every tensor that is allocated or freed, until step ``UNTIL`` of a stage."""
+
+    UNTIL = 6
+
+    def __init__(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.start()
+        self._records = True
+
+    def note(self, text: str) -> None: ...
+
+    def begin(self, title: str, total: int, unit: str) -> None: ...
+
+    def end(self) -> None: ...
+
+    def advance(self, done: int, **figures: Any) -> None:
+        from torch.profiler import record_function
+
+        if self._records:
+            with record_function(f"after step {done}"):
+                pass
+            if done == self.UNTIL:
+                self._records = False
+                self._profile.stop()
+
+    def figures(self) -> dict[str, int]:
+        """Bytes since the recording began: ``memory``, the most at any moment between the ends of steps 1 and
+        ``UNTIL``; ``standing``: the least."""
+        events = sorted(self._profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
+        now, seen, within = 0, [], False
+        for event in events:
+            name = event.name()
+            within = within or name == "after step 1"
+            if name == "[memory]":
+                now += event.nbytes()
+            if within:
+                seen.append(now)
+        return {"memory": max(seen), "standing": min(seen)}
 
 
 def timed(owner: Any, name: str, watched: dict[str, float], key: str) -> None:
@@ -148,9 +194,12 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
             passes.clear()
             observer._began = time.perf_counter()
             pipeline.learn(workspace, stage, observer)
-    manifest = workspace.stage_manifest(STAGES - 1)
-    kept = [served(workspace.stage_directory(stage)) for stage in range(1, STAGES)]
-    pipe.send({"parameters": manifest["trained_parameters"], "kept": kept})
+        manifest = workspace.stage_manifest(STAGES - 1)
+        kept = [served(workspace.stage_directory(stage)) for stage in range(1, STAGES)]
+        shutil.rmtree(workspace.stage_directory(STAGES - 1))
+        allocations = Allocations()
+        pipeline.learn(workspace, STAGES - 1, allocations)  # once more, for its memory alone
+    pipe.send({"parameters": manifest["trained_parameters"], "kept": kept, **allocations.figures()})
 
 
 def served(directory: Path) -> int:
@@ -195,7 +244,9 @@ def race(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace, fo
         "passes_before": steps[0][0]["passes"] - steps[1][0]["passes"],
         "step_ratio": statistics.median(ratios),
         "step_ratio_quartiles": [low, high],
-        "memory_ratio": steps[0][-1]["memory"] / steps[1][-1]["memory"],
+        "memory": ends[0]["memory"],
+        "memory_ratio": ends[0]["memory"] / ends[1]["memory"],
+        "standing_ratio": ends[0]["standing"] / ends[1]["standing"],
         "share": sum(ours["hooks"] for ours, _ in pairs) / own,
         "watch": sum(ours["watch"] for ours, _ in pairs) / own,
     }
@@ -260,7 +311,7 @@ def main() -> None:
             print(f"scratch, {size}, {arguments.steps} steps a stage")
             print(
                 f"{'':>18} {'trained':>9} {'kept, KiB, after stage 1, 2, 3':>30} {'steps':>6} {'passes':>10} "
-                f"{'time/step':>22} {'memory':>7} {'share':>7} {'watch':>7}"
+                f"{'time/step':>22} {'memory':>7} {'standing':>8} {'share':>7} {'watch':>7}"
             )
         for number, name in enumerate(chosen):
             found = race(root, STRATEGIES[name], arguments, Path(folder) / str(number))
@@ -279,7 +330,7 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{name:>18} {row['parameters']:>9,} {kept:>30} {row['steps_ratio']:>6.1f} "
         f"{row['passes']:>4.1f} + {row['passes_before']:<3} "
         f"{row['step_ratio']:>6.2f} ({low:.2f} to {high:.2f}) "
-        f"{row['memory_ratio']:>7.2f} {row['share']:>7.2%} {row['watch']:>7.2%}"
+        f"{row['memory_ratio']:>7.2f} {row['standing_ratio']:>8.2f} {row['share']:>7.2%} {row['watch']:>7.2%}"
     )
 
 

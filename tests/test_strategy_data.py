@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peso import pipeline
 from peso.continual.hooks import StageContext
+from peso.continual.inf_lora import InfLora
 from peso.continual.replay import Replay, stored, trimmed
 from peso.continual.retrain import Retrain
 from peso.errors import TrainingError
@@ -166,8 +167,19 @@ def learn_two_stages(workspace: Workspace, base: Path) -> None:
 
 def test_no_stage_but_those_up_to_the_one_that_is_learnt_can_be_looked_at(runs: Runs) -> None:
     examples = examples_at(runs("none"), 1)
-    for stage in (-1, 2):
-        with pytest.raises(TrainingError, match=f"stage {stage} cannot be looked at while stage 1"):
+    for stage, message in ((2, "stage 2 cannot be looked at while stage 1"), (-1, "there is no stage -1")):
+        with pytest.raises(TrainingError, match=message):
             examples.of(stage)
-        with pytest.raises(TrainingError, match=f"stage {stage} cannot be looked at"):
+        with pytest.raises(TrainingError, match=message):
             examples.show(stage, 1)
+        with pytest.raises(TrainingError, match=message):
+            next(examples.losses(stage, 2))
+
+
+def test_a_strategy_that_needs_an_earlier_stage_says_so_at_stage_0(runs: Runs) -> None:
+    examples = examples_at(runs("none"), 0)
+    backbone = starting_model(runs("none"), 1).backbone
+    at_0 = StageContext(0, backbone, 0, examples=examples)
+    for ask in (lambda: Replay().choose(at_0), lambda: InfLora().begin(at_0)):
+        with pytest.raises(TrainingError, match=r"there is no stage -1.*stage 0 has none"):
+            ask()

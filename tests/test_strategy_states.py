@@ -33,12 +33,31 @@ pytestmark = pytest.mark.slow  # whole runs
         {"name": "distill", "weight": 0.0},
         {"name": "peso", "weight": 0.0},
         {"name": "peso", "strength": 0.0},
+        {"name": "peso", "strength": 0.0, "coupling": "loss"},
         {"name": "peso", "proximal": "l2", "strength": 0.0},
+        {"name": "peso", "proximal": "fisher", "strength": 0.0},
+        {"name": "peso", "proximal": "output_kl", "weight": 0.0},
+        {"name": "peso", "proximal": "orthogonal", "weight": 0.0},
     ],
     ids=str,
 )
 def test_with_nothing_to_do_it_is_single_bit_for_bit(runs: Runs, strategy: dict[str, Any]) -> None:
     check_same_results(runs(strategy), runs("single"), 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("coupling", ["loss", "decoupled"])
+def test_rows_of_the_vocabulary_are_anchored_where_asked_for(runs: Runs, coupling: str) -> None:
+    """An anchor that holds all it is given keeps the rows too, and leaves them alone otherwise."""
+    how = {"name": "peso", "proximal": "l2", "coupling": coupling, "strength": 1e6}
+    moved = {}
+    for vocabulary in (False, True):
+        workspace = runs({**how, "vocabulary": vocabulary}, "training.weight_decay=0")
+        before, after = rows(workspace, 0), rows(workspace, 1)
+        moved[vocabulary] = {name: float((after[name] - before[name]).norm()) for name in before}
+    assert set(moved[True]) == {"input_rows", "output_rows"}
+    for name, distance in moved[True].items():
+        # in the loss the first step is free, as the gradient of the penalty is 0 there
+        assert distance < (1e-5 if coupling == "decoupled" else 0.9) * moved[False][name]
 
 
 def everything_learnt(workspace: Workspace, stage: int) -> dict[str, Tensor]:

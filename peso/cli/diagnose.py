@@ -97,6 +97,11 @@ def _directions(
     drawers = {".svg": svg_file, ".png": png_file}
     if plot is not None and plot.suffix not in drawers:
         raise ConfigError(f"--plot {plot}: a plot ends in .svg or .png")
+    if plot is not None and free is None and workspace.config.strategy.name != "peso":
+        raise ConfigError(
+            f"--plot {plot}: there is no weight to draw, since strategy {workspace.config.strategy.name} has "
+            "no anchor; name a workspace with one, or one to compare with (--free)"
+        )
     unheld = None if free is None else Workspace.open(free)
     found = stage_directions(workspace, count, stage, examples, unheld, at)
     found["sentences"] = direction_sentences(found)

@@ -68,7 +68,7 @@ class Peso(Strategy):
         # a penalty that is no distance to the anchor has no strength to tell unless one is asked for
         if examples is not None and not (isinstance(term, Orthogonal) and term.strength is None):
             term.calibrate(source, examples.losses(context.number, self.examples), examples.tokens)
-        if isinstance(term, OutputKL):
+        if isinstance(term, OutputKL) and term.weight != 0:
             term.attach(source)
 
     def penalty(self, context: StageContext) -> Tensor | None:
@@ -77,7 +77,7 @@ class Peso(Strategy):
         return self.term(self._found) if held else None
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
-        if context.number > 0 and isinstance(self.term, OutputKL):
+        if context.number > 0 and isinstance(self.term, OutputKL) and self.term.weight != 0:
             return self.term.collected()
         return None
 

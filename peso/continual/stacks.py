@@ -87,6 +87,7 @@ class Table:
         numbers, parts = zip(*layout.parts(rows), strict=True)
         self._numbers: list[int] = list(numbers)
         self._parts: list[Tensor] = list(parts)
+        self._places = [(part.shape, part.stride(), part.storage_offset()) for part in self._parts]
 
     def lay_out(self, tensors: Sequence[Tensor]) -> Tensor:
         """The rows, overwritten with the tensors' values."""
@@ -99,6 +100,11 @@ class Table:
 
     def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[number] for number in self._numbers]
+
+    def parts_of(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """As :meth:`Layout.scatter`, of another contiguous matrix."""
+        for number, place in zip(self._numbers, self._places, strict=True):
+            yield number, rows.as_strided(*place).contiguous()
 
 
 @dataclass
@@ -206,6 +212,6 @@ class _StackedPenalty(torch.autograd.Function):
         for stack, saved in zip(ctx.stacks, ctx.saved_tensors, strict=True):
             # not in place: a graph that is kept may be run backward again
             rows = saved * (outer * ctx.scale).to(saved)
-            for number, value in stack.layout.scatter(rows):
+            for number, value in stack.table.parts_of(rows):
                 gradients[number] = value.to(*ctx.places[number])
         return (None, None, None, *gradients)

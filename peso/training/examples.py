@@ -24,7 +24,7 @@ from peso.training.likelihood import (
     target_token_log_probabilities,
     tokens_of_target,
 )
-from peso.training.plan import BUDGET_ELSEWHERE, BUDGETS, most_targets
+from peso.training.plan import budget, most_targets
 from peso.training.precision import Precision
 
 
@@ -55,7 +55,12 @@ class StageExamples:
         self._known: dict[int, list[TargetSequence]] = {}
 
     def of(self, stage: int) -> Sequence[TargetSequence]:
-        if not 0 <= stage <= self._learning:
+        if stage < 0:
+            raise TrainingError(
+                f"there is no stage {stage}: this strategy looks at the stage before the one that is learnt, "
+                "and stage 0 has none. Learn stage 0 with the defaults, as every run does"
+            )
+        if stage > self._learning:
             raise TrainingError(f"stage {stage} cannot be looked at while stage {self._learning} is learnt")
         if stage not in self._known:
             self._known[stage] = self._stage(stage).training_sequences()
@@ -85,7 +90,7 @@ class StageExamples:
             ids = model.item_token_ids(items)
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, ids, first, predict_end=predicts_end(model)))
-        row_tokens, _ = BUDGETS.get(model.device.type, BUDGET_ELSEWHERE)
+        row_tokens, _ = budget(model)
         with self._still():
             # one row a pass: there is no padding for a hook to take for examples
             for packed in pack(pieces, model.layout.prefix, row_tokens, 1):
