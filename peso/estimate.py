@@ -1,27 +1,36 @@
 """What a run still has to do, and what that will take: for `peso run --dry-run`.
 
-Knows the steps of the pipeline; times a few optimiser steps and a few searches on this machine and
-multiplies. Writes nothing: data that are not ingested yet are read into a temporary directory.
+Knows the steps of the pipeline, and which examples a strategy learns from how often; times a few optimiser
+steps and a few searches on this machine and multiplies. Writes nothing: data that are not ingested yet are
+read into a temporary directory.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from peso import assets, pipeline
+from peso.baseline_estimate import baseline_seconds
+from peso.baseline_runs import BaselineRun
+from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
+from peso.config.strategy import DistillConfig, LsatConfig, StrategyConfig
+from peso.continual.hooks import Examples, StageContext
 from peso.continual.strategy import make_strategy
 from peso.decoding import search
-from peso.events.histories import Stage
+from peso.events.histories import Stage, TargetSequence
 from peso.events.stream import Stream
+from peso.items.index_files import read_semantic_ids
 from peso.pipeline import Step
 from peso.progress import Silent
 from peso.stages import fresh_model, trains_backbone
@@ -57,8 +66,12 @@ class Speed:
     most_targets: int | None  # of a chunk, see peso.training.plan
 
 
-def estimate(workspace: Workspace) -> list[Estimate]:
+def estimate(workspace: Workspace, speeds: dict[bool, Speed] | None = None) -> list[Estimate]:
     """Every missing step of a run, with minutes, memory and disk.
+
+    Args:
+        speeds: of a run of the same shape, by whether the whole backbone is trained; what is missing is
+            measured and added.
 
     Raises:
         PesoError: as the run itself would, for bad data or an unusable backbone.
@@ -74,7 +87,8 @@ def estimate(workspace: Workspace) -> list[Estimate]:
         if name in assets.names("backbone") and assets.find(name) is None:
             note = f"`peso run` fetches the backbone; to know before: `peso pull {name}`"
             return [Estimate(step, note="" if step.stage is None else note) for step in missing]
-        speeds: dict[bool, Speed] = {}  # by whether the whole backbone is trained
+        speeds = {} if speeds is None else speeds
+        trainings = _trainings(workspace, stream) if any(step.name == "learn" for step in missing) else {}
         result = []
         for step in missing:
             if step.stage is None:
@@ -83,27 +97,108 @@ def estimate(workspace: Workspace) -> list[Estimate]:
             whole = trains_backbone(workspace, step.stage)
             if whole not in speeds:
                 speeds[whole] = _measure(source, stream.stage(0), whole)
-            result.append(_stage_estimate(workspace, step, stream.stage(step.stage), speeds[whole]))
-        return result
+            stage = stream.stage(step.stage)
+            result.append(
+                _stage_estimate(workspace, step, stage, speeds[whole], trainings.get(step.stage, []))
+            )
+        return result + [
+            baseline_estimate(source, options)
+            for options in config.baselines
+            if not _baseline_done(workspace, options)
+        ]
 
 
-def _stage_estimate(workspace: Workspace, step: Step, stage: Stage, speed: Speed) -> Estimate:
+@dataclass(frozen=True)
+class _Examples:
+    """As much of :class:`peso.continual.hooks.Examples` as a strategy needs to choose from what to learn."""
+
+    window: int
+    of: Callable[[int], Sequence[TargetSequence]]
+
+
+def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Sequence[TargetSequence]]]:
+    """By stage, what each of a strategy's trainings (phases) learns from: the stage, all data, a sample."""
+    config, memory = workspace.config, dict[str, Tensor]()
+
+    @cache
+    def sequences(stage: int) -> Sequence[TargetSequence]:
+        return stream.stage(stage).training_sequences()
+
+    result: dict[int, list[Sequence[TargetSequence]]] = {0: [sequences(0)]}
+    for number in range(1, stream.stages):
+        strategy = make_strategy(config.strategy)
+        result[number] = []
+        for phase in strategy.phases(number):
+            context = StageContext(
+                number,
+                nn.Identity(),
+                total_steps=0,
+                seed=config.seed_of_stage(number),
+                phase=phase,
+                examples=cast(Examples, _Examples(config.prompt.window, sequences)),
+                memory=memory,
+            )
+            # what somebody's own strategy chooses may depend on the model
+            chosen = None if config.strategy.name == "custom" else strategy.choose(context)
+            result[number].append(sequences(number) if chosen is None else chosen)
+    return result
+
+
+def _passes(strategy: StrategyConfig) -> tuple[float, float]:
+    """How much longer than `single` a step takes, as benchmarks/strategies.py measured; passes of a test."""
+    distils = isinstance(strategy, DistillConfig)
+    answers_with_two = isinstance(strategy, LsatConfig) and strategy.fusion == "outputs"
+    return 1.4 if distils else 1.0, 2.0 if answers_with_two else 1.0
+
+
+def baseline_estimate(workspace: Workspace, options: BaselineConfig) -> Estimate:
+    """A baseline on all stages of a workspace's data."""
+    step = Step(f"baseline {baseline_label(options)}")
+    if isinstance(options, HybridConfig):
+        return Estimate(step, note="two-tower, then searches with the run's own model: not measured")
+    if not workspace.has_stream and workspace.config.data.format not in READABLE_AT_ONCE:
+        return Estimate(step, note="known once the log is ingested")
+    with _readable(workspace) as source:
+        stream, ids = Stream.open(source.stream_directory), read_semantic_ids(source.semantic_ids_directory)
+        stages = [stream.stage(number) for number in range(stream.stages)]
+        seconds = baseline_seconds(options, source.config, stages, ids.trie)
+    return Estimate(step, seconds / 60, note="at most" if is_random(options) else "")
+
+
+def _baseline_done(workspace: Workspace, options: BaselineConfig) -> bool:
+    if not workspace.has_semantic_ids:
+        return False
+    run = BaselineRun(workspace, options)
+    return all(run.is_done(stage) for stage in run.stages)
+
+
+def _stage_estimate(
+    workspace: Workspace,
+    step: Step,
+    stage: Stage,
+    speed: Speed,
+    trainings: Sequence[Sequence[TargetSequence]],
+) -> Estimate:
     config = workspace.config
     cases = len(stage.eligible())
     if step.name == "test":
         disk = cases * BYTES_A_PREDICTION / 2**20
-        return Estimate(step, cases * speed.test / 60, speed.memory_gib, disk, f"{cases:,} cases")
+        passes = _passes(config.strategy)[1] if stage.number else 1.0
+        return Estimate(step, cases * speed.test * passes / 60, speed.memory_gib, disk, f"{cases:,} cases")
     disk = speed.trained_bytes / 2**20
     if not make_strategy(config.strategy).learns(stage.number):
         return Estimate(step, 0.1, speed.memory_gib, disk, "keeps the last state")
     settings = config.training
-    sequences, window = stage.training_sequences(), config.prompt.window
-    plan = StagePlan(
-        sequences, window, settings, config.seed_of_stage(stage.number), stage.number, speed.most_targets
-    )
-    validated = min(cases, settings.validation_cases or cases) * plan.epochs
-    seconds = len(plan) * speed.step + validated * speed.validation
-    return Estimate(step, seconds / 60, speed.memory_gib, disk, f"{len(plan):,} optimiser steps")
+    seed, window = config.seed_of_stage(stage.number), config.prompt.window
+    longer = _passes(config.strategy)[0] if stage.number else 1.0
+    steps, seconds = 0, 0.0
+    for sequences in trainings:
+        plan = StagePlan(sequences, window, settings, seed, stage.number, speed.most_targets)
+        validated = min(cases, settings.validation_cases or cases) * plan.epochs
+        steps += len(plan)
+        seconds += len(plan) * speed.step * longer + validated * speed.validation
+    note = f"{steps:,} optimiser steps" + (f" in {len(trainings)} trainings" if len(trainings) > 1 else "")
+    return Estimate(step, seconds / 60, speed.memory_gib, disk, note)
 
 
 def _measure(workspace: Workspace, stage: Stage, whole: bool) -> Speed:

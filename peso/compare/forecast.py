@@ -1,12 +1,11 @@
 """How long what is missing will take: for `peso compare --dry-run`.
 
-Knows the plan and the estimate of one run; measures once for runs that differ only in seed or strategy. What
-a strategy does beside plain fine-tuning is not in it.
+Knows the plan and the estimate of one run; measures once for runs that differ only in seed or strategy.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from peso.compare.plan import Plan, Task
 from peso.compare.standing import is_done, standing, tests_across
 from peso.durable import digest
-from peso.estimate import Estimate, estimate
+from peso.estimate import Estimate, Speed, baseline_estimate, estimate
 from peso.stages import stage_shape
 from peso.testing import is_tested
 from peso.workspace import Workspace
@@ -48,11 +47,19 @@ def forecast(plan: Plan, threads: int) -> list[Expected]:
         for candidate in run.candidates:
             add(candidate.trial, str(candidate.trial.root.relative_to(plan.root)))
         add(run.task, run.name)
-    measured: dict[str, list[Estimate]] = {}
+    measured = Measured()
     return [_expected(task, name, measured) for task, name in tasks.values()]
 
 
-def _expected(task: Task, name: str, measured: dict[str, list[Estimate]]) -> Expected:
+@dataclass
+class Measured:
+    """What was found out so far: estimates by all but the seed, speeds by all but seed and strategy."""
+
+    steps: dict[str, list[Estimate]] = field(default_factory=dict)
+    speeds: dict[str, dict[bool, Speed]] = field(default_factory=dict)
+
+
+def _expected(task: Task, name: str, measured: Measured) -> Expected:
     if is_done(task):
         return Expected(name, "done", 0.0, "")
     if task.last_stage == -1:
@@ -60,7 +67,9 @@ def _expected(task: Task, name: str, measured: dict[str, list[Estimate]]) -> Exp
     at = standing(task)
     if task.kind == "baseline":
         state = f"{at.done} of {at.stages} stages" if at.done else "missing"
-        return Expected(name, state, None, "a baseline")
+        (minutes, note) = next((e.minutes, e.note) for e in _steps(task, measured) if e.step.stage is None)
+        left = 1 - at.done / at.stages if at.stages else 1.0
+        return Expected(name, state, None if minutes is None else minutes * left, note)
     steps = _steps(task, measured)
     if task.kind == "transfer":
         return _across(task, name, steps)
@@ -91,13 +100,20 @@ def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
     return Expected(name, state, sum(tests[j] or 0.0 for _, j in missing), f"{len(missing)} tests")
 
 
-def _steps(task: Task, measured: dict[str, list[Estimate]]) -> list[Estimate]:
-    """Estimates of all steps of a run like this one that has only its data."""
+def _steps(task: Task, measured: Measured) -> list[Estimate]:
+    """Estimates of all steps of a run like this one that has only its data; of a baseline its own alone."""
     while task.kind == "transfer" and task.base is not None:
         task = task.base
     assert task.data is not None
-    shape = stage_shape(task.config, 1) | {"seed": None, "strategy": task.config.strategy.name == "none"}
+    workspace = Workspace(task.data.root, task.config.model_copy(update={"baselines": []}))
+    if task.baseline is not None:
+        key = digest(task.baseline.model_dump(mode="json"), str(task.data.root))
+        if key not in measured.steps:
+            measured.steps[key] = [baseline_estimate(workspace, task.baseline)]
+        return measured.steps[key]
+    shape = stage_shape(task.config, 1) | {"seed": None}
+    like = digest(shape | {"strategy": task.config.strategy.name == "none"}, str(task.data.root))
     key = digest(shape, str(task.data.root))
-    if key not in measured:
-        measured[key] = estimate(Workspace(task.data.root, task.config))
-    return measured[key]
+    if key not in measured.steps:
+        measured.steps[key] = estimate(workspace, measured.speeds.setdefault(like, {}))
+    return measured.steps[key]

@@ -1,0 +1,98 @@
+"""The dry run: that what repeats data, trains twice or answers with two models is told to take longer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from peso import estimate, pipeline
+from peso.config import load_config
+from peso.config.baselines import read_baseline
+from peso.estimate import Estimate, Speed
+from peso.events.stream import Stream
+from peso.progress import Silent
+from peso.stages import starting_model
+from peso.training.examples import StageExamples
+from peso.workspace import Workspace
+
+TREE = {
+    "data": {"format": "simulate", "simulate": {"users": 150, "items": 60, "stages": 4}},
+    "backbone": {"name": "tiny"},
+    "training": {"epochs": 1, "batch_size": 8},
+}
+SPEED = Speed(step=1.0, validation=0.0, test=1.0, memory_gib=0.0, trained_bytes=0, most_targets=None)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace.create_or_open(tmp_path_factory.mktemp("w"), load_config(TREE))
+    pipeline.ingest(workspace, Silent())
+    pipeline.tokenize(workspace, Silent())
+    return workspace
+
+
+def steps_of(source: Workspace, strategy: object, baselines: Sequence[object] = ()) -> list[Estimate]:
+    config = load_config({**TREE, "strategy": strategy, "baselines": list(baselines)})
+    # every step takes a second, and nothing is measured
+    return estimate.estimate(Workspace(source.root, config), {True: SPEED, False: SPEED})
+
+
+def minutes(found: list[Estimate], name: str, stage: int) -> float:
+    (step,) = [each for each in found if (each.step.name, each.step.stage) == (name, stage)]
+    assert step.minutes is not None
+    return step.minutes
+
+
+def test_strategies_that_learn_from_more_than_the_stage_take_longer(source: Workspace) -> None:
+    single = [minutes(steps_of(source, "single"), "learn", stage) for stage in range(4)]
+
+    def learn(strategy: object, stage: int = 3) -> float:
+        return minutes(steps_of(source, strategy), "learn", stage)
+
+    everything = pytest.approx(sum(single), rel=0.05)  # a batch that is not full more or less
+    assert learn("retrain") == everything
+    assert learn("lsat") == pytest.approx(sum(single) + single[3], rel=0.05)
+    assert learn({"name": "replay", "budget": 10**6}) == everything
+    assert single[3] < learn({"name": "replay", "budget": 20}) < 0.9 * sum(single)
+    assert learn("distill") == pytest.approx(1.4 * single[3])
+    assert learn("retrain", 0) == learn("lsat", 0) == learn("distill", 0) == single[0]
+
+
+def test_what_answers_with_two_models_is_tested_twice_as_long(source: Workspace) -> None:
+    def test(strategy: object) -> float:
+        return minutes(steps_of(source, strategy), "test", 2)
+
+    assert test("lsat") == 2 * test("single")
+    assert test({"name": "lsat", "fusion": "arithmetic"}) == test("single")
+
+
+def test_the_steps_are_those_that_a_run_takes(source: Workspace, tmp_path: Path) -> None:
+    """What a strategy is told of the data here and in a real run is the same."""
+    found = estimate._trainings(source, Stream.open(source.stream_directory))
+    for number in (1, 3):
+        config = load_config({**TREE, "strategy": "retrain"})
+        (chosen,) = estimate._trainings(Workspace(source.root, config), Stream.open(source.stream_directory))[
+            number
+        ]
+        model = starting_model(Workspace(source.root, config), 0)
+        stream = Stream.open(source.stream_directory)
+        examples = StageExamples(model, stream.stage, number, config.training, 0)
+        every = [each for stage in range(number + 1) for each in examples.of(stage)]
+        assert [each.user for each in chosen] == [each.user for each in every]
+        (own,) = found[number]
+        assert [each.user for each in own] == [each.user for each in examples.of(number)]
+
+
+def test_baselines_are_steps_and_a_network_with_more_epochs_takes_longer(source: Workspace) -> None:
+    found = steps_of(source, "single", ["popularity", {"name": "sasrec", "epochs": 5}, "hybrid"])
+    names = [str(each.step) for each in found if each.step.stage is None]
+    assert names == ["baseline popularity", "baseline sasrec epochs=5", "baseline hybrid"]
+    long, short = (
+        estimate.baseline_estimate(source, read_baseline({"name": "sasrec", "epochs": epochs})).minutes
+        for epochs in (400, 4)
+    )
+    assert long is not None
+    assert short is not None
+    assert long > 5 * short > 0
