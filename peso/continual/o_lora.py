@@ -17,10 +17,11 @@ class OLora(Strategy):
 
     def __init__(self, weight: float = 0.5) -> None:
         self.weight = weight
-        self._earlier: list[Tensor] = []  # (Σ ranks, in) of each module, in the order of find_groups
+        # of each module A of all earlier adapters (Σ ranks, in), and the one that is trained (rank, in)
+        self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, context: StageContext) -> None:
-        self._earlier = []
+        self._pairs = []
         past, last = Past.of_state(context.memory), read_adapter(context.backbone)
         if last.acts:
             past = last if past is None else past + last
@@ -28,16 +29,14 @@ class OLora(Strategy):
         if past is not None:
             put_past(context.backbone, past)
             context.memory.update(past.state())
-            down = {
-                group.module: group.tensor for group in find_groups(context.backbone) if group.factor == "A"
-            }
-            self._earlier = [past.down[module].to(tensor) for module, tensor in down.items()]
+            self._pairs = [
+                (past.down[group.module].to(group.tensor), group.tensor)
+                for group in find_groups(context.backbone)
+                if group.factor == "A"
+            ]
 
     def penalty(self, context: StageContext) -> Tensor | None:
-        if not self._earlier:
+        if not self._pairs:
             return None
-        down = [group.tensor for group in find_groups(context.backbone) if group.factor == "A"]
-        overlaps = [
-            (before @ tensor.T).abs().sum() for before, tensor in zip(self._earlier, down, strict=True)
-        ]
+        overlaps = [(before @ tensor.T).abs().sum() for before, tensor in self._pairs]
         return self.weight * torch.stack(overlaps).sum()
