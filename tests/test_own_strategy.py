@@ -140,6 +140,24 @@ def test_a_gradient_that_is_no_number_keeps_the_last_good_state(runs: Runs, tmp_
     check_same_results(workspace, runs("none"), 0)
 
 
+class PullsEverything(Strategy):
+    """A penalty whose gradient is 3 in every value that is learnt, rows of the vocabulary included."""
+
+    def penalty(self, context: StageContext) -> torch.Tensor:
+        return 3 * torch.stack([p.sum() for p in context.trainable().values()]).sum()
+
+
+def test_both_gradients_are_measured_over_the_adapter(runs: Runs) -> None:
+    """Or their ratio would be one of unlike things."""
+    workspace = runs({"name": "custom", "module": f"{__name__}.PullsEverything"})
+    values = sum(a.numel() + b.numel() for a, b in factors(workspace, 1).values())
+    lines = (workspace.stage_directory(1) / "log.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    assert steps
+    for record in steps:
+        assert record["penalty_gradient_norm"] == pytest.approx(3 * math.sqrt(values), rel=1e-5)
+
+
 class LooksAhead(Strategy):
     """Trains on what has not happened yet."""
 

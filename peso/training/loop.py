@@ -200,7 +200,7 @@ def train_stage(
             torch.manual_seed(_number(seed, stage, step, *([processes.rank] if processes.rank else [])))
             passes = plan.batch(step, model, processes)
             count = plan.targets(step) * tokens_of_target(model)
-            penalty = Penalty(parameters, measured=step % MEASURED_EVERY == 0)
+            penalty = Penalty(parameters, adapter, measured=step % MEASURED_EVERY == 0)
             penalised = partial(_penalised, strategy, context, penalty)
             with gradient_checkpointing(model, settings.gradient_checkpointing):
                 loss = _backward(model, passes, count, settings.temperature, precision, penalised)

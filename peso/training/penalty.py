@@ -32,13 +32,18 @@ class Penalty:
 
     Args:
         parameters: what is trained.
+        adapter: those of them whose gradients are measured, the penalty's as the loss's: of two norms over
+            different parameters a ratio would say nothing. None of them: all.
         measured: keep the gradient of penalties on outputs apart from the loss's.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, measured: bool) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], adapter: Sequence[nn.Parameter], *, measured: bool
+    ) -> None:
         self.value = 0.0
         self.separate = True
         self._parameters = parameters
+        self._adapter = {id(p) for p in adapter}
         self._measured = measured
         self._gradients: dict[int, Tensor] = {}  # number of a parameter → gradient
 
@@ -67,7 +72,8 @@ class Penalty:
             self._take(penalty, retain_graph=False)
 
     def apply(self) -> float | None:
-        """Add the gradients to the parameters'; their norm, or None where it is not known apart."""
+        """Add the gradients to the parameters'; their norm over the adapter, or None where it is not known
+        apart."""
         held = []
         for number in self._gradients:
             p = self._parameters[number]
@@ -78,6 +84,9 @@ class Penalty:
             torch._foreach_add_(held, gradients)  # one fused operation for hundreds of small tensors
         if not self.separate:
             return None
+        if self._adapter:
+            numbers = [n for n in self._gradients if id(self._parameters[n]) in self._adapter]
+            gradients = [self._gradients[number] for number in numbers]
         return float(get_total_norm(gradients)) if gradients else 0.0
 
     def _take(self, penalty: Tensor, *, retain_graph: bool) -> None:
