@@ -14,7 +14,7 @@ from peso.events.histories import TargetSequence
 from peso.model.layout import PromptLayout
 from peso.model.visibility import visibility
 from peso.training.batches import Piece, cut, lay_out, pack, plan_epoch
-from peso.training.plan import BUDGET_ELSEWHERE, BUDGETS
+from peso.training.plan import ALONG_TREES, DENSE_ON_CPU, ELSEWHERE
 
 lengths = st.lists(st.tuples(st.integers(1, 90), st.integers(0, 89)), min_size=1, max_size=8)
 
@@ -161,8 +161,9 @@ def test_padding_stays_under_five_per_cent() -> None:
     for pieces, prefix, row_tokens, pass_tokens in (
         (streams, STREAM.prefix, 256, 256),
         (streams, STREAM.prefix, 512, 4096),
-        (prompts, layout.prefix, *BUDGETS["cpu"]),
-        (prompts, layout.prefix, *BUDGET_ELSEWHERE),
+        (prompts, layout.prefix, *ALONG_TREES),
+        (prompts, layout.prefix, *DENSE_ON_CPU),
+        (prompts, layout.prefix, *ELSEWHERE),
     ):
         passes = pack(pieces, prefix, row_tokens, pass_tokens)
         places = sum(packed.ids.numel() for packed in passes)

@@ -8,6 +8,8 @@ that training and decoding run (:class:`peso.model.generative.GenerativeModel`),
 3. the head of ours gives the model's own logits, scaling and capping included;
 4. branches of a common trunk, under a four-dimensional mask and explicit positions, get the hidden states of
    their separate sequences, in one pass and on a cache.
+
+One more trial refuses nothing: where attention along a tree gives something else, it is left off.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from transformers import DynamicCache
 
 from peso.errors import BackboneError
 from peso.items.semantic_ids import SemanticIds
+from peso.model import visibility
 from peso.model.generative import GenerativeModel
 from peso.model.layout import make_layout
+from peso.model.tree_attention import REFUSES
 from peso.model.vocabulary import SemanticVocabulary
 
 TRUNK, BRANCH = 10, 3  # tokens of the trial
@@ -60,6 +64,7 @@ def check_backbone(causal_lm: Any, tokenizer: Any) -> None:
         reason = "a branch under a four-dimensional mask differs from its separate sequence"
         _compare(_in_one_pass(model, ids), expected, model.dtype, reason)
         _compare(_on_a_cache(model, ids), expected, model.dtype, f"{reason} when the trunk is cached")
+        setattr(causal_lm, REFUSES, not _same_along_a_tree(model, ids, expected))
     except (
         TypeError,
         ValueError,
@@ -152,7 +157,27 @@ def _on_a_cache(model: GenerativeModel, ids: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)[0]
 
 
+def _same_along_a_tree(model: GenerativeModel, ids: Tensor, expected: Tensor) -> bool:
+    """The trunk as root, the branches as trunks of two sequences."""
+    _, positions = (x.to(ids.device) for x in _branch_visibility())
+    number = torch.arange(3, device=ids.device).repeat_interleave(
+        torch.tensor([TRUNK, BRANCH, BRANCH], device=ids.device)
+    )  # the root is 0
+    order = torch.where(number == visibility.ROOT, positions, positions - TRUNK)
+    branch = torch.full_like(number, visibility.TRUNK)
+    tree = visibility.Tree(*(x[None] for x in (number, branch, order, order)))
+    try:
+        found = model.hidden(ids[None], tree, positions[None])[0]
+    except Exception:  # whatever a backbone does that was not made for it
+        return False
+    return _error(found, expected) <= TOLERANCE[model.dtype]  # a NaN is not
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+
+
 def _compare(ours: Tensor, theirs: Tensor, dtype: torch.dtype, reason: str) -> None:
-    error = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+    error = _error(ours, theirs)
     if not error <= TOLERANCE[dtype]:  # written so that a NaN fails
         raise BackboneError(f"{reason} (by {error:.1e} of the largest value)")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peso.model.generative import GenerativeModel
+from peso.model.visibility import Tree
 
 
 class Ensemble(nn.Module):
@@ -53,7 +54,9 @@ class Ensemble(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.members[0].dtype
 
-    def hidden(self, ids: Tensor, visible: Tensor | None, positions: Tensor, cache: Any = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, visible: Tensor | Tree | None, positions: Tensor, cache: Any = None
+    ) -> Tensor:
         """As :meth:`GenerativeModel.hidden`: (rows, length, 2 · width)."""
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
         caches = [None if cache is None else _Layers(cache, number * layers) for number in (0, 1)]

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from peso.items.semantic_ids import SemanticIds
 from peso.model.layout import PromptLayout
 from peso.model.logit_transform import LogitTransform
+from peso.model.tree_attention import TreePlaces, along_trees, serves
+from peso.model.visibility import Tree, additive
 from peso.model.vocabulary import SemanticVocabulary
 
 
@@ -85,23 +87,27 @@ class GenerativeModel(nn.Module):
         rows = F.embedding((ids - first).clamp_min(0), self.vocabulary.input_rows).to(words.dtype)
         return torch.where(semantic.unsqueeze(-1), rows, words)
 
-    def hidden(self, ids: Tensor, visible: Tensor | None, positions: Tensor, cache: Any = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, visible: Tensor | Tree | None, positions: Tensor, cache: Any = None
+    ) -> Tensor:
         """Last hidden states.
 
         Args:
             ids: (rows, length) token ids.
             visible: bool (rows, 1, length, past + length), who may attend to whom; every position must see
-                something. None: plain causal attention (no cache then).
+                something. Or a tree that says so of the rows (no cache then): attention then costs what is
+                seen, where the backbone and the machine allow it. None: plain causal attention (no cache).
             positions: (rows, length) position ids.
             cache: a Transformers cache; it is extended by ``length`` entries.
 
         Returns:
             (rows, length, width) in the backbone's precision.
         """
-        mask = None
-        if visible is not None:
-            zero = torch.zeros((), dtype=self.dtype, device=ids.device)
-            mask = torch.where(visible, zero, torch.finfo(self.dtype).min)
+        if isinstance(visible, Tree):
+            if serves(self.causal_lm):
+                return self._hidden_along(ids, visible, positions)
+            visible = visible.dense()
+        mask = None if visible is None else additive(visible, self.dtype)
         output = self.causal_lm.get_decoder()(
             inputs_embeds=self.embed(ids),
             attention_mask=mask,
@@ -109,6 +115,19 @@ class GenerativeModel(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
         )
+        return output.last_hidden_state
+
+    def _hidden_along(self, ids: Tensor, tree: Tree, positions: Tensor) -> Tensor:
+        # whoever took this for a mask would get no numbers
+        no_mask = torch.full((1, 1, 1, 1), torch.nan, dtype=self.dtype, device=ids.device)
+        with along_trees(self.causal_lm):
+            output = self.causal_lm.get_decoder()(
+                inputs_embeds=self.embed(ids),
+                attention_mask=no_mask,
+                position_ids=positions,
+                use_cache=False,
+                peso_tree=TreePlaces(tree),
+            )
         return output.last_hidden_state
 
     def word_logits(self, hidden: Tensor) -> Tensor:

@@ -11,11 +11,19 @@ tokens of the layout, computed once), then *sequences*; a sequence is a *trunk* 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
 from torch import Tensor
 
 ROOT = 0  # sequence number of the shared opening
 PADDING = -1  # sequence number of what only fills the row up
 TRUNK = 0  # branch number of a trunk
+TILE_COST = 16_000  # what one more tile costs, in pairs of tokens
 
 
 def visibility(sequence: Tensor, branch: Tensor, order: Tensor, limit: Tensor) -> Tensor:
@@ -35,11 +43,120 @@ def visibility(sequence: Tensor, branch: Tensor, order: Tensor, limit: Tensor) -
     Returns:
         bool (rows, 1, length, length), query before key, as :meth:`GenerativeModel.hidden` takes it.
     """
-    of_q = [x.unsqueeze(2) for x in (sequence, branch, order, limit)]  # (rows, length, 1)
-    of_k = [x.unsqueeze(1) for x in (sequence, branch, order)]  # (rows, 1, length)
-    sequence_q, branch_q, order_q, limit_q = of_q
-    sequence_k, branch_k, order_k = of_k
+    return _sees((sequence, branch, order, limit), (sequence, branch, order, limit)).unsqueeze(1)
+
+
+_Numbers = Sequence[Tensor]  # sequence, branch, order, limit
+
+
+def _sees(queries: _Numbers, keys: _Numbers) -> Tensor:
+    """The rule, for queries (n, q) and keys (n, k): bool (n, q, k)."""
+    sequence_q, branch_q, order_q, limit_q = (x.unsqueeze(2) for x in queries)
+    sequence_k, branch_k, order_k, _ = (x.unsqueeze(1) for x in keys)
     in_trunk = (branch_k == TRUNK) & (order_k <= limit_q)
     in_branch = (branch_k == branch_q) & (order_k <= order_q)
     in_root = (sequence_k == ROOT) & (sequence_q > ROOT)
-    return (in_root | ((sequence_q == sequence_k) & (in_trunk | in_branch))).unsqueeze(1)
+    return in_root | ((sequence_q == sequence_k) & (in_trunk | in_branch))
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, the most negative number elsewhere: what is added to scores."""
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A batch of small attentions of like size, between tokens of the flattened rows.
+
+    queries: int64 (n, q), keys: int64 (n, k), -1 where shorter ones are filled up; visible: bool (n, q, k).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Who sees whom in packed rows: four int64 (rows, length) tensors, see :func:`visibility`.
+
+    Two forms of the same rule: :meth:`dense`, a mask over all pairs of a row, and :attr:`tiles`, which leave
+    out most of what is not seen.
+    """
+
+    sequence: Tensor
+    branch: Tensor
+    order: Tensor
+    limit: Tensor
+
+    def to(self, device: torch.device) -> Tree:
+        return Tree(*(x.to(device, non_blocking=True) for x in self._numbers))
+
+    @property
+    def _numbers(self) -> _Numbers:
+        return self.sequence, self.branch, self.order, self.limit
+
+    def dense(self) -> Tensor:
+        """bool (rows, 1, length, length)."""
+        return visibility(*self._numbers)
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Every token is a query of exactly one tile, with all keys that it sees, unless it is padding.
+
+        Root, trunks and branches are runs of tokens. The keys of a run are the root, the trunk it leaves and
+        itself; runs whose keys and lengths are alike, up to a factor of two, make a tile. Where rows are so
+        small that this saves nothing, each row is one tile.
+        """
+        rows, length = self.sequence.shape
+        alike: dict[tuple[int, int], list[_Run]] = {}
+        for row in range(rows):
+            for run in _runs(row * length, *(x[row].cpu().numpy() for x in self._numbers)):
+                size = len(run.own).bit_length(), len(run.before).bit_length()
+                alike.setdefault(size, []).append(run)
+        tiles = [self._tile(runs) for runs in alike.values()]
+        cost = sum(tile.visible.numel() + TILE_COST for tile in tiles)
+        if rows * (length**2 + TILE_COST) <= cost:
+            whole = torch.arange(rows * length, device=self.sequence.device).view(rows, length)
+            return (Tile(whole, whole, self.dense().squeeze(1)),)
+        return tuple(tiles)
+
+    def _tile(self, runs: list[_Run]) -> Tile:
+        longest, most = max(len(run.own) for run in runs), max(len(run.before) for run in runs)
+        queries = np.full((len(runs), longest), PADDING)
+        keys = np.full((len(runs), most + longest), PADDING)
+        for n, run in enumerate(runs):
+            queries[n, : len(run.own)] = run.own
+            keys[n, : len(run.before)] = run.before
+            keys[n, most : most + len(run.own)] = run.own
+        device = self.sequence.device
+        q, k = torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device)
+        of_q, of_k = (tuple(x.flatten()[index.clamp_min(0)] for x in self._numbers) for index in (q, k))
+        return Tile(q, k, _sees(of_q, of_k) & (k >= 0).unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tokens of the flattened rows: those of a root, trunk or branch, and those before it that it may see."""
+
+    own: np.ndarray
+    before: np.ndarray
+
+
+def _runs(
+    offset: int, sequence: np.ndarray, branch: np.ndarray, order: np.ndarray, limit: np.ndarray
+) -> Iterator[_Run]:
+    """Of one row that begins at ``offset`` of the flattened rows; all arrays (length,)."""
+    ends = np.flatnonzero((np.diff(sequence) != 0) | (np.diff(branch) != 0)) + 1
+    root = trunk = np.empty(0, dtype=np.int64)
+    for start, stop in pairwise([0, *ends.tolist(), len(sequence)]):
+        own = np.arange(start, stop) + offset
+        if sequence[start] == ROOT:
+            root = own
+            yield _Run(own, trunk)
+        elif sequence[start] != PADDING and branch[start] == TRUNK:
+            trunk = own
+            yield _Run(own, root)
+        elif sequence[start] != PADDING:
+            yield _Run(own, np.concatenate([root, trunk[: limit[start] + 1]]))

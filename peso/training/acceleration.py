@@ -13,6 +13,7 @@ import torch
 
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
+from peso.model.tree_attention import along_trees
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
         )
     causal_lm.activation_checkpointing_enable()
     try:
-        yield
+        with along_trees(causal_lm):  # until the gradient is taken
+            yield
     finally:
         causal_lm.activation_checkpointing_disable()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peso.events.histories import TargetSequence
 from peso.model.layout import PromptLayout
-from peso.model.visibility import PADDING, ROOT, TRUNK, visibility
+from peso.model.visibility import PADDING, ROOT, TRUNK, Tree
 
 LOOK_AHEAD = 64  # chunks that compete for the free places of a batch
 
@@ -100,7 +100,7 @@ class Piece:
     """One chunk as tokens, without the root that it shares with others.
 
     ``ids``, ``positions``, ``branch``, ``order``, ``limit``: int64 (length,), see
-    :func:`~peso.model.visibility.visibility`. ``targets``: int64 (target tokens,) ids; ``states``: int64
+    :class:`~peso.model.visibility.Tree`. ``targets``: int64 (target tokens,) ids; ``states``: int64
     (target tokens,) the place whose hidden state predicts each, counted from the root's first token.
     """
 
@@ -174,14 +174,14 @@ def lay_out(layout: PromptLayout, items: np.ndarray, first: int, *, predict_end:
 class Packed:
     """Rows of tokens for one forward pass and where in them the target tokens are predicted.
 
-    ``ids``, ``positions``: int64 (rows, length). ``visible``: bool (rows, 1, length, length).
+    ``ids``, ``positions``: int64 (rows, length). ``visible``: who sees whom in them.
     ``states``: int64 (n,) places in the flattened rows; ``targets``: int64 (n,) the token each predicts;
     ``owners``: int64 (n,) the piece each belongs to. ``tokens``: how many are not padding.
     """
 
     ids: Tensor
     positions: Tensor
-    visible: Tensor
+    visible: Tree
     states: Tensor
     targets: Tensor
     owners: Tensor
@@ -189,7 +189,8 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         tensors: dict[str, Any] = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+        moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return replace(self, visible=self.visible.to(device), **moved)
 
 
 def pack(pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int) -> list[Packed]:
@@ -267,7 +268,7 @@ def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[
     return Packed(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
-        visibility(*(torch.from_numpy(x) for x in (sequence, branch, order, limit))),
+        Tree(*(torch.from_numpy(x) for x in (sequence, branch, order, limit))),
         torch.from_numpy(np.concatenate(states)),
         torch.from_numpy(np.concatenate(targets)),
         torch.from_numpy(np.concatenate(owners)),

@@ -24,7 +24,7 @@ from peso.training.likelihood import (
     target_token_log_probabilities,
     tokens_of_target,
 )
-from peso.training.plan import BUDGET_ELSEWHERE, BUDGETS, most_targets
+from peso.training.plan import budget, most_targets
 from peso.training.precision import Precision
 
 
@@ -90,7 +90,7 @@ class StageExamples:
             ids = model.item_token_ids(items)
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, ids, first, predict_end=predicts_end(model)))
-        row_tokens, _ = BUDGETS.get(model.device.type, BUDGET_ELSEWHERE)
+        row_tokens, _ = budget(model)
         with self._still():
             # one row a pass: there is no padding for a hook to take for examples
             for packed in pack(pieces, model.layout.prefix, row_tokens, 1):

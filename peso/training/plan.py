@@ -14,15 +14,23 @@ from peso.errors import TrainingError
 from peso.events.histories import TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
+from peso.model.tree_attention import serves
 from peso.processes import ALONE, Processes
 from peso.training.batches import Chunk, Packed, cut, deal, lay_out, pack, plan_epoch
 from peso.training.likelihood import predicts_end
 
-# Tokens of a row, of a forward pass. A CPU computes attention between all tokens of a row, seen or not, and
-# is as fast with one row at a time, whose activations are all it then keeps; a GPU wants much work at once.
-BUDGETS = {"cpu": (384, 384)}
-BUDGET_ELSEWHERE = (2048, 16384)
+# Tokens of a row, of a forward pass. A CPU is as fast with one row at a time, whose activations are all that
+# it then keeps. Where attention costs what is seen, rows may be longer than where it is computed between all
+# tokens of a row, seen or not. A GPU wants much work at once.
+ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (640, 640), (384, 384), (2048, 16384)
 MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
+
+
+def budget(model: GenerativeModel) -> tuple[int, int]:
+    """Tokens of a row and of a pass that suit a model where it is."""
+    if model.device.type != "cpu":
+        return ELSEWHERE
+    return ALONG_TREES if serves(model.causal_lm) else DENSE_ON_CPU
 
 
 def most_targets(layout: PromptLayout) -> int | None:
@@ -93,6 +101,5 @@ class StagePlan:
             pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
         mine = deal([len(piece) for piece in pieces], processes.count)[processes.rank]
         pieces = [pieces[number] for number in sorted(mine)]
-        budget = BUDGETS.get(model.device.type, BUDGET_ELSEWHERE)
-        passes = pack(pieces, model.layout.prefix, *budget)
+        passes = pack(pieces, model.layout.prefix, *budget(model))
         return [packed.to(model.device) for packed in passes]
