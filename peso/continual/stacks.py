@@ -88,6 +88,7 @@ class Table:
         self._numbers: list[int] = list(numbers)
         self._parts: list[Tensor] = list(parts)
         self._places = [(part.shape, part.stride(), part.storage_offset()) for part in self._parts]
+        self._contiguous = all(part.is_contiguous() for part in self._parts)
 
     def lay_out(self, tensors: Sequence[Tensor]) -> Tensor:
         """The rows, overwritten with the tensors' values."""
@@ -104,7 +105,8 @@ class Table:
     def parts_of(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """As :meth:`Layout.scatter`, of another contiguous matrix."""
         for number, place in zip(self._numbers, self._places, strict=True):
-            yield number, rows.as_strided(*place).contiguous()
+            part = rows.as_strided(*place)
+            yield number, part if self._contiguous else part.contiguous()
 
 
 @dataclass
@@ -212,6 +214,8 @@ class _StackedPenalty(torch.autograd.Function):
         for stack, saved in zip(ctx.stacks, ctx.saved_tensors, strict=True):
             # not in place: a graph that is kept may be run backward again
             rows = saved * (outer * ctx.scale).to(saved)
+            here = (rows.device, rows.dtype)
             for number, value in stack.table.parts_of(rows):
-                gradients[number] = value.to(*ctx.places[number])
+                place = ctx.places[number]
+                gradients[number] = value if place == here else value.to(*place)
         return (None, None, None, *gradients)
