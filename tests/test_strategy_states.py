@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def test_rows_of_the_vocabulary_are_anchored_where_asked_for(runs: Runs, couplin
     for name, distance in moved[True].items():
         # in the loss the first step is free, as the gradient of the penalty is 0 there
         assert distance < (1e-5 if coupling == "decoupled" else 0.9) * moved[False][name]
+
+
+@pytest.mark.parametrize("proximal", ["softmax_kl", "per_rank_kl", "l2", "fisher", "output_kl", "orthogonal"])
+def test_every_term_acts_in_a_run(runs: Runs, proximal: str) -> None:
+    """A distance is 0 in the first step and not afterwards; what it adds changes what is learnt."""
+    workspace = runs({"name": "peso", "proximal": proximal, "weight": 100.0, "reduction": "sum"})
+    for stage in (1, 2, 3):
+        lines = (workspace.stage_directory(stage) / "log.jsonl").read_text().splitlines()
+        steps = [record for record in map(json.loads, lines) if "loss" in record]
+        first, *others = [record["penalty"] for record in steps]
+        assert (first > 1e-3) if proximal == "orthogonal" else (abs(first) < 1e-9)
+        assert others
+        assert min(others) > 1e-6
+    told = json.loads((workspace.stage_directory(1) / "metrics.json").read_text())["training"]
+    assert ("rho" in told.get("strategy", {})) == (proximal != "orthogonal")
+    single = factors(runs("single"), 1)
+    assert any(not torch.equal(a, single[module][0]) for module, (a, _) in factors(workspace, 1).items())
 
 
 def everything_learnt(workspace: Workspace, stage: int) -> dict[str, Tensor]:
