@@ -100,10 +100,13 @@ def test_a_term_on_outputs_refuses_gradient_checkpointing(
 def test_a_compiled_backbone_learns_the_same(
     make_model: Callable[..., GenerativeModel], tmp_path: Path
 ) -> None:
-    plain, compiled = (with_adapter(make_model("instruct", layers=1)) for _ in range(2))
+    plain, compiled = (with_adapter(make_model("instruct", layers=3)) for _ in range(2))
     expected = train(plain, tmp_path / "plain", epochs=1, max_steps=3)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     found = train(compiled, tmp_path / "compiled", epochs=1, max_steps=3, compile=True)
-    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    # one layer's code serves all three, in training, in validation and for a pass of another length
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert found.training_losses == pytest.approx(expected.training_losses, abs=1e-5)
     check_same(compiled, plain, 1e-4)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class _LowRankLinear(torch.autograd.Function):
         y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         y.addmm_(inner, up.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(weight, down, up, kept, mask, inner)
-        ctx.scale = scale
+        ctx.scale, ctx.dropout = scale, dropout
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -68,20 +67,27 @@ class _LowRankLinear(torch.autograd.Function):
             if mask is None:
                 d_x.addmm_(at_rank, down.to(dtype))
             else:
-                d_x += _apply(at_rank @ down.to(dtype), mask)
+                d_x += _drop_again(at_rank @ down.to(dtype), mask, ctx.dropout)
             d_x = d_x.view(*gradient.shape[:-1], -1)
         return d_x, None, None, d_down, d_up, None, None
 
 
 def _drop(rows: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor | None, float]:
-    """What dropout keeps of the rows, not rescaled; the mask; and the scale that makes up for both."""
+    """What dropout keeps of the rows, the mask, and the scale that is left to be multiplied with."""
     if p == 0:
         return rows, None, scale
     if _bits(rows):
         mask = bit_mask(rows, p)
         return masked(rows, mask), mask, scale / (1 - p)
-    kept = torch.rand(rows.shape, device=rows.device) >= p
-    return rows * kept, kept, scale / (1 - p)
+    kept, mask = torch.native_dropout(rows, p, True)  # one pass, rescaled in it
+    return kept, mask, scale
+
+
+def _drop_again(rows: Tensor, mask: Tensor, p: float) -> Tensor:
+    """The same selection, for a gradient that holds the scale that :func:`_drop` returned."""
+    if mask.dtype == torch.int8:
+        return masked(rows, mask)
+    return torch.ops.aten.native_dropout_backward(rows, mask, 1 / (1 - p))
 
 
 def _bits(rows: Tensor) -> bool:
@@ -89,54 +95,47 @@ def _bits(rows: Tensor) -> bool:
     return rows.device.type == "cpu"
 
 
-def _apply(rows: Tensor, mask: Tensor) -> Tensor:
-    return masked(rows, mask) if mask.dtype == torch.int8 else rows * mask
+class FusedLinear(Linear):
+    """PEFT's LoRA layer over ``nn.Linear``, computed at once while one adapter is active."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = _only_adapter(self)
+        if name is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base, dropout, device = self.base_layer, self.lora_dropout[name], x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        with torch.autocast(device, enabled=False):
+            return _LowRankLinear.apply(
+                x.to(dtype),
+                base.weight.to(dtype),
+                None if base.bias is None else base.bias.to(dtype),
+                self.lora_A[name].weight,
+                self.lora_B[name].weight,
+                self.scaling[name],
+                getattr(dropout, "p", 0.0) if self.training else 0.0,
+            )
 
 
-def _forward(layer: Linear, peft_forward: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [name]:
-        return peft_forward(x, *args, **kwargs)
-    base, device = layer.base_layer, x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-    p = layer.lora_dropout[name].p if layer.training and hasattr(layer.lora_dropout[name], "p") else 0.0
-    with torch.autocast(device, enabled=False):
-        return _LowRankLinear.apply(
-            x.to(dtype),
-            base.weight.to(dtype),
-            None if base.bias is None else base.bias.to(dtype),
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
-            float(layer.scaling[name]),
-            float(p),
-        )
+def _only_adapter(layer: Linear) -> str | None:
+    """The one adapter that acts in a layer, where it is plain LoRA beside a frozen weight; else None."""
+    active = layer.active_adapters
+    plain = len(active) == 1 and active[0] in layer.lora_A and not layer.lora_variant
+    if not plain or layer.disable_adapters or layer.merged or layer.lora_bias[active[0]]:
+        return None
+    return None if layer.base_layer.weight.requires_grad else active[0]
 
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """Within the context the LoRA layers of ``model`` compute as one operation; afterwards as PEFT does.
-
-    A layer that is not plain LoRA over ``nn.Linear`` with a frozen weight stays PEFT's, and so does every
-    layer while another adapter, or more than one, is active in it.
-    """
-    fused = [(layer, name) for layer in model.modules() if (name := _only_adapter(layer)) is not None]
+    """Within the context PEFT's LoRA layers over ``nn.Linear`` in ``model`` are :class:`FusedLinear`."""
+    fused: list[Any] = [
+        layer for layer in model.modules() if type(layer) is Linear and type(layer.base_layer) is nn.Linear
+    ]
     try:
-        for layer, name in fused:
-            layer.forward = partial(_forward, layer, layer.forward, name)
+        # the class, not an attribute: what is compiled for one layer then serves all
+        for layer in fused:
+            layer.__class__ = FusedLinear
         yield
     finally:
-        for layer, _ in fused:
-            del layer.forward
-
-
-def _only_adapter(layer: Any) -> str | None:
-    """The name of the one adapter that a plain LoRA layer has active, else None."""
-    plain = (
-        type(layer) is Linear
-        and type(layer.base_layer) is nn.Linear
-        and not layer.base_layer.weight.requires_grad
-        and not layer.lora_variant
-        and not any(layer.lora_bias.values())
-        and len(layer.active_adapters) == 1
-    )
-    name = layer.active_adapters[0] if plain else None
-    return name if name in getattr(layer, "lora_A", {}) else None
+        for layer in fused:
+            layer.__class__ = Linear

@@ -30,7 +30,7 @@ class Precision:
     @classmethod
     def of(cls, precision: str, device: str) -> Precision:
         """``float32``: all of it. ``bfloat16``: frozen weights and products in bfloat16. ``auto``: float32 on
-        the CPU; on a GPU that has bfloat16, weights in float32 and products in bfloat16.
+        the CPU, bfloat16 on a GPU that has it.
 
         ``device`` is a name of torch's or ``auto``: the GPU if there is one.
 
@@ -38,10 +38,9 @@ class Precision:
             TrainingError: an unknown device, or one that this machine does not have.
         """
         chosen = _device(device)
-        if precision == "bfloat16":
-            return cls(chosen, torch.bfloat16, torch.bfloat16)
-        mixed = precision == "auto" and chosen.type == "cuda" and torch.cuda.is_bf16_supported()
-        return cls(chosen, torch.float32, torch.bfloat16 if mixed else torch.float32)
+        able = precision == "auto" and chosen.type == "cuda" and torch.cuda.is_bf16_supported()
+        format = torch.bfloat16 if precision == "bfloat16" or able else torch.float32
+        return cls(chosen, format, format)
 
     @property
     def mixed(self) -> bool:
