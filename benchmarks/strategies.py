@@ -14,7 +14,8 @@ of the tensors that the last stage allocates (backbone, adapter, optimiser, what
 activations, gradients), at the highest point of its steps 2 to 6, over that of `single`; `standing`: the same
 between two steps, without activations. It is read from the profiler's record of every allocation, in a run of
 its own after the turns; code and libraries, most of what a process of this size takes, are not in it. `none`
-learns nothing and is left out.
+learns nothing and is left out. `lsat`, `replay` and `retrain` learn from other examples too, so their steps
+are of other lengths; of `lsat` the turns are those of its long-term training.
 """
 
 from __future__ import annotations
@@ -223,7 +224,10 @@ def race(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace, fo
         while not all(ends):  # several phases make more steps of one than of the other
             for number, (_, pipe) in enumerate(sides):
                 if ends[number] is None:
-                    told = pipe.recv()
+                    try:
+                        told = pipe.recv()
+                    except EOFError:
+                        raise SystemExit(f"{strategy}: a contestant stopped; its error is above") from None
                     if "kept" in told:
                         ends[number] = told
                     else:
@@ -260,19 +264,19 @@ def steps_of_a_stage(base: Path, strategy: dict[str, Any], arguments: argparse.N
     from peso.workspace import Workspace
 
     stream = Stream.open(Workspace.open(base).stream_directory)
-    size = configured(strategy, None, arguments.width, arguments.layers).training.batch_size
+    config = configured(strategy, None, arguments.width, arguments.layers)
+    size = config.training.batch_size
 
     class OfStream:
-        tokens = 1
+        tokens, window = 1, config.prompt.window
 
         def of(self, stage: int) -> Any:
             return stream.stage(stage).training_sequences()
 
     total = 0
     memory: dict[str, Any] = {}
-    config = configured(strategy, None, arguments.width, arguments.layers).strategy
     for stage in range(1, STAGES):
-        made, total = make_strategy(config), 0
+        made, total = make_strategy(config.strategy), 0
         for phase in made.phases(stage):
             context = StageContext(stage, None, 0, phase=phase, examples=OfStream(), memory=memory)  # type: ignore[arg-type]
             chosen = made.choose(context)
