@@ -122,18 +122,24 @@ def random_pieces(sizes: list[int]) -> list[Piece]:
     return [lay_out(STREAM, rows, len(rows) - 1, predict_end=True) for rows in items]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 200), st.integers(1, 500))
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=30),
+    st.integers(1, 200),
+    st.integers(1, 500),
+    st.sampled_from([1, 1, 16]),
+)
 @settings(deadline=None)
 def test_rows_keep_to_their_budget_and_hold_every_piece_whole(
-    sizes: list[int], row_tokens: int, pass_tokens: int
+    sizes: list[int], row_tokens: int, pass_tokens: int, multiple: int
 ) -> None:
     pieces = random_pieces(sizes)
-    passes = pack(pieces, STREAM.prefix, row_tokens, pass_tokens)
+    passes = pack(pieces, STREAM.prefix, row_tokens, pass_tokens, multiple)
     longest = max(len(piece) for piece in pieces)
     owners = []
     for packed in passes:
         rows, length = packed.ids.shape
-        assert length <= max(row_tokens, 1 + longest)
+        assert length % multiple == 0
+        assert length < max(row_tokens, 1 + longest) + multiple
         assert rows == 1 or rows * length <= pass_tokens
         # each target's state is the token before it in its own piece, or the root
         before = packed.ids.flatten()[packed.states]
@@ -158,14 +164,14 @@ def test_padding_stays_under_five_per_cent() -> None:
         lay_out(layout, np.zeros((seen + targets, 4), dtype=np.int64), seen, predict_end=True)
         for seen, targets in chunks
     ]
-    for pieces, prefix, row_tokens, pass_tokens in (
-        (streams, STREAM.prefix, 256, 256),
-        (streams, STREAM.prefix, 512, 4096),
-        (prompts, layout.prefix, *ALONG_TREES),
-        (prompts, layout.prefix, *DENSE_ON_CPU),
-        (prompts, layout.prefix, *ELSEWHERE),
+    for pieces, prefix, budget in (
+        (streams, STREAM.prefix, (256, 256)),
+        (streams, STREAM.prefix, (512, 4096)),
+        (prompts, layout.prefix, ALONG_TREES),
+        (prompts, layout.prefix, DENSE_ON_CPU),
+        (prompts, layout.prefix, ELSEWHERE),
     ):
-        passes = pack(pieces, prefix, row_tokens, pass_tokens)
+        passes = pack(pieces, prefix, *budget)
         places = sum(packed.ids.numel() for packed in passes)
         assert sum(packed.tokens for packed in passes) > 0.95 * places
 

@@ -45,7 +45,10 @@ class _LowRankLinear(torch.autograd.Function):
         kept, mask, scale = _drop(rows, dropout, scale)
         inner = kept @ down.to(dtype).t()  # (rows, rank)
         y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        y.addmm_(inner, up.to(dtype).t(), alpha=scale)
+        if torch.compiler.is_compiling():  # fuses the sum with what comes next; in place it would copy y
+            y = y + scale * (inner @ up.to(dtype).t())
+        else:
+            y.addmm_(inner, up.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(weight, down, up, kept, mask, inner)
         ctx.scale, ctx.dropout = scale, dropout
         return y.view(*x.shape[:-1], -1)

@@ -193,13 +193,16 @@ class Packed:
         return replace(self, visible=self.visible.to(device), **moved)
 
 
-def pack(pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int) -> list[Packed]:
+def pack(
+    pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int, multiple: int = 1
+) -> list[Packed]:
     """Spread pieces evenly over as few rows of at most ``row_tokens`` as hold them, the root once per row.
 
     Longest first into the shortest row, so rows end up nearly equal and padding small. A row is longer than
     ``row_tokens`` only where a single piece is. Rows go together into one pass while it has at most
-    ``pass_tokens`` tokens, padding counted (at least one row a pass). What is computed for a target depends
-    on neither number: attention costs grow with the first, memory with the second.
+    ``pass_tokens`` tokens, padding counted (at least one row a pass). Rows are filled up to a ``multiple`` of
+    tokens. What is computed for a target depends on none of the three: attention costs grow with the first,
+    memory with the second, the number of different shapes falls with the third.
     """
     root = len(prefix)
     sizes = np.array([len(piece) for piece in pieces])
@@ -214,9 +217,9 @@ def pack(pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass
     for row in rows:
         if not passes or (len(passes[-1]) + 1) * length > pass_tokens:
             passes.append([])
-            length = root + int(sizes[row].sum())  # the longest row of this pass
+            length = _up(root + int(sizes[row].sum()), multiple)  # the longest row of this pass
         passes[-1].append(row)
-    return [_assemble(pieces, prefix, rows) for rows in passes]
+    return [_assemble(pieces, prefix, rows, multiple) for rows in passes]
 
 
 def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
@@ -241,9 +244,15 @@ def _spread(longest_first: np.ndarray, sizes: np.ndarray, count: int, room: int)
     return [row for row in rows if row]
 
 
-def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[int]]) -> Packed:
+def _up(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple
+
+
+def _assemble(
+    pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[int]], multiple: int
+) -> Packed:
     root = len(prefix)
-    length = root + max(sum(len(pieces[p]) for p in row) for row in rows)
+    length = _up(root + max(sum(len(pieces[p]) for p in row) for row in rows), multiple)
     ids, positions, branch, order, limit = np.zeros((5, len(rows), length), dtype=np.int64)
     sequence = np.full((len(rows), length), PADDING, dtype=np.int64)
     sequence[:, :root], ids[:, :root] = ROOT, prefix

@@ -90,7 +90,7 @@ class StageExamples:
             ids = model.item_token_ids(items)
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, ids, first, predict_end=predicts_end(model)))
-        row_tokens, _ = budget(model)
+        row_tokens, *_ = budget(model)
         with self._still():
             # one row a pass: there is no padding for a hook to take for examples
             for packed in pack(pieces, model.layout.prefix, row_tokens, 1):

@@ -21,13 +21,14 @@ from peso.training.likelihood import predicts_end
 
 # Tokens of a row, of a forward pass. A CPU is as fast with one row at a time, whose activations are all that
 # it then keeps. Where attention costs what is seen, rows may be longer than where it is computed between all
-# tokens of a row, seen or not. A GPU wants much work at once.
-ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (640, 640), (384, 384), (2048, 16384)
+# tokens of a row, seen or not. A GPU wants much work at once, in few shapes: for each new one its attention
+# is planned anew, which takes longer than a whole pass; so rows are filled up to a multiple of the third number.
+ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (640, 640, 1), (384, 384, 1), (1024, 16384, 16)
 MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
 
 
-def budget(model: GenerativeModel) -> tuple[int, int]:
-    """Tokens of a row and of a pass that suit a model where it is."""
+def budget(model: GenerativeModel) -> tuple[int, int, int]:
+    """Tokens of a row, of a pass, and what the former is a multiple of, as suits a model where it is."""
     if model.device.type != "cpu":
         return ELSEWHERE
     return ALONG_TREES if serves(model.causal_lm) else DENSE_ON_CPU
