@@ -61,7 +61,7 @@ def test_groups_found_before_give_the_same_bits(coupling: str, dtype: torch.dtyp
         model = adapted(dtype)
         anchored(term, model)
         other, again = copy.deepcopy(model), pickle.loads(pickle.dumps(term))
-        found = Found(tuple(find_groups(other)))
+        found = Found.of(other)
         for step in range(3):
             for source, used in ((model, term), (found, again)):
                 for group in find_groups(source):
@@ -81,7 +81,7 @@ def test_groups_found_before_give_the_same_bits(coupling: str, dtype: torch.dtyp
 def test_groups_found_in_another_model_are_refused() -> None:
     term = anchored(peso.L2(weight=1.0), adapted())
     with pytest.raises(TrainingError, match="another rank or backbone"):
-        term(Found(tuple(find_groups(adapted(rank=2)))))
+        term(Found.of(adapted(rank=2)))
 
 
 def test_values_of_one_anchor_do_not_share_memory() -> None:

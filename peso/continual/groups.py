@@ -40,9 +40,17 @@ class Group:
 @dataclass(frozen=True)
 class Found:
     """Groups as :func:`find_groups` found them, to be given in the source's place: a walk over the modules in
-    every step costs more than most penalties. Good as long as the model keeps its adapter and parameters."""
+    every step costs more than most penalties. Good as long as the model keeps its adapter and parameters.
+
+        found = Found.of(model)       # once a stage
+        loss = loss + term(found)     # in every step
+    """
 
     groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, source: Source, adapter: str | None = None) -> Found:
+        return cls(tuple(find_groups(source, adapter)))
 
 
 Source = nn.Module | Found | Iterable[nn.Module | Tensor]

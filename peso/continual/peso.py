@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peso.continual.groups import Found, find_groups
+from peso.continual.groups import Found
 from peso.continual.hooks import ForwardPass, StageContext, Strategy
 from peso.continual.proximal import L2, Fisher, Orthogonal, OutputKL, PerRankKL, SoftmaxKL, Term
 
@@ -58,7 +58,7 @@ class Peso(Strategy):
         if context.number == 0:
             return
         source, term, examples = self.held(context), self.term, context.examples
-        self._found = Found(tuple(find_groups(source)))  # once a stage: their values change, they do not
+        self._found = Found.of(source)  # once a stage: their values change, they do not
         if isinstance(term, Fisher):
             # the adapter stands as the last stage left it: what mattered to that stage is asked now
             assert examples is not None
