@@ -5,11 +5,13 @@ Knows token ids, hidden states and logits; knows nothing of users, stages, losse
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peso.items.semantic_ids import SemanticIds
 from peso.model.layout import PromptLayout
@@ -108,13 +110,14 @@ class GenerativeModel(nn.Module):
                 return self._hidden_along(ids, visible, positions)
             visible = visible.dense()
         mask = None if visible is None else additive(visible, self.dtype)
-        output = self.causal_lm.get_decoder()(
-            inputs_embeds=self.embed(ids),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        with nullcontext() if self.training else _without_plans(ids.device):
+            output = self.causal_lm.get_decoder()(
+                inputs_embeds=self.embed(ids),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return output.last_hidden_state
 
     def _hidden_along(self, ids: Tensor, tree: Tree, positions: Tensor) -> Tensor:
@@ -141,3 +144,11 @@ class GenerativeModel(nn.Module):
         """hidden (…, width) → float32 logits (…, tokens) of one level's codes, or of all semantic tokens."""
         rows = self.vocabulary.output_rows if level is None else self.vocabulary.level_rows(level)
         return self.logit_transform(F.linear(hidden, rows.to(hidden.dtype)).float())
+
+
+def _without_plans(device: torch.device) -> AbstractContextManager[None]:
+    """Attention that needs no planning: prompts, beams and cases come in many shapes, and cuDNN's plans for each
+    new one for longer than the pass takes. (The rows of training come in few.)"""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

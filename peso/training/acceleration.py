@@ -46,8 +46,8 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     """Within the context the decoder's layers are compiled, for any number of rows and tokens; ``auto``: on a
     GPU.
 
-    Layer by layer: they are alike, so one compilation serves them all, where the whole decoder would take many
-    times as long.
+    Layer by layer: they are alike, so one compilation serves them all, where the whole decoder would take
+    many times as long.
     """
     if not wanted or (wanted == "auto" and model.device.type != "cuda"):
         yield
