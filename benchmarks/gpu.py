@@ -4,14 +4,15 @@
 
 Two models: SmolLM2-135M (where it was pulled, else random weights of its shape) and random weights of
 Llama-3.2-1B's shape. Training: optimiser steps of the same targets, LoRA on seven projections, loss
-vocabulary `full`, float32 weights under bfloat16 autocast; the usual way and the expert's way of
-`benchmarks/usual_training.py` at the batch size that is their fastest. Decoding: 10 beams, weights in
+vocabulary `full`, products in bfloat16 (`training.precision: auto`, layers compiled or not); the usual way
+and the expert's way of `benchmarks/usual_training.py` (float32 weights under bfloat16 autocast, as
+`Trainer(bf16=True)` has them) at the batch size that is their fastest. Decoding: 10 beams, weights in
 bfloat16; `generate` with `prefix_allowed_tokens_fn` at its fastest batch size, and one request at a time.
 
 Model FLOP utilisation counts what a step needs: per token 4 FLOPs for each frozen weight of the layers
 (forward, and backward to the activations), per predicted position 4 for each value of the head (6 where the
 head is trained); attention's scores, adapters and recomputation are not counted. It is null where the peak of
-the GPU is not known: give --peak-tflops.
+the GPU is not known: give --peak-tflops. `gpu_time` says where the device's time of one step goes.
 
 `--device cpu` is for trying the script out: toy shapes, float32, figures that mean nothing.
 """
@@ -57,7 +58,7 @@ from peso.training.precision import Precision, peak_memory
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import transformers_reference as generation
 
-BEAMS, DROPOUT, RATE, SEED = 10, 0.05, 2e-5, 0
+BEAMS, RANK, DROPOUT, RATE, SEED = 10, 8, 0.05, 2e-5, 0
 # dense bfloat16, 10¹² FLOPs a second, from the makers' data sheets
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
 
@@ -67,7 +68,9 @@ class Size:
     """How much is measured."""
 
     targets: int  # in an optimiser step
-    steps: int  # timed, after two that are not
+    steps: int  # of ours, timed, after those that are not
+    untimed: int  # in which ours compiles, and plans its attention for each shape of rows
+    their_steps: int  # of the usual ways, timed, after one that is not
     users: int
     requests: int
     train_batches: tuple[int, ...]  # of the usual ways
@@ -75,9 +78,9 @@ class Size:
     search_batch: int
 
 
-FULL = Size(512, 10, 512, 200, (8, 64), (1, 16, 64), 256)
-QUICK = Size(256, 4, 128, 50, (8, 64), (1, 32), 128)
-TOY = Size(16, 2, 6, 3, (4, 8), (1, 4), 4)
+FULL = Size(512, 20, 12, 3, 1024, 100, (8, 64), (1, 16, 64), 256)
+QUICK = Size(512, 8, 10, 1, 512, 30, (8, 64), (1, 64), 256)
+TOY = Size(16, 2, 2, 1, 6, 3, (4, 8), (1, 4), 4)
 
 
 def shape(vocab: int, width: int, inner: int, layers: int, heads: int, groups: int) -> LlamaConfig:
@@ -138,11 +141,13 @@ class Bench:
 
     def training(self) -> dict[str, Any]:
         found = {f"ours, {layout}": self.ours(layout) for layout in ("instruct", "stream")}
+        found["ours, instruct, not compiled"] = self.ours("instruct", compiled=False)
         for name, way in (("usual way", UsualWay), ("expert's way", ExpertWay)):
             tried = [self.theirs(way, batch) for batch in self.size.train_batches]
             found[name] = max(tried, key=lambda figures: figures["examples_per_second"])
         losses = [found[name].pop("loss") for name in ("ours, instruct", "usual way", "expert's way")]
         found["ours, stream"].pop("loss")
+        found["ours, instruct, not compiled"].pop("loss")
         if max(losses) - min(losses) > 1e-3:
             raise SystemExit(f"the losses of ours, usual way and expert's way differ: {losses}")
         ratios: dict[str, float] = {}
@@ -156,40 +161,51 @@ class Bench:
     def plan(self, model: GenerativeModel) -> StagePlan:
         return StagePlan(self.sequences, on_cpu.WINDOW, self.settings(), SEED, 1, most_targets(model.layout))
 
-    def settings(self) -> TrainingConfig:
+    def settings(self, *, compiled: bool = True) -> TrainingConfig:
         size = self.size
         return TrainingConfig(
             epochs=100,
-            max_steps=size.steps + 2,
+            max_steps=size.untimed + size.steps + 1,  # the last one under the profiler
             batch_size=size.targets,
             loss_vocabulary="full",
             device=str(self.device),
             precision="auto",
+            compile="auto" if compiled else False,
         )
 
-    def ours(self, layout: str) -> dict[str, Any]:
+    def ours(self, layout: str, *, compiled: bool = True) -> dict[str, Any]:
         model = self.model(layout)
-        model.backbone = add_adapter(model.causal_lm, 8, 16, DROPOUT, TARGETS, seed=SEED)
+        model.backbone = add_adapter(model.causal_lm, RANK, 16, DROPOUT, TARGETS, seed=SEED)
         few = self.few
         cases = Cases(
             [s.user for s in few], [s.items[:-1] for s in few], np.array([s.items[-1] for s in few])
         )
-        loss = validation_loss(model, cases, TEMPERATURE)
+        loss = validation_loss(model, cases, TEMPERATURE)  # in float32, as theirs
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(self.compute)
         self.forget()
         steps: list[Progress] = []
         at: list[float] = []
+        timed = self.size.untimed + self.size.steps
+        profiler = torch.profiler.profile(record_shapes=True)
 
         def show(progress: Progress) -> None:
             self.wait()
             steps.append(progress)
             at.append(time.perf_counter())
+            if len(steps) == timed:
+                profiler.start()
+            if len(steps) == timed + 1:
+                profiler.stop()
 
+        started = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
             train_stage(
                 model,
                 self.sequences,
                 cases,
-                self.settings(),
+                self.settings(compiled=compiled),
                 stage=1,
                 learning_rate=RATE,
                 strategy=Strategy(),
@@ -199,11 +215,19 @@ class Bench:
                 on_progress=show,
                 checkpoint_seconds=1e9,
             )
-        seconds = at[-1] - at[1]
-        targets, tokens = (sum(step.record[key] for step in steps[2:]) for key in ("targets", "tokens"))
+        untimed = self.size.untimed
+        seconds = at[timed - 1] - at[untimed - 1]
+        targets, tokens = (
+            sum(step.record[key] for step in steps[untimed:timed]) for key in ("targets", "tokens")
+        )
         positions = targets * (self.ids.levels + (len(model.layout.end)))
         needed = self.flops(tokens, positions, trained_head=False)
-        return {"loss": loss, **self.speed(targets, tokens, needed, seconds)}
+        return {
+            "loss": loss,
+            "first_step_seconds": at[0] - started,
+            "gpu_time": device_time(profiler) if self.device.type == "cuda" else None,
+            **self.speed(targets, tokens, needed, seconds),
+        }
 
     def theirs(self, way: type[UsualWay], batch: int) -> dict[str, Any]:
         model, size = self.model("instruct"), self.size
@@ -214,8 +238,8 @@ class Bench:
         contestant.compute = self.compute
         self.forget()
         targets = tokens = positions = 0
-        for step in range(size.steps + 2):
-            if step == 2:
+        for step in range(1 + size.their_steps):
+            if step == 1:
                 self.wait()
                 started = time.perf_counter()
             members = [
@@ -224,7 +248,7 @@ class Bench:
             ]
             examples = list(on_cpu.examples_of(model, members))
             contestant.step(examples)
-            if step >= 2:
+            if step >= 1:
                 targets += len(examples)
                 tokens += sum(len(prompt) + len(answer) for prompt, answer in examples)
                 positions += sum(len(answer) for _, answer in examples)
@@ -268,12 +292,11 @@ class Bench:
             found[f"ours, {layout}"] = self.answering(ours, histories, self.size.requests)
         for name, way in (("usual way", generation.UsualWay), ("expert's way", generation.ExpertWay)):
             usual = way(self.model("instruct", self.compute).eval())
-            few = histories[: max(self.size.generate_batches) * 2]
             tried = {}
             for size in self.size.generate_batches:
                 tried[size] = self.answering(
                     lambda some, usual=usual, size=size: usual.in_batches(some, BEAMS, size),
-                    few,
+                    histories[: max(8, 2 * size)],
                     -(-self.size.requests // 4) if size == 1 else 0,
                 )
             best = max(tried, key=lambda size: tried[size]["users_per_second"])
@@ -312,6 +335,23 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def device_time(profiler: torch.profiler.profile) -> dict[str, float]:
+    """Seconds of the device in what was profiled: products of the backbone and head, products with an
+    adapter's A or B (one side is the rank), attention, all else (element by element, copies, optimiser)."""
+    seconds = dict.fromkeys(("products", "adapters' products", "attention", "else"), 0.0)
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.device_type != torch.autograd.DeviceType.CPU or not event.self_device_time_total:
+            continue  # kernels are counted with the operation that launched them
+        kind = "else"
+        if event.key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
+            sides = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
+            kind = "adapters' products" if sides & {RANK} else "products"
+        elif "attention" in event.key:
+            kind = "attention"
+        seconds[kind] += event.self_device_time_total / 1e6
+    return seconds
 
 
 def each_taken(

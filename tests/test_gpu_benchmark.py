@@ -24,12 +24,9 @@ def test_all_figures_are_told() -> None:
     for part in ("training", "decoding"):
         for key in ("instruct_ratio", "stream_ratio", "instruct_expert_ratio", "stream_expert_ratio"):
             assert found[part][key] > 0
-        assert set(found[part]["contestants"]) == {
-            "ours, instruct",
-            "ours, stream",
-            "usual way",
-            "expert's way",
-        }
+        assert {"ours, instruct", "ours, stream", "usual way", "expert's way"} <= set(
+            found[part]["contestants"]
+        )
     for figures in found["training"]["contestants"].values():
         for key in ("examples_per_second", "tokens_per_second", "model_flop_utilisation", "peak_gib"):
             assert 0 < figures[key] < math.inf

@@ -147,8 +147,8 @@ class GenerativeModel(nn.Module):
 
 
 def _without_plans(device: torch.device) -> AbstractContextManager[None]:
-    """Attention that needs no planning: prompts, beams and cases come in many shapes, and cuDNN's plans for each
-    new one for longer than the pass takes. (The rows of training come in few.)"""
+    """Attention that needs no planning: prompts, beams and cases come in many shapes, and cuDNN plans for
+    each new one for longer than the pass takes. (The rows of training come in few.)"""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
