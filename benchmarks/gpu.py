@@ -247,8 +247,8 @@ class Bench:
                 for c in plan.members(step % len(plan))
             ]
             examples = list(on_cpu.examples_of(model, members))
-            contestant.step(examples)
-            if step >= 1:
+            contestant.step(examples if step else examples[: 2 * batch])
+            if step:
                 targets += len(examples)
                 tokens += sum(len(prompt) + len(answer) for prompt, answer in examples)
                 positions += sum(len(answer) for _, answer in examples)
