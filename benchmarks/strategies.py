@@ -1,11 +1,12 @@
 """What each strategy costs beside `single`: time and memory of a step, passes, parameters, bytes kept.
 
-    python benchmarks/strategies.py [--quick] [--json] [--only NAME,NAME] [--width N] [--layers N]
+    python benchmarks/strategies.py [--quick] [--json] [--only "NAME;NAME"] [--width N] [--layers N]
 
 A `scratch` backbone on a simulated stream: stage 0 once for all, then three short stages by each strategy, as
 `peso run` learns them. In the last stage the strategy and `single` take turns step by step, each in a process
-of its own; a ratio is taken within the turn (median and quartiles), so that whatever else the machine does
-weighs on both. `share`: what the strategy's hooks and the addition of their gradients take of its own steps;
+of its own; a ratio of CPU times (one thread) is taken within the turn (median and quartiles), so that
+whatever else the machine does weighs little, and on both. `share`: what the strategy's hooks and the addition
+of their gradients take of its own steps;
 `watch`: what it takes to measure whether the anchor holds (one step in eight). `passes`: forward passes of
 the backbone in a step over those of `single`, and how many more before the first step; `steps`: optimiser
 steps of the last stage if nothing limits them, over those of `single`. `kept`: what a stage leaves to serve
@@ -88,14 +89,14 @@ class Turns:
         if not self.waits:
             return
         taken = {
-            "seconds": time.perf_counter() - self._began,
+            "seconds": time.process_time() - self._began,
             "hooks": self.watched.pop("hooks", 0.0),
             "watch": self.watched.pop("watch", 0.0),
             "passes": self.passes.pop("passes", 0),
         }
         self.pipe.send(taken)
         self.pipe.recv()
-        self._began = time.perf_counter()
+        self._began = time.process_time()
 
 
 class Allocations:
@@ -146,11 +147,11 @@ def timed(owner: Any, name: str, watched: dict[str, float], key: str) -> None:
     method: Callable[..., Any] = getattr(owner, name)
 
     def around(*arguments: Any, **options: Any) -> Any:
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             return method(*arguments, **options)
         finally:
-            watched[key] = watched.get(key, 0.0) + time.perf_counter() - began
+            watched[key] = watched.get(key, 0.0) + time.process_time() - began
 
     setattr(owner, name, around)
 
@@ -193,7 +194,7 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
             observer.waits = stage == STAGES - 1
             watched.clear()
             passes.clear()
-            observer._began = time.perf_counter()
+            observer._began = time.process_time()
             pipeline.learn(workspace, stage, observer)
         manifest = workspace.stage_manifest(STAGES - 1)
         kept = [served(workspace.stage_directory(stage)) for stage in range(1, STAGES)]
