@@ -1,14 +1,21 @@
-"""Made-up runs that look like real ones, for tests of reports."""
+"""Made-up runs that look like real ones, for tests of reports; run as a program it times a large one."""
 
 from __future__ import annotations
 
+import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peso.evaluation.catalogue import Catalogue
+from peso.evaluation.comparison import Comparison
 from peso.evaluation.predictions import Predictions
+from peso.evaluation.report import write_report
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 
 CASES = (900, 300, 320, 500, 450)
@@ -33,7 +40,7 @@ seed: 0
 def predictions(stage: int, skill: float, seed: int, n: int, depth: int = 10) -> Predictions:
     """Cases that are the same for every skill and seed; ranks and log-probabilities that are not."""
     cases, answers = np.random.default_rng(stage), np.random.default_rng((seed, stage))
-    users = cases.choice(2000, size=n, replace=False)
+    users = cases.choice(max(2000, n), size=n, replace=False)
     hard = cases.normal(size=n)  # what makes a case hard for every run
     log_probability = -7.5 + 1.5 * skill - 1.2 * hard + 0.3 * answers.normal(size=n)
     hits = answers.random(n) < np.clip(0.04 * (1 + skill) * np.exp(-0.8 * hard), 0, 1)
@@ -196,11 +203,11 @@ def catalogue() -> Catalogue:
     )
 
 
-def across(skill: float, seed: int) -> dict[tuple[int, int], Predictions]:
+def across(skill: float, seed: int, cases: tuple[int, ...] = CASES) -> dict[tuple[int, int], Predictions]:
     """The answers of each stage's model to the other stages' cases: the later ones are harder for it."""
-    stages = range(len(CASES))
+    stages = range(len(cases))
     return {
-        (i, j): predictions(j, skill - 0.2 * abs(i - j), seed + 100 * (i + 1), CASES[j])
+        (i, j): predictions(j, skill - 0.2 * abs(i - j), seed + 100 * (i + 1), cases[j])
         for i in stages
         for j in stages
         if i != j
@@ -234,3 +241,59 @@ def example_runs() -> list[RunSummary]:
         replace(run("single", "single", 0.8, seed=3), seed=0, across=across(0.8, 3)),
         replace(run("peso", "peso (weight 2, mean)", 0.82, seed=4, penalty=3e-4), seed=0),
     ]
+
+
+VIDEO_GAMES = (12_447, 1_035, 1_091, 1_949, 1_791)  # test cases of the released stream
+
+
+def many_runs(seeds: int = 4, cases: tuple[int, ...] = VIDEO_GAMES) -> list[RunSummary]:
+    """Fifty runs of fourteen systems on as many cases as the released stream has."""
+    names = ["none", "single", "peso-paper", "peso", "peso-l2", "sum-all", "sum-latest-inherit", "replay"]
+    names += ["retrain", "softmax[strength=0.1]", "softmax[strength=1]", "softmax[strength=10]"]
+    runs = [
+        replace(
+            run(
+                f"{name}/{seed}", name, 0.3 + 0.02 * place, 10 * seed + place, 1e-4 * place, cases=VIDEO_GAMES
+            ),
+            configuration=CONFIGURATION.format(strategy=name, weight=1.0 * place),
+            seed=seed,
+            family=name.partition("[")[0],
+            options={"strategy.name": "peso", "strategy.strength": float(name.partition("=")[2].strip("]"))}
+            if "[" in name
+            else {},
+            across=across(0.5, place, cases) if seed == 0 and "[" not in name else {},
+        )
+        for place, name in enumerate(names)
+        for seed in range(seeds)
+    ]
+    popularity = [
+        replace(run(name, name, -0.5, seed=50 + place, learns=False, cases=cases), configuration="")
+        for place, name in enumerate(["popularity", "popularity (static)"])
+    ]
+    return [*runs, replace(popularity[0], catalogue=catalogue()), popularity[1]]
+
+
+def main() -> None:
+    """How long the report of fifty runs takes, and how large its page is."""
+    runs = many_runs()
+    began = time.perf_counter(), time.process_time()
+    comparison = Comparison(runs, [5, 10])
+    pairs = [
+        comparison.contrasts.contrast(metric.name, *two)
+        for metric in comparison.metrics
+        for two in _pairs(comparison)
+    ]
+    print(f"significance: {len(pairs)} pairs in {time.perf_counter() - began[0]:.1f} s")
+    with tempfile.TemporaryDirectory() as directory:
+        began = time.perf_counter(), time.process_time()
+        page = write_report(Path(directory) / "report", runs, "Fifty runs")
+        seconds, own = time.perf_counter() - began[0], time.process_time() - began[1]
+        print(f"report: {seconds:.1f} s ({own:.1f} s of a core), {page.stat().st_size / 1e6:.2f} MB")
+
+
+def _pairs(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    return combinations([system.name for system in comparison.systems], 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -150,7 +150,7 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
         "Provenance",
         "How to read this",
     ]
-    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 25
+    assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 28
     assert page.count("<table>") == len(list((written / "tables").glob("*.csv")))
     for text in ("learning_rate: 0.001", "strategy.weight", "adapter_model.safetensors", "Dormant users"):
         assert text in parsed.text
@@ -311,7 +311,7 @@ def test_a_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.
     def full(_: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "png_file", full)
+    monkeypatch.setattr(report, "files", full)
     with pytest.raises(WorkspaceError, match="no space left"):
         write_report(tmp_path / "r", [run("a", "a", 0.1)], "New")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -228,12 +228,16 @@ class Comparison:
         for stage in stages:
             if not self._same_cases_at(stage):
                 raise ValueError(f"the runs answered different cases of stage {stage}")
-        panel = self._panel(system, stages, "macro")
-        values = [self._joined(one, metric, stages) for one in (system, other)]
-        one, two = (v @ panel.weight for v in values)
-        z_one, z_two = (panel.influence(v) for v in values)
+        (one, z_one), (two, z_two) = (self._moments(each, metric, stages) for each in (system, other))
         found = spread_of_difference((one, two), (z_one, z_two), (system.seeds, other.seeds))
-        return float(one.mean() - two.mean()), found, panel.cases
+        return float(one.mean() - two.mean()), found, self._panel(system, stages, "macro").cases
+
+    def _moments(
+        self, system: System, metric: Metric, stages: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of each seed, the macro mean (seeds,) and what the users add to its chance (seeds, users)."""
+        panel, values = self._panel(system, stages, "macro"), self._joined(system, metric, stages)
+        return values @ panel.weight, panel.influence(values)
 
     def _estimate(
         self, system: System, metric: Metric, stages: Sequence[int], average: Literal["macro", "micro"]
@@ -287,9 +291,12 @@ class Comparison:
         comparable = [stage for stage in stages if self._same_cases_at(stage)]
         p = {}
         for stage in comparable:
+            moments = [self._moments(system, metric, [stage]) for system in self.systems]
             for a, b in pairs:
-                value, found, _ = self._difference(self.systems[a], self.systems[b], metric, [stage])
-                p[stage, a, b] = found.p(value)
+                (one, z_one), (two, z_two) = moments[a], moments[b]
+                seeds = (self.systems[a].seeds, self.systems[b].seeds)
+                found = spread_of_difference((one, two), (z_one, z_two), seeds)
+                p[stage, a, b] = found.p(float(one.mean() - two.mean()))
         adjusted = dict(zip(p, holm(np.array(list(p.values()))), strict=True))
         result = {}
         for stage in stages:

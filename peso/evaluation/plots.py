@@ -38,6 +38,7 @@ MARKERS = {
     "h": "M14 1l3.5 2v4l-3.5 2-3.5-2v-4z",
 }
 WIDTH = 4.4  # inches
+ROW_LABEL = 30  # characters of a name beside its row
 LEGEND_WIDTH = 62  # characters that fit below a plot
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {c: f"series-{i}" for i, c in enumerate(PALETTE)}
 
@@ -159,19 +160,53 @@ class HeatMap:
         return []
 
 
-def svg_file(plot: Plot | HeatMap) -> bytes:
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """One row a system, best first: its mean and how far that may be off (nan: not known).
+
+    ``faint``: rows that are set back.
+    """
+
+    name: str
+    title: str
+    description: str
+    labels: Sequence[str]
+    values: np.ndarray
+    half_widths: np.ndarray
+    faint: Sequence[bool]
+    points: bool = False
+
+    @property
+    def legend(self) -> list[Series]:
+        """None: the rows carry their names."""
+        return []
+
+
+Drawing = Plot | HeatMap | Ranking
+
+
+def files(plot: Drawing) -> dict[str, bytes]:
+    """:func:`svg_file` and :func:`png_file` by ending, laid out once."""
+    with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
+        figure = _draw(plot, alone=True)
+        svg = _print(figure, "svg", metadata={"Date": None})
+        figure.set_layout_engine("none")
+        return {".svg": svg, ".png": _print(figure, "png", dpi=200)}
+
+
+def svg_file(plot: Drawing) -> bytes:
     """The plot as a file of its own; text as outlines, so that it looks the same everywhere."""
     with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
         return _print(_draw(plot, alone=True), "svg", metadata={"Date": None})
 
 
-def png_file(plot: Plot | HeatMap) -> bytes:
+def png_file(plot: Drawing) -> bytes:
     """The plot as a picture of 200 dots an inch on white."""
     with mpl.rc_context(_STYLE):
         return _print(_draw(plot, alone=True), "png", dpi=200)
 
 
-def svg_element(plot: Plot | HeatMap) -> str:
+def svg_element(plot: Drawing) -> str:
     """The plot as an ``<svg>`` element for a page, without title, legend and ground.
 
     Its colours are the page's variables ``--ink``, ``--muted``, ``--rule`` and ``--series-0`` …; its text
@@ -198,7 +233,7 @@ def _print(figure: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _draw(plot: Plot | HeatMap, alone: bool) -> Figure:
+def _draw(plot: Drawing, alone: bool) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.2 if alone else 3.0), layout="constrained")
     if not alone:
         figure.patch.set_visible(False)
@@ -206,6 +241,9 @@ def _draw(plot: Plot | HeatMap, alone: bool) -> Figure:
     axes.patch.set_visible(False)
     if isinstance(plot, HeatMap):
         _cells(axes, plot)
+    elif isinstance(plot, Ranking):
+        figure.set_figheight(0.75 + 0.24 * len(plot.labels) + 0.2 * alone)
+        _rows(axes, plot)
     else:
         _lines(axes, plot)
     if alone:
@@ -251,6 +289,32 @@ def _cells(axes: Axes, plot: HeatMap) -> None:
     axes.set_yticks(range(rows), plot.rows)
     axes.set_xlabel(plot.column_label)
     axes.set_ylabel(plot.row_label)
+
+
+def _rows(axes: Axes, plot: Ranking) -> None:
+    for row, (value, half_width) in enumerate(zip(plot.values, plot.half_widths, strict=True)):
+        colour, alpha = (MUTED, 0.8) if plot.faint[row] else (PALETTE[0], 1.0)
+        if np.isfinite(half_width):
+            axes.plot([value - half_width, value + half_width], [row, row], color=colour, alpha=0.55)
+        axes.plot([value], [row], color=colour, alpha=alpha, marker="o", markersize=5, markeredgewidth=0.0)
+    axes.set_ylim(len(plot.labels) - 0.4, -0.6)
+    axes.set_yticks(range(len(plot.labels)), [shorten(label, ROW_LABEL) for label in plot.labels])
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+
+
+def shorten(label: str, most: int) -> str:
+    """A name cut in its middle, since its end often tells it from the others.
+
+    >>> shorten("sum-latest-inherit", 11)
+    'sum-l…herit'
+    """
+    if len(label) <= most:
+        return label
+    ahead = most // 2
+    return f"{label[:ahead]}…{label[len(label) - (most - 1 - ahead) :]}"
 
 
 def _line(axes: Axes, plot: Plot, series: Series, shift: float) -> None:
@@ -303,7 +367,7 @@ def _decades(plot: Plot) -> float:
     return float(np.log10(values.max() / values.min())) if len(values) else 0.0
 
 
-def _legend(figure: Figure, plot: Plot | HeatMap) -> None:
+def _legend(figure: Figure, plot: Drawing) -> None:
     """The legend below the axes; the figure grows by its height."""
     if len(plot.legend) < 2:
         return

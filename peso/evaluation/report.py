@@ -17,7 +17,7 @@ from markupsafe import Markup
 from peso.durable import commit_directory
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.plots import png_file, svg_element, svg_file
+from peso.evaluation.plots import files, svg_element
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections import SECTIONS
 from peso.evaluation.sections.section import Section
@@ -110,8 +110,8 @@ def _write_files(directory: Path, section: Section) -> None:
     for plot in section.plots:
         path = directory / PLOTS / plot.name
         path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".svg").write_bytes(svg_file(plot))
-        path.with_suffix(".png").write_bytes(png_file(plot))
+        for ending, content in files(plot).items():
+            path.with_suffix(ending).write_bytes(content)
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from peso.evaluation.comparison import Comparison, Standing
 from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import Metric
-from peso.evaluation.plots import HeatMap, Plot, Series
+from peso.evaluation.plots import Drawing, Series
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.tables import Mark, Quantity, Table
 
@@ -43,7 +43,7 @@ class Section:
     anchor: str
     title: str
     paragraphs: Sequence[str] = ()
-    plots: Sequence[Plot | HeatMap] = ()
+    plots: Sequence[Drawing] = ()
     tables: Sequence[Table] = ()
     folded: Sequence[Table] = ()
     listings: Sequence[Listing] = ()

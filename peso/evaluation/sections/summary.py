@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import findings, stage_range
-from peso.evaluation.sections.section import MARKS, Section, marks, quantity
+from peso.evaluation.metrics import Metric
+from peso.evaluation.plots import Ranking
+from peso.evaluation.sections.section import MARKS, Section, file_name, marks, quantity
 from peso.evaluation.tables import Cell, Quantity, Table
+
+PICTURES = (
+    "Points are means, lines their 95 % intervals; grey is significantly worse than the best. Differences "
+    "are tested pair by pair on the same cases, so two may be apart although their lines overlap."
+)
 
 
 def summary(comparison: Comparison) -> Section:
     """What was measured and what came out."""
-    return Section("summary", "Summary", findings(comparison), tables=[averages_table(comparison)])
+    several = len(comparison.systems) > 1
+    return Section(
+        "summary",
+        "Summary",
+        [*findings(comparison), *([PICTURES] if several else [])],
+        plots=[_ranking(comparison, metric) for metric in comparison.headline] if several else [],
+        tables=[averages_table(comparison)],
+    )
+
+
+def _ranking(comparison: Comparison, metric: Metric) -> Ranking:
+    means = {system.name: comparison.average(system, metric) for system in comparison.systems}
+    systems = sorted(comparison.systems, key=lambda system: -means[system.name].value)
+    behind = comparison.standing(metric).behind
+    return Ranking(
+        f"{file_name(metric)}-ranking",
+        f"{metric.label}, mean of {stage_range(comparison.averaged)}",
+        f"{metric.label} of each system, best first; see the table.",
+        [system.label for system in systems],
+        np.array([means[system.name].value for system in systems]),
+        np.array([means[system.name].half_width for system in systems]),
+        [system in behind for system in systems],
+    )
 
 
 def averages_table(comparison: Comparison) -> Table:

@@ -81,12 +81,13 @@ def spread(means: np.ndarray, influence: np.ndarray, random: bool = True) -> Spr
     0.010000000000000002
     """
     runs, users = influence.shape
-    middle = influence.mean(axis=0)
+    middle = influence[0] if runs == 1 else influence.mean(axis=0)
     of_users = float(middle @ middle) * users / (users - 1) if users > 1 else 0.0
     if runs == 1:
         return Spread(of_users, covers_seeds=not random)
     pairs = runs * (runs - 1)
-    interaction = float(np.sum((influence - middle) ** 2)) / pairs
+    flat = influence.ravel()  # Σ_s (z_s − z̄)² = Σ_s z_s² − S z̄², which needs no further array
+    interaction = max(0.0, float(flat @ flat) - runs * float(middle @ middle)) / pairs
     between = float(np.sum((means - means.mean()) ** 2)) / pairs
     if between <= (1e-13 * np.abs(means).max()) ** 2:  # rounding
         return Spread(of_users, interaction if interaction > 1e-26 else 0.0)
