@@ -26,6 +26,7 @@ from peso.events.stream import Stream
 from peso.items.imported import adopt, adopt_more
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
+from peso.items.semantic_ids import SemanticIds
 from peso.items.tokenize import append as continue_semantic_ids
 from peso.items.tokenize import tokenize as make_semantic_ids
 from peso.learning import learn_stage
@@ -214,17 +215,27 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     return read_manifest(source, IDS_FORMAT)
 
 
-def export_index(workspace: Workspace, path: Path) -> None:
-    """Write the semantic IDs of all items as the ``index.json`` of released research code.
+def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> None:
+    """Write the semantic IDs as the ``index.json`` of released research code.
+
+    Args:
+        stage: of the items that were there when this stage came; None: of all.
 
     Raises:
         WorkspaceError: there are no semantic IDs, or the disk is full.
+        DataError: the stream has no such stage.
         ExportError: the place is taken.
     """
     _require_semantic_ids(workspace)
     if path.exists():
         raise ExportError(f"{path} is there already; name a file that does not exist yet")
-    write_release_index(read_semantic_ids(workspace.semantic_ids_directory), path)
+    ids = read_semantic_ids(workspace.semantic_ids_directory)
+    if stage is not None:
+        stream = _stream(workspace)
+        stream.stage(stage)  # raises for a stage that does not exist
+        count = stream.items_known(stage)
+        ids = SemanticIds(ids.item_ids[:count], ids.codes[:count], ids.sizes)
+    write_release_index(ids, path)
 
 
 # -- learning ----------------------------------------------------------------------------------------
@@ -314,13 +325,19 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
 
 
 def _require_catalogue(workspace: Workspace) -> None:
-    """Refuse lists longer than the catalogue before anything long starts."""
+    """Refuse lists longer than the catalogue, and segments it does not know, before anything long starts."""
     asked, ids = max(workspace.config.evaluation.k), read_semantic_ids(workspace.semantic_ids_directory)
     if workspace.config.evaluation.enabled and asked > ids.trie.leaves:
         raise DataError(
             f"evaluation.k asks for {asked} items, but the catalogue has {ids.trie.leaves} distinct semantic "
             "IDs; ask for fewer"
         )
+    if workspace.config.report.segments:
+        from peso.summary import catalogue
+
+        known = catalogue(workspace)
+        for column in workspace.config.report.segments:
+            known.require_column(column)
 
 
 def _vector_cache() -> Path:

@@ -29,6 +29,7 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.manifest import read_manifest
 from peso.testing import is_tested, read_metrics, test_directory
+from peso.user_table import read_user_table
 from peso.workspace import LOG, METRICS, PREDICTIONS, Workspace
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
@@ -42,7 +43,8 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
         WorkspaceError: a workspace has no tested stage.
     """
     title = workspaces[0].config.report.title or f"peso: {', '.join(names(workspaces))}"
-    write_report(directory, runs_of(workspaces), title, workspaces[0].config.evaluation.k)
+    config = workspaces[0].config
+    write_report(directory, runs_of(workspaces), title, config.evaluation.k, config.report.segments)
 
 
 def sentences(workspaces: Sequence[Workspace]) -> list[str]:
@@ -86,8 +88,9 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
 
 def catalogue(workspace: Workspace) -> Catalogue:
     """Of a workspace's stream and semantic IDs: what figures of lists and of popularity need."""
-    stream = Stream.open(workspace.stream_directory)
-    return Catalogue.of(stream, read_semantic_ids(workspace.semantic_ids_directory))
+    stream, users = Stream.open(workspace.stream_directory), workspace.config.report.users
+    ids = read_semantic_ids(workspace.semantic_ids_directory)
+    return Catalogue.of(stream, ids, read_user_table(users) if users else None)
 
 
 def popularity(workspace: Workspace) -> RunSummary:
@@ -102,7 +105,7 @@ def popularity(workspace: Workspace) -> RunSummary:
         labels = label_cases(stages[:number], stage)
         depth = min(workspace.config.decoding.beams, ids.trie.leaves)
         answers[number] = StageSummary(predict_popularity(stages[: number + 1], stage, labels, ids, depth))
-    return RunSummary("popularity", "popularity (all time)", answers, catalogue=Catalogue.of(stream, ids))
+    return RunSummary("popularity", "popularity (all time)", answers, catalogue=catalogue(workspace))
 
 
 def strategy_label(config: Config) -> str:

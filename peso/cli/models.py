@@ -56,6 +56,8 @@ def export(
 ) -> None:
     """Write a stage's model, or the semantic IDs, for others: Transformers, vLLM, PEFT, research code.
 
+    The index is that of all items; with --stage of those that were there when the stage came.
+
     Example: peso export -w runs/games --format merged -o exported
 
     Example: peso export -w runs/games --format index -o games.index.json
@@ -64,7 +66,7 @@ def export(
         from peso import pipeline
         from peso.workspace import Workspace
 
-        pipeline.export_index(Workspace.open(workspace), output)
+        pipeline.export_index(Workspace.open(workspace), output, stage)
         print(output)
         return
     from peso.model.export import export_merged, export_peft

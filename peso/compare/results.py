@@ -114,7 +114,8 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
         beside = [pair for pair in collected.baselines if (pair[0].data, pair[0].backbone) == cell]
         runs += _baselines(first, beside)
     title = plan.common.report.title or f"peso compare: {directory.name}"
-    return write_report(directory / "report", runs, title, plan.common.evaluation.k, paired=True)
+    columns = plan.common.report.segments
+    return write_report(directory / "report", runs, title, plan.common.evaluation.k, columns, paired=True)
 
 
 def run_summary(run: Run, found: Standing) -> RunSummary:

@@ -87,3 +87,5 @@ class EvaluationConfig(Section):
 
 class ReportConfig(Section):
     title: str | None = None
+    segments: list[str] = Field([], description="columns of the item or user table that part the cases too")
+    users: str | None = Field(None, description="the user table: CSV, Parquet or JSON lines with user_id")

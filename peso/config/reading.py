@@ -86,6 +86,9 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
     if items.index is not None:
         items = items.model_copy(update={"index": _absolute(items.index, base)})
     config = config.model_copy(update={"items": items})
+    if config.report.users is not None:
+        users = _absolute(config.report.users, base)
+        config = config.model_copy(update={"report": config.report.model_copy(update={"users": users})})
     if config.data.path is None:
         return config
     update: dict[str, Any] = {"path": _absolute(config.data.path, base)}
