@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import CASES, across, run
 
+from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections.transfer import matrix, transfer
@@ -58,6 +59,34 @@ def test_matrix_holds_the_means_of_the_tests() -> None:
     assert results.shape == (len(CASES), len(CASES))
     assert results[1, 3] == pytest.approx(metric.values(system.first.across[1, 3]).mean())
     assert results[2, 2] == pytest.approx(metric.values(system.first.stages[2].predictions).mean())
+
+
+def test_figures_of_the_report_are_those_of_the_matrix_with_the_interval_of_paired_cases() -> None:
+    comparison = Comparison([with_across("a", "single", 0.5)], [10])
+    (system,) = comparison.systems
+    metric = comparison.metric("log_probability")
+    results = matrix(system, metric)
+    (table,) = [t for t in transfer(comparison).tables if t.name == "log-probability-transfer"]
+    functions = (backward_transfer, forward_transfer, forgetting)
+    for cell, function in zip(table.rows[0][1:4], functions, strict=True):
+        assert cell.value == pytest.approx(function(results))  # type: ignore[union-attr]
+    # by hand: the mean over stages 0 … 3 of the mean change of their cases, users added up over stages
+    last, changes = len(CASES) - 1, {}
+    for j in range(last):
+        own, later = system.first.stages[j].predictions, system.first.across[last, j]
+        change = metric.values(later) - metric.values(own)
+        for user, value in zip(own.users, change - change.mean(), strict=True):
+            changes[user] = changes.get(user, 0.0) + value / len(change) / last
+    error = np.sqrt(len(changes) / (len(changes) - 1) * sum(value**2 for value in changes.values()))
+    assert table.rows[0][1].half_width == pytest.approx(1.959964 * error, rel=1e-5)  # type: ignore[union-attr]
+
+
+def test_a_test_of_other_cases_is_refused() -> None:
+    tests = across(0.5, 3)
+    tests[4, 1] = tests[4, 1].take(range(5))
+    broken = replace(run("a", "single", 0.5, seed=3), across=tests)
+    with pytest.raises(WorkspaceError, match="different cases of stage 1"):
+        transfer(Comparison([broken], [10]))
 
 
 def test_regret_is_the_paired_difference_to_learning_anew() -> None:

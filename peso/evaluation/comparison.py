@@ -19,6 +19,7 @@ from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.intervals import Estimate
 from peso.evaluation.lists import ListFigures, list_figures
 from peso.evaluation.metrics import Metric, default_metrics
+from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.segmentation import ACTIVE, HISTORY, ITEMS, USERS, Segmentation, by_column, by_popularity
 from peso.evaluation.significance.contrasts import LEVEL, Contrasts, SystemValues
@@ -26,6 +27,7 @@ from peso.evaluation.significance.correction import holm
 from peso.evaluation.significance.panel import Panel
 from peso.evaluation.significance.spread import Spread, spread, spread_of_difference
 from peso.evaluation.systems import System, systems_of
+from peso.evaluation.transfer import Term
 
 
 class Comparison:
@@ -221,6 +223,35 @@ class Comparison:
         """
         value, found, cases = self._difference(system, other, metric, stages or self.averaged)
         return Estimate(value, value - found.half_width, value + found.half_width, cases)
+
+    def change(self, system: System, metric: Metric, terms: Sequence[Term]) -> Estimate | None:
+        """Mean over stages j of what the model after stage a is better than that after b on the cases of j,
+        case by case; of the seeds that were tested on other stages. None where a test is missing.
+
+        Raises:
+            WorkspaceError: a test holds other cases than the stage's own.
+        """
+        runs = [run for run in system.runs if run.across]
+        if not terms or not runs:
+            return None
+        rows = []
+        for run in runs:
+            parts = []
+            for j, a, b in terms:
+                found = [run.stages[j].predictions if i == j else run.across.get((i, j)) for i in (a, b)]
+                if None in found or j not in run.stages:
+                    return None
+                one, two = (
+                    metric.values(self._same_as_own(run, j, some)) for some in found if some is not None
+                )
+                parts.append((one - two)[self._sorted(run, j)])
+            rows.append(np.concatenate(parts))
+        return _estimate(np.stack(rows), self._panel(system, [j for j, _, _ in terms], "macro"), system)
+
+    def _same_as_own(self, run: RunSummary, stage: int, tested: Predictions) -> Predictions:
+        if tested.users != run.stages[stage].predictions.users:
+            raise _not_paired(run.name, f"its test on stage {stage}", stage)
+        return tested
 
     def _difference(
         self, system: System, other: System, metric: Metric, stages: Sequence[int]

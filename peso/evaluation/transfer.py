@@ -1,12 +1,42 @@
 """What learning one stage does to the others: transfer and forgetting.
 
 Knows the matrix R, R[i, j] = result of the model after stage i on the test cases of stage j (larger is
-better; nan where it was not tested); knows nothing of models or metrics. T is the last stage.
+better; nan where it was not tested); knows nothing of models or metrics. T is the last stage. Each figure is
+a mean over stages j of R[a, j] − R[b, j]: how much better model a does on the cases of j than model b. Which
+models those are is what makes the figure, and what its interval is computed from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+Term = tuple[int, int, int]  # stage j, models a and b
+
+
+def figure(results: np.ndarray, terms: Sequence[Term]) -> float:
+    """1/n Σ (R[a, j] − R[b, j]); nan if there is no term or an entry is missing."""
+    return float(np.mean([results[a, j] - results[b, j] for j, a, b in terms])) if terms else np.nan
+
+
+def backward_terms(results: np.ndarray) -> list[Term]:
+    """(j, T, j) for j < T."""
+    last = len(results) - 1
+    return [(j, last, j) for j in range(last)]
+
+
+def forward_terms(results: np.ndarray) -> list[Term]:
+    """(j, j − 1, 0) for 2 ≤ j ≤ T."""
+    return [(j, j - 1, 0) for j in range(2, len(results))]
+
+
+def forgetting_terms(results: np.ndarray) -> list[Term]:
+    """(j, argmax_{i<T} R[i, j], T) for j < T; none where an entry is missing."""
+    last = len(results) - 1
+    if np.isnan(results[:, :last]).any():
+        return []
+    return [(j, int(results[:last, j].argmax()), last) for j in range(last)]
 
 
 def backward_transfer(results: np.ndarray) -> float:
@@ -19,8 +49,7 @@ def backward_transfer(results: np.ndarray) -> float:
     >>> backward_transfer(np.array([[0.5, 0.1], [0.3, 0.6]]))
     -0.2
     """
-    last = len(results) - 1
-    return float(np.mean(results[last, :last] - np.diag(results)[:last])) if last else np.nan
+    return figure(results, backward_terms(results))
 
 
 def forward_transfer(results: np.ndarray) -> float:
@@ -35,8 +64,7 @@ def forward_transfer(results: np.ndarray) -> float:
     >>> round(forward_transfer(results), 3)
     0.3
     """
-    stages = np.arange(2, len(results))
-    return float(np.mean(results[stages - 1, stages] - results[0, stages])) if len(stages) else np.nan
+    return figure(results, forward_terms(results))
 
 
 def forgetting(results: np.ndarray) -> float:
@@ -49,5 +77,4 @@ def forgetting(results: np.ndarray) -> float:
     >>> round(forgetting(np.array([[0.5, 0.1], [0.3, 0.6]])), 3)
     0.2
     """
-    last = len(results) - 1
-    return float(np.mean(results[:last, :last].max(axis=0) - results[last, :last])) if last else np.nan
+    return figure(results, forgetting_terms(results))

@@ -9,8 +9,8 @@ from peso.evaluation.metrics import Metric
 from peso.evaluation.plots import HeatMap
 from peso.evaluation.sections.section import Section, file_name, quantity
 from peso.evaluation.systems import System
-from peso.evaluation.tables import Cell, Quantity, Table
-from peso.evaluation.transfer import backward_transfer, forgetting, forward_transfer
+from peso.evaluation.tables import Cell, Table
+from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_terms
 
 FEW = 6  # systems with a heat map for each of two metrics; of more, one each
 RETRAIN = "retrain"  # the strategy that learns every stage anew from all data so far
@@ -27,7 +27,8 @@ def transfer(comparison: Comparison) -> Section:
             title,
             [
                 "Not measured: it needs the models after each stage tested on the cases of the others "
-                "(`peso evaluate --on`), or a system that learns every stage anew (`retrain`)."
+                "(`transfer` in a comparison, `peso evaluate --on`), or a system that learns each stage anew "
+                "(`retrain`)."
             ],
         )
     text = (
@@ -68,11 +69,11 @@ def _table(comparison: Comparison, metric: Metric, anew: System | None) -> Table
     rows: list[list[Cell]] = []
     for system in comparison.systems:
         results = matrix(system, metric)
-        figures = [function(results) for function in (backward_transfer, forward_transfer, forgetting)]
+        terms = [function(results) for function in (backward_terms, forward_terms, forgetting_terms)]
         regret: Cell = None
         if anew is not None and system is not anew and comparison.same_cases:
             regret = quantity(comparison.difference(anew, system, metric), metric)
-        cells = [None if np.isnan(f) else Quantity(f, decimals=metric.decimals) for f in figures]
+        cells = [quantity(comparison.change(system, metric, some), metric) for some in terms]
         if any(cell is not None for cell in [*cells, regret]):
             rows.append([system.label, *cells, regret])
     return Table(
@@ -80,6 +81,8 @@ def _table(comparison: Comparison, metric: Metric, anew: System | None) -> Table
         f"{metric.label}: transfer and forgetting",
         ["Strategy", "Backward transfer", "Forward transfer", "Forgetting", "Regret against retraining"],
         rows,
+        "± is the half width of the 95 % interval over the users, of the seeds that were tested on other "
+        "stages; for forgetting with the best model on each stage taken as given.",
     )
 
 
