@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import example_runs
 
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.intervals import mean_of_stages
 from peso.evaluation.lists import (
     coverage,
     gini,
@@ -83,3 +87,30 @@ def test_order_in_a_list_changes_nothing(lists: np.ndarray) -> None:
 
 def test_lists_are_cut_at_k() -> None:
     assert item_rows([["a", "b", "c"]], {"a": 0, "b": 1, "c": 2}, k=2).tolist() == [[0, 1]]
+
+
+def test_figures_of_cases_have_intervals_over_users_and_those_of_a_catalogue_have_none() -> None:
+    popularity, other, *_ = example_runs()
+    generator = np.random.default_rng(0)
+    varied = {
+        stage: replace(
+            one,
+            predictions=replace(
+                one.predictions,
+                items=[
+                    [f"i{item}" for item in generator.permutation(500)[:10]] for _ in one.predictions.users
+                ],
+            ),
+        )
+        for stage, one in other.stages.items()
+    }
+    comparison = Comparison([popularity, replace(other, stages=varied)], [10])
+    system, stages = comparison.systems[1], comparison.averaged
+    figures = [comparison.list_figures(system.first, stage) for stage in stages]
+    users = [np.array(system.first.stages[stage].predictions.users) for stage in stages]
+    expected = mean_of_stages([figure.novelty for figure in figures], users)
+    found = comparison.list_mean(system, "novelty", stages)
+    assert found.value == pytest.approx(expected.value)
+    assert expected.has_interval
+    assert found.half_width == pytest.approx(expected.half_width, rel=1e-3)
+    assert not comparison.list_mean(system, "coverage", stages).has_interval

@@ -578,6 +578,24 @@ def _without_levels(stage: StageSummary) -> Predictions:
     return replace(stage.predictions, target_level_log_probabilities=None)
 
 
+def test_the_report_says_whether_seeds_share_their_base_stage() -> None:
+    def based(runs: list[RunSummary], shared: bool) -> list[RunSummary]:
+        return [
+            replace(one, manifests=[{"stage": 0, "determined_by": "x" if shared else one.name}])
+            for one in runs
+        ]
+
+    one, two = seeds("single", "single", 0.4), seeds("peso", "peso", 0.5)
+    for runs, words in {
+        "shared": (based(one, True) + based(two, True), ["The seeds of all systems share one stage 0"]),
+        "apart": (based(one, False) + based(two, False), ["Each seed of every system has a stage 0"]),
+        "both": (based(one, True) + based(two, False), ["seeds of “single” share", "Each seed of “peso”"]),
+    }.values():
+        text = " ".join(findings(Comparison(runs, [10])))
+        assert all(word in text for word in words), text
+    assert "stage 0" not in " ".join(findings(Comparison(one + two, [10])))  # nothing is known
+
+
 def test_sections_stand_alone() -> None:
     """Each is a function of the comparison and names files and addresses that no other uses."""
     sections = [section(Comparison(example_runs(), [5, 10])) for section in SECTIONS]

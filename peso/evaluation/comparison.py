@@ -81,6 +81,7 @@ class Comparison:
         self._numbers: dict[str, int] = {}
         self._values: dict[tuple[str, int, str], np.ndarray] = {}
         self._same: dict[int, bool] = {}
+        self._lists: dict[tuple[str, int], ListFigures] = {}
         self._panels: dict[tuple[str, tuple[int, ...], str], Panel] = {}
         self._groups: dict[tuple[str, str], np.ndarray] = {}
         self.segmentations = self._segmentations(columns)
@@ -196,7 +197,28 @@ class Comparison:
         """Of one stage's lists, cut at the largest k."""
         if self.catalogue is None:
             raise ValueError("no run brings a catalogue")
-        return list_figures(run.stages[stage].predictions, self.catalogue, stage, self.ks[-1])
+        key = (run.name, stage)
+        if key not in self._lists:
+            predictions = run.stages[stage].predictions
+            self._lists[key] = list_figures(predictions, self.catalogue, stage, self.ks[-1])
+        return self._lists[key]
+
+    def list_mean(self, system: System, name: str, stages: Sequence[int]) -> Estimate:
+        """Macro mean of a figure of lists over some stages; no interval where it is one of whole stages, or
+        where a list is empty."""
+        found = [[self.list_figures(run, stage) for stage in stages] for run in system.runs]
+        value = float(np.mean([[one.mean(name) for one in row] for row in found]))
+        if not isinstance(getattr(found[0][0], name), np.ndarray):
+            return Estimate(value, np.nan, np.nan, 0)
+        values = [
+            np.concatenate(
+                [getattr(one, name)[self._sorted(run, stage)] for one, stage in zip(row, stages, strict=True)]
+            )
+            for run, row in zip(system.runs, found, strict=True)
+        ]
+        if np.isnan(values).any():
+            return Estimate(value, np.nan, np.nan, len(values[0]))
+        return _estimate(np.stack(values), self._panel(system, stages, "macro"), system)
 
     def _segmentations(self, columns: Sequence[str]) -> list[Segmentation]:
         always = [USERS, ITEMS, HISTORY, ACTIVE]

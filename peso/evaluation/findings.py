@@ -23,7 +23,7 @@ def findings(comparison: Comparison) -> list[str]:
         results = [_values(comparison)]
     else:
         results = [_result(comparison, metric) for metric in comparison.headline]
-    return [_scope(comparison), *results, *_gaps(comparison), _caution(comparison)]
+    return [_scope(comparison), *results, *_gaps(comparison), _caution(comparison), *_bases(comparison)]
 
 
 def stage_range(stages: Sequence[int]) -> str:
@@ -144,6 +144,31 @@ def _gaps(comparison: Comparison) -> list[str]:
     if comparison.averaged == [0]:
         notes.append("No later stage has been evaluated yet, so all figures are those of stage 0.")
     return notes
+
+
+def _bases(comparison: Comparison) -> list[str]:
+    """Whether the seeds of a system share their stage 0, as far as manifests tell."""
+    shared, apart = list[str](), list[str]()
+    for system in comparison.systems:
+        bases = [
+            manifest["determined_by"]
+            for run in system.runs
+            for manifest in run.manifests
+            if manifest.get("stage") == 0 and "determined_by" in manifest
+        ]
+        if len(bases) == len(system.runs) > 1:
+            (shared if len(set(bases)) == 1 else apart).append(_name(system))
+    sentences = []
+    if shared:
+        whose = _some(shared) if apart else "all systems"
+        sentences.append(
+            f"The seeds of {whose} share one stage 0: intervals do not cover what another one would have "
+            "given."
+        )
+    if apart:
+        whose = _some(apart) if shared else "every system"
+        sentences.append(f"Each seed of {whose} has a stage 0 of its own, which intervals cover.")
+    return sentences
 
 
 def _caution(comparison: Comparison) -> str:

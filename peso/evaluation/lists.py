@@ -103,15 +103,19 @@ def prefix_diversity(lists: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return np.divide(distance, pairs, out=np.full(len(lists), np.nan), where=pairs > 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ListFigures:
-    """Of the lists of one stage, or several; see the functions of the same names."""
+    """Of the lists of one stage; see the functions of the same names. Arrays are float64 (cases,)."""
 
     coverage: float
     gini: float
-    novelty: float
-    popularity_percentile: float
-    prefix_diversity: float
+    novelty: np.ndarray
+    popularity_percentile: np.ndarray
+    prefix_diversity: np.ndarray
+
+    def mean(self, name: str) -> float:
+        """A figure of the stage: of one value a case their mean, empty lists left out."""
+        return float(np.nanmean(getattr(self, name)))
 
 
 def list_figures(predictions: Predictions, catalogue: Catalogue, stage: int, k: int) -> ListFigures:
@@ -121,9 +125,9 @@ def list_figures(predictions: Predictions, catalogue: Catalogue, stage: int, k: 
     return ListFigures(
         coverage=coverage(lists, len(seen)),
         gini=gini(lists, len(seen)),
-        novelty=float(np.nanmean(novelty(lists, seen))),
-        popularity_percentile=float(np.nanmean(popularity_percentile(lists, catalogue.percentiles(stage)))),
-        prefix_diversity=float(np.nanmean(prefix_diversity(lists, catalogue.codes))),
+        novelty=novelty(lists, seen),
+        popularity_percentile=popularity_percentile(lists, catalogue.percentiles(stage)),
+        prefix_diversity=prefix_diversity(lists, catalogue.codes),
     )
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import numpy as np
-
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import stage_range
 from peso.evaluation.lists import ListFigures
@@ -40,6 +38,8 @@ def lists(comparison: Comparison) -> Section:
                 f"Lists of {k}, mean of {stage_range(stages)}",
                 ["Strategy", *HEADS],
                 [_row(comparison, system, stages) for system in comparison.systems],
+                "± is the half width of the 95 % interval; coverage and Gini index are of all lists together "
+                "and have none.",
             )
         ],
         folded=[
@@ -59,6 +59,5 @@ def lists(comparison: Comparison) -> Section:
 
 
 def _row(comparison: Comparison, system: System, stages: list[int]) -> list[Quantity | str | None]:
-    found = [comparison.list_figures(run, stage) for run in system.runs for stage in stages]
-    means = [float(np.mean([getattr(one, f.name) for one in found])) for f in fields(ListFigures)]
-    return [system.label, *(Quantity(mean, decimals=d) for mean, d in zip(means, DECIMALS, strict=True))]
+    means = [comparison.list_mean(system, figure.name, stages) for figure in fields(ListFigures)]
+    return [system.label, *(Quantity.of(mean, d) for mean, d in zip(means, DECIMALS, strict=True))]
