@@ -95,7 +95,7 @@ def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[
         tokenize(workspace, observer)
     elif items_without_id(workspace):
         tokenize_new(workspace, observer)
-    _require_catalogue(workspace)
+    require_catalogue(workspace)
     if base is not None and 0 not in workspace.finished_stages:
         take_base(workspace, Workspace.open(base), observer)
     return list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages))
@@ -324,7 +324,7 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
         observer.note(f"stage {stage}: taken over from {base.root}")
 
 
-def _require_catalogue(workspace: Workspace) -> None:
+def require_catalogue(workspace: Workspace) -> None:
     """Refuse lists longer than the catalogue, and segments it does not know, before anything long starts."""
     asked, ids = max(workspace.config.evaluation.k), read_semantic_ids(workspace.semantic_ids_directory)
     if workspace.config.evaluation.enabled and asked > ids.trie.leaves:

@@ -358,6 +358,14 @@ def test_after_the_deadline_training_stops_at_its_next_checkpoint_and_no_sooner(
         late.advance(1)
 
 
+@pytest.mark.parametrize("mistake", ["report.segments=[colour]", "evaluation.k=[60]"])
+def test_what_the_catalogue_does_not_have_is_refused_before_stage_0_is_learnt(tmp_path, mistake):
+    run = plan_of(tmp_path, {"strategies": ["single"]}, "decoding.beams=60", mistake).runs[0]
+    with pytest.raises((ConfigError, DataError), match=r"colour|60 items"):
+        do(run.task)
+    assert not list((tmp_path / "w").glob("base/**/stages"))
+
+
 def test_workers_share_the_cores_between_them():
     cores = len(os.sched_getaffinity(0))
     assert Machine.of("auto", "cpu").workers == cores

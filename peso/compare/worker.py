@@ -118,6 +118,8 @@ def work(job: Job, out: Any) -> None:
                 pipeline.tokenize(workspace, reporter)
         elif not workspace.has_semantic_ids:
             pipeline.take_data(workspace, Workspace.open(job.data), reporter)
+        if job.last_stage != -1:
+            pipeline.require_catalogue(workspace)
         if job.base is not None:
             pipeline.take_base(workspace, Workspace.open(job.base), reporter)
         if job.baseline is not None:
