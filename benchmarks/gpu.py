@@ -2,6 +2,8 @@
 
     python benchmarks/gpu.py [--quick] [--device cuda] [--peak-tflops T] [--model NAME]
 
+Each figure is also told on stderr as soon as it is measured.
+
 Two models: SmolLM2-135M (where it was pulled, else random weights of its shape) and random weights of
 Llama-3.2-1B's shape. Training: optimiser steps of the same targets, LoRA on seven projections, loss
 vocabulary `full`, products in bfloat16 (`training.precision: auto`, layers compiled or not); the usual way
@@ -109,6 +111,7 @@ class Bench:
 
     def __init__(self, name: str, device: torch.device, size: Size, peak: float | None) -> None:
         self.name, self.device, self.size, self.peak = name, device, size, peak
+        self.began = time.perf_counter()
         self.compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.ids, sequences, self.data = toy_data() if name == "toy" else on_cpu.real_or_random()
         self.sequences: list[TargetSequence] = sequences
@@ -137,11 +140,18 @@ class Bench:
     def result(self) -> dict[str, Any]:
         return {"data": self.data, "training": self.training(), "decoding": self.decoding()}
 
+    def told(self, what: str, figures: dict[str, Any]) -> dict[str, Any]:
+        """The same figures, told at once: what stops the script takes only what is not measured yet."""
+        line = {"model": self.name, "what": what, "at": round(time.perf_counter() - self.began), **figures}
+        print(json.dumps(line), file=sys.stderr, flush=True)
+        return figures
+
     # -- training --------------------------------------------------------------------------------
 
     def training(self) -> dict[str, Any]:
-        found = {f"ours, {layout}": self.ours(layout) for layout in ("instruct", "stream")}
-        found["ours, instruct, not compiled"] = self.ours("instruct", compiled=False)
+        found = {"ours, instruct, not compiled": self.ours("instruct", compiled=False)}
+        for layout in ("instruct", "stream"):
+            found[f"ours, {layout}"] = self.ours(layout)
         for name, way in (("usual way", UsualWay), ("expert's way", ExpertWay)):
             tried = [self.theirs(way, batch) for batch in self.size.train_batches]
             found[name] = max(tried, key=lambda figures: figures["examples_per_second"])
@@ -222,12 +232,13 @@ class Bench:
         )
         positions = targets * (self.ids.levels + (len(model.layout.end)))
         needed = self.flops(tokens, positions, trained_head=False)
-        return {
+        figures = {
             "loss": loss,
             "first_step_seconds": at[0] - started,
             "gpu_time": device_time(profiler) if self.device.type == "cuda" else None,
             **self.speed(targets, tokens, needed, seconds),
         }
+        return self.told(f"training, ours, {layout}{'' if compiled else ', not compiled'}", figures)
 
     def theirs(self, way: type[UsualWay], batch: int) -> dict[str, Any]:
         model, size = self.model("instruct"), self.size
@@ -256,7 +267,8 @@ class Bench:
         seconds = time.perf_counter() - started
         usual = way is UsualWay
         needed = self.flops(tokens, tokens if usual else positions, trained_head=usual)
-        return {"loss": loss, "batch_size": batch, **self.speed(targets, tokens, needed, seconds)}
+        figures = {"loss": loss, "batch_size": batch, **self.speed(targets, tokens, needed, seconds)}
+        return self.told(f"training, {way.__name__}, {batch} at once", figures)
 
     def flops(self, tokens: int, predicted: int, *, trained_head: bool) -> float:
         config = SHAPES[self.name]
@@ -289,16 +301,19 @@ class Bench:
             def ours(some: list[np.ndarray], model: GenerativeModel = model, batch: int = batch) -> Any:
                 return search(model, some, beams=BEAMS, batch_size=batch)
 
-            found[f"ours, {layout}"] = self.answering(ours, histories, self.size.requests)
+            found[f"ours, {layout}"] = self.told(
+                f"decoding, ours, {layout}", self.answering(ours, histories, self.size.requests)
+            )
         for name, way in (("usual way", generation.UsualWay), ("expert's way", generation.ExpertWay)):
             usual = way(self.model("instruct", self.compute).eval())
             tried = {}
             for size in self.size.generate_batches:
-                tried[size] = self.answering(
+                figures = self.answering(
                     lambda some, usual=usual, size=size: usual.in_batches(some, BEAMS, size),
                     histories[: max(8, 2 * size)],
                     -(-self.size.requests // 4) if size == 1 else 0,
                 )
+                tried[size] = self.told(f"decoding, {name}, {size} at once", figures)
             best = max(tried, key=lambda size: tried[size]["users_per_second"])
             found[name] = {**tried[1], **tried[best], "batch_size": best}
         ratios = {}
