@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import resource
 import signal
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -14,7 +15,7 @@ from peso.config import load_config
 from peso.durable import commit_directory, write_aside, write_atomically
 from peso.errors import WorkspaceError
 from peso.manifest import write_manifest
-from peso.workspace import FORMAT, Workspace
+from peso.workspace import FORMAT, Workspace, provenance
 
 SIMULATED = {"data": "simulate", "backbone": "tiny"}
 
@@ -188,3 +189,18 @@ def test_the_newest_stage_is_the_default_and_an_unknown_one_is_named(workspace):
     assert workspace.require_stage(None) == 1
     with pytest.raises(WorkspaceError, match=r"stage 7.*\[0, 1\]"):
         workspace.require_stage(7)
+
+
+def test_a_source_tree_that_is_not_installed_can_still_say_with_what_it_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(package: str) -> str:
+        if package == "peso":
+            raise PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr("peso.workspace.version", missing)
+    found = provenance()
+    assert found["versions"]["peso"] is None
+    assert found["versions"]["torch"] == "1.2"
+    assert "accelerator" in found["hardware"]
