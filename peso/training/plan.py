@@ -23,7 +23,7 @@ from peso.training.likelihood import predicts_end
 # one row at a time, whose activations are all that it then keeps. Where attention costs what is seen, rows
 # may be longer than where it is computed between all tokens of a row, seen or not. A GPU wants much work at
 # once, in few shapes: for each new one its attention is planned anew, which takes longer than a whole pass.
-ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (640, 640, 1), (384, 384, 1), (1536, 16384, 16)
+ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (1152, 1152, 1), (384, 384, 1), (1536, 16384, 16)
 MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
 
 
