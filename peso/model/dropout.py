@@ -35,11 +35,11 @@ class BitDropout(nn.Module):
 
 
 def bit_mask(x: Tensor, p: float) -> Tensor:
-    """int8 of the shape of ``x``: 0 with probability p (a multiple of 2⁻¹⁶), else -1 (all bits set)."""
+    """int16 of the shape of ``x``: 0 with probability p (a multiple of 2⁻¹⁶, one at least), else -1 (all bits)."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2¹⁵ … 2¹⁵ - 1
-    kept = bits >= round(p * _STEPS) - _STEPS // 2
-    return kept.view(torch.int8).neg_()
+    stop = _STEPS // 2 - max(1, round(p * _STEPS))  # a share 1 - p lies below
+    return bits.clamp_(stop - 1, stop).sub_(stop)  # several times faster than a comparison
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:

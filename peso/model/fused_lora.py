@@ -88,7 +88,7 @@ def _drop(rows: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor | None, 
 
 def _drop_again(rows: Tensor, mask: Tensor, p: float) -> Tensor:
     """The same selection, for a gradient that holds the scale that :func:`_drop` returned."""
-    if mask.dtype == torch.int8:
+    if mask.dtype == torch.int16:
         return masked(rows, mask)
     return torch.ops.aten.native_dropout_backward(rows, mask, 1 / (1 - p))
 
