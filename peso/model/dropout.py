@@ -35,7 +35,7 @@ class BitDropout(nn.Module):
 
 
 def bit_mask(x: Tensor, p: float) -> Tensor:
-    """int16 of the shape of ``x``: 0 with probability p (a multiple of 2⁻¹⁶, one at least), else -1 (all bits)."""
+    """int16 of the shape of ``x``: 0 with probability p (a multiple of 2⁻¹⁶, at least one), else -1."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2¹⁵ … 2¹⁵ - 1
     stop = _STEPS // 2 - max(1, round(p * _STEPS))  # a share 1 - p lies below
