@@ -114,7 +114,7 @@ def main() -> None:
         for layout, model in models(backbone, arguments.layers, ids, dtype).items()
     }
     theirs = {name: way(ours["instruct float32"]) for name, way in ((USUAL, UsualWay), (EXPERT, ExpertWay))}
-    probe = histories[: users // 2]
+    probe = histories[: max(8, users // 4)]
     tried: dict[str, dict[int, float]] = {}
     for name, way in theirs.items():
         way.generate(probe[:1], BEAMS)  # warms up
