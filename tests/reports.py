@@ -252,9 +252,7 @@ def many_runs(seeds: int = 4, cases: tuple[int, ...] = VIDEO_GAMES) -> list[RunS
     names += ["retrain", "softmax[strength=0.1]", "softmax[strength=1]", "softmax[strength=10]"]
     runs = [
         replace(
-            run(
-                f"{name}/{seed}", name, 0.3 + 0.02 * place, 10 * seed + place, 1e-4 * place, cases=VIDEO_GAMES
-            ),
+            run(f"{name}/{seed}", name, 0.3 + 0.02 * place, 10 * seed + place, 1e-4 * place, cases=cases),
             configuration=CONFIGURATION.format(strategy=name, weight=1.0 * place),
             seed=seed,
             family=name.partition("[")[0],

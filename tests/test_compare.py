@@ -20,7 +20,7 @@ from peso.compare.machine import Machine
 from peso.compare.plan import Plan, make_plan
 from peso.compare.results import collect, write_results
 from peso.compare.schedule import Schedule
-from peso.compare.standing import is_done, standing, tests_across
+from peso.compare.standing import is_done, pairs_across, standing
 from peso.compare.tuning import choose, validation_loss
 from peso.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
 from peso.config import load_config
@@ -446,7 +446,7 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
     shutil.copytree(plan.runs[0].task.root, by_hand.root)
     for folder in by_hand.root.glob("stages/*/on=*"):
         shutil.rmtree(folder)
-    for stage, on in tests_across(3):
+    for stage, on in pairs_across(3):
         testing.test(by_hand, stage, on, Silent())
     BaselineRun(by_hand, read_baseline({"name": "hybrid", **quick})).run(Silent())
     done = result_files(plan.runs[0].task.root)

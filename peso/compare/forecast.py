@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from peso.compare.plan import Plan, Task
-from peso.compare.standing import is_done, standing, tests_across
+from peso.compare.standing import is_done, pairs_across, standing
 from peso.durable import digest
 from peso.estimate import Estimate, Speed, baseline_estimate, estimate
 from peso.stages import stage_shape
@@ -94,7 +94,7 @@ def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
         return Expected(name, "missing", None, next((e.note for e in steps if e.minutes is None), ""))
     workspace = Workspace(task.root, task.config)
     learnt = workspace.finished_stages
-    pairs = tests_across(len(tests))
+    pairs = pairs_across(len(tests))
     missing = [(i, j) for i, j in pairs if i not in learnt or not is_tested(workspace, i, j)]
     state = f"{len(pairs) - len(missing)} of {len(pairs)} tests" if len(missing) < len(pairs) else "missing"
     return Expected(name, state, sum(tests[j] or 0.0 for _, j in missing), f"{len(missing)} tests")

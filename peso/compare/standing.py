@@ -70,7 +70,7 @@ def _means(later: Sequence[Mapping[str, Any]], k: int) -> tuple[float | None, fl
     return mean(f"hit@{k}"), mean(f"ndcg@{k}")
 
 
-def tests_across(stages: int) -> list[tuple[int, int]]:
+def pairs_across(stages: int) -> list[tuple[int, int]]:
     """(model after stage i, cases of stage j ≠ i), all that forgetting and transfer are computed from."""
     return [(i, j) for i in range(stages) for j in range(stages) if i != j]
 
@@ -80,7 +80,7 @@ def _transfer_standing(task: Task, workspace: Workspace) -> Standing:
     if stages is None:
         return Standing(0, None)
     learnt = workspace.finished_stages
-    pairs = tests_across(stages)
+    pairs = pairs_across(stages)
     return Standing(sum(i in learnt and is_tested(workspace, i, j) for i, j in pairs), len(pairs))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from peso import pipeline
 from peso.baseline_runs import BaselineRun
-from peso.compare.standing import tests_across
+from peso.compare.standing import pairs_across
 from peso.config.baselines import read_baseline
 from peso.errors import PesoError
 from peso.events.stream import Stream
@@ -138,7 +138,7 @@ def work(job: Job, out: Any) -> None:
 
 def _test_across(workspace: Workspace, reporter: Reporter) -> None:
     """Every stage's model on the cases of the other stages."""
-    for stage, on in tests_across(Stream.open(workspace.stream_directory).stages):
+    for stage, on in pairs_across(Stream.open(workspace.stream_directory).stages):
         if not is_tested(workspace, stage, on):
             reporter.step(f"test stage {stage} on stage {on}")
             test(workspace, stage, on, reporter)
