@@ -99,12 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer users and turns")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--users", type=int, help="how many are answered in a turn (64; 8 with --quick)")
     parser.add_argument("--layers", type=int, help="keep the first N layers of SmolLM2-135M")
     parser.add_argument("--scratch", action="store_true", help="the small Llama of `backbone: scratch`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     users, turns = (8, 2) if arguments.quick else (64, 5)
+    users = arguments.users or users
 
     ids, histories, source = real_or_random(users)
     backbone = "scratch" if arguments.scratch else "smollm2-135m"
