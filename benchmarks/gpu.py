@@ -225,16 +225,17 @@ class Bench:
                 on_progress=show,
                 checkpoint_seconds=1e9,
             )
-        untimed = self.size.untimed
-        seconds = at[timed - 1] - at[untimed - 1]
-        targets, tokens = (
-            sum(step.record[key] for step in steps[untimed:timed]) for key in ("targets", "tokens")
-        )
+        # without the steps after the end of an epoch: validation and a checkpoint lie before those
+        counted = [i for i in range(self.size.untimed, timed) if steps[i].epoch == steps[i - 1].epoch]
+        seconds = sum(at[i] - at[i - 1] for i in counted)
+        targets, tokens = (sum(steps[i].record[key] for i in counted) for key in ("targets", "tokens"))
         positions = targets * (self.ids.levels + (len(model.layout.end)))
         needed = self.flops(tokens, positions, trained_head=False)
         figures = {
             "loss": loss,
             "first_step_seconds": at[0] - started,
+            "slowest_step_seconds": max(at[i] - at[i - 1] for i in counted),
+            "fastest_step_seconds": min(at[i] - at[i - 1] for i in counted),
             "gpu_time": device_time(profiler) if self.device.type == "cuda" else None,
             **self.speed(targets, tokens, needed, seconds),
         }

@@ -105,8 +105,8 @@ def test_a_compiled_backbone_learns_the_same(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = train(compiled, tmp_path / "compiled", epochs=1, max_steps=3, compile=True)
-    # one layer's code serves all three, in training, in validation and for a pass of another length
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    # one layer's code serves all three and a pass of another length; validation compiles nothing
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1
     assert found.training_losses == pytest.approx(expected.training_losses, abs=1e-5)
     check_same(compiled, plain, 1e-4)
 

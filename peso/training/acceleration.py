@@ -6,7 +6,7 @@ Knows Transformers' switches for them and torch.compile; knows nothing of losses
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -67,3 +67,9 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     finally:
         for region, implementation in zip(regions, before, strict=True):
             region._compiled_call_impl = implementation
+
+
+def as_written() -> AbstractContextManager[object]:
+    """Within the context nothing that is compiled runs so: a validation, whose passes are few, would first
+    have the layers compiled once more, without dropout and gradients."""
+    return torch.compiler.set_stance("force_eager")

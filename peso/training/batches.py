@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from peso.events.histories import TargetSequence
 from peso.model.layout import PromptLayout
 from peso.model.visibility import PADDING, ROOT, TRUNK, Tree
 
-LOOK_AHEAD = 64  # chunks that compete for the free places of a batch
+LOOK_AHEAD = 64  # chunks at least that compete for the free places of a batch
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def cut(sequences: Sequence[TargetSequence], window: int, most: int) -> list[Chu
 def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
     """Which chunks make up each batch of an epoch: whole chunks of ``batch_size`` targets together.
 
-    The rule: shuffle; a batch opens with the first chunk left and, of the ``LOOK_AHEAD`` that follow, adds
-    those that fill it best: their targets sum to as many of the free places as any choice can, and among
+    The rule: shuffle; a batch opens with the first chunk left and, of the ``LOOK_AHEAD`` that follow (of as
+    many as it has places, where those are more: chunks of one target must be able to fill it), adds those
+    that fill it best: their targets sum to as many of the free places as any choice can, and among
     equal choices the earliest chunks win. So a batch never holds more than ``batch_size`` targets (unless
     one chunk alone does), and all but the last few of an epoch hold exactly that many.
 
@@ -74,7 +75,8 @@ def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> lis
     size = targets.tolist()
     batches: list[np.ndarray] = []
     pool: list[int] = []
-    while pool := [*pool, *islice(upcoming, LOOK_AHEAD + 1 - len(pool))]:
+    ahead = max(LOOK_AHEAD, batch_size)
+    while pool := [*pool, *islice(upcoming, ahead + 1 - len(pool))]:
         batch = [pool.pop(0)]
         free = max(0, batch_size - size[batch[0]])
         # bit s of sums[-1 - i] is set if some choice of pool[i:] has s targets, s <= free
@@ -194,15 +196,16 @@ class Packed:
 
 
 def pack(
-    pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int, multiple: int = 1
+    pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int, digits: int = 64
 ) -> list[Packed]:
     """Spread pieces evenly over as few rows of at most ``row_tokens`` as hold them, the root once per row.
 
     Longest first into the shortest row, so rows end up nearly equal and padding small. A row is longer than
-    ``row_tokens`` only where a single piece is. Rows go together into one pass while it has at most
-    ``pass_tokens`` tokens, padding counted (at least one row a pass). Rows are filled up to a ``multiple`` of
-    tokens. What is computed for a target depends on none of the three: attention costs grow with the first,
-    memory with the second, the number of different shapes falls with the third.
+    ``row_tokens`` only where a single piece is. Rows are dealt evenly to as few passes as have at most
+    ``pass_tokens`` tokens each, padding counted (at least one row a pass). Their length is rounded up to a
+    number that has zeros behind its first ``digits`` binary digits. What is computed for a target depends on
+    none of the three: attention costs grow with the first, memory with the second, and how many different
+    shapes there are with the third.
     """
     root = len(prefix)
     sizes = np.array([len(piece) for piece in pieces])
@@ -212,14 +215,11 @@ def pack(
     while (rows := _spread(longest_first, sizes, max(count, 1), room)) is None:
         count += 1
     rows.sort(key=lambda row: -int(sizes[row].sum()))
-    passes: list[list[list[int]]] = []
-    length = 0
-    for row in rows:
-        if not passes or (len(passes[-1]) + 1) * length > pass_tokens:
-            passes.append([])
-            length = _up(root + int(sizes[row].sum()), multiple)  # the longest row of this pass
-        passes[-1].append(row)
-    return [_assemble(pieces, prefix, rows, multiple) for rows in passes]
+    longest = _up(root + int(sizes[rows[0]].sum()), digits)
+    fewest = -(-len(rows) // max(1, pass_tokens // longest))
+    bounds = [len(rows) * number // fewest for number in range(fewest + 1)]
+    passes = [rows[start:stop] for start, stop in pairwise(bounds)]
+    return [_assemble(pieces, prefix, some, digits) for some in passes]
 
 
 def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
@@ -244,15 +244,14 @@ def _spread(longest_first: np.ndarray, sizes: np.ndarray, count: int, room: int)
     return [row for row in rows if row]
 
 
-def _up(tokens: int, multiple: int) -> int:
-    return -(-tokens // multiple) * multiple
+def _up(tokens: int, digits: int) -> int:
+    step = 1 << max(0, tokens.bit_length() - digits)
+    return -(-tokens // step) * step
 
 
-def _assemble(
-    pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[int]], multiple: int
-) -> Packed:
+def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[int]], digits: int) -> Packed:
     root = len(prefix)
-    length = _up(root + max(sum(len(pieces[p]) for p in row) for row in rows), multiple)
+    length = _up(root + max(sum(len(pieces[p]) for p in row) for row in rows), digits)
     ids, positions, branch, order, limit = np.zeros((5, len(rows), length), dtype=np.int64)
     sequence = np.full((len(rows), length), PADDING, dtype=np.int64)
     sequence[:, :root], ids[:, :root] = ROOT, prefix

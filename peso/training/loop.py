@@ -35,7 +35,7 @@ from peso.model.fused_lora import fused_lora
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.processes import ALONE, Processes
-from peso.training.acceleration import compiled, gradient_checkpointing
+from peso.training.acceleration import as_written, compiled, gradient_checkpointing
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
 from peso.training.likelihood import target_states, tokens_of_target, validation_loss
@@ -255,7 +255,7 @@ def train_stage(
             if plan.ends_epoch(step):
                 processes.require_same(fingerprint(trained), f"what they learnt until epoch {epoch}")
                 model.eval()
-                with precision.products():
+                with precision.products(), as_written():
                     validated = validation_loss(model, validation, settings.temperature, processes)
                 if not math.isfinite(validated):
                     raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")

@@ -19,16 +19,16 @@ from peso.processes import ALONE, Processes
 from peso.training.batches import Chunk, Packed, cut, deal, lay_out, pack, plan_epoch
 from peso.training.likelihood import predicts_end
 
-# Tokens of a row, of a forward pass, and what a row's are filled up to a multiple of. A CPU is as fast with
-# one row at a time, whose activations are all that it then keeps. Where attention costs what is seen, rows
-# may be longer than where it is computed between all tokens of a row, seen or not. A GPU wants much work at
-# once, in few shapes: for each new one its attention is planned anew, which takes longer than a whole pass.
-ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (1152, 1152, 1), (384, 384, 1), (1536, 16384, 16)
+# Tokens of a row, of a forward pass, and how many binary digits of a row's length are kept. A CPU is as fast
+# with one row at a time, whose activations are all that it then keeps. Where attention costs what is seen,
+# rows may be longer than where it is computed between all tokens of a row, seen or not. A GPU wants much work
+# at once, in few shapes: for each new one its attention is planned anew, which takes longer than a pass.
+ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (1152, 1152, 64), (384, 384, 64), (1536, 16384, 5)
 MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
 
 
 def budget(model: GenerativeModel) -> tuple[int, int, int]:
-    """Tokens of a row, of a pass, and what the former is a multiple of, as suits a model where it is."""
+    """Tokens of a row, of a pass, and binary digits of a row's length, as suits a model where it is."""
     if model.device.type != "cpu":
         return ELSEWHERE
     return ALONG_TREES if serves(model.causal_lm) else DENSE_ON_CPU
