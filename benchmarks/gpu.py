@@ -72,7 +72,7 @@ class Size:
     targets: int  # in an optimiser step
     steps: int  # of ours, timed, after those that are not
     untimed: int  # in which ours compiles, and plans its attention for each shape of rows
-    their_steps: int  # of the usual ways, timed, after one that is not
+    their_steps: int  # of the usual ways, timed, after one that is not, in which theirs is planned too
     users: int
     requests: int
     train_batches: tuple[int, ...]  # of the usual ways
@@ -81,7 +81,7 @@ class Size:
 
 
 FULL = Size(512, 20, 12, 3, 1024, 100, (8, 64), (1, 16, 64), 256)
-QUICK = Size(512, 8, 10, 1, 512, 30, (8, 64), (1, 64), 256)
+QUICK = Size(512, 8, 10, 2, 512, 30, (8, 64), (1, 64), 256)
 TOY = Size(16, 2, 2, 1, 6, 3, (4, 8), (1, 4), 4)
 
 
@@ -259,7 +259,7 @@ class Bench:
                 for c in plan.members(step % len(plan))
             ]
             examples = list(on_cpu.examples_of(model, members))
-            contestant.step(examples if step else examples[: 2 * batch])
+            contestant.step(examples)
             if step:
                 targets += len(examples)
                 tokens += sum(len(prompt) + len(answer) for prompt, answer in examples)
