@@ -13,7 +13,7 @@ Same numbers, but for the order in which they are rounded; same random draws as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -106,8 +106,9 @@ class FusedLinear(Linear):
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base, dropout, device = self.base_layer, self.lora_dropout[name], x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-        with torch.autocast(device, enabled=False):
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else base.weight.dtype
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():
             return _LowRankLinear.apply(
                 x.to(dtype),
                 base.weight.to(dtype),

@@ -71,13 +71,15 @@ def serves(causal_lm: Any) -> bool:
     """Whether a backbone's attention can be computed along trees: plain scaled-dot-product attention through
     Transformers' interface, on a CPU, not compiled, and under its own name if layers are computed again for
     the gradient (see :func:`along_trees`)."""
+    if causal_lm.device.type != "cpu" or not getattr(causal_lm, "_supports_attention_backend", False):
+        return False
     decoder = causal_lm.get_decoder()
-    again = causal_lm.training and getattr(causal_lm, "is_activation_checkpointing", False)
+    # asked in every step, so of the layers and not of the thousands of modules within them
+    parts = [decoder, *getattr(decoder, "layers", ())]
+    again = causal_lm.training and any(getattr(part, "gradient_checkpointing", False) for part in parts)
     return (
-        causal_lm.device.type == "cpu"
-        and getattr(causal_lm, "_supports_attention_backend", False)
-        and decoder.config._attn_implementation in ({NAME} if again else {NAME, "sdpa"})
-        and all(module._compiled_call_impl is None for module in decoder.modules())
+        decoder.config._attn_implementation in ({NAME} if again else {NAME, "sdpa"})
+        and all(part._compiled_call_impl is None for part in parts)
         and not getattr(causal_lm, REFUSES, False)
     )
 

@@ -192,10 +192,10 @@ def train_stage(
         fused_lora(model),
         compiled(model, settings.compile),
     ):
+        model.train()
         saved_at = clock = time.monotonic()
         for step in range(state.step, len(plan)):
             began = time.monotonic()
-            model.train()
             # what dropout draws from: something else on every process, which see other targets
             torch.manual_seed(_number(seed, stage, step, *([processes.rank] if processes.rank else [])))
             passes = plan.batch(step, model, processes)
@@ -257,6 +257,7 @@ def train_stage(
                 model.eval()
                 with precision.products(), as_written():
                     validated = validation_loss(model, validation, settings.temperature, processes)
+                model.train()
                 if not math.isfinite(validated):
                     raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")
                 if validated < min(state.validation_losses, default=math.inf):
