@@ -49,6 +49,12 @@ def test_a_fresh_adapter_changes_nothing() -> None:
         assert torch.equal(adapted()(input_ids=ids).logits, small_llama(32, 2, seed=0)(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fresh_adapter_is_in_the_mode_of_its_model(training: bool) -> None:
+    model = add_adapter(small_llama(32, 2, seed=0).train(training), 4, 8, 0.5, TARGETS, seed=0)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_the_seed_decides_and_the_random_state_is_left_alone() -> None:
     state = torch.random.get_rng_state()
     one, same, other = (adapter_parameters(adapted(seed)) for seed in (1, 1, 2))

@@ -120,12 +120,14 @@ def search(
 def _ready(model: GenerativeModel) -> Iterator[None]:
     """Without dropout and with the attention that suits beams; afterwards as it was."""
     was_training = model.training
-    model.eval()
+    if was_training:  # switching walks through all modules, which a single request would feel
+        model.eval()
     try:
         with shared_keys(model.causal_lm):
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def _search_batch(

@@ -61,7 +61,8 @@ def add_adapter(
         # PEFT asks Transformers for a property under the name that it had before
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
-        return get_peft_model(causal_lm, config)
+        # in the mode of the model: dropout in a model that answers would go unnoticed
+        return get_peft_model(causal_lm, config).train(causal_lm.training)
 
 
 def redraw_adapter(peft_model: PeftModel, seed: Sequence[int]) -> None:
