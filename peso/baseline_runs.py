@@ -263,10 +263,10 @@ class BaselineRun:
             continual[stage] = StageSummary(read_predictions(directory / PREDICTIONS), cost)
             static[stage] = StageSummary(read_predictions(directory / STATIC)) if stage else continual[stage]
         seed = self.workspace.config.seed if is_random(self.config) else None
-        runs = [RunSummary(self.label, self.label, continual, seed=seed)] if continual else []
+        runs = [RunSummary(self.label, self.label, continual, seed=seed, baseline=True)] if continual else []
         if any(static):
             frozen = f"{self.label} (static)"
-            runs.append(RunSummary(frozen, frozen, static, seed=seed))
+            runs.append(RunSummary(frozen, frozen, static, seed=seed, baseline=True))
         return runs
 
 

@@ -105,7 +105,9 @@ def popularity(workspace: Workspace) -> RunSummary:
         labels = label_cases(stages[:number], stage)
         depth = min(workspace.config.decoding.beams, ids.trie.leaves)
         answers[number] = StageSummary(predict_popularity(stages[: number + 1], stage, labels, ids, depth))
-    return RunSummary("popularity", "popularity (all time)", answers, catalogue=catalogue(workspace))
+    return RunSummary(
+        "popularity", "popularity (all time)", answers, catalogue=catalogue(workspace), baseline=True
+    )
 
 
 def strategy_label(config: Config) -> str:
@@ -149,7 +151,8 @@ def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def stage_cost(workspace: Workspace, stage: int) -> StageCost:
-    """What learning a stage took, and what it keeps."""
+    """What learning a stage took, and what it keeps; the latter is not known where weights have been removed
+    from a run that is kept for its answers."""
     directory = workspace.stage_directory(stage)
     training = read_metrics(workspace, stage, stage).get("training") or {}
     manifest = workspace.stage_manifest(stage)
@@ -159,7 +162,7 @@ def stage_cost(workspace: Workspace, stage: int) -> StageCost:
         seconds=training.get("seconds"),
         peak_memory_bytes=training.get("peak_memory"),
         trained_parameters=manifest["trained_parameters"] if training else 0,
-        bytes_on_disk=sum(path.stat().st_size for path in served),
+        bytes_on_disk=sum(p.stat().st_size for p in served) if all(p.is_file() for p in served) else None,
     )
 
 

@@ -277,7 +277,7 @@ def main() -> None:
     began = time.perf_counter(), time.process_time()
     comparison = Comparison(runs, [5, 10])
     pairs = [
-        comparison.contrasts.contrast(metric.name, *two)
+        comparison.contrasts(metric).contrast(metric.name, *two)
         for metric in comparison.metrics
         for two in _pairs(comparison)
     ]

@@ -210,6 +210,15 @@ def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finishe
     assert checksum(path) != before
 
 
+def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
+    workspace = run(tmp_path / "w", "training.max_steps=2")
+    assert summary.stage_cost(workspace, 1).bytes_on_disk > 0
+    for weights in workspace.root.glob("stages/*/**/*.safetensors"):
+        weights.unlink()
+    found = summary.summarise(workspace, "w")
+    assert {stage.cost.bytes_on_disk for stage in found.stages.values()} == {None}
+
+
 def test_evaluation_can_be_left_out(tmp_path):
     workspace = run(tmp_path / "w", "evaluation.enabled=false", "training.max_steps=2")
     assert workspace.finished_stages == [0, 1, 2]

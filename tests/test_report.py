@@ -495,6 +495,39 @@ def test_a_run_that_is_not_done_is_left_out_and_named() -> None:
     ]
 
 
+def test_models_that_are_not_done_count_beside_a_baseline_that_is() -> None:
+    half = [replace(one, expected_stages=9) for one in seeds("peso", "peso", 0.5)]
+    baseline = replace(run("popularity", "popularity", -1), baseline=True, expected_stages=5)
+    comparison = Comparison([*half, baseline], [10])
+    assert [system.label for system in comparison.systems] == ["peso", "popularity"]
+    assert comparison.unfinished == []
+
+
+def test_log_probabilities_of_baselines_are_shown_and_not_compared() -> None:
+    """Theirs are over items, those of models over codes, so a baseline is highest for that alone."""
+    models = [*seeds("peso", "peso", 0.8), *seeds("single", "single", 0.2)]
+    baseline = replace(run("popularity", "popularity", 3.0), baseline=True)
+    comparison = Comparison([*models, baseline], [10])
+    metric = comparison.metric("log_probability")
+    averages = {system.label: comparison.average(system, metric).value for system in comparison.systems}
+    assert max(averages, key=lambda name: averages[name]) == "popularity"
+    standing = comparison.standing(metric)
+    assert {s.label for s in (standing.best, *standing.tied, *standing.behind)} == {"peso", "single"}
+    assert comparison.contrasts(metric) is not comparison.contrasts(comparison.metric("ndcg@10"))
+    table = summary(comparison).tables[0]
+    place = 1 + comparison.metrics.index(metric)
+    marked = {row[0]: row[place].mark for row in table.rows}  # type: ignore[union-attr]
+    assert (marked["peso"], marked["popularity"]) == ("best", "")
+    assert "over the catalogue" in table.note
+    pairs = {t.name: len(t.rows) for t in significance(comparison).folded if t.name.endswith("-pairs")}
+    assert pairs == {"ndcg-10-pairs": 3, "hit-10-pairs": 3}
+    at_stage = comparison.standings_by_stage(metric, [1])[1]
+    assert "popularity" not in {s.label for s in (at_stage.best, *at_stage.tied, *at_stage.behind)}
+    one = Comparison([models[0], baseline], [10])
+    assert not any("Log-probability: " in sentence for sentence in findings(one))
+    assert {row[place].mark for row in summary(one).tables[0].rows} == {""}  # type: ignore[union-attr]
+
+
 def test_marks_are_those_of_the_corrected_tests() -> None:
     comparison = Comparison(example_runs(), [5, 10])
     table = summary(comparison).tables[0]
@@ -503,7 +536,7 @@ def test_marks_are_those_of_the_corrected_tests() -> None:
         found = {row[0]: row[place].mark for row in table.rows}  # type: ignore[union-attr]
         assert found.pop(standing.best.label) == "best"
         for system in standing.tied + standing.behind:
-            p = comparison.contrasts.p_adjusted(metric.name, standing.best.name, system.name)
+            p = comparison.contrasts(metric).p_adjusted(metric.name, standing.best.name, system.name)
             assert found[system.label] == ("worse" if p <= 0.05 else "tied")
 
 

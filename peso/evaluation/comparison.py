@@ -18,7 +18,7 @@ from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.intervals import Estimate
 from peso.evaluation.lists import ListFigures, list_figures
-from peso.evaluation.metrics import Metric, default_metrics
+from peso.evaluation.metrics import LOG_PROBABILITY, Metric, default_metrics
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.segmentation import ACTIVE, HISTORY, ITEMS, USERS, Segmentation, by_column, by_popularity
@@ -44,8 +44,8 @@ class Comparison:
 
     Attributes:
         systems: of the runs that are complete.
-        unfinished: runs with fewer stages than they should have, which nothing here counts (unless no run is
-            complete: then all count as far as they are).
+        unfinished: runs with fewer stages than they should have, which nothing here counts (unless no model
+            is complete: then all count as far as they are).
         averaged: the stages that averages are taken over, ascending.
         left_out: stages that some systems have and others lack.
 
@@ -60,8 +60,11 @@ class Comparison:
         if len(names) < len(runs):
             twice = ", ".join(name for name, times in names.items() if times > 1)
             raise WorkspaceError(f"several runs are called {twice}; give each a name of its own")
-        complete = [run for run in runs if run.stages and len(run.stages) >= run.expected_stages]
-        counted = complete or [run for run in runs if run.stages]
+        tested = [run for run in runs if run.stages]
+        complete = [run for run in tested if len(run.stages) >= run.expected_stages]
+        # a baseline is soon complete; what is there of the models is what a reader has come for
+        baselines_alone = all(run.baseline for run in complete)
+        counted = tested if baselines_alone and not all(run.baseline for run in tested) else complete
         self.unfinished = [run for run in runs if run not in counted]
         if not counted:
             raise WorkspaceError(f"none of {', '.join(names)} has a tested stage; run them first")
@@ -84,6 +87,7 @@ class Comparison:
         self._lists: dict[tuple[str, int], ListFigures] = {}
         self._panels: dict[tuple[str, tuple[int, ...], str], Panel] = {}
         self._groups: dict[tuple[str, str], np.ndarray] = {}
+        self._contrasts: dict[tuple[str, ...], Contrasts] = {}
         self.segmentations = self._segmentations(columns)
         for system in self.systems:
             self._require_same_within(system)
@@ -106,9 +110,7 @@ class Comparison:
     @cached_property
     def headline(self) -> list[Metric]:
         """The metrics worth a plot: NDCG and Hit at the largest k, and the log-probability."""
-        return [
-            self.metric(name) for name in (f"ndcg@{self.ks[-1]}", f"hit@{self.ks[-1]}", "log_probability")
-        ]
+        return [self.metric(name) for name in (f"ndcg@{self.ks[-1]}", f"hit@{self.ks[-1]}", LOG_PROBABILITY)]
 
     @cached_property
     def same_cases(self) -> bool:
@@ -300,37 +302,51 @@ class Comparison:
 
     # -- standing ----------------------------------------------------------------------------------
 
-    @cached_property
-    def contrasts(self) -> Contrasts:
-        """All pairs in all metrics, macro over the averaged stages.
+    def rivals(self, metric: Metric) -> list[System]:
+        """The systems that the metric compares: all; in log-probability, which is one thing of models and
+        another of baselines, the models, where there are any."""
+        models = [system for system in self.systems if not system.first.baseline]
+        return models if metric.name == LOG_PROBABILITY and models else self.systems
+
+    @property
+    def codes_and_items(self) -> bool:
+        """Whether there are models and baselines, so that log-probabilities are of two kinds."""
+        return len({system.first.baseline for system in self.systems}) == 2
+
+    def contrasts(self, metric: Metric) -> Contrasts:
+        """All pairs of the metric's rivals, macro over the averaged stages.
 
         Raises:
             WorkspaceError: the systems answered different cases.
         """
         self.require_same_cases()
-        panel = self._panel(self.systems[0], self.averaged, "macro")
-        return Contrasts(
-            [
+        rivals = self.rivals(metric)
+        key = tuple(system.name for system in rivals)
+        if key not in self._contrasts:  # one for all metrics with these rivals
+            alike = [each for each in self.metrics if self.rivals(each) == rivals]
+            systems = [
                 SystemValues(
                     system.name,
                     system.seeds,
-                    {metric.name: self._joined(system, metric, self.averaged) for metric in self.metrics},
+                    {each.name: self._joined(system, each, self.averaged) for each in alike},
                 )
-                for system in self.systems
-            ],
-            panel,
-        )
+                for system in rivals
+            ]
+            self._contrasts[key] = Contrasts(systems, self._panel(rivals[0], self.averaged, "macro"))
+        return self._contrasts[key]
 
     def standing(self, metric: Metric) -> Standing:
-        """Which system is best on average, and which are not significantly worse."""
-        best = max(self.systems, key=lambda system: self.average(system, metric).value)
-        if not self.same_cases:
+        """Which of the metric's rivals is best on average, and which are not significantly worse."""
+        rivals = self.rivals(metric)
+        best = max(rivals, key=lambda system: self.average(system, metric).value)
+        if not self.same_cases or len(rivals) == 1:
             return Standing(best, (), ())
+        contrasts = self.contrasts(metric)
         rest = sorted(
-            (system for system in self.systems if system is not best),
-            key=lambda system: -self.contrasts.mean(metric.name, system.name),
+            (system for system in rivals if system is not best),
+            key=lambda system: -contrasts.mean(metric.name, system.name),
         )
-        ties = set(self.contrasts.ties(metric.name, best.name))
+        ties = set(contrasts.ties(metric.name, best.name))
         return Standing(
             best,
             tuple(system for system in rest if system.name in ties),
@@ -340,28 +356,29 @@ class Comparison:
     def standings_by_stage(self, metric: Metric, stages: Sequence[int]) -> dict[int, Standing]:
         """The same at each of some stages that all systems have: p values of the paired t test, corrected
         over all stages and pairs together."""
-        pairs = list(combinations(range(len(self.systems)), 2))
+        rivals = self.rivals(metric)
+        pairs = list(combinations(range(len(rivals)), 2))
         comparable = [stage for stage in stages if self._same_cases_at(stage)]
         p = {}
         for stage in comparable:
-            moments = [self._moments(system, metric, [stage]) for system in self.systems]
+            moments = [self._moments(system, metric, [stage]) for system in rivals]
             for a, b in pairs:
                 (one, z_one), (two, z_two) = moments[a], moments[b]
-                seeds = (self.systems[a].seeds, self.systems[b].seeds)
+                seeds = (rivals[a].seeds, rivals[b].seeds)
                 found = spread_of_difference((one, two), (z_one, z_two), seeds)
                 p[stage, a, b] = found.p(float(one.mean() - two.mean()))
         adjusted = dict(zip(p, holm(np.array(list(p.values()))), strict=True))
         result = {}
         for stage in stages:
-            means = [self._joined(system, metric, [stage]).mean() for system in self.systems]
+            means = [self._joined(system, metric, [stage]).mean() for system in rivals]
             best = int(np.argmax(means))
             tied: list[System] = []
             behind: list[System] = []
             if stage in comparable:
                 for number in sorted(set(range(len(means))) - {best}, key=lambda i: -means[i]):
                     apart = adjusted[stage, min(best, number), max(best, number)] <= LEVEL
-                    (behind if apart else tied).append(self.systems[number])
-            result[stage] = Standing(self.systems[best], tuple(tied), tuple(behind))
+                    (behind if apart else tied).append(rivals[number])
+            result[stage] = Standing(rivals[best], tuple(tied), tuple(behind))
         return result
 
     # -- one value per case ------------------------------------------------------------------------

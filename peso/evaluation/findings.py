@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.metrics import Metric
+from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.systems import System
 from peso.evaluation.tables import Quantity
 
@@ -22,7 +22,8 @@ def findings(comparison: Comparison) -> list[str]:
     if len(comparison.systems) == 1:
         results = [_values(comparison)]
     else:
-        results = [_result(comparison, metric) for metric in comparison.headline]
+        compared = [metric for metric in comparison.headline if len(comparison.rivals(metric)) > 1]
+        results = [_result(comparison, metric) for metric in compared]
     return [_scope(comparison), *results, *_gaps(comparison), _caution(comparison), *_bases(comparison)]
 
 
@@ -79,7 +80,7 @@ def _values(comparison: Comparison) -> str:
 def _mean(comparison: Comparison, system: System, metric: Metric) -> str:
     mean = Quantity.of(comparison.average(system, metric), metric.decimals)
     assert mean is not None
-    return mean.text + " nats" * (metric.name == "log_probability")
+    return mean.text + " nats" * (metric.name == LOG_PROBABILITY)
 
 
 def _result(comparison: Comparison, metric: Metric) -> str:
@@ -109,7 +110,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _lead(comparison: Comparison, best: System, other: System, metric: Metric) -> str:
-    found = comparison.contrasts.contrast(metric.name, best.name, other.name)
+    found = comparison.contrasts(metric).contrast(metric.name, best.name, other.name)
     if math.isnan(found.low):
         return "no difference in any case" if found.value == 0 else "too few cases to say"
     value, low, high = (

@@ -109,13 +109,16 @@ def mrr_at(k: int, ranking: Ranking = "semantic_id") -> Metric:
     )
 
 
+LOG_PROBABILITY = "log_probability"
+
+
 def log_probability() -> Metric:
     """The metric log-probability: mean of ln p(target | history), in nats per item.
 
     It sees every case, not only the few whose target is in the list, and so moves long before Hit@k does.
     """
     return Metric(
-        "log_probability",
+        LOG_PROBABILITY,
         "Log-probability",
         3,
         lambda predictions: predictions.target_log_probability.astype(np.float64),

@@ -103,6 +103,8 @@ class RunSummary:
         across: answers of the model after stage i to the cases of stage j ≠ i, by (i, j).
         catalogue: of its stream and index; None: figures that need it are left out.
         expected_stages: how many it should have; fewer is a run not done yet. 0: not known.
+        baseline: whether no language model answered. Its probabilities are of items and sum to one over the
+            catalogue; a model's are of codes, some of which no item has.
     """
 
     name: str
@@ -120,3 +122,4 @@ class RunSummary:
     catalogue: Catalogue | None = None
     expected_stages: int = 0
     family: str = ""
+    baseline: bool = False

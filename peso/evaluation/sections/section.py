@@ -24,6 +24,11 @@ MARKS = (
     "correction over all pairs in this metric)."
 )
 
+CODES_AND_ITEMS = (
+    "Log-probabilities of baselines are of items and sum to one over the catalogue, those of models are of "
+    "codes, some of which no item has: only models are compared in them."
+)
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -52,7 +57,8 @@ class Section:
 def marks(comparison: Comparison, standing: Standing) -> dict[str, Mark]:
     """The mark of each system's cell, by name of the system; none where there is nothing to compare."""
     result: dict[str, Mark] = {system.name: "" for system in comparison.systems}
-    if len(result) > 1:
+    alone = comparison.same_cases and not standing.tied and not standing.behind
+    if len(result) > 1 and not alone:
         result[standing.best.name] = "best"
         result |= {system.name: "tied" for system in standing.tied}
         result |= {system.name: "worse" for system in standing.behind}

@@ -9,7 +9,7 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import stage_range
 from peso.evaluation.intervals import Estimate
-from peso.evaluation.metrics import Metric
+from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.plots import Plot, Series
 from peso.evaluation.sections.section import Section, file_name, quantity, series
 from peso.evaluation.segmentation import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
@@ -126,7 +126,7 @@ def _bars(comparison: Comparison, metric: Metric) -> Plot:
         "users",
         list(zip(places, USER_SEGMENTS, strict=True)),
         connected=False,
-        bars=metric.name != "log_probability",  # bars start at 0, which no log-probability comes near
+        bars=metric.name != LOG_PROBABILITY,  # bars start at 0, which no log-probability comes near
     )
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import listed
 from peso.evaluation.metrics import Metric
-from peso.evaluation.sections.section import Section, file_name
+from peso.evaluation.sections.section import CODES_AND_ITEMS, Section, file_name
 from peso.evaluation.significance.contrasts import Contrast
 from peso.evaluation.systems import System
 from peso.evaluation.tables import Cell, Quantity, Table
@@ -22,6 +22,9 @@ def significance(comparison: Comparison) -> Section:
         return Section("significance", title, ["There is nothing to compare with."])
     if not comparison.same_cases:
         return Section("significance", title, ["Different test cases cannot be compared in pairs."])
+    compared = [metric for metric in comparison.metrics if len(comparison.rivals(metric)) > 1]
+    first = [metric for metric in comparison.headline if metric in compared]
+    others = [metric for metric in compared if metric not in first]
     text = (
         "Every difference is taken case by case. p is that of a permutation test in which random users "
         "change sides; the correction (Holm) covers all pairs in one metric. Intervals (95 %) come from "
@@ -31,15 +34,11 @@ def significance(comparison: Comparison) -> Section:
     return Section(
         "significance",
         title,
-        [text, *_about_seeds(comparison)],
-        tables=[_to_best(comparison, metric) for metric in comparison.headline],
+        [text, *([CODES_AND_ITEMS] if comparison.codes_and_items else []), *_about_seeds(comparison)],
+        tables=[_to_best(comparison, metric) for metric in first],
         folded=[
-            *(_to_best(comparison, m) for m in comparison.metrics if m not in comparison.headline),
-            *(
-                _all_pairs(comparison, metric)
-                for metric in comparison.headline
-                if len(comparison.systems) > 2
-            ),
+            *(_to_best(comparison, metric) for metric in others),
+            *(_all_pairs(comparison, metric) for metric in first if len(comparison.rivals(metric)) > 2),
         ],
     )
 
@@ -79,7 +78,7 @@ def _to_best(comparison: Comparison, metric: Metric) -> Table:
 def _all_pairs(comparison: Comparison, metric: Metric) -> Table:
     rows = [
         [f"{one.label} − {other.label}", *_cells(_contrast(comparison, metric, one, other), metric)]
-        for one, other in combinations(comparison.systems, 2)
+        for one, other in combinations(comparison.rivals(metric), 2)
     ]
     return Table(
         f"{file_name(metric)}-pairs", f"{metric.label}: all pairs", ["Difference of", *COLUMNS], rows
@@ -87,7 +86,7 @@ def _all_pairs(comparison: Comparison, metric: Metric) -> Table:
 
 
 def _contrast(comparison: Comparison, metric: Metric, one: System, other: System) -> Contrast:
-    return comparison.contrasts.contrast(metric.name, one.name, other.name)
+    return comparison.contrasts(metric).contrast(metric.name, one.name, other.name)
 
 
 def _cells(found: Contrast, metric: Metric) -> list[Cell]:

@@ -8,7 +8,7 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import findings, stage_range
 from peso.evaluation.metrics import Metric
 from peso.evaluation.plots import Ranking
-from peso.evaluation.sections.section import MARKS, Section, file_name, marks, quantity
+from peso.evaluation.sections.section import CODES_AND_ITEMS, MARKS, Section, file_name, marks, quantity
 from peso.evaluation.tables import Cell, Quantity, Table
 
 PICTURES = (
@@ -57,10 +57,13 @@ def averages_table(comparison: Comparison) -> Table:
         rows.append([system.label, *cells, seeds])
     for run in comparison.unfinished:
         rows.append([f"{run.name} (not done)", *([None] * len(comparison.metrics)), None])
+    notes = ["± is the half width of the 95 % interval.", MARKS]
+    if comparison.codes_and_items:
+        notes.append(CODES_AND_ITEMS)
     return Table(
         "averages",
         f"Mean of {stage_range(comparison.averaged)}, every stage counting the same",
         ["Strategy", *(metric.label for metric in comparison.metrics), "Seeds"],
         rows,
-        f"± is the half width of the 95 % interval. {MARKS}" if len(comparison.systems) > 1 else "",
+        " ".join(notes) if len(comparison.systems) > 1 else "",
     )
