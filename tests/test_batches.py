@@ -159,6 +159,10 @@ def test_rows_keep_to_their_budget_and_hold_every_piece_whole(
     assert sum(packed.tokens for packed in passes) == sum(map(len, pieces)) + roots
 
 
+def test_no_pieces_are_no_passes() -> None:
+    assert pack([], STREAM.prefix, *ELSEWHERE) == []
+
+
 def test_padding_stays_under_five_per_cent() -> None:
     generator = np.random.default_rng(0)
     streams = random_pieces(generator.integers(5, 40, 300).tolist())

@@ -63,8 +63,8 @@ class Comparison:
         tested = [run for run in runs if run.stages]
         complete = [run for run in tested if len(run.stages) >= run.expected_stages]
         # a baseline is soon complete; what is there of the models is what a reader has come for
-        baselines_alone = all(run.baseline for run in complete)
-        counted = tested if baselines_alone and not all(run.baseline for run in tested) else complete
+        enough = any(not run.baseline for run in complete) or all(run.baseline for run in tested)
+        counted = complete if complete and enough else tested
         self.unfinished = [run for run in runs if run not in counted]
         if not counted:
             raise WorkspaceError(f"none of {', '.join(names)} has a tested stage; run them first")

@@ -215,6 +215,8 @@ def pack(
     while (rows := _spread(longest_first, sizes, max(count, 1), room)) is None:
         count += 1
     rows.sort(key=lambda row: -int(sizes[row].sum()))
+    if not rows:  # of several processes one may have no share of a batch
+        return []
     longest = _up(root + int(sizes[rows[0]].sum()), digits)
     fewest = -(-len(rows) // max(1, pass_tokens // longest))
     bounds = [len(rows) * number // fewest for number in range(fewest + 1)]
