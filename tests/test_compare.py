@@ -366,12 +366,18 @@ def test_what_the_catalogue_does_not_have_is_refused_before_stage_0_is_learnt(tm
     assert not list((tmp_path / "w").glob("base/**/stages"))
 
 
-def test_workers_share_the_cores_between_them():
+def test_workers_share_the_cores_between_them(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
     assert Machine.of("auto", "cpu").workers == cores
     two = Machine.of(2, "cpu")
     assert two.environment(1)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
     assert "CUDA_VISIBLE_DEVICES" not in two.environment(0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    asked = {"": "4", "1": "1", "3": "3", "16": "4", "0": "4", "2,2": "4"}
+    for value, threads in asked.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert Machine.of(2, "cpu").environment(0)["OMP_NUM_THREADS"] == threads
     gpus = Machine(3, 1, ("4", "7"))
     assert [gpus.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
 

@@ -25,11 +25,14 @@ class Machine:
 
     @classmethod
     def of(cls, workers: int | Literal["auto"], device: str) -> Machine:
-        """``device``: `training.device`. One process a GPU where there are any to use, else one a core."""
+        """``device``: `training.device`. One process a GPU where there are any to use, else one a core. Threads
+        are the cores' share of a process, or fewer where OMP_NUM_THREADS asks for fewer."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = _devices() if device in ("auto", "cuda") else ()
         count = (len(devices) or cores) if workers == "auto" else workers
-        return cls(count, max(1, cores // count), devices)
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        most = int(asked) if asked.isdecimal() and int(asked) else cores
+        return cls(count, max(1, min(most, cores // count)), devices)
 
     def environment(self, slot: int) -> Mapping[str, str]:
         """What the process in a slot (0 … workers − 1) sees."""
