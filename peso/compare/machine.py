@@ -25,8 +25,8 @@ class Machine:
 
     @classmethod
     def of(cls, workers: int | Literal["auto"], device: str) -> Machine:
-        """``device``: `training.device`. One process a GPU where there are any to use, else one a core. Threads:
-        a process's share of the cores, or fewer where OMP_NUM_THREADS asks for fewer."""
+        """``device``: `training.device`. One process a GPU where there are any to use, else one a core; each
+        with its share of the cores as threads, or with fewer where OMP_NUM_THREADS asks for that."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = _devices() if device in ("auto", "cuda") else ()
         count = (len(devices) or cores) if workers == "auto" else workers
