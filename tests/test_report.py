@@ -294,6 +294,15 @@ def _contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.slow
+def test_names_that_differ_after_a_dot_keep_their_plots_apart(tmp_path: Path) -> None:
+    runs = [run(f"peso[strength={value}]", f"peso ({value})", 0.5, penalty=1e-3) for value in (0.3, 0.03)]
+    write_report(tmp_path / "r", runs, "Sweep")
+    found = {path.name for path in (tmp_path / "r" / "plots").glob("anchor-moved-*")}
+    names = [f"anchor-moved-peso[strength={value}]" for value in (0.3, 0.03)]
+    assert found == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
+
+
+@pytest.mark.slow
 def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old", ks=[3])
     assert (tmp_path / "r" / "tables" / "ndcg-3-by-stage.csv").exists()

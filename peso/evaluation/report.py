@@ -108,10 +108,10 @@ def _write_files(directory: Path, section: Section) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(render(table), encoding="utf-8", newline="")
     for plot in section.plots:
-        path = directory / PLOTS / plot.name
-        path.parent.mkdir(exist_ok=True)
+        (directory / PLOTS).mkdir(exist_ok=True)
         for ending, content in files(plot).items():
-            path.with_suffix(ending).write_bytes(content)
+            # not Path.with_suffix: what follows the dot of strength=0.3 would make way for the ending
+            (directory / PLOTS / f"{plot.name}{ending}").write_bytes(content)
 
 
 def _refuse_foreign(directory: Path) -> None:
