@@ -21,9 +21,9 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# the subset for daily use
+# the subset for daily use; a file's tests stay together, so that what they share is made once
 quick: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: install
 	$(BIN)/ruff check .

@@ -79,6 +79,7 @@ class Stop:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [EVERY_STEP, EPOCH_ENDS])
 @pytest.mark.parametrize("stops", [(1,), (4,), (2, 7, 8), (11,)])
 def test_interrupted_training_ends_the_same(

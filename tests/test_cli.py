@@ -48,6 +48,7 @@ def test_help_lists_every_command_and_each_has_an_example(peso):
         assert f"Example: peso {command}" in " ".join(help_text.split())
 
 
+@pytest.mark.slow
 def test_ingest_prints_the_published_counts_and_writes_them_down(peso, release_dir, tmp_path):
     root = tmp_path / "games"
     status, out, _ = peso("ingest", "--format", "peso-release", release_dir, "-w", root)
@@ -72,6 +73,7 @@ def test_ingest_prints_the_published_counts_and_writes_them_down(peso, release_d
     assert "25,707" in out
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_table_and_a_report(peso, workspace, config_file):
     status, out, _ = peso("run", config_file, "-w", workspace)  # all is done: only the table and the report
     assert status == 0

@@ -180,6 +180,7 @@ small_catalogues = st.lists(
 ).map(lambda rows: np.array(rows, dtype=np.int32))
 
 
+@pytest.mark.slow
 @given(codes=small_catalogues, data=st.data())
 @settings(max_examples=120, deadline=None)
 def test_k_items_come_back_whenever_k_exist(

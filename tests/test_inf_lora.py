@@ -97,6 +97,7 @@ def test_where_new_inputs_have_no_free_component_there_is_no_direction() -> None
     assert not space.free_directions(x.T @ x, 2).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_is_orthogonal_to_what_is_protected(runs: Runs, stage: int) -> None:
     workspace = runs(INF_LORA)
@@ -172,6 +173,7 @@ def test_inputs_that_layers_share_are_kept_once(runs: Runs) -> None:
     assert set(protected(state(workspace, 2))) == set(owners(workspace).values())
 
 
+@pytest.mark.slow
 def test_with_a_backbone_trained_whole_stage_0_is_protected_too(runs: Runs) -> None:
     workspace = runs(INF_LORA, backbone="tiny")
     spaces = protected(state(workspace, 1))

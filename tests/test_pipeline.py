@@ -187,6 +187,7 @@ def test_a_heavier_anchor_moves_less(finished, tmp_path):
     assert moved["1e4"] < moved["0"]
 
 
+@pytest.mark.slow
 def test_any_model_is_tested_on_any_stage(finished):
     metrics = testing.test(finished, 0, 2, Silent())
     assert (metrics["stage"], metrics["on"]) == (0, 2)
@@ -199,6 +200,7 @@ def test_any_model_is_tested_on_any_stage(finished):
         testing.test(finished, 0, 9, Silent())
 
 
+@pytest.mark.slow
 def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finished, tmp_path):
     workspace = run(tmp_path / "w", "strategy=none", base=finished.root)
     path = workspace.stage_directory(1) / "predictions.parquet"
@@ -210,6 +212,7 @@ def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finishe
     assert checksum(path) != before
 
 
+@pytest.mark.slow
 def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
     workspace = run(tmp_path / "w", "training.max_steps=2")
     assert summary.stage_cost(workspace, 1).bytes_on_disk > 0
@@ -219,6 +222,7 @@ def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
     assert {stage.cost.bytes_on_disk for stage in found.stages.values()} == {None}
 
 
+@pytest.mark.slow
 def test_evaluation_can_be_left_out(tmp_path):
     workspace = run(tmp_path / "w", "evaluation.enabled=false", "training.max_steps=2")
     assert workspace.finished_stages == [0, 1, 2]
@@ -259,6 +263,7 @@ def test_what_is_learnt_is_not_overwritten(finished):
         pipeline.update(finished, Silent())
 
 
+@pytest.mark.slow
 def test_the_log_has_every_figure_of_every_step(finished, tmp_path):
     anchored = run(tmp_path / "w", "strategy.weight=2.0", base=finished.root)
     lines = (anchored.stage_directory(1) / "log.jsonl").read_text().splitlines()

@@ -50,6 +50,7 @@ def train(model: GenerativeModel, directory: Path, precision: str) -> StageResul
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_vocabulary", ["full", "level"])
 def test_bfloat16_learns_what_float32_learns(
     make_model: Callable[..., GenerativeModel], tmp_path: Path, loss_vocabulary: str

@@ -397,6 +397,7 @@ def test_runs_on_different_cases_are_shown_but_not_compared(tmp_path: Path) -> N
     assert "different numbers of cases" in page_of(*runs).text
 
 
+@pytest.mark.slow
 def test_averages_are_taken_over_the_stages_that_every_run_has() -> None:
     half_done = run("b", "half", 0.5, cases=CASES[:3])
     comparison = Comparison([run("a", "whole", 0.5), half_done], [10])
@@ -425,6 +426,7 @@ def test_what_runs_share_is_shown_once_and_what_differs_for_each() -> None:
     assert text.count("The index in figures") == 1
 
 
+@pytest.mark.slow
 def test_an_index_that_came_with_the_data_is_shown_by_what_is_known_of_it() -> None:
     quality = {key: INDEX["quality"][key] for key in ("collisions", "levels", "sample")}
     brought = {**INDEX, "quality": quality}
@@ -638,6 +640,7 @@ def test_the_report_says_whether_seeds_share_their_base_stage() -> None:
     assert "stage 0" not in " ".join(findings(Comparison(one + two, [10])))  # nothing is known
 
 
+@pytest.mark.slow
 def test_sections_stand_alone() -> None:
     """Each is a function of the comparison and names files and addresses that no other uses."""
     sections = [section(Comparison(example_runs(), [5, 10])) for section in SECTIONS]

@@ -62,6 +62,7 @@ def test_what_is_kept_grows_with_all_and_stays_with_latest(runs: Runs, history: 
         assert all(len(down) == past.rank for down in past.down.values())
 
 
+@pytest.mark.slow
 def test_inherit_begins_at_the_last_adapter_and_otherwise_a_fresh_one(runs: Runs) -> None:
     """A stage that learns nothing ends as it begins."""
     inherited, fresh = (runs(sum_lora("all", inherit), STILL) for inherit in (True, False))

@@ -44,6 +44,7 @@ def trees(layout: PromptLayout, chunks: list[tuple[int, int]], row_tokens: int) 
 chunks_ = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 16)), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(LAYOUTS)), chunks_, st.integers(1, 1500))
 @settings(deadline=None, max_examples=50)
 def test_the_tiles_of_a_tree_say_what_its_dense_mask_says(
