@@ -512,6 +512,8 @@ def test_models_that_are_not_done_count_beside_a_baseline_that_is() -> None:
     comparison = Comparison([*half, baseline], [10])
     assert [system.label for system in comparison.systems] == ["peso", "popularity"]
     assert comparison.unfinished == []
+    alone = Comparison([replace(baseline, expected_stages=9)], [10])
+    assert [system.label for system in alone.systems] == ["popularity"]
 
 
 def test_log_probabilities_of_baselines_are_shown_and_not_compared() -> None:
