@@ -11,6 +11,9 @@ and the expert's way of `benchmarks/usual_training.py` (float32 weights under bf
 `Trainer(bf16=True)` has them) at the batch size that is their fastest. Decoding: 10 beams, weights in
 bfloat16; `generate` with `prefix_allowed_tokens_fn` at its fastest batch size, and one request at a time.
 
+Compiled layers attend in blocks (FlexAttention), others under a dense mask. `--quick` tries the usual ways of
+training at 64 examples at once alone (8, as released, was several times slower in every full run).
+
 Model FLOP utilisation counts what a step needs: per token 4 FLOPs for each frozen weight of the layers
 (forward, and backward to the activations), per predicted position 4 for each value of the head (6 where the
 head is trained); attention's scores, adapters and recomputation are not counted. It is null where the peak of
@@ -77,12 +80,12 @@ class Size:
     requests: int
     train_batches: tuple[int, ...]  # of the usual ways
     generate_batches: tuple[int, ...]
-    search_batch: int
+    search_batches: tuple[int, ...]
 
 
-FULL = Size(512, 20, 12, 3, 1024, 100, (8, 64), (1, 16, 64), 256)
-QUICK = Size(512, 8, 10, 2, 512, 30, (8, 64), (1, 64), 256)
-TOY = Size(16, 2, 2, 1, 6, 3, (4, 8), (1, 4), 4)
+FULL = Size(512, 20, 12, 3, 4096, 100, (8, 64), (1, 16, 64, 256), (256, 1024))
+QUICK = Size(512, 8, 10, 2, 2048, 30, (64,), (1, 64, 256), (256, 1024))
+TOY = Size(16, 2, 2, 1, 6, 3, (4, 8), (1, 4), (2, 4))
 
 
 def shape(vocab: int, width: int, inner: int, layers: int, heads: int, groups: int) -> LlamaConfig:
@@ -237,6 +240,7 @@ class Bench:
             "slowest_step_seconds": max(at[i] - at[i - 1] for i in counted),
             "fastest_step_seconds": min(at[i] - at[i - 1] for i in counted),
             "gpu_time": device_time(profiler) if self.device.type == "cuda" else None,
+            "gpu_kernels": largest_times(profiler) if self.device.type == "cuda" else None,
             **self.speed(targets, tokens, needed, seconds),
         }
         return self.told(f"training, ours, {layout}{'' if compiled else ', not compiled'}", figures)
@@ -297,14 +301,15 @@ class Bench:
         found: dict[str, Any] = {}
         for layout in ("instruct", "stream"):
             model = self.model(layout, self.compute).eval()
-            batch = self.size.search_batch
-
-            def ours(some: list[np.ndarray], model: GenerativeModel = model, batch: int = batch) -> Any:
-                return search(model, some, beams=BEAMS, batch_size=batch)
-
-            found[f"ours, {layout}"] = self.told(
-                f"decoding, ours, {layout}", self.answering(ours, histories, self.size.requests)
-            )
+            tried = {}
+            for size in self.size.search_batches:
+                figures = self.answering(
+                    lambda some, model=model, size=size: search(model, some, beams=BEAMS, batch_size=size),
+                    histories,
+                    self.size.requests if size == self.size.search_batches[0] else 0,
+                )
+                tried[size] = self.told(f"decoding, ours, {layout}, {size} at once", figures)
+            found[f"ours, {layout}"] = fastest(tried)
         for name, way in (("usual way", generation.UsualWay), ("expert's way", generation.ExpertWay)):
             usual = way(self.model("instruct", self.compute).eval())
             tried = {}
@@ -315,8 +320,7 @@ class Bench:
                     -(-self.size.requests // 4) if size == 1 else 0,
                 )
                 tried[size] = self.told(f"decoding, {name}, {size} at once", figures)
-            best = max(tried, key=lambda size: tried[size]["users_per_second"])
-            found[name] = {**tried[1], **tried[best], "batch_size": best}
+            found[name] = fastest(tried)
         ratios = {}
         for layout in ("instruct", "stream"):
             own = found[f"ours, {layout}"]
@@ -364,10 +368,24 @@ def device_time(profiler: torch.profiler.profile) -> dict[str, float]:
         if event.key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
             sides = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
             kind = "adapters' products" if sides & {RANK} else "products"
-        elif "attention" in event.key:
+        elif "attention" in event.key or "flex" in event.key:
             kind = "attention"
         seconds[kind] += event.self_device_time_total / 1e6
     return seconds
+
+
+def largest_times(profiler: torch.profiler.profile, count: int = 15) -> list[tuple[str, float]]:
+    """The operations and kernels that took the device longest, seconds each."""
+    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return [(event.key[:100], round(event.self_device_time_total / 1e6, 5)) for event in events[:count]]
+
+
+def fastest(tried: dict[int, dict[str, float]]) -> dict[str, float]:
+    """The figures of the batch size that answers most users a second, and latencies of single requests."""
+    best = max(tried, key=lambda size: tried[size]["users_per_second"])
+    latencies = {key: x for figures in tried.values() for key, x in figures.items() if key.endswith("_ms")}
+    return {**latencies, **tried[best], "batch_size": best}
 
 
 def each_taken(

@@ -38,7 +38,7 @@ class HybridAnswers:
     llm: GenerativeModel
     candidates: int
     weight: float
-    search_batch: int = 64
+    search_batch: int | None = None
 
     def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> HybridAnswers:
         """With the weight that ranks the validation targets best."""

@@ -77,7 +77,10 @@ class TrainingConfig(Section):
 
 class DecodingConfig(Section):
     beams: int = Field(10, ge=1, le=500)
-    batch_size: int = Field(64, ge=1, description="users decoded together")
+    # not written where not given, as above
+    batch_size: int | None = Field(
+        None, ge=1, exclude_if=not_, description="users decoded together; none given: 64, on a GPU 256"
+    )
 
 
 class EvaluationConfig(Section):

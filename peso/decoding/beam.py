@@ -26,7 +26,12 @@ from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.processes import ALONE, Processes
 
-BEAMS_AT_ONCE = 4096  # over all users of a batch; bounds the memory of searches with hundreds of beams
+# Users computed together, where nobody says how many: a GPU waits for its host until there are hundreds.
+TOGETHER = {"cpu": 64}
+TOGETHER_ELSEWHERE = 256
+# Beams over all users of a batch: bounds the memory of searches with hundreds of beams.
+BEAMS_AT_ONCE = {"cpu": 4096}
+BEAMS_AT_ONCE_ELSEWHERE = 16384
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def search(
     histories: Sequence[np.ndarray],
     *,
     beams: int = 10,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     exclude: Sequence[np.ndarray] | None = None,
     allow: np.ndarray | Sequence[np.ndarray] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -62,7 +67,7 @@ def search(
     Args:
         histories: int item rows of each user, oldest first (may be none); the last ``window`` are read.
         beams: how many partial IDs of a user survive each level.
-        batch_size: how many users are computed together, at most.
+        batch_size: how many users are computed together, at most. None: 64, on a GPU 256.
         exclude: per user item rows that may not come back.
         allow: item rows that alone may come back: one array for all users, or a sequence of one per user.
         on_progress: called with the number of users done so far.
@@ -73,6 +78,9 @@ def search(
         BackboneError: the model's log-probabilities are not numbers.
         ValueError: arguments of different length, or no beams.
     """
+    device = model.device.type
+    if batch_size is None:
+        batch_size = TOGETHER.get(device, TOGETHER_ELSEWHERE)
     if beams < 1 or batch_size < 1:
         raise ValueError(f"beams ({beams}) and batch_size ({batch_size}) must be at least 1")
     catalogue = _Catalogue.of(model.semantic_ids.trie, model.semantic_ids.codes, allow)
@@ -93,7 +101,7 @@ def search(
     ]
     computed = np.zeros(len(prompts), dtype=bool)
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")[::-1]
-    together = min(batch_size, max(1, BEAMS_AT_ONCE // beams))
+    together = min(batch_size, max(1, BEAMS_AT_ONCE.get(device, BEAMS_AT_ONCE_ELSEWHERE) // beams))
     with _ready(model):
         # a pass of its own pays only where several users share it
         opening = Opening.of(model) if len(prompts) > 1 else Opening(0, [])

@@ -28,7 +28,7 @@ def beam_search(
     exclude_seen: bool = False,
     allow: ItemLists | None = None,
     deny: ItemLists | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[tuple[str, float]]]:
     """The ``k`` best next items of each history, with their log-probabilities, best first.
@@ -44,7 +44,7 @@ def beam_search(
         allow: the only item ids that may come back: one collection for all users, or a sequence of one per
             history.
         deny: item ids that may not come back, given like ``allow``.
-        batch_size: users computed together, at most.
+        batch_size: users computed together, at most. None: 64, on a GPU 256.
         on_progress: called with the number of users done so far.
 
     Returns:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from peso.errors import TrainingError
+from peso.model import block_mask, tree_attention
 from peso.model.generative import GenerativeModel
-from peso.model.tree_attention import along_trees
 
 
 @contextmanager
@@ -35,7 +35,9 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
         )
     causal_lm.activation_checkpointing_enable()
     try:
-        with along_trees(causal_lm):  # until the gradient is taken
+        # until the gradient is taken
+        name = block_mask.NAME if block_mask.suits_blocks(causal_lm) else tree_attention.NAME
+        with tree_attention.attending(causal_lm, name):
             yield
     finally:
         causal_lm.activation_checkpointing_disable()
@@ -47,7 +49,7 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     GPU.
 
     Layer by layer: they are alike, so one compilation serves them all, where the whole decoder would take
-    many times as long.
+    many times as long. On a GPU, attention then skips what nobody sees (:mod:`peso.model.block_mask`).
     """
     if not wanted or (wanted == "auto" and model.device.type != "cuda"):
         yield
@@ -57,8 +59,11 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     before = [region._compiled_call_impl for region in regions]
     for region in regions:
         region.compile(dynamic=True)
+    # two sizes that happen to be equal once are two sizes all the same: else they are compiled once more
+    sizes: Any = torch.fx.experimental._config
     try:
-        yield
+        with sizes.patch(use_duck_shape=False):
+            yield
     except torch._dynamo.exc.TorchDynamoException as error:
         cause = str(error).strip().splitlines()[0]
         raise TrainingError(
