@@ -1,6 +1,6 @@
 """Training, decoding and memory on one GPU, ours beside the usual ways: one JSON object.
 
-    python benchmarks/gpu.py [--quick] [--device cuda] [--peak-tflops T] [--model NAME]
+    python benchmarks/gpu.py [--quick] [--device cuda] [--peak-tflops T] [--model NAME] [--part training]
 
 Each figure is also told on stderr as soon as it is measured.
 
@@ -11,8 +11,8 @@ and the expert's way of `benchmarks/usual_training.py` (float32 weights under bf
 `Trainer(bf16=True)` has them) at the batch size that is their fastest. Decoding: 10 beams, weights in
 bfloat16; `generate` with `prefix_allowed_tokens_fn` at its fastest batch size, and one request at a time.
 
-Compiled layers attend in blocks (FlexAttention), others under a dense mask. `--quick` tries the usual ways of
-training at 64 examples at once alone (8, as released, was several times slower in every full run).
+`--quick` tries the usual ways of training at 64 examples at once alone (at 8, as released, they were several
+times slower).
 
 Model FLOP utilisation counts what a step needs: per token 4 FLOPs for each frozen weight of the layers
 (forward, and backward to the activations), per predicted position 4 for each value of the head (6 where the
@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ from peso.training.precision import Precision, peak_memory
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import transformers_reference as generation
 
+PARTS = ("training", "decoding")
 BEAMS, RANK, DROPOUT, RATE, SEED = 10, 8, 0.05, 2e-5, 0
 # dense bfloat16, 10¹² FLOPs a second, from the makers' data sheets
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
@@ -140,8 +141,8 @@ class Bench:
         vocabulary.initialise(words.float().cpu(), words.float().cpu(), seed=SEED)
         return GenerativeModel(causal_lm, tokenizer, vocabulary, prompt, self.ids, "full").to(self.device)
 
-    def result(self) -> dict[str, Any]:
-        return {"data": self.data, "training": self.training(), "decoding": self.decoding()}
+    def result(self, parts: Sequence[str]) -> dict[str, Any]:
+        return {"data": self.data} | {part: getattr(self, part)() for part in parts}
 
     def told(self, what: str, figures: dict[str, Any]) -> dict[str, Any]:
         """The same figures, told at once: what stops the script takes only what is not measured yet."""
@@ -153,11 +154,11 @@ class Bench:
 
     def training(self) -> dict[str, Any]:
         found = {"ours, instruct, not compiled": self.ours("instruct", compiled=False)}
-        for layout in ("instruct", "stream"):
-            found[f"ours, {layout}"] = self.ours(layout)
         for name, way in (("usual way", UsualWay), ("expert's way", ExpertWay)):
             tried = [self.theirs(way, batch) for batch in self.size.train_batches]
             found[name] = max(tried, key=lambda figures: figures["examples_per_second"])
+        for layout in ("instruct", "stream"):  # compiling takes longest
+            found[f"ours, {layout}"] = self.ours(layout)
         losses = [found[name].pop("loss") for name in ("ours, instruct", "usual way", "expert's way")]
         found["ours, stream"].pop("loss")
         found["ours, instruct, not compiled"].pop("loss")
@@ -368,7 +369,7 @@ def device_time(profiler: torch.profiler.profile) -> dict[str, float]:
         if event.key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
             sides = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
             kind = "adapters' products" if sides & {RANK} else "products"
-        elif "attention" in event.key or "flex" in event.key:
+        elif "attention" in event.key:
             kind = "attention"
         seconds[kind] += event.self_device_time_total / 1e6
     return seconds
@@ -416,7 +417,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 of this GPU")
     parser.add_argument("--model", choices=["smollm2-135m", "llama-3.2-1b-shape"], help="this one alone")
+    parser.add_argument("--part", choices=PARTS, help="this one alone")
     arguments = parser.parse_args()
+    parts = [arguments.part] if arguments.part else PARTS
     warnings.simplefilter("ignore")
     device = Precision.of("auto", arguments.device).device
     on_gpu = device.type == "cuda"
@@ -428,7 +431,7 @@ def main() -> None:
     started = time.perf_counter()
     result: dict[str, Any] = {"device": card, "peak_tflops": peak, "torch": torch.__version__}
     for name in models if on_gpu else ["toy"]:
-        result[name] = Bench(name, device, size, peak).result()
+        result[name] = Bench(name, device, size, peak).result(parts)
     print(json.dumps(result | {"seconds": time.perf_counter() - started}))
 
 

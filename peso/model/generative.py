@@ -14,11 +14,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peso.items.semantic_ids import SemanticIds
-from peso.model.block_mask import NAME as BLOCKS
-from peso.model.block_mask import block_mask, in_blocks
 from peso.model.layout import PromptLayout
 from peso.model.logit_transform import LogitTransform
-from peso.model.tree_attention import TreePlaces, attending, serves
+from peso.model.tree_attention import TreePlaces, along_trees, serves
 from peso.model.visibility import Tree, additive
 from peso.model.vocabulary import SemanticVocabulary
 
@@ -110,29 +108,30 @@ class GenerativeModel(nn.Module):
         if isinstance(visible, Tree):
             if serves(self.causal_lm):
                 return self._hidden_along(ids, visible, positions)
-            if in_blocks(self.causal_lm):
-                with attending(self.causal_lm, BLOCKS):
-                    return self._decoded(ids, block_mask(visible), positions)
             visible = visible.dense()
         mask = None if visible is None else additive(visible, self.dtype)
         with nullcontext() if self.training else _without_plans(ids.device):
-            return self._decoded(ids, mask, positions, past_key_values=cache)
+            output = self.causal_lm.get_decoder()(
+                inputs_embeds=self.embed(ids),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state
 
     def _hidden_along(self, ids: Tensor, tree: Tree, positions: Tensor) -> Tensor:
         # whoever took this for a mask would get no numbers
         no_mask = torch.full((1, 1, 1, 1), torch.nan, dtype=self.dtype, device=ids.device)
-        with attending(self.causal_lm):
-            return self._decoded(ids, no_mask, positions, peso_tree=TreePlaces(tree))
-
-    def _decoded(self, ids: Tensor, mask: Any, positions: Tensor, **kwargs: Any) -> Tensor:
-        hidden: Tensor = self.causal_lm.get_decoder()(
-            inputs_embeds=self.embed(ids),
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=kwargs.get("past_key_values") is not None,
-            **kwargs,
-        ).last_hidden_state
-        return hidden
+        with along_trees(self.causal_lm):
+            output = self.causal_lm.get_decoder()(
+                inputs_embeds=self.embed(ids),
+                attention_mask=no_mask,
+                position_ids=positions,
+                use_cache=False,
+                peso_tree=TreePlaces(tree),
+            )
+        return output.last_hidden_state
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """hidden (…, width) → float32 logits (…, first_id) of the backbone's own words."""

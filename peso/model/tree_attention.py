@@ -70,7 +70,7 @@ AttentionInterface.register(NAME, tree_attention)
 def serves(causal_lm: Any) -> bool:
     """Whether a backbone's attention can be computed along trees: plain scaled-dot-product attention through
     Transformers' interface, on a CPU, not compiled, and under its own name if layers are computed again for
-    the gradient (see :func:`attending`)."""
+    the gradient (see :func:`along_trees`)."""
     if causal_lm.device.type != "cpu" or not getattr(causal_lm, "_supports_attention_backend", False):
         return False
     decoder = causal_lm.get_decoder()
@@ -85,13 +85,13 @@ def serves(causal_lm: Any) -> bool:
 
 
 @contextmanager
-def attending(causal_lm: Any, name: str = NAME) -> Iterator[None]:
-    """Within this context a backbone whose attention is ``sdpa`` computes it by the attention function of
-    this name; afterwards as before. Where layers are computed again for the gradient, hold it until then."""
+def along_trees(causal_lm: Any) -> Iterator[None]:
+    """Within this context a backbone whose attention is ``sdpa`` computes it along trees where it is given
+    one; afterwards as before. Where layers are computed again for the gradient, hold it until then."""
     config = causal_lm.get_decoder().config
     before = config._attn_implementation
     if before == "sdpa":
-        config._attn_implementation = name
+        config._attn_implementation = NAME
     try:
         yield
     finally:

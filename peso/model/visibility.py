@@ -91,15 +91,15 @@ class Tree:
     limit: Tensor
 
     def to(self, device: torch.device) -> Tree:
-        return Tree(*(x.to(device, non_blocking=True) for x in self.numbers))
+        return Tree(*(x.to(device, non_blocking=True) for x in self._numbers))
 
     @property
-    def numbers(self) -> _Numbers:
+    def _numbers(self) -> _Numbers:
         return self.sequence, self.branch, self.order, self.limit
 
     def dense(self) -> Tensor:
         """bool (rows, 1, length, length)."""
-        return visibility(*self.numbers)
+        return visibility(*self._numbers)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -112,7 +112,7 @@ class Tree:
         rows, length = self.sequence.shape
         alike: dict[tuple[int, int], list[_Run]] = {}
         for row in range(rows):
-            for run in _runs(row * length, *(x[row].cpu().numpy() for x in self.numbers)):
+            for run in _runs(row * length, *(x[row].cpu().numpy() for x in self._numbers)):
                 size = len(run.own).bit_length(), len(run.before).bit_length()
                 alike.setdefault(size, []).append(run)
         tiles = [self._tile(runs) for runs in alike.values()]
@@ -132,7 +132,7 @@ class Tree:
             keys[n, most : most + len(run.own)] = run.own
         device = self.sequence.device
         q, k = torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device)
-        of_q, of_k = (tuple(x.flatten()[index.clamp_min(0)] for x in self.numbers) for index in (q, k))
+        of_q, of_k = (tuple(x.flatten()[index.clamp_min(0)] for x in self._numbers) for index in (q, k))
         return Tile(q, k, _sees(of_q, of_k) & (k >= 0).unsqueeze(1))
 
 

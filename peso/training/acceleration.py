@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from peso.errors import TrainingError
-from peso.model import block_mask, tree_attention
 from peso.model.generative import GenerativeModel
+from peso.model.tree_attention import along_trees
 
 
 @contextmanager
@@ -35,9 +35,7 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
         )
     causal_lm.activation_checkpointing_enable()
     try:
-        # until the gradient is taken
-        name = block_mask.NAME if block_mask.suits_blocks(causal_lm) else tree_attention.NAME
-        with tree_attention.attending(causal_lm, name):
+        with along_trees(causal_lm):  # until the gradient is taken
             yield
     finally:
         causal_lm.activation_checkpointing_disable()
@@ -49,7 +47,7 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     GPU.
 
     Layer by layer: they are alike, so one compilation serves them all, where the whole decoder would take
-    many times as long. On a GPU, attention then skips what nobody sees (:mod:`peso.model.block_mask`).
+    many times as long.
     """
     if not wanted or (wanted == "auto" and model.device.type != "cuda"):
         yield

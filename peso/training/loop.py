@@ -42,7 +42,7 @@ from peso.training.likelihood import target_states, tokens_of_target, validation
 from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
-from peso.training.precision import Precision, peak_memory
+from peso.training.precision import Precision, peak_memory, reproducible
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def train_stage(
         context, total_steps=len(plan), total_rate=_total_rate(settings, len(plan), learning_rate)
     )
     options = _options(strategy)
-    with gradient_checkpointing(model, settings.gradient_checkpointing):
+    with gradient_checkpointing(model, settings.gradient_checkpointing), reproducible(model.device):
         strategy.begin(context)  # what cannot do with it says so
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -187,6 +187,7 @@ def train_stage(
     with (
         TrainingLog(*((log, state.logged) if processes.is_main else (Path(os.devnull), 0))) as records,
         torch.random.fork_rng(gpus),
+        reproducible(model.device),
         disable_input_dtype_casting(model, precision.mixed),
         fast_dropout(model) if on_cpu else nullcontext(),
         fused_lora(model),
@@ -194,17 +195,20 @@ def train_stage(
     ):
         model.train()
         saved_at = clock = time.monotonic()
+        passes = plan.batch(state.step, model, processes) if state.step < len(plan) else []
         for step in range(state.step, len(plan)):
             began = time.monotonic()
             # what dropout draws from: something else on every process, which see other targets
             torch.manual_seed(_number(seed, stage, step, *([processes.rank] if processes.rank else [])))
-            passes = plan.batch(step, model, processes)
             count = plan.targets(step) * tokens_of_target(model)
             penalty = Penalty(parameters, adapter, measured=step % MEASURED_EVERY == 0)
             penalised = partial(_penalised, strategy, context, penalty)
             with gradient_checkpointing(model, settings.gradient_checkpointing):
-                loss = _backward(model, passes, count, settings.temperature, precision, penalised)
+                parts = _backward(model, passes, count, settings.temperature, precision, penalised)
             tokens: float = sum(packed.tokens for packed in passes)
+            if step + 1 < len(plan):  # while a GPU is still at this one
+                passes = plan.batch(step + 1, model, processes)
+            loss = sum(map(float, parts))
             loss, tokens = processes.sum_numbers(loss, tokens)
             _sum_gradients(parameters, processes)
             penalty.gather(processes)
@@ -306,25 +310,26 @@ def _backward(
     temperature: float,
     precision: Precision,
     penalised: Callable[[Tensor, TrainingPass, float], Tensor] | None = None,
-) -> float:
-    """Gradients of the passes' part of the loss of a batch into the parameters; returns that part.
+) -> list[Tensor]:
+    """Gradients of the passes' part of the loss of a batch into the parameters; returns that part, pass by
+    pass, still on the device: to read it is to wait for all that the device was told to do.
 
     Args:
         count: target tokens of the whole batch.
         penalised: given a pass's loss, the pass and its share of the targets: what is to be differentiated.
     """
-    total = 0.0
+    losses = []
     for packed in passes:
         with precision.products():
             states = target_states(model, packed)
             scores = token_log_probabilities(model, states, packed.targets, temperature)
             loss = -scores.sum() / count
-            total += float(loss.detach())
+            losses.append(loss.detach())
             if penalised is not None:
                 outputs = TrainingPass(model, packed, states, temperature)
                 loss = penalised(loss, outputs, len(packed.targets) / count)
         loss.backward()
-    return total
+    return losses
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:

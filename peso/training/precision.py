@@ -5,10 +5,13 @@ Knows the words of the configuration and what the machine offers; knows nothing 
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,6 +65,29 @@ def _device(name: str) -> torch.device:
         cause = str(error).splitlines()[0]
         raise TrainingError(f"training.device {name!r} cannot be used: {cause}; try auto or cpu") from None
     return device
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Within the context a GPU adds up in the same order every time, as a CPU does anyway; afterwards as
+    before. What PyTorch cannot compute so (it warns) stays as it is."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch refuses products
+    settings: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        settings.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # nothing here reads what was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = before[2]
 
 
 def peak_memory(device: torch.device) -> int:
