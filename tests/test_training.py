@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from plain_path import cases_of, random_sequences, separate_loss, with_adapter
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import LlamaConfig, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from peso.config import TrainingConfig
 from peso.continual.hooks import StageContext, Strategy
@@ -27,6 +28,7 @@ from peso.training import plan as plan_module
 from peso.training.likelihood import tokens_of_target, validation_loss
 from peso.training.loop import Progress, StageResult, train_stage
 from peso.training.plan import StagePlan
+from peso.training.precision import reproducible
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 
@@ -327,3 +329,30 @@ def test_the_outcome_does_not_depend_on_the_model_mode(
     model = with_adapter(make_model()).eval()
     train(model, tmp_path, epochs=1)
     assert not model.training
+
+
+def test_passes_are_as_large_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 1 B shape on 80 GB takes 20,000 tokens in one pass, on 16 GB a few thousand."""
+    one_b = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
+    small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+
+    def tokens(config: LlamaConfig, gigabytes: int) -> int:
+        properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        causal_lm = SimpleNamespace(config=config)
+        return plan_module.budget(SimpleNamespace(device=torch.device("cuda"), causal_lm=causal_lm))[1]
+
+    assert 20_000 < tokens(one_b, 80) < 25_000
+    assert 4_000 < tokens(one_b, 16) < 5_000
+    assert tokens(small, 80) == plan_module.ELSEWHERE[1]
+
+
+def test_a_gpu_is_held_to_sums_in_a_fixed_order_for_as_long_as_it_learns() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    with reproducible(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), reproducible(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
