@@ -9,10 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from peso.model.dropout import fast_dropout
 from peso.model.fused_lora import FusedLinear, fused_lora
+from peso.model.past import Magnitudes, Past
 
 
 class Two(nn.Module):
@@ -103,7 +106,38 @@ def test_bfloat16_products_keep_float32_gradients() -> None:
             )
 
 
-def test_several_adapters_and_disabled_ones_stay_with_peft() -> None:
+def with_another(model: Any, **config: Any) -> Any:
+    """A second adapter acts beside the first, frozen."""
+    added = LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False, **config)
+    model.add_adapter("more", added)
+    model.to(next(model.parameters()).dtype).base_model.set_adapter(["default", "more"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".default." in name)
+    return model
+
+
+@pytest.mark.parametrize("magnitudes", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_frozen_adapter_beside_the_trained_one_is_computed_with_it(
+    dropout: float, magnitudes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_another(adapted(dropout)).train()
+    if magnitudes:  # the rows of A are products with something that learns
+        for layer in (m for m in model.modules() if hasattr(m, "lora_A")):
+            scales = Magnitudes(Past({}, {}, (1, 1), torch.tensor([0.7, 1.3])), trainable=True).double()
+            parametrize.register_parametrization(layer.lora_A["more"], "weight", scales, unsafe=True)
+    with fast_dropout(model):
+        expected = learnt(model)
+        monkeypatch.setattr(Linear, "forward", lambda *_: pytest.fail("by PEFT"))
+        with fused_lora(model):
+            found = learnt(model)
+    assert found.keys() == expected.keys()
+    assert sum("magnitudes" in name for name in found) == 2 * magnitudes
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_adapters_that_both_learn_or_drop_and_disabled_ones_stay_with_peft() -> None:
     model = adapted(0.0)
     with fused_lora(model):
         alone = learnt(model)["y"]
@@ -112,14 +146,17 @@ def test_several_adapters_and_disabled_ones_stay_with_peft() -> None:
             torch.manual_seed(0)
             assert torch.equal(model(x), Two().double()(x))  # what it was made from
             assert not torch.allclose(model(x), alone)
-    model.add_adapter("more", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
-    model.double().base_model.set_adapter(["default", "more"])
-    expected = learnt(model)
-    with fused_lora(model):
-        found = learnt(model)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
-    assert not torch.allclose(expected["y"], alone)
+    both = with_another(adapted(0.0)).requires_grad_(True)
+    dropping = with_another(adapted(0.0), lora_dropout=0.4).train()
+    for several in (both, dropping):
+        for layer in (m for m in several.modules() if hasattr(m, "lora_A")):
+            layer.base_layer.requires_grad_(False)
+        expected = learnt(several)
+        with fused_lora(several):
+            found = learnt(several)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+        assert not torch.allclose(expected["y"], alone)
 
 
 def test_afterwards_the_layers_are_as_before() -> None:

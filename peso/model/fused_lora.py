@@ -3,11 +3,11 @@
 Knows PEFT's LoRA layers and their arithmetic; knows nothing of losses, stages or strategies. PEFT composes a
 layer of ten operations, and autograd keeps and rescales what lies between them:
 
-    y = W x + b + B A drop(x) · alpha / rank
+    y = W x + b + B A drop(x) · alpha / rank [+ D C x · scale, of a frozen adapter beside it]
 
-Here the low-rank part is added within the product that computes it, the factors of dropout and alpha / rank
-are worked into that product, and the gradient keeps drop(x), its mask and the rank values between A and B.
-Same numbers, but for the order in which they are rounded; same random draws as :mod:`peso.model.dropout`.
+Here the low-rank parts are added within the product that computes them, the factors of dropout and alpha /
+rank are worked into that product, and the gradient keeps drop(x), its mask and the rank values between A and
+B. Same numbers, but for the order in which they are rounded; same random draws as :mod:`peso.model.dropout`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from peso.model.dropout import bit_mask, masked
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x (…, in) → W x + b + scale · B A drop(x) (…, out), in the precision of ``weight``.
+    """x (…, in) → W x + b + scale · B A drop(x) [+ scale_beside · D C x] (…, out), in the precision of W.
 
-    ``down`` A (rank, in) and ``up`` B (out, rank) get gradients in their own precision, W and b none.
+    ``down`` A (rank, in), ``up`` B (out, rank) and ``down_beside`` C (rank, in) get gradients in their own
+    precision; W, b and ``up_beside`` D (out, rank) none.
     """
 
     @staticmethod
@@ -39,28 +40,32 @@ class _LowRankLinear(torch.autograd.Function):
         up: Tensor,
         scale: float,
         dropout: float,
+        down_beside: Tensor | None = None,
+        up_beside: Tensor | None = None,
+        scale_beside: float = 1.0,
     ) -> Tensor:
         dtype = weight.dtype
         rows = x.reshape(-1, x.shape[-1])
         kept, mask, scale = _drop(rows, dropout, scale)
         inner = kept @ down.to(dtype).t()  # (rows, rank)
         y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        if torch.compiler.is_compiling():  # fuses the sum with what comes next; in place it would copy y
-            y = y + scale * (inner @ up.to(dtype).t())
-        else:
-            y.addmm_(inner, up.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(weight, down, up, kept, mask, inner)
-        ctx.scale, ctx.dropout = scale, dropout
+        y = _plus(y, inner, up, scale)
+        seen = None
+        if down_beside is not None and up_beside is not None:
+            y = _plus(y, rows @ down_beside.to(dtype).t(), up_beside, scale_beside)
+            seen = rows if ctx.needs_input_grad[7] else None
+        ctx.save_for_backward(weight, down, up, kept, mask, inner, down_beside, up_beside, seen)
+        ctx.scale, ctx.dropout, ctx.scale_beside = scale, dropout, scale_beside
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, down, up, kept, mask, inner = ctx.saved_tensors
+        weight, down, up, kept, mask, inner, down_beside, up_beside, seen = ctx.saved_tensors
         dtype = weight.dtype
-        of_x, _, _, of_down, of_up, _, _ = ctx.needs_input_grad
+        of_x, _, _, of_down, of_up, *_ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
         at_rank = (rows @ up.to(dtype)).mul_(ctx.scale)  # (rows, rank)
-        d_x = d_down = d_up = None
+        d_x = d_down = d_up = d_beside = None
         if of_up:
             d_up = (inner.t() @ rows).mul_(ctx.scale).to(up.dtype).t()  # faster than rows.t() @ inner
         if of_down:
@@ -71,8 +76,22 @@ class _LowRankLinear(torch.autograd.Function):
                 d_x.addmm_(at_rank, down.to(dtype))
             else:
                 d_x += _drop_again(at_rank @ down.to(dtype), mask, ctx.dropout)
+        if up_beside is not None:
+            at_beside = (rows @ up_beside.to(dtype)).mul_(ctx.scale_beside)
+            if d_x is not None:
+                d_x.addmm_(at_beside, down_beside.to(dtype))
+            if seen is not None:
+                d_beside = (at_beside.t() @ seen).to(down_beside.dtype)
+        if d_x is not None:
             d_x = d_x.view(*gradient.shape[:-1], -1)
-        return d_x, None, None, d_down, d_up, None, None
+        return d_x, None, None, d_down, d_up, None, None, d_beside, None, None
+
+
+def _plus(y: Tensor, inner: Tensor, up: Tensor, scale: float) -> Tensor:
+    """y + scale · inner upᵀ, into y where nothing is compiled."""
+    if torch.compiler.is_compiling():  # fuses the sum with what comes next; in place it would copy y
+        return y + scale * (inner @ up.to(y.dtype).t())
+    return y.addmm_(inner, up.to(y.dtype).t(), alpha=scale)
 
 
 def _drop(rows: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor | None, float]:
@@ -99,12 +118,14 @@ def _bits(rows: Tensor) -> bool:
 
 
 class FusedLinear(Linear):
-    """PEFT's LoRA layer over ``nn.Linear``, computed at once while one adapter is active."""
+    """PEFT's LoRA layer over ``nn.Linear``, computed at once while one adapter is active, or one and a frozen
+    one without dropout beside it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = _only_adapter(self)
-        if name is None or args or kwargs:
+        names = _adapters(self)
+        if not names or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        name, *beside = names
         base, dropout, device = self.base_layer, self.lora_dropout[name], x.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else base.weight.dtype
@@ -117,16 +138,26 @@ class FusedLinear(Linear):
                 self.lora_B[name].weight,
                 self.scaling[name],
                 getattr(dropout, "p", 0.0) if self.training else 0.0,
+                *(x for other in beside for x in (self.lora_A[other].weight, self.lora_B[other].weight)),
+                *(self.scaling[other] for other in beside),
             )
 
 
-def _only_adapter(layer: Linear) -> str | None:
-    """The one adapter that acts in a layer, where it is plain LoRA beside a frozen weight; else None."""
-    active = layer.active_adapters
-    plain = len(active) == 1 and active[0] in layer.lora_A and not layer.lora_variant
-    if not plain or layer.disable_adapters or layer.merged or layer.lora_bias[active[0]]:
-        return None
-    return None if layer.base_layer.weight.requires_grad else active[0]
+def _adapters(layer: Linear) -> list[str]:
+    """The one or two adapters that act in a layer and can be computed at once; else none of them."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = not (layer.lora_variant or layer.disable_adapters or layer.merged)
+    if not plain or len(names) not in (1, 2) or layer.base_layer.weight.requires_grad:
+        return []
+    if any(layer.lora_bias[name] for name in names) or not all(_frozen_beside(layer, x) for x in names[1:]):
+        return []
+    return names
+
+
+def _frozen_beside(layer: Linear, name: str) -> bool:
+    """Whether an adapter may act beside the trained one: nothing dropped, B frozen (A may be a product that
+    learns: magnitudes of past adapters)."""
+    return isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_B[name].weight.requires_grad
 
 
 @contextmanager

@@ -89,14 +89,17 @@ class Magnitudes(nn.Module):
     """Multiplies the rows of each adapter by its magnitude; one for all modules of a model."""
 
     ranks: Tensor
+    owners: Tensor  # int64 (Σ ranks,): which adapter a row belongs to
 
     def __init__(self, past: Past, *, trainable: bool) -> None:
         super().__init__()
         self.magnitudes = nn.Parameter(past.magnitudes.clone().float(), requires_grad=trainable)
-        self.register_buffer("ranks", torch.tensor(past.ranks), persistent=False)
+        ranks = torch.tensor(past.ranks)
+        self.register_buffer("ranks", ranks, persistent=False)
+        self.register_buffer("owners", torch.arange(len(ranks)).repeat_interleave(ranks), persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return rows * self.magnitudes.repeat_interleave(self.ranks.to(rows.device)).unsqueeze(-1)
+        return rows * self.magnitudes.index_select(0, self.owners).unsqueeze(-1)
 
 
 @torch.no_grad()
