@@ -24,12 +24,12 @@ from peso.events.histories import Cases, TargetSequence
 from peso.model.adapter import adapter_parameters
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
+from peso.reproducible import reproducible
 from peso.training import loop
 from peso.training import plan as plan_module
 from peso.training.likelihood import tokens_of_target, validation_loss
 from peso.training.loop import Progress, StageResult, train_stage
 from peso.training.plan import StagePlan
-from peso.training.precision import reproducible
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 

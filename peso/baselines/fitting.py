@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peso.config.baselines import NetworkOptions
 from peso.progress import Observer
+from peso.reproducible import reproducible
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -55,7 +56,8 @@ def fit(
     observer.begin(f"learn stage {stage}", steps * options.epochs, "steps")
     began, losses = time.perf_counter(), list[float]()
     best = copy.deepcopy(module.state_dict())
-    with torch.random.fork_rng(devices=_devices(module)):
+    device = next(module.parameters()).device
+    with torch.random.fork_rng(devices=_devices(device)), reproducible(device):
         torch.manual_seed(int(generator.integers(2**31)))  # dropout
         for epoch in range(options.epochs):
             module.train()
@@ -105,6 +107,5 @@ def seeded(seed: Sequence[int], make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-def _devices(module: nn.Module) -> list[int]:
-    device = next(module.parameters()).device
+def _devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []

@@ -35,6 +35,7 @@ from peso.model.fused_lora import fused_lora
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.processes import ALONE, Processes
+from peso.reproducible import reproducible
 from peso.training.acceleration import as_written, compiled, gradient_checkpointing
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
@@ -42,7 +43,7 @@ from peso.training.likelihood import target_states, tokens_of_target, validation
 from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
-from peso.training.precision import Precision, peak_memory, reproducible
+from peso.training.precision import Precision, peak_memory
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -41,6 +39,8 @@ class Precision:
             TrainingError: an unknown device, or one that this machine does not have.
         """
         chosen = _device(device)
+        if chosen.type == "cuda":  # read once, at the first product; without it products are not reproducible
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         able = precision == "auto" and chosen.type == "cuda" and torch.cuda.is_bf16_supported()
         format = torch.bfloat16 if precision == "bfloat16" or able else torch.float32
         return cls(chosen, format, format)
@@ -65,29 +65,6 @@ def _device(name: str) -> torch.device:
         cause = str(error).splitlines()[0]
         raise TrainingError(f"training.device {name!r} cannot be used: {cause}; try auto or cpu") from None
     return device
-
-
-@contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """Within the context a GPU adds up in the same order every time, as a CPU does anyway; afterwards as
-    before. What PyTorch cannot compute so (it warns) stays as it is."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch refuses products
-    settings: Any = torch.utils.deterministic
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        settings.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = False  # nothing here reads what was not written
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = before[2]
 
 
 def peak_memory(device: torch.device) -> int:
