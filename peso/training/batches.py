@@ -198,22 +198,20 @@ class Packed:
 def pack(
     pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int, digits: int = 64
 ) -> list[Packed]:
-    """Spread pieces evenly over as few rows of at most ``row_tokens`` as hold them, the root once per row.
+    """Put pieces into few rows of at most ``row_tokens``, the root once per row.
 
-    Longest first into the shortest row, so rows end up nearly equal and padding small. A row is longer than
-    ``row_tokens`` only where a single piece is. Rows are dealt evenly to as few passes as have at most
-    ``pass_tokens`` tokens each, padding counted (at least one row a pass). Their length is rounded up to a
-    number that has zeros behind its first ``digits`` binary digits. What is computed for a target depends on
-    none of the three: attention costs grow with the first, memory with the second, and how many different
-    shapes there are with the third.
+    Longest first into the fullest row that has room, then the same into rows as short as so many can be: few
+    rows end up nearly equal, many nearly full, and padding is small. A row is longer than ``row_tokens`` only
+    where a single piece is. Rows are dealt evenly to as few passes as have at most ``pass_tokens`` tokens
+    each, padding counted (at least one row a pass). Their length is rounded up to a number that has zeros
+    behind its first ``digits`` binary digits. What is computed for a target depends on none of the three:
+    attention costs grow with the first, memory with the second, and how many different shapes there are with
+    the third.
     """
     root = len(prefix)
     sizes = np.array([len(piece) for piece in pieces])
-    longest_first = np.argsort(-sizes, kind="stable")
     room = max(row_tokens - root, int(sizes.max(initial=1)), 1)
-    count = -(-int(sizes.sum()) // room)
-    while (rows := _spread(longest_first, sizes, max(count, 1), room)) is None:
-        count += 1
+    rows = _few(np.argsort(-sizes, kind="stable").tolist(), sizes.tolist(), room)
     rows.sort(key=lambda row: -int(sizes[row].sum()))
     if not rows:  # of several processes one may have no share of a batch
         return []
@@ -244,6 +242,39 @@ def _spread(longest_first: np.ndarray, sizes: np.ndarray, count: int, room: int)
             return None
         rows[row].append(piece)
     return [row for row in rows if row]
+
+
+def _few(longest_first: list[int], sizes: list[int], room: int) -> list[list[int]]:
+    """Pieces of each of few rows, which are as short as so many can be, within a sixty-fourth of ``room``."""
+    rows = _fill(longest_first, sizes, room)
+    if not rows:
+        return []
+    step = -(-room // 64)
+    low, high = max(-(-sum(sizes) // len(rows)), sizes[longest_first[0]]), room
+    while low < high:
+        middle = (low + high) // 2
+        shorter = _fill(longest_first, sizes, middle)
+        if len(shorter) <= len(rows):
+            rows, high = shorter, middle - step + 1
+        else:
+            low = middle + step
+    return rows
+
+
+def _fill(longest_first: list[int], sizes: list[int], room: int) -> list[list[int]]:
+    """Pieces of each row, where each goes into the fullest that has room for it, or else opens another."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for piece in longest_first:
+        size = sizes[piece]
+        fits = [(free, row) for row, free in enumerate(left) if free >= size]
+        if not fits:
+            rows.append([])
+            left.append(room)
+        row = min(fits)[1] if fits else len(rows) - 1
+        rows[row].append(piece)
+        left[row] -= size
+    return rows
 
 
 def _up(tokens: int, digits: int) -> int:

@@ -25,7 +25,7 @@ from peso.training.likelihood import predicts_end
 # rows may be longer than where it is computed between all tokens of a row, seen or not. A GPU wants much work
 # at once, since its host launches every layer of every pass, and few shapes: for each new one its attention
 # is planned anew, which takes longer than a pass.
-ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (1152, 1152, 64), (384, 384, 64), (768, 32768, 5)
+ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (1152, 1152, 64), (384, 384, 64), (768, 32768, 6)
 SHARE_OF_MEMORY = 0.7  # of a GPU, for what a pass keeps for its gradient
 MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
 
