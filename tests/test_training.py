@@ -337,14 +337,16 @@ def test_passes_are_as_large_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyP
     one_b = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
     small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 
-    def tokens(config: LlamaConfig, gigabytes: int) -> int:
+    def tokens(config: LlamaConfig, gigabytes: int, dtype: torch.dtype = torch.bfloat16) -> int:
         properties = SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
         causal_lm = SimpleNamespace(config=config)
-        return plan_module.budget(SimpleNamespace(device=torch.device("cuda"), causal_lm=causal_lm))[1]
+        model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, causal_lm=causal_lm)
+        return plan_module.budget(model)[1]
 
     assert 20_000 < tokens(one_b, 80) < 25_000
     assert 4_000 < tokens(one_b, 16) < 5_000
+    assert tokens(one_b, 80, torch.float32) == pytest.approx(tokens(one_b, 80) / 2, abs=1)
     assert tokens(small, 80) == plan_module.ELSEWHERE[1]
 
 

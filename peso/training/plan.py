@@ -47,7 +47,7 @@ def _tokens_that_fit(model: GenerativeModel) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * width
     # measured within a tenth, bfloat16 with LoRA and dropout on seven projections: in front of each what
     # dropout keeps and its mask, 3 bytes a value, and 2 bytes a value of what lies between them
-    each = config.num_hidden_layers * (34 * width + 11 * inner)
+    each = config.num_hidden_layers * (34 * width + 11 * inner) * model.dtype.itemsize // 2
     return int(SHARE_OF_MEMORY * torch.cuda.get_device_properties(model.device).total_memory) // each
 
 
