@@ -41,7 +41,7 @@ from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.manifest import MANIFEST, read_manifest, write_manifest
 from peso.progress import Observer
-from peso.stages import trained_model
+from peso.stages import answering_model
 from peso.training.precision import Precision
 from peso.workspace import METRICS, PREDICTIONS, Workspace, provenance
 
@@ -214,7 +214,7 @@ class BaselineRun:
     def _fusion(self, config: HybridConfig, stage: int, weight: float | None) -> HybridAnswers:
         towers = BaselineRun(self.workspace, config.two_tower)._restored(stage)
         assert isinstance(towers, BaselineAnswers)
-        model = trained_model(self.workspace, stage)
+        model = answering_model(self.workspace, stage)
         batch = self.workspace.config.decoding.batch_size
         return HybridAnswers(towers, model, config.candidates, 0.5 if weight is None else weight, batch)
 

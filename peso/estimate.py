@@ -31,6 +31,7 @@ from peso.decoding import search
 from peso.events.histories import Stage, TargetSequence
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
+from peso.model.inference import for_inference
 from peso.pipeline import Step
 from peso.progress import Silent
 from peso.stages import fresh_model, trains_backbone
@@ -221,7 +222,8 @@ def _measure(workspace: Workspace, stage: Stage, whole: bool) -> Speed:
     cases = stage.test_cases(config.prompt.window)
     some = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), TIMED_CASES)).astype(int))
     validation = _timed(lambda: validation_loss(model.eval(), some)) / len(some)
-    found = _timed(lambda: search(model, some.histories, beams=config.decoding.beams)) / len(some)
+    answering = for_inference(model)
+    found = _timed(lambda: search(answering, some.histories, beams=config.decoding.beams)) / len(some)
     weights = sum(p.numel() * p.element_size() for p in trained)
     return Speed(
         step_seconds, validation, found + validation, peak_memory(model.device) / 2**30, weights, most

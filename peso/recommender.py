@@ -18,6 +18,7 @@ from peso.durable import write_aside
 from peso.errors import DataError
 from peso.events.stream import Stream
 from peso.model.generative import GenerativeModel
+from peso.model.inference import for_inference
 from peso.progress import Observer, Silent
 from peso.stages import trained_model
 from peso.workspace import Workspace
@@ -73,7 +74,7 @@ class Recommender:
         if (history is None) == (user is None):
             raise DataError("give either a history or a user")
         items = list(history) if history is not None else self.history(str(user))
-        return decoding.beam_search(self.model, [items], k, exclude_seen=exclude_seen)[0]
+        return decoding.beam_search(self._answering, [items], k, exclude_seen=exclude_seen)[0]
 
     def recommend_all(
         self, file: str | Path, *, k: int = 10, exclude_seen: bool = False, observer: Observer | None = None
@@ -93,7 +94,7 @@ class Recommender:
             for start in range(0, len(users), ROW_GROUP):
                 part = slice(start, start + ROW_GROUP)
                 ranked = decoding.beam_search(
-                    self.model,
+                    self._answering,
                     [ids[history].tolist() for history in histories[part]],
                     k,
                     exclude_seen=exclude_seen,
@@ -144,6 +145,11 @@ class Recommender:
         """
         rows = self.model.semantic_ids.rows(list(history))[-self.model.layout.window :]
         return self.model.layout.prompt(self.model.item_token_ids(rows)).tolist()
+
+    @cached_property
+    def _answering(self) -> GenerativeModel:
+        answering: GenerativeModel = for_inference(self.model)
+        return answering
 
     @cached_property
     def _titles(self) -> list[str | None]:

@@ -21,7 +21,7 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.manifest import read_manifest, write_manifest
 from peso.processes import current
 from peso.progress import Observer
-from peso.stages import trained_model
+from peso.stages import answering_model
 from peso.training.likelihood import target_level_log_probabilities
 from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace
 
@@ -87,7 +87,7 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
     """predictions.parquet; several processes share the cases."""
     config, processes = workspace.config, current()
     stream = Stream.open(workspace.stream_directory)
-    model = trained_model(workspace, stage)
+    model = answering_model(workspace, stage)
     if model.semantic_ids.trie.leaves < max(config.evaluation.k):
         raise DataError(
             f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalogue has "

@@ -1,0 +1,93 @@
+"""A model made ready to answer: its adapters are part of its weights, or one product beside them.
+
+Knows PEFT's LoRA layers and their arithmetic; knows nothing of prompts, beams or scores. PEFT computes an
+adapter in half a dozen operations beside each linear layer: for one request, whose operations are small, that
+costs half as much again as the backbone itself. An answer needs none of what makes an adapter learn.
+"""
+
+from __future__ import annotations
+
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peso.model.ensemble import Ensemble
+from peso.model.generative import GenerativeModel
+
+# formats whose rounding loses nothing of an update that was learnt in float32
+_EXACT = (torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def for_inference(model: GenerativeModel | Ensemble) -> Any:
+    """The same model to answer with: a copy without adapters that gives the same logits but for rounding.
+
+    Weights in float32 have their active adapters added, W + scale · B A. In bfloat16 that sum would lose
+    whatever is smaller than the last digit of W, which is much of an update: there x → W x + (scale · B)(A x)
+    is kept, in two small products in the precision of W. Layers that are adapted otherwise stay PEFT's.
+
+    What is not adapted is shared with ``model``, whose own weights and adapters stay as they are: so the copy
+    needs the memory of the adapted float32 weights once more, and later changes of adapters do not show in
+    it. In evaluation mode.
+    """
+    if isinstance(model, Ensemble):
+        first, second = (for_inference(member) for member in model.members)
+        return Ensemble(first, second, model.shares[0]).eval()
+    causal_lm = model.causal_lm
+    shared: list[Any] = [*causal_lm.parameters(), *causal_lm.buffers()]
+    # one configuration, so that who changes how attention is computed changes it for both of an ensemble
+    shared += [module.config for module in causal_lm.modules() if hasattr(module, "config")]
+    answering = deepcopy(causal_lm, {id(each): each for each in shared})
+    for name, layer in causal_lm.named_modules():
+        if type(layer) is Linear and (plain := _plain(layer)) is not None:
+            answering.set_submodule(name, plain)
+    return GenerativeModel(
+        answering,
+        model.tokenizer,
+        model.vocabulary,
+        model.layout,
+        model.semantic_ids,
+        model.loss_vocabulary,
+    ).eval()
+
+
+def _plain(layer: Linear) -> nn.Module | None:
+    """What computes the same as a LoRA layer, without PEFT; None where that is not a matter of B A alone."""
+    base = layer.get_base_layer()
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.lora_variant or any(layer.lora_bias[name] for name in names):
+        return None
+    if not names:
+        return base
+    weight: Tensor = base.weight
+    if weight.dtype in _EXACT:
+        changed = copy(base)
+        changed._parameters = dict(base._parameters)
+        added = sum((layer.get_delta_weight(name) for name in names), weight)
+        changed.weight = nn.Parameter(added.to(weight.dtype), requires_grad=False)
+        return changed
+    if type(base) is not nn.Linear:
+        return None
+    down = torch.cat([layer.lora_A[name].weight for name in names])
+    up = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
+    return LowRankBeside(base, down.to(weight.dtype), up.to(weight.dtype))
+
+
+class LowRankBeside(nn.Module):
+    """x (…, in) → W x + b + U D x (…, out). down: D (rank, in); up: U (out, rank)."""
+
+    def __init__(self, base: nn.Linear, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = F.linear(x, self.base.weight, self.base.bias)
+        inner = F.linear(x, self.down).flatten(0, -2)
+        y.view(-1, y.shape[-1]).addmm_(inner, self.up.t())
+        return y

@@ -1,0 +1,163 @@
+"""What answers gives what the model that learnt would give, without its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from strategy_runs import Runs
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peso.decoding import search
+from peso.model.adapter import add_adapter
+from peso.model.generative import GenerativeModel
+from peso.model.inference import LowRankBeside, for_inference
+from peso.stages import answering_model, trained_model
+
+IDS = torch.tensor([[0, 70, 71, 260, 268, 261, 270, 259]])  # words and codes
+STRATEGIES: dict[str, Any] = {
+    "single": "single",
+    "several, frozen": {"name": "sum_lora", "history": "all"},
+    "several, two": {"name": "sum_lora", "history": "latest", "inherit": True},
+    "with magnitudes": "sd_lora",
+    "two models": "lsat",
+    "none": "full",
+}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    hidden = model.hidden(IDS, None, torch.arange(IDS.shape[1])[None])[0]
+    return torch.cat([model.word_logits(hidden), model.semantic_logits(hidden)], dim=-1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_stage_of_any_strategy_answers_the_same(name: str, runs: Runs) -> None:
+    workspace = runs(STRATEGIES[name])
+    model, answering = trained_model(workspace, 3), answering_model(workspace, 3)
+    torch.testing.assert_close(logits(answering), logits(model), atol=1e-5, rtol=0)
+    assert not any(isinstance(module, LoraLayer) for module in answering.modules())
+    assert any(isinstance(module, LoraLayer) for module in model.modules()) == (name != "none")
+    histories = [np.array(history) for history in ([], [3], [5, 1, 2, 9, 30])]
+    ours, theirs = search(answering, histories, beams=8), search(model, histories, beams=8)
+    assert np.array_equal(ours.leaves, theirs.leaves)
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
+
+
+def test_the_model_that_learnt_stays_as_it_was_and_shares_the_rest(runs: Runs) -> None:
+    model = trained_model(runs("single"), 3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shared = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    expected = logits(model)
+    answering = for_inference(model)
+    own = [name for name, tensor in answering.state_dict().items() if tensor.data_ptr() not in shared]
+    assert own
+    assert all(name.endswith(("q_proj.weight", "v_proj.weight", "down_proj.weight")) for name in own)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(1)
+    assert not torch.allclose(logits(model), expected, atol=1e-2)
+    torch.testing.assert_close(logits(answering), expected, atol=1e-5, rtol=0)
+    for name, tensor in model.state_dict().items():
+        assert "lora_B" in name or torch.equal(tensor, before[name])
+
+
+def adapted(make_model: Callable[..., GenerativeModel], size: float) -> GenerativeModel:
+    model = make_model()
+    model.backbone = add_adapter(model.causal_lm, 4, 6, 0.3, ["q_proj", "down_proj"], seed=0)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=size)
+    return model.eval()
+
+
+def in_bfloat16(model: GenerativeModel) -> GenerativeModel:
+    for name, p in model.named_parameters():
+        if "lora_" not in name and "vocabulary" not in name:
+            p.data = p.data.bfloat16()
+    return model
+
+
+def test_in_bfloat16_an_update_below_the_last_digit_still_acts(
+    make_model: Callable[..., GenerativeModel],
+) -> None:
+    model = in_bfloat16(adapted(make_model, 2e-5))
+    name, layer = next((n, m) for n, m in model.causal_lm.named_modules() if isinstance(m, LoraLayer))
+    weight, added = layer.get_base_layer().weight, layer.get_delta_weight("default")
+    weight.data.fill_(0.03)  # whose last digit is 1.2e-4
+    assert torch.equal((weight.float() + added).bfloat16(), weight)  # merging would have lost it
+    plain = for_inference(model).causal_lm.get_submodule(name)
+    assert isinstance(plain, LowRankBeside)
+    x = torch.randn(5, 3, weight.shape[1]).bfloat16()
+    with torch.no_grad():
+        plain.base.weight.zero_()  # what is left is the adapter's
+        torch.testing.assert_close(plain(x).float(), x.float() @ added.t(), rtol=0.02, atol=1e-6)
+    assert plain(x).abs().max() > 0
+
+
+def test_bfloat16_is_as_near_to_float32_as_by_peft(make_model: Callable[..., GenerativeModel]) -> None:
+    exact = logits(adapted(make_model, 0.2))
+    rounded = in_bfloat16(adapted(make_model, 0.2))
+    by_peft, ours = logits(rounded), logits(for_inference(rounded))
+    assert (ours - exact).norm() < 1.5 * (by_peft - exact).norm()
+    assert (by_peft - exact).norm() > 0
+
+
+class Layers(nn.Module):
+    """One with a bias, one that holds its weight transposed; ``causal_lm`` and the rest as a model has it."""
+
+    tokenizer = vocabulary = layout = semantic_ids = None
+    loss_vocabulary = "full"
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        one, other = nn.Linear(12, 20), Conv1D(7, 20)
+        layers = nn.ModuleDict({"one": one, "other": other})
+        for name, transposed in (("one", False), ("other", True)):
+            wanted = LoraConfig(r=3, target_modules=[name], fan_in_fan_out=transposed, **config)
+            layers = get_peft_model(layers, wanted).base_model.model
+        for name, p in layers.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.3)
+        self.causal_lm = layers
+
+
+def answers(layers: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layers["other"](torch.tanh(layers["one"](x)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_with_a_bias_and_transposed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peso.model.inference.GenerativeModel", lambda lm, *_: lm)
+    model: Any = Layers()
+    x = torch.randn(4, 12)
+    plain = for_inference(model)
+    assert [type(plain[name]) for name in ("one", "other")] == [nn.Linear, Conv1D]
+    torch.testing.assert_close(answers(plain, x), answers(model.causal_lm, x))
+    # no product beside W is written for the transposed one
+    rounded = for_inference(model.bfloat16())
+    assert isinstance(rounded["one"], LowRankBeside)
+    assert isinstance(rounded["other"], LoraLayer)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
+def test_what_is_more_than_a_product_stays_with_peft(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peso.model.inference.GenerativeModel", lambda lm, *_: lm)
+    model: Any = Layers(**config)
+    x = torch.randn(4, 12)
+    plain = for_inference(model)
+    assert isinstance(plain["one"], LoraLayer)
+    torch.testing.assert_close(answers(plain, x), answers(model.causal_lm, x))
