@@ -12,7 +12,9 @@ expert's, `…_best` ours in its fastest precision over the same (both others st
 `instruct` in float32 are compared in every turn: the run fails if they are not the same.
 
 Prompts are test cases of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random histories
-over a random catalogue of the same size. SmolLM2-135M comes from `peso pull smollm2-135m`. The semantic
+over a random catalogue of the same size. These weights have no adapter; `adapter_cost` says what one of rank 8
+on seven projections adds to the time of ours (`instruct`): as a stage is answered with
+(`peso.model.inference`), and computed by PEFT. SmolLM2-135M comes from `peso pull smollm2-135m`. The semantic
 tokens' rows are freshly initialised: what is measured does not depend on their values.
 """
 
@@ -34,8 +36,10 @@ import torch
 from peso.decoding import search
 from peso.events.release import read_release
 from peso.items.semantic_ids import SemanticIds
+from peso.model.adapter import add_adapter
 from peso.model.backbone import load_backbone
 from peso.model.generative import GenerativeModel
+from peso.model.inference import for_inference
 from peso.model.layout import make_layout
 from peso.model.vocabulary import SemanticVocabulary
 
@@ -43,6 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the reference that the tests compare with is the one that is timed
 sys.path.append(str(ROOT / "tests"))
 from transformers_reference import ExpertWay, UsualWay, assert_same_ranking  # noqa: E402
+from usual_training import TARGETS  # noqa: E402
 
 BEAMS, WINDOW = 10, 20
 BATCH_SIZES = (1, 2, 4, 8)  # of `generate`
@@ -84,6 +89,16 @@ def models(
     }
 
 
+def adapted(model: GenerativeModel) -> GenerativeModel:
+    """With an adapter in place that does something."""
+    model.backbone = add_adapter(model.causal_lm, 8, 16, 0.05, TARGETS, seed=0)
+    torch.manual_seed(0)
+    for name, p in model.backbone.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.01)
+    return model.eval()
+
+
 def by_search(model: GenerativeModel, histories: list[np.ndarray]) -> Any:
     found = search(model, histories, beams=BEAMS)
     return found.leaves, found.scores
@@ -115,6 +130,10 @@ def main() -> None:
         for precision, dtype in PRECISIONS.items()
         for layout, model in models(backbone, arguments.layers, ids, dtype).items()
     }
+    with_adapter = {}
+    for precision, dtype in PRECISIONS.items():
+        model = adapted(models(backbone, arguments.layers, ids, dtype)["instruct"])
+        with_adapter |= {f"{precision} by PEFT": model, f"{precision} to answer": for_inference(model)}
     theirs = {name: way(ours["instruct float32"]) for name, way in ((USUAL, UsualWay), (EXPERT, ExpertWay))}
     probe = histories[: max(8, users // 4)]
     tried: dict[str, dict[int, float]] = {}
@@ -125,10 +144,10 @@ def main() -> None:
             for size in BATCH_SIZES
         }
     best = {name: max(rates, key=lambda size: rates[size]) for name, rates in tried.items()}
-    for model in ours.values():
+    for model in (*ours.values(), *with_adapter.values()):
         by_search(model, probe[:2])
 
-    seconds: dict[str, list[float]] = {name: [] for name in (*theirs, *ours)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*theirs, *ours, *with_adapter)}
     for _ in range(turns):
         expected = []
         for name, way in theirs.items():
@@ -141,11 +160,17 @@ def main() -> None:
             if name == "instruct float32":
                 for each in expected:
                     assert_same_ranking(each, found)
+        same = []
+        for name, model in with_adapter.items():
+            taken, found = timed(lambda model=model: by_search(model, histories))
+            seconds[name].append(taken)
+            same += [found] if name.startswith("float32") else []
+        assert_same_ranking(*same)
 
     def ratios(own: str, other: str) -> list[float]:
         return [theirs / ours for theirs, ours in zip(seconds[other], seconds[own], strict=True)]
 
-    rate = {who: users / statistics.median(times) for who, times in seconds.items()}
+    rate = {who: users / statistics.median(times) for who, times in seconds.items() if who not in with_adapter}
     result: dict[str, Any] = {}
     for layout in LAYOUTS:
         fastest = max((f"{layout} {precision}" for precision in PRECISIONS), key=lambda name: rate[name])
@@ -156,6 +181,9 @@ def main() -> None:
                 result[f"{layout}_{key}{suffix}_range"] = [min(values), max(values)]
         result[f"{layout}_best_precision"] = fastest.split()[1]
     result |= {
+        "adapter_cost": {
+            name: statistics.median(ratios(f"instruct {name.split()[0]}", name)) for name in with_adapter
+        },
         "instruct_ratio_to_batch_size_1": rate["instruct float32"] / tried[USUAL][1],
         "users_per_second": rate,
         "generate_users_per_second_by_batch_size": tried,
@@ -180,6 +208,8 @@ def main() -> None:
         usual, expert = ratios(name, USUAL), statistics.median(ratios(name, EXPERT))
         spread = f"{min(usual):.1f} to {max(usual):.1f}"
         print(f"{name:>20} {value:>9.3f} {statistics.median(usual):>9.1f} {expert:>9.1f}  {spread}")
+    costs = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["adapter_cost"].items())
+    print(f"time with an adapter, instruct without one = 1: {costs}")
     print("instruct, float32: the same 10 semantic IDs, order and log-probabilities (1e-4) in every turn")
 
 

@@ -111,6 +111,21 @@ def test_a_compiled_backbone_learns_the_same(
     check_same(compiled, plain, 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_backbone_drops(make_model: Callable[..., GenerativeModel], tmp_path: Path) -> None:
+    """Other draws than as written, so other numbers of the same kind; the same ones twice."""
+    losses = []
+    for number, (dropout, wanted) in enumerate([(0.0, False), (0.3, True), (0.3, True)]):
+        model = with_adapter(make_model("instruct"), dropout=dropout)
+        done = train(model, tmp_path / str(number), epochs=1, max_steps=3, compile=wanted)
+        losses.append(done.training_losses)
+    assert losses[1] == losses[2]
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
 def test_auto_compiles_nothing_on_a_cpu(
     make_model: Callable[..., GenerativeModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,8 +113,8 @@ def _drop_again(rows: Tensor, mask: Tensor, p: float) -> Tensor:
 
 
 def _bits(rows: Tensor) -> bool:
-    """Whether a mask is drawn bit by bit (:mod:`peso.model.dropout`): that pays on a CPU."""
-    return rows.device.type == "cpu"
+    """Whether a mask is drawn bit by bit (:mod:`peso.model.dropout`): that pays on a CPU, not compiled."""
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class FusedLinear(Linear):
