@@ -170,7 +170,9 @@ def main() -> None:
     def ratios(own: str, other: str) -> list[float]:
         return [theirs / ours for theirs, ours in zip(seconds[other], seconds[own], strict=True)]
 
-    rate = {who: users / statistics.median(times) for who, times in seconds.items() if who not in with_adapter}
+    rate = {
+        who: users / statistics.median(times) for who, times in seconds.items() if who not in with_adapter
+    }
     result: dict[str, Any] = {}
     for layout in LAYOUTS:
         fastest = max((f"{layout} {precision}" for precision in PRECISIONS), key=lambda name: rate[name])

@@ -17,7 +17,9 @@ times slower).
 Model FLOP utilisation counts what a step needs: per token 4 FLOPs for each frozen weight of the layers
 (forward, and backward to the activations), per predicted position 4 for each value of the head (6 where the
 head is trained); attention's scores, adapters and recomputation are not counted. It is null where the peak of
-the GPU is not known: give --peak-tflops. `gpu_time` says where the device's time of one step goes.
+the GPU is not known: give --peak-tflops. `gpu_time` says where the device's time of one step goes; for
+decoding `profile` says so of one batch and of one request, beside the seconds on the clock and the number of
+kernels: what the clock shows beyond the device's time is waiting for the host that launches them.
 
 `--device cpu` is for trying the script out: toy shapes, float32, figures that mean nothing.
 """
@@ -240,8 +242,7 @@ class Bench:
             "first_step_seconds": at[0] - started,
             "slowest_step_seconds": max(at[i] - at[i - 1] for i in counted),
             "fastest_step_seconds": min(at[i] - at[i - 1] for i in counted),
-            "gpu_time": device_time(profiler) if self.device.type == "cuda" else None,
-            "gpu_kernels": largest_times(profiler) if self.device.type == "cuda" else None,
+            **(device_account(profiler) if self.device.type == "cuda" else {}),
             **self.speed(targets, tokens, needed, seconds),
         }
         return self.told(f"training, ours, {layout}{'' if compiled else ', not compiled'}", figures)
@@ -309,8 +310,10 @@ class Bench:
                     histories,
                     self.size.requests if size == self.size.search_batches[0] else 0,
                 )
+                figures["profile"] = self.profiled(model, histories[:size])
                 tried[size] = self.told(f"decoding, ours, {layout}, {size} at once", figures)
             found[f"ours, {layout}"] = fastest(tried)
+            found[f"ours, {layout}"]["profile_of_one_request"] = self.profiled(model, histories[:1])
         for name, way in (("usual way", generation.UsualWay), ("expert's way", generation.ExpertWay)):
             usual = way(self.model("instruct", self.compute).eval())
             tried = {}
@@ -346,6 +349,23 @@ class Bench:
             figures["p99_ms"] = float(np.quantile(taken, 0.99))
         return figures
 
+    def profiled(self, model: GenerativeModel, histories: list[np.ndarray]) -> dict[str, Any] | None:
+        """One batch: seconds on the clock, then, in another turn, what the device did; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+
+        def answer() -> None:
+            search(model, histories, beams=BEAMS, batch_size=len(histories))
+            self.wait()
+
+        answer()
+        started = time.perf_counter()
+        answer()
+        seconds = time.perf_counter() - started
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            answer()
+        return {"seconds": seconds, **device_account(profiler)}
+
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -373,6 +393,16 @@ def device_time(profiler: torch.profiler.profile) -> dict[str, float]:
             kind = "attention"
         seconds[kind] += event.self_device_time_total / 1e6
     return seconds
+
+
+def device_account(profiler: torch.profiler.profile) -> dict[str, Any]:
+    """Where the device's time went, in how many kernels, and the largest of them."""
+    kernels = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return {
+        "gpu_time": device_time(profiler),
+        "kernels": sum(event.count for event in kernels),
+        "gpu_kernels": largest_times(profiler),
+    }
 
 
 def largest_times(profiler: torch.profiler.profile, count: int = 15) -> list[tuple[str, float]]:

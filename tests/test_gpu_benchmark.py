@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,3 +36,29 @@ def test_all_figures_are_told() -> None:
     for figures in found["decoding"]["contestants"].values():
         assert 0 < figures["p50_ms"] <= figures["p99_ms"]
         assert figures["users_per_second"] > 0
+
+
+def test_the_account_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events as a profiler gives them on a GPU: operations of the host, and kernels of the device."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    def event(key: str, count: int, micros: float, *shapes: list[int], device: Any = DeviceType.CPU) -> Any:
+        return SimpleNamespace(
+            key=key, count=count, self_device_time_total=micros, input_shapes=shapes, device_type=device
+        )
+
+    events = [
+        event("aten::mm", 2, 3e6, [90, 64], [64, 64]),
+        event("aten::addmm_", 1, 1e6, [90, 64], [90, gpu.RANK], [gpu.RANK, 64]),
+        event("aten::_scaled_dot_product_efficient_attention", 1, 5e5, [1, 2, 90, 32]),
+        event("aten::add", 4, 2.5e5, [90, 64]),
+        event("gemm", 3, 4e6, device=DeviceType.CUDA),
+        event("add_kernel", 4, 7.5e5, device=DeviceType.CUDA),
+    ]
+    found = gpu.device_account(SimpleNamespace(key_averages=lambda **_: events))
+    assert found == {
+        "gpu_time": {"products": 3.0, "adapters' products": 1.0, "attention": 0.5, "else": 0.25},
+        "kernels": 7,
+        "gpu_kernels": [("gemm", 4.0), ("add_kernel", 0.75)],
+    }
