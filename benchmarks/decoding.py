@@ -12,9 +12,9 @@ expert's, `…_best` ours in its fastest precision over the same (both others st
 `instruct` in float32 are compared in every turn: the run fails if they are not the same.
 
 Prompts are test cases of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random histories
-over a random catalogue of the same size. These weights have no adapter; `adapter_cost` says what one of rank 8
-on seven projections adds to the time of ours (`instruct`): as a stage is answered with
-(`peso.model.inference`), and computed by PEFT. SmolLM2-135M comes from `peso pull smollm2-135m`. The semantic
+over a random catalogue of the same size. These weights have no adapter; `adapter_cost` says what one of rank
+8 on seven projections adds to the time of ours (`instruct`): as a stage answers (`peso.model.inference`), and
+computed by PEFT. SmolLM2-135M comes from `peso pull smollm2-135m`. The semantic
 tokens' rows are freshly initialised: what is measured does not depend on their values.
 """
 
