@@ -87,7 +87,7 @@ def trained_model(workspace: Workspace, stage: int, device: str | None = None) -
 
 
 def answering_model(workspace: Workspace, stage: int, device: str | None = None) -> GenerativeModel:
-    """As :func:`trained_model`, ready to answer: faster, and without adapters (:mod:`peso.model.inference`)."""
+    """As :func:`trained_model`, ready to answer: without adapters, faster (:mod:`peso.model.inference`)."""
     answering: GenerativeModel = for_inference(trained_model(workspace, stage, device))
     return answering
 

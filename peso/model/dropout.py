@@ -2,7 +2,7 @@
 
 Knows tensors and the modules of a model; knows nothing of adapters or training. On a CPU most of the time of
 ``nn.Dropout`` goes into one random number per value, a fifth of a LoRA training step in bfloat16; sixteen
-bits decide just as well. They are NumPy's SFC64, twice as fast as torch's own generator, which gives the seed.
+bits decide just as well. They are NumPy's SFC64, twice as fast as torch's generator, which gives the seed.
 """
 
 from __future__ import annotations

@@ -80,6 +80,9 @@ def _plain(layer: Linear) -> nn.Module | None:
 class LowRankBeside(nn.Module):
     """x (…, in) → W x + b + U D x (…, out). down: D (rank, in); up: U (out, rank)."""
 
+    down: Tensor
+    up: Tensor
+
     def __init__(self, base: nn.Linear, down: Tensor, up: Tensor) -> None:
         super().__init__()
         self.base = base
