@@ -223,11 +223,10 @@ def _measure(workspace: Workspace, stage: Stage, whole: bool) -> Speed:
     some = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), TIMED_CASES)).astype(int))
     validation = _timed(lambda: validation_loss(model.eval(), some)) / len(some)
     answering = for_inference(model)
-    found = _timed(lambda: search(answering, some.histories, beams=config.decoding.beams)) / len(some)
+    beams = config.decoding.beams
+    test = _timed(lambda: search(answering, some.histories, beams=beams, targets=some.targets)) / len(some)
     weights = sum(p.numel() * p.element_size() for p in trained)
-    return Speed(
-        step_seconds, validation, found + validation, peak_memory(model.device) / 2**30, weights, most
-    )
+    return Speed(step_seconds, validation, test, peak_memory(model.device) / 2**30, weights, most)
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -22,7 +22,6 @@ from peso.manifest import read_manifest, write_manifest
 from peso.processes import current
 from peso.progress import Observer
 from peso.stages import answering_model
-from peso.training.likelihood import target_level_log_probabilities
 from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace
 
 
@@ -96,18 +95,19 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
     cases_of = stream.stage(on)
     cases = cases_of.test_cases(config.prompt.window)
     title = f"test stage {stage}" + (f" on the cases of stage {on}" if stage != on else "")
-    observer.begin(f"{title}: search", len(cases), "users")
+    observer.begin(f"{title}: search and score", len(cases), "users")
     found = search(
         model,
         cases.histories,
         beams=config.decoding.beams,
         batch_size=config.decoding.batch_size,
+        targets=cases.targets,
         on_progress=observer.advance,
         processes=processes,
     )
-    observer.begin(f"{title}: score targets", len(cases), "users")
-    by_level = target_level_log_probabilities(model, cases, on_progress=observer.advance, processes=processes)
     observer.end()
+    by_level = found.targets
+    assert by_level is not None
 
     def write() -> None:
         labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of)

@@ -19,11 +19,13 @@ from transformers_reference import ExpertWay, UsualWay, assert_same_ranking
 from peso.decoding import attention, beam_search, search
 from peso.decoding.prompt import alike
 from peso.errors import BackboneError, ConfigError, DataError
+from peso.events.histories import Cases
 from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.model.layout import make_layout
 from peso.model.vocabulary import SemanticVocabulary
+from peso.training.likelihood import target_level_log_probabilities
 
 LAYOUTS = ("stream", "instruct")
 LOSS_VOCABULARIES = ("full", "semantic", "level")
@@ -178,6 +180,30 @@ SIZES = (3, 2, 3)
 small_catalogues = st.lists(
     st.tuples(*[st.integers(0, size - 1) for size in SIZES]), min_size=1, max_size=25
 ).map(lambda rows: np.array(rows, dtype=np.int32))
+
+
+@pytest.mark.parametrize("beams", [1, 10, 300])
+@pytest.mark.parametrize("loss_vocabulary", LOSS_VOCABULARIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_targets_are_scored_beside_and_change_nothing(
+    make_model: MakeModel, layout: str, loss_vocabulary: str, beams: int
+) -> None:
+    """Also those that the search throws away on the first level, or may not find at all."""
+    model = make_model(layout, loss_vocabulary, items=400, sizes=(16, 12, 14), seed=1)
+    histories = random_histories(model, [0, 1, 5, 20, 5])
+    alone = search(model, histories, beams=beams, batch_size=3)
+    best = model.semantic_ids.trie.items[model.semantic_ids.trie.item_starts[alone.leaves[:2, 0]]]
+    targets = np.concatenate([best, [7, 123, 399]])
+    assert alone.targets is None
+    expected = target_level_log_probabilities(model, Cases(["u"] * 5, histories, targets))
+    for exclude in (None, [targets[n : n + 1] for n in range(5)]):
+        found = search(model, histories, beams=beams, batch_size=3, exclude=exclude, targets=targets)
+        assert found.targets is not None
+        assert found.targets.dtype == np.float32
+        np.testing.assert_allclose(found.targets, expected, rtol=0, atol=2e-5)
+        plain = search(model, histories, beams=beams, batch_size=3, exclude=exclude)
+        assert_same_ranking((plain.leaves, plain.scores), (found.leaves, found.scores), 1e-5)
+    np.testing.assert_allclose(expected.sum(1)[:2], alone.scores[:2, 0], rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -340,6 +366,9 @@ def test_a_prompt_is_computed_once_and_nothing_after_the_last_code(
     opening = len(model.layout.prefix) - 1
     prompt = len(model.layout.prompt(np.zeros((6, 3), dtype=np.int64)))
     assert passes == [(1, opening), (3, prompt - opening), (3, 10), (3, 10)]
+    passes.clear()
+    search(model, random_histories(model, [6, 6, 6]), beams=10, targets=np.array([3, 9, 3]))
+    assert passes == [(1, opening), (3, prompt - opening), (3, 11), (3, 11)]  # a target is one beam more
 
 
 def test_scores_are_float32_on_a_bfloat16_backbone(make_model: MakeModel) -> None:
@@ -403,6 +432,17 @@ def test_a_broken_model_is_no_recommendation(make_model: MakeModel) -> None:
 
 def test_no_histories_no_answers(make_model: MakeModel) -> None:
     assert beam_search(make_model(), []) == []
+    found = search(make_model(), [], targets=np.array([], dtype=np.int64))
+    assert found.targets is not None
+    assert found.targets.shape == (0, 3)
+
+
+def test_targets_must_be_one_a_history_and_something_to_find(make_model: MakeModel) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="targets has 2 entries for 1 histories"):
+        search(model, random_histories(model, [3]), targets=np.array([1, 2]))
+    with pytest.raises(ValueError, match="a search of nothing"):
+        search(model, random_histories(model, [3]), allow=np.array([], dtype=np.int64), targets=np.array([1]))
 
 
 @pytest.mark.parametrize("way", [UsualWay, ExpertWay])

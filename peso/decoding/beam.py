@@ -3,7 +3,8 @@
 Knows the model, the trie and item rows; knows nothing of item ids, files or metrics. The prompt of a user is
 computed once; beams are extra positions behind it, each of which sees the prompt, its own ancestors and
 itself, so a beam that splits or dies costs no copy and no reordering. After the last code nothing is
-computed, and no end token is asked for: an item is complete when its codes are.
+computed, and no end token is asked for: an item is complete when its codes are. Where the targets are known,
+the path of each is one more beam, which no other sees: what it costs to score them is that, not another prompt.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peso.decoding.attention import shared_keys
 from peso.decoding.filters import NodeFilter
@@ -41,10 +43,13 @@ class Beams:
     leaves: int64 (users, beams), leaves of the catalogue's trie, -1 where fewer exist.
     scores: float32 (users, beams), log-probability of the codes under the model's ``loss_vocabulary``; -inf
         where there is no leaf.
+    targets: float32 (users, levels), ln p(c_l | history, c_1 … c_{l-1}) of each code of each user's target,
+        normalised alike; None where no targets were given.
     """
 
     leaves: np.ndarray
     scores: np.ndarray
+    targets: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -56,6 +61,7 @@ def search(
     batch_size: int | None = None,
     exclude: Sequence[np.ndarray] | None = None,
     allow: np.ndarray | Sequence[np.ndarray] | None = None,
+    targets: np.ndarray | None = None,
     on_progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
 ) -> Beams:
@@ -70,13 +76,15 @@ def search(
         batch_size: how many users are computed together, at most. None: 64, on a GPU 256.
         exclude: per user item rows that may not come back.
         allow: item rows that alone may come back: one array for all users, or a sequence of one per user.
+        targets: int (users,), the item row of each user that is scored beside, whatever the search finds or
+            may find.
         on_progress: called with the number of users done so far.
         processes: each computes its share of the batches, which are those of a single process, so that not
             even the rounding differs; every one gets the result of all.
 
     Raises:
         BackboneError: the model's log-probabilities are not numbers.
-        ValueError: arguments of different length, or no beams.
+        ValueError: arguments of different length, no beams, or targets and nothing that may be found.
     """
     device = model.device.type
     if batch_size is None:
@@ -85,13 +93,19 @@ def search(
         raise ValueError(f"beams ({beams}) and batch_size ({batch_size}) must be at least 1")
     catalogue = _Catalogue.of(model.semantic_ids.trie, model.semantic_ids.codes, allow)
     own = None if allow is None or isinstance(allow, np.ndarray) else allow
-    for name, lists in (("exclude", exclude), ("allow", own)):
+    for name, lists in (("exclude", exclude), ("allow", own), ("targets", targets)):
         if lists is not None and len(lists) != len(histories):
-            raise ValueError(f"{name} has {len(lists)} lists for {len(histories)} histories")
+            raise ValueError(f"{name} has {len(lists)} entries for {len(histories)} histories")
 
     leaves = np.full((len(histories), beams), -1, dtype=np.int64)
     scores = np.full((len(histories), beams), -np.inf, dtype=np.float32)
-    if not len(histories) or catalogue is None:
+    of_targets = None if targets is None else np.zeros((len(targets), model.semantic_ids.levels), np.float32)
+    paths = None if targets is None else model.semantic_ids.codes[targets]
+    if not len(histories):
+        return Beams(leaves, scores, of_targets)
+    if catalogue is None:
+        if targets is not None:
+            raise ValueError("targets cannot be scored beside a search of nothing")
         return Beams(leaves, scores)
 
     window = model.layout.window
@@ -114,14 +128,22 @@ def search(
                 None if own is None else [own[u] for u in users],
             )
             batch = [prompts[u] for u in users]
-            found = _search_batch(model, catalogue.trie, batch, opening, beams, admitted)
+            found = _search_batch(
+                model, catalogue.trie, batch, opening, beams, admitted, None if paths is None else paths[users]
+            )
             width = found.leaves.shape[1]
             leaves[users, :width] = catalogue.leaves(found.leaves)
             scores[users, :width] = found.scores
+            if of_targets is not None:
+                of_targets[users] = found.targets
             computed[users] = True
             if on_progress is not None:
                 on_progress(min(start + together, len(order)))
-    return Beams(processes.merge(leaves, computed), processes.merge(scores, computed))
+    return Beams(
+        processes.merge(leaves, computed),
+        processes.merge(scores, computed),
+        None if of_targets is None else processes.merge(of_targets, computed),
+    )
 
 
 @contextmanager
@@ -145,28 +167,42 @@ def _search_batch(
     opening: Opening,
     beams: int,
     admitted: NodeFilter | None,
+    paths: np.ndarray | None = None,
 ) -> Beams:
+    """``paths``: int (users, levels), the codes of each user's target."""
     device, users = model.device, len(prompts)
+    path = None if paths is None else torch.from_numpy(paths).long().to(device)
     trie = TrieTensors.of(catalogue, device)
     admitted = None if admitted is None else admitted.to(device)
     widths = [min(beams, nodes) for nodes in catalogue.nodes]
-    prompted = run_prompts(model, prompts, opening, room=sum(widths[:-1]))
+    beside = 0 if path is None else 1
+    room = sum(width + beside for width in widths[:-1])
+    prompted = run_prompts(model, prompts, opening, room)
 
     hidden = prompted.last.unsqueeze(1)  # (users, beams, width)
     seen = prompted.visible.unsqueeze(1)  # (users, beams, tokens in the cache)
     step = Selection.root(users, device)
+    of_path = []
     everyone = slice(0, users)
     for level, width in enumerate(widths):
         if level:
             prompted.cache.move(everyone, seen.shape[-1])
-            seen = _extend(seen, step.parents)
-            ids = model.vocabulary.first_id + model.vocabulary.offsets[level - 1] + step.codes
+            codes, parents = step.codes, step.parents
+            if path is not None:  # behind the beams, continuing the last of those before
+                codes = torch.cat([codes, path[:, level - 1 : level]], dim=1)
+                parents = F.pad(parents, (0, 1), value=seen.shape[1] - 1)
+            seen = _extend(seen, parents)
+            ids = model.vocabulary.first_id + model.vocabulary.offsets[level - 1] + codes
             positions = (prompted.lengths + level - 1).unsqueeze(1).expand_as(ids)
             hidden = model.hidden(ids, seen.unsqueeze(1), positions, prompted.cache)
         log_probabilities = level_log_probabilities(model, hidden, level)
+        if path is not None:
+            of_path.append(log_probabilities[:, -1].gather(1, path[:, level : level + 1]))
+            log_probabilities = log_probabilities[:, : step.nodes.shape[1]]
         step = select(trie, level, step, log_probabilities, width, admitted)
     nodes, scores = step.ranked()
-    result = Beams(nodes.cpu().numpy(), scores.cpu().numpy())
+    targets = torch.cat(of_path, dim=1).cpu().numpy() if of_path else None
+    result = Beams(nodes.cpu().numpy(), scores.cpu().numpy(), targets)
     if not np.isfinite(result.scores[result.leaves >= 0]).all():
         raise BackboneError(
             "the model's log-probabilities are not finite: its weights or precision are broken"
