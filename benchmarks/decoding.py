@@ -12,10 +12,11 @@ expert's, `…_best` ours in its fastest precision over the same (both others st
 `instruct` in float32 are compared in every turn: the run fails if they are not the same.
 
 Prompts are test cases of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random histories
-over a random catalogue of the same size. These weights have no adapter; `adapter_cost` says what one of rank
-8 on seven projections adds to the time of ours (`instruct`): as a stage answers (`peso.model.inference`), and
-computed by PEFT. SmolLM2-135M comes from `peso pull smollm2-135m`. The semantic
-tokens' rows are freshly initialised: what is measured does not depend on their values.
+over a random catalogue of the same size. These weights have no adapter; `stage_cost` says what one of rank 8
+on seven projections adds to the time of ours (`instruct`), in answering and in testing, which scores the
+targets too: as a stage does it, and with PEFT's layers and a pass of its own. SmolLM2-135M comes from
+`peso pull smollm2-135m`. The semantic tokens' rows are freshly initialised: what is measured does not depend
+on their values.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 
 from peso.decoding import search
+from peso.events.histories import Cases
 from peso.events.release import read_release
 from peso.items.semantic_ids import SemanticIds
 from peso.model.adapter import add_adapter
@@ -42,6 +44,7 @@ from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.model.layout import make_layout
 from peso.model.vocabulary import SemanticVocabulary
+from peso.training.likelihood import target_level_log_probabilities
 
 ROOT = Path(__file__).resolve().parent.parent
 # the reference that the tests compare with is the one that is timed
@@ -104,6 +107,47 @@ def by_search(model: GenerativeModel, histories: list[np.ndarray]) -> Any:
     return found.leaves, found.scores
 
 
+def stage_cost(
+    stage: GenerativeModel, plain: GenerativeModel, histories: list[np.ndarray], turns: int
+) -> dict[str, float]:
+    """What answering and testing a stage's model, which has an adapter, takes in relation to answering
+    without one: as it is done, and by PEFT's layers and a pass of its own for the targets. Medians."""
+    ready = for_inference(stage)
+    targets = np.arange(len(histories)) % len(stage.semantic_ids.item_ids)
+    cases = Cases([""] * len(histories), histories, targets)
+
+    def test_apart() -> Any:
+        found = by_search(stage, histories)
+        target_level_log_probabilities(stage, cases)
+        return found
+
+    def test() -> Any:
+        found = search(ready, histories, beams=BEAMS, targets=targets)
+        return found.leaves, found.scores
+
+    works: dict[str, Callable[[], Any]] = {
+        "without": lambda: by_search(plain, histories),
+        "answer by PEFT": lambda: by_search(stage, histories),
+        "answer": lambda: by_search(ready, histories),
+        "test by PEFT, apart": test_apart,
+        "test": test,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(turns):
+        found = {}
+        for name, work in works.items():
+            taken, found[name] = timed(work)
+            seconds[name].append(taken)
+        if stage.dtype == torch.float32:
+            for name in ("answer", "test"):
+                assert_same_ranking(found["answer by PEFT"], found[name])
+    without = seconds.pop("without")
+    return {
+        name: statistics.median(a / b for a, b in zip(times, without, strict=True))
+        for name, times in seconds.items()
+    }
+
+
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = work()
@@ -130,10 +174,6 @@ def main() -> None:
         for precision, dtype in PRECISIONS.items()
         for layout, model in models(backbone, arguments.layers, ids, dtype).items()
     }
-    with_adapter = {}
-    for precision, dtype in PRECISIONS.items():
-        model = adapted(models(backbone, arguments.layers, ids, dtype)["instruct"])
-        with_adapter |= {f"{precision} by PEFT": model, f"{precision} to answer": for_inference(model)}
     theirs = {name: way(ours["instruct float32"]) for name, way in ((USUAL, UsualWay), (EXPERT, ExpertWay))}
     probe = histories[: max(8, users // 4)]
     tried: dict[str, dict[int, float]] = {}
@@ -144,10 +184,10 @@ def main() -> None:
             for size in BATCH_SIZES
         }
     best = {name: max(rates, key=lambda size: rates[size]) for name, rates in tried.items()}
-    for model in (*ours.values(), *with_adapter.values()):
+    for model in ours.values():
         by_search(model, probe[:2])
 
-    seconds: dict[str, list[float]] = {name: [] for name in (*theirs, *ours, *with_adapter)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*theirs, *ours)}
     for _ in range(turns):
         expected = []
         for name, way in theirs.items():
@@ -160,19 +200,11 @@ def main() -> None:
             if name == "instruct float32":
                 for each in expected:
                     assert_same_ranking(each, found)
-        same = []
-        for name, model in with_adapter.items():
-            taken, found = timed(lambda model=model: by_search(model, histories))
-            seconds[name].append(taken)
-            same += [found] if name.startswith("float32") else []
-        assert_same_ranking(*same)
 
     def ratios(own: str, other: str) -> list[float]:
         return [theirs / ours for theirs, ours in zip(seconds[other], seconds[own], strict=True)]
 
-    rate = {
-        who: users / statistics.median(times) for who, times in seconds.items() if who not in with_adapter
-    }
+    rate = {who: users / statistics.median(times) for who, times in seconds.items()}
     result: dict[str, Any] = {}
     for layout in LAYOUTS:
         fastest = max((f"{layout} {precision}" for precision in PRECISIONS), key=lambda name: rate[name])
@@ -183,8 +215,14 @@ def main() -> None:
                 result[f"{layout}_{key}{suffix}_range"] = [min(values), max(values)]
         result[f"{layout}_best_precision"] = fastest.split()[1]
     result |= {
-        "adapter_cost": {
-            name: statistics.median(ratios(f"instruct {name.split()[0]}", name)) for name in with_adapter
+        "stage_cost": {
+            precision: stage_cost(
+                adapted(models(backbone, arguments.layers, ids, dtype)["instruct"]),
+                ours[f"instruct {precision}"],
+                histories,
+                turns,
+            )
+            for precision, dtype in PRECISIONS.items()
         },
         "instruct_ratio_to_batch_size_1": rate["instruct float32"] / tried[USUAL][1],
         "users_per_second": rate,
@@ -210,8 +248,9 @@ def main() -> None:
         usual, expert = ratios(name, USUAL), statistics.median(ratios(name, EXPERT))
         spread = f"{min(usual):.1f} to {max(usual):.1f}"
         print(f"{name:>20} {value:>9.3f} {statistics.median(usual):>9.1f} {expert:>9.1f}  {spread}")
-    costs = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["adapter_cost"].items())
-    print(f"time with an adapter, instruct without one = 1: {costs}")
+    for precision, costs in result["stage_cost"].items():
+        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in costs.items())
+        print(f"{precision}, time of instruct without adapter = 1: {told}")
     print("instruct, float32: the same 10 semantic IDs, order and log-probabilities (1e-4) in every turn")
 
 

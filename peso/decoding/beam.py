@@ -4,7 +4,7 @@ Knows the model, the trie and item rows; knows nothing of item ids, files or met
 computed once; beams are extra positions behind it, each of which sees the prompt, its own ancestors and
 itself, so a beam that splits or dies costs no copy and no reordering. After the last code nothing is
 computed, and no end token is asked for: an item is complete when its codes are. Where the targets are known,
-the path of each is one more beam, which no other sees: what it costs to score them is that, not another prompt.
+the path of each is one more beam, which no other sees: scoring them costs that, and not another prompt.
 """
 
 from __future__ import annotations
@@ -129,7 +129,13 @@ def search(
             )
             batch = [prompts[u] for u in users]
             found = _search_batch(
-                model, catalogue.trie, batch, opening, beams, admitted, None if paths is None else paths[users]
+                model,
+                catalogue.trie,
+                batch,
+                opening,
+                beams,
+                admitted,
+                None if paths is None else paths[users],
             )
             width = found.leaves.shape[1]
             leaves[users, :width] = catalogue.leaves(found.leaves)
