@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peso.model.adapter import merged_weight
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 
@@ -67,8 +68,7 @@ def _plain(layer: Linear) -> nn.Module | None:
     if weight.dtype in _EXACT:
         changed = copy(base)
         changed._parameters = dict(base._parameters)
-        added = sum((layer.get_delta_weight(name) for name in names), weight)
-        changed.weight = nn.Parameter(added.to(weight.dtype), requires_grad=False)
+        changed.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
         return changed
     if type(base) is not nn.Linear:
         return None
