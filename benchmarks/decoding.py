@@ -13,10 +13,10 @@ expert's, `…_best` ours in its fastest precision over the same (both others st
 
 Prompts are test cases of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random histories
 over a random catalogue of the same size. These weights have no adapter; `stage_cost` says what one of rank 8
-on seven projections adds to the time of ours (`instruct`), in answering and in testing, which scores the
-targets too: as a stage does it, and with PEFT's layers and a pass of its own. SmolLM2-135M comes from
-`peso pull smollm2-135m`. The semantic tokens' rows are freshly initialised: what is measured does not depend
-on their values.
+on seven projections adds to the time of ours (`instruct`), in answering all or one and in testing, which
+scores the targets too: as a stage does it, and with PEFT's layers and a pass of its own. SmolLM2-135M comes
+from `peso pull smollm2-135m`. The semantic tokens' rows are freshly initialised: what is measured does not
+depend on their values.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from usual_training import TARGETS  # noqa: E402
 
 BEAMS, WINDOW = 10, 20
 BATCH_SIZES = (1, 2, 4, 8)  # of `generate`
+REQUESTS = 6  # answered one by one, a turn
 
 
 def real_or_random(users: int) -> tuple[SemanticIds, list[np.ndarray], str]:
@@ -111,41 +113,43 @@ def stage_cost(
     stage: GenerativeModel, plain: GenerativeModel, histories: list[np.ndarray], turns: int
 ) -> dict[str, float]:
     """What answering and testing a stage's model, which has an adapter, takes in relation to answering
-    without one: as it is done, and by PEFT's layers and a pass of its own for the targets. Medians."""
+    without one: as it is done, and by PEFT's layers and a pass of its own for the targets."""
     ready = for_inference(stage)
     targets = np.arange(len(histories)) % len(stage.semantic_ids.item_ids)
     cases = Cases([""] * len(histories), histories, targets)
 
-    def test_apart() -> Any:
+    def test_apart(histories: list[np.ndarray]) -> Any:
         found = by_search(stage, histories)
         target_level_log_probabilities(stage, cases)
         return found
 
-    def test() -> Any:
+    def test(histories: list[np.ndarray]) -> Any:
         found = search(ready, histories, beams=BEAMS, targets=targets)
         return found.leaves, found.scores
 
-    works: dict[str, Callable[[], Any]] = {
-        "without": lambda: by_search(plain, histories),
-        "answer by PEFT": lambda: by_search(stage, histories),
-        "answer": lambda: by_search(ready, histories),
-        "test by PEFT, apart": test_apart,
-        "test": test,
+    answer: dict[str, Callable[[list[np.ndarray]], Any]] = {
+        "without": partial(by_search, plain),
+        "by PEFT": partial(by_search, stage),
+        "as done": partial(by_search, ready),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(turns):
-        found = {}
-        for name, work in works.items():
-            taken, found[name] = timed(work)
-            seconds[name].append(taken)
-        if stage.dtype == torch.float32:
-            for name in ("answer", "test"):
-                assert_same_ranking(found["answer by PEFT"], found[name])
-    without = seconds.pop("without")
-    return {
-        name: statistics.median(a / b for a, b in zip(times, without, strict=True))
-        for name, times in seconds.items()
-    }
+    if stage.dtype == torch.float32:
+        for way in (answer["as done"], test):
+            assert_same_ranking(answer["by PEFT"](histories), way(histories))
+    every = relative({**answer, "test by PEFT, apart": test_apart, "test": test}, [histories] * turns)
+    one = relative(answer, [[history] for history in histories[:REQUESTS]] * turns)
+    return every | {f"one request {name}": ratio for name, ratio in one.items()}
+
+
+def relative(
+    works: dict[str, Callable[[list[np.ndarray]], Any]], given: list[list[np.ndarray]]
+) -> dict[str, float]:
+    """Seconds of each work over those of ``without``, on the same histories: medians over what is given."""
+    ratios: dict[str, list[float]] = {name: [] for name in works}
+    for histories in given:
+        taken = {name: timed(partial(work, histories))[0] for name, work in works.items()}
+        for name, seconds in taken.items():
+            ratios[name].append(seconds / taken["without"])
+    return {name: statistics.median(all_) for name, all_ in ratios.items() if name != "without"}
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
