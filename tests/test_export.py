@@ -15,6 +15,7 @@ from conftest import random_semantic_ids
 from safetensors.torch import load_file
 from test_backbones import GPT, HEAD, SERVES
 from test_backbones import build as build_family
+from transformers import AutoModelForCausalLM
 
 from peso import assets
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
@@ -181,6 +182,42 @@ def test_the_model_in_memory_is_left_as_it_was(tmp_path: Path) -> None:
     assert model.causal_lm.config.to_dict() == settings
     assert len(model.tokenizer) == tokens
     assert model.causal_lm.lm_head.weight is model.causal_lm.get_input_embeddings().weight
+
+
+def test_merged_into_a_bfloat16_backbone_a_small_update_is_not_lost(tmp_path: Path) -> None:
+    adapter = AdapterConfig(rank=2, alpha=4)
+    model = build_model(
+        BackboneConfig(name="tiny"),
+        PromptConfig(),
+        adapter,
+        "full",
+        CATALOGUE,
+        seed=0,
+        dtype=torch.bfloat16,
+    ).eval()
+    projection = model.causal_lm.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        projection.base_layer.weight.fill_(0.03)  # whose last digit is 1.2e-4
+        for name, p in adapter_parameters(model).items():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+            p.mul_(0.002)
+        model.vocabulary.output_rows.add_(1e-5)
+    added = projection.get_delta_weight("default")
+    assert 0 < added.abs().max() < 5e-5
+    assert projection.base_layer.weight.dtype == torch.bfloat16
+    export_merged(model, tmp_path / "merged")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {p.dtype for p in read.parameters()} == {torch.float32}
+    weight = read.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(weight - projection.base_layer.weight.float(), added, atol=1e-8, rtol=1e-3)
+    rows = read.get_output_embeddings().weight[model.vocabulary.first_id :]
+    assert torch.equal(rows, model.vocabulary.output_rows)
+    # products in bfloat16 of ours, rounding in every layer
+    ids, _ = prompt_of(model, [3, 1])
+    with torch.no_grad():
+        theirs = read.eval()(input_ids=torch.tensor([ids])).logits[0]
+    ours = own_logits(model, ids)
+    assert (theirs - ours).abs().max() < 0.05 * ours.abs().max()
 
 
 @pytest.mark.slow

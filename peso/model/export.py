@@ -57,7 +57,9 @@ class PromptText:
 def export_merged(model: GenerativeModel, directory: str | Path) -> None:
     """Write one plain Transformers model: adapter merged, semantic tokens in embedding, head and tokenizer.
 
-    ``prompt.json`` beside it says how a history is written as text.
+    In float32, whatever the backbone's precision: rounded to bfloat16, a weight loses what its last digit
+    cannot hold, which is most of what a stage learns. ``prompt.json`` beside it says how a history is written
+    as text.
 
     Raises:
         ExportError: the place is taken, the tokenizer would not read prompts as the model does, or the model
@@ -135,19 +137,19 @@ def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, m
     Args:
         input_rows: (tokens, width), into the table of the embedding module.
         output_rows: (tokens, width), into the head.
-        merged: add the active adapters to the weights they belong to.
+        merged: add the active adapters to the weights they belong to, all in float32.
     """
     causal_lm, words, tokens = model.causal_lm, model.vocabulary.first_id, len(model.vocabulary)
     weights = weights_without_adapter(causal_lm)
     if merged:
-        weights |= _merged_weights(causal_lm)
+        weights = {name: _exact(tensor) for name, tensor in weights.items()} | _merged_weights(causal_lm)
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     for module, rows in ((embedding, input_rows), (head, output_rows)):
         # some backbones pad their vocabulary: rows beyond the tokenizer's words make way for ours
-        kept = module.weight[:words]
+        kept = _exact(module.weight[:words]) if merged else module.weight[:words]
         weights[f"{_name(causal_lm, module)}.weight"] = torch.cat([kept, rows.to(kept)])
     if getattr(head, "bias", None) is not None:
-        kept = head.bias[:words]
+        kept = _exact(head.bias[:words]) if merged else head.bias[:words]
         weights[f"{_name(causal_lm, head)}.bias"] = torch.cat([kept, kept.new_zeros(tokens)])
     config = deepcopy(causal_lm.config)
     for part in (config, config.get_text_config()):
@@ -172,6 +174,11 @@ def _merged_weights(causal_lm: nn.Module) -> dict[str, Tensor]:
         for name, module in causal_lm.named_modules()
         if isinstance(module, LoraLayer)
     }
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Number formats that hold less than float32, in it; no copy of others."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _save(plain: Any, model: GenerativeModel, directory: Path) -> None:
