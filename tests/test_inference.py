@@ -111,6 +111,27 @@ def test_bfloat16_is_as_near_to_float32_as_by_peft(make_model: Callable[..., Gen
     assert (by_peft - exact).norm() > 0
 
 
+def test_norms_are_one_operation_where_that_computes_the_same(
+    make_model: Callable[..., GenerativeModel],
+) -> None:
+    model = make_model()
+    first, last = model.causal_lm.model.layers[0], model.causal_lm.model.norm
+    with torch.no_grad():
+        for norm in (first.input_layernorm, first.post_attention_layernorm, last):
+            norm.weight.normal_(1, 0.3)
+    # as some families have it; what counts is what is computed
+    other = first.post_attention_layernorm
+    other.forward = lambda x: (1 + other.weight) * torch.nn.functional.rms_norm(x, x.shape[-1:])
+    answering = for_inference(model)
+    plain = answering.causal_lm.model
+    assert type(plain.layers[0].input_layernorm) is type(plain.norm) is nn.RMSNorm
+    assert plain.norm.weight is last.weight
+    assert type(plain.layers[0].post_attention_layernorm) is type(other)
+    torch.testing.assert_close(logits(answering), logits(model), atol=1e-5, rtol=1e-5)
+    rounded = for_inference(in_bfloat16(make_model())).causal_lm.model
+    assert all(type(layer.input_layernorm) is nn.RMSNorm for layer in rounded.layers)
+
+
 class Layers(nn.Module):
     """One with a bias, one that holds its weight transposed; ``causal_lm`` and the rest as a model has it."""
 

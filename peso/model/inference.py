@@ -1,8 +1,9 @@
 """A model made ready to answer: its adapters are part of its weights, or one product beside them.
 
-Knows PEFT's LoRA layers and their arithmetic; knows nothing of prompts, beams or scores. PEFT computes an
-adapter in half a dozen operations beside each linear layer: for one request, whose operations are small, that
-costs half as much again as the backbone itself. An answer needs none of what makes an adapter learn.
+Knows PEFT's LoRA layers and Transformers' norms and their arithmetic; knows nothing of prompts, beams or
+scores. PEFT computes an adapter in half a dozen operations beside each linear layer, Transformers a norm in
+eight: for one request, whose operations are small, each costs its launching. An answer needs none of what
+makes an adapter learn, and PyTorch has the norm in one operation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
 
     Weights in float32 have their active adapters added, W + scale · B A. In bfloat16 that sum would lose
     whatever is smaller than the last digit of W, which is much of an update: there x → W x + (scale · B)(A x)
-    is kept, in two small products in the precision of W. Layers that are adapted otherwise stay PEFT's.
+    is kept, in two small products in the precision of W. Layers that are adapted otherwise stay PEFT's. Norms
+    that divide by the root of the mean square are :class:`torch.nn.RMSNorm`.
 
     What is not adapted is shared with ``model``, whose own weights and adapters stay as they are: so the copy
     needs the memory of the adapted float32 weights once more, and later changes of adapters do not show in
@@ -44,7 +46,8 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
     shared += [module.config for module in causal_lm.modules() if hasattr(module, "config")]
     answering = deepcopy(causal_lm, {id(each): each for each in shared})
     for name, layer in causal_lm.named_modules():
-        if type(layer) is Linear and (plain := _plain(layer)) is not None:
+        plain = _plain(layer) if type(layer) is Linear else _norm(layer)
+        if plain is not None:
             answering.set_submodule(name, plain)
     return GenerativeModel(
         answering,
@@ -75,6 +78,21 @@ def _plain(layer: Linear) -> nn.Module | None:
     down = torch.cat([layer.lora_A[name].weight for name in names])
     up = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
     return LowRankBeside(base, down.to(weight.dtype), up.to(weight.dtype))
+
+
+def _norm(module: nn.Module) -> nn.Module | None:
+    """PyTorch's own norm with the weight of one of Transformers'; None where that computes something else."""
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if weight is None or epsilon is None or weight.dim() != 1:
+        return None
+    plain = nn.RMSNorm(weight.shape, eps=epsilon, device="meta")
+    plain.weight = weight
+    # families differ in what a layer of this form computes: it is tried
+    tried = torch.linspace(-2, 3, 3 * weight.numel(), dtype=weight.dtype, device=weight.device).view(3, -1)
+    expected, found = module(tried), plain(tried)
+    near = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    same = found.dtype == expected.dtype and torch.allclose(found, expected, rtol=near, atol=near)
+    return plain if same else None
 
 
 class LowRankBeside(nn.Module):
