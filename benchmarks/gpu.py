@@ -55,6 +55,7 @@ from peso.items.semantic_ids import SemanticIds
 from peso.model.adapter import add_adapter
 from peso.model.backbone import load_backbone
 from peso.model.generative import GenerativeModel
+from peso.model.inference import for_inference
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
 from peso.training.likelihood import validation_loss
@@ -302,7 +303,7 @@ class Bench:
         histories = [self.sequences[i].items[-on_cpu.WINDOW :] for i in chosen]
         found: dict[str, Any] = {}
         for layout in ("instruct", "stream"):
-            model = self.model(layout, self.compute).eval()
+            model = for_inference(self.model(layout, self.compute))
             tried = {}
             for size in self.size.search_batches:
                 figures = self.answering(
