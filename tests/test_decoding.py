@@ -182,7 +182,7 @@ small_catalogues = st.lists(
 ).map(lambda rows: np.array(rows, dtype=np.int32))
 
 
-@pytest.mark.parametrize("beams", [1, 10, 300])
+@pytest.mark.parametrize("beams", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 300))])
 @pytest.mark.parametrize("loss_vocabulary", LOSS_VOCABULARIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_targets_are_scored_beside_and_change_nothing(

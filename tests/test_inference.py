@@ -37,7 +37,9 @@ def logits(model: Any) -> Tensor:
     return torch.cat([model.word_logits(hidden), model.semantic_logits(hidden)], dim=-1)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [name if name == "single" else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
+)
 def test_a_stage_of_any_strategy_answers_the_same(name: str, runs: Runs) -> None:
     workspace = runs(STRATEGIES[name])
     model, answering = trained_model(workspace, 3), answering_model(workspace, 3)
