@@ -148,17 +148,6 @@ def weights_without_adapter(causal_lm: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def merged_weight(layer: LoraLayer) -> Tensor:
-    """W + Σ scale · B A over a layer's active adapters, in float32 at least: rounded to less, it would lose
-    most of a small update."""
-    weight: Tensor = layer.get_base_layer().weight
-    total = weight if weight.dtype == torch.float64 else weight.float()
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            total = total + layer.get_delta_weight(name)
-    return total
-
-
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
     """In a fixed order, where PEFT holds the targets as a set."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from peso.durable import commit_directory, write_json
 from peso.errors import ExportError
-from peso.model.adapter import merged_weight, weights_without_adapter, write_adapter
+from peso.model.adapter import weights_without_adapter, write_adapter
 from peso.model.backbone import embedding_scale
 from peso.model.build import has_adapter
 from peso.model.ensemble import Ensemble
@@ -168,12 +168,16 @@ def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, m
 
 
 def _merged_weights(causal_lm: nn.Module) -> dict[str, Tensor]:
-    """W + (alpha / rank) · B A of every layer that has an active adapter; the layers stay as they are."""
-    return {
-        f"{name}.weight": merged_weight(module)
-        for name, module in causal_lm.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    """W + (alpha / rank) · B A of every layer that has an active adapter, in float32 (PEFT's own would round
+    to the precision of W); the layers stay as they are."""
+    result = {}
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            deltas = [
+                module.get_delta_weight(a).float() for a in module.active_adapters if a in module.lora_A
+            ]
+            result[f"{name}.weight"] = sum(deltas, module.get_base_layer().weight.float())
+    return result
 
 
 def _exact(tensor: Tensor) -> Tensor:

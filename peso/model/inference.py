@@ -8,15 +8,14 @@ makes an adapter learn, and PyTorch has the norm in one operation.
 
 from __future__ import annotations
 
-from copy import copy, deepcopy
+from copy import deepcopy
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peso.model.adapter import merged_weight
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 
@@ -28,7 +27,7 @@ _EXACT = (torch.float32, torch.float64)
 def for_inference(model: GenerativeModel | Ensemble) -> Any:
     """The same model to answer with: a copy without adapters that gives the same logits but for rounding.
 
-    Weights in float32 have their active adapters added, W + scale · B A. In bfloat16 that sum would lose
+    In float32 PEFT adds the active adapters to the weights, W + scale · B A. In bfloat16 that sum would lose
     whatever is smaller than the last digit of W, which is much of an update: there x → W x + (scale · B)(A x)
     is kept, in two small products in the precision of W. Layers that are adapted otherwise stay PEFT's. Norms
     that divide by the root of the mean square are :class:`torch.nn.RMSNorm`.
@@ -40,15 +39,27 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
     if isinstance(model, Ensemble):
         first, second = (for_inference(member) for member in model.members)
         return Ensemble(first, second, model.shares[0]).eval()
-    causal_lm = model.causal_lm
-    shared: list[Any] = [*causal_lm.parameters(), *causal_lm.buffers()]
+    layers = {name: layer for name, layer in model.causal_lm.named_modules() if isinstance(layer, LoraLayer)}
+    exact = model.dtype in _EXACT
+    own = (
+        {id(p) for layer in layers.values() for p in layer.get_base_layer().parameters()} if exact else set()
+    )
+    shared: list[Any] = [
+        x for x in (*model.causal_lm.parameters(), *model.causal_lm.buffers()) if id(x) not in own
+    ]
     # one configuration, so that who changes how attention is computed changes it for both of an ensemble
-    shared += [module.config for module in causal_lm.modules() if hasattr(module, "config")]
-    answering = deepcopy(causal_lm, {id(each): each for each in shared})
-    for name, layer in causal_lm.named_modules():
-        plain = _plain(layer) if type(layer) is Linear else _norm(layer)
-        if plain is not None:
-            answering.set_submodule(name, plain)
+    shared += [module.config for module in model.backbone.modules() if hasattr(module, "config")]
+    backbone: Any = deepcopy(model.backbone, {id(each): each for each in shared})
+    if layers and exact:
+        answering = backbone.merge_and_unload()
+    else:
+        answering = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+        for name, layer in layers.items():
+            if (beside := _beside(layer)) is not None:
+                answering.set_submodule(name, beside)
+    for name, module in list(answering.named_modules()):
+        if (norm := _norm(module)) is not None:
+            answering.set_submodule(name, norm)
     return GenerativeModel(
         answering,
         model.tokenizer,
@@ -59,25 +70,16 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
     ).eval()
 
 
-def _plain(layer: Linear) -> nn.Module | None:
-    """What computes the same as a LoRA layer, without PEFT; None where that is not a matter of B A alone."""
+def _beside(layer: LoraLayer) -> nn.Module | None:
+    """A LoRA layer as two products beside its weight; None where it is not a matter of B A alone."""
     base = layer.get_base_layer()
-    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.merged or layer.lora_variant or any(layer.lora_bias[name] for name in names):
-        return None
-    if not names:
-        return base
-    weight: Tensor = base.weight
-    if weight.dtype in _EXACT:
-        changed = copy(base)
-        changed._parameters = dict(base._parameters)
-        changed.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
-        return changed
-    if type(base) is not nn.Linear:
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    special = layer.merged or layer.disable_adapters or layer.lora_variant
+    if special or not names or type(base) is not nn.Linear or any(layer.lora_bias[name] for name in names):
         return None
     down = torch.cat([layer.lora_A[name].weight for name in names])
     up = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
-    return LowRankBeside(base, down.to(weight.dtype), up.to(weight.dtype))
+    return LowRankBeside(base, down.to(base.weight.dtype), up.to(base.weight.dtype))
 
 
 def _norm(module: nn.Module) -> nn.Module | None:
