@@ -168,7 +168,7 @@ def test_candidates_of_both_models_are_scored_by_both(make_model) -> None:
     model = make_model(items=ITEMS, sizes=(4, 4, 4))
     trie, cases = model.semantic_ids.trie, some_cases(9)
     towers = BaselineAnswers(fixed(), trie)
-    found, _ = HybridAnswers(towers, model, 4, 0.5)._propose(cases, lambda done: None)
+    found, *_ = HybridAnswers(towers, model, 4, 0.5)._propose(cases, lambda done: None)
     everything = search(model, cases.histories, beams=trie.leaves)
     every = towers.log_probabilities(cases)
     for row in range(len(cases)):

@@ -25,7 +25,6 @@ from peso.evaluation.metrics import ndcg
 from peso.evaluation.predictions import semantic_id_ranks
 from peso.events.histories import Cases
 from peso.model.generative import GenerativeModel
-from peso.training.likelihood import target_log_probabilities
 
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
 
@@ -42,7 +41,7 @@ class HybridAnswers:
 
     def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> HybridAnswers:
         """With the weight that ranks the validation targets best."""
-        found, _ = self._propose(validation, advance)
+        found, *_ = self._propose(validation, advance)
         targets = self.towers.trie.leaf_of[validation.targets]
         return replace(self, weight=best_weight(found, targets, depth)[0])
 
@@ -51,14 +50,15 @@ class HybridAnswers:
         return {"weight": self.weight}
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
-        found, towers = self._propose(cases, advance)
+        found, towers, llm = self._propose(cases, advance)
         leaves, scores = pooled(found, self.weight, depth)
-        llm = target_log_probabilities(self.llm, cases)
-        return Answers(leaves, scores, pool(towers, llm.astype(np.float64), self.weight))
+        return Answers(leaves, scores, pool(towers, llm, self.weight))
 
-    def _propose(self, cases: Cases, advance: Callable[[int], None]) -> tuple[Candidates, np.ndarray]:
-        """The candidates of all cases, and the towers' log-probability of each target."""
-        parts, of_targets, done = [], [], 0
+    def _propose(
+        self, cases: Cases, advance: Callable[[int], None]
+    ) -> tuple[Candidates, np.ndarray, np.ndarray]:
+        """The candidates of all cases, and the log-probability of each target: the towers' and the LLM's."""
+        parts, of_targets, of_llm, done = [], [], [], 0
         trie = self.towers.trie
         count = min(self.candidates, trie.leaves)
         for part in batches(cases):
@@ -72,7 +72,15 @@ class HybridAnswers:
                 batch_size=self.search_batch,
                 allow=[trie.items[trie.item_starts[row]] for row in mine],
             )
-            theirs = search(self.llm, part.histories, beams=count, batch_size=self.search_batch)
+            theirs = search(
+                self.llm,
+                part.histories,
+                beams=count,
+                batch_size=self.search_batch,
+                targets=part.targets,
+            )
+            assert theirs.targets is not None
+            of_llm.append(theirs.targets.sum(axis=-1, dtype=np.float64))
             parts.append(joined(_scored(every, theirs), _scored(every, judged)))
             of_targets.append(every[np.arange(len(part)), trie.leaf_of[part.targets]])
             done += len(part)
@@ -81,7 +89,7 @@ class HybridAnswers:
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("leaves", "towers", "llm")
         }
-        return Candidates(**columns), np.concatenate(of_targets)
+        return Candidates(**columns), np.concatenate(of_targets), np.concatenate(of_llm)
 
 
 @dataclass(frozen=True)
