@@ -21,8 +21,9 @@ from peso.durable import digest
 from peso.errors import BackboneError, WorkspaceError
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
+from peso.model.adapter import weights_without_adapter
 from peso.model.backbone import BUILT_IN
-from peso.model.build import build_model, load_stage_weights
+from peso.model.build import build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.model.past import Past, put_past
@@ -47,7 +48,7 @@ def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
     Raises:
         BackboneError: the backbone cannot be loaded.
     """
-    return _placed(workspace, _build(workspace, 0, whole=whole))
+    return _placed(workspace, _rounded(workspace, _build(workspace, 0, whole=whole)))
 
 
 def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
@@ -65,7 +66,7 @@ def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
     model = _build(workspace, stage, whole=whole)
     if stage:
         _load(workspace, model, stage - 1)
-    return _placed(workspace, model)
+    return _placed(workspace, _rounded(workspace, model))
 
 
 def trained_model(workspace: Workspace, stage: int, device: str | None = None) -> GenerativeModel:
@@ -78,6 +79,7 @@ def trained_model(workspace: Workspace, stage: int, device: str | None = None) -
     stage = workspace.require_stage(stage)
     model = _build(workspace, stage, whole=trains_backbone(workspace, stage))
     _load(workspace, model, stage)
+    model = _rounded(workspace, model, device)
     memory = stored_memory(workspace.stage_directory(stage))
     if (past := Past.of_state(memory)) is not None:
         put_past(model.backbone, past)
@@ -158,14 +160,17 @@ def determination(workspace: Workspace, stage: int) -> str:
     return result
 
 
-def backbone_fingerprint(model: GenerativeModel) -> str:
-    """sha256 over the backbone's weights, adapter left out, so that no other one is mistaken for it."""
+def backbone_fingerprint(model: GenerativeModel, dtype: torch.dtype = torch.float32) -> str:
+    """sha256 over the backbone's weights in a precision, adapter left out, so that no other one is mistaken
+    for it. A backbone that is held in a lower precision than its files is known by them:
+    ``model.backbone_sha256``."""
+    if dtype == torch.float32 and model.backbone_sha256 is not None:
+        return model.backbone_sha256
     result = hashlib.sha256()
-    for name, tensor in sorted(model.causal_lm.state_dict().items()):
-        if "lora_" not in name:
-            plain = name.replace(".base_layer.", ".")
-            result.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            result.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, tensor in sorted(weights_without_adapter(model.causal_lm).items()):
+        held = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        result.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
+        result.update(held.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return result.hexdigest()
 
 
@@ -178,7 +183,6 @@ def _build(workspace: Workspace, stage: int, *, whole: bool) -> GenerativeModel:
         config.training.loss_vocabulary,
         read_semantic_ids(workspace.semantic_ids_directory),
         seed=config.seed_of_stage(stage),
-        dtype=Precision.of(config.training.precision, config.training.device).frozen,
     )
 
 
@@ -187,11 +191,22 @@ def _load(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
         load_stage_weights(model, workspace.stage_directory(0))  # the backbone's weights lie there alone
     load_stage_weights(model, workspace.stage_directory(stage))
     known = workspace.stage_manifest(stage).get("backbone_sha256")
-    if known != backbone_fingerprint(model):
+    # earlier versions took it in the precision of the training
+    if not any(known == backbone_fingerprint(model, dtype) for dtype in (torch.float32, torch.bfloat16)):
         raise BackboneError(
             f"the backbone {workspace.config.backbone.name!r} has other weights than the one that "
             f"{workspace.stage_directory(stage)} was learnt on; fetch that one again, or start anew"
         )
+
+
+def _rounded(workspace: Workspace, model: GenerativeModel, device: str | None = None) -> GenerativeModel:
+    """The model with its frozen weights in the precision that is configured for the device."""
+    training = workspace.config.training
+    frozen = Precision.of(training.precision, device or training.device).frozen
+    if frozen != torch.float32 and has_adapter(model):
+        model.backbone_sha256 = backbone_fingerprint(model)
+        round_frozen(model, frozen)
+    return model
 
 
 def _placed(workspace: Workspace, model: GenerativeModel, device: str | None = None) -> GenerativeModel:

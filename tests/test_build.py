@@ -15,7 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
 from peso.errors import BackboneError, WorkspaceError
 from peso.model.adapter import adapter_parameters
-from peso.model.build import build_model, load_stage_weights, longest_sequence, save_stage_weights
+from peso.model.build import (
+    build_model,
+    load_stage_weights,
+    longest_sequence,
+    round_frozen,
+    save_stage_weights,
+)
 from peso.model.generative import GenerativeModel
 from peso.model.layout import INSTRUCTION, make_layout
 from peso.model.small import byte_tokenizer, small_llama
@@ -33,7 +39,6 @@ def build(adapter: AdapterConfig | None = None, seed: int = 0, **options) -> Gen
         settings["loss_vocabulary"],
         CATALOGUE,
         seed=seed,
-        dtype=settings.get("dtype", torch.float32),
     )
 
 
@@ -75,10 +80,14 @@ def test_vocabulary_and_backbone_do_not_share_their_draws() -> None:
 
 
 def test_a_frozen_backbone_takes_the_precision_and_what_learns_stays_float32() -> None:
-    model = build(AdapterConfig(), dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16
-    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
-    assert build(dtype=torch.bfloat16).dtype == torch.float32
+    model, whole = build(AdapterConfig()), build()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for each in (model, whole):
+        round_frozen(each, torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert whole.dtype == torch.float32
 
 
 def test_prompts_longer_than_the_backbone_sees_are_refused() -> None:

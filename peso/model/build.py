@@ -37,16 +37,14 @@ def build_model(
     semantic_ids: SemanticIds,
     *,
     seed: int,
-    dtype: torch.dtype = torch.float32,
 ) -> GenerativeModel:
-    """Load the backbone and set semantic vocabulary, adapter and layout beside it, on the CPU.
+    """Load the backbone and set semantic vocabulary, adapter and layout beside it, in float32 on the CPU.
 
-    Vocabulary rows and adapter are float32 and trainable. Same arguments, same weights.
+    Vocabulary rows and adapter are trainable. Same arguments, same weights.
 
     Args:
-        adapter: None: no adapter, the backbone itself is to be trained (and kept in float32 for that).
+        adapter: None: no adapter, the backbone itself is to be trained.
         seed: of everything drawn: backbone, vocabulary and adapter draw from streams of their own.
-        dtype: precision of a frozen backbone.
 
     Raises:
         BackboneError: the backbone cannot be loaded, is refused by a check, is too short for the prompts, or
@@ -58,7 +56,6 @@ def build_model(
         layers=backbone.layers,
         width=backbone.width,
         seed=seeds[0],
-        dtype=torch.float32 if adapter is None else dtype,
     )
     layout = make_layout(prompt.layout, tokenizer, prompt.window)
     check_reach(causal_lm, longest_sequence(layout, semantic_ids.levels))
@@ -140,6 +137,14 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
         _copy(weights_without_adapter(model.causal_lm), stored.state_dict(), folder / "backbone")
     if has_adapter(model) and (folder / "adapter").is_dir():
         load_adapter(model.backbone, folder / "adapter")
+
+
+def round_frozen(model: GenerativeModel, dtype: torch.dtype) -> None:
+    """Hold the weights of a frozen backbone in another precision; adapters, vocabulary and buffers (such as
+    the frequencies of rotary positions) stay as they are."""
+    for name, p in model.causal_lm.named_parameters():
+        if not p.requires_grad and "lora_" not in name:
+            p.data = p.data.to(dtype)
 
 
 def has_adapter(model: GenerativeModel) -> bool:

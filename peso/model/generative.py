@@ -51,6 +51,7 @@ class GenerativeModel(nn.Module):
         self.layout = layout
         self.semantic_ids = semantic_ids
         self.loss_vocabulary = loss_vocabulary
+        self.backbone_sha256: str | None = None  # of its weights before they were rounded, where they were
         self.logit_transform = LogitTransform.of(self.causal_lm.config)
 
     @property

@@ -1,0 +1,106 @@
+"""Models at work: precision, threads, users for whom little is left to recommend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from strategy_runs import Runs
+from transformers import AutoModelForCausalLM
+
+from peso import pipeline
+from peso.errors import BackboneError, PesoError
+from peso.progress import Silent
+from peso.stages import answering_model, backbone_fingerprint, starting_model, trained_model
+from peso.training.precision import Precision
+from peso.workspace import Workspace
+
+ROUNDED = "training.precision=bfloat16"
+
+
+def copy(workspace: Workspace, root: Path) -> Workspace:
+    return Workspace.open(shutil.copytree(workspace.root, root))
+
+
+def edit_manifest(workspace: Workspace, stage: int, **values: Any) -> None:
+    path = workspace.stage_directory(stage) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# -- the identity of a backbone is that of its files --------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["single", "full"])
+def test_a_rounded_backbone_goes_through_every_stage(runs: Runs, strategy: str) -> None:
+    workspace = runs(strategy, ROUNDED, backbone="tiny")
+    assert workspace.finished_stages == [0, 1, 2, 3]
+    later = trained_model(workspace, 3)
+    assert later.dtype == (torch.float32 if strategy == "full" else torch.bfloat16)
+    assert torch.isfinite(later.vocabulary.input_rows).all()
+
+
+def test_the_identity_does_not_depend_on_the_precision(runs: Runs) -> None:
+    rounded, exact = (runs("none", *options) for options in ((ROUNDED,), ()))
+    manifests = [run.stage_manifest(stage) for run in (rounded, exact) for stage in (0, 1)]
+    assert len({manifest["backbone_sha256"] for manifest in manifests}) == 1
+    assert starting_model(rounded, 2).dtype == torch.bfloat16
+
+
+def test_a_stage_continues_on_a_device_of_another_precision(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto`` is float32 here and bfloat16 on a GPU: a stage of each, answered by the other."""
+    workspace = copy(runs("none", backbone="tiny"), tmp_path / "w")
+    for stage in (1, 2, 3):
+        shutil.rmtree(workspace.stage_directory(stage))
+    of = Precision.of
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(Precision, "of", lambda precision, device: of("bfloat16", device))
+        pipeline.learn(workspace, 1, Silent())
+        assert answering_model(workspace, 1).dtype == torch.bfloat16
+    pipeline.learn(workspace, 2, Silent())
+    assert answering_model(workspace, 1).dtype == answering_model(workspace, 2).dtype == torch.float32
+
+
+def test_workspaces_of_earlier_versions_open(runs: Runs, tmp_path: Path) -> None:
+    """They noted the sha256 of the rounded weights where training was rounded."""
+    workspace = copy(runs("none", ROUNDED), tmp_path / "w")
+    model = trained_model(workspace, 1)
+    rounded = backbone_fingerprint(model, torch.bfloat16)
+    assert rounded != backbone_fingerprint(model)
+    edit_manifest(workspace, 1, backbone_sha256=rounded)
+    assert trained_model(workspace, 1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+@pytest.mark.parametrize("value", [float("nan"), 0.125])
+def test_another_backbone_is_refused_in_either_precision(
+    runs: Runs, tmp_path: Path, precision: str, value: float
+) -> None:
+    workspace = copy(runs("none", *([ROUNDED] if precision == "bfloat16" else [])), tmp_path / "w")
+    other = tmp_path / "other"
+    shutil.copytree(workspace.config.backbone.name, other)
+    causal_lm = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        causal_lm.get_input_embeddings().weight[3] = value
+    causal_lm.save_pretrained(other)
+    settings = workspace.config.backbone.model_copy(update={"name": str(other)})
+    workspace = Workspace(workspace.root, workspace.config.model_copy(update={"backbone": settings}))
+    with pytest.raises(BackboneError, match="is refused" if value != value else "other weights"):
+        trained_model(workspace, 1)
+
+
+def test_damaged_weights_of_stage_0_are_refused_when_rounded(runs: Runs, tmp_path: Path) -> None:
+    workspace = copy(runs("single", ROUNDED, backbone="tiny"), tmp_path / "w")
+    folder = workspace.stage_directory(0) / "backbone"
+    causal_lm = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        causal_lm.get_input_embeddings().weight[3] = float("nan")
+    causal_lm.save_pretrained(folder)
+    for stage in (0, 1):
+        with pytest.raises(PesoError):
+            trained_model(workspace, stage)
