@@ -15,12 +15,8 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peso.baselines.answers import Answerer, BaselineAnswers
-from peso.baselines.baseline import Baseline, repeats_occur
-from peso.baselines.hybrid import HybridAnswers
-from peso.baselines.registry import make_baseline
 from peso.config.baselines import (
     BaselineConfig,
     HybridConfig,
@@ -41,9 +37,12 @@ from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.manifest import MANIFEST, read_manifest, write_manifest
 from peso.progress import Observer
-from peso.stages import answering_model
-from peso.training.precision import Precision
 from peso.workspace import METRICS, PREDICTIONS, Workspace, provenance
+
+if TYPE_CHECKING:
+    from peso.baselines.answers import Answerer, BaselineAnswers
+    from peso.baselines.baseline import Baseline
+    from peso.baselines.hybrid import HybridAnswers
 
 FORMAT = 1  # of the directory of a stage
 STATIC, MODEL = "static.parquet", "model"
@@ -179,6 +178,9 @@ class BaselineRun:
         self, config: PlainBaselineConfig, stage: int, aside: Path, observer: Observer
     ) -> tuple[BaselineAnswers, dict[str, Any]]:
         """Learn a stage, from where the last one left the baseline."""
+        from peso.baselines.answers import BaselineAnswers
+        from peso.baselines.baseline import repeats_occur
+
         stages = self._until(stage)
         baseline = self._make(config)
         if stage:
@@ -204,6 +206,8 @@ class BaselineRun:
 
     def _restored(self, stage: int) -> Answerer:
         """What was learnt and chosen at a stage that is done."""
+        from peso.baselines.answers import BaselineAnswers
+
         settings = read_manifest(self.stage_directory(stage), FORMAT)["settings"]
         if isinstance(self.config, HybridConfig):
             return self._fusion(self.config, stage, settings["weight"])
@@ -212,6 +216,10 @@ class BaselineRun:
         return BaselineAnswers(baseline, self.ids.trie, **settings)
 
     def _fusion(self, config: HybridConfig, stage: int, weight: float | None) -> HybridAnswers:
+        from peso.baselines.answers import BaselineAnswers
+        from peso.baselines.hybrid import HybridAnswers
+        from peso.stages import answering_model
+
         towers = BaselineRun(self.workspace, config.two_tower)._restored(stage)
         assert isinstance(towers, BaselineAnswers)
         model = answering_model(self.workspace, stage)
@@ -219,6 +227,9 @@ class BaselineRun:
         return HybridAnswers(towers, model, config.candidates, 0.5 if weight is None else weight, batch)
 
     def _make(self, config: PlainBaselineConfig) -> Baseline:
+        from peso.baselines.registry import make_baseline
+        from peso.training.precision import Precision
+
         settings = self.workspace.config
         device = Precision.of("float32", settings.training.device).device
         return make_baseline(config, self.ids.trie, settings.prompt.window, settings.seed, device)

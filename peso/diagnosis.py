@@ -10,11 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peso.continual.hold import hold_report
 from peso.errors import WorkspaceError
 from peso.events.drift import drift
 from peso.events.stream import Stream
-from peso.items import fitness, quality
+from peso.items import quality
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import token_name
@@ -73,6 +72,8 @@ def anchors(workspace: Workspace) -> list[dict[str, Any]]:
         if (moved := training.get("moved")) is None:
             continue
         told = training.get("strategy", {})
+        from peso.continual.hold import hold_report
+
         held = training.get("anchor") or hold_report(stage, read_log(directory / LOG), told.get("rho"))
         entry = {"stage": stage, "distance": moved["distance"], "kl": moved["kl"]}
         found.append({**entry, "strategy": told, **held})
@@ -128,6 +129,8 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
         ),
     ]
     told = (found["semantic_ids"] or {}).get("fitness", {})
+    from peso.items import fitness
+
     if fit := [list(row) for row in fitness.rows(told)]:
         tables.append(("do the codes fit: items that came after they were made", ["items", *FITNESS], fit))
     if found["anchor"]:

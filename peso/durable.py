@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from peso.errors import WorkspaceError
+from peso.errors import ExportError, WorkspaceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -106,6 +106,14 @@ def write_atomically(target: Path, content: bytes) -> None:
     """Replace one file: the old content or the new, never a mixture."""
     with write_aside(target) as aside:
         aside.write_bytes(content)
+
+
+def require_free(directory: str | Path) -> Path:
+    """The path of a directory to write; raises ExportError unless it is absent or empty."""
+    target = Path(directory).expanduser().absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ExportError(f"{target} is not empty; name a directory that does not exist yet")
+    return target
 
 
 def is_full(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from peso.continual.groups import find_groups
 from peso.continual.hold import Watch, hold_report
 from peso.continual.hooks import StageContext, Strategy
 from peso.continual.strategy import make_strategy
+from peso.determination import determination
 from peso.diagnosis import read_log
 from peso.durable import commit_directory, write_aside, write_json
 from peso.events.stream import Stream, stage_file
@@ -34,7 +35,6 @@ from peso.processes import current
 from peso.progress import Observer
 from peso.stages import (
     backbone_fingerprint,
-    determination,
     put_back,
     starting_model,
     stored_memory,

@@ -1,7 +1,8 @@
 """What `peso run` does, step by step, resuming what is done.
 
 Knows the order of the work and which file comes from which; each step is one function on a workspace. Knows
-nothing of terminals, prompts or how a loss is computed. A step is done when its files are there:
+nothing of terminals, prompts or how a loss is computed. What loads PyTorch is imported where it is used, so
+that a refused command answers at once. A step is done when its files are there:
 ingest → stream/, tokenize → semantic_ids/, learn → stages/{t}/, test → predictions and metrics in it.
 """
 
@@ -17,23 +18,19 @@ from typing import Any
 
 from peso import assets
 from peso.config import DataConfig, changed_keys
+from peso.determination import determination
 from peso.durable import commit_directory
 from peso.errors import DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import Stream
-from peso.items.imported import adopt, adopt_more
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
 from peso.items.semantic_ids import SemanticIds
-from peso.items.tokenize import append as continue_semantic_ids
-from peso.items.tokenize import tokenize as make_semantic_ids
-from peso.learning import learn_stage
 from peso.manifest import read_manifest
 from peso.processes import current
 from peso.progress import Observer, Silent
-from peso.stages import determination
 from peso.testing import is_tested, test
 from peso.workspace import Workspace
 
@@ -107,7 +104,7 @@ def _conclude(workspace: Workspace, observer: Observer) -> None:
         from peso.baseline_runs import run_baselines
 
         run_baselines(workspace, workspace.config.baselines, observer)
-    from peso.summary import report  # draws plots: slow to import
+    from peso.summary import report
 
     report([workspace], workspace.report_directory)
 
@@ -177,6 +174,9 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     """
     stream, config = _stream(workspace), workspace.config
     _refuse_if_learnt(workspace, "semantic IDs")
+    from peso.items.imported import adopt
+    from peso.items.tokenize import tokenize as make_semantic_ids
+
     with commit_directory(workspace.semantic_ids_directory) as directory:
         further = (config.items, directory, config.seed_of_data, _vector_cache(), observer)
         if config.items.index is not None:
@@ -203,6 +203,9 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     _require_semantic_ids(workspace)
     new = items_without_id(workspace)
     if new:
+        from peso.items.imported import adopt_more
+        from peso.items.tokenize import append as continue_semantic_ids
+
         config, seed = workspace.config.items, workspace.config.seed_of_data
         with commit_directory(source) as directory:
             further = (config, source, directory, _vector_cache(), observer)
@@ -251,6 +254,8 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
     current().on_main(partial(_require_next, workspace, stage))
+    from peso.learning import learn_stage
+
     learn_stage(workspace, stage, observer)
 
 

@@ -8,36 +8,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from peso import decoding
 from peso.durable import write_aside
 from peso.errors import DataError
 from peso.events.stream import Stream
-from peso.model.generative import GenerativeModel
-from peso.model.inference import for_inference
+from peso.items.index_files import read_semantic_ids
+from peso.items.semantic_ids import SemanticIds
 from peso.progress import Observer, Silent
-from peso.stages import trained_model
 from peso.workspace import Workspace
+
+if TYPE_CHECKING:
+    from peso.model.generative import GenerativeModel
 
 ROW_GROUP = 512  # users of `recommend_all` that are held in memory together
 
 
 class Recommender:
-    """Answers from one stage of one workspace.
+    """Answers from one stage of one workspace. The model is loaded when it is first needed.
 
-    Attributes:
-        model: the :class:`GenerativeModel` as it stood after the stage, in evaluation mode.
-        stage: its number.
+    Args:
+        stage: the newest by default.
+        device: as configured by default.
+
+    Raises:
+        WorkspaceError: the stage is not trained.
     """
 
-    def __init__(self, workspace: Workspace, stage: int, model: GenerativeModel) -> None:
+    def __init__(self, workspace: Workspace, stage: int | None = None, device: str | None = None) -> None:
         self.workspace = workspace
-        self.stage = stage
-        self.model = model
+        self.stage = workspace.require_stage(stage)
+        self.device = device
+
+    @cached_property
+    def model(self) -> GenerativeModel:
+        """The model as it stood after the stage, in evaluation mode.
+
+        Raises:
+            BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
+        """
+        from peso.stages import trained_model
+
+        return trained_model(self.workspace, self.stage, self.device)
 
     @classmethod
     def load(cls, workspace: str | Path, stage: int | None = None, device: str | None = None) -> Recommender:
@@ -47,9 +63,9 @@ class Recommender:
             WorkspaceError: no workspace, or the stage is not trained.
             BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
         """
-        opened = Workspace.open(workspace)
-        number = opened.require_stage(stage)
-        return cls(opened, number, trained_model(opened, number, device))
+        recommender = cls(Workspace.open(workspace), stage, device)
+        _ = recommender.model
+        return recommender
 
     # -- answers ---------------------------------------------------------------------------------
 
@@ -74,7 +90,7 @@ class Recommender:
         if (history is None) == (user is None):
             raise DataError("give either a history or a user")
         items = list(history) if history is not None else self.history(str(user))
-        return decoding.beam_search(self._answering, [items], k, exclude_seen=exclude_seen)[0]
+        return self._search([items], k, exclude_seen=exclude_seen)[0]
 
     def recommend_all(
         self, file: str | Path, *, k: int = 10, exclude_seen: bool = False, observer: Observer | None = None
@@ -85,7 +101,7 @@ class Recommender:
         """
         observer = observer or Silent()
         users, histories = list(self.histories), list(self.histories.values())
-        ids = np.array(self.model.semantic_ids.item_ids, dtype=object)
+        ids = np.array(self.semantic_ids.item_ids, dtype=object)
         schema = pa.schema(
             [("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
         )
@@ -93,8 +109,7 @@ class Recommender:
         with write_aside(Path(file)) as aside, pq.ParquetWriter(aside, schema) as writer:
             for start in range(0, len(users), ROW_GROUP):
                 part = slice(start, start + ROW_GROUP)
-                ranked = decoding.beam_search(
-                    self._answering,
+                ranked = self._search(
                     [ids[history].tolist() for history in histories[part]],
                     k,
                     exclude_seen=exclude_seen,
@@ -114,7 +129,7 @@ class Recommender:
     def histories(self) -> dict[str, np.ndarray]:
         """Item rows of every user of the stages 0 … `stage`, oldest first, the last `window` of them."""
         stream = Stream.open(self.workspace.stream_directory)
-        window = self.model.layout.window
+        window = self.workspace.config.prompt.window
         known: dict[str, np.ndarray] = {}
         for number in range(min(self.stage + 1, stream.stages)):
             known.update(zip(*stream.stage(number).histories(window), strict=True))
@@ -126,16 +141,16 @@ class Recommender:
             raise DataError(
                 f"user {user!r} is in none of the stages 0 to {self.stage} of {self.workspace.root}"
             )
-        ids = self.model.semantic_ids.item_ids
+        ids = self.semantic_ids.item_ids
         return [ids[row] for row in self.histories[user]]
 
     def title(self, item: str) -> str | None:
         """The item's title, where the log's item table has one."""
-        return self._titles[self.model.semantic_ids.row(item)]
+        return self._titles[self.semantic_ids.row(item)]
 
     def semantic_id(self, item: str) -> list[str]:
         """The item's semantic-ID tokens, e.g. ``["<a_128>", "<b_72>", "<c_95>", "<d_83>"]``."""
-        return self.model.semantic_ids.semantic_id(item)
+        return self.semantic_ids.semantic_id(item)
 
     def prompt_ids(self, history: Sequence[str]) -> list[int]:
         """Token ids of the prompt, as the exported merged model reads them.
@@ -143,11 +158,30 @@ class Recommender:
         Raises:
             DataError: the history holds unknown items (told which).
         """
-        rows = self.model.semantic_ids.rows(list(history))[-self.model.layout.window :]
+        rows = self.semantic_ids.rows(list(history))[-self.workspace.config.prompt.window :]
         return self.model.layout.prompt(self.model.item_token_ids(rows)).tolist()
+
+    def _search(self, histories: list[list[str]], k: int, *, exclude_seen: bool) -> list[Any]:
+        """The k best items of each history; what cannot be answered is refused before the model is loaded."""
+        for history in histories:
+            self.semantic_ids.rows(history)
+        if k > len(self.semantic_ids.item_ids):
+            raise DataError(
+                f"k = {k} is more than the {len(self.semantic_ids.item_ids)} items of the catalogue; "
+                "ask for fewer"
+            )
+        from peso.decoding import beam_search
+
+        return beam_search(self._answering, histories, k, exclude_seen=exclude_seen)
+
+    @cached_property
+    def semantic_ids(self) -> SemanticIds:
+        return read_semantic_ids(self.workspace.semantic_ids_directory)
 
     @cached_property
     def _answering(self) -> GenerativeModel:
+        from peso.model.inference import for_inference
+
         answering: GenerativeModel = for_inference(self.model)
         return answering
 

@@ -1,6 +1,6 @@
 """A workspace's stage as a model: as it starts to learn, and as it stood afterwards.
 
-Knows which files of which stage make up a model, and what determines a stage; knows nothing of training.
+Which files of which stage make up a model.
 """
 
 from __future__ import annotations
@@ -8,21 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peso.config import Config
+from peso.config.model import BUILT_IN
 from peso.continual.strategy import make_strategy
-from peso.durable import digest
 from peso.errors import BackboneError, WorkspaceError
-from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
 from peso.model.adapter import weights_without_adapter
-from peso.model.backbone import BUILT_IN
 from peso.model.build import build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
@@ -31,7 +27,6 @@ from peso.training.precision import Precision
 from peso.workspace import Workspace
 
 MEMORY = "state.safetensors"
-SHAPES_A_STAGE = ("backbone", "prompt", "adapter", "training")
 
 
 def trains_backbone(workspace: Workspace, stage: int) -> bool:
@@ -125,39 +120,6 @@ def write_memory(directory: Path, memory: Mapping[str, Tensor]) -> None:
     """Write what a stage's strategy keeps; no file where it keeps nothing."""
     if memory:
         save_file({name: t.detach().cpu().contiguous() for name, t in memory.items()}, directory / MEMORY)
-
-
-def stage_shape(config: Config, stage: int) -> dict[str, Any]:
-    """The part of a configuration that shapes one stage, the data apart, as plain values.
-
-    The base stage is learnt alike by every strategy, at the unscaled learning rate; where it trains a whole
-    backbone it has no adapter.
-    """
-    tree = config.model_dump(mode="json")
-    tree["training"] = config.training.determining()
-    shape: dict[str, Any] = {key: tree[key] for key in SHAPES_A_STAGE} | {"seed": config.seed_of_stage(stage)}
-    if stage:
-        return shape | {"strategy": tree["strategy"]}
-    del shape["training"]["later_learning_rate_scale"]
-    if config.backbone.name in BUILT_IN:
-        del shape["adapter"]
-    return shape
-
-
-def determination(workspace: Workspace, stage: int) -> str:
-    """Digest of all that determines a stage: configuration, its data, the codes, and the stages before.
-
-    Stages of equal digest have equal files, on the same hardware and versions. Of the codes those count that
-    the catalogue had when the stage came: items that are appended later change no earlier stage.
-    """
-    stream, ids = Stream.open(workspace.stream_directory), read_semantic_ids(workspace.semantic_ids_directory)
-    result: str | None = None
-    for number in range(stage + 1):
-        shape = stage_shape(workspace.config, number)
-        data = stream.manifest["files"][stage_file(number)]
-        result = digest(shape, data, ids.fingerprint(stream.items_known(number)), result)
-    assert result is not None
-    return result
 
 
 def backbone_fingerprint(model: GenerativeModel, dtype: torch.dtype = torch.float32) -> str:

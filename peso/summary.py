@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from peso.baseline_runs import baseline_summaries, found_baselines
-from peso.baselines.popularity import predict_popularity
 from peso.config import Config, dump_config
 from peso.diagnosis import stream_drift
 from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
-from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import findings
 from peso.evaluation.metrics import average_metrics, default_metrics
 from peso.evaluation.predictions import read_predictions
-from peso.evaluation.report import write_report
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream
@@ -29,7 +25,6 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.manifest import read_manifest
 from peso.testing import is_tested, read_metrics, test_directory
-from peso.user_table import read_user_table
 from peso.workspace import LOG, METRICS, PREDICTIONS, Workspace
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
@@ -42,6 +37,8 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
     Raises:
         WorkspaceError: a workspace has no tested stage.
     """
+    from peso.evaluation.report import write_report  # draws plots: slow to import
+
     title = workspaces[0].config.report.title or f"peso: {', '.join(names(workspaces))}"
     config = workspaces[0].config
     write_report(directory, runs_of(workspaces), title, config.evaluation.k, config.report.segments)
@@ -49,6 +46,9 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
 
 def sentences(workspaces: Sequence[Workspace]) -> list[str]:
     """What the runs' figures say, in plain sentences, and how far they can be trusted."""
+    from peso.evaluation.comparison import Comparison
+    from peso.evaluation.findings import findings
+
     return findings(Comparison(runs_of(workspaces), workspaces[0].config.evaluation.k))
 
 
@@ -88,6 +88,8 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
 
 def catalogue(workspace: Workspace) -> Catalogue:
     """Of a workspace's stream and semantic IDs: what figures of lists and of popularity need."""
+    from peso.user_table import read_user_table
+
     stream, users = Stream.open(workspace.stream_directory), workspace.config.report.users
     ids = read_semantic_ids(workspace.semantic_ids_directory)
     return Catalogue.of(stream, ids, read_user_table(users) if users else None)
@@ -96,6 +98,8 @@ def catalogue(workspace: Workspace) -> Catalogue:
 def popularity(workspace: Workspace) -> RunSummary:
     """The most popular items so far, for everybody, kept up to date at every stage of the stream whose items
     have IDs."""
+    from peso.baselines.popularity import predict_popularity
+
     stream = Stream.open(workspace.stream_directory)
     ids = read_semantic_ids(workspace.semantic_ids_directory)
     coded = [n for n in range(stream.stages) if stream.items_known(n) <= len(ids.item_ids)]

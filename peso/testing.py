@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peso.decoding import search
 from peso.durable import digest, json_text, write_aside, write_atomically
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
@@ -21,7 +20,6 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.manifest import read_manifest, write_manifest
 from peso.processes import current
 from peso.progress import Observer
-from peso.stages import answering_model
 from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace
 
 
@@ -84,6 +82,9 @@ def _is_predicted(workspace: Workspace, stage: int, on: int) -> bool:
 
 def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> None:
     """predictions.parquet; several processes share the cases."""
+    from peso.decoding import search
+    from peso.stages import answering_model
+
     config, processes = workspace.config, current()
     stream = Stream.open(workspace.stream_directory)
     model = answering_model(workspace, stage)

@@ -15,9 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from peso.config import TrainingConfig, load_config
 from peso.continual.hooks import Strategy
 from peso.continual.peso import Peso
+from peso.determination import stage_shape
 from peso.errors import ConfigError, TrainingError
 from peso.model.generative import GenerativeModel
-from peso.stages import stage_shape
 from peso.training.acceleration import gradient_checkpointing
 from peso.training.loop import StageResult, train_stage
 from peso.workspace import Workspace

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from peso import baseline_runs, pipeline, summary
+from peso import pipeline, summary
 from peso.baseline_runs import BaselineRun, baseline_summaries, found_baselines, run_baselines
+from peso.baselines import registry
 from peso.config import baseline_label, load_config
 from peso.durable import checksum
 from peso.errors import ConfigError, WorkspaceError
@@ -84,7 +85,7 @@ def test_static_and_continual_part_after_the_base_stage(finished: Workspace) -> 
 
 
 def test_what_is_done_is_not_done_again(finished: Workspace, monkeypatch) -> None:
-    monkeypatch.setattr(baseline_runs, "make_baseline", None)  # whoever learns or tests would need it
+    monkeypatch.setattr(registry, "make_baseline", None)  # whoever learns or tests would need it
     run_baselines(finished, finished.config.baselines, Silent())
 
 

@@ -12,12 +12,12 @@ from event_logs import write_log
 
 from peso import pipeline, summary, testing
 from peso.cli import app as cli
+from peso.determination import determination
 from peso.durable import checksum
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.recommender import Recommender
-from peso.stages import determination
 from peso.workspace import Workspace
 
 T = 1_600_000_000

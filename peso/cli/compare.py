@@ -62,20 +62,22 @@ def compare(
     """
     from peso.compare.machine import Machine
     from peso.compare.plan import make_plan
-    from peso.compare.results import collect, write_results
-    from peso.compare.schedule import Schedule
 
     began = time.time()
     seconds = None if budget is None else _seconds(budget)
     root = workspace or Path("runs") / config.stem
     plan = make_plan(config, root, overrides or [])
+    if not report_only:
+        plan.refuse_changes()
     machine = Machine.of(plan.compare.workers, plan.common.training.device)
     if dry_run:
         _show_plan(plan, machine)
         return
+    from peso.compare.results import collect, write_results
+    from peso.compare.schedule import Schedule
+
     failed: list[Any] = []
     if not report_only:
-        plan.refuse_changes()
         deadline = None if seconds is None else began + seconds
         with only_writer(root), Display() as display:
             rows = Schedule(plan, machine.workers, machine.environment, deadline, display.show).run()

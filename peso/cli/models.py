@@ -62,16 +62,20 @@ def export(
 
     Example: peso export -w runs/games --format index -o games.index.json
     """
+    from peso.durable import require_free
+    from peso.workspace import Workspace
+
+    opened = Workspace.open(workspace)
     if form == "index":
         from peso import pipeline
-        from peso.workspace import Workspace
 
-        pipeline.export_index(Workspace.open(workspace), output, stage)
-        print(output)
-        return
-    from peso.model.export import export_merged, export_peft
-    from peso.recommender import Recommender
+        pipeline.export_index(opened, output, stage)
+    else:
+        require_free(output)
+        from peso.recommender import Recommender
 
-    model = Recommender.load(workspace, stage=stage, device="cpu").model
-    (export_merged if form == "merged" else export_peft)(model, output)
+        recommender = Recommender(opened, stage, device="cpu")
+        from peso.model.export import export_merged, export_peft
+
+        (export_merged if form == "merged" else export_peft)(recommender.model, output)
     print(output)

@@ -34,12 +34,13 @@ def recommend(
 
     from peso.errors import DataError
     from peso.recommender import Recommender
+    from peso.workspace import Workspace
 
     if [user is not None, history is not None, everyone].count(True) != 1:
         raise DataError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")
     if everyone != (output is not None):
         raise DataError("--all goes with -o FILE.parquet, and -o with --all")
-    recommender = Recommender.load(workspace, stage=stage)
+    recommender = Recommender(Workspace.open(workspace), stage)
     if output is not None:
         users = recommender.recommend_all(output, k=k, exclude_seen=exclude_seen, observer=Terminal())
         print(json.dumps({"users": users, "file": str(output)}) if as_json else f"{users:,} users: {output}")

@@ -36,7 +36,6 @@ def run(
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """
-    from peso import pipeline, summary
     from peso.config import load_config
     from peso.processes import join
     from peso.workspace import Workspace
@@ -44,9 +43,10 @@ def run(
     resolved = load_config(config, overrides or [])
     root = workspace or Path("runs") / config.stem
     if dry_run:
+        preview = Workspace.preview(root, resolved)
         from peso.estimate import estimate
 
-        plan = estimate(Workspace.preview(root, resolved))
+        plan = estimate(preview)
         table(
             f"{root}: what is left to do",
             ["step", "minutes", "memory GiB", "disk MiB", "note"],
@@ -54,6 +54,8 @@ def run(
         )
         print(f"in all about {sum(e.minutes or 0 for e in plan):.0f} minutes on this machine")
         return
+    from peso import pipeline, summary
+
     processes = join(resolved.training.device)
     opened = processes.on_main(lambda: Workspace.create_or_open(root, resolved))
     with opened.lock():

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from peso.compare.plan import Plan, Task
 from peso.compare.standing import is_done, pairs_across, standing
+from peso.determination import stage_shape
 from peso.durable import digest
 from peso.estimate import Estimate, Speed, baseline_estimate, estimate
-from peso.stages import stage_shape
 from peso.testing import is_tested
 from peso.workspace import Workspace
 
@@ -35,6 +33,8 @@ def forecast(plan: Plan, threads: int) -> list[Expected]:
     Raises:
         PesoError: as the runs themselves would, for bad data or an unusable backbone.
     """
+    import torch
+
     torch.set_num_threads(threads)
     tasks: dict[tuple[Path, bool], tuple[Task, str]] = {}
 

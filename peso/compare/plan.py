@@ -26,10 +26,10 @@ from peso.config import (
 )
 from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
 from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
+from peso.config.model import BUILT_IN
+from peso.determination import stage_shape
 from peso.durable import digest
 from peso.errors import ConfigError, DataError, WorkspaceError
-from peso.model.backbone import BUILT_IN
-from peso.stages import stage_shape
 from peso.workspace import Workspace
 
 Kind = Literal["strategy", "transfer", "baseline"]

@@ -22,7 +22,6 @@ from peso.config.baselines import read_baseline
 from peso.errors import PesoError
 from peso.events.stream import Stream
 from peso.testing import is_tested, test
-from peso.training.checkpoint import FILE as CHECKPOINT
 from peso.workspace import Workspace
 
 OUT_OF_TIME = 75
@@ -92,6 +91,8 @@ class Reporter:
         self.out.flush()
 
     def _checkpoint_time(self) -> float:
+        from peso.training.checkpoint import FILE as CHECKPOINT
+
         found = self.workspace.root.glob(f"stages/.*.unfinished/**/{CHECKPOINT}")
         return max((path.stat().st_mtime for path in found), default=0.0)
 

@@ -13,6 +13,8 @@ Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]
 STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
 Precision = Literal["auto", "float32", "bfloat16"]
+# Backbones built in code, randomly initialized, trained whole at stage 0: name → default (width, layers).
+BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
 HOW = ("gradient_checkpointing", "compile")  # keys of training that change what a step costs, no more
 
 

@@ -14,13 +14,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peso import assets
+from peso.config.model import BUILT_IN
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
 from peso.model.quiet import quiet_transformers
 from peso.model.small import byte_tokenizer, small_llama
-
-# Built in code, randomly initialised, trained whole at stage 0: name → (width, layers) where none are given.
-BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
 
 
 def load_backbone(

@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
-from peso.durable import commit_directory, write_json
+from peso.durable import commit_directory, require_free, write_json
 from peso.errors import ExportError
 from peso.model.adapter import weights_without_adapter, write_adapter
 from peso.model.backbone import embedding_scale
@@ -66,7 +66,7 @@ def export_merged(model: GenerativeModel, directory: str | Path) -> None:
             is an ensemble.
     """
     _require_one(model)
-    with commit_directory(_free(directory)) as aside:
+    with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, _table_rows(model), model.vocabulary.output_rows, merged=True)
         _save(plain, model, aside)
 
@@ -106,7 +106,7 @@ def export_peft(model: GenerativeModel, directory: str | Path) -> None:
         "base_model_name_or_path": "backbone",  # which lies beside it
         "trainable_token_indices": dict.fromkeys(in_adapter, ids),
     }
-    with commit_directory(_free(directory)) as aside:
+    with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, neutral_input, output, merged=False)
         _save(plain, model, aside / "backbone")
         write_adapter(config, matrices | state, aside / "adapter")
@@ -118,16 +118,6 @@ def _require_one(model: Any) -> None:
             "this stage answers with the averaged logits of two models, which no single model gives; "
             "strategy lsat with fusion: arithmetic adds their weights up instead, and that can be exported"
         )
-
-
-def _free(directory: str | Path) -> Path:
-    target = Path(directory).expanduser().absolute()
-    if target.is_dir() and not any(target.iterdir()):
-        return target
-    if target.exists():
-        raise ExportError(f"{target} is not empty; name a directory that does not exist yet")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
 
 
 @torch.no_grad()
