@@ -132,7 +132,7 @@ def backbone_fingerprint(model: GenerativeModel, dtype: torch.dtype = torch.floa
     for name, tensor in sorted(weights_without_adapter(model.causal_lm).items()):
         held = tensor.to(dtype) if tensor.is_floating_point() else tensor
         result.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
-        result.update(held.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        result.update(held.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 
