@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from peso.config.baselines import (
     BaselineConfig,
     HybridConfig,
@@ -120,11 +122,11 @@ class BaselineRun:
             ConfigError: lists longer than the catalogue.
             WorkspaceError: the run's own model is needed, by the hybrid, and is not learnt.
         """
-        depth = self.workspace.config.decoding.beams
-        if depth > self.ids.trie.leaves:
+        most, leaves = max(self.workspace.config.evaluation.k), self.ids.trie.leaves
+        if most > leaves:
             raise ConfigError(
-                f"a list of {depth} is asked for, but the catalogue has {self.ids.trie.leaves} semantic IDs; "
-                "set decoding.beams lower"
+                f"evaluation.k asks for {most} items, but the catalogue has {leaves} distinct semantic IDs; "
+                "ask for fewer"
             )
         if isinstance(self.config, HybridConfig):
             BaselineRun(self.workspace, self.config.two_tower).run(observer)
@@ -244,11 +246,12 @@ class BaselineRun:
         observer.begin(f"{self.label}: test on stage {number}", len(cases), "users")
         found = answerer.answer(cases, settings.decoding.beams, observer.advance)
         observer.end()
+        absent = ((0, 0), (0, settings.decoding.beams - found.leaves.shape[1]))  # of a small catalogue
         return make_predictions(
             cases,
             label_cases(earlier, stage),
-            found.leaves,
-            found.scores,
+            np.pad(found.leaves, absent, constant_values=-1),
+            np.pad(found.scores, absent, constant_values=-np.inf),
             found.target_log_probability,
             self.ids,
         )

@@ -77,7 +77,8 @@ class Recommender:
         k: int = 10,
         exclude_seen: bool = False,
     ) -> list[tuple[str, float]]:
-        """The k items most likely to come next, best first, with their log-probabilities.
+        """The k items most likely to come next, best first, with their log-probabilities; fewer where
+        ``exclude_seen`` leaves no more.
 
         Args:
             history: item ids, oldest first; or
@@ -97,7 +98,11 @@ class Recommender:
     ) -> int:
         """Write user, items and scores for every user of the log up to this stage into a Parquet file.
 
-        Returns how many users were written. The file appears whole or not at all.
+        Returns how many users were written. The file appears whole or not at all. A user to whom
+        ``exclude_seen`` leaves fewer than ``k`` items gets those; the observer is told.
+
+        Raises:
+            DataError: ``k`` larger than the catalogue.
         """
         observer = observer or Silent()
         users, histories = list(self.histories), list(self.histories.values())
@@ -105,6 +110,7 @@ class Recommender:
         schema = pa.schema(
             [("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
         )
+        short: dict[str, int] = {}  # users with fewer than k items, and how many they got
         observer.begin("recommend", len(users), "users")
         with write_aside(Path(file)) as aside, pq.ParquetWriter(aside, schema) as writer:
             for start in range(0, len(users), ROW_GROUP):
@@ -119,20 +125,27 @@ class Recommender:
                     for user, best in zip(users[part], ranked, strict=True)
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                short |= {row["user"]: len(row["items"]) for row in rows if len(row["items"]) < k}
                 observer.advance(start + len(rows))
         observer.end()
+        if short:
+            user = min(short, key=lambda each: short[each])
+            observer.note(
+                f"{len(short):,} of {len(users):,} users got fewer than {k} items, since they have had the "
+                f"others; user {user!r} got the fewest: {short[user]}"
+            )
         return len(users)
 
     # -- what is known of users and items ----------------------------------------------------------
 
     @cached_property
     def histories(self) -> dict[str, np.ndarray]:
-        """Item rows of every user of the stages 0 … `stage`, oldest first, the last `window` of them."""
+        """Item rows of every user of the stages 0 … `stage`, oldest first: all of them, of which the model
+        reads the last `window` and ``exclude_seen`` leaves out every one."""
         stream = Stream.open(self.workspace.stream_directory)
-        window = self.workspace.config.prompt.window
         known: dict[str, np.ndarray] = {}
         for number in range(min(self.stage + 1, stream.stages)):
-            known.update(zip(*stream.stage(number).histories(window), strict=True))
+            known.update(zip(*stream.stage(number).histories(), strict=True))
         return known
 
     def history(self, user: str) -> list[str]:

@@ -14,6 +14,7 @@ from peso.config import baseline_label, load_config
 from peso.durable import checksum
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
+from peso.items.index_files import read_semantic_ids
 from peso.progress import Silent
 from peso.workspace import Workspace
 
@@ -167,8 +168,16 @@ def test_without_a_name_or_a_learnt_model_it_says_what_is_missing(peso, tmp_path
         run_baselines(prepared(tmp_path / "data"), load_config(TREE).baselines[-1:], Silent())
 
 
-def test_a_list_longer_than_the_catalogue_is_refused(tmp_path: Path) -> None:
+def test_a_list_is_never_longer_than_the_catalogue(tmp_path: Path) -> None:
     workspace = prepared(tmp_path / "data")
+    leaves = read_semantic_ids(workspace.semantic_ids_directory).trie.leaves
     longer = load_config({**TREE, "decoding": {"beams": 100}})
-    with pytest.raises(ConfigError, match="a list of 100"):
-        run_baselines(Workspace(workspace.root, longer), longer.baselines[:1], Silent())
+    workspace = Workspace(workspace.root, longer)
+    run = BaselineRun(workspace, longer.baselines[0])
+    run.run(Silent())
+    found = read_predictions(run.stage_directory(1) / "predictions.parquet")
+    assert found.depth == 100
+    assert 0 < found.rank_semantic_id.min() <= found.rank_semantic_id.max() <= leaves
+    too_many = load_config({**TREE, "decoding": {"beams": 100}, "evaluation": {"k": [100]}})
+    with pytest.raises(ConfigError, match=f"asks for 100 items, but the catalogue has {leaves}"):
+        run_baselines(Workspace(workspace.root, too_many), too_many.baselines[:1], Silent())

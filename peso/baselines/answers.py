@@ -46,7 +46,10 @@ class Answerer(Protocol):
         """What was chosen on validation, to be recorded."""
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
-        """Rank semantic IDs for each case. ``advance`` is told the number of cases done."""
+        """Rank ``depth`` semantic IDs for each case, or all where the catalogue has fewer.
+
+        ``advance`` is told the number of cases done.
+        """
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class BaselineAnswers:
         return _of_leaves(items, self.trie)
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
-        found, done = [], 0
+        found, done, depth = [], 0, min(depth, self.trie.leaves)
         for part in batches(cases):
             log_probabilities = self.log_probabilities(part)
             best = top(log_probabilities, depth)

@@ -28,6 +28,8 @@ def recommend(
 ) -> None:
     """Recommend k items, best first, with their scores (log-probabilities) and semantic IDs.
 
+    With --exclude-seen a user who has had almost everything gets fewer.
+
     Example: peso recommend -w runs/games --history 25,311 -k 5
     """
     import json
@@ -47,6 +49,9 @@ def recommend(
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
     ranked = recommender.recommend(history=items, k=k, exclude_seen=exclude_seen)
+    if len(ranked) < k:
+        who = "the history" if user is None else f"user {user!r}"
+        Terminal().note(f"{len(ranked)} of {k} items: {who} holds all others of the catalogue")
     if as_json:
         rows = [
             {

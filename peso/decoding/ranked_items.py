@@ -38,7 +38,8 @@ def beam_search(
 
     Args:
         histories: item ids of each user, oldest first; may be empty. The last ``window`` are read.
-        k: items to return; that many come back, whatever the filters, or an error says why not.
+        k: items to return, at most as many as the catalogue has. Where the filters leave fewer to a user,
+            all of those come back.
         beams: width of the search, at least ``k``; default max(10, k).
         exclude_seen: leave out every item of the history, also those before the window.
         allow: the only item ids that may come back: one collection for all users, or a sequence of one per
@@ -48,10 +49,11 @@ def beam_search(
         on_progress: called with the number of users done so far.
 
     Returns:
-        Per history ``k`` pairs (item id, log-probability under the model's ``loss_vocabulary``).
+        Per history ``k`` pairs (item id, log-probability under the model's ``loss_vocabulary``), or as many
+        as the filters leave.
 
     Raises:
-        DataError: an unknown item id (told which), or fewer than ``k`` items left to recommend.
+        DataError: an unknown item id (told which), or ``k`` larger than the catalogue.
         ConfigError: ``k`` below 1, or fewer beams than ``k``.
     """
     if k < 1:
@@ -61,6 +63,8 @@ def beam_search(
     if beams < k:
         raise ConfigError(f"{beams} beams cannot give {k} items; use at least k beams, or leave them out")
     ids = model.semantic_ids
+    if k > len(ids.item_ids):
+        raise DataError(f"k = {k} is more than the {len(ids.item_ids)} items of the catalogue; ask for fewer")
     rows = [_rows(ids, history, "a history") for history in histories]
     users = range(len(rows))
     allowed = _sets(ids, allow, len(rows), "allow")
@@ -69,8 +73,6 @@ def beam_search(
         allowed, denied = allowed - denied, None
     seen = [frozenset(history.tolist()) if exclude_seen else _NONE for history in rows]
     out = [seen[user] | (_of(denied, user) or _NONE) for user in users]
-    for user in users:
-        _require(k, _of(allowed, user), out[user], len(ids.item_ids), user)
 
     found = search(
         model,
@@ -126,10 +128,3 @@ def _arrays(sets: _Sets) -> np.ndarray | list[np.ndarray] | None:
 
 def _array(rows: frozenset[int]) -> np.ndarray:
     return np.array(sorted(rows), dtype=np.int64)
-
-
-def _require(k: int, only: frozenset[int] | None, out: frozenset[int], catalogue: int, user: int) -> None:
-    left = catalogue - len(out) if only is None else len(only) - len(only & out)
-    if left < k:
-        filtered = "" if left == catalogue else f" that the filters leave to history {user}"
-        raise DataError(f"k = {k} is more than the {left} items{filtered}; ask for fewer or allow more")

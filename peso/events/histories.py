@@ -107,8 +107,9 @@ class Stage:
     def test_cases(self, window: int) -> Cases:
         return self._cases(1, window)
 
-    def histories(self, window: int) -> tuple[list[str], list[np.ndarray]]:
-        """Everything known of each user of the stage, its last items included: what serving starts from."""
+    def histories(self, window: int = 0) -> tuple[list[str], list[np.ndarray]]:
+        """Everything known of each user of the stage, its last items included: what serving starts from.
+        ``window``: only the last so many; 0: all."""
         full = [np.concatenate([p, c])[-window:] for p, c in zip(self.previous, self.current, strict=True)]
         return self.users, full
 

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from event_logs import write_log
 from strategy_runs import Runs
 from transformers import AutoModelForCausalLM
 
-from peso import pipeline
+from peso import pipeline, summary
+from peso.config import load_config
 from peso.errors import BackboneError, PesoError
 from peso.progress import Silent
 from peso.stages import answering_model, backbone_fingerprint, starting_model, trained_model
@@ -104,3 +107,73 @@ def test_damaged_weights_of_stage_0_are_refused_when_rounded(runs: Runs, tmp_pat
     for stage in (0, 1):
         with pytest.raises(PesoError):
             trained_model(workspace, stage)
+
+
+# -- users who have had nearly everything --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A log in which ``bot`` has had everything, ``fan`` all but two of twelve items, others three or four.
+    The window is short, the beams are more than the catalogue has IDs."""
+    folder = tmp_path_factory.mktemp("heavy")
+    items = [f"i{k}" for k in range(12)]
+    events = [("bot", item, 1_700_000_000 + 60 * n) for n, item in enumerate([*items, *items])]
+    events += [("fan", item, 1_700_000_010 + 60 * n) for n, item in enumerate([*items[:10], *items[:10]])]
+    events += [(f"u{n % 6}", items[n * 5 % 12], 1_700_000_020 + 60 * n) for n in range(24)]
+    products = [(item, f"ware {n} of shelf {n % 3}") for n, item in enumerate(items)]
+    table = {"path": str(write_log(folder / "p.csv", products, "item,title")), "columns": {"title": "title"}}
+    log = str(write_log(folder / "log.csv", events))
+    config = load_config(
+        {
+            "data": {"format": "csv", "path": log, "stages": 2, "items": table},
+            "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 4},
+            "backbone": {"name": "tiny", "layers": 1},
+            "prompt": {"window": 4},
+            "training": {"epochs": 1, "max_steps": 2},
+            "decoding": {"beams": 20},
+            "evaluation": {"k": [5]},
+            "baselines": [
+                "popularity",
+                "item-knn",
+                {"name": "hybrid", "candidates": 20, "two_tower": {"epochs": 1}},
+            ],
+        }
+    )
+    workspace = Workspace.create_or_open(folder / "w", config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "report", lambda workspaces, directory: None)
+        pipeline.run(workspace)
+    return workspace
+
+
+def test_a_user_gets_as_many_items_as_are_left(heavy: Workspace, tmp_path: Path, peso: Any) -> None:
+    status, out, err = peso(
+        "recommend", "-w", heavy.root, "--all", "--exclude-seen", "-o", tmp_path / "r.parquet", "-k", "5"
+    )
+    assert status == 0, err
+    assert "2 of 8 users got fewer than 5 items" in err
+    assert "user 'bot' got the fewest: 0" in err
+    lists = {row["user"]: row["items"] for row in pq.read_table(tmp_path / "r.parquet").to_pylist()}
+    assert lists["bot"] == []
+    assert set(lists["fan"]) == {"i10", "i11"}  # none of those before the window
+    assert {len(items) for user, items in lists.items() if user.startswith("u")} == {5}
+    for user, count in (("bot", 0), ("fan", 2)):
+        status, out, err = peso(
+            "recommend", "-w", heavy.root, "--user", user, "--exclude-seen", "-k", "5", "--json"
+        )
+        assert status == 0, err
+        assert len(json.loads(out)["recommendations"]) == count
+        assert f"{count} of 5 items: user '{user}'" in err
+    status, _, err = peso("recommend", "-w", heavy.root, "--user", "bot", "-k", "13")
+    assert status == 1
+    assert "the 12 items of the catalogue" in err
+
+
+def test_every_model_answers_everybody_from_a_small_catalogue(heavy: Workspace) -> None:
+    runs = summary.runs_of([heavy])
+    assert len(runs) == 1 + 2 * 4  # the hybrid brings its two-tower model
+    for run in runs:
+        for found in run.stages.values():
+            assert all(len(items) == 12 for items in found.predictions.items)
+            assert found.predictions.depth == 20
