@@ -5,9 +5,9 @@ Knows the shape of the section and how a variant changes the common tree; knows 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 from peso.config.baselines import Baselines
 from peso.config.data import expand_data
 from peso.config.model import expand_backbone
-from peso.config.reading import override, place, read_tree
+from peso.config.parsing import read_tree, shown
+from peso.config.reading import explained, nearest, override, place
 from peso.config.section import Section
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config, Seed
@@ -27,6 +28,7 @@ from peso.errors import ConfigError
 
 Axis = Literal["data", "backbone", "strategy"]
 EXPAND = {"data": expand_data, "backbone": expand_backbone, "strategy": expand_strategy}
+MOST_VARIANTS = 10_000  # of one grid: a run each
 NAME = re.compile(r"[\w+-][\w.+-]*")  # part of a path, so nothing that a shell or a file system minds
 
 
@@ -108,7 +110,7 @@ def load_comparison(source: Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     try:
         compare = CompareConfig.model_validate(section)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+        raise ConfigError(explained(error, _explain)) from None
     if not (compare.strategies or compare.grid or compare.tune):
         raise ConfigError("nothing to compare: give compare.strategies, compare.grid or compare.tune")
     if len(set(compare.seeds)) < len(compare.seeds):
@@ -140,6 +142,8 @@ def grid(variant: Variant, key: str) -> list[Variant]:
         )
     if empty := [name for name, values in lists.items() if not values]:
         raise ConfigError(f"{key}: {empty[0]} is an empty list")
+    if (count := math.prod(map(len, lists.values()))) > MOST_VARIANTS:
+        raise ConfigError(f"{key} is {count:,} combinations; at most {MOST_VARIANTS:,} are compared at once")
     last = [name.rpartition(".")[2] for name in lists]
     shown = last if len(set(last)) == len(last) else list(lists)
     result = []
@@ -159,14 +163,16 @@ def grid(variant: Variant, key: str) -> list[Variant]:
 
 def _variant(name: str, value: Any, axis: Axis, key: str) -> Variant:
     if not NAME.fullmatch(name):
-        raise ConfigError(f"{key}: a name is made of letters, digits and . _ + -; got {name!r}")
+        raise ConfigError(f"{key}: a name is made of letters, digits and . _ + -; got {shown(name)}")
     sections: dict[str, Any] = {axis: value}
     changes: Mapping[str, Any] = {}
     if isinstance(value, Mapping) and (axis in value or {*value} <= {*Config.model_fields, "set"}):
         sections = {section: below for section, below in value.items() if section != "set"}
         changes = value.get("set") or {}
     if value is None or not isinstance(changes, Mapping):
-        raise ConfigError(f"{key}: expected {axis} options, sections or set: {{key: value}}; got {value!r}")
+        raise ConfigError(
+            f"{key}: expected {axis} options, sections or set: {{key: value}}; got {shown(value)}"
+        )
     for section in EXPAND.keys() & sections.keys():  # short forms written out: options may be set in them
         sections[section] = EXPAND[section](sections[section])
     return Variant(name, sections, dict(changes))
@@ -198,9 +204,8 @@ def _text(value: Any) -> str:
 
 def _explain(problem: Any) -> str:
     parts = ["compare", *(str(part) for part in problem["loc"])]
-    key, value = ".".join(parts), problem.get("input")
+    key, value = ".".join(parts), shown(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         names = [f"compare.{name}" for name in CompareConfig.model_fields]
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0) or names[:1]
-        return f"unknown key {key!r} (value {value!r}); the nearest valid key is {near[0]!r}"
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')}; got {value!r}"
+        return f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, names)!r}"
+    return f"{key[:80]}: {problem['msg'].removeprefix('Value error, ')}; got {value}"

@@ -11,13 +11,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from peso.config.section import Section
 
+MOST_STAGES = 10_000  # each is a directory, and a training
+
 
 class SimulateConfig(Section):
     """Size of the embedded stream. ``stages`` counts stage 0 too."""
 
     users: int = Field(600, ge=10)
     items: int = Field(400, ge=20)
-    stages: int = Field(5, ge=1)
+    stages: int = Field(5, ge=1, le=MOST_STAGES)
 
 
 def _moment(value: Any) -> Any:
@@ -87,6 +89,8 @@ def _stages(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError("there is at least one stage")
+        if value > MOST_STAGES:
+            raise ValueError(f"there are at most {MOST_STAGES:,} stages")
         return {"fractions": [1.0] if value == 1 else [0.6, *[0.4 / (value - 1)] * (value - 1)]}
     if isinstance(value, Mapping) and "from" in value:
         if "start" in value:

@@ -6,7 +6,8 @@ Knows how a mistake is explained: key, value and the nearest valid key.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,9 +16,12 @@ from pydantic import BaseModel, ValidationError
 
 from peso.config.data import expand_data
 from peso.config.model import expand_backbone
+from peso.config.parsing import DEEPEST, parse, read_tree, shown
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
 from peso.errors import ConfigError
+
+MOST_PROBLEMS = 5  # of a configuration that one message names
 
 
 def load_config(
@@ -45,25 +49,8 @@ def load_config(
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+        raise ConfigError(explained(error, _explain)) from None
     return _absolute_paths(config, base)
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """A YAML file as it stands, nothing checked but that it holds keys.
-
-    Raises:
-        ConfigError: there is no such file, it is no YAML, or it holds something else.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no configuration (expected keys such as data, backbone, strategy)")
-    return tree
 
 
 def dump_config(config: Config) -> str:
@@ -118,13 +105,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def override(tree: dict[str, Any], text: str) -> None:
     """Change a tree by ``a.b=value``, the value in YAML. Raises ConfigError if it is not of that form."""
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {text!r}")
-    try:
-        # a pattern of times (%d/%m/%Y) is a text; YAML itself would ask for quotes
-        parsed = value if value.startswith("%") else yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of --set {text!r} is not valid YAML") from None
+    if not equals or not key or key.count(".") >= DEEPEST:
+        raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {shown(text)}")
+    # a pattern of times (%d/%m/%Y) is a text; YAML itself would ask for quotes
+    parsed = value if value.startswith("%") else parse(value, f"--set {shown(key)}")
     place(tree, key.strip(), parsed)
 
 
@@ -146,7 +130,7 @@ def _expand(key: str, short: Any) -> dict[str, Any]:
         key, lambda v: v
     )(short)
     if not isinstance(expanded, dict):
-        raise ConfigError(f"{key} is {short!r}, which has no keys below it")
+        raise ConfigError(f"{key} is {shown(short)}, which has no keys below it")
     return dict(expanded)
 
 
@@ -169,6 +153,18 @@ def valid_keys() -> list[str]:
     return list(dict.fromkeys(below(Config, "")))
 
 
+def explained(error: ValidationError, explain: Callable[[Any], str]) -> str:
+    """The first few problems, one sentence each."""
+    problems = error.errors(include_url=False)
+    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    told = [textwrap.shorten(explain(problem), 600, placeholder=" …") for problem in problems[:MOST_PROBLEMS]]
+    return "; ".join([*told, *more])
+
+
+def nearest(key: str, names: Sequence[str]) -> str:
+    return (difflib.get_close_matches(key[:80], names, n=1, cutoff=0) or names)[0]
+
+
 def _explain(problem: Any) -> str:
     names = valid_keys()
     parts = [str(part) for part in problem["loc"]]
@@ -177,13 +173,12 @@ def _explain(problem: Any) -> str:
     if len(parts) > 1 and parts[0] == "baselines":
         del parts[1:3]  # the place in the list, and the member of the union
     key = ".".join(parts)
-    value = problem.get("input")
+    value = shown(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         if key in names:  # known, but not for this strategy
             chosen = problem["loc"][1 if parts[0] == "strategy" else 2]
-            return f"{parts[0].removesuffix('s')} {chosen!r} has no option {parts[-1]!r} (given {value!r})"
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0) or names[:1]
-        return f"unknown key {key!r} (value {value!r}); the nearest valid key is {near[0]!r}"
+            return f"{parts[0].removesuffix('s')} {chosen!r} has no option {parts[-1]!r} (given {value})"
+        return f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, names)!r}"
     if problem["type"] == "missing":
         return f"{key} is missing; a configuration needs at least data.format (and data.path)"
     message = problem["msg"].removeprefix("Value error, ")
@@ -192,5 +187,5 @@ def _explain(problem: Any) -> str:
         return message
     if problem["type"] == "union_tag_invalid":
         known = problem["ctx"]["expected_tags"]
-        return f"{parts[0]}.name: {problem['ctx']['tag']!r} is unknown; known are {known}"
-    return f"{key}: {message}; got {value!r}"
+        return f"{parts[0]}.name: {shown(problem['ctx']['tag'])} is unknown; known are {known}"
+    return f"{key[:80]}: {message}; got {value}"

@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+LARGEST = 2**31 - 1  # of a count: what arrays are indexed with
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class Section(BaseModel):
-    """A part of the tree: immutable, no unknown keys."""
+    """A part of the tree: immutable, no unknown keys, values of exactly the type that a key takes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, tree: Any) -> Any:
+        """YAML 1.1 reads 2e-4 as text."""
+        if not isinstance(tree, Mapping):
+            return tree
+        result = dict(tree)
+        for key in cls.model_fields.keys() & tree.keys():
+            value, kinds = tree[key], _kinds(cls.model_fields[key].annotation)
+            if float in kinds and str not in kinds:
+                result[key] = [_number(v) for v in value] if isinstance(value, list) else _number(value)
+            elif int in kinds and isinstance(value, int) and value > LARGEST and not {float, str} & kinds:
+                raise ValueError(f"{key} is too large: a count is at most {LARGEST:,}")
+        return result
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+@cache
+def _kinds(annotation: Any) -> frozenset[Any]:
+    """The plain types that an annotation allows, those within lists and unions included."""
+    return frozenset([annotation]).union(*map(_kinds, get_args(annotation)))

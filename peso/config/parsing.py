@@ -1,0 +1,128 @@
+"""YAML as a plain tree: every key once, numbers as they look, bounded in size, depth and aliases."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peso.errors import ConfigError
+
+MOST_BYTES = 1_000_000
+MOST_VALUES = 50_000  # aliases written out
+DEEPEST = 40
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+class _Refused(yaml.MarkedYAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. Octal (010) and base-60 numbers (1:30) of YAML 1.1 are text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+        self._sizes: dict[yaml.Node, int] = {}  # of the nodes that are complete, aliases written out
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias, mark, before = self.check_event(yaml.AliasEvent), self.peek_event().start_mark, self._values
+        self._depth, self._values = self._depth + 1, self._values + 1
+        if self._depth > DEEPEST:
+            raise _Refused(problem=f"nested more than {DEEPEST} levels deep", problem_mark=mark)
+        node: yaml.Node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias and node not in self._sizes:
+            raise _Refused(problem="an alias inside of what it stands for", problem_mark=mark)
+        if alias:
+            self._values += self._sizes[node]
+        if self._values > MOST_VALUES:
+            raise _Refused(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
+        self._sizes.setdefault(node, self._values - before)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Mark] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (seen := first.setdefault((key.tag, key.value), key.start_mark)) is not key.start_mark:
+                problem = f"the key {shown(key.value)} is there twice (first in line {seen.line + 1})"
+                raise _Refused(problem=f"{problem}; keep one of them", problem_mark=key.start_mark)
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INT, FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    INT, re.compile(r"[-+]?(0|[1-9][\d_]{0,30}|0x[\da-fA-F]{1,16})$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    FLOAT,
+    re.compile(
+        r"([-+]?\d[\d_]*\.[\d_]*([eE][-+]\d+)?|[-+]?\.\d+([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse(text: str, where: str) -> Any:
+    """The value that a YAML text holds.
+
+    Args:
+        where: what the text is, for messages.
+
+    Raises:
+        ConfigError: not valid YAML, a key twice in one section, too large, too deep, or with an alias inside
+            of itself; names the line.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" (line {mark.line + 1})" if mark is not None else ""
+        raise ConfigError(f"{where} is not readable YAML{line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        cause = str(error).strip().splitlines()[0][:200]
+        raise ConfigError(f"{where} is not readable YAML: {cause}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file as they stand.
+
+    Raises:
+        ConfigError: there is no such file, it cannot be read (see :func:`parse`), or it holds no keys.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes, so it is not a configuration")
+    tree = parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no configuration (expected keys such as data, backbone, strategy)")
+    return tree
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value as a message shows it: long ones cut."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
