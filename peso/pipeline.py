@@ -31,8 +31,8 @@ from peso.items.semantic_ids import SemanticIds
 from peso.manifest import read_manifest
 from peso.processes import current
 from peso.progress import Observer, Silent
-from peso.testing import is_tested, test
-from peso.workspace import Workspace
+from peso.testing import is_tested, test, test_directory
+from peso.workspace import METRICS, Workspace
 
 # -- what is left to do ------------------------------------------------------------------------------
 
@@ -259,29 +259,51 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
     learn_stage(workspace, stage, observer)
 
 
-def update(workspace: Workspace, observer: Observer) -> int:
-    """Learn, and test if evaluation is enabled, the first stage that is not learnt; returns its number.
+def update(workspace: Workspace, observer: Observer) -> int | None:
+    """Train the next stage. Where evaluation is enabled, test it and the model before it on its test cases,
+    and renew the report; an interrupted update is finished so.
+
+    Returns:
+        The stage that was trained or finished; None where nothing is left to do.
 
     Raises:
-        WorkspaceError: stage 0 is not learnt, or the stream has no further stage.
+        WorkspaceError: stage 0 is not trained.
     """
-    stage = current().on_main(partial(_next_stage, workspace))
-    learn(workspace, stage, observer)
+    stage, trained = current().on_main(partial(_next_stage, workspace))
+    if stage is None:
+        return None
+    if not trained:
+        learn(workspace, stage, observer)
     if workspace.config.evaluation.enabled:
-        test(workspace, stage, stage, observer)
+        for number in range(1, stage + 1):
+            test(workspace, number, number, observer)
+        test(workspace, stage - 1, stage, observer)
+        current().on_main(partial(_conclude, workspace, observer))
     return stage
 
 
-def _next_stage(workspace: Workspace) -> int:
-    learnt = workspace.finished_stages
-    if not learnt:
+def _next_stage(workspace: Workspace) -> tuple[int | None, bool]:
+    """The stage that an update is about, and whether it is trained already."""
+    finished = workspace.finished_stages
+    if not finished:
         raise WorkspaceError(
             f"{workspace.root} has no base stage yet; `peso train -w {workspace.root}` first"
         )
-    stage, stages = learnt[-1] + 1, _stream(workspace).stages
-    if stage >= stages:
-        raise WorkspaceError(f"all {stages} stages of {workspace.root} are learnt; there is no new one yet")
-    return stage
+    newest = finished[-1]
+    if newest + 1 < _stream(workspace).stages:
+        return newest + 1, False
+    concluded = newest == 0 or not workspace.config.evaluation.enabled or _is_reported(workspace, newest)
+    return (None if concluded else newest), True
+
+
+def _is_reported(workspace: Workspace, stage: int) -> bool:
+    """Whether a stage is tested, the model before it as well, and the report newer than the tests."""
+    page = workspace.report_directory / "index.html"
+    return page.is_file() and all(
+        is_tested(workspace, number, stage)
+        and page.stat().st_mtime >= (test_directory(workspace, number, stage) / METRICS).stat().st_mtime
+        for number in (stage - 1, stage)
+    )
 
 
 def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> None:

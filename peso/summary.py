@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peso.baseline_runs import baseline_summaries, found_baselines
 from peso.config import Config, dump_config
 from peso.diagnosis import stream_drift
 from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
-from peso.evaluation.metrics import average_metrics, default_metrics
+from peso.evaluation.intervals import mean_of_cases
+from peso.evaluation.metrics import LOG_PROBABILITY, average_metrics, default_metrics
 from peso.evaluation.predictions import read_predictions
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.evaluation.segments import label_cases
@@ -143,6 +146,39 @@ def run_table(runs: Sequence[RunSummary], ks: Sequence[int]) -> tuple[list[str],
         values = [f"{e.value:.4f} ± {e.half_width:.4f}" for e in averages.values()]
         columns.append([run.strategy, _span(later), f"{cases:,}", *values])
     return ["", *(run.name for run in runs)], [list(row) for row in zip(*columns, strict=True)]
+
+
+def before_and_after(workspace: Workspace, stage: int) -> tuple[str, list[str], list[list[Any]], list[str]]:
+    """What the update at a stage changed: the models before and after it on the same test cases, those of
+    the stage. Title, columns and rows of a table, and sentences."""
+    before, after = (
+        read_predictions(test_directory(workspace, number, stage) / PREDICTIONS)
+        for number in (stage - 1, stage)
+    )
+    ks, users = workspace.config.evaluation.k, np.arange(len(after))  # one case a user
+    rows, sentences = list[list[Any]](), list[str]()
+    for metric in default_metrics(ks):
+        old, new = metric.values(before), metric.values(after)
+        found, digits = mean_of_cases(new - old, users), metric.decimals
+        change = f"{found.value:+.{digits}f}"
+        interval = f"{found.low:+.{digits}f} … {found.high:+.{digits}f}" if found.has_interval else ""
+        rows.append([metric.name, f"{old.mean():.{digits}f}", f"{new.mean():.{digits}f}", change, interval])
+        if metric.name not in (f"ndcg@{max(ks)}", LOG_PROBABILITY):
+            continue
+        if not found.has_interval:
+            verdict = "is the same in every case" if found.value == 0 else "has too few cases to say"
+        elif found.excludes_zero:
+            verdict = f"is {'better' if found.value > 0 else 'worse'} after the update, by {change}"
+        else:
+            verdict = f"does not differ by more than chance explains ({change})"
+        sentences.append(f"{metric.label} {verdict}{f'; 95 % interval {interval}' if interval else ''}.")
+    sentences.append(
+        "Intervals cover other users, not another seed; what counts is the difference case by case."
+    )
+    title = (
+        f"the model before and after stage {stage}, on the same {len(after):,} test cases of stage {stage}"
+    )
+    return title, ["metric", "before", "after", "difference", "95 % interval"], rows, sentences
 
 
 def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

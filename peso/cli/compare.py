@@ -92,6 +92,8 @@ def compare(
     if collected.runs or report_only:
         print(f"report: {write_results(plan, collected, output or root)}")
         print(f"table:  {(output or root) / 'results.parquet'}")
+    else:
+        print("no report: no run has a tested stage")
     if failed:
         raise PesoError(f"{len(failed)} of {len(plan.all)} runs failed; the same command tries them again")
 

@@ -62,6 +62,12 @@ def run(
         pipeline.run(opened, base=base, observer=watcher())
     if not processes.is_main:
         return
+    if not resolved.evaluation.enabled:
+        print(
+            f"{root}: {len(opened.finished_stages)} stages are trained. evaluation.enabled is false: nothing "
+            "was tested and no report written; --set evaluation.enabled=true makes up for it"
+        )
+        return
     columns, rows = summary.result_table([opened])
     table(f"{root}: averages over the later stages", columns, rows)
     print(f"report: {opened.report_directory / 'index.html'}")

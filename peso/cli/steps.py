@@ -165,21 +165,35 @@ def train(workspace: Directory, overrides: Overrides = None) -> None:
 
 
 def update(workspace: Directory, overrides: Overrides = None) -> None:
-    """Learn the next stage, from where the last one left the adapter, and test it.
+    """Train the next stage from where the last one left the adapter. Say whether the new model is better.
+
+    Both the new model and the one before it are tested on the new stage's test cases, and the report is
+    renewed. With evaluation.enabled: false the stage is only trained.
 
     Example: peso update -w runs/games
     """
     from peso import pipeline, summary
-    from peso.testing import is_tested
 
     opened = _together(workspace, overrides)
     with opened.lock():
         stage = pipeline.update(opened, watcher())
     if not current().is_main:
         return
-    print(f"{opened.root}: stage {stage} learnt")
-    if is_tested(opened, stage, stage):
-        table("averages so far", *summary.result_table([opened]))
+    if stage is None:
+        stages = len(opened.finished_stages)
+        print(f"{opened.root}: all {stages} stages are trained; nothing to do. A further stage needs new")
+        print(f"events: peso ingest NEW --append -w {opened.root}")
+        return
+    print(f"{opened.root}: stage {stage} is trained")
+    if not opened.config.evaluation.enabled:
+        print(f"not tested: evaluation.enabled is false. To test it: peso evaluate -w {opened.root}")
+        return
+    title, columns, rows, sentences = summary.before_and_after(opened, stage)
+    table(title, columns, rows)
+    for sentence in sentences:
+        print(f"- {sentence}")
+    table("averages so far", *summary.result_table([opened]))
+    print(f"report: {opened.report_directory / 'index.html'}")
 
 
 def evaluate(

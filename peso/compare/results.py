@@ -63,7 +63,10 @@ def collect(plan: Plan) -> Collected:
             run = run.with_choice(chosen)
         found = standing(run.task)
         if not found.done or not _tested(run):
-            remarks.append(f"{run.name}: missing")
+            untested = found.done and not run.task.config.evaluation.enabled
+            remarks.append(
+                f"{run.name}: {'trained, not tested: evaluation.enabled is false' if untested else 'missing'}"
+            )
             continue
         if not found.complete:
             remarks.append(f"{run.name}: only {found.done} of {found.stages} stages are done")

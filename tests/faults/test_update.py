@@ -1,0 +1,155 @@
+"""An update says whether it helped; what is not tested ends without an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peso import pipeline, summary, testing
+from peso.config import load_config
+from peso.durable import checksum
+from peso.evaluation.predictions import read_predictions
+from peso.progress import Silent
+from peso.workspace import Workspace
+
+TREE = {
+    "data": {"format": "simulate", "simulate": {"users": 50, "items": 30, "stages": 3}},
+    "backbone": {"name": "tiny", "layers": 1},
+    "training": {"epochs": 1, "max_steps": 12, "learning_rate": 1e-2, "later_learning_rate_scale": 1.0},
+    "strategy": "single",
+}
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The stages of each report, instead of its plots."""
+    written: list[list[int]] = []
+
+    def report(workspaces: list[Workspace], directory: Path) -> None:
+        written.append(sorted(summary.summarise(workspaces[0], "w").stages))
+        directory.mkdir(exist_ok=True)
+        (directory / "index.html").write_text("")
+
+    monkeypatch.setattr(summary, "report", report)
+    return written
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace.create_or_open(tmp_path_factory.mktemp("base") / "w", load_config(TREE))
+    pipeline.ingest(workspace, Silent())
+    pipeline.tokenize(workspace, Silent())
+    pipeline.learn(workspace, 0, Silent())
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def updated(base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """With stage 1, not tested."""
+    workspace = Workspace.open(shutil.copytree(base.root, tmp_path_factory.mktemp("updated") / "w"))
+    pipeline.learn(workspace, 1, Silent())
+    return workspace
+
+
+@pytest.fixture
+def root(base: Workspace, tmp_path: Path) -> Path:
+    return shutil.copytree(base.root, tmp_path / "w")
+
+
+def files(root: Path) -> dict[str, str]:
+    return {str(p): checksum(p) for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_an_update_compares_old_and_new_on_the_same_cases(root: Path, peso: Call, reports: list) -> None:
+    status, out, err = peso("update", "-w", root)
+    assert status == 0, err
+    assert "stage 1 is trained" in out
+    workspace = Workspace.open(root)
+    old, new = (
+        read_predictions(testing.test_directory(workspace, stage, 1) / "predictions.parquet")
+        for stage in (0, 1)
+    )
+    assert (old.users, old.targets) == (new.users, new.targets)
+    assert f"on the same {len(new)} test cases of stage 1" in out
+    change = float(np.mean(new.target_log_probability.astype(float) - old.target_log_probability))
+    assert change > 0.2  # twelve steps more of learning
+    (sentence,) = [line for line in out.splitlines() if line.startswith("- Log-probability")]
+    assert sentence.startswith(
+        f"- Log-probability is better after the update, by {change:+.3f}; 95 % interval +"
+    )
+    assert reports == [[1]]
+    # the next one renews the report, and after the last there is nothing to do
+    pipeline.update(workspace, Silent())
+    assert reports == [[1], [1, 2]]
+    before = files(root)
+    status, out, _ = peso("update", "-w", root)
+    assert status == 0
+    assert "all 3 stages are trained; nothing to do" in out
+    assert f"peso ingest NEW --append -w {root}" in out
+    assert files(root) == before
+    assert len(reports) == 2
+
+
+@pytest.mark.parametrize("stop", ["before its test", "before the test of the old model", "before the report"])
+def test_an_interrupted_update_is_finished(
+    updated: Workspace, tmp_path: Path, reports: list, stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one of the last stage, after which nothing is left to train."""
+    workspace = Workspace.open(shutil.copytree(updated.root, tmp_path / "w"))
+    last = {"before its test": (2, 2), "before the test of the old model": (1, 2)}.get(stop)
+    test = pipeline.test
+
+    def interrupt(*arguments: Any) -> Any:
+        if arguments[1:3] != last and len(arguments) == 4:
+            return test(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_conclude" if last is None else "test", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.update(workspace, Silent())
+    assert reports == []
+    assert workspace.finished_stages == [0, 1, 2]
+    assert pipeline.update(workspace, Silent()) == 2
+    assert reports == [[1, 2]]
+    assert summary.before_and_after(workspace, 2)
+    assert pipeline.update(workspace, Silent()) is None
+
+
+def test_a_stage_that_keeps_the_old_model_is_no_better(root: Path, peso: Call, reports: list) -> None:
+    status, out, err = peso("update", "-w", root, "--set", "strategy=none")
+    assert status == 0, err
+    assert "Log-probability is the same in every case." in out
+
+
+def test_without_evaluation_a_run_and_an_update_end_well(
+    root: Path, tmp_path: Path, peso: Call, reports: list
+) -> None:
+    off = ("--set", "evaluation.enabled=false")
+    status, out, err = peso("update", "-w", root, *off)
+    assert status == 0, err
+    assert "not tested: evaluation.enabled is false" in out
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(TREE))
+    status, out, err = peso("run", config, "-w", root, *off)
+    assert status == 0, err
+    assert "3 stages are trained" in out
+    assert "evaluation.enabled is false" in out
+    status, out, err = peso("update", "-w", root)
+    assert status == 0, err
+    assert "nothing to do" in out
+    assert peso("run", config, "-w", root, *off)[0] == 0  # again, nothing being left
+    assert not list(root.glob("stages/*/predictions.parquet"))
+    status, _, err = peso("report", "-w", root)
+    assert status == 1
+    assert "no tested stage" in err
+    assert reports == []
+    assert peso("run", config, "-w", root)[0] == 0  # and with evaluation again: all is made up for
+    assert reports == [[0, 1, 2]]
