@@ -42,14 +42,34 @@ def commit_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
             aside.rename(target)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             aside.rename(target)
         _fsync(target.parent)
     except BaseException as error:
+        restore(target)
         shutil.rmtree(aside, ignore_errors=True)
         raise_if_full(error, target)
         raise
+
+
+def remove_directory(target: Path) -> None:
+    """Remove a directory, if it is there, such that it is whole or gone."""
+    gone = target.with_name(f".{target.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    if target.is_dir():
+        target.rename(gone)
+        _fsync(target.parent)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Another name for a file that nobody writes to again; a copy where links are not to be had."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @contextmanager

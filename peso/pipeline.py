@@ -8,20 +8,21 @@ ingest → stream/, tokenize → semantic_ids/, learn → stages/{t}/, test → 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peso import assets
 from peso.config import DataConfig, changed_keys
 from peso.determination import determination
-from peso.durable import commit_directory
-from peso.errors import DataError, ExportError, WorkspaceError
+from peso.durable import commit_directory, link, remove_directory
+from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
+from peso.events.append import update_items as fill_corrected_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import Stream
@@ -117,26 +118,34 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
 
     Raises:
         DataError: names what is wrong with the data. Nothing is written then.
-        WorkspaceError: stages were learnt from the stream that is there.
+        WorkspaceError: stages were trained on the stream that is there, or events were appended to it.
     """
     data = workspace.config.data
     _refuse_if_learnt(workspace, "stream")
+    before = Stream.open(workspace.stream_directory).manifest if workspace.has_stream else {}
+    if appended := len(before.get("appended", [])):
+        raise WorkspaceError(
+            f"the stream of {workspace.root} was appended to {appended} times, which ingesting again would "
+            f"undo; `peso undo -w {workspace.root}` removes one append, or take a new workspace (-w)"
+        )
     observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
-    before = Stream.open(workspace.stream_directory).manifest["files"] if workspace.has_stream else None
     try:
         with commit_directory(workspace.stream_directory) as directory:
             manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
+            if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
+                remove_directory(workspace.semantic_ids_directory)  # before the stream they do not belong to
+                observer.note("the data changed: their semantic IDs have to be made again")
     except DataError:
         workspace.discard_if_bare()
         raise
-    if workspace.has_semantic_ids and manifest["files"] != before:
-        shutil.rmtree(workspace.semantic_ids_directory)
-        observer.note("the data changed: their semantic IDs are to be made again")
     return manifest
 
 
 def append(workspace: Workspace, observer: Observer, data: DataConfig | None = None) -> dict[str, Any]:
-    """Add new events to stream/ as further stages; returns its manifest. What is learnt stays valid.
+    """Add new events to stream/ as further stages; returns its manifest. Trained stages stay valid.
+
+    Where there are semantic IDs already, those of the new items are made once to see that they can be;
+    nothing is committed otherwise.
 
     Args:
         data: where the new events are, how they are cleaned and cut; none given: as configured (a folder to
@@ -144,7 +153,9 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
 
     Raises:
         WorkspaceError: there is no stream, or it is damaged.
-        DataError: see :func:`peso.events.append.append`. The stream is then as before.
+        DataError: see :func:`peso.events.append.append`; new items that cannot get an ID. The stream is then
+            as before.
+        ConfigError: as :func:`tokenize_new`. The stream is then as before.
     """
     stream, data = _stream(workspace), data or workspace.config.data
     if data.format in ("simulate", "peso-release"):
@@ -154,7 +165,40 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
         )
     observer.note(f"append: {data.format} {data.path}")
     with commit_directory(workspace.stream_directory) as directory:
-        return fill_longer_stream(data, stream.directory, directory, observer)
+        manifest = fill_longer_stream(data, stream.directory, directory, observer)
+        if workspace.has_semantic_ids and manifest["appended"][-1]["new_items"]:
+            with TemporaryDirectory() as trial:
+                observer.note("see whether the new items can get semantic IDs")
+                try:
+                    _continue_ids(workspace, Stream.open(directory), Path(trial), observer)
+                except (DataError, ConfigError) as error:
+                    raise type(error)(
+                        f"nothing was appended, since the new items could not get semantic IDs: {error}"
+                    ) from None
+    return manifest
+
+
+def update_items(workspace: Workspace, data: DataConfig) -> dict[str, Any]:
+    """Correct titles, texts and categories in the item table; returns what changed. Semantic IDs stay.
+
+    Args:
+        data: ``data.items`` is the product table.
+
+    Raises:
+        WorkspaceError: there is no stream, or it is damaged.
+        DataError: see :func:`peso.events.append.update_items`. The stream is then as before.
+    """
+    from peso.items.tokenize import append as continue_semantic_ids
+    from peso.items.tokenize import lacks_tree
+
+    stream, ids = _stream(workspace), workspace.semantic_ids_directory
+    with commit_directory(workspace.stream_directory) as directory:
+        done = fill_corrected_stream(data, stream.directory, directory)
+        if workspace.has_semantic_ids and lacks_tree(ids):  # the categories of now are the only record of it
+            known = stream.items.slice(0, len(read_semantic_ids(ids).item_ids))
+            with commit_directory(ids) as kept:
+                continue_semantic_ids(known, workspace.config.items, ids, kept, _vector_cache())
+    return done
 
 
 def items_without_id(workspace: Workspace) -> int:
@@ -199,23 +243,37 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         WorkspaceError: there is no stream, or there are no semantic IDs to continue.
         DataError, ConfigError: as :func:`tokenize`. The IDs are then as before.
     """
-    stream, source = _stream(workspace), workspace.semantic_ids_directory
+    stream, ids = _stream(workspace), workspace.semantic_ids_directory
     _require_semantic_ids(workspace)
     new = items_without_id(workspace)
     if new:
-        from peso.items.imported import adopt_more
-        from peso.items.tokenize import append as continue_semantic_ids
+        from peso.items.tokenize import remember
 
-        config, seed = workspace.config.items, workspace.config.seed_of_data
-        with commit_directory(source) as directory:
-            further = (config, source, directory, _vector_cache(), observer)
-            if config.index is not None:
-                index = read_release_index(config.index, read_semantic_ids(source).sizes)
-                adopt_more(stream.items, index, config.index, *further, seed=seed)
-            else:
-                continue_semantic_ids(stream.items, *further, stream.first_stages())
+        with commit_directory(ids) as directory:
+            try:
+                _continue_ids(workspace, stream, directory, observer)
+            except (DataError, ConfigError) as error:
+                raise type(error)(
+                    f"{error}. Then repeat this; the item table is corrected by `peso ingest --items FILE -w "
+                    f"{workspace.root}`. Or remove the appended stage: `peso undo -w {workspace.root}`"
+                ) from None
+            remember(ids, directory)
     observer.note(f"tokenize: {new:,} new items; no earlier ID changed")
-    return read_manifest(source, IDS_FORMAT)
+    return read_manifest(ids, IDS_FORMAT)
+
+
+def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observer: Observer) -> None:
+    """Fill a directory with the workspace's semantic IDs and those of the further items of ``stream``."""
+    from peso.items.imported import adopt_more
+    from peso.items.tokenize import append as continue_semantic_ids
+
+    config, source = workspace.config.items, workspace.semantic_ids_directory
+    further = (config, source, directory, _vector_cache(), observer)
+    if config.index is not None:
+        index = read_release_index(config.index, read_semantic_ids(source).sizes)
+        adopt_more(stream.items, index, config.index, *further, seed=workspace.config.seed_of_data)
+    else:
+        continue_semantic_ids(stream.items, *further, stream.first_stages())
 
 
 def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> None:
@@ -320,7 +378,7 @@ def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> No
     _require_semantic_ids(source)
     for name in ("stream_directory", "semantic_ids_directory"):
         with commit_directory(getattr(workspace, name)) as directory:
-            shutil.copytree(getattr(source, name), directory, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(getattr(source, name), directory, copy_function=link, dirs_exist_ok=True)
     observer.note(f"stream and semantic IDs: taken over from {source.root}")
 
 
@@ -347,7 +405,7 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
             break
         with commit_directory(workspace.stage_directory(stage)) as directory:
             source = base.stage_directory(stage)
-            shutil.copytree(source, directory, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(source, directory, copy_function=link, dirs_exist_ok=True)
         observer.note(f"stage {stage}: taken over from {base.root}")
 
 
@@ -412,11 +470,3 @@ def _refuse_if_learnt(workspace: Workspace, what: str) -> None:
             f"stages {workspace.finished_stages} of {workspace.root} were learnt from the {what} there; "
             "take a new workspace (-w) for other data"
         )
-
-
-def _link(source: str, target: str) -> None:
-    """Another name for the same file, which nobody writes to again; a copy where links are not to be had."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -51,7 +51,7 @@ def test_appended_items_leave_earlier_codes_unchanged(before: list[str], after: 
 
 def test_sizes_leave_room_and_are_limits() -> None:
     assert category_path_ids(["x"], ["A > B"], sizes=(4, 4, 8)).sizes == (4, 4, 8)
-    with pytest.raises(DataError, match=r"3 items in 'A > B' do not fit into 2 codes of level 3"):
+    with pytest.raises(DataError, match=r"3 items in 'A > B' do not fit into the 2 codes of level 3"):
         category_path_ids(["x", "y", "z"], ["A > B"] * 3, sizes=(4, 4, 2))
     with pytest.raises(DataError, match="give 3 levels; sizes are given for 2"):
         category_path_ids(["x"], ["A > B"], sizes=(4, 4))
@@ -59,10 +59,12 @@ def test_sizes_leave_room_and_are_limits() -> None:
 
 def test_a_level_that_overflows_names_what_does_not_fit() -> None:
     crowded = ["A > B"] * 5
-    with pytest.raises(DataError, match=r"5 items in 'A > B' do not fit into 4 codes.*deeper category tree"):
+    with pytest.raises(
+        DataError, match=r"5 items in 'A > B' do not fit into the 4 codes.*finer or other categories"
+    ):
         category_path_ids(named(crowded), crowded, limit=4)
     broad = [f"A > {n}" for n in range(5)]
-    with pytest.raises(DataError, match="5 categories of depth 2 do not fit into 4 codes of level 2"):
+    with pytest.raises(DataError, match="5 categories of depth 2 do not fit into the 4 codes of level 2"):
         category_path_ids(named(broad), broad, limit=4)
 
 

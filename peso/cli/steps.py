@@ -1,4 +1,4 @@
-"""The single steps of `peso run`: ingest, tokenize, train, update, evaluate, report."""
+"""The single steps of `peso run`: ingest, tokenize, train, update, evaluate, report; and undo."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from peso.workspace import Workspace
 
 
 def register(app: typer.Typer) -> None:
-    for command in (ingest, tokenize, train, update, evaluate, report):
+    for command in (ingest, tokenize, train, update, undo, evaluate, report):
         app.command()(command)
 
 
 def ingest(
-    source: Annotated[str | None, typer.Argument(help="File or directory of the data.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="File or directory of the data; or CONFIG.yaml, which names them.")
+    ] = None,
     data_format: Annotated[
         str | None,
         typer.Option(
@@ -34,21 +36,34 @@ def ingest(
     append: Annotated[
         bool, typer.Option("--append", help="Add new events to the stream at -w as further stages.")
     ] = False,
+    items: Annotated[
+        str | None,
+        typer.Option(
+            "--items",
+            help="The product table (data.items.path). With -w alone: correct titles, texts and categories "
+            "of the items that the stream has.",
+        ),
+    ] = None,
     on_error: OnError = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Read the data into stages; print what the cleaning left and the counts of each stage.
 
-    With SOURCE and --format a new workspace is made; without, the one at -w goes on with its configuration.
-    With --append the new events are those of SOURCE, or of the path that the workspace was made from; its
-    other data keys hold too, unless --set changes them for this time.
+    With SOURCE a new workspace is made; without, the data are read that the workspace at -w is configured
+    with. With --append the new events are those of SOURCE, or of the path that the workspace was made from;
+    its other data settings also apply, unless --set changes them for this time. With --items alone no event
+    is read.
 
     Example: peso ingest shop.csv --set data.columns.item=sku -w runs/shop
+
+    Example: peso ingest shop.yaml -w runs/shop
 
     Example: peso ingest --format peso-release data/Video_Games_cl_0.6_0_5_3_0 -w runs/games
 
     Example: peso ingest week_12.csv --append -w runs/shop
+
+    Example: peso ingest --items products_12.csv -w runs/shop
     """
     import json
 
@@ -58,16 +73,31 @@ def ingest(
     from peso.events.sources.files import kind_of
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
-    if append:
+    overrides = [*([f"data.items.path={_quoted(items)}"] if items else []), *overrides]
+    is_config = source is not None and source.endswith((".yaml", ".yml"))
+    if is_config and (append or data_format):
+        raise ConfigError(
+            f"{source} is a configuration: leave --format out, and --append takes a log of new events"
+        )
+    if append or (items and source is None and data_format is None):
         if workspace is None:
-            raise ConfigError("--append needs the workspace (-w) whose stream goes on")
-        _append(workspace, source, data_format, overrides, as_json)
+            raise ConfigError(f"{'--append' if append else '--items'} needs the workspace (-w) it is for")
+        if append:
+            _append(workspace, source, data_format, overrides, as_json)
+        else:
+            assert items is not None
+            _update_items(workspace, items, overrides, as_json)
         return
-    if data_format is not None or source is not None:
-        data = {"format": data_format or kind_of(source or "") or "peso-release", "path": source}
-        config = load_config({"data": data}, overrides, base=Path())
-        root = workspace or Path("runs") / (Path(source).resolve().name if source else "simulated")
-        opened = Workspace.create_or_open(root, config)
+    if source is not None or data_format is not None:
+        if is_config:
+            config = load_config(str(source), overrides)
+        else:
+            data = {"format": data_format or kind_of(source or "") or "peso-release", "path": source}
+            config = load_config({"data": data}, overrides, base=Path())
+        name = Path(source or "simulated").resolve()
+        opened = Workspace.create_or_open(
+            workspace or Path("runs") / (name.stem if is_config else name.name), config
+        )
     elif workspace is not None:
         opened = _configured(workspace, overrides)
     else:
@@ -78,6 +108,11 @@ def ingest(
         print(json.dumps(manifest, ensure_ascii=False))
         return
     _show_stream(opened, manifest, manifest)
+    if not opened.config.data.items and manifest.get("items_without_title") == manifest["items"]:
+        print(
+            "no item has a title or a text, since there is no product table: name one, "
+            f"`peso ingest --items FILE --set data.items.columns.title=… -w {opened.root}`"
+        )
 
 
 def _append(
@@ -88,22 +123,88 @@ def _append(
     from peso import pipeline
     from peso.config import changed_keys, load_config
     from peso.errors import ConfigError
+    from peso.undo import stages_named
 
     opened = Workspace.open(path)
     new = [f"data.format={data_format}"] if data_format else []
-    new += [f"data.path={json.dumps(str(Path(source).absolute()))}"] if source else []
+    new += [f"data.path={_quoted(source)}"] if source else []
     config = load_config(path / "config.yaml", [*new, *overrides])
     others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
     if others:
         raise ConfigError(f"--append takes --set for keys of data only, not {', '.join(others)}")
     with opened.lock():
         manifest = pipeline.append(opened, Terminal(), config.data)
+        pending = pipeline.items_without_id(opened)
+    command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
+    if not opened.has_semantic_ids:
+        command = f"peso tokenize -w {path}"
+    brought = manifest["appended"][-1]
     if as_json:
-        print(json.dumps(manifest, ensure_ascii=False))
+        print(json.dumps({**manifest, "next": command}, ensure_ascii=False))
         return
-    _show_stream(opened, manifest, manifest["appended"][-1])
-    if pipeline.items_without_id(opened):
-        print(f"next: peso tokenize --append -w {path}")
+    _show_stream(opened, manifest, brought)
+    first, end = brought["first_stage"], brought["first_stage"] + brought["stages"]
+    print(
+        f"appended: {brought['events']:,} events of {brought['users']:,} users "
+        f"({brought['new_users']:,} new) as {stages_named(range(first, end))}; "
+        f"{brought['new_items']:,} new items"
+    )
+    if bare := brought["new_items_without_text"]:
+        table = config.data.items
+        why = f"{table.path} has none for them" if table else "there is no product table"
+        print(
+            f"WARNING: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
+            f"will say little. Before the next step: peso ingest --items FILE -w {path}"
+        )
+    print(f"next: {command}")
+
+
+def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
+    """The table's columns are those of the workspace's product table unless --set names others."""
+    import json
+
+    from peso import pipeline
+    from peso.config import load_config
+    from peso.errors import ConfigError
+    from peso.events.sources.files import kind_of
+
+    opened = Workspace.open(path)
+    data, known = opened.config.data, opened.config.data.items
+    kind = kind_of(items) or (known and known.format) or data.format
+    tree = {
+        "format": kind if kind in ("csv", "jsonl", "parquet") else "csv",
+        "path": items,
+        "items": {**(known.model_dump(mode="json") if known else {}), "path": items, "format": None},
+        **({"encoding": data.encoding} if kind == data.format == "csv" else {}),
+    }
+    given = load_config({"data": tree}, overrides, base=Path()).data
+    assert given.items is not None
+    named = given.items.columns
+    if named.title is None and named.category is None and not named.text:
+        raise ConfigError(
+            f"say which columns of {items} hold what: --set data.items.columns.title=…, .category=…, .text=…"
+        )
+    with opened.lock():
+        done = pipeline.update_items(opened, given)
+        pending = pipeline.items_without_id(opened)
+    command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
+    if as_json:
+        print(json.dumps({**done, "next": command}, ensure_ascii=False))
+        return
+    print(
+        f"{path}: {done['changed']:,} items corrected ({done['titles']:,} titles, {done['texts']:,} texts, "
+        f"{done['categories']:,} categories); {done['found']:,} of {done['rows']:,} items in {items} are in "
+        "the stream. Semantic IDs that items have stay as they are"
+    )
+    if command:
+        print(f"next: {command}")
+
+
+def _quoted(path: str) -> str:
+    """A path, from here, as a value of --set."""
+    import json
+
+    return json.dumps(str(Path(path).absolute()))
 
 
 def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, Any]) -> None:
@@ -194,6 +295,43 @@ def update(workspace: Directory, overrides: Overrides = None) -> None:
         print(f"- {sentence}")
     table("averages so far", *summary.result_table([opened]))
     print(f"report: {opened.report_directory / 'index.html'}")
+
+
+def undo(
+    workspace: Directory,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove the last stage: the last trained one, or, if nothing was trained on it, the last append.
+
+    The training of a stage goes with all tests of it; its events stay, and `peso update` trains it again. An
+    append goes with its events, the items that came with it and their semantic IDs. The report is renewed.
+    Stage 0 and the stream as it was ingested are not removed.
+
+    Example: peso undo -w runs/shop
+    """
+    import json
+    from dataclasses import asdict
+
+    from peso.errors import ConfigError
+    from peso.undo import last_step
+    from peso.undo import undo as remove
+
+    opened = Workspace.open(workspace)
+    with opened.lock():
+        step = last_step(opened)
+        try:
+            go = yes or typer.confirm(f"{workspace}: remove {step}?", err=True)
+        except typer.Abort:
+            raise ConfigError("no answer, nothing was removed; --yes removes without asking") from None
+        if go:
+            remove(opened, step, Terminal())
+    if as_json:
+        print(json.dumps({**asdict(step), "stages": list(step.stages), "removed": go}))
+    elif not go:
+        print("nothing was removed")
+    else:
+        print(f"{workspace}: removed {step}")
 
 
 def evaluate(

@@ -1,28 +1,30 @@
-"""New events as further stages of a stream whose earlier stages stay as they are.
+"""What may change in a stream: stages are added at its end and taken back, texts of items are corrected.
 
-Knows a stream and a log that begins where the stream ends; knows nothing of codes or models. The earlier
-files are linked into the new directory, byte for byte the same, and only the item table is written anew,
-with rows added at its end.
+The files of the stages that stay are linked into the new directory, byte for byte the same. Only the item
+table is written again.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from peso.config import DataConfig, StagesConfig
+from peso.durable import link
 from peso.errors import DataError
+from peso.events import columns
 from peso.events.cleaning import Funnel, clean
 from peso.events.cutting import Cut, calendar, cut_at, order_by_time
 from peso.events.database import literal, scalar, temporary_database
 from peso.events.ingest import describe
 from peso.events.loading import load
 from peso.events.sources import open_source
+from peso.events.sources.own import own_items
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, stage_file
 from peso.events.times import Clock, iso
@@ -45,8 +47,8 @@ def append(
 
     The events of ``data`` become one stage, or with ``stages.every`` or ``stages.boundaries`` as many as
     begin among them. Users and items of the stream are never too rare; new ones have to reach ``min_user``
-    and ``min_item`` within the new events. Texts of items that the stream has stay as they are. An event at
-    the very moment of the stream's last is new unless its user had its item already.
+    and ``min_item`` within the new events. An event at the very moment of the stream's last one is new
+    unless its user had its item already.
 
     Args:
         data: where the new events are; cleaning and stages as for the stream.
@@ -86,9 +88,11 @@ def append(
         if scalar(connection, f"SELECT count(*) FROM events WHERE time = {last}"):
             # the one moment of which the log may hold events that the stream has: duplicates are kept once
             connection.execute(f"DELETE FROM events WHERE time = {last} AND (u, i) IN ({_HAD})")
+            _require_new(connection, data, f"is in the stream, which ends at {iso(last)}, already")
             funnel.count("not in the stream yet")
         if data.repeats == "drop":
             connection.execute(f"DELETE FROM events WHERE (u, i) IN ({_HAD})")
+            _require_new(connection, data, "is of an item that its user had before (data.repeats: drop)")
             funnel.count("repeats of earlier stages dropped")
         clean(funnel, data.min_rating, data.repeats, data.min_user, data.min_item)
         order_by_time(connection)
@@ -112,21 +116,30 @@ def append(
         added, of_items = new_items(connection, source.items, skip)
         items = pa.concat_tables([stream.items, added])
         write_items(items, directory)
-        first_new, last_new = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
-    for name in stream.manifest["files"]:
-        if name != ITEMS_FILE:
-            _link(intact(stream.directory, name, stream.manifest), directory / name)
+        events, first_new, last_new = connection.execute(
+            "SELECT count(*), min(time), max(time) FROM ordered"
+        ).fetchall()[0]
+        users = scalar(connection, "SELECT count(*) FROM user_numbers")
+        known = scalar(
+            connection, "SELECT count(*) FROM user_numbers WHERE name IN (SELECT name FROM known_users)"
+        )
+    _link_stages(stream, stream.stages, directory)
     brought = {
         "source": describe(data),
         "first_stage": stream.stages,
         "stages": len(counts),
+        "events": events,
+        "users": users,
+        "new_users": users - known,
         "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first_new, "last": last_new},
         "skipped": loaded.skipped,
         "older": older,
         "funnel": funnel.rows,
         "boundaries": [iso(moment) for moment in stages.moments or []],
         "new_items": len(added),
+        "new_items_without_text": _without_text(added),
         **of_items,
+        "before": {"time": stream.manifest["time"]},
     }
     content = dict(stream.manifest)
     content.update(
@@ -137,6 +150,96 @@ def append(
     )
     write_manifest(directory, FORMAT, content)
     return dict(Stream.open(directory).manifest)
+
+
+def take_back(earlier: str | Path, directory: Path) -> None:
+    """Fill an existing, empty directory with the stream at ``earlier`` as it was before its last append.
+
+    Corrections of the item table (:func:`update_items`) stay.
+
+    Raises:
+        WorkspaceError: the stream is damaged.
+    """
+    stream = Stream.open(earlier)
+    *others, brought = stream.manifest["appended"]
+    stages = int(brought["first_stage"])
+    items = stream.items.slice(0, stream.items_known(stages - 1))
+    write_items(items, directory)
+    _link_stages(stream, stages, directory)
+    content = dict(stream.manifest)
+    if "before" in brought:
+        time = brought["before"]["time"]
+    else:  # an earlier version wrote it: the stream ended at the latest where the append began
+        time = {**content["time"], "last": brought["time"]["first"], "until": iso(brought["time"]["first"])}
+    content.update(time=time, items=len(items), stages=stream.counts[:stages], appended=others)
+    if not others:
+        del content["appended"]
+    write_manifest(directory, FORMAT, content)
+
+
+def update_items(data: DataConfig, earlier: str | Path, directory: Path) -> dict[str, Any]:
+    """Fill an existing, empty directory with the stream at ``earlier``, its item table corrected.
+
+    Title, text and category of an item become those of its first row in ``data.items``. An empty cell, and a
+    field for which ``data.items.columns`` names no column, leaves what was there.
+
+    Returns:
+        What was done: ``rows`` (items in the table), ``found`` (those that the stream has), ``changed``, how
+        many ``titles``, ``texts`` and ``categories`` changed, and what
+        :func:`peso.events.stage_writer.new_items` counts. The manifest keeps it under ``item_updates``.
+
+    Raises:
+        DataError: an unreadable table, or one without any item of the stream.
+        WorkspaceError: the stream is damaged, or the disk is full.
+    """
+    stream, path = Stream.open(earlier), data.items.path if data.items else None
+    table = own_items(data)
+    numbers = pa.table({"name": stream.items[columns.ITEM_ID], "n": range(len(stream.items))})
+    with temporary_database(directory) as connection:
+        connection.from_arrow(numbers).create("item_numbers")
+        given, counted = new_items(connection, table, data.on_error == "skip")
+        rows = scalar(connection, "SELECT count(DISTINCT item_id) FROM catalogue")
+        found = scalar(
+            connection, "SELECT count(*) FROM item_numbers WHERE name IN (SELECT item_id FROM catalogue)"
+        )
+    if not found:
+        raise DataError(
+            f"{path} has {rows:,} items, but none of the {len(stream.items):,} of the stream (its first is "
+            f"{stream.item_ids[0]!r}); are its ids those of the log? Set data.items.columns.item"
+        )
+    items, changed = stream.items, np.zeros(len(stream.items), bool)
+    done: dict[str, Any] = {"path": path, "rows": rows, "found": found}
+    for name, told in ((columns.TITLE, "titles"), (columns.TEXT, "texts"), (columns.CATEGORY, "categories")):
+        new = pc.coalesce(given[name], items[name])
+        differs = pc.fill_null(pc.not_equal(new, items[name]), True).to_numpy()
+        differs &= pc.is_valid(new).to_numpy()
+        done[told] = int(differs.sum())
+        changed |= differs
+        items = items.set_column(items.column_names.index(name), name, new)
+    done |= {"changed": int(changed.sum()), **counted}
+    write_items(items, directory)
+    _link_stages(stream, stream.stages, directory)
+    updates = [*stream.manifest.get("item_updates", []), done]
+    write_manifest(directory, FORMAT, {**stream.manifest, "item_updates": updates})
+    return done
+
+
+def _link_stages(stream: Stream, stages: int, directory: Path) -> None:
+    """Everything but the item table and the stages from ``stages`` on, as it is."""
+    left = {ITEMS_FILE, *(stage_file(number) for number in range(stages, stream.stages))}
+    for name in stream.manifest["files"]:
+        if name not in left:
+            link(intact(stream.directory, name, stream.manifest), directory / name)
+
+
+def _without_text(items: pa.Table) -> int:
+    """How many items have neither a title nor a text."""
+    return int(pc.sum(pc.is_null(pc.coalesce(items[columns.TITLE], items[columns.TEXT]))).as_py() or 0)
+
+
+def _require_new(connection: duckdb.DuckDBPyConnection, data: DataConfig, why: str) -> None:
+    if not scalar(connection, "SELECT count(*) FROM events"):
+        raise DataError(f"{data.path} holds nothing new: every event {why}. Was it appended before?")
 
 
 def _leave_out_older(connection: duckdb.DuckDBPyConnection, last: int, skip: bool, path: str) -> int:
@@ -153,7 +256,8 @@ def _leave_out_older(connection: duckdb.DuckDBPyConnection, last: int, skip: boo
     connection.execute(f"DELETE FROM events WHERE time < {last}")
     if not scalar(connection, "SELECT count(*) FROM events"):
         raise DataError(
-            f"{path}: all {older:,} events are older than the last one of the stream; nothing is new"
+            f"{path}: all {older:,} events are older than the last one of the stream ({iso(last)}); nothing "
+            "is new. Was it appended before?"
         )
     return older
 
@@ -188,11 +292,3 @@ def _cut(connection: duckdb.DuckDBPyConnection, stages: StagesConfig, clock: Clo
     else:
         moments = [clock.moment(value, "data.stages.boundaries") for value in stages.boundaries or []]
     return cut_at(connection, [moment for moment in moments if first < moment <= last])
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target)

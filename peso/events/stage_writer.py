@@ -182,4 +182,5 @@ def new_items(
 
 def write_items(table: pa.Table, directory: Path) -> None:
     """Write ``items.parquet``."""
-    pq.write_table(table, directory / ITEMS_FILE)
+    # in one piece: equal tables are equal files, however their rows came together
+    pq.write_table(table.combine_chunks(), directory / ITEMS_FILE)

@@ -1,11 +1,13 @@
 """Semantic IDs from a category path: one level per depth, the last level numbers the items of a leaf.
 
-Knows item ids and category texts; knows nothing of files or of where the categories come from.
+The numbering of the paths is frozen as a tree: neither items that come later nor categories that are
+corrected later change a code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,11 +18,21 @@ SEPARATOR = " > "
 LIMIT = 1024  # codes a level: as a row of the vocabulary must be learnt for each, more want a deeper tree
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """What has been numbered: ``tree``, per level the paths in the order of their codes, each written
+    ``"Kitchen > Coffee"``; ``codes``, int32 (items, levels) of the items that have an ID."""
+
+    tree: list[list[str]]
+    codes: np.ndarray
+
+
 def category_path_ids(
     item_ids: Sequence[str],
     categories: Sequence[str | None],
     sizes: Sequence[int] | None = None,
     limit: int = LIMIT,
+    frozen: Frozen | None = None,
 ) -> SemanticIds:
     """Codes from paths such as ``"Kitchen > Coffee > Travel"``: here three levels and the item's number.
 
@@ -35,23 +47,31 @@ def category_path_ids(
         categories: the path of each item, its parts joined by ``" > "``.
         sizes: codes of each level, to leave room for categories and items to come. By default what is used.
         limit: most codes of a level.
+        frozen: the first items have these codes, whatever their categories say now.
 
     Raises:
         DataError: no items, an item without a path or with one of another depth, a level that overflows.
     """
     if not len(item_ids):
         raise DataError("an empty catalogue has no semantic IDs; give at least one item")
-    paths = [_parts(item, category) for item, category in zip(item_ids, categories, strict=True)]
-    depth = len(paths[0])
+    done = len(frozen.codes) if frozen else 0
+    paths = [_parts(*row) for row in zip(item_ids[done:], categories[done:], strict=True)]
+    depth = len(frozen.tree) if frozen else len(paths[0])
     numbers: list[dict[tuple[str, ...], int]] = [{} for _ in range(depth)]
     filled: dict[tuple[str, ...], int] = {}  # items of each leaf so far
-    codes = np.empty((len(paths), depth + 1), dtype=np.int32)
-    for row, path in enumerate(paths):
+    codes = np.empty((len(item_ids), depth + 1), dtype=np.int32)
+    if frozen:
+        codes[:done] = frozen.codes
+        numbers = [{tuple(path.split(SEPARATOR)): n for n, path in enumerate(level)} for level in frozen.tree]
+        counts = np.zeros(len(frozen.tree[-1]), np.int64)
+        np.maximum.at(counts, frozen.codes[:, -2], frozen.codes[:, -1] + 1)
+        filled = dict(zip(numbers[-1], counts.tolist(), strict=True))
+    for row, path in enumerate(paths, start=done):
         if len(path) != depth:
             raise DataError(
                 f"item {item_ids[row]!r} has a category path of depth {len(path)} "
                 f"({SEPARATOR.join(path)!r}), item {item_ids[0]!r} one of depth {depth}; "
-                "cut or fill the paths to one depth"
+                "cut or extend the paths in the product table to one depth"
             )
         for level, known in enumerate(numbers):
             codes[row, level] = known.setdefault(path[: level + 1], len(known))
@@ -70,11 +90,30 @@ def category_path_ids(
                 if level == depth
                 else f"categories of depth {level + 1}"
             )
+            cure = (
+                "give the new items other categories in the product table, or ingest everything into a new "
+                "workspace, which makes room"
+                if frozen
+                else "give the items finer or other categories in the product table, or make their IDs from "
+                "their texts (items.quantizer: rq-vae)"
+            )
             raise DataError(
-                f"{need} {what} do not fit into {min(most, limit)} codes of level {level + 1}; "
-                "use a deeper category tree, or give larger sizes or a larger limit"
+                f"{need} {what} do not fit into the {min(most, limit)} codes of level {level + 1}; {cure}"
             )
     return SemanticIds(list(item_ids), codes, used if sizes is None else allowed)
+
+
+def category_tree(
+    categories: Sequence[str | None], codes: np.ndarray, before: list[list[str]] | None = None
+) -> list[list[str]]:
+    """The tree (:class:`Frozen`) of these items, in row order, continuing the one of the items before."""
+    tree = [list(level) for level in before] if before else [[] for _ in range(codes.shape[1] - 1)]
+    for category, row in zip(categories, codes[:, :-1].tolist(), strict=True):
+        path = _parts("", category)
+        for level, code in enumerate(row):
+            if code == len(tree[level]):
+                tree[level].append(SEPARATOR.join(path[: level + 1]))
+    return tree
 
 
 def _parts(item: str, category: str | None) -> tuple[str, ...]:
@@ -82,6 +121,6 @@ def _parts(item: str, category: str | None) -> tuple[str, ...]:
     if not parts or not all(parts):
         raise DataError(
             f"item {item!r} has the category {category!r} where a path such as 'Kitchen{SEPARATOR}Coffee' "
-            "belongs; give every item a path, or make its IDs from its text"
+            "belongs; give every item a path in the product table (data.items.columns.category)"
         )
     return parts

@@ -65,9 +65,7 @@ def adopt(
         observer.note(f"{source}: {aside:,} items that the log does not have are left aside")
     titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
     measured = {
-        "collisions": quality.collisions(ids.codes),
-        "levels": quality.codebook_use(ids.codes, ids.sizes),
-        "sample": quality.prefix_sample(ids, titles),
+        **quality.of_codes(ids, titles),
         **_by_vectors(items, ids, config, seed, cache, observer),
     }
     write_semantic_ids(ids, directory, {"made_by": "import", "source": source, "quality": measured})

@@ -33,6 +33,15 @@ def collisions(codes: np.ndarray) -> dict[str, Any]:
     }
 
 
+def of_codes(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
+    """What the codes alone tell, no vector needed."""
+    return {
+        "collisions": collisions(ids.codes),
+        "levels": codebook_use(ids.codes, ids.sizes),
+        "sample": prefix_sample(ids, titles),
+    }
+
+
 def codebook_use(codes: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Per level: codes, how many are used, and their perplexity exp(−Σ p log p), p the shares of the items.
 

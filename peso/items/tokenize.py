@@ -7,6 +7,7 @@ nor of how a directory appears whole: whoever calls gives an empty one and renam
                                                 the IDs were made, how good they are and how well they fit
     semantic_ids/codebooks.safetensors          the frozen quantiser
     semantic_ids/encoder.safetensors            the frozen way from an item to its vector
+    semantic_ids/categories.json                instead, of category paths: per level the paths, by code
 
 Everything is fitted once, to the items of stage 0 (``fit: all``: to all). What comes later gets its codes
 from what is frozen, and no code of an earlier item ever changes.
@@ -14,6 +15,7 @@ from what is frozen, and no code of an earlier item ever changes.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +26,11 @@ import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 
 from peso.config import ItemsConfig
+from peso.durable import link, write_json
 from peso.errors import ConfigError, DataError
 from peso.items import fitness, quality
 from peso.items.arrival import Arrival, groups_of
-from peso.items.category_path import LIMIT, category_path_ids
+from peso.items.category_path import LIMIT, Frozen, category_path_ids, category_tree
 from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.quantizers.balanced_rq_kmeans import fit_balanced_rq_kmeans
 from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
@@ -35,11 +38,13 @@ from peso.items.quantizers.rq_kmeans import fit_rq_kmeans
 from peso.items.quantizers.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import SemanticIds
 from peso.items.vectors import ItemEncoder
-from peso.manifest import intact, read_manifest
+from peso.manifest import intact, read_manifest, write_manifest
 from peso.progress import Observer, Silent
 
 CODEBOOKS_FILE = "codebooks.safetensors"
 ENCODER_FILE = "encoder.safetensors"
+CATEGORIES_FILE = "categories.json"
+EARLIER = "earlier"  # key of the manifest: what it said before items were added, oldest first
 # Codes that were made with other values of these cannot be continued.
 FROZEN_KEYS = (
     "encoder",
@@ -85,7 +90,7 @@ def tokenize(
     stages = np.zeros(len(items), int) if first_stage is None else np.asarray(first_stage)
     base = np.ones(len(items), bool) if config.fit == "all" else stages == stages.min()
     if config.quantizer == "category-path":
-        return _by_category(items, config, None, directory, seed, cache, observer)
+        return _by_category(items, config, None, None, directory, seed, cache, observer)
     spared = np.zeros(len(items), bool)
     spared[base] = fitness.held_out(int(base.sum()), seed)
     rows = np.flatnonzero(base & ~spared)
@@ -153,7 +158,8 @@ def append(
     _require_continues(items, old, config, manifest, source)
     seed = int(manifest["seed"])
     if config.quantizer == "category-path":
-        return _by_category(items, config, old, directory, seed, cache, observer)
+        frozen = Frozen(_frozen_tree(source, manifest, items, old), old.codes)
+        return _by_category(items, config, frozen, old.sizes, directory, seed, cache, observer)
     codebooks = ResidualCodebooks.from_arrays(load_file(intact(source, CODEBOOKS_FILE, manifest)))
     encoder = ItemEncoder.from_arrays(load_file(intact(source, ENCODER_FILE, manifest)))
     vectors = encoder.encode(items, config, cache, observer)
@@ -178,6 +184,52 @@ def append(
     return _write(ids, items, arrival, config, seed, state, directory, observer)
 
 
+def remember(source: Path, directory: Path) -> None:
+    """Keep in the manifest of ``directory``, which continues ``source``, what that of ``source`` says, so
+    that :func:`take_back` can restore it."""
+    before, now = read_manifest(source, FORMAT), read_manifest(directory, FORMAT)
+    known = before.pop(EARLIER, [])
+    if before["items"] < now["items"]:
+        known = [*known, before]
+    if known:
+        write_manifest(directory, FORMAT, {**now, EARLIER: known})
+
+
+def take_back(items: pa.Table, stages: int, source: Path, directory: Path) -> None:
+    """Write the IDs of ``source`` as they were before the last items came.
+
+    The manifest is that of then. If there was none, because the IDs of several appends were made in one go,
+    it has no figures that need the items' vectors.
+
+    Args:
+        items: the item table of then; its rows are the first ones of ``source``.
+        stages: how many stages the stream had then.
+        directory: an existing, empty one.
+
+    Raises:
+        WorkspaceError: ``source`` is damaged or of a newer version.
+    """
+    now, manifest = read_semantic_ids(source), read_manifest(source, FORMAT)
+    count = len(items)
+    ids = SemanticIds(now.item_ids[:count], now.codes[:count], now.sizes)
+    for name in (CODEBOOKS_FILE, ENCODER_FILE):
+        if name in manifest["files"]:
+            link(intact(source, name, manifest), directory / name)
+    if CATEGORIES_FILE in manifest["files"]:
+        tree = json.loads(intact(source, CATEGORIES_FILE, manifest).read_text("utf-8"))
+        used = (ids.codes.max(axis=0) + 1).tolist()
+        write_json(directory / CATEGORIES_FILE, [level[:n] for level, n in zip(tree, used, strict=False)])
+    earlier = [known for known in manifest.pop(EARLIER, []) if known["items"] <= count]
+    if earlier and earlier[-1]["items"] == count:
+        content = earlier.pop()
+    else:
+        content = {**manifest, "quality": quality.of_codes(ids, items["title"].to_pylist())}
+        if fit := manifest.get("fitness"):
+            fit = {**fit, "stages": [stage for stage in fit["stages"] if stage["stage"] < stages]}
+            content["fitness"] = {**fit, "warnings": fitness.refit_warnings(fit)}
+    write_semantic_ids(ids, directory, {**content, **({EARLIER: earlier} if earlier else {})})
+
+
 def _save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     # safetensors writes the memory of an array as it lies: rows first, or it comes back scrambled
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
@@ -197,7 +249,8 @@ def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, 
 def _by_category(
     items: pa.Table,
     config: ItemsConfig,
-    old: SemanticIds | None,
+    frozen: Frozen | None,
+    sizes: tuple[int, ...] | None,
     directory: Path,
     seed: int,
     cache: Path | None,
@@ -205,15 +258,38 @@ def _by_category(
 ) -> dict[str, Any]:
     """IDs from category paths, with room for as many categories and items again; vectors only measure."""
     item_ids, paths = items[ITEM_ID].to_pylist(), items["category"].to_pylist()
-    if old is None:
+    if sizes is None:
         used = category_path_ids(item_ids, paths).sizes
         sizes = tuple(min(2 * size, LIMIT) for size in used)
-    else:
-        sizes = old.sizes
-    ids = category_path_ids(item_ids, paths, sizes)
+    ids = category_path_ids(item_ids, paths, sizes, frozen=frozen)
+    done, before = (len(frozen.codes), frozen.tree) if frozen else (0, None)
+    write_json(directory / CATEGORIES_FILE, category_tree(paths[done:], ids.codes[done:], before))
     vectors = ItemEncoder.fit(items, np.arange(len(items)), config, seed, cache, observer)[1]
     arrival = Arrival(ResidualCodebooks(()), "allow", 0, vectors, ids.codes)
     return _write(ids, items, arrival, config, seed, {"stages": []}, directory, observer)
+
+
+def lacks_tree(source: Path) -> bool:
+    """Whether IDs from category paths were made by a version that kept no tree, so that only the categories
+    as they were then tell which code is which."""
+    manifest = read_manifest(source, FORMAT)
+    quantizer = (manifest.get("config") or {}).get("quantizer")
+    return quantizer == "category-path" and CATEGORIES_FILE not in manifest["files"]
+
+
+def _frozen_tree(
+    source: Path, manifest: Mapping[str, Any], items: pa.Table, old: SemanticIds
+) -> list[list[str]]:
+    if CATEGORIES_FILE in manifest["files"]:
+        tree: list[list[str]] = json.loads(intact(source, CATEGORIES_FILE, manifest).read_text("utf-8"))
+        return tree
+    paths = items["category"].slice(0, len(old.codes)).to_pylist()
+    if (category_path_ids(old.item_ids, paths, old.sizes).codes != old.codes).any():
+        raise DataError(
+            f"the categories of items in {source} have changed since their IDs were made, by an earlier "
+            "version of peso that did not keep them; put the old categories back (`peso ingest --items`)"
+        )
+    return category_tree(paths, old.codes)
 
 
 def _require_continues(
@@ -223,7 +299,7 @@ def _require_continues(
     if made_with is None:
         raise ConfigError(
             f"{source} holds an index that was imported: there are no codebooks to give new items codes; "
-            "tokenize anew"
+            "ingest everything into a new workspace"
         )
     now = config.model_dump(mode="json")
     changed = [key for key in FROZEN_KEYS if made_with.get(key) != now[key]]
@@ -231,7 +307,7 @@ def _require_continues(
         listed = ", ".join(f"items.{key} ({made_with.get(key)!r} → {now[key]!r})" for key in changed)
         raise ConfigError(
             f"changed since the IDs in {source} were made: {listed}; set it back to give new items IDs of "
-            "the same kind, or tokenize anew (which changes all IDs)"
+            "the same kind, or ingest everything into a new workspace (where all IDs are new)"
         )
     known = items[ITEM_ID].slice(0, len(old.item_ids)).to_pylist()
     if known != old.item_ids:
@@ -259,8 +335,7 @@ def _write(
     books = arrival.codebooks
     measured = {
         "collisions_before": quality.collisions(arrival.wanted),
-        "collisions": quality.collisions(ids.codes),
-        "levels": quality.codebook_use(ids.codes, ids.sizes),
+        **quality.of_codes(ids, titles),
         "reconstruction_error": (
             fitness.quantisation_error(books, vectors, ids.codes[:, : len(books.sizes)], known)
             if books.sizes
@@ -269,7 +344,6 @@ def _write(
         "neighbours": quality.neighbours_kept(vectors[known], ids.codes[known], seed),
         "without_vector": int((~known).sum()),
         "same_vector": int(known.sum() - len(np.unique(vectors[known], axis=0))),
-        "sample": quality.prefix_sample(ids, titles),
     }
     if books.sizes:
         _tell(measured, ids, observer)

@@ -30,10 +30,11 @@ def own_source(data: DataConfig) -> Source:
         table.require(str(value), f"data.columns.{key}")
     columns = {key: str(value) for key, value in names.items()}
     log = Log(table, **columns, time_format=data.time_format)
-    return Source(log, _items(data) if data.items else None)
+    return Source(log, own_items(data) if data.items else None)
 
 
-def _items(data: DataConfig) -> ItemTable:
+def own_items(data: DataConfig) -> ItemTable:
+    """The product table of ``data.items``. Raises as :func:`own_source`."""
     assert data.items is not None
     given = data.items
     kind = given.format or data.format

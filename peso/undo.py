@@ -1,0 +1,134 @@
+"""Removal of a workspace's last stage: the last trained one, or the last append if nothing was trained on it.
+
+What is removed leaves no trace in what comes afterwards: the same append and update give the same files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from peso.durable import commit_directory, json_text, remove_directory, write_atomically
+from peso.errors import WorkspaceError
+from peso.events.append import take_back as fill_shorter_stream
+from peso.events.stream import Stream
+from peso.items.index_files import FORMAT as IDS_FORMAT
+from peso.manifest import MANIFEST, read_manifest
+from peso.progress import Observer
+from peso.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What :func:`undo` removes.
+
+    Attributes:
+        stages: the trained stage, or all stages of the append.
+        appended: whether it is an append: then ``events`` and ``items`` go with it, and the ``semantic_ids``
+            of as many of the items as have one.
+    """
+
+    stages: range
+    appended: bool
+    events: int = 0
+    items: int = 0
+    semantic_ids: int = 0
+
+    def __str__(self) -> str:
+        name = stages_named(self.stages)
+        if not self.appended:
+            return f"the training of {name} and every test of it; its events stay"
+        return (
+            f"{name}, appended but not trained: {self.events:,} events, the {self.items:,} items that "
+            f"came with them and {self.semantic_ids:,} semantic IDs"
+        )
+
+
+def stages_named(stages: range) -> str:
+    """``stage 3``, ``stages 3 to 5``."""
+    first, last = stages[0], stages[-1]
+    return f"stage {first}" if first == last else f"stages {first} to {last}"
+
+
+def last_step(workspace: Workspace) -> LastStep:
+    """The last stage of a workspace, to be removed.
+
+    Raises:
+        WorkspaceError: there is no stream, or only stage 0 and the stream as it was ingested are left.
+    """
+    if not workspace.has_stream:
+        raise WorkspaceError(f"{workspace.root} has no stream yet: there is nothing to undo")
+    stream, trained = Stream.open(workspace.stream_directory), workspace.finished_stages
+    newest = trained[-1] if trained else -1
+    appended = stream.manifest.get("appended", [])
+    if appended and (first := int(appended[-1]["first_stage"])) > newest:
+        stages, known = range(first, stream.stages), stream.items_known(first - 1)
+        coded = known
+        if workspace.has_semantic_ids:
+            coded = int(read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["items"])
+        events = sum(stream.counts[number]["events"] for number in stages)
+        return LastStep(stages, True, events, len(stream.items) - known, max(coded - known, 0))
+    if newest > 0:
+        return LastStep(range(newest, newest + 1), False)
+    what = "stage 0 and the stream that was ingested" if trained else "the stream that was ingested"
+    raise WorkspaceError(
+        f"there is nothing to undo in {workspace.root}: {what} stay. To begin again take a new workspace "
+        f"(-w), or remove {workspace.root}"
+    )
+
+
+def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
+    """Remove the last step. The caller holds the workspace's lock.
+
+    Killed at any point, it leaves a workspace that every command works with, and the same call ends it. The
+    report is written again without what was removed, if there was one.
+
+    Args:
+        step: of :func:`last_step`.
+
+    Raises:
+        WorkspaceError: a damaged file, or a full disk. Nothing is removed then.
+    """
+    had_report = workspace.report_directory.is_dir()
+    if step.appended:
+        with commit_directory(workspace.stream_directory) as shorter:
+            fill_shorter_stream(workspace.stream_directory, shorter)
+            if step.semantic_ids:
+                from peso.items.tokenize import take_back as fill_shorter_ids
+
+                ids = workspace.semantic_ids_directory
+                with commit_directory(ids) as fewer:
+                    fill_shorter_ids(Stream.open(shorter).items, step.stages[0], ids, fewer)
+            # what the stages left goes before the stages do: nothing ever refers to a stage that is not there
+            _remove_traces(workspace, step.stages)
+    else:
+        _remove_traces(workspace, step.stages)
+        remove_directory(workspace.stage_directory(step.stages[0]))
+    observer.note(f"removed: {step}")
+    if had_report and workspace.finished_stages:
+        from peso.summary import report  # draws plots: slow to import
+        from peso.testing import is_tested
+
+        if any(is_tested(workspace, stage, stage) for stage in workspace.finished_stages):
+            report([workspace], workspace.report_directory)
+
+
+def _remove_traces(workspace: Workspace, stages: range) -> None:
+    """Tests of other models on these stages, answers of baselines, checkpoints, the report."""
+    remove_directory(workspace.report_directory)
+    root = workspace.root
+    for stage in stages:
+        for number in workspace.finished_stages:
+            _forget_test(workspace, number, f"on={stage}")
+        for directory in root.glob(f"baselines/*/{stage}"):
+            remove_directory(directory)
+    for unfinished in root.glob("stages/.*.unfinished"):
+        remove_directory(unfinished)
+
+
+def _forget_test(workspace: Workspace, stage: int, name: str) -> None:
+    directory, manifest = workspace.stage_directory(stage), workspace.stage_manifest(stage)
+    kept = {file: sha256 for file, sha256 in manifest["files"].items() if not file.startswith(f"{name}/")}
+    if kept != manifest["files"]:
+        write_atomically(directory / MANIFEST, json_text({**manifest, "files": kept}).encode())
+    shutil.rmtree(directory / name, ignore_errors=True)
