@@ -113,7 +113,7 @@ def measure(
     context = StageContext(
         STAGE, model.backbone, 0, seed=config.seed, vocabulary=model.vocabulary, examples=examples
     )
-    rate = training.learning_rate * training.later_learning_rate_scale * setting.rate
+    rate = training.rate_of_update * setting.rate
     with tempfile.TemporaryDirectory() as directory:
         train_stage(
             model,

@@ -28,12 +28,11 @@ from peso.continual.peso import Peso
 from peso.continual.proximal import SoftmaxKL
 from peso.continual.proximal.anchored import AnchoredTerm
 from peso.continual.sketch import Sketch
-from peso.continual.strategy import make_strategy
 from peso.errors import ConfigError, WorkspaceError
 from peso.events.stream import Stream
 from peso.model.build import has_adapter, load_stage_weights
 from peso.model.generative import GenerativeModel
-from peso.stages import starting_model, stored_memory
+from peso.stages import starting_model, stored_memory, strategy_of
 from peso.training.examples import StageExamples
 from peso.workspace import LOG, METRICS, Workspace
 
@@ -73,7 +72,9 @@ def stage_directions(
         ConfigError: a strategy that does not move one adapter on, or a term that has no metric.
         TrainingError: too few examples for a spread, or gradients that say nothing.
     """
-    stage = _stage_with_anchor(workspace, stage)
+    stage = workspace.require_stage(stage)
+    workspace = workspace.as_trained(stage)
+    _require_anchor(workspace, stage)
     differences = [] if free is None else _differences(workspace, free, stage)
     model, term, sketch, source = _sketched(workspace, stage, examples, at)
     gram = sketch.gram()
@@ -81,7 +82,7 @@ def stage_directions(
     count = min(count, len(everything.support))
     top = Directions(everything.support[:count], everything.coefficients[:, :count])
     fresh = held_out(gram, count, sketch.tokens, FOLDS)
-    carried = sketch.carried(top, workspace.config.training.batch_size)
+    carried = sketch.carried(top, workspace.config.training.of_update().batch_size)
     pace = _Pace.of(workspace, stage)
     strength = _strength(term, pace) if workspace.config.strategy.name == "peso" else None
     columns: dict[str, Tensor] = {
@@ -128,8 +129,7 @@ def stage_directions(
 # -- what the stage started from, and where it went ------------------------------------------------------
 
 
-def _stage_with_anchor(workspace: Workspace, stage: int | None) -> int:
-    stage = workspace.require_stage(stage)
+def _require_anchor(workspace: Workspace, stage: int) -> None:
     if stage == 0:
         raise WorkspaceError(
             "stage 0 starts from nothing that could be an anchor; name a later one (--stage)"
@@ -140,7 +140,6 @@ def _stage_with_anchor(workspace: Workspace, stage: int | None) -> int:
             f"strategy {name} does not move one adapter on from stage to stage, so there are no directions "
             f"to follow; they are known for {', '.join(MOVES_ONE_ADAPTER)}"
         )
-    return stage
 
 
 def _sketched(
@@ -163,7 +162,7 @@ def _sketched(
         examples=given,
         memory=stored_memory(workspace.stage_directory(stage - 1)),
     )
-    strategy = make_strategy(config.strategy)
+    strategy = strategy_of(workspace)
     term = strategy.term if isinstance(strategy, Peso) else SoftmaxKL()
     if not isinstance(term, AnchoredTerm):
         raise ConfigError(
@@ -192,13 +191,12 @@ def _stored(workspace: Workspace, stage: int, model: GenerativeModel, source: So
 def _differences(workspace: Workspace, free: Workspace, stage: int) -> list[str]:
     """Sentences on what differs between two runs of a stage beside the anchor. Raises WorkspaceError where
     the two cannot be set side by side."""
-    options = free.config.strategy
-    if options.name != "single":
+    free = free.as_trained(free.require_stage(stage))
+    if free.config.strategy.name != "single":
         raise WorkspaceError(
-            f"{free.root} is learnt with {options.name}: what a stage would reach unheld is told by `single`"
+            f"stage {stage} of {free.root} was trained with {free.config.strategy.name}; name a workspace "
+            "that trained it with `single`, which has no anchor"
         )
-    if stage not in free.finished_stages:
-        raise WorkspaceError(f"stage {stage} of {free.root} is not learnt; it has {free.finished_stages}")
     ours, theirs = (w.stage_manifest(stage) for w in (workspace, free))
     for key, what in (("backbone_sha256", "backbone"), ("inputs", "data")):
         if ours[key] != theirs[key]:

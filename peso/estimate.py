@@ -23,23 +23,25 @@ from torch import Tensor, nn
 from peso import assets, pipeline
 from peso.baseline_estimate import baseline_seconds
 from peso.baseline_runs import BaselineRun
+from peso.config import TrainingConfig
 from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
 from peso.config.strategy import DistillConfig, LsatConfig, StrategyConfig
 from peso.continual.hooks import Examples, StageContext
-from peso.continual.strategy import make_strategy
 from peso.decoding import search
 from peso.events.histories import Stage, TargetSequence
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
+from peso.learning import training_of
 from peso.model.inference import for_inference
 from peso.pipeline import Step
 from peso.progress import Silent
-from peso.stages import fresh_model, trains_backbone
+from peso.stages import fresh_model, strategy_of, trains_backbone
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.loop import StagePlan, most_targets, peak_memory
 from peso.workspace import Workspace
 
 TIMED_STEPS, TIMED_CASES = 4, 64
+Training = tuple[TrainingConfig, Sequence[TargetSequence]]
 READABLE_AT_ONCE = ("simulate", "peso-release")  # sources that take seconds to read
 BYTES_A_PREDICTION = 250  # ten items with scores, labels; compressed
 
@@ -117,17 +119,18 @@ class _Examples:
     of: Callable[[int], Sequence[TargetSequence]]
 
 
-def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Sequence[TargetSequence]]]:
-    """By stage, what each of a strategy's trainings (phases) learns from: the stage, all data, a sample."""
+def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Training]]:
+    """By stage, how and on what each of a strategy's trainings (phases) takes place: the stage, all data, a
+    sample."""
     config, memory = workspace.config, dict[str, Tensor]()
 
     @cache
     def sequences(stage: int) -> Sequence[TargetSequence]:
         return stream.stage(stage).training_sequences()
 
-    result: dict[int, list[Sequence[TargetSequence]]] = {0: [sequences(0)]}
+    result: dict[int, list[Training]] = {0: [(config.training, sequences(0))]}
     for number in range(1, stream.stages):
-        strategy = make_strategy(config.strategy)
+        strategy = strategy_of(workspace)
         result[number] = []
         for phase in strategy.phases(number):
             context = StageContext(
@@ -141,7 +144,8 @@ def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Sequence[
             )
             # what somebody's own strategy chooses may depend on the model
             chosen = None if config.strategy.name == "custom" else strategy.choose(context)
-            result[number].append(sequences(number) if chosen is None else chosen)
+            settings, _ = training_of(config, strategy, number, phase)
+            result[number].append((settings, sequences(number) if chosen is None else chosen))
     return result
 
 
@@ -178,7 +182,7 @@ def _stage_estimate(
     step: Step,
     stage: Stage,
     speed: Speed,
-    trainings: Sequence[Sequence[TargetSequence]],
+    trainings: Sequence[Training],
 ) -> Estimate:
     config = workspace.config
     cases = len(stage.eligible())
@@ -187,18 +191,19 @@ def _stage_estimate(
         passes = _passes(config.strategy)[1] if stage.number else 1.0
         return Estimate(step, cases * speed.test * passes / 60, speed.memory_gib, disk, f"{cases:,} cases")
     disk = speed.trained_bytes / 2**20
-    if not make_strategy(config.strategy).learns(stage.number):
+    if not strategy_of(workspace).learns(stage.number):
         return Estimate(step, 0.1, speed.memory_gib, disk, "keeps the last state")
-    settings = config.training
     seed, window = config.seed_of_stage(stage.number), config.prompt.window
     longer = _passes(config.strategy)[0] if stage.number else 1.0
     steps, seconds = 0, 0.0
-    for sequences in trainings:
+    for settings, sequences in trainings:
         plan = StagePlan(sequences, window, settings, seed, stage.number, speed.most_targets)
         validated = min(cases, settings.validation_cases or cases) * plan.epochs
         steps += len(plan)
-        seconds += len(plan) * speed.step * longer + validated * speed.validation
+        larger = settings.batch_size / config.training.batch_size  # than the steps that were timed
+        seconds += len(plan) * speed.step * larger * longer + validated * speed.validation
     note = f"{steps:,} optimiser steps" + (f" in {len(trainings)} trainings" if len(trainings) > 1 else "")
+    note += ", at most" if any(settings.patience for settings, _ in trainings) else ""
     return Estimate(step, seconds / 60, speed.memory_gib, disk, note)
 
 

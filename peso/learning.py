@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peso import assets
+from peso.config import Config, TrainingConfig
 from peso.continual.anchor_report import anchor_report
 from peso.continual.groups import find_groups
 from peso.continual.hold import Watch, hold_report
 from peso.continual.hooks import StageContext, Strategy
-from peso.continual.strategy import make_strategy
 from peso.determination import determination
 from peso.diagnosis import read_log
 from peso.durable import commit_directory, write_aside, write_json
@@ -35,9 +35,10 @@ from peso.processes import current
 from peso.progress import Observer
 from peso.stages import (
     backbone_fingerprint,
+    inherited_memory,
     put_back,
     starting_model,
-    stored_memory,
+    strategy_of,
     trains_backbone,
     write_memory,
 )
@@ -66,12 +67,10 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
             shutil.rmtree(stale)
 
     current().on_main(prepare)
+    memory = inherited_memory(workspace, stage)
     model = starting_model(workspace, stage)
-    memory = stored_memory(workspace.stage_directory(stage - 1)) if stage else {}
     training: dict[str, Any] = {}
-    strategy = make_strategy(workspace.config.strategy)
-    if stage == 0:
-        strategy = Strategy()  # the base stage is the same for all
+    strategy = strategy_of(workspace) if stage else Strategy()  # the base stage is the same for all
     if strategy.learns(stage):
         training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
     else:
@@ -151,7 +150,7 @@ def _train(
     result = _train_phase(workspace, model, strategy, replace(context, phase=last), unfinished, observer)
     if not current().is_main:  # the figures are told, and written, once
         return {}
-    rate = _learning_rate(workspace, strategy, stage, last)
+    _, rate = training_of(workspace.config, strategy, stage, last)
     figures: dict[str, Any] = {"learning_rate": rate, **asdict(result)}
     figures["seconds"] += spent
     if told := strategy.figures():
@@ -173,6 +172,7 @@ def _train_phase(
     observer: Observer,
 ) -> StageResult:
     config, stage = workspace.config, context.number
+    settings, rate = training_of(config, strategy, stage, context.phase)
     data = Stream.open(workspace.stream_directory).stage(stage)
     title = f"learn stage {stage}" + (f", {context.phase}" if context.phase else "")
     begun, watch = False, Watch(stage, 0)
@@ -198,9 +198,9 @@ def _train_phase(
         model,
         data.training_sequences() if chosen is None else chosen,
         data.validation_cases(config.prompt.window),
-        config.training,
+        settings,
         stage=stage,
-        learning_rate=_learning_rate(workspace, strategy, stage, context.phase),
+        learning_rate=rate,
         strategy=strategy,
         seed=context.seed,
         directory=directory,
@@ -213,10 +213,12 @@ def _train_phase(
     return result
 
 
-def _learning_rate(workspace: Workspace, strategy: Strategy, stage: int, phase: str) -> float:
-    training = workspace.config.training
-    anew = stage == 0 or strategy.starts_anew(phase)
-    return training.learning_rate * (1.0 if anew else training.later_learning_rate_scale)
+def training_of(config: Config, strategy: Strategy, stage: int, phase: str) -> tuple[TrainingConfig, float]:
+    """Settings and highest learning rate of a training. One that begins anew is trained as stage 0 is."""
+    training = config.training
+    if stage == 0 or strategy.starts_anew(phase):
+        return training, training.learning_rate
+    return training.of_update(), training.rate_of_update
 
 
 def _keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, file: Path) -> None:

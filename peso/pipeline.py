@@ -18,7 +18,7 @@ from typing import Any
 
 from peso import assets
 from peso.config import DataConfig, changed_keys
-from peso.determination import determination
+from peso.determination import changed_shape, determination
 from peso.durable import commit_directory, link, remove_directory
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
@@ -391,10 +391,10 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
     """
     base.require_stage(0)
     if base.stage_manifest(0)["determined_by"] != determination(workspace, 0):
-        changed = [k for k in changed_keys(base.config, workspace.config) if not k.startswith("strategy.")]
+        changed = changed_shape(base.config_of(0), workspace.config, 0)
         raise WorkspaceError(
-            f"stage 0 of {base.root} was determined otherwise than this run's would be "
-            f"({', '.join(changed) or 'other data'}); leave --base out, or make them equal"
+            f"stage 0 of {base.root} is not the one that this run would train: "
+            f"{_told(changed) or 'its data or semantic IDs differ'}; leave --base out, or make them equal"
         )
     for stage in range(_stream(workspace).stages):
         if stage in workspace.finished_stages:
@@ -407,6 +407,10 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
             source = base.stage_directory(stage)
             shutil.copytree(source, directory, copy_function=link, dirs_exist_ok=True)
         observer.note(f"stage {stage}: taken over from {base.root}")
+
+
+def _told(changed: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
 
 
 def require_catalogue(workspace: Workspace) -> None:

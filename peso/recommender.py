@@ -5,7 +5,7 @@ Knows a workspace's stage, its model and its catalogue; knows nothing of how the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,14 +56,23 @@ class Recommender:
         return trained_model(self.workspace, self.stage, self.device)
 
     @classmethod
-    def load(cls, workspace: str | Path, stage: int | None = None, device: str | None = None) -> Recommender:
+    def load(
+        cls,
+        workspace: str | Path,
+        stage: int | None = None,
+        device: str | None = None,
+        trust: Iterable[str] = (),
+    ) -> Recommender:
         """Load a trained stage, the newest by default.
+
+        Args:
+            trust: classes of custom strategies that may be imported, see :meth:`Workspace.open`.
 
         Raises:
             WorkspaceError: no workspace, or the stage is not trained.
             BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
         """
-        recommender = cls(Workspace.open(workspace), stage, device)
+        recommender = cls(Workspace.open(workspace, trust), stage, device)
         _ = recommender.model
         return recommender
 

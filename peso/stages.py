@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peso.config.model import BUILT_IN
-from peso.continual.strategy import make_strategy
-from peso.errors import BackboneError, WorkspaceError
+from peso.continual.strategy import Strategy, make_strategy
+from peso.determination import require_as_determined
+from peso.errors import BackboneError, ConfigError, WorkspaceError
 from peso.items.index_files import read_semantic_ids
 from peso.model.adapter import weights_without_adapter
 from peso.model.build import build_model, has_adapter, load_stage_weights, round_frozen
@@ -24,9 +25,24 @@ from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.model.past import Past, put_past
 from peso.training.precision import Precision
-from peso.workspace import Workspace
+from peso.workspace import Workspace, own_strategy
 
 MEMORY = "state.safetensors"
+AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on
+
+
+def strategy_of(workspace: Workspace) -> Strategy:
+    """A fresh strategy, as configured.
+
+    Raises:
+        ConfigError: a class of somebody's own that nobody has named in this call, or that cannot be made.
+    """
+    for module in set(own_strategy(workspace.config)) - workspace.trusted:
+        raise ConfigError(
+            f"strategy.module: {workspace.root} names the class {module}, and importing it runs its code. If "
+            f"you trust it, name it: --trust {module} (in Python: trust=[{module!r}])"
+        )
+    return make_strategy(workspace.config.strategy)
 
 
 def trains_backbone(workspace: Workspace, stage: int) -> bool:
@@ -34,7 +50,7 @@ def trains_backbone(workspace: Workspace, stage: int) -> bool:
     strategy's choice."""
     if stage == 0:
         return workspace.config.backbone.name in BUILT_IN
-    return make_strategy(workspace.config.strategy).trains_backbone(stage)
+    return strategy_of(workspace).trains_backbone(stage)
 
 
 def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
@@ -54,7 +70,7 @@ def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
         WorkspaceError: a missing or damaged file of an earlier stage.
     """
     whole = trains_backbone(workspace, stage)
-    if stage and whole and not trains_backbone(workspace, stage - 1):
+    if stage and whole and not trains_backbone(workspace.as_trained(stage - 1), stage - 1):
         model = _build(workspace, stage, whole=False)
         _load(workspace, model, stage - 1)
         return _placed(workspace, model.merged())
@@ -72,6 +88,7 @@ def trained_model(workspace: Workspace, stage: int, device: str | None = None) -
         BackboneError: the backbone cannot be loaded or is not the one that the stage was learnt on.
     """
     stage = workspace.require_stage(stage)
+    workspace = workspace.as_trained(stage)
     model = _build(workspace, stage, whole=trains_backbone(workspace, stage))
     _load(workspace, model, stage)
     model = _rounded(workspace, model, device)
@@ -79,7 +96,7 @@ def trained_model(workspace: Workspace, stage: int, device: str | None = None) -
     if (past := Past.of_state(memory)) is not None:
         put_past(model.backbone, past)
     if stage:
-        model = make_strategy(workspace.config.strategy).answer(model, memory)
+        model = strategy_of(workspace).answer(model, memory)
     return _placed(workspace, model, device).eval()
 
 
@@ -116,6 +133,34 @@ def stored_memory(directory: Path) -> dict[str, Tensor]:
         raise WorkspaceError(f"{directory / MEMORY} is damaged ({error}); train the stage again") from error
 
 
+def inherited_memory(workspace: Workspace, stage: int) -> dict[str, Tensor]:
+    """What the stage before has kept for a stage that is to be trained.
+
+    Raises:
+        WorkspaceError: a damaged file, or another strategy trained that stage, and the configured one cannot
+            go on from what it kept.
+    """
+    if not stage:
+        return {}
+    directory = workspace.stage_directory(stage - 1)
+    memory, now = stored_memory(directory), workspace.config.strategy
+    before = workspace.config_of(stage - 1).strategy
+    if stage == 1 or (before.name, getattr(before, "module", "")) == (now.name, getattr(now, "module", "")):
+        return memory
+    kept = {name.partition(".")[0] for name in memory}
+    kept |= {"backbone"} if (directory / "backbone").is_dir() else set()
+    unknown = (kept & {"backbone"} if now.anew else kept - AIDS) - now.reads
+    if unknown or (lacking := now.needs - kept):
+        why = f"does not understand what it kept ({', '.join(sorted(unknown))})"
+        if not unknown:
+            why = f"needs what it keeps itself from stage to stage ({', '.join(sorted(lacking))})"
+        raise WorkspaceError(
+            f"stage {stage - 1} of {workspace.root} was trained with strategy {before.name}, and "
+            f"{now.name} {why}; go on with {before.name}, or run {now.name} into a new workspace with --base"
+        )
+    return {} if now.anew else {n: t for n, t in memory.items() if n.partition(".")[0] in now.reads}
+
+
 def write_memory(directory: Path, memory: Mapping[str, Tensor]) -> None:
     """Write what a stage's strategy keeps; no file where it keeps nothing."""
     if memory:
@@ -149,6 +194,7 @@ def _build(workspace: Workspace, stage: int, *, whole: bool) -> GenerativeModel:
 
 
 def _load(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
+    require_as_determined(workspace, stage)
     if stage and workspace.config.backbone.name in BUILT_IN:
         load_stage_weights(model, workspace.stage_directory(0))  # the backbone's weights lie there alone
     load_stage_weights(model, workspace.stage_directory(stage))

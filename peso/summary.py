@@ -70,16 +70,18 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
     if not tested:
         raise WorkspaceError(f"{workspace.root} has no tested stage yet; `peso evaluate -w {workspace.root}`")
     ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+    # what later stages were trained with, which may change from one to the next
+    updates = [workspace.config_of(stage) for stage in tested if stage] or [workspace.config]
     return RunSummary(
         name=name,
-        strategy=strategy_label(workspace.config),
+        strategy=" → ".join(dict.fromkeys(map(strategy_label, updates))),
         stages={stage: _stage(workspace, stage) for stage in tested},
         configuration=dump_config(workspace.config),
         manifests=[workspace.stage_manifest(stage) for stage in workspace.finished_stages],
         drift=stream_drift(workspace),
         semantic_ids={key: ids[key] for key in INDEX if key in ids},
         seed=workspace.config.seed,
-        family=workspace.config.strategy.name,
+        family=updates[-1].strategy.name,
         across={
             (stage, on): read_predictions(test_directory(workspace, stage, on) / PREDICTIONS)
             for stage in tested

@@ -9,68 +9,90 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from peso.config import HOW, Config, changed_keys, dump_config, load_config
+from pydantic import ValidationError
+
+from peso.config import Config, CustomConfig, changed_keys, dump_config, load_config
+from peso.config.parsing import read_tree
+from peso.config.reading import missing_keys
+from peso.determination import changed_shape, is_later
 from peso.durable import only_writer, restore, write_atomically
-from peso.errors import WorkspaceError
+from peso.errors import ConfigError, WorkspaceError
 from peso.manifest import MANIFEST, read_manifest
 from peso.processes import current
 
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"  # of a stage
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
 
-_SEEDS = ("seed", "data_seed", "base_seed")
-# What is fixed once a step is done. Keys of evaluation, decoding and report may change at any time.
+# What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
+# peso.determination. Keys of evaluation, decoding and report may change at any time.
 DEPENDS = {
-    "stream": ("data", *_SEEDS[:2]),
-    "semantic IDs": ("data", *_SEEDS[:2], "items"),
-    "stage 0": ("data", *_SEEDS, "items", "backbone", "prompt", "adapter", "training"),
-    "later stages": ("data", *_SEEDS, "items", "backbone", "prompt", "adapter", "training", "strategy"),
+    "stream": ("data", "seed", "data_seed"),
+    "semantic IDs": ("data", "seed", "data_seed", "items"),
 }
-FREE = {f"training.{key}" for key in HOW}  # may change at any time too
-_APPEND = (
-    " If the path leads to new events, add them as further stages: `peso ingest NEW --append -w {root}`."
-)
 
 
 class Workspace:
     """A run's directory (design: config.yaml, stream/, semantic_ids/, stages/{t}/, report/)."""
 
-    def __init__(self, root: Path, config: Config) -> None:
+    def __init__(self, root: Path, config: Config, trust: Iterable[str] | None = None) -> None:
+        """
+        Args:
+            trust: classes that may be imported as strategies, as ``module.Class``. None: what ``config``
+                names, since it is the caller's own.
+        """
         self.root = root
         self.config = config
+        self.trusted = frozenset(own_strategy(config) if trust is None else trust)
 
     # -- opening ---------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: str | Path) -> Workspace:
+    def open(cls, path: str | Path, trust: Iterable[str] = ()) -> Workspace:
         """Open an existing workspace.
 
+        Args:
+            trust: classes that may be imported as strategies, as ``module.Class``; nothing else that a
+                workspace names is imported.
+
         Raises:
-            WorkspaceError: there is none, its manifests are damaged or were written by a newer version.
+            WorkspaceError: there is none, its manifests are damaged or were written by a newer version, or
+                ``config.yaml`` is damaged or not what the stages were trained with.
         """
         root = Path(path)
         if not (root / "config.yaml").is_file():
             raise WorkspaceError(
                 f"{root} is no workspace (no config.yaml); make one with `peso run CONFIG -w {root}`"
             )
-        workspace = cls(root, load_config(root / "config.yaml"))
+        workspace = cls(root, _read_resolved(root / "config.yaml"), trust)
         for stage in workspace.finished_stages:
-            workspace.stage_manifest(stage)
+            changed = workspace._changed(stage, workspace.config)
+            if edited := [f"{k} was {a}, is {b}" for k, (a, b) in changed.items() if not is_later(k)]:
+                raise WorkspaceError(
+                    f"{root / 'config.yaml'} was edited after stage {stage} was trained: {'; '.join(edited)}"
+                    ". Put the old values back; to train with other ones, run into a new workspace with -w"
+                )
         return workspace
 
     @classmethod
-    def create_or_open(cls, path: str | Path, config: Config) -> Workspace:
+    def create_or_open(
+        cls, path: str | Path, config: Config, *, trust: Iterable[str] | None = None, later: bool = False
+    ) -> Workspace:
         """Open with this configuration, or create.
 
         A key may change as long as nothing that depends on it is done; evaluation, decoding and report
         keys may always change.
+
+        Args:
+            trust: see the constructor.
+            later: settings of later stages may differ from those that finished ones were trained with: they
+                are for the stages to come.
 
         Raises:
             WorkspaceError: keys changed that finished steps depend on; says which and what to do.
@@ -78,12 +100,12 @@ class Workspace:
         root = Path(path)
         if (root / "config.yaml").is_file():
             done = cls.open(root)
-            done.refuse_changes(config)
+            done.refuse_changes(config, later=later)
             if not changed_keys(done.config, config):
-                return done
+                return cls(root, config, trust)
         elif root.exists() and (not root.is_dir() or any(p.name != ".lock" for p in root.iterdir())):
             raise WorkspaceError(f"{root} exists and is no workspace; choose another place with -w")
-        workspace = cls(root, config)
+        workspace = cls(root, config, trust)
         root.mkdir(parents=True, exist_ok=True)
         write_atomically(root / "config.yaml", dump_config(config).encode())
         return workspace
@@ -96,22 +118,61 @@ class Workspace:
             cls.open(root).refuse_changes(config)
         return cls(root, config)
 
-    def refuse_changes(self, config: Config) -> None:
-        """Raise WorkspaceError if `config` differs where a finished step depends on it."""
-        changed = [key for key in changed_keys(self.config, config) if key not in FREE]
-        done = ["stream"] * self.has_stream + ["semantic IDs"] * self.has_semantic_ids
-        stages = self.finished_stages
-        done += ["stage 0"] * (0 in stages) + ["later stages"] * any(stages)
-        for step in reversed(done):
+    def refuse_changes(self, config: Config, *, later: bool = False) -> None:
+        """Raise WorkspaceError if `config` differs where something that is done depends on it.
+
+        Args:
+            later: settings of later stages may differ.
+        """
+        for stage in reversed(self.finished_stages):
+            changed = self._changed(stage, config)
+            self._refuse(
+                [key for key in changed if not (later and is_later(key))], f"stage {stage} was trained"
+            )
+        changed = changed_keys(self.config, config)
+        for done, step in ((self.has_semantic_ids, "semantic IDs"), (self.has_stream, "stream")):
             fixed = [key for key in changed if key.split(".")[0] in DEPENDS[step]]
-            if fixed:
-                raise WorkspaceError(
-                    f"the configuration of {self.root} has changed since its {step} were made: "
-                    f"{', '.join(fixed)}. Take the old values back (see {self.root / 'config.yaml'}), "
-                    "or run into a new workspace with -w (--base takes over the stages that stay the same), "
-                    f"or remove {self.root}. Keys of evaluation, decoding and report may change."
-                    + (_APPEND.format(root=self.root) if fixed == ["data.path"] else "")
-                )
+            self._refuse(fixed if done else [], f"its {step} were made")
+
+    def _refuse(self, fixed: Sequence[str], since: str) -> None:
+        if not fixed:
+            return
+        message = (
+            f"the configuration of {self.root} has changed since {since}: {', '.join(fixed)}. Put the old "
+            f"values back (see {self.root / 'config.yaml'}), or run into a new workspace with -w (--base "
+            f"takes over the stages that stay the same), or remove {self.root}. Keys of evaluation, decoding "
+            "and report may change."
+        )
+        if all(map(is_later, fixed)):
+            message += f" To train the next stage with other settings: `peso update -w {self.root} --set …`."
+        if list(fixed) == ["data.path"]:
+            message += (
+                " If the path leads to new events, add them as further stages: "
+                f"`peso ingest NEW --append -w {self.root}`."
+            )
+        raise WorkspaceError(message)
+
+    def config_of(self, stage: int) -> Config:
+        """The configuration that a finished stage was trained with.
+
+        Raises:
+            WorkspaceError: its manifest is damaged.
+        """
+        try:
+            return Config.model_validate(self.stage_manifest(stage)["configuration"])
+        except (KeyError, ValidationError):
+            raise WorkspaceError(
+                f"{self.stage_directory(stage) / MANIFEST} is damaged: it does not hold the configuration of "
+                f"the stage; remove {self.stage_directory(stage)} and the stages after it, and train again"
+            ) from None
+
+    def as_trained(self, stage: int) -> Workspace:
+        """This workspace with the configuration that a finished stage was trained with."""
+        return Workspace(self.root, self.config_of(stage), self.trusted)
+
+    def _changed(self, stage: int, config: Config) -> dict[str, tuple[Any, Any]]:
+        """Keys that shape a finished stage: how it was trained, and a value of ``config`` that differs."""
+        return changed_shape(self.config_of(stage), config, stage)
 
     # -- layout ----------------------------------------------------------------------------------
 
@@ -186,6 +247,28 @@ class Workspace:
     def unfinished_directory(self, stage: int) -> Path:
         """Where an unfinished stage keeps its checkpoints; gone once the stage is committed."""
         return self.root / "stages" / f".{stage}.unfinished"
+
+
+def own_strategy(config: Config) -> list[str]:
+    """The class of a custom strategy, as ``module.Class``; [] where the strategy is one of peso's."""
+    return [config.strategy.module] if isinstance(config.strategy, CustomConfig) else []
+
+
+def _read_resolved(path: Path) -> Config:
+    """A configuration that was written as resolved, so that every key has to be there."""
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        named = "" if str(path) in str(error) else f"{path}: "
+        raise ConfigError(f"{named}{error}") from None
+    if missing := missing_keys(read_tree(path), config):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise WorkspaceError(
+            f"{path} is incomplete: {', '.join(missing[:5])}{more} are missing, which peso always writes. It "
+            "was cut off or edited; restore it. The manifest of each trained stage (stages/*/manifest.json) "
+            "holds it under `configuration`"
+        )
+    return config
 
 
 def provenance() -> dict[str, Any]:

@@ -225,3 +225,30 @@ def test_a_fingerprint_sees_every_bit() -> None:
     prints = [fingerprint(x) for x in ({"a": tensor}, {"b": tensor}, {"a": other}, {"a": tensor.view(2, 2)})]
     assert len(set(prints)) == 4
     assert fingerprint({"a": tensor.clone()}) == prints[0]
+
+
+def test_patience_ends_a_training_and_a_stop_at_any_step_changes_nothing(
+    make_model: Callable[..., GenerativeModel], tmp_path: Path
+) -> None:
+    def fresh() -> GenerativeModel:
+        return with_adapter(make_model(layers=1), dropout=0.1)
+
+    settings = {"epochs": 12, "learning_rate": 1.0, "weight": 0.0}  # soon gets worse
+    patient = fresh()
+    all_epochs = train(patient, tmp_path / "all", **settings)
+    whole = fresh()
+    result = train(whole, tmp_path / "whole", patience=2, **settings)
+    losses = all_epochs.validation_losses
+    ends = next(n for n in range(3, 12) if losses.index(min(losses[:n])) == n - 3)
+    assert result.validation_losses == losses[:ends]
+    assert result.best_epoch == ends - 2
+    assert result.steps < all_epochs.steps
+    for every in (EVERY_STEP, EPOCH_ENDS):
+        parts, directory = fresh(), tmp_path / f"parts {every}"
+        for step in (2, result.steps - 1, result.steps):
+            with pytest.raises(KeyboardInterrupt):
+                train(fresh(), directory, every, Stop(step), patience=2, **settings)
+        again = train(parts, directory, every, patience=2, **settings)
+        check_same(parts, whole)
+        assert (again.validation_losses, again.steps) == (result.validation_losses, result.steps)
+        assert log_without_speed(directory) == log_without_speed(tmp_path / "whole")

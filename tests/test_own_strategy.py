@@ -75,11 +75,11 @@ def test_the_page_names_every_hook() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"module": "back_to_base.Nothing"}, "cannot be made"),
-        ({"module": "no_such_module.Strategy"}, "cannot be made.*No module named 'no_such_module'"),
+        ({"module": "back_to_base.Nothing"}, "cannot be imported"),
+        ({"module": "no_such_module.Strategy"}, "cannot be imported.*No module named 'no_such_module'"),
         ({"arguments": {"strengths": 1.0}}, "cannot be made.*strengths"),
         ({"arguments": {"strength": -1.0}}, "cannot be made.*must not be negative"),
-        ({"module": "fractions.Fraction", "arguments": {}}, r"is no peso\.continual\.strategy\.Strategy"),
+        ({"module": "fractions.Fraction", "arguments": {}}, r"is not a subclass of peso\.continual\.strategy\.Strategy"),
     ],
 )
 def test_a_class_that_cannot_be_used_is_refused(

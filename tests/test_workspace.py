@@ -27,7 +27,8 @@ def workspace(tmp_path) -> Workspace:
 
 def finish_stage(workspace: Workspace, stage: int) -> None:
     with commit_directory(workspace.stage_directory(stage)) as directory:
-        write_manifest(directory, FORMAT, {"stage": stage})
+        configuration = Workspace.open(workspace.root).config.model_dump(mode="json")
+        write_manifest(directory, FORMAT, {"stage": stage, "configuration": configuration})
 
 
 def finish_stream(workspace: Workspace) -> None:

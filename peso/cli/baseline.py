@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peso.cli.display import Terminal, table
-from peso.cli.options import Directory, Overrides
+from peso.cli.options import Directory, Overrides, Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +24,7 @@ def baseline(
         ),
     ] = None,
     overrides: Overrides = None,
+    trust: Trust = None,
 ) -> None:
     """Learn and test baselines on every stage, updated and static; resumes what is done.
 
@@ -38,9 +39,9 @@ def baseline(
     from peso.workspace import Workspace
 
     path = workspace / "config.yaml"
-    opened = Workspace.open(workspace)
+    opened = Workspace.open(workspace, trust or ())
     if overrides:
-        opened = Workspace.create_or_open(workspace, load_config(path, overrides))
+        opened = Workspace.create_or_open(workspace, load_config(path, overrides), trust=trust or ())
     configured = opened.config.baselines
     if names:
         # a name alone has the options of the configuration, where it stands there

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peso.cli.display import table
-from peso.cli.options import Directory, Json
+from peso.cli.options import Directory, Json, Trust
 
 if TYPE_CHECKING:
     from peso.workspace import Workspace
@@ -42,6 +42,7 @@ def diagnose(
         Path | None,
         typer.Option(help="With --directions: draw predicted and measured weights, FILE.svg or FILE.png."),
     ] = None,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Show how the stream drifts, whether the codes still fit new items, and whether the anchor holds.
@@ -60,7 +61,7 @@ def diagnose(
     from peso.errors import ConfigError
     from peso.workspace import Workspace
 
-    opened = Workspace.open(workspace)
+    opened = Workspace.open(workspace, trust or ())
     if directions is not None:
         _directions(opened, directions, stage, examples, free, at, plot, as_json)
         return
@@ -97,10 +98,11 @@ def _directions(
     drawers = {".svg": svg_file, ".png": png_file}
     if plot is not None and plot.suffix not in drawers:
         raise ConfigError(f"--plot {plot}: a plot ends in .svg or .png")
-    if plot is not None and free is None and workspace.config.strategy.name != "peso":
+    strategy = workspace.config_of(workspace.require_stage(stage)).strategy.name
+    if plot is not None and free is None and strategy != "peso":
         raise ConfigError(
-            f"--plot {plot}: there is no weight to draw, since strategy {workspace.config.strategy.name} has "
-            "no anchor; name a workspace with one, or one to compare with (--free)"
+            f"--plot {plot}: there is no weight to draw, since strategy {strategy} has no anchor; name a "
+            "workspace with one, or one to compare with (--free)"
         )
     unheld = None if free is None else Workspace.open(free)
     found = stage_directions(workspace, count, stage, examples, unheld, at)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from peso.cli.display import Terminal
-from peso.cli.options import Directory, Stage
+from peso.cli.options import Directory, Stage, Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +53,7 @@ def export(
         ),
     ] = "merged",
     stage: Stage = None,
+    trust: Trust = None,
 ) -> None:
     """Write a stage's model, or the semantic IDs, for others: Transformers, vLLM, PEFT, research code.
 
@@ -65,7 +66,7 @@ def export(
     from peso.durable import require_free
     from peso.workspace import Workspace
 
-    opened = Workspace.open(workspace)
+    opened = Workspace.open(workspace, trust or ())
     if form == "index":
         from peso import pipeline
 

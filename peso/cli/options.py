@@ -18,3 +18,11 @@ OnError = Annotated[
     Literal["fail", "skip"] | None,
     typer.Option(help="skip: leave unreadable rows out and count them; fail: refuse the log."),
 ]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust",
+        metavar="MODULE.CLASS",
+        help="Allow a custom strategy that the workspace names to be imported, which runs its code.",
+    ),
+]

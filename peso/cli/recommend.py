@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from peso.cli.display import Terminal, table
-from peso.cli.options import Directory, Json, Stage
+from peso.cli.options import Directory, Json, Stage, Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +24,7 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="How many items.", min=1)] = 10,
     exclude_seen: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
     stage: Stage = None,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Recommend k items, best first, with their scores (log-probabilities) and semantic IDs.
@@ -42,7 +43,7 @@ def recommend(
         raise DataError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")
     if everyone != (output is not None):
         raise DataError("--all goes with -o FILE.parquet, and -o with --all")
-    recommender = Recommender(Workspace.open(workspace), stage)
+    recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
     if output is not None:
         users = recommender.recommend_all(output, k=k, exclude_seen=exclude_seen, observer=Terminal())
         print(json.dumps({"users": users, "file": str(output)}) if as_json else f"{users:,} users: {output}")

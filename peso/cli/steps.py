@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peso.cli.display import Terminal, table, watcher
-from peso.cli.options import Directory, Json, OnError, Overrides, Stage
+from peso.cli.options import Directory, Json, OnError, Overrides, Stage, Trust
 from peso.processes import current
 from peso.workspace import Workspace
 
@@ -253,29 +253,33 @@ def tokenize(
         table(f"{opened.semantic_ids_directory}: {title}", columns, rows)
 
 
-def train(workspace: Directory, overrides: Overrides = None) -> None:
+def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None) -> None:
     """Learn the base stage (stage 0).
 
     Example: peso train -w runs/games --set training.epochs=2
     """
     from peso import pipeline
 
-    opened = _together(workspace, overrides)
+    opened = _together(workspace, overrides, trust)
     with opened.lock():
         pipeline.learn(opened, 0, watcher())
 
 
-def update(workspace: Directory, overrides: Overrides = None) -> None:
+def update(workspace: Directory, overrides: Overrides = None, trust: Trust = None) -> None:
     """Train the next stage from where the last one left the adapter. Say whether the new model is better.
 
     Both the new model and the one before it are tested on the new stage's test cases, and the report is
     renewed. With evaluation.enabled: false the stage is only trained.
 
+    --set may change the settings of later stages (strategy, training.later): they apply from this stage on.
+
     Example: peso update -w runs/games
+
+    Example: peso update -w runs/games --set strategy.strength=2 --set training.later.epochs=2
     """
     from peso import pipeline, summary
 
-    opened = _together(workspace, overrides)
+    opened = _together(workspace, overrides, trust, later=True)
     with opened.lock():
         stage = pipeline.update(opened, watcher())
     if not current().is_main:
@@ -341,6 +345,7 @@ def evaluate(
         int | None, typer.Option(help="Which stage's test cases; by default the same stage's.")
     ] = None,
     overrides: Overrides = None,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Test a stage's model on a stage's test cases: hits, NDCG, MRR, log-probability of the target.
@@ -351,7 +356,7 @@ def evaluate(
 
     from peso import summary, testing
 
-    opened = _together(workspace, overrides)
+    opened = _together(workspace, overrides, trust)
     number = opened.require_stage(stage)
     cases = number if on is None else on
     with opened.lock():
@@ -384,21 +389,33 @@ def report(
     print(f"report: {directory / 'index.html'}")
 
 
-def _configured(path: Path, overrides: list[str] | None) -> Workspace:
+def _configured(
+    path: Path, overrides: list[str] | None, trust: list[str] | None = None, *, later: bool = False
+) -> Workspace:
     """A workspace, with keys changed where nothing that is done depends on them."""
     from peso.config import load_config
+    from peso.config.reading import override
 
-    opened = Workspace.open(path)
+    given: dict[str, Any] = {}  # what this call says itself is trusted
+    for text in overrides or []:
+        override(given, text)
+    strategy = given.get("strategy")
+    named = [strategy["module"]] if isinstance(strategy, dict) and "module" in strategy else []
+    trusted = [*(trust or []), *map(str, named)]
+    opened = Workspace.open(path, trusted)
     if not overrides:
         return opened
-    return Workspace.create_or_open(path, load_config(path / "config.yaml", overrides))
+    config = load_config(path / "config.yaml", overrides)
+    return Workspace.create_or_open(path, config, trust=trusted, later=later)
 
 
-def _together(path: Path, overrides: list[str] | None) -> Workspace:
+def _together(
+    path: Path, overrides: list[str] | None, trust: list[str] | None, *, later: bool = False
+) -> Workspace:
     """As :func:`_configured`, for commands that several processes may do together."""
     from peso.config import load_config
     from peso.processes import join
 
     Workspace.open(path)  # raises where there is none
     device = load_config(path / "config.yaml", overrides or []).training.device
-    return join(device).on_main(lambda: _configured(path, overrides))
+    return join(device).on_main(lambda: _configured(path, overrides, trust, later=later))

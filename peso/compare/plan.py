@@ -19,6 +19,7 @@ from peso.config import (
     Config,
     DecodingConfig,
     EvaluationConfig,
+    LaterTrainingConfig,
     NoneConfig,
     PromptConfig,
     TrainingConfig,
@@ -326,12 +327,14 @@ def _task(root: Path, folder: str, names: tuple[str, str, str], config: Config) 
 def _base_config(config: Config) -> Config:
     """The configuration of stage 0 alone, equal for all that share it: what shapes later stages is left at
     its default."""
-    scale = TrainingConfig().later_learning_rate_scale
+    later = TrainingConfig().model_dump(include={"later_learning_rate_scale"}) | {
+        "later": LaterTrainingConfig()
+    }
     return config.model_copy(
         update={
             "adapter": AdapterConfig() if config.backbone.name in BUILT_IN else config.adapter,
             "strategy": NoneConfig(name="none"),
-            "training": config.training.model_copy(update={"later_learning_rate_scale": scale}),
+            "training": config.training.model_copy(update=later),
             "evaluation": EvaluationConfig(k=config.evaluation.k),
             "seed": config.seed_of_stage(0),
             "data_seed": config.seed_of_data,

@@ -24,7 +24,7 @@ from peso.compare.standing import Standing, is_done, open_needs, standing
 from peso.compare.tuning import choose
 from peso.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.errors import PesoError
-from peso.workspace import Workspace
+from peso.workspace import Workspace, own_strategy
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -203,7 +203,16 @@ class Schedule:
         log.parent.mkdir(exist_ok=True)
         data, base = (None if need is None else str(need.root) for need in open_needs(task))
         options = None if task.baseline is None else task.baseline.model_dump(mode="json")
-        job = Job(str(task.root), task.last_stage, data, base, task.kind, options, self.deadline)
+        job = Job(
+            str(task.root),
+            task.last_stage,
+            data,
+            base,
+            task.kind,
+            options,
+            self.deadline,
+            own_strategy(task.config),
+        )
         slot = min(set(range(self.workers)) - {process.slot for process in self._working.values()})
         with log.open("a", encoding="utf-8") as written:
             process = subprocess.Popen(

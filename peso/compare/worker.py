@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A task as plain values, see :class:`peso.compare.plan.Task`. ``deadline``: seconds since the epoch."""
+    """A task as plain values, see :class:`peso.compare.plan.Task`. ``deadline``: seconds since the epoch;
+    ``trust``: see :meth:`peso.workspace.Workspace.open`."""
 
     root: str
     last_stage: int | None
@@ -44,6 +46,7 @@ class Job:
     kind: str
     baseline: dict[str, Any] | None
     deadline: float | None
+    trust: Sequence[str] = ()
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -104,7 +107,7 @@ def work(job: Job, out: Any) -> None:
         PesoError: as the steps of the pipeline do.
         OutOfTime: the deadline has passed.
     """
-    workspace = Workspace.open(job.root)
+    workspace = Workspace.open(job.root, job.trust)
     reporter = Reporter(workspace, job.deadline, out)
     with workspace.lock():
         if job.kind == "transfer":

@@ -33,7 +33,7 @@ class PromptConfig(Section):
 
 class AdapterConfig(Section):
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
+    alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
@@ -43,6 +43,20 @@ class AdapterConfig(Section):
 def expand_backbone(value: Any) -> Any:
     """The short form of the section, a name alone, written out."""
     return {"name": value} if isinstance(value, str) else value
+
+
+class LaterTrainingConfig(Section):
+    """What is different for the updates after stage 0. A key that is not given is as for stage 0."""
+
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        exclude_if=not_,
+        description="none given: training.learning_rate x training.later_learning_rate_scale",
+    )
+    epochs: int | None = Field(None, ge=1, exclude_if=not_)
+    batch_size: int | None = Field(None, ge=1, exclude_if=not_)
+    patience: int | None = Field(None, ge=1, exclude_if=not_)
 
 
 class TrainingConfig(Section):
@@ -64,7 +78,16 @@ class TrainingConfig(Section):
     validation_cases: int | None = Field(
         None, ge=1, description="validate on a seeded sample of so many cases; none given: on all"
     )
-    # not written where not used, so that an earlier version reads a configuration without them
+    # not written where not used, so that what earlier versions wrote and read stays the same
+    patience: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=not_,
+        description="epochs without a lower validation loss that end a stage; none given: all are trained",
+    )
+    later: LaterTrainingConfig = Field(
+        LaterTrainingConfig(), exclude_if=lambda later: later == LaterTrainingConfig()
+    )
     gradient_checkpointing: bool = Field(
         False, exclude_if=not_, description="less memory for a third more computation; no number changes"
     )
@@ -73,8 +96,18 @@ class TrainingConfig(Section):
     )
 
     def determining(self) -> dict[str, Any]:
-        """What a training's result depends on: all but how its steps are computed."""
-        return self.model_dump(mode="json", exclude=set(HOW))
+        """What a training's result depends on: all but how its steps are computed, and other stages."""
+        return self.model_dump(mode="json", exclude={*HOW, "later"})
+
+    def of_update(self) -> TrainingConfig:
+        """The settings of an update: those of ``later`` in place of stage 0's, the rate apart."""
+        given = self.later.model_dump(exclude={"learning_rate"})
+        return self.model_copy(update={**given, "later": LaterTrainingConfig()})
+
+    @property
+    def rate_of_update(self) -> float:
+        """The highest learning rate of an update."""
+        return self.later.learning_rate or self.learning_rate * self.later_learning_rate_scale
 
 
 class DecodingConfig(Section):

@@ -33,7 +33,8 @@ class _Loader(yaml.SafeLoader):
         self._depth, self._values = self._depth + 1, self._values + 1
         if self._depth > DEEPEST:
             raise _Refused(problem=f"nested more than {DEEPEST} levels deep", problem_mark=mark)
-        node: yaml.Node = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        assert node is not None
         self._depth -= 1
         if alias and node not in self._sizes:
             raise _Refused(problem="an alias inside of what it stands for", problem_mark=mark)

@@ -60,7 +60,7 @@ def dump_config(config: Config) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Dotted names of the keys whose values differ, in the order of the tree."""
-    before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+    before, after = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
@@ -94,10 +94,17 @@ def _absolute(text: str, base: Path | None) -> str:
     return str(path.resolve())
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def missing_keys(tree: Mapping[str, Any], config: Config) -> list[str]:
+    """Keys that the resolved configuration has and a tree read from a file has not."""
+    there = {key for key, _ in leaves(tree)}
+    return [key for key, _ in leaves(config.model_dump(mode="json")) if key not in there]
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is not a section, by its dotted key."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

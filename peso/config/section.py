@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, get_args
 
@@ -26,7 +26,7 @@ class Section(BaseModel):
             return tree
         result = dict(tree)
         for key in cls.model_fields.keys() & tree.keys():
-            value, kinds = tree[key], _kinds(cls.model_fields[key].annotation)
+            value, kinds = tree[key], _kinds(cls.model_fields[key].annotation or Any)
             if float in kinds and str not in kinds:
                 result[key] = [_number(v) for v in value] if isinstance(value, list) else _number(value)
             elif int in kinds and isinstance(value, int) and value > LARGEST and not {float, str} & kinds:
@@ -39,6 +39,6 @@ def _number(value: Any) -> Any:
 
 
 @cache
-def _kinds(annotation: Any) -> frozenset[Any]:
+def _kinds(annotation: Hashable) -> frozenset[Any]:
     """The plain types that an annotation allows, those within lists and unions included."""
     return frozenset([annotation]).union(*map(_kinds, get_args(annotation)))

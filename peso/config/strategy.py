@@ -17,9 +17,18 @@ History = Literal["all", "latest"]
 
 
 class StrategySection(Section):
-    """``home``: the class that does it, made with the options as keyword arguments."""
+    """``home``: the class that does it, made with the options as keyword arguments.
+
+    What it can go on from where the last stage was trained with another strategy, beside adapter and
+    vocabulary, as kinds of tensors in the stage's ``state.safetensors`` (the first part of their names;
+    ``backbone``: a trained backbone): ``reads`` says which of them it understands, ``needs`` which have to
+    be there, ``anew`` that it begins without any.
+    """
 
     home: ClassVar[str]
+    reads: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    anew: ClassVar[bool] = False
 
     def options(self) -> dict[str, Any]:
         return self.model_dump(exclude={"name"})
@@ -29,6 +38,7 @@ class NoneConfig(StrategySection):
     """Only stage 0 is learnt; later stages inherit it unchanged."""
 
     home = "peso.continual.none.NoUpdates"
+    reads = frozenset({"past"})
     name: Literal["none"]
 
 
@@ -88,6 +98,7 @@ class SumLoraConfig(StrategySection):
     """A new adapter beside the frozen ones of earlier stages, each factor of these divided by its norm."""
 
     home = "peso.continual.sum_lora.SumLora"
+    reads = frozenset({"past"})
     name: Literal["sum_lora"]
     history: History = "all"
     inherit: bool = Field(False, description="begin at the last adapter instead of a fresh one")
@@ -97,6 +108,7 @@ class SdLoraConfig(StrategySection):
     """``sum_lora`` with a learnable magnitude for every earlier adapter (SD-LoRA)."""
 
     home = "peso.continual.sd_lora.SdLora"
+    reads = frozenset({"past"})
     name: Literal["sd_lora"]
     history: History = "all"
     inherit: bool = False
@@ -106,6 +118,8 @@ class InfLoraConfig(StrategySection):
     """A new adapter whose A spans directions free of earlier inputs, B alone trained (InfLoRA)."""
 
     home = "peso.continual.inf_lora.InfLora"
+    reads = frozenset({"past", "inputs"})
+    needs = frozenset({"inputs"})
     name: Literal["inf_lora"]
     threshold: float = Field(0.95, gt=0, le=1, description="share of the inputs' energy that is protected")
     examples: int = Field(512, ge=1, description="target sequences whose inputs are looked at")
@@ -115,6 +129,7 @@ class OLoraConfig(StrategySection):
     """A new adapter, penalised for overlapping with the A of earlier ones (O-LoRA)."""
 
     home = "peso.continual.o_lora.OLora"
+    reads = frozenset({"past"})
     name: Literal["o_lora"]
     weight: float = Field(0.5, ge=0)
 
@@ -123,6 +138,7 @@ class LsatConfig(StrategySection):
     """A long-term adapter on all data so far and a short-term one on the new stage, fused (LSAT)."""
 
     home = "peso.continual.lsat.Lsat"
+    anew = True
     name: Literal["lsat"]
     fusion: Literal["outputs", "arithmetic"] = "outputs"
     long_share: float = Field(0.5, ge=0, le=1, description="weight of the long-term adapter")
@@ -132,6 +148,7 @@ class ReplayConfig(StrategySection):
     """``single`` on the new stage and a sample of earlier ones of fixed size (reservoir)."""
 
     home = "peso.continual.replay.Replay"
+    reads = needs = frozenset({"replay"})
     name: Literal["replay"]
     budget: int = Field(1000, ge=1, description="target sequences of earlier stages that are kept")
 
@@ -157,6 +174,7 @@ class RetrainConfig(StrategySection):
     """One adapter, learnt anew at every stage on all data so far."""
 
     home = "peso.continual.retrain.Retrain"
+    anew = True
     name: Literal["retrain"]
 
 
@@ -164,6 +182,7 @@ class FullConfig(StrategySection):
     """All weights of the backbone, fine-tuned on every stage."""
 
     home = "peso.continual.full.FullFineTuning"
+    reads = frozenset({"backbone"})
     name: Literal["full"]
 
 

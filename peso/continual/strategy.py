@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from peso.config import CustomConfig, StrategyConfig
+from peso.config.parsing import shown
 from peso.continual.hooks import ForwardPass, StageContext, Strategy
 from peso.errors import ConfigError
 
@@ -30,12 +31,23 @@ def make_strategy(config: StrategyConfig) -> Strategy:
 def _custom(config: CustomConfig) -> Strategy:
     module, _, name = config.module.rpartition(".")
     try:
-        made = getattr(import_module(module or name), name)(**config.arguments)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"strategy.module: {config.module} cannot be made with {config.arguments} ({error}); name a "
-            "class that Python can import from here (PYTHONPATH) and the keyword arguments that it takes"
-        ) from error
-    if not isinstance(made, Strategy):
-        raise ConfigError(f"strategy.module: {config.module} is no peso.continual.strategy.Strategy")
-    return made
+        found = getattr(import_module(module or name), name)
+    except Exception as error:  # whatever a module does when it is imported
+        raise _refused(config, f"cannot be imported ({_cause(error)})") from error
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise _refused(config, "is not a subclass of peso.continual.strategy.Strategy")
+    try:
+        return found(**config.arguments)
+    except Exception as error:
+        raise _refused(config, f"cannot be made with {shown(config.arguments)} ({_cause(error)})") from error
+
+
+def _refused(config: CustomConfig, why: str) -> ConfigError:
+    return ConfigError(
+        f"strategy.module: {config.module} {why}; name a strategy class that Python can import from here "
+        "(PYTHONPATH), and in strategy.arguments the keyword arguments that it takes"
+    )
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

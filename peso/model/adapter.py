@@ -50,7 +50,7 @@ def add_adapter(
         )
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # PEFT divides it by the rank; whole or not does not matter
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # as it is written most often
         lora_dropout=dropout,
         target_modules=list(targets),
         # GPT-2's layers hold their weight transposed

@@ -71,7 +71,10 @@ def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> lis
     Returns:
         Chunk numbers of each batch; every chunk occurs once.
     """
-    upcoming = iter(np.random.default_rng(list(seed)).permutation(len(targets)).tolist())
+    order = np.random.default_rng(list(seed)).permutation(len(targets))
+    if batch_size >= targets.sum():
+        return [order]
+    upcoming = iter(order.tolist())
     size = targets.tolist()
     batches: list[np.ndarray] = []
     pool: list[int] = []

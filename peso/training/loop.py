@@ -198,6 +198,8 @@ def train_stage(
         saved_at = clock = time.monotonic()
         passes = plan.batch(state.step, model, processes) if state.step < len(plan) else []
         for step in range(state.step, len(plan)):
+            if _has_converged(state.validation_losses, settings.patience):
+                break
             began = time.monotonic()
             # what dropout draws from: something else on every process, which see other targets
             torch.manual_seed(_number(seed, stage, step, *([processes.rank] if processes.rank else [])))
@@ -302,6 +304,13 @@ def train_stage(
         tokens_per_second=state.tokens / state.step_seconds,
         peak_memory=peak_memory(model.device),
     )
+
+
+def _has_converged(validation_losses: Sequence[float], patience: int | None) -> bool:
+    """Whether the last ``patience`` epochs brought no lower validation loss than an epoch before them."""
+    if patience is None or not validation_losses:
+        return False
+    return len(validation_losses) - 1 - int(np.argmin(validation_losses)) >= patience
 
 
 def _backward(

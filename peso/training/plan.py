@@ -6,6 +6,7 @@ Knows sequences, settings and seeds, and the token budgets of devices; knows not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch
 from peso.config import TrainingConfig
 from peso.errors import TrainingError
 from peso.events.histories import TargetSequence
+from peso.memory import require_memory
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
 from peso.model.tree_attention import serves
@@ -68,6 +70,7 @@ class StagePlan:
 
     Raises:
         TrainingError: no targets.
+        ConfigError: more epochs than the plan has memory for.
     """
 
     def __init__(
@@ -87,9 +90,13 @@ class StagePlan:
                 "Leave the stage out, or use fewer stages"
             )
         targets = np.array([chunk.targets for chunk in self.chunks])
+        planned = min(settings.epochs, settings.max_steps or settings.epochs)  # an epoch is a step at least
+        require_memory(
+            8 * planned * len(targets), f"training.epochs {settings.epochs:,}: the plan of stage {stage}"
+        )
         epochs = (plan_epoch(targets, settings.batch_size, (seed, stage, e)) for e in range(settings.epochs))
-        steps = [(epoch, batch) for epoch, batches in enumerate(epochs) for batch in batches]
-        self._steps = steps[: settings.max_steps]
+        steps = ((epoch, batch) for epoch, batches in enumerate(epochs) for batch in batches)
+        self._steps = list(islice(steps, settings.max_steps))
         self.epochs = self._steps[-1][0] + 1
 
     def __len__(self) -> int:
