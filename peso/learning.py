@@ -67,10 +67,12 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
             shutil.rmtree(stale)
 
     current().on_main(prepare)
+    strategy = strategy_of(workspace)  # one that cannot be made says so before stage 0 is trained
+    if stage == 0:
+        strategy = Strategy()  # the base stage is the same for all
     memory = inherited_memory(workspace, stage)
     model = starting_model(workspace, stage)
     training: dict[str, Any] = {}
-    strategy = strategy_of(workspace) if stage else Strategy()  # the base stage is the same for all
     if strategy.learns(stage):
         training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
     else:

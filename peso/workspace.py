@@ -129,9 +129,9 @@ class Workspace:
             self._refuse(
                 [key for key in changed if not (later and is_later(key))], f"stage {stage} was trained"
             )
-        changed = changed_keys(self.config, config)
+        keys = changed_keys(self.config, config)
         for done, step in ((self.has_semantic_ids, "semantic IDs"), (self.has_stream, "stream")):
-            fixed = [key for key in changed if key.split(".")[0] in DEPENDS[step]]
+            fixed = [key for key in keys if key.split(".")[0] in DEPENDS[step]]
             self._refuse(fixed if done else [], f"its {step} were made")
 
     def _refuse(self, fixed: Sequence[str], since: str) -> None:

@@ -73,15 +73,15 @@ def test_the_steps_are_those_that_a_run_takes(source: Workspace, tmp_path: Path)
     found = estimate._trainings(source, Stream.open(source.stream_directory))
     for number in (1, 3):
         config = load_config({**TREE, "strategy": "retrain"})
-        (chosen,) = estimate._trainings(Workspace(source.root, config), Stream.open(source.stream_directory))[
-            number
-        ]
+        ((_, chosen),) = estimate._trainings(
+            Workspace(source.root, config), Stream.open(source.stream_directory)
+        )[number]
         model = starting_model(Workspace(source.root, config), 0)
         stream = Stream.open(source.stream_directory)
         examples = StageExamples(model, stream.stage, number, config.training, 0)
         every = [each for stage in range(number + 1) for each in examples.of(stage)]
         assert [each.user for each in chosen] == [each.user for each in every]
-        (own,) = found[number]
+        ((_, own),) = found[number]
         assert [each.user for each in own] == [each.user for each in examples.of(number)]
 
 

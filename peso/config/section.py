@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -26,7 +25,7 @@ class Section(BaseModel):
             return tree
         result = dict(tree)
         for key in cls.model_fields.keys() & tree.keys():
-            value, kinds = tree[key], _kinds(cls.model_fields[key].annotation or Any)
+            value, kinds = tree[key], _kinds(cls.model_fields[key].annotation)
             if float in kinds and str not in kinds:
                 result[key] = [_number(v) for v in value] if isinstance(value, list) else _number(value)
             elif int in kinds and isinstance(value, int) and value > LARGEST and not {float, str} & kinds:
@@ -38,7 +37,6 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
-@cache
-def _kinds(annotation: Hashable) -> frozenset[Any]:
+def _kinds(annotation: Any) -> frozenset[Any]:
     """The plain types that an annotation allows, those within lists and unions included."""
     return frozenset([annotation]).union(*map(_kinds, get_args(annotation)))
