@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/peso demo
+	@echo "peso is installed in $(VENV): call $(BIN)/peso, or run 'source $(BIN)/activate' once and call peso"
 
 # two processes of one thread each: what a laptop has, and what the time limits of the tests are meant for
 test: install

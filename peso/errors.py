@@ -12,6 +12,10 @@ class ConfigError(PesoError):
     """An unknown key, a wrong type or an impossible value in a configuration."""
 
 
+class UsageError(PesoError):
+    """Options of a command that are missing, exclude each other or have an impossible value."""
+
+
 class DataError(PesoError):
     """Unreadable, incomplete or inconsistent input: names file, row, key or id."""
 

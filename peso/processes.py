@@ -8,6 +8,11 @@ share of a batch, and the first one, the main process, alone writes.
 from __future__ import annotations
 
 import os
+import re
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from peso.errors import LostProcess, PesoError, TrainingError
+from peso.errors import ConfigError, LostProcess, PesoError, TrainingError
+from peso.failures import TERMINATED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TIMEOUT = timedelta(days=1)  # others wait this long while the main process reads data or draws a report
+NATIVE_SECONDS = 4  # that native code, which Python cannot interrupt, gets to return after a SIGTERM
 ON_MAIN = "raised on the main process"  # note on an error that the others only repeat
 
 
@@ -142,8 +149,60 @@ _current = ALONE
 
 
 def launched() -> int:
-    """How many processes a launcher started; 1 where none did."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes a launcher started; 1 where none did.
+
+    Raises:
+        ConfigError: the variables by which torchrun and accelerate say so make no sense.
+    """
+    count = _number("WORLD_SIZE", 1) if os.environ.get("WORLD_SIZE") else 1
+    if count > 1:
+        _number("RANK", 0, count - 1)
+        _number("LOCAL_RANK", 0, count - 1)
+        _number("MASTER_PORT", 1, 65535)
+    return count
+
+
+def _number(name: str, least: int, most: int | None = None) -> int:
+    text = os.environ.get(name, "")
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= (most or int(text)):
+        allowed = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, not a whole number {allowed}; unset WORLD_SIZE to "
+            "run one process, or start several with torchrun, which sets it"
+        )
+    return int(text)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the work inside as Ctrl-C does: what is half-written is removed, the exit status is 143.
+
+    Where native code does not return to Python in time, the process ends at once.
+    """
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what tidies up is not interrupted
+        sys.exit(TERMINATED)
+
+    def watch() -> None:
+        while (received := os.read(reader, 1)) and received[0] != signal.SIGTERM:
+            pass
+        if received:
+            time.sleep(NATIVE_SECONDS)
+            os.write(2, b"\nterminated by SIGTERM; the same command continues where it was\n")
+            os._exit(TERMINATED)
+        os.close(reader)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before[1])
+        signal.signal(signal.SIGTERM, before[0])
+        os.close(writer)  # ends the thread
 
 
 def current() -> Processes:

@@ -179,21 +179,21 @@ def test_export_writes_a_directory_for_others(peso, workspace, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("status", "arguments", "words"),
     [
-        (["run", "absent.yaml"], ["no configuration at absent.yaml"]),
-        (["update", "-w", "nowhere"], ["nowhere is no workspace"]),
-        (["recommend", "-w", "nowhere", "--user", "x", "--history", "y"], ["exactly one of"]),
-        (["recommend", "-w", "nowhere", "--all"], ["-o"]),
-        (["pull", "gpt-9"], ["gpt-9", "smollm2-135m"]),
-        (["ingest"], ["-w"]),
-        (["ingest", "--format", "peso-release", "nowhere", "-w", "w"], ["nowhere"]),
+        (1, ["run", "absent.yaml"], ["no configuration at absent.yaml"]),
+        (1, ["update", "-w", "nowhere"], ["nowhere is no workspace"]),
+        (2, ["recommend", "-w", "nowhere", "--user", "x", "--history", "y"], ["exactly one of"]),
+        (2, ["recommend", "-w", "nowhere", "--all"], ["-o"]),
+        (1, ["pull", "gpt-9"], ["gpt-9", "smollm2-135m"]),
+        (2, ["ingest"], ["-w"]),
+        (1, ["ingest", "--format", "peso-release", "nowhere", "-w", "w"], ["nowhere"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_1(peso, arguments, words, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_and_its_exit_status(peso, status, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, _, err = peso(*arguments)
-    assert status == 1
+    found, _, err = peso(*arguments)
+    assert found == status
     assert err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in err
     for word in words:

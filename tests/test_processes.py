@@ -68,10 +68,11 @@ def test_one_process_exchanges_nothing() -> None:
 def test_commands_of_one_process_refuse_several(
     peso: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     status, _, error = peso("ingest", "log.csv")
-    assert status == 1
-    assert "the work of one process: call it without torchrun" in error
+    assert status == 2
+    assert "runs in one process: call it without torchrun" in error
 
 
 @pytest.fixture(scope="module")

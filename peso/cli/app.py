@@ -1,76 +1,132 @@
 """The `peso` command: its list of commands, and how errors and interruptions are shown.
 
-Heavy libraries are imported inside the commands, so that `peso --help` answers at once.
+Heavy libraries are imported inside the commands, so that `peso --help` and a refused command answer at once.
 """
 
 from __future__ import annotations
 
-import signal
+import errno
+import os
 import sys
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from peso.cli import baseline, compare, demo, diagnose, models, recommend, run, steps
-from peso.durable import is_full
-from peso.errors import ConfigError, LostProcess, PesoError
-from peso.processes import ON_MAIN, current, launched
+from peso.errors import DataError, UsageError
+from peso.failures import FAILED, INTERRUPTED, MISUSED, TERMINATED, explain, installed_version, sentence
+from peso.printable import printable
+from peso.processes import ON_MAIN, current, ended_by_sigterm, launched
 
-INTERRUPTED = 130
 TOGETHER = ("run", "train", "update", "evaluate")  # commands that several processes may share
 
+
+class Commands(typer.core.TyperGroup):
+    """Typer takes an EOFError for a Ctrl-D at a question; here it is a file that ends too early."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise DataError(sentence(error)) from error
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Continual learning for LLM-based generative recommenders: one evolving LoRA adapter, held by a "
-    "proximal anchor.",
+    epilog="Exit status: 0 done, 1 failed, 2 wrong use of the command line, 130 interrupted (Ctrl-C), "
+    "143 terminated (SIGTERM).",
 )
 for module in (demo, run, compare, steps, recommend, baseline, diagnose, models):
     module.register(app)
 
 
-def _refuse_processes() -> None:
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command not in TOGETHER:
-        raise ConfigError(
-            f"`peso {command}` is the work of one process: call it without torchrun or accelerate launch. "
-            f"Several processes can {', '.join(TOGETHER)}"
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"peso {installed_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def peso(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; PESO_DEBUG=1 does the same.")
+    ] = False,
+) -> None:
+    """Continual learning for LLM-based generative recommenders: one evolving LoRA adapter, held by a proximal
+    anchor."""
+    if debug:
+        os.environ["PESO_DEBUG"] = "1"  # the processes of `peso compare` see it, too
+    if launched() > 1 and context.invoked_subcommand not in TOGETHER:
+        raise UsageError(
+            f"`peso {context.invoked_subcommand}` runs in one process: call it without torchrun or "
+            f"accelerate launch. Several processes can {', '.join(TOGETHER)}"
         )
 
 
-def _stopped(*_: object) -> None:
-    """A launcher stops the processes that are left when one ends."""
-    raise LostProcess(
-        "told to stop, most likely since another process ended. Start the same command again: it continues "
-        "at its newest checkpoint"
-    )
-
-
-def _tell(error: PesoError) -> None:
+def _tell(error: Exception) -> None:
     """Of several processes each tells its own errors; what all were told of is said once."""
     if ON_MAIN in getattr(error, "__notes__", ()):
         return
-    who = f" (process {current().rank} of {current().count})" if current().count > 1 else ""
-    print(f"error{who}: {error}", file=sys.stderr, flush=True)
+    who = f"process {current().rank} of {current().count}: " if current().count > 1 else ""
+    _say(who + explain(error))
+
+
+def _say(text: str) -> None:
+    """A line on stderr, if that is still open."""
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:
+        _close(sys.stderr)
+
+
+def _close(stream: object) -> None:
+    """Let what is still to be written go nowhere: Python flushes once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
+
+
+def _prepare_streams() -> None:
+    """Print what the terminal cannot show as escapes, and nothing where stdout or stderr is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run() -> int:
+    try:
+        with ended_by_sigterm():
+            app()
+    except SystemExit as stop:
+        status = FAILED if isinstance(stop.code, str) else stop.code or 0
+    except Exception as error:
+        _tell(error)
+        status = MISUSED if isinstance(error, UsageError) else FAILED
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _close(sys.stdout)
+        if error.errno != errno.EPIPE:  # a reader that has gone (`peso … | head -1`) wants no more
+            _tell(error)
+        status = status or FAILED
+    return status
 
 
 def main() -> None:
-    """Entry point: a PesoError becomes one line and exit status 1, Ctrl-C becomes exit status 130."""
-    try:
-        if launched() > 1:
-            _refuse_processes()
-            signal.signal(signal.SIGTERM, _stopped)
-        app()
-    except PesoError as error:
-        _tell(error)
-        sys.exit(1)
-    except OSError as error:
-        if not is_full(error):
-            raise
-        print(f"error: no space left ({error}); free some and start again: it continues", file=sys.stderr)
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # Typer's own answer to Ctrl-C says nothing
-            print("\ninterrupted; the same command continues where it was", file=sys.stderr)
-        raise
+    """Entry point; the exit statuses are those of :mod:`peso.failures`."""
+    _prepare_streams()
+    status = _run()
+    if status in (INTERRUPTED, TERMINATED):
+        how = "interrupted" if status == INTERRUPTED else "terminated by SIGTERM"
+        together = ", most likely because another process ended" if current().count > 1 else ""
+        _say(f"\n{how}{together}; the same command continues where it was")
+    sys.exit(status)

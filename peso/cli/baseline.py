@@ -35,7 +35,7 @@ def baseline(
     """
     from peso import baseline_runs, summary
     from peso.config import load_config
-    from peso.errors import ConfigError
+    from peso.errors import UsageError
     from peso.workspace import Workspace
 
     path = workspace / "config.yaml"
@@ -49,7 +49,7 @@ def baseline(
         asked = ", ".join(by_name.get(name, name) for name in names)  # type: ignore[call-overload]
         configured = load_config(path, [f"baselines=[{asked}]"]).baselines
     if not configured:
-        raise ConfigError(f"name a baseline, or list some as `baselines` in {path}")
+        raise UsageError(f"name a baseline, or list some as `baselines` in {path}")
     with opened.lock():
         baseline_runs.run_baselines(opened, configured, Terminal())
     runs = baseline_runs.baseline_summaries(opened, configured)

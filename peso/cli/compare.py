@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from peso.cli.display import duration, table
+from peso.cli.display import duration, say, table
 from peso.cli.options import Overrides
 from peso.durable import only_writer
-from peso.errors import ConfigError, PesoError
+from peso.errors import PesoError, UsageError
+from peso.printable import printable
 
 if TYPE_CHECKING:
     from peso.compare.schedule import Row
@@ -83,17 +83,17 @@ def compare(
             rows = Schedule(plan, machine.workers, machine.environment, deadline, display.show).run()
         failed = [row for row in rows if row.state == "failed"]
         for row in failed:
-            print(f"failed: {row.run.name}: {row.note}", file=sys.stderr)
+            say(f"failed: {row.run.name}: {row.note}", error=True)
         states = Counter(row.state for row in rows)
-        print(", ".join(f"{count} {state}" for state, count in states.items()))
+        say(", ".join(f"{count} {state}" for state, count in states.items()))
     collected = collect(plan)
     for remark in collected.remarks:
-        print(f"- {remark}")
+        say(f"- {remark}")
     if collected.runs or report_only:
-        print(f"report: {write_results(plan, collected, output or root)}")
-        print(f"table:  {(output or root) / 'results.parquet'}")
+        say(f"report: {write_results(plan, collected, output or root)}")
+        say(f"table:  {(output or root) / 'results.parquet'}")
     else:
-        print("no report: no run has a tested stage")
+        say("no report: no run has a tested stage")
     if failed:
         raise PesoError(f"{len(failed)} of {len(plan.all)} runs failed; the same command tries them again")
 
@@ -129,7 +129,7 @@ class Display:
                 note = f" ({row.note})" if row.state == "failed" else ""
                 what = "tests" if row.run.kind == "transfer" else "stages"
                 line = f"{row.run.name}: {row.state}, {stages} {what}{figures}{more}{note}"
-                self.console.print(line, markup=False, soft_wrap=True)
+                self.console.print(printable(line), markup=False, soft_wrap=True)
             self._said[row.run.name] = now
 
 
@@ -145,7 +145,9 @@ def _drawn(rows: Sequence[Row]) -> Table:
     for name in ("run", "state", "done", "Hit", "NDCG", "left", "now"):
         drawn.add_column(name, no_wrap=name != "now")
     for row in shown:
-        drawn.add_row(escape(row.run.name), row.state, *_cells(row), escape(row.note))
+        drawn.add_row(
+            escape(row.run.name), row.state, *_cells(row), escape(printable(row.note, one_line=True))
+        )
     return drawn
 
 
@@ -164,7 +166,7 @@ def _show_plan(plan: Any, machine: Any) -> None:
     table(f"{plan.root}: {_counted(plan)}", ["run", "state", "minutes", "note"], rows)
     known = sum(e.minutes or 0 for e in expected)
     unknown = sum(e.minutes is None for e in expected)
-    print(
+    say(
         f"in all about {known / machine.workers:.0f} minutes on this machine: {machine.workers} at once, "
         f"{machine.threads} threads each"
         + (f"; {unknown} of unknown length are not counted" if unknown else "")
@@ -179,6 +181,6 @@ def _counted(plan: Any) -> str:
 def _seconds(text: str) -> float:
     found = BUDGET.fullmatch(text.strip())
     if not found or not any(found.groups()):
-        raise ConfigError(f"--budget takes hours, minutes, seconds such as 90m, 2h or 1h30m; got {text!r}")
+        raise UsageError(f"--budget takes hours, minutes, seconds such as 90m, 2h or 1h30m; got {text!r}")
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return 3600.0 * hours + 60 * minutes + seconds

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peso.cli.display import Terminal, table
+from peso.cli.display import Terminal, called, say, table
 
 # A stream, a model and a number of epochs small enough for two cores and large enough to learn something.
 CONFIG = {
@@ -54,7 +55,8 @@ def demo(
     columns, rows = summary.result_table(workspaces)
     table("averages over stages 1 to 3, each tested after it was learnt", columns, rows)
     for sentence in summary.sentences(workspaces):
-        print(f"- {sentence}")
+        say(f"- {sentence}")
     some_user = Stream.open(workspaces[-1].stream_directory).stage(0).users[0]
-    print(f"\nreport: {output / 'report' / 'index.html'}")
-    print(f"try:    peso recommend -w {workspaces[-1].root} --user {some_user}")
+    say(f"\nreport: {output / 'report' / 'index.html'}")
+    again = ["recommend", "-w", str(workspaces[-1].root), "--user", some_user]
+    say(f"try:    {shlex.join([*called(), *again])}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peso.cli.display import table
+from peso.cli.display import say, say_json, table
 from peso.cli.options import Directory, Json, Trust
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ def diagnose(
 
     Example: peso diagnose -w runs/peso --directions 8 --stage 1 --free runs/single --plot directions.svg
     """
-    import json
-
     from peso import diagnosis
-    from peso.errors import ConfigError
+    from peso.errors import UsageError
     from peso.workspace import Workspace
 
     opened = Workspace.open(workspace, trust or ())
@@ -66,15 +64,15 @@ def diagnose(
         _directions(opened, directions, stage, examples, free, at, plot, as_json)
         return
     if stage is not None or free is not None or plot is not None:
-        raise ConfigError("--stage, --free and --plot go with --directions: say how many")
+        raise UsageError("--stage, --free and --plot go with --directions: say how many")
     found = diagnosis.diagnose(opened)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        say_json(found)
         return
     for title, columns, rows in diagnosis.diagnosis_tables(found):
         table(title, columns, rows)
     for warning in found["warnings"]:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
 
 
 def _directions(
@@ -87,20 +85,18 @@ def _directions(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    import json
-
     from peso.direction_views import direction_plot, direction_sentences, direction_tables
     from peso.directions import stage_directions
-    from peso.errors import ConfigError
+    from peso.errors import UsageError
     from peso.evaluation.plots import png_file, svg_file
     from peso.workspace import Workspace
 
     drawers = {".svg": svg_file, ".png": png_file}
     if plot is not None and plot.suffix not in drawers:
-        raise ConfigError(f"--plot {plot}: a plot ends in .svg or .png")
+        raise UsageError(f"--plot {plot}: a plot ends in .svg or .png")
     strategy = workspace.config_of(workspace.require_stage(stage)).strategy.name
     if plot is not None and free is None and strategy != "peso":
-        raise ConfigError(
+        raise UsageError(
             f"--plot {plot}: there is no weight to draw, since strategy {strategy} has no anchor; name a "
             "workspace with one, or one to compare with (--free)"
         )
@@ -110,9 +106,9 @@ def _directions(
     if plot is not None:
         plot.write_bytes(drawers[plot.suffix](direction_plot(found)))
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        say_json(found)
         return
     for title, columns, rows in direction_tables(found):
         table(title, columns, rows)
     for sentence in found["sentences"]:
-        print(sentence)
+        say(sentence)

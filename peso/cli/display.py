@@ -1,13 +1,16 @@
 """What commands print: progress with rate and time left, tables.
 
-Knows terminals; knows nothing of training or decoding. Progress goes to stderr, results to stdout.
+Progress goes to stderr, results to stdout. Text of data (ids, titles) cannot steer the terminal.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from peso.printable import printable
 from peso.processes import current
 from peso.progress import Observer, Silent
 
@@ -38,7 +42,7 @@ class Terminal:
         self._started = self._spoke = 0.0
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def begin(self, title: str, total: int, unit: str) -> None:
         self.end()
@@ -48,12 +52,12 @@ class Terminal:
         if self.console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn(unit),
+                TextColumn(unit, markup=False),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -87,19 +91,30 @@ def watcher() -> Observer:
     return Terminal() if current().is_main else Silent()
 
 
+def say(text: object, *, error: bool = False) -> None:
+    """Print a result to stdout (``error``: stderr), what would steer a terminal written out."""
+    print(printable(str(text)), file=sys.stderr if error else sys.stdout)
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON document, in ASCII where stdout has no other characters."""
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(printable(json.dumps(value, ensure_ascii=not utf8)))
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table to stdout; numbers are right-aligned."""
     drawn = Table(header_style="bold")
     rows = [list(row) for row in rows]
     for position, column in enumerate(columns):
         numeric = all(isinstance(row[position], int | float | None) for row in rows)
-        drawn.add_column(column, justify="right" if numeric else "left")
+        drawn.add_column(escape(_short(column)), justify="right" if numeric else "left")
     for row in rows:
         drawn.add_row(*(escape(_short(value)) for value in row))  # `l2[weight=3]` is no markup
     # in a file or a pipe nothing is cut to the width of a terminal that is not there
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
     if title:  # above, not within: a narrow table would break it
-        console.print(title, markup=False, style="bold")
+        console.print(printable(title, one_line=True), markup=False, style="bold")
     console.print(drawn)
 
 
@@ -108,7 +123,15 @@ def _short(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(str(value), one_line=True)
+
+
+def called() -> list[str]:
+    """How this program can be called again: by its name only where the shell finds it (not in an environment
+    that is not activated)."""
+    if shutil.which("peso"):
+        return ["peso"]
+    return [sys.argv[0]] if Path(sys.argv[0]).name == "peso" else [sys.executable, "-m", "peso"]
 
 
 def duration(seconds: float) -> str:

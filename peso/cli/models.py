@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from peso.cli.display import Terminal
+from peso.cli.display import Terminal, say
 from peso.cli.options import Directory, Stage, Trust
 
 
@@ -36,7 +36,7 @@ def pull(
 
     directory = assets.pull(name, on_progress=show)
     terminal.end()
-    print(directory)
+    say(directory)
 
 
 def export(
@@ -79,4 +79,4 @@ def export(
         from peso.model.export import export_merged, export_peft
 
         (export_merged if form == "merged" else export_peft)(recommender.model, output)
-    print(output)
+    say(output)

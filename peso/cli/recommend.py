@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Terminal, table
+from peso.cli.display import Terminal, say, say_json, table
 from peso.cli.options import Directory, Json, Stage, Trust
 
 
@@ -33,20 +33,21 @@ def recommend(
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
     """
-    import json
-
-    from peso.errors import DataError
+    from peso.errors import UsageError
     from peso.recommender import Recommender
     from peso.workspace import Workspace
 
     if [user is not None, history is not None, everyone].count(True) != 1:
-        raise DataError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")
+        raise UsageError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")
     if everyone != (output is not None):
-        raise DataError("--all goes with -o FILE.parquet, and -o with --all")
+        raise UsageError("--all goes with -o FILE.parquet, and -o with --all")
     recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
     if output is not None:
         users = recommender.recommend_all(output, k=k, exclude_seen=exclude_seen, observer=Terminal())
-        print(json.dumps({"users": users, "file": str(output)}) if as_json else f"{users:,} users: {output}")
+        if as_json:
+            say_json({"users": users, "file": str(output)})
+        else:
+            say(f"{users:,} users: {output}")
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
     ranked = recommender.recommend(history=items, k=k, exclude_seen=exclude_seen)
@@ -63,7 +64,7 @@ def recommend(
             }
             for item, score in ranked
         ]
-        print(json.dumps({"history": items, "recommendations": rows}, ensure_ascii=False))
+        say_json({"history": items, "recommendations": rows})
         return
     table(
         f"after {', '.join(recommender.title(item) or item for item in items[-5:]) or 'nothing'}",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import table, watcher
+from peso.cli.display import say, table, watcher
 from peso.cli.options import Overrides
 
 
@@ -52,7 +52,7 @@ def run(
             ["step", "minutes", "memory GiB", "disk MiB", "note"],
             [[str(e.step), *map(_shown, (e.minutes, e.memory_gib, e.disk_mib)), e.note] for e in plan],
         )
-        print(f"in all about {sum(e.minutes or 0 for e in plan):.0f} minutes on this machine")
+        say(f"in all about {sum(e.minutes or 0 for e in plan):.0f} minutes on this machine")
         return
     from peso import pipeline, summary
 
@@ -63,14 +63,14 @@ def run(
     if not processes.is_main:
         return
     if not resolved.evaluation.enabled:
-        print(
+        say(
             f"{root}: {len(opened.finished_stages)} stages are trained. evaluation.enabled is false: nothing "
             "was tested and no report written; --set evaluation.enabled=true makes up for it"
         )
         return
     columns, rows = summary.result_table([opened])
     table(f"{root}: averages over the later stages", columns, rows)
-    print(f"report: {opened.report_directory / 'index.html'}")
+    say(f"report: {opened.report_directory / 'index.html'}")
 
 
 def _shown(value: float | None) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from peso.cli.display import Terminal, table, watcher
+from peso.cli.display import Terminal, say, say_json, table, watcher
 from peso.cli.options import Directory, Json, OnError, Overrides, Stage, Trust
+from peso.errors import ConfigError, UsageError
 from peso.processes import current
 from peso.workspace import Workspace
 
@@ -65,23 +66,21 @@ def ingest(
 
     Example: peso ingest --items products_12.csv -w runs/shop
     """
-    import json
 
     from peso import pipeline
     from peso.config import load_config
-    from peso.errors import ConfigError
     from peso.events.sources.files import kind_of
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
     overrides = [*([f"data.items.path={_quoted(items)}"] if items else []), *overrides]
     is_config = source is not None and source.endswith((".yaml", ".yml"))
     if is_config and (append or data_format):
-        raise ConfigError(
+        raise UsageError(
             f"{source} is a configuration: leave --format out, and --append takes a log of new events"
         )
     if append or (items and source is None and data_format is None):
         if workspace is None:
-            raise ConfigError(f"{'--append' if append else '--items'} needs the workspace (-w) it is for")
+            raise UsageError(f"{'--append' if append else '--items'} needs the workspace (-w) it is for")
         if append:
             _append(workspace, source, data_format, overrides, as_json)
         else:
@@ -101,15 +100,15 @@ def ingest(
     elif workspace is not None:
         opened = _configured(workspace, overrides)
     else:
-        raise ConfigError("name the data (SOURCE with --format) or a workspace (-w)")
+        raise UsageError("name the data (SOURCE with --format) or a workspace (-w)")
     with opened.lock():
         manifest = pipeline.ingest(opened, Terminal())
     if as_json:
-        print(json.dumps(manifest, ensure_ascii=False))
+        say_json(manifest)
         return
     _show_stream(opened, manifest, manifest)
     if not opened.config.data.items and manifest.get("items_without_title") == manifest["items"]:
-        print(
+        say(
             "no item has a title or a text, since there is no product table: name one, "
             f"`peso ingest --items FILE --set data.items.columns.title=… -w {opened.root}`"
         )
@@ -118,11 +117,9 @@ def ingest(
 def _append(
     path: Path, source: str | None, data_format: str | None, overrides: list[str], as_json: bool
 ) -> None:
-    import json
 
     from peso import pipeline
     from peso.config import changed_keys, load_config
-    from peso.errors import ConfigError
     from peso.undo import stages_named
 
     opened = Workspace.open(path)
@@ -131,7 +128,7 @@ def _append(
     config = load_config(path / "config.yaml", [*new, *overrides])
     others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
     if others:
-        raise ConfigError(f"--append takes --set for keys of data only, not {', '.join(others)}")
+        raise UsageError(f"--append takes --set for keys of data only, not {', '.join(others)}")
     with opened.lock():
         manifest = pipeline.append(opened, Terminal(), config.data)
         pending = pipeline.items_without_id(opened)
@@ -140,11 +137,11 @@ def _append(
         command = f"peso tokenize -w {path}"
     brought = manifest["appended"][-1]
     if as_json:
-        print(json.dumps({**manifest, "next": command}, ensure_ascii=False))
+        say_json({**manifest, "next": command})
         return
     _show_stream(opened, manifest, brought)
     first, end = brought["first_stage"], brought["first_stage"] + brought["stages"]
-    print(
+    say(
         f"appended: {brought['events']:,} events of {brought['users']:,} users "
         f"({brought['new_users']:,} new) as {stages_named(range(first, end))}; "
         f"{brought['new_items']:,} new items"
@@ -152,20 +149,18 @@ def _append(
     if bare := brought["new_items_without_text"]:
         table = config.data.items
         why = f"{table.path} has none for them" if table else "there is no product table"
-        print(
+        say(
             f"WARNING: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
             f"will say little. Before the next step: peso ingest --items FILE -w {path}"
         )
-    print(f"next: {command}")
+    say(f"next: {command}")
 
 
 def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
     """The table's columns are those of the workspace's product table unless --set names others."""
-    import json
 
     from peso import pipeline
     from peso.config import load_config
-    from peso.errors import ConfigError
     from peso.events.sources.files import kind_of
 
     opened = Workspace.open(path)
@@ -189,15 +184,15 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
         pending = pipeline.items_without_id(opened)
     command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
     if as_json:
-        print(json.dumps({**done, "next": command}, ensure_ascii=False))
+        say_json({**done, "next": command})
         return
-    print(
+    say(
         f"{path}: {done['changed']:,} items corrected ({done['titles']:,} titles, {done['texts']:,} texts, "
         f"{done['categories']:,} categories); {done['found']:,} of {done['rows']:,} items in {items} are in "
         "the stream. Semantic IDs that items have stay as they are"
     )
     if command:
-        print(f"next: {command}")
+        say(f"next: {command}")
 
 
 def _quoted(path: str) -> str:
@@ -239,7 +234,6 @@ def tokenize(
 
     Example: peso tokenize --append -w runs/shop
     """
-    import json
 
     from peso import diagnosis, pipeline
 
@@ -247,7 +241,7 @@ def tokenize(
     with opened.lock():
         manifest = (pipeline.tokenize_new if append else pipeline.tokenize)(opened, Terminal())
     if as_json:
-        print(json.dumps(manifest, ensure_ascii=False))
+        say_json(manifest)
         return
     for title, columns, rows in diagnosis.quality_tables(manifest):
         table(f"{opened.semantic_ids_directory}: {title}", columns, rows)
@@ -286,19 +280,19 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
         return
     if stage is None:
         stages = len(opened.finished_stages)
-        print(f"{opened.root}: all {stages} stages are trained; nothing to do. A further stage needs new")
-        print(f"events: peso ingest NEW --append -w {opened.root}")
+        say(f"{opened.root}: all {stages} stages are trained; nothing to do. A further stage needs new")
+        say(f"events: peso ingest NEW --append -w {opened.root}")
         return
-    print(f"{opened.root}: stage {stage} is trained")
+    say(f"{opened.root}: stage {stage} is trained")
     if not opened.config.evaluation.enabled:
-        print(f"not tested: evaluation.enabled is false. To test it: peso evaluate -w {opened.root}")
+        say(f"not tested: evaluation.enabled is false. To test it: peso evaluate -w {opened.root}")
         return
     title, columns, rows, sentences = summary.before_and_after(opened, stage)
     table(title, columns, rows)
     for sentence in sentences:
-        print(f"- {sentence}")
+        say(f"- {sentence}")
     table("averages so far", *summary.result_table([opened]))
-    print(f"report: {opened.report_directory / 'index.html'}")
+    say(f"report: {opened.report_directory / 'index.html'}")
 
 
 def undo(
@@ -314,10 +308,8 @@ def undo(
 
     Example: peso undo -w runs/shop
     """
-    import json
     from dataclasses import asdict
 
-    from peso.errors import ConfigError
     from peso.undo import last_step
     from peso.undo import undo as remove
 
@@ -327,15 +319,15 @@ def undo(
         try:
             go = yes or typer.confirm(f"{workspace}: remove {step}?", err=True)
         except typer.Abort:
-            raise ConfigError("no answer, nothing was removed; --yes removes without asking") from None
+            raise UsageError("no answer, nothing was removed; --yes removes without asking") from None
         if go:
             remove(opened, step, Terminal())
     if as_json:
-        print(json.dumps({**asdict(step), "stages": list(step.stages), "removed": go}))
+        say_json({**asdict(step), "stages": list(step.stages), "removed": go})
     elif not go:
-        print("nothing was removed")
+        say("nothing was removed")
     else:
-        print(f"{workspace}: removed {step}")
+        say(f"{workspace}: removed {step}")
 
 
 def evaluate(
@@ -352,7 +344,6 @@ def evaluate(
 
     Example: peso evaluate -w runs/games --stage 0 --on 4
     """
-    import json
 
     from peso import summary, testing
 
@@ -364,7 +355,7 @@ def evaluate(
     if not current().is_main:
         return
     if as_json:
-        print(json.dumps(metrics))
+        say_json(metrics)
         return
     title = f"{opened.root}: model after stage {number} on the test cases of stage {cases}"
     table(title, *summary.metric_table(metrics))
@@ -386,7 +377,7 @@ def report(
     directory = output or opened[0].report_directory
     summary.report(opened, directory)
     table("averages over the later stages", *summary.result_table(opened))
-    print(f"report: {directory / 'index.html'}")
+    say(f"report: {directory / 'index.html'}")
 
 
 def _configured(

@@ -26,6 +26,7 @@ from peso.errors import WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.evaluation.report import write_report
 from peso.evaluation.run_summary import RunSummary
+from peso.evaluation.tables import csv_text
 from peso.testing import is_tested, read_metrics
 from peso.workspace import Workspace
 
@@ -110,7 +111,7 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
     with write_aside(directory / f"{RESULTS}.parquet") as aside:
         pq.write_table(table, aside)
     with write_aside(directory / f"{RESULTS}.csv") as aside:
-        pyarrow.csv.write_csv(table, aside)
+        pyarrow.csv.write_csv(_without_formulas(table), aside)
     runs = [run_summary(run, found) for run, found in collected.runs]
     cells = {(run.data, run.backbone): run for run, _ in reversed(collected.runs)}
     for cell, first in reversed(cells.items()):
@@ -119,6 +120,15 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
     title = plan.common.report.title or f"peso compare: {directory.name}"
     columns = plan.common.report.segments
     return write_report(directory / "report", runs, title, plan.common.evaluation.k, columns, paired=True)
+
+
+def _without_formulas(table: pa.Table) -> pa.Table:
+    """As a CSV file that a spreadsheet may open (:func:`peso.evaluation.tables.csv_text`)."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            texts = [None if text is None else csv_text(text) for text in table[index].to_pylist()]
+            table = table.set_column(index, field, pa.array(texts, field.type))
+    return table
 
 
 def run_summary(run: Run, found: Standing) -> RunSummary:

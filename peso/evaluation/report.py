@@ -22,6 +22,7 @@ from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections import SECTIONS
 from peso.evaluation.sections.section import Section
 from peso.evaluation.tables import to_csv, to_latex, to_markdown
+from peso.printable import printable
 
 PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
 
@@ -98,7 +99,8 @@ def render_page(sections: Sequence[Section], title: str) -> str:
         loader=PackageLoader("peso.evaluation"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("report.html.j2")
-    return page.render(sections=sections, title=title, svg=lambda plot: Markup(svg_element(plot))) + "\n"
+    text = page.render(sections=sections, title=title, svg=lambda plot: Markup(svg_element(plot)))
+    return printable(text) + "\n"
 
 
 def _write_files(directory: Path, section: Section) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peso.evaluation.intervals import Estimate
+from peso.printable import printable
 
 Mark = Literal["", "best", "tied", "worse"]
 ABSENT = "–"
@@ -107,6 +108,8 @@ def to_csv(table: Table) -> str:
     >>> print(to_csv(Table("t", "T", ["run", "Hit@5"], [["a, b", cell]])).replace("\\r", ""), end="")
     run,Hit@5,Hit@5 low,Hit@5 high
     "a, b",0.5,0.25,0.75
+
+    What a spreadsheet would compute starts with an apostrophe (:func:`csv_text`).
     """
     bounded = [
         any(isinstance(row[i], Quantity) and row[i].margin for row in table.rows)  # type: ignore[union-attr]
@@ -115,7 +118,7 @@ def to_csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     header: list[str] = []
-    for column, has_bounds in zip(table.columns, bounded, strict=True):
+    for column, has_bounds in zip(map(csv_text, table.columns), bounded, strict=True):
         header += [column, f"{column} low", f"{column} high"] if has_bounds else [column]
     writer.writerow(header)
     for row in table.rows:
@@ -128,13 +131,30 @@ def to_csv(table: Table) -> str:
 
 def _csv_cell(cell: Cell, has_bounds: bool) -> list[str]:
     if not isinstance(cell, Quantity):
-        return [cell or "", "", ""] if has_bounds else [cell or ""]
+        text = csv_text(cell or "")
+        return [text, "", ""] if has_bounds else [text]
     value = repr(float(cell.value)) if cell.decimals else str(int(cell.value))
     if not has_bounds:
         return [value]
     if not cell.margin:
         return [value, "", ""]
     return [value, *(repr(float(end)) for end in cell.interval)]
+
+
+def csv_text(text: str) -> str:
+    """A text that no spreadsheet takes for a formula and no terminal for a command; numbers stay numbers.
+
+    >>> csv_text("=1+1"), csv_text("-5.3"), csv_text("-x")
+    ("'=1+1", '-5.3', "'-x")
+    """
+    text = printable(text, one_line=True)
+    if not text.startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def to_markdown(table: Table) -> str:
@@ -155,7 +175,9 @@ def to_markdown(table: Table) -> str:
             return {"best": f"**{value.text}**", "tied": f"{value.text} ≈", "worse": f"{value.text} ↓"}.get(
                 value.mark, value.text
             )
-        return ABSENT if value is None else re.sub(r"([\\|`*_<>\[\]~])", r"\\\1", " ".join(value.split()))
+        if value is None:
+            return ABSENT
+        return re.sub(r"([\\|`*_<>\[\]~])", r"\\\1", printable(" ".join(value.split())))
 
     rules = ["---:" if table.numeric(i) else ":---" for i in range(len(table.columns))]
     lines = [
@@ -236,4 +258,4 @@ _LATEX = {
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return "".join(_LATEX.get(character, character) for character in printable(" ".join(text.split())))

@@ -318,7 +318,7 @@ def test_a_product_table_that_corrects_nothing_is_refused(
     assert status == 1
     assert words in err
     assert snapshot(shelves) == before
-    assert peso("ingest", "--items", tmp_path / "p.csv")[0] == 1  # no workspace
+    assert peso("ingest", "--items", tmp_path / "p.csv")[0] == 2  # no workspace
 
 
 def test_a_forgotten_product_table_is_said_and_can_be_given_later(peso, logs: Path, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_the_report_shows_no_removed_stage(peso, shop: Path, reports: list[list[
 
 def test_undo_asks_and_stops_at_stage_0(peso, shop: Path, monkeypatch) -> None:
     before = snapshot(shop)
-    for answer, expected in (("n", 0), ("", 1)):
+    for answer, expected in (("n", 0), ("", 2)):
         monkeypatch.setattr("sys.stdin", open(os.devnull) if not answer else _Answer(answer))  # noqa: SIM115
         status, out, err = peso("undo", "-w", shop)
         assert status == expected
@@ -529,7 +529,7 @@ def test_a_configuration_is_a_source(peso, logs: Path, tmp_path: Path, monkeypat
     assert Workspace.open(root).config.items.quantizer == "category-path"
     for further in (("--append", "-w", root), ("--format", "csv", "-w", root)):
         status, _, err = peso("ingest", logs / "category.yaml", *further)
-        assert status == 1
+        assert status == 2
         assert "is a configuration" in err
 
 

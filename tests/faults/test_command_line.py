@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import csv
+import errno
+import gzip
+import io
 import json
+import os
+import re
 import subprocess
 import sys
+import zipfile
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+
+import duckdb
+import pytest
+import safetensors
+import torch
+import yaml
+
+from peso import assets
+from peso.cli import app, display
+from peso.cli.display import Terminal
+from peso.evaluation.report import render_page
+from peso.evaluation.sections.section import Section
+from peso.evaluation.tables import Quantity, Table, to_csv, to_latex, to_markdown
+from peso.failures import sentence
+from peso.model.adapter import add_adapter
+from peso.model.small import small_llama
 
 SLOW = ("torch", "transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "faiss")
 
@@ -45,3 +71,228 @@ print(json.dumps(loaded), file=sys.__stderr__)
     for call, (status, loaded) in calls.items():
         assert (status == 0) == (call == "--help"), call
         assert loaded == [], call
+
+
+def test_version_and_exit_statuses_are_told(peso):
+    status, out, _ = peso("--version")
+    assert (status, out.strip()) == (0, f"peso {version('peso')}")
+    _, out, _ = peso("--help")
+    assert "Exit status: 0 done, 1 failed, 2 wrong use" in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("call", ["frob", "run", "run --nope", "train --set", "diagnose -k", "compare"])
+def test_wrong_use_is_exit_status_2(peso, call):
+    status, _, err = peso(*call.split())
+    assert status == 2
+    assert "Traceback" not in err
+
+
+class ArrowInvalid(ValueError):
+    """Recognized by its name, as the libraries' own classes are."""
+
+    __module__, __qualname__ = "pyarrow.lib", "ArrowException"
+
+
+FAILURES = [
+    OSError("Couldn't deserialize thrift"),
+    gzip.BadGzipFile("Not a gzipped file"),
+    zipfile.BadZipFile("File is not a zip file"),
+    zlib.error("Error -3"),
+    EOFError("Compressed file ended before the end-of-stream marker was reached"),
+    yaml.scanner.ScannerError(problem="found a tab"),
+    json.JSONDecodeError("Expecting value", "x", 0),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …"),
+    RecursionError("maximum recursion depth exceeded"),
+    ModuleNotFoundError("No module named 'faiss'", name="faiss"),
+    ArrowInvalid("Parquet magic bytes not found"),
+    duckdb.IOException("IO Error: Could not read"),
+    duckdb.OutOfMemoryException("Out of Memory Error: failed to pin block"),
+    safetensors.SafetensorError("Error while deserializing header"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    ValueError("embedded null byte"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+def test_what_a_library_raises_is_one_sentence_with_a_cure(peso, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(assets, "pull", fail)
+    status, _, err = peso("pull", "ml-100k")
+    assert status == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "; " in err  # cause; cure
+    assert "defect" not in err
+
+
+def test_every_error_of_the_system_names_the_path_and_a_cure():
+    for number in sorted(errno.errorcode):
+        told = sentence(OSError(number, os.strerror(number), "/some/where"))
+        assert told, number
+        assert "/some/where" in told, told
+        assert len(told.split("; ")[-1]) > 10, told
+
+
+def test_an_unexpected_error_says_how_to_report_it_and_debug_shows_the_traceback(peso, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("codebook")
+
+    monkeypatch.setenv("PESO_DEBUG", "0")
+    monkeypatch.setattr(assets, "pull", fail)
+    status, _, err = peso("pull", "ml-100k")
+    assert status == 1
+    assert "Traceback" not in err
+    for part in ("KeyError: 'codebook'", f"peso {version('peso')}", "command: peso pull ml-100k", "report"):
+        assert part in err
+    status, _, err = peso("--debug", "pull", "ml-100k")
+    assert status == 1
+    assert "Traceback" in err
+
+
+def test_a_library_error_shows_its_traceback_on_demand(peso, monkeypatch):
+    monkeypatch.setenv("PESO_DEBUG", "1")
+    assert "Traceback" in peso("run", "absent.yaml")[2]
+
+
+HOSTILE = "a\x1b]0;owned\x07\x9b31m\u202eb\x7f\r\nx"
+
+
+def test_text_of_data_cannot_steer_the_terminal(capsys):
+    display.table(HOSTILE, [HOSTILE, "n"], [[HOSTILE, 1]])
+    display.say(HOSTILE)
+    display.say_json({HOSTILE: HOSTILE})
+    Terminal().note(HOSTILE)
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert not set(text) & set("\x1b\x07\x9b\u202e\x7f\r"), text
+        assert "owned" in text
+
+
+def test_errors_cannot_steer_the_terminal_either(peso):
+    assert "\x1b" not in peso("pull", "\x1b[31mred")[2]
+
+
+def test_json_is_read_back_whatever_it_holds(capsys):
+    value = {HOSTILE: ["é", "😀", "\ud800"]}
+    display.say_json(value)
+    assert json.loads(capsys.readouterr().out) == value
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_terminal_can_show_any_text(monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    app._prepare_streams()
+    display.say("naïve – 日本 \udc80")
+    display.table("naïve – 日本", ["é", "n"], [["日本", 1.5]])
+    display.say_json({"日本": "é\udc80"})
+    sys.stdout.seek(0)
+    assert json.loads(sys.stdout.read().splitlines()[-1]) == {"日本": "é\udc80"}
+
+
+HELP = f"{sys.executable} -m peso --help"
+
+
+@pytest.mark.parametrize("closing", ["| head -1", ">&- 2>&-"])
+def test_a_closed_output_is_no_traceback(closing, tmp_path):
+    found = subprocess.run(f"{HELP} {closing}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0
+    assert found.stderr == ""
+
+
+def test_a_full_disk_behind_stdout_is_an_error(tmp_path):
+    found = subprocess.run(f"{HELP} > /dev/full", shell=True, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: no space left")
+    assert found.stderr.count("\n") == 1
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", text) for text in ("abc", "-1", "0", "1.5", "٣", "9" * 5000)]
+    + [("RANK", text) for text in ("", "abc", "2", "-1")]
+    + [("LOCAL_RANK", "x"), ("MASTER_PORT", "http"), ("MASTER_PORT", "70000")],
+)  # fmt: skip
+def test_nonsense_of_a_launcher_is_an_error(peso, monkeypatch, name, value):
+    for variable, text in LAUNCHED.items():
+        monkeypatch.setenv(variable, text)
+    monkeypatch.setenv(name, value)
+    status, _, err = peso("run", "absent.yaml")
+    assert status == 1
+    assert err.startswith(f"error: the environment variable {name} is ")
+    assert "torchrun" in err
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+from peso import assets, processes
+from peso.cli import app
+from peso.durable import write_aside
+
+def pull(*_, **__):
+    with write_aside(Path("whole")) as aside:
+        aside.write_text("half")
+        print("ready", flush=True)
+        {work}
+
+assets.pull = pull
+processes.NATIVE_SECONDS = 0.2
+sys.argv = ["peso", "pull", "x"]
+app.main()
+"""
+IN_PYTHON = "time.sleep(600)"
+IN_NATIVE_CODE = "import ctypes; ctypes.CDLL(None).sleep(60)"  # Python cannot interrupt it
+
+
+@pytest.mark.parametrize("work", [IN_PYTHON, IN_NATIVE_CODE])
+def test_sigterm_ends_with_a_message_and_its_own_exit_status(work, tmp_path):
+    call = [sys.executable, "-c", WORK.format(work=work)]
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 143
+    assert err.strip() == "terminated by SIGTERM; the same command continues where it was"
+    if work == IN_PYTHON:
+        assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1+1", "-x", "@SUM(A1)", "\t=1", "\r=1", "＝1"])
+def test_a_table_holds_no_formula(text):
+    table = Table("t", "T", [text, "n"], [[text, Quantity(-5.3, decimals=1)]])
+    header, row = csv.reader(io.StringIO(to_csv(table)))
+    for cell in (header[0], row[0]):
+        assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "＝"))
+    assert row[1] == "-5.3"
+
+
+@pytest.mark.parametrize("number", ["-5.3", "+2", "-1e-3"])
+def test_a_number_stays_a_number_in_a_table(number):
+    assert to_csv(Table("t", "T", ["n"], [[number]])).splitlines()[1] == number
+
+
+def test_no_control_character_reaches_a_table_or_the_page():
+    table = Table("t", HOSTILE, [HOSTILE], [[HOSTILE]], note=HOSTILE)
+    section = Section("s", HOSTILE, tables=[table])
+    for text in (to_csv(table), to_markdown(table), to_latex(table), render_page([section], HOSTILE)):
+        assert not set(text.replace("\r\n", "\n")) & set("\x1b\x07\x9b\u202e\x7f\r"), text
+
+
+def test_a_whole_alpha_is_written_as_peft_writes_it():
+    for alpha in (16, 16.0):
+        lora = add_adapter(small_llama(32, 2, 0), 4, alpha, 0.0, ["q_proj"], seed=0)
+        assert json.dumps(lora.peft_config["default"].lora_alpha) == "16"
+
+
+def test_commands_print_by_say_alone():
+    for path in sorted(Path(app.__file__).parent.glob("*.py")):
+        if path.stem not in ("app", "display"):
+            assert not re.search(r"(?<![\w.])print\(", path.read_text()), path
