@@ -4,8 +4,13 @@ Knows where its public names live; loads them when they are first used, so that 
 ``peso --help`` do not wait for PyTorch.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+# Threads that wait sleep instead of spinning: on a machine with other work, spinning takes the time of the
+# thread that is waited for. OpenMP reads this when PyTorch, faiss or scikit-learn is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "SoftmaxKL": "peso.continual.proximal",

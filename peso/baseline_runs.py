@@ -39,6 +39,7 @@ from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.manifest import MANIFEST, read_manifest, write_manifest
 from peso.progress import Observer
+from peso.threads import threads
 from peso.workspace import METRICS, PREDICTIONS, Workspace, provenance
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class BaselineRun:
     def learn_and_test(self, stage: int, observer: Observer) -> None:
         """One stage, those before it being done; the directory appears whole or not at all."""
         observer.note(f"baseline {self.label}: stage {stage}")
-        with commit_directory(self.stage_directory(stage)) as aside:
+        number = self.workspace.config.training.threads
+        with threads(number=number), commit_directory(self.stage_directory(stage)) as aside:
             began = time.perf_counter()
             learnt: Answerer
             if isinstance(self.config, HybridConfig):

@@ -33,6 +33,7 @@ from peso.events.stream import Stream
 from peso.model.build import has_adapter, load_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.stages import starting_model, stored_memory, strategy_of
+from peso.threads import threads
 from peso.training.examples import StageExamples
 from peso.workspace import LOG, METRICS, Workspace
 
@@ -178,8 +179,9 @@ def _sketched(
     anchors = [group.snapshot().tensor for group in term.groups_of(source)]
     if at == "end":
         load_stage_weights(model, workspace.stage_directory(stage))
-    losses = given.losses(stage, examples)
-    return model, term, Sketch.of(term, source, losses, given.tokens, anchors), source
+    with threads(model, config.training.threads):
+        losses = given.losses(stage, examples)
+        return model, term, Sketch.of(term, source, losses, given.tokens, anchors), source
 
 
 def _stored(workspace: Workspace, stage: int, model: GenerativeModel, source: Source) -> list[Tensor]:

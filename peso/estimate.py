@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from peso import assets, pipeline
 from peso.baseline_estimate import baseline_seconds
 from peso.baseline_runs import BaselineRun
-from peso.config import TrainingConfig
+from peso.config import Config, TrainingConfig
 from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
 from peso.config.strategy import DistillConfig, LsatConfig, StrategyConfig
 from peso.continual.hooks import Examples, StageContext
@@ -32,10 +32,12 @@ from peso.events.histories import Stage, TargetSequence
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.learning import training_of
+from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.pipeline import Step
 from peso.progress import Silent
 from peso.stages import fresh_model, strategy_of, trains_backbone
+from peso.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.loop import StagePlan, most_targets, peak_memory
 from peso.workspace import Workspace
@@ -166,7 +168,8 @@ def baseline_estimate(workspace: Workspace, options: BaselineConfig) -> Estimate
     with _readable(workspace) as source:
         stream, ids = Stream.open(source.stream_directory), read_semantic_ids(source.semantic_ids_directory)
         stages = [stream.stage(number) for number in range(stream.stages)]
-        seconds = baseline_seconds(options, source.config, stages, ids.trie)
+        with threads(number=source.config.training.threads):
+            seconds = baseline_seconds(options, source.config, stages, ids.trie)
     return Estimate(step, seconds / 60, note="at most" if is_random(options) else "")
 
 
@@ -209,7 +212,11 @@ def _stage_estimate(
 
 def _measure(workspace: Workspace, stage: Stage, whole: bool) -> Speed:
     model = fresh_model(workspace, whole=whole)
-    config = workspace.config
+    with threads(model, workspace.config.training.threads):
+        return _speed(workspace.config, model, stage)
+
+
+def _speed(config: Config, model: GenerativeModel, stage: Stage) -> Speed:
     sequences, most = stage.training_sequences(), most_targets(model.layout)
     plan = StagePlan(sequences, config.prompt.window, config.training, config.seed_of_stage(0), 0, most)
     trained = [p for p in model.parameters() if p.requires_grad]

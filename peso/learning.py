@@ -42,6 +42,7 @@ from peso.stages import (
     trains_backbone,
     write_memory,
 )
+from peso.threads import threads
 from peso.training.examples import StageExamples
 from peso.training.loop import Progress, StageResult, train_stage
 from peso.workspace import FORMAT, LOG, METRICS, Workspace, provenance
@@ -74,7 +75,8 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
     model = starting_model(workspace, stage)
     training: dict[str, Any] = {}
     if strategy.learns(stage):
-        training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
+        with threads(model, workspace.config.training.threads, observer):
+            training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
     else:
         observer.note(f"stage {stage}: strategy {workspace.config.strategy.name} keeps the last state")
     current().on_main(partial(_commit, workspace, stage, model, memory, training, unfinished, determined_by))

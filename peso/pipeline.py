@@ -33,6 +33,7 @@ from peso.manifest import read_manifest
 from peso.processes import current
 from peso.progress import Observer, Silent
 from peso.testing import is_tested, test, test_directory
+from peso.threads import threads
 from peso.workspace import METRICS, Workspace
 
 # -- what is left to do ------------------------------------------------------------------------------
@@ -221,7 +222,8 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     from peso.items.imported import adopt
     from peso.items.tokenize import tokenize as make_semantic_ids
 
-    with commit_directory(workspace.semantic_ids_directory) as directory:
+    number = config.training.threads
+    with threads(number=number), commit_directory(workspace.semantic_ids_directory) as directory:
         further = (config.items, directory, config.seed_of_data, _vector_cache(), observer)
         if config.items.index is not None:
             adopt(stream.items, read_release_index(config.items.index), config.items.index, *further)

@@ -20,6 +20,7 @@ from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.progress import Observer, Silent
+from peso.threads import threads
 from peso.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ class Recommender:
                     for user, best in zip(users[part], ranked, strict=True)
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                short |= {row["user"]: len(row["items"]) for row in rows if len(row["items"]) < k}
+                short |= {
+                    user: len(best) for user, best in zip(users[part], ranked, strict=True) if len(best) < k
+                }
                 observer.advance(start + len(rows))
         observer.end()
         if short:
@@ -194,7 +197,8 @@ class Recommender:
             )
         from peso.decoding import beam_search
 
-        return beam_search(self._answering, histories, k, exclude_seen=exclude_seen)
+        with threads(self._answering, self.workspace.config.training.threads):
+            return beam_search(self._answering, histories, k, exclude_seen=exclude_seen)
 
     @cached_property
     def semantic_ids(self) -> SemanticIds:

@@ -20,6 +20,7 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.manifest import read_manifest, write_manifest
 from peso.processes import current
 from peso.progress import Observer
+from peso.threads import threads
 from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace
 
 
@@ -97,15 +98,16 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
     cases = cases_of.test_cases(config.prompt.window)
     title = f"test stage {stage}" + (f" on the cases of stage {on}" if stage != on else "")
     observer.begin(f"{title}: search and score", len(cases), "users")
-    found = search(
-        model,
-        cases.histories,
-        beams=config.decoding.beams,
-        batch_size=config.decoding.batch_size,
-        targets=cases.targets,
-        on_progress=observer.advance,
-        processes=processes,
-    )
+    with threads(model, config.training.threads, observer):
+        found = search(
+            model,
+            cases.histories,
+            beams=config.decoding.beams,
+            batch_size=config.decoding.batch_size,
+            targets=cases.targets,
+            on_progress=observer.advance,
+            processes=processes,
+        )
     observer.end()
     by_level = found.targets
     assert by_level is not None

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from peso.cli import app as cli  # before PyTorch: peso decides how threads wait
+
+# isort: split
 import numpy as np
 import pytest
 import torch
 from strategy_runs import Runs
 
-from peso.cli import app as cli
 from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
 from peso.model.layout import make_layout

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peso.config.baselines import NetworkOptions
 from peso.progress import Observer
 from peso.reproducible import reproducible
+from peso.threads import threads
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -57,7 +58,7 @@ def fit(
     began, losses = time.perf_counter(), list[float]()
     best = copy.deepcopy(module.state_dict())
     device = next(module.parameters()).device
-    with torch.random.fork_rng(devices=_devices(device)), reproducible(device):
+    with torch.random.fork_rng(devices=_devices(device)), reproducible(device), threads(module):
         torch.manual_seed(int(generator.integers(2**31)))  # dropout
         for epoch in range(options.epochs):
             module.train()

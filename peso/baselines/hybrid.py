@@ -25,6 +25,7 @@ from peso.evaluation.metrics import ndcg
 from peso.evaluation.predictions import semantic_id_ranks
 from peso.events.histories import Cases
 from peso.model.generative import GenerativeModel
+from peso.threads import threads
 
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
 
@@ -65,20 +66,21 @@ class HybridAnswers:
             every = self.towers.log_probabilities(part)  # (n, leaves)
             mine = top(every, count)
             # as many beams as candidates: none of them is lost on the way
-            judged = search(
-                self.llm,
-                part.histories,
-                beams=count,
-                batch_size=self.search_batch,
-                allow=[trie.items[trie.item_starts[row]] for row in mine],
-            )
-            theirs = search(
-                self.llm,
-                part.histories,
-                beams=count,
-                batch_size=self.search_batch,
-                targets=part.targets,
-            )
+            with threads(self.llm):
+                judged = search(
+                    self.llm,
+                    part.histories,
+                    beams=count,
+                    batch_size=self.search_batch,
+                    allow=[trie.items[trie.item_starts[row]] for row in mine],
+                )
+                theirs = search(
+                    self.llm,
+                    part.histories,
+                    beams=count,
+                    batch_size=self.search_batch,
+                    targets=part.targets,
+                )
             assert theirs.targets is not None
             of_llm.append(theirs.targets.sum(axis=-1, dtype=np.float64))
             parts.append(joined(_scored(every, theirs), _scored(every, judged)))

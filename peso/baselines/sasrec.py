@@ -28,6 +28,7 @@ from peso.config.baselines import SasRecConfig
 from peso.errors import ConfigError
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.progress import Observer
+from peso.threads import threads
 
 WEIGHTS = "sasrec.safetensors"
 NO_TARGET = -1
@@ -108,7 +109,8 @@ class SasRec:
 
     @torch.no_grad()
     def scores(self, cases: Cases) -> np.ndarray:
-        return self._of(cases).cpu().numpy()
+        with threads(self.network):
+            return self._of(cases).cpu().numpy()
 
     def save(self, directory: Path) -> None:
         state = self.network.state_dict()

@@ -33,6 +33,7 @@ from peso.baselines.fitting import fit, mean_target_loss, seeded
 from peso.config.baselines import TwoTowerConfig
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.progress import Observer
+from peso.threads import threads
 
 WEIGHTS, USERS = "two_tower.safetensors", "users.json"
 
@@ -103,7 +104,8 @@ class TwoTower:
 
     @torch.no_grad()
     def scores(self, cases: Cases) -> np.ndarray:
-        return self._of(cases).cpu().numpy()
+        with threads(self.towers):
+            return self._of(cases).cpu().numpy()
 
     def save(self, directory: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in self._state().items()}, directory / WEIGHTS)

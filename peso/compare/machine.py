@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+from peso.threads import NUMBER, SHARE
+
+THREADS = (NUMBER, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class Machine:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = _devices() if device in ("auto", "cuda") else ()
         count = (len(devices) or cores) if workers == "auto" else workers
-        asked = os.environ.get("OMP_NUM_THREADS", "")
+        asked = os.environ.get(NUMBER, "")
         most = int(asked) if asked.isdecimal() and int(asked) else cores
         return cls(count, max(1, min(most, cores // count)), devices)
 
     def environment(self, slot: int) -> Mapping[str, str]:
         """What the process in a slot (0 … workers − 1) sees."""
         result = {name: str(self.threads) for name in THREADS}
+        if not os.environ.get(NUMBER):
+            result[SHARE] = "at most"
         if self.devices:
             result["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
         return result

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import not_
+from functools import partial
+from operator import eq, not_
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -15,7 +16,11 @@ STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
 Precision = Literal["auto", "float32", "bfloat16"]
 # Backbones built in code, randomly initialized, trained whole at stage 0: name → default (width, layers).
 BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
-HOW = ("gradient_checkpointing", "compile")  # keys of training that change what a step costs, no more
+HOW = (
+    "gradient_checkpointing",
+    "compile",
+    "threads",
+)  # keys of training that change what a step costs, no more
 
 
 class BackboneConfig(Section):
@@ -93,6 +98,11 @@ class TrainingConfig(Section):
     )
     compile: bool | Literal["auto"] = Field(
         False, exclude_if=not_, description="torch.compile; auto: on a GPU; rounding alone changes"
+    )
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        exclude_if=partial(eq, "auto"),
+        description="of PyTorch on a CPU; auto: OMP_NUM_THREADS, else by the size of the model",
     )
 
     def determining(self) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ from event_logs import write_log
 from strategy_runs import Runs
 from transformers import AutoModelForCausalLM
 
-from peso import pipeline, summary
+from peso import pipeline, summary, testing
 from peso.config import load_config
+from peso.determination import determination
 from peso.errors import BackboneError, PesoError
 from peso.progress import Silent
 from peso.stages import answering_model, backbone_fingerprint, starting_model, trained_model
+from peso.threads import threads
 from peso.training.precision import Precision
 from peso.workspace import Workspace
 
@@ -177,3 +182,111 @@ def test_every_model_answers_everybody_from_a_small_catalogue(heavy: Workspace) 
         for found in run.stages.values():
             assert all(len(items) == 12 for items in found.predictions.items)
             assert found.predictions.depth == 20
+
+
+# -- threads -------------------------------------------------------------------------------------------
+
+
+class Told:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    begin = advance = end = lambda self, *arguments, **figures: None
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What PyTorch would take, and nobody having decided otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    for name in ("OMP_NUM_THREADS", "PESO_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("peso.threads._told", 0)
+    yield
+    assert torch.get_num_threads() == 3  # whatever happened, as before
+    torch.set_num_threads(before)
+
+
+SMALL, LARGE = torch.nn.Linear(10, 10), torch.nn.Linear(1000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("network", "number", "environment", "expected"),
+    [
+        (SMALL, "auto", {}, 1),
+        (LARGE, "auto", {}, 3),
+        (SMALL, 2, {}, 2),
+        (LARGE, 2, {"OMP_NUM_THREADS": "3"}, 2),
+        (SMALL, "auto", {"OMP_NUM_THREADS": "3"}, 3),  # the user's choice
+        (SMALL, "auto", {"OMP_NUM_THREADS": "3", "PESO_THREADS": "at most"}, 1),  # a share of `peso compare`
+        (LARGE, "auto", {"OMP_NUM_THREADS": "3", "PESO_THREADS": "at most"}, 3),
+    ],
+)
+def test_threads_go_by_the_size_of_the_model_unless_someone_decides(
+    three_threads: None,
+    monkeypatch: pytest.MonkeyPatch,
+    network: torch.nn.Module,
+    number: Any,
+    environment: dict[str, str],
+    expected: int,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    told = Told()
+    for _ in range(2):
+        with threads(network, number, told):
+            assert torch.get_num_threads() == expected
+    (note,) = told.notes  # once
+    assert note.startswith(f"{expected} thread")
+
+
+def test_a_number_holds_for_everything_within(three_threads: None) -> None:
+    with threads(number=2), threads(SMALL):
+        assert torch.get_num_threads() == 2
+    with pytest.raises(KeyError), threads(number=2), threads(LARGE):
+        raise KeyError
+    with threads(SMALL):
+        assert torch.get_num_threads() == 1
+
+
+def test_the_number_may_change_at_any_time_and_results_differ_by_rounding_alone(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    finished = runs("none", backbone="tiny")
+    losses = []
+    for number in ("auto", "2"):
+        root = shutil.copytree(finished.root, tmp_path / number)
+        for stage in (1, 2, 3):
+            shutil.rmtree(root / "stages" / str(stage))
+        config = load_config(root / "config.yaml", [f"training.threads={number}", "strategy=single"])
+        workspace = Workspace.create_or_open(root, config)
+        pipeline.learn(workspace, 1, Silent())
+        metrics = json.loads((workspace.stage_directory(1) / "metrics.json").read_text())
+        losses.append(metrics["training"]["validation_losses"])
+        assert ("threads" in (root / "config.yaml").read_text()) == (number != "auto")
+        assert determination(workspace, 1) == workspace.stage_manifest(1)["determined_by"]
+        known = determination(Workspace(root, load_config(root / "config.yaml", ["training.threads=7"])), 1)
+        assert known == determination(workspace, 1)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_it_is_said_once_how_many_threads_it_takes(
+    heavy: Workspace, tmp_path: Path, three_threads: None
+) -> None:
+    workspace = copy(heavy, tmp_path / "w")
+    shutil.rmtree(workspace.stage_directory(1))
+    told = Told()
+    pipeline.learn(workspace, 1, told)
+    testing.test(workspace, 1, 1, told)
+    (note,) = [note for note in told.notes if "thread" in note]
+    assert re.fullmatch(r"1 thread \(the model has [\d,]+ parameters; training\.threads changes it\)", note)
+
+
+def test_waiting_threads_sleep() -> None:
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

@@ -19,6 +19,7 @@ from torch.nn import functional
 from peso.config import RqVaeConfig
 from peso.items.quantizers.residual import Fitted, Layers, ResidualCodebooks
 from peso.progress import Observer
+from peso.threads import threads
 
 DECAY = 0.99  # of the moving averages that the codebooks are
 UNUSED = 0.5  # a code that on average fewer items of a batch choose is moved to one of them
@@ -46,7 +47,8 @@ def fit_rq_vae(
             commitment_weight=config.commitment,
             rotation_trick=False,
         )
-        _train(encoder, quantizer, decoder, data, config, observer)
+        with threads(nn.ModuleList([encoder, quantizer, decoder])):
+            _train(encoder, quantizer, decoder, data, config, observer)
     codebooks = tuple(level.codebook.detach().numpy().astype(np.float32).copy() for level in quantizer.layers)
     fitted = ResidualCodebooks(codebooks, _arrays(encoder), _arrays(decoder))
     return Fitted(fitted, fitted.nearest(fitted.latent(vectors)))
