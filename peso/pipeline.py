@@ -34,6 +34,7 @@ from peso.processes import current
 from peso.progress import Observer, Silent
 from peso.testing import is_tested, test, test_directory
 from peso.threads import threads
+from peso.user_table import read_user_table, tell_found
 from peso.workspace import METRICS, Workspace
 
 # -- what is left to do ------------------------------------------------------------------------------
@@ -131,12 +132,14 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         )
     observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
     try:
+        told = read_user_table(users) if (users := workspace.config.report.users) else {}
         with commit_directory(workspace.stream_directory) as directory:
             manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
             if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
                 remove_directory(workspace.semantic_ids_directory)  # before the stream they do not belong to
                 observer.note("the data changed: their semantic IDs have to be made again")
-    except DataError:
+        tell_found(told, _stream(workspace), observer)
+    except Exception:
         workspace.discard_if_bare()
         raise
     return manifest
@@ -165,6 +168,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
             f"`peso ingest NEW --format csv --append -w {workspace.root}`"
         )
     observer.note(f"append: {data.format} {data.path}")
+    told = read_user_table(users) if (users := workspace.config.report.users) else {}
     with commit_directory(workspace.stream_directory) as directory:
         manifest = fill_longer_stream(data, stream.directory, directory, observer)
         if workspace.has_semantic_ids and manifest["appended"][-1]["new_items"]:
@@ -176,6 +180,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
                     raise type(error)(
                         f"nothing was appended, since the new items could not get semantic IDs: {error}"
                     ) from None
+    tell_found(told, _stream(workspace), observer)
     return manifest
 
 

@@ -161,7 +161,7 @@ def test_times_that_are_no_times(tmp_path: Path) -> None:
 def test_another_encoding_of_the_header_is_named(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", LOG)
     path.write_bytes(path.read_bytes().decode().encode("utf-16"))
-    refused(tmp_path, "is no utf-8 text; set data.encoding .*utf-16", format="csv", path=str(path))
+    refused(tmp_path, "is not utf-8 text; set data.encoding .*utf-16", format="csv", path=str(path))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_json_that_is_not_utf_8(tmp_path: Path) -> None:
 def test_a_broken_line_of_json(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "log.jsonl", RECORDS)
     path.write_text(path.read_text() + '{"user": "u1", "item"\n')
-    refused(tmp_path, r"log\.jsonl: line 31 is no valid JSON", format="jsonl", path=str(path))
+    refused(tmp_path, r"log\.jsonl: line 31 is not valid JSON", format="jsonl", path=str(path))
     stream = ingested(tmp_path / "s", format="jsonl", path=str(path), on_error="skip", stages=2)
     assert (stream.manifest["skipped"], stream.counts[0]["events"]) == (1, 18)
 
@@ -283,7 +283,11 @@ def test_boundaries_that_do_not_ascend(tmp_path: Path) -> None:
 def test_a_boundary_that_is_no_moment(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", LOG)
     refused(
-        tmp_path, "'tomorrow' is no moment", format="csv", path=str(path), stages={"boundaries": ["tomorrow"]}
+        tmp_path,
+        "'tomorrow' is not a moment",
+        format="csv",
+        path=str(path),
+        stages={"boundaries": ["tomorrow"]},
     )
 
 

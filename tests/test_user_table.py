@@ -43,8 +43,8 @@ def test_a_bad_user_table_is_refused_and_says_why(tmp_path: Path) -> None:
     for name, words in {
         "no.csv": "no column 'user_id'; it has who, country",
         "twice.csv": "two rows of user 'a'",
-        "broken.parquet": "cannot be read",
-        "gone.csv": "cannot be read",
+        "broken.parquet": "not readable Parquet",
+        "gone.csv": "gone.csv is missing",
         "users.xls": "none of",
     }.items():
         with pytest.raises(DataError, match=words):

@@ -28,7 +28,7 @@ def ingest(
         typer.Option(
             "--format",
             help="csv, parquet, jsonl, amazon-2023, movielens, movietweetings, yelp, peso-release, simulate. "
-            "None given: by the file's ending; of a folder peso-release.",
+            "None given: by the file's ending, of a folder by the files in it.",
         ),
     ] = None,
     workspace: Annotated[
@@ -69,7 +69,7 @@ def ingest(
 
     from peso import pipeline
     from peso.config import load_config
-    from peso.events.sources.files import kind_of
+    from peso.events.sources.files import format_of
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
     overrides = [*([f"data.items.path={_quoted(items)}"] if items else []), *overrides]
@@ -91,7 +91,7 @@ def ingest(
         if is_config:
             config = load_config(str(source), overrides)
         else:
-            data = {"format": data_format or kind_of(source or "") or "peso-release", "path": source}
+            data = {"format": data_format or format_of(source or ""), "path": source}
             config = load_config({"data": data}, overrides, base=Path())
         name = Path(source or "simulated").resolve()
         opened = Workspace.create_or_open(

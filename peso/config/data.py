@@ -43,6 +43,12 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def _types(value: Any) -> Any:
+    # YAML reads 1 as a number and yes as a truth value; in the log they are text
+    scalars = [str(v).lower() if isinstance(v, bool) else str(v) for v in _listed(value) if v is not None]
+    return scalars
+
+
 Moment = Annotated[int | float | str, BeforeValidator(_moment)]
 Column = Annotated[int | str, BeforeValidator(_column)]
 LogFormat = Literal["csv", "parquet", "jsonl"]
@@ -108,6 +114,15 @@ class ColumnsConfig(Section):
     rating: Column | None = None
 
 
+class EventsConfig(Section):
+    """Which types of events count; the others are left out before anything else is done."""
+
+    column: Column = Field(description="where an event's type stands")
+    keep: Annotated[list[str], BeforeValidator(_types)] = Field(
+        min_length=1, description="the types that count, such as [purchase, cart]"
+    )
+
+
 class ItemColumnsConfig(Section):
     """Where an item's fields stand. Several columns as ``text`` are joined to one."""
 
@@ -146,10 +161,14 @@ class DataConfig(Section):
         None, min_length=1, max_length=4, description="csv; none given: tab in .tsv, :: in .dat, else comma"
     )
     encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="csv only")
+    quote: Literal['"', "'", ""] = Field('"', description="csv only; '' where quotes are part of the text")
     time_format: str = Field(
         "auto", description="auto, seconds, milliseconds, microseconds, iso, or a pattern such as %d/%m/%Y"
     )
     items: ItemTableConfig | None = Field(None, description="csv, parquet and jsonl: the product table")
+    events: EventsConfig | None = Field(
+        None, description="csv, parquet and jsonl: the types of events that count"
+    )
     min_rating: float | None = None
     repeats: Literal["keep", "drop"] = Field("keep", description="drop: a user's first event of an item only")
     min_user: int = Field(1, ge=1, description="events that every user is left with (k-core)")
@@ -170,9 +189,13 @@ class DataConfig(Section):
         if self.format != "simulate" and self.path is None:
             raise ValueError(f"data.path is required for data.format: {self.format}")
         own = self.format in get_args(LogFormat)
-        unused = {"columns", "separator", "encoding", "time_format", "items"} if not own else set()
+        unused = (
+            {"columns", "separator", "encoding", "quote", "time_format", "items", "events"}
+            if not own
+            else set()
+        )
         if own and self.format != "csv":
-            unused |= {"separator", "encoding"}
+            unused |= {"separator", "encoding", "quote"}
         if self.format in ("peso-release", "simulate"):
             unused |= {"min_rating", "repeats", "min_user", "min_item", "stages", "on_error"}
         fields = type(self).model_fields

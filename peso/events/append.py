@@ -80,6 +80,7 @@ def append(
         source = open_source(data)
         observer.note(f"reading {data.path}")
         loaded = load(connection, source.log, skip, data.min_rating is not None)
+        loaded.tell(observer)
         funnel = Funnel(connection, loaded.rows)
         older = _leave_out_older(connection, last, skip, str(data.path))
         if older:
@@ -94,7 +95,7 @@ def append(
             connection.execute(f"DELETE FROM events WHERE (u, i) IN ({_HAD})")
             _require_new(connection, data, "is of an item that its user had before (data.repeats: drop)")
             funnel.count("repeats of earlier stages dropped")
-        clean(funnel, data.min_rating, data.repeats, data.min_user, data.min_item)
+        clean(funnel, source.log.keep, data.min_rating, data.repeats, data.min_user, data.min_item)
         order_by_time(connection)
         stages = _cut(connection, data.stages, loaded.clock)
         number_by_arrival(connection, first_item=len(stream.item_ids))
@@ -113,7 +114,7 @@ def append(
             connection, directory, stages.ends, stream.stages, str(data.path), observer.advance
         )
         observer.end()
-        added, of_items = new_items(connection, source.items, skip)
+        added, of_items = new_items(connection, source.items, skip, observer)
         items = pa.concat_tables([stream.items, added])
         write_items(items, directory)
         events, first_new, last_new = connection.execute(
@@ -133,6 +134,7 @@ def append(
         "new_users": users - known,
         "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first_new, "last": last_new},
         "skipped": loaded.skipped,
+        "remarks": loaded.remarks,
         "older": older,
         "funnel": funnel.rows,
         "boundaries": [iso(moment) for moment in stages.moments or []],
@@ -197,11 +199,9 @@ def update_items(data: DataConfig, earlier: str | Path, directory: Path) -> dict
     numbers = pa.table({"name": stream.items[columns.ITEM_ID], "n": range(len(stream.items))})
     with temporary_database(directory) as connection:
         connection.from_arrow(numbers).create("item_numbers")
-        given, counted = new_items(connection, table, data.on_error == "skip")
+        given, counted = new_items(connection, table, data.on_error == "skip", Silent())
         rows = scalar(connection, "SELECT count(DISTINCT item_id) FROM catalogue")
-        found = scalar(
-            connection, "SELECT count(*) FROM item_numbers WHERE name IN (SELECT item_id FROM catalogue)"
-        )
+        found = counted["items_found"]
     if not found:
         raise DataError(
             f"{path} has {rows:,} items, but none of the {len(stream.items):,} of the stream (its first is "

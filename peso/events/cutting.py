@@ -6,6 +6,7 @@ Events of one moment stand in the order of the log, so every cut is reproducible
 
 from __future__ import annotations
 
+from calendar import monthrange
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -16,7 +17,7 @@ import numpy as np
 from peso.config import PERIOD, StagesConfig
 from peso.errors import DataError
 from peso.events.database import scalar
-from peso.events.times import Clock, iso, microseconds
+from peso.events.times import END, Clock, iso, microseconds
 
 MAX_STAGES = 10_000  # a calendar that gives more is a mistake in the period or in the times
 
@@ -97,13 +98,15 @@ def calendar(every: str, start: int, last: int) -> list[int]:
 
 def _later(start: int, count: int, unit: str) -> int:
     when = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=start)
-    if unit in ("month", "year"):
+    try:
+        if unit not in ("month", "year"):
+            return microseconds(when + timedelta(**{f"{unit}s": count}))
         months = when.year * 12 + when.month - 1 + count * (12 if unit == "year" else 1)
-        first = when.replace(year=months // 12, month=months % 12 + 1, day=1)
-        following = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
-        days = (following - first).days
-        return microseconds(first.replace(day=min(when.day, days)))
-    return microseconds(when + timedelta(**{f"{unit}s": count}))
+        year, month = divmod(months, 12)
+        day = min(when.day, monthrange(year, month + 1)[1])
+        return microseconds(when.replace(year=year, month=month + 1, day=day))
+    except (ValueError, OverflowError):  # past the calendar's end, and so after every event
+        return END + 1
 
 
 def _require_events(ends: np.ndarray, moments: list[int] | None, events: int) -> None:

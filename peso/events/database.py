@@ -6,14 +6,10 @@ folder beside what is being written, which is gone afterwards.
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import duckdb
@@ -22,12 +18,6 @@ from peso.errors import DataError, WorkspaceError
 
 MEMORY = "2GB"  # beside it Python, Arrow and NumPy need about 0.5 GB
 THREADS = 4  # at most: each thread holds buffers of its own
-
-_CSV_LINE = re.compile(r"CSV Error on Line: (\d+)")
-_CSV_FILE = re.compile(r"^\s*file = (.+)$", re.MULTILINE)
-_CSV_TEXT = re.compile(r"Original Line: (.*)")
-_CSV_WIDTH = re.compile(r"Expected Number of Columns: (\d+) Found: (\d+)")
-_JSON = re.compile(r'Malformed JSON in file "(.+?)", at byte (\d+) in (?:line|record/value) (\d+): (.+)')
 
 
 @contextmanager
@@ -69,18 +59,6 @@ def scalar(connection: duckdb.DuckDBPyConnection, query: str) -> int:
     return int(connection.execute(query).fetchall()[0][0])
 
 
-def rejected_lines(connection: duckdb.DuckDBPyConnection) -> int:
-    """Lines that the CSV reader has left out so far. A scan may meet one twice: its sample, its reading."""
-    tables = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'"
-    if not scalar(connection, tables):
-        return 0
-    return scalar(
-        connection,
-        "SELECT count(*) FROM (SELECT DISTINCT file_path, line FROM reject_errors JOIN reject_scans "
-        "USING (scan_id, file_id))",
-    )
-
-
 def cores() -> int:
     """How many threads to compute with: the cores at hand, up to ``THREADS``."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -96,52 +74,10 @@ def _explained(error: duckdb.Error, directory: Path) -> Exception:
         )
     if isinstance(error, duckdb.OutOfMemoryException):
         return DataError(
-            f"this log does not fit the memory set aside for it ({MEMORY}): {text.splitlines()[0]}"
+            f"not enough memory to ingest this log: {text.splitlines()[0]}. Up to {MEMORY} of tables are "
+            "held in memory, the rest on disk; this machine, container or shell (ulimit -v) allows less. "
+            "Free some, or ingest the log in parts: the first one, then the others with --append"
         )
-    if line := _CSV_LINE.search(text):
-        return _explained_csv(text, int(line[1]))
-    if found := _JSON.search(text):
-        file, _, reported, what = found.groups()
-        line_number = _json_line(Path(file), int(reported))
-        cure = "convert the file to UTF-8" if "UTF-8" in what else "fetch or write the file again"
-        return DataError(
-            f"{file}: line {line_number} is no valid JSON ({what.strip().rstrip('.')}); {cure}, "
-            "or leave such lines out with data.on_error: skip"
-        )
-    if "GZIP" in text.upper():
-        what = "is cut short" if "Unexpected end" in text else "is not gzip, whatever its name says"
-        return DataError(f"{text.rpartition(': ')[2].strip()} {what}; fetch the file again")
     if isinstance(error, duckdb.IOException | duckdb.InvalidInputException):
         return DataError(f"the data cannot be read: {text.splitlines()[0]}; fetch or write the file again")
     return error
-
-
-def _json_line(file: Path, reported: int) -> int:
-    """DuckDB counts the line after the broken one in some versions: look which of the two it is."""
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
-        for number, line in enumerate(islice(handle, max(reported - 2, 0), reported), max(reported - 1, 1)):
-            try:
-                json.loads(line)
-            except ValueError:
-                return number
-    return reported
-
-
-def _explained_csv(text: str, line: int) -> DataError:
-    found = _CSV_FILE.search(text)
-    file = found[1].strip() if found else "the file"
-    original = _CSV_TEXT.search(text)
-    content = original[1].strip()[:80] if original else ""
-    skip = "or leave such lines out with data.on_error: skip"
-    if "not utf-8" in text.lower() or "unicode" in text.lower():
-        return DataError(
-            f"{file}: line {line} is not UTF-8 ({content!r}); if the whole file has another encoding say so "
-            f"(data.encoding: latin-1), if encodings are mixed convert it to UTF-8, {skip}"
-        )
-    if width := _CSV_WIDTH.search(text):
-        return DataError(
-            f"{file}: line {line} has {width[2]} columns where {width[1]} belong ({content!r}); "
-            f"check data.separator, mend the line, {skip}"
-        )
-    what = text.split("\n")[2] if text.count("\n") > 1 else text
-    return DataError(f"{file}: line {line} is no readable CSV ({content!r}: {what}); mend the line, {skip}")

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
+from peso.errors import DataError
 from peso.events import columns
 from peso.events.cleaning import Funnel, clean
 from peso.events.cutting import cut, order_by_time
@@ -73,12 +74,9 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         files = opened.log.table.files
         observer.note(f"reading {files[0] if len(files) == 1 else f'{len(files)} files of {data.path}'}")
         loaded = load(connection, opened.log, data.on_error == "skip", data.min_rating is not None)
-        observer.note(
-            f"times are {loaded.clock.stated}: {iso(loaded.first)} to {iso(loaded.last)}"
-            + (f"; {loaded.skipped:,} unreadable rows left out" if loaded.skipped else "")
-        )
+        loaded.tell(observer)
         funnel = Funnel(connection, loaded.rows)
-        clean(funnel, data.min_rating, data.repeats, data.min_user, data.min_item)
+        clean(funnel, opened.log.keep, data.min_rating, data.repeats, data.min_user, data.min_item)
         order_by_time(connection)
         stages = cut(connection, data.stages, loaded.clock)
         number_by_arrival(connection)
@@ -89,7 +87,13 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         observer.begin("writing the stages", scalar(connection, "SELECT count(*) FROM sorted"), "events")
         counts = write_stages(connection, directory, stages.ends, 0, str(data.path), observer.advance)
         observer.end()
-        items, of_items = new_items(connection, opened.items, data.on_error == "skip")
+        items, of_items = new_items(connection, opened.items, data.on_error == "skip", observer)
+        if opened.items is not None and not of_items["items_found"]:
+            raise DataError(
+                f"none of the {len(items):,} items of the log has a row in {opened.items.table.files[0]}; "
+                f"the first of the log is {items[columns.ITEM_ID][0].as_py()!r}. Check data.columns.item and "
+                "data.items.columns.item, or leave data.items out"
+            )
         write_items(items, directory)
         first, last = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
     write_manifest(
@@ -99,6 +103,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
             "source": source,
             "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first, "last": last},
             "skipped": loaded.skipped,
+            "remarks": loaded.remarks,
             "funnel": funnel.rows,
             "boundaries": [iso(moment) for moment in stages.moments] if stages.moments is not None else None,
             "items": len(items),

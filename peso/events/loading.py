@@ -1,37 +1,53 @@
 """A source's events into DuckDB: texts read, times understood, users and items as numbers.
 
-Knows which rows can be read; knows nothing of cleaning or stages. What it leaves in the database:
+It leaves in the database:
 
     users   name, u, known          one row a user; u counts from 0 in no particular order
     items   name, i, known          likewise
-    events  u, i, time, row[, rating]   time in microseconds; row: the place in the log, which orders ties
+    events  u, i, time, row[, rating][, kind]   time in microseconds; row: the place in the log, for ties
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 
 from peso.errors import DataError
-from peso.events.database import rejected_lines, scalar
+from peso.events.database import scalar
 from peso.events.sources import Log
-from peso.events.sources.tables import FILE
+from peso.events.sources.reading import Reading
+from peso.events.sources.tables import BLANKS
 from peso.events.times import Clock, iso, recognise, recognise_unit
+from peso.progress import Observer
 
 SAMPLE = 100  # values by which the form of the times is recognised
+MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # how programs print no value
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """``rows`` of the log were read, ``skipped`` of them left out; ``first`` and ``last``: microseconds."""
+    """``rows`` of the log were read, ``skipped`` of them left out; ``first`` and ``last``: microseconds.
+
+    ``remarks``: what is odd about the ids, one sentence each.
+    """
 
     clock: Clock
     rows: int
     skipped: int
     first: int
     last: int
+    remarks: list[str]
+
+    def tell(self, observer: Observer) -> None:
+        observer.note(
+            f"times are {self.clock.stated}: {iso(self.first)} to {iso(self.last)}; {self.rows:,} rows, "
+            f"{self.skipped:,} of them unreadable and left out"
+        )
+        for remark in self.remarks:
+            observer.note(f"note: {remark}")
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -52,27 +68,22 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
     """
     table = log.table
     where = f"column {log.time!r} of {table.files[0]}"
+    reading = Reading(connection, table, skip, log.time, swallowed=1)
     time = table.require(log.time, "data.columns.time")
-    connection.execute(f"SELECT {time} FROM {table.scan(skip)} WHERE {time} IS NOT NULL LIMIT {SAMPLE}")
-    sample = [value for (value,) in connection.fetchall()]
-    clock = recognise(sample, table.columns[log.time], log.time_format, where) if sample else Clock("iso")
-    try:
-        connection.execute(
-            f"CREATE TABLE raw AS SELECT {_fields(log, clock, rating)} FROM {table.scan(skip)}"
+    sample = [
+        value
+        for (value,) in reading.select(
+            f"{time.value}::VARCHAR", f"WHERE {time.sql} IS NOT NULL LIMIT {SAMPLE}"
         )
-    except duckdb.Error as error:
-        # DuckDB may cast within the CSV reader, which then names the line but not in our words
-        if "Error when converting column" not in str(error):
-            raise
-        raise _first_unreadable(connection, log, clock, rating) from None
-    bad = _unreadable(rating)
+    ]
+    clock = recognise(sample, time.kind, log.time_format, where) if sample else Clock("iso")
+    rows = reading.create("raw", ", ".join(_fields(reading, log, clock, rating)))
+    bad = " OR ".join(f"{field} IS NULL" for field in ['"user"', "item", "time"] + ["rating"] * rating)
     unread = scalar(connection, f"SELECT count(*) FROM raw WHERE {bad}")
     if unread and not skip:
-        raise _first_unreadable(connection, log, clock, rating)
-    rows = scalar(connection, "SELECT count(*) FROM raw")
+        raise _first_unreadable(connection, reading, log, clock, bad, rating)
     if rows == unread:
         raise DataError(f"{table.files[0]} holds no readable event; fetch or write the file again")
-    rejected = rejected_lines(connection) if skip else 0
     clock = _with_unit(connection, clock, bad, where)
     connection.execute(f"""
         CREATE TABLE users AS SELECT name, (row_number() OVER () - 1)::INTEGER AS u, false AS known
@@ -80,32 +91,33 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
     connection.execute(f"""
         CREATE TABLE items AS SELECT name, (row_number() OVER () - 1)::INTEGER AS i, false AS known
         FROM (SELECT DISTINCT item AS name FROM raw WHERE NOT ({bad}))""")
+    further = ", rating" * rating + ", kind" * bool(log.keep)
     connection.execute(f"""
         CREATE TABLE events AS
-        SELECT u, i, {clock.in_microseconds("time")} AS time, raw.rowid AS row{", rating" if rating else ""}
+        SELECT u, i, {clock.in_microseconds("time")} AS time, raw.rowid AS row{further}
         FROM raw JOIN users ON raw."user" = users.name JOIN items ON raw.item = items.name
         WHERE NOT ({bad})""")
     connection.execute("DROP TABLE raw")
     first, last = connection.execute("SELECT min(time), max(time) FROM events").fetchall()[0]
-    return Loaded(clock, rows + rejected, unread + rejected, first, last)
+    remarks = [*reading.remarks, *_remarks_on_ids(connection, log), *_remarks_on_types(connection, log)]
+    left_out = reading.left_out
+    return Loaded(clock, rows + left_out, unread + left_out, first, last, remarks)
 
 
-def _fields(log: Log, clock: Clock, rating: bool) -> str:
+def _fields(reading: Reading, log: Log, clock: Clock, rating: bool) -> list[str]:
     require = log.table.require
     fields = [
-        f"nullif({require(log.user, 'data.columns.user')}::VARCHAR, '') AS \"user\"",
-        f"nullif({require(log.item, 'data.columns.item')}::VARCHAR, '') AS item",
-        f"{clock.parse(require(log.time, 'data.columns.time'))} AS time",
+        f'{reading.id(log.user, "data.columns.user")} AS "user"',
+        f"{reading.id(log.item, 'data.columns.item')} AS item",
+        f"{clock.parse(require(log.time, 'data.columns.time').value)} AS time",
     ]
     if rating:
         assert log.rating is not None
-        number = f"try_cast({require(log.rating, 'data.columns.rating')} AS DOUBLE)"
+        number = f"try_cast({require(log.rating, 'data.columns.rating').value} AS DOUBLE)"
         fields.append(f"CASE WHEN isfinite({number}) THEN {number} END AS rating")
-    return ", ".join(fields)
-
-
-def _unreadable(rating: bool) -> str:
-    return " OR ".join(f"{field} IS NULL" for field in ['"user"', "item", "time"] + ["rating"] * rating)
+    if log.kind is not None:
+        fields.append(f"{reading.id(log.kind, 'data.events.column')} AS kind")
+    return fields
 
 
 def _with_unit(connection: duckdb.DuckDBPyConnection, clock: Clock, bad: str, where: str) -> Clock:
@@ -116,32 +128,56 @@ def _with_unit(connection: duckdb.DuckDBPyConnection, clock: Clock, bad: str, wh
 
 
 def _first_unreadable(
-    connection: duckdb.DuckDBPyConnection, log: Log, clock: Clock, rating: bool
+    connection: duckdb.DuckDBPyConnection, reading: Reading, log: Log, clock: Clock, bad: str, rating: bool
 ) -> DataError:
-    """Read again up to the first bad row, this time with numbers: only a failure pays for them."""
-    table, bad = log.table, _unreadable(rating)
-    columns = [log.user, log.item, log.time] + ([log.rating] if rating and log.rating else [])
-    given = ", ".join(f"{table.require(name, '')} AS given_{k}" for k, name in enumerate(columns))
-    fields = f"{_fields(log, clock, rating)}, {given}"
-    connection.execute(
-        f"SELECT {FILE} FROM (SELECT {fields}, {FILE} FROM {table.scan(name_file=True)}) WHERE {bad} LIMIT 1"
+    row = scalar(connection, f"SELECT min(rowid) FROM raw WHERE {bad}")
+    asked = [log.user, log.item, log.time] + ([log.rating] if rating and log.rating else [])
+    given = ", ".join(f"{log.table.require(name, '').value}::VARCHAR" for name in asked)
+    values = reading.select(given, f"LIMIT 1 OFFSET {row}")[0]
+    read = connection.execute(f"SELECT * FROM raw WHERE rowid = {row}").fetchall()[0]
+    what = next(
+        kind for kind, value in zip(("user", "item", "time", "rating"), read, strict=False) if value is None
     )
-    name = connection.fetchall()[0][0]
-    file = next(file for file in table.files if str(file) == name)
-    connection.execute(f"""
-        SELECT * FROM (SELECT row_number() OVER () AS place, {fields} FROM {table.scan(files=[file])})
-        WHERE {bad} LIMIT 1""")
-    place, user, item, time, *rest = connection.fetchall()[0]
-    given_user, given_item, given_time, *given_rating = rest[rating:]
-    if user is None:
-        what = f"no user (column {log.user!r} is {given_user!r})"
-    elif item is None:
-        what = f"no item (column {log.item!r} is {given_item!r})"
-    elif time is None:
-        what = f"the time {str(given_time)!r} in column {log.time!r}, which cannot be read as {clock.stated}"
+    place = ("user", "item", "time", "rating").index(what)
+    name, value = asked[place], values[place]
+    if what in ("user", "item"):
+        said = f"no {what} (column {name!r} is {value!r})"
+    elif what == "time":
+        said = f"the time {str(value)!r} in column {name!r}, which cannot be read as {clock.stated}"
     else:
-        what = f"the rating {given_rating[0]!r} in column {log.rating!r}, which is no number"
+        said = f"the rating {value!r} in column {name!r}, which is not a number"
+    file, number = reading.place(row)
     return DataError(
-        f"{file}: row {place} (counted from 1, without a header) has {what}; mend it, "
+        f"{file}: row {number} (counted from 1, without a header) has {said}; correct it, "
         "check data.columns, or leave such rows out with data.on_error: skip"
     )
+
+
+def _remarks_on_ids(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator[str]:
+    for table, column in (("users", log.user), ("items", log.item)):
+        for condition, what in (
+            (
+                f"name <> trim(name, {BLANKS})",
+                "with spaces around them, which count as part of the id",
+            ),
+            (f"lower(name) IN {MISSING}", "that look like a missing value, which they are not taken for"),
+        ):
+            count, example = connection.execute(
+                f"SELECT count(*), min(name) FROM {table} WHERE {condition}"
+            ).fetchall()[0]
+            if count:
+                yield f"column {column!r} has {count:,} ids {what}: {example!r}"
+
+
+def _remarks_on_types(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator[str]:
+    if not log.keep:
+        return
+    there = [
+        kind for (kind,) in connection.execute("SELECT DISTINCT kind FROM events ORDER BY kind").fetchall()
+    ]
+    for kind in log.keep:
+        if kind not in there:
+            yield (
+                f"no event has {kind!r} in column {log.kind!r} (data.events.keep); it holds "
+                f"{', '.join(map(repr, there[:10]))}"
+            )

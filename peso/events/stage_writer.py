@@ -18,11 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.events import columns
-from peso.events.database import cores, rejected_lines, scalar
+from peso.events.database import cores, scalar
 from peso.events.histories import Stage
 from peso.events.protocol import refuse_untrainable, slice_stages, stage_counts
 from peso.events.sources import ItemTable
+from peso.events.sources.reading import Reading
+from peso.events.sources.tables import BLANKS
 from peso.events.stream import ITEMS_FILE, stage_file, stage_table
+from peso.progress import Observer
 
 SLICE = 1_000_000  # events
 
@@ -138,7 +141,7 @@ def write_stages(
 
 
 def new_items(
-    connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool
+    connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool, observer: Observer
 ) -> tuple[pa.Table, dict[str, int]]:
     """The rows of the item table for ``item_numbers``, in their order, with what ``items`` says of them.
 
@@ -147,7 +150,8 @@ def new_items(
 
     Returns:
         An Arrow table (``peso.events.columns.ITEMS``), and for the manifest how many rows of ``items`` repeat
-        an item (the first is taken), and how many were left out as unreadable or name no item.
+        an item (the first is taken), how many were left out as unreadable or name no item, and how many of
+        the items have a row (``items_found``).
     """
     told = {"repeated_rows_of_items": 0, "skipped_rows_of_items": 0}
     if items is None:
@@ -155,20 +159,26 @@ def new_items(
             SELECT name AS item_id, NULL AS title, NULL AS text, NULL AS category FROM item_numbers
             ORDER BY n"""
     else:
-        rejected = rejected_lines(connection)  # of the log: the reader goes on counting
-        connection.execute(f"""
-            CREATE TABLE catalogue AS
-            SELECT nullif(({items.item})::VARCHAR, '') AS item_id, nullif({items.title}, '') AS title,
-                   nullif({items.text}, '') AS text, nullif({items.category}, '') AS category
-            FROM {items.table.scan(skip)}""")
+        reading = Reading(connection, items.table, skip, items.item)
+        reading.create(
+            "catalogue",
+            f"{reading.id(items.item, 'data.items.columns.item')} AS item_id, "
+            f"nullif({items.title}, '') AS title, nullif({items.text}, '') AS text, "
+            f"nullif({items.category}, '') AS category",
+        )
         told["repeated_rows_of_items"] = scalar(
             connection, "SELECT count(item_id) - count(DISTINCT item_id) FROM catalogue"
         )
         told["skipped_rows_of_items"] = (
-            scalar(connection, "SELECT count(*) - count(item_id) FROM catalogue")
-            + rejected_lines(connection)
-            - rejected
+            scalar(connection, "SELECT count(*) - count(item_id) FROM catalogue") + reading.left_out
         )
+        told["items_found"] = _tell_found(connection, str(items.table.files[0]), observer)
+        for remark in reading.remarks:
+            observer.note(f"note: product table: {remark}")
+        if told["skipped_rows_of_items"]:
+            observer.note(
+                f"note: {told['skipped_rows_of_items']:,} rows of it name no item or cannot be read"
+            )
         query = """
             SELECT name AS item_id, title, text, category
             FROM item_numbers
@@ -178,6 +188,33 @@ def new_items(
             ORDER BY n"""
     table = connection.sql(query).to_arrow_table()
     return table.select(columns.ITEMS.names).cast(columns.ITEMS), told
+
+
+def _tell_found(connection: duckdb.DuckDBPyConnection, file: str, observer: Observer) -> int:
+    """Say how many items found a row, and which pair nearly did; the number of those that did."""
+    connection.execute("""
+        CREATE TABLE met AS
+        SELECT log.name, product.item_id
+        FROM item_numbers AS log FULL JOIN (
+            SELECT DISTINCT item_id FROM catalogue WHERE item_id IS NOT NULL) AS product
+          ON log.name = product.item_id""")
+    found, items, products = connection.execute("""
+        SELECT count(*) FILTER (name IS NOT NULL AND item_id IS NOT NULL), count(name), count(item_id)
+        FROM met""").fetchall()[0]
+    observer.note(
+        f"{found:,} of {items:,} items of the log have a row in {file}, which has {products:,} items"
+    )
+    plain = r"ltrim(regexp_replace(lower(trim({}, " + BLANKS + r")), '\.0+$', ''), '0')"
+    near = connection.execute(f"""
+        SELECT count(DISTINCT log.name), min((log.name, product.item_id)::VARCHAR)
+        FROM met AS log JOIN met AS product ON {plain.format("log.name")} = {plain.format("product.item_id")}
+        WHERE log.item_id IS NULL AND product.name IS NULL""").fetchall()[0]
+    if near[0]:
+        observer.note(
+            f"note: {near[0]:,} items of the log without a row differ from an id there only in leading "
+            f"zeros, decimals, spaces or case: {near[1]} (log, products), for example; write ids in one way"
+        )
+    return int(found)
 
 
 def write_items(table: pa.Table, directory: Path) -> None:

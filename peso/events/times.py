@@ -20,6 +20,7 @@ MICROSECONDS = {"seconds": 1e6, "milliseconds": 1e3, "microseconds": 1.0}
 _LIMITS = {"seconds": 1e11, "milliseconds": 1e14, "microseconds": 1e17}
 _NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL", "U")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+END = 253_370_764_800_000_000  # the year 9999 in microseconds: the calendar ends with it
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Clock:
         """SQL: a number in the log's unit, else microseconds; null if unreadable or negative."""
         if self.kind == "number":
             number = f"try_cast({column} AS DOUBLE)"
-            return f"CASE WHEN isfinite({number}) AND {number} >= 0 THEN {number} END"
+            most = END / MICROSECONDS[self.unit] if self.unit else END
+            return f"CASE WHEN isfinite({number}) AND {number} BETWEEN 0 AND {most:.0f} THEN {number} END"
         if self.kind == "iso":
             return _finite(f"try_cast({column} AS TIMESTAMPTZ)")
         if self.kind == "typed":
@@ -61,14 +63,22 @@ class Clock:
         """A moment of the configuration in microseconds: ISO text, or a number in the unit of the log.
 
         Raises:
-            DataError: unreadable text.
+            DataError: unreadable text, or a moment before 1970 or after the year 9998.
         """
         if not isinstance(value, str):
-            return round(value * MICROSECONDS[self.unit or "seconds"])
+            number = value * MICROSECONDS[self.unit or "seconds"]
+            if not 0 <= number <= END:
+                raise DataError(
+                    f"{key}: {value} {self.unit or 'seconds'} is not between 1970 and 9998; "
+                    "write it in the unit of the log, or as a date such as 2013-06-01"
+                )
+            return round(number)
         try:
             when = datetime.fromisoformat(value)
         except ValueError:
-            raise DataError(f"{key}: {value!r} is no moment; write 2013-06-01 or 2013-06-01 12:00") from None
+            raise DataError(
+                f"{key}: {value!r} is not a moment; write 2013-06-01 or 2013-06-01 12:00"
+            ) from None
         return microseconds(when if when.tzinfo else when.replace(tzinfo=UTC))
 
 
@@ -134,11 +144,8 @@ def microseconds(when: datetime) -> int:
 
 
 def iso(microseconds_: int) -> str:
-    """A moment as ISO text in UTC; past the calendar's end the plain number."""
-    try:
-        return (_EPOCH + timedelta(microseconds=microseconds_)).isoformat().replace("+00:00", "Z")
-    except OverflowError:
-        return str(microseconds_)
+    """A moment as ISO text in UTC."""
+    return (_EPOCH + timedelta(microseconds=microseconds_)).isoformat().replace("+00:00", "Z")
 
 
 def _is_compact_date(value: str) -> bool:
@@ -147,7 +154,10 @@ def _is_compact_date(value: str) -> bool:
 
 
 def _finite(timestamp: str) -> str:
-    return f"CASE WHEN isfinite({timestamp}) AND year({timestamp}) >= 1970 THEN epoch_us({timestamp}) END"
+    return (
+        f"CASE WHEN isfinite({timestamp}) AND year({timestamp}) BETWEEN 1970 AND 9998 "
+        f"THEN epoch_us({timestamp}) END"
+    )
 
 
 def _reads(value: str, sql_type: str) -> bool:

@@ -53,12 +53,12 @@ def _log_file(path: Path) -> Path:
 
 def _items(file: Path) -> ItemTable:
     documents = ["title", "features", "description", "categories"]
-    table = jsonl_table([require_content(file)], [ITEM], documents)
-    there = [name for name in documents if name in table.columns]
+    table = jsonl_table([require_content(file)], [ITEM, *documents])
+    table.require(ITEM, "data.format")
     return ItemTable(
         table,
-        table.require(ITEM, "data.format"),
-        plain(table, *(name for name in there if name == "title")),
-        plain(table, *(name for name in there if name in ("features", "description"))),
-        plain(table, *(name for name in there if name == "categories"), join=PATH),
+        ITEM,
+        plain(table, "title"),
+        plain(table, "features", "description"),
+        plain(table, "categories", join=PATH),
     )

@@ -1,7 +1,4 @@
-"""Which files a path means, and what columns they have.
-
-Knows names, folders, globs, gzip and first lines; knows nothing of events.
-"""
+"""Which files a path means, of which kind they are, and how they are opened."""
 
 from __future__ import annotations
 
@@ -9,26 +6,41 @@ import csv
 import glob
 import gzip
 import io
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, cast
 
-from peso.errors import DataError
+from peso.errors import ConfigError, DataError
 
 ENDINGS = {
     "csv": (".csv", ".tsv", ".tab", ".txt", ".dat", ".data", ".inter"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet", ".pq"),
 }
+# First bytes of what is not text, and what to do with it.
+_MAGIC = {
+    b"\x1f\x8b": "is a gzip file: give its name the ending .gz",
+    b"PK\x03\x04": "is a zip archive (or a spreadsheet): unpack or export it, and give the text file",
+    b"BZh": "is a bzip2 file: unpack it",
+    b"\xfd7zXZ": "is an xz file: unpack it",
+    b"\x28\xb5\x2f\xfd": "is a zstd file: unpack it",
+    b"PAR1": "is a Parquet file: set the format to parquet",
+    b"SQLite format 3": "is an SQLite database: export the table as CSV or Parquet",
+}
+HEADER = 1 << 20  # characters; a longer first line is not the header of a table
 
 
 def find_files(path: str, kind: str) -> list[Path]:
     """The files that ``path`` (a file, a folder or a glob) means, in order of name.
 
+    A path that exists is that file or folder, whatever characters its name holds; only where there is none it
+    is read as a glob.
+
     Args:
         kind: ``csv``, ``jsonl`` or ``parquet``: of a folder the files with an ending of this kind, gzipped
-            ones included, are taken.
+            ones included, are taken, except hidden ones (they or a folder above them begin with a dot).
 
     Raises:
         DataError: nothing there, or a file without a byte.
@@ -36,6 +48,7 @@ def find_files(path: str, kind: str) -> list[Path]:
     if Path(path).is_dir():
         endings = ENDINGS[kind]
         found = [f for f in Path(path).rglob("*") if f.is_file() and bare_suffix(f) in endings]
+        found = [f for f in found if not any(part[0] == "." for part in f.relative_to(path).parts)]
         if not found:
             raise DataError(f"the folder {path} holds no {kind} file ({', '.join(endings)}, or with .gz)")
     elif Path(path).is_file():
@@ -55,12 +68,56 @@ def kind_of(path: str) -> str | None:
     return next((kind for kind, endings in ENDINGS.items() if suffix in endings), None)
 
 
+def format_of(path: str) -> str:
+    """The ``data.format`` of a file by its ending, of a folder by the files in it.
+
+    Raises:
+        ConfigError: the ending says nothing, or the folder holds files of no kind or of several.
+    """
+    if not Path(path).is_dir():
+        if kind := kind_of(path):
+            return kind
+        if not Path(path).exists():
+            raise ConfigError(f"there is no file or folder at {path}")
+        known = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
+        raise ConfigError(
+            f"the ending of {path} does not say what it holds (known are {known}); give --format, "
+            "for example --format csv"
+        )
+    names = [file.name for file in Path(path).iterdir()]
+    if any(".all.block_" in name for name in names):
+        return "peso-release"
+    kinds = {kind for file in Path(path).rglob("*") if (kind := kind_of(file.name))}
+    if len(kinds) == 1:
+        return kinds.pop()
+    held = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no file with a known ending"
+    raise ConfigError(f"the folder {path} holds {held}; give --format, for example --format csv")
+
+
 def require_content(file: Path) -> Path:
     """The file itself. Raises DataError if it is missing or empty."""
     if not file.is_file():
         raise DataError(f"{file} is missing; check data.path, or fetch the data again")
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty; fetch or write it again, or remove it")
+    return file
+
+
+def require_text(file: Path) -> Path:
+    """The file itself. Raises DataError if it is evidently not text, packed with gzip or not."""
+    with file.open("rb") as raw:
+        start = raw.read(16)
+    packed = start.startswith(b"\x1f\x8b")
+    if _is_gzip(file) and not packed:
+        raise DataError(
+            f"{file} is not gzip, whatever its name says; give it its right ending, or fetch it again"
+        )
+    if _is_gzip(file):
+        with open_bytes(file) as unpacked:
+            start = unpacked.read(16)
+    for magic, what in _MAGIC.items():
+        if start.startswith(magic):
+            raise DataError(f"{file} {what}")
     return file
 
 
@@ -75,7 +132,7 @@ def first_of(folder: Path, *names: str) -> Path | None:
 
 def bare_suffix(file: Path) -> str:
     """``.csv`` of ``log.csv`` and of ``log.csv.gz``."""
-    return (Path(file.stem) if file.suffix == ".gz" else file).suffix.lower()
+    return (Path(file.stem) if _is_gzip(file) else file).suffix.lower()
 
 
 def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[str]:
@@ -84,14 +141,20 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
     Raises:
         DataError: the line is not text in this encoding, or there is none.
     """
-    try:
-        with open_text(file, encoding, errors="replace") as handle:  # later bytes may be anything
-            if quote:
-                fields = next(csv.reader(handle, delimiter=separator, quotechar=quote), [])
-            else:
-                fields = handle.readline().rstrip("\r\n").split(separator)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
-        raise DataError(f"the first line of {file} is not readable ({error}); check data.encoding") from None
+    with open_text(file, encoding) as handle:
+        line = handle.readline(HEADER).rstrip("\n")
+    if any(mark in line for mark in ("\0", "\ufffd")) or any("\udc80" <= mark <= "\udcff" for mark in line):
+        raise DataError(
+            f"the first line of {file} is not {encoding} text; set data.encoding (utf-8, latin-1, utf-16)"
+        )
+    fields = line.split(separator)
+    if quote and quote in line:
+        try:
+            fields = next(csv.reader([line], delimiter=separator, quotechar=quote, strict=True))
+        except csv.Error as error:
+            raise DataError(
+                f"the first line of {file} has a quote out of place ({error}): {line[:80]!r}"
+            ) from None
     if not any(fields):
         raise DataError(f"the first line of {file} is empty; fetch or write the file again")
     return fields
@@ -99,12 +162,12 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
 
 def is_utf8(file: Path) -> bool:
     """Whether all of the file is UTF-8 text."""
-    try:
-        with open_text(file, "utf-8") as handle:
-            while handle.read(1 << 20):
+    with open_bytes(file) as raw:
+        try:
+            for _ in io.TextIOWrapper(raw, encoding="utf-8"):
                 pass
-    except UnicodeDecodeError:
-        return False
+        except UnicodeDecodeError:
+            return False
     return True
 
 
@@ -121,8 +184,33 @@ def require_same(tables: Sequence[tuple[Path, list[str]]]) -> list[str]:
 
 
 @contextmanager
-def open_text(file: Path, encoding: str, errors: str = "strict") -> Iterator[IO[str]]:
-    """A text file, gzipped or not, with its line ends as they are."""
+def open_bytes(file: Path) -> Iterator[BinaryIO]:
+    """A file, unpacked if its name ends in .gz; whoever reads it to its end has its checksum verified.
+
+    Raises:
+        DataError: gzip data that are cut short or damaged.
+    """
+    try:
+        with gzip.open(file, "rb") if _is_gzip(file) else file.open("rb") as raw:
+            yield cast(BinaryIO, raw)
+    except EOFError:
+        raise DataError(f"{file} is cut short; fetch the file again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file} is damaged ({error}); fetch the file again") from None
+
+
+@contextmanager
+def open_text(file: Path, encoding: str) -> Iterator[IO[str]]:
+    """A text file, gzipped or not, whose lines all end in a line feed.
+
+    Bytes that are no text in this encoding come as lone surrogates (UTF-8) or as U+FFFD (UTF-16).
+    """
     name = "utf-8-sig" if encoding == "utf-8" else encoding
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as raw:
-        yield io.TextIOWrapper(raw, encoding=name, errors=errors, newline="")
+    with open_bytes(file) as raw:
+        yield io.TextIOWrapper(
+            raw, encoding=name, errors="replace" if encoding == "utf-16" else "surrogateescape"
+        )
+
+
+def _is_gzip(file: Path) -> bool:
+    return file.suffix.lower() == ".gz"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peso.errors import DataError
-from peso.events.database import identifier, literal
+from peso.events.database import literal
 from peso.events.sources.files import first_of, is_utf8, require_content
 from peso.events.sources.source import LIST, ItemTable, Log, Source
 from peso.events.sources.tables import FileTable, csv_table
@@ -80,14 +80,17 @@ def _numbered(log: Path, separator: str) -> Log:
 
 def _movies(table: FileTable) -> ItemTable:
     """Number, title, genres separated by bars."""
-    return ItemTable(table, '"1"', '"2"', category=_genres('"3"') if "3" in table.columns else "NULL")
+    return ItemTable(
+        table, "1", _at(table, "2"), category=_genres(_at(table, "3")) if "3" in table.columns else "NULL"
+    )
 
 
 def _latest(movies: Path | None) -> ItemTable | None:
     if movies is None:
         return None
     table = csv_table([require_content(movies)], ",", header=True)
-    return ItemTable(table, table.require("movieId", "data.format"), '"title"', category=_genres('"genres"'))
+    title, genres = (table.require(name, "data.format").sql for name in ("title", "genres"))
+    return ItemTable(table, "movieId", title, category=_genres(genres))
 
 
 def _items_100k(file: Path | None) -> ItemTable | None:
@@ -95,20 +98,20 @@ def _items_100k(file: Path | None) -> ItemTable | None:
         return None
     table = _headless(file, "|", "latin-1")
     flags = [
-        f"CASE {identifier(str(FLAGS_FROM + place))} WHEN '1' THEN {literal(genre)} END"
+        f"CASE {_at(table, str(FLAGS_FROM + place))} WHEN '1' THEN {literal(genre)} END"
         for place, genre in enumerate(GENRES_100K)
         if str(FLAGS_FROM + place) in table.columns
     ]
     genres = f"nullif(concat_ws({literal(LIST)}, {', '.join(flags)}), '')" if flags else "NULL"
-    return ItemTable(table, '"1"', '"2"', category=genres)
+    return ItemTable(table, "1", _at(table, "2"), category=genres)
 
 
 def _pulled(movies: Path) -> ItemTable:
     table = csv_table([require_content(movies)], "\t", header=True, quote="")
-    year = table.require("year", "data.format")
-    title = f"concat({table.require('title', 'data.format')}, ' (' || nullif({year}, '') || ')')"
-    item, genres = (table.require(name, "data.format") for name in ("item_id", "genres"))
-    return ItemTable(table, item, title, category=_genres(genres))
+    table.require("item_id", "data.format")
+    title, year, genres = (table.require(name, "data.format").sql for name in ("title", "year", "genres"))
+    name = f"concat({title}, ' (' || nullif({year}, '') || ')')"
+    return ItemTable(table, "item_id", name, category=_genres(genres))
 
 
 def _recbole(log: Path) -> Source:
@@ -122,13 +125,15 @@ def _recbole(log: Path) -> Source:
     if file is None:
         return Source(events)
     items = csv_table([require_content(file)], "\t", header=True, quote="")
-    of = {name.partition(":")[0]: identifier(name) for name in items.columns}
+    of = {name.partition(":")[0]: column.sql for name, column in items.columns.items()}
     genres = of.get("class", of.get("genre"))
+    item = next((name for name in items.columns if name.partition(":")[0] == "item_id"), "item_id")
+    items.require(item, "data.format")
     return Source(
         events,
         ItemTable(
             items,
-            of["item_id"],
+            item,
             of.get("movie_title", of.get("title", "NULL")),
             category=f"replace({genres}, ' ', {literal(LIST)})" if genres else "NULL",
         ),
@@ -139,6 +144,10 @@ def _headless(file: Path, separator: str, encoding: str | None = None) -> FileTa
     # MovieLens 1M is Latin-1, 10M and MovieTweetings are UTF-8; nothing in the files says which
     encoding = encoding or ("utf-8" if is_utf8(require_content(file)) else "latin-1")
     return csv_table([require_content(file)], separator, header=False, encoding=encoding, quote="")
+
+
+def _at(table: FileTable, number: str) -> str:
+    return table.require(number, "data.format").sql
 
 
 def _genres(column: str) -> str:

@@ -6,6 +6,7 @@ Knows the configuration of the data; knows nothing of well-known data sets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peso.config import DataConfig
@@ -25,11 +26,17 @@ def own_source(data: DataConfig) -> Source:
         ConfigError: columns by name and by number at once.
     """
     names = {key: value for key, value in data.columns if value is not None}
-    table = _table(data, str(data.path), data.format, data.separator, list(names.values()), ())
+    events = data.events
+    asked = [*names.values(), *([events.column] if events else [])]
+    table = _table(data, str(data.path), data.format, data.separator, asked)
     for key, value in names.items():
         table.require(str(value), f"data.columns.{key}")
-    columns = {key: str(value) for key, value in names.items()}
-    log = Log(table, **columns, time_format=data.time_format)
+    user, item, time = (str(names[key]) for key in ("user", "item", "time"))
+    rating = str(names["rating"]) if "rating" in names else None
+    log = Log(table, user, item, time, rating, data.time_format)
+    if events:
+        table.require(str(events.column), "data.events.column")
+        log = replace(log, kind=str(events.column), keep=tuple(events.keep))
     return Source(log, own_items(data) if data.items else None)
 
 
@@ -44,14 +51,14 @@ def own_items(data: DataConfig) -> ItemTable:
         "category": [given.columns.category] if given.columns.category is not None else [],
     }
     documents = [name for several in fields.values() for name in several]
-    table = _table(data, given.path, kind, given.separator, [given.columns.item], documents)
+    table = _table(data, given.path, kind, given.separator, [given.columns.item, *documents])
     table.require(str(given.columns.item), "data.items.columns.item")
     for key, several in fields.items():
         for name in several:
             table.require(str(name), f"data.items.columns.{key}")
     return ItemTable(
         table,
-        plain(table, str(given.columns.item)),
+        str(given.columns.item),
         plain(table, *map(str, fields["title"])),
         plain(table, *map(str, fields["text"])),
         plain(table, *map(str, fields["category"]), join=PATH),
@@ -64,24 +71,24 @@ def _table(
     kind: str,
     separator: str | None,
     columns: Sequence[str | int],
-    documents: Sequence[str | int],
 ) -> FileTable:
     files = find_files(path, kind)
     if kind == "parquet":
         return parquet_table(files)
     if kind == "jsonl":
-        return jsonl_table(files, [str(name) for name in columns], [str(name) for name in documents])
-    numbered = {isinstance(name, int) for name in [*columns, *documents]}
+        return jsonl_table(files, [str(name) for name in columns])
+    numbered = {isinstance(name, int) for name in columns}
     if len(numbered) > 1:
         raise ConfigError(
             f"the columns of {path} are given partly by name and partly by number; "
             "names are for files with a header, numbers for files without"
         )
-    separator = separator or _separator(files[0])
+    separator = separator or separator_of(files[0])
     # the quotes in `::` files are part of the text, as in those of MovieLens
-    quote = '"' if len(separator) == 1 else ""
+    quote = data.quote if len(separator) == 1 else ""
     return csv_table(files, separator, header=not numbered.pop(), encoding=data.encoding, quote=quote)
 
 
-def _separator(file: Path) -> str:
+def separator_of(file: Path) -> str:
+    """By its ending."""
     return SEPARATORS.get(bare_suffix(file), ",")

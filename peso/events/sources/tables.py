@@ -1,64 +1,122 @@
-"""Files as DuckDB tables: the SQL that scans CSV with any separator, Parquet or JSON lines.
-
-Knows how each kind of file is read, and which columns it has; knows nothing of what the columns mean.
-"""
+"""Files as DuckDB tables: the SQL that scans CSV with any separator, Parquet or JSON lines."""
 
 from __future__ import annotations
 
+import glob
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from peso.errors import DataError
 from peso.events.database import identifier, literal
-from peso.events.sources.files import first_fields, require_same
+from peso.events.sources.files import first_fields, open_text, require_same, require_text
+from peso.events.sources.lines import LONGEST, Dialect
 
-FILE = "__file"  # the column that says which file a row comes from, where it is asked for
-KEYS_FROM = 1000  # records of JSON lines in which a field has to occur to count as there
+KEYS_FROM = 1000  # records of JSON lines whose keys a message lists
+BLANKS = literal(" \t\n\r\u00a0")  # SQL: the characters that make no id by themselves
+_SCALARS = ("VARCHAR", "BOOLEAN", "UUID", "BLOB", "ENUM", "DATE", "TIME", "BIT", "CHAR")
+_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as it stands in SQL, with its DuckDB type."""
+
+    sql: str
+    kind: str
+
+    @property
+    def is_container(self) -> bool:
+        """Whether its values are lists, structs and the like. Of JSON each value decides for itself."""
+        scalar = (*_SCALARS, *_INTEGERS, "FLOAT", "DOUBLE", "DECIMAL", "JSON")
+        return self.kind.endswith("]") or self.kind.startswith("UNION") or not self.kind.startswith(scalar)
+
+    @property
+    def value(self) -> str:
+        """SQL: the value, as text where the file has no types."""
+        return f"({self.sql} ->> '$')" if self.kind == "JSON" else self.sql
+
+    @property
+    def text(self) -> str:
+        """SQL: one value as text. Whole floats are integers; null, NaN, infinity and blanks are null."""
+        return f"CASE WHEN trim({self._text}, {BLANKS}) <> '' THEN {self._text} END"
+
+    @property
+    def _text(self) -> str:
+        column = self.sql
+        if self.kind in ("FLOAT", "DOUBLE"):
+            whole = f"coalesce(try_cast({column} AS HUGEINT)::VARCHAR, {column}::VARCHAR)"
+            return (
+                f"(CASE WHEN isfinite({column}) THEN "
+                f"CASE WHEN {column} = trunc({column}) THEN {whole} ELSE {column}::VARCHAR END END)"
+            )
+        if self.kind.startswith("DECIMAL"):
+            return rf"regexp_replace({column}::VARCHAR, '\.0+$', '')"
+        if self.kind == "JSON":
+            return (
+                f"(CASE json_type({column}) WHEN 'OBJECT' THEN NULL WHEN 'ARRAY' THEN NULL "
+                rf"WHEN 'DOUBLE' THEN regexp_replace({self.value}, '\.0+$', '') ELSE {self.value} END)"
+            )
+        return column if self.kind == "VARCHAR" else f"{column}::VARCHAR"
 
 
 @dataclass(frozen=True)
 class FileTable:
     """Files of one shape, read as one table.
 
-    ``columns``: name → DuckDB type. ``options``: further arguments of the reader, as SQL.
+    ``columns``: by name, as the files write it; ``width``: how many, those without a name included.
+    ``scan``: the FROM clause, by DuckDB's own reader.
+    ``dialect``: of delimited text.
     """
 
+    kind: str  # csv, jsonl or parquet
     files: tuple[Path, ...]
-    reader: str
-    columns: dict[str, str]
-    options: tuple[str, ...] = ()
-    lines: bool = field(default=True, kw_only=True)  # of text, which may be unreadable one by one
+    columns: dict[str, Column]
+    width: int
+    scan: str
+    dialect: Dialect | None = None
+    twice: frozenset[str] = frozenset()  # names that several columns have
 
-    def scan(self, skip: bool = False, files: Sequence[Path] | None = None, name_file: bool = False) -> str:
-        """The FROM clause.
+    def require(self, name: str, key: str) -> Column:
+        """A column.
 
-        Args:
-            skip: leave out unreadable lines (of CSV they are counted in ``reject_errors``; of JSON they come
-                as rows of nulls).
-            files: these only.
-            name_file: add the column ``FILE``.
+        Raises:
+            DataError: there is none of this name, or there are two; names the columns there are, and the key.
         """
-        names = ", ".join(literal(str(file)) for file in files or self.files)
-        arguments = [f"[{names}]", *self.options]
-        if skip and self.lines:
-            arguments.append("ignore_errors = true")
-            if self.reader == "read_csv":
-                arguments.append("store_rejects = true")
-        if name_file:
-            arguments.append(f"filename = {literal(FILE)}")
-        return f"{self.reader}({', '.join(arguments)})"
+        if name in self.twice:
+            raise DataError(f"{self.files[0]} has two columns with the name {name!r}; rename one")
+        if name in self.columns and (self.kind != "jsonl" or self._occurs(name)):
+            return self.columns[name]
+        names = _json_keys(self.files, KEYS_FROM) if self.kind == "jsonl" else [*self.columns]
+        hint = ", or data.separator" if self.kind == "csv" and len(names) == 1 else ""
+        there = ", ".join(name or "(one without a name)" for name in names) or "none"
+        raise DataError(f"{self.files[0]} has no column {name!r}; it has {there}. Set {key}{hint}")
 
-    def require(self, name: str, key: str) -> str:
-        """The column as it stands in SQL. Raises DataError naming the columns there are, and the key."""
-        if name not in self.columns:
-            hint = ", or data.separator" if self.reader == "read_csv" and len(self.columns) == 1 else ""
+    def id(self, name: str, key: str) -> str:
+        """SQL: the ids in a column as text, null where there is none.
+
+        Raises:
+            DataError: as :meth:`require`, or a column of lists or structs.
+        """
+        column = self.require(name, key)
+        if column.is_container:
             raise DataError(
-                f"{self.files[0]} has no column {name!r}; it has {', '.join(self.columns)}. Set {key}{hint}"
+                f"column {name!r} of {self.files[0]} holds {column.kind}, which is not an id: an id is a "
+                f"text or a number. Set {key}, or write one row for each"
             )
-        return identifier(name)
+        return column.text
+
+    def _occurs(self, name: str) -> bool:
+        # broken lines are null here, and are dealt with when the table is read
+        rows = duckdb.execute(
+            f"SELECT 1 FROM {_json_objects(self.files)} WHERE json_exists(json, {_pointer(name)}) LIMIT 1"
+        )
+        return bool(rows.fetchall())
 
 
 def csv_table(
@@ -71,74 +129,140 @@ def csv_table(
     """Delimited text; every column is read as text. Without a header columns are called 1, 2, ….
 
     Raises:
-        DataError: an unreadable first line, or files whose columns differ.
+        DataError: a file that is not text, an unreadable first line, or files whose columns differ.
     """
-    first = [(file, first_fields(file, separator, quote, encoding)) for file in files]
+    first = [(file, first_fields(require_text(file), separator, quote, encoding)) for file in files]
     if not header:
         first = [(file, [str(number + 1) for number in range(len(fields))]) for file, fields in first]
     names = require_same(first)
-    if any(mark in "".join(names) for mark in ("\0", "\ufffd")):
-        raise DataError(
-            f"the first line of {files[0]} is no {encoding} text; set data.encoding (utf-8, latin-1, utf-16)"
-        )
-    if len(set(names)) < len(names):
-        raise DataError(f"{files[0]} has two columns of one name ({', '.join(names)}); rename one")
-    columns = dict.fromkeys(names, "VARCHAR")
+    places = [f"c{place}" for place in range(len(names))]
+    # a plain file has no quotes (see peso.events.sources.reading), so DuckDB need not look for them
+    options = (
+        _listed(files),
+        "auto_detect = false",
+        "hive_partitioning = false",
+        f"header = {str(header).lower()}",
+        f"delim = {literal(separator)}",
+        "quote = ''",
+        "escape = ''",
+        "columns = {" + ", ".join(f"'{place}': 'VARCHAR'" for place in places) + "}",
+    )
     return FileTable(
+        "csv",
         tuple(files),
-        "read_csv",
-        columns,
-        (
-            "auto_detect = false",
-            f"header = {str(header).lower()}",
-            f"delim = {literal(separator)}",
-            f"quote = {literal(quote)}",
-            f"escape = {literal(quote)}",
-            f"encoding = {literal(encoding)}",
-            _columns(columns),
-        ),
+        {name: Column(place, "VARCHAR") for name, place in zip(names, places, strict=True)},
+        len(names),
+        f"read_csv({', '.join(options)})",
+        Dialect(separator, header, encoding, quote),
+        twice=_repeated(names),
     )
 
 
-def jsonl_table(files: Sequence[Path], wanted: Sequence[str], documents: Sequence[str] = ()) -> FileTable:
-    """JSON lines; ``wanted`` fields are read as text, ``documents`` (texts or lists of texts) as JSON.
+def jsonl_table(files: Sequence[Path], wanted: Sequence[str] | None = None) -> FileTable:
+    """JSON lines, of whose objects the ``wanted`` keys are read; None: every key that occurs.
 
-    Fields that do not occur in the first records are left out of the columns.
+    Raises:
+        DataError: a file that is not text, holds a JSON array, or is not UTF-8.
     """
-    names = ", ".join(literal(str(file)) for file in files)
-    # unreadable lines come as nulls here, and are dealt with when the table is read
-    keys = duckdb.execute(
-        f"SELECT DISTINCT unnest(json_keys(json)) FROM (SELECT json FROM read_ndjson_objects([{names}], "
-        f"ignore_errors = true) LIMIT {KEYS_FROM}) WHERE json_type(json) = 'OBJECT'"
-    ).fetchall()
-    there = sorted(key for (key,) in keys)
-    columns = {name: "JSON" if name in documents else "VARCHAR" for name in there}
-    asked = {name: columns[name] for name in [*wanted, *documents] if name in columns}
-    options = ("format = 'newline_delimited'", _columns(asked or {"": "VARCHAR"}))
-    return FileTable(tuple(files), "read_json", columns, options)
+    for file in files:
+        with open_text(require_text(file), "utf-8") as handle:
+            start = handle.read(1000)
+        if start.lstrip()[:1] == "[":
+            raise DataError(
+                f"{file} is a JSON array; JSON lines are needed, one object a line "
+                "(for example by `jq -c '.[]' FILE > log.jsonl`)"
+            )
+        if "\0" in start or "\udcff" in start:
+            raise DataError(f"{file} is not UTF-8 text, which JSON lines have to be; convert it")
+    names = list(dict.fromkeys(_json_keys(files) if wanted is None else wanted))
+    fields = ", ".join(f"found[{place + 1}] AS c{place}" for place in range(len(names)))
+    pointers = ", ".join(map(_pointer, names))
+    return FileTable(
+        "jsonl",
+        tuple(files),
+        {name: Column(f"c{place}", "JSON") for place, name in enumerate(names)},
+        len(names),
+        f"(SELECT {fields} FROM (SELECT json_extract(json, [{pointers}]) AS found FROM "
+        f"{_json_objects(files, ignore_errors=False)}))",
+    )
 
 
 def parquet_table(files: Sequence[Path]) -> FileTable:
-    """Parquet files with the types they have.
+    """Parquet files with the types they have; where types differ between files, columns become text.
 
     Raises:
         DataError: a file that is not Parquet, or files whose columns differ.
     """
-    shapes = []
-    types: dict[str, str] = {}
+    shapes, kinds = [], []
     for file in files:
         try:
-            rows = duckdb.execute(f"DESCRIBE SELECT * FROM read_parquet({literal(str(file))})").fetchall()
-        except duckdb.Error as error:
+            names = pq.ParquetFile(file).schema_arrow.names
+            rows = duckdb.execute(f"DESCRIBE SELECT * FROM {_parquet([file])}").fetchall()
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{file} is not readable Parquet ({str(error).splitlines()[0]}); fetch or write it again"
             ) from None
-        types = types or {row[0]: row[1] for row in rows}
-        shapes.append((file, [row[0] for row in rows]))
-    require_same(shapes)
-    return FileTable(tuple(files), "read_parquet", types, ("hive_partitioning = false",), lines=False)
+        shapes.append((file, names))
+        # DuckDB renames what differs in case only, and keeps the order
+        kinds.append([Column(identifier(row[0]), row[1]) for row in rows])
+    names = require_same(shapes)
+    if all(columns == kinds[0] for columns in kinds):
+        columns, scan = kinds[0], _parquet(files)
+    else:
+        same = [len({file[place] for file in kinds}) == 1 for place in range(len(names))]
+        parts = [
+            "SELECT "
+            + ", ".join(
+                f"{column.sql if alike else column.text} AS c{place}"
+                for place, (column, alike) in enumerate(zip(of_file, same, strict=True))
+            )
+            + f" FROM {_parquet([file])}"
+            for file, of_file in zip(files, kinds, strict=True)
+        ]
+        columns = [
+            Column(f"c{place}", kinds[0][place].kind if alike else "VARCHAR")
+            for place, alike in enumerate(same)
+        ]
+        scan = f"({' UNION ALL '.join(parts)})"
+    return FileTable(
+        "parquet",
+        tuple(files),
+        dict(zip(names, columns, strict=True)),
+        len(names),
+        scan,
+        twice=_repeated(names),
+    )
 
 
-def _columns(columns: dict[str, str]) -> str:
-    pairs = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in columns.items())
-    return f"columns = {{{pairs}}}"
+def _repeated(names: Sequence[str]) -> frozenset[str]:
+    return frozenset(name for name, count in Counter(names).items() if count > 1)
+
+
+def _listed(files: Sequence[Path]) -> str:
+    """Files as an argument of DuckDB, which would read their names as globs."""
+    return f"[{', '.join(literal(glob.escape(str(file))) for file in files)}]"
+
+
+def _parquet(files: Sequence[Path]) -> str:
+    return f"read_parquet({_listed(files)}, hive_partitioning = false)"
+
+
+def _json_objects(files: Sequence[Path], ignore_errors: bool = True) -> str:
+    return (
+        f"read_ndjson_objects({_listed(files)}, hive_partitioning = false, "
+        f"maximum_object_size = {LONGEST}, ignore_errors = {str(ignore_errors).lower()})"
+    )
+
+
+def _json_keys(files: Sequence[Path], records: int | None = None) -> list[str]:
+    """The keys of the first records, or of all."""
+    limit = "" if records is None else f" LIMIT {records}"
+    keys = duckdb.execute(
+        f"SELECT DISTINCT unnest(json_keys(json)) FROM (SELECT json FROM {_json_objects(files)}{limit}) "
+        "WHERE json_type(json) = 'OBJECT'"
+    )
+    return sorted(key for (key,) in keys.fetchall())
+
+
+def _pointer(name: str) -> str:
+    return literal("/" + name.replace("~", "~0").replace("/", "~1"))

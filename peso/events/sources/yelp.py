@@ -36,12 +36,12 @@ def yelp_source(path: str) -> Source:
 
 
 def _items(file: Path) -> ItemTable:
-    table = jsonl_table([require_content(file)], ["business_id"], ["name", "city", "categories"])
+    table = jsonl_table([require_content(file)], ["business_id", "name", "city", "categories"])
     for name in ("business_id", "name", "city", "categories"):
         table.require(name, "data.format")
     return ItemTable(
         table,
-        '"business_id"',
+        "business_id",
         plain(table, "name"),
         plain(table, "city"),
         plain(table, "categories"),

@@ -11,6 +11,7 @@ Without a NAME.ids.txt the rows are those of the item table, in its order, and e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,7 +90,9 @@ def _read(path: Path) -> tuple[list[str] | None, np.ndarray]:
         else:
             raise DataError(f"{path} is no .npy, .parquet or .safetensors file; convert the vectors to one")
         names = _names_of(path)
-        ids = names.read_text(encoding="utf-8").splitlines() if names.is_file() else None
+        ids = (
+            names.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") if names.is_file() else None
+        )
     except (OSError, ValueError, EOFError, SafetensorError, pa.ArrowException) as error:
         raise DataError(f"{path} is not readable ({type(error).__name__}: {error}); write it again") from None
     return ids, matrix
@@ -99,7 +102,7 @@ def _parquet(path: Path) -> tuple[list[str], np.ndarray]:
     table = pq.ParquetFile(path).read()
     if ITEM_ID not in table.column_names:
         raise DataError(f"{path} has the columns {table.column_names}; a column {ITEM_ID!r} is needed")
-    ids = [str(item) for item in table[ITEM_ID].to_pylist()]
+    ids = _ids(path, table[ITEM_ID])
     columns = [name for name in table.column_names if name != ITEM_ID]
     if len(columns) != 1 or not pa.types.is_nested(table.schema.field(columns[0]).type):
         return ids, np.stack([table[name].to_numpy() for name in columns], axis=1) if columns else np.empty(0)
@@ -112,6 +115,24 @@ def _parquet(path: Path) -> tuple[list[str], np.ndarray]:
             f"{widths[0]}; all need the same number"
         )
     return ids, np.array(rows)
+
+
+def _ids(path: Path, column: pa.ChunkedArray) -> list[str]:
+    """As text, like the ids of a log: whole floats are integers, and every row has one."""
+    if pa.types.is_nested(column.type):
+        raise DataError(
+            f"{path}: column {ITEM_ID!r} holds {column.type}, which is not an id; an id is a text or number"
+        )
+    if pa.types.is_floating(column.type):
+        values = [None if v is None or not math.isfinite(v) else v for v in column.to_pylist()]
+        ids = [None if v is None else str(int(v) if v == int(v) else v) for v in values]
+    else:
+        ids = column.cast(pa.string()).to_pylist()
+    if None in ids:
+        raise DataError(
+            f"{path}: row {ids.index(None) + 1} has no {ITEM_ID}; name its item, or remove the row"
+        )
+    return [item for item in ids if item is not None]
 
 
 def _names_of(path: Path) -> Path:

@@ -1,0 +1,222 @@
+"""Delimited text and JSON lines read one line at a time, in Python.
+
+DuckDB reads a plain file many times faster. This is for the rest: quotes, mixed line ends, other encodings,
+and lines that cannot be read, which are named or counted here one by one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from peso.events.sources.files import open_bytes, open_text
+
+LONGEST = 16 << 20  # characters of a line; with more of them the file is not a log
+LONGEST_SPAN = 1 << 20  # characters of a record that runs over several lines
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How delimited text is written. ``quote``: empty where quotes are part of the text."""
+
+    separator: str
+    header: bool
+    encoding: str = "utf-8"
+    quote: str = '"'
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When a quoted field is taken to have swallowed rows: a quote is missing or out of place then.
+
+    A line within it looks like a row if it has as many fields as a row, and its field number ``key`` (the
+    time of a log, the id of a product) is written as the last row's. So many ``rows`` of them are too many.
+    """
+
+    key: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What is wrong with a line: the end of the sentence `line 3 …`."""
+
+    reason: str
+
+
+def count_plain_rows(file: Path, dialect: Dialect | None = None) -> int | None:
+    """How many rows a text file holds, its header not counted; None if one line is not one row.
+
+    Every byte is read, so a damaged gzip file does not pass.
+
+    Args:
+        dialect: of delimited text; None for JSON lines.
+    """
+    if dialect and dialect.encoding != "utf-8":
+        return None
+    quote = dialect.quote.encode() if dialect else b""
+    rows, ends = 0, set()
+    with open_bytes(file) as handle:
+        for block in iter(partial(handle.read, BLOCK), b""):
+            rest = handle.readline(LONGEST)
+            block += rest
+            lines, returns, pairs = block.count(b"\n"), block.count(b"\r"), block.count(b"\r\n")
+            ends |= {b"\r\n"} if pairs else {b"\n"} if lines else set()
+            if returns != pairs or pairs not in (0, lines) or len(ends) > 1:
+                return None  # line ends of several kinds
+            if (quote and quote in block) or len(rest) > LONGEST - BLOCK:
+                return None
+            rows += lines + (not block.endswith(b"\n"))
+            if block.startswith((b"\n", b"\r")) or b"\n\n" in block or b"\n\r\n" in block:
+                rows -= block.splitlines().count(b"")
+    return rows - (dialect.header if dialect else 0)
+
+
+def delimited_rows(
+    file: Path, dialect: Dialect, width: int, watch: Watch | None = None
+) -> Iterator[tuple[int, list[str] | Unreadable]]:
+    """The rows of delimited text below its header, each with the number of its first line.
+
+    A record that cannot be read costs its first line only: reading goes on at the next one.
+    """
+    last: list[str] | None = None
+
+    def looks_like_row(line: str) -> bool:
+        assert watch is not None
+        fields = line.split(dialect.separator)
+        return len(fields) == width and (last is None or _shape(fields[watch.key]) == _shape(last[watch.key]))
+
+    header = dialect.header
+    with open_text(file, dialect.encoding) as handle:
+        lines = _Lines(handle)
+        for number, line in lines:
+            if not line:
+                continue
+            row: list[str] | Unreadable | None = _not_text(line, dialect.encoding)
+            if row is None and dialect.quote and dialect.quote in line:
+                row = _quoted_record(line, lines, dialect, looks_like_row, watch.rows if watch else None)
+            elif row is None:
+                row = line.split(dialect.separator)
+            if header:
+                header = False
+                continue
+            if isinstance(row, list) and len(row) != width:
+                row = Unreadable(f"has {len(row)} columns where {width} belong ({line[:80]!r})")
+            if isinstance(row, list):
+                last = row
+            yield number, row
+
+
+def _quoted_record(
+    first: str, lines: _Lines, dialect: Dialect, looks_like_row: Callable[[str], bool], limit: int | None
+) -> list[str] | Unreadable:
+    """The fields of a record with quotes, which may run over further lines.
+
+    Args:
+        limit: of lines that look like rows themselves; with so many the record cannot be read. None: any.
+    """
+    taken: list[tuple[int, str]] = []
+
+    def record() -> Iterator[str]:
+        yield first + "\n"
+        alike, size = 0, len(first)
+        for number, line in lines:
+            taken.append((number, line))
+            alike += limit is not None and looks_like_row(line)
+            if limit is not None and alike >= limit:
+                raise csv.Error(f"the quoted field runs on over line {number}, which looks like a row itself")
+            size += len(line)
+            if size > LONGEST_SPAN or _not_text(line, dialect.encoding):
+                raise csv.Error(f"the quoted field does not end before line {number}")
+            yield line + "\n"
+
+    csv.field_size_limit(LONGEST)
+    try:
+        fields = csv.reader(record(), delimiter=dialect.separator, quotechar=dialect.quote, strict=True)
+        return next(fields)
+    except csv.Error as error:
+        lines.give_back(taken)
+        return Unreadable(f"has a quote that is missing or out of place: {error} ({first[:80]!r})")
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
+    """The objects of JSON lines, each with the number of its line."""
+    with open_text(file, "utf-8") as handle:
+        for number, line in _Lines(handle):
+            if line.strip():
+                yield number, _not_text(line, "utf-8") or _json_object(line)
+
+
+def _json_object(line: str) -> dict[str, Any] | Unreadable:
+    try:
+        value = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"is not valid JSON: {error} ({line[:80]!r})")
+    return value if isinstance(value, dict) else Unreadable(f"is not a JSON object ({line[:80]!r})")
+
+
+class _Lines:
+    """The lines of a text, without their ends, each with its number; lines can be given back.
+
+    Of one that is too long the first ``LONGEST`` + 1 characters come.
+    """
+
+    def __init__(self, handle: IO[str]) -> None:
+        self._handle = handle
+        self._number = 0
+        self._ahead: deque[tuple[int, str]] = deque()
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        if self._ahead:
+            return self._ahead.popleft()
+        line = self._handle.readline(LONGEST + 1)
+        if not line:
+            raise StopIteration
+        self._number += 1
+        ended = line.endswith("\n")
+        while not ended and (rest := self._handle.readline(BLOCK)):
+            ended = rest.endswith("\n")
+        return self._number, line.removesuffix("\n")
+
+    def give_back(self, lines: list[tuple[int, str]]) -> None:
+        self._ahead.extendleft(reversed(lines))
+
+
+def _not_text(line: str, encoding: str) -> Unreadable | None:
+    """What is wrong with the characters of a line: bytes that are not of this encoding, or too many."""
+    if len(line) > LONGEST:
+        return Unreadable(
+            f"has more than {LONGEST:,} characters ({line[:40]!r}…), which is not a row of a log"
+        )
+    if line.isascii() or encoding == "latin-1":
+        return None
+    try:
+        if encoding != "utf-16" or "\ufffd" not in line:  # see open_text
+            line.encode()
+            return None
+    except UnicodeEncodeError:
+        pass
+    return Unreadable(
+        f"is not {encoding.upper()} ({line[:80]!r}); if the whole file has another encoding, say so (for CSV "
+        "data.encoding: latin-1), or convert it"
+    )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _shape(value: str) -> str:
+    """How a value is written: runs of digits as 0, other words as a."""
+    return re.sub(r"\w+", lambda word: "0" if word[0].isdigit() else "a", value)

@@ -1,0 +1,174 @@
+"""Reads a table of files into a database, all of it: rows read plus rows left out are those there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peso.errors import DataError
+from peso.events.database import scalar
+from peso.events.sources.lines import (
+    Unreadable,
+    Watch,
+    count_plain_rows,
+    delimited_rows,
+    json_rows,
+)
+from peso.events.sources.tables import FileTable
+
+BATCH = 50_000  # rows
+SAMPLE = 100  # ids that tell whether the others are looked at
+T = TypeVar("T")
+
+
+class Reading:
+    """A table that is read: by DuckDB where every line is a row, else line by line.
+
+    Args:
+        skip: leave lines out that cannot be read, instead of refusing the file.
+        key: the column by which a line is recognized as a row (:class:`peso.events.sources.lines.Watch`).
+        swallowed: how many such lines within a quoted field are too many.
+
+    ``left_out``: how many lines were. ``remarks``: what a user should know of the ids, one sentence each.
+
+    Raises:
+        DataError: a line that cannot be read, a damaged file.
+    """
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        table: FileTable,
+        skip: bool,
+        key: str | None = None,
+        swallowed: int = 3,
+    ) -> None:
+        self.connection, self.table, self.skip = connection, table, skip
+        self.left_out = 0
+        self.remarks: list[str] = []
+        place = table.columns[key].sql if table.kind == "csv" and key in table.columns else None
+        self._watch = Watch(int(place[1:]), swallowed) if place else None
+        self._from = table.scan
+        self._staged = False
+        rows = [self._rows(file) for file in table.files]
+        self.rows_of_files = [count or 0 for count in rows]
+        if None in rows:
+            self._stage()
+
+    def create(self, name: str, fields: str) -> int:
+        """``CREATE TABLE name AS SELECT fields``; the number of its rows."""
+
+        def create(relation: str) -> int:
+            self.connection.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT {fields} FROM {relation}")
+            return scalar(self.connection, f"SELECT count(*) FROM {name}")
+
+        rows = self._attempt(create)
+        if not self._staged and rows != sum(self.rows_of_files):
+            self._stage()
+            rows = create(self._from)
+        if rows != sum(self.rows_of_files):
+            raise DataError(
+                f"{self.table.files[0]} holds {sum(self.rows_of_files):,} rows, but {rows:,} were read; "
+                "write the file again, as Parquet if it can be"
+            )
+        return rows
+
+    def select(self, fields: str, further: str = "") -> list[tuple[Any, ...]]:
+        """Rows of the table; ``further``: WHERE, LIMIT and so on."""
+        return self._attempt(
+            lambda relation: self.connection.execute(f"SELECT {fields} FROM {relation} {further}").fetchall()
+        )
+
+    def id(self, name: str, key: str) -> str:
+        """SQL: the ids in a column as text (:meth:`FileTable.id`), whole numbers without decimals.
+
+        A text keeps its `.0` unless every id of the column has one, as pandas writes whole numbers in a
+        column where some are missing.
+        """
+        text, column = self.table.id(name, key), self.table.columns[name]
+        if column.kind != "VARCHAR":
+            return text
+        whole = rf"regexp_full_match({column.sql}, '-?\d+\.0+')"
+        sample = self.select(whole, f"WHERE {text} IS NOT NULL LIMIT {SAMPLE}")
+        if not sample or not all(matches for (matches,) in sample):
+            return text
+        if self.select("1", f"WHERE {text} IS NOT NULL AND NOT {whole} LIMIT 1"):
+            return text
+        self.remarks.append(
+            f"the ids in column {name!r} are written as decimals (3.0) and read as integers (3)"
+        )
+        return f"split_part({text}, '.', 1)"
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """The file and the row in it, both as people count, of a row counted from 0."""
+        for file, rows in zip(self.table.files, self.rows_of_files, strict=True):
+            if row < rows:
+                return file, row + 1
+            row -= rows
+        raise IndexError(row)
+
+    def _rows(self, file: Path) -> int | None:
+        if self.table.kind == "parquet":
+            return int(pq.ParquetFile(file).metadata.num_rows)
+        plain_name = file.suffix != ".GZ" and file.suffix.lower() != ".zst"  # by which DuckDB goes
+        return count_plain_rows(file, self.table.dialect) if plain_name else None
+
+    def _attempt(self, query: Callable[[str], T]) -> T:
+        """By DuckDB's reader; where it stumbles, once more over what is read line by line."""
+        try:
+            return query(self._from)
+        except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
+            if self._staged or self.table.kind == "parquet" or "No space left" in str(error):
+                raise
+        self._stage()
+        return query(self._from)
+
+    def _stage(self) -> None:
+        """Read line by line into a table of the database."""
+        self._staged = True
+        names = [f"c{place}" for place in range(self.table.width)]
+        kind = "JSON" if self.table.kind == "jsonl" else "VARCHAR"
+        staged = f"lines_of_{scalar(self.connection, 'SELECT count(*) FROM duckdb_tables()')}"
+        self.connection.execute(f"CREATE TABLE {staged} ({', '.join(f'{name} {kind}' for name in names)})")
+        schema = pa.schema([(name, pa.string()) for name in names])
+        self.rows_of_files = []
+        for file in self.table.files:
+            rows = self._readable(file)
+            count = 0
+            while batch := list(islice(rows, BATCH)):
+                count += len(batch)
+                arrays = [pa.array(column, pa.string()) for column in zip(*batch, strict=True)]
+                part = pa.Table.from_arrays(arrays, schema=schema)
+                self.connection.register("part", part)
+                self.connection.execute(f"INSERT INTO {staged} SELECT * FROM part")
+                self.connection.unregister("part")
+            self.rows_of_files.append(count)
+        self._from = staged
+
+    def _readable(self, file: Path) -> Iterator[Sequence[str | None]]:
+        rows: Iterator[tuple[int, Any]]
+        if self.table.dialect is None:
+            rows = json_rows(file)
+        else:
+            rows = delimited_rows(file, self.table.dialect, self.table.width, self._watch)
+        for number, row in rows:
+            if not isinstance(row, Unreadable):
+                yield row if isinstance(row, list) else [_json_text(row, name) for name in self.table.columns]
+            elif self.skip:
+                self.left_out += 1
+            else:
+                raise DataError(
+                    f"{file}: line {number} {row.reason}; correct the line, or leave such lines out with "
+                    "data.on_error: skip"
+                )
+
+
+def _json_text(record: dict[str, Any], name: str) -> str | None:
+    return json.dumps(record[name]) if name in record else None
