@@ -8,7 +8,7 @@ value, its backward and the addition to the gradients that are there; `step_shar
 `naive_share` the same for a loop over the modules that writes the textbook form in autograd. The other shares
 are those of the rest of the family: in the loss, decoupled (`after_step`), and of `output_kl` what a watched
 step takes more. On a small adapter (56 groups, 77,312 values, as `scratch` has) what counts is how many
-operations there are: `small`, the best of many, with the groups found once (:class:`Found`) as `peso` does,
+operations there are: `small`, the best of many, with the groups found once as `peso` does,
 beside the walk over the modules that is spared.
 
 Accuracy: relative error of value and gradient (in norm) against float64 for groups of 16,384 values, an
@@ -32,9 +32,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peso
-from peso.continual.groups import Found, Group, find_groups
+from peso.continual.groups import Group, find_groups
 from peso.continual.proximal import Term
-from peso.continual.softmax_kl import Prior, softmax_kl
+from peso.continual.proximal.metrics import Prior, softmax_kl
 from peso.model.small import small_llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -137,10 +137,7 @@ def family(model: peft.PeftModel) -> dict[str, Callable[[], None]]:
         "decoupled_l2": peso.L2(strength=1e-3, coupling="decoupled"),
     }
     for term in (*in_loss.values(), *decoupled.values()):
-        if isinstance(term, peso.Fisher):
-            term.anchor(model, fisher=fisher)
-        else:
-            term.anchor(model)
+        term.anchor(model, **{"fisher": fisher} if term.needs_losses else {})
     return {
         **{name: partial(lambda each: each(model).backward(), term) for name, term in in_loss.items()},
         **{name: partial(term.after_step, model, 1e-3, 1.0) for name, term in decoupled.items()},
@@ -151,8 +148,8 @@ def small(device: torch.device, repetitions: int) -> dict[str, float]:
     """Milliseconds of a step's calls on the adapter of a Llama of width 128 with 4 layers."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     model = peft.get_peft_model(small_llama(128, 4, 0), config).to(device)
-    found = Found.of(model)
-    parameters = [group.tensor for group in found.groups]
+    found = find_groups(model)
+    parameters = [group.tensor for group in found]
     works: dict[str, Callable[[], object]] = {"walk": lambda: find_groups(model)}
     for name, kind in (("softmax_kl", peso.SoftmaxKL), ("l2", peso.L2)):
         term, pulled = kind(weight=1.0), kind(strength=1e-3, coupling="decoupled")

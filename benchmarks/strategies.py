@@ -175,7 +175,7 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
     hooks = type(make_strategy(config.strategy))
     for name in ("penalty", "output_penalty", "after_step"):
         timed(hooks, name, watched, "hooks")
-    for name in ("add", "beside", "apply"):
+    for name in ("add", "with_loss", "apply"):
         timed(Penalty, name, watched, "hooks")
     for name in ("begin", "stepped", "figures"):
         timed(Movement, name, watched, "watch")

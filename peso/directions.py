@@ -10,13 +10,14 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from peso.continual.directions import (
     Directions,
+    ExampleGradients,
     held_out,
     limit_weight,
     stage_weight,
@@ -25,9 +26,7 @@ from peso.continual.directions import (
 from peso.continual.groups import Group, Source, find_groups
 from peso.continual.hooks import StageContext
 from peso.continual.peso import Peso
-from peso.continual.proximal import SoftmaxKL
-from peso.continual.proximal.anchored import AnchoredTerm
-from peso.continual.sketch import Sketch
+from peso.continual.proximal import DistanceTerm, SoftmaxKL
 from peso.errors import ConfigError, WorkspaceError
 from peso.events.stream import Stream
 from peso.model.build import has_adapter, load_stage_weights
@@ -77,13 +76,13 @@ def stage_directions(
     workspace = workspace.as_trained(stage)
     _require_anchor(workspace, stage)
     differences = [] if free is None else _differences(workspace, free, stage)
-    model, term, sketch, source = _sketched(workspace, stage, examples, at)
-    gram = sketch.gram()
-    everything = strongest(gram, sketch.examples, sketch.tokens)  # the whole span of the sample
+    model, term, gradients, source = _example_gradients(workspace, stage, examples, at)
+    gram = gradients.gram()
+    everything = strongest(gram, gradients.examples, gradients.tokens)  # the whole span of the sample
     count = min(count, len(everything.support))
     top = Directions(everything.support[:count], everything.coefficients[:, :count])
-    fresh = held_out(gram, count, sketch.tokens, FOLDS)
-    carried = sketch.carried(top, workspace.config.training.of_update().batch_size)
+    fresh = held_out(gram, count, gradients.tokens, FOLDS)
+    composition = gradients.composition(top, workspace.config.training.of_update().batch_size)
     pace = _Pace.of(workspace, stage)
     strength = _strength(term, pace) if workspace.config.strategy.name == "peso" else None
     columns: dict[str, Tensor] = {
@@ -92,35 +91,35 @@ def stage_directions(
         "support_of_sample": top.support,
         "mean_share": fresh.mean_share,
     }
-    moved = sketch.step(_stored(workspace, stage, model, source))
-    columns["moved"] = everything.along(sketch.products(moved))
+    moved = gradients.step(_stored(workspace, stage, model, source))
+    columns["moved"] = everything.along(gradients.products(moved))
     if strength is not None:
-        weight = strength * (carried.pull if term.coupling == "decoupled" else torch.ones(count))
+        weight = strength * (composition.pull if term.coupling == "decoupled" else torch.ones(count))
         own, other = pace.until_best, None if free is None else _Pace.of(free, stage).until_best
         columns["weight"] = weight
         for suffix, support in (("", fresh.support), ("_of_sample", top.support)):
             columns[f"predicted_in_the_limit{suffix}"] = limit_weight(support, weight)
-            columns[f"predicted{suffix}"] = stage_weight(support, weight, carried.inertia, own, other)
+            columns[f"predicted{suffix}"] = stage_weight(support, weight, composition.inertia, own, other)
     rest: dict[str, float | None] = {}
     if free is not None:
-        there = sketch.step(_stored(free, stage, model, source))
-        columns["moved_freely"] = everything.along(sketch.products(there))
+        there = gradients.step(_stored(free, stage, model, source))
+        columns["moved_freely"] = everything.along(gradients.products(there))
         columns["measured"] = columns["moved"] / columns["moved_freely"]
-        rest = _rest(sketch, moved, there, columns["moved"], columns["moved_freely"], count)
+        rest = _rest(gradients, moved, there, columns["moved"], columns["moved_freely"], count)
     return {
         "stage": stage,
         "term": _named(term),
         "coupling": term.coupling if strength is not None else None,
         "weight": strength,
-        "rho": sketch.rho(),
-        "examples": sketch.examples,
+        "rho": gradients.rho(),
+        "examples": gradients.examples,
         "at": at,
-        "tokens": sketch.tokens,
+        "tokens": gradients.tokens,
         "free": None if free is None else str(free.root),
         "differences": differences,
         "directions": [
             {"direction": k + 1, **{name: float(values[k]) for name, values in columns.items()}}
-            | _carriers(sketch.groups, carried.shares[k])
+            | _carriers(gradients.groups, composition.shares[k])
             for k in range(count)
         ],
         "rest": rest,
@@ -143,9 +142,9 @@ def _require_anchor(workspace: Workspace, stage: int) -> None:
         )
 
 
-def _sketched(
+def _example_gradients(
     workspace: Workspace, stage: int, examples: int, at: At
-) -> tuple[GenerativeModel, AnchoredTerm, Sketch, Source]:
+) -> tuple[GenerativeModel, DistanceTerm, ExampleGradients, Source]:
     """The stage's model, the term anchored where it began, gradients of its targets, and what is anchored."""
     config = workspace.config
     model = starting_model(workspace, stage)
@@ -165,15 +164,16 @@ def _sketched(
     )
     strategy = strategy_of(workspace)
     term = strategy.term if isinstance(strategy, Peso) else SoftmaxKL()
-    if not isinstance(term, AnchoredTerm):
+    if not term.has_decoupled_form:
         raise ConfigError(
-            f"{type(term).__name__} is no squared distance to the anchor: it has no metric H, and so there "
+            f"{type(term).__name__} is not a squared distance to the anchor: it has no metric H, so there "
             "are no directions of (Σ, H)"
         )
+    term = cast(DistanceTerm, term)
     source: Source = model.backbone
     if isinstance(strategy, Peso):
         strategy.begin(context)  # anchors, and finds the weight of a strength as the stage did
-        source = strategy.held(context)
+        source = strategy.anchored(context)
     else:
         term.anchor(source)
     anchors = [group.snapshot().tensor for group in term.groups_of(source)]
@@ -181,7 +181,7 @@ def _sketched(
         load_stage_weights(model, workspace.stage_directory(stage))
     with threads(model, config.training.threads):
         losses = given.losses(stage, examples)
-        return model, term, Sketch.of(term, source, losses, given.tokens, anchors), source
+        return model, term, ExampleGradients(term, source, losses, given.tokens, anchors), source
 
 
 def _stored(workspace: Workspace, stage: int, model: GenerativeModel, source: Source) -> list[Tensor]:
@@ -235,15 +235,13 @@ class _Pace:
         return cls(sum(rate for rate, _ in rates), sum(rate for rate, kept in rates if kept))
 
 
-def _strength(term: AnchoredTerm, pace: _Pace) -> float | None:
+def _strength(term: DistanceTerm, pace: _Pace) -> float | None:
     """λ, or κ of the decoupled form."""
-    if term.coupling == "decoupled" and term.strength is not None:
-        return term.strength / pace.total
-    return term.weight
+    return term.decay(pace.total) if term.coupling == "decoupled" else term.weight
 
 
 def _rest(
-    sketch: Sketch,
+    gradients: ExampleGradients,
     moved: Sequence[Tensor],
     there: Sequence[Tensor],
     along: Tensor,
@@ -251,10 +249,10 @@ def _rest(
     count: int,
 ) -> dict[str, float | None]:
     """Weight measured beside the strongest directions, and how the free movement is spread over the three."""
-    whole, products = sketch.inner(there, there), along * along_freely
+    whole, products = gradients.inner(there, there), along * along_freely
     supported = [float(along_freely[:count].square().sum()), float(along_freely[count:].square().sum())]
     outside = whole - sum(supported)
-    held_outside = sketch.inner(moved, there) - float(products.sum())
+    held_outside = gradients.inner(moved, there) - float(products.sum())
     return {
         "share_of_directions": supported[0] / whole,
         "share_of_other_support": supported[1] / whole,

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from peso import assets
 from peso.config import Config, TrainingConfig
-from peso.continual.anchor_report import anchor_report
+from peso.continual.anchor_report import AnchorMonitor, anchor_effect, anchor_report
 from peso.continual.groups import find_groups
-from peso.continual.hold import Watch, hold_report
 from peso.continual.hooks import StageContext, Strategy
 from peso.determination import determination
 from peso.diagnosis import read_log
@@ -161,7 +160,7 @@ def _train(
         figures["strategy"] = told
     if stage and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
-        figures["anchor"] = hold_report(stage, read_log(unfinished / LOG), told.get("rho"))
+        figures["anchor"] = anchor_effect(stage, read_log(unfinished / LOG), told.get("rho"))
         if says := figures["anchor"]["says"]:
             observer.note(says)
     return figures
@@ -179,15 +178,15 @@ def _train_phase(
     settings, rate = training_of(config, strategy, stage, context.phase)
     data = Stream.open(workspace.stream_directory).stage(stage)
     title = f"learn stage {stage}" + (f", {context.phase}" if context.phase else "")
-    begun, watch = False, Watch(stage, 0)
+    begun, monitor = False, AnchorMonitor(stage, 0)
 
     def show(progress: Progress) -> None:
-        nonlocal begun, watch
+        nonlocal begun, monitor
         if not begun:
             observer.begin(title, progress.steps, "steps")
             begun = True
-            watch = Watch(stage, progress.steps, strategy.figures().get("rho"))
-        if stage and (warning := watch.see(progress.record)):
+            monitor = AnchorMonitor(stage, progress.steps, strategy.figures().get("rho"))
+        if stage and (warning := monitor.add(progress.record)):
             observer.note(f"warning: {warning}")
         observer.advance(
             progress.step,

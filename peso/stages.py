@@ -39,7 +39,7 @@ def strategy_of(workspace: Workspace) -> Strategy:
     """
     for module in set(own_strategy(workspace.config)) - workspace.trusted:
         raise ConfigError(
-            f"strategy.module: {workspace.root} names the class {module}, and importing it runs its code. If "
+            f"strategy: {workspace.root} names the class {module}, and importing it runs its code. If "
             f"you trust it, name it: --trust {module} (in Python: trust=[{module!r}])"
         )
     return make_strategy(workspace.config.strategy)

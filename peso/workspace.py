@@ -250,8 +250,10 @@ class Workspace:
 
 
 def own_strategy(config: Config) -> list[str]:
-    """The class of a custom strategy, as ``module.Class``; [] where the strategy is one of peso's."""
-    return [config.strategy.module] if isinstance(config.strategy, CustomConfig) else []
+    """The class that is not peso's own, as ``module.Class``: of a custom strategy or of a proximal term."""
+    named = config.strategy.module if isinstance(config.strategy, CustomConfig) else ""
+    named = named or getattr(config.strategy, "proximal", "")
+    return [named] if "." in named else []
 
 
 def _read_resolved(path: Path) -> Config:

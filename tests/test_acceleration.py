@@ -89,7 +89,7 @@ def test_a_term_on_outputs_refuses_gradient_checkpointing(
         train(
             with_adapter(make_model()),
             tmp_path,
-            Peso("output_kl", weight=1.0),
+            Peso(proximal="output_kl", weight=1.0),
             gradient_checkpointing=True,
         )
 

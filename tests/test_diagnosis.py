@@ -221,7 +221,7 @@ def test_the_weight_is_the_one_that_the_stage_was_learnt_with(weak, tmp_path: Pa
 @pytest.mark.slow
 def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
     workspace = weak[0]
-    with pytest.raises(WorkspaceError, match="learnt with peso"):
+    with pytest.raises(WorkspaceError, match="trained with peso"):
         stage_directions(workspace, 2, examples=20, free=workspace)
     with pytest.raises(WorkspaceError, match="stage 0 starts from nothing"):
         stage_directions(workspace, 2, stage=0)

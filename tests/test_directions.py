@@ -8,21 +8,27 @@ import scipy.linalg
 import torch
 from test_strength import SIZES, TERMS, flat, known_metric, tensors
 
-from peso.continual.directions import held_out, limit_weight, stage_weight, strongest, with_free_shifts
-from peso.continual.sketch import Sketch
+from peso.continual.directions import (
+    ExampleGradients,
+    held_out,
+    limit_weight,
+    stage_weight,
+    strongest,
+    with_free_shifts,
+)
 from peso.errors import TrainingError
 
 N = sum(SIZES)
 TOKENS = 4.0
 
 
-def sketched(name: str, gradients: torch.Tensor) -> tuple[Sketch, np.ndarray, list[torch.Tensor]]:
-    """Sketch at a random anchor of losses with these gradients (examples, N); H by the design's formula."""
+def sketched(name: str, gradients: torch.Tensor) -> tuple[ExampleGradients, np.ndarray, list[torch.Tensor]]:
+    """At a random anchor, of losses with these gradients (examples, N); H by the design's formula."""
     anchor = tensors(0, 0.5)
     term = TERMS[name](weight=1.0)
     term.anchor(anchor)
     losses = (row @ flat(anchor) for row in gradients)
-    return Sketch.of(term, anchor, losses, TOKENS), known_metric(name, anchor), anchor
+    return ExampleGradients(term, anchor, losses, TOKENS), known_metric(name, anchor), anchor
 
 
 def random_gradients(examples: int, seed: int = 1) -> torch.Tensor:
@@ -85,7 +91,7 @@ def test_coordinates_and_shares_are_those_of_the_dense_directions(name: str) -> 
     np.testing.assert_allclose(along.abs(), np.abs(q.T @ metric @ moved.numpy()), rtol=1e-4)
     assert sketch.inner(step, step) == pytest.approx(float(moved.numpy() @ metric @ moved.numpy()), rel=1e-5)
 
-    carried = sketch.carried(directions, batch=4)
+    carried = sketch.composition(directions, batch=4)
     np.testing.assert_allclose(carried.shares.sum(1), 1, rtol=1e-9)
     by_value = q * (metric @ q)  # (N, 3): sums to 1
     wanted = [part.sum(0) for part in np.split(by_value, np.cumsum(SIZES)[:-1])]

@@ -35,7 +35,7 @@ def learn(model: GenerativeModel, directory: Path, **settings) -> list[float]:
         TrainingConfig(device="cuda", epochs=2, max_steps=8, batch_size=64, **settings),
         stage=1,
         learning_rate=1e-3,
-        strategy=Peso("softmax_kl", strength=1.0, coupling="decoupled"),
+        strategy=Peso(proximal="softmax_kl", strength=1.0, coupling="decoupled"),
         seed=0,
         directory=directory / "training",
         log=directory / "log.jsonl",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_diagnosis import learnt
 
-from peso.continual import hold
-from peso.continual.hold import Watch, hold_report, taken_back
+from peso.continual import anchor_report
+from peso.continual.anchor_report import AnchorMonitor, anchor_effect, taken_back
 from peso.diagnosis import diagnose
 from peso.workspace import Workspace
 
@@ -83,22 +83,22 @@ def test_steps_that_were_not_measured_shrink_at_the_measured_rate() -> None:
     assert taken_back([pulled(1, 0.0)]) is None
 
 
-def test_a_watch_speaks_once_after_a_tenth_and_is_silent_where_the_anchor_holds() -> None:
+def test_the_monitor_speaks_once_after_a_tenth_and_is_silent_where_the_anchor_holds() -> None:
     weak = {"loss": 1.0, "gradient_norm": 1.0, "penalty_gradient_norm": 1e-4, "learning_rate": 0.1}
-    watch = Watch(3, 100, rho=2.0)
-    said = [watch.see({**weak, "step": step}) for step in range(1, 101)]
+    monitor = AnchorMonitor(3, 100, rho=2.0)
+    said = [monitor.add({**weak, "step": step}) for step in range(1, 101)]
     assert [step for step, text in enumerate(said, 1) if text] == [10]
     assert "stage 3" in str(said[9])
     assert "strength 0.7 would be weight 1.4" in str(said[9])
     for strong in ({**weak, "penalty_gradient_norm": 0.1}, {**weak, "penalty_gradient_norm": 0.0}):
-        watch = Watch(3, 100)
-        assert not any(watch.see({**strong, "step": step}) for step in range(1, 101))
+        monitor = AnchorMonitor(3, 100)
+        assert not any(monitor.add({**strong, "step": step}) for step in range(1, 101))
 
 
 def test_reports_of_logs_without_the_newer_figures() -> None:
     step = {"loss": 1.0, "gradient_norm": 1.0}
     old = [{**step, "step": k, "penalty_gradient_norm": 0.1 * k} for k in range(1, 9)]
-    told = hold_report(1, [*old, {"validation_loss": 2.0}])
+    told = anchor_effect(1, [*old, {"validation_loss": 2.0}])
     assert told["distances"] is told["taken_back"] is None
     assert told["gradient_ratios"] == pytest.approx([0.15, 0.35, 0.55, 0.75])
-    assert not doctest.testmod(hold).failed
+    assert not doctest.testmod(anchor_report).failed

@@ -13,7 +13,7 @@ from torch import nn
 import peso
 from peso.continual.groups import PAST, find_groups
 from peso.continual.proximal import diagonal_fisher
-from peso.continual.softmax_kl import WIDEST
+from peso.continual.proximal.metrics import WIDEST
 from peso.errors import ConfigError, TrainingError
 from peso.model.small import small_llama
 
@@ -398,7 +398,7 @@ def test_output_kl_is_exact_for_small_steps_in_float32() -> None:
     move(model, 1e-5)
     with term.watch(model):
         model(input_ids=IDS)
-    found = term.collected().item()
+    found = term(model).item()
     reference = plain_output_kl(model.double(), before, 2.0).item()
     assert 0 < reference < 1e-9
     assert found == pytest.approx(reference, rel=1e-4)
@@ -417,14 +417,14 @@ def test_output_kl_sees_passes_with_gradients_inside_watch_alone() -> None:
     with term.watch(model):
         model(input_ids=IDS[:1])
         model(input_ids=IDS[1:])
-    in_parts = term.collected().item()
+    in_parts = term(model).item()
     term.attach(model)
     model(input_ids=IDS)
-    assert term.collected().item() == pytest.approx(in_parts, rel=1e-5)
+    assert term(model).item() == pytest.approx(in_parts, rel=1e-5)
     term.detach()
     model(input_ids=IDS)
     with pytest.raises(TrainingError, match="no forward pass"):
-        term.collected()
+        term(model)
 
 
 def test_output_kl_is_zero_at_the_anchor_and_does_not_change_the_pass() -> None:
@@ -482,7 +482,7 @@ def test_output_kl_must_see_the_passes_it_is_calibrated_on() -> None:
     with pytest.raises(TrainingError, match="give calibrate an iterator"):
         term.calibrate(model, losses)
     with pytest.raises(TrainingError, match="strength 1 has no weight yet"):
-        term.collected()
+        term(model)
 
 
 def test_output_kl_is_for_linear_layers() -> None:
@@ -497,14 +497,14 @@ def test_output_kl_works_under_autocast_and_follows_the_precision() -> None:
     move(model)
     with term.watch(model):
         model(input_ids=IDS)
-    plain = term.collected().item()
+    plain = term(model).item()
     with term.watch(model), torch.autocast("cpu", dtype=torch.bfloat16):
         model(input_ids=IDS)
-    assert term.collected().item() == pytest.approx(plain, rel=0.05)  # the inputs are bfloat16's
+    assert term(model).item() == pytest.approx(plain, rel=0.05)  # the inputs are bfloat16's
     copied = pickle.loads(pickle.dumps(term))
     with copied.watch(model.double()):
         model(input_ids=IDS)
-    assert copied.collected().dtype == torch.float64
+    assert copied(model).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["SoftmaxKL", "PerRankKL", "L2", "Fisher", "OutputKL"])
@@ -517,18 +517,14 @@ def test_every_term_holds_a_loop_that_is_not_ours(name: str) -> None:
         term = getattr(peso, name)(weight=weight * scale, reduction="sum")
         measure = getattr(peso, name)(weight=1.0, reduction="sum")
         for each in (term, measure):
-            if isinstance(each, peso.Fisher):
-                each.anchor(model, target_losses(model))
-            else:
-                each.anchor(model)
+            each.anchor(model, target_losses(model) if each.needs_losses else None)
         optimizer = torch.optim.SGD(parameters(model), lr=0.05)
         for step in range(6):
-            watched = [each for each in (term, measure) if isinstance(each, peso.OutputKL)]
-            for each in watched:
+            for each in (term, measure):
                 each.attach(model)
             loss = model(input_ids=IDS, labels=IDS).loss + term(model)
             distance = float(measure(model).detach())
-            for each in watched:
+            for each in (term, measure):
                 each.detach()
             if step < 5:
                 optimizer.zero_grad()

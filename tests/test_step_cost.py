@@ -13,7 +13,7 @@ from torch import nn
 
 import peso
 from peso.continual import groups as groups_module
-from peso.continual.groups import Found, find_groups
+from peso.continual.groups import find_groups
 from peso.continual.hooks import StageContext
 from peso.continual.peso import Peso
 from peso.continual.proximal import Term
@@ -40,10 +40,8 @@ def scatter(model: nn.Module, step: float, seed: int = 1) -> None:
 
 
 def anchored(term: Term, model: nn.Module) -> Term:
-    if isinstance(term, peso.Fisher):
-        term.anchor(model, fisher={g.name: g.tensor.detach().float().square() for g in find_groups(model)})
-    else:
-        term.anchor(model)
+    fisher = {g.name: g.tensor.detach().float().square() for g in find_groups(model)}
+    term.anchor(model, **{"fisher": fisher} if term.needs_losses else {})
     return term
 
 
@@ -61,7 +59,7 @@ def test_groups_found_before_give_the_same_bits(coupling: str, dtype: torch.dtyp
         model = adapted(dtype)
         anchored(term, model)
         other, again = copy.deepcopy(model), pickle.loads(pickle.dumps(term))
-        found = Found.of(other)
+        found = find_groups(other)
         for step in range(3):
             for source, used in ((model, term), (found, again)):
                 for group in find_groups(source):
@@ -81,7 +79,7 @@ def test_groups_found_before_give_the_same_bits(coupling: str, dtype: torch.dtyp
 def test_groups_found_in_another_model_are_refused() -> None:
     term = anchored(peso.L2(weight=1.0), adapted())
     with pytest.raises(TrainingError, match="another rank or backbone"):
-        term(Found.of(adapted(rank=2)))
+        term(find_groups(adapted(rank=2)))
 
 
 def test_values_of_one_anchor_do_not_share_memory() -> None:
@@ -101,7 +99,7 @@ def test_values_of_one_anchor_do_not_share_memory() -> None:
             term(model)  # a value without a graph lays out the same memory
         scatter(model, -0.01, 1)
         scatter(model, 0.01, 2)
-        if isinstance(term, peso.Orthogonal):
+        if not term.is_distance:
             continue  # plain autograd, which refuses parameters that moved
         together = torch.autograd.grad(first + term(model), parameters, allow_unused=True)
         for one, two, both in zip(*alone, together, strict=True):

@@ -102,7 +102,7 @@ def test_peso_is_the_released_term_around_what_the_stage_inherits() -> None:
 
 
 def test_peso_anchors_anew_at_every_stage() -> None:
-    strategy, context = Peso(), stage(1)
+    strategy, context = Peso(weight=2.0), stage(1)
     strategy.begin(context)
     move(context)
     strategy.end(context)

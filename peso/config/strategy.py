@@ -6,11 +6,13 @@ Knows names, options and where each strategy lives; a new one is a class here (i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from peso.config.section import Section
+from peso.errors import ConfigError
 
 Coupling = Literal["loss", "decoupled"]
 History = Literal["all", "latest"]
@@ -50,11 +52,15 @@ class SingleConfig(StrategySection):
 
 
 class PesoConfig(StrategySection):
-    """``single``, held near its last state by a proximal term."""
+    """``single``, kept near its last state by a proximal term."""
 
     home = "peso.continual.peso.Peso"
     name: Literal["peso"]
-    proximal: Literal["softmax_kl", "l2", "fisher", "orthogonal", "output_kl", "per_rank_kl"] = "softmax_kl"
+    proximal: str = Field(
+        "softmax_kl",
+        description="softmax_kl, per_rank_kl, l2, fisher, orthogonal or output_kl; or a term of your own, "
+        "as a class that Python can import: my_package.my_term.MyTerm",
+    )
     strength: float | None = Field(None, ge=0, description="dimensionless; 1 unless a weight is given")
     weight: float | None = Field(None, ge=0, description="raw: what it does depends on sizes and rates")
     coupling: Coupling | None = Field(
@@ -76,7 +82,8 @@ class PesoConfig(StrategySection):
         if result.get("strength") is None and result.get("weight") is None:
             result["strength"] = 1.0
         if result.get("coupling") is None:
-            in_loss = result.get("weight") is not None or result.get("proximal") in OUTPUT_TERMS
+            term = _term(result.get("proximal"))
+            in_loss = result.get("weight") is not None or (term and not term.has_decoupled_form)
             result["coupling"] = "loss" if in_loss else "decoupled"
         return result
 
@@ -84,14 +91,28 @@ class PesoConfig(StrategySection):
     def _possible(self) -> PesoConfig:
         if self.strength is not None and self.weight is not None:
             raise ValueError("strength and weight are two ways to say the same: give one of them")
-        if self.proximal in OUTPUT_TERMS and self.coupling == "decoupled":
+        term = _term(self.proximal)
+        if term and not term.has_decoupled_form and self.coupling == "decoupled":
             raise ValueError(f"coupling: {self.proximal} has no decoupled form; use coupling: loss")
         if self.temperature != "auto" and not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} must be above 0")
         return self
 
+    @property
+    def watches_outputs(self) -> bool:
+        term = _term(self.proximal)
+        return bool(term and term.watches_outputs)
 
-OUTPUT_TERMS = ("orthogonal", "output_kl")  # no metric on the adapter's values, so nothing to shrink along
+
+def _term(name: Any) -> Any:
+    """The class of a proximal term. None for the default, so that commands that only read a configuration do
+    not load PyTorch, and for a class from elsewhere: reading a configuration must not run its code."""
+    if not isinstance(name, str) or name == PesoConfig.model_fields["proximal"].default or "." in name:
+        return None
+    try:
+        return import_module("peso.continual.proximal").find_term(name)
+    except ConfigError as error:
+        raise ValueError(f"strategy.proximal: {error}") from None
 
 
 class SumLoraConfig(StrategySection):

@@ -68,11 +68,11 @@ class Config(Section):
         return {**tree, "items": {**items, "quantizer": "category-path"}}
 
     @model_validator(mode="after")
-    def _terms_on_outputs_see_a_module_once(self) -> Config:
-        if self.training.gradient_checkpointing and getattr(self.strategy, "proximal", "") == "output_kl":
+    def _watched_modules_run_once(self) -> Config:
+        if self.training.gradient_checkpointing and getattr(self.strategy, "watches_outputs", False):
             raise ValueError(
-                "training.gradient_checkpointing passes every module twice, but strategy.proximal: output_kl "
-                "looks at each pass; turn one of them off"
+                "training.gradient_checkpointing runs every module twice, but strategy.proximal: "
+                f"{getattr(self.strategy, 'proximal', '')} observes each pass; turn one of them off"
             )
         return self
 

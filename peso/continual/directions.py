@@ -1,78 +1,44 @@
-"""Generalised eigendirections Σq = ρHq of what the data ask for and what an anchor costs, from a sketch.
+"""The directions q of an adapter that the data support most for what they cost: Σq = ρHq, from a sample.
 
-Knows gradients of single examples and the metric of a penalty as plain matrices; knows nothing of models,
-strategies or files. Everything is float64, and nothing is larger than the sketch (examples × values).
+Σ is the second moment of the data's gradients, H the Hessian of a proximal term at its anchor. Everything is
+float64, and nothing is larger than the sample (examples × values).
 
 Σ = (tokens/n) Σ_i g_i g_iᵀ has rank n at most, so its eigendirections lie in the span of H⁺g_1 … H⁺g_n, and
 the eigenproblem of the values' size is one of the examples' size:
 
     K_ij = g_iᵀ H⁺ g_j,   K u = κ u   ⇒   q = Σ_i u_i H⁺g_i / √κ,   qᵀHq = 1,   Σq = ρHq,   ρ = tokens·κ/n
 
-For softmax-KL a group's block of H is s·(diag(p) − p·pᵀ), s = 1/τ² (times 1/modules), which does not see a
-shift common to the group: H·1 = 0. The gauge pᵀd = 0 picks one of the steps d + c·1 that cost the same. A
-gradient g acts on such steps as its dual t = g − p·Σg does (tᵀd = gᵀd), whose values sum to 0; x = t/(s·p)
-is the step with Hx = t, pᵀx = 0. So x = H⁺g in this gauge, and K_ij = Σ t_i·t_j/(s·p). The shifts are held
-there; where they follow freely, as in the limit of endless training, see :func:`with_free_shifts`. A diagonal
+For softmax-KL a group's block of H is s·(diag(p) − p·pᵀ), s = 1/τ² (times 1/modules), which ignores a shift
+common to the group: H·1 = 0. The gauge pᵀd = 0 picks one of the steps d + c·1 that cost the same. A gradient
+g acts on such steps as its dual t = g − p·Σg does (tᵀd = gᵀd), whose values sum to 0; x = t/(s·p) is the step
+with Hx = t, pᵀx = 0. So x = H⁺g in this gauge, and K_ij = Σ t_i·t_j/(s·p). The shifts are fixed there; where
+they follow freely, as in the limit of endless training, see :func:`with_free_shifts`. A diagonal
 H = s·diag(w) is the same without the gauge.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from peso.continual.groups import Group, Source, layouts
+from peso.continual.proximal.metrics import Hessian
+from peso.continual.proximal.term import DistanceTerm, check_trained
+from peso.continual.stacks import Stack, stack_anchors
 from peso.errors import TrainingError
 
 RANK = 1e-10  # eigenvalues below this share of the largest are rounding
-
-
-@dataclass(frozen=True)
-class GroupMetric:
-    """H of groups of one size: s·diag(w), or s·(diag(w) − w·wᵀ) where ``centred`` (then w sums to 1).
-
-    ``weights``: w (groups, n); ``scale``: s (groups, 1); both float64. Where w is 0 nothing is held and
-    nothing is said: such values are left out.
-    """
-
-    weights: Tensor
-    scale: Tensor
-    centred: bool
-
-    def dual(self, gradients: Tensor) -> Tensor:
-        """t of gradients (examples, groups, n): what they say of steps in the gauge."""
-        if not self.centred:
-            return torch.where(self.weights > 0, gradients, 0.0)
-        return gradients - self.weights * gradients.sum(-1, keepdim=True)
-
-    def step(self, duals: Tensor) -> Tensor:
-        """x with Hx = t, in the gauge: (…, groups, n)."""
-        held = self.scale * self.weights
-        return torch.where(held > 0, duals / held, 0.0)
-
-    def gram(self, gradients: Tensor) -> Tensor:
-        """K of gradients (examples, groups, n): (examples, examples)."""
-        duals = self.dual(gradients.double())
-        return duals.flatten(1) @ self.step(duals).flatten(1).T
-
-    def inner(self, one: Tensor, other: Tensor) -> Tensor:
-        """⟨one, other⟩_H of two steps (groups, n): 0-d."""
-        if self.centred:
-            one = one - (self.weights * one).sum(-1, keepdim=True)
-            other = other - (self.weights * other).sum(-1, keepdim=True)
-        return (self.scale * self.weights * one * other).sum()
-
-    def trace(self) -> Tensor:
-        """tr(H), 0-d."""
-        held = self.weights * (1 - self.weights) if self.centred else self.weights
-        return (self.scale * held).sum()
+BLOCK = 1 << 14  # values at a time in float64
+ON_CPU = (torch.device("cpu"), torch.float32)
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The strongest directions of a sketch. ``support``: ρ (k,), descending; of the sample, so that the first
+    """The strongest directions of a sample. ``support``: ρ (k,), descending; of the sample, so that the first
     ones are too large; ``coefficients``: (n, k), q_k = Σ_i coefficients_ik · H⁺g_i."""
 
     support: Tensor
@@ -84,10 +50,10 @@ class Directions:
 
 
 def strongest(gram: Tensor, count: int, tokens: float = 1.0) -> Directions:
-    """The ``count`` strongest directions of K (n, n), fewer where the sketch's rank is lower.
+    """The ``count`` strongest directions of K (n, n), fewer where its rank is lower.
 
     Raises:
-        TrainingError: K is not finite, or 0: no gradient acts on what is held.
+        TrainingError: K is not finite, or 0: no gradient acts on what is anchored.
     """
     if not bool(gram.isfinite().all()):
         raise TrainingError("the gradients of the examples are not finite")
@@ -102,8 +68,9 @@ def strongest(gram: Tensor, count: int, tokens: float = 1.0) -> Directions:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What fresh examples say of directions found without them: ``support`` (k,), its ``standard_error`` and
-    ``mean_share`` (k,): how much of it is the mean gradient, a pull that all examples share."""
+    """Directions judged by examples that were not used to find them: ``support`` (k,), its
+    ``standard_error``, and ``mean_share`` (k,): how much of it is the mean gradient, a pull that all examples
+    share."""
 
     support: Tensor
     standard_error: Tensor
@@ -121,7 +88,7 @@ def held_out(gram: Tensor, count: int, tokens: float = 1.0, folds: int = 10, see
     """
     n = len(gram)
     if n < 2 * folds:
-        raise TrainingError(f"{n} examples are too few for a spread: use {2 * folds} or more")
+        raise TrainingError(f"{n} examples are too few for a standard error: use {2 * folds} or more")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     products = gram.new_zeros(n, count)  # qᵀg of each example with directions that did not see it
     for fold in order.chunk(folds):
@@ -130,8 +97,8 @@ def held_out(gram: Tensor, count: int, tokens: float = 1.0, folds: int = 10, see
         found = strongest(gram[seen][:, seen], count)
         products[fold, : len(found.support)] = gram[fold][:, seen] @ found.coefficients
     squares = products.square()
-    # a fold's directions have signs of their own, so that means are taken within folds; the error of a mean
-    # of m examples, variance/m, is taken off its square
+    # a fold's directions have signs of their own, so means are taken within folds; the error of a mean of m
+    # examples, variance/m, is subtracted from its square
     mean_squares = []
     for fold in order.chunk(folds):
         mean, variance = products[fold].mean(0), products[fold].var(0)
@@ -145,7 +112,7 @@ def with_free_shifts(gram: Tensor, shifts: Tensor) -> Tensor:
     """K where steps that cost nothing follow freely: (I − Π)·K·(I − Π).
 
     min over c of ‖G(d + N·c)‖² is ‖(I − Π)·G·d‖², Π the projection onto the columns of G·N: what a shift can
-    do for the data as well is no support for a reshuffle. Exact where the loss is the quadratic of Σ; it
+    do for the data does not count as support for a reshuffle. Exact if the loss is the quadratic of Σ; it
     needs more examples than groups.
 
     Args:
@@ -170,7 +137,7 @@ def limit_weight(support: Tensor, weight: float | Tensor) -> Tensor:
 def stage_weight(
     support: Tensor, weight: float | Tensor, inertia: Tensor, time: float, free_time: float | None = None
 ) -> Tensor:
-    """How far a held stage gets along each direction, relative to a free stage that is as short.
+    """How far an anchored stage gets along each direction, relative to a free stage of the same length.
 
     Training for a time T = Σ learning rates with an optimiser that divides gradients by D moves along q as
     D·Δ' = −Σ(Δ − Δ*) − λHΔ. With the inertia δ = qᵀDq (for H-orthonormal q), y = Tρ/δ and s = Tλ/δ
@@ -178,14 +145,161 @@ def stage_weight(
         Δ(T) = Δ*·y/(y+s)·(1 − e^−(y+s)),   free: Δ*·(1 − e^−y)
 
     and the ratio of the two is returned. It is ρ/(ρ+λ) in the limit of long stages, (1 − e^−s)/s for a
-    direction without support. That q is an eigendirection of (Σ, D) too is an approximation: D is taken to
-    be alike in all values that carry it.
+    direction without support. It assumes that q is an eigendirection of (Σ, D) too: that D is alike in all
+    values with a share in q.
 
     Args:
-        free_time: T of the free stage, where it is another.
+        free_time: T of the free stage, if it differs.
     """
     support = support.clamp_min(torch.finfo(support.dtype).eps * float(support.max()))  # the limit, not 0/0
     y, s = time * support / inertia, time * torch.as_tensor(weight) / inertia
     y_free = (time if free_time is None else free_time) * support / inertia
-    held = y / (y + s) * -torch.expm1(-(y + s))
-    return held / -torch.expm1(-y_free)
+    anchored = y / (y + s) * -torch.expm1(-(y + s))
+    return anchored / -torch.expm1(-y_free)
+
+
+# --- gradients of single examples on an adapter -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Groups of one size. ``hessian``: float64, with the term's reduction; ``gradients``: float32 (examples,
+    groups, n)."""
+
+    stack: Stack
+    hessian: Hessian
+    gradients: Tensor
+
+    def blocks(self) -> Iterator[tuple[slice, Hessian, Tensor]]:
+        """Some groups at a time: their place, Hessian and duals, float64."""
+        _, groups, size = self.gradients.shape
+        step = max(1, BLOCK // size)
+        for start in range(0, groups, step):
+            place = slice(start, start + step)
+            hessian = self.hessian.of_groups(place)
+            yield place, hessian, hessian.dual(self.gradients[:, place].double())
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Of each direction: ``shares`` (k, tensors) of ‖q‖²_H = 1; ``inertia``: qᵀDq (k,), D what Adam divides
+    gradients by; ``pull``: qᵀDWq (k,), W the weights of the decoupled form."""
+
+    shares: Tensor
+    inertia: Tensor
+    pull: Tensor
+
+
+class ExampleGradients:
+    """Gradients of ``examples`` losses, each of one target of ``tokens`` tokens, laid out as the anchor of a
+    term. ``groups``: the anchor.
+
+    Args:
+        term: anchored.
+        source: as given to its ``anchor``; gradients are taken where its parameters are now.
+        losses: see :meth:`peso.continual.proximal.term.Term.calibrate`.
+        anchors: where the term is anchored; None: where the parameters are now.
+
+    Raises:
+        TrainingError: a frozen group, or no losses.
+    """
+
+    def __init__(
+        self,
+        term: DistanceTerm,
+        source: Source,
+        losses: Iterable[Tensor],
+        tokens: float,
+        anchors: Sequence[Tensor] | None = None,
+    ) -> None:
+        groups = term.groups_of(source)
+        check_trained(groups)
+        tensors = [group.tensor for group in groups]
+        anchors = [tensor.detach() for tensor in tensors] if anchors is None else anchors
+        stacks = stack_anchors(anchors, layouts(groups, term.groups), [ON_CPU] * len(groups))
+        rows: list[list[Tensor]] = [[] for _ in stacks]
+        for loss in losses:
+            found = torch.autograd.grad(loss, tensors, allow_unused=True)
+            gradients = [
+                torch.zeros_like(tensor) if gradient is None else gradient
+                for tensor, gradient in zip(tensors, found, strict=True)
+            ]
+            for place, stack in zip(rows, stacks, strict=True):
+                place.append(stack.gather(gradients).float().clone())
+        if not rows[0]:
+            raise TrainingError("there are no examples to take gradients of")
+        self.tokens = tokens
+        self.examples = len(rows[0])
+        self.groups = [
+            Group(group.module, group.factor, anchor.detach().clone())
+            for group, anchor in zip(groups, anchors, strict=True)
+        ]
+        self._parts = [
+            _Part(stack, term.metric(stack).hessian().double(term.divisor), torch.stack(rows.pop(0)))
+            for stack in stacks
+        ]
+
+    def gram(self) -> Tensor:
+        """K: float64 (examples, examples)."""
+        total = torch.zeros(self.examples, self.examples, dtype=torch.float64)
+        for part in self._parts:
+            for _, hessian, duals in part.blocks():
+                total += duals.flatten(1) @ hessian.step(duals).flatten(1).T
+        return total
+
+    def shifts(self) -> Tensor:
+        """The gradients along steps that cost nothing: (examples, centered groups)."""
+        columns = [part.gradients.double().sum(-1) for part in self._parts if part.hessian.centered]
+        return torch.cat(columns, dim=-1) if columns else torch.zeros(self.examples, 0, dtype=torch.float64)
+
+    def rho(self) -> float:
+        """ρ̄ = tr(Σ)/tr(H)."""
+        squares = sum(float(part.gradients.double().square().sum()) for part in self._parts)
+        trace = sum(float(part.hessian.trace().sum()) for part in self._parts)
+        return self.tokens * squares / self.examples / trace
+
+    def step(self, after: Sequence[Tensor]) -> list[Tensor]:
+        """The movement from the anchor to ``after``, laid out: float64 (groups, n) each."""
+        before = [group.tensor for group in self.groups]
+        return [
+            (part.stack.gather(after).float() - part.stack.gather(before).float()).double()
+            for part in self._parts
+        ]
+
+    def products(self, step: Sequence[Tensor]) -> Tensor:
+        """Each example's gradient times the step in the gauge: (examples,)."""
+        total = torch.zeros(self.examples, dtype=torch.float64)
+        for part, moved in zip(self._parts, step, strict=True):
+            for place, _, duals in part.blocks():
+                total += duals.flatten(1) @ moved[place].flatten()
+        return total
+
+    def inner(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+        """⟨one, other⟩_H of two steps."""
+        parts = zip(self._parts, one, other, strict=True)
+        return sum(float(part.hessian.inner(a, b)) for part, a, b in parts)
+
+    def composition(self, directions: Directions, batch: int) -> Composition:
+        """
+        Args:
+            batch: targets whose gradients are averaged in a step: D² = ḡ² + Var(g)/batch.
+        """
+        count = directions.coefficients.shape[1]
+        shares = torch.zeros(count, len(self.groups), dtype=torch.float64)
+        inertia, pull = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
+        for part in self._parts:
+            energy = torch.zeros(count, *part.gradients.shape[1:], dtype=torch.float64)
+            for place, hessian, duals in part.blocks():
+                along = torch.einsum("ek,egn->kgn", directions.coefficients, duals)
+                steps = hessian.step(along)
+                energy[:, place] = along * steps
+                gradients = part.gradients[:, place].double()
+                variance = gradients.var(0)
+                mean_square = (gradients.mean(0).square() - variance / self.examples).clamp_min(0)
+                weighted = (mean_square + variance / batch).sqrt() * steps.square()
+                inertia += weighted.flatten(1).sum(1)
+                pull += (weighted * (hessian.weights / hessian.mean)).flatten(1).sum(1)
+            for number in range(count):
+                for tensor, values in part.stack.scatter(energy[number]):
+                    shares[number, tensor] += values.sum()
+        return Composition(shares, inertia, pull)

@@ -1,27 +1,26 @@
-"""Groups: the flattened A, or the flattened B, of each module that an adapter is attached to.
-
-Knows how PEFT keeps LoRA matrices in a model; knows nothing of penalties or stages.
-"""
+"""The tensors of an adapter that PEFT attached to a model, and which of their values form a group."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from peso.errors import TrainingError
 
-PAST = "past"  # the adapter that holds frozen adapters of earlier stages: never the one that is trained
+PAST = "past"  # the adapter that holds the frozen adapters of earlier stages; it is never trained
 
 
 @dataclass(frozen=True)
 class Group:
-    """One group and where it belongs.
+    """A or B of one module.
 
     ``module``: name of the module in the model without its wrappers, e.g. ``model.layers.0.mlp.up_proj``;
-    ``factor``: ``A`` or ``B``; ``tensor``: the parameter itself, in its own shape.
+    ``factor``: ``A`` or ``B``, empty for a plain tensor; ``tensor``: the parameter itself, in its own shape.
     """
 
     module: str
@@ -33,47 +32,37 @@ class Group:
         return f"{self.module}.lora_{self.factor}" if self.factor else self.module
 
     def snapshot(self) -> Group:
-        """The same group as it stands now: a copy that no optimiser moves."""
+        """A copy of the group that later steps do not change."""
         return Group(self.module, self.factor, self.tensor.detach().clone())
 
 
-@dataclass(frozen=True)
-class Found:
-    """Groups as :func:`find_groups` found them, to be given in the source's place: a walk over the modules in
-    every step costs more than most penalties. Good as long as the model keeps its adapter and parameters.
-
-        found = Found.of(model)       # once a stage
-        loss = loss + term(found)     # in every step
-    """
-
-    groups: tuple[Group, ...]
-
-    @classmethod
-    def of(cls, source: Source, adapter: str | None = None) -> Found:
-        return cls(tuple(find_groups(source, adapter)))
-
-
-Source = nn.Module | Found | Iterable[nn.Module | Tensor]
+Source = nn.Module | Iterable[nn.Module | Tensor | Group]
 
 
 def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
     """The groups of a model in the order of ``named_modules``, A before B.
 
+    Walking over the modules costs more than most penalties. A loop finds the groups once per stage and gives
+    them in the model's place; they stay valid as long as the model keeps its adapter and parameters::
+
+        groups = find_groups(model)
+        loss = loss + term(groups)    # in every step
+
     Args:
         source: a model with LoRA layers of PEFT anywhere in it (wrapped by DDP or ``torch.compile`` or
-            not), or several tensors, or both: ``[model, vocabulary.input_rows]``. Of plain tensors each is
-            a group, and a module of its own. Or what was found before.
-        adapter: which adapter; None: the active one, beside which one named ``past`` may be active.
+            not), or several tensors, or both: ``[model, vocabulary.input_rows]``. Each plain tensor is a
+            group, and a module of its own. Groups that were found before are returned as they are.
+        adapter: which adapter; None: the active one. One named ``past`` may be active beside it.
 
     Raises:
         TrainingError: no LoRA layer, no such adapter, several active at once, or an empty tensor.
     """
-    if isinstance(source, Found):
-        return list(source.groups)
     groups: list[Group] = []
     tensors = 0
     for part in _parts(source):
-        if isinstance(part, nn.Module):
+        if isinstance(part, Group):
+            groups.append(part)
+        elif isinstance(part, nn.Module):
             groups.extend(_of_model(part, adapter))
         else:
             groups.append(Group(f"tensor {tensors}", "", part))
@@ -81,19 +70,19 @@ def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
     for group in groups:
         if group.tensor.numel() == 0:
             raise TrainingError(
-                f"{group.name} has no values. Parameters that are sharded or not materialised must be "
-                "gathered before an anchor can read them"
+                f"{group.name} has no values. Gather parameters that are sharded or not materialized before "
+                "anchoring them"
             )
     return groups
 
 
 def find_layers(model: nn.Module, adapter: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Name of the adapter that is meant, and PEFT's layers that have it by name of the module.
+    """Name of the adapter, and the PEFT layers that have it, by name of the module.
 
     Raises:
         TrainingError: no LoRA layer, no such adapter, or several active at once.
     """
-    from peft.tuners.lora import LoraLayer  # only a model needs it; plain tensors do without PEFT
+    from peft.tuners.lora import LoraLayer  # PEFT is loaded only for models
 
     layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     if not layers:
@@ -112,12 +101,12 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> tuple[str, dict
 
 
 def shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every group, in order: what an anchor and a model must have in common."""
+    """Name and shape of every group, in order. An anchor and a model must agree in them."""
     return {group.name: tuple(group.tensor.shape) for group in groups}
 
 
 def check_same_groups(anchored: dict[str, tuple[int, ...]], groups: Sequence[Group]) -> None:
-    """``anchored``: :func:`shapes` of the anchor. Raises TrainingError that names the first difference."""
+    """Raise a TrainingError that names the first difference from :func:`shapes` of the anchor."""
     current = shapes(groups)
     if list(current.items()) == list(anchored.items()):
         return
@@ -125,7 +114,7 @@ def check_same_groups(anchored: dict[str, tuple[int, ...]], groups: Sequence[Gro
     added = [name for name in current if name not in anchored]
     if missing or added:
         raise TrainingError(
-            "the anchor was taken of other modules: "
+            "the anchor was taken from other modules: "
             f"it has {len(anchored)} groups, the model {len(current)}; "
             f"{_first('only in the anchor', missing)}{_first('only in the model', added)}"
             "call anchor(model) with the adapter that is trained now"
@@ -146,11 +135,11 @@ def _first(what: str, names: list[str]) -> str:
     return f"{what}: {names[0]}{' …' if len(names) > 1 else ''}; " if names else ""
 
 
-def _parts(source: nn.Module | Iterable[nn.Module | Tensor]) -> list[nn.Module | Tensor]:
+def _parts(source: Source) -> list[nn.Module | Tensor | Group]:
     if isinstance(source, nn.Module):
         return [source]
     parts = [] if isinstance(source, Tensor) else list(source)
-    if not parts or not all(isinstance(part, Tensor | nn.Module) for part in parts):
+    if not parts or not all(isinstance(part, Tensor | nn.Module | Group) for part in parts):
         raise TypeError(f"expected a model or a list of tensors, got {type(source).__name__}")
     return parts
 
@@ -177,12 +166,76 @@ def _active(layers: list[tuple[str, Any]]) -> str:
     if len(active) != 1:
         raise TrainingError(
             f"{len(active)} adapters are active ({', '.join(active)}): "
-            "activate one with model.set_adapter(name), or say which one is meant with adapter=name"
+            "activate one with model.set_adapter(name), or select one with adapter=name"
         )
     return active[0]
 
 
 def _plain(path: str) -> str:
-    """The path without what PEFT, DDP and ``torch.compile`` put around a model, so that an anchor taken
-    before wrapping fits after it."""
+    """The path without the wrappers of PEFT, DDP and ``torch.compile``, so that an anchor taken before
+    wrapping fits after it."""
     return path.rpartition("base_model.model.")[2].replace("_orig_mod.", "").removeprefix("module.")
+
+
+# --- which values form a group of a penalty ---------------------------------------------------------------
+
+Grouping = Literal["factor", "module", "rank", "all"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The share of one tensor in the rows of a matrix.
+
+    ``tensor``: its number in the list of all tensors; ``rank_axis``: the axis along which it is cut into one
+    row per rank; None: it is one row.
+    """
+
+    tensor: int
+    shape: tuple[int, ...]
+    rank_axis: int | None = None
+
+    @property
+    def height(self) -> int:
+        return 1 if self.rank_axis is None else self.shape[self.rank_axis]
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.shape) // self.height
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """(height, width), a view where the layout allows it."""
+        if self.rank_axis is None:
+            return tensor.reshape(1, -1)
+        return tensor.movedim(self.rank_axis, 0).flatten(1)
+
+    def restored(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`: a view."""
+        if self.rank_axis is None:
+            return rows.view(self.shape)
+        others = [size for axis, size in enumerate(self.shape) if axis != self.rank_axis]
+        return rows.unflatten(-1, others).movedim(0, self.rank_axis)
+
+
+Layout = tuple[Piece, ...]
+"""Tensors whose rows, side by side, are groups of a penalty: one group, or one per rank."""
+
+
+def layouts(groups: Sequence[Group], grouping: Grouping) -> list[Layout]:
+    """How the tensors form the groups of a penalty.
+
+    ``factor``: each tensor is one group; ``module``: A and B of a module flattened together; ``rank``: row i
+    of A with column i of B, for every rank i of every module; ``all``: all values together. Tensors outside
+    LoRA modules (rows of a vocabulary, for example) are modules of their own, without ranks.
+
+    Raises:
+        TrainingError: ``rank`` where no tensor belongs to a LoRA module.
+    """
+    if grouping == "rank" and not any(group.factor for group in groups):
+        raise TrainingError("groups='rank' needs a model with LoRA modules: plain tensors have no ranks")
+    # A is (rank, in, …), B (out, rank, …), of linear, embedding and convolution layers alike
+    axes = {"A": 0, "B": 1} if grouping == "rank" else {}
+    members: dict[Any, list[Piece]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        owner = {"factor": number, "all": "all"}.get(grouping, group.module)
+        members[owner].append(Piece(number, tuple(group.tensor.shape), axes.get(group.factor)))
+    return [tuple(pieces) for pieces in members.values()]

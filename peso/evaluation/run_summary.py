@@ -72,9 +72,10 @@ class TrainingCurve:
 class StageSummary:
     """One stage of a run: its answers, and what it took to learn (None: nothing was learnt).
 
-    ``anchor``: how the adapter moved and what held it: ``moved`` (:func:`peso.continual.anchor_report`), the
-    figures of :func:`peso.continual.hold.hold_report`, ``strategy`` (weight, strength, ρ̄); empty where no
-    adapter was moved on.
+    ``anchor``: how the adapter moved and what restrained it: ``moved``
+    (:func:`peso.continual.anchor_report.anchor_report`), the figures of
+    :func:`peso.continual.anchor_report.anchor_effect`, ``strategy`` (weight, strength, ρ̄); empty if no
+    adapter was trained.
     """
 
     predictions: Predictions

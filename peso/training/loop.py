@@ -358,7 +358,7 @@ def _penalised(
     share: float,
 ) -> Tensor:
     extra = strategy.output_penalty(context, outputs)
-    return loss if extra is None else penalty.beside(loss, extra * share)
+    return loss if extra is None else penalty.with_loss(loss, extra * share)
 
 
 def _schedule(settings: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:

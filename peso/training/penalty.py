@@ -1,8 +1,4 @@
-"""What a strategy adds to the loss of a step: its value, its gradient, and what it may look at for it.
-
-Knows gradients of single penalties and the forward pass that a penalty is asked about; knows nothing of
-stages, optimisers or how a penalty is computed.
-"""
+"""The penalty that a strategy adds to the loss of a step: its value and its gradient."""
 
 from __future__ import annotations
 
@@ -20,20 +16,20 @@ from peso.processes import Processes
 from peso.training.batches import Packed
 from peso.training.likelihood import target_states
 
-# A penalty on outputs has its gradient taken apart from the loss's, to measure it, in one step out of so
-# many: it takes one more pass backward.
+# One step out of so many measures the gradient of a penalty on outputs apart from the loss's: it takes one
+# more backward pass.
 MEASURED_EVERY = 8
 
 
 class Penalty:
     """The penalties of one step.
 
-    ``value``: their sum. ``separate``: whether the parameters' gradients are so far those of the loss alone.
+    ``value``: their sum. ``separate``: whether the parameters' gradients so far are those of the loss alone.
 
     Args:
         parameters: what is trained.
-        adapter: those of them whose gradients are measured, the penalty's as the loss's: of two norms over
-            different parameters a ratio would say nothing. None of them: all.
+        adapter: those of them whose gradients are measured, for the penalty and for the loss: a ratio of two
+            norms over different parameters would mean nothing. Empty: all.
         measured: keep the gradient of penalties on outputs apart from the loss's.
     """
 
@@ -47,18 +43,18 @@ class Penalty:
         self._measured = measured
         self._gradients: dict[int, Tensor] = {}  # number of a parameter → gradient
 
-    def beside(self, loss: Tensor, penalty: Tensor) -> Tensor:
-        """What remains to be differentiated of a pass whose outputs are penalised: the loss, or both."""
+    def with_loss(self, loss: Tensor, penalty: Tensor) -> Tensor:
+        """What remains to be differentiated of a pass whose outputs are penalized: the loss, or both."""
         if self._measured:
-            self._take(penalty, retain_graph=True)
+            self.add(penalty, retain_graph=True)
             return loss
         self.value += float(penalty.detach())
         self.separate = False
         return loss + penalty
 
     def gather(self, processes: Processes) -> None:
-        """Penalties on outputs over the passes of all processes: before :meth:`add`, whose penalties every
-        process finds for itself."""
+        """Sum the penalties on outputs over the passes of all processes. Before penalties that every process
+        computes for itself."""
         value, mixed, apart = processes.sum_numbers(self.value, not self.separate, bool(self._gradients))
         self.value, self.separate = value, not mixed
         if apart:
@@ -66,33 +62,13 @@ class Penalty:
             found = processes.sum_tensors(mine, self._parameters)
             self._gradients = {number: g for number, g in enumerate(found) if g is not None}
 
-    def add(self, penalty: Tensor | None) -> None:
-        """A penalty with a graph of its own. Raises TrainingError where it moves nothing that is trained."""
-        if penalty is not None:
-            self._take(penalty, retain_graph=False)
-
-    def apply(self) -> float | None:
-        """Add the gradients to the parameters'; their norm over the adapter, or None where it is not known
-        apart."""
-        held = []
-        for number in self._gradients:
-            p = self._parameters[number]
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            held.append(p.grad)
-        gradients = list(self._gradients.values())
-        if gradients:
-            torch._foreach_add_(held, gradients)  # one fused operation for hundreds of small tensors
-        if not self.separate:
-            return None
-        if self._adapter:
-            numbers = [n for n in self._gradients if id(self._parameters[n]) in self._adapter]
-            gradients = [self._gradients[number] for number in numbers]
-        return float(get_total_norm(gradients)) if gradients else 0.0
-
-    def _take(self, penalty: Tensor, *, retain_graph: bool) -> None:
+    def add(self, penalty: Tensor | None, *, retain_graph: bool = False) -> None:
+        """Take value and gradient of a penalty. Raises TrainingError if it depends on nothing trained."""
+        if penalty is None:
+            return
         if not penalty.requires_grad:
             raise TrainingError(
-                "the strategy's penalty depends on nothing that is trained: what it holds is frozen. "
+                "the strategy's penalty depends on nothing that is trained: what it anchors is frozen. "
                 "Let it require a gradient in `begin`, or return no penalty"
             )
         found = torch.autograd.grad(penalty, self._parameters, allow_unused=True, retain_graph=retain_graph)
@@ -101,6 +77,23 @@ class Penalty:
             if gradient is not None:
                 known = self._gradients.get(number)
                 self._gradients[number] = gradient if known is None else known + gradient
+
+    def apply(self) -> float | None:
+        """Add the gradients to those of the parameters; returns their norm over the adapter, None if it was
+        not measured apart."""
+        gradients = list(self._gradients.values())
+        if gradients:
+            totals = []
+            for p in (self._parameters[number] for number in self._gradients):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                totals.append(p.grad)
+            torch._foreach_add_(totals, gradients)  # one fused operation for hundreds of small tensors
+        if not self.separate:
+            return None
+        if self._adapter:
+            numbers = [n for n in self._gradients if id(self._parameters[n]) in self._adapter]
+            gradients = [self._gradients[number] for number in numbers]
+        return float(get_total_norm(gradients)) if gradients else 0.0
 
 
 class TrainingPass:

@@ -1,4 +1,4 @@
-"""``fisher``: the squared distance to the anchor, each value weighted by what it meant to the last stage."""
+"""``fisher``: the squared distance to the anchor, each value weighted by its effect on the last stage."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peso.continual.groups import Source, find_groups
-from peso.continual.proximal.anchored import AnchoredTerm
+from peso.continual.groups import Source
 from peso.continual.proximal.metrics import DiagonalMetric
-from peso.continual.proximal.term import Coupling, Reduction, check_trained
-from peso.continual.stacks import Gather, Metric
+from peso.continual.proximal.term import DistanceTerm, check_trained
+from peso.continual.stacks import Stack
 from peso.errors import TrainingError
 
 
@@ -19,10 +18,10 @@ def diagonal_fisher(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list
     """E[(∇ loss)²] of every value, over the losses: float32 or better, in the tensors' shapes.
 
     The empirical Fisher information: gradients of the data's own targets, one example each, averaged after
-    squaring. Gradients of the parameters (``.grad``) stay as they are.
+    squaring. Gradients of the parameters (``.grad``) do not change.
 
     Args:
-        losses: 0-d each, with its graph; an iterator is asked for the next only when the last is done with.
+        losses: 0-d with their graphs. An iterator is advanced only when the last loss is done with.
 
     Raises:
         TrainingError: no loss, or a gradient that is not finite.
@@ -44,37 +43,25 @@ def diagonal_fisher(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list
     return result
 
 
-class Fisher(AnchoredTerm):
+class Fisher(DistanceTerm):
     """λ · ½ · Σ_i F_i·(v_i − a_i)², F the diagonal Fisher information of the previous stage's data at a.
 
     The Laplace approximation of elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796):
     H = diag(F). The decoupled form shrinks by w = F / mean(F), the mean over everything that is anchored: the
     information also says which modules matter, and a mean over each group would divide that out. It has long
-    tails: most values are far below the mean, and at strength 1 are hardly pulled.
+    tails: most values are far below the mean, and at strength 1 are hardly pulled. ::
 
         term = peso.Fisher(strength=1.0, coupling="decoupled")
         term.anchor(model, losses)            # of single targets of the stage that ends
 
-    Args:
-        weight: λ. Neither it nor a strength given: strength 1.
-        reduction, adapter, strength, coupling: see :class:`~peso.continual.proximal.term.Term`.
-
-    Raises:
-        ConfigError: an impossible argument.
+    For the arguments see :class:`~peso.continual.proximal.term.Term`.
     """
 
-    def __init__(
-        self,
-        weight: float | None = None,
-        reduction: Reduction = "sum",
-        adapter: str | None = None,
-        *,
-        strength: float | None = None,
-        coupling: Coupling = "loss",
-    ) -> None:
-        super().__init__(weight, reduction, adapter, strength=strength, coupling=coupling)
-        self._fisher: list[Tensor] = []
-        self._mean = 1.0
+    name = "fisher"
+    needs_losses = True
+
+    _fisher: Sequence[Tensor] = ()
+    _mean = 1.0
 
     def estimate(self, source: Source, losses: Iterable[Tensor]) -> dict[str, Tensor]:
         """The Fisher information of every group by its name, as :meth:`anchor` takes it: for a file.
@@ -82,7 +69,7 @@ class Fisher(AnchoredTerm):
         Raises:
             TrainingError: a frozen group, no loss, or gradients that are not finite.
         """
-        groups = find_groups(source, self.adapter)
+        groups = self.select(source)
         check_trained(groups)
         values = diagonal_fisher([group.tensor for group in groups], losses)
         return {group.name: value for group, value in zip(groups, values, strict=True)}
@@ -94,39 +81,36 @@ class Fisher(AnchoredTerm):
         *,
         fisher: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Takes the parameters as they are now for the anchor; an earlier one and its calibration go.
+        """As :meth:`Term.anchor`, with one of
 
         Args:
-            source: see :class:`peso.SoftmaxKL`.
-            losses: each the loss of one target of the stage that ends, 0-d with its graph; or
-            fisher: what :meth:`estimate` gave.
+            losses: each the loss of one target of the stage that ends, 0-d with its graph.
+            fisher: the result of :meth:`estimate`.
 
         Raises:
-            TrainingError: neither of the two or both, a frozen group, information of other groups, or all 0.
+            TrainingError: neither or both of the two, a frozen group, information of other groups, or all 0.
         """
         if (losses is None) == (fisher is None):
             raise TrainingError(
                 "Fisher needs to know what mattered to the last stage: anchor(model, losses) with the losses "
                 "of some of its single targets, or anchor(model, fisher=term.estimate(model, losses))"
             )
-        groups = find_groups(source, self.adapter)
-        if losses is not None:
-            fisher = self.estimate(source, losses)
-        assert fisher is not None
+        known = self.estimate(source, losses) if losses is not None else fisher or {}
+        groups = self.select(source)
         for group in groups:
-            known = fisher.get(group.name)
-            if known is None or known.shape != group.tensor.shape:
+            values = known.get(group.name)
+            if values is None or values.shape != group.tensor.shape:
                 raise TrainingError(
                     f"the Fisher information is of other groups: {group.name} has shape "
                     f"{tuple(group.tensor.shape)}, its information "
-                    f"{'is missing' if known is None else f'has {tuple(known.shape)}'}"
+                    f"{'is missing' if values is None else f'has {tuple(values.shape)}'}"
                 )
-        self._fisher = [fisher[group.name].detach().clone() for group in groups]
+        self._fisher = [known[group.name].detach().clone() for group in groups]
         count = sum(values.numel() for values in self._fisher)
         self._mean = sum(float(values.cpu().double().sum()) for values in self._fisher) / count
         if not self._mean > 0:
             raise TrainingError("the Fisher information is 0 everywhere: no gradient reached the adapter")
         super().anchor(source)
 
-    def metric(self, anchor: Tensor, gather: Gather) -> Metric:
-        return DiagonalMetric((anchor.shape[0], anchor.shape[1]), gather(self._fisher).to(anchor), self._mean)
+    def metric(self, stack: Stack) -> DiagonalMetric:
+        return DiagonalMetric(stack.anchor.shape, stack.gather(self._fisher).to(stack.anchor), self._mean)

@@ -1,12 +1,9 @@
-"""``output_kl``: the distance between what the adapter and its anchor make of the same inputs.
-
-Knows linear LoRA layers and the tokens that pass through them; knows nothing of the model around them.
-"""
+"""``output_kl``: the distance between the outputs of the adapter and of its anchor on the same inputs."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,22 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from peso.continual.calibration import Calibration
-from peso.continual.groups import Found, Group, Source, check_same_groups, find_groups, find_layers, shapes
-from peso.continual.proximal.term import Coupling, Reduction, Term
-from peso.continual.softmax_kl import Prior, softmax_kl
+from peso.continual.groups import Group, Source, find_layers
+from peso.continual.proximal.metrics import Prior, softmax_kl
+from peso.continual.proximal.term import Term, check_first_derivative
 from peso.continual.stacks import placement
 from peso.errors import TrainingError
 
 Pair = tuple[Tensor, Tensor]  # A (rank, in), B (out, rank)
-Look = Callable[[str, Pair, Pair, Tensor, float], None]  # module, its weights, its anchors, inputs, scaling
+Observer = Callable[[str, Pair, Pair, Tensor, float], None]  # module, weights, anchors, inputs, scaling
 
 
 class OutputKL(Term):
     """λ · Σ_modules mean_tokens KL( softmax(s·B·A·x) ‖ softmax(s·B_a·A_a·x) ), s the adapter's scaling.
 
-    The ablation of PESO (arXiv 2510.25093) that anchors what the adapter says rather than what it is. x is
-    what the module is given in this forward pass, without dropout, and counts as constant. The forward pass
-    has to be watched:
+    The ablation of PESO (arXiv 2510.25093) that anchors the outputs of the adapter instead of its values. x
+    is the input of the module in this forward pass, without dropout, and counts as constant. The forward pass
+    has to be watched::
 
         term = peso.OutputKL(weight=1.0)
         term.anchor(model)
@@ -37,69 +34,54 @@ class OutputKL(Term):
             loss = model(**batch).loss
         (loss + term(model)).backward()
 
-    Passes without gradients are not looked at. Value and gradient are found when a module is passed: for that
-    moment it holds some five matrices (tokens, out) of the module in float32; until backward, only a gradient
-    of the size of A and B. Not with gradient checkpointing, which passes modules twice. There is no decoupled
-    form.
+    Passes without gradients are ignored. Value and gradient are computed as a module runs: for that moment it
+    holds about five matrices (tokens, out) of the module in float32; until backward, only a gradient of the
+    size of A and B. Not with gradient checkpointing, which runs modules twice. There is no decoupled form.
 
     Args:
-        weight: λ; 1.0 where neither it nor a strength is given.
+        weight: λ; 1.0 if neither it nor a strength is given.
         strength: λ = strength · ρ̄. tr(H) depends on the tokens, so :meth:`calibrate` watches the passes that
-            make its losses, which must come from an iterator.
-        reduction: ``sum`` over the modules, or ``mean``.
-        adapter: name of the PEFT adapter; None: the one that is active when the term is called.
-        coupling: ``loss``.
-
-    Raises:
-        ConfigError: an impossible argument.
+            compute its losses, which must come from an iterator.
+        reduction, adapter, coupling: see :class:`~peso.continual.proximal.term.Term`.
     """
 
-    has_decoupled_form = False
+    name = "output_kl"
+    default_weight = 1.0
+    watches_outputs = True
 
-    def __init__(
-        self,
-        weight: float | None = None,
-        reduction: Reduction = "sum",
-        adapter: str | None = None,
-        *,
-        strength: float | None = None,
-        coupling: Coupling = "loss",
-    ) -> None:
-        super().__init__(
-            weight, reduction, adapter, strength=strength, coupling=coupling, weight_by_default=1.0
-        )
-        self._anchored: dict[str, tuple[int, ...]] = {}
-        self._anchors: dict[str, Pair] = {}
-        self._seen: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)  # module → Σ KL, tokens of a pass
-        self._trace: float | None = None
-        self._hooks: list[Any] = []
+    _anchors: dict[str, Pair]
+    _seen: dict[str, list[tuple[Tensor, int]]]  # module → Σ KL, tokens of a pass
+    _trace: float | None = None
+    _hooks: Sequence[Any] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without hooks, which belong to a model, and without what was seen, which has a graph."""
-        return {**self.__dict__, "_hooks": [], "_seen": defaultdict(list)}
+        return {**self.__dict__, "_hooks": (), "_seen": defaultdict(list)}
 
-    def anchor(self, source: Source) -> None:
-        """Takes the parameters as they are now for the anchor.
+    def select(self, source: Source) -> list[Group]:
+        groups = [group for group in super().select(source) if group.factor]
+        if not groups:
+            raise TrainingError("OutputKL needs a model with LoRA modules: plain tensors have no outputs")
+        return groups
 
-        Raises:
-            TrainingError: no LoRA adapter, or one on something other than linear layers.
-        """
-        groups = self._factors(source)
-        for name, layers in self._layers(source):
-            for module, layer in layers.items():
-                if name not in layer.lora_A or not isinstance(layer.lora_A[name], nn.Linear):
-                    raise TrainingError(f"OutputKL is for linear layers, which {module} is not")
+    def anchor(self, source: Source, losses: Iterable[Tensor] | None = None) -> None:
+        """As :meth:`Term.anchor`. Raises TrainingError for an adapter on other than linear layers too."""
+        self.select(source)
+        for name, module, layer in self._layers(source):
+            if name not in layer.lora_A or not isinstance(layer.lora_A[name], nn.Linear):
+                raise TrainingError(f"OutputKL is for linear layers, which {module} is not")
+        super().anchor(source)
+
+    def keep(self, groups: Sequence[Group]) -> None:
         copies = [group.tensor.detach().to(placement(group.tensor)[1]).clone() for group in groups]
-        self._anchors = {
-            groups[first].module: (copies[first], copies[first + 1]) for first in range(0, len(groups), 2)
-        }
-        self._anchored = shapes(groups)
-        self._seen.clear()
-        self._trace = self._calibration = None
+        modules = [group.module for group in groups[::2]]
+        self._anchors = dict(zip(modules, zip(copies[::2], copies[1::2], strict=True), strict=True))
+        self._seen = defaultdict(list)
+        self._trace = None
 
     @contextmanager
     def watch(self, source: Source, mask: Tensor | None = None) -> Iterator[None]:
-        """Forward passes inside are looked at; what was seen before is forgotten.
+        """Forward passes inside are watched; what was seen before is dropped.
 
         Args:
             mask: bool, of the shape of the token ids: which tokens count, where a batch is padded.
@@ -113,29 +95,22 @@ class OutputKL(Term):
     def attach(self, source: Source, mask: Tensor | None = None) -> None:
         """As :meth:`watch`, until :meth:`detach`: for loops whose forward pass is out of reach."""
 
-        def look(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:
+        def observe(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:
             rows = x[mask] if mask is not None else x.flatten(0, -2)
             kl = _OutputKL.apply(*weights, *anchors, rows, scaling)
             self._seen[module].append((kl, len(rows)))
 
+        self._attach(source, observe)
         self._seen.clear()
-        self._attach(source, look)
 
     def detach(self) -> None:
-        """Nothing is looked at any more; what was seen can still be collected."""
+        """Stop watching; the term of what was seen can still be computed."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks.clear()
+        self._hooks = ()
 
-    def collected(self) -> Tensor:
-        """The weighted term of the passes seen since the last call: 0-d, with its graph."""
-        return self._collect(self.weight_in_loss())
-
-    def value_at(self, source: Source, weight: float) -> Tensor:
-        self.groups_of(source)
-        return self._collect(weight)
-
-    def _collect(self, weight: float) -> Tensor:
+    def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
+        """Of the passes seen since the last call."""
         if not self._seen:
             raise TrainingError(
                 "no forward pass with gradients was watched: run it inside `with term.watch(model):`, "
@@ -148,87 +123,72 @@ class OutputKL(Term):
                 total = kl / tokens if total is None else total + (kl / tokens).to(total.device)
         self._seen.clear()
         assert total is not None
-        return total * (weight / self._divisor)
+        return total * scale
 
-    def metric_trace(self) -> float:
+    def trace(self) -> float:
         """Of the tokens that :meth:`calibrate` saw, whose mean it is."""
         if self._trace is None:
             raise TrainingError("the curvature of OutputKL depends on the data: call calibrate first")
-        return self._trace / self._divisor
+        return self._trace
 
     def calibrate(self, source: Source, losses: Iterable[Tensor], tokens: float = 1.0) -> Calibration:
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # Σ over tokens of tr(H), tokens
+        sums: Mapping[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # Σ over tokens of tr(H), tokens
 
-        def look(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:
+        def observe(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:
             rows = x.flatten(0, -2)
             sums[module][0] += float(output_trace(*anchors, rows, scaling))
             sums[module][1] += len(rows)
 
-        def told() -> Iterator[Tensor]:
+        def observed() -> Iterator[Tensor]:
             yield from losses
             if not sums:
                 raise TrainingError(
-                    "OutputKL reads its curvature off the passes that make the losses: give calibrate an "
-                    "iterator that computes each loss when it is asked for it"
+                    "OutputKL measures its curvature in the passes that compute the losses: give calibrate "
+                    "an iterator that computes each loss when it is asked for it"
                 )
             self._trace = sum(total / count for total, count in sums.values())
 
-        self._attach(source, look)
+        self._attach(source, observe)
         try:
-            return super().calibrate(source, told(), tokens)
+            return super().calibrate(source, observed(), tokens)
         finally:
             self.detach()
 
-    def groups_of(self, source: Source) -> list[Group]:
-        if not self._anchored:
-            raise TrainingError("the proximal term has no anchor yet: call anchor(model) before training")
-        groups = self._factors(source)
-        check_same_groups(self._anchored, groups)
-        return groups
+    def _layers(self, source: Source) -> Iterator[tuple[str, str, Any]]:
+        """Of every model in the source: name of its adapter, and each layer with its module's name."""
+        for model in _models(source):
+            name, layers = find_layers(model, self.adapter)
+            yield from ((name, module, layer) for module, layer in layers.items())
 
-    def _factors(self, source: Source) -> list[Group]:
-        groups = [group for group in find_groups(source, self.adapter) if group.factor]
-        if not groups:
-            raise TrainingError("OutputKL needs a model with LoRA modules: plain tensors have no outputs")
-        return groups
-
-    def _layers(self, source: Source) -> list[tuple[str, dict[str, Any]]]:
-        """Of every model in the source: name of its adapter, layers by module."""
-        return [find_layers(model, self.adapter) for model in _models(source)]
-
-    def _attach(self, source: Source, look: Look) -> None:
+    def _attach(self, source: Source, observe: Observer) -> None:
         self.groups_of(source)
         self.detach()
-        for model in _models(source):
-            if getattr(model, "is_activation_checkpointing", False):
-                raise TrainingError(
-                    "OutputKL looks at every pass of a module, and gradient checkpointing passes each twice: "
-                    "turn it off, or choose another term"
-                )
-        for name, layers in self._layers(source):
-            for module, layer in layers.items():
-                self._hooks.append(layer.register_forward_hook(self._hook(module, name, look)))
+        if any(getattr(model, "is_activation_checkpointing", False) for model in _models(source)):
+            raise TrainingError(
+                "OutputKL observes every pass of a module, and gradient checkpointing runs each twice: "
+                "turn it off, or choose another term"
+            )
+        self._hooks = [
+            layer.register_forward_hook(self._hook(module, name, observe))
+            for name, module, layer in self._layers(source)
+        ]
 
-    def _hook(self, module: str, adapter: str, look: Look) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    def _hook(self, module: str, adapter: str, observe: Observer) -> Callable[..., None]:
         def hook(layer: Any, arguments: tuple[Any, ...], output: Any) -> None:
             if torch.is_grad_enabled():
                 weights = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 place = placement(weights[0])
                 a, b = self._anchors[module]
                 anchors = self._anchors[module] = (a.to(*place), b.to(*place))  # it follows the parameters
-                look(module, weights, anchors, arguments[0].detach(), float(layer.scaling[adapter]))
+                observe(module, weights, anchors, arguments[0].detach(), float(layer.scaling[adapter]))
 
         return hook
 
-    @property
-    def _divisor(self) -> int:
-        return len(self._anchors) if self.reduction == "mean" else 1
-
 
 def _models(source: Source) -> list[nn.Module]:
-    if isinstance(source, Found):
-        raise TypeError("OutputKL looks at forward passes: give it the model, not the groups found in it")
     parts = [source] if isinstance(source, nn.Module) else list(source)
+    if any(isinstance(part, Group) for part in parts):
+        raise TypeError("OutputKL observes forward passes: give it the model, not the groups found in it")
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
@@ -249,7 +209,7 @@ def output_trace(a: Tensor, b: Tensor, x: Tensor, scaling: float) -> Tensor:
 
 
 class _OutputKL(torch.autograd.Function):
-    """Σ over tokens of one module's KL. Forward finds value and gradients; backward only scales them."""
+    """Σ over tokens of one module's KL. Forward computes value and gradients; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -270,9 +230,6 @@ class _OutputKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise TrainingError(
-                "OutputKL has a first derivative only: take its gradient without create_graph=True"
-            )
+        check_first_derivative()
         of_a, of_b = ctx.saved_tensors
         return (of_a * outer).to(ctx.dtypes[0]), (of_b * outer).to(ctx.dtypes[1]), None, None, None, None

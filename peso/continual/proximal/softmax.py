@@ -1,28 +1,24 @@
-"""``softmax_kl`` and ``per_rank_kl``: the distance between groups read as distributions.
-
-Knows which options the two terms take; the mathematics is in ``peso/continual/softmax_kl.py``.
-"""
+"""``softmax_kl`` and ``per_rank_kl``: the distance between groups read as distributions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from peso.continual.grouping import Grouping
-from peso.continual.proximal.anchored import AnchoredTerm
+from peso.continual.groups import Grouping
 from peso.continual.proximal.metrics import SoftmaxMetric
-from peso.continual.proximal.term import Coupling
-from peso.continual.stacks import Gather, Metric
+from peso.continual.proximal.term import Coupling, DistanceTerm, Reduction
+from peso.continual.stacks import Stack
 from peso.errors import ConfigError
 
 
-class SoftmaxKL(AnchoredTerm):
+class SoftmaxKL(DistanceTerm):
     """λ · Σ_g KL( softmax(v⁽ᵍ⁾/τ) ‖ softmax(a⁽ᵍ⁾/τ) ): the proximal term of PESO (arXiv 2510.25093).
 
     A group is the flattened A, or the flattened B, of one module. Value and gradient are exact to 1e-5
-    relative at any distance and whatever dtype the parameters have (``peso/continual/softmax_kl.py``).
+    relative at any distance and for any dtype of the parameters (``proximal/metrics.py``). ::
 
         term = peso.SoftmaxKL(weight=2.0)
         term.anchor(model)                    # as it is now: the end of the previous stage
@@ -34,25 +30,27 @@ class SoftmaxKL(AnchoredTerm):
     conserves is, to first order in the rate, its plain mean.)
 
     Args:
-        weight: λ; 2.0, the paper's, where neither it nor a strength is given.
+        weight: λ; 2.0, the paper's, with ``loss`` if neither it nor a strength is given.
         reduction: ``mean``, the paper's released code: A and B of one module added, then divided by the
-            number of modules; or ``sum`` over the groups, the paper's formula. Of plain tensors each is a
-            module of its own.
+            number of modules; or ``sum`` over the groups, the paper's formula.
         temperature: τ. At 1 the prior of a real adapter is nearly uniform. ``auto``: the standard deviation
             of each anchor group, at least 1e-2.
-        adapter: name of the PEFT adapter; None: the one that is active when the term is called.
-        strength, coupling: see :class:`~peso.continual.proximal.term.Term`.
         groups: ``factor``: A and B of each module apart; ``module``: together; ``rank``: row i of A with
             column i of B; ``all``: everything one group.
+        adapter, strength, coupling: see :class:`~peso.continual.proximal.term.Term`.
 
     Raises:
         ConfigError: an impossible argument.
     """
 
+    name = "softmax_kl"
+    options: ClassVar[tuple[str, ...]] = ("temperature", "groups")
+    default_weight = 2.0
+
     def __init__(
         self,
         weight: float | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction = "mean",
         temperature: float | Literal["auto"] = 1.0,
         adapter: str | None = None,
         *,
@@ -60,21 +58,13 @@ class SoftmaxKL(AnchoredTerm):
         coupling: Coupling = "loss",
         groups: Grouping = "factor",
     ) -> None:
-        super().__init__(
-            weight,
-            reduction,
-            adapter,
-            strength=strength,
-            coupling=coupling,
-            groups=groups,
-            weight_by_default=2.0,
-        )
+        super().__init__(weight, reduction, adapter, strength=strength, coupling=coupling, groups=groups)
         if temperature != "auto" and (isinstance(temperature, str) or not temperature > 0):
             raise ConfigError(f"temperature {temperature} must be above 0, or 'auto'")
         self.temperature = temperature
 
-    def metric(self, anchor: Tensor, gather: Gather) -> Metric:
-        return SoftmaxMetric.of(anchor, self.temperature)
+    def metric(self, stack: Stack) -> SoftmaxMetric:
+        return SoftmaxMetric.of(stack.anchor, self.temperature)
 
     @staticmethod
     def value(
@@ -90,21 +80,13 @@ class SoftmaxKL(AnchoredTerm):
 
 
 class PerRankKL(SoftmaxKL):
-    """:class:`SoftmaxKL` with a group for each rank of each module: row i of A with column i of B.
+    """:class:`SoftmaxKL` with ``groups="rank"``: row i of A with column i of B; the other arguments are its.
 
     The ablation of the paper (arXiv 2510.25093) that asks whether mass may move between ranks.
     """
 
-    def __init__(
-        self,
-        weight: float | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
-        temperature: float | Literal["auto"] = 1.0,
-        adapter: str | None = None,
-        *,
-        strength: float | None = None,
-        coupling: Coupling = "loss",
-    ) -> None:
-        super().__init__(
-            weight, reduction, temperature, adapter, strength=strength, coupling=coupling, groups="rank"
-        )
+    name = "per_rank_kl"
+    options = ("temperature",)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, groups="rank", **options)

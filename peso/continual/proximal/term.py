@@ -1,19 +1,19 @@
-"""What every proximal term has in common: how strong it is, and where it acts.
-
-Knows weights, strengths and the two couplings; knows nothing of what a term computes.
-"""
+"""What all proximal terms have in common: weight or strength, the two couplings, and the anchor."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from peso.continual.calibration import Calibration, second_moment
-from peso.continual.groups import Group, Source
+from peso.continual.groups import Group, Grouping, Source, check_same_groups, find_groups, layouts, shapes
+from peso.continual.proximal.metrics import Metric
+from peso.continual.stacks import Placement, Stack, placement, stack_anchors, unstack_anchors
 from peso.errors import ConfigError, TrainingError
 
 Coupling = Literal["loss", "decoupled"]
@@ -21,26 +21,49 @@ Reduction = Literal["mean", "sum"]
 
 
 class Term(ABC):
-    """A penalty on leaving an anchor. A term of its own overrides ``anchor``, ``value_at``, ``groups_of`` and
-    ``metric_trace``, and ``pull`` or else ``has_decoupled_form``.
+    """A penalty on leaving an anchor.
+
+    A new term is one file: a subclass with ``keep``, ``penalty`` and ``trace``, or a subclass of
+    :class:`DistanceTerm` with ``metric``. With a class attribute ``name`` a configuration can name it, see
+    :func:`peso.continual.proximal.find_term`.
 
     Args:
         weight: λ, raw: (λ/2)·‖v − a‖²_H to second order. With ``decoupled`` κ, the rate per learning rate.
         strength: dimensionless, instead of a weight. With ``loss`` λ = strength · ρ̄, once :meth:`calibrate`
-            has measured ρ̄; with ``decoupled`` κ = strength / Σ learning rates.
-        coupling: ``loss``: added to the loss by the caller. ``decoupled``: :meth:`after_step` shrinks the
-            displacement after each optimiser step, as AdamW does weights.
-        reduction: ``sum`` over the groups, or ``mean``: that divided by the number of modules. Tensors that
-            belong to no LoRA module are modules of their own.
+            has measured ρ̄; with ``decoupled`` κ = strength / Σ learning rates. Without weight and strength:
+            the term's own weight with ``loss`` if it has one, else strength 1.
+        coupling: ``loss``: the caller adds the term to the loss. ``decoupled``: :meth:`after_step` shrinks
+            the displacement after each optimizer step, as AdamW does with weights.
+        reduction: ``sum`` over the groups, or ``mean``: the sum divided by the number of modules. Each tensor
+            outside LoRA modules counts as a module.
         adapter: name of the PEFT adapter; None: the one that is active when the term is called.
-        weight_by_default: λ with ``loss`` where neither weight nor strength is given; None: strength 1. With
-            ``decoupled`` it is strength 1.
 
     Raises:
         ConfigError: an impossible argument.
     """
 
-    has_decoupled_form = True
+    name: ClassVar[str] = ""
+    """In a configuration; empty: not offered there."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of the constructor that a configuration sets: ``temperature``, ``groups``."""
+    default_weight: ClassVar[float | None] = None
+    """λ with ``loss`` where neither weight nor strength is given; None: strength 1."""
+    has_decoupled_form: ClassVar[bool] = False
+    is_distance: ClassVar[bool] = True
+    """Whether it is 0 at the anchor and grows away from it."""
+    needs_losses: ClassVar[bool] = False
+    """Whether :meth:`anchor` needs losses of the stage that ends."""
+    watches_outputs: ClassVar[bool] = False
+    """Whether it has to see the forward pass, between :meth:`attach` and :meth:`detach`."""
+
+    named: ClassVar[dict[str, type[Term]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name := cls.__dict__.get("name"):
+            known = Term.named.setdefault(name, cls)
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"two proximal terms are named {name!r}: {known} and {cls}")
 
     def __init__(
         self,
@@ -50,14 +73,13 @@ class Term(ABC):
         *,
         strength: float | None = None,
         coupling: Coupling = "loss",
-        weight_by_default: float | None = None,
     ) -> None:
         check_choice("coupling", coupling, get_args(Coupling))
         check_choice("reduction", reduction, get_args(Reduction))
         if coupling == "decoupled" and not self.has_decoupled_form:
             raise ConfigError(
-                f"{type(self).__name__} has no decoupled form: it is no squared distance of each value from "
-                "its anchor. Use coupling='loss'"
+                f"{type(self).__name__} has no decoupled form: it is not a squared distance of each value "
+                "from its anchor. Use coupling='loss'"
             )
         if weight is not None and strength is not None:
             raise ConfigError(f"weight {weight} and strength {strength} exclude each other: give one")
@@ -65,13 +87,15 @@ class Term(ABC):
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} {value} must be 0 or more, and finite")
         if weight is None and strength is None:
-            weight = weight_by_default if coupling == "loss" else None
+            weight = self.default_weight if coupling == "loss" else None
             strength = 1.0 if weight is None else None
         self.raw_weight = weight
         self.strength = strength
         self.coupling = coupling
         self.reduction = reduction
         self.adapter = adapter
+        self._anchored: dict[str, tuple[int, ...]] = {}  # name and shape of every group
+        self._modules = 0
         self._calibration: Calibration | None = None
 
     @property
@@ -81,57 +105,76 @@ class Term(ABC):
 
     @property
     def weight(self) -> float | None:
-        """λ (κ where decoupled): as given, or what the strength came to; None while that is not known."""
-        if self.raw_weight is not None:
+        """λ (κ if decoupled): as given, or computed from the strength; None while that is not known."""
+        if self.raw_weight is not None or self.strength is None:
             return self.raw_weight
         if self.strength == 0:
             return 0.0
         if self.coupling == "loss" and self._calibration is not None:
-            return self._calibration.weight(self.strength or 0.0)
+            return self.strength * self._calibration.rho
         return None
 
-    # --- what a term of its own says --------------------------------------------------------------------
+    # --- what a new term defines ------------------------------------------------------------------------
 
     @abstractmethod
-    def anchor(self, source: Source) -> None:
-        """Takes the parameters as they are now for the anchor; an earlier one and its calibration go."""
+    def keep(self, groups: Sequence[Group]) -> None:
+        """Store what the term needs of the groups' values: they are the anchor."""
 
     @abstractmethod
-    def value_at(self, source: Source, weight: float) -> Tensor:
-        """The term times ``weight``: 0-d, differentiable once."""
+    def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
+        """scale · the term, summed over the groups: 0-d, differentiable once."""
 
     @abstractmethod
-    def metric_trace(self) -> float:
-        """tr(H): the trace of the Hessian of the unweighted term at the anchor, reduction included."""
+    def trace(self) -> float:
+        """tr(H): the trace of the Hessian of the sum over the groups, at the anchor."""
 
-    def pull(self, source: Source, rate: float) -> None:
-        """The decoupled form for lr · κ = ``rate``, in place. Raises TrainingError for a frozen group, or
-        where there is no such form."""
-        raise TrainingError(f"{type(self).__name__} has no decoupled form: add term(model) to the loss")
+    def select(self, source: Source) -> list[Group]:
+        """The groups of the source that the term acts on: all."""
+        return find_groups(source, self.adapter)
 
-    @abstractmethod
+    # --- what all terms share ---------------------------------------------------------------------------
+
+    def anchor(self, source: Source, losses: Iterable[Tensor] | None = None) -> None:
+        """Take the current parameters as the anchor. An earlier anchor and its calibration are dropped.
+
+        Args:
+            source: a model with a PEFT LoRA adapter, a list of tensors, or a list of both, such as
+                ``[model, vocabulary.input_rows]``; or groups that :func:`find_groups` returned.
+            losses: for terms that need them, see :class:`Fisher`.
+
+        Raises:
+            TrainingError: no LoRA adapter in the model, or several active ones.
+        """
+        groups = self.select(source)
+        self.keep(groups)
+        self._anchored = shapes(groups)
+        self._modules = len({group.module for group in groups})
+        self._calibration = None
+
     def groups_of(self, source: Source) -> list[Group]:
         """The groups the term acts on, checked against the anchor."""
+        self._check_anchored()
+        groups = self.select(source)
+        check_same_groups(self._anchored, groups)
+        return groups
 
-    # --- what all do alike ------------------------------------------------------------------------------
+    def attach(self, source: Source) -> None:  # noqa: B027 - most terms watch nothing
+        """Start to watch forward passes, if the term ``watches_outputs``."""
 
-    def term(self, source: Source) -> Tensor:
+    def detach(self) -> None:  # noqa: B027
+        """Stop watching."""
+
+    def __call__(self, source: Source) -> Tensor:
         """The weighted term, to be added to the loss: 0-d, float32 or better, differentiable once.
 
         Raises:
             TrainingError: before :meth:`anchor`, for an adapter of other modules or another rank, before
-                :meth:`calibrate` where a strength was given, or for a decoupled term.
+                :meth:`calibrate` if a strength was given, or for a decoupled term.
         """
-        return self.value_at(source, self.weight_in_loss())
-
-    __call__ = term
-
-    def weight_in_loss(self) -> float:
-        """λ. Raises TrainingError where it is not known yet, or the term is decoupled."""
         if self.coupling != "loss":
             raise TrainingError(
                 "a decoupled term is not added to the loss: call after_step(model, learning_rate, "
-                "total_learning_rate) after each optimiser step, or choose coupling='loss'"
+                "total_learning_rate) after each optimizer step, or choose coupling='loss'"
             )
         if self.weight is None:
             raise TrainingError(
@@ -139,18 +182,32 @@ class Term(ABC):
                 "anchor(model), with the losses of some single targets; or give a weight, or "
                 "coupling='decoupled'"
             )
-        return self.weight
+        return self.value_at(source, self.weight)
+
+    def value_at(self, source: Source, weight: float) -> Tensor:
+        """The term times ``weight``, whatever its own weight and coupling."""
+        return self.penalty(self.groups_of(source), weight / self.divisor)
+
+    def metric_trace(self) -> float:
+        """tr(H) of the unweighted term at the anchor, reduction included."""
+        self._check_anchored()
+        return self.trace() / self.divisor
+
+    @property
+    def divisor(self) -> int:
+        """What the sum over the groups is divided by: 1, or the number of modules."""
+        return self._modules if self.reduction == "mean" else 1
 
     def calibrate(self, source: Source, losses: Iterable[Tensor], tokens: float = 1.0) -> Calibration:
-        """Measures ρ̄ = tr(Σ)/tr(H) at the anchor; from then on a strength is the weight strength · ρ̄.
+        """Measure ρ̄ = tr(Σ)/tr(H) at the anchor; from then on a strength is the weight strength · ρ̄.
 
-        Norms are over the anchored groups alone. Gradients of the parameters (``.grad``) stay as they are.
-        A term with a raw weight is measured too, and keeps its weight.
+        Norms are over the anchored groups alone. Gradients of the parameters (``.grad``) do not change. A
+        term with a raw weight can be calibrated too, and keeps its weight.
 
         Args:
             source: as given to :meth:`anchor`.
-            losses: each the training loss of one target (mean over its tokens), 0-d with its graph, best
-                without dropout; an iterator is asked for the next only when the last is done with.
+            losses: each the training loss of one target (mean over its tokens), 0-d with its graph,
+                preferably without dropout. An iterator is advanced only when the last loss is done with.
             tokens: tokens per target, see :func:`peso.continual.calibration.second_moment`.
 
         Raises:
@@ -161,16 +218,27 @@ class Term(ABC):
         moment, error, examples = second_moment([group.tensor for group in groups], losses, tokens)
         trace = self.metric_trace()
         if not trace > 0:
-            raise TrainingError("the term has no curvature at this anchor: a strength means nothing for it")
+            raise TrainingError("the term has no curvature at this anchor, so a strength has no meaning")
         self._calibration = Calibration(moment / trace, error / trace, examples)
         return self._calibration
+
+    def decay(self, total_learning_rate: float | None) -> float:
+        """κ of a decoupled term. Raises TrainingError for a strength without the total."""
+        if self.strength is None:
+            return self.raw_weight or 0.0
+        if not (total_learning_rate is not None and total_learning_rate > 0):
+            raise TrainingError(
+                f"strength {self.strength:g} is spread over the stage: after_step needs its "
+                f"total_learning_rate, the sum over all steps, not {total_learning_rate}"
+            )
+        return self.strength / total_learning_rate
 
     def after_step(
         self, source: Source, learning_rate: float, total_learning_rate: float | None = None
     ) -> None:
         """The decoupled form: Δ_i ← μ + (Δ_i − μ)·exp(−lr·κ·w_i), in place; Δ = v − a.
 
-        w has mean 1, and μ is 0 but for softmax-KL. The reduction plays no part. At strength or weight 0
+        w has mean 1, and μ is 0 except for softmax-KL. The reduction has no effect. At strength or weight 0
         nothing is touched.
 
         Args:
@@ -181,18 +249,130 @@ class Term(ABC):
         Raises:
             TrainingError: no anchor, another adapter, a frozen group, or a total that is missing.
         """
+        raise TrainingError("coupling='loss': add term(model) to the loss instead of calling after_step")
+
+    def _check_anchored(self) -> None:
+        if not self._anchored:
+            raise TrainingError("the proximal term has no anchor yet: call anchor(model) before training")
+
+
+class DistanceTerm(Term):
+    """Σ_g of a metric of v⁽ᵍ⁾ − a⁽ᵍ⁾. A new term of this kind defines ``metric`` only.
+
+    The anchor is a copy on the device of the parameters and follows them when they are moved. The object can
+    be pickled, anchor included.
+
+    Args:
+        groups: which values form a group, see :func:`peso.continual.groups.layouts`; the other arguments are
+            those of :class:`Term`.
+    """
+
+    has_decoupled_form = True
+
+    _places: Sequence[Placement] = ()
+    _stacks: Sequence[tuple[Stack, Metric]] = ()
+
+    def __init__(
+        self,
+        weight: float | None = None,
+        reduction: Reduction = "sum",
+        adapter: str | None = None,
+        *,
+        strength: float | None = None,
+        coupling: Coupling = "loss",
+        groups: Grouping = "factor",
+    ) -> None:
+        super().__init__(weight, reduction, adapter, strength=strength, coupling=coupling)
+        check_choice("groups", groups, get_args(Grouping))
+        self.groups: Grouping = groups
+
+    @abstractmethod
+    def metric(self, stack: Stack) -> Metric:
+        """The metric around ``stack.anchor`` (groups, n); ``stack.gather`` lays other tensors out like it."""
+
+    def keep(self, groups: Sequence[Group]) -> None:
+        self._stack(groups, [group.tensor for group in groups])
+
+    def trace(self) -> float:
+        return sum(float(metric.hessian().trace().cpu().double().sum()) for _, metric in self._stacks)
+
+    def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
+        tensors = self._placed(groups)
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        value: Tensor = _StackedPenalty.apply(self._stacks, scale, wanted, *tensors)
+        return value
+
+    @torch.no_grad()
+    def after_step(
+        self, source: Source, learning_rate: float, total_learning_rate: float | None = None
+    ) -> None:
         if self.coupling != "decoupled":
-            raise TrainingError("coupling='loss': add term(model) to the loss instead of calling after_step")
-        kappa = self.raw_weight
-        if self.strength is not None:
-            if not (total_learning_rate is not None and total_learning_rate > 0):
-                raise TrainingError(
-                    f"strength {self.strength:g} is spread over the stage: after_step needs its "
-                    f"total_learning_rate, the sum over all steps, not {total_learning_rate}"
-                )
-            kappa = self.strength / total_learning_rate
-        if kappa and learning_rate:
-            self.pull(source, learning_rate * kappa)
+            super().after_step(source, learning_rate, total_learning_rate)
+        rate = learning_rate * self.decay(total_learning_rate)
+        if not rate:
+            return
+        groups = self.groups_of(source)
+        check_trained(groups)
+        tensors = self._placed(groups)
+        for stack, metric in self._stacks:
+            moved = stack.lay_out(tensors).sub_(stack.anchor)
+            metric.shrink(moved, rate)
+            moved.add_(stack.anchor)
+            stack.put_back(tensors)
+
+    def _placed(self, groups: Sequence[Group]) -> list[Tensor]:
+        """The groups' tensors, once the stacks are where they are."""
+        tensors = [group.tensor for group in groups]
+        if [placement(tensor) for tensor in tensors] != self._places:  # moved, or the precision changed
+            self._stack(groups, unstack_anchors([stack for stack, _ in self._stacks]))
+        return tensors
+
+    def _stack(self, groups: Sequence[Group], anchors: Sequence[Tensor]) -> None:
+        self._places = [placement(group.tensor) for group in groups]
+        stacks = stack_anchors(anchors, layouts(groups, self.groups), self._places)
+        self._stacks = [(stack, self.metric(stack)) for stack in stacks]
+
+
+class _StackedPenalty(torch.autograd.Function):
+    """scale · Σ_g penalty, on the device of the first tensor. Forward computes value and gradient together;
+    backward only scales the saved gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stacks: Sequence[tuple[Stack, Metric]], scale: float, wanted: bool, *tensors: Tensor
+    ) -> Tensor:
+        total = tensors[0].new_zeros((), dtype=placement(tensors[0])[1])
+        gradients = []
+        for stack, metric in stacks:
+            penalty, gradient = metric.penalty(stack.displacement(tensors))
+            total = total + penalty.sum().to(total.device)
+            if wanted:
+                gradients.append(gradient)
+        ctx.stacks, ctx.scale = stacks, scale
+        ctx.places = [(tensor.device, tensor.dtype) for tensor in tensors]
+        ctx.save_for_backward(*gradients)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
+        gradients: list[Tensor | None] = [None] * len(ctx.places)
+        for (stack, _), saved in zip(ctx.stacks, ctx.saved_tensors, strict=True):
+            # not in place: a graph that is kept may be run backward again
+            rows = saved * (outer * ctx.scale).to(saved)
+            here = (rows.device, rows.dtype)
+            for number, value in stack.scatter(rows):
+                place = ctx.places[number]
+                gradients[number] = value if place == here else value.to(*place)
+        return (None, None, None, *gradients)
+
+
+def check_first_derivative() -> None:
+    """In a backward pass: a saved gradient counts as constant, so that a second derivative would be 0."""
+    if torch.is_grad_enabled():
+        raise TrainingError(
+            "a proximal term has a first derivative only: take its gradient without create_graph=True"
+        )
 
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
@@ -201,8 +381,8 @@ def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} {value!r} is {said}")
 
 
-def check_trained(groups: list[Group]) -> None:
-    """Raises TrainingError that names the first group that is frozen."""
+def check_trained(groups: Iterable[Group]) -> None:
+    """Raise a TrainingError that names the first group that is frozen."""
     for group in groups:
         if not group.tensor.requires_grad:
             raise TrainingError(
