@@ -7,6 +7,7 @@ read into a temporary directory.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +31,13 @@ from peso.continual.hooks import Examples, StageContext
 from peso.decoding import search
 from peso.events.histories import Stage, TargetSequence
 from peso.events.stream import Stream
-from peso.items.index_files import read_semantic_ids
+from peso.items.index_files import read_semantic_ids, write_semantic_ids
+from peso.items.semantic_ids import SemanticIds
 from peso.learning import training_of
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.pipeline import Step
-from peso.progress import Silent
+from peso.progress import Observer, Silent
 from peso.stages import fresh_model, strategy_of, trains_backbone
 from peso.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
@@ -71,10 +73,17 @@ class Speed:
     most_targets: int | None  # of a chunk, see peso.training.plan
 
 
-def estimate(workspace: Workspace, speeds: dict[bool, Speed] | None = None) -> list[Estimate]:
+def estimate(
+    workspace: Workspace,
+    speeds: dict[bool, Speed] | None = None,
+    observer: Observer | None = None,
+    read_log: bool = True,
+) -> list[Estimate]:
     """Every missing step of a run, with minutes, memory and disk.
 
     Args:
+        read_log: read a log that is not ingested yet into a temporary directory, for its counts; else such a
+            run is estimated no further.
         speeds: of a run of the same shape, by whether the whole backbone is trained; what is missing is
             measured and added.
 
@@ -82,11 +91,11 @@ def estimate(workspace: Workspace, speeds: dict[bool, Speed] | None = None) -> l
         PesoError: as the run itself would, for bad data or an unusable backbone.
     """
     config = workspace.config
-    if not workspace.has_stream and config.data.format not in READABLE_AT_ONCE:
+    if not (read_log or workspace.has_stream or config.data.format in READABLE_AT_ONCE):
         note = "the later steps are known once the log is ingested: `peso ingest`, then ask again"
         return [Estimate(Step("ingest"), note=note)]
     name = config.backbone.name
-    with _readable(workspace) as source:
+    with _readable(workspace, observer or Silent()) as (source, seconds):
         stream = Stream.open(source.stream_directory)
         missing = list(pipeline.missing_steps(workspace, stream.stages))
         if name in assets.names("backbone") and assets.find(name) is None:
@@ -97,7 +106,7 @@ def estimate(workspace: Workspace, speeds: dict[bool, Speed] | None = None) -> l
         result = []
         for step in missing:
             if step.stage is None:
-                result.append(Estimate(step, minutes=0.1, note="seconds"))
+                result.append(_data_estimate(step, source, seconds.get(step.name)))
                 continue
             whole = trains_backbone(workspace, step.stage)
             if whole not in speeds:
@@ -158,6 +167,16 @@ def _passes(strategy: StrategyConfig) -> tuple[float, float]:
     return 1.4 if distils else 1.0, 2.0 if answers_with_two else 1.0
 
 
+def _data_estimate(step: Step, source: Workspace, seconds: float | None) -> Estimate:
+    """Of ingest and tokenize, which take what they took for the preview."""
+    if seconds is None:
+        return Estimate(step, note="not estimated: item texts are not encoded for an estimate")
+    stream = Stream.open(source.stream_directory)
+    events, items = sum(count["events"] for count in stream.counts), int(stream.manifest["items"])
+    what = f"{events:,} events" if step.name == "ingest" else f"{items:,} items"
+    return Estimate(step, seconds / 60, note=what)
+
+
 def baseline_estimate(workspace: Workspace, options: BaselineConfig) -> Estimate:
     """A baseline on all stages of a workspace's data."""
     step = Step(f"baseline {baseline_label(options)}")
@@ -165,7 +184,7 @@ def baseline_estimate(workspace: Workspace, options: BaselineConfig) -> Estimate
         return Estimate(step, note="two-tower, then searches with the run's own model: not measured")
     if not workspace.has_stream and workspace.config.data.format not in READABLE_AT_ONCE:
         return Estimate(step, note="known once the log is ingested")
-    with _readable(workspace) as source:
+    with _readable(workspace, Silent()) as (source, _):
         stream, ids = Stream.open(source.stream_directory), read_semantic_ids(source.semantic_ids_directory)
         stages = [stream.stage(number) for number in range(stream.stages)]
         with threads(number=source.config.training.threads):
@@ -248,13 +267,30 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _readable(workspace: Workspace) -> Iterator[Workspace]:
-    """The workspace if its data are there, else a temporary one into which they are read."""
+def _readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Workspace, dict[str, float]]]:
+    """The workspace if its data are there, else a temporary one into which they are read, and the seconds
+    that ingest and tokenize took for it. Items of a log get random semantic IDs there: their texts may take
+    hours to encode, and what is measured hardly depends on the IDs."""
     if workspace.has_semantic_ids:
-        yield workspace
+        yield workspace, {}
         return
+    seconds = dict[str, float]()
     with tempfile.TemporaryDirectory() as directory:
         copy = Workspace.create_or_open(Path(directory) / "preview", workspace.config)
-        pipeline.ingest(copy, Silent())
-        pipeline.tokenize(copy, Silent())
-        yield copy
+        if workspace.has_stream:
+            shutil.copytree(workspace.stream_directory, copy.stream_directory)
+        else:
+            seconds["ingest"] = _timed(lambda: pipeline.ingest(copy, observer))
+        if workspace.config.data.format in READABLE_AT_ONCE:
+            seconds["tokenize"] = _timed(lambda: pipeline.tokenize(copy, Silent()))
+        else:
+            _draw_semantic_ids(copy)
+        yield copy, seconds
+
+
+def _draw_semantic_ids(workspace: Workspace) -> None:
+    items, stream = workspace.config.items, Stream.open(workspace.stream_directory)
+    sizes = (min(items.codes, len(stream.item_ids)),) * items.levels
+    codes = np.random.default_rng(0).integers(0, sizes, (len(stream.item_ids), items.levels), dtype=np.int32)
+    workspace.semantic_ids_directory.mkdir()
+    write_semantic_ids(SemanticIds(stream.item_ids, codes, sizes), workspace.semantic_ids_directory)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import say, table, watcher
+from peso.cli.display import duration, say, table, watcher
 from peso.cli.options import Overrides
 
 
@@ -46,13 +46,18 @@ def run(
         preview = Workspace.preview(root, resolved)
         from peso.estimate import estimate
 
-        plan = estimate(preview)
+        plan = estimate(preview, observer=watcher())
         table(
             f"{root}: what is left to do",
             ["step", "minutes", "memory GiB", "disk MiB", "note"],
             [[str(e.step), *map(_shown, (e.minutes, e.memory_gib, e.disk_mib)), e.note] for e in plan],
         )
-        say(f"in all about {sum(e.minutes or 0 for e in plan):.0f} minutes on this machine")
+        unknown = ", ".join(str(e.step) for e in plan if e.minutes is None)
+        total = duration(60 * sum(e.minutes or 0 for e in plan))
+        say(
+            f"in all about {total} on this machine, a rough estimate"
+            + (f"; not included: {unknown}" if unknown else "")
+        )
         return
     from peso import pipeline, summary
 

@@ -115,5 +115,5 @@ def _steps(task: Task, measured: Measured) -> list[Estimate]:
     like = digest(shape | {"strategy": task.config.strategy.name == "none"}, str(task.data.root))
     key = digest(shape, str(task.data.root))
     if key not in measured.steps:
-        measured.steps[key] = estimate(workspace, measured.speeds.setdefault(like, {}))
+        measured.steps[key] = estimate(workspace, measured.speeds.setdefault(like, {}), read_log=False)
     return measured.steps[key]

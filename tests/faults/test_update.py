@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from event_logs import write_log
 
 from peso import pipeline, summary, testing
 from peso.config import load_config
 from peso.durable import checksum
+from peso.estimate import estimate
 from peso.evaluation.predictions import read_predictions
 from peso.progress import Silent
 from peso.workspace import Workspace
@@ -153,3 +156,30 @@ def test_without_evaluation_a_run_and_an_update_end_well(
     assert reports == []
     assert peso("run", config, "-w", root)[0] == 0  # and with evaluation again: all is made up for
     assert reports == [[0, 1, 2]]
+
+
+def test_a_dry_run_reads_the_log(tmp_path: Path, peso: Call) -> None:
+    """What is not ingested yet is read for its counts, and nothing is written."""
+    events = [(f"u{n % 20}", f"i{n * 7 % 30}", 1_700_000_000 + 3600 * n) for n in range(400)]
+    tree = {
+        "data": {"format": "csv", "path": str(write_log(tmp_path / "log.csv", events)), "stages": 3},
+        "items": {"encoder": "nobody/has-this-encoder", "codes": 8, "levels": 2},
+        "backbone": {"name": "tiny", "layers": 1},
+        "training": {"epochs": 1, "batch_size": 8},
+        "baselines": ["popularity"],
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))
+    status, out, err = peso("run", tmp_path / "c.yaml", "-w", tmp_path / "w", "--dry-run")
+    assert status == 0, err
+    assert "400 events" in out
+    for step in ("learn stage 0", "test stage 2", "baseline popularity"):
+        assert step in out
+    assert re.search(r"in all about [1-9][\d.]* (s|min \d+ s) on this machine, a rough estimate", out)
+    assert "not included: tokenize" in out  # the encoder is not at hand
+    steps = [
+        e
+        for e in estimate(Workspace(tmp_path / "w", load_config(tmp_path / "c.yaml")))
+        if e.step.name == "learn"
+    ]
+    assert all(e.minutes > 0 and "optimiser steps" in e.note for e in steps)
+    assert not (tmp_path / "w").exists()
