@@ -62,7 +62,7 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
     unfinished = workspace.unfinished_directory(stage) / determined_by[:16]
 
     def prepare() -> None:
-        _pull_backbone(workspace, observer)
+        pull_backbone(workspace, observer)
         for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
             shutil.rmtree(stale)
 
@@ -252,7 +252,7 @@ def _learnable(model: GenerativeModel) -> dict[str, Tensor]:
     }
 
 
-def _pull_backbone(workspace: Workspace, observer: Observer) -> None:
+def pull_backbone(workspace: Workspace, observer: Observer) -> None:
     """Fetch a backbone that is an asset of ours, unless it is in the cache."""
     name = workspace.config.backbone.name
     if name in assets.names("backbone") and assets.find(name) is None:

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peso import assets
+from peso.checks import check_configuration, rehearse
 from peso.config import DataConfig, changed_keys
 from peso.determination import changed_shape, determination
 from peso.durable import commit_directory, link, remove_directory
@@ -89,6 +90,8 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
 
 def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[Step]:
     """Everything before the stages; returns what is left to do of these."""
+    if 0 not in workspace.finished_stages:
+        rehearse_stages(workspace, observer)
     if not workspace.has_stream:
         ingest(workspace, observer)
     if not workspace.has_semantic_ids:
@@ -123,6 +126,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         WorkspaceError: stages were trained on the stream that is there, or events were appended to it.
     """
     data = workspace.config.data
+    check_configuration(workspace.config)
     _refuse_if_learnt(workspace, "stream")
     before = Stream.open(workspace.stream_directory).manifest if workspace.has_stream else {}
     if appended := len(before.get("appended", [])):
@@ -306,7 +310,16 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
     write_release_index(ids, path)
 
 
-# -- learning ----------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------
+
+
+def rehearse_stages(workspace: Workspace, observer: Observer) -> None:
+    """Fetch the backbone if need be, and find what a stage would come upon, see :mod:`peso.checks`."""
+    from peso.learning import pull_backbone
+
+    check_configuration(workspace.config)
+    pull_backbone(workspace, observer)
+    rehearse(workspace)
 
 
 def learn(workspace: Workspace, stage: int, observer: Observer) -> None:

@@ -58,7 +58,7 @@ def compare(
     every stage, for forgetting and transfer. Interrupt it anywhere, or give it a --budget; the same command
     continues.
 
-    Example: peso compare examples/strategies.yaml -w runs/strategies --budget 90m
+    Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """
     from peso.compare.machine import Machine
     from peso.compare.plan import make_plan
@@ -78,6 +78,7 @@ def compare(
 
     failed: list[Any] = []
     if not report_only:
+        plan.rehearse()
         deadline = None if seconds is None else began + seconds
         with only_writer(root), Display() as display:
             rows = Schedule(plan, machine.workers, machine.environment, deadline, display.show).run()

@@ -36,11 +36,13 @@ def run(
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """
+    from peso.checks import check_configuration
     from peso.config import load_config
     from peso.processes import join
     from peso.workspace import Workspace
 
     resolved = load_config(config, overrides or [])
+    check_configuration(resolved)
     root = workspace or Path("runs") / config.stem
     if dry_run:
         preview = Workspace.preview(root, resolved)

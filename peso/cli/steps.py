@@ -256,6 +256,7 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
 
     opened = _together(workspace, overrides, trust)
     with opened.lock():
+        current().on_main(lambda: pipeline.rehearse_stages(opened, watcher()))
         pipeline.learn(opened, 0, watcher())
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from peso.checks import rehearse
 from peso.config import (
     AdapterConfig,
     Config,
@@ -30,7 +31,7 @@ from peso.config.compare import CompareConfig, Variant, grid, load_comparison, v
 from peso.config.model import BUILT_IN
 from peso.determination import stage_shape
 from peso.durable import digest
-from peso.errors import ConfigError, DataError, WorkspaceError
+from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
 from peso.workspace import Workspace
 
 Kind = Literal["strategy", "transfer", "baseline"]
@@ -143,6 +144,23 @@ class Plan:
         for run in self.runs:
             for task in [run.task] if not run.candidates else [c.trial for c in run.candidates]:
                 Workspace.preview(task.root, task.config)
+
+    def rehearse(self) -> None:
+        """Find what is wrong with any variant before the first is begun, see :mod:`peso.checks`.
+
+        Raises:
+            PesoError: says of which run.
+        """
+        seen = set[str]()
+        for run in self.runs:
+            for task in [run.task] if not run.candidates else [c.trial for c in run.candidates]:
+                workspace = Workspace(task.root, task.config)
+                if 0 in workspace.finished_stages:
+                    continue
+                try:
+                    rehearse(workspace, seen)
+                except PesoError as error:
+                    raise type(error)(f"{run.name}: {error}") from None
 
 
 def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:

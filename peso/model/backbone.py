@@ -6,11 +6,11 @@ Whoever gets a backbone from here may rely on what :mod:`peso.model.backbone_che
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peso import assets
@@ -95,15 +95,24 @@ def _source(name: str) -> str:
 def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         with quiet_transformers():  # silent about the weights that `layers` leaves out
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if layers is not None:
                 _keep_layers(config, layers, name)
+            _check_depth(config, source)
             causal_lm, report = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True
+                source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
-            tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except BackboneError:
+        raise
+    except Exception as error:  # files that others wrote: there is no end to what may be wrong with them
+        cause = " ".join(str(error).split()[:40])
+        if " " not in cause:  # a key, or nothing
+            cause = f"{type(error).__name__} {cause}".strip()
+        if "trust_remote_code" in str(error):
+            cause = "it needs code that comes with it, which peso does not run"
+        if isinstance(error, pickle.UnpicklingError):
+            cause = "its weights are a pickle that holds more than tensors; convert it to safetensors"
         raise BackboneError(f"backbone {name!r} cannot be loaded from {source}: {cause}") from error
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
@@ -112,6 +121,19 @@ def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) 
             f"({some}, …); name a directory that holds a whole causal LM"
         )
     return causal_lm, tokenizer
+
+
+def _check_depth(config: Any, source: str) -> None:
+    """Before layers are made: refuse a directory that says it has more of them than its weights can fill."""
+    text = config.get_text_config()
+    layers, width = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "hidden_size"))
+    files = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]
+    held = sum(path.stat().st_size for path in files)
+    if files and layers * width > held:
+        raise BackboneError(
+            f"backbone {source!r} is incomplete: {layers:,} layers {width:,} wide in its config.json, "
+            f"{held:,} bytes of weights; name a directory that holds a whole causal LM"
+        )
 
 
 def _keep_layers(config: Any, layers: int, name: str) -> None:

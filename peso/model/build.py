@@ -129,7 +129,9 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
     if (folder / "backbone").is_dir():
         try:
             with quiet_transformers():
-                stored = AutoModelForCausalLM.from_pretrained(folder / "backbone", dtype="auto")
+                stored = AutoModelForCausalLM.from_pretrained(
+                    folder / "backbone", dtype="auto", trust_remote_code=False, use_safetensors=True
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise WorkspaceError(
                 f"{folder / 'backbone'} is damaged ({error}); train the stage again"

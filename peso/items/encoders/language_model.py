@@ -8,6 +8,7 @@ as the PESO paper does).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def load_text_encoder(name: str, max_tokens: int) -> TextEncoder:
             f"items.encoder {name!r} is a sentence-transformers model; install the library with "
             "`pip install 'peso[text]'`"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"items.encoder {name!r} cannot be loaded: {cause}; name a sentence-transformers or Transformers "
@@ -101,7 +102,11 @@ def _sentence_transformer(directory: str, max_tokens: int) -> Encode:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise _MissingLibrary from error
-    model = SentenceTransformer(directory, device=_device())
+    modules = json.loads((Path(directory) / "modules.json").read_text(encoding="utf-8"))
+    for module in modules:  # the library imports what is named here
+        if not str(module["type"]).startswith("sentence_transformers."):
+            raise ValueError(f"modules.json names the class {module['type']}, which is not of the library")
+    model = SentenceTransformer(directory, device=_device(), trust_remote_code=False)
     limit = model.max_seq_length
     model.max_seq_length = max_tokens if limit is None else min(limit, max_tokens)
 
@@ -115,8 +120,9 @@ def _sentence_transformer(directory: str, max_tokens: int) -> Encode:
 def _mean_pooling(directory: str, max_tokens: int) -> Encode:
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModel.from_pretrained(directory, dtype=torch.float32).to(_device()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    model = model.to(_device()).eval()
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     limit = min(max_tokens, positions, tokenizer.model_max_length)
     if tokenizer.pad_token_id is None:  # padded positions are masked: any token will do

@@ -1,0 +1,200 @@
+"""What is wrong with a configuration is said before anything long starts, absurd sizes included."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from strategy_runs import TREE
+
+from peso import pipeline
+from peso.checks import check_configuration, rehearse
+from peso.config import load_config
+from peso.errors import BackboneError, ConfigError, PesoError
+from peso.model.backbone import load_backbone
+from peso.model.small import byte_tokenizer, small_llama
+from peso.progress import Silent
+from peso.training.batches import plan_epoch
+from peso.workspace import Workspace
+
+TINY = {**TREE, "backbone": "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peso.memory.machine_memory", lambda: 8 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("backbone.width=1000000", "width of 1,000,000.*GiB.*this machine has 8 GiB"),
+        ("backbone.layers=1000000", "1,000,000 layers.*GiB"),
+        ("adapter.rank=1000000000", r"adapter\.rank 1,000,000,000.*GiB"),
+        ("data.simulate.users=1000000000", "1,000,000,000 users.*GiB"),
+        ("data.simulate.items=2000000000", "items.*GiB"),
+        ("baselines=[{name: sasrec, width: 1000000}]", "sasrec of width 1,000,000.*GiB"),
+        ("items={quantizer: rq-vae, rq_vae: {hidden: [1000000, 1000000]}}", r"items\.rq_vae.*GiB"),
+        ("evaluation={enabled: true, k: [9], }", None),
+        (
+            "evaluation={enabled: true, k: [41]}",
+            "evaluation.k asks for 41 items, but data.simulate.items is 40",
+        ),
+        ("report.segments=[colour]", "report.segments.*'colour'.*title, text, category"),
+        ("report.segments=[category]", None),
+        ("items.vectors=[nothing.npy]", "items.vectors: there is nothing at .*nothing.npy"),
+        ("items.index=nothing.json", "items.index: there is nothing at"),
+        ("items.encoder=./nothing", "items.encoder: there is nothing at"),
+        ("report.users=nothing.csv", "nothing.csv"),
+    ],
+)
+def test_a_size_or_name_that_cannot_be_is_refused_at_once(override: str, message: str | None) -> None:
+    began = time.process_time()
+    config = load_config(TINY, ["decoding.beams=50", override])
+    if message is None:
+        check_configuration(config)
+        return
+    with pytest.raises(PesoError, match=message):
+        check_configuration(config)
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("backbone=no-such-model", "no directory and no known name"),
+        ("backbone={name: tiny, width: 50}", "multiple of the head size"),
+        ("adapter.targets=[q_porj]", "no linear layer named q_porj; it has: .*q_proj"),
+        ("prompt.window=10000", "prompts reach .* tokens"),
+        ("training.device=cuda:99", r"training\.device 'cuda:99'"),
+        ("training.device=nonsense", r"training\.device 'nonsense'"),
+        ("strategy={name: custom, module: os.system}", "not a subclass"),
+        ("strategy={name: custom, module: peso.continual.peso.Peso, arguments: {x: 1}}", "cannot be made"),
+        ("strategy={name: custom, module: peso.continual.peso.Peso, arguments: {proximal: l3}}", "l3"),
+    ],
+)
+def test_a_run_refuses_before_it_reads_data(tmp_path: Path, override: str, message: str) -> None:
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(TINY, [override]))
+    with pytest.raises(PesoError, match=message):
+        pipeline.run(workspace)
+    assert not workspace.has_stream
+
+
+def test_a_comparison_refuses_a_wrong_variant_before_the_first_run(tmp_path: Path, peso: Any) -> None:
+    comparison = {"strategies": {"single": "single", "wrong": {"strategy": "single", "set": {}}}}
+    for wrong, message in (
+        ({"adapter.targets": ["nothing"]}, "no linear layer named nothing"),
+        ({"backbone.name": "nothing"}, "no known name"),
+        ({"strategy": {"name": "custom", "module": "no.such"}}, "cannot be imported"),
+        ({"backbone.layers": 1_000_000}, "GiB"),
+    ):
+        comparison["strategies"]["wrong"]["set"] = wrong  # type: ignore[index]
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({**TINY, "compare": comparison}))
+        status, _, said = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w")
+        assert status == 1
+        assert "/wrong/" in said
+        assert message in said
+        assert not (tmp_path / "w" / "runs").exists()
+
+
+def test_a_batch_larger_than_the_data_is_all_of_them() -> None:
+    targets = np.array([3, 1, 2, 5])
+    (all_at_once,) = plan_epoch(targets, 2**31 - 1, (0, 1, 2))
+    (just,) = plan_epoch(targets, 11, (0, 1, 2))
+    assert all_at_once.tolist() == just.tolist()
+    assert sorted(just.tolist()) == [0, 1, 2, 3]
+
+
+def test_epochs_beyond_all_memory_are_refused_and_few_steps_of_them_are_not(tmp_path: Path) -> None:
+    tree = {**TINY, "training": {"epochs": 2_000_000_000, "batch_size": 64}}
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree))
+    with pytest.raises(ConfigError, match=r"training\.epochs 2,000,000,000.*GiB"):
+        pipeline.run(workspace)
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree, ["training.max_steps=1"]))
+    pipeline.learn(workspace, 0, Silent())
+
+
+# -- backbones -----------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Runs something when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, Any]:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    small_llama(32, 1, 0).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def configured(**keys: Any) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+    return change
+
+
+def pickled(how: Callable[[Any, Path], Any]) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        how({"model.embed_tokens.weight": Runs(model / "ran")}, model / "pytorch_model.bin")
+
+    return change
+
+
+def headless(model: Path) -> None:
+    small_llama(32, 1, 0, tied=False).model.save_pretrained(model)
+
+
+def own_code(model: Path) -> None:
+    configured(auto_map={"AutoConfig": "own.A", "AutoModelForCausalLM": "own.B"}, model_type="own")(model)
+    (model / "own.py").write_text(f"import os; os.mkdir({str(model / 'ran')!r})")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pickled(torch.save), "pickle that holds more than tensors"),
+        (pickled(lambda content, file: file.write_bytes(pickle.dumps(content))), "pickle"),
+        (own_code, "code that comes with it"),
+        (headless, "incomplete"),
+        (configured(hidden_size="wide"), "hidden_size"),
+        (configured(num_attention_heads=0), "cannot be loaded"),
+        (configured(hidden_act="nonsense"), "nonsense"),
+        (configured(num_hidden_layers=10**9), "1,000,000,000 layers"),
+        (configured(hidden_size=10**9), "1,000,000,000 wide"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 99), "cannot be loaded"),
+        (lambda model: (model / "config.json").write_text("[1]"), "cannot be loaded"),
+        (lambda model: (model / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+    ],
+)
+def test_a_backbone_of_any_kind_is_refused_in_a_sentence_and_runs_nothing(
+    backbone: Path, change: Callable[[Path], Any], message: str
+) -> None:
+    change(backbone)
+    with pytest.raises(BackboneError, match=message) as error:
+        load_backbone(str(backbone))
+    assert "\n" not in str(error.value)
+    assert not (backbone / "ran").exists()
+
+
+def test_a_whole_backbone_passes(backbone: Path, tmp_path: Path) -> None:
+    config = load_config({**TREE, "backbone": {"name": str(backbone)}})
+    rehearse(Workspace(tmp_path, config))
