@@ -242,7 +242,7 @@ def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
 def test_a_plot_of_nothing_is_refused_before_anything_is_computed(peso, free, tmp_path: Path) -> None:
     file = tmp_path / "d.svg"
     status, _, err = peso("diagnose", "-w", free.root, "--directions", "3", "--plot", file)
-    assert status == 1
+    assert status == 2
     assert "no weight to draw" in err
     assert not file.exists()
 

@@ -57,6 +57,8 @@ def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
     Raises:
         TrainingError: no LoRA layer, no such adapter, several active at once, or an empty tensor.
     """
+    if isinstance(source, list) and source and all(isinstance(part, Group) for part in source):
+        return list(source)  # in every step, so no more is checked
     groups: list[Group] = []
     tensors = 0
     for part in _parts(source):
