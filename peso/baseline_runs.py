@@ -121,7 +121,7 @@ class BaselineRun:
 
         Raises:
             ConfigError: lists longer than the catalogue.
-            WorkspaceError: the run's own model is needed, by the hybrid, and is not learnt.
+            WorkspaceError: the run's own model is needed, by the hybrid, and is not trained.
         """
         most, leaves = max(self.workspace.config.evaluation.k), self.ids.trie.leaves
         if most > leaves:
@@ -290,6 +290,11 @@ def found_baselines(workspace: Workspace) -> list[BaselineConfig]:
     """Those that have something in ``baselines/``, in the order of their labels, configured or not."""
     manifests = sorted((workspace.root / "baselines").glob(f"*/0/{MANIFEST}"))
     return [read_baseline(read_manifest(manifest.parent, FORMAT)["baseline"]) for manifest in manifests]
+
+
+def run_cheap_baselines(workspace: Workspace, observer: Observer) -> None:
+    """Bring the configured baselines that take seconds (nothing random) up to the newest stage."""
+    run_baselines(workspace, [c for c in workspace.config.baselines if not is_random(c)], observer)
 
 
 def run_baselines(workspace: Workspace, configs: Sequence[BaselineConfig], observer: Observer) -> None:

@@ -1,7 +1,4 @@
-"""Workspaces as runs of a report, and their results as tables.
-
-Knows which files of a workspace hold what a report needs; knows nothing of how it is drawn.
-"""
+"""Workspaces as runs of a report, and their results as tables."""
 
 from __future__ import annotations
 
@@ -11,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from peso.baseline_runs import baseline_summaries, found_baselines
-from peso.config import Config, dump_config
+from peso.config import Config, baseline_label, dump_config
+from peso.config.baselines import DEFAULT_BASELINES
 from peso.diagnosis import stream_drift
 from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
-from peso.evaluation.intervals import mean_of_cases
-from peso.evaluation.metrics import LOG_PROBABILITY, average_metrics, default_metrics
+from peso.evaluation.metrics import average_metrics, headline_metrics
 from peso.evaluation.predictions import read_predictions
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.evaluation.segments import label_cases
+from peso.evaluation.tables import Quantity
 from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
@@ -47,21 +43,32 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
     write_report(directory, runs_of(workspaces), title, config.evaluation.k, config.report.segments)
 
 
-def sentences(workspaces: Sequence[Workspace]) -> list[str]:
-    """What the runs' figures say, in plain sentences, and how far they can be trusted."""
+def results(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]], list[str]]:
+    """The averages as columns and rows, one row a run, and what they say in sentences."""
     from peso.evaluation.comparison import Comparison
     from peso.evaluation.findings import findings
 
-    return findings(Comparison(runs_of(workspaces), workspaces[0].config.evaluation.k))
+    runs, ks = runs_of(workspaces), workspaces[0].config.evaluation.k
+    return *run_table(runs, ks), findings(Comparison(runs, ks))
 
 
 def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
-    """Each workspace as a run, then popularity and the baselines that were run in the first one."""
+    """Each workspace as a run, then popularity and the baselines that were run in the first one, on the
+    stages that some run was tested on. Default baselines are shown as kept up to date, not static. A
+    baseline that lacks a stage counts as unfinished."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
-    baselines = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
-    if any(run.name == "popularity" for run in baselines):
-        return [replace(runs[0], catalogue=catalogue(workspaces[0])), *runs[1:], *baselines]
-    return [*runs, popularity(workspaces[0]), *baselines]
+    static = {f"{baseline_label(config)} (static)" for config in DEFAULT_BASELINES}
+    beside = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
+    beside = [run for run in beside if run.name not in static]
+    if all(run.name != "popularity" for run in beside):
+        beside = [popularity(workspaces[0]), *beside]
+    tested = {stage for run in runs for stage in run.stages}
+    least = min(len(run.stages) for run in runs)
+    baselines = [
+        replace(run, stages={t: s for t, s in run.stages.items() if t in tested}, expected_stages=least)
+        for run in beside
+    ]
+    return [replace(runs[0], catalogue=catalogue(workspaces[0])), *runs[1:], *baselines]
 
 
 def summarise(workspace: Workspace, name: str) -> RunSummary:
@@ -84,7 +91,7 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
         family=updates[-1].strategy.name,
         across={
             (stage, on): read_predictions(test_directory(workspace, stage, on) / PREDICTIONS)
-            for stage in tested
+            for stage in workspace.finished_stages
             for on in tested
             if on != stage and is_tested(workspace, stage, on)
         },
@@ -114,14 +121,14 @@ def popularity(workspace: Workspace) -> RunSummary:
         labels = label_cases(stages[:number], stage)
         depth = min(workspace.config.decoding.beams, ids.trie.leaves)
         answers[number] = StageSummary(predict_popularity(stages[: number + 1], stage, labels, ids, depth))
-    return RunSummary(
-        "popularity", "popularity (all time)", answers, catalogue=catalogue(workspace), baseline=True
-    )
+    return RunSummary("popularity", "popularity (all time)", answers, baseline=True)
 
 
 def strategy_label(config: Config) -> str:
-    """``peso (strength 1, coupling decoupled)``: the strategy's name and what is not its default."""
-    options = config.strategy.model_dump(exclude={"name"}, exclude_defaults=True)
+    """``peso (strength 2)``: the strategy's name and what its name alone does not mean."""
+    plain = Config.model_validate({"data": config.data, "strategy": config.strategy.name}).strategy
+    usual = plain.model_dump()
+    options = {k: v for k, v in config.strategy.model_dump().items() if k not in usual or usual[k] != v}
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
     return f"{config.strategy.name} ({text})" if text else config.strategy.name
 
@@ -132,55 +139,44 @@ def names(workspaces: Sequence[Workspace]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(workspace.root) for workspace in workspaces]
 
 
-def result_table(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]]:
-    """Metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one column a run."""
-    return run_table(runs_of(workspaces), workspaces[0].config.evaluation.k)
-
-
 def run_table(runs: Sequence[RunSummary], ks: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
-    """As :func:`result_table`, of any runs."""
-    metrics = default_metrics(ks)
-    columns: list[list[Any]] = [["strategy", "stages", "cases", *(metric.name for metric in metrics)]]
+    """The main metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one row a
+    run."""
+    metrics = headline_metrics(ks)
+    rows: list[list[Any]] = []
     for run in runs:
         later = [stage for stage in run.stages if stage] or list(run.stages)
         averages = average_metrics({stage: run.stages[stage].predictions for stage in later}, metrics)
         cases = sum(len(run.stages[stage].predictions) for stage in later)
-        values = [f"{e.value:.4f} ± {e.half_width:.4f}" for e in averages.values()]
-        columns.append([run.strategy, _span(later), f"{cases:,}", *values])
-    return ["", *(run.name for run in runs)], [list(row) for row in zip(*columns, strict=True)]
+        values = [
+            Quantity.of(averages[metric.name], metric.decimals).text  # type: ignore[union-attr]
+            for metric in metrics
+        ]
+        rows.append([run.name, _span(later), cases, *values])
+    return ["", "stages", "cases", *(metric.label for metric in metrics)], rows
 
 
-def before_and_after(workspace: Workspace, stage: int) -> tuple[str, list[str], list[list[Any]], list[str]]:
-    """What the update at a stage changed: the models before and after it on the same test cases, those of
-    the stage. Title, columns and rows of a table, and sentences."""
-    before, after = (
-        read_predictions(test_directory(workspace, number, stage) / PREDICTIONS)
-        for number in (stage - 1, stage)
-    )
-    ks, users = workspace.config.evaluation.k, np.arange(len(after))  # one case a user
-    rows, sentences = list[list[Any]](), list[str]()
-    for metric in default_metrics(ks):
-        old, new = metric.values(before), metric.values(after)
-        found, digits = mean_of_cases(new - old, users), metric.decimals
-        change = f"{found.value:+.{digits}f}"
-        interval = f"{found.low:+.{digits}f} … {found.high:+.{digits}f}" if found.has_interval else ""
-        rows.append([metric.name, f"{old.mean():.{digits}f}", f"{new.mean():.{digits}f}", change, interval])
-        if metric.name not in (f"ndcg@{max(ks)}", LOG_PROBABILITY):
-            continue
-        if not found.has_interval:
-            verdict = "is the same in every case" if found.value == 0 else "has too few cases to say"
-        elif found.excludes_zero:
-            verdict = f"is {'better' if found.value > 0 else 'worse'} after the update, by {change}"
-        else:
-            verdict = f"does not differ by more than chance explains ({change})"
-        sentences.append(f"{metric.label} {verdict}{f'; 95 % interval {interval}' if interval else ''}.")
-    sentences.append(
-        "Intervals cover other users, not another seed; what counts is the difference case by case."
-    )
-    title = (
-        f"the model before and after stage {stage}, on the same {len(after):,} test cases of stage {stage}"
-    )
-    return title, ["metric", "before", "after", "difference", "95 % interval"], rows, sentences
+def before_and_after(workspace: Workspace) -> tuple[str, list[str], list[list[Any]]]:
+    """What the newest stage changed: title, columns and rows of a table of the models before and after it on
+    the same test cases."""
+    from peso.evaluation.comparison import Comparison
+
+    comparison = Comparison([summarise(workspace, "w")], workspace.config.evaluation.k)
+    (system,), stage, rows = comparison.systems, comparison.averaged[-1], list[list[Any]]()
+    cases = len(system.first.stages[stage].predictions)
+    for metric in comparison.metrics:
+        found, digits = comparison.last_change(system, metric), metric.decimals
+        if found is not None:
+            after, before, change = found
+            interval = f"{change.low:+.{digits}f} … {change.high:+.{digits}f}" if change.has_interval else ""
+            values = [
+                f"{before.value:.{digits}f}",
+                f"{after.value:.{digits}f}",
+                f"{change.value:+.{digits}f}",
+            ]
+            rows.append([metric.label, *values, interval])
+    title = f"the model before and after stage {stage}, on the same {cases:,} test cases of stage {stage}"
+    return title, ["metric", "before", "after", "difference", "95 % interval"], rows
 
 
 def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -193,8 +189,7 @@ def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def stage_cost(workspace: Workspace, stage: int) -> StageCost:
-    """What learning a stage took, and what it keeps; the latter is not known where weights have been removed
-    from a run that is kept for its answers."""
+    """What training a stage took, and what it keeps on disk (None where weights have been removed)."""
     directory = workspace.stage_directory(stage)
     training = read_metrics(workspace, stage, stage).get("training") or {}
     manifest = workspace.stage_manifest(stage)

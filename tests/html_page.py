@@ -9,7 +9,7 @@ import pytest
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report import render_page
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections import SECTIONS
+from peso.evaluation.sections import sections_of
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -61,5 +61,4 @@ class Page(HTMLParser):
 
 
 def page_of(*runs: RunSummary) -> Page:
-    comparison = Comparison(runs, [5, 10])
-    return Page(render_page([section(comparison) for section in SECTIONS], "Title"))
+    return Page(render_page(sections_of(Comparison(runs, [5, 10])), "Title"))

@@ -17,6 +17,7 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.report import write_report
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
+from peso.events.histories import Cases
 
 CASES = (900, 300, 320, 500, 450)
 CONFIGURATION = """\
@@ -199,8 +200,19 @@ def catalogue() -> Catalogue:
         item_ids=[f"i{item}" for item in range(500)],
         seen={stage: (20 * generator.pareto(1.0, 500)).astype(np.int64) for stage in range(len(CASES))},
         codes=generator.integers(0, 8, (500, 3)).astype(np.int32),
-        item_columns={"category": ["games" if item % 3 else None for item in range(500)]},
+        item_columns={
+            "category": ["games" if item % 3 else None for item in range(500)],
+            "title": [f"Game {item}" if item % 2 else None for item in range(500)],
+        },
+        cases=cases_of,
     )
+
+
+def cases_of(stage: int) -> Cases:
+    """The histories of :func:`predictions`' users: three items each."""
+    users = predictions(stage, 0, 0, CASES[stage]).users
+    rows = np.arange(3 * len(users)).reshape(-1, 3) % 500
+    return Cases(users, list(rows), np.zeros(len(users), dtype=np.int32))
 
 
 def across(skill: float, seed: int, cases: tuple[int, ...] = CASES) -> dict[tuple[int, int], Predictions]:

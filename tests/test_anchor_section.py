@@ -44,7 +44,12 @@ def test_the_table_has_a_row_a_stage_and_says_what_is_not_known() -> None:
     assert peso[table.columns.index("ρ̄")] == "4.4e+04"
 
 
-def test_without_adapters_that_moved_it_says_so() -> None:
-    found = section(run("none", "none", 0.5, learns=False))
-    assert not found.plots
-    assert "No stage" in found.paragraphs[0]
+def test_without_adapters_that_moved_there_is_no_section() -> None:
+    assert anchor(Comparison([run("none", "none", 0.5, learns=False)], [5, 10])) is None
+
+
+def test_maps_of_distances_share_one_scale() -> None:
+    runs = [run(name, name, 0.5, penalty=1e-3) for name in ("single", "peso")]
+    maps = [plot for plot in section(*runs).plots if isinstance(plot, HeatMap)]
+    assert len({plot.scale for plot in maps}) == 1
+    assert maps[0].scale == (0, max(plot.values.max() for plot in maps))

@@ -37,6 +37,7 @@ COMMON = {
     "backbone": "tiny",
     "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 0.5},
     "evaluation": {"k": [5, 10]},
+    "baselines": [],
 }
 
 

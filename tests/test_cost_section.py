@@ -32,11 +32,11 @@ def test_time_is_beside_single_and_bytes_grow_where_they_do() -> None:
     found = row(Comparison([single, all_past], [5, 10]), 1)
     assert found["× single"] == pytest.approx(3)
     assert found["× memory"] == pytest.approx(1)
-    assert found["Disk for the first later stage, MiB"] == pytest.approx(3)
-    assert found["… for the last"] == pytest.approx(9)
+    assert found["Disk, first later stage, MiB"] == pytest.approx(3)
+    assert found["Disk, last stage, MiB"] == pytest.approx(9)
     plain = row(Comparison([single, all_past], [5, 10]), 0)
     assert plain["× single"] == pytest.approx(1)
-    assert plain["Disk for the first later stage, MiB"] == plain["… for the last"]
+    assert plain["Disk, first later stage, MiB"] == plain["Disk, last stage, MiB"]
 
 
 def test_without_single_nothing_is_relative() -> None:

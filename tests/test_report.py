@@ -71,21 +71,18 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
     parsed = Page(page)
     assert parsed.headings == [
         "Summary",
-        "More than chance?",
+        "Recommendations",
+        "Significance",
         "Stage by stage",
-        "Level by level",
-        "Who and what",
+        "By kind of user and item",
         "Forgetting and transfer",
-        "Options",
-        "What is recommended",
+        "Variety and popularity of the lists",
         "Training",
-        "Does the anchor hold",
+        "How strongly the anchor restrains the updates",
         "Cost",
         "Drift of the stream",
         "Semantic IDs",
-        "Configuration",
-        "Provenance",
-        "How to read this",
+        "Configuration and provenance",
     ]
     assert page.count("<svg xmlns") == len(list((written / "plots").glob("*.svg"))) == 28
     assert page.count("<table>") == len(list((written / "tables").glob("*.csv")))

@@ -13,31 +13,31 @@ from reports import CASES, INDEX, example_runs, predictions, run, seeds
 
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import findings
+from peso.evaluation.findings import cautions, findings
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.report import write_report
 from peso.evaluation.run_summary import RunSummary, StageSummary, TrainingCurve
-from peso.evaluation.sections import SECTIONS
-from peso.evaluation.sections.levels import levels
+from peso.evaluation.sections import sections_of
 from peso.evaluation.sections.significance import significance
-from peso.evaluation.sections.summary import summary
+from peso.evaluation.sections.stages import levels_table
+from peso.evaluation.sections.summary import averages_table
 from peso.evaluation.sections.sweep import sweep
 from peso.evaluation.tables import Quantity
 
 
 def test_a_lead_is_claimed_only_where_its_interval_excludes_zero() -> None:
     text = {line.split(":")[0]: line for line in findings(Comparison(example_runs(), [5, 10]))}
-    assert "“single” has the highest mean" in text["NDCG@10"]
-    assert "leads “none (stage 0 only)” and “popularity, all time” by more than" in text["NDCG@10"]
-    assert "do not tell it from “peso (weight 2, mean)” (lead +0.0001, interval −0.0" in text["NDCG@10"]
-    assert "These data" not in text["Log-probability"]  # it tells apart what the hits do not
+    assert "“single” is best" in text["NDCG@10"]
+    assert "significantly better than “none (stage 0 only)” and “popularity, all time”" in text["NDCG@10"]
+    assert "Not significantly different: “peso (weight 2, mean)” (difference −0.0001, 95 %" in text["NDCG@10"]
+    assert "Not significantly" not in text["Log-probability"]  # it tells apart what the hits do not
 
 
 def test_two_copies_of_one_run_are_not_told_apart() -> None:
     twin = replace(run("a", "first", 0.5), name="b", strategy="second")
     text = " ".join(findings(Comparison([run("a", "first", 0.5), twin], [5, 10])))
-    assert text.count("These data do not tell it from “second” (no difference in any case).") == 3
-    assert "leads" not in text
+    assert text.count("Not significantly different: “second” (no difference in any case).") == 3
+    assert "better" not in text
 
 
 def test_the_difference_of_two_runs_is_that_of_paired_cases() -> None:
@@ -77,8 +77,8 @@ def test_runs_on_different_cases_are_shown_but_not_compared(tmp_path: Path) -> N
     comparison = Comparison(runs, [10])
     text = " ".join(findings(comparison))
     assert "different cases" in text
-    assert "leads" not in text
-    assert "do not tell" not in text
+    assert "better" not in text
+    assert "significant" not in text
     with pytest.raises(ValueError, match="different cases of stage 1"):
         comparison.difference(*comparison.systems, comparison.metrics[0])
     with pytest.raises(WorkspaceError, match=r"a and b answered different cases of stage 1.*same stream"):
@@ -96,13 +96,12 @@ def test_averages_are_taken_over_the_stages_that_every_run_has() -> None:
     assert "–" in page_of(*comparison.runs).text.split("NDCG@10 by stage")[2]
 
 
-def test_a_run_without_later_stages_logs_or_costs_is_reported_as_such() -> None:
+def test_what_a_run_lacks_is_left_out_of_the_page_without_a_word() -> None:
     bare = RunSummary("a", "none", {0: StageSummary(predictions(0, 0.5, 1, 50))})
-    text = page_of(bare).text
-    for sentence in ("No later stage", "no training log", "without a configuration", "without manifests"):
-        assert sentence in text
-    for sentence in ("without figures of their stream", "without figures of their semantic IDs"):
-        assert sentence in text
+    page = page_of(bare)
+    assert page.headings == ["Summary", "Stage by stage", "By kind of user and item", "Cost"]
+    assert "All figures are those of stage 0." in page.text
+    assert "None" not in page.text
 
 
 @pytest.mark.slow
@@ -143,7 +142,7 @@ def test_cases_without_a_hit_have_no_interval() -> None:
     hopeless = predictions(1, 0.5, 1, 50)
     hopeless.rank_semantic_id[:] = 0
     comparison = Comparison([RunSummary("a", "a", {1: StageSummary(hopeless)})], [10])
-    assert "NDCG@10 is 0.0000, Hit@10 is 0.0000 and" in findings(comparison)[1]
+    assert "NDCG@10 is 0.0000, Hit@10 is 0.0000 and" in findings(comparison)[0]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_system() -> None:
@@ -158,18 +157,18 @@ def test_runs_that_differ_in_their_seed_alone_are_one_system() -> None:
     alone = [Comparison([one], [10]) for one in runs[:3]]
     means = [one.average(one.systems[0], metric).value for one in alone]
     assert comparison.average(comparison.systems[0], metric).value == pytest.approx(np.mean(means))
-    text = " ".join(findings(comparison))
+    text = " ".join(cautions(comparison))
     assert "3 systems in 7 runs" in text
     assert "users and seeds." in text
-    assert "another seed of training" not in text
+    assert "another seed of training" not in text.lower()
     other = replace(runs[1], configuration=runs[1].configuration.replace("0.001", "0.002"))
     assert len(Comparison([runs[0], other], [10]).systems) == 2
 
 
 def test_one_seed_is_said_to_speak_of_users_alone() -> None:
     comparison = Comparison([seeds("peso", "peso", 0.8, 1)[0], *seeds("single", "single", 0.2)], [10])
-    assert "do not cover another seed" in findings(comparison)[-1]
-    assert "One seed only of “peso”" in " ".join(significance(comparison).paragraphs)
+    assert "With a single seed (“peso”) they do not cover another seed" in " ".join(cautions(comparison))
+    assert "A single seed of “peso”" in page_of(*comparison.runs).text
 
 
 def test_seeds_of_one_system_on_different_cases_are_refused() -> None:
@@ -187,11 +186,11 @@ def test_a_run_that_is_not_done_is_left_out_and_named() -> None:
     assert comparison.averaged == [1, 2, 3, 4]
     assert comparison.systems[0].seeds == [0, 2]
     text = " ".join(findings(comparison))
-    assert "“peso-1” has 2 of 5 stages and “late” has 0 of 5 stages" in text
-    assert [row[0] for row in summary(comparison).tables[0].rows] == [
+    assert "Unfinished and left out: “peso-1” has 2 of 5 stages and “late” has 0 of 5 stages" in text
+    assert [row[0] for row in averages_table(comparison).rows] == [
         "peso",
-        "peso-1 (not done)",
-        "late (not done)",
+        "peso-1 (unfinished)",
+        "late (unfinished)",
     ]
 
 
@@ -216,24 +215,26 @@ def test_log_probabilities_of_baselines_are_shown_and_not_compared() -> None:
     standing = comparison.standing(metric)
     assert {s.label for s in (standing.best, *standing.tied, *standing.behind)} == {"peso", "single"}
     assert comparison.contrasts(metric) is not comparison.contrasts(comparison.metric("ndcg@10"))
-    table = summary(comparison).tables[0]
-    place = 1 + comparison.metrics.index(metric)
+    table = averages_table(comparison)
+    place = table.columns.index(metric.label)
     marked = {row[0]: row[place].mark for row in table.rows}  # type: ignore[union-attr]
     assert (marked["peso"], marked["popularity"]) == ("best", "")
-    assert "over the catalogue" in table.note
-    pairs = {t.name: len(t.rows) for t in significance(comparison).folded if t.name.endswith("-pairs")}
+    assert "only models are compared" in table.note
+    (section,) = filter(None, [significance(comparison)])
+    pairs = {t.name: len(t.rows) for t in section.folded if t.name.endswith("-pairs")}
     assert pairs == {"ndcg-10-pairs": 3, "hit-10-pairs": 3}
     at_stage = comparison.standings_by_stage(metric, [1])[1]
     assert "popularity" not in {s.label for s in (at_stage.best, *at_stage.tied, *at_stage.behind)}
     one = Comparison([models[0], baseline], [10])
     assert not any("Log-probability: " in sentence for sentence in findings(one))
-    assert {row[place].mark for row in summary(one).tables[0].rows} == {""}  # type: ignore[union-attr]
+    assert {row[place].mark for row in averages_table(one).rows} == {""}  # type: ignore[union-attr]
 
 
 def test_marks_are_those_of_the_corrected_tests() -> None:
     comparison = Comparison(example_runs(), [5, 10])
-    table = summary(comparison).tables[0]
-    for place, metric in enumerate(comparison.metrics, start=1):
+    table = averages_table(comparison)
+    for metric in comparison.metrics:
+        place = table.columns.index(metric.label)
         standing = comparison.standing(metric)
         found = {row[0]: row[place].mark for row in table.rows}  # type: ignore[union-attr]
         assert found.pop(standing.best.label) == "best"
@@ -265,13 +266,14 @@ def test_a_sweep_is_drawn_over_the_values_of_an_option() -> None:
     ]
     single = replace(run("single", "single", 0.4, seed=9), options={"strategy.name": "single"})
     comparison = Comparison([*runs, single], [10])
-    plot = sweep(comparison).plots[0]
+    (section,) = filter(None, [sweep(comparison)])
+    plot = section.plots[0]
     curve, level = plot.series  # type: ignore[union-attr]
     assert curve.x.tolist() == [-2, -1, 0, 1]
     metric = comparison.headline[0]
     assert curve.y.tolist() == [comparison.average(s, metric).value for s in comparison.systems[:4]]
     assert (level.label, level.dashed) == ("single", True)
-    assert not sweep(Comparison(runs[:2], [10])).plots
+    assert sweep(Comparison(runs[:2], [10])) is None
 
 
 def test_two_runs_of_one_strategy_are_told_apart_by_name() -> None:
@@ -296,7 +298,7 @@ def test_levels_of_a_table_sum_to_their_last_column_and_baselines_are_not_in_it(
     comparison = Comparison(example_runs(), [5, 10])
     first, *others = comparison.systems
     assert first.runs[0].stages[1].predictions.target_level_log_probabilities is not None
-    (table,) = levels(comparison).tables
+    table = levels_table(comparison)
     assert [row[0] for row in table.rows] == [system.label for system in comparison.systems]
     for row in table.rows:
         numbers = [cell.value for cell in row[1:] if isinstance(cell, Quantity)]
@@ -305,7 +307,7 @@ def test_levels_of_a_table_sum_to_their_last_column_and_baselines_are_not_in_it(
         replace(run, stages={t: replace(s, predictions=_without_levels(s)) for t, s in run.stages.items()})
         for run in others[0].runs
     ]
-    (table,) = levels(Comparison([*first.runs, *bare], [5, 10])).tables
+    table = levels_table(Comparison([*first.runs, *bare], [5, 10]))
     assert [row[0] for row in table.rows] == [first.label]
 
 
@@ -323,18 +325,18 @@ def test_the_report_says_whether_seeds_share_their_base_stage() -> None:
     one, two = seeds("single", "single", 0.4), seeds("peso", "peso", 0.5)
     for runs, words in {
         "shared": (based(one, True) + based(two, True), ["The seeds of all systems share one stage 0"]),
-        "apart": (based(one, False) + based(two, False), ["Each seed of every system has a stage 0"]),
+        "apart": (based(one, False) + based(two, False), ["Each seed of every system has its own stage 0"]),
         "both": (based(one, True) + based(two, False), ["seeds of “single” share", "Each seed of “peso”"]),
     }.values():
-        text = " ".join(findings(Comparison(runs, [10])))
+        text = " ".join(cautions(Comparison(runs, [10])))
         assert all(word in text for word in words), text
-    assert "stage 0" not in " ".join(findings(Comparison(one + two, [10])))  # nothing is known
+    assert "stage 0" not in " ".join(cautions(Comparison(one + two, [10])))  # nothing is known
 
 
 @pytest.mark.slow
 def test_sections_stand_alone() -> None:
     """Each is a function of the comparison and names files and addresses that no other uses."""
-    sections = [section(Comparison(example_runs(), [5, 10])) for section in SECTIONS]
+    sections = sections_of(Comparison(example_runs(), [5, 10]))
     assert len({section.anchor for section in sections}) == len(sections)
     tables = [table.name for section in sections for table in (*section.tables, *section.folded)]
     plots = [plot.name for section in sections for plot in section.plots]

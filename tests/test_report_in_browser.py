@@ -12,7 +12,7 @@ from reports import CASES, example_runs, many_runs
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report import render_page
-from peso.evaluation.sections import SECTIONS
+from peso.evaluation.sections import sections_of
 
 WINDOWS = {"desktop": (1280, 900, False), "phone": (390, 844, True), "small phone": (320, 568, True)}
 # What sticks out of the window, boxes that scroll by themselves and what is in them left out
@@ -69,7 +69,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("reports")
     runs = {"example": example_runs(), "crowded": many_runs(seeds=1, cases=CASES)}
     for name, some in runs.items():
-        sections = [section(Comparison(some, [5, 10])) for section in SECTIONS]
+        sections = sections_of(Comparison(some, [5, 10]))
         title = name if name == "example" else "averyveryverylongnamewithoutanyblank" * 3
         (root / f"{name}.html").write_text(render_page(sections, title), encoding="utf-8")
     return {name: root / f"{name}.html" for name in runs}

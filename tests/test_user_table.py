@@ -20,6 +20,7 @@ from peso.workspace import Workspace
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}},
     "backbone": "tiny",
+    "baselines": [],
 }
 
 

@@ -53,6 +53,4 @@ def baseline(
     with opened.lock():
         baseline_runs.run_baselines(opened, configured, Terminal())
     runs = baseline_runs.baseline_summaries(opened, configured)
-    columns, rows = summary.run_table(runs, opened.config.evaluation.k)
-    by_run = zip(columns[1:], *(row[1:] for row in rows[1:]), strict=True)  # many runs, few metrics
-    table("averages over the later stages", ["", *(row[0] for row in rows[1:])], list(by_run))
+    table("averages over the later stages", *summary.run_table(runs, opened.config.evaluation.k))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Terminal, called, say, table
+from peso.cli.display import Terminal, called, say, show_results
 
 # A stream, a model and a number of epochs small enough for two cores and large enough to learn something.
 CONFIG = {
@@ -52,10 +52,7 @@ def demo(
             pipeline.run(workspace, base=workspaces[0].root if workspaces else None, observer=terminal)
         workspaces.append(workspace)
     summary.report(workspaces, output / "report")
-    columns, rows = summary.result_table(workspaces)
-    table("averages over stages 1 to 3, each tested after it was learnt", columns, rows)
-    for sentence in summary.sentences(workspaces):
-        say(f"- {sentence}")
+    show_results("averages over stages 1 to 3, each tested right after training", workspaces)
     some_user = Stream.open(workspaces[-1].stream_directory).stage(0).users[0]
     say(f"\nreport: {output / 'report' / 'index.html'}")
     again = ["recommend", "-w", str(workspaces[-1].root), "--user", some_user]

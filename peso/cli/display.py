@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +28,9 @@ from rich.table import Table
 from peso.printable import printable
 from peso.processes import current
 from peso.progress import Observer, Silent
+
+if TYPE_CHECKING:
+    from peso.workspace import Workspace
 
 SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line every so often
 
@@ -116,6 +119,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     if title:  # above, not within: a narrow table would break it
         console.print(printable(title, one_line=True), markup=False, style="bold")
     console.print(drawn)
+
+
+def show_results(title: str, workspaces: Sequence[Workspace]) -> None:
+    """Averages of runs and of the baselines beside them, and what they say."""
+    from peso import summary
+
+    columns, rows, sentences = summary.results(workspaces)
+    table(title, columns, rows)
+    for sentence in sentences:
+        say(f"- {sentence}")
 
 
 def _short(value: Any) -> str:

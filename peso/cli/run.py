@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import duration, say, table, watcher
+from peso.cli.display import duration, say, show_results, table, watcher
 from peso.cli.options import Overrides
 
 
@@ -61,7 +61,7 @@ def run(
             + (f"; not included: {unknown}" if unknown else "")
         )
         return
-    from peso import pipeline, summary
+    from peso import pipeline
 
     processes = join(resolved.training.device)
     opened = processes.on_main(lambda: Workspace.create_or_open(root, resolved))
@@ -75,8 +75,7 @@ def run(
             "was tested and no report written; --set evaluation.enabled=true makes up for it"
         )
         return
-    columns, rows = summary.result_table([opened])
-    table(f"{root}: averages over the later stages", columns, rows)
+    show_results(f"{root}: averages over the later stages", [opened])
     say(f"report: {opened.report_directory / 'index.html'}")
 
 

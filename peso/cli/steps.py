@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peso.cli.display import Terminal, say, say_json, table, watcher
+from peso.cli.display import Terminal, say, say_json, show_results, table, watcher
 from peso.cli.options import Directory, Json, OnError, Overrides, Stage, Trust
 from peso.errors import ConfigError, UsageError
 from peso.processes import current
@@ -288,11 +288,8 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
     if not opened.config.evaluation.enabled:
         say(f"not tested: evaluation.enabled is false. To test it: peso evaluate -w {opened.root}")
         return
-    title, columns, rows, sentences = summary.before_and_after(opened, stage)
-    table(title, columns, rows)
-    for sentence in sentences:
-        say(f"- {sentence}")
-    table("averages so far", *summary.result_table([opened]))
+    table(*summary.before_and_after(opened))
+    show_results("averages so far", [opened])
     say(f"report: {opened.report_directory / 'index.html'}")
 
 
@@ -373,11 +370,18 @@ def report(
     Example: peso report -w runs/none -w runs/single -w runs/peso -o runs/report
     """
     from peso import summary
+    from peso.baseline_runs import run_cheap_baselines
+    from peso.errors import WorkspaceError
 
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory
+    try:
+        with opened[0].lock():
+            run_cheap_baselines(opened[0], watcher())
+    except WorkspaceError as reason:  # in use by a run, say: the report shows what is there
+        watcher().note(f"baselines are shown as far as they are: {reason}")
     summary.report(opened, directory)
-    table("averages over the later stages", *summary.result_table(opened))
+    show_results("averages over the later stages", opened)
     say(f"report: {directory / 'index.html'}")
 
 

@@ -224,12 +224,13 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
         across = names - {name for name in names if "[" in name}
     else:
         across = _named(compare.transfer or [], names, "transfer")
+    asked = compare.baselines
     return Plan(
         root,
         runs,
         common,
         compare,
-        _baseline_runs(root, runs, compare.baselines or common.baselines, fused),
+        _baseline_runs(root, runs, common.baselines if asked is None else asked, fused),
         [
             _transfer(run)
             for run in runs

@@ -86,6 +86,7 @@ class HybridConfig(Section):
     two_tower: TwoTowerConfig = TwoTowerConfig()
 
 
+DEFAULT_BASELINES = [PopularityConfig(last=1), ItemKnnConfig(), EaseConfig()]  # each takes seconds
 PlainBaselineConfig = PopularityConfig | ItemKnnConfig | EaseConfig | TwoTowerConfig | SasRecConfig
 BaselineConfig = PlainBaselineConfig | HybridConfig
 
@@ -95,7 +96,9 @@ def _named(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str | Mapping) else [] if value is None else value
+    if value is None or value == "none":
+        return []
+    return [value] if isinstance(value, str | Mapping) else value
 
 
 Baselines = Annotated[

@@ -54,7 +54,7 @@ class CompareConfig(Section):
     strategies: Variants = Field({})
     grid: dict[str, Any] = Field({}, description="strategies whose lists of values become a run each")
     tune: dict[str, Any] = Field({}, description="strategies whose lists are chosen from on validation loss")
-    baselines: Baselines = Field([], description="none given: those of the common `baselines`")
+    baselines: Baselines | None = Field(None, description="not given: those of the common `baselines`")
     hybrid_with: list[str] = Field(
         [], description="strategies whose model the baseline hybrid is fused with; none given: the first"
     )

@@ -1,19 +1,19 @@
-"""What is known of items and users beside the answers: how often an item was seen, its codes, its columns.
-
-Knows streams and semantic IDs; knows nothing of predictions or models.
-"""
+"""What is known of items and users beside the answers: how often an item was seen, its codes, its columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from peso.errors import ConfigError
+from peso.events.histories import Cases
 from peso.events.stream import Stream
 from peso.items.semantic_ids import SemanticIds
+
+WINDOW = 20  # items of a history that a report may show
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class Catalogue:
         codes: int32 (items, levels).
         item_columns: by name, one value an item: title, category and the like; None where unknown.
         user_columns: by name, the value of each user that has one.
+        cases: the test cases of a stage with their histories, read when they are asked for.
     """
 
     item_ids: Sequence[str]
@@ -35,6 +36,7 @@ class Catalogue:
     codes: np.ndarray
     item_columns: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     user_columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    cases: Callable[[int], Cases] | None = None
 
     @classmethod
     def of(
@@ -55,10 +57,14 @@ class Catalogue:
             now = before + np.bincount(learnt, minlength=len(before))
             seen[number] = now[: stream.items_known(number)]
             before += np.bincount(stage.current.values, minlength=len(before))
+
+        def cases(stage: int) -> Cases:
+            return stream.stage(stage).test_cases(WINDOW)
+
         columns = {
             name: stream.items[name].to_pylist() for name in stream.items.column_names if name != "item_id"
         }
-        return cls(semantic_ids.item_ids, seen, semantic_ids.codes, columns, user_columns or {})
+        return cls(semantic_ids.item_ids, seen, semantic_ids.codes, columns, user_columns or {}, cases)
 
     @cached_property
     def rows(self) -> dict[str, int]:

@@ -1,7 +1,4 @@
-"""Systems side by side: every estimate that tables, plots and sentences are made of.
-
-Knows runs and metrics; knows nothing of how anything is shown.
-"""
+"""Systems side by side: every estimate that tables, plots and sentences are made of."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.intervals import Estimate
 from peso.evaluation.lists import ListFigures, list_figures
-from peso.evaluation.metrics import LOG_PROBABILITY, Metric, default_metrics
+from peso.evaluation.metrics import LOG_PROBABILITY, Metric, default_metrics, headline_metrics
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.segmentation import ACTIVE, HISTORY, ITEMS, USERS, Segmentation, by_column, by_popularity
 from peso.evaluation.significance.contrasts import LEVEL, Contrasts, SystemValues
 from peso.evaluation.significance.correction import holm
 from peso.evaluation.significance.panel import Panel
-from peso.evaluation.significance.spread import Spread, spread, spread_of_difference
+from peso.evaluation.significance.spread import spread, spread_of_difference
 from peso.evaluation.systems import System, systems_of
 from peso.evaluation.transfer import Term
 
@@ -109,13 +106,21 @@ class Comparison:
 
     @cached_property
     def headline(self) -> list[Metric]:
-        """The metrics worth a plot: NDCG and Hit at the largest k, and the log-probability."""
-        return [self.metric(name) for name in (f"ndcg@{self.ks[-1]}", f"hit@{self.ks[-1]}", LOG_PROBABILITY)]
+        """The metrics worth a plot, the first of which decides."""
+        return [self.metric(metric.name) for metric in headline_metrics(self.ks)]
 
     @cached_property
     def same_cases(self) -> bool:
         """Whether all systems answered the same cases in the stages that averages are taken over."""
         return all(self._same_cases_at(stage) for stage in self.averaged)
+
+    @cached_property
+    def subject(self) -> System:
+        """What the page is about first: the best model by the first metric, of those with a test of the
+        model before (else of all models, else of all systems)."""
+        models = [system for system in self.systems if not system.first.baseline] or self.systems
+        updated = [system for system in models if self.last_change(system, self.headline[0])]
+        return max(updated or models, key=lambda system: self.average(system, self.headline[0]).value)
 
     def cases(self, system: System) -> int:
         """Number of cases that the system's averages are taken over, the same for each seed."""
@@ -234,23 +239,42 @@ class Comparison:
         return [*always, by_popularity(self.catalogue), *chosen]
 
     def difference(
-        self, system: System, other: System, metric: Metric, stages: Sequence[int] | None = None
+        self,
+        system: System,
+        other: System,
+        metric: Metric,
+        stages: Sequence[int] | None = None,
+        group: int | None = None,
     ) -> Estimate:
         """Macro mean of ``system`` minus ``other``, case by case, so that what makes a case easy or hard for
         both cancels.
 
         Args:
             stages: over which; none given: the averaged ones.
+            group: only users of this segment, every case counting the same.
 
         Raises:
             ValueError: the two did not answer the same cases.
         """
-        value, found, cases = self._difference(system, other, metric, stages or self.averaged)
+        stages = stages or self.averaged
+        for stage in stages:
+            if not self._same_cases_at(stage):
+                raise ValueError(f"the runs answered different cases of stage {stage}")
+        (one, z_one), (two, z_two) = (self._moments(each, metric, stages, group) for each in (system, other))
+        found = spread_of_difference((one, two), (z_one, z_two), (system.seeds, other.seeds))
+        value, cases = float(one.mean() - two.mean()), int(self._inside(system, stages, group).sum())
         return Estimate(value, value - found.half_width, value + found.half_width, cases)
 
-    def change(self, system: System, metric: Metric, terms: Sequence[Term]) -> Estimate | None:
-        """Mean over stages j of what the model after stage a is better than that after b on the cases of j,
-        case by case; of the seeds that were tested on other stages. None where a test is missing.
+    def change(
+        self, system: System, metric: Metric, terms: Sequence[Term], group: int | None = None
+    ) -> Estimate | None:
+        """Mean over stages j of the difference between the model after stage a and the one after stage b on
+        the cases of j, case by case, over the seeds that were tested on other stages.
+
+        Args:
+            group: only users of this segment (a number into ``USER_SEGMENTS``), every case counting the same.
+
+        Returns: None where a test is missing or the group has no case.
 
         Raises:
             WorkspaceError: a test holds other cases than the stage's own.
@@ -262,37 +286,68 @@ class Comparison:
         for run in runs:
             parts = []
             for j, a, b in terms:
-                found = [run.stages[j].predictions if i == j else run.across.get((i, j)) for i in (a, b)]
-                if None in found or j not in run.stages:
+                if j not in run.stages or any((i, j) not in run.across for i in {a, b} - {j}):
                     return None
-                one, two = (
-                    metric.values(self._same_as_own(run, j, some)) for some in found if some is not None
-                )
+                found = [run.stages[j].predictions if i == j else run.across[i, j] for i in (a, b)]
+                one, two = (metric.values(self._same_as_own(run, j, some)) for some in found)
                 parts.append((one - two)[self._sorted(run, j)])
             rows.append(np.concatenate(parts))
-        return _estimate(np.stack(rows), self._panel(system, [j for j, _, _ in terms], "macro"), system)
+        values, stages = np.stack(rows), [j for j, _, _ in terms]
+        inside = self._inside(system, stages, group)
+        if not inside.any():
+            return None
+        return _estimate(values[:, inside], self._panel_of_group(system, stages, group), system)
+
+    def last_change(
+        self, system: System, metric: Metric, group: int | None = None
+    ) -> tuple[Estimate, Estimate, Estimate] | None:
+        """The newest stage's model against the one before it, on the newest stage's cases: the mean after,
+        the mean before, and the difference. None where the earlier model was not tested on them.
+        """
+        new = self.averaged[-1]
+        change = self.change(system, metric, [(new, new, new - 1)], group)
+        if change is None:
+            return None
+        runs = [run for run in system.runs if run.across]
+        inside = self._inside(system, [new], group)
+        panel = self._panel_of_group(system, [new], group)
+        after, before = (
+            np.stack(
+                [metric.values(one)[self._sorted(run, new)] for run, one in zip(runs, some, strict=True)]
+            )
+            for some in ([r.stages[new].predictions for r in runs], [r.across[new - 1, new] for r in runs])
+        )
+        return (
+            _estimate(after[:, inside], panel, system),
+            _estimate(before[:, inside], panel, system),
+            change,
+        )
 
     def _same_as_own(self, run: RunSummary, stage: int, tested: Predictions) -> Predictions:
         if tested.users != run.stages[stage].predictions.users:
             raise _not_paired(run.name, f"its test on stage {stage}", stage)
         return tested
 
-    def _difference(
-        self, system: System, other: System, metric: Metric, stages: Sequence[int]
-    ) -> tuple[float, Spread, int]:
-        for stage in stages:
-            if not self._same_cases_at(stage):
-                raise ValueError(f"the runs answered different cases of stage {stage}")
-        (one, z_one), (two, z_two) = (self._moments(each, metric, stages) for each in (system, other))
-        found = spread_of_difference((one, two), (z_one, z_two), (system.seeds, other.seeds))
-        return float(one.mean() - two.mean()), found, self._panel(system, stages, "macro").cases
-
     def _moments(
-        self, system: System, metric: Metric, stages: Sequence[int]
+        self, system: System, metric: Metric, stages: Sequence[int], group: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of each seed, the macro mean (seeds,) and what the users add to its chance (seeds, users)."""
-        panel, values = self._panel(system, stages, "macro"), self._joined(system, metric, stages)
+        """Of each seed, the mean (seeds,) and what the users add to its chance (seeds, users)."""
+        panel = self._panel_of_group(system, stages, group)
+        values = self._joined(system, metric, stages)[:, self._inside(system, stages, group)]
         return values @ panel.weight, panel.influence(values)
+
+    def _inside(self, system: System, stages: Sequence[int], group: int | None) -> np.ndarray:
+        """bool (cases of the stages,): whether the user belongs to the segment; without one, all do."""
+        groups = [USERS.assign(stage, system.first.stages[stage].predictions) for stage in stages]
+        ordered = [g[self._sorted(system.first, stage)] for g, stage in zip(groups, stages, strict=True)]
+        joined = np.concatenate(ordered)
+        return np.ones(len(joined), dtype=bool) if group is None else joined == group
+
+    def _panel_of_group(self, system: System, stages: Sequence[int], group: int | None) -> Panel:
+        if group is None:
+            return self._panel(system, stages, "macro")
+        users = np.concatenate([self._who(system.first, stage) for stage in stages])
+        return Panel.of([users[self._inside(system, stages, group)]], "micro")
 
     def _estimate(
         self, system: System, metric: Metric, stages: Sequence[int], average: Literal["macro", "micro"]

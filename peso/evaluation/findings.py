@@ -1,7 +1,6 @@
 """What the figures say, in plain sentences, and how far they can be trusted.
 
-Knows comparisons; knows nothing of pages. A difference is called one only where it is
-significant after Holm's correction.
+A difference is called one only where it is significant after Holm's correction.
 """
 
 from __future__ import annotations
@@ -10,21 +9,30 @@ import math
 from collections.abc import Sequence
 
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
+from peso.evaluation.segments import USER_SEGMENTS
+from peso.evaluation.significance.contrasts import LEVEL, Contrast
 from peso.evaluation.systems import System
 from peso.evaluation.tables import Quantity
 
-MOST_NAMED = 5  # runs that a sentence names one by one
+MOST_NAMED = 5  # systems that a sentence names one by one
+FAMILY_OF_STAGE_0 = "none"  # the strategy that keeps the model of stage 0
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """Sentences for the head of a report: what was measured, what came out, what to make of it."""
+    """What came out: baselines that win, what the last update brought, who is best."""
     if len(comparison.systems) == 1:
         results = [_values(comparison)]
     else:
         compared = [metric for metric in comparison.headline if len(comparison.rivals(metric)) > 1]
         results = [_result(comparison, metric) for metric in compared]
-    return [_scope(comparison), *results, *_gaps(comparison), _caution(comparison), *_bases(comparison)]
+    return [*winning_baselines(comparison), *last_update(comparison), *results, *_gaps(comparison)]
+
+
+def cautions(comparison: Comparison) -> list[str]:
+    """What was measured, and what the intervals cover."""
+    return [_scope(comparison), _interval(comparison), *_bases(comparison)]
 
 
 def stage_range(stages: Sequence[int]) -> str:
@@ -47,6 +55,101 @@ def listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def winning_baselines(comparison: Comparison) -> list[str]:
+    """A sentence where a baseline is significantly better than the best model in the first metric."""
+    metric = comparison.headline[0]
+    models = [system for system in comparison.systems if not system.first.baseline]
+    if not models or len(models) == len(comparison.systems) or not comparison.same_cases:
+        return []
+    model = max(models, key=lambda system: comparison.average(system, metric).value)
+    better = [
+        f"{_name(system)} ({_mean(comparison, system, metric)}, {_difference(found, metric)})"
+        for system in comparison.systems
+        if system.first.baseline
+        and (found := comparison.contrasts(metric).contrast(metric.name, system.name, model.name)).value > 0
+        and found.p_adjusted <= LEVEL
+    ]
+    if not better:
+        return []
+    what = f"{'the best' if len(models) > 1 else 'the'} model, {_name(model)},"
+    verb = (
+        "A baseline without a language model beats"
+        if len(better) == 1
+        else "Baselines without a language model beat"
+    )
+    return [
+        f"{verb} {what} in {metric.label} ({_mean(comparison, model, metric)}): {_some(better)}. "
+        "The difference is significant on the same cases."
+    ]
+
+
+def last_update(comparison: Comparison) -> list[str]:
+    """Whether the newest model is better than the one before it, for whom, and by how much."""
+    system, metric, stage = comparison.subject, comparison.headline[0], comparison.averaged[-1]
+    whole = comparison.last_change(system, metric)
+    if whole is None:
+        return _against_stage_0(comparison)
+    after, before, change = whole
+    who = f" of {_name(system)}" if len([s for s in comparison.systems if not s.first.baseline]) > 1 else ""
+    text = (
+        f"The model{who} after stage {stage} is {_verdict(change)} the model after stage {stage - 1} on the "
+        f"{change.cases:,} cases of stage {stage}: {metric.label} {_number(after.value, metric)} against "
+        f"{_number(before.value, metric)}, {_difference(change, metric)}."
+    )
+    likelihood = comparison.headline[-1]
+    if (told := comparison.last_change(system, likelihood)) is not None:
+        text += f" Log-probability: {_difference(told[2], likelihood)}."
+    groups = {
+        name: found[2]
+        for number, name in enumerate(USER_SEGMENTS)
+        if (found := comparison.last_change(system, metric, number)) is not None
+    }
+    return [text + _for_whom(groups, metric)]
+
+
+def _against_stage_0(comparison: Comparison) -> list[str]:
+    """The same with a model that was never updated in place of the one before, where there is one."""
+    system, metric = comparison.subject, comparison.headline[0]
+    old = next((s for s in comparison.systems if s.family == FAMILY_OF_STAGE_0), None)
+    if old is None or old is system or not comparison.same_cases:
+        return []
+    whole = comparison.difference(system, old, metric)
+    text = (
+        f"{_name(system)} is {_verdict(whole)} the model of stage 0 without updates on "
+        f"{stage_range(comparison.averaged)}: {metric.label} "
+        f"{_number(comparison.average(system, metric).value, metric)} against "
+        f"{_number(comparison.average(old, metric).value, metric)}, {_difference(whole, metric)}."
+    )
+    return [text + _for_whom(gains_over(comparison, system, old, metric), metric)]
+
+
+def gains_over(comparison: Comparison, system: System, old: System, metric: Metric) -> dict[str, Estimate]:
+    """The difference of two systems for each kind of user that occurs."""
+    return {
+        name: comparison.difference(system, old, metric, group=number)
+        for number, name in enumerate(USER_SEGMENTS)
+        if any(name in old.first.stages[stage].predictions.user_segment for stage in comparison.averaged)
+    }
+
+
+def _for_whom(groups: dict[str, Estimate], metric: Metric) -> str:
+    if len(groups) < 2:
+        return ""
+    parts: dict[str, list[str]] = {}
+    for name, change in groups.items():
+        told = f"{name} ({_signed(change.value, metric)})" if change.excludes_zero else name
+        parts.setdefault(_verdict(change).rpartition(" ")[0], []).append(told)
+    return f" By users: {'; '.join(f'{verdict} for {listed(names)}' for verdict, names in parts.items())}."
+
+
+def _verdict(change: Estimate) -> str:
+    if _is_none(change):
+        return "as good as"
+    if not change.excludes_zero:
+        return "not significantly different from"
+    return "better than" if change.value > 0 else "worse than"
+
+
 def _scope(comparison: Comparison) -> str:
     systems = comparison.systems
     runs = sum(len(system.runs) for system in systems)
@@ -64,7 +167,7 @@ def _scope(comparison: Comparison) -> str:
     )
     return (
         f"{who} tested on {same}{cases} cases of {stage_range(comparison.averaged)}. A case is one user's "
-        f"last item in a stage; the answer is a list of {depth} semantic IDs, made from the items before it."
+        f"last item in a stage; each system predicts a list of {depth} semantic IDs from the items before it."
     )
 
 
@@ -85,19 +188,16 @@ def _mean(comparison: Comparison, system: System, metric: Metric) -> str:
 
 def _result(comparison: Comparison, metric: Metric) -> str:
     standing = comparison.standing(metric)
-    value = _mean(comparison, standing.best, metric)
-    text = f"{metric.label}: {_name(standing.best)} has the highest mean, {value}"
+    text = f"{metric.label}: {_name(standing.best)} is best with {_mean(comparison, standing.best, metric)}"
     if standing.behind:
-        text += (
-            f", and leads {_some([_name(system) for system in standing.behind])} by more than chance explains"
-        )
+        text += f", significantly better than {_some([_name(system) for system in standing.behind])}"
     text += "."
     if standing.tied:
         tied = [
             f"{_name(system)} ({_lead(comparison, standing.best, system, metric)})"
             for system in standing.tied
         ]
-        text += f" These data do not tell it from {_some(tied)}."
+        text += f" Not significantly different: {_some(tied)}."
     return text
 
 
@@ -110,28 +210,41 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _lead(comparison: Comparison, best: System, other: System, metric: Metric) -> str:
-    found = comparison.contrasts(metric).contrast(metric.name, best.name, other.name)
+    found = comparison.contrasts(metric).contrast(metric.name, other.name, best.name)
+    return _difference(found, metric)
+
+
+def _difference(found: Estimate | Contrast, metric: Metric) -> str:
+    if _is_none(found):
+        return "no difference in any case"
+    text = f"difference {_signed(found.value, metric)}"
     if math.isnan(found.low):
-        return "no difference in any case" if found.value == 0 else "too few cases to say"
-    value, low, high = (
-        f"{number:+.{metric.decimals}f}".replace("-", "\N{MINUS SIGN}")
-        for number in (found.value, found.low, found.high)
-    )
-    return f"lead {value}, interval {low} to {high}"
+        return f"{text}, too few cases for an interval"
+    return f"{text}, 95 % interval {_signed(found.low, metric)} to {_signed(found.high, metric)}"
+
+
+def _is_none(found: Estimate | Contrast) -> bool:
+    return math.isnan(found.low) and found.value == 0
+
+
+def _signed(value: float, metric: Metric) -> str:
+    return f"{value:+.{metric.decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _number(value: float, metric: Metric) -> str:
+    return Quantity(value, decimals=metric.decimals).number
 
 
 def _gaps(comparison: Comparison) -> list[str]:
     notes = []
     if not comparison.same_cases:
-        notes.append(
-            "The runs were tested on different cases, so nothing is said about the differences between them."
-        )
+        notes.append("The runs were tested on different cases, so they are not compared.")
     if comparison.unfinished:
         lacking = [
             f"“{run.name}” has {len(run.stages)} of {run.expected_stages} stages"
             for run in comparison.unfinished
         ]
-        notes.append(f"Not done yet and left out: {_some(lacking)}.")
+        notes.append(f"Unfinished and left out: {_some(lacking)}.")
     if comparison.left_out:
         lacking = [
             f"{_name(system)} lacks {stage_range(missing)}"
@@ -143,7 +256,7 @@ def _gaps(comparison: Comparison) -> list[str]:
             f"{listed(lacking)}."
         )
     if comparison.averaged == [0]:
-        notes.append("No later stage has been evaluated yet, so all figures are those of stage 0.")
+        notes.append("All figures are those of stage 0.")
     return notes
 
 
@@ -163,23 +276,21 @@ def _bases(comparison: Comparison) -> list[str]:
     if shared:
         whose = _some(shared) if apart else "all systems"
         sentences.append(
-            f"The seeds of {whose} share one stage 0: intervals do not cover what another one would have "
-            "given."
+            f"The seeds of {whose} share one stage 0: intervals do not cover a different stage 0."
         )
     if apart:
         whose = _some(apart) if shared else "every system"
-        sentences.append(f"Each seed of {whose} has a stage 0 of its own, which intervals cover.")
+        sentences.append(f"Each seed of {whose} has its own stage 0, which intervals cover.")
     return sentences
 
 
-def _caution(comparison: Comparison) -> str:
-    alone = any(system.one_seed for system in comparison.systems)
-    text = "Intervals are 95 % intervals over users"
+def _interval(comparison: Comparison) -> str:
+    seeds = " and seeds" * any(len(system.runs) > 1 for system in comparison.systems)
+    alone = [_name(system) for system in comparison.systems if system.one_seed]
+    text = f"Intervals are 95 % intervals over users{seeds}."
     if alone:
         text += (
-            ". Where there is one seed only they do not cover another seed of training, which can move "
-            "results as much"
+            f" With a single seed ({_some(alone)}) they do not cover another seed of training, which can "
+            "change results as much."
         )
-    else:
-        text += " and seeds" * any(len(system.runs) > 1 for system in comparison.systems)
-    return text + "."
+    return text

@@ -155,6 +155,11 @@ def default_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> list
     return [*hits, *gains, mrr_at(max(ks), ranking), log_probability()]
 
 
+def headline_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> list[Metric]:
+    """The main ones, the first of which decides: NDCG and Hit at the largest k, and the log-probability."""
+    return [ndcg_at(max(ks), ranking), hit_at(max(ks), ranking), log_probability()]
+
+
 def stage_metrics(predictions: Predictions, metrics: Sequence[Metric]) -> dict[str, Estimate]:
     """The mean of each metric over the cases of one stage, by name of the metric.
 

@@ -1,8 +1,7 @@
 """Lines, bars, points with intervals and heat maps, as SVG and PNG.
 
-Knows points, intervals and colours; knows nothing of runs or metrics. A plot is drawn twice: as a file of its
-own (white ground, title and legend in it), and for a page, whose style sheet then decides on colours, font
-and legend. The same input gives the same bytes.
+A plot is drawn twice: as a file of its own (white background, title and legend included), and for a page,
+whose style sheet sets colors, font and legend. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +37,13 @@ MARKERS = {
     "h": "M14 1l3.5 2v4l-3.5 2-3.5-2v-4z",
 }
 WIDTH = 4.4  # inches
-ROW_LABEL = 30  # characters of a name beside its row
+ROW_LABEL = 28  # characters of a name beside its row, before it is wrapped
+NEUTRAL = 7  # of the palette: gray
+VERDICTS = {
+    "best": (0, "best, or not significantly different from the best"),
+    "tied": (0, "best, or not significantly different from the best"),
+    "worse": (NEUTRAL, "significantly worse than the best"),
+}
 LEGEND_WIDTH = 62  # characters that fit below a plot
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {c: f"series-{i}" for i, c in enumerate(PALETTE)}
 
@@ -83,6 +88,7 @@ class Series:
     half_width: np.ndarray | None = None
     dashed: bool = False
     x_half_width: np.ndarray | None = None
+    shape: str = ""
 
     @property
     def palette(self) -> int:
@@ -95,7 +101,7 @@ class Series:
     @property
     def marker(self) -> str:
         # a second round through the palette gets other shapes
-        return list(MARKERS)[(self.colour + self.colour // len(PALETTE)) % len(MARKERS)]
+        return self.shape or list(MARKERS)[(self.colour + self.colour // len(PALETTE)) % len(MARKERS)]
 
     @property
     def marker_path(self) -> str:
@@ -140,7 +146,8 @@ class HeatMap:
     """A matrix as coloured cells with their numbers; cells that are nan stay empty.
 
     Attributes:
-        values: float (rows, columns). In each column the least value is pale, the largest dark.
+        values: float (rows, columns).
+        scale: the values that are palest and darkest; not given: the smallest and largest of each column.
     """
 
     name: str
@@ -152,6 +159,7 @@ class HeatMap:
     row_label: str
     column_label: str
     decimals: int
+    scale: tuple[float, float] | None = None
     points: bool = False
 
     @property
@@ -164,7 +172,7 @@ class HeatMap:
 class Ranking:
     """One row a system, best first: its mean and how far that may be off (nan: not known).
 
-    ``faint``: rows that are set back.
+    ``verdicts``: of each row, a key of ``VERDICTS``, which gives its color in every plot.
     """
 
     name: str
@@ -173,13 +181,15 @@ class Ranking:
     labels: Sequence[str]
     values: np.ndarray
     half_widths: np.ndarray
-    faint: Sequence[bool]
-    points: bool = False
+    verdicts: Sequence[str]
+    points: bool = True
 
     @property
     def legend(self) -> list[Series]:
-        """None: the rows carry their names."""
-        return []
+        """One entry for each verdict that occurs."""
+        none = np.empty(0)
+        texts = {VERDICTS[verdict]: None for verdict in self.verdicts if verdict in VERDICTS}
+        return [Series(text, color, none, none, shape="o") for color, text in texts]
 
 
 Drawing = Plot | HeatMap | Ranking
@@ -242,7 +252,8 @@ def _draw(plot: Drawing, alone: bool) -> Figure:
     if isinstance(plot, HeatMap):
         _cells(axes, plot)
     elif isinstance(plot, Ranking):
-        figure.set_figheight(0.75 + 0.24 * len(plot.labels) + 0.2 * alone)
+        lines = sum(label.count("\n") + 1 for label in map(_wrapped, plot.labels))
+        figure.set_figheight(0.75 + 0.2 * lines + 0.04 * len(plot.labels) + 0.2 * alone)
         _rows(axes, plot)
     else:
         _lines(axes, plot)
@@ -274,13 +285,13 @@ def _cells(axes: Axes, plot: HeatMap) -> None:
     for row, column in np.ndindex(rows, columns):
         value = values[row, column]
         if np.isfinite(value):
-            low, high = np.nanmin(values[:, column]), np.nanmax(values[:, column])
+            low, high = plot.scale or (np.nanmin(values[:, column]), np.nanmax(values[:, column]))
             shade = 0.08 + 0.5 * (float((value - low) / (high - low)) if high > low else 0.5)
             axes.add_patch(
                 Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=PALETTE[0], alpha=shade, linewidth=0)
             )
             text = f"{value:.{plot.decimals}f}".replace("-", "\N{MINUS SIGN}")
-            size = 8 if columns < 7 else 6
+            size = 8 if columns < 8 else 6
             axes.text(column, row, text, color=INK, ha="center", va="center", fontsize=size)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
@@ -293,28 +304,20 @@ def _cells(axes: Axes, plot: HeatMap) -> None:
 
 def _rows(axes: Axes, plot: Ranking) -> None:
     for row, (value, half_width) in enumerate(zip(plot.values, plot.half_widths, strict=True)):
-        colour, alpha = (MUTED, 0.8) if plot.faint[row] else (PALETTE[0], 1.0)
+        colour = PALETTE[VERDICTS.get(plot.verdicts[row], (NEUTRAL, ""))[0]]
         if np.isfinite(half_width):
             axes.plot([value - half_width, value + half_width], [row, row], color=colour, alpha=0.55)
-        axes.plot([value], [row], color=colour, alpha=alpha, marker="o", markersize=5, markeredgewidth=0.0)
+        axes.plot([value], [row], color=colour, marker="o", markersize=5, markeredgewidth=0.0)
     axes.set_ylim(len(plot.labels) - 0.4, -0.6)
-    axes.set_yticks(range(len(plot.labels)), [shorten(label, ROW_LABEL) for label in plot.labels])
+    axes.set_yticks(range(len(plot.labels)), list(map(_wrapped, plot.labels)))
     axes.tick_params(axis="y", labelcolor=INK)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
 
 
-def shorten(label: str, most: int) -> str:
-    """A name cut in its middle, since its end often tells it from the others.
-
-    >>> shorten("sum-latest-inherit", 11)
-    'sum-l…herit'
-    """
-    if len(label) <= most:
-        return label
-    ahead = most // 2
-    return f"{label[:ahead]}…{label[len(label) - (most - 1 - ahead) :]}"
+def _wrapped(label: str) -> str:
+    return fill(label, ROW_LABEL)
 
 
 def _line(axes: Axes, plot: Plot, series: Series, shift: float) -> None:

@@ -1,7 +1,6 @@
 """The report: one self-contained page, and its tables and plots as files beside it.
 
-Knows sections, the page's template and the file system; knows nothing of what the sections say. The same
-input gives the same bytes: nothing on the page tells of when or where it was made.
+The same input gives the same bytes: nothing on the page depends on when or where it was made.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from peso.durable import commit_directory
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.plots import files, svg_element
+from peso.evaluation.plots import Drawing, files, svg_element
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections import SECTIONS
+from peso.evaluation.sections import sections_of
 from peso.evaluation.sections.section import Section
 from peso.evaluation.tables import to_csv, to_latex, to_markdown
 from peso.printable import printable
@@ -42,7 +41,7 @@ def write_report(
 
     Args:
         ks: the list lengths of Hit@k and NDCG@k.
-        columns: of the item or user table, each a further way to part the cases.
+        columns: of the item or user table, each a further way to split the cases.
         paired: refuse runs that answered different cases, instead of setting them side by side uncompared.
 
     Returns: the path of the page.
@@ -58,9 +57,9 @@ def write_report(
         for comparison in comparisons.values():
             comparison.require_same_cases()
     sections = [
-        _placed(section(comparison), place if len(comparisons) > 1 else "")
+        _placed(section, place if len(comparisons) > 1 else "")
         for place, comparison in comparisons.items()
-        for section in SECTIONS
+        for section in sections_of(comparison)
     ]
     with commit_directory(directory) as aside:
         for section in sections:
@@ -79,7 +78,7 @@ def by_place(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
 
 
 def _placed(section: Section, place: str) -> Section:
-    """The section with a title, an address and file names that tell it from those of other places."""
+    """The section with a title, an address and file names of its own."""
     if not place:
         return section
     prefix = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
@@ -99,8 +98,16 @@ def render_page(sections: Sequence[Section], title: str) -> str:
         loader=PackageLoader("peso.evaluation"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("report.html.j2")
-    text = page.render(sections=sections, title=title, svg=lambda plot: Markup(svg_element(plot)))
-    return printable(text) + "\n"
+    return printable(page.render(sections=sections, title=title, svg=_svg, text=_text)) + "\n"
+
+
+def _svg(plot: Drawing) -> Markup:
+    return Markup(svg_element(plot))
+
+
+def _text(text: str) -> Markup:
+    """Escaped; what stands between backticks is set as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _write_files(directory: Path, section: Section) -> None:
@@ -117,7 +124,7 @@ def _write_files(directory: Path, section: Section) -> None:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """A report replaces a whole directory, so it must not hold anything else."""
+    """A report replaces a whole directory, so the directory must not hold anything else."""
     if not directory.exists():
         return
     own = (PAGE, TABLES, PLOTS, ".DS_Store")
@@ -125,6 +132,6 @@ def _refuse_foreign(directory: Path) -> None:
     foreign = sorted(path.name for path in found if path.name not in own)
     if foreign:
         raise WorkspaceError(
-            f"{directory} holds what is not part of a report ({', '.join(foreign[:3])}"
-            f"{' …' if len(foreign) > 3 else ''}); writing one would remove it. Choose another directory"
+            f"{directory} holds files that are not part of a report ({', '.join(foreign[:3])}"
+            f"{' …' if len(foreign) > 3 else ''}); they would be removed. Choose another directory"
         )

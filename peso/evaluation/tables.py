@@ -1,8 +1,5 @@
-"""Tables of estimates as CSV, Markdown and LaTeX.
-
-Knows cells; knows nothing of runs or metrics. CSV is for machines (full precision, bounds in columns of
-their own), the other two for readers.
-"""
+"""Tables of estimates as CSV for machines (full precision, bounds in columns of their own), and as Markdown
+and LaTeX for readers."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from peso.evaluation.intervals import Estimate
@@ -23,10 +20,13 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number in a table. ``half_width`` is nan where it has no interval, ``mark`` its standing in a column.
+    """A number in a table.
 
-    ``bounds`` are those of an interval that does not lie evenly about the number. ``chance``: a probability,
-    which is never shown as 0.
+    Attributes:
+        half_width: of its interval; nan where it has none.
+        mark: how it compares with the best of its column.
+        bounds: of an interval that is not symmetric.
+        chance: a probability, which is never shown as 0.
 
     >>> Quantity(0.03124, 0.0041, decimals=4).text
     '0.0312 ± 0.0041'
@@ -99,6 +99,11 @@ class Table:
         """Whether the column holds numbers, which are set to the right."""
         cells = [row[column] for row in self.rows if row[column] is not None]
         return bool(cells) and all(isinstance(cell, Quantity) for cell in cells)
+
+    def without_empty_columns(self) -> Table:
+        kept = [i for i in range(len(self.columns)) if any(row[i] is not None for row in self.rows)]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
 
 
 def to_csv(table: Table) -> str:

@@ -11,10 +11,9 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.sections.anchor import anchor
 from peso.evaluation.sections.cost import cost
 from peso.evaluation.sections.drift import drift
-from peso.evaluation.sections.levels import levels
 from peso.evaluation.sections.lists import lists
-from peso.evaluation.sections.origin import configuration, provenance
-from peso.evaluation.sections.reading import reading
+from peso.evaluation.sections.origin import origin
+from peso.evaluation.sections.recommendations import recommendations
 from peso.evaluation.sections.section import Section
 from peso.evaluation.sections.segments import segments
 from peso.evaluation.sections.semantic_ids import semantic_ids
@@ -25,11 +24,11 @@ from peso.evaluation.sections.sweep import sweep
 from peso.evaluation.sections.training import training
 from peso.evaluation.sections.transfer import transfer
 
-SECTIONS: Sequence[Callable[[Comparison], Section]] = (
+SECTIONS: Sequence[Callable[[Comparison], Section | None]] = (
     summary,
+    recommendations,
     significance,
     by_stage,
-    levels,
     segments,
     transfer,
     sweep,
@@ -39,7 +38,12 @@ SECTIONS: Sequence[Callable[[Comparison], Section]] = (
     cost,
     drift,
     semantic_ids,
-    configuration,
-    provenance,
-    reading,
+    origin,
 )
+
+
+def sections_of(comparison: Comparison) -> list[Section]:
+    """The sections that have something to show, without empty tables and columns."""
+    return [
+        found.without_empty_tables() for section in SECTIONS if (found := section(comparison)) is not None
+    ]

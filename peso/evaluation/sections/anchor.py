@@ -1,8 +1,9 @@
-"""Section: does the anchor hold, and where the adapters moved."""
+"""Section: how strongly the anchor restrains the updates, and where the adapters moved."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,30 +17,31 @@ from peso.evaluation.tables import Cell, Quantity, Table
 FEW = 6  # systems with a map of their own
 RATIOS = {
     "gradient_ratios": ("anchor-gradient", "Gradient of the penalty over that of the loss"),
-    "pull_ratios": ("anchor-pull", "Decoupled pull over the optimiser's step"),
+    "pull_ratios": ("anchor-pull", "Decoupled pull over the optimizer's step"),
 }
 
 
-def anchor(comparison: Comparison) -> Section:
+def anchor(comparison: Comparison) -> Section | None:
     """Ratios over time, distance by module, and one sentence a stage."""
-    title = "Does the anchor hold"
     moved = [system for system in comparison.systems if _stages(system)]
     if not moved:
-        return Section("anchor", title, ["No stage of these runs moved an adapter on from an earlier one."])
+        return None
     text = (
-        "In the loss an anchor pulls by its gradient: below 1 % of the loss's gradient it is lost in the "
-        "noise between two batches. Decoupled it shrinks the displacement after each step: what counts is "
-        "the share that is taken back, by the end of the stage, of a displacement present at its start. Of "
-        "several seeds the first is shown."
+        "An anchor in the loss acts through its gradient; below 1 % of the loss's gradient it disappears in "
+        "the noise between two batches. A decoupled anchor shrinks the displacement after each step; what "
+        "counts is the share of a displacement present at the start of the stage that is gone at its end. "
+        "Of several seeds the first is shown."
     )
     plots: list[Plot | HeatMap] = [
         plot for key in RATIOS if (plot := _over_time(comparison, moved, key)) is not None
     ]
+    maps = [_map(system) for system in moved[:FEW]]
+    largest = float(max(np.nanmax(one.values) for one in maps))
     return Section(
         "anchor",
-        title,
+        "How strongly the anchor restrains the updates",
         [text, *_sentences(moved)],
-        plots=plots + [_map(system) for system in moved[:FEW]],
+        plots=plots + [replace(one, scale=(0.0, largest)) for one in maps],
         tables=[_table(moved)],
     )
 
@@ -161,8 +163,11 @@ def _table(systems: Sequence[System]) -> Table:
         "What the anchor did, stage by stage",
         ["Strategy", "Stage", *COLUMNS, *titles],
         rows,
-        "Ratios are means over the stage. KL is summed over groups at τ = 1, ½ Var the variance form that it "
-        "tends to for small steps. ρ̄ is the weight that strength 1 is in the loss, ± its standard error.",
+        "Gradient ratio: gradient of the penalty over that of the loss. Pull ratio: decoupled pull over the "
+        "optimizer's step. Both are means over the stage. Taken back: share of an initial displacement that "
+        "is gone at the end. KL: softmax-KL to the anchor, summed over groups at temperature 1. ½ Var: its "
+        "approximation for small steps. ρ̄: the weight in the loss that corresponds to strength 1, ± its "
+        "standard error.",
     )
 
 

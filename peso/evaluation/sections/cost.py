@@ -21,7 +21,7 @@ def cost(comparison: Comparison) -> Section:
         "cost",
         "Cost",
         [
-            "Learning alone, without testing. Later stages and seeds are given as their mean, memory as its "
+            "Training alone, without testing. Times are means over later stages and seeds, memory is the "
             "maximum."
         ],
         tables=[_cost_table(comparison)],
@@ -52,7 +52,7 @@ def _cost_table(comparison: Comparison) -> Table:
         )
     return Table(
         "cost",
-        "What learning took",
+        "Cost of training",
         [
             "Strategy",
             "Stage 0, s",
@@ -61,12 +61,12 @@ def _cost_table(comparison: Comparison) -> Table:
             "Peak memory, MiB",
             "× single",
             "Parameters trained in a later stage",
-            "Disk for the first later stage, MiB",
-            "… for the last",
+            "Disk, first later stage, MiB",
+            "Disk, last stage, MiB",
         ],
         rows,
-        "× single: a later stage beside one of plain fine-tuning, where it is among the runs; times of runs "
-        "that shared a busy machine tell little.",
+        "× single: a later stage relative to plain fine-tuning (single). Times of runs that shared a busy "
+        "machine are not comparable.",
     )
 
 
@@ -106,7 +106,7 @@ def _cost_by_stage_table(comparison: Comparison) -> Table:
             )
     return Table(
         "cost-by-stage",
-        "What learning took, stage by stage",
+        "Cost of training, stage by stage",
         ["Strategy", "Stage", "Seconds", "Peak memory, MiB", "Parameters trained", "Disk, MiB"],
         rows,
     )

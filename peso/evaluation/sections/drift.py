@@ -19,20 +19,20 @@ STATES = ("new", "continuing", "returning")
 COUNTED = (*STATES, "dormant")
 
 
-def drift(comparison: Comparison) -> Section:
+def drift(comparison: Comparison) -> Section | None:
     """How the stream drifts: who and what is new, who came back, how far tastes moved."""
     streams = distinct(comparison, lambda run: list(run.drift))
     if not streams:
-        return Section("drift", "Drift of the stream", ["These runs came without figures of their stream."])
+        return None
     return Section(
         "drift",
         "Drift of the stream",
         [
-            "New was never seen before, continuing in the stage before, returning earlier but not in the "
-            "stage before; dormant is known but not in the stage. The Jensen-Shannon divergence compares the "
-            "events of a stage with those of the one before, over items and over their first codes, in bits: "
-            "0 for the same shares, 1 for nothing in common. A target is new if nobody had its item before "
-            "the stage."
+            "New: never seen before. Continuing: seen in the stage before. Returning: seen earlier, but not "
+            "in the stage before. Dormant: known, but not seen in the stage. The Jensen-Shannon (JS) "
+            "divergence compares the events of a stage with those of the stage before, by item and by first "
+            "code of the semantic ID, in bits: 0 for equal shares, 1 for nothing in common. A target is new "
+            "if no user had its item before the stage."
         ],
         plots=[
             _plot("drift-users", "Users, %", [(state, _share("users", state)) for state in STATES], streams),

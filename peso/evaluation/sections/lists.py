@@ -15,22 +15,21 @@ HEADS = ("Coverage", "Gini index", "Novelty, bits", "Popularity percentile", "ID
 DECIMALS = (4, 3, 2, 3, 3)
 
 
-def lists(comparison: Comparison) -> Section:
+def lists(comparison: Comparison) -> Section | None:
     """Variety, novelty and popularity of what is recommended."""
-    title = "What is recommended"
     if comparison.catalogue is None:
-        return Section("lists", title, ["These runs came without figures of their catalogue."])
+        return None
     k = comparison.ks[-1]
     stages = comparison.averaged
     return Section(
         "lists",
-        title,
+        "Variety and popularity of the lists",
         [
-            f"Of the first {k} items of every list. Coverage is the share of the catalogue that is "
-            "recommended to somebody; the Gini index is 0 if all items are recommended equally often and "
-            "near 1 if few are; novelty is the mean of −log₂ of an item's share among past events; the "
-            "percentile is 1 for the most popular item; ID diversity is the mean distance of two items of a "
-            "list, 0 if their semantic IDs are the same, 1 if they differ from the first level on."
+            f"The first {k} items of every list. Coverage is the share of the catalog that is recommended to "
+            "at least one user. The Gini index is 0 if all items are recommended equally often and near 1 if "
+            "few are. Novelty is the mean of −log₂ of an item's share of past events. The popularity "
+            "percentile is 1 for the most popular item. ID diversity is the mean distance between two items "
+            "of a list: 0 if their semantic IDs are the same, 1 if they differ from the first level on."
         ],
         tables=[
             Table(
@@ -38,8 +37,8 @@ def lists(comparison: Comparison) -> Section:
                 f"Lists of {k}, mean of {stage_range(stages)}",
                 ["Strategy", *HEADS],
                 [_row(comparison, system, stages) for system in comparison.systems],
-                "± is the half width of the 95 % interval; coverage and Gini index are of all lists together "
-                "and have none.",
+                "± half width of the 95 % interval; coverage and Gini index are computed over all lists and "
+                "have none.",
             )
         ],
         folded=[

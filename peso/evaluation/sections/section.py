@@ -1,12 +1,9 @@
-"""What a report is made of, and the pieces that several sections share.
-
-Knows comparisons, tables and plots; knows nothing of HTML or files.
-"""
+"""What a report is made of, and the pieces that several sections share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -20,13 +17,12 @@ from peso.evaluation.tables import Mark, Quantity, Table
 
 T = TypeVar("T")
 MARKS = (
-    "Best in bold; ≈ marks what is not significantly worse, ↓ what is (paired by case, p ≤ 0.05 after Holm's "
-    "correction over all pairs in this metric)."
+    "± half width of the 95 % interval. Bold: best. ≈: not significantly worse than the best. "
+    "↓: significantly worse (paired by case, p ≤ 0.05 after Holm's correction for all pairs)."
 )
-
 CODES_AND_ITEMS = (
-    "Log-probabilities of baselines are of items and sum to one over the catalogue, those of models are of "
-    "codes, some of which no item has: only models are compared in them."
+    "Log-probabilities of baselines and of models are normalized over different sets (items and codes), so "
+    "only models are compared."
 )
 
 
@@ -39,10 +35,24 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """One test case as a reader sees it: titles of the history (oldest first), of the item that came next,
+    and of each model's list, best first."""
+
+    user: str
+    history: Sequence[str]
+    came: str
+    lists: Sequence[tuple[str, Sequence[str]]]
+
+
+@dataclass(frozen=True)
 class Section:
     """One part of the page, shown in the order of the fields.
 
-    ``folded`` tables are there for who asks; ``anchor`` is the section's address on the page.
+    Attributes:
+        anchor: the section's address on the page.
+        notes: paragraphs on how to read the section, folded.
+        folded: further tables.
     """
 
     anchor: str
@@ -50,8 +60,23 @@ class Section:
     paragraphs: Sequence[str] = ()
     plots: Sequence[Drawing] = ()
     tables: Sequence[Table] = ()
+    answers: Sequence[Answers] = ()
+    notes: Sequence[str] = ()
     folded: Sequence[Table] = ()
     listings: Sequence[Listing] = ()
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the page's first screen, which is not folded."""
+        return self.anchor.endswith("summary")
+
+    def without_empty_tables(self) -> Section:
+        """Tables without rows are left out, and so are columns without an entry."""
+        tables, folded = (
+            [table.without_empty_columns() for table in some if table.rows]
+            for some in (self.tables, self.folded)
+        )
+        return replace(self, tables=tables, folded=folded)
 
 
 def marks(comparison: Comparison, standing: Standing) -> dict[str, Mark]:

@@ -1,4 +1,4 @@
-"""Section: the parts of the cases: users, items, histories, popularity, activity, columns."""
+"""Section: results by kind of user, item, history, popularity, activity and column."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ def segments(comparison: Comparison) -> Section:
     others = [s for s in comparison.segmentations if s not in (USERS, ITEMS)]
     return Section(
         "segments",
-        "Who and what",
+        "By kind of user and item",
         [
             "A dormant user was seen in an earlier stage but not in the last one, a continuing user in the "
-            "last one, a new user never. A known item occurred before the stage, a new one did not. Every "
-            f"case of {stage_range(comparison.averaged)} counts the same here.",
-            "The plane sets what is kept (dormant users) against what is learnt (new users): a system "
-            "further up learns better, one further right keeps better. Among the tables: histories of up to "
-            f"and of more than {LONG_HISTORY} items; quarters of users by the number of their items so far, "
-            "with the gap between the best and the worst served quarter; and, where the catalogue is known, "
-            "target items by popularity (head, middle and tail each hold a third of the events before).",
+            "last one, a new user never. A known item occurred before the stage; a new one did not. Every "
+            f"case of {stage_range(comparison.averaged)} counts the same. Bars and lines are 95 % intervals. "
+            "In the plots of stability and plasticity, systems further up are better for new users, systems "
+            "further right are better for dormant users.",
+        ],
+        notes=[
+            f"The further tables split cases by history (up to {LONG_HISTORY} items or more), by activity "
+            "(quarters of users by their number of items so far, with the gap between the best and worst "
+            "served quarter), and by popularity of the target (head, middle and tail: a third of the "
+            "earlier events).",
         ],
         plots=[
             *(_bars(comparison, metric) for metric in comparison.headline),

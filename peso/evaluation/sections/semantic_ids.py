@@ -18,12 +18,11 @@ Index = tuple[str, Mapping[str, Any]]  # a label, the manifest of an index
 LINES = ("codes", "used", "perplexity")
 
 
-def semantic_ids(comparison: Comparison) -> Section:
+def semantic_ids(comparison: Comparison) -> Section | None:
     """How good the semantic IDs are, and how well they fit the items that came later."""
-    title = "Semantic IDs"
     indices = distinct(comparison, lambda run: dict(run.semantic_ids))
     if not indices:
-        return Section("semantic-ids", title, ["These runs came without figures of their semantic IDs."])
+        return None
     measured = [(label, index) for label, index in indices if "quality" in index]
     fitted = [(label, index) for label, index in indices if index.get("fitness", {}).get("stages")]
     warnings = [
@@ -39,13 +38,12 @@ def semantic_ids(comparison: Comparison) -> Section:
         )
     return Section(
         "semantic-ids",
-        title,
+        "Semantic IDs",
         [
             *warnings,
             "A collision is an ID that several items have. Perplexity is the number of equally used codes "
-            "that would be as diverse. The error is the mean squared distance between an item's vector and "
-            "what its codes say; 1 is what no code at all gives. Fine codes keep fewer neighbours together "
-            "than coarse ones.",
+            "with the same diversity. The error is the mean squared distance between an item's vector and "
+            "its reconstruction from the codes; 1 means no better than no code at all.",
         ],
         plots=plots,
         tables=[
@@ -102,7 +100,7 @@ def _fitness(indices: Sequence[Index]) -> Table:
             for label, index in indices
             for name, *figures in fitness.rows(index["fitness"])
         ],
-        "Codes write what they were fitted to better than anything else: compare with the items held out.",
+        "Codes fit the items they were trained on best: compare with the items held out.",
     )
 
 

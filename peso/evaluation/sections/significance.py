@@ -1,4 +1,4 @@
-"""Section: which differences are more than chance, how large they are, and what could have been seen."""
+"""Section: which differences are significant, how large they are, and what could have been detected."""
 
 from __future__ import annotations
 
@@ -12,28 +12,24 @@ from peso.evaluation.significance.contrasts import Contrast
 from peso.evaluation.systems import System
 from peso.evaluation.tables import Cell, Quantity, Table
 
-COLUMNS = ("Difference", "In per cent", "p", "p, corrected", "Could be seen from")
+COLUMNS = ("Difference", "In percent", "p", "p, corrected", "Detectable from")
 
 
-def significance(comparison: Comparison) -> Section:
-    """Which differences are more than chance."""
-    title = "More than chance?"
-    if len(comparison.systems) < 2:
-        return Section("significance", title, ["There is nothing to compare with."])
-    if not comparison.same_cases:
-        return Section("significance", title, ["Different test cases cannot be compared in pairs."])
+def significance(comparison: Comparison) -> Section | None:
+    """Which differences are significant."""
+    if len(comparison.systems) < 2 or not comparison.same_cases:
+        return None
     compared = [metric for metric in comparison.metrics if len(comparison.rivals(metric)) > 1]
     first = [metric for metric in comparison.headline if metric in compared]
     others = [metric for metric in compared if metric not in first]
     text = (
-        "Every difference is taken case by case. p is that of a permutation test in which random users "
-        "change sides; the correction (Holm) covers all pairs in one metric. Intervals (95 %) come from "
-        "resampling users. “Could be seen from” is the smallest true difference that these data would show "
-        "four times in five, before the correction."
+        "Differences are computed case by case. p comes from permutations of users; Holm's correction "
+        "covers all pairs in one metric. Intervals (95 %) come from resampling users. “Detectable from”: the "
+        "smallest true difference that a test on these data finds four times in five, before the correction."
     )
     return Section(
         "significance",
-        title,
+        "Significance",
         [text, *([CODES_AND_ITEMS] if comparison.codes_and_items else []), *_about_seeds(comparison)],
         tables=[_to_best(comparison, metric) for metric in first],
         folded=[
@@ -49,14 +45,14 @@ def _about_seeds(comparison: Comparison) -> list[str]:
     sentences = []
     if several:
         sentences.append(
-            "Where systems were run with several seeds, means are over seeds, and p and intervals cover both "
-            "another draw of users and other seeds."
+            "Where systems were run with several seeds, means are over seeds, and p and intervals cover "
+            "other users and other seeds."
         )
     if alone:
         who = listed(alone) if len(alone) <= 5 else f"{len(alone)} systems"
         sentences.append(
-            f"One seed only of {who}: there p and intervals speak of users alone. Another seed of training "
-            "can move results as much."
+            f"A single seed of {who}: p and intervals cover other users only. Another seed of training can "
+            "change results as much."
         )
     return sentences
 

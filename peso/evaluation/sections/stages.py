@@ -1,4 +1,4 @@
-"""Section: the course of each metric over the stages."""
+"""Section: each metric at each stage, and the log-probability at each level of the semantic ID."""
 
 from __future__ import annotations
 
@@ -6,25 +6,55 @@ from collections.abc import Sequence
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import stage_range
-from peso.evaluation.metrics import Metric
+from peso.evaluation.metrics import Metric, level_metrics, log_probability
 from peso.evaluation.plots import Plot
 from peso.evaluation.sections.section import MARKS, Section, file_name, marks, quantity, series
-from peso.evaluation.tables import Quantity, Table
+from peso.evaluation.tables import Cell, Quantity, Table
 
 
 def by_stage(comparison: Comparison) -> Section:
-    """The course of each metric over the stages."""
+    """Each metric at each stage."""
     first, others = comparison.headline, [m for m in comparison.metrics if m not in comparison.headline]
     return Section(
         "stages",
         "Stage by stage",
         [
-            "Each model is tested right after it has learnt the stage. Bars are 95 % intervals over users "
+            "Each model is tested right after training on the stage. Bars are 95 % intervals over users "
             "and, where there are several, seeds."
         ],
         plots=[_stage_plot(comparison, metric) for metric in first],
         tables=[_stage_table(comparison, metric) for metric in first],
-        folded=[_stage_table(comparison, metric) for metric in others] + [_micro_table(comparison)],
+        folded=[
+            levels_table(comparison),
+            *(_stage_table(comparison, metric) for metric in others),
+            _micro_table(comparison),
+        ],
+    )
+
+
+def levels_table(comparison: Comparison) -> Table:
+    """The target's log-probability at each level of its semantic ID. Baselines have no levels."""
+    total, stages = log_probability(), comparison.averaged
+    of_levels = {
+        system.name: min(
+            (level_metrics(run.stages[stage].predictions) for run in system.runs for stage in stages), key=len
+        )
+        for system in comparison.systems
+    }
+    most = max(map(len, of_levels.values()))
+    rows: list[list[Cell]] = []
+    for system in comparison.systems:
+        if metrics := of_levels[system.name]:
+            cells = [quantity(comparison.average(system, metric), metric) for metric in metrics]
+            whole = quantity(comparison.average(system, total), total)
+            rows.append([system.label, *cells, *[None] * (most - len(cells)), whole])
+    return Table(
+        "log-probability-by-level",
+        f"Log-probability by level of the semantic ID, mean of {stage_range(stages)}",
+        ["Strategy", *(f"Level {level}" for level in range(1, most + 1)), "All levels"],
+        rows,
+        "Mean of ln p(code | history, codes before it) in nats; the levels add up to the log-probability. "
+        "± half width of the 95 % interval.",
     )
 
 

@@ -1,38 +1,46 @@
-"""Section: what was measured and what came out."""
+"""Section: is the new model better, for whom, and by how much."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import findings, stage_range
+from peso.evaluation.findings import cautions, findings, stage_range
 from peso.evaluation.metrics import Metric
 from peso.evaluation.plots import Ranking
 from peso.evaluation.sections.section import CODES_AND_ITEMS, MARKS, Section, file_name, marks, quantity
+from peso.evaluation.segments import USER_SEGMENTS
 from peso.evaluation.tables import Cell, Quantity, Table
 
-PICTURES = (
-    "Points are means, lines their 95 % intervals; grey is significantly worse than the best. Differences "
-    "are tested pair by pair on the same cases, so two may be apart although their lines overlap."
+READING = (
+    "r is the rank of the true semantic ID in the list; items that share an ID count as one. Hit@k is the "
+    "share of cases with r ≤ k; NDCG@k the mean of 1/log₂(1 + r) where r ≤ k, else 0; MRR@k the mean of 1/r "
+    "where r ≤ k, else 0. Log-probability is the mean natural logarithm of the probability given to the true "
+    "semantic ID, in nats. It uses every case, not only the few hits, so it shows small differences sooner.",
+    "Differences are computed case by case, so two systems can differ significantly although their own "
+    "intervals overlap. All cases of one user are treated as one unit. No interval is given where all cases "
+    "have the same value, such as no hit at all.",
 )
 
 
 def summary(comparison: Comparison) -> Section:
-    """What was measured and what came out."""
+    """Is the new model better, for whom, and by how much."""
+    ranked = [metric for metric in comparison.headline if len(comparison.rivals(metric)) > 1]
     several = len(comparison.systems) > 1
     return Section(
         "summary",
         "Summary",
-        [*findings(comparison), *([PICTURES] if several else [])],
-        plots=[_ranking(comparison, metric) for metric in comparison.headline] if several else [],
-        tables=[averages_table(comparison)],
+        findings(comparison),
+        plots=[_ranking(comparison, metric) for metric in ranked] if several else [],
+        tables=[_last_update(comparison), averages_table(comparison)],
+        notes=[*cautions(comparison), *READING],
     )
 
 
 def _ranking(comparison: Comparison, metric: Metric) -> Ranking:
-    means = {system.name: comparison.average(system, metric) for system in comparison.systems}
-    systems = sorted(comparison.systems, key=lambda system: -means[system.name].value)
-    behind = comparison.standing(metric).behind
+    means = {system.name: comparison.average(system, metric) for system in comparison.rivals(metric)}
+    systems = sorted(comparison.rivals(metric), key=lambda system: -means[system.name].value)
+    verdicts = marks(comparison, comparison.standing(metric))
     return Ranking(
         f"{file_name(metric)}-ranking",
         f"{metric.label}, mean of {stage_range(comparison.averaged)}",
@@ -40,30 +48,54 @@ def _ranking(comparison: Comparison, metric: Metric) -> Ranking:
         [system.label for system in systems],
         np.array([means[system.name].value for system in systems]),
         np.array([means[system.name].half_width for system in systems]),
-        [system in behind for system in systems],
+        [verdicts[system.name] for system in systems],
+    )
+
+
+def _last_update(comparison: Comparison) -> Table:
+    """What the newest stage changed for each kind of user; no rows where the model before was not tested."""
+    system, stage = comparison.subject, comparison.averaged[-1]
+    rows: list[list[Cell]] = []
+    for who, group in [
+        ("All users", None),
+        *((f"{name.capitalize()} users", n) for n, name in enumerate(USER_SEGMENTS)),
+    ]:
+        found = [comparison.last_change(system, metric, group) for metric in comparison.headline]
+        changes = [one[2] for one in found if one is not None]
+        if changes:
+            cells = [quantity(c, metric) for c, metric in zip(changes, comparison.headline, strict=True)]
+            rows.append([who, *cells, Quantity(changes[0].cases)])
+    return Table(
+        "last-update",
+        f"{system.label}: what stage {stage} changed (after stage {stage} minus after stage {stage - 1})",
+        ["Users", *(metric.label for metric in comparison.headline), "Cases"],
+        rows,
+        f"± half width of the 95 % interval on the cases of stage {stage}. New users were never seen, "
+        "continuing users in the stage before, dormant users only earlier.",
     )
 
 
 def averages_table(comparison: Comparison) -> Table:
-    """Every metric of every system, averaged over the later stages; runs that are not done at its end."""
-    standings = {metric.name: marks(comparison, comparison.standing(metric)) for metric in comparison.metrics}
+    """Every metric of every system, averaged over the later stages; unfinished runs at its end."""
+    ordered = [*comparison.headline, *(m for m in comparison.metrics if m not in comparison.headline)]
+    standings = {metric.name: marks(comparison, comparison.standing(metric)) for metric in ordered}
     rows: list[list[Cell]] = []
     for system in comparison.systems:
         cells = [
             quantity(comparison.average(system, metric), metric, standings[metric.name][system.name])
-            for metric in comparison.metrics
+            for metric in ordered
         ]
         seeds = Quantity(len(system.runs)) if system.first.seed is not None else None
         rows.append([system.label, *cells, seeds])
     for run in comparison.unfinished:
-        rows.append([f"{run.name} (not done)", *([None] * len(comparison.metrics)), None])
-    notes = ["± is the half width of the 95 % interval.", MARKS]
+        rows.append([f"{run.name} (unfinished)", *([None] * len(ordered)), None])
+    notes = [MARKS] if len(comparison.systems) > 1 else ["± half width of the 95 % interval."]
     if comparison.codes_and_items:
         notes.append(CODES_AND_ITEMS)
     return Table(
         "averages",
         f"Mean of {stage_range(comparison.averaged)}, every stage counting the same",
-        ["Strategy", *(metric.label for metric in comparison.metrics), "Seeds"],
+        ["Strategy", *(metric.label for metric in ordered), "Seeds"],
         rows,
-        " ".join(notes) if len(comparison.systems) > 1 else "",
+        " ".join(notes),
     )

@@ -17,7 +17,7 @@ FEWEST = 3  # values of an option that make a curve
 Curve = list[tuple[float, System]]
 
 
-def sweep(comparison: Comparison) -> Section:
+def sweep(comparison: Comparison) -> Section | None:
     """A metric against the value of an option, one curve for each setting of the others."""
     plots = []
     for key in _numeric_options(comparison):
@@ -25,13 +25,13 @@ def sweep(comparison: Comparison) -> Section:
         if curves:
             plots += [_plot(comparison, key, curves, metric) for metric in comparison.headline]
     if not plots:
-        return Section("sweep", "Options", ["No option took three values or more."])
+        return None
     return Section(
         "sweep",
         "Options",
         [
             "The mean over stages and seeds against the value of one option. Dashed lines are systems "
-            "without it. The best point of a curve was found on these cases: it looks better than it is.",
+            "without it. The best point of a curve is selected on these test cases, so it is optimistic.",
         ],
         plots=plots,
     )

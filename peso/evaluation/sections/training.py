@@ -38,28 +38,26 @@ PANELS = (
 )
 
 
-def training(comparison: Comparison) -> Section:
+def training(comparison: Comparison) -> Section | None:
     """Loss and gradients along the stages."""
     curves = {
         system.name: {
-            stage: learnt.curve
-            for stage, learnt in system.first.stages.items()
-            if learnt.curve is not None and len(learnt.curve.steps)
+            stage: trained.curve
+            for stage, trained in system.first.stages.items()
+            if trained.curve is not None and len(trained.curve.steps)
         }
         for system in comparison.systems
     }
     if not any(curves.values()):
-        return Section("training", "Training", ["There is no training log for these runs."])
+        return None
     plots = [_plot(comparison, curves, panel) for panel in PANELS]
     drawn = [plot for plot in plots if any(np.isfinite(series.y).any() for series in plot.series)]
     paragraph = (
-        "Every stage is drawn equally wide, however many steps it took; its last step stands at its right "
-        f"edge. A line joins the means of at most {CURVE_POINTS} equal spans."
+        "Every stage is drawn equally wide, however many steps it took. A line joins the means of at most "
+        f"{CURVE_POINTS} equal spans."
     )
     if drawn == plots:
-        paragraph += " Where the penalty's gradient stays far below the loss's, the anchor hardly holds."
-    else:
-        paragraph += " What is zero or unrecorded throughout is not drawn."
+        paragraph += " If the penalty's gradient is far below the loss's, the anchor has little effect."
     if any(len(system.runs) > 1 for system in comparison.systems):
         paragraph += " Of several seeds the first is shown."
     return Section("training", "Training", [paragraph], plots=drawn)

@@ -1,4 +1,4 @@
-"""Section: what learning one stage does to the others."""
+"""Section: what training on one stage does to the results on the others."""
 
 from __future__ import annotations
 
@@ -13,39 +13,31 @@ from peso.evaluation.tables import Cell, Table
 from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_terms
 
 FEW = 6  # systems with a heat map for each of two metrics; of more, one each
-RETRAIN = "retrain"  # the strategy that learns every stage anew from all data so far
+RETRAIN = "retrain"  # the strategy that trains from scratch on all data so far
 
 
-def transfer(comparison: Comparison) -> Section:
-    """Transfer, forgetting, and the regret against learning anew."""
-    title = "Forgetting and transfer"
+def transfer(comparison: Comparison) -> Section | None:
+    """Transfer, forgetting, and the regret against retraining."""
     tested = [system for system in comparison.systems if any(run.across for run in system.runs)]
     anew = next((s for s in comparison.systems if s.family == RETRAIN), None)
-    if not tested and anew is None:
-        return Section(
-            "transfer",
-            title,
-            [
-                "Not measured: it needs the models after each stage tested on the cases of the others "
-                "(`transfer` in a comparison, `peso evaluate --on`), or a system that learns each stage anew "
-                "(`retrain`)."
-            ],
-        )
+    tables = [_table(comparison, metric, anew) for metric in comparison.headline]
+    if not any(table.rows for table in tables):
+        return None
     text = (
-        "Rows are models, after stage i; columns the test cases of stage j, each with shades of its own. "
-        "Backward transfer is the mean change of the result on earlier stages by what was learnt later; "
-        "forgetting the mean distance to the best there was on them; forward transfer how much the stages "
-        "before j help on j, against the model of the base stage. Regret is how much better a model is that "
-        "learns every stage anew."
+        "Backward transfer is the mean change of the result on earlier stages caused by later training. "
+        "Forgetting is the mean loss against the best earlier result on a stage. Forward transfer is how "
+        "much the stages before stage j help on j, compared with the model of stage 0. Regret is how "
+        "much better retraining from scratch is. In the maps, rows are models, columns are test cases, and "
+        "each column has its own color scale."
     )
     ndcg, _, log_probability = comparison.headline
     shown = [ndcg, log_probability] if len(tested) <= FEW else [ndcg]
     return Section(
         "transfer",
-        title,
+        "Forgetting and transfer",
         [text],
         plots=[_heat_map(comparison, system, metric) for metric in shown for system in tested],
-        tables=[_table(comparison, metric, anew) for metric in comparison.headline],
+        tables=tables,
     )
 
 
@@ -81,8 +73,8 @@ def _table(comparison: Comparison, metric: Metric, anew: System | None) -> Table
         f"{metric.label}: transfer and forgetting",
         ["Strategy", "Backward transfer", "Forward transfer", "Forgetting", "Regret against retraining"],
         rows,
-        "± is the half width of the 95 % interval over the users, of the seeds that were tested on other "
-        "stages; for forgetting with the best model on each stage taken as given.",
+        "± half width of the 95 % interval over users, for the seeds that were tested on other stages; for "
+        "forgetting, the best earlier model of each stage is taken as given.",
     )
 
 
