@@ -77,7 +77,7 @@ def test_ingest_prints_the_published_counts_and_writes_them_down(peso, release_d
 def test_a_run_ends_with_a_table_and_a_report(peso, workspace, config_file):
     status, out, _ = peso("run", config_file, "-w", workspace)  # all is done: only the table and the report
     assert status == 0
-    assert "hit@10" in out
+    assert "Hit@10" in out
     assert "popularity" in out
     assert (workspace / "report" / "index.html").is_file()
 

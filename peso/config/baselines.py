@@ -86,9 +86,10 @@ class HybridConfig(Section):
     two_tower: TwoTowerConfig = TwoTowerConfig()
 
 
-DEFAULT_BASELINES = [PopularityConfig(last=1), ItemKnnConfig(), EaseConfig()]  # each takes seconds
 PlainBaselineConfig = PopularityConfig | ItemKnnConfig | EaseConfig | TwoTowerConfig | SasRecConfig
 BaselineConfig = PlainBaselineConfig | HybridConfig
+# each takes seconds
+DEFAULT_BASELINES: list[BaselineConfig] = [PopularityConfig(last=1), ItemKnnConfig(), EaseConfig()]
 
 
 def _named(value: Any) -> Any:
