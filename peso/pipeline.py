@@ -188,7 +188,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
     return manifest
 
 
-def update_items(workspace: Workspace, data: DataConfig) -> dict[str, Any]:
+def update_items(workspace: Workspace, data: DataConfig, observer: Observer) -> dict[str, Any]:
     """Correct titles, texts and categories in the item table; returns what changed. Semantic IDs stay.
 
     Args:
@@ -203,7 +203,7 @@ def update_items(workspace: Workspace, data: DataConfig) -> dict[str, Any]:
 
     stream, ids = _stream(workspace), workspace.semantic_ids_directory
     with commit_directory(workspace.stream_directory) as directory:
-        done = fill_corrected_stream(data, stream.directory, directory)
+        done = fill_corrected_stream(data, stream.directory, directory, observer)
         if workspace.has_semantic_ids and lacks_tree(ids):  # the categories of now are the only record of it
             known = stream.items.slice(0, len(read_semantic_ids(ids).item_ids))
             with commit_directory(ids) as kept:

@@ -6,12 +6,13 @@ What is removed leaves no trace in what comes afterwards: the same append and up
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peso.durable import commit_directory, json_text, remove_directory, write_atomically
 from peso.errors import WorkspaceError
 from peso.events.append import take_back as fill_shorter_stream
 from peso.events.stream import Stream
+from peso.items.index_files import EARLIER
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.manifest import MANIFEST, read_manifest
 from peso.progress import Observer
@@ -24,8 +25,10 @@ class LastStep:
 
     Attributes:
         stages: the trained stage, or all stages of the append.
-        appended: whether it is an append: then ``events`` and ``items`` go with it, and the ``semantic_ids``
-            of as many of the items as have one.
+        appended: whether it is an append: then ``events`` and ``items`` go with it, and as many
+            ``semantic_ids``.
+        all_ids: whether these are all there are, since they were made in one go after the append and no stage
+            was trained with them.
     """
 
     stages: range
@@ -33,6 +36,7 @@ class LastStep:
     events: int = 0
     items: int = 0
     semantic_ids: int = 0
+    all_ids: bool = False
 
     def __str__(self) -> str:
         name = stages_named(self.stages)
@@ -40,7 +44,7 @@ class LastStep:
             return f"the training of {name} and every test of it; its events stay"
         return (
             f"{name}, appended but not trained: {self.events:,} events, the {self.items:,} items that "
-            f"came with them and {self.semantic_ids:,} semantic IDs"
+            f"came with them and {'all ' * self.all_ids}{self.semantic_ids:,} semantic IDs"
         )
 
 
@@ -63,11 +67,16 @@ def last_step(workspace: Workspace) -> LastStep:
     appended = stream.manifest.get("appended", [])
     if appended and (first := int(appended[-1]["first_stage"])) > newest:
         stages, known = range(first, stream.stages), stream.items_known(first - 1)
-        coded = known
-        if workspace.has_semantic_ids:
-            coded = int(read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["items"])
         events = sum(stream.counts[number]["events"] for number in stages)
-        return LastStep(stages, True, events, len(stream.items) - known, max(coded - known, 0))
+        step = LastStep(stages, True, events, len(stream.items) - known)
+        if not workspace.has_semantic_ids:
+            return step
+        ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+        if ids["items"] <= known:
+            return step
+        if not trained and not any(before["items"] <= known for before in ids.get(EARLIER, [])):
+            return replace(step, semantic_ids=ids["items"], all_ids=True)
+        return replace(step, semantic_ids=ids["items"] - known)
     if newest > 0:
         return LastStep(range(newest, newest + 1), False)
     what = "stage 0 and the stream that was ingested" if trained else "the stream that was ingested"
@@ -93,7 +102,9 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
     if step.appended:
         with commit_directory(workspace.stream_directory) as shorter:
             fill_shorter_stream(workspace.stream_directory, shorter)
-            if step.semantic_ids:
+            if step.all_ids:
+                remove_directory(workspace.semantic_ids_directory)
+            elif step.semantic_ids:
                 from peso.items.tokenize import take_back as fill_shorter_ids
 
                 ids = workspace.semantic_ids_directory

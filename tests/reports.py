@@ -145,7 +145,7 @@ INDEX = {
             {"stage": stage, "items": 20, "error": 0.4 + 0.1 * stage, "wanted_taken": stage, "sharing": 0}
             for stage in range(1, len(CASES))
         ],
-        "warnings": ["stage 4: the codes write its 20 new items badly; tokenize anew is due"],
+        "warnings": ["stage 4: the codes write its 20 new items badly; refit the codebooks"],
     },
 }
 

@@ -73,7 +73,7 @@ def ingest(
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
     overrides = [*([f"data.items.path={_quoted(items)}"] if items else []), *overrides]
-    is_config = source is not None and source.endswith((".yaml", ".yml"))
+    is_config = source is not None and source.lower().endswith((".yaml", ".yml"))
     if is_config and (append or data_format):
         raise UsageError(
             f"{source} is a configuration: leave --format out, and --append takes a log of new events"
@@ -163,6 +163,8 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     from peso.config import load_config
     from peso.events.sources.files import kind_of
 
+    if others := [text for text in overrides if not text.startswith("data.")]:
+        raise ConfigError(f"--items takes --set for keys of data only, not {', '.join(others)}")
     opened = Workspace.open(path)
     data, known = opened.config.data, opened.config.data.items
     kind = kind_of(items) or (known and known.format) or data.format
@@ -180,7 +182,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
             f"say which columns of {items} hold what: --set data.items.columns.title=…, .category=…, .text=…"
         )
     with opened.lock():
-        done = pipeline.update_items(opened, given)
+        done = pipeline.update_items(opened, given, Terminal())
         pending = pipeline.items_without_id(opened)
     command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
     if as_json:
@@ -188,8 +190,8 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
         return
     say(
         f"{path}: {done['changed']:,} items corrected ({done['titles']:,} titles, {done['texts']:,} texts, "
-        f"{done['categories']:,} categories); {done['found']:,} of {done['rows']:,} items in {items} are in "
-        "the stream. Semantic IDs that items have stay as they are"
+        f"{done['categories']:,} categories); {items} has {done['items_found']:,} of the items in the stream "
+        f"and {done['rows'] - done['items_found']:,} others. Semantic IDs that items have stay as they are"
     )
     if command:
         say(f"next: {command}")

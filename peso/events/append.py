@@ -179,16 +179,18 @@ def take_back(earlier: str | Path, directory: Path) -> None:
     write_manifest(directory, FORMAT, content)
 
 
-def update_items(data: DataConfig, earlier: str | Path, directory: Path) -> dict[str, Any]:
+def update_items(
+    data: DataConfig, earlier: str | Path, directory: Path, observer: Observer | None = None
+) -> dict[str, Any]:
     """Fill an existing, empty directory with the stream at ``earlier``, its item table corrected.
 
     Title, text and category of an item become those of its first row in ``data.items``. An empty cell, and a
     field for which ``data.items.columns`` names no column, leaves what was there.
 
     Returns:
-        What was done: ``rows`` (items in the table), ``found`` (those that the stream has), ``changed``, how
-        many ``titles``, ``texts`` and ``categories`` changed, and what
-        :func:`peso.events.stage_writer.new_items` counts. The manifest keeps it under ``item_updates``.
+        What was done: ``rows`` (items in the table), what :func:`peso.events.stage_writer.new_items` counts,
+        ``changed`` (items), and how many ``titles``, ``texts`` and ``categories`` changed. The manifest keeps
+        it under ``item_updates``.
 
     Raises:
         DataError: an unreadable table, or one without any item of the stream.
@@ -199,16 +201,15 @@ def update_items(data: DataConfig, earlier: str | Path, directory: Path) -> dict
     numbers = pa.table({"name": stream.items[columns.ITEM_ID], "n": range(len(stream.items))})
     with temporary_database(directory) as connection:
         connection.from_arrow(numbers).create("item_numbers")
-        given, counted = new_items(connection, table, data.on_error == "skip", Silent())
+        given, counted = new_items(connection, table, data.on_error == "skip", observer or Silent())
         rows = scalar(connection, "SELECT count(DISTINCT item_id) FROM catalogue")
-        found = counted["items_found"]
-    if not found:
+    if not counted["items_found"]:
         raise DataError(
             f"{path} has {rows:,} items, but none of the {len(stream.items):,} of the stream (its first is "
             f"{stream.item_ids[0]!r}); are its ids those of the log? Set data.items.columns.item"
         )
     items, changed = stream.items, np.zeros(len(stream.items), bool)
-    done: dict[str, Any] = {"path": path, "rows": rows, "found": found}
+    done: dict[str, Any] = {"path": path, "rows": rows, **counted}
     for name, told in ((columns.TITLE, "titles"), (columns.TEXT, "texts"), (columns.CATEGORY, "categories")):
         new = pc.coalesce(given[name], items[name])
         differs = pc.fill_null(pc.not_equal(new, items[name]), True).to_numpy()
@@ -216,7 +217,7 @@ def update_items(data: DataConfig, earlier: str | Path, directory: Path) -> dict
         done[told] = int(differs.sum())
         changed |= differs
         items = items.set_column(items.column_names.index(name), name, new)
-    done |= {"changed": int(changed.sum()), **counted}
+    done["changed"] = int(changed.sum())
     write_items(items, directory)
     _link_stages(stream, stream.stages, directory)
     updates = [*stream.manifest.get("item_updates", []), done]

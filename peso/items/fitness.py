@@ -22,6 +22,8 @@ WORSE = 1.25  # times the error of the held-out items
 CHANCE = 0.01  # how often a warning of collisions may come from a handful of items by luck
 MORE_COLLISIONS = 0.1  # more of the items than of the held-out ones want an ID that is taken
 
+REFIT = "refit the codebooks: ingest and tokenize everything into a new workspace"
+
 
 def held_out(items: int, seed: int) -> np.ndarray:
     """bool (items,): which are left out of the fit. None of a catalogue too small to spare them."""
@@ -68,13 +70,13 @@ def refit_warnings(fitness: Mapping[str, Any]) -> list[str]:
         if error is not None and usual is not None and error > WORSE * usual:
             found.append(
                 f"stage {stage['stage']}: the codes write its {stage['items']:,} new items with an error of "
-                f"{error:.3f}, items of stage 0 that were held out with {usual:.3f}; tokenize anew is due"
+                f"{error:.3f}, items of stage 0 that were held out with {usual:.3f}; {REFIT}"
             )
         share, usual = stage["wanted_taken"] / stage["items"], expected["wanted_taken"] / expected["items"]
         if share > usual + MORE_COLLISIONS and _more_often(stage, expected):
             found.append(
                 f"stage {stage['stage']}: {share:.0%} of its {stage['items']:,} new items want an ID that is "
-                f"taken ({usual:.0%} of the items held out of stage 0 do); tokenize anew is due"
+                f"taken ({usual:.0%} of the items held out of stage 0 do); {REFIT}"
             )
     return found
 

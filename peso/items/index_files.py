@@ -29,6 +29,7 @@ FORMAT = 1
 INDEX_FILE = "index.parquet"
 ITEM_ID = "item_id"
 CODES = "codes"
+EARLIER = "earlier"  # key of the manifest: what it said before items were added, oldest first
 SHARED_IDS = "items of one ID stand in row order: the item that entered the catalogue first comes first"
 # A level of so many codes would be a vocabulary of its own; a larger number is a slip in the file.
 MAX_CODES = 65_536
@@ -116,7 +117,8 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
         at = int(outside.argmax())
         raise DataError(
             f"{path}: item {list(index)[at]!r} has codes {codes[at].tolist()} outside the sizes "
-            f"{list(sizes)} of the levels; give larger sizes, or tokenize anew"
+            f"{list(sizes)} of the levels; write the index with smaller codes, or ingest everything into a "
+            "new workspace (-w)"
         )
     return SemanticIds(list(index), codes, tuple(int(size) for size in sizes))
 

@@ -31,7 +31,7 @@ from peso.errors import ConfigError, DataError
 from peso.items import fitness, quality
 from peso.items.arrival import Arrival, groups_of
 from peso.items.category_path import LIMIT, Frozen, category_path_ids, category_tree
-from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
+from peso.items.index_files import EARLIER, FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.quantizers.balanced_rq_kmeans import fit_balanced_rq_kmeans
 from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
 from peso.items.quantizers.rq_kmeans import fit_rq_kmeans
@@ -44,7 +44,6 @@ from peso.progress import Observer, Silent
 CODEBOOKS_FILE = "codebooks.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 CATEGORIES_FILE = "categories.json"
-EARLIER = "earlier"  # key of the manifest: what it said before items were added, oldest first
 # Codes that were made with other values of these cannot be continued.
 FROZEN_KEYS = (
     "encoder",

@@ -87,7 +87,7 @@ class ItemEncoder:
         if given != fitted:
             raise DataError(
                 f"the vectors of the items are {given} wide, those the codebooks were fitted to {fitted}; "
-                "use the encoder and files of then, or tokenize anew"
+                "use the encoder and files of then, or ingest everything into a new workspace"
             )
         return ItemVectors(*self.fusion.apply(sources))
 

@@ -34,6 +34,7 @@ SHELVES = ("Home > Garden", "Home > Kitchen")
 PRODUCTS = [(f"i{k}", f"thing {k} of {k % 5}", SHELVES[k % 2]) for k in range(20)]
 FRESH = [(name, f"new {name}", SHELVES[0]) for name in [*NEW_ITEMS, "m0"]]
 TRAINED = "items: {quantizer: rq-kmeans, levels: 2, codes: 8}\n"
+TWO_STAGES = f"data.stages={{boundaries: [{T + 330 * 3600}]}}"  # of a week
 BY_CATEGORY = "items: {quantizer: category-path}\n"
 
 
@@ -254,7 +255,7 @@ def test_known_items_get_new_texts_and_keep_their_codes(
     status, out, err = peso("ingest", "--items", moved, "-w", shelves, "--json")
     assert status == 0, err
     done = json.loads(out)
-    assert [done[key] for key in ("rows", "found", "changed", "titles", "texts", "categories")] == [
+    assert [done[key] for key in ("rows", "items_found", "changed", "titles", "texts", "categories")] == [
         4,
         3,
         2,
@@ -433,23 +434,35 @@ def test_appends_are_undone_one_by_one(peso, logs: Path, shelves: Path) -> None:
     assert codes(shelves) == both
 
 
+def test_ids_that_were_made_after_an_append_go_with_it(peso, logs: Path, shelves: Path) -> None:
+    """Their sizes leave room for the items of the append as well: without it they would be others."""
+    before, sizes = snapshot(shelves), read_semantic_ids(shelves / "semantic_ids").sizes
+    assert peso("ingest", logs / "week.csv", "--append", "-w", shelves)[0] == 0
+    assert peso("tokenize", "-w", shelves)[0] == 0
+    assert read_semantic_ids(shelves / "semantic_ids").sizes != sizes
+    status, out, _ = peso("undo", "--yes", "-w", shelves)
+    assert status == 0
+    assert "all 24 semantic IDs" in out
+    assert not (shelves / "semantic_ids").exists()
+    assert peso("tokenize", "-w", shelves)[0] == 0
+    assert snapshot(shelves) == before
+
+
+def test_an_append_that_is_trained_in_part_loses_its_training_first(peso, logs: Path, shop: Path) -> None:
+    assert peso("ingest", logs / "week.csv", "--append", "-w", shop, "--set", TWO_STAGES)[0] == 0
+    assert peso("tokenize", "--append", "-w", shop)[0] == 0
+    assert peso("update", "-w", shop)[0] == 0
+    for stages, trained, left in (([2], [0, 1], 4), ([2, 3], [0, 1], 2), ([1], [0], 2)):
+        status, out, _ = peso("undo", "--yes", "-w", shop, "--json")
+        assert status == 0
+        assert json.loads(out)["stages"] == stages
+        assert Workspace.open(shop).finished_stages == trained
+        assert Stream.open(shop / "stream").stages == left
+
+
 def test_an_append_of_several_stages_goes_whole(peso, logs: Path, shelves: Path) -> None:
     before = snapshot(shelves)
-    middle = (T + 330 * 3600) * 1_000_000
-    from peso.events.times import iso
-
-    assert (
-        peso(
-            "ingest",
-            logs / "week.csv",
-            "--append",
-            "-w",
-            shelves,
-            "--set",
-            f"data.stages={{boundaries: ['{iso(middle)}']}}",
-        )[0]
-        == 0
-    )
+    assert peso("ingest", logs / "week.csv", "--append", "-w", shelves, "--set", TWO_STAGES)[0] == 0
     assert Stream.open(shelves / "stream").stages == 4
     status, out, _ = peso("undo", "--yes", "-w", shelves, "--json")
     assert status == 0
@@ -578,7 +591,9 @@ def command(root: Path, name: str, logs: Path) -> Callable[[], object]:
             elif name == "items":
                 assert workspace.config.data.items is not None
                 table_of = workspace.config.data.items.model_copy(update={"path": fixed["data.items.path"]})
-                pipeline.update_items(workspace, workspace.config.data.model_copy(update={"items": table_of}))
+                pipeline.update_items(
+                    workspace, workspace.config.data.model_copy(update={"items": table_of}), Silent()
+                )
             else:
                 from peso.undo import undo
 
