@@ -72,7 +72,7 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None) -> int | None:
             ends |= {b"\r\n"} if pairs else {b"\n"} if lines else set()
             if returns != pairs or pairs not in (0, lines) or len(ends) > 1:
                 return None  # line ends of several kinds
-            if (quote and quote in block) or len(rest) > LONGEST - BLOCK:
+            if (quote and quote in block) or len(rest) > LONGEST - BLOCK or not _is_utf8(block):
                 return None
             rows += lines + (not block.endswith(b"\n"))
             if block.startswith((b"\n", b"\r")) or b"\n\n" in block or b"\n\r\n" in block:
@@ -211,6 +211,13 @@ def _not_text(line: str, encoding: str) -> Unreadable | None:
         f"is not {encoding.upper()} ({line[:80]!r}); if the whole file has another encoding, say so (for CSV "
         "data.encoding: latin-1), or convert it"
     )
+
+
+def _is_utf8(block: bytes) -> bool:
+    try:
+        return block.isascii() or bool(block.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _refuse_constant(name: str) -> None:

@@ -6,6 +6,7 @@ import glob
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import duckdb
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from peso.errors import DataError
 from peso.events.database import identifier, literal
 from peso.events.sources.files import first_fields, open_text, require_same, require_text
-from peso.events.sources.lines import LONGEST, Dialect
+from peso.events.sources.lines import LONGEST, Dialect, json_rows
 
 KEYS_FROM = 1000  # records of JSON lines whose keys a message lists
 BLANKS = literal(" \t\n\r\u00a0")  # SQL: the characters that make no id by themselves
@@ -116,7 +117,7 @@ class FileTable:
         rows = duckdb.execute(
             f"SELECT 1 FROM {_json_objects(self.files)} WHERE json_exists(json, {_pointer(name)}) LIMIT 1"
         )
-        return bool(rows.fetchall())
+        return bool(rows.fetchall()) or name in _json_keys(self.files, KEYS_FROM)
 
 
 def csv_table(
@@ -172,7 +173,7 @@ def jsonl_table(files: Sequence[Path], wanted: Sequence[str] | None = None) -> F
                 f"{file} is a JSON array; JSON lines are needed, one object a line "
                 "(for example by `jq -c '.[]' FILE > log.jsonl`)"
             )
-        if "\0" in start or "\udcff" in start:
+        if "\0" in start[:2] or start[:2] in ("\udcff\udcfe", "\udcfe\udcff"):
             raise DataError(f"{file} is not UTF-8 text, which JSON lines have to be; convert it")
     names = list(dict.fromkeys(_json_keys(files) if wanted is None else wanted))
     fields = ", ".join(f"found[{place + 1}] AS c{place}" for place in range(len(names)))
@@ -261,7 +262,12 @@ def _json_keys(files: Sequence[Path], records: int | None = None) -> list[str]:
         f"SELECT DISTINCT unnest(json_keys(json)) FROM (SELECT json FROM {_json_objects(files)}{limit}) "
         "WHERE json_type(json) = 'OBJECT'"
     )
-    return sorted(key for (key,) in keys.fetchall())
+    found = {key for (key,) in keys.fetchall()}
+    if not found:  # lines that end in carriage returns are one line for DuckDB
+        for file in files:
+            rows = islice(json_rows(file), records)
+            found.update(key for _, row in rows if isinstance(row, dict) for key in row)
+    return sorted(found)
 
 
 def _pointer(name: str) -> str:
