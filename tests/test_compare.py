@@ -292,7 +292,7 @@ def test_a_budget_that_is_no_time_is_refused(tmp_path, peso):
     plan_of(tmp_path, {"strategies": ["single"]})
     for budget in ("soon", "", "10", "1d"):
         status, _, err = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--budget", budget)
-        assert status == 1
+        assert status == 2
         assert "90m" in err
 
 
