@@ -10,7 +10,6 @@ and the sha256 of its files, and under ``downloads/`` what an interrupted pull h
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
+
+from filelock import FileLock
 
 from peso.durable import checksum, commit_directory
 from peso.errors import AssetError
@@ -161,8 +162,7 @@ def _checksum_of(path: Path, size: int, changed: int) -> str:
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """A second pull of the same asset waits for the first and then finds it done."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f".{directory.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(directory.parent / f".{directory.name}.lock"):
         yield
 
 

@@ -11,7 +11,6 @@ same answers.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,8 @@ from peso.events.histories import Stage
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.manifest import MANIFEST, read_manifest, write_manifest
+from peso.json_files import read_json_object
+from peso.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.progress import Observer
 from peso.threads import threads
 from peso.workspace import METRICS, PREDICTIONS, Workspace, provenance
@@ -77,13 +77,34 @@ class BaselineRun:
         return self.directory / str(stage)
 
     def is_done(self, stage: int) -> bool:
-        """Whether answers are there and belong to these data, options and models."""
-        directory = self.stage_directory(stage)
-        return (
-            (directory / MANIFEST).is_file()
-            and read_manifest(directory, FORMAT)["determined_by"] == self.determination(stage)
-            and (directory / PREDICTIONS).is_file()
-        )
+        """Whether answers are there and belong to these data, options and models.
+
+        Raises:
+            WorkspaceError: the directory of the stage is damaged, incomplete, or of another stage.
+        """
+        if not self.stage_directory(stage).exists():
+            return False
+        manifest = self._manifest(stage)
+        for name in manifest["files"]:
+            # weights may be: a run is sometimes kept for its answers alone
+            if not (manifest.directory / name).is_file() and not name.startswith(f"{MODEL}/"):
+                raise WorkspaceError(
+                    f"{manifest.directory / name} is missing; restore it from a copy, or remove "
+                    f"{manifest.directory} and make it again"
+                )
+        return manifest["determined_by"] == self.determination(stage)
+
+    def _manifest(self, stage: int) -> Manifest:
+        manifest = read_manifest(self.stage_directory(stage), FORMAT)
+        if manifest["stage"] != stage:
+            raise WorkspaceError(
+                f"{manifest.directory} holds stage {manifest['stage']}, not stage {stage}; restore it from a "
+                "copy, or remove it and make it again"
+            )
+        return manifest
+
+    def _file(self, stage: int, name: str) -> Path:
+        return intact(self.stage_directory(stage), name, self._manifest(stage))
 
     def determination(self, stage: int) -> str:
         """Digest of all that determines the answers to a stage."""
@@ -188,7 +209,7 @@ class BaselineRun:
         stages = self._until(stage)
         baseline = self._make(config)
         if stage:
-            baseline.restore(self.stage_directory(stage - 1) / MODEL, stages[:-1])
+            baseline.restore(self._model(stage - 1), stages[:-1])
         figures = baseline.learn(stages, observer)
         (aside / MODEL).mkdir()
         baseline.save(aside / MODEL)
@@ -212,12 +233,18 @@ class BaselineRun:
         """What was learnt and chosen at a stage that is done."""
         from peso.baselines.answers import BaselineAnswers
 
-        settings = read_manifest(self.stage_directory(stage), FORMAT)["settings"]
+        settings = self._manifest(stage)["settings"]
         if isinstance(self.config, HybridConfig):
             return self._fusion(self.config, stage, settings["weight"])
         baseline = self._make(self.config)
-        baseline.restore(self.stage_directory(stage) / MODEL, self._until(stage))
+        baseline.restore(self._model(stage), self._until(stage))
         return BaselineAnswers(baseline, self.ids.trie, **settings)
+
+    def _model(self, stage: int) -> Path:
+        """What a baseline has learned, every file checked."""
+        directory = self.stage_directory(stage)
+        all_intact(directory, (MODEL,), self._manifest(stage))
+        return directory / MODEL
 
     def _fusion(self, config: HybridConfig, stage: int, weight: float | None) -> HybridAnswers:
         from peso.baselines.answers import BaselineAnswers
@@ -262,22 +289,28 @@ class BaselineRun:
 
     def metrics(self, stage: int) -> Mapping[str, Any]:
         """Of a stage that is done, kept up to date: each metric's estimate by name."""
-        text = (self.stage_directory(stage) / METRICS).read_text(encoding="utf-8")
-        return json.loads(text)[Path(PREDICTIONS).stem]
+        return read_json_object(self._file(stage, METRICS))[Path(PREDICTIONS).stem]
 
     def summaries(self) -> list[RunSummary]:
         """As runs of a report: the baseline kept up to date, and as it stood after stage 0 (``static``).
 
         Only what is done and belongs to these data; none where nothing is.
+
+        Raises:
+            WorkspaceError: a file is damaged, or missing before the last stage that is there.
         """
+        there = [stage for stage in self.stages if self.stage_directory(stage).exists()]
+        for stage in range(there[-1] if there else 0):
+            self._manifest(stage)
         done = [stage for stage in self.stages if self.is_done(stage)]
         continual, static = {}, {}
         for stage in done:
-            directory = self.stage_directory(stage)
-            size = sum(path.stat().st_size for path in (directory / MODEL).glob("*"))
-            cost = StageCost(read_manifest(directory, FORMAT)["seconds"], bytes_on_disk=size)
-            continual[stage] = StageSummary(read_predictions(directory / PREDICTIONS), cost)
-            static[stage] = StageSummary(read_predictions(directory / STATIC)) if stage else continual[stage]
+            size = sum(path.stat().st_size for path in (self.stage_directory(stage) / MODEL).glob("*"))
+            cost = StageCost(self._manifest(stage)["seconds"], bytes_on_disk=size)
+            continual[stage] = StageSummary(read_predictions(self._file(stage, PREDICTIONS)), cost)
+            static[stage] = continual[stage]
+            if stage:
+                static[stage] = StageSummary(read_predictions(self._file(stage, STATIC)))
         seed = self.workspace.config.seed if is_random(self.config) else None
         runs = [RunSummary(self.label, self.label, continual, seed=seed, baseline=True)] if continual else []
         if any(static):
@@ -288,8 +321,8 @@ class BaselineRun:
 
 def found_baselines(workspace: Workspace) -> list[BaselineConfig]:
     """Those that have something in ``baselines/``, in the order of their labels, configured or not."""
-    manifests = sorted((workspace.root / "baselines").glob(f"*/0/{MANIFEST}"))
-    return [read_baseline(read_manifest(manifest.parent, FORMAT)["baseline"]) for manifest in manifests]
+    found = sorted({stage.parent for stage in (workspace.root / "baselines").glob("[!.]*/[0-9]*")})
+    return [read_baseline(read_manifest(directory / "0", FORMAT)["baseline"]) for directory in found]
 
 
 def run_cheap_baselines(workspace: Workspace, observer: Observer) -> None:

@@ -6,8 +6,6 @@ printed or drawn.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from peso.errors import WorkspaceError
@@ -18,7 +16,7 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import token_name
 from peso.manifest import read_manifest
-from peso.workspace import LOG, METRICS, Workspace
+from peso.workspace import Workspace
 
 Titled = tuple[str, list[str], list[list[Any]]]  # a table: title, columns, rows
 
@@ -67,23 +65,16 @@ def anchors(workspace: Workspace) -> list[dict[str, Any]]:
     """
     found = []
     for stage in workspace.finished_stages:
-        directory = workspace.stage_directory(stage)
-        training = json.loads((directory / METRICS).read_text(encoding="utf-8"))["training"]
+        training = workspace.metrics(stage)["training"]
         if (moved := training.get("moved")) is None:
             continue
         told = training.get("strategy", {})
         from peso.continual.anchor_report import anchor_effect
 
-        held = training.get("anchor") or anchor_effect(stage, read_log(directory / LOG), told.get("rho"))
+        held = training.get("anchor") or anchor_effect(stage, workspace.log(stage), told.get("rho"))
         entry = {"stage": stage, "distance": moved["distance"], "kl": moved["kl"]}
         found.append({**entry, "strategy": told, **held})
     return found
-
-
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """The records of the stage whose ``log.jsonl`` this is."""
-    with log.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:

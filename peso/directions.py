@@ -6,7 +6,6 @@ mathematics is in ``peso/continual/directions.py``.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,12 +28,12 @@ from peso.continual.peso import Peso
 from peso.continual.proximal import DistanceTerm, SoftmaxKL
 from peso.errors import ConfigError, WorkspaceError
 from peso.events.stream import Stream
-from peso.model.build import has_adapter, load_stage_weights
+from peso.model.build import has_adapter
 from peso.model.generative import GenerativeModel
-from peso.stages import starting_model, stored_memory, strategy_of
+from peso.stages import load_stage, starting_model, stored_memory, strategy_of
 from peso.threads import threads
 from peso.training.examples import StageExamples
-from peso.workspace import LOG, METRICS, Workspace
+from peso.workspace import Workspace
 
 At = Literal["start", "end"]
 MOVES_ONE_ADAPTER = ("single", "peso", "replay", "distill", "average")
@@ -178,7 +177,7 @@ def _example_gradients(
         term.anchor(source)
     anchors = [group.snapshot().tensor for group in term.groups_of(source)]
     if at == "end":
-        load_stage_weights(model, workspace.stage_directory(stage))
+        load_stage(workspace, model, stage)
     with threads(model, config.training.threads):
         losses = given.losses(stage, examples)
         return model, term, ExampleGradients(term, source, losses, given.tokens, anchors), source
@@ -186,7 +185,7 @@ def _example_gradients(
 
 def _stored(workspace: Workspace, stage: int, model: GenerativeModel, source: Source) -> list[Tensor]:
     """What a stage left of what is anchored, read into the model."""
-    load_stage_weights(model, workspace.stage_directory(stage))
+    load_stage(workspace, model, stage)
     return [group.tensor.detach().clone() for group in find_groups(source)]
 
 
@@ -199,7 +198,7 @@ def _differences(workspace: Workspace, free: Workspace, stage: int) -> list[str]
             f"stage {stage} of {free.root} was trained with {free.config.strategy.name}; name a workspace "
             "that trained it with `single`, which has no anchor"
         )
-    ours, theirs = (w.stage_manifest(stage) for w in (workspace, free))
+    ours, theirs = (dict(w.stage_manifest(stage)) for w in (workspace, free))
     for key, what in (("backbone_sha256", "backbone"), ("inputs", "data")):
         if ours[key] != theirs[key]:
             raise WorkspaceError(f"stage {stage} of {free.root} was learnt on another {what}")
@@ -227,10 +226,8 @@ class _Pace:
 
     @classmethod
     def of(cls, workspace: Workspace, stage: int) -> _Pace:
-        directory = workspace.stage_directory(stage)
-        best = json.loads((directory / METRICS).read_text(encoding="utf-8"))["training"]["best_epoch"]
-        with (directory / LOG).open(encoding="utf-8") as lines:
-            steps = [record for record in map(json.loads, lines) if "learning_rate" in record]
+        best = workspace.metrics(stage)["training"]["best_epoch"]
+        steps = [record for record in workspace.log(stage) if "learning_rate" in record]
         rates = [(record["learning_rate"], record["epoch"] <= best) for record in steps]
         return cls(sum(rate for rate, _ in rates), sum(rate for rate, kept in rates if kept))
 

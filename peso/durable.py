@@ -1,51 +1,54 @@
-"""Files that are whole or absent, and their checksums.
-
-Knows the file system; knows nothing of what the files mean.
-"""
+"""Files that are whole or absent, their checksums, and one writer at a time."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from peso.errors import ExportError, WorkspaceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SEAL = b"sha256:"  # between the content of a sealed file and its digest
+LOCK = ".lock"
+
+_count = count()  # of what this process has written aside
 
 
 @contextmanager
 def commit_directory(target: Path) -> Iterator[Path]:
     """Write a directory aside; on success it appears whole under its name, on failure nothing does.
 
+    Several processes may write the same directory: the last one to finish wins, whole.
+
     Raises:
-        WorkspaceError: the disk is full (nothing half-written is left).
+        WorkspaceError: the disk is full or the place cannot be written (nothing half-written is left).
     """
-    aside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
+    target = Path(os.path.realpath(target))
+    with _explained(target):
+        if _kind(target) not in (None, stat.S_IFDIR):
+            raise NotADirectoryError(errno.ENOTDIR, "a file is there already")
+        aside = _aside(target)
+        aside.mkdir()
     try:
-        aside.mkdir(parents=True)
         yield aside
-        for path in [*aside.rglob("*"), aside]:
-            _fsync(path)
-        if target.exists():
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            aside.rename(target)
-        _fsync(target.parent)
+        with _explained(target):
+            for path in [*aside.rglob("*"), aside]:
+                _fsync(path)
+            _put_in_place(aside, target)
+            _fsync(target.parent)
     except BaseException as error:
         restore(target)
         shutil.rmtree(aside, ignore_errors=True)
@@ -72,27 +75,46 @@ def link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
+def _put_in_place(aside: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    while True:
+        try:
+            aside.rename(target)  # succeeds where nothing is, or an empty directory
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process took it away first
+            target.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Hold a directory, made if absent, against every other process.
+    """Hold a directory, made if absent, against every other process and thread.
 
     Raises:
-        WorkspaceError: another process holds it.
+        WorkspaceError: another process holds it, or it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a+") as handle:
+    with _explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    path = directory.resolve() / LOCK
+    with _explained(path):
+        lock = FileLock(path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            who = handle.read().strip() or "unknown"
+            lock.acquire(blocking=False)
+        except Timeout:
+            who = path.read_text(errors="replace").strip() or "unknown"
             raise WorkspaceError(
                 f"{directory} is being written by another process (pid {who}); wait for it or stop it"
             ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+    try:
+        with _explained(path):
+            path.write_text(str(os.getpid()))
         yield
+    finally:
+        lock.release()
 
 
 def restore(target: Path) -> None:
@@ -107,15 +129,20 @@ def write_aside(target: Path) -> Iterator[Path]:
     """A path to write one file to; on success it replaces `target`, on failure `target` is as before.
 
     Raises:
-        WorkspaceError: the disk is full (nothing half-written is left).
+        WorkspaceError: the disk is full or the place cannot be written (nothing half-written is left).
     """
-    aside = target.with_name(f".{target.name}.writing")
+    target = Path(os.path.realpath(target))
+    with _explained(target):
+        if _kind(target) not in (None, stat.S_IFREG):
+            raise IsADirectoryError(errno.EISDIR, "it is a directory or a device")
+        aside = _aside(target)
+        aside.touch()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         yield aside
-        _fsync(aside)
-        aside.replace(target)
-        _fsync(target.parent)
+        with _explained(target):
+            _fsync(aside)
+            aside.replace(target)
+            _fsync(target.parent)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         raise_if_full(error, target)
@@ -134,6 +161,48 @@ def require_free(directory: str | Path) -> Path:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"{target} is not empty; name a directory that does not exist yet")
     return target
+
+
+def _kind(path: Path) -> int | None:
+    """Of what stands there, None where nothing does. Raises OSError for a name that cannot be."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        return None
+
+
+def _aside(target: Path) -> Path:
+    """Where what becomes ``target`` is written: beside it, under a name that no other process uses. What
+    processes of this machine left there when they were killed is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    whose = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}.{platform.node()}."
+    for left in target.parent.iterdir():
+        if left.name.startswith(whose) and not _runs(int(left.name.removeprefix(whose).split(".")[0])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return target.with_name(f"{whose}{os.getpid()}.{next(_count)}.writing")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """An OSError as a WorkspaceError that says which place cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise_if_full(error, target)
+        raise WorkspaceError(
+            f"{target} cannot be written: {error.strerror or error}; change what is there, or choose another "
+            "place"
+        ) from error
 
 
 def is_full(error: BaseException) -> bool:
@@ -160,10 +229,25 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json_text(value), encoding="utf-8")
 
 
-def checksums(directory: Path) -> dict[str, str]:
-    """sha256 of every file below, by relative path, in order of path."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
-    return {str(path.relative_to(directory)): checksum(path) for path in files}
+def write_sealed(path: Path, content: bytes) -> None:
+    """Replace one file by content that is followed by its sha256."""
+    write_atomically(path, content + _SEAL + hashlib.sha256(content).digest())
+
+
+def read_sealed(path: Path) -> bytes:
+    """The content of what :func:`write_sealed` wrote. A file without a seal, of an older version, is
+    returned as it is.
+
+    Raises:
+        OSError: it cannot be read.
+        WorkspaceError: the content is not what was written.
+    """
+    content, seal, stated = path.read_bytes().rpartition(_SEAL)
+    if not seal or len(stated) != hashlib.sha256().digest_size:
+        return content + seal + stated
+    if hashlib.sha256(content).digest() != stated:
+        raise WorkspaceError(f"{path} is damaged: its content does not have the sha256 that it ends with")
+    return content
 
 
 def checksum(path: Path) -> str:

@@ -1,7 +1,4 @@
-"""Reading JSON objects that others wrote.
-
-Knows what can be wrong with the text of a file; knows nothing of what it means.
-"""
+"""Reading JSON: what can be wrong with the text of a file, said with its place."""
 
 from __future__ import annotations
 
@@ -52,6 +49,26 @@ def read_json_object(path: Path) -> dict[str, Any]:
             "check that it is the right file"
         )
     return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file that holds one JSON object a line.
+
+    Raises:
+        DataError: unreadable, not UTF-8, or a line that is not a JSON object (says which).
+    """
+    records: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                records.append(dict(json.loads(line)))
+        return records
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its rights") from None
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}, line {len(records) + 1}: not a JSON object ({error}); restore it from a copy"
+        ) from None
 
 
 class _Twice(Exception):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from peso import assets
@@ -22,11 +23,12 @@ from peso.continual.anchor_report import AnchorMonitor, anchor_effect, anchor_re
 from peso.continual.groups import find_groups
 from peso.continual.hooks import StageContext, Strategy
 from peso.determination import determination
-from peso.diagnosis import read_log
-from peso.durable import commit_directory, write_aside, write_json
+from peso.durable import commit_directory, read_sealed, write_json, write_sealed
+from peso.errors import WorkspaceError
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import INDEX_FILE
+from peso.json_files import read_json_lines
 from peso.manifest import read_manifest, write_manifest
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
@@ -160,7 +162,7 @@ def _train(
         figures["strategy"] = told
     if stage and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
-        figures["anchor"] = anchor_effect(stage, read_log(unfinished / LOG), told.get("rho"))
+        figures["anchor"] = anchor_effect(stage, read_json_lines(unfinished / LOG), told.get("rho"))
         if says := figures["anchor"]["says"]:
             observer.note(says)
     return figures
@@ -228,14 +230,22 @@ def _keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, fil
     """Write what a phase left in model and memory, whole or not at all."""
     kept = {f"memory.{name}": tensor for name, tensor in memory.items()}
     kept |= {f"model.{name}": p.detach().cpu().contiguous() for name, p in _learnable(model).items()}
-    with write_aside(file) as aside:
-        save_file({**kept, "seconds": torch.tensor(seconds)}, aside)
+    write_sealed(file, save({**kept, "seconds": torch.tensor(seconds)}))
 
 
 @torch.no_grad()
 def _restore(model: GenerativeModel, memory: dict[str, Tensor], file: Path) -> float:
-    """What :func:`_keep` wrote, into model and memory; returns the seconds."""
-    kept = load_file(file)
+    """What :func:`_keep` wrote, into model and memory; returns the seconds.
+
+    Raises:
+        WorkspaceError: it is damaged.
+    """
+    try:
+        kept = load(read_sealed(file))
+    except (OSError, SafetensorError, WorkspaceError) as error:
+        raise WorkspaceError(
+            f"{file} is damaged ({error}); remove {file.parent} to train this phase again"
+        ) from error
     for name, p in _learnable(model).items():
         p.copy_(kept[f"model.{name}"])
     memory.clear()

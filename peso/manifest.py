@@ -1,66 +1,175 @@
-"""Manifests beside data files: the number of the format, what was counted, the sha256 of every file.
+"""Manifests: beside data files, what they are, the number of their format, and the sha256 of each.
 
-Knows JSON and checksums; knows nothing of what the files hold or of who writes them safely.
+A file that a manifest lists is checked against its sha256 whenever it is loaded (:func:`intact`). A manifest
+carries a sha256 of its own content too; those that older versions wrote do not.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peso.durable import checksum, checksums, json_text, write_atomically
-from peso.errors import WorkspaceError
+from peso.durable import checksum, json_text, write_aside, write_atomically
+from peso.errors import DataError, WorkspaceError
+from peso.json_files import read_json_object
 
 MANIFEST = "manifest.json"
+FILES, OWN = "files", "sha256"
+# Files that are about to be replaced, with their new sha256: until the manifest is written again, the old
+# file and the new one are both intact, wherever a crash falls between.
+REPLACING = "replacing"
 
 
-def write_manifest(directory: Path, number: int, content: Mapping[str, Any]) -> None:
-    """Write ``manifest.json`` last: ``content``, then the format's number and the files' checksums."""
-    whole = {**content, "format": number, "files": checksums(directory)}
-    write_atomically(directory / MANIFEST, json_text(whole).encode())
+class Manifest(dict[str, Any]):
+    """What the manifest of a directory says. A key that it lacks raises a WorkspaceError that names both."""
+
+    def __init__(self, directory: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.directory = directory
+
+    def __missing__(self, key: str) -> Any:
+        raise WorkspaceError(f"{self.directory / MANIFEST} is damaged (no {key!r}); {_cure(self.directory)}")
 
 
-def read_manifest(directory: Path, number: int) -> dict[str, Any]:
+def write_manifest(
+    directory: Path, number: int, content: Mapping[str, Any], known: Mapping[str, str] | None = None
+) -> None:
+    """Write ``manifest.json`` last: ``content``, then the format's number and the files' checksums.
+
+    Args:
+        known: checksums of files that were written earlier, by another step; they are not computed again.
+    """
+    found = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = [str(path.relative_to(directory)) for path in found]
+    known = known or {}
+    files = {name: known[name] if name in known else checksum(directory / name) for name in names}
+    _write(directory, {**content, "format": number, FILES: files})
+
+
+@contextmanager
+def replace_file(directory: Path, name: str, number: int) -> Iterator[Path]:
+    """A path to write a file of a finished directory to. On success it is there and the manifest lists it, as
+    it lists the others; killed at any moment, no file disagrees with the manifest."""
+    with write_aside(directory / name) as aside:
+        yield aside
+        new = checksum(aside)
+        manifest = read_manifest(directory, number)
+        files, replacing = dict(manifest[FILES]), dict(manifest.get(REPLACING, {}))
+        begun = replacing.get(name)  # by a step that was killed
+        if begun is not None and (directory / name).is_file() and checksum(directory / name) == begun:
+            files[name] = begun
+        _write(directory, {**manifest, FILES: files, REPLACING: {**replacing, name: new}})
+    replacing.pop(name, None)
+    _write(directory, {**manifest, FILES: {**files, name: new}, REPLACING: replacing})
+
+
+def remove_folder(directory: Path, name: str, number: int) -> None:
+    """Take the files of a folder out of the manifest of a finished directory, then remove them."""
+    manifest = read_manifest(directory, number)
+    kept = {
+        key: {file: sha256 for file, sha256 in manifest[key].items() if not file.startswith(f"{name}/")}
+        for key in (FILES, REPLACING)
+        if key in manifest
+    }
+    _write(directory, {**manifest, **kept})
+    shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def _write(directory: Path, content: Mapping[str, Any]) -> None:
+    content = {key: value for key, value in content.items() if key != OWN and (key, value) != (REPLACING, {})}
+    write_atomically(directory / MANIFEST, json_text({**content, OWN: _own(content)}).encode())
+
+
+def _own(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_text(content).encode()).hexdigest()
+
+
+def read_manifest(directory: Path, number: int) -> Manifest:
     """Read the manifest of a directory whose format this version knows up to ``number``.
 
     Raises:
         WorkspaceError: there is none, it is damaged, or a newer version wrote it.
     """
     path = directory / MANIFEST
+    if not path.is_file():
+        raise WorkspaceError(f"{path} is missing; {_cure(directory)}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        written = manifest["format"]
-        files = manifest["files"]
-    except FileNotFoundError:
-        raise WorkspaceError(f"{path} is missing; remove {directory} and make it again") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WorkspaceError(
-            f"{path} is damaged ({type(error).__name__}: {error}); remove {directory} and make it again"
-        ) from None
-    if not isinstance(written, int) or written > number:
-        raise WorkspaceError(
-            f"{path} was written by a newer version of peso (format {written}; this one reads "
-            f"up to {number}); update peso"
-        )
-    if not isinstance(files, dict):
-        raise WorkspaceError(f"{path} is damaged (no checksums); remove {directory} and make it again")
-    return manifest
+        content = read_json_object(path)
+        if type(content["format"]) is int and content["format"] > number:
+            raise WorkspaceError(
+                f"{path} was written by a newer version of peso (format {content['format']}; this one reads "
+                f"up to {number}); update peso"
+            )
+        stated = content.get(OWN)
+        if stated is not None and stated != _own({k: v for k, v in content.items() if k != OWN}):
+            raise ValueError("its content and its own sha256 do not fit")
+        if (
+            not isinstance(content[FILES], dict)
+            or type(content["format"]) is not int
+            or content["format"] < 1
+        ):
+            raise ValueError("no checksums, or no number of a format")
+    except KeyError as error:
+        raise WorkspaceError(f"{path} is damaged (no {error}); {_cure(directory)}") from None
+    except (DataError, ValueError) as error:
+        raise WorkspaceError(f"{path} is damaged ({error}); {_cure(directory)}") from None
+    return Manifest(directory, content)
 
 
-def intact(directory: Path, name: str, manifest: Mapping[str, Any]) -> Path:
+def intact(directory: Path, name: str, manifest: Mapping[str, Any], cure: str = "") -> Path:
     """The path of a file whose checksum is the manifest's.
 
+    Args:
+        cure: what to do if it is not; none given: make the directory again.
+
     Raises:
-        WorkspaceError: the file is missing or has changed since the manifest was written.
+        WorkspaceError: the file is not listed, missing, or has changed since the manifest was written.
     """
-    path = directory / name
-    if not path.is_file():
-        raise WorkspaceError(f"{path} is missing; remove {directory} and make it again")
-    if checksum(path) != manifest["files"].get(name):
-        raise WorkspaceError(
-            f"{path} is damaged: its sha256 is not the one in {MANIFEST}; "
-            f"remove {directory} and make it again"
-        )
+    path, cure = directory / name, cure or _cure(directory)
+    try:
+        found = checksum(path)
+    except FileNotFoundError:
+        raise WorkspaceError(f"{path} is missing; {cure}") from None
+    except OSError as error:
+        raise WorkspaceError(f"{path} cannot be read: {error.strerror}; {cure}") from None
+    if found not in _checksums_of(name, manifest):
+        # another process may have replaced it since the manifest was read
+        now = read_manifest(directory, manifest["format"])
+        if found not in _checksums_of(name, now):
+            raise WorkspaceError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; {cure}")
     return path
+
+
+def all_intact(directory: Path, parts: Sequence[str], manifest: Mapping[str, Any]) -> None:
+    """Check every listed file of some parts (a file, or a folder with all that is in it), and that the parts
+    hold no other.
+
+    Raises:
+        WorkspaceError: as :func:`intact`, or a file that the manifest does not list.
+    """
+    listed = {name for name in manifest[FILES] if name.split("/")[0] in parts}
+    for name in sorted(listed):
+        intact(directory, name, manifest)
+    for part in parts:
+        path = directory / part
+        for found in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            name = str(found.relative_to(directory))
+            if found.is_file() and name not in listed and not found.name.startswith("."):
+                raise WorkspaceError(f"{found} does not belong there: {MANIFEST} does not list it; remove it")
+
+
+def is_listed(directory: Path, name: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether a file must be there, or is there since a step that wrote it was killed before its end."""
+    return name in manifest[FILES] or (name in manifest.get(REPLACING, {}) and (directory / name).is_file())
+
+
+def _checksums_of(name: str, manifest: Mapping[str, Any]) -> list[str]:
+    return [files[name] for files in (manifest[FILES], manifest.get(REPLACING, {})) if name in files]
+
+
+def _cure(directory: Path) -> str:
+    return f"restore it from a copy, or remove {directory} and make it again"

@@ -8,7 +8,7 @@ ingest → stream/, tokenize → semantic_ids/, learn → stages/{t}/, test → 
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,17 +26,18 @@ from peso.events.append import append as fill_longer_stream
 from peso.events.append import update_items as fill_corrected_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
+from peso.events.stream import FORMAT as STREAM_FORMAT
 from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
 from peso.items.semantic_ids import SemanticIds
-from peso.manifest import read_manifest
+from peso.manifest import intact, read_manifest, write_manifest
 from peso.processes import current
 from peso.progress import Observer, Silent
 from peso.testing import is_tested, test, test_directory
 from peso.threads import threads
 from peso.user_table import read_user_table, tell_found
-from peso.workspace import METRICS, Workspace
+from peso.workspace import FORMAT, METRICS, Workspace, refuse_own
 
 # -- what is left to do ------------------------------------------------------------------------------
 
@@ -135,17 +136,13 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
             f"undo; `peso undo -w {workspace.root}` removes one append, or take a new workspace (-w)"
         )
     observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
-    try:
-        told = read_user_table(users) if (users := workspace.config.report.users) else {}
-        with commit_directory(workspace.stream_directory) as directory:
-            manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
-            if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
-                remove_directory(workspace.semantic_ids_directory)  # before the stream they do not belong to
-                observer.note("the data changed: their semantic IDs have to be made again")
-        tell_found(told, _stream(workspace), observer)
-    except Exception:
-        workspace.discard_if_bare()
-        raise
+    told = read_user_table(users) if (users := workspace.config.report.users) else {}
+    with commit_directory(workspace.stream_directory) as directory:
+        manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
+        if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
+            remove_directory(workspace.semantic_ids_directory)  # before the stream they do not belong to
+            observer.note("the data changed: their semantic IDs have to be made again")
+    tell_found(told, _stream(workspace), observer)
     return manifest
 
 
@@ -299,7 +296,8 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
         ExportError: the place is taken.
     """
     _require_semantic_ids(workspace)
-    if path.exists():
+    refuse_own(path)
+    if os.path.lexists(path):
         raise ExportError(f"{path} is there already; name a file that does not exist yet")
     ids = read_semantic_ids(workspace.semantic_ids_directory)
     if stage is not None:
@@ -396,9 +394,8 @@ def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> No
     if changed:
         raise WorkspaceError(f"the data of {source.root} were made otherwise: {', '.join(changed)} differ")
     _require_semantic_ids(source)
-    for name in ("stream_directory", "semantic_ids_directory"):
-        with commit_directory(getattr(workspace, name)) as directory:
-            shutil.copytree(getattr(source, name), directory, copy_function=link, dirs_exist_ok=True)
+    _take_over(source.stream_directory, workspace.stream_directory, STREAM_FORMAT)
+    _take_over(source.semantic_ids_directory, workspace.semantic_ids_directory, IDS_FORMAT)
     observer.note(f"stream and semantic IDs: taken over from {source.root}")
 
 
@@ -423,9 +420,7 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
             break
         if base.stage_manifest(stage)["determined_by"] != determination(workspace, stage):
             break
-        with commit_directory(workspace.stage_directory(stage)) as directory:
-            source = base.stage_directory(stage)
-            shutil.copytree(source, directory, copy_function=link, dirs_exist_ok=True)
+        _take_over(base.stage_directory(stage), workspace.stage_directory(stage), FORMAT)
         observer.note(f"stage {stage}: taken over from {base.root}")
 
 
@@ -494,3 +489,16 @@ def _refuse_if_learnt(workspace: Workspace, what: str) -> None:
             f"stages {workspace.finished_stages} of {workspace.root} were learnt from the {what} there; "
             "take a new workspace (-w) for other data"
         )
+
+
+def _take_over(source: Path, target: Path, number: int) -> None:
+    """Link the files of a finished directory into another place, each checked first, and its manifest."""
+    with commit_directory(target) as directory:
+        while True:
+            manifest = read_manifest(source, number)
+            for name in manifest["files"]:
+                (directory / name).unlink(missing_ok=True)
+                link(intact(source, name, manifest), directory / name)
+            if read_manifest(source, number) == manifest:  # else a test has replaced files meanwhile
+                break
+        write_manifest(directory, number, manifest, manifest["files"])

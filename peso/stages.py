@@ -19,13 +19,14 @@ from peso.continual.strategy import Strategy, make_strategy
 from peso.determination import require_as_determined
 from peso.errors import BackboneError, ConfigError, WorkspaceError
 from peso.items.index_files import read_semantic_ids
+from peso.manifest import all_intact, read_manifest
 from peso.model.adapter import weights_without_adapter
-from peso.model.build import build_model, has_adapter, load_stage_weights, round_frozen
+from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.model.past import Past, put_past
 from peso.training.precision import Precision
-from peso.workspace import Workspace, own_strategy
+from peso.workspace import FORMAT, Workspace, own_strategy
 
 MEMORY = "state.safetensors"
 AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on
@@ -112,19 +113,31 @@ def put_back(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
     of ``stage``; where stage 0 trained the backbone itself, the vocabulary that it left."""
     fresh = _build(workspace, stage, whole=False)
     if trains_backbone(workspace, 0):
-        load_stage_weights(fresh, workspace.stage_directory(0))
+        load_stage(workspace, fresh, 0)
     values = dict(fresh.named_parameters())
     for name, p in model.named_parameters():
         if name in values and (".lora_" in name or name.startswith("vocabulary.")):
             p.copy_(values[name])
 
 
+def load_stage(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
+    """Read a stage's weights into a model, each file checked against its sha256 first.
+
+    Raises:
+        WorkspaceError: a file is missing, damaged or not listed, or has weights of another shape.
+    """
+    directory = workspace.stage_directory(stage)
+    all_intact(directory, WEIGHTS, workspace.stage_manifest(stage))
+    load_stage_weights(model, directory)
+
+
 def stored_memory(directory: Path) -> dict[str, Tensor]:
     """What a stage's strategy kept beside the adapter, by name; {} where it kept nothing.
 
     Raises:
-        WorkspaceError: a damaged file.
+        WorkspaceError: the file is missing, damaged or not listed.
     """
+    all_intact(directory, (MEMORY,), read_manifest(directory, FORMAT))
     if not (directory / MEMORY).is_file():
         return {}
     try:
@@ -196,8 +209,8 @@ def _build(workspace: Workspace, stage: int, *, whole: bool) -> GenerativeModel:
 def _load(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
     require_as_determined(workspace, stage)
     if stage and workspace.config.backbone.name in BUILT_IN:
-        load_stage_weights(model, workspace.stage_directory(0))  # the backbone's weights lie there alone
-    load_stage_weights(model, workspace.stage_directory(stage))
+        load_stage(workspace, model, 0)  # the backbone's weights are there alone
+    load_stage(workspace, model, stage)
     known = workspace.stage_manifest(stage).get("backbone_sha256")
     # earlier versions took it in the precision of the training
     if not any(known == backbone_fingerprint(model, dtype) for dtype in (torch.float32, torch.bfloat16)):

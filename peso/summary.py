@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from peso.diagnosis import stream_drift
 from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.metrics import average_metrics, headline_metrics
-from peso.evaluation.predictions import read_predictions
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.evaluation.segments import label_cases
 from peso.evaluation.tables import Quantity
@@ -23,7 +21,7 @@ from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.manifest import read_manifest
-from peso.testing import is_tested, read_metrics, test_directory
+from peso.testing import is_tested, read_metrics, tested_predictions
 from peso.workspace import LOG, METRICS, PREDICTIONS, Workspace
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
@@ -72,7 +70,13 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
 
 
 def summarise(workspace: Workspace, name: str) -> RunSummary:
-    """All tested stages of a workspace."""
+    """All tested stages of a workspace.
+
+    Raises:
+        WorkspaceError: no stage is tested, or a file that the report needs is missing or damaged.
+    """
+    for stage in workspace.finished_stages:
+        workspace.require_answers(stage)
     tested = [stage for stage in workspace.finished_stages if is_tested(workspace, stage, stage)]
     if not tested:
         raise WorkspaceError(f"{workspace.root} has no tested stage yet; `peso evaluate -w {workspace.root}`")
@@ -90,7 +94,7 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
         seed=workspace.config.seed,
         family=updates[-1].strategy.name,
         across={
-            (stage, on): read_predictions(test_directory(workspace, stage, on) / PREDICTIONS)
+            (stage, on): tested_predictions(workspace, stage, on)
             for stage in workspace.finished_stages
             for on in tested
             if on != stage and is_tested(workspace, stage, on)
@@ -204,22 +208,19 @@ def stage_cost(workspace: Workspace, stage: int) -> StageCost:
 
 
 def _stage(workspace: Workspace, stage: int) -> StageSummary:
-    directory = workspace.stage_directory(stage)
-    predictions = read_predictions(directory / PREDICTIONS)
     training = read_metrics(workspace, stage, stage).get("training") or {}
     held = {key: training[key] for key in ("moved", "strategy") if key in training}
     return StageSummary(
-        predictions,
+        tested_predictions(workspace, stage, stage),
         stage_cost(workspace, stage),
-        _curve(directory / LOG),
+        _curve(workspace.log(stage)),
         {**training.get("anchor", {}), **held},
     )
 
 
-def _curve(log: Path) -> TrainingCurve | None:
-    if not log.is_file():
+def _curve(records: Sequence[Mapping[str, Any]]) -> TrainingCurve | None:
+    if not records:
         return None
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record]
     thinned = steps[:: max(1, len(steps) // CURVE_POINTS)]
     return TrainingCurve.of_records(thinned + [record for record in records if "validation_loss" in record])

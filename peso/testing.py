@@ -1,27 +1,28 @@
-"""Testing a stage's model on the cases of a stage: predictions and metrics beside its weights.
-
-Knows a workspace's files and which evaluation function makes which; knows nothing of training.
-"""
+"""Testing a stage's model on the cases of a stage: predictions and metrics beside its weights."""
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peso.durable import digest, json_text, write_aside, write_atomically
+from peso.durable import digest, json_text
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
-from peso.evaluation.predictions import make_predictions, read_predictions, write_predictions
+from peso.evaluation.predictions import (
+    Predictions,
+    make_predictions,
+    read_predictions,
+    write_predictions,
+)
 from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.manifest import read_manifest, write_manifest
+from peso.manifest import REPLACING, read_manifest, replace_file
 from peso.processes import current
 from peso.progress import Observer
 from peso.threads import threads
-from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace
+from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace, answers_on
 
 
 def test_directory(workspace: Workspace, stage: int, on: int) -> Path:
@@ -31,20 +32,34 @@ def test_directory(workspace: Workspace, stage: int, on: int) -> Path:
 
 
 def is_tested(workspace: Workspace, stage: int, on: int) -> bool:
-    """Whether predictions and metrics are there and belong to this model, these cases and this search."""
-    tested = read_metrics(workspace, stage, on).get("test")
-    return (
-        tested is not None
-        and tested["determined_by"] == _determination(workspace, stage, on)
-        and set(workspace.config.evaluation.k) == set(tested["k"])
-        and (test_directory(workspace, stage, on) / PREDICTIONS).is_file()
-    )
+    """Whether predictions and metrics are there and belong to this model, these cases and this search.
+
+    Raises:
+        WorkspaceError: metrics.json is damaged.
+    """
+    if stage not in workspace.finished_stages:
+        return False
+    tested = _known(workspace, stage, on).get("test", {})
+    return _is_predicted(workspace, stage, on) and set(workspace.config.evaluation.k) == set(tested["k"])
 
 
 def read_metrics(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
-    """metrics.json of a test, {} where there is none."""
-    path = test_directory(workspace, stage, on) / METRICS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """metrics.json of a test, {} where there is none. Raises WorkspaceError if it is damaged or missing."""
+    return workspace.metrics(stage, on)
+
+
+def tested_predictions(workspace: Workspace, stage: int, on: int) -> Predictions:
+    """The answers of a test that was made. Raises WorkspaceError if they are damaged or missing."""
+    path = workspace.stage_file(stage, answers_on(stage, on, PREDICTIONS))
+    assert path is not None
+    return read_predictions(path)
+
+
+def _known(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
+    """As :func:`read_metrics`; what a test alone has written can be missing: it is then made again."""
+    if on != stage and not (test_directory(workspace, stage, on) / METRICS).is_file():
+        return {}
+    return workspace.metrics(stage, on)
 
 
 def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[str, Any]:
@@ -75,10 +90,17 @@ def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[
 
 def _is_predicted(workspace: Workspace, stage: int, on: int) -> bool:
     """Whether predictions are there that belong to this model, these cases and this search."""
-    tested = read_metrics(workspace, stage, on).get("test", {})
-    determined_by = _determination(workspace, stage, on)
-    there = (test_directory(workspace, stage, on) / PREDICTIONS).is_file()
-    return there and tested.get("determined_by") == determined_by
+    tested = _known(workspace, stage, on).get("test", {})
+    manifest, name = workspace.stage_manifest(stage), answers_on(stage, on, PREDICTIONS)
+    return bool(
+        tested
+        and tested["determined_by"] == _determination(workspace, stage, on)
+        and (test_directory(workspace, stage, on) / PREDICTIONS).is_file()
+        # a step that was killed may have left answers of its own; older metrics do not tell theirs
+        and name in manifest["files"]
+        and name not in manifest.get(REPLACING, {})
+        and tested.get("predictions", manifest["files"][name]) == manifest["files"][name]
+    )
 
 
 def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> None:
@@ -117,7 +139,8 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
         predictions = make_predictions(
             cases, labels, found.leaves, found.scores, by_level.sum(axis=-1), model.semantic_ids, by_level
         )
-        with write_aside(test_directory(workspace, stage, on) / PREDICTIONS) as aside:
+        name = answers_on(stage, on, PREDICTIONS)
+        with replace_file(workspace.stage_directory(stage), name, FORMAT) as aside:
             write_predictions(aside, predictions)
 
     processes.on_main(write)
@@ -125,9 +148,8 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
 
 def _measure(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
     """metrics.json, from the predictions."""
-    config, directory = workspace.config, test_directory(workspace, stage, on)
-    known = read_metrics(workspace, stage, on)
-    predictions = read_predictions(directory / PREDICTIONS)
+    config, known = workspace.config, _known(workspace, stage, on)
+    predictions = tested_predictions(workspace, stage, on)
     estimates = stage_metrics(
         predictions, [*default_metrics(config.evaluation.k), *level_metrics(predictions)]
     )
@@ -137,11 +159,11 @@ def _measure(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
         "k": config.evaluation.k,
         "beams": config.decoding.beams,
         "determined_by": _determination(workspace, stage, on),
+        "predictions": workspace.stage_manifest(stage)["files"][answers_on(stage, on, PREDICTIONS)],
         "metrics": {name: estimate.as_json() for name, estimate in estimates.items()},
     }
-    write_atomically(directory / METRICS, json_text({**known, "test": metrics}).encode())
-    manifest = workspace.stage_manifest(stage)
-    write_manifest(workspace.stage_directory(stage), FORMAT, manifest)
+    with replace_file(workspace.stage_directory(stage), answers_on(stage, on, METRICS), FORMAT) as aside:
+        aside.write_text(json_text({**known, "test": metrics}), encoding="utf-8")
     return metrics
 
 

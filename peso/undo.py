@@ -5,18 +5,17 @@ What is removed leaves no trace in what comes afterwards: the same append and up
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 
-from peso.durable import commit_directory, json_text, remove_directory, write_atomically
+from peso.durable import commit_directory, remove_directory
 from peso.errors import WorkspaceError
 from peso.events.append import take_back as fill_shorter_stream
 from peso.events.stream import Stream
 from peso.items.index_files import EARLIER
 from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.manifest import MANIFEST, read_manifest
+from peso.manifest import read_manifest, remove_folder
 from peso.progress import Observer
-from peso.workspace import Workspace
+from peso.workspace import FORMAT, Workspace
 
 
 @dataclass(frozen=True)
@@ -130,16 +129,8 @@ def _remove_traces(workspace: Workspace, stages: range) -> None:
     root = workspace.root
     for stage in stages:
         for number in workspace.finished_stages:
-            _forget_test(workspace, number, f"on={stage}")
+            remove_folder(workspace.stage_directory(number), f"on={stage}", FORMAT)
         for directory in root.glob(f"baselines/*/{stage}"):
             remove_directory(directory)
     for unfinished in root.glob("stages/.*.unfinished"):
         remove_directory(unfinished)
-
-
-def _forget_test(workspace: Workspace, stage: int, name: str) -> None:
-    directory, manifest = workspace.stage_directory(stage), workspace.stage_manifest(stage)
-    kept = {file: sha256 for file, sha256 in manifest["files"].items() if not file.startswith(f"{name}/")}
-    if kept != manifest["files"]:
-        write_atomically(directory / MANIFEST, json_text({**manifest, "files": kept}).encode())
-    shutil.rmtree(directory / name, ignore_errors=True)

@@ -1,16 +1,13 @@
-"""The directory a run lives in: layout, manifests, one writer at a time.
-
-Knows paths and locks; knows nothing of how a stage is learnt or of what the files mean.
-"""
+"""The directory a run lives in: layout, manifests, checked files, one writer at a time."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shutil
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,13 +19,24 @@ from peso.config import Config, CustomConfig, changed_keys, dump_config, load_co
 from peso.config.parsing import read_tree
 from peso.config.reading import missing_keys
 from peso.determination import changed_shape, is_later
-from peso.durable import only_writer, restore, write_atomically
-from peso.errors import ConfigError, WorkspaceError
-from peso.manifest import MANIFEST, read_manifest
+from peso.durable import LOCK, only_writer, restore, write_atomically
+from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
+from peso.json_files import read_json_lines, read_json_object
+from peso.manifest import MANIFEST, Manifest, intact, is_listed, read_manifest
 from peso.processes import current
 
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"  # of a stage
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
+CONFIG = "config.yaml"
+OWN = {
+    CONFIG,
+    LOCK,
+    "stream",
+    "semantic_ids",
+    "stages",
+    "baselines",
+    "report",
+}  # what a workspace consists of
 
 # What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
 # peso.determination. Keys of evaluation, decoding and report may change at any time.
@@ -66,11 +74,11 @@ class Workspace:
                 ``config.yaml`` is damaged or not what the stages were trained with.
         """
         root = Path(path)
-        if not (root / "config.yaml").is_file():
+        if not os.path.isfile(root / CONFIG):
             raise WorkspaceError(
-                f"{root} is no workspace (no config.yaml); make one with `peso run CONFIG -w {root}`"
+                f"{root} is not a workspace (no {CONFIG}); make one with `peso run CONFIG -w {root}`"
             )
-        workspace = cls(root, _read_resolved(root / "config.yaml"), trust)
+        workspace = cls(root, _read_resolved(root / CONFIG), trust)
         for stage in workspace.finished_stages:
             changed = workspace._changed(stage, workspace.config)
             if edited := [f"{k} was {a}, is {b}" for k, (a, b) in changed.items() if not is_later(k)]:
@@ -84,7 +92,7 @@ class Workspace:
     def create_or_open(
         cls, path: str | Path, config: Config, *, trust: Iterable[str] | None = None, later: bool = False
     ) -> Workspace:
-        """Open with this configuration, or create.
+        """Open with this configuration, or create. The workspace's lock is held while that is done.
 
         A key may change as long as nothing that depends on it is done; evaluation, decoding and report
         keys may always change.
@@ -95,26 +103,64 @@ class Workspace:
                 are for the stages to come.
 
         Raises:
-            WorkspaceError: keys changed that finished steps depend on; says which and what to do.
+            WorkspaceError: another process writes there, or keys changed that finished steps depend on (says
+                which, and what to do). Nothing is written then.
+        """
+        with _held(Path(path)):
+            return cls._configured(Path(path), config, trust, later)
+
+    @classmethod
+    @contextmanager
+    def hold(cls, path: str | Path, config: Config) -> Iterator[Workspace]:
+        """As :meth:`create_or_open`, and be the only writer of the workspace, see :func:`writing`."""
+        with writing(Path(path)):
+            yield current().on_main(lambda: cls._configured(Path(path), config, None, False))
+
+    @classmethod
+    @contextmanager
+    def change(
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        trust: Iterable[str] = (),
+        later: bool = False,
+    ) -> Iterator[Workspace]:
+        """Be the only writer of an existing workspace, with keys changed as ``--set`` does.
+
+        Args:
+            trust, later: see :meth:`create_or_open`.
+
+        Raises:
+            WorkspaceError: as :meth:`create_or_open`, or there is no workspace.
         """
         root = Path(path)
-        if (root / "config.yaml").is_file():
+        cls.open(root, trust)  # before anything is written there
+
+        def changed() -> Workspace:
+            if not overrides:
+                return cls.open(root, trust)
+            return cls._configured(root, load_config(root / CONFIG, overrides), trust, later)
+
+        with writing(root):
+            yield current().on_main(changed)
+
+    @classmethod
+    def _configured(cls, root: Path, config: Config, trust: Iterable[str] | None, later: bool) -> Workspace:
+        """See :meth:`create_or_open`; the caller holds the lock."""
+        if os.path.isfile(root / CONFIG):
             done = cls.open(root)
             done.refuse_changes(config, later=later)
             if not changed_keys(done.config, config):
                 return cls(root, config, trust)
-        elif root.exists() and (not root.is_dir() or any(p.name != ".lock" for p in root.iterdir())):
-            raise WorkspaceError(f"{root} exists and is no workspace; choose another place with -w")
-        workspace = cls(root, config, trust)
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / "config.yaml", dump_config(config).encode())
-        return workspace
+        write_atomically(root / CONFIG, dump_config(config).encode())
+        return cls(root, config, trust)
 
     @classmethod
     def preview(cls, path: str | Path, config: Config) -> Workspace:
         """As :meth:`create_or_open`, but nothing is written: to say what would be done."""
         root = Path(path)
-        if (root / "config.yaml").is_file():
+        if os.path.isfile(root / CONFIG):
             cls.open(root).refuse_changes(config)
         return cls(root, config)
 
@@ -193,17 +239,29 @@ class Workspace:
 
     @property
     def has_stream(self) -> bool:
-        return (self.stream_directory / MANIFEST).is_file()
+        return self.stream_directory.is_dir()
 
     @property
     def has_semantic_ids(self) -> bool:
-        return (self.semantic_ids_directory / MANIFEST).is_file()
+        return self.semantic_ids_directory.is_dir()
 
     @property
     def finished_stages(self) -> list[int]:
-        """Numbers of the stages whose training is committed, ascending."""
-        found = self.root.glob(f"stages/*/{MANIFEST}")
-        return sorted(int(manifest.parent.name) for manifest in found if manifest.parent.name.isdigit())
+        """Numbers of the stages whose training is committed, ascending.
+
+        Raises:
+            WorkspaceError: a stage is missing between others, or one has no manifest.
+        """
+        found = os.listdir(self.root / "stages") if (self.root / "stages").is_dir() else []
+        stages = sorted(int(name) for name in found if re.fullmatch("0|[1-9][0-9]*", name))
+        for stage in range(len(stages)):
+            if not (self.stage_directory(stage) / MANIFEST).is_file():
+                later = f" and those after it ({stages[-1]} is the last)" if stage < stages[-1] else ""
+                raise WorkspaceError(
+                    f"{self.stage_directory(stage) / MANIFEST} is missing; restore it from a copy, or remove "
+                    f"{self.stage_directory(stage)}{later} and train again"
+                )
+        return stages
 
     def require_stage(self, stage: int | None) -> int:
         """The stage asked for, or the newest. Raises WorkspaceError if it is not trained."""
@@ -218,30 +276,75 @@ class Workspace:
             raise WorkspaceError(f"stage {stage} of {self.root} is not trained; trained are {done}")
         return stage
 
-    def stage_manifest(self, stage: int) -> dict[str, Any]:
-        return read_manifest(self.stage_directory(stage), FORMAT)
+    # -- files of a stage ------------------------------------------------------------------------
+
+    def stage_manifest(self, stage: int) -> Manifest:
+        """What the manifest of a finished stage says.
+
+        Raises:
+            WorkspaceError: it is damaged, or of another stage or run: something was copied over it.
+        """
+        directory = self.stage_directory(stage)
+        manifest = read_manifest(directory, FORMAT)
+        cure = (
+            f"restore it from a copy, or remove it and the stages after it from {self.root} and train again"
+        )
+        if (number := manifest.get("stage", stage)) != stage:
+            raise WorkspaceError(f"{directory} holds stage {number}, not stage {stage}; {cure}")
+        if (parent := manifest.get("parent")) is not None:
+            before = read_manifest(self.stage_directory(stage - 1), FORMAT)
+            if parent["determined_by"] != before["determined_by"]:
+                raise WorkspaceError(
+                    f"{directory} was not trained from {before.directory}, but from a stage of another run; "
+                    f"{cure}"
+                )
+        return manifest
+
+    def stage_file(self, stage: int, name: str) -> Path | None:
+        """A file of a stage, checked against its sha256; None where the stage has no such file.
+
+        Raises:
+            WorkspaceError: it is missing or damaged.
+        """
+        directory, manifest = self.stage_directory(stage), self.stage_manifest(stage)
+        if not is_listed(directory, name, manifest):
+            return None
+        return intact(directory, name, manifest, self._cure(stage, name))
+
+    def metrics(self, stage: int, on: int | None = None) -> dict[str, Any]:
+        """``metrics.json`` of a stage: of its training and its test; with ``on``, of its test on the cases of
+        that stage. {} where there is none. Raises as :meth:`stage_file`."""
+        path = self.stage_file(stage, answers_on(stage, on, METRICS))
+        return {} if path is None else read_json_object(path)
+
+    def log(self, stage: int) -> list[dict[str, Any]]:
+        """The records of a stage's ``log.jsonl``, [] where nothing was trained. Raises as
+        :meth:`stage_file`."""
+        path = self.stage_file(stage, LOG)
+        return [] if path is None else read_json_lines(path)
+
+    def require_answers(self, stage: int) -> None:
+        """Raise WorkspaceError if a file of a stage that a report needs is missing. (Weights may be: a run is
+        sometimes kept for its answers alone.)"""
+        for name in self.stage_manifest(stage)["files"]:
+            path = self.stage_directory(stage) / name
+            if name.endswith((LOG, METRICS, PREDICTIONS)) and not path.is_file():
+                raise WorkspaceError(f"{path} is missing; {self._cure(stage, name)}")
+
+    def _cure(self, stage: int, name: str) -> str:
+        """What to do if a file of a stage is missing or damaged; "" for what the manifest says of all."""
+        on, _, file = name.rpartition("/")
+        if on.startswith("on=") or file == PREDICTIONS:
+            again = f"peso evaluate -w {self.root} --stage {stage} {on.replace('on=', '--on ')}".strip()
+            return f"restore it from a copy, or remove it and evaluate again: `{again}`"
+        return ""
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def discard_if_bare(self) -> None:
-        """Remove a workspace in which nothing was done: what a mistaken first call would leave behind."""
-        if self.root.is_dir() and {path.name for path in self.root.iterdir()} <= {"config.yaml", ".lock"}:
-            shutil.rmtree(self.root)
-
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only writer. Raises WorkspaceError at once if another process is.
-
-        Of several processes that train together the main one holds the lock.
-        """
-        with ExitStack() as held:
-
-            def hold() -> None:
-                held.enter_context(only_writer(self.root))
-                for directory in (self.stream_directory, self.semantic_ids_directory):
-                    restore(directory)
-
-            current().on_main(hold)
+        """Be the only writer, see :func:`writing`."""
+        with writing(self.root):
             yield
 
     def unfinished_directory(self, stage: int) -> Path:
@@ -271,6 +374,69 @@ def _read_resolved(path: Path) -> Config:
             "holds it under `configuration`"
         )
     return config
+
+
+def answers_on(stage: int, on: int | None, name: str) -> str:
+    """A file of a stage's test on the cases of stage ``on`` (None: its own), by its name in a manifest."""
+    return name if on is None or on == stage else f"on={on}/{name}"
+
+
+@contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Be the only writer of the workspace at a path, there yet or not.
+
+    Of several processes that train together the main one holds the lock. If the work is refused before a
+    step was done, the configuration is as before; where there was none, nothing is left.
+
+    Raises:
+        WorkspaceError: another process is writing, the place cannot be written, or something else is there.
+    """
+    with ExitStack() as held:
+        current().on_main(lambda: held.enter_context(_held(root)))
+        yield
+
+
+@contextmanager
+def _held(root: Path) -> Iterator[None]:
+    made = not os.path.lexists(root)
+    if not made and not os.path.isfile(root / CONFIG) and (not root.is_dir() or _content(root)):
+        raise WorkspaceError(f"{root} exists and is not a workspace; choose another place with -w")
+    with only_writer(root):
+        for name in ("stream", "semantic_ids"):
+            restore(root / name)
+        before, done = _content(root), _manifests(root)
+        config = (root / CONFIG).read_bytes() if CONFIG in before else None
+        try:
+            yield
+        except BaseException as error:
+            if not before and _content(root) <= {CONFIG}:
+                for name in (CONFIG, LOCK):
+                    (root / name).unlink(missing_ok=True)
+                if made:
+                    with suppress(OSError):
+                        root.rmdir()
+            elif config is not None and isinstance(error, PesoError) and _manifests(root) == done:
+                write_atomically(root / CONFIG, config)  # refused: its keys are not taken over
+            raise
+
+
+def _manifests(root: Path) -> dict[Path, tuple[int, int]]:
+    """Every manifest, by when it was written: equal as long as no step was done."""
+    found = {path: path.stat() for path in root.rglob(MANIFEST)}
+    return {path: (state.st_ino, state.st_mtime_ns) for path, state in found.items()}
+
+
+def _content(root: Path) -> set[str]:
+    """Names of what is there beside the lock and what a killed process was writing."""
+    return {name for name in os.listdir(root) if name != LOCK and not name.endswith(".writing")}
+
+
+def refuse_own(path: Path) -> None:
+    """Raise ExportError if a path that output is to go to is a file or directory of a workspace."""
+    place = Path(os.path.realpath(path))
+    for root in place.parents:
+        if place.relative_to(root).parts[0] in OWN and os.path.isfile(root / CONFIG):
+            raise ExportError(f"{path} belongs to the workspace {root}; name another place")
 
 
 def provenance() -> dict[str, Any]:

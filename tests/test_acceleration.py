@@ -17,10 +17,11 @@ from peso.continual.hooks import Strategy
 from peso.continual.peso import Peso
 from peso.determination import stage_shape
 from peso.errors import ConfigError, TrainingError
+from peso.manifest import write_manifest
 from peso.model.generative import GenerativeModel
 from peso.training.acceleration import gradient_checkpointing
 from peso.training.loop import StageResult, train_stage
-from peso.workspace import Workspace
+from peso.workspace import FORMAT, Workspace
 
 SEQUENCES = random_sequences(0, count=8, longest=8)
 TREE: dict[str, Any] = {"data": "simulate", "backbone": "tiny"}
@@ -145,6 +146,8 @@ def test_options_of_cost_determine_nothing(tmp_path: Path) -> None:
     (workspace.stream_directory).mkdir()
     for stage in (0, 1):
         workspace.stage_directory(stage).mkdir(parents=True)
-        (workspace.stage_directory(stage) / "manifest.json").write_text('{"format": 1, "files": {}}')
+        write_manifest(
+            workspace.stage_directory(stage), FORMAT, {"configuration": plain.model_dump(mode="json")}
+        )
     opened = Workspace.create_or_open(tmp_path / "w", cheap)
     assert Workspace.open(tmp_path / "w").config.training == opened.config.training == cheap.training

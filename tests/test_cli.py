@@ -182,7 +182,7 @@ def test_export_writes_a_directory_for_others(peso, workspace, tmp_path):
     ("status", "arguments", "words"),
     [
         (1, ["run", "absent.yaml"], ["no configuration at absent.yaml"]),
-        (1, ["update", "-w", "nowhere"], ["nowhere is no workspace"]),
+        (1, ["update", "-w", "nowhere"], ["nowhere is not a workspace"]),
         (2, ["recommend", "-w", "nowhere", "--user", "x", "--history", "y"], ["exactly one of"]),
         (2, ["recommend", "-w", "nowhere", "--all"], ["-o"]),
         (1, ["pull", "gpt-9"], ["gpt-9", "smollm2-135m"]),

@@ -19,9 +19,10 @@ from peso.config import load_config
 from peso.durable import checksum
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
+from peso.manifest import write_manifest
 from peso.progress import Silent
 from peso.recommender import Recommender
-from peso.workspace import Workspace
+from peso.workspace import FORMAT, Workspace
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
@@ -296,6 +297,9 @@ def test_a_backbone_that_changed_is_refused(finished, tmp_path):
     tensors = load_file(weights)
     tensors[next(iter(tensors))] += 0.5
     save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(WorkspaceError, match=r"model\.safetensors is damaged"):
+        Recommender.load(copy)
+    write_manifest(copy / "stages" / "0", FORMAT, finished.stage_manifest(0))
     with pytest.raises(BackboneError, match="other weights"):
         Recommender.load(copy)
 

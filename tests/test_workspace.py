@@ -175,7 +175,7 @@ def test_a_damaged_manifest_is_named(workspace):
 
 def test_a_directory_that_is_no_workspace_is_left_alone(tmp_path):
     (tmp_path / "precious").write_text("x")
-    with pytest.raises(WorkspaceError, match="no workspace"):
+    with pytest.raises(WorkspaceError, match="not a workspace"):
         Workspace.create_or_open(tmp_path, load_config(SIMULATED))
     with pytest.raises(WorkspaceError, match=r"no config\.yaml"):
         Workspace.open(tmp_path)

@@ -39,18 +39,16 @@ def baseline(
     from peso.workspace import Workspace
 
     path = workspace / "config.yaml"
-    opened = Workspace.open(workspace, trust or ())
-    if overrides:
-        opened = Workspace.create_or_open(workspace, load_config(path, overrides), trust=trust or ())
-    configured = opened.config.baselines
+    Workspace.open(workspace, trust or ())  # raises where there is none
+    configured = load_config(path, overrides or []).baselines
     if names:
         # a name alone has the options of the configuration, where it stands there
         by_name = {config.name: config.model_dump_json() for config in configured}
         asked = ", ".join(by_name.get(name, name) for name in names)  # type: ignore[call-overload]
-        configured = load_config(path, [f"baselines=[{asked}]"]).baselines
+        configured = load_config(path, [*(overrides or []), f"baselines=[{asked}]"]).baselines
     if not configured:
         raise UsageError(f"name a baseline, or list some as `baselines` in {path}")
-    with opened.lock():
+    with Workspace.change(workspace, overrides or [], trust=trust or ()) as opened:
         baseline_runs.run_baselines(opened, configured, Terminal())
     runs = baseline_runs.baseline_summaries(opened, configured)
     table("averages over the later stages", *summary.run_table(runs, opened.config.evaluation.k))

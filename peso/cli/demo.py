@@ -46,9 +46,8 @@ def demo(
     workspaces: list[Workspace] = []
     for strategy in STRATEGIES:
         config = load_config({**CONFIG, "strategy": strategy, "seed": seed})
-        workspace = Workspace.create_or_open(output / strategy, config)
-        terminal.note(f"\n{strategy}: {workspace.root}")
-        with workspace.lock():
+        terminal.note(f"\n{strategy}: {output / strategy}")
+        with Workspace.hold(output / strategy, config) as workspace:
             pipeline.run(workspace, base=workspaces[0].root if workspaces else None, observer=terminal)
         workspaces.append(workspace)
     summary.report(workspaces, output / "report")

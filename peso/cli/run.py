@@ -64,8 +64,7 @@ def run(
     from peso import pipeline
 
     processes = join(resolved.training.device)
-    opened = processes.on_main(lambda: Workspace.create_or_open(root, resolved))
-    with opened.lock():
+    with Workspace.hold(root, resolved) as opened:
         pipeline.run(opened, base=base, observer=watcher())
     if not processes.is_main:
         return

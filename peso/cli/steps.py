@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ from peso.cli.display import Terminal, say, say_json, show_results, table, watch
 from peso.cli.options import Directory, Json, OnError, Overrides, Stage, Trust
 from peso.errors import ConfigError, UsageError
 from peso.processes import current
-from peso.workspace import Workspace
+from peso.workspace import CONFIG, Workspace, refuse_own
 
 
 def register(app: typer.Typer) -> None:
@@ -87,21 +89,20 @@ def ingest(
             assert items is not None
             _update_items(workspace, items, overrides, as_json)
         return
-    if source is not None or data_format is not None:
-        if is_config:
-            config = load_config(str(source), overrides)
+    with ExitStack() as held:
+        if source is not None or data_format is not None:
+            if is_config:
+                config = load_config(str(source), overrides)
+            else:
+                data = {"format": data_format or format_of(source or ""), "path": source}
+                config = load_config({"data": data}, overrides, base=Path())
+            name = Path(source or "simulated").resolve()
+            root = workspace or Path("runs") / (name.stem if is_config else name.name)
+            opened = held.enter_context(Workspace.hold(root, config))
+        elif workspace is not None:
+            opened = held.enter_context(Workspace.change(workspace, overrides))
         else:
-            data = {"format": data_format or format_of(source or ""), "path": source}
-            config = load_config({"data": data}, overrides, base=Path())
-        name = Path(source or "simulated").resolve()
-        opened = Workspace.create_or_open(
-            workspace or Path("runs") / (name.stem if is_config else name.name), config
-        )
-    elif workspace is not None:
-        opened = _configured(workspace, overrides)
-    else:
-        raise UsageError("name the data (SOURCE with --format) or a workspace (-w)")
-    with opened.lock():
+            raise UsageError("name the data (SOURCE with --format) or a workspace (-w)")
         manifest = pipeline.ingest(opened, Terminal())
     if as_json:
         say_json(manifest)
@@ -122,14 +123,13 @@ def _append(
     from peso.config import changed_keys, load_config
     from peso.undo import stages_named
 
-    opened = Workspace.open(path)
     new = [f"data.format={data_format}"] if data_format else []
     new += [f"data.path={_quoted(source)}"] if source else []
-    config = load_config(path / "config.yaml", [*new, *overrides])
-    others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
-    if others:
-        raise UsageError(f"--append takes --set for keys of data only, not {', '.join(others)}")
-    with opened.lock():
+    with Workspace.change(path) as opened:
+        config = load_config(path / CONFIG, [*new, *overrides])
+        others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
+        if others:
+            raise UsageError(f"--append takes --set for keys of data only, not {', '.join(others)}")
         manifest = pipeline.append(opened, Terminal(), config.data)
         pending = pipeline.items_without_id(opened)
     command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
@@ -239,8 +239,7 @@ def tokenize(
 
     from peso import diagnosis, pipeline
 
-    opened = _configured(workspace, overrides)
-    with opened.lock():
+    with Workspace.change(workspace, overrides or []) as opened:
         manifest = (pipeline.tokenize_new if append else pipeline.tokenize)(opened, Terminal())
     if as_json:
         say_json(manifest)
@@ -256,8 +255,7 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
     """
     from peso import pipeline
 
-    opened = _together(workspace, overrides, trust)
-    with opened.lock():
+    with _together(workspace, overrides, trust) as opened:
         current().on_main(lambda: pipeline.rehearse_stages(opened, watcher()))
         pipeline.learn(opened, 0, watcher())
 
@@ -276,8 +274,7 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
     """
     from peso import pipeline, summary
 
-    opened = _together(workspace, overrides, trust, later=True)
-    with opened.lock():
+    with _together(workspace, overrides, trust, later=True) as opened:
         stage = pipeline.update(opened, watcher())
     if not current().is_main:
         return
@@ -347,10 +344,9 @@ def evaluate(
 
     from peso import summary, testing
 
-    opened = _together(workspace, overrides, trust)
-    number = opened.require_stage(stage)
-    cases = number if on is None else on
-    with opened.lock():
+    with _together(workspace, overrides, trust) as opened:
+        number = opened.require_stage(stage)
+        cases = number if on is None else on
         metrics = testing.test(opened, number, cases, watcher())
     if not current().is_main:
         return
@@ -377,6 +373,8 @@ def report(
 
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory
+    if directory.absolute() != opened[0].report_directory.absolute():
+        refuse_own(directory)
     try:
         with opened[0].lock():
             run_cheap_baselines(opened[0], watcher())
@@ -387,33 +385,22 @@ def report(
     say(f"report: {directory / 'index.html'}")
 
 
-def _configured(
-    path: Path, overrides: list[str] | None, trust: list[str] | None = None, *, later: bool = False
-) -> Workspace:
-    """A workspace, with keys changed where nothing that is done depends on them."""
+@contextmanager
+def _together(
+    path: Path, overrides: list[str] | None, trust: list[str] | None, *, later: bool = False
+) -> Iterator[Workspace]:
+    """As :meth:`Workspace.change`, for commands that several processes may do together."""
     from peso.config import load_config
     from peso.config.reading import override
+    from peso.processes import join
 
+    Workspace.open(path)  # raises where there is none
+    join(load_config(path / CONFIG, overrides or []).training.device)
     given: dict[str, Any] = {}  # what this call says itself is trusted
     for text in overrides or []:
         override(given, text)
     strategy = given.get("strategy")
     named = [strategy["module"]] if isinstance(strategy, dict) and "module" in strategy else []
     trusted = [*(trust or []), *map(str, named)]
-    opened = Workspace.open(path, trusted)
-    if not overrides:
-        return opened
-    config = load_config(path / "config.yaml", overrides)
-    return Workspace.create_or_open(path, config, trust=trusted, later=later)
-
-
-def _together(
-    path: Path, overrides: list[str] | None, trust: list[str] | None, *, later: bool = False
-) -> Workspace:
-    """As :func:`_configured`, for commands that several processes may do together."""
-    from peso.config import load_config
-    from peso.processes import join
-
-    Workspace.open(path)  # raises where there is none
-    device = load_config(path / "config.yaml", overrides or []).training.device
-    return join(device).on_main(lambda: _configured(path, overrides, trust, later=later))
+    with Workspace.change(path, overrides or [], trust=trusted, later=later) as opened:
+        yield opened

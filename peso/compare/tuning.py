@@ -5,12 +5,11 @@ Knows the training figures of a finished trial; knows no test case.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from peso.compare.plan import Candidate, Task
 from peso.errors import WorkspaceError
-from peso.workspace import METRICS, Workspace
+from peso.workspace import Workspace
 
 
 def validation_loss(task: Task) -> float:
@@ -22,8 +21,7 @@ def validation_loss(task: Task) -> float:
     workspace = Workspace(task.root, task.config)
     losses = []
     for stage in (stage for stage in workspace.finished_stages if stage):
-        path = workspace.stage_directory(stage) / METRICS
-        found = json.loads(path.read_text(encoding="utf-8"))["training"].get("validation_losses")
+        found = workspace.metrics(stage)["training"].get("validation_losses")
         if not found:
             raise WorkspaceError(
                 f"{task.root} has no validation loss at stage {stage}: strategy {task.config.strategy.name} "

@@ -124,7 +124,7 @@ def append(
         known = scalar(
             connection, "SELECT count(*) FROM user_numbers WHERE name IN (SELECT name FROM known_users)"
         )
-    _link_stages(stream, stream.stages, directory)
+    linked = _link_stages(stream, stream.stages, directory)
     brought = {
         "source": describe(data),
         "first_stage": stream.stages,
@@ -150,7 +150,7 @@ def append(
         stages=[*stream.counts, *counts],
         appended=[*content.get("appended", []), brought],
     )
-    write_manifest(directory, FORMAT, content)
+    write_manifest(directory, FORMAT, content, linked)
     return dict(Stream.open(directory).manifest)
 
 
@@ -167,7 +167,7 @@ def take_back(earlier: str | Path, directory: Path) -> None:
     stages = int(brought["first_stage"])
     items = stream.items.slice(0, stream.items_known(stages - 1))
     write_items(items, directory)
-    _link_stages(stream, stages, directory)
+    linked = _link_stages(stream, stages, directory)
     content = dict(stream.manifest)
     if "before" in brought:
         time = brought["before"]["time"]
@@ -176,7 +176,7 @@ def take_back(earlier: str | Path, directory: Path) -> None:
     content.update(time=time, items=len(items), stages=stream.counts[:stages], appended=others)
     if not others:
         del content["appended"]
-    write_manifest(directory, FORMAT, content)
+    write_manifest(directory, FORMAT, content, linked)
 
 
 def update_items(
@@ -219,18 +219,19 @@ def update_items(
         items = items.set_column(items.column_names.index(name), name, new)
     done["changed"] = int(changed.sum())
     write_items(items, directory)
-    _link_stages(stream, stream.stages, directory)
+    linked = _link_stages(stream, stream.stages, directory)
     updates = [*stream.manifest.get("item_updates", []), done]
-    write_manifest(directory, FORMAT, {**stream.manifest, "item_updates": updates})
+    write_manifest(directory, FORMAT, {**stream.manifest, "item_updates": updates}, linked)
     return done
 
 
-def _link_stages(stream: Stream, stages: int, directory: Path) -> None:
-    """Everything but the item table and the stages from ``stages`` on, as it is."""
+def _link_stages(stream: Stream, stages: int, directory: Path) -> dict[str, str]:
+    """Everything but the item table and the stages from ``stages`` on, as it is; returns the checksums."""
     left = {ITEMS_FILE, *(stage_file(number) for number in range(stages, stream.stages))}
-    for name in stream.manifest["files"]:
-        if name not in left:
-            link(intact(stream.directory, name, stream.manifest), directory / name)
+    linked = {name: sha256 for name, sha256 in stream.manifest["files"].items() if name not in left}
+    for name in linked:
+        link(intact(stream.directory, name, stream.manifest), directory / name)
+    return linked
 
 
 def _without_text(items: pa.Table) -> int:
@@ -271,8 +272,10 @@ def _know(connection: duckdb.DuckDBPyConnection, stream: Stream) -> None:
         FROM read_parquet({items}, file_row_number = true)""")
     stages = " UNION ALL ".join(
         f'SELECT "user" AS name, {number} AS stage, previous, "current" '
-        f"FROM read_parquet({literal(str(stream.directory / stage_file(number)))}, hive_partitioning = false)"
-        for number in range(stream.stages)
+        f"FROM read_parquet({literal(str(path))}, hive_partitioning = false)"
+        for number, path in enumerate(
+            intact(stream.directory, stage_file(number), stream.manifest) for number in range(stream.stages)
+        )
     )
     connection.execute(f"""
         CREATE TABLE known_users AS

@@ -77,7 +77,8 @@ def replace_stages(directory: Path, stages: Iterable[Stage], manifest: Mapping[s
     counts = [_write_stage(directory, stage, str(manifest.get("split", "stream"))) for stage in stages]
     if len(counts) != stream.stages:
         raise ValueError(f"{len(counts)} stages cannot replace {stream.stages}")
-    write_manifest(directory, FORMAT, {**stream.manifest, **manifest, "stages": counts})
+    known = {ITEMS_FILE: stream.manifest["files"][ITEMS_FILE]}
+    write_manifest(directory, FORMAT, {**stream.manifest, **manifest, "stages": counts}, known)
 
 
 class Stream:

@@ -26,7 +26,8 @@ from peso.model.layout import PromptLayout, make_layout
 from peso.model.quiet import quiet_transformers
 from peso.model.vocabulary import SemanticVocabulary
 
-VOCABULARY = "vocabulary.safetensors"
+VOCABULARY, ADAPTER, BACKBONE = "vocabulary.safetensors", "adapter", "backbone"
+WEIGHTS = (VOCABULARY, ADAPTER, BACKBONE)  # files and folders of a stage that make up its model
 
 
 def build_model(
@@ -103,10 +104,10 @@ def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_b
     save_file(rows, folder / VOCABULARY)
     if whole_backbone:
         with quiet_transformers():
-            model.causal_lm.save_pretrained(folder / "backbone")
-            model.tokenizer.save_pretrained(folder / "backbone")
+            model.causal_lm.save_pretrained(folder / BACKBONE)
+            model.tokenizer.save_pretrained(folder / BACKBONE)
     if has_adapter(model):
-        save_adapter(model.backbone, folder / "adapter")
+        save_adapter(model.backbone, folder / ADAPTER)
 
 
 @torch.no_grad()
@@ -126,19 +127,19 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
     except (OSError, SafetensorError) as error:
         raise WorkspaceError(f"{folder / VOCABULARY} is damaged ({error}); train the stage again") from error
     _copy(dict(model.vocabulary.named_parameters()), rows, folder / VOCABULARY)
-    if (folder / "backbone").is_dir():
+    if (folder / BACKBONE).is_dir():
         try:
             with quiet_transformers():
                 stored = AutoModelForCausalLM.from_pretrained(
-                    folder / "backbone", dtype="auto", trust_remote_code=False, use_safetensors=True
+                    folder / BACKBONE, dtype="auto", trust_remote_code=False, use_safetensors=True
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise WorkspaceError(
                 f"{folder / 'backbone'} is damaged ({error}); train the stage again"
             ) from error
-        _copy(weights_without_adapter(model.causal_lm), stored.state_dict(), folder / "backbone")
-    if has_adapter(model) and (folder / "adapter").is_dir():
-        load_adapter(model.backbone, folder / "adapter")
+        _copy(weights_without_adapter(model.causal_lm), stored.state_dict(), folder / BACKBONE)
+    if has_adapter(model) and (folder / ADAPTER).is_dir():
+        load_adapter(model.backbone, folder / ADAPTER)
 
 
 def round_frozen(model: GenerativeModel, dtype: torch.dtype) -> None:

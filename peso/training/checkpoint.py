@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peso.durable import write_atomically
-from peso.errors import TrainingError
+from peso.durable import read_sealed, write_sealed
+from peso.errors import TrainingError, WorkspaceError
 
 FILE = "checkpoint.pt"
 
@@ -41,7 +41,7 @@ class Checkpoint:
         """Replace the file: after a crash there is the old state or the new one, never a mixture."""
         buffer = io.BytesIO()
         torch.save({"digest": self.digest, **state}, buffer)
-        write_atomically(self.path, buffer.getvalue())
+        write_sealed(self.path, buffer.getvalue())
 
     def load(self) -> dict[str, Any] | None:
         """The saved state, tensors on the CPU; None where there is none.
@@ -53,8 +53,9 @@ class Checkpoint:
             return None
         again = f"remove {self.path} to train this stage from its start"
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            content = io.BytesIO(read_sealed(self.path))
+            state = torch.load(content, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, WorkspaceError) as error:
             raise TrainingError(f"{self.path} cannot be read ({error}); {again}") from None
         if state.pop("digest", None) != self.digest:
             raise TrainingError(
@@ -69,24 +70,38 @@ class TrainingLog:
 
     Args:
         keep: bytes to keep of an existing file: what was logged up to the checkpoint.
+        sha256: of these bytes; "" where the checkpoint does not say.
 
     Raises:
-        TrainingError: the file is shorter than the checkpoint says.
+        TrainingError: the file is shorter than the checkpoint says, or has changed.
     """
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, keep: int, sha256: str = "") -> None:
         size = path.stat().st_size if path.exists() else 0
         if size < keep:
             raise TrainingError(
                 f"{path} holds {size} bytes, but training went on for {keep}: it was cut or removed. "
                 "Remove the stage's checkpoint to train it from its start"
             )
+        self._hash = hashlib.sha256(path.read_bytes()[:keep] if keep else b"")
+        if sha256 and self.sha256 != sha256:
+            raise TrainingError(
+                f"{path} is damaged: it is not what training had logged. Remove the stage's checkpoint to "
+                "train it from its start"
+            )
         self._file = path.open("ab")
         if size > keep:
             self._file.truncate(keep)
 
+    @property
+    def sha256(self) -> str:
+        """Of all that the log holds."""
+        return self._hash.hexdigest()
+
     def write(self, **record: Any) -> None:
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._hash.update(line)
+        self._file.write(line)
         self._file.flush()
 
     def sync(self) -> int:

@@ -95,6 +95,7 @@ class _State:
     epoch_loss: float = 0.0  # Σ loss · targets over the steps of the epoch so far
     epoch_targets: int = 0
     logged: int = 0  # bytes of log.jsonl
+    log_sha256: str = ""
     training_losses: list[float] = field(default_factory=list)
     validation_losses: list[float] = field(default_factory=list)
 
@@ -186,7 +187,11 @@ def train_stage(
     on_cpu = model.device.type == "cpu"
     gpus = [model.device] if model.device.type == "cuda" else []
     with (
-        TrainingLog(*((log, state.logged) if processes.is_main else (Path(os.devnull), 0))) as records,
+        (
+            TrainingLog(log, state.logged, state.log_sha256)
+            if processes.is_main
+            else TrainingLog(Path(os.devnull), 0)
+        ) as records,
         torch.random.fork_rng(gpus),
         reproducible(model.device),
         disable_input_dtype_casting(model, precision.mixed),
@@ -279,7 +284,7 @@ def train_stage(
                 records.write(epoch=epoch, step=state.step, **losses)
             due = plan.ends_epoch(step) or time.monotonic() - saved_at >= checkpoint_seconds
             if due and processes.is_main:
-                state.logged = records.sync()
+                state.logged, state.log_sha256 = records.sync(), records.sha256
                 checkpoint.save(
                     state=asdict(state),
                     trained=trained,

@@ -21,11 +21,12 @@ from peso import pipeline, summary, testing
 from peso.config import load_config
 from peso.determination import determination
 from peso.errors import BackboneError, PesoError
+from peso.manifest import write_manifest
 from peso.progress import Silent
 from peso.stages import answering_model, backbone_fingerprint, starting_model, trained_model
 from peso.threads import threads
 from peso.training.precision import Precision
-from peso.workspace import Workspace
+from peso.workspace import FORMAT, Workspace
 
 ROUNDED = "training.precision=bfloat16"
 
@@ -35,8 +36,8 @@ def copy(workspace: Workspace, root: Path) -> Workspace:
 
 
 def edit_manifest(workspace: Workspace, stage: int, **values: Any) -> None:
-    path = workspace.stage_directory(stage) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    manifest = workspace.stage_manifest(stage)
+    write_manifest(workspace.stage_directory(stage), FORMAT, {**manifest, **values}, manifest["files"])
 
 
 # -- the identity of a backbone is that of its files --------------------------------------------------

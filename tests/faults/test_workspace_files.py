@@ -1,0 +1,444 @@
+"""Files of a workspace: checked when they are read, written by one process, never by a refused command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peso import pipeline, summary, testing
+from peso.baseline_runs import baseline_summaries, found_baselines
+from peso.config import load_config
+from peso.durable import checksum, commit_directory, only_writer, write_aside
+from peso.errors import PesoError, TrainingError, WorkspaceError
+from peso.manifest import Manifest, read_manifest, replace_file, write_manifest
+from peso.progress import Silent
+from peso.recommender import Recommender
+from peso.training.checkpoint import Checkpoint, TrainingLog
+from peso.workspace import FORMAT, Workspace
+
+TREE = {
+    "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 3}},
+    "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
+    "backbone": {"name": "tiny", "layers": 1},
+    "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+    "strategy": {"name": "lsat", "fusion": "arithmetic"},
+    "training": {"epochs": 1, "max_steps": 2, "batch_size": 64},
+    "baselines": ["popularity", {"name": "two-tower", "epochs": 1}],
+}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which every kind of file occurs."""
+    workspace = Workspace.create_or_open(tmp_path_factory.mktemp("files") / "w", load_config(TREE))
+    with workspace.lock(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(summary, "report", lambda workspaces, directory: None)  # draws plots
+        pipeline.run(workspace)
+    testing.test(workspace, 1, 2, Silent())
+    return workspace.root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "w")
+
+
+def flip(path: Path, place: float = 0.5, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def serve(root: Path) -> object:
+    return Recommender.load(root).recommend(history=["i1", "i2"], k=5)
+
+
+def report(root: Path) -> object:
+    return summary.result_table([Workspace.open(root)])
+
+
+# -- what is read is what was written ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "use"),
+    [
+        ("stages/0/backbone/model.safetensors", serve),
+        ("stages/0/backbone/config.json", serve),
+        ("stages/2/adapter/adapter_model.safetensors", serve),
+        ("stages/2/adapter/adapter_config.json", serve),
+        ("stages/2/vocabulary.safetensors", serve),
+        ("stages/2/state.safetensors", serve),
+        ("semantic_ids/index.parquet", serve),
+        ("semantic_ids/manifest.json", serve),
+        ("stages/1/manifest.json", serve),
+        ("stages/1/predictions.parquet", report),
+        ("stages/1/metrics.json", report),
+        ("stages/1/log.jsonl", report),
+        ("stages/1/on=2/predictions.parquet", report),
+        ("stages/1/on=2/metrics.json", report),
+        ("stream/stage=1/users.parquet", report),
+        ("stream/manifest.json", report),
+        ("baselines/popularity/1/predictions.parquet", report),
+        ("baselines/popularity/1/static.parquet", report),
+        ("baselines/popularity/1/manifest.json", report),
+    ],
+)
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_a_file_that_changed_is_named(root: Path, file: str, use: Callable[[Path], object], how: str) -> None:
+    path = root / file
+    if how == "flipped":
+        flip(path)
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    with pytest.raises(PesoError, match=Path(file).name) as raised:
+        use(root)
+    assert str(path.parent) in str(raised.value)
+
+
+def test_a_test_writes_no_checksum_of_a_file_that_it_did_not_write(root: Path) -> None:
+    adapter = root / "stages/1/adapter/adapter_model.safetensors"
+    flip(adapter)
+    before = json.loads((root / "stages/1/manifest.json").read_text())["files"]
+    with Workspace.change(root, ["evaluation.k=[1,3]"]) as workspace:
+        testing.test(workspace, 1, 1, Silent())  # from the stored answers
+    after = json.loads((root / "stages/1/manifest.json").read_text())["files"]
+    assert {name for name in after if after[name] != before.get(name)} == {"metrics.json"}
+    with pytest.raises(WorkspaceError, match=r"adapter_model\.safetensors is damaged"):
+        Recommender.load(root, stage=1)
+
+
+def test_damaged_answers_are_not_measured_again(root: Path) -> None:
+    flip(root / "stages/1/predictions.parquet")
+    with (
+        pytest.raises(WorkspaceError, match=r"predictions\.parquet is damaged.*peso evaluate .*--stage 1"),
+        Workspace.change(root, ["evaluation.k=[1,3]"]) as workspace,
+    ):
+        testing.test(workspace, 1, 1, Silent())
+
+
+@pytest.mark.parametrize("file", ["predictions.parquet", "on=2/predictions.parquet", "on=2/metrics.json"])
+def test_answers_that_are_missing_are_made_again(root: Path, file: str) -> None:
+    path = root / "stages/1" / file
+    before = checksum(path)
+    path.unlink()
+    workspace = Workspace.open(root)
+    testing.test(workspace, 1, 2 if "on=" in file else 1, Silent())
+    assert checksum(path) == before
+
+
+def test_a_stage_copied_over_another_is_noticed(root: Path, tmp_path: Path) -> None:
+    shutil.rmtree(root / "stages/2")
+    shutil.copytree(root / "stages/1", root / "stages/2")
+    with pytest.raises(WorkspaceError, match=r"stages/2 holds stage 1, not stage 2"):
+        Workspace.open(root)
+
+
+def test_a_stage_of_another_run_is_noticed(root: Path) -> None:
+    path = root / "stages/1"
+    manifest = dict(read_manifest(path, FORMAT))
+    write_manifest(path, FORMAT, {**manifest, "determined_by": "other"}, manifest["files"])
+    with pytest.raises(WorkspaceError, match=r"stages/2 was not trained from .*stages/1"):
+        Workspace.open(root)
+
+
+def test_a_baselines_stage_copied_over_another_is_noticed(root: Path) -> None:
+    shutil.rmtree(root / "baselines/popularity/2")
+    shutil.copytree(root / "baselines/popularity/1", root / "baselines/popularity/2")
+    workspace = Workspace.open(root)
+    with pytest.raises(WorkspaceError, match=r"popularity/2 holds stage 1, not stage 2"):
+        baseline_summaries(workspace, found_baselines(workspace))
+
+
+@pytest.mark.parametrize("directory", ["stages/1", "baselines/popularity/1", "baselines/popularity/0"])
+def test_a_stage_that_is_gone_is_not_left_out_of_a_report(root: Path, directory: str) -> None:
+    shutil.rmtree(root / directory)
+    with pytest.raises(WorkspaceError, match=rf"{directory}.*is missing"):
+        report(root)
+
+
+def test_a_file_that_no_manifest_lists_is_not_loaded(root: Path) -> None:
+    shutil.copytree(root / "stages/0/backbone", root / "stages/2/backbone")
+    with pytest.raises(WorkspaceError, match=r"does not belong there"):
+        serve(root)
+
+
+def test_a_baselines_model_is_checked(root: Path) -> None:
+    (model,) = (root / "baselines").glob("two-tower*/1/model/*.safetensors")
+    flip(model)
+    workspace = Workspace.open(root)
+    shutil.rmtree(model.parents[2] / "2")
+    with workspace.lock(), pytest.raises(WorkspaceError, match=rf"{model.name} is damaged"):
+        pipeline._conclude(workspace, Silent())
+
+
+def test_taking_over_a_damaged_stage_is_refused(root: Path, tmp_path: Path) -> None:
+    flip(root / "stages/1/vocabulary.safetensors")
+    other = Workspace.create_or_open(tmp_path / "other", load_config(TREE))
+    base = Workspace.open(root)
+    pipeline.take_data(other, base, Silent())
+    with pytest.raises(WorkspaceError, match=r"stages/1/vocabulary\.safetensors is damaged"):
+        pipeline.take_base(other, base, Silent())
+    assert other.finished_stages == [0]
+
+
+def test_a_checkpoint_is_checked(tmp_path: Path) -> None:
+    import torch
+
+    checkpoint = Checkpoint(tmp_path, "digest")
+    checkpoint.save(tensors={"a": torch.arange(1000)})
+    flip(checkpoint.path)
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt cannot be read.*sha256"):
+        checkpoint.load()
+    torch.save({"digest": "digest", "step": 3}, checkpoint.path)  # as older versions wrote it
+    assert checkpoint.load() == {"step": 3}
+
+
+def test_the_log_of_a_training_that_goes_on_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with TrainingLog(path, keep=0) as log:
+        log.write(step=1, loss=1.25)
+        kept, sha256 = log.sync(), log.sha256
+        log.write(step=2, loss=1.0)
+    TrainingLog(path, kept, sha256)
+    flip(path)
+    with pytest.raises(TrainingError, match=r"log\.jsonl is damaged"):
+        TrainingLog(path, kept, sha256)
+
+
+# -- manifests ---------------------------------------------------------------------------------------
+
+
+def test_manifests_of_the_version_before_are_read(root: Path) -> None:
+    expected = serve(root), report(root)
+    for path in root.rglob("manifest.json"):
+        content = json.loads(path.read_text())
+        del content["sha256"]
+        path.write_text(json.dumps(content, indent=2))
+    for path in root.rglob("metrics.json"):
+        content = json.loads(path.read_text())
+        if isinstance(content.get("test"), dict) and content["test"].pop("predictions", None):
+            path.write_text(json.dumps(content))
+    for directory in [*root.glob("stages/[0-9]"), *root.glob("baselines/*/[0-9]")]:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest["files"] = {name: checksum(directory / name) for name in manifest["files"]}
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert (serve(root), report(root)) == expected
+
+
+@pytest.mark.parametrize("key", ["determined_by", "backbone_sha256", "trained_parameters", "files", "format"])
+def test_a_key_that_a_manifest_lacks_is_named(root: Path, key: str) -> None:
+    path = root / "stages/1/manifest.json"
+    content = json.loads(path.read_text())
+    del content[key], content["sha256"]  # as if an older version had written it so
+    path.write_text(json.dumps(content))
+    with pytest.raises(PesoError):
+        serve(root), report(root), Recommender.load(root, stage=1).recommend(history=["i1"])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff\xfe", b"{", b'{"format": 1, "format": 1, "files": {}}']
+)
+def test_a_manifest_that_cannot_be_read_is_named(root: Path, content: bytes) -> None:
+    (root / "stages/1/manifest.json").write_bytes(content)
+    with pytest.raises(WorkspaceError, match=r"stages/1/manifest\.json is damaged"):
+        Workspace.open(root)
+
+
+def test_a_manifest_names_the_key_that_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match=r"manifest\.json is damaged \(no 'items'\)"):
+        Manifest(tmp_path, {})["items"]
+
+
+@pytest.mark.parametrize("step", ["before the file", "after the file"])
+def test_killed_while_a_file_is_replaced_nothing_disagrees(tmp_path: Path, monkeypatch, step: str) -> None:
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "file").write_text("old")
+    write_manifest(tmp_path, 1, {})
+    original, calls = Path.replace, []
+
+    def killed(self: Path, target: Path) -> Path:  # the manifest, the file, the manifest again
+        calls.append(target)
+        if len(calls) == (2 if step == "before the file" else 3):
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), replace_file(tmp_path, "file", 1) as aside:
+        aside.write_text("new")
+    monkeypatch.undo()
+    from peso.manifest import intact
+
+    there = intact(tmp_path, "file", read_manifest(tmp_path, 1)).read_text()
+    assert there == ("old" if step == "before the file" else "new")
+    with replace_file(tmp_path, "file", 1) as aside:
+        aside.write_text("newest")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["files"] == {name: checksum(tmp_path / name) for name in ("file", "kept")}
+    assert "replacing" not in manifest
+
+
+@pytest.mark.parametrize("name", ["²", "1 copy", "01", ".3.unfinished"])
+def test_what_is_no_stage_is_left_alone(root: Path, name: str) -> None:
+    (root / "stages" / name).mkdir()
+    assert Workspace.open(root).finished_stages == [0, 1, 2]
+
+
+# -- one writer, and only when it is not refused -----------------------------------------------------
+
+
+@contextmanager
+def held_elsewhere(directory: Path) -> Iterator[None]:
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with only_writer(directory):
+            held.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(30)
+    try:
+        yield
+    finally:
+        release.set()
+        thread.join()
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+REFUSED = [
+    "evaluate --set evaluation.k=[1] --stage 7",
+    "evaluate --set evaluation.k=[1] --on 7",
+    "baseline easy --set evaluation.k=[1]",
+    "tokenize --set report.title=x",
+    "train --set report.title=x",
+    "ingest --set report.title=x",
+    "ingest --append --set report.title=x",
+]
+LOCKED = ["run CONFIG --set evaluation.k=[1]", "update --set report.title=x", "baseline popularity", *REFUSED]
+
+
+@pytest.mark.parametrize("command", LOCKED)
+def test_a_locked_workspace_is_left_alone(
+    peso: Callable[..., tuple[int, str, str]], root: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "CONFIG").write_text(yaml.safe_dump(TREE))
+    with held_elsewhere(root):
+        before = everything(root)
+        status, _, error = peso(*command.replace("CONFIG", str(tmp_path / "CONFIG")).split(), "-w", root)
+        assert status == 1
+        assert "easy" in command or "another process" in error
+        assert everything(root) == before
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_refused_command_has_written_nothing(
+    peso: Callable[..., tuple[int, str, str]], root: Path, command: str
+) -> None:
+    (root / ".lock").unlink()
+    before = everything(root)
+    assert peso(*command.split(), "-w", root)[0] in (1, 2)
+    (root / ".lock").unlink(missing_ok=True)
+    assert everything(root) == before
+
+
+def test_who_holds_a_workspace_is_said(root: Path) -> None:
+    import os
+
+    with held_elsewhere(root), pytest.raises(WorkspaceError, match=rf"another process \(pid {os.getpid()}\)"):
+        Workspace.create_or_open(root, load_config(TREE))
+
+
+def test_a_mistaken_first_call_leaves_nothing(
+    peso: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "log.csv").write_text("nothing,of,use\n1,2,3\n")
+    for command in (["ingest", tmp_path / "log.csv"], ["ingest", tmp_path / "nowhere.csv"]):
+        assert peso(*command, "-w", tmp_path / "new" / "w")[0] == 1
+        assert not (tmp_path / "new" / "w").exists()
+    (tmp_path / "empty").mkdir()
+    assert peso("ingest", tmp_path / "log.csv", "-w", tmp_path / "empty")[0] == 1
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_lock_that_is_a_directory_is_named(root: Path) -> None:
+    (root / ".lock").unlink()
+    (root / ".lock").mkdir()
+    with pytest.raises(WorkspaceError, match=r"\.lock cannot be written"), Workspace.change(root):
+        pass
+
+
+# -- writing aside -----------------------------------------------------------------------------------
+
+
+def test_two_that_write_one_place_do_not_meet(tmp_path: Path) -> None:
+    with commit_directory(tmp_path / "d") as one, commit_directory(tmp_path / "d") as two:
+        (one / "file").write_text("one")
+        (two / "file").write_text("two")
+    assert (tmp_path / "d" / "file").read_text() == "one"  # the last to finish
+    with write_aside(tmp_path / "f") as one, write_aside(tmp_path / "f") as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert {path.name for path in tmp_path.iterdir()} == {"d", "f"}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=_die_writing, args=(tmp_path / "d",))
+    process.start()
+    process.join()
+    assert len(list(tmp_path.iterdir())) == 1
+    with commit_directory(tmp_path / "d"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def _die_writing(target: Path) -> None:
+    import os
+
+    with commit_directory(target):
+        os._exit(0)
+
+
+@pytest.mark.parametrize("place", ["/proc/x.parquet", "folder", "x" * 300, "file/below", "/dev/null"])
+def test_a_place_that_cannot_be_written_is_named_before_any_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for write in (write_aside, *([commit_directory] if place != "folder" else [])):
+        worked = False
+        with pytest.raises(WorkspaceError, match="cannot be written"), write(tmp_path / place):
+            worked = True
+        assert not worked
+    assert Path("/dev/null").is_char_device()
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
+@pytest.mark.parametrize("write", [write_aside, commit_directory, only_writer])
+def test_a_read_only_file_system_is_said(
+    tmp_path: Path, monkeypatch, write: Callable[[Path], object]
+) -> None:
+    import errno
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(WorkspaceError, match="cannot be written: Read-only file system"),
+        write(tmp_path / "x"),
+    ):
+        pass
