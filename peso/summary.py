@@ -169,16 +169,11 @@ def before_and_after(workspace: Workspace) -> tuple[str, list[str], list[list[An
     (system,), stage, rows = comparison.systems, comparison.averaged[-1], list[list[Any]]()
     cases = len(system.first.stages[stage].predictions)
     for metric in comparison.metrics:
-        found, digits = comparison.last_change(system, metric), metric.decimals
-        if found is not None:
-            after, before, change = found
+        change, digits = comparison.last_change(system, metric), metric.decimals
+        if change is not None:
+            means = [f"{m:.{digits}f}" for m in comparison.before_and_after(system, metric, change)]
             interval = f"{change.low:+.{digits}f} … {change.high:+.{digits}f}" if change.has_interval else ""
-            values = [
-                f"{before.value:.{digits}f}",
-                f"{after.value:.{digits}f}",
-                f"{change.value:+.{digits}f}",
-            ]
-            rows.append([metric.label, *values, interval])
+            rows.append([metric.label, *means, f"{change.value:+.{digits}f}", interval])
     title = f"the model before and after stage {stage}, on the same {cases:,} test cases of stage {stage}"
     return title, ["metric", "before", "after", "difference", "95 % interval"], rows
 

@@ -298,30 +298,16 @@ class Comparison:
             return None
         return _estimate(values[:, inside], self._panel_of_group(system, stages, group), system)
 
-    def last_change(
-        self, system: System, metric: Metric, group: int | None = None
-    ) -> tuple[Estimate, Estimate, Estimate] | None:
-        """The newest stage's model against the one before it, on the newest stage's cases: the mean after,
-        the mean before, and the difference. None where the earlier model was not tested on them.
-        """
+    def last_change(self, system: System, metric: Metric, group: int | None = None) -> Estimate | None:
+        """The newest stage's model minus the one before it, on the newest stage's cases."""
         new = self.averaged[-1]
-        change = self.change(system, metric, [(new, new, new - 1)], group)
-        if change is None:
-            return None
+        return self.change(system, metric, [(new, new, new - 1)], group)
+
+    def before_and_after(self, system: System, metric: Metric, change: Estimate) -> tuple[float, float]:
+        """The two means that :meth:`last_change` is the difference of."""
         runs = [run for run in system.runs if run.across]
-        inside = self._inside(system, [new], group)
-        panel = self._panel_of_group(system, [new], group)
-        after, before = (
-            np.stack(
-                [metric.values(one)[self._sorted(run, new)] for run, one in zip(runs, some, strict=True)]
-            )
-            for some in ([r.stages[new].predictions for r in runs], [r.across[new - 1, new] for r in runs])
-        )
-        return (
-            _estimate(after[:, inside], panel, system),
-            _estimate(before[:, inside], panel, system),
-            change,
-        )
+        after = float(np.mean([self._of(run, metric, self.averaged[-1]).mean() for run in runs]))
+        return after - change.value, after
 
     def _same_as_own(self, run: RunSummary, stage: int, tested: Predictions) -> Predictions:
         if tested.users != run.stages[stage].predictions.users:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
+from peso.evaluation.segmentation import USERS
 from peso.evaluation.segments import USER_SEGMENTS
 from peso.evaluation.significance.contrasts import LEVEL, Contrast
 from peso.evaluation.systems import System
@@ -84,52 +85,39 @@ def winning_baselines(comparison: Comparison) -> list[str]:
 
 
 def last_update(comparison: Comparison) -> list[str]:
-    """Whether the newest model is better than the one before it, for whom, and by how much."""
+    """Whether the newest model is better than the one before it (if that was not tested: than the model of
+    stage 0, where it is one of the systems), for whom, and by how much."""
     system, metric, stage = comparison.subject, comparison.headline[0], comparison.averaged[-1]
-    whole = comparison.last_change(system, metric)
-    if whole is None:
-        return _against_stage_0(comparison)
-    after, before, change = whole
-    who = f" of {_name(system)}" if len([s for s in comparison.systems if not s.first.baseline]) > 1 else ""
+    groups: dict[str, Estimate | None]
+    if (change := comparison.last_change(system, metric)) is not None:
+        several = sum(not other.first.baseline for other in comparison.systems) > 1
+        new, old = (
+            f"The model{f' of {_name(system)}' * several} after stage {stage}",
+            f"after stage {stage - 1}",
+        )
+        cases = f"the {change.cases:,} cases of stage {stage}"
+        before, after = comparison.before_and_after(system, metric, change)
+        groups = {name: comparison.last_change(system, metric, n) for n, name in enumerate(USER_SEGMENTS)}
+    else:
+        stale = next((s for s in comparison.systems if s.family == FAMILY_OF_STAGE_0), None)
+        if stale is None or stale is system or not comparison.same_cases:
+            return []
+        new, old, cases = _name(system), "of stage 0 without updates", stage_range(comparison.averaged)
+        change = comparison.difference(system, stale, metric)
+        before, after = (comparison.average(one, metric).value for one in (stale, system))
+        groups = {
+            name: comparison.difference(system, stale, metric, group=n)
+            for n, name in enumerate(USER_SEGMENTS)
+            if comparison.in_group(system, metric, USERS, n) is not None
+        }
     text = (
-        f"The model{who} after stage {stage} is {_verdict(change)} the model after stage {stage - 1} on the "
-        f"{change.cases:,} cases of stage {stage}: {metric.label} {_number(after.value, metric)} against "
-        f"{_number(before.value, metric)}, {_difference(change, metric)}."
+        f"{new} is {_verdict(change)} the model {old} on {cases}: {metric.label} {_number(after, metric)} "
+        f"against {_number(before, metric)}, {_difference(change, metric)}."
     )
     likelihood = comparison.headline[-1]
     if (told := comparison.last_change(system, likelihood)) is not None:
-        text += f" Log-probability: {_difference(told[2], likelihood)}."
-    groups = {
-        name: found[2]
-        for number, name in enumerate(USER_SEGMENTS)
-        if (found := comparison.last_change(system, metric, number)) is not None
-    }
-    return [text + _for_whom(groups, metric)]
-
-
-def _against_stage_0(comparison: Comparison) -> list[str]:
-    """The same with a model that was never updated in place of the one before, where there is one."""
-    system, metric = comparison.subject, comparison.headline[0]
-    old = next((s for s in comparison.systems if s.family == FAMILY_OF_STAGE_0), None)
-    if old is None or old is system or not comparison.same_cases:
-        return []
-    whole = comparison.difference(system, old, metric)
-    text = (
-        f"{_name(system)} is {_verdict(whole)} the model of stage 0 without updates on "
-        f"{stage_range(comparison.averaged)}: {metric.label} "
-        f"{_number(comparison.average(system, metric).value, metric)} against "
-        f"{_number(comparison.average(old, metric).value, metric)}, {_difference(whole, metric)}."
-    )
-    return [text + _for_whom(gains_over(comparison, system, old, metric), metric)]
-
-
-def gains_over(comparison: Comparison, system: System, old: System, metric: Metric) -> dict[str, Estimate]:
-    """The difference of two systems for each kind of user that occurs."""
-    return {
-        name: comparison.difference(system, old, metric, group=number)
-        for number, name in enumerate(USER_SEGMENTS)
-        if any(name in old.first.stages[stage].predictions.user_segment for stage in comparison.averaged)
-    }
+        text += f" Log-probability: {_difference(told, likelihood)}."
+    return [text + _for_whom({name: found for name, found in groups.items() if found is not None}, metric)]
 
 
 def _for_whom(groups: dict[str, Estimate], metric: Metric) -> str:

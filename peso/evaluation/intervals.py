@@ -1,17 +1,12 @@
-"""A mean over test cases and how far chance may have moved it.
+"""A mean over test cases and its 95 % interval over users (another seed of training is not covered).
 
-Knows numbers and who they belong to; knows nothing of what the numbers measure. Every interval is a 95 %
-interval over users: another draw of users from the same population would move the mean that far. It says
-nothing about another seed of training.
-
-A mean is m = Σ_i c_i over cases, where case i also has an influence z_i on its deviation. Cases of one user
-hang together, so they are added up before squaring:
+Case i has an influence z_i on the deviation of the mean m. Cases of one user are not independent, so their
+influences are added before squaring:
 
     s² = U/(U − 1) · Σ_u ( Σ_{i of u} z_i )²        interval: m ± 1.96 s
 
-with U users (normal approximation, linearised, clustered by user). With one case a user and one stage this is
-the textbook s²/n. The same arithmetic serves differences between two systems on the same cases: pass the
-differences as the values.
+with U users (normal approximation, linearized, clustered by user). With one case per user and one stage this
+is the textbook s²/n. For the difference of two systems on the same cases, pass the differences as values.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
-"""What is in the lists, whether or not it was right: variety, novelty, popularity.
-
-Knows item numbers, how often each was seen and their codes; knows nothing of targets, files or runs. A list
-is a row of item numbers, best first, filled up with -1.
-"""
+"""Variety, novelty and popularity of recommended lists, whether or not they were right. A list is a row of
+item numbers, best first, padded with -1."""
 
 from __future__ import annotations
 

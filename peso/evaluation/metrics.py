@@ -1,8 +1,8 @@
-"""How good ranked lists are: one number per case, then means over cases and stages.
+"""Metrics of ranked lists: one value per case, then means over cases and stages.
 
-Knows predictions; knows nothing of files, runs or models. A metric is a pure function from ranks (or
-log-probabilities) to one value per case; :class:`Metric` gives it a name. With one relevant item per case the
-usual definitions reduce to functions of its rank r (1 = first, 0 = not in the list).
+A metric is a pure function from ranks (or log-probabilities) to one value per case; :class:`Metric` gives it
+a name. With one relevant item per case the usual definitions reduce to functions of its rank r (1 = first,
+0 = not in the list).
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What a model answered, case by case, and the file that holds it.
-
-Knows ranked lists, ranks and the columns of ``predictions.parquet``; knows nothing of models, nor of how
-ranks become metrics.
-"""
+"""The predictions of a model, case by case, and their file ``predictions.parquet``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a report needs to know of a run, as plain values.
-
-Knows no workspace and no file: whoever has them fills these in.
-"""
+"""What a report needs to know of a run, as plain values."""
 
 from __future__ import annotations
 

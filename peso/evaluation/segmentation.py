@@ -1,8 +1,5 @@
-"""Ways to part the test cases, each a name and a group for every case.
-
-Knows predictions and the catalogue; knows nothing of metrics or runs. Dormant, continuing and new users,
-known and new items come labelled (peso/evaluation/segments.py); the others are made here.
-"""
+"""Ways to split the test cases into groups. Predictions already carry the groups of users and items
+(peso/evaluation/segments.py); the others are made here."""
 
 from __future__ import annotations
 

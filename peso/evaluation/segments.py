@@ -1,7 +1,4 @@
-"""Which group a test case belongs to: what was known of its user and of its target before the stage.
-
-Knows who and what appeared in which stage; knows nothing of predictions or metrics.
-"""
+"""The groups of users and target items of a test case, by what was seen before its stage."""
 
 from __future__ import annotations
 

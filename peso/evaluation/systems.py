@@ -1,7 +1,4 @@
-"""Which runs are one system: those that differ in nothing but the seed.
-
-Knows run summaries; knows nothing of metrics.
-"""
+"""Systems: runs that differ only in their seed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What learning one stage does to the others: transfer and forgetting.
+"""Transfer and forgetting.
 
-Knows the matrix R, R[i, j] = result of the model after stage i on the test cases of stage j (larger is
-better; nan where it was not tested); knows nothing of models or metrics. T is the last stage. Each figure is
-a mean over stages j of R[a, j] − R[b, j]: how much better model a does on the cases of j than model b. Which
-models those are is what makes the figure, and what its interval is computed from.
+In the matrix R, R[i, j] is the result of the model after stage i on the test cases of stage j (larger is
+better; nan where it was not tested), and T is the last stage. Each figure is a mean over stages j of
+R[a, j] − R[b, j], the difference between models a and b on the cases of j; the figures differ in a and b.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def test_the_first_sentence_says_whether_the_new_model_is_better(gain: float, ve
     change = comparison.last_change(comparison.systems[0], comparison.headline[0])
     assert change is not None
     assert re.search(r"NDCG@10 0\.\d{4} against 0\.\d{4}, difference [+−]0\.\d{4}, 95 % interval", first)
-    after, before, difference = change
-    assert after.value - before.value == pytest.approx(difference.value)
-    assert difference.excludes_zero == bool(gain)
+    assert change.excludes_zero == bool(gain)
+    before, after = comparison.before_and_after(comparison.systems[0], comparison.headline[0], change)
+    assert f"NDCG@10 {after:.4f} against {before:.4f}" in first
     assert "By users: " in first
 
 
@@ -65,8 +65,8 @@ def test_the_change_of_a_group_is_that_of_its_cases() -> None:
         inside = np.array([segment == kind for segment in new.user_segment])
         found = comparison.last_change(system, metric, number)
         assert found is not None
-        assert found[2].value == pytest.approx((metric.values(new) - metric.values(old))[inside].mean())
-        assert found[2].cases == inside.sum()
+        assert found.value == pytest.approx((metric.values(new) - metric.values(old))[inside].mean())
+        assert found.cases == inside.sum()
 
 
 def hits(of: Predictions, rank: int) -> Predictions:

@@ -61,7 +61,7 @@ def _last_update(comparison: Comparison) -> Table:
         *((f"{name.capitalize()} users", n) for n, name in enumerate(USER_SEGMENTS)),
     ]:
         found = [comparison.last_change(system, metric, group) for metric in comparison.headline]
-        changes = [one[2] for one in found if one is not None]
+        changes = [one for one in found if one is not None]
         if changes:
             cells = [quantity(c, metric) for c, metric in zip(changes, comparison.headline, strict=True)]
             rows.append([who, *cells, Quantity(changes[0].cases)])

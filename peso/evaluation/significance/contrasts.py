@@ -1,17 +1,14 @@
-"""Systems in pairs: how far apart they are, whether that can be chance, and what could have been seen.
+"""Differences between systems, their significance, and the smallest difference that could be detected.
 
-Knows systems as values per seed and case; knows nothing of runs, files or how results are shown.
+A p value comes from the paired permutation test over users: the difference is compared with those obtained
+when the two systems are exchanged for random users. An interval comes from the paired bootstrap over users.
+Several seeds add a second level to both: the deviations due to users keep only the part that does not depend
+on the seed (``Spread.shrinkage``), and a deviation due to seeds, drawn from Student's t, is added. Resampling
+the seeds themselves would be too optimistic: the variance among resamples of five is a fifth too small, and
+if seeds are the only source of chance, identical systems are rejected in 15 % of cases.
 
-A p value is that of the paired permutation test over users: the difference is compared with what it becomes
-when the two systems change places for random users. An interval is that of the paired bootstrap over users.
-Where a system was trained with several seeds, both get a second level: the deviations due to users keep only
-the part that is not luck of one seed (``Spread.shrinkage``), and a deviation due to seeds is added, drawn
-from Student's t. Resampling the seeds themselves would not do: the variance among resamples of five is a
-fifth too small and their tails are too short. Where seeds are all the chance there is, that rejects identical
-systems in 15 % of cases.
-
-Of each metric all pairs are corrected together, not only those with the best: which one is the best is itself
-read from the data. Metrics are corrected one by one: they are different questions, asked of the same lists.
+All pairs in one metric are corrected together, not only those with the best, because the best is chosen from
+the same data. Metrics are corrected separately.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Many tests at once.
-
-Knows p values; knows nothing of where they come from.
-"""
+"""Correction of p values for many tests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Whose the cases are and what each of them counts: from values per case to shares per user.
-
-Knows cases, users and stages; knows nothing of systems, metrics or tests. The user is the unit that chance
-draws: all cases of one user, over all stages, move together.
-"""
+"""The user and the weight of each case. Users are the independent units: all cases of one user, over all
+stages, belong together."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Draws of what chance in the users could have made of sums over users.
-
-Knows matrices; knows nothing of systems. Every column of a matrix gets the same draws, so the difference of
-two columns is that of paired systems. Memory stays at one block of draws.
-"""
+"""Random draws of sums over users, with the same draws for every column of a matrix, so that the difference
+of two columns is that of paired systems. Memory stays at one block of draws."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""How far chance moves a mean: chance in the users, and chance in the seeds of training.
+"""The variance of a mean due to users and to seeds of training.
 
-Knows the influence of users under each seed; knows nothing of what was measured. With S seeds and z_su the
-influence of user u under seed s, three variances can be told apart:
+With S seeds and z_su the influence of user u under seed s:
 
-    V_users       = U/(U−1) Σ_u z̄_u²                    of the mean over seeds, by another draw of users
-    V_seeds       = Σ_s (m_s − m̄)² / (S (S−1))           of the mean over seeds, by another draw of seeds
-    V_interaction = Σ_su (z_su − z̄_u)² / (S (S−1))       what both hold: luck of one user with one seed
+    V_users       = U/(U−1) Σ_u z̄_u²                    of the mean over seeds, between users
+    V_seeds       = Σ_s (m_s − m̄)² / (S (S−1))           of the mean over seeds, between seeds
+    V_interaction = Σ_su (z_su − z̄_u)² / (S (S−1))       contained in both
 
-(two-way clustering, Cameron, Gelbach and Miller 2011), so that V = V_users + V_seeds − V_interaction. The few
-seeds make V_seeds the uncertain one of them; the other two rest on thousands of users. So the users' own part
-max(0, V_users − V_interaction) is taken as normal, the rest as Student's t with S − 1 degrees of freedom.
+(two-way clustering, Cameron, Gelbach and Miller 2011), so that V = V_users + V_seeds − V_interaction. V_seeds
+is uncertain because seeds are few; the other two rest on thousands of users. So the users' own part
+max(0, V_users − V_interaction) is treated as normal, the rest as Student's t with S − 1 degrees of freedom.
 """
 
 from __future__ import annotations
