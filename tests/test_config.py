@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from peso.config import changed_keys, dump_config, load_config, valid_keys
+from peso.config.reading import leaves
 from peso.errors import ConfigError
 
 SIMULATED = {"data": "simulate"}
@@ -92,3 +93,30 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ConfigError, match="no configuration"):
         load_config(tmp_path / "empty.yaml")
+
+
+# What the first version wrote for simulated data. A later key is written only where it is not at its default
+# (``exclude_if``): config.yaml is refused where a key that is always written is missing.
+FIRST_KEYS = """
+    adapter.alpha adapter.dropout adapter.rank adapter.targets backbone.layers backbone.name
+    backbone.width base_seed baselines data.columns.item data.columns.rating data.columns.time
+    data.columns.user data.encoding data.format data.items data.min_item data.min_rating
+    data.min_user data.on_error data.path data.repeats data.separator data.simulate.items
+    data.simulate.stages data.simulate.users data.split data.stages.boundaries data.stages.every
+    data.stages.fractions data.stages.start data.time_format data_seed decoding.beams
+    evaluation.enabled evaluation.k items.codes items.collisions items.dimensions items.encoder
+    items.fit items.index items.levels items.max_tokens items.quantizer items.rq_vae.batch_size
+    items.rq_vae.commitment items.rq_vae.hidden items.rq_vae.latent items.rq_vae.learning_rate
+    items.rq_vae.steps items.template items.vectors prompt.layout prompt.window report.segments
+    report.title report.users seed strategy.coupling strategy.examples strategy.groups strategy.name
+    strategy.proximal strategy.reduction strategy.strength strategy.temperature strategy.vocabulary
+    strategy.weight training.batch_size training.device training.epochs
+    training.later_learning_rate_scale training.learning_rate training.loss_vocabulary
+    training.max_grad_norm training.max_steps training.precision training.schedule
+    training.temperature training.validation_cases training.warmup training.weight_decay
+"""
+
+
+def test_a_configuration_of_the_first_version_is_complete():
+    tree = yaml.safe_load(dump_config(load_config(SIMULATED)))
+    assert {key for key, _ in leaves(tree)} == set(FIRST_KEYS.split())

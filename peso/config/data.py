@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import date
+from functools import partial
+from operator import eq, not_
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -161,13 +163,16 @@ class DataConfig(Section):
         None, min_length=1, max_length=4, description="csv; none given: tab in .tsv, :: in .dat, else comma"
     )
     encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="csv only")
-    quote: Literal['"', "'", ""] = Field('"', description="csv only; '' where quotes are part of the text")
+    # not written at its default, as `events` is not: an earlier version's config.yaml does not hold them
+    quote: Literal['"', "'", ""] = Field(
+        '"', exclude_if=partial(eq, '"'), description="csv only; '' where quotes are part of the text"
+    )
     time_format: str = Field(
         "auto", description="auto, seconds, milliseconds, microseconds, iso, or a pattern such as %d/%m/%Y"
     )
     items: ItemTableConfig | None = Field(None, description="csv, parquet and jsonl: the product table")
     events: EventsConfig | None = Field(
-        None, description="csv, parquet and jsonl: the types of events that count"
+        None, exclude_if=not_, description="csv, parquet and jsonl: the types of events that count"
     )
     min_rating: float | None = None
     repeats: Literal["keep", "drop"] = Field("keep", description="drop: a user's first event of an item only")
