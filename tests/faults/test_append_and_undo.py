@@ -337,7 +337,7 @@ def test_a_forgotten_product_table_is_said_and_can_be_given_later(peso, logs: Pa
 
 def test_an_append_is_taken_back_without_a_trace_and_repeated_alike(peso, logs: Path, shop: Path) -> None:
     """Append, tokenize, update, tests across: undone, the workspace is as before; done again, as after."""
-    timed = ("report", "stages/2/manifest", "stages/2/metrics", "stages/2/log")  # these tell seconds
+    timed = ("report", "baselines", "stages/2/manifest", "stages/2/metrics", "stages/2/log")  # tell seconds
     start = snapshot(shop, "report")
     assert peso("ingest", logs / "week.csv", "--append", "-w", shop)[0] == 0
     appended = snapshot(shop, "report")

@@ -61,7 +61,8 @@ def serve(root: Path) -> object:
 
 
 def report(root: Path) -> object:
-    return summary.result_table([Workspace.open(root)])
+    workspace = Workspace.open(root)
+    return summary.run_table(summary.runs_of([workspace]), workspace.config.evaluation.k)
 
 
 # -- what is read is what was written ----------------------------------------------------------------
