@@ -95,7 +95,7 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
         step: of :func:`last_step`.
 
     Raises:
-        WorkspaceError: a damaged file, or a full disk. Nothing is removed then.
+        WorkspaceError: a damaged file, or a full disk. Stage, events and items are all there then.
     """
     had_report = workspace.report_directory.is_dir()
     if step.appended:

@@ -58,6 +58,7 @@ def logs(tmp_path_factory) -> Path:
             "  items: {path: products.csv, columns: {title: title, category: category}}\n"
             f"{items}"
             "backbone: tiny\n"
+            "strategy: single\nbaselines: []\n"
             "training: {epochs: 1, max_steps: 2, batch_size: 8}\n"
             "decoding: {beams: 5}\n"
             "evaluation: {k: [5]}\n"
@@ -368,9 +369,11 @@ def test_an_append_is_taken_back_without_a_trace_and_repeated_alike(peso, logs: 
 def test_the_report_shows_no_removed_stage(peso, shop: Path, reports: list[list[int]]) -> None:
     (shop / "report").mkdir()
     (shop / "report" / "index.html").write_text("[0, 1]")
+    (shop / "baselines" / "ease" / "1").mkdir(parents=True)
     assert peso("undo", "--yes", "-w", shop)[0] == 0
     assert reports == [[0]]
     assert (shop / "report" / "index.html").read_text() == "[0]"
+    assert not (shop / "baselines" / "ease" / "1").exists()
 
 
 def test_undo_asks_and_stops_at_stage_0(peso, shop: Path, monkeypatch) -> None:
