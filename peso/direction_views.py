@@ -33,7 +33,7 @@ def direction_sentences(found: Mapping[str, Any]) -> list[str]:
             f"{_percent(rest['share_without_support'])} outside it.",
         ]
     elif found["weight"] is None:
-        said.append("Nothing held these directions: the stage was learnt without an anchor.")
+        said.append("Nothing held these directions: the stage was trained without an anchor.")
     if rows and "predicted" in rows[0]:
         limit, stage = rows[-1]["predicted_in_the_limit"], rows[-1]["predicted"]
         said.append(
@@ -54,9 +54,9 @@ def direction_sentences(found: Mapping[str, Any]) -> list[str]:
 
 def _verdict(weight: float) -> str:
     if weight >= OVERWRITTEN:
-        return "what was learnt before is overwritten there"
+        return "what was learned before is overwritten there"
     if weight <= KEPT:
-        return "what was learnt before is kept there"
+        return "what was learned before is kept there"
     return "partly overwritten, partly kept"
 
 

@@ -201,7 +201,7 @@ def _differences(workspace: Workspace, free: Workspace, stage: int) -> list[str]
     ours, theirs = (dict(w.stage_manifest(stage)) for w in (workspace, free))
     for key, what in (("backbone_sha256", "backbone"), ("inputs", "data")):
         if ours[key] != theirs[key]:
-            raise WorkspaceError(f"stage {stage} of {free.root} was learnt on another {what}")
+            raise WorkspaceError(f"stage {stage} of {free.root} was trained on another {what}")
     found = []
     before = [w.stage_manifest(stage - 1)["determined_by"] for w in (workspace, free)]
     if before[0] != before[1]:

@@ -220,7 +220,7 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     """Give every item of the stream its semantic ID, into semantic_ids/; returns its manifest.
 
     Raises:
-        WorkspaceError: there is no stream, or stages were learnt from the IDs that are there.
+        WorkspaceError: there is no stream, or stages were trained on the IDs that are there.
         DataError, ConfigError: see :mod:`peso.items.tokenize` and :mod:`peso.items.imported`.
     """
     stream, config = _stream(workspace), workspace.config
@@ -474,19 +474,19 @@ def _require_next(workspace: Workspace, stage: int) -> None:
     learnt = workspace.finished_stages
     if stage in learnt:
         raise WorkspaceError(
-            f"stage {stage} of {workspace.root} is learnt already; remove {workspace.stage_directory(stage)} "
-            "and those after it to learn it again"
+            f"stage {stage} of {workspace.root} is trained already; `peso undo -w {workspace.root}` removes "
+            "the last stage"
         )
     if stage and stage - 1 not in learnt:
         raise WorkspaceError(
-            f"stage {stage} of {workspace.root} starts from stage {stage - 1}, not learnt yet"
+            f"stage {stage} of {workspace.root} starts from stage {stage - 1}, which is not trained yet"
         )
 
 
 def _refuse_if_learnt(workspace: Workspace, what: str) -> None:
     if workspace.finished_stages:
         raise WorkspaceError(
-            f"stages {workspace.finished_stages} of {workspace.root} were learnt from the {what} there; "
+            f"stages {workspace.finished_stages} of {workspace.root} were trained on the {what} there; "
             "take a new workspace (-w) for other data"
         )
 

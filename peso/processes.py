@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,12 +186,12 @@ def ended_by_sigterm() -> Iterator[None]:
     def watch() -> None:
         while (received := os.read(reader, 1)) and received[0] != signal.SIGTERM:
             pass
-        if received:
-            time.sleep(NATIVE_SECONDS)
+        if received and not done.wait(NATIVE_SECONDS):
             os.write(2, b"\nterminated by SIGTERM; the same command continues where it was\n")
             os._exit(TERMINATED)
         os.close(reader)
 
+    done = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -200,6 +199,7 @@ def ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
+        done.set()
         signal.set_wakeup_fd(before[1])
         signal.signal(signal.SIGTERM, before[0])
         os.close(writer)  # ends the thread

@@ -216,7 +216,7 @@ def _load(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
     if not any(known == backbone_fingerprint(model, dtype) for dtype in (torch.float32, torch.bfloat16)):
         raise BackboneError(
             f"the backbone {workspace.config.backbone.name!r} has other weights than the one that "
-            f"{workspace.stage_directory(stage)} was learnt on; fetch that one again, or start anew"
+            f"{workspace.stage_directory(stage)} was trained on; fetch that one again, or use a new workspace"
         )
 
 

@@ -132,7 +132,7 @@ class Workspace:
             trust, later: see :meth:`create_or_open`.
 
         Raises:
-            WorkspaceError: as :meth:`create_or_open`, or there is no workspace.
+            WorkspaceError: as :meth:`create_or_open`, or there is not a workspace.
         """
         root = Path(path)
         cls.open(root, trust)  # before anything is written there

@@ -13,6 +13,7 @@ from peso.cli import app as cli  # before PyTorch: peso decides how threads wait
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from strategy_runs import Runs
 
 from peso.items.semantic_ids import SemanticIds
@@ -20,6 +21,12 @@ from peso.model.generative import GenerativeModel
 from peso.model.layout import make_layout
 from peso.model.small import byte_tokenizer, small_llama
 from peso.model.vocabulary import SemanticVocabulary
+
+# ranx would compile its metrics for minutes, and processes that fill numba's cache at once fail
+os.environ["NUMBA_DISABLE_JIT"] = "1"
+# no test depends on how fast the machine is
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PESO_DATA", ROOT.parent / "shared" / "data"))

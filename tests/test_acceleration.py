@@ -96,7 +96,6 @@ def test_a_term_on_outputs_refuses_gradient_checkpointing(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_compiled_backbone_learns_the_same(
     make_model: Callable[..., GenerativeModel], tmp_path: Path
@@ -113,7 +112,6 @@ def test_a_compiled_backbone_learns_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_compiled_backbone_drops(make_model: Callable[..., GenerativeModel], tmp_path: Path) -> None:
     """Other draws than as written, so other numbers of the same kind; the same ones twice."""

@@ -32,7 +32,7 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     [
         ({"template": "{titel}"}, "takes the fields {title}, {text} and {category}; got '{titel}'"),
         ({"template": "no field"}, "takes the fields"),
-        ({"template": "{title"}, "'{title' is no template"),
+        ({"template": "{title"}, "'{title' is not a template"),
         ({"encoder": "vectors"}, "items.encoder: vectors needs files in items.vectors"),
         ({"quantiser": "rq-vae"}, "the nearest valid key is 'items.quantizer'"),
         ({"quantizer": "vq"}, "items.quantizer: .*'rq-kmeans'.*got 'vq'"),

@@ -57,7 +57,7 @@ def test_docstring_examples(documented: object) -> None:
     assert not failed
 
 
-@pytest.mark.slow  # ranx compiles its metrics at first use
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(rankings())
 def test_metrics_equal_ranx(case: Predictions) -> None:

@@ -83,7 +83,7 @@ def two(
     directory = tmp_path_factory.mktemp("two")
     torch.save(with_adapter(make_model("instruct", "full", layers=1)), directory / "model.pt")
     subprocess.run(
-        [*LAUNCH, str(HERE / "together.py"), str(directory)], env=ENVIRONMENT, check=True, timeout=280
+        [*LAUNCH, str(HERE / "together.py"), str(directory)], env=ENVIRONMENT, check=True, timeout=2800
     )
     return directory, [torch.load(directory / f"found.{rank}.pt") for rank in range(2)]
 
@@ -171,7 +171,6 @@ def in_two(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
     """A stage learnt and tested by two processes, one of which is killed on the way, beside one alone."""
     two, one = (
@@ -183,21 +182,21 @@ def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
         pipeline.tokenize(workspace, Silent())
 
     launcher = in_two("train", "-w", two.root)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 2000
     while not any(log.stat().st_size for log in two.root.glob("stages/.0.unfinished/*/log.jsonl")):
         assert launcher.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     (worker,) = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1"]
     worker.kill()
-    _, told = launcher.communicate(timeout=120)
+    _, told = launcher.communicate(timeout=1200)
     assert launcher.returncode != 0
     assert "continues at its newest checkpoint" in told
     assert not two.finished_stages
 
     for arguments in (["train"], ["evaluate", "--json"]):
         launcher = in_two(*arguments, "-w", two.root)
-        out, told = launcher.communicate(timeout=250)
+        out, told = launcher.communicate(timeout=2500)
         assert launcher.returncode == 0, told
     json.loads(out)  # the main process alone speaks
 

@@ -123,7 +123,7 @@ def test_no_blocks_at_all(release: Path) -> None:
 
 
 def test_no_directory(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "nowhere is no directory")
+    refused(tmp_path / "nowhere", "nowhere is not a directory")
 
 
 def test_blocks_of_two_streams_in_one_directory(release: Path) -> None:

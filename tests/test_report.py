@@ -195,7 +195,7 @@ def test_page_fits_the_window_and_logs_no_error(page: str, tmp_path: Path, width
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=True,
     )
     found = re.search(r'data-measured="([^"]*)"', finished.stdout)

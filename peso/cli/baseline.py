@@ -19,17 +19,18 @@ def baseline(
     names: Annotated[
         list[str] | None,
         typer.Argument(
+            metavar="[NAME]...",
             help="popularity, item-knn, ease, two-tower, sasrec, hybrid, or with options as in the "
-            "configuration: '{name: ease, items: 8000}'. By default those of the configuration."
+            "configuration: '{name: ease, items: 8000}'. By default those of the configuration.",
         ),
     ] = None,
     overrides: Overrides = None,
     trust: Trust = None,
 ) -> None:
-    """Learn and test baselines on every stage, updated and static; resumes what is done.
+    """Train and test baselines on every stage, both updated and static; what is done is kept.
 
-    Needs the stream and the semantic IDs; `hybrid` also the stages that the run has learnt. `peso report`
-    sets them beside the run.
+    Needs the stream and the semantic IDs; `hybrid` also needs the trained stages. `peso report` shows them
+    with the run.
 
     Example: peso baseline popularity ease sasrec -w runs/games
     """

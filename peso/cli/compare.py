@@ -33,30 +33,33 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    config: Annotated[Path, typer.Argument(help="A YAML file with a section compare (docs/compare.md).")],
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="A YAML file with a section `compare`; see docs/compare.md."),
+    ],
     workspace: Annotated[
         Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-CONFIG.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Where table and report go; default: the workspace."),
+        typer.Option("-o", "--output", help="The directory of table and report. Default: the workspace."),
     ] = None,
     overrides: Overrides = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Time for this call: 90m, 2h30m. What is left over is done by the next call."),
+        typer.Option(help="Time limit of this call, such as 90m or 2h30m; the next call continues."),
     ] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Start nothing; report what is there.")
+        bool, typer.Option("--report-only", help="Start nothing; report the results so far.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; estimate their time.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs, with their time.")] = False,
 ) -> None:
-    """Do all runs that CONFIG describes and are not done yet, side by side, then report them together.
+    """Do all runs in CONFIG that are not done yet, several at once, and write one report of them all.
 
     Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S; data and base stages are made
-    once and shared. Baselines run beside them; at the end the first seed's models are tested on the cases of
-    every stage, for forgetting and transfer. Interrupt it anywhere, or give it a --budget; the same command
-    continues.
+    once and shared. Baselines are included; at the end the first seed's models are tested on the cases of
+    every stage, for forgetting and transfer. It can be interrupted at any time or given a --budget: the same
+    command continues.
 
     Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """

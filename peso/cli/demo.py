@@ -26,14 +26,16 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the runs go.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the runs.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
 ) -> None:
-    """The whole loop on embedded data, in minutes: no network, no file needed; ends with a report.
+    """Run the whole loop on simulated data, in minutes; ends with a report. Needs no network and no file.
 
     A simulated shop whose users drift, fall dormant, return and arrive: its log is cut into stages, its
-    product texts become semantic IDs, and its model is kept in three ways: none (stage 0 only), single
-    (fine-tune) and peso (fine-tune, held by the anchor); popularity beside them.
+    product texts become semantic IDs, and its model is updated in three ways: none (stage 0 only), single
+    (fine-tuning) and peso (fine-tuning with an anchor). Popularity is the baseline.
 
     Example: peso demo -o runs/demo
     """

@@ -22,33 +22,38 @@ def diagnose(
     workspace: Directory,
     directions: Annotated[
         int | None,
-        typer.Option(min=1, help="Show the so many directions that a stage's data support most, instead."),
+        typer.Option(min=1, help="Show instead this many directions that a stage's data support most."),
     ] = None,
     stage: Annotated[
-        int | None, typer.Option(help="With --directions: of which stage; by default the newest.")
+        int | None, typer.Option(help="With --directions: the stage. Default: the newest.")
     ] = None,
     examples: Annotated[
-        int, typer.Option(min=20, help="With --directions: single targets to estimate supports from.")
+        int,
+        typer.Option(
+            min=20, help="With --directions: number of targets that the supports are estimated from."
+        ),
     ] = 256,
     free: Annotated[
         Path | None,
-        typer.Option(help="With --directions: a workspace that learnt the stage with strategy `single`."),
+        typer.Option(help="With --directions: a workspace that trained the stage with strategy `single`."),
     ] = None,
     at: Annotated[
         Literal["start", "end"],
-        typer.Option(help="With --directions: take gradients where the stage started, or where it ended."),
+        typer.Option(help="With --directions: take gradients at the start or the end of the stage."),
     ] = "start",
     plot: Annotated[
         Path | None,
-        typer.Option(help="With --directions: draw predicted and measured weights, FILE.svg or FILE.png."),
+        typer.Option(
+            help="With --directions: plot predicted and measured weights into FILE.svg or FILE.png."
+        ),
     ] = None,
     trust: Trust = None,
     as_json: Json = False,
 ) -> None:
-    """Show how the stream drifts, whether the codes still fit new items, and whether the anchor holds.
+    """Show how the stream drifts, whether the codes still fit new items, whether the anchor has effect.
 
-    Whatever is there is shown: after `peso ingest` the drift, after `peso tokenize` the codes, after each
-    learnt stage the anchor. Warnings come last. With --directions: what of an adapter the new data support,
+    What is available is shown: after `peso ingest` the drift, after `peso tokenize` the codes, after each
+    trained stage the anchor. Warnings come last. With --directions: what of an adapter the new data support,
     what the anchor's weight predicts to be kept, and, with --free, what was kept (docs/diagnosis.md).
 
     Example: peso diagnose -w runs/shop

@@ -17,9 +17,9 @@ def register(app: typer.Typer) -> None:
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="smollm2-135m, all-minilm-l6-v2 or ml-100k.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, all-minilm-l6-v2 or ml-100k.")],
 ) -> None:
-    """Fetch a known model or data set into the cache, checked by its sha256.
+    """Download a known model or data set into the cache and check its sha256.
 
     Example: peso pull smollm2-135m
     """
@@ -55,9 +55,9 @@ def export(
     stage: Stage = None,
     trust: Trust = None,
 ) -> None:
-    """Write a stage's model, or the semantic IDs, for others: Transformers, vLLM, PEFT, research code.
+    """Export a stage's model or the semantic IDs for other software: Transformers, vLLM, PEFT, research code.
 
-    The index is that of all items; with --stage of those that were there when the stage came.
+    The index holds all items; with --stage, the items that were known at that stage.
 
     Example: peso export -w runs/games --format merged -o exported
 

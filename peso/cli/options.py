@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-Directory = Annotated[Path, typer.Option("-w", "--workspace", help="The directory the run lives in.")]
+Directory = Annotated[Path, typer.Option("-w", "--workspace", help="The directory of the run.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a key: --set training.epochs=2. Can be given several times."),
+    typer.Option("--set", help="Change a key, such as --set training.epochs=2; can be given several times."),
 ]
-Stage = Annotated[int | None, typer.Option("--stage", help="Which stage's model; by default the newest.")]
+Stage = Annotated[
+    int | None, typer.Option("--stage", help="The stage whose model is used. Default: the newest.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 OnError = Annotated[
     Literal["fail", "skip"] | None,

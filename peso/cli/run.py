@@ -16,23 +16,25 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see examples/.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see examples/.")],
     workspace: Annotated[
         Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-CONFIG.")
     ] = None,
     overrides: Overrides = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="A workspace to take stage 0 from; refused if it was determined otherwise."),
+        typer.Option(
+            help="A workspace to take stage 0 from; everything that determines stage 0 must be equal."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what is left to do; estimate time, memory and disk.")
+        bool, typer.Option("--dry-run", help="Only show what is left to do, with its time, memory and disk.")
     ] = False,
 ) -> None:
-    """Do all that CONFIG describes and is not done yet: ingest, tokenize, learn and test stages, report.
+    """Do everything in CONFIG that is not done yet: ingest, tokenize, train and test the stages, report.
 
-    Interrupt it anywhere; the same command continues and ends with the same result. Several processes learn
-    and test together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W (docs/training.md).
+    It can be interrupted at any time: the same command continues and ends with the same result. Several
+    processes can work together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W (docs/training.md).
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """

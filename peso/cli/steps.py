@@ -23,7 +23,10 @@ def register(app: typer.Typer) -> None:
 
 def ingest(
     source: Annotated[
-        str | None, typer.Argument(help="File or directory of the data; or CONFIG.yaml, which names them.")
+        str | None,
+        typer.Argument(
+            metavar="[SOURCE]", help="File or directory of the data; or CONFIG.yaml, which names them."
+        ),
     ] = None,
     data_format: Annotated[
         str | None,
@@ -51,7 +54,7 @@ def ingest(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Read the data into stages; print what the cleaning left and the counts of each stage.
+    """Read the data into stages; print what each step of cleaning kept and the size of each stage.
 
     With SOURCE a new workspace is made; without, the data are read that the workspace at -w is configured
     with. With --append the new events are those of SOURCE, or of the path that the workspace was made from;
@@ -225,7 +228,7 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
 def tokenize(
     workspace: Directory,
     append: Annotated[
-        bool, typer.Option("--append", help="Only the items that the stream has gained; no ID changes.")
+        bool, typer.Option("--append", help="Only the new items of the stream; no existing ID changes.")
     ] = False,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -249,7 +252,7 @@ def tokenize(
 
 
 def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None) -> None:
-    """Learn the base stage (stage 0).
+    """Train the base stage (stage 0).
 
     Example: peso train -w runs/games --set training.epochs=2
     """
@@ -331,7 +334,7 @@ def evaluate(
     workspace: Directory,
     stage: Stage = None,
     on: Annotated[
-        int | None, typer.Option(help="Which stage's test cases; by default the same stage's.")
+        int | None, typer.Option(help="The stage whose test cases are used. Default: the same stage.")
     ] = None,
     overrides: Overrides = None,
     trust: Trust = None,
@@ -358,7 +361,9 @@ def evaluate(
 
 
 def report(
-    workspaces: Annotated[list[Path], typer.Option("-w", "--workspace", help="One or several.")],
+    workspaces: Annotated[
+        list[Path], typer.Option("-w", "--workspace", help="A workspace; can be given several times.")
+    ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Default: report/ of the first workspace.")
     ] = None,

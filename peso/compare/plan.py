@@ -252,7 +252,7 @@ def _named(asked: Sequence[str], names: Set[str], key: str) -> set[str]:
         meant = {one for one in names if one == name or one.startswith(f"{name}[")}
         if not meant:
             raise ConfigError(
-                f"compare.{key}: {name!r} is no strategy of this comparison; there are "
+                f"compare.{key}: {name!r} is not a strategy of this comparison; there are "
                 f"{', '.join(sorted(names))}"
             )
         found |= meant

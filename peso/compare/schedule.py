@@ -28,7 +28,7 @@ from peso.workspace import Workspace, own_strategy
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
-SHUTDOWN_SECONDS = 10.0
+SHUTDOWN_SECONDS = 3.0  # shorter than this process itself has after a SIGTERM
 TICK_SECONDS = 0.5
 LAST_LINES = 5
 
@@ -89,7 +89,7 @@ class Schedule:
         """Do all that can be done, in the plan's order; returns how every run ended.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; every process is ended first.
+            KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; every process is ended first.
         """
         try:
             self._settle()
@@ -273,9 +273,10 @@ class Schedule:
     def _end_all(self) -> None:
         for working in self._working.values():
             working.process.terminate()
+        until = time.monotonic() + SHUTDOWN_SECONDS
         for working in self._working.values():
             try:
-                working.process.wait(SHUTDOWN_SECONDS)
+                working.process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 working.process.kill()
                 working.process.wait()

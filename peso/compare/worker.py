@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from peso import pipeline
 from peso.baseline_runs import BaselineRun
 from peso.compare.standing import pairs_across
 from peso.config.baselines import read_baseline
-from peso.errors import PesoError
 from peso.events.stream import Stream
+from peso.failures import DONE, FAILED, debugging, explain, sentence
+from peso.processes import ended_by_sigterm
 from peso.testing import is_tested, test
 from peso.workspace import Workspace
 
@@ -168,13 +170,16 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not be taken for progress
     try:
-        work(Job(**json.loads(sys.argv[1])), out)
-    except PesoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        with ended_by_sigterm():
+            work(Job(**json.loads(sys.argv[1])), out)
     except OutOfTime:
         return OUT_OF_TIME
-    return 0
+    except Exception as error:
+        if sentence(error) is None and not debugging():
+            traceback.print_exception(error)  # into the task's log
+        print(explain(error), file=sys.stderr)
+        return FAILED
+    return DONE
 
 
 if __name__ == "__main__":

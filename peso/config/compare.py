@@ -64,7 +64,7 @@ class CompareConfig(Section):
         "every strategy outside of grid, or those named",
     )
     seeds: list[Seed] = Field([0], min_length=1)
-    share_base: bool = Field(True, description="one stage 0 for all seeds; false: learnt again for each")
+    share_base: bool = Field(True, description="one stage 0 for all seeds; false: trained again for each")
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="processes at once; auto: one per core, or per GPU"
     )

@@ -57,7 +57,7 @@ class ItemsConfig(Section):
         try:
             named = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
         except ValueError as error:
-            raise ValueError(f"items.template {self.template!r} is no template ({error})") from None
+            raise ValueError(f"items.template {self.template!r} is not a template ({error})") from None
         if not named or not named <= fields:
             raise ValueError(
                 f"items.template takes the fields {{title}}, {{text}} and {{category}}; got {self.template!r}"

@@ -32,7 +32,7 @@ class ForwardPass(Protocol):
 
 
 class Examples(Protocol):
-    """Training examples of the stages up to the one that is learnt, and what the model makes of them.
+    """Training examples of the stages up to the one being trained, and what the model makes of them.
 
     ``tokens``: target tokens of one target; ``window``: how many items before the first target of a
     sequence are looked at.

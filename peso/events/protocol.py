@@ -135,7 +135,7 @@ def refuse_untrainable(number: int, users: int, most: int, source: str) -> None:
         raise DataError(
             f"{source}: none of the {users} users of stage {number} has "
             f"{MIN_STAGE_ITEMS} events in it (the most is {most}), so nothing "
-            "can be learnt or tested; merge it with a neighbouring stage, or cut fewer stages"
+            "can be trained on or tested; merge it with a neighbouring stage, or cut fewer stages"
         )
 
 

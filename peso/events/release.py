@@ -61,7 +61,7 @@ def release_files(directory: str | Path) -> tuple[list[Path], Path]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise DataError(f"{directory} is no directory; give the one that holds the released JSON files")
+        raise DataError(f"{directory} is not a directory; give the one that holds the released JSON files")
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     found: dict[int, str] = {}
     streams = set()

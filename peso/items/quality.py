@@ -135,7 +135,7 @@ def figures(manifest: Mapping[str, Any]) -> list[tuple[str, int | float]]:
         ("distinct semantic IDs", manifest["distinct_ids"]),
         ("tokens in use", manifest["tokens_in_use"]),
         ("items without a vector", measured.get("without_vector")),
-        ("collision rate before items were told apart", measured.get("collisions_before", {}).get("rate")),
+        ("collision rate before items were separated", measured.get("collisions_before", {}).get("rate")),
         ("collision rate", measured.get("collisions", {}).get("rate")),
         ("reconstruction error", measured.get("reconstruction_error")),
         (f"{shared} first code", near.get("first")),

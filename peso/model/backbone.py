@@ -86,7 +86,7 @@ def _source(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         known = ", ".join([*BUILT_IN, *assets.names("backbone")])
         raise BackboneError(
-            f"backbone {name!r} is no directory and no known name ({known}); "
+            f"backbone {name!r} is not a directory and no known name ({known}); "
             "a hub name is written owner/model"
         )
     return name

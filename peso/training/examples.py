@@ -57,11 +57,11 @@ class StageExamples:
     def of(self, stage: int) -> Sequence[TargetSequence]:
         if stage < 0:
             raise TrainingError(
-                f"there is no stage {stage}: this strategy looks at the stage before the one that is learnt, "
+                f"there is no stage {stage}: this strategy looks at the stage before the one being trained, "
                 "and stage 0 has none. Learn stage 0 with the defaults, as every run does"
             )
         if stage > self._learning:
-            raise TrainingError(f"stage {stage} cannot be looked at while stage {self._learning} is learnt")
+            raise TrainingError(f"stage {stage} cannot be looked at while stage {self._learning} is trained")
         if stage not in self._known:
             self._known[stage] = self._stage(stage).training_sequences()
         return self._known[stage]

@@ -265,7 +265,7 @@ def train_stage(
                 on_progress(Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left, record))
 
             if plan.ends_epoch(step):
-                processes.require_same(fingerprint(trained), f"what they learnt until epoch {epoch}")
+                processes.require_same(fingerprint(trained), f"what they have learned until epoch {epoch}")
                 model.eval()
                 with precision.products(), as_written():
                     validated = validation_loss(model, validation, settings.temperature, processes)

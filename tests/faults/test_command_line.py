@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,7 @@ import yaml
 from peso import assets
 from peso.cli import app, display
 from peso.cli.display import Terminal
+from peso.compare.schedule import Schedule
 from peso.evaluation.report import render_page
 from peso.evaluation.sections.section import Section
 from peso.evaluation.tables import Quantity, Table, to_csv, to_latex, to_markdown
@@ -265,6 +267,25 @@ def test_sigterm_ends_with_a_message_and_its_own_exit_status(work, tmp_path):
         assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
+def test_sigterm_ends_the_processes_of_a_comparison_too(peso, monkeypatch, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "data: {format: simulate, simulate: {users: 60, items: 30, stages: 2}}\n"
+        "backbone: tiny\ncompare: {strategies: [single, peso], workers: 1}\n"
+    )
+    begin, started = Schedule._start, []
+
+    def start_and_terminate(schedule: Schedule, task: object) -> None:
+        begin(schedule, task)
+        started.extend(working.process for working in schedule._working.values())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Schedule, "_start", start_and_terminate)
+    status, _, err = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w")
+    assert status == 143
+    assert err.strip().endswith("terminated by SIGTERM; the same command continues where it was")
+    assert [process.poll() is not None for process in started] == [True]
+
+
 @pytest.mark.parametrize("text", ["=1+1", "+1+1", "-x", "@SUM(A1)", "\t=1", "\r=1", "＝1"])
 def test_a_table_holds_no_formula(text):
     table = Table("t", "T", [text, "n"], [[text, Quantity(-5.3, decimals=1)]])
@@ -296,3 +317,12 @@ def test_commands_print_by_say_alone():
     for path in sorted(Path(app.__file__).parent.glob("*.py")):
         if path.stem not in ("app", "display"):
             assert not re.search(r"(?<![\w.])print\(", path.read_text()), path
+
+
+def test_files_that_help_names_exist():
+    root = Path(__file__).resolve().parents[2]
+    named = set()
+    for path in sorted(Path(app.__file__).parent.glob("*.py")):
+        named |= set(re.findall(r"\b(?:examples|docs)/[\w/]+\.\w+", path.read_text()))
+    assert len(named) > 3
+    assert [name for name in sorted(named) if not (root / name).is_file()] == []

@@ -51,6 +51,6 @@ class Behaviour:
     def __post_init__(self) -> None:
         reasons = (self.series, self.companion, self.favourite, self.trend)
         if min(reasons) < 0 or sum(reasons) > 1:
-            raise ValueError(f"series, companion, favourite and trend {reasons} are no shares of one whole")
+            raise ValueError(f"series, companion, favourite and trend {reasons} are not shares of one whole")
         if min(self.kinds) < 0 or not sum(self.kinds):
-            raise ValueError(f"kinds {self.kinds} are no shares of the users")
+            raise ValueError(f"kinds {self.kinds} are not shares of the users")
