@@ -11,6 +11,7 @@ from peso.events.database import identifier, temporary_database
 from peso.events.sources.files import kind_of, require_content
 from peso.events.sources.own import separator_of
 from peso.events.sources.reading import Reading
+from peso.events.sources.source import plain
 from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
 from peso.events.stream import Stream
 from peso.progress import Observer
@@ -33,8 +34,8 @@ def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
         with TemporaryDirectory() as aside, temporary_database(Path(aside)) as connection:
             reading = Reading(connection, table, skip=False, key=USER)
             user = reading.id(USER, "the name of the column with the users to user_id")
-            others = {name: column.text for name, column in table.columns.items() if name not in (USER, "")}
-            fields = [f"{text} AS f{place}" for place, text in enumerate(others.values())]
+            others = [name for name in table.columns if name not in (USER, "")]
+            fields = [f"{plain(table, name, join=', ')} AS f{place}" for place, name in enumerate(others)]
             reading.create("users", ", ".join([f"{user} AS {identifier(USER)}", *fields]))
             rows = connection.execute("SELECT * FROM users").fetchall()
     except DataError as error:

@@ -132,7 +132,7 @@ def _first_unreadable(
 ) -> DataError:
     row = scalar(connection, f"SELECT min(rowid) FROM raw WHERE {bad}")
     asked = [log.user, log.item, log.time] + ([log.rating] if rating and log.rating else [])
-    given = ", ".join(f"{log.table.require(name, '').value}::VARCHAR" for name in asked)
+    given = ", ".join(f"left({log.table.require(name, '').value}::VARCHAR, 80)" for name in asked)
     values = reading.select(given, f"LIMIT 1 OFFSET {row}")[0]
     read = connection.execute(f"SELECT * FROM raw WHERE rowid = {row}").fetchall()[0]
     what = next(

@@ -44,7 +44,7 @@ class Clock:
         """SQL: a number in the log's unit, else microseconds; null if unreadable or negative."""
         if self.kind == "number":
             number = f"try_cast({column} AS DOUBLE)"
-            most = END / MICROSECONDS[self.unit] if self.unit else END
+            most = END / MICROSECONDS[self.unit] if self.unit else 1e19  # the unit follows from the greatest
             return f"CASE WHEN isfinite({number}) AND {number} BETWEEN 0 AND {most:.0f} THEN {number} END"
         if self.kind == "iso":
             return _finite(f"try_cast({column} AS TIMESTAMPTZ)")

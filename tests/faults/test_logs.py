@@ -192,6 +192,20 @@ def test_a_flipped_bit_of_a_gzip_file_is_found(tmp_path: Path, where: str) -> No
             use(place)
 
 
+def test_a_flipped_bit_of_a_parquet_file_never_ends_in_a_traceback(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "whole.parquet", compression="none")
+    whole, rng, found = (tmp_path / "whole.parquet").read_bytes(), random.Random(1), 0
+    for number in range(25):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(4, len(whole) // 2)] ^= 1 << rng.randrange(8)
+        (tmp_path / "log.parquet").write_bytes(damaged)
+        try:
+            read(tmp_path / f"s{number}", tmp_path / "log.parquet", "parquet")
+        except DataError:
+            found += 1
+    assert found
+
+
 def test_line_ends_may_be_mixed(tmp_path: Path) -> None:
     ends = ["\n", "\r\n", "\r"]
     lines = ["user,item,time", *(",".join(map(str, row)) for row in LOG)]
@@ -282,6 +296,29 @@ def test_a_list_or_a_record_is_not_an_id(tmp_path: Path, column: Any) -> None:
     pq.write_table(pa.table({"item_id": column, "x": range(9)}), tmp_path / "vectors.parquet")
     with pytest.raises(DataError, match="which is not an id"):
         read_vectors(tmp_path / "vectors.parquet", ["a"])
+
+
+def test_json_lines_that_are_odd_but_end_in_a_sentence(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "log.jsonl", ROWS)
+    deep = '{"user": ' + "[" * 5000 + "]" * 5000 + ', "item": "i", "time": 1}\n'
+    path.write_text(path.read_text() + '{"user": "\\ud800", "item": "i", "time": 1}\n' + deep)
+    refused(tmp_path / "no", r"log\.jsonl: line 61 is not valid JSON", path, "jsonl")
+    stream, _ = read(tmp_path / "s", path, "jsonl", on_error="skip")
+    assert (histories(stream), stream.manifest["skipped"]) == (expected(), 2)
+    path.write_text(deep)
+    with pytest.raises(DataError, match=r"row 1 .* has no user") as caught:
+        read(tmp_path / "deep", path, "jsonl")
+    assert len(str(caught.value)) < 500
+    path.write_text("".join(json.dumps(row, indent=1) for row in ROWS))
+    refused(tmp_path / "pretty", "holds no JSON objects, one a line", path, "jsonl")
+
+
+def test_a_column_of_nothing_and_times_in_nanoseconds(tmp_path: Path) -> None:
+    rows = [{**row, "user": None} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
+    refused(tmp_path / "1", "row 1 .* has no user", tmp_path / "log.parquet", "parquet")
+    path = write_log(tmp_path / "log.csv", [(u, i, t * 10**9) for u, i, t in LOG])
+    refused(tmp_path / "2", "which is beyond microseconds", path)
 
 
 def test_ids_of_json_are_what_they_mean(tmp_path: Path) -> None:

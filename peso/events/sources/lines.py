@@ -68,14 +68,15 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None) -> int | None:
         for block in iter(partial(handle.read, BLOCK), b""):
             rest = handle.readline(LONGEST)
             block += rest
-            lines, returns, pairs = block.count(b"\n"), block.count(b"\r"), block.count(b"\r\n")
+            lines, returns = block.count(b"\n"), block.count(b"\r")
+            pairs = block.count(b"\r\n") if returns else 0
             ends |= {b"\r\n"} if pairs else {b"\n"} if lines else set()
             if returns != pairs or pairs not in (0, lines) or len(ends) > 1:
                 return None  # line ends of several kinds
             if (quote and quote in block) or len(rest) > LONGEST - BLOCK or not _is_utf8(block):
                 return None
             rows += lines + (not block.endswith(b"\n"))
-            if block.startswith((b"\n", b"\r")) or b"\n\n" in block or b"\n\r\n" in block:
+            if block.startswith((b"\n", b"\r")) or (b"\n\r\n" if pairs else b"\n\n") in block:
                 rows -= block.splitlines().count(b"")
     return rows - (dialect.header if dialect else 0)
 
@@ -158,6 +159,8 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
 def _json_object(line: str) -> dict[str, Any] | Unreadable:
     try:
         value = json.loads(line, parse_constant=_refuse_constant)
+        if "\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a pair of escapes is not a character
     except (ValueError, RecursionError) as error:
         return Unreadable(f"is not valid JSON: {error} ({line[:80]!r})")
     return value if isinstance(value, dict) else Unreadable(f"is not a JSON object ({line[:80]!r})")

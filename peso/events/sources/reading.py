@@ -25,6 +25,12 @@ from peso.events.sources.tables import FileTable
 
 BATCH = 50_000  # rows
 SAMPLE = 100  # ids that tell whether the others are looked at
+NOT_THE_FILE = (
+    duckdb.OutOfMemoryException,
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ParserException,
+)
 T = TypeVar("T")
 
 
@@ -124,9 +130,16 @@ class Reading:
         """By DuckDB's reader; where it stumbles, once more over what is read line by line."""
         try:
             return query(self._from)
-        except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
-            if self._staged or self.table.kind == "parquet" or "No space left" in str(error):
+        except NOT_THE_FILE:
+            raise
+        except duckdb.Error as error:
+            if self._staged or "No space left" in str(error):
                 raise
+            if self.table.kind == "parquet":
+                raise DataError(
+                    f"{self.table.files[0]}{' or a file beside it' * (len(self.table.files) > 1)} is damaged "
+                    f"({str(error).splitlines()[0]}); fetch or write it again"
+                ) from None
         self._stage()
         return query(self._from)
 

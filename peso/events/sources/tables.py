@@ -20,7 +20,7 @@ from peso.events.sources.lines import LONGEST, Dialect, json_rows
 
 KEYS_FROM = 1000  # records of JSON lines whose keys a message lists
 BLANKS = literal(" \t\n\r\u00a0")  # SQL: the characters that make no id by themselves
-_SCALARS = ("VARCHAR", "BOOLEAN", "UUID", "BLOB", "ENUM", "DATE", "TIME", "BIT", "CHAR")
+_SCALARS = ("VARCHAR", "BOOLEAN", "UUID", "BLOB", "ENUM", "DATE", "TIME", "BIT", "CHAR", '"NULL"')
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U")
 
 
@@ -95,7 +95,9 @@ class FileTable:
             return self.columns[name]
         names = _json_keys(self.files, KEYS_FROM) if self.kind == "jsonl" else [*self.columns]
         hint = ", or data.separator" if self.kind == "csv" and len(names) == 1 else ""
-        there = ", ".join(name or "(one without a name)" for name in names) or "none"
+        if not names:
+            raise DataError(f"{self.files[0]} holds no JSON objects, one a line; write it as JSON lines")
+        there = ", ".join(name if name and name == name.strip() else repr(name) for name in names)
         raise DataError(f"{self.files[0]} has no column {name!r}; it has {there}. Set {key}{hint}")
 
     def id(self, name: str, key: str) -> str:
