@@ -60,6 +60,9 @@ def test_segments_of_a_run_are_known_or_refused_before_anything_is_learnt(tmp_pa
     with pytest.raises(ConfigError, match=r"'colour'.*country"):
         pipeline.run(workspace)
     assert workspace.finished_stages == []
+    workspace = Workspace.create_or_open(tmp_path / "known", load_config(tmp_path / "config.yaml"))
+    pipeline.ingest(workspace, Silent())
+    pipeline.tokenize(workspace, Silent())
     assert summary.catalogue(workspace).user_columns == {"country": {"1": "de"}}
 
 
