@@ -158,9 +158,18 @@ def write_atomically(target: Path, content: bytes) -> None:
 def require_free(directory: str | Path) -> Path:
     """The path of a directory to write; raises ExportError unless it is absent or empty."""
     target = Path(directory).expanduser().absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ExportError(f"{target} is not empty; name a directory that does not exist yet")
+    with _explained(target):
+        kind = _kind(target)
+        if kind is not None and (kind != stat.S_IFDIR or any(target.iterdir())):
+            raise ExportError(f"{target} is not empty; name a directory that does not exist yet")
     return target
+
+
+def require_new(file: Path, force: bool = False) -> None:
+    """Raise ExportError if a file to write is there already, unless it is to be overwritten."""
+    with _explained(file):
+        if _kind(file) is not None and not force:
+            raise ExportError(f"{file} is there already; name another file, or overwrite it with --force")
 
 
 def _kind(path: Path) -> int | None:

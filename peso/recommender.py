@@ -1,11 +1,11 @@
-"""A trained stage, ready to answer.
-
-Knows a workspace's stage, its model and its catalogue; knows nothing of how the stage was learnt.
-"""
+"""A trained stage, ready to answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,51 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from peso.durable import write_aside
-from peso.errors import DataError
+from peso.durable import require_new, write_aside
+from peso.errors import DataError, ExportError
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.progress import Observer, Silent
 from peso.threads import threads
-from peso.workspace import Workspace
+from peso.workspace import Workspace, refuse_own
 
 if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
 
+ENDINGS = (".parquet", ".csv", ".jsonl")  # of a file of `recommend_all`
+SCHEMA = pa.schema(
+    [("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
+)
 ROW_GROUP = 512  # users of `recommend_all` that are held in memory together
+
+
+def require_output(file: Path, force: bool = False) -> None:
+    """Raise ExportError if recommendations for everybody cannot be written to a file."""
+    if file.suffix.lower() not in ENDINGS:
+        raise ExportError(f"{file}: name a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    refuse_own(file)
+    require_new(file, force)
+
+
+@contextmanager
+def _rows_into(file: Path, ending: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """What writes the users' rows into a new file, in the format of an ending."""
+    if ending == ".parquet":
+        with pq.ParquetWriter(file, SCHEMA) as writer:
+            yield lambda rows: writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+        return
+    with file.open("w", encoding="utf-8", newline="") as lines:
+        if ending == ".jsonl":
+            yield lambda rows: lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        table = csv.writer(lines)
+        table.writerow(("user", "rank", "item", "score"))
+        yield lambda rows: table.writerows(
+            (row["user"], rank, item, score)
+            for row in rows
+            for rank, (item, score) in enumerate(zip(row["items"], row["scores"], strict=True), 1)
+        )
 
 
 class Recommender:
@@ -104,25 +136,36 @@ class Recommender:
         return self._search([items], k, exclude_seen=exclude_seen)[0]
 
     def recommend_all(
-        self, file: str | Path, *, k: int = 10, exclude_seen: bool = False, observer: Observer | None = None
+        self,
+        file: str | Path,
+        *,
+        k: int = 10,
+        exclude_seen: bool = False,
+        force: bool = False,
+        observer: Observer | None = None,
     ) -> int:
-        """Write user, items and scores for every user of the log up to this stage into a Parquet file.
+        """Write user, items and scores for every user of the log up to this stage into a file.
+
+        Its ending decides: ``.parquet`` and ``.jsonl`` have a row a user (``user``, ``items``, ``scores``),
+        ``.csv`` a row an item (``user``, ``rank``, ``item``, ``score``).
 
         Returns how many users were written. The file appears whole or not at all. A user to whom
         ``exclude_seen`` leaves fewer than ``k`` items gets those; the observer is told.
 
+        Args:
+            force: overwrite the file if it is there.
+
         Raises:
+            ExportError: another ending, a file that is there already, or one that belongs to a workspace.
             DataError: ``k`` larger than the catalogue.
         """
-        observer = observer or Silent()
+        file, observer = Path(file), observer or Silent()
+        require_output(file, force)
         users, histories = list(self.histories), list(self.histories.values())
         ids = np.array(self.semantic_ids.item_ids, dtype=object)
-        schema = pa.schema(
-            [("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
-        )
         short: dict[str, int] = {}  # users with fewer than k items, and how many they got
         observer.begin("recommend", len(users), "users")
-        with write_aside(Path(file)) as aside, pq.ParquetWriter(aside, schema) as writer:
+        with write_aside(file) as aside, _rows_into(aside, file.suffix.lower()) as write:
             for start in range(0, len(users), ROW_GROUP):
                 part = slice(start, start + ROW_GROUP)
                 ranked = self._search(
@@ -134,7 +177,7 @@ class Recommender:
                     {"user": user, "items": [i for i, _ in best], "scores": [s for _, s in best]}
                     for user, best in zip(users[part], ranked, strict=True)
                 ]
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                write(rows)
                 short |= {
                     user: len(best) for user, best in zip(users[part], ranked, strict=True) if len(best) < k
                 }

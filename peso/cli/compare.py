@@ -65,11 +65,14 @@ def compare(
     """
     from peso.compare.machine import Machine
     from peso.compare.plan import make_plan
+    from peso.workspace import refuse_own
 
     began = time.time()
     seconds = None if budget is None else _seconds(budget)
     root = workspace or Path("runs") / config.stem
     plan = make_plan(config, root, overrides or [])
+    if output is not None:
+        refuse_own(output / "report")
     if not report_only:
         plan.refuse_changes()
     machine = Machine.of(plan.compare.workers, plan.common.training.device)

@@ -42,8 +42,9 @@ def demo(
     from peso import pipeline, summary
     from peso.config import load_config
     from peso.events.stream import Stream
-    from peso.workspace import Workspace
+    from peso.workspace import Workspace, refuse_own
 
+    refuse_own(output / "report")
     terminal = Terminal()
     workspaces: list[Workspace] = []
     for strategy in STRATEGIES:

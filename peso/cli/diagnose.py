@@ -92,13 +92,16 @@ def _directions(
 ) -> None:
     from peso.direction_views import direction_plot, direction_sentences, direction_tables
     from peso.directions import stage_directions
+    from peso.durable import write_atomically
     from peso.errors import UsageError
     from peso.evaluation.plots import png_file, svg_file
-    from peso.workspace import Workspace
+    from peso.workspace import Workspace, refuse_own
 
     drawers = {".svg": svg_file, ".png": png_file}
     if plot is not None and plot.suffix not in drawers:
         raise UsageError(f"--plot {plot}: a plot ends in .svg or .png")
+    if plot is not None:
+        refuse_own(plot)
     strategy = workspace.config_of(workspace.require_stage(stage)).strategy.name
     if plot is not None and free is None and strategy != "peso":
         raise UsageError(
@@ -109,7 +112,7 @@ def _directions(
     found = stage_directions(workspace, count, stage, examples, unheld, at)
     found["sentences"] = direction_sentences(found)
     if plot is not None:
-        plot.write_bytes(drawers[plot.suffix](direction_plot(found)))
+        write_atomically(plot, drawers[plot.suffix](direction_plot(found)))
     if as_json:
         say_json(found)
         return

@@ -64,8 +64,9 @@ def export(
     Example: peso export -w runs/games --format index -o games.index.json
     """
     from peso.durable import require_free
-    from peso.workspace import Workspace
+    from peso.workspace import Workspace, refuse_own
 
+    refuse_own(output)
     opened = Workspace.open(workspace, trust or ())
     if form == "index":
         from peso import pipeline

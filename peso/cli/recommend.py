@@ -20,7 +20,11 @@ def recommend(
     user: Annotated[str | None, typer.Option(help="A user of the log.")] = None,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: ITEM,ITEM,…")] = None,
     everyone: Annotated[bool, typer.Option("--all", help="Every user of the log, into --output.")] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="FILE.parquet for --all.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="For --all: FILE.parquet, FILE.csv or FILE.jsonl."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of -o.")] = False,
     k: Annotated[int, typer.Option("-k", help="How many items.", min=1)] = 10,
     exclude_seen: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
     stage: Stage = None,
@@ -32,18 +36,24 @@ def recommend(
     With --exclude-seen a user who has had almost everything gets fewer.
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
+
+    Example: peso recommend -w runs/games --all -o recommendations.csv
     """
     from peso.errors import UsageError
-    from peso.recommender import Recommender
+    from peso.recommender import Recommender, require_output
     from peso.workspace import Workspace
 
     if [user is not None, history is not None, everyone].count(True) != 1:
         raise UsageError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")
     if everyone != (output is not None):
-        raise UsageError("--all goes with -o FILE.parquet, and -o with --all")
+        raise UsageError("--all goes with -o FILE (.parquet, .csv or .jsonl), and -o with --all")
+    if output is not None:
+        require_output(output, force)
     recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
     if output is not None:
-        users = recommender.recommend_all(output, k=k, exclude_seen=exclude_seen, observer=Terminal())
+        users = recommender.recommend_all(
+            output, k=k, exclude_seen=exclude_seen, force=force, observer=Terminal()
+        )
         if as_json:
             say_json({"users": users, "file": str(output)})
         else:

@@ -378,7 +378,7 @@ def report(
 
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory
-    if directory.absolute() != opened[0].report_directory.absolute():
+    if directory.resolve() != opened[0].report_directory.resolve():
         refuse_own(directory)
     try:
         with opened[0].lock():

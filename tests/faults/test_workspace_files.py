@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -443,3 +445,64 @@ def test_a_read_only_file_system_is_said(
         write(tmp_path / "x"),
     ):
         pass
+
+
+# -- output ------------------------------------------------------------------------------------------
+
+
+def test_recommendations_for_everybody_in_the_format_that_the_ending_names(
+    root: Path, tmp_path: Path
+) -> None:
+    recommender = Recommender.load(root)
+    users = [
+        recommender.recommend_all(tmp_path / f"r.{ending}", k=3) for ending in ("parquet", "csv", "JSONL")
+    ]
+    assert len(set(users)) == 1
+    rows = pq.read_table(tmp_path / "r.parquet").to_pylist()
+    assert [json.loads(line) for line in (tmp_path / "r.JSONL").read_text().splitlines()] == rows
+    with (tmp_path / "r.csv").open(newline="") as lines:
+        table = list(csv.DictReader(lines))
+    flat = [(r["user"], str(n), item) for r in rows for n, item in enumerate(r["items"], 1)]
+    assert [(row["user"], row["rank"], row["item"]) for row in table] == flat
+    assert [float(row["score"]) for row in table] == [score for r in rows for score in r["scores"]]
+    assert recommender.recommend_all(tmp_path / "r.csv", k=3, force=True) == users[0]
+
+
+@pytest.mark.parametrize("name", ["r", "r.txt", "r.parquet.gz", "there.csv"])
+def test_other_endings_and_files_that_are_there_are_refused(
+    peso: Callable[..., tuple[int, str, str]], root: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "there.csv").write_text("precious")
+    status, _, error = peso("recommend", "--all", "-o", tmp_path / name, "-w", root)
+    assert status == 1
+    assert ("--force" if name == "there.csv" else ".parquet, .csv or .jsonl") in error
+    assert {path.name for path in tmp_path.iterdir()} == {"there.csv", "w"}
+    assert (tmp_path / "there.csv").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "recommend --all --force -o {w}/stages/1/x.csv",
+        "recommend --all --force -o {w}/report/x.csv",
+        "recommend --all --force -o {w}/stages/../stages/1/predictions.parquet",
+        "recommend --all --force -o {link}/predictions.parquet",
+        "export -o {w}/stages/7",
+        "export -o {w}/report",
+        "export --format index -o {w}/semantic_ids/index.json",
+        "report -o {w}/stages/7",
+        "report -o {w}/baselines/x",
+        "report -o {w}",
+        "diagnose --directions 2 --plot {w}/stages/1/x.svg",
+    ],
+)
+def test_output_never_goes_into_a_workspace(
+    peso: Callable[..., tuple[int, str, str]], root: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "link").symlink_to(root / "stages" / "1")
+    before = everything(root)
+    status, _, error = peso(*command.format(w=root, link=tmp_path / "link").split(), "-w", root)
+    assert status == 1
+    assert "workspace" in error or "not part of a report" in error
+    before[".lock"] = (root / ".lock").read_bytes()
+    assert everything(root) == before
