@@ -91,6 +91,7 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
 
 def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[Step]:
     """Everything before the stages; returns what is left to do of these."""
+    source = None if base is None else Workspace.open(base)
     if 0 not in workspace.finished_stages:
         rehearse_stages(workspace, observer)
     if not workspace.has_stream:
@@ -100,8 +101,8 @@ def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[
     elif items_without_id(workspace):
         tokenize_new(workspace, observer)
     require_catalogue(workspace)
-    if base is not None and 0 not in workspace.finished_stages:
-        take_base(workspace, Workspace.open(base), observer)
+    if source is not None and 0 not in workspace.finished_stages:
+        take_base(workspace, source, observer)
     return list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages))
 
 
@@ -329,7 +330,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
         WorkspaceError: the stage before is not learnt, or this one already is.
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
-    current().on_main(partial(_require_next, workspace, stage))
+    current().on_main(partial(require_next, workspace, stage))
     from peso.learning import learn_stage
 
     learn_stage(workspace, stage, observer)
@@ -464,7 +465,8 @@ def _require_semantic_ids(workspace: Workspace) -> None:
         )
 
 
-def _require_next(workspace: Workspace, stage: int) -> None:
+def require_next(workspace: Workspace, stage: int) -> None:
+    """Raise WorkspaceError unless this stage is the next one to train."""
     _require_semantic_ids(workspace)
     if new := items_without_id(workspace):
         raise WorkspaceError(

@@ -90,15 +90,11 @@ def _directions(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    from peso.direction_views import direction_plot, direction_sentences, direction_tables
-    from peso.directions import stage_directions
     from peso.durable import write_atomically
     from peso.errors import UsageError
-    from peso.evaluation.plots import png_file, svg_file
     from peso.workspace import Workspace, refuse_own
 
-    drawers = {".svg": svg_file, ".png": png_file}
-    if plot is not None and plot.suffix not in drawers:
+    if plot is not None and plot.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {plot}: a plot ends in .svg or .png")
     if plot is not None:
         refuse_own(plot)
@@ -109,10 +105,15 @@ def _directions(
             "workspace with one, or one to compare with (--free)"
         )
     unheld = None if free is None else Workspace.open(free)
+
+    from peso.direction_views import direction_plot, direction_sentences, direction_tables
+    from peso.directions import stage_directions
+    from peso.evaluation.plots import png_file, svg_file
+
     found = stage_directions(workspace, count, stage, examples, unheld, at)
     found["sentences"] = direction_sentences(found)
     if plot is not None:
-        write_atomically(plot, drawers[plot.suffix](direction_plot(found)))
+        write_atomically(plot, (svg_file if plot.suffix == ".svg" else png_file)(direction_plot(found)))
     if as_json:
         say_json(found)
         return

@@ -259,6 +259,7 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
     from peso import pipeline
 
     with _together(workspace, overrides, trust) as opened:
+        current().on_main(lambda: pipeline.require_next(opened, 0))
         current().on_main(lambda: pipeline.rehearse_stages(opened, watcher()))
         pipeline.learn(opened, 0, watcher())
 
@@ -319,6 +320,7 @@ def undo(
         try:
             go = yes or typer.confirm(f"{workspace}: remove {step}?", err=True)
         except typer.Abort:
+            say("", error=True)  # the question's line has no end
             raise UsageError("no answer, nothing was removed; --yes removes without asking") from None
         if go:
             remove(opened, step, Terminal())

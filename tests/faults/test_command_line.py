@@ -52,14 +52,36 @@ REFUSED = [
     ["export", "-w", "nowhere", "-o", "x"],
 ]
 
+REFUSED_THERE = [  # in a workspace whose stages are trained
+    ["train"],
+    ["ingest"],
+    ["tokenize"],
+    ["evaluate", "--stage", "9"],
+    ["evaluate", "--on", "9"],
+    ["recommend", "--user", "nobody"],
+    ["recommend", "--history", "ghost"],
+    ["export", "-o", "w"],
+    ["baseline", "nope"],
+    ["train", "--set", "training.epochs=7"],
+    ["diagnose", "--directions", "3", "--stage", "9"],
+    ["diagnose", "--directions", "3", "--plot", "x.pdf"],
+]
 
-def test_a_refused_call_loads_no_slow_library(tmp_path):
+
+def test_a_refused_call_loads_no_slow_library(peso, tmp_path):
     """Loading PyTorch and its kin costs seconds; modules are counted, since seconds depend on the machine."""
+    (tmp_path / "c.yaml").write_text(
+        "data: {format: simulate, simulate: {users: 40, items: 20, stages: 2}}\n"
+        "backbone: tiny\ntraining: {epochs: 1, max_steps: 1}\nevaluation: {enabled: false}\nstrategy: none\n"
+    )
+    assert peso("run", tmp_path / "c.yaml", "-w", tmp_path / "w")[0] == 0
+    refused = [*REFUSED, ["run", "c.yaml", "-w", "x", "--base", "nowhere"]]
+    refused += [[*call, "-w", "w"] for call in REFUSED_THERE]
     program = f"""
 import json, sys
 from peso.cli import app
 loaded = {{}}
-for arguments in {[["--help"], *REFUSED]!r}:
+for arguments in {[["--help"], *refused]!r}:
     sys.argv = ["peso", *arguments]
     try:
         app.main()
@@ -69,7 +91,7 @@ print(json.dumps(loaded), file=sys.__stderr__)
 """
     found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     calls = json.loads(found.stderr.splitlines()[-1])
-    assert len(calls) == len(REFUSED) + 1
+    assert len(calls) == len(refused) + 1
     for call, (status, loaded) in calls.items():
         assert (status == 0) == (call == "--help"), call
         assert loaded == [], call
