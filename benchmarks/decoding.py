@@ -35,11 +35,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from peso.adapters.lora import add_adapter
 from peso.decoding import search
 from peso.events.histories import Cases
 from peso.events.release import read_release
 from peso.items.semantic_ids import SemanticIds
-from peso.model.adapter import add_adapter
 from peso.model.backbone import load_backbone
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference

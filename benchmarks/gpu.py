@@ -47,12 +47,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from usual_training import TARGETS, TEMPERATURE, ExpertWay, UsualWay
 
 from peso import assets
+from peso.adapters.lora import add_adapter
 from peso.config import TrainingConfig
 from peso.continual.hooks import Strategy
 from peso.decoding import search
 from peso.events.histories import Cases, TargetSequence
 from peso.items.semantic_ids import SemanticIds
-from peso.model.adapter import add_adapter
 from peso.model.backbone import load_backbone
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peso
-from peso.continual.groups import Group, find_groups
+from peso.adapters.groups import Group, find_groups
 from peso.continual.proximal import Term
 from peso.continual.proximal.metrics import Prior, softmax_kl
 from peso.model.small import small_llama

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peso.adapters.anchor_report import anchor_report
+from peso.adapters.groups import Group, find_groups
 from peso.config import Config
-from peso.continual.anchor_report import anchor_report
-from peso.continual.groups import Group, find_groups
 from peso.continual.hooks import StageContext, Strategy
 from peso.continual.peso import Peso
 from peso.continual.single import SingleAdapter

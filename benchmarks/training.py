@@ -43,12 +43,12 @@ import torch
 from usual_training import BATCH, TARGETS, TEMPERATURE, Example, ExpertWay, UsualWay
 
 from peso import assets
+from peso.adapters.lora import add_adapter
 from peso.config import TrainingConfig
 from peso.continual.hooks import Strategy
 from peso.events.histories import Cases, TargetSequence
 from peso.events.release import read_release
 from peso.items.semantic_ids import SemanticIds
-from peso.model.adapter import add_adapter
 from peso.model.backbone import load_backbone
 from peso.model.build import save_stage_weights
 from peso.model.generative import GenerativeModel

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
+from peso.adapters.lora import add_adapter
 from peso.config import BackboneConfig, PromptConfig, TrainingConfig
 from peso.continual.hooks import Strategy
 from peso.decoding import search
 from peso.evaluation.metrics import hit, ndcg
 from peso.events.histories import Cases, TargetSequence
 from peso.events.release import read_release
-from peso.model.adapter import add_adapter
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
 from peso.training.likelihood import target_log_probabilities

@@ -18,8 +18,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import peso
-from peso.continual.anchor_report import anchor_report
-from peso.continual.groups import find_groups
+from peso.adapters.anchor_report import anchor_report
+from peso.adapters.groups import find_groups
 from peso.model.small import small_llama
 
 WEIGHTS = (0.0, 2.0, 1e4, 1e6)

@@ -95,7 +95,7 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     Raises:
         ConfigError, BackboneError, TrainingError: as the stage would that comes upon it.
     """
-    from peso.model.adapter import add_adapter
+    from peso.adapters.lora import add_adapter
     from peso.model.backbone import load_backbone
     from peso.model.backbone_checks import check_reach
     from peso.model.build import longest_sequence

@@ -61,7 +61,7 @@ def anchors(workspace: Workspace) -> list[dict[str, Any]]:
     """Of every stage that was trained on from an adapter: how far that moved, and what the anchor pulled.
 
     ``distance`` and ``kl`` from the adapter as it was, ``strategy`` what the strategy says of itself (weight,
-    strength, ρ̄ with its spread), and what :func:`peso.continual.anchor_report.anchor_effect` found.
+    strength, ρ̄ with its spread), and what :func:`peso.adapters.anchor_report.anchor_effect` found.
     """
     found = []
     for stage in workspace.finished_stages:
@@ -69,7 +69,7 @@ def anchors(workspace: Workspace) -> list[dict[str, Any]]:
         if (moved := training.get("moved")) is None:
             continue
         told = training.get("strategy", {})
-        from peso.continual.anchor_report import anchor_effect
+        from peso.adapters.anchor_report import anchor_effect
 
         held = training.get("anchor") or anchor_effect(stage, workspace.log(stage), told.get("rho"))
         entry = {"stage": stage, "distance": moved["distance"], "kl": moved["kl"]}

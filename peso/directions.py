@@ -1,7 +1,7 @@
 """Which directions of an adapter a stage's data support, and what the anchor left of them: of a workspace.
 
 Knows which files of a workspace hold a stage's states; knows nothing of how the figures are shown. The
-mathematics is in ``peso/continual/directions.py``.
+mathematics is in ``peso/adapters/directions.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from peso.continual.directions import (
+from peso.adapters.directions import (
     Directions,
     ExampleGradients,
     held_out,
@@ -22,7 +22,7 @@ from peso.continual.directions import (
     stage_weight,
     strongest,
 )
-from peso.continual.groups import Group, Source, find_groups
+from peso.adapters.groups import Group, Source, find_groups
 from peso.continual.hooks import StageContext
 from peso.continual.peso import Peso
 from peso.continual.proximal import DistanceTerm, SoftmaxKL

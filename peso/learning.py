@@ -18,9 +18,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from peso import assets
+from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_report
+from peso.adapters.groups import find_groups
 from peso.config import Config, TrainingConfig
-from peso.continual.anchor_report import AnchorMonitor, anchor_effect, anchor_report
-from peso.continual.groups import find_groups
 from peso.continual.hooks import StageContext, Strategy
 from peso.determination import determination
 from peso.durable import commit_directory, read_sealed, write_json, write_sealed

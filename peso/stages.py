@@ -14,17 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peso.adapters.earlier import Past, put_past
+from peso.adapters.lora import weights_without_adapter
 from peso.config.model import BUILT_IN
 from peso.continual.strategy import Strategy, make_strategy
 from peso.determination import require_as_determined
 from peso.errors import BackboneError, ConfigError, WorkspaceError
 from peso.items.index_files import read_semantic_ids
 from peso.manifest import all_intact, read_manifest
-from peso.model.adapter import weights_without_adapter
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
-from peso.model.past import Past, put_past
 from peso.training.precision import Precision
 from peso.workspace import FORMAT, Workspace, own_strategy
 

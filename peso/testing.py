@@ -9,12 +9,7 @@ from typing import Any
 from peso.durable import digest, json_text
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
-from peso.evaluation.predictions import (
-    Predictions,
-    make_predictions,
-    read_predictions,
-    write_predictions,
-)
+from peso.evaluation.predictions import Predictions, make_predictions, read_predictions, write_predictions
 from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT

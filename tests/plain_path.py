@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peso.adapters.lora import adapter_parameters, add_adapter
 from peso.events.histories import Cases, TargetSequence
-from peso.model.adapter import adapter_parameters, add_adapter
 from peso.model.generative import GenerativeModel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peso import pipeline
+from peso.adapters.earlier import lora_layers
 from peso.config import load_config
-from peso.model.past import lora_layers
 from peso.model.small import byte_tokenizer, small_llama
 from peso.stages import trained_model
 from peso.workspace import Workspace

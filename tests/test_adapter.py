@@ -10,14 +10,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from peso.errors import BackboneError, WorkspaceError
-from peso.model.adapter import (
+from peso.adapters.lora import (
     adapter_parameters,
     add_adapter,
     load_adapter,
     save_adapter,
     weights_without_adapter,
 )
+from peso.errors import BackboneError, WorkspaceError
 from peso.model.small import small_llama
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

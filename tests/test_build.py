@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peso.adapters.lora import adapter_parameters
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
 from peso.errors import BackboneError, WorkspaceError
-from peso.model.adapter import adapter_parameters
 from peso.model.build import (
     build_model,
     load_stage_weights,

@@ -10,9 +10,9 @@ import pytest
 from event_logs import write_log
 
 from peso import pipeline
+from peso.adapters import anchor_report
+from peso.adapters.anchor_report import NO_EFFECT, anchor_finding, gradient_ratio
 from peso.config import load_config
-from peso.continual import anchor_report
-from peso.continual.anchor_report import NO_EFFECT, anchor_finding, gradient_ratio
 from peso.diagnosis import diagnose
 from peso.directions import stage_directions
 from peso.errors import ConfigError, WorkspaceError

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from test_strength import SIZES, TERMS, flat, known_metric, tensors
 
-from peso.continual.directions import (
+from peso.adapters.directions import (
     ExampleGradients,
     held_out,
     limit_weight,

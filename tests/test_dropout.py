@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from peso.model.dropout import BitDropout, fast_dropout
+from peso.adapters.fused import BitDropout, fast_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -18,9 +18,9 @@ from test_backbones import build as build_family
 from transformers import AutoModelForCausalLM
 
 from peso import assets
+from peso.adapters.lora import adapter_parameters
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
 from peso.errors import AssetError, ExportError
-from peso.model.adapter import adapter_parameters
 from peso.model.build import build_model
 from peso.model.export import PromptText, export_merged, export_peft
 from peso.model.generative import GenerativeModel

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peso.adapters.lora import adapter_parameters, add_adapter
 from peso.decoding import beam_search
-from peso.model.adapter import adapter_parameters, add_adapter
 from peso.model.export import export_merged
 
 

@@ -13,9 +13,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peso.model.dropout import fast_dropout
-from peso.model.fused_lora import FusedLinear, fused_lora
-from peso.model.past import Magnitudes, Past
+from peso.adapters.earlier import Magnitudes, Past
+from peso.adapters.fused import FusedLinear, fast_dropout, fused_lora
 
 
 class Two(nn.Module):
@@ -72,7 +71,7 @@ def test_values_gradients_and_draws_are_those_of_peft(dropout: float, training: 
 
 def test_on_other_devices_dropout_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branch that GPUs take, on the CPU, where ``nn.Dropout`` draws the same numbers as it."""
-    monkeypatch.setattr("peso.model.fused_lora._bits", lambda rows: False)
+    monkeypatch.setattr("peso.adapters.fused._bits", lambda rows: False)
     model = adapted(0.3).train()
     expected = learnt(model)
     with fused_lora(model):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_diagnosis import learnt
 
-from peso.continual import anchor_report
-from peso.continual.anchor_report import AnchorMonitor, anchor_effect, taken_back
+from peso.adapters import anchor_report
+from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, taken_back
 from peso.diagnosis import diagnose
 from peso.workspace import Workspace
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from strategy_runs import RANK, SCALE, Runs, changes_at, factors, state
 from torch import Tensor
 
+from peso.adapters.earlier import lora_layers
 from peso.continual.inf_lora import protected
 from peso.continual.input_space import Protected
 from peso.events.stream import Stream
-from peso.model.past import lora_layers
 from peso.stages import trained_model
 from peso.training.examples import StageExamples
 from peso.workspace import Workspace

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from strategy_runs import Runs
 from torch import Tensor, nn
 
+from peso.adapters.lora import add_adapter
 from peso.decoding import search
-from peso.model.adapter import add_adapter
 from peso.model.generative import GenerativeModel
 from peso.model.inference import LowRankBeside, for_inference
 from peso.stages import answering_model, trained_model

@@ -14,14 +14,7 @@ from reports import example_runs
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.intervals import mean_of_stages
-from peso.evaluation.lists import (
-    coverage,
-    gini,
-    item_rows,
-    novelty,
-    popularity_percentile,
-    prefix_diversity,
-)
+from peso.evaluation.lists import coverage, gini, item_rows, novelty, popularity_percentile, prefix_diversity
 
 ITEMS = 12
 

@@ -13,9 +13,9 @@ from strategy_runs import SCALE, Runs, changes_at, factors, rows, state
 from torch import Tensor
 
 from peso import decoding
+from peso.adapters.lora import adapter_parameters
 from peso.errors import ExportError
 from peso.events.histories import Cases
-from peso.model.adapter import adapter_parameters
 from peso.model.ensemble import Ensemble, twin
 from peso.model.export import export_merged, export_peft
 from peso.model.generative import GenerativeModel

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peso
-from peso.continual.anchor_report import anchor_finding, anchor_report, gradient_ratio, gradient_ratios
-from peso.continual.groups import check_same_groups, find_groups, shapes
+from peso.adapters.anchor_report import anchor_finding, anchor_report, gradient_ratio, gradient_ratios
+from peso.adapters.groups import check_same_groups, find_groups, shapes
 from peso.continual.stacks import CPU_VALUES
 from peso.errors import ConfigError, TrainingError
 from peso.model.small import small_llama

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peso
-from peso.continual.groups import PAST, find_groups
+from peso.adapters.groups import PAST, find_groups
 from peso.continual.proximal import diagonal_fisher
 from peso.continual.proximal.metrics import WIDEST
 from peso.errors import ConfigError, TrainingError

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import peso
-from peso.continual import groups as groups_module
-from peso.continual.groups import find_groups
+from peso.adapters import groups as groups_module
+from peso.adapters.groups import find_groups
 from peso.continual.hooks import StageContext
 from peso.continual.peso import Peso
 from peso.continual.proximal import Term

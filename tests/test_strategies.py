@@ -8,8 +8,8 @@ import torch
 from pydantic import TypeAdapter
 
 import peso
+from peso.adapters.groups import find_groups
 from peso.config import NoneConfig, PesoConfig, SingleConfig, StrategyConfig
-from peso.continual.groups import find_groups
 from peso.continual.none import NoUpdates
 from peso.continual.peso import Peso
 from peso.continual.single import SingleAdapter

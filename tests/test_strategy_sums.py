@@ -10,8 +10,8 @@ import torch
 from strategy_runs import RANK, SCALE, STILL, Runs, changes_at, factors, state
 from torch import Tensor
 
+from peso.adapters.earlier import Past
 from peso.continual.o_lora import OLora
-from peso.model.past import Past
 from peso.workspace import Workspace
 
 VARIANTS = list(itertools.product(("all", "latest"), (False, True)))

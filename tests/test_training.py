@@ -17,11 +17,11 @@ from plain_path import cases_of, random_sequences, separate_loss, with_adapter
 from torch import Tensor, nn
 from transformers import LlamaConfig, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from peso.adapters.lora import adapter_parameters
 from peso.config import TrainingConfig
 from peso.continual.hooks import StageContext, Strategy
 from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
-from peso.model.adapter import adapter_parameters
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
 from peso.reproducible import reproducible

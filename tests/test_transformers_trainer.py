@@ -12,8 +12,8 @@ import torch
 from transformers import TrainingArguments
 
 import peso
-from peso.continual.anchor_report import anchor_report
-from peso.continual.groups import find_groups
+from peso.adapters.anchor_report import anchor_report
+from peso.adapters.groups import find_groups
 from peso.model.small import small_llama
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_trainer.py"

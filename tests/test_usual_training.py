@@ -11,8 +11,8 @@ import pytest
 import torch
 from plain_path import cases_of, random_sequences
 
+from peso.adapters.lora import add_adapter
 from peso.events.histories import TargetSequence
-from peso.model.adapter import add_adapter
 from peso.model.generative import GenerativeModel
 from peso.training.likelihood import validation_loss
 

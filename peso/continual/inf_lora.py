@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from peso.adapters.earlier import TRAINED, Past, lora_layers, put_past, read_adapter
+from peso.adapters.lora import redraw_adapter
 from peso.continual.hooks import StageContext, Strategy
 from peso.continual.input_space import Protected
 from peso.errors import TrainingError
-from peso.model.adapter import redraw_adapter
-from peso.model.past import TRAINED, Past, lora_layers, put_past, read_adapter
 
 PREFIX = "inputs."
 ROW_NORM = 1 / math.sqrt(3)  # of a row of A: the authors', and what a row as PEFT draws it has

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peso.adapters.earlier import Past, lora_layers, put_adapter, read_adapter
+from peso.adapters.lora import redraw_adapter
 from peso.continual.hooks import StageContext, Strategy
 from peso.continual.retrain import everything
 from peso.events.histories import TargetSequence
-from peso.model.adapter import redraw_adapter
 from peso.model.ensemble import Ensemble, twin
-from peso.model.past import Past, lora_layers, put_adapter, read_adapter
 
 LONG, SHORT = "long-term", "short-term"
 PREFIX, ROWS = "lsat.", "lsat.vocabulary."

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peso.continual.groups import find_groups
+from peso.adapters.earlier import Past, put_past, read_adapter
+from peso.adapters.groups import find_groups
+from peso.adapters.lora import redraw_adapter
 from peso.continual.hooks import StageContext, Strategy
-from peso.model.adapter import redraw_adapter
-from peso.model.past import Past, put_past, read_adapter
 
 
 class OLora(Strategy):

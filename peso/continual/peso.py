@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peso.adapters.groups import Group, find_groups
 from peso.config import PesoConfig
-from peso.continual.groups import Group, find_groups
 from peso.continual.hooks import ForwardPass, StageContext, Strategy
 from peso.continual.proximal import find_term
 

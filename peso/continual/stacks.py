@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peso.continual.groups import Layout
+from peso.adapters.groups import Layout
 
 # On a CPU a stack is no larger than its caches hold (0.5 MB a matrix): 1.5 times faster than one for all.
 CPU_VALUES = 1 << 17

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from peso.adapters.earlier import Past, put_past, read_adapter, read_past
+from peso.adapters.lora import redraw_adapter
 from peso.continual.hooks import StageContext, Strategy
-from peso.model.adapter import redraw_adapter
-from peso.model.past import Past, put_past, read_adapter, read_past
 
 TINY = 1e-30  # a norm to divide by where there is none
 

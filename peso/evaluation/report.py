@@ -95,7 +95,7 @@ def _placed(section: Section, place: str) -> Section:
 def render_page(sections: Sequence[Section], title: str) -> str:
     """The page as HTML: styles and plots are in it, scripts it has none."""
     environment = Environment(
-        loader=PackageLoader("peso.evaluation"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("peso.evaluation.report"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("report.html.j2")
     return printable(page.render(sections=sections, title=title, svg=_svg, text=_text)) + "\n"

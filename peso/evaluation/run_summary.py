@@ -70,8 +70,8 @@ class StageSummary:
     """One stage of a run: its answers, and what it took to learn (None: nothing was learnt).
 
     ``anchor``: how the adapter moved and what restrained it: ``moved``
-    (:func:`peso.continual.anchor_report.anchor_report`), the figures of
-    :func:`peso.continual.anchor_report.anchor_effect`, ``strategy`` (weight, strength, ρ̄); empty if no
+    (:func:`peso.adapters.anchor_report.anchor_report`), the figures of
+    :func:`peso.adapters.anchor_report.anchor_effect`, ``strategy`` (weight, strength, ρ̄); empty if no
     adapter was trained.
     """
 

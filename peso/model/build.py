@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from peso.adapters.lora import add_adapter, load_adapter, save_adapter, weights_without_adapter
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
 from peso.errors import BackboneError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds
-from peso.model.adapter import add_adapter, load_adapter, save_adapter, weights_without_adapter
 from peso.model.backbone import embedding_scale, load_backbone
 from peso.model.backbone_checks import check_reach
 from peso.model.generative import GenerativeModel

@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
+from peso.adapters.fused import fast_dropout, fused_lora
+from peso.adapters.lora import adapter_parameters
 from peso.config import TrainingConfig
 from peso.continual.hooks import StageContext, Strategy
 from peso.durable import digest
 from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
-from peso.model.adapter import adapter_parameters
-from peso.model.dropout import fast_dropout
-from peso.model.fused_lora import fused_lora
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.processes import ALONE, Processes

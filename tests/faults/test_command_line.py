@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from peso import assets
+from peso.adapters.lora import add_adapter
 from peso.cli import app, display
 from peso.cli.display import Terminal
 from peso.compare.schedule import Schedule
@@ -31,7 +32,6 @@ from peso.evaluation.report import render_page
 from peso.evaluation.sections.section import Section
 from peso.evaluation.tables import Quantity, Table, to_csv, to_latex, to_markdown
 from peso.failures import sentence
-from peso.model.adapter import add_adapter
 from peso.model.small import small_llama
 
 SLOW = ("torch", "transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "faiss")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peso.continual.groups import Source
+from peso.adapters.groups import Source
 from peso.continual.proximal.metrics import DiagonalMetric
 from peso.continual.proximal.term import DistanceTerm, check_trained
 from peso.continual.stacks import Stack

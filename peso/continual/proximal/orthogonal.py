@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peso.continual.groups import Group, Source
+from peso.adapters.groups import Group, Source
 from peso.continual.proximal.term import Term
 from peso.continual.stacks import placement
 from peso.errors import TrainingError

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peso.adapters.groups import Group, Source, find_layers
 from peso.continual.calibration import Calibration
-from peso.continual.groups import Group, Source, find_layers
 from peso.continual.proximal.metrics import Prior, softmax_kl
 from peso.continual.proximal.term import Term, check_first_derivative
 from peso.continual.stacks import placement

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from peso.continual.groups import Grouping
+from peso.adapters.groups import Grouping
 from peso.continual.proximal.metrics import SoftmaxMetric
 from peso.continual.proximal.term import Coupling, DistanceTerm, Reduction
 from peso.continual.stacks import Stack

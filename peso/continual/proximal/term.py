@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from peso.adapters.groups import Group, Grouping, Source, check_same_groups, find_groups, layouts, shapes
 from peso.continual.calibration import Calibration, second_moment
-from peso.continual.groups import Group, Grouping, Source, check_same_groups, find_groups, layouts, shapes
 from peso.continual.proximal.metrics import Metric
 from peso.continual.stacks import Placement, Stack, placement, stack_anchors, unstack_anchors
 from peso.errors import ConfigError, TrainingError
@@ -263,7 +263,7 @@ class DistanceTerm(Term):
     be pickled, anchor included.
 
     Args:
-        groups: which values form a group, see :func:`peso.continual.groups.layouts`; the other arguments are
+        groups: which values form a group, see :func:`peso.adapters.groups.layouts`; the other arguments are
             those of :class:`Term`.
     """
 

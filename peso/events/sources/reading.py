@@ -14,13 +14,7 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError
 from peso.events.database import scalar
-from peso.events.sources.lines import (
-    Unreadable,
-    Watch,
-    count_plain_rows,
-    delimited_rows,
-    json_rows,
-)
+from peso.events.sources.lines import Unreadable, Watch, count_plain_rows, delimited_rows, json_rows
 from peso.events.sources.tables import FileTable
 
 BATCH = 50_000  # rows

@@ -14,7 +14,7 @@ from peso.items.quantizers.residual import BATCH, Fitted, ResidualCodebooks, squ
 from peso.items.quantizers.rq_kmeans import kmeans
 from peso.progress import Observer
 
-ITERATIONS = 10
+BALANCED_ITERATIONS = 10
 
 
 def fit_balanced_rq_kmeans(
@@ -26,7 +26,7 @@ def fit_balanced_rq_kmeans(
     codebooks, codes = [], []
     for level, size in enumerate(sizes):
         centroids = kmeans(rest, size, seed + level)
-        for _ in range(ITERATIONS):
+        for _ in range(BALANCED_ITERATIONS):
             chosen = balanced_assignment(rest, centroids)
             centroids = _means(rest, chosen, size)
         chosen = balanced_assignment(rest, centroids)

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peso.model.adapter import adapter_state
+from peso.adapters.lora import adapter_state
 
 PAST = "past"
 TRAINED = "default"

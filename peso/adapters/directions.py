@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peso.continual.groups import Group, Source, layouts
+from peso.adapters.groups import Group, Source, layouts
 from peso.continual.proximal.metrics import Hessian
 from peso.continual.proximal.term import DistanceTerm, check_trained
 from peso.continual.stacks import Stack, stack_anchors

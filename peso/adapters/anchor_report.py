@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from peso.continual.groups import Group, check_same_groups, layouts, shapes
+from peso.adapters.groups import Group, check_same_groups, layouts, shapes
 from peso.continual.proximal.metrics import SoftmaxMetric, second_order, softmax_kl
 from peso.continual.stacks import placement, stack_anchors
 
