@@ -13,12 +13,12 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
-    "SoftmaxKL": "peso.continual.proximal",
-    "PerRankKL": "peso.continual.proximal",
-    "L2": "peso.continual.proximal",
-    "Fisher": "peso.continual.proximal",
-    "Orthogonal": "peso.continual.proximal",
-    "OutputKL": "peso.continual.proximal",
+    "SoftmaxKL": "peso.adapters.proximal",
+    "PerRankKL": "peso.adapters.proximal",
+    "L2": "peso.adapters.proximal",
+    "Fisher": "peso.adapters.proximal",
+    "Orthogonal": "peso.adapters.proximal",
+    "OutputKL": "peso.adapters.proximal",
     "Workspace": "peso.workspace",
     "Recommender": "peso.recommender",
 }

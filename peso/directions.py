@@ -23,9 +23,9 @@ from peso.adapters.directions import (
     strongest,
 )
 from peso.adapters.groups import Group, Source, find_groups
+from peso.adapters.proximal import DistanceTerm, SoftmaxKL
 from peso.continual.hooks import StageContext
 from peso.continual.peso import Peso
-from peso.continual.proximal import DistanceTerm, SoftmaxKL
 from peso.errors import ConfigError, WorkspaceError
 from peso.events.stream import Stream
 from peso.model.build import has_adapter

@@ -13,8 +13,8 @@ import yaml
 from strategy_runs import Runs, factors
 
 from peso import pipeline
+from peso.adapters.proximal import Term, find_term
 from peso.config import load_config
-from peso.continual.proximal import Term, find_term
 from peso.continual.strategy import make_strategy
 from peso.errors import ConfigError
 from peso.stages import strategy_of

@@ -12,8 +12,8 @@ from torch import nn
 
 import peso
 from peso.adapters.groups import PAST, find_groups
-from peso.continual.proximal import diagonal_fisher
-from peso.continual.proximal.metrics import WIDEST
+from peso.adapters.proximal import diagonal_fisher
+from peso.adapters.proximal.metrics import WIDEST
 from peso.errors import ConfigError, TrainingError
 from peso.model.small import small_llama
 

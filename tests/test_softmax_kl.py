@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peso.continual.proximal.metrics import Prior, second_order, softmax_kl
+from peso.adapters.proximal.metrics import Prior, second_order, softmax_kl
 from peso.errors import TrainingError
 
 TOLERANCE = 1e-5

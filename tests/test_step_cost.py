@@ -14,9 +14,9 @@ from torch import nn
 import peso
 from peso.adapters import groups as groups_module
 from peso.adapters.groups import find_groups
+from peso.adapters.proximal import Term
 from peso.continual.hooks import StageContext
 from peso.continual.peso import Peso
-from peso.continual.proximal import Term
 from peso.errors import TrainingError
 from peso.model.small import small_llama
 from peso.training.movement import Movement

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from peso.adapters.groups import Group, Source, layouts
-from peso.continual.proximal.metrics import Hessian
-from peso.continual.proximal.term import DistanceTerm, check_trained
-from peso.continual.stacks import Stack, stack_anchors
+from peso.adapters.proximal.metrics import Hessian
+from peso.adapters.proximal.stacks import Stack, stack_anchors
+from peso.adapters.proximal.term import DistanceTerm, check_trained
 from peso.errors import TrainingError
 
 RANK = 1e-10  # eigenvalues below this share of the largest are rounding
@@ -197,7 +197,7 @@ class ExampleGradients:
     Args:
         term: anchored.
         source: as given to its ``anchor``; gradients are taken where its parameters are now.
-        losses: see :meth:`peso.continual.proximal.term.Term.calibrate`.
+        losses: see :meth:`peso.adapters.proximal.term.Term.calibrate`.
         anchors: where the term is anchored; None: where the parameters are now.
 
     Raises:

@@ -110,7 +110,7 @@ def _term(name: Any) -> Any:
     if not isinstance(name, str) or name == PesoConfig.model_fields["proximal"].default or "." in name:
         return None
     try:
-        return import_module("peso.continual.proximal").find_term(name)
+        return import_module("peso.adapters.proximal").find_term(name)
     except ConfigError as error:
         raise ValueError(f"strategy.proximal: {error}") from None
 

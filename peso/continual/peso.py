@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peso.adapters.groups import Group, find_groups
+from peso.adapters.proximal import find_term
 from peso.config import PesoConfig
 from peso.continual.hooks import ForwardPass, StageContext, Strategy
-from peso.continual.proximal import find_term
 
 
 class Peso(Strategy):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from peso.adapters.groups import Grouping
-from peso.continual.proximal.metrics import SoftmaxMetric
-from peso.continual.proximal.term import Coupling, DistanceTerm, Reduction
-from peso.continual.stacks import Stack
+from peso.adapters.proximal.metrics import SoftmaxMetric
+from peso.adapters.proximal.stacks import Stack
+from peso.adapters.proximal.term import Coupling, DistanceTerm, Reduction
 from peso.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ class SoftmaxKL(DistanceTerm):
             of each anchor group, at least 1e-2.
         groups: ``factor``: A and B of each module apart; ``module``: together; ``rank``: row i of A with
             column i of B; ``all``: everything one group.
-        adapter, strength, coupling: see :class:`~peso.continual.proximal.term.Term`.
+        adapter, strength, coupling: see :class:`~peso.adapters.proximal.term.Term`.
 
     Raises:
         ConfigError: an impossible argument.

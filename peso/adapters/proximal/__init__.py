@@ -3,13 +3,13 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from peso.continual.calibration import Calibration
-from peso.continual.proximal.fisher import Fisher, diagonal_fisher
-from peso.continual.proximal.l2 import L2
-from peso.continual.proximal.orthogonal import Orthogonal
-from peso.continual.proximal.output_kl import OutputKL
-from peso.continual.proximal.softmax import PerRankKL, SoftmaxKL
-from peso.continual.proximal.term import DistanceTerm, Term
+from peso.adapters.proximal.calibration import Calibration
+from peso.adapters.proximal.fisher import Fisher, diagonal_fisher
+from peso.adapters.proximal.l2 import L2
+from peso.adapters.proximal.orthogonal import Orthogonal
+from peso.adapters.proximal.output_kl import OutputKL
+from peso.adapters.proximal.softmax import PerRankKL, SoftmaxKL
+from peso.adapters.proximal.term import DistanceTerm, Term
 from peso.errors import ConfigError
 
 __all__ = [
@@ -54,5 +54,5 @@ def find_term(name: str) -> type[Term]:
             f"{name} cannot be imported ({error}); name a class that Python can import from here (PYTHONPATH)"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Term)):
-        raise ConfigError(f"{name} is not a subclass of peso.continual.proximal.Term")
+        raise ConfigError(f"{name} is not a subclass of peso.adapters.proximal.Term")
     return found

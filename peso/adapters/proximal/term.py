@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from peso.adapters.groups import Group, Grouping, Source, check_same_groups, find_groups, layouts, shapes
-from peso.continual.calibration import Calibration, second_moment
-from peso.continual.proximal.metrics import Metric
-from peso.continual.stacks import Placement, Stack, placement, stack_anchors, unstack_anchors
+from peso.adapters.proximal.calibration import Calibration, second_moment
+from peso.adapters.proximal.metrics import Metric
+from peso.adapters.proximal.stacks import Placement, Stack, placement, stack_anchors, unstack_anchors
 from peso.errors import ConfigError, TrainingError
 
 Coupling = Literal["loss", "decoupled"]
@@ -25,7 +25,7 @@ class Term(ABC):
 
     A new term is one file: a subclass with ``keep``, ``penalty`` and ``trace``, or a subclass of
     :class:`DistanceTerm` with ``metric``. With a class attribute ``name`` a configuration can name it, see
-    :func:`peso.continual.proximal.find_term`.
+    :func:`peso.adapters.proximal.find_term`.
 
     Args:
         weight: λ, raw: (λ/2)·‖v − a‖²_H to second order. With ``decoupled`` κ, the rate per learning rate.
@@ -208,7 +208,7 @@ class Term(ABC):
             source: as given to :meth:`anchor`.
             losses: each the training loss of one target (mean over its tokens), 0-d with its graph,
                 preferably without dropout. An iterator is advanced only when the last loss is done with.
-            tokens: tokens per target, see :func:`peso.continual.calibration.second_moment`.
+            tokens: tokens per target, see :func:`peso.adapters.proximal.calibration.second_moment`.
 
         Raises:
             TrainingError: no anchor, a frozen group, or losses that cannot be used.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from peso.adapters.groups import Group, Source, find_layers
-from peso.continual.calibration import Calibration
-from peso.continual.proximal.metrics import Prior, softmax_kl
-from peso.continual.proximal.term import Term, check_first_derivative
-from peso.continual.stacks import placement
+from peso.adapters.proximal.calibration import Calibration
+from peso.adapters.proximal.metrics import Prior, softmax_kl
+from peso.adapters.proximal.stacks import placement
+from peso.adapters.proximal.term import Term, check_first_derivative
 from peso.errors import TrainingError
 
 Pair = tuple[Tensor, Tensor]  # A (rank, in), B (out, rank)
@@ -42,7 +42,7 @@ class OutputKL(Term):
         weight: λ; 1.0 if neither it nor a strength is given.
         strength: λ = strength · ρ̄. tr(H) depends on the tokens, so :meth:`calibrate` watches the passes that
             compute its losses, which must come from an iterator.
-        reduction, adapter, coupling: see :class:`~peso.continual.proximal.term.Term`.
+        reduction, adapter, coupling: see :class:`~peso.adapters.proximal.term.Term`.
     """
 
     name = "output_kl"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from peso.adapters.groups import Source
-from peso.continual.proximal.metrics import DiagonalMetric
-from peso.continual.proximal.term import DistanceTerm, check_trained
-from peso.continual.stacks import Stack
+from peso.adapters.proximal.metrics import DiagonalMetric
+from peso.adapters.proximal.stacks import Stack
+from peso.adapters.proximal.term import DistanceTerm, check_trained
 from peso.errors import TrainingError
 
 
@@ -54,7 +54,7 @@ class Fisher(DistanceTerm):
         term = peso.Fisher(strength=1.0, coupling="decoupled")
         term.anchor(model, losses)            # of single targets of the stage that ends
 
-    For the arguments see :class:`~peso.continual.proximal.term.Term`.
+    For the arguments see :class:`~peso.adapters.proximal.term.Term`.
     """
 
     name = "fisher"

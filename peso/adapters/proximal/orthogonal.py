@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from peso.adapters.groups import Group, Source
-from peso.continual.proximal.term import Term
-from peso.continual.stacks import placement
+from peso.adapters.proximal.stacks import placement
+from peso.adapters.proximal.term import Term
 from peso.errors import TrainingError
 
 
@@ -26,7 +26,7 @@ class Orthogonal(Term):
         weight: λ; 0.5, O-LoRA's, if neither it nor a strength is given.
         strength: λ = strength · ρ̄ with tr(H) = Σ_modules 2·r·‖Â‖_F²: it sets the scale, but there is no
             interpolation to the anchor.
-        reduction, adapter, coupling: see :class:`~peso.continual.proximal.term.Term`.
+        reduction, adapter, coupling: see :class:`~peso.adapters.proximal.term.Term`.
     """
 
     name = "orthogonal"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from peso.continual.proximal.metrics import DiagonalMetric
-from peso.continual.proximal.term import DistanceTerm
-from peso.continual.stacks import Stack
+from peso.adapters.proximal.metrics import DiagonalMetric
+from peso.adapters.proximal.stacks import Stack
+from peso.adapters.proximal.term import DistanceTerm
 
 
 class L2(DistanceTerm):
     """λ · ½ · Σ_g ‖v⁽ᵍ⁾ − a⁽ᵍ⁾‖², H = I: with the ½, so that λ is that of the general form (λ/2)·‖·‖²_H.
 
     The decoupled form is Δ ← Δ·exp(−lr·κ). How values are grouped makes no difference. For the arguments see
-    :class:`~peso.continual.proximal.term.Term`.
+    :class:`~peso.adapters.proximal.term.Term`.
     """
 
     name = "l2"
