@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from peso.baselines.baseline import known_histories, repeats_occur
+from peso.baselines.baseline import interactions, known_histories, repeats_occur
 from peso.baselines.ease import Ease, ease_weights
-from peso.baselines.interactions import interactions
 from peso.baselines.item_knn import ItemKnn, similarities
 from peso.events.histories import Cases, Ragged, Stage
 from peso.progress import Silent

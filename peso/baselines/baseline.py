@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from scipy import sparse
 
 from peso.events.histories import Cases, Stage
 from peso.progress import Observer
@@ -65,3 +66,21 @@ def padded(histories: Sequence[np.ndarray], window: int, padding: int) -> np.nda
         last = history[-window:]
         row[: len(last)] = last
     return result
+
+
+Matrix = Any  # scipy.sparse.csr_array, which has no type stubs
+
+
+def interactions(histories: Sequence[np.ndarray], items: int) -> Matrix:
+    """float64 (n, items): 1 where an item is in a history, however often.
+
+    >>> interactions([np.array([2, 0, 2]), np.array([1])], items=3).toarray().tolist()
+    [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    """
+    lengths = [len(history) for history in histories]
+    rows = np.repeat(np.arange(len(histories)), lengths)
+    columns = np.concatenate([np.empty(0, dtype=np.int32), *histories])
+    matrix = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(histories), items))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from peso.baselines.baseline import known_histories
-from peso.baselines.interactions import Matrix, interactions
+from peso.baselines.baseline import Matrix, interactions, known_histories
 from peso.events.histories import Cases, Stage
 from peso.progress import Observer, Silent
 
