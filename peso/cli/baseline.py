@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Terminal, table
-from peso.cli.options import Directory, Overrides, Trust
+from peso.cli.display import Directory, Overrides, Terminal, Trust, table
 
 
 def register(app: typer.Typer) -> None:

@@ -15,8 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from peso.cli.display import duration, say, table
-from peso.cli.options import Overrides
+from peso.cli.display import Overrides, duration, say, table
 from peso.durable import only_writer
 from peso.errors import PesoError, UsageError
 from peso.printable import printable

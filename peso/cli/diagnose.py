@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peso.cli.display import say, say_json, table
-from peso.cli.options import Directory, Json, Trust
+from peso.cli.display import Directory, Json, Trust, say, say_json, table
 
 if TYPE_CHECKING:
     from peso.workspace import Workspace

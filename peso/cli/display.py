@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -31,6 +32,7 @@ from peso.progress import Observer, Silent
 
 if TYPE_CHECKING:
     from peso.workspace import Workspace
+
 
 SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line every so often
 
@@ -153,3 +155,26 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+Directory = Annotated[Path, typer.Option("-w", "--workspace", help="The directory of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key, such as --set training.epochs=2; can be given several times."),
+]
+Stage = Annotated[
+    int | None, typer.Option("--stage", help="The stage whose model is used. Default: the newest.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+OnError = Annotated[
+    Literal["fail", "skip"] | None,
+    typer.Option(help="skip: leave unreadable rows out and count them; fail: refuse the log."),
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust",
+        metavar="MODULE.CLASS",
+        help="Allow a custom strategy that the workspace names to be imported, which runs its code.",
+    ),
+]

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from peso.cli.display import Terminal, say
-from peso.cli.options import Directory, Stage, Trust
+from peso.cli.display import Directory, Stage, Terminal, Trust, say
 
 
 def register(app: typer.Typer) -> None:

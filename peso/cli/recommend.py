@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Terminal, say, say_json, table
-from peso.cli.options import Directory, Json, Stage, Trust
+from peso.cli.display import Directory, Json, Stage, Terminal, Trust, say, say_json, table
 
 
 def register(app: typer.Typer) -> None:

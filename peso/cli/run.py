@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import duration, say, show_results, table, watcher
-from peso.cli.options import Overrides
+from peso.cli.display import Overrides, duration, say, show_results, table, watcher
 
 
 def register(app: typer.Typer) -> None:

@@ -9,8 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from peso.cli.display import Terminal, say, say_json, show_results, table, watcher
-from peso.cli.options import Directory, Json, OnError, Overrides, Stage, Trust
+from peso.cli.display import (
+    Directory,
+    Json,
+    OnError,
+    Overrides,
+    Stage,
+    Terminal,
+    Trust,
+    say,
+    say_json,
+    show_results,
+    table,
+    watcher,
+)
 from peso.errors import ConfigError, UsageError
 from peso.processes import current
 from peso.workspace import CONFIG, Workspace, refuse_own
