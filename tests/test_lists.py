@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from reports import example_runs
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.intervals import mean_of_stages
 from peso.evaluation.lists import coverage, gini, item_rows, novelty, popularity_percentile, prefix_diversity
+from peso.evaluation.spread import mean_of_stages
 
 ITEMS = 12
 

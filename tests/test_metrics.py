@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peso.errors import ConfigError
-from peso.evaluation import intervals, metrics
-from peso.evaluation.intervals import mean_of_cases, mean_of_stages
+from peso.evaluation import metrics
 from peso.evaluation.metrics import average_metrics, default_metrics, stage_metrics
 from peso.evaluation.predictions import Predictions, item_ranks
+from peso.evaluation.spread import mean_of_cases, mean_of_stages
 
 CATALOGUE = 30
 DEPTH = 10

@@ -13,8 +13,7 @@ from reports import CASES, catalogue, predictions, run
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.sections.segments import segments
-from peso.evaluation.segmentation import (
+from peso.evaluation.groupings import (
     ACTIVE,
     HISTORY,
     ITEMS,
@@ -23,6 +22,7 @@ from peso.evaluation.segmentation import (
     by_column,
     by_popularity,
 )
+from peso.evaluation.sections.segments import segments
 
 
 @pytest.fixture(scope="module")

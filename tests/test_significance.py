@@ -12,13 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from peso.evaluation.intervals import mean_of_cases, mean_of_stages
-from peso.evaluation.significance import contrasts, correction, panel, spread
-from peso.evaluation.significance.contrasts import Contrasts, SystemValues, smallest_detectable
-from peso.evaluation.significance.correction import holm
-from peso.evaluation.significance.panel import Panel
-from peso.evaluation.significance.resampling import sign_flips, user_resamples
-from peso.evaluation.significance.spread import Spread
+from peso.evaluation import contrasts, spread
+from peso.evaluation import contrasts as correction
+from peso.evaluation import spread as panel
+from peso.evaluation.contrasts import (
+    Contrasts,
+    SystemValues,
+    holm,
+    sign_flips,
+    smallest_detectable,
+    user_resamples,
+)
+from peso.evaluation.spread import Panel, Spread, mean_of_cases, mean_of_stages
 
 # The stages of the released Video_Games stream: cases, and users among whom one in ten comes back.
 SIZES, USERS = (1035, 1091, 1949, 1791), 60_000

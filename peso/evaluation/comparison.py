@@ -13,17 +13,13 @@ import numpy as np
 
 from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
-from peso.evaluation.intervals import Estimate
+from peso.evaluation.contrasts import LEVEL, Contrasts, SystemValues, holm
+from peso.evaluation.groupings import ACTIVE, HISTORY, ITEMS, USERS, Segmentation, by_column, by_popularity
 from peso.evaluation.lists import ListFigures, list_figures
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric, default_metrics, headline_metrics
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.segmentation import ACTIVE, HISTORY, ITEMS, USERS, Segmentation, by_column, by_popularity
-from peso.evaluation.significance.contrasts import LEVEL, Contrasts, SystemValues
-from peso.evaluation.significance.correction import holm
-from peso.evaluation.significance.panel import Panel
-from peso.evaluation.significance.spread import spread, spread_of_difference
-from peso.evaluation.systems import System, systems_of
+from peso.evaluation.run_summary import RunSummary, System, systems_of
+from peso.evaluation.spread import Estimate, Panel, spread, spread_of_difference
 from peso.evaluation.transfer import Term
 
 

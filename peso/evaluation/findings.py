@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.intervals import Estimate
+from peso.evaluation.contrasts import LEVEL, Contrast
+from peso.evaluation.groupings import USERS
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
-from peso.evaluation.segmentation import USERS
+from peso.evaluation.run_summary import System
 from peso.evaluation.segments import USER_SEGMENTS
-from peso.evaluation.significance.contrasts import LEVEL, Contrast
-from peso.evaluation.systems import System
+from peso.evaluation.spread import Estimate
 from peso.evaluation.tables import Quantity
 
 MOST_NAMED = 5  # systems that a sentence names one by one

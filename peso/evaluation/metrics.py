@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from peso.errors import ConfigError
-from peso.evaluation.intervals import Estimate, mean_of_cases, mean_of_stages
 from peso.evaluation.predictions import Predictions
+from peso.evaluation.spread import Estimate, mean_of_cases, mean_of_stages
 
 # semantic_id: items that share an ID count as one (the paper's protocol); item: told apart by the stated rule
 Ranking = Literal["semantic_id", "item"]

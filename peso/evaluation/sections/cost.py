@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.run_summary import StageCost
+from peso.evaluation.run_summary import StageCost, System
 from peso.evaluation.sections.section import Section
-from peso.evaluation.systems import System
 from peso.evaluation.tables import Cell, Quantity, Table
 
 MIB = 2**20

@@ -7,8 +7,8 @@ from dataclasses import fields
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import stage_range
 from peso.evaluation.lists import ListFigures
+from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import Section
-from peso.evaluation.systems import System
 from peso.evaluation.tables import Quantity, Table
 
 HEADS = ("Coverage", "Gini index", "Novelty, bits", "Popularity percentile", "ID diversity")

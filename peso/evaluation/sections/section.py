@@ -9,10 +9,10 @@ from typing import TypeVar
 import numpy as np
 
 from peso.evaluation.comparison import Comparison, Standing
-from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import Metric
 from peso.evaluation.plots import Drawing, Series
 from peso.evaluation.run_summary import RunSummary
+from peso.evaluation.spread import Estimate
 from peso.evaluation.tables import Mark, Quantity, Table
 
 T = TypeVar("T")

@@ -8,13 +8,13 @@ import numpy as np
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.findings import stage_range
-from peso.evaluation.intervals import Estimate
+from peso.evaluation.groupings import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.plots import Plot, Series
+from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import Section, file_name, quantity, series
-from peso.evaluation.segmentation import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
 from peso.evaluation.segments import DORMANT, NEW, USER_SEGMENTS
-from peso.evaluation.systems import System
+from peso.evaluation.spread import Estimate
 from peso.evaluation.tables import Cell, Table
 
 

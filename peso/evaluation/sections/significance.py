@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import combinations
 
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.contrasts import Contrast
 from peso.evaluation.findings import listed
 from peso.evaluation.metrics import Metric
+from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import CODES_AND_ITEMS, Section, file_name
-from peso.evaluation.significance.contrasts import Contrast
-from peso.evaluation.systems import System
 from peso.evaluation.tables import Cell, Quantity, Table
 
 COLUMNS = ("Difference", "In percent", "p", "p, corrected", "Detectable from")

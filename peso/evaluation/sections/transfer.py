@@ -7,8 +7,8 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric
 from peso.evaluation.plots import HeatMap
+from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import Section, file_name, quantity
-from peso.evaluation.systems import System
 from peso.evaluation.tables import Cell, Table
 from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_terms
 

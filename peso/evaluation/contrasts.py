@@ -22,10 +22,27 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from peso.evaluation.significance.correction import holm
-from peso.evaluation.significance.panel import Panel
-from peso.evaluation.significance.resampling import sign_flips, user_resamples
-from peso.evaluation.significance.spread import Spread, spread_of_difference
+from peso.evaluation.spread import Panel, Spread, spread_of_difference
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values corrected for their number (Holm 1979): reject where the result is ≤ α, and the chance of one
+    false rejection or more among all tests is at most α, however the tests hang together.
+
+    The i-th smallest of m becomes max_{j ≤ i} min(1, (m − j + 1) p_(j)).
+
+    Args:
+        p: float (m,).
+
+    >>> holm(np.array([0.01, 0.04, 0.03])).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p, kind="stable")
+    steps = np.minimum(1.0, p[order] * np.arange(len(p), 0, -1))
+    result = np.empty(len(p))
+    result[order] = np.maximum.accumulate(steps)
+    return result
+
 
 DRAWS = 10_000
 LEVEL = 0.05
@@ -264,3 +281,45 @@ def smallest_detectable(found: Spread, level: float = LEVEL, power: float = POWE
     """
     degrees = found.effective_degrees
     return float(stats.t.ppf(1 - level / 2, degrees) + stats.t.ppf(power, degrees)) * found.error
+
+
+BLOCK = 512  # draws at a time
+
+
+def sign_flips(shares: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Σ_u ε_u y_u with independent random signs ε_u: the permutation distribution of paired differences.
+
+    If two systems are alike, exchanging them for any user changes nothing, so a difference Σ_u y_u is one of
+    the 2^U equally likely values Σ_u ±y_u.
+
+    Args:
+        shares: float (users, columns).
+
+    Returns: float64 (draws, columns).
+    """
+    result = np.empty((draws, shares.shape[1]))
+    for begin in range(0, draws, BLOCK):
+        size = (min(BLOCK, draws - begin), len(shares))
+        signs = generator.integers(0, 2, size, dtype=np.int8).astype(np.float64) * 2 - 1
+        result[begin : begin + BLOCK] = signs @ shares
+    return result
+
+
+def user_resamples(influence: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Σ_u (w_u − 1) z_u, where w_u says how often user u is drawn in U draws with replacement: the bootstrap
+    distribution (Efron 1979) of the deviation of a mean.
+
+    Args:
+        influence: float (users, columns).
+
+    Returns: float64 (draws, columns).
+    """
+    users = len(influence)
+    result = np.empty((draws, influence.shape[1]))
+    for begin in range(0, draws, BLOCK):
+        count = min(BLOCK, draws - begin)
+        drawn = generator.integers(0, users, (count, users), dtype=np.int32)
+        drawn += np.arange(count, dtype=np.int32)[:, None] * users
+        times = np.bincount(drawn.ravel(), minlength=count * users).reshape(count, users)
+        result[begin : begin + BLOCK] = (times - 1.0) @ influence
+    return result
