@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peso.errors import WorkspaceError
-from peso.evaluation.plots import Plot, Series
+from peso.evaluation.report.plots import Plot, Series
 
 KEPT, OVERWRITTEN = 0.1, 0.9  # weight of the new optimum below and above which a direction is called so
 

@@ -14,9 +14,9 @@ from peso.diagnosis import stream_drift
 from peso.errors import WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.metrics import average_metrics, headline_metrics
+from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.evaluation.segments import label_cases
-from peso.evaluation.tables import Quantity
 from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
@@ -34,7 +34,7 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
     Raises:
         WorkspaceError: a workspace has no tested stage.
     """
-    from peso.evaluation.report import write_report  # draws plots: slow to import
+    from peso.evaluation.report.page import write_report  # draws plots: slow to import
 
     title = workspaces[0].config.report.title or f"peso: {', '.join(names(workspaces))}"
     config = workspaces[0].config
@@ -44,7 +44,7 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
 def results(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]], list[str]]:
     """The averages as columns and rows, one row a run, and what they say in sentences."""
     from peso.evaluation.comparison import Comparison
-    from peso.evaluation.findings import findings
+    from peso.evaluation.report.findings import findings
 
     runs, ks = runs_of(workspaces), workspaces[0].config.evaluation.k
     return *run_table(runs, ks), findings(Comparison(runs, ks))

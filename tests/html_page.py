@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.report import render_page
+from peso.evaluation.report.page import render_page
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections import sections_of
 

@@ -15,7 +15,7 @@ import numpy as np
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.report import write_report
+from peso.evaluation.report.page import write_report
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.events.histories import Cases
 

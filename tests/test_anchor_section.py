@@ -6,9 +6,9 @@ import numpy as np
 from reports import run
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.plots import HeatMap, Plot
+from peso.evaluation.report.plots import HeatMap, Plot
+from peso.evaluation.report.tables import Quantity
 from peso.evaluation.sections.anchor import anchor
-from peso.evaluation.tables import Quantity
 
 
 def section(*runs):

@@ -427,7 +427,7 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
 
 
 def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("peso.evaluation.report.files", lambda plot: {})  # half of a report's time
+    monkeypatch.setattr("peso.evaluation.report.page.files", lambda plot: {})  # half of a report's time
     quick = {"two_tower": {"epochs": 1}}
     baselines = [{"name": "two-tower", "epochs": 1}, {"name": "hybrid", **quick}]
     plan = plan_of(tmp_path, {"strategies": ["single"], "baselines": baselines, "transfer": True})

@@ -21,10 +21,10 @@ from reports import example_runs, run
 
 import peso.evaluation
 from peso.errors import WorkspaceError
-from peso.evaluation import report
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.report import write_report
-from peso.evaluation.tables import Quantity, Table, to_latex, to_markdown
+from peso.evaluation.report import page as report
+from peso.evaluation.report.page import write_report
+from peso.evaluation.report.tables import Quantity, Table, to_latex, to_markdown
 
 
 @pytest.fixture(scope="module")

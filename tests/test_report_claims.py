@@ -13,16 +13,16 @@ from reports import CASES, INDEX, example_runs, predictions, run, seeds
 
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import cautions, findings
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.report import write_report
+from peso.evaluation.report.findings import cautions, findings
+from peso.evaluation.report.page import write_report
+from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageSummary, TrainingCurve
 from peso.evaluation.sections import sections_of
 from peso.evaluation.sections.significance import significance
 from peso.evaluation.sections.stages import levels_table
 from peso.evaluation.sections.summary import averages_table
 from peso.evaluation.sections.sweep import sweep
-from peso.evaluation.tables import Quantity
 
 
 def test_a_lead_is_claimed_only_where_its_interval_excludes_zero() -> None:

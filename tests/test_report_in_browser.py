@@ -11,7 +11,7 @@ from browser import Browser, chromium, find_chromium
 from reports import CASES, example_runs, many_runs
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.report import render_page
+from peso.evaluation.report.page import render_page
 from peso.evaluation.sections import sections_of
 
 WINDOWS = {"desktop": (1280, 900, False), "phone": (390, 844, True), "small phone": (320, 568, True)}

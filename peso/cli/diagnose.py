@@ -107,7 +107,7 @@ def _directions(
 
     from peso.direction_views import direction_plot, direction_sentences, direction_tables
     from peso.directions import stage_directions
-    from peso.evaluation.plots import png_file, svg_file
+    from peso.evaluation.report.plots import png_file, svg_file
 
     found = stage_directions(workspace, count, stage, examples, unheld, at)
     found["sentences"] = direction_sentences(found)

@@ -24,9 +24,9 @@ from peso.config.baselines import baseline_label
 from peso.durable import write_aside
 from peso.errors import WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
-from peso.evaluation.report import write_report
+from peso.evaluation.report.page import write_report
+from peso.evaluation.report.tables import csv_text
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.tables import csv_text
 from peso.testing import is_tested, read_metrics
 from peso.workspace import Workspace
 
@@ -123,7 +123,7 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
 
 
 def _without_formulas(table: pa.Table) -> pa.Table:
-    """As a CSV file that a spreadsheet may open (:func:`peso.evaluation.tables.csv_text`)."""
+    """As a CSV file that a spreadsheet may open (:func:`peso.evaluation.report.tables.csv_text`)."""
     for index, field in enumerate(table.schema):
         if pa.types.is_string(field.type):
             texts = [None if text is None else csv_text(text) for text in table[index].to_pylist()]

@@ -15,10 +15,10 @@ from reports import catalogue, example_runs, predictions, run
 from peso import baseline_runs, pipeline, summary
 from peso.config import baseline_label, load_config
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import findings
-from peso.evaluation.plots import VERDICTS, Ranking
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.report import render_page
+from peso.evaluation.report.findings import findings
+from peso.evaluation.report.page import render_page
+from peso.evaluation.report.plots import VERDICTS, Ranking
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections import sections_of
 from peso.evaluation.sections.recommendations import recommendations

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.plots import Plot, Series
+from peso.evaluation.report.plots import Plot, Series
+from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.sections.section import Section, distinct, labelled
-from peso.evaluation.tables import Cell, Quantity, Table
 
 Stage = Mapping[str, Any]
 Line = tuple[str, Callable[[Stage], float | None]]  # what a line is called, and its height at a stage

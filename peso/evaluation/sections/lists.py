@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import stage_range
 from peso.evaluation.lists import ListFigures
+from peso.evaluation.report.findings import stage_range
+from peso.evaluation.report.tables import Quantity, Table
 from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import Section
-from peso.evaluation.tables import Quantity, Table
 
 HEADS = ("Coverage", "Gini index", "Novelty, bits", "Popularity percentile", "ID diversity")
 DECIMALS = (4, 3, 2, 3, 3)

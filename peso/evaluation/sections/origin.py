@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.report.tables import Table
 from peso.evaluation.sections.section import Listing, Section
-from peso.evaluation.tables import Table
 
 
 def origin(comparison: Comparison) -> Section | None:

@@ -10,10 +10,10 @@ import numpy as np
 
 from peso.evaluation.comparison import Comparison, Standing
 from peso.evaluation.metrics import Metric
-from peso.evaluation.plots import Drawing, Series
+from peso.evaluation.report.plots import Drawing, Series
+from peso.evaluation.report.tables import Mark, Quantity, Table
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.spread import Estimate
-from peso.evaluation.tables import Mark, Quantity, Table
 
 T = TypeVar("T")
 MARKS = (

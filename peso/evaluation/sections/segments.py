@@ -7,15 +7,15 @@ import math
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import stage_range
 from peso.evaluation.groupings import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
-from peso.evaluation.plots import Plot, Series
+from peso.evaluation.report.findings import stage_range
+from peso.evaluation.report.plots import Plot, Series
+from peso.evaluation.report.tables import Cell, Table
 from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import Section, file_name, quantity, series
 from peso.evaluation.segments import DORMANT, NEW, USER_SEGMENTS
 from peso.evaluation.spread import Estimate
-from peso.evaluation.tables import Cell, Table
 
 
 def segments(comparison: Comparison) -> Section:

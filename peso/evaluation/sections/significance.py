@@ -6,11 +6,11 @@ from itertools import combinations
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import Contrast
-from peso.evaluation.findings import listed
 from peso.evaluation.metrics import Metric
+from peso.evaluation.report.findings import listed
+from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import CODES_AND_ITEMS, Section, file_name
-from peso.evaluation.tables import Cell, Quantity, Table
 
 COLUMNS = ("Difference", "In percent", "p", "p, corrected", "Detectable from")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import stage_range
 from peso.evaluation.metrics import Metric, level_metrics, log_probability
-from peso.evaluation.plots import Plot
+from peso.evaluation.report.findings import stage_range
+from peso.evaluation.report.plots import Plot
+from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.sections.section import MARKS, Section, file_name, marks, quantity, series
-from peso.evaluation.tables import Cell, Quantity, Table
 
 
 def by_stage(comparison: Comparison) -> Section:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import cautions, findings, stage_range
 from peso.evaluation.metrics import Metric
-from peso.evaluation.plots import Ranking
+from peso.evaluation.report.findings import cautions, findings, stage_range
+from peso.evaluation.report.plots import Ranking
+from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.sections.section import CODES_AND_ITEMS, MARKS, Section, file_name, marks, quantity
 from peso.evaluation.segments import USER_SEGMENTS
-from peso.evaluation.tables import Cell, Quantity, Table
 
 READING = (
     "r is the rank of the true semantic ID in the list; items that share an ID count as one. Hit@k is the "

@@ -9,7 +9,7 @@ import numpy as np
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric
-from peso.evaluation.plots import Plot, Series
+from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.run_summary import System
 from peso.evaluation.sections.section import Section, file_name
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.findings import stage_range
-from peso.evaluation.plots import Plot, Series
+from peso.evaluation.report.findings import stage_range
+from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.run_summary import TrainingCurve
 from peso.evaluation.sections.section import Section
 

@@ -12,10 +12,10 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import LEVEL, Contrast
 from peso.evaluation.groupings import USERS
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
+from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import System
 from peso.evaluation.segments import USER_SEGMENTS
 from peso.evaluation.spread import Estimate
-from peso.evaluation.tables import Quantity
 
 MOST_NAMED = 5  # systems that a sentence names one by one
 FAMILY_OF_STAGE_0 = "none"  # the strategy that keeps the model of stage 0

@@ -16,11 +16,11 @@ from markupsafe import Markup, escape
 from peso.durable import commit_directory
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.plots import Drawing, files, svg_element
+from peso.evaluation.report.plots import Drawing, files, svg_element
+from peso.evaluation.report.tables import to_csv, to_latex, to_markdown
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections import sections_of
 from peso.evaluation.sections.section import Section
-from peso.evaluation.tables import to_csv, to_latex, to_markdown
 from peso.printable import printable
 
 PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
@@ -95,7 +95,7 @@ def _placed(section: Section, place: str) -> Section:
 def render_page(sections: Sequence[Section], title: str) -> str:
     """The page as HTML: styles and plots are in it, scripts it has none."""
     environment = Environment(
-        loader=PackageLoader("peso.evaluation.report"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("peso.evaluation.report.page"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("report.html.j2")
     return printable(page.render(sections=sections, title=title, svg=_svg, text=_text)) + "\n"
