@@ -8,8 +8,8 @@ import pytest
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.page import render_page
+from peso.evaluation.report.sections import sections_of
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections import sections_of
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -7,8 +7,8 @@ from reports import run
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.plots import HeatMap, Plot
+from peso.evaluation.report.sections.anchor import anchor
 from peso.evaluation.report.tables import Quantity
-from peso.evaluation.sections.anchor import anchor
 
 
 def section(*runs):

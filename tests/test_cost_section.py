@@ -8,8 +8,8 @@ import pytest
 from reports import run
 
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.report.sections.cost import cost
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections.cost import cost
 
 
 def costly(base: RunSummary, time: float, growth: int) -> RunSummary:

@@ -16,13 +16,13 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.report.findings import cautions, findings
 from peso.evaluation.report.page import write_report
+from peso.evaluation.report.sections import sections_of
+from peso.evaluation.report.sections.significance import significance
+from peso.evaluation.report.sections.stages import levels_table
+from peso.evaluation.report.sections.summary import averages_table
+from peso.evaluation.report.sections.sweep import sweep
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageSummary, TrainingCurve
-from peso.evaluation.sections import sections_of
-from peso.evaluation.sections.significance import significance
-from peso.evaluation.sections.stages import levels_table
-from peso.evaluation.sections.summary import averages_table
-from peso.evaluation.sections.sweep import sweep
 
 
 def test_a_lead_is_claimed_only_where_its_interval_excludes_zero() -> None:

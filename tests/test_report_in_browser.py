@@ -12,7 +12,7 @@ from reports import CASES, example_runs, many_runs
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.page import render_page
-from peso.evaluation.sections import sections_of
+from peso.evaluation.report.sections import sections_of
 
 WINDOWS = {"desktop": (1280, 900, False), "phone": (390, 844, True), "small phone": (320, 568, True)}
 # What sticks out of the window, boxes that scroll by themselves and what is in them left out

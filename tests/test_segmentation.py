@@ -22,7 +22,7 @@ from peso.evaluation.groupings import (
     by_column,
     by_popularity,
 )
-from peso.evaluation.sections.segments import segments
+from peso.evaluation.report.sections.segments import segments
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from reports import CASES, across, run
 
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.report.sections.transfer import matrix, transfer
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections.transfer import matrix, transfer
 from peso.evaluation.transfer import backward_transfer, forgetting, forward_transfer
 
 

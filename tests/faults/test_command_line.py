@@ -29,8 +29,8 @@ from peso.cli import app, display
 from peso.cli.display import Terminal
 from peso.compare.schedule import Schedule
 from peso.evaluation.report.page import render_page
+from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Quantity, Table, to_csv, to_latex, to_markdown
-from peso.evaluation.sections.section import Section
 from peso.failures import sentence
 from peso.model.small import small_llama
 

@@ -19,11 +19,11 @@ from peso.evaluation.predictions import Predictions
 from peso.evaluation.report.findings import findings
 from peso.evaluation.report.page import render_page
 from peso.evaluation.report.plots import VERDICTS, Ranking
+from peso.evaluation.report.sections import sections_of
+from peso.evaluation.report.sections.section import Answers
+from peso.evaluation.report.sections.summary import averages_table
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections import sections_of
 from peso.evaluation.sections.recommendations import recommendations
-from peso.evaluation.sections.section import Answers
-from peso.evaluation.sections.summary import averages_table
 from peso.progress import Silent
 from peso.workspace import Workspace
 

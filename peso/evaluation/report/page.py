@@ -17,10 +17,10 @@ from peso.durable import commit_directory
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.plots import Drawing, files, svg_element
+from peso.evaluation.report.sections import sections_of
+from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import to_csv, to_latex, to_markdown
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections import sections_of
-from peso.evaluation.sections.section import Section
 from peso.printable import printable
 
 PAGE, TABLES, PLOTS = "index.html", "tables", "plots"

@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.sections.section import Answers, Section
+from peso.evaluation.report.sections.section import Answers, Section
 from peso.evaluation.segments import USER_SEGMENTS
 
 USERS = 2  # of each kind

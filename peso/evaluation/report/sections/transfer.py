@@ -7,9 +7,9 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.plots import HeatMap
+from peso.evaluation.report.sections.section import Section, file_name, quantity
 from peso.evaluation.report.tables import Cell, Table
 from peso.evaluation.run_summary import System
-from peso.evaluation.sections.section import Section, file_name, quantity
 from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_terms
 
 FEW = 6  # systems with a heat map for each of two metrics; of more, one each

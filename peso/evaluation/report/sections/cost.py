@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import StageCost, System
-from peso.evaluation.sections.section import Section
 
 MIB = 2**20
 

@@ -8,9 +8,9 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import Contrast
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.findings import listed
+from peso.evaluation.report.sections.section import CODES_AND_ITEMS, Section, file_name
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import System
-from peso.evaluation.sections.section import CODES_AND_ITEMS, Section, file_name
 
 COLUMNS = ("Difference", "In percent", "p", "p, corrected", "Detectable from")
 

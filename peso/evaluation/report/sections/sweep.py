@@ -10,8 +10,8 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.plots import Plot, Series
+from peso.evaluation.report.sections.section import Section, file_name
 from peso.evaluation.run_summary import System
-from peso.evaluation.sections.section import Section, file_name
 
 FEWEST = 3  # values of an option that make a curve
 Curve = list[tuple[float, System]]

@@ -10,9 +10,9 @@ import numpy as np
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.plots import HeatMap, Plot, Series
+from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import System
-from peso.evaluation.sections.section import Section
 
 FEW = 6  # systems with a map of their own
 RATIOS = {

@@ -7,9 +7,9 @@ from dataclasses import fields
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.lists import ListFigures
 from peso.evaluation.report.findings import stage_range
+from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Quantity, Table
 from peso.evaluation.run_summary import System
-from peso.evaluation.sections.section import Section
 
 HEADS = ("Coverage", "Gini index", "Novelty, bits", "Popularity percentile", "ID diversity")
 DECIMALS = (4, 3, 2, 3, 3)

@@ -8,8 +8,8 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric, level_metrics, log_probability
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.plots import Plot
+from peso.evaluation.report.sections.section import MARKS, Section, file_name, marks, quantity, series
 from peso.evaluation.report.tables import Cell, Quantity, Table
-from peso.evaluation.sections.section import MARKS, Section, file_name, marks, quantity, series
 
 
 def by_stage(comparison: Comparison) -> Section:

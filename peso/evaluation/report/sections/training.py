@@ -10,8 +10,8 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.plots import Plot, Series
+from peso.evaluation.report.sections.section import Section
 from peso.evaluation.run_summary import TrainingCurve
-from peso.evaluation.sections.section import Section
 
 CURVE_POINTS = 60  # a stage's curve is drawn through the means of so many equal spans
 
