@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from peso.errors import DataError
 from peso.events.histories import Ragged, Stage
-from peso.events.protocol import cut_stages
+from peso.events.protocol import cut_stages, user_disjoint
 from peso.events.release import read_release
-from peso.events.split import user_disjoint
 
 T = 1_600_000_000
 EVENTS = [(f"u{k * 7 % 23}", f"i{k * k % 11}", T + k * 3600) for k in range(300)]

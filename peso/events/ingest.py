@@ -18,10 +18,10 @@ from peso.events.cleaning import Funnel, clean
 from peso.events.cutting import cut, order_by_time
 from peso.events.database import scalar, temporary_database
 from peso.events.loading import load
+from peso.events.protocol import user_disjoint
 from peso.events.release import read_release
 from peso.events.simulate import EVENTS_FILE, write_simulation
 from peso.events.sources import open_source
-from peso.events.split import user_disjoint
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, replace_stages, write_stream
 from peso.events.times import iso

@@ -5,6 +5,8 @@ Knows users, item numbers and times; knows nothing of files, codes or models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from peso.errors import DataError
@@ -145,3 +147,43 @@ def _slices(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
     offsets = np.zeros(len(starts) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return Ragged(values[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
+
+
+def user_disjoint(stages: Sequence[Stage], seed: int) -> list[Stage]:
+    """Deal the users of a stream to as many stages, whole, each at random.
+
+    A user's events all become ``current`` of one stage, in the order they had; ``previous`` holds only what
+    came before the stream. Users are shuffled and dealt until a stage has its share of the events, which is
+    the share that the stage had before (up to one user's events). Within a stage they keep their order.
+
+    Args:
+        stages: of the natural split, all of them, in order.
+        seed: fixes the shuffle.
+    """
+    before: dict[str, np.ndarray] = {}
+    events: dict[str, list[np.ndarray]] = {}
+    for stage in stages:
+        for user, previous, current in zip(stage.users, stage.previous, stage.current, strict=True):
+            before.setdefault(user, previous)  # of the first stage with this user: later ones repeat events
+            events.setdefault(user, []).append(current)
+    users = list(events)
+    counts = np.array([sum(map(len, events[user])) for user in users], dtype=np.int64)
+    bounds = np.cumsum([stage.current.offsets[-1] for stage in stages])
+
+    order = np.random.default_rng([seed, len(users)]).permutation(len(users))
+    ends = np.cumsum(counts[order])
+    stage_of = np.empty(len(users), dtype=np.int64)
+    # a user belongs where the middle of its events lies
+    stage_of[order] = np.searchsorted(bounds, ends - counts[order] / 2, side="right")
+    result = []
+    for number in range(len(stages)):
+        dealt = [users[row] for row in np.flatnonzero(stage_of == number)]
+        result.append(
+            Stage(
+                number,
+                dealt,
+                Ragged.of(before[user] for user in dealt),
+                Ragged.of(np.concatenate(events[user]) for user in dealt),
+            )
+        )
+    return result
