@@ -12,9 +12,15 @@ before, and drifting users change favourites. So a sequence model beats populari
 beats one that is not, while dormant users come back with the taste they had in stage 0.
 """
 
-from peso.events.simulate.behaviour import KINDS, Behaviour
-from peso.events.simulate.files import EVENTS_FILE, TRUTH_FILE, TRUTH_SUMMARY_FILE, write_simulation
-from peso.events.simulate.simulation import Simulation, simulate
+from peso.events.simulate.market import KINDS, Behaviour
+from peso.events.simulate.simulation import (
+    EVENTS_FILE,
+    TRUTH_FILE,
+    TRUTH_SUMMARY_FILE,
+    Simulation,
+    simulate,
+    write_simulation,
+)
 
 __all__ = [
     "EVENTS_FILE",

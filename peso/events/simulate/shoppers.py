@@ -11,8 +11,7 @@ import numpy as np
 
 from peso.errors import DataError
 from peso.events.protocol import BASE_SHARE, stage_bounds
-from peso.events.simulate.behaviour import DORMANT, DRIFTING, FAVOURITE_WEIGHTS, NEW, Behaviour
-from peso.events.simulate.market import Market
+from peso.events.simulate.market import DORMANT, DRIFTING, FAVOURITE_WEIGHTS, NEW, Behaviour, Market
 
 EPOCH = 1_640_995_200  # 2022-01-01, where the log begins
 STAGE_SECONDS = 30 * 86_400  # a later stage is a month; stage 0 as long as its share of the events
