@@ -11,8 +11,7 @@ from peso.events.database import identifier, temporary_database
 from peso.events.sources.files import kind_of, require_content
 from peso.events.sources.own import separator_of
 from peso.events.sources.reading import Reading
-from peso.events.sources.source import plain
-from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
+from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table, plain
 from peso.events.stream import Stream
 from peso.progress import Observer
 

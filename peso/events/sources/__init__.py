@@ -6,7 +6,7 @@ from peso.config import DataConfig
 from peso.events.sources.amazon import amazon_source
 from peso.events.sources.movielens import movielens_source, movietweetings_source
 from peso.events.sources.own import own_source
-from peso.events.sources.source import ItemTable, Log, Source
+from peso.events.sources.tables import ItemTable, Log, Source
 from peso.events.sources.yelp import yelp_source
 
 __all__ = ["ItemTable", "Log", "Source", "open_source"]

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.sources.files import bare_suffix, first_of, require_content
-from peso.events.sources.source import PATH, ItemTable, Log, Source, plain
-from peso.events.sources.tables import csv_table, jsonl_table
+from peso.events.sources.tables import PATH, ItemTable, Log, Source, csv_table, jsonl_table, plain
 
 USER, ITEM, TIME, RATING = "user_id", "parent_asin", "timestamp", "rating"
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from peso.errors import DataError
 from peso.events.database import literal
 from peso.events.sources.files import first_of, is_utf8, require_content
-from peso.events.sources.source import LIST, ItemTable, Log, Source
-from peso.events.sources.tables import FileTable, csv_table
+from peso.events.sources.tables import LIST, FileTable, ItemTable, Log, Source, csv_table
 
 FLAGS_FROM = 6  # of u.item: the first genre's column, counted from 1
 GENRES_100K = (

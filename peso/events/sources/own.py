@@ -12,8 +12,17 @@ from pathlib import Path
 from peso.config import DataConfig
 from peso.errors import ConfigError
 from peso.events.sources.files import bare_suffix, find_files
-from peso.events.sources.source import PATH, ItemTable, Log, Source, plain
-from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
+from peso.events.sources.tables import (
+    PATH,
+    FileTable,
+    ItemTable,
+    Log,
+    Source,
+    csv_table,
+    jsonl_table,
+    parquet_table,
+    plain,
+)
 
 SEPARATORS = {".tsv": "\t", ".tab": "\t", ".dat": "::"}  # by ending; a comma elsewhere
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.sources.files import first_of, require_content
-from peso.events.sources.source import ItemTable, Log, Source, plain
-from peso.events.sources.tables import jsonl_table
+from peso.events.sources.tables import ItemTable, Log, Source, jsonl_table, plain
 
 REVIEWS = ("yelp_academic_dataset_review.json", "review.json")
 BUSINESSES = ("yelp_academic_dataset_business.json", "business.json")
