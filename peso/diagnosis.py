@@ -120,7 +120,7 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
         ),
     ]
     told = (found["semantic_ids"] or {}).get("fitness", {})
-    from peso.items import fitness
+    from peso.items import quality as fitness
 
     if fit := [list(row) for row in fitness.rows(told)]:
         tables.append(("do the codes fit: items that came after they were made", ["items", *FITNESS], fit))

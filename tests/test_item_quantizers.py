@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peso.config import RqVaeConfig
-from peso.items import collisions
-from peso.items.collisions import resolve
+from peso.items import placement
+from peso.items.placement import resolve
 from peso.items.quantizers.balanced_rq_kmeans import balanced_assignment, fit_balanced_rq_kmeans
 from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
 from peso.items.quantizers.rq_kmeans import fit_rq_kmeans
@@ -195,7 +195,7 @@ def test_a_reassigned_item_gets_the_nearest_free_code_of_its_prefix(items: int, 
     st.sampled_from(["reassign", "extra-level", "allow"]),
 )
 def test_later_items_never_take_an_id_that_is_there(
-    before: int, after: int, seed: int, rule: collisions.Rule
+    before: int, after: int, seed: int, rule: placement.Rule
 ) -> None:
     codebooks, latent, wanted = quantized(before + after, seed)
     old = resolve(rule, codebooks, latent[:before], wanted[:before], none, extra=2 * CAPACITY)

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 import peso.items.quality
-import peso.items.text
+import peso.items.vectors
 from peso.items.encoders.fusion import Fusion
 from peso.items.encoders.hashing import HashingEncoder
-from peso.items.text import item_texts
+from peso.items.vectors import item_texts
 
 TEXTS = [
     "green tea from japan",
@@ -28,7 +28,7 @@ def table(**columns: list[str | None]) -> pa.Table:
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
-@pytest.mark.parametrize("module", [peso.items.text, peso.items.quality])
+@pytest.mark.parametrize("module", [peso.items.vectors, peso.items.quality])
 def test_worked_examples(module) -> None:
     outcome = doctest.testmod(module)
     assert outcome.attempted

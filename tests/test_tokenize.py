@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peso.config import ItemsConfig
 from peso.durable import commit_directory
 from peso.errors import ConfigError, DataError, WorkspaceError
-from peso.items import fitness, index_files
+from peso.items import index_files, quality
 from peso.items.index_files import read_release_index, read_semantic_ids, write_semantic_ids
 from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
 from peso.items.semantic_ids import SemanticIds
@@ -321,7 +321,7 @@ def test_items_unlike_all_before_are_a_reason_to_refit_items_alike_are_not(tmp_p
     manifest = tokenize(catalogue(800), config, folder(tmp_path, "ids"), seed=0, first_stage=stage)
     (warning,) = [text for text in manifest["fitness"]["warnings"] if "error" in text]
     assert warning.startswith("stage 2: the codes write its 100 new items with an error of")
-    assert fitness.refit_warnings(manifest["fitness"]) == manifest["fitness"]["warnings"]
+    assert quality.refit_warnings(manifest["fitness"]) == manifest["fitness"]["warnings"]
 
 
 def test_held_out_items_are_written_worse_than_fitted_ones(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from peso.errors import DataError
 from peso.items import quality
 from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.items.text import item_texts
-from peso.items.vectors import ItemEncoder
+from peso.items.vectors import ItemEncoder, item_texts
 from peso.manifest import read_manifest
 from peso.progress import Observer, Silent
 

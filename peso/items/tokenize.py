@@ -28,10 +28,11 @@ from safetensors.numpy import load_file, save_file
 from peso.config import ItemsConfig
 from peso.durable import link, write_json
 from peso.errors import ConfigError, DataError
-from peso.items import fitness, quality
-from peso.items.arrival import Arrival, groups_of
+from peso.items import quality
+from peso.items import quality as fitness
 from peso.items.category_path import LIMIT, Frozen, category_path_ids, category_tree
 from peso.items.index_files import EARLIER, FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
+from peso.items.placement import Arrival, groups_of
 from peso.items.quantizers.balanced_rq_kmeans import fit_balanced_rq_kmeans
 from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
 from peso.items.quantizers.rq_kmeans import fit_rq_kmeans

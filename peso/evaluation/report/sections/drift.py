@@ -11,7 +11,8 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.report.sections.section import Section, distinct, labelled
 from peso.evaluation.report.tables import Cell, Quantity, Table
-from peso.items import fitness, quality
+from peso.items import quality
+from peso.items import quality as fitness
 from peso.items.semantic_ids import token_name
 
 Stage = Mapping[str, Any]
