@@ -35,7 +35,7 @@ import peso
 from peso.adapters.groups import Group, find_groups
 from peso.adapters.proximal import Term
 from peso.adapters.proximal.metrics import Prior, softmax_kl
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, LENGTH = 8, 128

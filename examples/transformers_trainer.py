@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 import peso
 from peso.adapters.anchor_report import anchor_report
 from peso.adapters.groups import find_groups
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 WEIGHTS = (0.0, 2.0, 1e4, 1e6)
 

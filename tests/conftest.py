@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, settings
 from strategy_runs import Runs
 
 from peso.items.semantic_ids import SemanticIds
+from peso.model.backbone import byte_tokenizer, small_llama
 from peso.model.generative import GenerativeModel
 from peso.model.layout import make_layout
-from peso.model.small import byte_tokenizer, small_llama
 from peso.model.vocabulary import SemanticVocabulary
 
 # ranx would compile its metrics for minutes, and processes that fill numba's cache at once fail

@@ -17,7 +17,7 @@ from torch import Tensor
 from peso import pipeline
 from peso.adapters.earlier import lora_layers
 from peso.config import load_config
-from peso.model.small import byte_tokenizer, small_llama
+from peso.model.backbone import byte_tokenizer, small_llama
 from peso.stages import trained_model
 from peso.workspace import Workspace
 

@@ -18,7 +18,7 @@ from peso.adapters.lora import (
     weights_without_adapter,
 )
 from peso.errors import BackboneError, WorkspaceError
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

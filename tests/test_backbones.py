@@ -12,8 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from peso import assets
 from peso.errors import AssetError, BackboneError
 from peso.model import backbone_checks
-from peso.model.backbone import embedding_scale, load_backbone
-from peso.model.small import byte_tokenizer, small_llama
+from peso.model.backbone import byte_tokenizer, embedding_scale, load_backbone, small_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from peso.adapters.lora import adapter_parameters
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
 from peso.errors import BackboneError, WorkspaceError
+from peso.model.backbone import byte_tokenizer, small_llama
 from peso.model.build import (
     build_model,
     load_stage_weights,
@@ -24,7 +25,6 @@ from peso.model.build import (
 )
 from peso.model.generative import GenerativeModel
 from peso.model.layout import INSTRUCTION, make_layout
-from peso.model.small import byte_tokenizer, small_llama
 
 CATALOGUE = random_semantic_ids(30, (5, 6, 7))
 

@@ -16,11 +16,12 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers_reference import ExpertWay, UsualWay, assert_same_ranking
 
-from peso.decoding import attention, beam_search, search
+from peso.decoding import beam_search, search
 from peso.decoding.prompt import alike
 from peso.errors import BackboneError, ConfigError, DataError
 from peso.events.histories import Cases
 from peso.items.semantic_ids import SemanticIds
+from peso.model import shared_keys
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.model.layout import make_layout
@@ -87,7 +88,7 @@ def test_a_backbone_whose_query_heads_share_key_heads(make_model: MakeModel, mon
     histories = random_histories(model, [2, 9])
     expected = UsualWay(model).in_batches(histories, beams=10, batch_size=1)
     stacked = []
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", record(attention.F, stacked))
+    monkeypatch.setattr(shared_keys.F, "scaled_dot_product_attention", record(shared_keys.F, stacked))
     found = search(model, histories, beams=10)
     assert_same_ranking(expected, (found.leaves, found.scores))
     assert {shape[1] for shape in stacked} == {2}, "queries go in two heads, the keys are not repeated"
@@ -115,7 +116,7 @@ def test_attention_with_shared_keys_equals_transformers(heads: tuple[int, int]) 
     module = torch.nn.Module()
     module.num_key_value_groups = heads[0] // heads[1]
     for masks in (mask, mask[:1], None):
-        ours, _ = attention.shared_keys_attention(module, query, key, value, masks, scaling=0.3)
+        ours, _ = shared_keys.shared_keys_attention(module, query, key, value, masks, scaling=0.3)
         theirs, _ = sdpa_attention_forward(module, query, key, value, masks, scaling=0.3)
         torch.testing.assert_close(ours, theirs)
 

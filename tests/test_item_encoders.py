@@ -16,7 +16,7 @@ from peso.errors import ConfigError, DataError
 from peso.items.encoders.cache import encode_cached
 from peso.items.encoders.language_model import load_text_encoder
 from peso.items.encoders.vector_files import read_vectors
-from peso.model.small import byte_tokenizer, small_llama
+from peso.model.backbone import byte_tokenizer, small_llama
 
 IDS = ["a", "b", "c"]
 MATRIX = np.arange(6, dtype=np.float32).reshape(3, 2) + 1

@@ -18,8 +18,7 @@ from peso.errors import ExportError
 from peso.events.histories import Cases
 from peso.model.ensemble import Ensemble, twin
 from peso.model.export import export_merged, export_peft
-from peso.model.generative import GenerativeModel
-from peso.model.logit_transform import LogitTransform
+from peso.model.generative import GenerativeModel, LogitTransform
 from peso.recommender import Recommender
 from peso.training.likelihood import target_log_probabilities, trie_log_likelihood
 

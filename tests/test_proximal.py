@@ -16,7 +16,7 @@ from peso.adapters.anchor_report import anchor_finding, anchor_report, gradient_
 from peso.adapters.groups import check_same_groups, find_groups, shapes
 from peso.adapters.proximal.stacks import CPU_VALUES
 from peso.errors import ConfigError, TrainingError
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 

@@ -15,7 +15,7 @@ from peso.adapters.groups import PAST, find_groups
 from peso.adapters.proximal import diagonal_fisher
 from peso.adapters.proximal.metrics import WIDEST
 from peso.errors import ConfigError, TrainingError
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 IDS = torch.arange(24).view(2, 12)

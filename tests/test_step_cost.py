@@ -18,7 +18,7 @@ from peso.adapters.proximal import Term
 from peso.continual.hooks import StageContext
 from peso.continual.peso import Peso
 from peso.errors import TrainingError
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY
 

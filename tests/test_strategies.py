@@ -15,7 +15,7 @@ from peso.continual.peso import Peso
 from peso.continual.single import SingleAdapter
 from peso.continual.strategy import StageContext, Strategy, make_strategy
 from peso.errors import TrainingError
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 
 def stage(number: int) -> StageContext:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 import peso
 from peso.adapters.anchor_report import anchor_report
 from peso.adapters.groups import find_groups
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_trainer.py"
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peso.decoding.attention import shared_keys
 from peso.decoding.filters import NodeFilter
 from peso.decoding.prompt import Opening, run_prompts
-from peso.decoding.scores import level_log_probabilities
 from peso.decoding.trie_step import Selection, TrieTensors, select
 from peso.errors import BackboneError
 from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
+from peso.model.head import level_log_probabilities
+from peso.model.shared_keys import shared_keys
 from peso.processes import ALONE, Processes
 
 # Users computed together, where nobody says how many: a GPU waits for its host until there are hundreds.

@@ -6,6 +6,7 @@ Knows token ids, hidden states and logits; knows nothing of users, stages, losse
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peso.items.semantic_ids import SemanticIds
 from peso.model.layout import PromptLayout
-from peso.model.logit_transform import LogitTransform
 from peso.model.tree_attention import TreePlaces, along_trees, serves
 from peso.model.visibility import Tree, additive
 from peso.model.vocabulary import SemanticVocabulary
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits ← cap · tanh(scale · logits / cap): Cohere's ``logit_scale``, Granite's ``logits_scaling``
+    (a divisor), Gemma's ``final_logit_softcapping``. The check at loading compares with the model's own."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class GenerativeModel(nn.Module):

@@ -32,7 +32,7 @@ from peso.evaluation.report.page import render_page
 from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Quantity, Table, to_csv, to_latex, to_markdown
 from peso.failures import sentence
-from peso.model.small import small_llama
+from peso.model.backbone import small_llama
 
 SLOW = ("torch", "transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "faiss")
 

@@ -20,8 +20,7 @@ from peso import pipeline
 from peso.checks import check_configuration, rehearse
 from peso.config import load_config
 from peso.errors import BackboneError, ConfigError, PesoError
-from peso.model.backbone import load_backbone
-from peso.model.small import byte_tokenizer, small_llama
+from peso.model.backbone import byte_tokenizer, load_backbone, small_llama
 from peso.progress import Silent
 from peso.training.batches import plan_epoch
 from peso.workspace import Workspace
