@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from peso import pipeline
 from peso.cli.display import Terminal, table
 from peso.config import load_config
 from peso.events.stream import Stream
-from peso.stages import trained_model
+from peso.runs import pipeline
+from peso.runs.models import trained_model
+from peso.runs.workspace import Workspace
 from peso.training.likelihood import trie_log_likelihood
-from peso.workspace import Workspace
 
 VOCABULARIES = ("full", "semantic", "level")
 CONFIG = Path(__file__).parent.parent / "examples" / "video_games_scratch.yaml"

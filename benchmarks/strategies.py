@@ -164,11 +164,11 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
     from torch.nn.modules.module import register_module_forward_hook
     from transformers import LlamaModel
 
-    from peso import pipeline
     from peso.continual.strategy import make_strategy
+    from peso.runs import pipeline
+    from peso.runs.workspace import Workspace
     from peso.training.movement import Movement
     from peso.training.penalty import Penalty
-    from peso.workspace import Workspace
 
     watched: dict[str, float] = {}
     passes: Counter[str] = Counter()
@@ -262,7 +262,7 @@ def steps_of_a_stage(base: Path, strategy: dict[str, Any], arguments: argparse.N
     from peso.continual.hooks import StageContext
     from peso.continual.strategy import make_strategy
     from peso.events.stream import Stream
-    from peso.workspace import Workspace
+    from peso.runs.workspace import Workspace
 
     stream = Stream.open(Workspace.open(base).stream_directory)
     config = configured(strategy, None, arguments.width, arguments.layers)
@@ -296,9 +296,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.steps = 12 if arguments.quick else 60
 
-    from peso import pipeline
     from peso.progress import Silent
-    from peso.workspace import Workspace
+    from peso.runs import pipeline
+    from peso.runs.workspace import Workspace
 
     chosen = arguments.only.split(";") if arguments.only else list(STRATEGIES)
     result: dict[str, Any] = {}

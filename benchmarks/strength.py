@@ -30,10 +30,10 @@ from peso.continual.hooks import StageContext, Strategy
 from peso.continual.peso import Peso
 from peso.continual.single import SingleAdapter
 from peso.events.stream import Stream
-from peso.stages import starting_model
+from peso.runs.models import starting_model
+from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
 from peso.training.loop import train_stage
-from peso.workspace import Workspace
 
 STRENGTHS = (0.3, 1.0, 3.0)
 STAGE = 1

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from peso import pipeline, summary, testing
 from peso.cli.display import Terminal, table
 from peso.config import load_config
-from peso.workspace import LOG, Workspace
+from peso.runs import evaluate, pipeline, report
+from peso.runs.workspace import LOG, Workspace
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         with workspace.lock():
             pipeline.run(workspace, base=workspaces[0].root if workspaces else None, observer=Terminal())
         workspaces.append(workspace)
-    summary.report(workspaces, arguments.directory / "report")
+    report.report(workspaces, arguments.directory / "report")
     single = validation_losses(workspaces[1])
     rows = []
     for workspace in workspaces[1:]:
@@ -84,7 +84,7 @@ def gradient_share(workspace: Workspace) -> float:
 
 
 def training(workspace: Workspace, stage: int) -> dict:
-    return testing.read_metrics(workspace, stage, stage)["training"]
+    return evaluate.read_metrics(workspace, stage, stage)["training"]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ _HOMES = {
     "Fisher": "peso.adapters.proximal",
     "Orthogonal": "peso.adapters.proximal",
     "OutputKL": "peso.adapters.proximal",
-    "Workspace": "peso.workspace",
-    "Recommender": "peso.recommender",
+    "Workspace": "peso.runs.workspace",
+    "Recommender": "peso.runs.recommender",
 }
 _MODULES = ("decoding", "events")
 

@@ -14,7 +14,7 @@ from peso.events.columns import ITEM_ID, ITEMS
 from peso.memory import require_memory
 
 if TYPE_CHECKING:
-    from peso.workspace import Workspace
+    from peso.runs.workspace import Workspace
 
 TRAINED = 16  # bytes a parameter: float32 weights, their gradients, two moments of AdamW
 LAYER = 50_000  # bytes of Python objects, at least, that a decoder layer consists of
@@ -37,7 +37,7 @@ def check_configuration(config: Config) -> None:
         if path is not None and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}: there is nothing at {path}")
     if config.report.users is not None or config.report.segments:
-        from peso.user_table import read_user_table
+        from peso.runs.report import read_user_table
 
         users = read_user_table(config.report.users) if config.report.users is not None else {}
         known = [name for name in ITEMS.names if name != ITEM_ID] + list(users)
@@ -100,7 +100,7 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     from peso.model.backbone_checks import check_reach
     from peso.model.build import longest_sequence
     from peso.model.layout import make_layout
-    from peso.stages import strategy_of
+    from peso.runs.models import strategy_of
     from peso.training.precision import Precision
 
     config = workspace.config

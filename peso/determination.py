@@ -16,7 +16,7 @@ from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
 
 if TYPE_CHECKING:
-    from peso.workspace import Workspace
+    from peso.runs.workspace import Workspace
 
 SHAPES_A_STAGE = ("backbone", "prompt", "adapter", "training")
 

@@ -15,7 +15,7 @@ from peso.items.index_files import EARLIER
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.manifest import read_manifest, remove_folder
 from peso.progress import Observer
-from peso.workspace import FORMAT, Workspace
+from peso.runs.workspace import FORMAT, Workspace
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
         remove_directory(workspace.stage_directory(step.stages[0]))
     observer.note(f"removed: {step}")
     if had_report and workspace.finished_stages:
-        from peso.summary import report  # draws plots: slow to import
-        from peso.testing import is_tested
+        from peso.runs.evaluate import is_tested
+        from peso.runs.report import report  # draws plots: slow to import
 
         if any(is_tested(workspace, stage, stage) for stage in workspace.finished_stages):
             report([workspace], workspace.report_directory)

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peso import pipeline
 from peso.adapters.earlier import lora_layers
 from peso.config import load_config
 from peso.model.backbone import byte_tokenizer, small_llama
-from peso.stages import trained_model
-from peso.workspace import Workspace
+from peso.runs import pipeline
+from peso.runs.models import trained_model
+from peso.runs.workspace import Workspace
 
 RANK, ALPHA = 2, 3.0
 SCALE = ALPHA / RANK

@@ -19,9 +19,9 @@ from peso.determination import stage_shape
 from peso.errors import ConfigError, TrainingError
 from peso.manifest import write_manifest
 from peso.model.generative import GenerativeModel
+from peso.runs.workspace import FORMAT, Workspace
 from peso.training.acceleration import gradient_checkpointing
 from peso.training.loop import StageResult, train_stage
-from peso.workspace import FORMAT, Workspace
 
 SEQUENCES = random_sequences(0, count=8, longest=8)
 TREE: dict[str, Any] = {"data": "simulate", "backbone": "tiny"}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from peso.baselines.answers import BaselineAnswers, top
-from peso.baselines.hybrid import WEIGHTS, Candidates, HybridAnswers, best_weight, joined, pool, pooled
 from peso.decoding import search
 from peso.events.histories import Cases
+from peso.runs.hybrid import WEIGHTS, Candidates, HybridAnswers, best_weight, joined, pool, pooled
 from peso.training.likelihood import target_log_probabilities
 
 ITEMS = 50

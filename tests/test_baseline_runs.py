@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from peso import pipeline, summary
-from peso.baseline_runs import BaselineRun, baseline_summaries, found_baselines, run_baselines
 from peso.baselines import registry
 from peso.config import baseline_label, load_config
 from peso.durable import checksum
@@ -16,7 +14,9 @@ from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
 from peso.items.index_files import read_semantic_ids
 from peso.progress import Silent
-from peso.workspace import Workspace
+from peso.runs import pipeline, report
+from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines, run_baselines
+from peso.runs.workspace import Workspace
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -53,9 +53,7 @@ def prepared(root: Path) -> Workspace:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Workspace:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            summary, "report", lambda workspaces, directory: None
-        )  # plots take longer than the rest
+        patch.setattr(report, "report", lambda workspaces, directory: None)  # plots take longer than the rest
         workspace = Workspace.create_or_open(tmp_path_factory.mktemp("runs") / "run", load_config(TREE))
         with workspace.lock():
             pipeline.run(workspace)
@@ -127,7 +125,7 @@ def test_the_report_finds_them(finished: Workspace) -> None:
     assert {baseline_label(c) for c in found_baselines(finished)} >= {
         baseline_label(c) for c in finished.config.baselines
     }
-    named = [run.name for run in summary.runs_of([finished])]
+    named = [run.name for run in report.runs_of([finished])]
     assert named[0] == "run"
     assert named.count("popularity") == 1
     assert "ease items=30 (static)" in named

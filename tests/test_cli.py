@@ -202,7 +202,7 @@ def test_a_mistake_is_one_line_and_its_exit_status(peso, status, arguments, word
 
 
 def test_an_interruption_says_how_to_go_on(peso, monkeypatch, config_file, tmp_path):
-    from peso import pipeline
+    from peso.runs import pipeline
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt

@@ -14,8 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from peso import pipeline, summary, testing
-from peso.baseline_runs import BaselineRun
 from peso.compare.machine import Machine
 from peso.compare.plan import Plan, make_plan
 from peso.compare.results import collect, write_results
@@ -28,7 +26,10 @@ from peso.config.baselines import read_baseline
 from peso.durable import checksum, write_json
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.progress import Silent
-from peso.workspace import Workspace
+from peso.runs import evaluate, pipeline
+from peso.runs import report as report
+from peso.runs.baselines import BaselineRun
+from peso.runs.workspace import Workspace
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -300,7 +301,7 @@ def test_a_budget_that_is_no_time_is_refused(tmp_path, peso):
 
 
 def test_a_run_of_a_comparison_equals_the_same_configuration_under_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(summary, "report", lambda workspaces, directory: None)
+    monkeypatch.setattr(report, "report", lambda workspaces, directory: None)
     run = plan_of(tmp_path, {"strategies": ["single"], "seeds": [4]}).runs[0]
     do(run.task)
     alone = Workspace.create_or_open(tmp_path / "alone", load_config(run.task.root / "config.yaml"))
@@ -454,7 +455,7 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
     for folder in by_hand.root.glob("stages/*/on=*"):
         shutil.rmtree(folder)
     for stage, on in pairs_across(3):
-        testing.test(by_hand, stage, on, Silent())
+        evaluate.test(by_hand, stage, on, Silent())
     BaselineRun(by_hand, read_baseline({"name": "hybrid", **quick})).run(Silent())
     done = result_files(plan.runs[0].task.root)
     assert sum("on=" in name for name in done) == 6

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 from event_logs import write_log
 
-from peso import pipeline
 from peso.adapters import anchor_report
 from peso.adapters.anchor_report import NO_EFFECT, anchor_finding, gradient_ratio
 from peso.config import load_config
-from peso.diagnosis import diagnose
-from peso.directions import stage_directions
 from peso.errors import ConfigError, WorkspaceError
 from peso.events.drift import drift
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.progress import Silent
-from peso.workspace import Workspace
+from peso.runs import pipeline
+from peso.runs.diagnosis import diagnose
+from peso.runs.directions import stage_directions
+from peso.runs.workspace import Workspace
 
 TREE = {
     "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},

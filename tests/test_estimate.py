@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from peso import estimate, pipeline
 from peso.config import load_config
 from peso.config.baselines import read_baseline
-from peso.estimate import Estimate, Speed
 from peso.events.stream import Stream
 from peso.progress import Silent
-from peso.stages import starting_model
+from peso.runs import estimate, pipeline
+from peso.runs.estimate import Estimate, Speed
+from peso.runs.models import starting_model
+from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
-from peso.workspace import Workspace
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 150, "items": 60, "stages": 4}},

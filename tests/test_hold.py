@@ -12,8 +12,8 @@ from test_diagnosis import learnt
 
 from peso.adapters import anchor_report
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, taken_back
-from peso.diagnosis import diagnose
-from peso.workspace import Workspace
+from peso.runs.diagnosis import diagnose
+from peso.runs.workspace import Workspace
 
 STEPS = "training.max_steps=40"
 

@@ -16,9 +16,9 @@ from peso.adapters.earlier import lora_layers
 from peso.continual.inf_lora import protected
 from peso.continual.input_space import Protected
 from peso.events.stream import Stream
-from peso.stages import trained_model
+from peso.runs.models import trained_model
+from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
-from peso.workspace import Workspace
 
 THRESHOLD = 0.9
 INF_LORA = {"name": "inf_lora", "threshold": THRESHOLD, "examples": 20}

@@ -17,7 +17,7 @@ from peso.adapters.lora import add_adapter
 from peso.decoding import search
 from peso.model.generative import GenerativeModel
 from peso.model.inference import LowRankBeside, for_inference
-from peso.stages import answering_model, trained_model
+from peso.runs.models import answering_model, trained_model
 
 IDS = torch.tensor([[0, 70, 71, 260, 268, 261, 270, 259]])  # words and codes
 STRATEGIES: dict[str, Any] = {

@@ -19,7 +19,7 @@ from peso.events.histories import Cases
 from peso.model.ensemble import Ensemble, twin
 from peso.model.export import export_merged, export_peft
 from peso.model.generative import GenerativeModel, LogitTransform
-from peso.recommender import Recommender
+from peso.runs.recommender import Recommender
 from peso.training.likelihood import target_log_probabilities, trie_log_likelihood
 
 HISTORIES = [[3, 17, 4], [], [20, 2, 2, 9, 11]]

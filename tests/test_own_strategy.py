@@ -14,12 +14,12 @@ import torch
 import yaml
 from strategy_runs import Runs, check_same_results, factors, state
 
-from peso import pipeline
 from peso.config import load_config
 from peso.continual.hooks import StageContext, Strategy
 from peso.continual.strategy import make_strategy
 from peso.errors import ConfigError, TrainingError
-from peso.workspace import Workspace
+from peso.runs import pipeline
+from peso.runs.workspace import Workspace
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "adding-a-strategy.md"
 

@@ -12,13 +12,13 @@ import torch
 import yaml
 from strategy_runs import Runs, factors
 
-from peso import pipeline
 from peso.adapters.proximal import Term, find_term
 from peso.config import load_config
 from peso.continual.strategy import make_strategy
 from peso.errors import ConfigError
-from peso.stages import strategy_of
-from peso.workspace import Workspace
+from peso.runs import pipeline
+from peso.runs.models import strategy_of
+from peso.runs.workspace import Workspace
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "proximal.md"
 

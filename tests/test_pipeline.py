@@ -15,15 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peso import learning, pipeline, summary, testing
 from peso.config import load_config
 from peso.durable import checksum
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
 from peso.manifest import write_manifest
 from peso.progress import Silent
-from peso.recommender import Recommender
-from peso.workspace import FORMAT, Workspace
+from peso.runs import evaluate, pipeline
+from peso.runs import learn as learn
+from peso.runs import report as report
+from peso.runs.recommender import Recommender
+from peso.runs.workspace import FORMAT, Workspace
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
@@ -48,7 +50,7 @@ def run(root: Path, *overrides: str, base: Path | None = None) -> Workspace:
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch):
     """Plots take longer than everything else here; the run of `finished` draws them once."""
-    monkeypatch.setattr(summary, "report", lambda workspaces, directory: None)
+    monkeypatch.setattr(report, "report", lambda workspaces, directory: None)
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +132,11 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path
         "import sys, torch; torch.set_num_threads(1)\n"
         "import peso.training.loop as loop\n"
         "plain = loop.train_stage\n"
-        "import peso.learning as learning\n"
-        "import peso.pipeline as pipeline\n"
-        "import peso.summary; peso.summary.report = lambda *a: None\n"
+        "import peso.runs.learn\n"
+        "import peso.runs.pipeline as pipeline\n"
+        "import peso.runs.report; peso.runs.report.report = lambda *a: None\n"
         "learning.train_stage = lambda *a, **k: plain(*a, **k, checkpoint_seconds=0.0)\n"
-        "from peso.config import load_config; from peso.workspace import Workspace\n"
+        "from peso.config import load_config; from peso.runs.workspace import Workspace\n"
         f"ws = Workspace.create_or_open({str(root)!r}, load_config({TREE!r}))\n"
         "with ws.lock(): pipeline.run(ws)\n"
     )
@@ -194,21 +196,21 @@ def test_a_heavier_anchor_moves_less(finished, tmp_path):
     moved = {}
     for weight in ("0", "1e4"):
         workspace = run(tmp_path / weight, f"strategy.weight={weight}", base=finished.root)
-        moved[weight] = testing.read_metrics(workspace, 1, 1)["training"]["moved"]["distance"]
+        moved[weight] = evaluate.read_metrics(workspace, 1, 1)["training"]["moved"]["distance"]
     assert moved["1e4"] < moved["0"]
 
 
 @pytest.mark.slow
 def test_any_model_is_tested_on_any_stage(finished):
-    metrics = testing.test(finished, 0, 2, Silent())
+    metrics = evaluate.test(finished, 0, 2, Silent())
     assert (metrics["stage"], metrics["on"]) == (0, 2)
     found = read_predictions(finished.stage_directory(0) / "on=2" / "predictions.parquet")
     by_level = found.target_level_log_probabilities
     assert by_level.shape == (len(found), finished.config.items.levels)
     np.testing.assert_allclose(by_level.sum(axis=1), found.target_log_probability, rtol=1e-6)
-    assert metrics != testing.read_metrics(finished, 2, 2)["test"]
+    assert metrics != evaluate.read_metrics(finished, 2, 2)["test"]
     with pytest.raises(DataError, match="no stage 9"):
-        testing.test(finished, 0, 9, Silent())
+        evaluate.test(finished, 0, 9, Silent())
 
 
 @pytest.mark.slow
@@ -218,7 +220,7 @@ def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finishe
     before, written = checksum(path), path.stat().st_mtime_ns
     workspace = run(tmp_path / "w", "strategy=none", "evaluation.k=[1,3]")
     assert path.stat().st_mtime_ns == written
-    assert "hit@3" in testing.read_metrics(workspace, 1, 1)["test"]["metrics"]
+    assert "hit@3" in evaluate.read_metrics(workspace, 1, 1)["test"]["metrics"]
     run(tmp_path / "w", "strategy=none", "evaluation.k=[1,3]", "decoding.beams=15")
     assert checksum(path) != before
 
@@ -226,10 +228,10 @@ def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finishe
 @pytest.mark.slow
 def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
     workspace = run(tmp_path / "w", "training.max_steps=2")
-    assert summary.stage_cost(workspace, 1).bytes_on_disk > 0
+    assert report.stage_cost(workspace, 1).bytes_on_disk > 0
     for weights in workspace.root.glob("stages/*/**/*.safetensors"):
         weights.unlink()
-    found = summary.summarise(workspace, "w")
+    found = report.summarise(workspace, "w")
     assert {stage.cost.bytes_on_disk for stage in found.stages.values()} == {None}
 
 
@@ -239,7 +241,7 @@ def test_evaluation_can_be_left_out(tmp_path):
     assert workspace.finished_stages == [0, 1, 2]
     assert not (workspace.stage_directory(1) / "predictions.parquet").exists()
     with pytest.raises(WorkspaceError, match="no tested stage"):
-        summary.summarise(workspace, "w")
+        report.summarise(workspace, "w")
 
 
 def test_more_items_than_the_catalogue_has_are_refused_before_anything_long(finished, tmp_path):
@@ -357,7 +359,7 @@ def test_a_full_disk_leaves_no_half_stage_and_the_run_goes_on_later(finished, tm
     root = tmp_path / "w"
     with monkeypatch.context() as patch:
         if where == "weights":
-            patch.setattr(learning, "save_stage_weights", full)
+            patch.setattr(learn, "save_stage_weights", full)
         else:
             patch.setattr(TrainingLog, "write", full)
         with pytest.raises((WorkspaceError, OSError), match=r"(?i)no space left"):

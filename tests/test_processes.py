@@ -22,13 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_path import with_adapter
 
-from peso import pipeline, testing
 from peso.config import load_config
 from peso.model.generative import GenerativeModel
 from peso.processes import ALONE
 from peso.progress import Silent
+from peso.runs import evaluate, pipeline
+from peso.runs.workspace import Workspace
 from peso.training.batches import deal
-from peso.workspace import Workspace
 
 HERE = Path(__file__).parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -201,7 +201,7 @@ def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
     json.loads(out)  # the main process alone speaks
 
     pipeline.learn(one, 0, Silent())
-    testing.test(one, 0, 0, Silent())
+    evaluate.test(one, 0, 0, Silent())
     logs, tables = [], []
     for workspace in (two, one):
         directory = workspace.stage_directory(0)

@@ -15,7 +15,6 @@ from scipy.stats import chisquare
 from strategy_runs import Runs, check_same_results, state
 from torch import Tensor, nn
 
-from peso import pipeline
 from peso.continual.hooks import StageContext
 from peso.continual.inf_lora import InfLora
 from peso.continual.replay import Replay, stored, trimmed
@@ -23,10 +22,11 @@ from peso.continual.retrain import Retrain
 from peso.errors import TrainingError
 from peso.events.histories import TargetSequence
 from peso.events.stream import Stream
-from peso.stages import starting_model
+from peso.runs import pipeline
+from peso.runs.models import starting_model
+from peso.runs.workspace import Workspace
 from peso.training.batches import cut
 from peso.training.examples import StageExamples
-from peso.workspace import Workspace
 
 WINDOW = 5
 

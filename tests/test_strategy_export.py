@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from peso.errors import ExportError
 from peso.model.export import export_merged, export_peft
 from peso.model.generative import GenerativeModel
-from peso.stages import trained_model
+from peso.runs.models import trained_model
 
 IDS = torch.tensor([[0, 70, 71, 260, 268, 261, 270, 259]])  # words and codes
 SUMS: dict[str, tuple[Any, int]] = {  # strategy, rank of stage 3 in the rank of one adapter

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from strategy_runs import Runs, check_same_results
 
-from peso import learning, pipeline
 from peso.progress import Silent
+from peso.runs import learn as learn
+from peso.runs import pipeline
 from peso.training.loop import train_stage
 
 
@@ -58,7 +59,7 @@ def test_an_interrupted_run_ends_the_same(
     strategy: Any,
     stops: list[tuple[str, int | None]],
 ) -> None:
-    monkeypatch.setattr(learning, "train_stage", partial(train_stage, checkpoint_seconds=0.0))
+    monkeypatch.setattr(learn, "train_stage", partial(train_stage, checkpoint_seconds=0.0))
     workspace = runs.start(tmp_path / "interrupted", strategy)
     base = runs("none").root
     for title, step in stops:
@@ -82,6 +83,6 @@ def test_a_finished_phase_is_not_learnt_again(
         phases.append(options["context"].phase)
         return train_stage(*arguments, **options)
 
-    monkeypatch.setattr(learning, "train_stage", counted)
+    monkeypatch.setattr(learn, "train_stage", counted)
     pipeline.run(workspace)
     assert phases == ["short-term", *["long-term", "short-term"] * 2]

@@ -13,16 +13,16 @@ from plain_path import random_sequences, with_adapter
 from strategy_runs import STILL, Runs, check_same_results, factors, rows, state
 from torch import Tensor
 
-from peso import pipeline
 from peso.config import TrainingConfig
 from peso.continual.distill import Distill
 from peso.continual.hooks import StageContext
 from peso.model.generative import GenerativeModel
-from peso.stages import trained_model
+from peso.runs import pipeline
+from peso.runs.models import trained_model
+from peso.runs.workspace import Workspace
 from peso.training.likelihood import target_states
 from peso.training.penalty import TrainingPass
 from peso.training.plan import StagePlan
-from peso.workspace import Workspace
 
 pytestmark = pytest.mark.slow  # whole runs
 

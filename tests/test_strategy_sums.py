@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peso.adapters.earlier import Past
 from peso.continual.o_lora import OLora
-from peso.workspace import Workspace
+from peso.runs.workspace import Workspace
 
 VARIANTS = list(itertools.product(("all", "latest"), (False, True)))
 
@@ -137,7 +137,7 @@ def test_the_penalty_of_o_lora_drives_overlaps_down(runs: Runs) -> None:
 
 def test_the_penalty_of_o_lora_is_its_formula(runs: Runs) -> None:
     from peso.continual.hooks import StageContext
-    from peso.stages import starting_model, stored_memory
+    from peso.runs.models import starting_model, stored_memory
 
     workspace = runs({"name": "o_lora", "weight": 0.0})
     model = starting_model(workspace, 2)

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peso import pipeline, summary
 from peso.config import load_config
 from peso.errors import ConfigError, DataError
 from peso.events.stream import Stream
 from peso.progress import Silent
-from peso.user_table import read_user_table
-from peso.workspace import Workspace
+from peso.runs import pipeline, report
+from peso.runs.report import read_user_table
+from peso.runs.workspace import Workspace
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}},
@@ -63,7 +63,7 @@ def test_segments_of_a_run_are_known_or_refused_before_anything_is_learnt(tmp_pa
     workspace = Workspace.create_or_open(tmp_path / "known", load_config(tmp_path / "config.yaml"))
     pipeline.ingest(workspace, Silent())
     pipeline.tokenize(workspace, Silent())
-    assert summary.catalogue(workspace).user_columns == {"country": {"1": "de"}}
+    assert report.catalogue(workspace).user_columns == {"country": {"1": "de"}}
 
 
 def test_the_index_of_a_stage_holds_the_items_that_were_there(

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from event_logs import write_log
 
-from peso import pipeline, summary, testing
 from peso.cli import app as cli
 from peso.determination import determination
 from peso.durable import checksum
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.recommender import Recommender
-from peso.workspace import Workspace
+from peso.runs import evaluate, pipeline
+from peso.runs import report as report
+from peso.runs.recommender import Recommender
+from peso.runs.workspace import Workspace
 
 T = 1_600_000_000
 KINDS = ("tea", "cup", "pot", "spoon", "kettle")
@@ -30,7 +31,7 @@ PRODUCTS = [(f"i{k}", f"{KINDS[k % 5]} number {k}", f"ware {k % 3}") for k in ra
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch):
     """Plots take longer than everything else here."""
-    monkeypatch.setattr(summary, "report", lambda workspaces, directory: None)
+    monkeypatch.setattr(report, "report", lambda workspaces, directory: None)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def started(tmp_path_factory) -> Path:
         "training: {epochs: 1, max_steps: 3, learning_rate: 3e-3}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "report", lambda workspaces, directory: None)
+        patch.setattr(report, "report", lambda workspaces, directory: None)
         patch.setattr("sys.argv", ["peso", "run", str(folder / "shop.yaml"), "-w", str(folder / "shop")])
         cli.app(standalone_mode=False)
     return folder
@@ -80,7 +81,7 @@ def test_append_tokenize_update_recommend(peso, started: Path, shop: Path) -> No
     status, _, err = peso("evaluate", "-w", shop, "--stage", "1", "--on", "2")
     assert status == 1
     assert "peso tokenize --append" in err
-    assert list(summary.popularity(Workspace.open(shop)).stages) == [0, 1]  # new items have no ID to be hit
+    assert list(report.popularity(Workspace.open(shop)).stages) == [0, 1]  # new items have no ID to be hit
     status, out, err = peso("tokenize", "--append", "-w", shop)
     assert status == 0, err
     assert files(shop, "stages", "stream/stage=0", "stream/stage=1") == kept
@@ -124,7 +125,7 @@ def test_earlier_stages_are_determined_as_before(peso, started: Path, shop: Path
     assert peso("tokenize", "--append", "-w", shop)[0] == 0
     workspace = Workspace.open(shop)
     assert [determination(workspace, stage) for stage in (0, 1)] == before
-    assert all(testing.is_tested(workspace, stage, stage) for stage in (0, 1))
+    assert all(evaluate.is_tested(workspace, stage, stage) for stage in (0, 1))
     assert determination(workspace, 2) not in before
 
 

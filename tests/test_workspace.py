@@ -15,7 +15,7 @@ from peso.config import load_config
 from peso.durable import commit_directory, write_aside, write_atomically
 from peso.errors import WorkspaceError
 from peso.manifest import write_manifest
-from peso.workspace import FORMAT, Workspace, provenance
+from peso.runs.workspace import FORMAT, Workspace, provenance
 
 SIMULATED = {"data": "simulate", "backbone": "tiny"}
 
@@ -200,7 +200,7 @@ def test_a_source_tree_that_is_not_installed_can_still_say_with_what_it_ran(
             raise PackageNotFoundError(package)
         return "1.2"
 
-    monkeypatch.setattr("peso.workspace.version", missing)
+    monkeypatch.setattr("peso.runs.workspace.version", missing)
     found = provenance()
     assert found["versions"]["peso"] is None
     assert found["versions"]["torch"] == "1.2"

@@ -33,10 +33,10 @@ def baseline(
 
     Example: peso baseline popularity ease sasrec -w runs/games
     """
-    from peso import baseline_runs, summary
     from peso.config import load_config
     from peso.errors import UsageError
-    from peso.workspace import Workspace
+    from peso.runs import baselines, report
+    from peso.runs.workspace import Workspace
 
     path = workspace / "config.yaml"
     Workspace.open(workspace, trust or ())  # raises where there is none
@@ -49,6 +49,6 @@ def baseline(
     if not configured:
         raise UsageError(f"name a baseline, or list some as `baselines` in {path}")
     with Workspace.change(workspace, overrides or [], trust=trust or ()) as opened:
-        baseline_runs.run_baselines(opened, configured, Terminal())
-    runs = baseline_runs.baseline_summaries(opened, configured)
-    table("averages over the later stages", *summary.run_table(runs, opened.config.evaluation.k))
+        baselines.run_baselines(opened, configured, Terminal())
+    runs = baselines.baseline_summaries(opened, configured)
+    table("averages over the later stages", *report.run_table(runs, opened.config.evaluation.k))

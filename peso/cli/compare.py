@@ -64,7 +64,7 @@ def compare(
     """
     from peso.compare.machine import Machine
     from peso.compare.plan import make_plan
-    from peso.workspace import refuse_own
+    from peso.runs.workspace import refuse_own
 
     began = time.time()
     seconds = None if budget is None else _seconds(budget)

@@ -39,10 +39,10 @@ def demo(
 
     Example: peso demo -o runs/demo
     """
-    from peso import pipeline, summary
     from peso.config import load_config
     from peso.events.stream import Stream
-    from peso.workspace import Workspace, refuse_own
+    from peso.runs import pipeline, report
+    from peso.runs.workspace import Workspace, refuse_own
 
     refuse_own(output / "report")
     terminal = Terminal()
@@ -53,7 +53,7 @@ def demo(
         with Workspace.hold(output / strategy, config) as workspace:
             pipeline.run(workspace, base=workspaces[0].root if workspaces else None, observer=terminal)
         workspaces.append(workspace)
-    summary.report(workspaces, output / "report")
+    report.report(workspaces, output / "report")
     show_results("averages over stages 1 to 3, each tested right after training", workspaces)
     some_user = Stream.open(workspaces[-1].stream_directory).stage(0).users[0]
     say(f"\nreport: {output / 'report' / 'index.html'}")

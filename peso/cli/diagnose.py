@@ -10,7 +10,7 @@ import typer
 from peso.cli.display import Directory, Json, Trust, say, say_json, table
 
 if TYPE_CHECKING:
-    from peso.workspace import Workspace
+    from peso.runs.workspace import Workspace
 
 
 def register(app: typer.Typer) -> None:
@@ -59,9 +59,9 @@ def diagnose(
 
     Example: peso diagnose -w runs/peso --directions 8 --stage 1 --free runs/single --plot directions.svg
     """
-    from peso import diagnosis
     from peso.errors import UsageError
-    from peso.workspace import Workspace
+    from peso.runs import diagnosis
+    from peso.runs.workspace import Workspace
 
     opened = Workspace.open(workspace, trust or ())
     if directions is not None:
@@ -91,7 +91,7 @@ def _directions(
 ) -> None:
     from peso.durable import write_atomically
     from peso.errors import UsageError
-    from peso.workspace import Workspace, refuse_own
+    from peso.runs.workspace import Workspace, refuse_own
 
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {plot}: a plot ends in .svg or .png")
@@ -105,9 +105,8 @@ def _directions(
         )
     unheld = None if free is None else Workspace.open(free)
 
-    from peso.direction_views import direction_plot, direction_sentences, direction_tables
-    from peso.directions import stage_directions
     from peso.evaluation.report.plots import png_file, svg_file
+    from peso.runs.directions import direction_plot, direction_sentences, direction_tables, stage_directions
 
     found = stage_directions(workspace, count, stage, examples, unheld, at)
     found["sentences"] = direction_sentences(found)

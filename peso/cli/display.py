@@ -31,7 +31,7 @@ from peso.processes import current
 from peso.progress import Observer, Silent
 
 if TYPE_CHECKING:
-    from peso.workspace import Workspace
+    from peso.runs.workspace import Workspace
 
 
 SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line every so often
@@ -125,9 +125,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 def show_results(title: str, workspaces: Sequence[Workspace]) -> None:
     """Averages of runs and of the baselines beside them, and what they say."""
-    from peso import summary
+    from peso.runs import report
 
-    columns, rows, sentences = summary.results(workspaces)
+    columns, rows, sentences = report.results(workspaces)
     table(title, columns, rows)
     for sentence in sentences:
         say(f"- {sentence}")

@@ -63,17 +63,17 @@ def export(
     Example: peso export -w runs/games --format index -o games.index.json
     """
     from peso.durable import require_free
-    from peso.workspace import Workspace, refuse_own
+    from peso.runs.workspace import Workspace, refuse_own
 
     refuse_own(output)
     opened = Workspace.open(workspace, trust or ())
     if form == "index":
-        from peso import pipeline
+        from peso.runs import pipeline
 
         pipeline.export_index(opened, output, stage)
     else:
         require_free(output)
-        from peso.recommender import Recommender
+        from peso.runs.recommender import Recommender
 
         recommender = Recommender(opened, stage, device="cpu")
         from peso.model.export import export_merged, export_peft

@@ -39,8 +39,8 @@ def recommend(
     Example: peso recommend -w runs/games --all -o recommendations.csv
     """
     from peso.errors import UsageError
-    from peso.recommender import Recommender, require_output
-    from peso.workspace import Workspace
+    from peso.runs.recommender import Recommender, require_output
+    from peso.runs.workspace import Workspace
 
     if [user is not None, history is not None, everyone].count(True) != 1:
         raise UsageError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")

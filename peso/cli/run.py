@@ -40,14 +40,14 @@ def run(
     from peso.checks import check_configuration
     from peso.config import load_config
     from peso.processes import join
-    from peso.workspace import Workspace
+    from peso.runs.workspace import Workspace
 
     resolved = load_config(config, overrides or [])
     check_configuration(resolved)
     root = workspace or Path("runs") / config.stem
     if dry_run:
         preview = Workspace.preview(root, resolved)
-        from peso.estimate import estimate
+        from peso.runs.estimate import estimate
 
         plan = estimate(preview, observer=watcher())
         table(
@@ -62,7 +62,7 @@ def run(
             + (f"; not included: {unknown}" if unknown else "")
         )
         return
-    from peso import pipeline
+    from peso.runs import pipeline
 
     processes = join(resolved.training.device)
     with Workspace.hold(root, resolved) as opened:

@@ -25,7 +25,7 @@ from peso.cli.display import (
 )
 from peso.errors import ConfigError, UsageError
 from peso.processes import current
-from peso.workspace import CONFIG, Workspace, refuse_own
+from peso.runs.workspace import CONFIG, Workspace, refuse_own
 
 
 def register(app: typer.Typer) -> None:
@@ -84,9 +84,9 @@ def ingest(
     Example: peso ingest --items products_12.csv -w runs/shop
     """
 
-    from peso import pipeline
     from peso.config import load_config
     from peso.events.sources.files import format_of
+    from peso.runs import pipeline
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
     overrides = [*([f"data.items.path={_quoted(items)}"] if items else []), *overrides]
@@ -134,8 +134,8 @@ def _append(
     path: Path, source: str | None, data_format: str | None, overrides: list[str], as_json: bool
 ) -> None:
 
-    from peso import pipeline
     from peso.config import changed_keys, load_config
+    from peso.runs import pipeline
     from peso.undo import stages_named
 
     new = [f"data.format={data_format}"] if data_format else []
@@ -174,9 +174,9 @@ def _append(
 def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
     """The table's columns are those of the workspace's product table unless --set names others."""
 
-    from peso import pipeline
     from peso.config import load_config
     from peso.events.sources.files import kind_of
+    from peso.runs import pipeline
 
     if others := [text for text in overrides if not text.startswith("data.")]:
         raise ConfigError(f"--items takes --set for keys of data only, not {', '.join(others)}")
@@ -252,7 +252,7 @@ def tokenize(
     Example: peso tokenize --append -w runs/shop
     """
 
-    from peso import diagnosis, pipeline
+    from peso.runs import diagnosis, pipeline
 
     with Workspace.change(workspace, overrides or []) as opened:
         manifest = (pipeline.tokenize_new if append else pipeline.tokenize)(opened, Terminal())
@@ -268,7 +268,7 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
 
     Example: peso train -w runs/games --set training.epochs=2
     """
-    from peso import pipeline
+    from peso.runs import pipeline
 
     with _together(workspace, overrides, trust) as opened:
         current().on_main(lambda: pipeline.require_next(opened, 0))
@@ -288,7 +288,8 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
 
     Example: peso update -w runs/games --set strategy.strength=2 --set training.later.epochs=2
     """
-    from peso import pipeline, summary
+    from peso.runs import pipeline
+    from peso.runs import report as summary
 
     with _together(workspace, overrides, trust, later=True) as opened:
         stage = pipeline.update(opened, watcher())
@@ -359,7 +360,8 @@ def evaluate(
     Example: peso evaluate -w runs/games --stage 0 --on 4
     """
 
-    from peso import summary, testing
+    from peso.runs import evaluate as testing
+    from peso.runs import report as summary
 
     with _together(workspace, overrides, trust) as opened:
         number = opened.require_stage(stage)
@@ -386,9 +388,9 @@ def report(
 
     Example: peso report -w runs/none -w runs/single -w runs/peso -o runs/report
     """
-    from peso import summary
-    from peso.baseline_runs import run_cheap_baselines
     from peso.errors import WorkspaceError
+    from peso.runs import report as summary
+    from peso.runs.baselines import run_cheap_baselines
 
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory

@@ -12,9 +12,9 @@ from peso.compare.plan import Plan, Task
 from peso.compare.standing import is_done, pairs_across, standing
 from peso.determination import stage_shape
 from peso.durable import digest
-from peso.estimate import Estimate, Speed, baseline_estimate, estimate
-from peso.testing import is_tested
-from peso.workspace import Workspace
+from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate
+from peso.runs.evaluate import is_tested
+from peso.runs.workspace import Workspace
 
 
 @dataclass(frozen=True)

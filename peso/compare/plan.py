@@ -32,7 +32,7 @@ from peso.config.model import BUILT_IN
 from peso.determination import stage_shape
 from peso.durable import digest
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
-from peso.workspace import Workspace
+from peso.runs.workspace import Workspace
 
 Kind = Literal["strategy", "transfer", "baseline"]
 

@@ -15,8 +15,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from peso import summary
-from peso.baseline_runs import BaselineRun, baseline_summaries, found_baselines
 from peso.compare.plan import Plan, Run
 from peso.compare.standing import Standing, is_done, standing
 from peso.compare.tuning import choose, validation_loss
@@ -27,8 +25,10 @@ from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.evaluation.report.page import write_report
 from peso.evaluation.report.tables import csv_text
 from peso.evaluation.run_summary import RunSummary
-from peso.testing import is_tested, read_metrics
-from peso.workspace import Workspace
+from peso.runs import report
+from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
+from peso.runs.evaluate import is_tested, read_metrics
+from peso.runs.workspace import Workspace
 
 RESULTS = "results"  # .parquet and .csv
 
@@ -133,7 +133,7 @@ def _without_formulas(table: pa.Table) -> pa.Table:
 
 def run_summary(run: Run, found: Standing) -> RunSummary:
     """A run as the report takes it."""
-    found_summary = summary.summarise(Workspace(run.task.root, run.task.config), run.name)
+    found_summary = report.summarise(Workspace(run.task.root, run.task.config), run.name)
     return replace(
         found_summary,
         strategy=run.strategy,
@@ -154,8 +154,8 @@ def _baselines(first: Run, beside: Sequence[tuple[Run, Standing]]) -> list[RunSu
     others = [config for config in found_baselines(workspace) if baseline_label(config) not in own]
     found += baseline_summaries(workspace, others)
     if not any(baseline.strategy == "popularity" for baseline in found):
-        found = [summary.popularity(workspace), *found]
-    found[0] = replace(found[0], catalogue=summary.catalogue(workspace))
+        found = [report.popularity(workspace), *found]
+    found[0] = replace(found[0], catalogue=report.catalogue(workspace))
     return [replace(baseline, data_set=first.data, backbone=first.backbone) for baseline in found]
 
 
@@ -193,7 +193,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
         metrics, manifest = read_metrics(workspace, stage, stage), workspace.stage_manifest(stage)
         training = metrics.get("training") or {}
         losses = training.get("validation_losses")
-        cost = summary.stage_cost(workspace, stage)
+        cost = report.stage_cost(workspace, stage)
         rows.append(
             {
                 "data_set": run.data,

@@ -24,7 +24,7 @@ from peso.compare.standing import Standing, is_done, open_needs, standing
 from peso.compare.tuning import choose
 from peso.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.errors import PesoError
-from peso.workspace import Workspace, own_strategy
+from peso.runs.workspace import Workspace, own_strategy
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]

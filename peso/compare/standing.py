@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peso.baseline_runs import BaselineRun
 from peso.compare.plan import Task
 from peso.config.baselines import BaselineConfig
 from peso.events.stream import Stream
-from peso.testing import is_tested, read_metrics
-from peso.workspace import Workspace
+from peso.runs.baselines import BaselineRun
+from peso.runs.evaluate import is_tested, read_metrics
+from peso.runs.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from peso.compare.plan import Candidate, Task
 from peso.errors import WorkspaceError
-from peso.workspace import Workspace
+from peso.runs.workspace import Workspace
 
 
 def validation_loss(task: Task) -> float:

@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peso import pipeline
-from peso.baseline_runs import BaselineRun
 from peso.compare.standing import pairs_across
 from peso.config.baselines import read_baseline
 from peso.events.stream import Stream
 from peso.failures import DONE, FAILED, debugging, explain, sentence
 from peso.processes import ended_by_sigterm
-from peso.testing import is_tested, test
-from peso.workspace import Workspace
+from peso.runs import pipeline
+from peso.runs.baselines import BaselineRun
+from peso.runs.evaluate import is_tested, test
+from peso.runs.workspace import Workspace
 
 OUT_OF_TIME = 75
 GRACE_SECONDS = 75.0  # longer than between two checkpoints
@@ -39,7 +39,7 @@ class OutOfTime(Exception):
 @dataclass(frozen=True)
 class Job:
     """A task as plain values, see :class:`peso.compare.plan.Task`. ``deadline``: seconds since the epoch;
-    ``trust``: see :meth:`peso.workspace.Workspace.open`."""
+    ``trust``: see :meth:`peso.runs.workspace.Workspace.open`."""
 
     root: str
     last_stage: int | None

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from event_logs import write_log
 
-from peso import pipeline, summary, testing
 from peso.cli import app as cli
 from peso.durable import checksum
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids, write_release_index
 from peso.progress import Silent
+from peso.runs import evaluate, pipeline
+from peso.runs import report as summary
+from peso.runs.workspace import Workspace
 from peso.undo import last_step
-from peso.workspace import Workspace
 
 T = 1_600_000_000
 EVENTS = [(f"u{k % 12}", f"i{(k * 7 + k // 12) % 20}", T + k * 3600) for k in range(200)]
@@ -635,7 +636,7 @@ def test_killed_at_any_moment_the_workspace_is_as_before_or_as_after(
             continue
         workspace = Workspace.open(copy)
         list(pipeline.missing_steps(workspace, Stream.open(copy / "stream").stages))
-        testing.is_tested(workspace, 0, 0)
+        evaluate.is_tested(workspace, 0, 0)
         if found != after:
             command(copy, name, logs)()
         assert snapshot(copy, "report") == after

@@ -16,14 +16,14 @@ import torch
 import yaml
 from strategy_runs import TREE
 
-from peso import pipeline
 from peso.checks import check_configuration, rehearse
 from peso.config import load_config
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.model.backbone import byte_tokenizer, load_backbone, small_llama
 from peso.progress import Silent
+from peso.runs import pipeline
+from peso.runs.workspace import Workspace
 from peso.training.batches import plan_epoch
-from peso.workspace import Workspace
 
 TINY = {**TREE, "backbone": "tiny"}
 

@@ -20,7 +20,7 @@ from peso.events.sources import lines
 from peso.events.sources.files import format_of
 from peso.events.stream import Stream
 from peso.items.encoders.vector_files import read_vectors
-from peso.user_table import read_user_table
+from peso.runs.report import read_user_table
 
 T = 1_600_000_000
 LOG = [(f"u{k % 4}", f"i{k * 7 % 10}", T + 60 * k) for k in range(60)]

@@ -17,16 +17,17 @@ from event_logs import write_log
 from strategy_runs import Runs
 from transformers import AutoModelForCausalLM
 
-from peso import pipeline, summary, testing
 from peso.config import load_config
 from peso.determination import determination
 from peso.errors import BackboneError, PesoError
 from peso.manifest import write_manifest
 from peso.progress import Silent
-from peso.stages import answering_model, backbone_fingerprint, starting_model, trained_model
+from peso.runs import evaluate, pipeline
+from peso.runs import report as report
+from peso.runs.models import answering_model, backbone_fingerprint, starting_model, trained_model
+from peso.runs.workspace import FORMAT, Workspace
 from peso.threads import threads
 from peso.training.precision import Precision
-from peso.workspace import FORMAT, Workspace
 
 ROUNDED = "training.precision=bfloat16"
 
@@ -149,7 +150,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     )
     workspace = Workspace.create_or_open(folder / "w", config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "report", lambda workspaces, directory: None)
+        patch.setattr(report, "report", lambda workspaces, directory: None)
         pipeline.run(workspace)
     return workspace
 
@@ -178,7 +179,7 @@ def test_a_user_gets_as_many_items_as_are_left(heavy: Workspace, tmp_path: Path,
 
 
 def test_every_model_answers_everybody_from_a_small_catalogue(heavy: Workspace) -> None:
-    runs = summary.runs_of([heavy])
+    runs = report.runs_of([heavy])
     assert len(runs) == 1 + 2 * 4  # the hybrid brings its two-tower model
     for run in runs:
         for found in run.stages.values():
@@ -285,7 +286,7 @@ def test_it_is_said_once_how_many_threads_it_takes(
     shutil.rmtree(workspace.stage_directory(1))
     told = Told()
     pipeline.learn(workspace, 1, told)
-    testing.test(workspace, 1, 1, told)
+    evaluate.test(workspace, 1, 1, told)
     (note,) = [note for note in told.notes if "thread" in note]
     assert re.fullmatch(r"1 thread \(the model has [\d,]+ parameters; training\.threads changes it\)", note)
 

@@ -12,7 +12,6 @@ import pytest
 from html_page import Page, page_of
 from reports import catalogue, example_runs, predictions, run
 
-from peso import baseline_runs, pipeline, summary
 from peso.config import baseline_label, load_config
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.predictions import Predictions
@@ -25,7 +24,8 @@ from peso.evaluation.report.sections.summary import averages_table
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections.recommendations import recommendations
 from peso.progress import Silent
-from peso.workspace import Workspace
+from peso.runs import baselines, pipeline, report
+from peso.runs.workspace import Workspace
 
 STAGE = 4  # the newest of the made-up runs
 
@@ -179,17 +179,17 @@ def test_a_run_shows_them_updated_and_a_catalog_smaller_than_a_list_is_no_obstac
     tree = {**TREE, "decoding": {"beams": 60}}
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "report", lambda workspaces, directory: None)
+        patch.setattr(report, "report", lambda workspaces, directory: None)
         with workspace.lock():
             pipeline.run(workspace)
-    columns, rows, sentences = summary.results([workspace])
+    columns, rows, sentences = report.results([workspace])
     assert columns[:4] == ["", "stages", "cases", "NDCG@10"]
     assert sorted(row[0] for row in rows) == sorted(["w", "popularity", *CHEAP])
     assert any("“ease”" in sentence for sentence in sentences)
     # one that lags behind is named instead of taking a stage from all the others
     shutil.rmtree(workspace.root / "baselines" / "ease" / "1")
-    _, _, sentences = summary.results([workspace])
+    _, _, sentences = report.results([workspace])
     assert any("Unfinished and left out: “ease” has 1 of 2 stages." in sentence for sentence in sentences)
-    baseline_runs.run_cheap_baselines(workspace, Silent())
-    _, _, sentences = summary.results([workspace])
+    baselines.run_cheap_baselines(workspace, Silent())
+    _, _, sentences = report.results([workspace])
     assert not any("Unfinished" in sentence for sentence in sentences)

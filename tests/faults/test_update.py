@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from event_logs import write_log
 
-from peso import pipeline, summary, testing
 from peso.config import load_config
 from peso.durable import checksum
-from peso.estimate import estimate
 from peso.evaluation.predictions import read_predictions
 from peso.progress import Silent
-from peso.workspace import Workspace
+from peso.runs import evaluate, pipeline
+from peso.runs import report as summary
+from peso.runs.estimate import estimate
+from peso.runs.workspace import Workspace
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 50, "items": 30, "stages": 3}},
@@ -77,7 +78,7 @@ def test_an_update_compares_old_and_new_on_the_same_cases(root: Path, peso: Call
     assert "stage 1 is trained" in out
     workspace = Workspace.open(root)
     old, new = (
-        read_predictions(testing.test_directory(workspace, stage, 1) / "predictions.parquet")
+        read_predictions(evaluate.test_directory(workspace, stage, 1) / "predictions.parquet")
         for stage in (0, 1)
     )
     assert (old.users, old.targets) == (new.users, new.targets)

@@ -14,16 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from peso import pipeline, summary, testing
-from peso.baseline_runs import baseline_summaries, found_baselines
 from peso.config import load_config
 from peso.durable import checksum, commit_directory, only_writer, write_aside
 from peso.errors import PesoError, TrainingError, WorkspaceError
 from peso.manifest import Manifest, read_manifest, replace_file, write_manifest
 from peso.progress import Silent
-from peso.recommender import Recommender
+from peso.runs import evaluate, pipeline
+from peso.runs import report as summary
+from peso.runs.baselines import baseline_summaries, found_baselines
+from peso.runs.recommender import Recommender
+from peso.runs.workspace import FORMAT, Workspace
 from peso.training.checkpoint import Checkpoint, TrainingLog
-from peso.workspace import FORMAT, Workspace
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 3}},
@@ -43,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with workspace.lock(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(summary, "report", lambda workspaces, directory: None)  # draws plots
         pipeline.run(workspace)
-    testing.test(workspace, 1, 2, Silent())
+    evaluate.test(workspace, 1, 2, Silent())
     return workspace.root
 
 
@@ -113,7 +114,7 @@ def test_a_test_writes_no_checksum_of_a_file_that_it_did_not_write(root: Path) -
     flip(adapter)
     before = json.loads((root / "stages/1/manifest.json").read_text())["files"]
     with Workspace.change(root, ["evaluation.k=[1,3]"]) as workspace:
-        testing.test(workspace, 1, 1, Silent())  # from the stored answers
+        evaluate.test(workspace, 1, 1, Silent())  # from the stored answers
     after = json.loads((root / "stages/1/manifest.json").read_text())["files"]
     assert {name for name in after if after[name] != before.get(name)} == {"metrics.json"}
     with pytest.raises(WorkspaceError, match=r"adapter_model\.safetensors is damaged"):
@@ -126,7 +127,7 @@ def test_damaged_answers_are_not_measured_again(root: Path) -> None:
         pytest.raises(WorkspaceError, match=r"predictions\.parquet is damaged.*peso evaluate .*--stage 1"),
         Workspace.change(root, ["evaluation.k=[1,3]"]) as workspace,
     ):
-        testing.test(workspace, 1, 1, Silent())
+        evaluate.test(workspace, 1, 1, Silent())
 
 
 @pytest.mark.parametrize("file", ["predictions.parquet", "on=2/predictions.parquet", "on=2/metrics.json"])
@@ -135,7 +136,7 @@ def test_answers_that_are_missing_are_made_again(root: Path, file: str) -> None:
     before = checksum(path)
     path.unlink()
     workspace = Workspace.open(root)
-    testing.test(workspace, 1, 2 if "on=" in file else 1, Silent())
+    evaluate.test(workspace, 1, 2 if "on=" in file else 1, Silent())
     assert checksum(path) == before
 
 

@@ -34,10 +34,10 @@ from peso.items.semantic_ids import SemanticIds
 from peso.manifest import intact, read_manifest, write_manifest
 from peso.processes import current
 from peso.progress import Observer, Silent
-from peso.testing import is_tested, test, test_directory
+from peso.runs.evaluate import is_tested, test, test_directory
+from peso.runs.report import read_user_table, tell_found
+from peso.runs.workspace import FORMAT, METRICS, Workspace, refuse_own
 from peso.threads import threads
-from peso.user_table import read_user_table, tell_found
-from peso.workspace import FORMAT, METRICS, Workspace, refuse_own
 
 # -- what is left to do ------------------------------------------------------------------------------
 
@@ -109,10 +109,10 @@ def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[
 def _conclude(workspace: Workspace, observer: Observer) -> None:
     """Everything after the stages."""
     if workspace.config.baselines:
-        from peso.baseline_runs import run_baselines
+        from peso.runs.baselines import run_baselines
 
         run_baselines(workspace, workspace.config.baselines, observer)
-    from peso.summary import report
+    from peso.runs.report import report
 
     report([workspace], workspace.report_directory)
 
@@ -314,7 +314,7 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
 
 def rehearse_stages(workspace: Workspace, observer: Observer) -> None:
     """Fetch the backbone if need be, and find what a stage would come upon, see :mod:`peso.checks`."""
-    from peso.learning import pull_backbone
+    from peso.runs.learn import pull_backbone
 
     check_configuration(workspace.config)
     pull_backbone(workspace, observer)
@@ -331,7 +331,7 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
     current().on_main(partial(require_next, workspace, stage))
-    from peso.learning import learn_stage
+    from peso.runs.learn import learn_stage
 
     learn_stage(workspace, stage, observer)
 
@@ -438,7 +438,7 @@ def require_catalogue(workspace: Workspace) -> None:
             "IDs; ask for fewer"
         )
     if workspace.config.report.segments:
-        from peso.summary import catalogue
+        from peso.runs.report import catalogue
 
         known = catalogue(workspace)
         for column in workspace.config.report.segments:

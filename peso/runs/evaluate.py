@@ -16,8 +16,8 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.manifest import REPLACING, read_manifest, replace_file
 from peso.processes import current
 from peso.progress import Observer
+from peso.runs.workspace import FORMAT, METRICS, PREDICTIONS, Workspace, answers_on
 from peso.threads import threads
-from peso.workspace import FORMAT, METRICS, PREDICTIONS, Workspace, answers_on
 
 
 def test_directory(workspace: Workspace, stage: int, on: int) -> Path:
@@ -101,7 +101,7 @@ def _is_predicted(workspace: Workspace, stage: int, on: int) -> bool:
 def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> None:
     """predictions.parquet; several processes share the cases."""
     from peso.decoding import search
-    from peso.stages import answering_model
+    from peso.runs.models import answering_model
 
     config, processes = workspace.config, current()
     stream = Stream.open(workspace.stream_directory)

@@ -25,8 +25,8 @@ from peso.manifest import all_intact, read_manifest
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
+from peso.runs.workspace import FORMAT, Workspace, own_strategy
 from peso.training.precision import Precision
-from peso.workspace import FORMAT, Workspace, own_strategy
 
 MEMORY = "state.safetensors"
 AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on

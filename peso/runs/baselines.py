@@ -39,13 +39,13 @@ from peso.items.semantic_ids import SemanticIds
 from peso.json_files import read_json_object
 from peso.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.progress import Observer
+from peso.runs.workspace import METRICS, PREDICTIONS, Workspace, provenance
 from peso.threads import threads
-from peso.workspace import METRICS, PREDICTIONS, Workspace, provenance
 
 if TYPE_CHECKING:
     from peso.baselines.answers import Answerer, BaselineAnswers
     from peso.baselines.baseline import Baseline
-    from peso.baselines.hybrid import HybridAnswers
+    from peso.runs.hybrid import HybridAnswers
 
 FORMAT = 1  # of the directory of a stage
 STATIC, MODEL = "static.parquet", "model"
@@ -248,8 +248,8 @@ class BaselineRun:
 
     def _fusion(self, config: HybridConfig, stage: int, weight: float | None) -> HybridAnswers:
         from peso.baselines.answers import BaselineAnswers
-        from peso.baselines.hybrid import HybridAnswers
-        from peso.stages import answering_model
+        from peso.runs.hybrid import HybridAnswers
+        from peso.runs.models import answering_model
 
         towers = BaselineRun(self.workspace, config.two_tower)._restored(stage)
         assert isinstance(towers, BaselineAnswers)

@@ -16,7 +16,7 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import token_name
 from peso.manifest import read_manifest
-from peso.workspace import Workspace
+from peso.runs.workspace import Workspace
 
 Titled = tuple[str, list[str], list[list[Any]]]  # a table: title, columns, rows
 

@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from peso.baseline_runs import baseline_summaries, found_baselines
 from peso.config import Config, baseline_label, dump_config
 from peso.config.baselines import DEFAULT_BASELINES
-from peso.diagnosis import stream_drift
-from peso.errors import WorkspaceError
+from peso.errors import DataError, WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.metrics import average_metrics, headline_metrics
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.evaluation.segments import label_cases
+from peso.events.database import identifier, temporary_database
+from peso.events.sources.files import kind_of, require_content
+from peso.events.sources.own import separator_of
+from peso.events.sources.reading import Reading
+from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table, plain
 from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.manifest import read_manifest
-from peso.testing import is_tested, read_metrics, tested_predictions
-from peso.workspace import LOG, METRICS, PREDICTIONS, Workspace
+from peso.progress import Observer
+from peso.runs.baselines import baseline_summaries, found_baselines
+from peso.runs.diagnosis import stream_drift
+from peso.runs.evaluate import is_tested, read_metrics, tested_predictions
+from peso.runs.workspace import LOG, METRICS, PREDICTIONS, Workspace
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
 INDEX = ("items", "distinct_ids", "tokens_in_use", "quality", "fitness")  # of the semantic IDs' manifest
@@ -104,7 +111,7 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
 
 def catalogue(workspace: Workspace) -> Catalogue:
     """Of a workspace's stream and semantic IDs: what figures of lists and of popularity need."""
-    from peso.user_table import read_user_table
+    from peso.runs.report import read_user_table
 
     stream, users = Stream.open(workspace.stream_directory), workspace.config.report.users
     ids = read_semantic_ids(workspace.semantic_ids_directory)
@@ -223,3 +230,66 @@ def _curve(records: Sequence[Mapping[str, Any]]) -> TrainingCurve | None:
 
 def _span(stages: list[int]) -> str:
     return f"{stages[0]}–{stages[-1]}" if len(stages) > 1 else str(stages[0])
+
+
+USER = "user_id"
+
+
+def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
+    """By column, the value of each user that has one.
+
+    Args:
+        path: CSV or TSV with a header, Parquet or JSON lines, with a column ``user_id``.
+
+    Raises:
+        DataError: no such file, unreadable, no column ``user_id``, or a user with two rows.
+    """
+    path = Path(path)
+    try:
+        table = _table(path)
+        with TemporaryDirectory() as aside, temporary_database(Path(aside)) as connection:
+            reading = Reading(connection, table, skip=False, key=USER)
+            user = reading.id(USER, "the name of the column with the users to user_id")
+            others = [name for name in table.columns if name not in (USER, "")]
+            fields = [f"{plain(table, name, join=', ')} AS f{place}" for place, name in enumerate(others)]
+            reading.create("users", ", ".join([f"{user} AS {identifier(USER)}", *fields]))
+            rows = connection.execute("SELECT * FROM users").fetchall()
+    except DataError as error:
+        raise DataError(f"report.users: {error}") from None
+    values: dict[str, dict[str, str]] = {name: {} for name in others}
+    seen: set[str] = set()
+    for number, (user, *row) in enumerate(rows, 1):
+        if user is None:
+            raise DataError(f"report.users: {path}: row {number} (without a header) names no user; remove it")
+        if user in seen:
+            raise DataError(f"report.users: {path} has two rows of user {user!r}; keep one")
+        seen.add(user)
+        for name, value in zip(others, row, strict=True):
+            if value is not None:
+                values[name][user] = value
+    return values
+
+
+def tell_found(told: Mapping[str, Mapping[str, str]], stream: Stream, observer: Observer) -> None:
+    """Say how many users of the stream the user table knows (:func:`read_user_table`)."""
+    known = {user for column in told.values() for user in column}
+    if not known:
+        return
+    users = {user for number in range(stream.stages) for user in stream.stage(number).users}
+    found = len(users & known)
+    observer.note(
+        f"{found:,} of {len(users):,} users of the log have a row in report.users, which has {len(known):,}"
+        + ("" if found else f" (the log has {min(users)!r}, the table {min(known)!r}, for example)")
+    )
+
+
+def _table(path: Path) -> FileTable:
+    kind = kind_of(path.name)
+    if kind is None:
+        raise DataError(f"{path} has none of the endings .csv, .tsv, .parquet, .jsonl")
+    require_content(path)
+    if kind == "parquet":
+        return parquet_table([path])
+    if kind == "jsonl":
+        return jsonl_table([path])
+    return csv_table([path], separator_of(path), header=True)

@@ -20,8 +20,8 @@ from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.progress import Observer, Silent
+from peso.runs.workspace import Workspace, refuse_own
 from peso.threads import threads
-from peso.workspace import Workspace, refuse_own
 
 if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
@@ -84,7 +84,7 @@ class Recommender:
         Raises:
             BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
         """
-        from peso.stages import trained_model
+        from peso.runs.models import trained_model
 
         return trained_model(self.workspace, self.stage, self.device)
 

@@ -34,7 +34,7 @@ from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.processes import current
 from peso.progress import Observer
-from peso.stages import (
+from peso.runs.models import (
     backbone_fingerprint,
     inherited_memory,
     put_back,
@@ -43,10 +43,10 @@ from peso.stages import (
     trains_backbone,
     write_memory,
 )
+from peso.runs.workspace import FORMAT, LOG, METRICS, Workspace, provenance
 from peso.threads import threads
 from peso.training.examples import StageExamples
 from peso.training.loop import Progress, StageResult, train_stage
-from peso.workspace import FORMAT, LOG, METRICS, Workspace, provenance
 
 FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in training left
 
