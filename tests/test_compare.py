@@ -14,21 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from peso.compare.machine import Machine
-from peso.compare.plan import Plan, make_plan
-from peso.compare.results import collect, write_results
-from peso.compare.schedule import Schedule
-from peso.compare.standing import is_done, pairs_across, standing
-from peso.compare.tuning import choose, validation_loss
-from peso.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
 from peso.config import load_config
 from peso.config.baselines import read_baseline
 from peso.durable import checksum, write_json
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.progress import Silent
-from peso.runs import evaluate, pipeline
-from peso.runs import report as report
+from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import BaselineRun
+from peso.runs.compare.plan import Plan, make_plan
+from peso.runs.compare.progress import choose, is_done, pairs_across, standing, validation_loss
+from peso.runs.compare.results import collect, write_results
+from peso.runs.compare.schedule import Machine, Schedule
+from peso.runs.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
 from peso.runs.workspace import Workspace
 
 pytestmark = pytest.mark.slow  # whole runs

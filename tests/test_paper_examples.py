@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peso.compare.plan import Plan, make_plan
+from peso.runs.compare.plan import Plan, make_plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHARED = ["compare.seeds=[0,1,2,3,4]"]

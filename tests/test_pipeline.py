@@ -21,9 +21,7 @@ from peso.errors import DataError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
 from peso.manifest import write_manifest
 from peso.progress import Silent
-from peso.runs import evaluate, pipeline
-from peso.runs import learn as learn
-from peso.runs import report as report
+from peso.runs import evaluate, learn, pipeline, report
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import FORMAT, Workspace
 

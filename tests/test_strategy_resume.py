@@ -10,8 +10,7 @@ import pytest
 from strategy_runs import Runs, check_same_results
 
 from peso.progress import Silent
-from peso.runs import learn as learn
-from peso.runs import pipeline
+from peso.runs import learn, pipeline
 from peso.training.loop import train_stage
 
 

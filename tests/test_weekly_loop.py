@@ -16,8 +16,7 @@ from peso.durable import checksum
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.runs import evaluate, pipeline
-from peso.runs import report as report
+from peso.runs import evaluate, pipeline, report
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 

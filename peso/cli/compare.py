@@ -21,7 +21,7 @@ from peso.errors import PesoError, UsageError
 from peso.printable import printable
 
 if TYPE_CHECKING:
-    from peso.compare.schedule import Row
+    from peso.runs.compare.schedule import Row
 
 BUDGET = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 SHOWN_ROWS = 40  # of a live table: more than a screen cannot be redrawn
@@ -62,8 +62,8 @@ def compare(
 
     Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """
-    from peso.compare.machine import Machine
-    from peso.compare.plan import make_plan
+    from peso.runs.compare.plan import make_plan
+    from peso.runs.compare.schedule import Machine
     from peso.runs.workspace import refuse_own
 
     began = time.time()
@@ -78,8 +78,8 @@ def compare(
     if dry_run:
         _show_plan(plan, machine)
         return
-    from peso.compare.results import collect, write_results
-    from peso.compare.schedule import Schedule
+    from peso.runs.compare.results import collect, write_results
+    from peso.runs.compare.schedule import Schedule
 
     failed: list[Any] = []
     if not report_only:
@@ -165,7 +165,7 @@ def _cells(row: Row) -> tuple[str, str, str, str]:
 
 
 def _show_plan(plan: Any, machine: Any) -> None:
-    from peso.compare.forecast import forecast
+    from peso.runs.compare.forecast import forecast
 
     expected = forecast(plan, machine.threads)
     rows = [[e.name, e.state, None if e.minutes is None else round(e.minutes, 1), e.note] for e in expected]

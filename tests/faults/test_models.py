@@ -22,8 +22,7 @@ from peso.determination import determination
 from peso.errors import BackboneError, PesoError
 from peso.manifest import write_manifest
 from peso.progress import Silent
-from peso.runs import evaluate, pipeline
-from peso.runs import report as report
+from peso.runs import evaluate, pipeline, report
 from peso.runs.models import answering_model, backbone_fingerprint, starting_model, trained_model
 from peso.runs.workspace import FORMAT, Workspace
 from peso.threads import threads

@@ -1,7 +1,7 @@
 """What one process of a comparison does: one task in one workspace, telling how far it is.
 
 Knows the steps of the pipeline and one task; knows nothing of other runs. Started as
-``python -m peso.compare.worker JOB`` with a JSON job; progress goes to stdout, one JSON object a line, all
+``python -m peso.runs.compare.worker JOB`` with a JSON job; progress goes to stdout, one JSON object a line, all
 else to stderr. Exit status 0: done, 1: an error that is explained, ``OUT_OF_TIME``: the budget ended.
 """
 
@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peso.compare.standing import pairs_across
 from peso.config.baselines import read_baseline
 from peso.events.stream import Stream
 from peso.failures import DONE, FAILED, debugging, explain, sentence
 from peso.processes import ended_by_sigterm
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
+from peso.runs.compare.progress import pairs_across
 from peso.runs.evaluate import is_tested, test
 from peso.runs.workspace import Workspace
 
@@ -38,7 +38,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A task as plain values, see :class:`peso.compare.plan.Task`. ``deadline``: seconds since the epoch;
+    """A task as plain values, see :class:`peso.runs.compare.plan.Task`. ``deadline``: seconds since the epoch;
     ``trust``: see :meth:`peso.runs.workspace.Workspace.open`."""
 
     root: str

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peso.compare.plan import Task
 from peso.config.baselines import BaselineConfig
+from peso.errors import WorkspaceError
 from peso.events.stream import Stream
 from peso.runs.baselines import BaselineRun
+from peso.runs.compare.plan import Candidate, Task
 from peso.runs.evaluate import is_tested, read_metrics
 from peso.runs.workspace import Workspace
 
@@ -125,3 +126,29 @@ def _stages(task: Task) -> int | None:
         if source is not None and (workspace := Workspace(source.root, source.config)).has_stream:
             return Stream.open(workspace.stream_directory).stages
     return None
+
+
+def validation_loss(task: Task) -> float:
+    """Of the epoch that was kept, averaged over the stages 1 … T: nats per target token.
+
+    Raises:
+        WorkspaceError: a stage was not learnt, so that it has none.
+    """
+    workspace = Workspace(task.root, task.config)
+    losses = []
+    for stage in (stage for stage in workspace.finished_stages if stage):
+        found = workspace.metrics(stage)["training"].get("validation_losses")
+        if not found:
+            raise WorkspaceError(
+                f"{task.root} has no validation loss at stage {stage}: strategy {task.config.strategy.name} "
+                "learns nothing there and cannot be tuned"
+            )
+        losses.append(min(found))
+    if not losses:
+        raise WorkspaceError(f"{task.root} has no later stage to tune on")
+    return sum(losses) / len(losses)
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate whose trial has the lowest validation loss; the first of equals."""
+    return min(candidates, key=lambda candidate: validation_loss(candidate.trial))

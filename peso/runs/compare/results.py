@@ -15,9 +15,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from peso.compare.plan import Plan, Run
-from peso.compare.standing import Standing, is_done, standing
-from peso.compare.tuning import choose, validation_loss
 from peso.config.baselines import baseline_label
 from peso.durable import write_aside
 from peso.errors import WorkspaceError
@@ -27,6 +24,8 @@ from peso.evaluation.report.tables import csv_text
 from peso.evaluation.run_summary import RunSummary
 from peso.runs import report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
+from peso.runs.compare.plan import Plan, Run
+from peso.runs.compare.progress import Standing, choose, is_done, standing, validation_loss
 from peso.runs.evaluate import is_tested, read_metrics
 from peso.runs.workspace import Workspace
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from peso.compare.plan import Plan, Run, Task
-from peso.compare.standing import Standing, is_done, open_needs, standing
-from peso.compare.tuning import choose
-from peso.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.errors import PesoError
+from peso.runs.compare.plan import Plan, Run, Task
+from peso.runs.compare.progress import Standing, choose, is_done, open_needs, standing
+from peso.runs.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.runs.workspace import Workspace, own_strategy
+from peso.threads import NUMBER, SHARE
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -216,7 +216,7 @@ class Schedule:
         slot = min(set(range(self.workers)) - {process.slot for process in self._working.values()})
         with log.open("a", encoding="utf-8") as written:
             process = subprocess.Popen(
-                [sys.executable, "-m", "peso.compare.worker", job.as_json()],
+                [sys.executable, "-m", "peso.runs.compare.worker", job.as_json()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=written,
@@ -293,3 +293,44 @@ def _explained(status: int, log: Path) -> str:
         return lines[-1].removeprefix("error: ")
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return f"{how}; last lines of {log}: {' | '.join(lines) or 'none'}"
+
+
+THREADS = (NUMBER, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``workers`` processes with ``threads`` each; ``devices`` are GPUs as CUDA names them, none on a CPU."""
+
+    workers: int
+    threads: int
+    devices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, workers: int | Literal["auto"], device: str) -> Machine:
+        """``device``: `training.device`. One process a GPU where there are any to use, else one a core; each
+        with its share of the cores as threads, or with fewer where OMP_NUM_THREADS asks for that."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = _devices() if device in ("auto", "cuda") else ()
+        count = (len(devices) or cores) if workers == "auto" else workers
+        asked = os.environ.get(NUMBER, "")
+        most = int(asked) if asked.isdecimal() and int(asked) else cores
+        return cls(count, max(1, min(most, cores // count)), devices)
+
+    def environment(self, slot: int) -> Mapping[str, str]:
+        """What the process in a slot (0 … workers − 1) sees."""
+        result = {name: str(self.threads) for name in THREADS}
+        if not os.environ.get(NUMBER):
+            result[SHARE] = "at most"
+        if self.devices:
+            result["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+        return result
+
+
+def _devices() -> tuple[str, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(visible.split(",")) if visible else tuple(str(n) for n in range(torch.cuda.device_count()))
