@@ -46,7 +46,6 @@ import training as on_cpu  # benchmarks/training.py: data, layouts and the examp
 from transformers import LlamaConfig, LlamaForCausalLM
 from usual_training import TARGETS, TEMPERATURE, ExpertWay, UsualWay
 
-from peso import assets
 from peso.adapters.lora import add_adapter
 from peso.config import TrainingConfig
 from peso.continual.hooks import Strategy
@@ -58,10 +57,11 @@ from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
+from peso.runtime import assets
+from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
 from peso.training.loop import Progress, train_stage
 from peso.training.plan import StagePlan, most_targets
-from peso.training.precision import Precision, peak_memory
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import transformers_reference as generation

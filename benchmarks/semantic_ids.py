@@ -26,7 +26,7 @@ from peso.items.index_files import read_release_index, read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.items.tokenize import tokenize
 from peso.items.vectors import ItemEncoder
-from peso.progress import Silent
+from peso.runtime.progress import Silent
 
 DATA = Path(os.environ.get("PESO_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 QUANTIZERS = ("rq-kmeans", "balanced-rq-kmeans", "rq-vae")

@@ -296,9 +296,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.steps = 12 if arguments.quick else 60
 
-    from peso.progress import Silent
     from peso.runs import pipeline
     from peso.runs.workspace import Workspace
+    from peso.runtime.progress import Silent
 
     chosen = arguments.only.split(";") if arguments.only else list(STRATEGIES)
     result: dict[str, Any] = {}

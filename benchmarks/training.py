@@ -42,7 +42,6 @@ import numpy as np
 import torch
 from usual_training import BATCH, TARGETS, TEMPERATURE, Example, ExpertWay, UsualWay
 
-from peso import assets
 from peso.adapters.lora import add_adapter
 from peso.config import TrainingConfig
 from peso.continual.hooks import Strategy
@@ -54,10 +53,11 @@ from peso.model.build import save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
+from peso.runtime import assets
+from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
 from peso.training.loop import Progress, train_stage
 from peso.training.plan import StagePlan, most_targets
-from peso.training.precision import Precision, peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DROPOUT, RATE, SEED = 20, 0.05, 2e-5, 0

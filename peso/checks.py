@@ -101,7 +101,7 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     from peso.model.build import longest_sequence
     from peso.model.layout import make_layout
     from peso.runs.models import strategy_of
-    from peso.training.precision import Precision
+    from peso.runtime.device import Precision
 
     config = workspace.config
     check_configuration(config)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from peso.config import Config
 from peso.config.model import BUILT_IN
 from peso.config.reading import leaves
-from peso.durable import digest
 from peso.errors import WorkspaceError
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
+from peso.runtime.files import digest
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
     from torch import nn

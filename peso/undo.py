@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from peso.durable import commit_directory, remove_directory
 from peso.errors import WorkspaceError
 from peso.events.append import take_back as fill_shorter_stream
 from peso.events.stream import Stream
 from peso.items.index_files import EARLIER
 from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.manifest import read_manifest, remove_folder
-from peso.progress import Observer
 from peso.runs.workspace import FORMAT, Workspace
+from peso.runtime.files import commit_directory, remove_directory
+from peso.runtime.manifest import read_manifest, remove_folder
+from peso.runtime.progress import Observer
 
 
 @dataclass(frozen=True)

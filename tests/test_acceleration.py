@@ -17,9 +17,9 @@ from peso.continual.hooks import Strategy
 from peso.continual.peso import Peso
 from peso.determination import stage_shape
 from peso.errors import ConfigError, TrainingError
-from peso.manifest import write_manifest
 from peso.model.generative import GenerativeModel
 from peso.runs.workspace import FORMAT, Workspace
+from peso.runtime.manifest import write_manifest
 from peso.training.acceleration import gradient_checkpointing
 from peso.training.loop import StageResult, train_stage
 

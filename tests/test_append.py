@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from event_logs import appended, histories, ingested, write_log
 
-from peso.durable import commit_directory
 from peso.errors import DataError, WorkspaceError
 from peso.events.append import append
 from peso.events.ingest import ingest
 from peso.events.stream import Stream
 from peso.events.times import iso
+from peso.runtime.files import commit_directory
 
 T = 1_600_000_000
 EVENTS = [(f"u{k % 5}", f"i{k * k % 7}", T + k * 3600) for k in range(90)]
@@ -155,7 +155,7 @@ def test_older_events_can_be_left_out_and_are_counted(tmp_path: Path, stream: St
 
 
 def test_a_stream_without_times_takes_nothing(tmp_path: Path, stream: Stream) -> None:
-    from peso.manifest import write_manifest
+    from peso.runtime.manifest import write_manifest
 
     write_manifest(
         stream.directory, 1, {k: v for k, v in stream.manifest.items() if k not in ("time", "files")}

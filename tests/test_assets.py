@@ -17,10 +17,10 @@ from threading import Thread
 
 import pytest
 
-from peso import assets
-from peso.assets import Asset, find, names, pull
 from peso.errors import AssetError
-from peso.sources import Archive, Hub, Package, Unavailable
+from peso.runtime import assets
+from peso.runtime.assets import Asset, find, names, pull
+from peso.runtime.downloads import Archive, Hub, Package, Unavailable
 
 
 class Here:
@@ -255,7 +255,7 @@ def server():
 def fetch_from_hub(endpoint: str, folder: Path, files: dict[str, bytes]) -> subprocess.CompletedProcess:
     """In a process of its own: the hub's client reads its endpoint when it is imported."""
     program = (
-        "import json, sys; from pathlib import Path; from peso.sources import Hub\n"
+        "import json, sys; from pathlib import Path; from peso.runtime.downloads import Hub\n"
         "hub = Hub('owner/model', sys.argv[1], 1, json.loads(sys.argv[2]))\n"
         "downloads, into = Path(sys.argv[3]), Path(sys.argv[4])\n"
         "hub.unpack(hub.fetch(downloads, lambda text, share: None), into)"

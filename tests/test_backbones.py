@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from peso import assets
 from peso.errors import AssetError, BackboneError
 from peso.model import backbone_checks
 from peso.model.backbone import byte_tokenizer, embedding_scale, load_backbone, small_llama
+from peso.runtime import assets
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {

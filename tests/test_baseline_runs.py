@@ -9,14 +9,14 @@ import pytest
 
 from peso.baselines import registry
 from peso.config import baseline_label, load_config
-from peso.durable import checksum
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
 from peso.items.index_files import read_semantic_ids
-from peso.progress import Silent
 from peso.runs import pipeline, report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines, run_baselines
 from peso.runs.workspace import Workspace
+from peso.runtime.files import checksum
+from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # whole runs
 

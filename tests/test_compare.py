@@ -16,9 +16,7 @@ import yaml
 
 from peso.config import load_config
 from peso.config.baselines import read_baseline
-from peso.durable import checksum, write_json
 from peso.errors import ConfigError, DataError, WorkspaceError
-from peso.progress import Silent
 from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.plan import Plan, make_plan
@@ -27,6 +25,8 @@ from peso.runs.compare.results import collect, write_results
 from peso.runs.compare.schedule import Machine, Schedule
 from peso.runs.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
 from peso.runs.workspace import Workspace
+from peso.runtime.files import checksum, write_json
+from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # whole runs
 

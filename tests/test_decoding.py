@@ -122,8 +122,8 @@ def test_attention_with_shared_keys_equals_transformers(heads: tuple[int, int]) 
 
 
 def slow_model(layout: str, loss_vocabulary: str, layers: int | None) -> GenerativeModel:
-    from peso import assets
     from peso.model.backbone import load_backbone
+    from peso.runtime import assets
 
     if assets.find("smollm2-135m") is None:
         pytest.skip("SmolLM2-135M is not in the cache: `peso pull smollm2-135m`")

@@ -16,11 +16,11 @@ from peso.errors import ConfigError, WorkspaceError
 from peso.events.drift import drift
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
-from peso.progress import Silent
 from peso.runs import pipeline
 from peso.runs.diagnosis import diagnose
 from peso.runs.directions import stage_directions
 from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 
 TREE = {
     "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},

@@ -10,11 +10,11 @@ import pytest
 from peso.config import load_config
 from peso.config.baselines import read_baseline
 from peso.events.stream import Stream
-from peso.progress import Silent
 from peso.runs import estimate, pipeline
 from peso.runs.estimate import Estimate, Speed
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 from peso.training.examples import StageExamples
 
 TREE = {

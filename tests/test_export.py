@@ -17,13 +17,13 @@ from test_backbones import GPT, HEAD, SERVES
 from test_backbones import build as build_family
 from transformers import AutoModelForCausalLM
 
-from peso import assets
 from peso.adapters.lora import adapter_parameters
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
 from peso.errors import AssetError, ExportError
 from peso.model.build import build_model
 from peso.model.export import PromptText, export_merged, export_peft
 from peso.model.generative import GenerativeModel
+from peso.runtime import assets
 
 ROOT = Path(__file__).resolve().parent.parent
 CATALOGUE = random_semantic_ids(30, (5, 6, 7))

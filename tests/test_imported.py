@@ -14,9 +14,9 @@ from event_logs import write_json_lines, write_log
 from peso.config import load_config
 from peso.errors import DataError
 from peso.items.index_files import read_semantic_ids
-from peso.progress import Silent
 from peso.runs import pipeline
 from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 
 LOG = [(f"u{k % 9}", f"i{k * k % 23}", 1_600_000_000 + k) for k in range(300)]
 ITEMS = sorted({item for _, item, _ in LOG}, key=lambda item: int(item[1:]))

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from event_logs import data_config, histories, ingested, write_json_lines, write_log
 
-from peso.durable import commit_directory
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.events import stage_writer
 from peso.events.database import temporary_database
 from peso.events.ingest import ingest
+from peso.runtime.files import commit_directory
 
 LOG = [(f"u{k % 3}", f"i{k % 5}", 1_600_000_000 + k) for k in range(30)]
 RECORDS = [{"user": user, "item": item, "time": time} for user, item, time in LOG]

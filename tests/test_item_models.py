@@ -12,7 +12,7 @@ from peso.baselines.baseline import interactions, known_histories, repeats_occur
 from peso.baselines.ease import Ease, ease_weights
 from peso.baselines.item_knn import ItemKnn, similarities
 from peso.events.histories import Cases, Ragged, Stage
-from peso.progress import Silent
+from peso.runtime.progress import Silent
 
 
 def stage(number: int, rows: dict[str, tuple[list[int], list[int]]]) -> Stage:

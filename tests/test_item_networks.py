@@ -18,7 +18,7 @@ from peso.baselines.two_tower import Examples, TwoTower
 from peso.config.baselines import SasRecConfig, TwoTowerConfig
 from peso.errors import ConfigError
 from peso.events.histories import Cases, Ragged, Stage, TargetSequence
-from peso.progress import Silent
+from peso.runtime.progress import Silent
 
 ITEMS, WINDOW, CPU = 12, 6, torch.device("cpu")
 

@@ -16,7 +16,7 @@ from peso.items.placement import resolve
 from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
 from peso.items.quantizers.rq_kmeans import balanced_assignment, fit_balanced_rq_kmeans, fit_rq_kmeans
 from peso.items.quantizers.rq_vae import fit_rq_vae
-from peso.progress import Silent
+from peso.runtime.progress import Silent
 
 SMALL_VAE = RqVaeConfig(hidden=[32], latent=8, steps=200, batch_size=64, learning_rate=5e-3)
 Fit = Callable[[np.ndarray, list[int], int], Fitted]

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from peso.config import load_config
-from peso.durable import checksum
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
-from peso.manifest import write_manifest
-from peso.progress import Silent
 from peso.runs import evaluate, learn, pipeline, report
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import FORMAT, Workspace
+from peso.runtime.files import checksum
+from peso.runtime.manifest import write_manifest
+from peso.runtime.progress import Silent
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},

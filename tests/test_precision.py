@@ -13,8 +13,8 @@ from peso.config import TrainingConfig
 from peso.continual.hooks import Strategy
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
+from peso.runtime.device import Precision
 from peso.training.loop import StageResult, train_stage
-from peso.training.precision import Precision
 
 CPU = torch.device("cpu")
 

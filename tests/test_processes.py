@@ -24,10 +24,10 @@ from plain_path import with_adapter
 
 from peso.config import load_config
 from peso.model.generative import GenerativeModel
-from peso.processes import ALONE
-from peso.progress import Silent
 from peso.runs import evaluate, pipeline
 from peso.runs.workspace import Workspace
+from peso.runtime.processes import ALONE
+from peso.runtime.progress import Silent
 from peso.training.batches import deal
 
 HERE = Path(__file__).parent

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from strategy_runs import Runs, check_same_results
 
-from peso.progress import Silent
 from peso.runs import learn, pipeline
+from peso.runtime.progress import Silent
 from peso.training.loop import train_stage
 
 

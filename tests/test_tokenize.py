@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peso.config import ItemsConfig
-from peso.durable import commit_directory
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.items import index_files, quality
 from peso.items.index_files import read_release_index, read_semantic_ids, write_semantic_ids
@@ -24,7 +23,8 @@ from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
 from peso.items.semantic_ids import SemanticIds
 from peso.items.tokenize import append, tokenize
 from peso.items.vectors import ItemEncoder
-from peso.progress import Silent
+from peso.runtime.files import commit_directory
+from peso.runtime.progress import Silent
 
 KINDS = ["tea", "coffee", "hammer", "nail", "drill", "lamp", "chair", "table", "book", "pen"]
 WORDS = ["green", "black", "steel", "wooden", "small", "large", "old", "new", "fine", "plain"]

@@ -24,7 +24,7 @@ from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
-from peso.reproducible import reproducible
+from peso.runtime.device import reproducible
 from peso.training import loop
 from peso.training import plan as plan_module
 from peso.training.likelihood import tokens_of_target, validation_loss

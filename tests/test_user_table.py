@@ -12,10 +12,10 @@ import pytest
 from peso.config import load_config
 from peso.errors import ConfigError, DataError
 from peso.events.stream import Stream
-from peso.progress import Silent
 from peso.runs import pipeline, report
 from peso.runs.report import read_user_table
 from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}},

@@ -12,13 +12,13 @@ from event_logs import write_log
 
 from peso.cli import app as cli
 from peso.determination import determination
-from peso.durable import checksum
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.runs import evaluate, pipeline, report
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
+from peso.runtime.files import checksum
 
 T = 1_600_000_000
 KINDS = ("tea", "cup", "pot", "spoon", "kettle")

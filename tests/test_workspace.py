@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from peso.config import load_config
-from peso.durable import commit_directory, write_aside, write_atomically
 from peso.errors import WorkspaceError
-from peso.manifest import write_manifest
 from peso.runs.workspace import FORMAT, Workspace, provenance
+from peso.runtime.files import commit_directory, write_aside, write_atomically
+from peso.runtime.manifest import write_manifest
 
 SIMULATED = {"data": "simulate", "backbone": "tiny"}
 

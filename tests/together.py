@@ -20,7 +20,7 @@ from peso.decoding import search
 from peso.errors import DataError, PesoError
 from peso.events.histories import TargetSequence
 from peso.model.generative import GenerativeModel
-from peso.processes import ALONE, Processes, join
+from peso.runtime.processes import ALONE, Processes, join
 from peso.training.likelihood import target_log_probabilities
 from peso.training.loop import Progress, train_stage
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peso.durable import write_json
 from peso.errors import BackboneError, WorkspaceError
+from peso.runtime.files import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 

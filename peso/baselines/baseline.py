@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from peso.events.histories import Cases, Stage
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 
 
 class Baseline(Protocol):

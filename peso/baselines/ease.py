@@ -22,7 +22,7 @@ from scipy import linalg
 
 from peso.baselines.baseline import interactions, known_histories
 from peso.events.histories import Cases, Stage
-from peso.progress import Observer, Silent
+from peso.runtime.progress import Observer, Silent
 
 LEAST = 1e-6  # of popularity beside the weights
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peso.config.baselines import NetworkOptions
-from peso.progress import Observer
-from peso.reproducible import reproducible
+from peso.runtime.device import reproducible
+from peso.runtime.progress import Observer
 from peso.threads import threads
 
 MAX_GRADIENT_NORM = 1.0

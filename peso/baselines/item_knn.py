@@ -22,7 +22,7 @@ from scipy import sparse
 
 from peso.baselines.baseline import Matrix, interactions, known_histories
 from peso.events.histories import Cases, Stage
-from peso.progress import Observer, Silent
+from peso.runtime.progress import Observer, Silent
 
 LEAST = 1e-6  # of popularity beside similarities
 ROWS = 2048  # of the similarities computed at once: they are cut to the neighbours before they add up

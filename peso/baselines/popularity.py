@@ -25,7 +25,7 @@ from peso.evaluation.segments import CaseLabels
 from peso.events.histories import Cases, Stage
 from peso.items.semantic_ids import SemanticIds
 from peso.items.trie import ItemTrie
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 
 
 class Popularity:

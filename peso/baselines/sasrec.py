@@ -27,7 +27,7 @@ from peso.baselines.fitting import fit, mean_target_loss, seeded
 from peso.config.baselines import SasRecConfig
 from peso.errors import ConfigError
 from peso.events.histories import Cases, Stage, TargetSequence
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 from peso.threads import threads
 
 WEIGHTS = "sasrec.safetensors"

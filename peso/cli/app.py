@@ -17,7 +17,7 @@ from peso.cli import baseline, compare, demo, diagnose, models, recommend, run, 
 from peso.errors import DataError, UsageError
 from peso.failures import FAILED, INTERRUPTED, MISUSED, TERMINATED, explain, installed_version, sentence
 from peso.printable import printable
-from peso.processes import ON_MAIN, current, ended_by_sigterm, launched
+from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
 
 TOGETHER = ("run", "train", "update", "evaluate")  # commands that several processes may share
 

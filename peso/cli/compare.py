@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from peso.cli.display import Overrides, duration, say, table
-from peso.durable import only_writer
 from peso.errors import PesoError, UsageError
 from peso.printable import printable
+from peso.runtime.files import only_writer
 
 if TYPE_CHECKING:
     from peso.runs.compare.schedule import Row

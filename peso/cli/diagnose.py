@@ -89,9 +89,9 @@ def _directions(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    from peso.durable import write_atomically
     from peso.errors import UsageError
     from peso.runs.workspace import Workspace, refuse_own
+    from peso.runtime.files import write_atomically
 
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {plot}: a plot ends in .svg or .png")

@@ -27,8 +27,8 @@ from rich.progress import (
 from rich.table import Table
 
 from peso.printable import printable
-from peso.processes import current
-from peso.progress import Observer, Silent
+from peso.runtime.processes import current
+from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
@@ -38,7 +38,7 @@ SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line e
 
 
 class Terminal:
-    """An Observer (peso/progress.py) that draws one bar; where stderr is no terminal, it writes lines."""
+    """An Observer (peso/runtime/progress.py) that draws one bar; where stderr is no terminal, it writes lines."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)

@@ -22,7 +22,7 @@ def pull(
 
     Example: peso pull smollm2-135m
     """
-    from peso import assets
+    from peso.runtime import assets
 
     terminal = Terminal()
     told: list[str] = []
@@ -62,8 +62,8 @@ def export(
 
     Example: peso export -w runs/games --format index -o games.index.json
     """
-    from peso.durable import require_free
     from peso.runs.workspace import Workspace, refuse_own
+    from peso.runtime.files import require_free
 
     refuse_own(output)
     opened = Workspace.open(workspace, trust or ())

@@ -39,8 +39,8 @@ def run(
     """
     from peso.checks import check_configuration
     from peso.config import load_config
-    from peso.processes import join
     from peso.runs.workspace import Workspace
+    from peso.runtime.processes import join
 
     resolved = load_config(config, overrides or [])
     check_configuration(resolved)

@@ -24,8 +24,8 @@ from peso.cli.display import (
     watcher,
 )
 from peso.errors import ConfigError, UsageError
-from peso.processes import current
 from peso.runs.workspace import CONFIG, Workspace, refuse_own
+from peso.runtime.processes import current
 
 
 def register(app: typer.Typer) -> None:
@@ -413,7 +413,7 @@ def _together(
     """As :meth:`Workspace.change`, for commands that several processes may do together."""
     from peso.config import load_config
     from peso.config.reading import override
-    from peso.processes import join
+    from peso.runtime.processes import join
 
     Workspace.open(path)  # raises where there is none
     join(load_config(path / CONFIG, overrides or []).training.device)

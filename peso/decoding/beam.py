@@ -26,7 +26,7 @@ from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.head import level_log_probabilities
 from peso.model.shared_keys import shared_keys
-from peso.processes import ALONE, Processes
+from peso.runtime.processes import ALONE, Processes
 
 # Users computed together, where nobody says how many: a GPU waits for its host until there are hundreds.
 TOGETHER = {"cpu": 64}

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from peso.config import DataConfig, StagesConfig
-from peso.durable import link
 from peso.errors import DataError
 from peso.events import columns
 from peso.events.cleaning import Funnel, clean
@@ -28,8 +27,9 @@ from peso.events.sources.own import own_items
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, stage_file
 from peso.events.times import Clock, iso
-from peso.manifest import intact, write_manifest
-from peso.progress import Observer, Silent
+from peso.runtime.files import link
+from peso.runtime.manifest import intact, write_manifest
+from peso.runtime.progress import Observer, Silent
 
 # Who had what before, as numbers of the new log.
 _HAD = """

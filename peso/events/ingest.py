@@ -25,8 +25,8 @@ from peso.events.sources import open_source
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, replace_stages, write_stream
 from peso.events.times import iso
-from peso.manifest import MANIFEST, write_manifest
-from peso.progress import Observer, Silent
+from peso.runtime.manifest import MANIFEST, write_manifest
+from peso.runtime.progress import Observer, Silent
 
 
 def ingest(

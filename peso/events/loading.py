@@ -21,7 +21,7 @@ from peso.events.sources import Log
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import BLANKS
 from peso.events.times import Clock, iso, recognise, recognise_unit
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 
 SAMPLE = 100  # values by which the form of the times is recognised
 MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # how programs print no value

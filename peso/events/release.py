@@ -21,7 +21,7 @@ from peso.events.histories import Ragged, Stage
 from peso.events.protocol import require_trainable
 from peso.items.index_files import read_release_index
 from peso.items.semantic_ids import SemanticIds
-from peso.json_files import read_json_object
+from peso.runtime.files import read_json_object
 
 PREVIOUS = "previous_block"
 CURRENT = "current_block"

@@ -25,7 +25,7 @@ from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import BLANKS
 from peso.events.stream import ITEMS_FILE, stage_file, stage_table
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 
 SLICE = 1_000_000  # events
 

@@ -24,7 +24,7 @@ from peso.errors import DataError, WorkspaceError
 from peso.events import columns
 from peso.events.histories import Ragged, Stage
 from peso.events.protocol import require_trainable, stage_counts
-from peso.manifest import intact, read_manifest, write_manifest
+from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 FORMAT = 1
 ITEMS_FILE = "items.parquet"

@@ -18,8 +18,8 @@ from peso.items import quality
 from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.items.vectors import ItemEncoder, item_texts
-from peso.manifest import read_manifest
-from peso.progress import Observer, Silent
+from peso.runtime.manifest import read_manifest
+from peso.runtime.progress import Observer, Silent
 
 
 def adopt(

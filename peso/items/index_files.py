@@ -19,11 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from peso.durable import write_atomically
 from peso.errors import DataError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds, token_name
-from peso.json_files import read_json_object
-from peso.manifest import intact, read_manifest, write_manifest
+from peso.runtime.files import read_json_object, write_atomically
+from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 FORMAT = 1
 INDEX_FILE = "index.parquet"

@@ -26,7 +26,6 @@ import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 
 from peso.config import ItemsConfig
-from peso.durable import link, write_json
 from peso.errors import ConfigError, DataError
 from peso.items import quality
 from peso.items import quality as fitness
@@ -38,8 +37,9 @@ from peso.items.quantizers.rq_kmeans import fit_balanced_rq_kmeans, fit_rq_kmean
 from peso.items.quantizers.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import SemanticIds
 from peso.items.vectors import ItemEncoder
-from peso.manifest import intact, read_manifest, write_manifest
-from peso.progress import Observer, Silent
+from peso.runtime.files import link, write_json
+from peso.runtime.manifest import intact, read_manifest, write_manifest
+from peso.runtime.progress import Observer, Silent
 
 CODEBOOKS_FILE = "codebooks.safetensors"
 ENCODER_FILE = "encoder.safetensors"

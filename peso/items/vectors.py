@@ -22,7 +22,7 @@ from peso.items.encoders.fusion import Fusion
 from peso.items.encoders.hashing import HashingEncoder
 from peso.items.encoders.vector_files import read_vectors
 from peso.items.index_files import ITEM_ID
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 
 FIELDS = ("title", "text", "category")
 

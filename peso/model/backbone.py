@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peso import assets
 from peso.config.model import BUILT_IN
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
-from peso.model.quiet import quiet_transformers
+from peso.runtime import assets
+from peso.runtime.quiet import quiet_transformers
 
 BEGIN, END = "<|begin|>", "<|end|>"
 

@@ -21,14 +21,14 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from peso.adapters.earlier import as_one_adapter
 from peso.adapters.lora import weights_without_adapter, write_adapter
-from peso.durable import commit_directory, require_free, write_json
 from peso.errors import ExportError
 from peso.model.backbone import embedding_scale
 from peso.model.build import has_adapter
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 from peso.model.layout import INSTRUCTION
-from peso.model.quiet import quiet_transformers
+from peso.runtime.files import commit_directory, require_free, write_json
+from peso.runtime.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)

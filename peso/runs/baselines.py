@@ -26,7 +26,6 @@ from peso.config.baselines import (
     is_random,
     read_baseline,
 )
-from peso.durable import commit_directory, digest, restore, write_json
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.evaluation.predictions import Predictions, make_predictions, read_predictions, write_predictions
@@ -36,10 +35,10 @@ from peso.events.histories import Stage
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.json_files import read_json_object
-from peso.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
-from peso.progress import Observer
 from peso.runs.workspace import METRICS, PREDICTIONS, Workspace, provenance
+from peso.runtime.files import commit_directory, digest, read_json_object, restore, write_json
+from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
+from peso.runtime.progress import Observer
 from peso.threads import threads
 
 if TYPE_CHECKING:
@@ -259,7 +258,7 @@ class BaselineRun:
 
     def _make(self, config: PlainBaselineConfig) -> Baseline:
         from peso.baselines.registry import make_baseline
-        from peso.training.precision import Precision
+        from peso.runtime.device import Precision
 
         settings = self.workspace.config
         device = Precision.of("float32", settings.training.device).device

@@ -15,8 +15,8 @@ from peso.items import quality
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import token_name
-from peso.manifest import read_manifest
 from peso.runs.workspace import Workspace
+from peso.runtime.manifest import read_manifest
 
 Titled = tuple[str, list[str], list[list[Any]]]  # a table: title, columns, rows
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peso import assets
 from peso.baselines.answers import BaselineAnswers
 from peso.baselines.ease import ease_weights
 from peso.baselines.registry import make_baseline
@@ -45,17 +44,18 @@ from peso.items.semantic_ids import SemanticIds
 from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
-from peso.progress import Observer, Silent
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
 from peso.runs.learn import training_of
 from peso.runs.models import fresh_model, strategy_of, trains_backbone
 from peso.runs.pipeline import Step
 from peso.runs.workspace import Workspace
+from peso.runtime import assets
+from peso.runtime.device import Precision
+from peso.runtime.progress import Observer, Silent
 from peso.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.loop import StagePlan, most_targets, peak_memory
-from peso.training.precision import Precision
 
 TIMED_USERS = 100
 EASE_ITEMS = 1500  # that the dense system is timed with

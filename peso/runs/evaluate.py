@@ -6,17 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peso.durable import digest, json_text
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
 from peso.evaluation.predictions import Predictions, make_predictions, read_predictions, write_predictions
 from peso.evaluation.segments import label_cases
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.manifest import REPLACING, read_manifest, replace_file
-from peso.processes import current
-from peso.progress import Observer
 from peso.runs.workspace import FORMAT, METRICS, PREDICTIONS, Workspace, answers_on
+from peso.runtime.files import digest, json_text
+from peso.runtime.manifest import REPLACING, read_manifest, replace_file
+from peso.runtime.processes import current
+from peso.runtime.progress import Observer
 from peso.threads import threads
 
 
@@ -62,7 +62,7 @@ def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[
 
     Writes predictions.parquet, then metrics.json, each whole or not at all. What is there already and fits
     is not computed again; if only ``evaluation.k`` changed, the predictions stay. Several processes
-    (:mod:`peso.processes`) share the cases; the main one writes.
+    (:mod:`peso.runtime.processes`) share the cases; the main one writes.
 
     Raises:
         WorkspaceError: the stage is not learnt, or items of stage ``on`` have no semantic ID yet.

@@ -17,23 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from peso import assets
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_report
 from peso.adapters.groups import find_groups
 from peso.config import Config, TrainingConfig
 from peso.continual.hooks import StageContext, Strategy
 from peso.determination import determination
-from peso.durable import commit_directory, read_sealed, write_json, write_sealed
 from peso.errors import WorkspaceError
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import INDEX_FILE
-from peso.json_files import read_json_lines
-from peso.manifest import read_manifest, write_manifest
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
-from peso.processes import current
-from peso.progress import Observer
 from peso.runs.models import (
     backbone_fingerprint,
     inherited_memory,
@@ -44,6 +38,11 @@ from peso.runs.models import (
     write_memory,
 )
 from peso.runs.workspace import FORMAT, LOG, METRICS, Workspace, provenance
+from peso.runtime import assets
+from peso.runtime.files import commit_directory, read_json_lines, read_sealed, write_json, write_sealed
+from peso.runtime.manifest import read_manifest, write_manifest
+from peso.runtime.processes import current
+from peso.runtime.progress import Observer
 from peso.threads import threads
 from peso.training.examples import StageExamples
 from peso.training.loop import Progress, StageResult, train_stage
@@ -55,7 +54,7 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
     """Learn one stage from where the last one left the model, and commit stages/{stage}/.
 
     Interrupted, it continues from its newest checkpoint and ends with the same bits. Several processes
-    (:mod:`peso.processes`) learn it together; the main one writes.
+    (:mod:`peso.runtime.processes`) learn it together; the main one writes.
 
     Raises:
         TrainingError: see :func:`peso.training.loop.train_stage`.

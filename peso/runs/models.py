@@ -21,12 +21,12 @@ from peso.continual.strategy import Strategy, make_strategy
 from peso.determination import require_as_determined
 from peso.errors import BackboneError, ConfigError, WorkspaceError
 from peso.items.index_files import read_semantic_ids
-from peso.manifest import all_intact, read_manifest
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs.workspace import FORMAT, Workspace, own_strategy
-from peso.training.precision import Precision
+from peso.runtime.device import Precision
+from peso.runtime.manifest import all_intact, read_manifest
 
 MEMORY = "state.safetensors"
 AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on

@@ -16,11 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peso import assets
 from peso.checks import check_configuration, rehearse
 from peso.config import DataConfig, changed_keys
 from peso.determination import changed_shape, determination
-from peso.durable import commit_directory, link, remove_directory
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
 from peso.events.append import update_items as fill_corrected_stream
@@ -31,12 +29,14 @@ from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
 from peso.items.semantic_ids import SemanticIds
-from peso.manifest import intact, read_manifest, write_manifest
-from peso.processes import current
-from peso.progress import Observer, Silent
 from peso.runs.evaluate import is_tested, test, test_directory
 from peso.runs.report import read_user_table, tell_found
 from peso.runs.workspace import FORMAT, METRICS, Workspace, refuse_own
+from peso.runtime import assets
+from peso.runtime.files import commit_directory, link, remove_directory
+from peso.runtime.manifest import intact, read_manifest, write_manifest
+from peso.runtime.processes import current
+from peso.runtime.progress import Observer, Silent
 from peso.threads import threads
 
 # -- what is left to do ------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
 def run(workspace: Workspace, base: Path | None = None, observer: Observer | None = None) -> None:
     """Do everything that is not done, then write the report. The caller holds the workspace's lock.
 
-    Several processes (:mod:`peso.processes`) learn and test together; the main one does the rest.
+    Several processes (:mod:`peso.runtime.processes`) learn and test together; the main one does the rest.
 
     Args:
         base: a workspace to take stage 0 from.

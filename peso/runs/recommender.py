@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from peso.durable import require_new, write_aside
 from peso.errors import DataError, ExportError
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.progress import Observer, Silent
 from peso.runs.workspace import Workspace, refuse_own
+from peso.runtime.files import require_new, write_aside
+from peso.runtime.progress import Observer, Silent
 from peso.threads import threads
 
 if TYPE_CHECKING:

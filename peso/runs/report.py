@@ -24,12 +24,12 @@ from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parque
 from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
-from peso.manifest import read_manifest
-from peso.progress import Observer
 from peso.runs.baselines import baseline_summaries, found_baselines
 from peso.runs.diagnosis import stream_drift
 from peso.runs.evaluate import is_tested, read_metrics, tested_predictions
 from peso.runs.workspace import LOG, METRICS, PREDICTIONS, Workspace
+from peso.runtime.manifest import read_manifest
+from peso.runtime.progress import Observer
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
 INDEX = ("items", "distinct_ids", "tokens_in_use", "quality", "fitness")  # of the semantic IDs' manifest

@@ -19,11 +19,10 @@ from peso.config import Config, CustomConfig, changed_keys, dump_config, load_co
 from peso.config.parsing import read_tree
 from peso.config.reading import missing_keys
 from peso.determination import changed_shape, is_later
-from peso.durable import LOCK, only_writer, restore, write_atomically
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
-from peso.json_files import read_json_lines, read_json_object
-from peso.manifest import MANIFEST, Manifest, intact, is_listed, read_manifest
-from peso.processes import current
+from peso.runtime.files import LOCK, only_writer, read_json_lines, read_json_object, restore, write_atomically
+from peso.runtime.manifest import MANIFEST, Manifest, intact, is_listed, read_manifest
+from peso.runtime.processes import current
 
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"  # of a stage
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version

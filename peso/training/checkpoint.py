@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peso.durable import read_sealed, write_sealed
 from peso.errors import TrainingError, WorkspaceError
+from peso.runtime.files import read_sealed, write_sealed
 
 FILE = "checkpoint.pt"
 

@@ -17,6 +17,7 @@ from peso.config import TrainingConfig
 from peso.errors import TrainingError
 from peso.events.histories import Stage, TargetSequence
 from peso.model.generative import GenerativeModel
+from peso.runtime.device import Precision
 from peso.training.batches import cut, lay_out, pack
 from peso.training.likelihood import (
     predicts_end,
@@ -25,7 +26,6 @@ from peso.training.likelihood import (
     tokens_of_target,
 )
 from peso.training.plan import budget, most_targets
-from peso.training.precision import Precision
 
 
 class StageExamples:

@@ -15,7 +15,7 @@ from peso.events.histories import Cases
 from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
-from peso.processes import ALONE, Processes
+from peso.runtime.processes import ALONE, Processes
 from peso.training.batches import Packed, Piece, lay_out, pack
 
 SCORING_ROW_TOKENS = 512

@@ -28,13 +28,13 @@ from peso.adapters.fused import fast_dropout, fused_lora
 from peso.adapters.lora import adapter_parameters
 from peso.config import TrainingConfig
 from peso.continual.hooks import StageContext, Strategy
-from peso.durable import digest
 from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
-from peso.processes import ALONE, Processes
-from peso.reproducible import reproducible
+from peso.runtime.device import Precision, peak_memory, reproducible
+from peso.runtime.files import digest
+from peso.runtime.processes import ALONE, Processes
 from peso.training.acceleration import as_written, compiled, gradient_checkpointing
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
@@ -42,7 +42,6 @@ from peso.training.likelihood import target_states, tokens_of_target, validation
 from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
-from peso.training.precision import Precision, peak_memory
 
 
 @dataclass(frozen=True)

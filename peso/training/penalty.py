@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.model.head import log_probabilities
-from peso.processes import Processes
+from peso.runtime.processes import Processes
 from peso.training.batches import Packed
 from peso.training.likelihood import target_states
 

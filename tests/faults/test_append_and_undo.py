@@ -14,13 +14,13 @@ import pytest
 from event_logs import write_log
 
 from peso.cli import app as cli
-from peso.durable import checksum
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids, write_release_index
-from peso.progress import Silent
 from peso.runs import evaluate, pipeline
 from peso.runs import report as summary
 from peso.runs.workspace import Workspace
+from peso.runtime.files import checksum
+from peso.runtime.progress import Silent
 from peso.undo import last_step
 
 T = 1_600_000_000

@@ -23,7 +23,6 @@ import safetensors
 import torch
 import yaml
 
-from peso import assets
 from peso.adapters.lora import add_adapter
 from peso.cli import app, display
 from peso.cli.display import Terminal
@@ -33,6 +32,7 @@ from peso.evaluation.report.tables import Quantity, Table, to_csv, to_latex, to_
 from peso.failures import sentence
 from peso.model.backbone import small_llama
 from peso.runs.compare.schedule import Schedule
+from peso.runtime import assets
 
 SLOW = ("torch", "transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "faiss")
 
@@ -259,7 +259,7 @@ import sys, time
 from pathlib import Path
 from peso import assets, processes
 from peso.cli import app
-from peso.durable import write_aside
+from peso.runtime.files import write_aside
 
 def pull(*_, **__):
     with write_aside(Path("whole")) as aside:

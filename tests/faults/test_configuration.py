@@ -15,13 +15,13 @@ from strategy_runs import TREE, Runs, check_same_results
 from peso.config import TrainingConfig, load_config
 from peso.continual.hooks import Strategy
 from peso.determination import stage_shape
-from peso.durable import digest
 from peso.errors import ConfigError, PesoError, WorkspaceError
-from peso.progress import Silent
 from peso.runs import pipeline
 from peso.runs.models import strategy_of
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
+from peso.runtime.files import digest
+from peso.runtime.progress import Silent
 
 MADE = []
 

@@ -20,9 +20,9 @@ from peso.checks import check_configuration, rehearse
 from peso.config import load_config
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.model.backbone import byte_tokenizer, load_backbone, small_llama
-from peso.progress import Silent
 from peso.runs import pipeline
 from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 from peso.training.batches import plan_epoch
 
 TINY = {**TREE, "backbone": "tiny"}

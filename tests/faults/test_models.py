@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from peso.config import load_config
 from peso.determination import determination
 from peso.errors import BackboneError, PesoError
-from peso.manifest import write_manifest
-from peso.progress import Silent
 from peso.runs import evaluate, pipeline, report
 from peso.runs.models import answering_model, backbone_fingerprint, starting_model, trained_model
 from peso.runs.workspace import FORMAT, Workspace
+from peso.runtime.device import Precision
+from peso.runtime.manifest import write_manifest
+from peso.runtime.progress import Silent
 from peso.threads import threads
-from peso.training.precision import Precision
 
 ROUNDED = "training.precision=bfloat16"
 

@@ -23,9 +23,9 @@ from peso.evaluation.report.sections.section import Answers
 from peso.evaluation.report.sections.summary import averages_table
 from peso.evaluation.run_summary import RunSummary
 from peso.evaluation.sections.recommendations import recommendations
-from peso.progress import Silent
 from peso.runs import baselines, pipeline, report
 from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 
 STAGE = 4  # the newest of the made-up runs
 

@@ -14,13 +14,13 @@ import pytest
 from event_logs import write_log
 
 from peso.config import load_config
-from peso.durable import checksum
 from peso.evaluation.predictions import read_predictions
-from peso.progress import Silent
 from peso.runs import evaluate, pipeline
 from peso.runs import report as summary
 from peso.runs.estimate import estimate
 from peso.runs.workspace import Workspace
+from peso.runtime.files import checksum
+from peso.runtime.progress import Silent
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 50, "items": 30, "stages": 3}},

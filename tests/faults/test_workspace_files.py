@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 from peso.config import load_config
-from peso.durable import checksum, commit_directory, only_writer, write_aside
 from peso.errors import PesoError, TrainingError, WorkspaceError
-from peso.manifest import Manifest, read_manifest, replace_file, write_manifest
-from peso.progress import Silent
 from peso.runs import evaluate, pipeline
 from peso.runs import report as summary
 from peso.runs.baselines import baseline_summaries, found_baselines
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import FORMAT, Workspace
+from peso.runtime.files import checksum, commit_directory, only_writer, write_aside
+from peso.runtime.manifest import Manifest, read_manifest, replace_file, write_manifest
+from peso.runtime.progress import Silent
 from peso.training.checkpoint import Checkpoint, TrainingLog
 
 TREE = {
@@ -280,7 +280,7 @@ def test_killed_while_a_file_is_replaced_nothing_disagrees(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt), replace_file(tmp_path, "file", 1) as aside:
         aside.write_text("new")
     monkeypatch.undo()
-    from peso.manifest import intact
+    from peso.runtime.manifest import intact
 
     there = intact(tmp_path, "file", read_manifest(tmp_path, 1)).read_text()
     assert there == ("old" if step == "before the file" else "new")

@@ -13,7 +13,6 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from peso.durable import commit_directory
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.plots import Drawing, files, svg_element
@@ -22,6 +21,7 @@ from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import to_csv, to_latex, to_markdown
 from peso.evaluation.run_summary import RunSummary
 from peso.printable import printable
+from peso.runtime.files import commit_directory
 
 PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
 

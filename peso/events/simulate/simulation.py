@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from peso.durable import write_json
 from peso.errors import DataError
 from peso.events import columns
 from peso.events.histories import Stage
@@ -24,6 +23,7 @@ from peso.events.simulate.catalogue import Catalogue, make_catalogue
 from peso.events.simulate.market import FAVOURITE_WEIGHTS, KINDS, Behaviour, Market, make_market
 from peso.events.simulate.shoppers import Shoppers, make_shoppers, make_times
 from peso.events.stream import write_stream
+from peso.runtime.files import write_json
 
 RECENT = 20  # items back, a user seldom takes the same one again
 DRAWS = 3  # to find one that is not

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from peso.durable import digest, write_aside
+from peso.runtime.files import digest, write_aside
 
 PART = 10_000  # texts encoded between two writes: what an interrupted run loses at most
 

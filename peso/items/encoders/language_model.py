@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from peso import assets
-from peso.durable import checksum
 from peso.errors import ConfigError
+from peso.runtime import assets
+from peso.runtime.files import checksum
 
 BATCH_TOKENS = 8_192  # padded tokens of one forward pass
 _FILES = (".safetensors", ".bin", ".json", ".txt", ".model")

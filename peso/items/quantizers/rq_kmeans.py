@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from peso.items.quantizers.residual import BATCH, Fitted, ResidualCodebooks, squared_distances
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 
 ITERATIONS = 25
 POINTS_PER_CENTROID = 256  # more are sampled down: a mean is known well enough by then

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from peso.config import RqVaeConfig
 from peso.items.quantizers.residual import Fitted, Layers, ResidualCodebooks
-from peso.progress import Observer
+from peso.runtime.progress import Observer
 from peso.threads import threads
 
 DECAY = 0.99  # of the moving averages that the codebooks are

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peso.determination import stage_shape
-from peso.durable import digest
 from peso.runs.compare.plan import Plan, Task
 from peso.runs.compare.progress import is_done, pairs_across, standing
 from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate
 from peso.runs.evaluate import is_tested
 from peso.runs.workspace import Workspace
+from peso.runtime.files import digest
 
 
 @dataclass(frozen=True)

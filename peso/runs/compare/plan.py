@@ -30,9 +30,9 @@ from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, 
 from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
 from peso.config.model import BUILT_IN
 from peso.determination import stage_shape
-from peso.durable import digest
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
 from peso.runs.workspace import Workspace
+from peso.runtime.files import digest
 
 Kind = Literal["strategy", "transfer", "baseline"]
 

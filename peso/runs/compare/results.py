@@ -16,7 +16,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from peso.config.baselines import baseline_label
-from peso.durable import write_aside
 from peso.errors import WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.evaluation.report.page import write_report
@@ -28,6 +27,7 @@ from peso.runs.compare.plan import Plan, Run
 from peso.runs.compare.progress import Standing, choose, is_done, standing, validation_loss
 from peso.runs.evaluate import is_tested, read_metrics
 from peso.runs.workspace import Workspace
+from peso.runtime.files import write_aside
 
 RESULTS = "results"  # .parquet and .csv
 

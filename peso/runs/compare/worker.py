@@ -20,12 +20,12 @@ from typing import Any
 from peso.config.baselines import read_baseline
 from peso.events.stream import Stream
 from peso.failures import DONE, FAILED, debugging, explain, sentence
-from peso.processes import ended_by_sigterm
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.progress import pairs_across
 from peso.runs.evaluate import is_tested, test
 from peso.runs.workspace import Workspace
+from peso.runtime.processes import ended_by_sigterm
 
 OUT_OF_TIME = 75
 GRACE_SECONDS = 75.0  # longer than between two checkpoints
@@ -55,7 +55,7 @@ class Job:
 
 
 class Reporter:
-    """An Observer (peso/progress.py) that writes what happens as JSON lines, and ends work on time.
+    """An Observer (peso/runtime/progress.py) that writes what happens as JSON lines, and ends work on time.
 
     After the deadline a stage in training stops at its next checkpoint; a test, which has none, gets
     ``GRACE_SECONDS`` to finish.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peso.model.quiet import quiet_transformers
+from peso.runtime.quiet import quiet_transformers
 
 
 def convert_gguf(file: Path, directory: Path) -> None:

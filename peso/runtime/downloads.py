@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from peso.durable import checksum
+from peso.runtime.files import checksum
 
 TIMEOUT = 5  # seconds until a hub or a server counts as unreachable
 

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peso.durable import checksum, json_text, write_aside, write_atomically
 from peso.errors import DataError, WorkspaceError
-from peso.json_files import read_json_object
+from peso.runtime.files import checksum, json_text, read_json_object, write_aside, write_atomically
 
 MANIFEST = "manifest.json"
 FILES, OWN = "files", "sha256"

