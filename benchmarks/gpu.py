@@ -48,7 +48,6 @@ from usual_training import TARGETS, TEMPERATURE, ExpertWay, UsualWay
 
 from peso.adapters.lora import add_adapter
 from peso.config import TrainingConfig
-from peso.continual.hooks import Strategy
 from peso.decoding import search
 from peso.events.histories import Cases, TargetSequence
 from peso.items.semantic_ids import SemanticIds
@@ -62,6 +61,7 @@ from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
 from peso.training.loop import Progress, train_stage
 from peso.training.plan import StagePlan, most_targets
+from peso.training.strategies.strategy import Strategy
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import transformers_reference as generation

@@ -164,11 +164,11 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
     from torch.nn.modules.module import register_module_forward_hook
     from transformers import LlamaModel
 
-    from peso.continual.strategy import make_strategy
     from peso.runs import pipeline
     from peso.runs.workspace import Workspace
     from peso.training.movement import Movement
     from peso.training.penalty import Penalty
+    from peso.training.strategies.strategy import make_strategy
 
     watched: dict[str, float] = {}
     passes: Counter[str] = Counter()
@@ -259,10 +259,9 @@ def race(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace, fo
 
 def steps_of_a_stage(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace) -> int:
     """Optimiser steps of the last stage if nothing limits them, by its examples alone."""
-    from peso.continual.hooks import StageContext
-    from peso.continual.strategy import make_strategy
     from peso.events.stream import Stream
     from peso.runs.workspace import Workspace
+    from peso.training.strategies.strategy import StageContext, make_strategy
 
     stream = Stream.open(Workspace.open(base).stream_directory)
     config = configured(strategy, None, arguments.width, arguments.layers)

@@ -26,14 +26,14 @@ from typing import Any
 from peso.adapters.anchor_report import anchor_report
 from peso.adapters.groups import Group, find_groups
 from peso.config import Config
-from peso.continual.hooks import StageContext, Strategy
-from peso.continual.peso import Peso
-from peso.continual.single import SingleAdapter
 from peso.events.stream import Stream
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
 from peso.training.loop import train_stage
+from peso.training.strategies.peso import Peso
+from peso.training.strategies.single import SingleAdapter
+from peso.training.strategies.strategy import StageContext, Strategy
 
 STRENGTHS = (0.3, 1.0, 3.0)
 STAGE = 1

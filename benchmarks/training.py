@@ -44,7 +44,6 @@ from usual_training import BATCH, TARGETS, TEMPERATURE, Example, ExpertWay, Usua
 
 from peso.adapters.lora import add_adapter
 from peso.config import TrainingConfig
-from peso.continual.hooks import Strategy
 from peso.events.histories import Cases, TargetSequence
 from peso.events.release import read_release
 from peso.items.semantic_ids import SemanticIds
@@ -58,6 +57,7 @@ from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
 from peso.training.loop import Progress, train_stage
 from peso.training.plan import StagePlan, most_targets
+from peso.training.strategies.strategy import Strategy
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DROPOUT, RATE, SEED = 20, 0.05, 2e-5, 0

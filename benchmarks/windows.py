@@ -24,7 +24,6 @@ import numpy as np
 
 from peso.adapters.lora import add_adapter
 from peso.config import BackboneConfig, PromptConfig, TrainingConfig
-from peso.continual.hooks import Strategy
 from peso.decoding import search
 from peso.evaluation.metrics import hit, ndcg
 from peso.events.histories import Cases, TargetSequence
@@ -33,6 +32,7 @@ from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
 from peso.training.likelihood import target_log_probabilities
 from peso.training.loop import train_stage
+from peso.training.strategies.strategy import Strategy
 
 WINDOW = 20
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

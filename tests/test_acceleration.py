@@ -13,8 +13,6 @@ from plain_path import cases_of, random_sequences, with_adapter
 from torch.autograd.graph import saved_tensors_hooks
 
 from peso.config import TrainingConfig, load_config
-from peso.continual.hooks import Strategy
-from peso.continual.peso import Peso
 from peso.determination import stage_shape
 from peso.errors import ConfigError, TrainingError
 from peso.model.generative import GenerativeModel
@@ -22,6 +20,8 @@ from peso.runs.workspace import FORMAT, Workspace
 from peso.runtime.manifest import write_manifest
 from peso.training.acceleration import gradient_checkpointing
 from peso.training.loop import StageResult, train_stage
+from peso.training.strategies.peso import Peso
+from peso.training.strategies.strategy import Strategy
 
 SEQUENCES = random_sequences(0, count=8, longest=8)
 TREE: dict[str, Any] = {"data": "simulate", "backbone": "tiny"}

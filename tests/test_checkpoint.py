@@ -16,11 +16,11 @@ from plain_path import cases_of, random_sequences, with_adapter
 from torch import Tensor
 
 from peso.config import TrainingConfig
-from peso.continual.peso import Peso
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
 from peso.training.loop import Progress, StageResult, train_stage
+from peso.training.strategies.peso import Peso
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 EVERY_STEP, EPOCH_ENDS = 0.0, 1e9  # checkpoint_seconds

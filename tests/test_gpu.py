@@ -12,12 +12,12 @@ from plain_path import cases_of, random_sequences, with_adapter
 from test_shared_history import gradients, packed_batch, packed_loss
 
 from peso.config import TrainingConfig
-from peso.continual.peso import Peso
 from peso.decoding import search
 from peso.model.generative import GenerativeModel
 from peso.training.acceleration import compiled, gradient_checkpointing
 from peso.training.likelihood import target_log_probabilities
 from peso.training.loop import train_stage
+from peso.training.strategies.peso import Peso
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -13,12 +13,11 @@ from strategy_runs import RANK, SCALE, Runs, changes_at, factors, state
 from torch import Tensor
 
 from peso.adapters.earlier import lora_layers
-from peso.continual.inf_lora import protected
-from peso.continual.input_space import Protected
 from peso.events.stream import Stream
 from peso.runs.models import trained_model
 from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
+from peso.training.strategies.inf_lora import Protected, protected
 
 THRESHOLD = 0.9
 INF_LORA = {"name": "inf_lora", "threshold": THRESHOLD, "examples": 20}

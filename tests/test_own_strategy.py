@@ -15,11 +15,10 @@ import yaml
 from strategy_runs import Runs, check_same_results, factors, state
 
 from peso.config import load_config
-from peso.continual.hooks import StageContext, Strategy
-from peso.continual.strategy import make_strategy
 from peso.errors import ConfigError, TrainingError
 from peso.runs import pipeline
 from peso.runs.workspace import Workspace
+from peso.training.strategies.strategy import StageContext, Strategy, make_strategy
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "adding-a-strategy.md"
 

@@ -14,11 +14,11 @@ from strategy_runs import Runs, factors
 
 from peso.adapters.proximal import Term, find_term
 from peso.config import load_config
-from peso.continual.strategy import make_strategy
 from peso.errors import ConfigError
 from peso.runs import pipeline
 from peso.runs.models import strategy_of
 from peso.runs.workspace import Workspace
+from peso.training.strategies.strategy import make_strategy
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "proximal.md"
 

@@ -10,11 +10,11 @@ import torch
 from plain_path import cases_of, random_sequences, with_adapter
 
 from peso.config import TrainingConfig
-from peso.continual.hooks import Strategy
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.runtime.device import Precision
 from peso.training.loop import StageResult, train_stage
+from peso.training.strategies.strategy import Strategy
 
 CPU = torch.device("cpu")
 

@@ -15,12 +15,12 @@ import peso
 from peso.adapters import groups as groups_module
 from peso.adapters.groups import find_groups
 from peso.adapters.proximal import Term
-from peso.continual.hooks import StageContext
-from peso.continual.peso import Peso
 from peso.errors import TrainingError
 from peso.model.backbone import small_llama
 from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY
+from peso.training.strategies.peso import Peso
+from peso.training.strategies.strategy import StageContext
 
 
 def adapted(dtype: torch.dtype = torch.float32, rank: int = 4) -> peft.PeftModel:

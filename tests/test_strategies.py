@@ -10,12 +10,12 @@ from pydantic import TypeAdapter
 import peso
 from peso.adapters.groups import find_groups
 from peso.config import NoneConfig, PesoConfig, SingleConfig, StrategyConfig
-from peso.continual.none import NoUpdates
-from peso.continual.peso import Peso
-from peso.continual.single import SingleAdapter
-from peso.continual.strategy import StageContext, Strategy, make_strategy
 from peso.errors import TrainingError
 from peso.model.backbone import small_llama
+from peso.training.strategies.none import NoUpdates
+from peso.training.strategies.peso import Peso
+from peso.training.strategies.single import SingleAdapter
+from peso.training.strategies.strategy import StageContext, Strategy, make_strategy
 
 
 def stage(number: int) -> StageContext:
@@ -50,7 +50,7 @@ def test_no_configuration_is_without_its_strategy() -> None:
     schema = TypeAdapter(StrategyConfig).json_schema()
     for definition in schema["$defs"].values():
         name = definition["properties"]["name"]["const"]
-        options = {"module": "peso.continual.single.SingleAdapter"} if name == "custom" else {}
+        options = {"module": "peso.training.strategies.single.SingleAdapter"} if name == "custom" else {}
         made = make_strategy(TypeAdapter(StrategyConfig).validate_python({"name": name, **options}))
         assert isinstance(made, Strategy)
 

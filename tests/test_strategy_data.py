@@ -15,10 +15,6 @@ from scipy.stats import chisquare
 from strategy_runs import Runs, check_same_results, state
 from torch import Tensor, nn
 
-from peso.continual.hooks import StageContext
-from peso.continual.inf_lora import InfLora
-from peso.continual.replay import Replay, stored, trimmed
-from peso.continual.retrain import Retrain
 from peso.errors import TrainingError
 from peso.events.histories import TargetSequence
 from peso.events.stream import Stream
@@ -27,6 +23,10 @@ from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
 from peso.training.batches import cut
 from peso.training.examples import StageExamples
+from peso.training.strategies.inf_lora import InfLora
+from peso.training.strategies.replay import Replay, stored, trimmed
+from peso.training.strategies.retrain import Retrain
+from peso.training.strategies.strategy import StageContext
 
 WINDOW = 5
 

@@ -14,8 +14,6 @@ from strategy_runs import STILL, Runs, check_same_results, factors, rows, state
 from torch import Tensor
 
 from peso.config import TrainingConfig
-from peso.continual.distill import Distill
-from peso.continual.hooks import StageContext
 from peso.model.generative import GenerativeModel
 from peso.runs import pipeline
 from peso.runs.models import trained_model
@@ -23,6 +21,8 @@ from peso.runs.workspace import Workspace
 from peso.training.likelihood import target_states
 from peso.training.penalty import TrainingPass
 from peso.training.plan import StagePlan
+from peso.training.strategies.distill import Distill
+from peso.training.strategies.strategy import StageContext
 
 pytestmark = pytest.mark.slow  # whole runs
 

@@ -11,8 +11,8 @@ from strategy_runs import RANK, SCALE, STILL, Runs, changes_at, factors, state
 from torch import Tensor
 
 from peso.adapters.earlier import Past
-from peso.continual.o_lora import OLora
 from peso.runs.workspace import Workspace
+from peso.training.strategies.o_lora import OLora
 
 VARIANTS = list(itertools.product(("all", "latest"), (False, True)))
 
@@ -136,8 +136,8 @@ def test_the_penalty_of_o_lora_drives_overlaps_down(runs: Runs) -> None:
 
 
 def test_the_penalty_of_o_lora_is_its_formula(runs: Runs) -> None:
-    from peso.continual.hooks import StageContext
     from peso.runs.models import starting_model, stored_memory
+    from peso.training.strategies.strategy import StageContext
 
     workspace = runs({"name": "o_lora", "weight": 0.0})
     model = starting_model(workspace, 2)

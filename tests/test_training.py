@@ -19,7 +19,6 @@ from transformers import LlamaConfig, get_cosine_schedule_with_warmup, get_linea
 
 from peso.adapters.lora import adapter_parameters
 from peso.config import TrainingConfig
-from peso.continual.hooks import StageContext, Strategy
 from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
@@ -30,6 +29,7 @@ from peso.training import plan as plan_module
 from peso.training.likelihood import tokens_of_target, validation_loss
 from peso.training.loop import Progress, StageResult, train_stage
 from peso.training.plan import StagePlan
+from peso.training.strategies.strategy import StageContext, Strategy
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 

@@ -14,8 +14,6 @@ from plain_path import cases_of, random_sequences
 from torch import Tensor
 
 from peso.config import TrainingConfig
-from peso.continual.hooks import ForwardPass, StageContext, Strategy
-from peso.continual.peso import Peso
 from peso.decoding import search
 from peso.errors import DataError, PesoError
 from peso.events.histories import TargetSequence
@@ -23,6 +21,8 @@ from peso.model.generative import GenerativeModel
 from peso.runtime.processes import ALONE, Processes, join
 from peso.training.likelihood import target_log_probabilities
 from peso.training.loop import Progress, train_stage
+from peso.training.strategies.peso import Peso
+from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 
 MANY = random_sequences(0, count=12, longest=8)
 ONE = [

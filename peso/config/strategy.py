@@ -39,7 +39,7 @@ class StrategySection(Section):
 class NoneConfig(StrategySection):
     """Only stage 0 is learnt; later stages inherit it unchanged."""
 
-    home = "peso.continual.none.NoUpdates"
+    home = "peso.training.strategies.none.NoUpdates"
     reads = frozenset({"past"})
     name: Literal["none"]
 
@@ -47,14 +47,14 @@ class NoneConfig(StrategySection):
 class SingleConfig(StrategySection):
     """One adapter, fine-tuned on every stage from where the last one left it."""
 
-    home = "peso.continual.single.SingleAdapter"
+    home = "peso.training.strategies.single.SingleAdapter"
     name: Literal["single"]
 
 
 class PesoConfig(StrategySection):
     """``single``, kept near its last state by a proximal term."""
 
-    home = "peso.continual.peso.Peso"
+    home = "peso.training.strategies.peso.Peso"
     name: Literal["peso"]
     proximal: str = Field(
         "softmax_kl",
@@ -118,7 +118,7 @@ def _term(name: Any) -> Any:
 class SumLoraConfig(StrategySection):
     """A new adapter beside the frozen ones of earlier stages, each factor of these divided by its norm."""
 
-    home = "peso.continual.sum_lora.SumLora"
+    home = "peso.training.strategies.sum_lora.SumLora"
     reads = frozenset({"past"})
     name: Literal["sum_lora"]
     history: History = "all"
@@ -128,7 +128,7 @@ class SumLoraConfig(StrategySection):
 class SdLoraConfig(StrategySection):
     """``sum_lora`` with a learnable magnitude for every earlier adapter (SD-LoRA)."""
 
-    home = "peso.continual.sd_lora.SdLora"
+    home = "peso.training.strategies.sum_lora.SdLora"
     reads = frozenset({"past"})
     name: Literal["sd_lora"]
     history: History = "all"
@@ -138,7 +138,7 @@ class SdLoraConfig(StrategySection):
 class InfLoraConfig(StrategySection):
     """A new adapter whose A spans directions free of earlier inputs, B alone trained (InfLoRA)."""
 
-    home = "peso.continual.inf_lora.InfLora"
+    home = "peso.training.strategies.inf_lora.InfLora"
     reads = frozenset({"past", "inputs"})
     needs = frozenset({"inputs"})
     name: Literal["inf_lora"]
@@ -149,7 +149,7 @@ class InfLoraConfig(StrategySection):
 class OLoraConfig(StrategySection):
     """A new adapter, penalised for overlapping with the A of earlier ones (O-LoRA)."""
 
-    home = "peso.continual.o_lora.OLora"
+    home = "peso.training.strategies.o_lora.OLora"
     reads = frozenset({"past"})
     name: Literal["o_lora"]
     weight: float = Field(0.5, ge=0)
@@ -158,7 +158,7 @@ class OLoraConfig(StrategySection):
 class LsatConfig(StrategySection):
     """A long-term adapter on all data so far and a short-term one on the new stage, fused (LSAT)."""
 
-    home = "peso.continual.lsat.Lsat"
+    home = "peso.training.strategies.lsat.Lsat"
     anew = True
     name: Literal["lsat"]
     fusion: Literal["outputs", "arithmetic"] = "outputs"
@@ -168,7 +168,7 @@ class LsatConfig(StrategySection):
 class ReplayConfig(StrategySection):
     """``single`` on the new stage and a sample of earlier ones of fixed size (reservoir)."""
 
-    home = "peso.continual.replay.Replay"
+    home = "peso.training.strategies.replay.Replay"
     reads = needs = frozenset({"replay"})
     name: Literal["replay"]
     budget: int = Field(1000, ge=1, description="target sequences of earlier stages that are kept")
@@ -177,7 +177,7 @@ class ReplayConfig(StrategySection):
 class DistillConfig(StrategySection):
     """``single`` with the model of the previous stage as teacher on the new data."""
 
-    home = "peso.continual.distill.Distill"
+    home = "peso.training.strategies.distill.Distill"
     name: Literal["distill"]
     weight: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, gt=0)
@@ -186,7 +186,7 @@ class DistillConfig(StrategySection):
 class AverageConfig(StrategySection):
     """``single``, each stage's result averaged with what came before it."""
 
-    home = "peso.continual.average.Average"
+    home = "peso.training.strategies.average.Average"
     name: Literal["average"]
     share: float = Field(0.5, gt=0, le=1, description="weight of the newest stage in the running average")
 
@@ -194,7 +194,7 @@ class AverageConfig(StrategySection):
 class RetrainConfig(StrategySection):
     """One adapter, learnt anew at every stage on all data so far."""
 
-    home = "peso.continual.retrain.Retrain"
+    home = "peso.training.strategies.retrain.Retrain"
     anew = True
     name: Literal["retrain"]
 
@@ -202,7 +202,7 @@ class RetrainConfig(StrategySection):
 class FullConfig(StrategySection):
     """All weights of the backbone, fine-tuned on every stage."""
 
-    home = "peso.continual.full.FullFineTuning"
+    home = "peso.training.strategies.full.FullFineTuning"
     reads = frozenset({"backbone"})
     name: Literal["full"]
 
@@ -210,7 +210,7 @@ class FullConfig(StrategySection):
 class CustomConfig(StrategySection):
     """A strategy of one's own: ``module`` is a class that Python can import, made with ``options``."""
 
-    home = "peso.continual.hooks.Strategy"
+    home = "peso.training.strategies.strategy.Strategy"
     name: Literal["custom"]
     module: str = Field(description="e.g. my_package.my_strategy.MyStrategy")
     arguments: dict[str, Any] = Field(default={}, description="given to it as keyword arguments")

@@ -25,8 +25,6 @@ from peso.adapters.directions import (
 )
 from peso.adapters.groups import Group, Source, find_groups
 from peso.adapters.proximal import DistanceTerm, SoftmaxKL
-from peso.continual.hooks import StageContext
-from peso.continual.peso import Peso
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.report.plots import Plot, Series
 from peso.events.stream import Stream
@@ -36,6 +34,8 @@ from peso.runs.models import load_stage, starting_model, stored_memory, strategy
 from peso.runs.workspace import Workspace
 from peso.threads import threads
 from peso.training.examples import StageExamples
+from peso.training.strategies.peso import Peso
+from peso.training.strategies.strategy import StageContext
 
 At = Literal["start", "end"]
 MOVES_ONE_ADAPTER = ("single", "peso", "replay", "distill", "average")

@@ -35,7 +35,6 @@ from peso.config.baselines import (
     is_random,
 )
 from peso.config.strategy import DistillConfig, LsatConfig, StrategyConfig
-from peso.continual.hooks import Examples, StageContext
 from peso.decoding import search
 from peso.events.histories import Ragged, Stage, TargetSequence
 from peso.events.stream import Stream
@@ -56,6 +55,7 @@ from peso.runtime.progress import Observer, Silent
 from peso.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.loop import StagePlan, most_targets, peak_memory
+from peso.training.strategies.strategy import Examples, StageContext
 
 TIMED_USERS = 100
 EASE_ITEMS = 1500  # that the dense system is timed with
@@ -192,7 +192,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Examples:
-    """As much of :class:`peso.continual.hooks.Examples` as a strategy needs to choose from what to learn."""
+    """As much of :class:`peso.training.strategies.strategy.Examples` as a strategy needs to choose from what to learn."""
 
     window: int
     of: Callable[[int], Sequence[TargetSequence]]

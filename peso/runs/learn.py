@@ -20,7 +20,6 @@ from torch import Tensor
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_report
 from peso.adapters.groups import find_groups
 from peso.config import Config, TrainingConfig
-from peso.continual.hooks import StageContext, Strategy
 from peso.determination import determination
 from peso.errors import WorkspaceError
 from peso.events.stream import Stream, stage_file
@@ -46,6 +45,7 @@ from peso.runtime.progress import Observer
 from peso.threads import threads
 from peso.training.examples import StageExamples
 from peso.training.loop import Progress, StageResult, train_stage
+from peso.training.strategies.strategy import StageContext, Strategy
 
 FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in training left
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from peso.adapters.earlier import Past, put_past
 from peso.adapters.lora import weights_without_adapter
 from peso.config.model import BUILT_IN
-from peso.continual.strategy import Strategy, make_strategy
 from peso.determination import require_as_determined
 from peso.errors import BackboneError, ConfigError, WorkspaceError
 from peso.items.index_files import read_semantic_ids
@@ -27,6 +26,7 @@ from peso.model.inference import for_inference
 from peso.runs.workspace import FORMAT, Workspace, own_strategy
 from peso.runtime.device import Precision
 from peso.runtime.manifest import all_intact, read_manifest
+from peso.training.strategies.strategy import Strategy, make_strategy
 
 MEMORY = "state.safetensors"
 AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on

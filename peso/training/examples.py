@@ -29,7 +29,7 @@ from peso.training.plan import budget, most_targets
 
 
 class StageExamples:
-    """See :class:`peso.continual.hooks.Examples`.
+    """See :class:`peso.training.strategies.strategy.Examples`.
 
     Args:
         stage: the stage of a number.

@@ -27,7 +27,6 @@ from transformers import get_scheduler
 from peso.adapters.fused import fast_dropout, fused_lora
 from peso.adapters.lora import adapter_parameters
 from peso.config import TrainingConfig
-from peso.continual.hooks import StageContext, Strategy
 from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
@@ -42,6 +41,7 @@ from peso.training.likelihood import target_states, tokens_of_target, validation
 from peso.training.movement import Movement
 from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
+from peso.training.strategies.strategy import StageContext, Strategy
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Penalty:
 
 
 class TrainingPass:
-    """One forward pass of a training step, see :class:`peso.continual.hooks.ForwardPass`."""
+    """One forward pass of a training step, see :class:`peso.training.strategies.strategy.ForwardPass`."""
 
     def __init__(self, model: GenerativeModel, packed: Packed, states: Tensor, temperature: float) -> None:
         self.targets = packed.targets

@@ -13,7 +13,6 @@ import yaml
 from strategy_runs import TREE, Runs, check_same_results
 
 from peso.config import TrainingConfig, load_config
-from peso.continual.hooks import Strategy
 from peso.determination import stage_shape
 from peso.errors import ConfigError, PesoError, WorkspaceError
 from peso.runs import pipeline
@@ -22,6 +21,7 @@ from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 from peso.runtime.progress import Silent
+from peso.training.strategies.strategy import Strategy
 
 MADE = []
 

@@ -77,8 +77,14 @@ def test_a_size_or_name_that_cannot_be_is_refused_at_once(override: str, message
         ("training.device=cuda:99", r"training\.device 'cuda:99'"),
         ("training.device=nonsense", r"training\.device 'nonsense'"),
         ("strategy={name: custom, module: os.system}", "not a subclass"),
-        ("strategy={name: custom, module: peso.continual.peso.Peso, arguments: {x: 1}}", "cannot be made"),
-        ("strategy={name: custom, module: peso.continual.peso.Peso, arguments: {proximal: l3}}", "l3"),
+        (
+            "strategy={name: custom, module: peso.training.strategies.peso.Peso, arguments: {x: 1}}",
+            "cannot be made",
+        ),
+        (
+            "strategy={name: custom, module: peso.training.strategies.peso.Peso, arguments: {proximal: l3}}",
+            "l3",
+        ),
     ],
 )
 def test_a_run_refuses_before_it_reads_data(tmp_path: Path, override: str, message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from peso.adapters.earlier import Past, put_past, read_adapter, read_past
 from peso.adapters.lora import redraw_adapter
-from peso.continual.hooks import StageContext, Strategy
+from peso.training.strategies.strategy import StageContext, Strategy
 
 TINY = 1e-30  # a norm to divide by where there is none
 
@@ -48,3 +48,11 @@ def normalised(adapter: Past) -> Past:
         adapter.ranks,
         adapter.magnitudes,
     )
+
+
+class SdLora(SumLora):
+    """``sum_lora`` whose past adapters are each multiplied by a number that learns with the new one:
+    W + Σ_{i<t} m_i B̄_i Ā_i + s B_t A_t. A magnitude begins at s = alpha / rank and goes on where the last
+    stage left it."""
+
+    train_magnitudes = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peso.continual.hooks import StageContext, Strategy
+from peso.training.strategies.strategy import StageContext, Strategy
 
 
 class Average(Strategy):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from peso.adapters.earlier import Past, lora_layers, put_adapter, read_adapter
 from peso.adapters.lora import redraw_adapter
-from peso.continual.hooks import StageContext, Strategy
-from peso.continual.retrain import everything
 from peso.events.histories import TargetSequence
 from peso.model.ensemble import Ensemble, twin
+from peso.training.strategies.retrain import everything
+from peso.training.strategies.strategy import StageContext, Strategy
 
 LONG, SHORT = "long-term", "short-term"
 PREFIX, ROWS = "lsat.", "lsat.vocabulary."

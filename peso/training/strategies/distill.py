@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peso.continual.hooks import ForwardPass, StageContext, Strategy
+from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 
 
 class Distill(Strategy):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peso.continual.hooks import StageContext, Strategy
 from peso.events.histories import TargetSequence
+from peso.training.strategies.strategy import StageContext, Strategy
 
 
 class Retrain(Strategy):

@@ -8,7 +8,7 @@ from torch import Tensor
 from peso.adapters.earlier import Past, put_past, read_adapter
 from peso.adapters.groups import find_groups
 from peso.adapters.lora import redraw_adapter
-from peso.continual.hooks import StageContext, Strategy
+from peso.training.strategies.strategy import StageContext, Strategy
 
 
 class OLora(Strategy):

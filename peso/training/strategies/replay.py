@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peso.continual.hooks import StageContext, Strategy
 from peso.events.histories import TargetSequence
+from peso.training.strategies.strategy import StageContext, Strategy
 
 VALUES, OFFSETS, FIRST, SEEN = "replay.items", "replay.offsets", "replay.first_target", "replay.seen"
 

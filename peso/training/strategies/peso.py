@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peso.adapters.groups import Group, find_groups
 from peso.adapters.proximal import find_term
 from peso.config import PesoConfig
-from peso.continual.hooks import ForwardPass, StageContext, Strategy
+from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 
 
 class Peso(Strategy):

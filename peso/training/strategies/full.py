@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peso.continual.hooks import Strategy
+from peso.training.strategies.strategy import Strategy
 
 
 class FullFineTuning(Strategy):
