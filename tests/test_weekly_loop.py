@@ -11,11 +11,11 @@ import pytest
 from event_logs import write_log
 
 from peso.cli import app as cli
-from peso.determination import determination
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.runs import evaluate, pipeline, report
+from peso.runs.determination import determination
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peso.config.baselines import NetworkOptions
 from peso.runtime.device import reproducible
 from peso.runtime.progress import Observer
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 MAX_GRADIENT_NORM = 1.0
 

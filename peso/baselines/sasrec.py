@@ -28,7 +28,7 @@ from peso.config.baselines import SasRecConfig
 from peso.errors import ConfigError
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.progress import Observer
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 WEIGHTS = "sasrec.safetensors"
 NO_TARGET = -1

@@ -33,7 +33,7 @@ from peso.baselines.fitting import fit, mean_target_loss, seeded
 from peso.config.baselines import TwoTowerConfig
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.progress import Observer
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 WEIGHTS, USERS = "two_tower.safetensors", "users.json"
 

@@ -15,8 +15,16 @@ import typer.core
 
 from peso.cli import baseline, compare, demo, diagnose, models, recommend, run, steps
 from peso.errors import DataError, UsageError
-from peso.failures import FAILED, INTERRUPTED, MISUSED, TERMINATED, explain, installed_version, sentence
-from peso.printable import printable
+from peso.runtime.failures import (
+    FAILED,
+    INTERRUPTED,
+    MISUSED,
+    TERMINATED,
+    explain,
+    installed_version,
+    sentence,
+)
+from peso.runtime.printable import printable
 from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
 
 TOGETHER = ("run", "train", "update", "evaluate")  # commands that several processes may share
@@ -122,7 +130,7 @@ def _run() -> int:
 
 
 def main() -> None:
-    """Entry point; the exit statuses are those of :mod:`peso.failures`."""
+    """Entry point; the exit statuses are those of :mod:`peso.runtime.failures`."""
     _prepare_streams()
     status = _run()
     if status in (INTERRUPTED, TERMINATED):

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from peso.printable import printable
+from peso.runtime.printable import printable
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
 

@@ -37,8 +37,8 @@ def run(
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """
-    from peso.checks import check_configuration
     from peso.config import load_config
+    from peso.runs.checks import check_configuration
     from peso.runs.workspace import Workspace
     from peso.runtime.processes import join
 

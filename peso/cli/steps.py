@@ -136,7 +136,7 @@ def _append(
 
     from peso.config import changed_keys, load_config
     from peso.runs import pipeline
-    from peso.undo import stages_named
+    from peso.runs.undo import stages_named
 
     new = [f"data.format={data_format}"] if data_format else []
     new += [f"data.path={_quoted(source)}"] if source else []
@@ -324,8 +324,8 @@ def undo(
     """
     from dataclasses import asdict
 
-    from peso.undo import last_step
-    from peso.undo import undo as remove
+    from peso.runs.undo import last_step
+    from peso.runs.undo import undo as remove
 
     opened = Workspace.open(workspace)
     with opened.lock():

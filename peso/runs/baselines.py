@@ -39,7 +39,7 @@ from peso.runs.workspace import METRICS, PREDICTIONS, Workspace, provenance
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, write_json
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.runtime.progress import Observer
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 if TYPE_CHECKING:
     from peso.baselines.answers import Answerer, BaselineAnswers

@@ -32,7 +32,7 @@ from peso.model.build import has_adapter
 from peso.model.generative import GenerativeModel
 from peso.runs.models import load_stage, starting_model, stored_memory, strategy_of
 from peso.runs.workspace import Workspace
-from peso.threads import threads
+from peso.runtime.threads import threads
 from peso.training.examples import StageExamples
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import StageContext

@@ -52,7 +52,7 @@ from peso.runs.workspace import Workspace
 from peso.runtime import assets
 from peso.runtime.device import Precision
 from peso.runtime.progress import Observer, Silent
-from peso.threads import threads
+from peso.runtime.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.loop import StagePlan, most_targets, peak_memory
 from peso.training.strategies.strategy import Examples, StageContext

@@ -17,7 +17,7 @@ from peso.runtime.files import digest, json_text
 from peso.runtime.manifest import REPLACING, read_manifest, replace_file
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 
 def test_directory(workspace: Workspace, stage: int, on: int) -> Path:

@@ -20,13 +20,13 @@ from torch import Tensor
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_report
 from peso.adapters.groups import find_groups
 from peso.config import Config, TrainingConfig
-from peso.determination import determination
 from peso.errors import WorkspaceError
 from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
+from peso.runs.determination import determination
 from peso.runs.models import (
     backbone_fingerprint,
     inherited_memory,
@@ -42,7 +42,7 @@ from peso.runtime.files import commit_directory, read_json_lines, read_sealed, w
 from peso.runtime.manifest import read_manifest, write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
-from peso.threads import threads
+from peso.runtime.threads import threads
 from peso.training.examples import StageExamples
 from peso.training.loop import Progress, StageResult, train_stage
 from peso.training.strategies.strategy import StageContext, Strategy

@@ -17,12 +17,12 @@ from torch import Tensor
 from peso.adapters.earlier import Past, put_past
 from peso.adapters.lora import weights_without_adapter
 from peso.config.model import BUILT_IN
-from peso.determination import require_as_determined
 from peso.errors import BackboneError, ConfigError, WorkspaceError
 from peso.items.index_files import read_semantic_ids
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
+from peso.runs.determination import require_as_determined
 from peso.runs.workspace import FORMAT, Workspace, own_strategy
 from peso.runtime.device import Precision
 from peso.runtime.manifest import all_intact, read_manifest

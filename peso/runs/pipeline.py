@@ -16,9 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peso.checks import check_configuration, rehearse
 from peso.config import DataConfig, changed_keys
-from peso.determination import changed_shape, determination
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
 from peso.events.append import update_items as fill_corrected_stream
@@ -29,6 +27,8 @@ from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.checks import check_configuration, rehearse
+from peso.runs.determination import changed_shape, determination
 from peso.runs.evaluate import is_tested, test, test_directory
 from peso.runs.report import read_user_table, tell_found
 from peso.runs.workspace import FORMAT, METRICS, Workspace, refuse_own
@@ -37,7 +37,7 @@ from peso.runtime.files import commit_directory, link, remove_directory
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 # -- what is left to do ------------------------------------------------------------------------------
 
@@ -313,7 +313,7 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
 
 
 def rehearse_stages(workspace: Workspace, observer: Observer) -> None:
-    """Fetch the backbone if need be, and find what a stage would come upon, see :mod:`peso.checks`."""
+    """Fetch the backbone if need be, and find what a stage would come upon, see :mod:`peso.runs.checks`."""
     from peso.runs.learn import pull_backbone
 
     check_configuration(workspace.config)

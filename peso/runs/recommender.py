@@ -21,7 +21,7 @@ from peso.items.semantic_ids import SemanticIds
 from peso.runs.workspace import Workspace, refuse_own
 from peso.runtime.files import require_new, write_aside
 from peso.runtime.progress import Observer, Silent
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel

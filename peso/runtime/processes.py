@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from peso.errors import ConfigError, LostProcess, PesoError, TrainingError
-from peso.failures import TERMINATED
+from peso.runtime.failures import TERMINATED
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,10 +18,10 @@ from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids, write_release_index
 from peso.runs import evaluate, pipeline
 from peso.runs import report as summary
+from peso.runs.undo import last_step
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 from peso.runtime.progress import Silent
-from peso.undo import last_step
 
 T = 1_600_000_000
 EVENTS = [(f"u{k % 12}", f"i{(k * 7 + k // 12) % 20}", T + k * 3600) for k in range(200)]
@@ -600,7 +600,7 @@ def command(root: Path, name: str, logs: Path) -> Callable[[], object]:
                     workspace, workspace.config.data.model_copy(update={"items": table_of}), Silent()
                 )
             else:
-                from peso.undo import undo
+                from peso.runs.undo import undo
 
                 undo(workspace, last_step(workspace), Silent())
 

@@ -29,10 +29,10 @@ from peso.cli.display import Terminal
 from peso.evaluation.report.page import render_page
 from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Quantity, Table, to_csv, to_latex, to_markdown
-from peso.failures import sentence
 from peso.model.backbone import small_llama
 from peso.runs.compare.schedule import Schedule
 from peso.runtime import assets
+from peso.runtime.failures import sentence
 
 SLOW = ("torch", "transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "faiss")
 

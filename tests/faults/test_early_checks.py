@@ -16,11 +16,11 @@ import torch
 import yaml
 from strategy_runs import TREE
 
-from peso.checks import check_configuration, rehearse
 from peso.config import load_config
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.model.backbone import byte_tokenizer, load_backbone, small_llama
 from peso.runs import pipeline
+from peso.runs.checks import check_configuration, rehearse
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 from peso.training.batches import plan_epoch
@@ -30,7 +30,7 @@ TINY = {**TREE, "backbone": "tiny"}
 
 @pytest.fixture(autouse=True)
 def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peso.memory.machine_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr("peso.runtime.memory.machine_memory", lambda: 8 * 2**30)
 
 
 @pytest.mark.parametrize(

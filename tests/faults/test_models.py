@@ -18,15 +18,15 @@ from strategy_runs import Runs
 from transformers import AutoModelForCausalLM
 
 from peso.config import load_config
-from peso.determination import determination
 from peso.errors import BackboneError, PesoError
 from peso.runs import evaluate, pipeline, report
+from peso.runs.determination import determination
 from peso.runs.models import answering_model, backbone_fingerprint, starting_model, trained_model
 from peso.runs.workspace import FORMAT, Workspace
 from peso.runtime.device import Precision
 from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Silent
-from peso.threads import threads
+from peso.runtime.threads import threads
 
 ROUNDED = "training.precision=bfloat16"
 
@@ -208,7 +208,7 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(3)
     for name in ("OMP_NUM_THREADS", "PESO_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("peso.threads._told", 0)
+    monkeypatch.setattr("peso.runtime.threads._told", 0)
     yield
     assert torch.get_num_threads() == 3  # whatever happened, as before
     torch.set_num_threads(before)

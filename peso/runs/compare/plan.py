@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from peso.checks import rehearse
 from peso.config import (
     AdapterConfig,
     Config,
@@ -29,8 +28,9 @@ from peso.config import (
 from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
 from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
 from peso.config.model import BUILT_IN
-from peso.determination import stage_shape
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
+from peso.runs.checks import rehearse
+from peso.runs.determination import stage_shape
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 
@@ -146,7 +146,7 @@ class Plan:
                 Workspace.preview(task.root, task.config)
 
     def rehearse(self) -> None:
-        """Find what is wrong with any variant before the first is begun, see :mod:`peso.checks`.
+        """Find what is wrong with any variant before the first is begun, see :mod:`peso.runs.checks`.
 
         Raises:
             PesoError: says of which run.

@@ -19,12 +19,12 @@ from typing import Any
 
 from peso.config.baselines import read_baseline
 from peso.events.stream import Stream
-from peso.failures import DONE, FAILED, debugging, explain, sentence
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.progress import pairs_across
 from peso.runs.evaluate import is_tested, test
 from peso.runs.workspace import Workspace
+from peso.runtime.failures import DONE, FAILED, debugging, explain, sentence
 from peso.runtime.processes import ended_by_sigterm
 
 OUT_OF_TIME = 75
