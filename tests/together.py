@@ -1,4 +1,4 @@
-"""What `tests/test_processes.py` starts in several processes; each writes what it found to a file of its own.
+"""What `tests/runs/test_processes.py` starts in several processes; each writes what it found to a file of its own.
 
 torchrun --nproc-per-node N tests/together.py DIRECTORY
 """

@@ -141,14 +141,14 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path
     kills = 0
     for _ in range(4):
         before = _steps(root)
-        process = subprocess.Popen([sys.executable, str(script)], cwd=Path(__file__).parent.parent)
+        process = subprocess.Popen([sys.executable, str(script)], cwd=Path(__file__).parents[2])
         while process.poll() is None and _steps(root) < before + 3:
             time.sleep(0.02)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-    subprocess.run([sys.executable, str(script)], cwd=Path(__file__).parent.parent, check=True)
+    subprocess.run([sys.executable, str(script)], cwd=Path(__file__).parents[2], check=True)
     assert kills > 0, "the run was over before it could be killed"
     assert result_files(Workspace.open(root)) == result_files(finished)
 

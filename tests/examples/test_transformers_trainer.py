@@ -16,7 +16,7 @@ from peso.adapters.anchor_report import anchor_report
 from peso.adapters.groups import find_groups
 from peso.model.backbone import small_llama
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_trainer.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "transformers_trainer.py"
 
 
 @pytest.fixture(scope="module")

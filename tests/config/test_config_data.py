@@ -12,7 +12,7 @@ import yaml
 from peso.config import Config, dump_config, load_config
 from peso.errors import ConfigError
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def load(**data: Any) -> Config:

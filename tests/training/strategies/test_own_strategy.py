@@ -20,7 +20,7 @@ from peso.runs import pipeline
 from peso.runs.workspace import Workspace
 from peso.training.strategies.strategy import StageContext, Strategy, make_strategy
 
-DOC = Path(__file__).resolve().parent.parent / "docs" / "adding-a-strategy.md"
+DOC = Path(__file__).resolve().parents[3] / "docs" / "adding-a-strategy.md"
 
 
 @pytest.fixture

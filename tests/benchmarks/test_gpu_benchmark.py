@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_a_killed_process_continues_bit_for_bit(
 ) -> None:
     start, kept = tmp_path / "model.pt", tmp_path / "kept.pt"
     torch.save(with_adapter(make_model("stream", "semantic"), dropout=0.1), start)
-    command = [sys.executable, "-c", SCRIPT, Path(__file__).parent, start, tmp_path / "parts", kept]
+    command = [sys.executable, "-c", SCRIPT, Path(__file__).parents[1], start, tmp_path / "parts", kept]
     for last in (3, 9):
         process = subprocess.Popen([str(x) for x in command], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None

@@ -20,7 +20,7 @@ from peso.runs.models import strategy_of
 from peso.runs.workspace import Workspace
 from peso.training.strategies.strategy import make_strategy
 
-DOC = Path(__file__).resolve().parent.parent / "docs" / "proximal.md"
+DOC = Path(__file__).resolve().parents[2] / "docs" / "proximal.md"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from peso.model import backbone_checks
 from peso.model.backbone import byte_tokenizer, embedding_scale, load_backbone, small_llama
 from peso.runtime import assets
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
     "vocab_size": 264,  # a few rows more than the tokenizer has tokens, as many checkpoints have
     "hidden_size": 32,

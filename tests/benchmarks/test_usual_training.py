@@ -16,7 +16,7 @@ from peso.events.histories import TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.training.likelihood import validation_loss
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from usual_training import TARGETS, Example, ExpertWay, UsualWay
 
 SEQUENCES = [

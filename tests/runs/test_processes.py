@@ -30,7 +30,7 @@ from peso.runtime.processes import ALONE
 from peso.runtime.progress import Silent
 from peso.training.batches import deal
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {
     **os.environ,

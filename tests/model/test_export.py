@@ -25,7 +25,7 @@ from peso.model.export import PromptText, export_merged, export_peft
 from peso.model.generative import GenerativeModel
 from peso.runtime import assets
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = random_semantic_ids(30, (5, 6, 7))
 # name → (family, what its configuration needs beside the common part, layout)
 BACKBONES = {

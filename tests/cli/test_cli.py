@@ -11,7 +11,7 @@ import pytest
 from peso.cli import app as cli
 from peso.events.stream import Stream
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

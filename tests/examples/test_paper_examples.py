@@ -8,7 +8,7 @@ import pytest
 
 from peso.runs.compare.plan import Plan, make_plan
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SHARED = ["compare.seeds=[0,1,2,3,4]"]
 
 
