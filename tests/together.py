@@ -1,4 +1,4 @@
-"""What `tests/runs/test_processes.py` starts in several processes; each writes what it found to a file of its own.
+"""Started by `tests/runs/test_processes.py` in several processes; each writes what it found to its own file.
 
 torchrun --nproc-per-node N tests/together.py DIRECTORY
 """

@@ -38,7 +38,7 @@ SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line e
 
 
 class Terminal:
-    """An Observer (peso/runtime/progress.py) that draws one bar; where stderr is no terminal, it writes lines."""
+    """An Observer (peso/runtime/progress.py) with one bar, or with lines where stderr is not a terminal."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)

@@ -192,7 +192,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Examples:
-    """As much of :class:`peso.training.strategies.strategy.Examples` as a strategy needs to choose from what to learn."""
+    """The part of :class:`peso.training.strategies.strategy.Examples` with which a strategy chooses."""
 
     window: int
     of: Callable[[int], Sequence[TargetSequence]]

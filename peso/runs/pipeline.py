@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peso.config import DataConfig, changed_keys
+from peso.config.shape import changed_shape
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
 from peso.events.append import update_items as fill_corrected_stream
@@ -28,7 +29,7 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.checks import check_configuration, rehearse
-from peso.runs.determination import changed_shape, determination
+from peso.runs.determination import determination
 from peso.runs.evaluate import is_tested, test, test_directory
 from peso.runs.report import read_user_table, tell_found
 from peso.runs.workspace import FORMAT, METRICS, Workspace, refuse_own

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from peso.config import Config, CustomConfig, changed_keys, dump_config, load_config
 from peso.config.parsing import read_tree
 from peso.config.reading import missing_keys
+from peso.config.shape import changed_shape, is_later
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
-from peso.runs.determination import changed_shape, is_later
 from peso.runtime.files import LOCK, only_writer, read_json_lines, read_json_object, restore, write_atomically
 from peso.runtime.manifest import MANIFEST, Manifest, intact, is_listed, read_manifest
 from peso.runtime.processes import current

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peso.errors import ConfigError
-from peso.evaluation import metrics
+from peso.evaluation import metrics, spread
 from peso.evaluation.metrics import average_metrics, default_metrics, stage_metrics
 from peso.evaluation.predictions import Predictions, item_ranks
 from peso.evaluation.spread import mean_of_cases, mean_of_stages
@@ -50,7 +50,7 @@ def rankings(draw: st.DrawFn, least: int = 1) -> Predictions:
     return predictions(lists, targets)
 
 
-@pytest.mark.parametrize("documented", [metrics, intervals], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("documented", [metrics, spread], ids=lambda m: m.__name__)
 def test_docstring_examples(documented: object) -> None:
     failed, attempted = doctest.testmod(documented)  # type: ignore[arg-type]
     assert attempted

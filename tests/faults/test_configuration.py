@@ -13,9 +13,9 @@ import yaml
 from strategy_runs import TREE, Runs, check_same_results
 
 from peso.config import TrainingConfig, load_config
+from peso.config.shape import stage_shape
 from peso.errors import ConfigError, PesoError, WorkspaceError
 from peso.runs import pipeline
-from peso.runs.determination import stage_shape
 from peso.runs.models import strategy_of
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace

@@ -19,10 +19,10 @@ from peso.evaluation.report.findings import findings
 from peso.evaluation.report.page import render_page
 from peso.evaluation.report.plots import VERDICTS, Ranking
 from peso.evaluation.report.sections import sections_of
+from peso.evaluation.report.sections.recommendations import recommendations
 from peso.evaluation.report.sections.section import Answers
 from peso.evaluation.report.sections.summary import averages_table
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.sections.recommendations import recommendations
 from peso.runs import baselines, pipeline, report
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent

@@ -13,9 +13,9 @@ from plain_path import cases_of, random_sequences, with_adapter
 from torch.autograd.graph import saved_tensors_hooks
 
 from peso.config import TrainingConfig, load_config
+from peso.config.shape import stage_shape
 from peso.errors import ConfigError, TrainingError
 from peso.model.generative import GenerativeModel
-from peso.runs.determination import stage_shape
 from peso.runs.workspace import FORMAT, Workspace
 from peso.runtime.manifest import write_manifest
 from peso.training.acceleration import gradient_checkpointing

@@ -94,7 +94,7 @@ def test_its_name_is_known_once_it_is_imported(documented: dict[str, Any]) -> No
     [
         ("no_such_module.Term", "cannot be imported.*No module named 'no_such_module'.*PYTHONPATH"),
         ("fractions.Nothing", "cannot be imported"),
-        ("fractions.Fraction", r"is not a subclass of peso\.continual\.proximal\.Term"),
+        ("fractions.Fraction", r"is not a subclass of peso\.adapters\.proximal\.Term"),
     ],
 )
 def test_a_class_that_cannot_be_used_is_refused(proximal: str, message: str) -> None:

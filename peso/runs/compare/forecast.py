@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peso.config.shape import stage_shape
 from peso.runs.compare.plan import Plan, Task
 from peso.runs.compare.progress import is_done, pairs_across, standing
-from peso.runs.determination import stage_shape
 from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate
 from peso.runs.evaluate import is_tested
 from peso.runs.workspace import Workspace

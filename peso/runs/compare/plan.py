@@ -28,9 +28,9 @@ from peso.config import (
 from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
 from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
 from peso.config.model import BUILT_IN
+from peso.config.shape import stage_shape
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
 from peso.runs.checks import rehearse
-from peso.runs.determination import stage_shape
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 

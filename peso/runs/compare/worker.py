@@ -1,8 +1,8 @@
-"""What one process of a comparison does: one task in one workspace, telling how far it is.
+"""One process of a comparison: it does one task in one workspace and reports its progress.
 
-Knows the steps of the pipeline and one task; knows nothing of other runs. Started as
-``python -m peso.runs.compare.worker JOB`` with a JSON job; progress goes to stdout, one JSON object a line, all
-else to stderr. Exit status 0: done, 1: an error that is explained, ``OUT_OF_TIME``: the budget ended.
+Started as ``python -m peso.runs.compare.worker JOB`` with a JSON job. Progress goes to stdout, one JSON object
+a line, everything else to stderr. Exit status 0: done, 1: failed with an explained error, ``OUT_OF_TIME``: the
+budget ended.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A task as plain values, see :class:`peso.runs.compare.plan.Task`. ``deadline``: seconds since the epoch;
-    ``trust``: see :meth:`peso.runs.workspace.Workspace.open`."""
+    """A :class:`peso.runs.compare.plan.Task` as plain values.
+
+    ``deadline``: seconds since the epoch; ``trust``: see :meth:`peso.runs.workspace.Workspace.open`.
+    """
 
     root: str
     last_stage: int | None

@@ -78,7 +78,10 @@ def test_the_page_names_every_hook() -> None:
         ({"module": "no_such_module.Strategy"}, "cannot be imported.*No module named 'no_such_module'"),
         ({"arguments": {"strengths": 1.0}}, "cannot be made.*strengths"),
         ({"arguments": {"strength": -1.0}}, "cannot be made.*must not be negative"),
-        ({"module": "fractions.Fraction", "arguments": {}}, "is not a subclass of peso.continual"),
+        (
+            {"module": "fractions.Fraction", "arguments": {}},
+            "is not a subclass of peso.training",
+        ),
     ],
 )
 def test_a_class_that_cannot_be_used_is_refused(

@@ -12,6 +12,7 @@ from peso.evaluation.report.sections.anchor import anchor
 from peso.evaluation.report.sections.cost import cost
 from peso.evaluation.report.sections.drift import drift, semantic_ids
 from peso.evaluation.report.sections.lists import lists
+from peso.evaluation.report.sections.recommendations import recommendations
 from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.sections.segments import segments
 from peso.evaluation.report.sections.significance import significance
@@ -20,7 +21,6 @@ from peso.evaluation.report.sections.summary import origin, summary
 from peso.evaluation.report.sections.sweep import sweep
 from peso.evaluation.report.sections.training import training
 from peso.evaluation.report.sections.transfer import transfer
-from peso.evaluation.sections.recommendations import recommendations
 
 SECTIONS: Sequence[Callable[[Comparison], Section | None]] = (
     summary,
