@@ -1,8 +1,8 @@
 """One process of a comparison: it does one task in one workspace and reports its progress.
 
-Started as ``python -m peso.runs.compare.worker JOB`` with a JSON job. Progress goes to stdout, one JSON object
-a line, everything else to stderr. Exit status 0: done, 1: failed with an explained error, ``OUT_OF_TIME``: the
-budget ended.
+Started as ``python -m peso.runs.compare.worker JOB`` with a JSON job. Progress goes to stdout, one JSON
+object a line, everything else to stderr. Exit status 0: done, 1: failed with an explained error,
+``OUT_OF_TIME``: the budget ended.
 """
 
 from __future__ import annotations
