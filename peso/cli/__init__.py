@@ -1,1 +1,1 @@
-"""The command line. Each command parses, calls one function elsewhere and prints what came back."""
+"""The command line. Each command parses its arguments, calls one function and prints the result."""

@@ -27,11 +27,11 @@ from peso.runtime.failures import (
 from peso.runtime.printable import printable
 from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
 
-TOGETHER = ("run", "train", "update", "evaluate")  # commands that several processes may share
+DISTRIBUTED = ("run", "train", "update", "evaluate")  # commands that several processes can share
 
 
 class Commands(typer.core.TyperGroup):
-    """Typer takes an EOFError for a Ctrl-D at a question; here it is a file that ends too early."""
+    """Typer treats an EOFError as Ctrl-D at a prompt; here it means that a file is truncated."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -53,8 +53,8 @@ for module in (demo, run, compare, steps, recommend, baseline, diagnose, models)
     module.register(app)
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"peso {installed_version()}")
         raise typer.Exit
 
@@ -69,27 +69,27 @@ def peso(
         bool, typer.Option("--debug", help="Show the traceback of an error; PESO_DEBUG=1 does the same.")
     ] = False,
 ) -> None:
-    """Continual learning for LLM-based generative recommenders: one evolving LoRA adapter, held by a proximal
-    anchor."""
+    """Continual learning for LLM-based generative recommenders: one LoRA adapter, updated stage by stage and
+    restrained by a proximal anchor."""
     if debug:
-        os.environ["PESO_DEBUG"] = "1"  # the processes of `peso compare` see it, too
-    if launched() > 1 and context.invoked_subcommand not in TOGETHER:
+        os.environ["PESO_DEBUG"] = "1"  # inherited by the processes of `peso compare`
+    if launched() > 1 and context.invoked_subcommand not in DISTRIBUTED:
         raise UsageError(
             f"`peso {context.invoked_subcommand}` runs in one process: call it without torchrun or "
-            f"accelerate launch. Several processes can {', '.join(TOGETHER)}"
+            f"accelerate launch. Commands that support several processes: {', '.join(DISTRIBUTED)}"
         )
 
 
-def _tell(error: Exception) -> None:
-    """Of several processes each tells its own errors; what all were told of is said once."""
+def _print_error(error: Exception) -> None:
+    """Each process prints its own errors; an error raised on the main process for all is printed once."""
     if ON_MAIN in getattr(error, "__notes__", ()):
         return
     who = f"process {current().rank} of {current().count}: " if current().count > 1 else ""
-    _say(who + explain(error))
+    _print_to_stderr(who + explain(error))
 
 
-def _say(text: str) -> None:
-    """A line on stderr, if that is still open."""
+def _print_to_stderr(text: str) -> None:
+    """Print a line to stderr, if that is still open."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:
@@ -97,12 +97,12 @@ def _say(text: str) -> None:
 
 
 def _close(stream: object) -> None:
-    """Let what is still to be written go nowhere: Python flushes once more when it ends."""
+    """Discard what is still buffered: Python flushes once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
 
 
 def _prepare_streams() -> None:
-    """Print what the terminal cannot show as escapes, and nothing where stdout or stderr is closed."""
+    """Escape characters that the terminal cannot show, and discard output where a stream is closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -117,14 +117,14 @@ def _run() -> int:
     except SystemExit as stop:
         status = FAILED if isinstance(stop.code, str) else stop.code or 0
     except Exception as error:
-        _tell(error)
+        _print_error(error)
         status = MISUSED if isinstance(error, UsageError) else FAILED
     try:
         sys.stdout.flush()
     except OSError as error:
         _close(sys.stdout)
-        if error.errno != errno.EPIPE:  # a reader that has gone (`peso … | head -1`) wants no more
-            _tell(error)
+        if error.errno != errno.EPIPE:  # the reader has closed the pipe (`peso … | head -1`)
+            _print_error(error)
         status = status or FAILED
     return status
 
@@ -135,6 +135,6 @@ def main() -> None:
     status = _run()
     if status in (INTERRUPTED, TERMINATED):
         how = "interrupted" if status == INTERRUPTED else "terminated by SIGTERM"
-        together = ", most likely because another process ended" if current().count > 1 else ""
-        _say(f"\n{how}{together}; the same command continues where it was")
+        reason = ", most likely because another process ended" if current().count > 1 else ""
+        _print_to_stderr(f"\n{how}{reason}; run the same command again to continue")
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""`peso baseline`: other recommenders on the same stages and test cases."""
+"""`peso baseline`: train and test other recommenders on the same stages and test cases."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def baseline(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="popularity, item-knn, ease, two-tower, sasrec, hybrid, or with options as in the "
-            "configuration: '{name: ease, items: 8000}'. By default those of the configuration.",
+            help="popularity, item-knn, ease, two-tower, sasrec, hybrid, or one with options as in the "
+            "configuration: '{name: ease, items: 8000}'. Default: the baselines in the configuration.",
         ),
     ] = None,
     overrides: Overrides = None,
     trust: Trust = None,
 ) -> None:
-    """Train and test baselines on every stage, both updated and static; what is done is kept.
+    """Train and test baselines on every stage. Finished stages are not repeated.
 
-    Needs the stream and the semantic IDs; `hybrid` also needs the trained stages. `peso report` shows them
-    with the run.
+    Each baseline is tested twice: updated at every stage, and static as trained on stage 0. The workspace
+    needs a stream and semantic IDs; `hybrid` also needs the trained stages. `peso report` shows the baselines
+    beside the run.
 
     Example: peso baseline popularity ease sasrec -w runs/games
     """
@@ -42,12 +43,12 @@ def baseline(
     Workspace.open(workspace, trust or ())  # raises where there is none
     configured = load_config(path, overrides or []).baselines
     if names:
-        # a name alone has the options of the configuration, where it stands there
+        # a bare name takes its options from the configuration, if it is listed there
         by_name = {config.name: config.model_dump_json() for config in configured}
-        asked = ", ".join(by_name.get(name, name) for name in names)  # type: ignore[call-overload]
-        configured = load_config(path, [*(overrides or []), f"baselines=[{asked}]"]).baselines
+        requested = ", ".join(by_name.get(name, name) for name in names)  # type: ignore[call-overload]
+        configured = load_config(path, [*(overrides or []), f"baselines=[{requested}]"]).baselines
     if not configured:
-        raise UsageError(f"name a baseline, or list some as `baselines` in {path}")
+        raise UsageError(f"no baseline is given: name one, or list some under `baselines` in {path}")
     with Workspace.change(workspace, overrides or [], trust=trust or ()) as opened:
         baselines.run_baselines(opened, configured, Terminal())
     runs = baselines.baseline_summaries(opened, configured)

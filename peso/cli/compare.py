@@ -1,4 +1,4 @@
-"""`peso compare`: strategies × data sets × backbones × seeds from one file, and one report of them all."""
+"""`peso compare`: run strategies × data sets × backbones × seeds from one file, and report on all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peso.runs.compare.schedule import Row
 
 BUDGET = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
-SHOWN_ROWS = 40  # of a live table: more than a screen cannot be redrawn
+SHOWN_ROWS = 40  # of the live table; a table taller than the screen cannot be redrawn
 
 
 def register(app: typer.Typer) -> None:
@@ -34,31 +34,33 @@ def register(app: typer.Typer) -> None:
 def compare(
     config: Annotated[
         Path,
-        typer.Argument(metavar="CONFIG", help="A YAML file with a section `compare`; see docs/compare.md."),
+        typer.Argument(metavar="CONFIG", help="A YAML file with a `compare` section; see docs/compare.md."),
     ],
     workspace: Annotated[
         Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-CONFIG.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The directory of table and report. Default: the workspace."),
+        typer.Option("-o", "--output", help="Directory for the table and report. Default: the workspace."),
     ] = None,
     overrides: Overrides = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Time limit of this call, such as 90m or 2h30m; the next call continues."),
+        typer.Option(help="Time limit for this call, such as 90m or 2h30m; the next call continues."),
     ] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Start nothing; report the results so far.")
+        bool, typer.Option("--report-only", help="Start no runs; report the results so far.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs, with their time.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the runs and the time they will take.")
+    ] = False,
 ) -> None:
-    """Do all runs in CONFIG that are not done yet, several at once, and write one report of them all.
+    """Do all runs in CONFIG that are not finished, several at once, and write one report on all of them.
 
-    Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S; data and base stages are made
-    once and shared. Baselines are included; at the end the first seed's models are tested on the cases of
-    every stage, for forgetting and transfer. It can be interrupted at any time or given a --budget: the same
-    command continues.
+    Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S. Data and base stages are made
+    once and shared. Baselines are included. Finally, the first seed's models are tested on the test cases of
+    every stage to measure forgetting and transfer. The command can be interrupted at any time or limited with
+    --budget; run it again to continue.
 
     Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """
@@ -99,13 +101,15 @@ def compare(
         say(f"report: {write_results(plan, collected, output or root)}")
         say(f"table:  {(output or root) / 'results.parquet'}")
     else:
-        say("no report: no run has a tested stage")
+        say("no report was written: no run has a tested stage yet")
     if failed:
-        raise PesoError(f"{len(failed)} of {len(plan.all)} runs failed; the same command tries them again")
+        raise PesoError(
+            f"{len(failed)} of {len(plan.all)} runs failed; run the same command again to retry them"
+        )
 
 
 class Display:
-    """The table of runs: redrawn in a terminal; elsewhere a line whenever a run gets on."""
+    """The table of runs, redrawn in a terminal; elsewhere one line for each change."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -140,7 +144,7 @@ class Display:
 
 
 def _drawn(rows: Sequence[Row]) -> Table:
-    """Rows at work and done first where not all fit; the rest is counted."""
+    """If not all rows fit, running and finished ones come first; the caption counts all."""
     order = ["running", "failed", "done", "stopped", "waiting"]
     shown = list(rows)
     if len(shown) > SHOWN_ROWS:
@@ -173,9 +177,9 @@ def _show_plan(plan: Any, machine: Any) -> None:
     known = sum(e.minutes or 0 for e in expected)
     unknown = sum(e.minutes is None for e in expected)
     say(
-        f"in all about {known / machine.workers:.0f} minutes on this machine: {machine.workers} at once, "
-        f"{machine.threads} threads each"
-        + (f"; {unknown} of unknown length are not counted" if unknown else "")
+        f"about {known / machine.workers:.0f} minutes in total on this machine: {machine.workers} runs at "
+        f"once, {machine.threads} threads each"
+        + (f"; not included: {unknown} runs of unknown length" if unknown else "")
     )
 
 
@@ -187,6 +191,6 @@ def _counted(plan: Any) -> str:
 def _seconds(text: str) -> float:
     found = BUDGET.fullmatch(text.strip())
     if not found or not any(found.groups()):
-        raise UsageError(f"--budget takes hours, minutes, seconds such as 90m, 2h or 1h30m; got {text!r}")
+        raise UsageError(f"--budget must be a duration such as 90m, 2h or 1h30m; got {text!r}")
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return 3600.0 * hours + 60 * minutes + seconds

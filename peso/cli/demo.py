@@ -1,4 +1,4 @@
-"""`peso demo`: the whole loop on embedded data, in minutes."""
+"""`peso demo`: the whole loop on simulated data, in minutes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from peso.cli.display import Terminal, called, say, show_results
 
-# A stream, a model and a number of epochs small enough for two cores and large enough to learn something.
+# Small enough for two cores, large enough for the model to learn something.
 CONFIG = {
     "data": {"format": "simulate", "simulate": {"users": 600, "items": 300, "stages": 4}},
     "items": {"encoder": "hashing", "quantizer": "rq-kmeans", "levels": 3, "codes": 16},
@@ -26,16 +26,17 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the runs.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the runs.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for all random numbers.")] = 0,
 ) -> None:
-    """Run the whole loop on simulated data, in minutes; ends with a report. Needs no network and no file.
+    """Run the whole loop on simulated data in minutes, and write a report. Needs no network and no files.
 
-    A simulated shop whose users drift, fall dormant, return and arrive: its log is cut into stages, its
-    product texts become semantic IDs, and its model is updated in three ways: none (stage 0 only), single
-    (fine-tuning) and peso (fine-tuning with an anchor). Popularity is the baseline.
+    The data are the log of a simulated shop: tastes change, and users arrive, pause and return. The log is
+    split into stages, product texts become semantic IDs, and the model is updated in three ways: none
+    (trained on stage 0 only), single (fine-tuned at each stage) and peso (fine-tuned with an anchor).
+    Popularity is the baseline.
 
     Example: peso demo -o runs/demo
     """

@@ -1,4 +1,4 @@
-"""`peso diagnose`: drift of the stream, fit of the codes, whether the anchor holds, and where."""
+"""`peso diagnose`: drift of the stream, fit of the codes, and the effect of the anchor."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def diagnose(
     workspace: Directory,
     directions: Annotated[
         int | None,
-        typer.Option(min=1, help="Show instead this many directions that a stage's data support most."),
+        typer.Option(
+            min=1, help="Instead, show this many of the directions that a stage's data support most."
+        ),
     ] = None,
     stage: Annotated[
         int | None, typer.Option(help="With --directions: the stage. Default: the newest.")
     ] = None,
     examples: Annotated[
         int,
-        typer.Option(
-            min=20, help="With --directions: number of targets that the supports are estimated from."
-        ),
+        typer.Option(min=20, help="With --directions: number of targets used to estimate the supports."),
     ] = 256,
     free: Annotated[
         Path | None,
@@ -38,22 +38,21 @@ def diagnose(
     ] = None,
     at: Annotated[
         Literal["start", "end"],
-        typer.Option(help="With --directions: take gradients at the start or the end of the stage."),
+        typer.Option(help="With --directions: compute gradients at the start or the end of the stage."),
     ] = "start",
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="With --directions: plot predicted and measured weights into FILE.svg or FILE.png."
-        ),
+        typer.Option(help="With --directions: plot predicted and measured weights to FILE.svg or FILE.png."),
     ] = None,
     trust: Trust = None,
     as_json: Json = False,
 ) -> None:
-    """Show how the stream drifts, whether the codes still fit new items, whether the anchor has effect.
+    """Show how the stream drifts, whether the codes still fit new items, and what the anchor does.
 
-    What is available is shown: after `peso ingest` the drift, after `peso tokenize` the codes, after each
-    trained stage the anchor. Warnings come last. With --directions: what of an adapter the new data support,
-    what the anchor's weight predicts to be kept, and, with --free, what was kept (docs/diagnosis.md).
+    Shows what is available: the drift after `peso ingest`, the codes after `peso tokenize`, the anchor after
+    each trained stage. Warnings come last. With --directions: the directions of the adapter that the new data
+    support, how much of each the anchor is predicted to keep, and, with --free, how much was kept
+    (docs/diagnosis.md).
 
     Example: peso diagnose -w runs/shop
 
@@ -68,7 +67,7 @@ def diagnose(
         _directions(opened, directions, stage, examples, free, at, plot, as_json)
         return
     if stage is not None or free is not None or plot is not None:
-        raise UsageError("--stage, --free and --plot go with --directions: say how many")
+        raise UsageError("--stage, --free and --plot need --directions N, the number of directions to show")
     found = diagnosis.diagnose(opened)
     if as_json:
         say_json(found)
@@ -94,21 +93,21 @@ def _directions(
     from peso.runtime.files import write_atomically
 
     if plot is not None and plot.suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot {plot}: a plot ends in .svg or .png")
+        raise UsageError(f"--plot {plot}: the file name must end in .svg or .png")
     if plot is not None:
         refuse_own(plot)
     strategy = workspace.config_of(workspace.require_stage(stage)).strategy.name
     if plot is not None and free is None and strategy != "peso":
         raise UsageError(
-            f"--plot {plot}: there is no weight to draw, since strategy {strategy} has no anchor; name a "
-            "workspace with one, or one to compare with (--free)"
+            f"--plot {plot}: there is nothing to plot, since strategy {strategy} has no anchor; choose a "
+            "workspace whose strategy has one, or name one to compare with (--free)"
         )
-    unheld = None if free is None else Workspace.open(free)
+    unanchored = None if free is None else Workspace.open(free)
 
     from peso.evaluation.report.plots import png_file, svg_file
     from peso.runs.directions import direction_plot, direction_sentences, direction_tables, stage_directions
 
-    found = stage_directions(workspace, count, stage, examples, unheld, at)
+    found = stage_directions(workspace, count, stage, examples, unanchored, at)
     found["sentences"] = direction_sentences(found)
     if plot is not None:
         write_atomically(plot, (svg_file if plot.suffix == ".svg" else png_file)(direction_plot(found)))

@@ -1,6 +1,6 @@
-"""What commands print: progress with rate and time left, tables.
+"""Progress bars, tables and options that the commands share.
 
-Progress goes to stderr, results to stdout. Text of data (ids, titles) cannot steer the terminal.
+Progress goes to stderr, results to stdout. Control characters in ids and titles are escaped.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
 
-SECONDS_BETWEEN_LINES = 30  # where no bar can be drawn (a log file), one line every so often
+SECONDS_BETWEEN_LINES = 30  # of progress in a log file, where no bar can be drawn
 
 
 class Terminal:
-    """An Observer (peso/runtime/progress.py) with one bar, or with lines where stderr is not a terminal."""
+    """An Observer (peso/runtime/progress.py) that draws a bar, or prints lines without a terminal."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -71,7 +71,7 @@ class Terminal:
 
     def advance(self, done: int, **figures: Any) -> None:
         if self._first is None:
-            self._first = max(done - 1, 0)  # a resumed piece of work starts in the middle
+            self._first = max(done - 1, 0)  # resumed work starts in the middle
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._started, 1e-9)
         shown = "  ".join([f"{rate:.3g} {self._unit}/s", *(f"{k} {_short(v)}" for k, v in figures.items())])
@@ -92,17 +92,17 @@ class Terminal:
 
 
 def watcher() -> Observer:
-    """Who shows what a command does: of several processes the main one alone speaks."""
+    """The observer of a command: of several processes, only the main one prints."""
     return Terminal() if current().is_main else Silent()
 
 
 def say(text: object, *, error: bool = False) -> None:
-    """Print a result to stdout (``error``: stderr), what would steer a terminal written out."""
+    """Print to stdout (``error``: stderr), with control characters escaped."""
     print(printable(str(text)), file=sys.stderr if error else sys.stdout)
 
 
 def say_json(value: Any) -> None:
-    """Print one JSON document, in ASCII where stdout has no other characters."""
+    """Print one JSON document, in ASCII unless stdout is UTF-8."""
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
     print(printable(json.dumps(value, ensure_ascii=not utf8)))
 
@@ -115,16 +115,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         numeric = all(isinstance(row[position], int | float | None) for row in rows)
         drawn.add_column(escape(_short(column)), justify="right" if numeric else "left")
     for row in rows:
-        drawn.add_row(*(escape(_short(value)) for value in row))  # `l2[weight=3]` is no markup
-    # in a file or a pipe nothing is cut to the width of a terminal that is not there
+        drawn.add_row(*(escape(_short(value)) for value in row))  # `l2[weight=3]` is not markup
+    # in a file or pipe, do not cut cells to the width of a terminal
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
-    if title:  # above, not within: a narrow table would break it
+    if title:  # above the table: a narrow table would wrap its own title
         console.print(printable(title, one_line=True), markup=False, style="bold")
     console.print(drawn)
 
 
 def show_results(title: str, workspaces: Sequence[Workspace]) -> None:
-    """Averages of runs and of the baselines beside them, and what they say."""
+    """Print the averages of runs and their baselines, and the findings as sentences."""
     from peso.runs import report
 
     columns, rows, sentences = report.results(workspaces)
@@ -142,8 +142,7 @@ def _short(value: Any) -> str:
 
 
 def called() -> list[str]:
-    """How this program can be called again: by its name only where the shell finds it (not in an environment
-    that is not activated)."""
+    """The command that starts this program again; ``peso`` only where the shell finds it."""
     if shutil.which("peso"):
         return ["peso"]
     return [sys.argv[0]] if Path(sys.argv[0]).name == "peso" else [sys.executable, "-m", "peso"]
@@ -157,24 +156,24 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-Directory = Annotated[Path, typer.Option("-w", "--workspace", help="The directory of the run.")]
+Directory = Annotated[Path, typer.Option("-w", "--workspace", help="The run's directory.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a key, such as --set training.epochs=2; can be given several times."),
+    typer.Option("--set", help="Change a key, such as --set training.epochs=2. Can be repeated."),
 ]
 Stage = Annotated[
-    int | None, typer.Option("--stage", help="The stage whose model is used. Default: the newest.")
+    int | None, typer.Option("--stage", help="Use the model of this stage. Default: the newest.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 OnError = Annotated[
     Literal["fail", "skip"] | None,
-    typer.Option(help="skip: leave unreadable rows out and count them; fail: refuse the log."),
+    typer.Option(help="What to do with unreadable rows. skip: leave out and count; fail: stop."),
 ]
 Trust = Annotated[
     list[str] | None,
     typer.Option(
         "--trust",
         metavar="MODULE.CLASS",
-        help="Allow a custom strategy that the workspace names to be imported, which runs its code.",
+        help="Allow importing a custom strategy that the workspace names. Importing runs its code.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""`peso pull` and `peso export`: models and data in, models out."""
+"""`peso pull` and `peso export`: download models and data, export models and semantic IDs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def pull(
     from peso.runtime import assets
 
     terminal = Terminal()
-    told: list[str] = []
+    current = ""
 
     def show(work: str, share: float) -> None:
-        if [work] != told[-1:]:
-            told.append(work)
+        nonlocal current
+        if work != current:
+            current = work
             terminal.begin(work, 100, "%")
         terminal.advance(round(100 * share))
 
@@ -40,23 +41,21 @@ def pull(
 
 def export(
     workspace: Directory,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="A directory (index: a file) that does not exist yet.")
-    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new directory (with index: a new file).")],
     form: Annotated[
         Literal["merged", "peft", "index"],
         typer.Option(
             "--format",
-            help="merged: one plain Transformers model; peft: backbone and adapter; index: the semantic IDs "
-            "as the index.json of research code.",
+            help="merged: one plain Transformers model; peft: backbone and adapter; index: semantic IDs as "
+            "an index.json file, as research code reads them.",
         ),
     ] = "merged",
     stage: Stage = None,
     trust: Trust = None,
 ) -> None:
-    """Export a stage's model or the semantic IDs for other software: Transformers, vLLM, PEFT, research code.
+    """Export a stage's model or the semantic IDs for Transformers, vLLM, PEFT or research code.
 
-    The index holds all items; with --stage, the items that were known at that stage.
+    The index contains all items, or with --stage the items that were known at that stage.
 
     Example: peso export -w runs/games --format merged -o exported
 

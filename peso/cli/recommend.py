@@ -1,4 +1,4 @@
-"""`peso recommend`: what one user, one history or everybody should see next."""
+"""`peso recommend`: recommend items for one user, one history or all users."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def recommend(
     workspace: Directory,
     user: Annotated[str | None, typer.Option(help="A user of the log.")] = None,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: ITEM,ITEM,…")] = None,
-    everyone: Annotated[bool, typer.Option("--all", help="Every user of the log, into --output.")] = False,
+    everyone: Annotated[bool, typer.Option("--all", help="All users of the log; needs --output.")] = False,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="For --all: FILE.parquet, FILE.csv or FILE.jsonl."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of -o.")] = False,
-    k: Annotated[int, typer.Option("-k", help="How many items.", min=1)] = 10,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
+    k: Annotated[int, typer.Option("-k", help="Number of items.", min=1)] = 10,
     exclude_seen: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
     stage: Stage = None,
     trust: Trust = None,
@@ -32,7 +32,7 @@ def recommend(
 ) -> None:
     """Recommend k items, best first, with their scores (log-probabilities) and semantic IDs.
 
-    With --exclude-seen a user who has had almost everything gets fewer.
+    With --exclude-seen, a user who has already had almost all items gets fewer than k.
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
 
@@ -43,9 +43,9 @@ def recommend(
     from peso.runs.workspace import Workspace
 
     if [user is not None, history is not None, everyone].count(True) != 1:
-        raise UsageError("say for whom: exactly one of --user U, --history ITEM,ITEM,… or --all")
+        raise UsageError("give exactly one of --user U, --history ITEM,ITEM,… or --all")
     if everyone != (output is not None):
-        raise UsageError("--all goes with -o FILE (.parquet, .csv or .jsonl), and -o with --all")
+        raise UsageError("--all needs -o FILE (.parquet, .csv or .jsonl), and -o needs --all")
     if output is not None:
         require_output(output, force)
     recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
@@ -56,13 +56,13 @@ def recommend(
         if as_json:
             say_json({"users": users, "file": str(output)})
         else:
-            say(f"{users:,} users: {output}")
+            say(f"recommendations for {users:,} users: {output}")
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
     ranked = recommender.recommend(history=items, k=k, exclude_seen=exclude_seen)
     if len(ranked) < k:
-        who = "the history" if user is None else f"user {user!r}"
-        Terminal().note(f"{len(ranked)} of {k} items: {who} holds all others of the catalogue")
+        whose = "the history" if user is None else f"the history of user {user!r}"
+        Terminal().note(f"{len(ranked)} of {k} items: {whose} contains all other items of the catalogue")
     if as_json:
         rows = [
             {
@@ -76,7 +76,7 @@ def recommend(
         say_json({"history": items, "recommendations": rows})
         return
     table(
-        f"after {', '.join(recommender.title(item) or item for item in items[-5:]) or 'nothing'}",
+        f"after {', '.join(recommender.title(item) or item for item in items[-5:]) or 'an empty history'}",
         ["", "item", "title", "score", "semantic ID"],
         [
             [place, item, recommender.title(item) or "", score, "".join(recommender.semantic_id(item))]

@@ -1,4 +1,4 @@
-"""`peso run`: everything a configuration describes, resuming what is done."""
+"""`peso run`: do everything that a configuration describes, and resume after an interruption."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def run(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="A workspace to take stage 0 from; everything that determines stage 0 must be equal."
+            help="Reuse stage 0 of this workspace; everything that determines stage 0 must be equal."
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what is left to do, with its time, memory and disk.")
+        bool, typer.Option("--dry-run", help="Only list the remaining steps, with time, memory and disk.")
     ] = False,
 ) -> None:
     """Do everything in CONFIG that is not done yet: ingest, tokenize, train and test the stages, report.
 
-    It can be interrupted at any time: the same command continues and ends with the same result. Several
+    The command can be interrupted at any time: run it again to continue, with the same result. Several
     processes can work together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W (docs/training.md).
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
@@ -51,14 +51,14 @@ def run(
 
         plan = estimate(preview, observer=watcher())
         table(
-            f"{root}: what is left to do",
+            f"{root}: remaining steps",
             ["step", "minutes", "memory GiB", "disk MiB", "note"],
             [[str(e.step), *map(_shown, (e.minutes, e.memory_gib, e.disk_mib)), e.note] for e in plan],
         )
         unknown = ", ".join(str(e.step) for e in plan if e.minutes is None)
         total = duration(60 * sum(e.minutes or 0 for e in plan))
         say(
-            f"in all about {total} on this machine, a rough estimate"
+            f"about {total} in total on this machine (a rough estimate)"
             + (f"; not included: {unknown}" if unknown else "")
         )
         return
@@ -71,8 +71,9 @@ def run(
         return
     if not resolved.evaluation.enabled:
         say(
-            f"{root}: {len(opened.finished_stages)} stages are trained. evaluation.enabled is false: nothing "
-            "was tested and no report written; --set evaluation.enabled=true makes up for it"
+            f"{root}: {len(opened.finished_stages)} stages are trained. Nothing was tested and no report was "
+            "written, since evaluation.enabled is false; to do both, run again with --set "
+            "evaluation.enabled=true"
         )
         return
     show_results(f"{root}: averages over the later stages", [opened])

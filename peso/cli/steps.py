@@ -1,4 +1,4 @@
-"""The single steps of `peso run`: ingest, tokenize, train, update, evaluate, report; and undo."""
+"""The single steps of `peso run` (ingest, tokenize, train, update, evaluate, report), and undo."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ingest(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SOURCE]", help="File or directory of the data; or CONFIG.yaml, which names them."
+            metavar="[SOURCE]", help="The data: a file, a directory, or a CONFIG.yaml that names them."
         ),
     ] = None,
     data_format: Annotated[
@@ -45,33 +45,32 @@ def ingest(
         typer.Option(
             "--format",
             help="csv, parquet, jsonl, amazon-2023, movielens, movietweetings, yelp, peso-release, simulate. "
-            "None given: by the file's ending, of a folder by the files in it.",
+            "Default: by the extension of the file, or of the files in the directory.",
         ),
     ] = None,
     workspace: Annotated[
         Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-SOURCE.")
     ] = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Add new events to the stream at -w as further stages.")
+        bool, typer.Option("--append", help="Add new events to the stream of -w as further stages.")
     ] = False,
     items: Annotated[
         str | None,
         typer.Option(
             "--items",
-            help="The product table (data.items.path). With -w alone: correct titles, texts and categories "
-            "of the items that the stream has.",
+            help="The product table (data.items.path). Without SOURCE: correct titles, texts and categories "
+            "of the items in the stream of -w.",
         ),
     ] = None,
     on_error: OnError = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Read the data into stages; print what each step of cleaning kept and the size of each stage.
+    """Read the data and split them into stages; print what each cleaning step kept and the stage sizes.
 
-    With SOURCE a new workspace is made; without, the data are read that the workspace at -w is configured
-    with. With --append the new events are those of SOURCE, or of the path that the workspace was made from;
-    its other data settings also apply, unless --set changes them for this time. With --items alone no event
-    is read.
+    With SOURCE, create a new workspace; without it, read the data that the workspace -w is configured with.
+    With --append, read new events from SOURCE, or again from the configured path; the other `data` settings
+    also apply, unless --set changes them for this call. With --items alone, read no events.
 
     Example: peso ingest shop.csv --set data.columns.item=sku -w runs/shop
 
@@ -93,11 +92,11 @@ def ingest(
     is_config = source is not None and source.lower().endswith((".yaml", ".yml"))
     if is_config and (append or data_format):
         raise UsageError(
-            f"{source} is a configuration: leave --format out, and --append takes a log of new events"
+            f"{source} is a configuration: omit --format, and give --append a log of new events instead"
         )
     if append or (items and source is None and data_format is None):
         if workspace is None:
-            raise UsageError(f"{'--append' if append else '--items'} needs the workspace (-w) it is for")
+            raise UsageError(f"{'--append' if append else '--items'} needs a workspace (-w) to change")
         if append:
             _append(workspace, source, data_format, overrides, as_json)
         else:
@@ -117,7 +116,7 @@ def ingest(
         elif workspace is not None:
             opened = held.enter_context(Workspace.change(workspace, overrides))
         else:
-            raise UsageError("name the data (SOURCE with --format) or a workspace (-w)")
+            raise UsageError("name the data (SOURCE) or a workspace (-w)")
         manifest = pipeline.ingest(opened, Terminal())
     if as_json:
         say_json(manifest)
@@ -125,7 +124,7 @@ def ingest(
     _show_stream(opened, manifest, manifest)
     if not opened.config.data.items and manifest.get("items_without_title") == manifest["items"]:
         say(
-            "no item has a title or a text, since there is no product table: name one, "
+            "no item has a title or text, since there is no product table. Add one: "
             f"`peso ingest --items FILE --set data.items.columns.title=… -w {opened.root}`"
         )
 
@@ -144,42 +143,42 @@ def _append(
         config = load_config(path / CONFIG, [*new, *overrides])
         others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
         if others:
-            raise UsageError(f"--append takes --set for keys of data only, not {', '.join(others)}")
+            raise UsageError(f"with --append, --set can change only keys of `data`, not {', '.join(others)}")
         manifest = pipeline.append(opened, Terminal(), config.data)
         pending = pipeline.items_without_id(opened)
     command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
     if not opened.has_semantic_ids:
         command = f"peso tokenize -w {path}"
-    brought = manifest["appended"][-1]
+    added = manifest["appended"][-1]
     if as_json:
         say_json({**manifest, "next": command})
         return
-    _show_stream(opened, manifest, brought)
-    first, end = brought["first_stage"], brought["first_stage"] + brought["stages"]
+    _show_stream(opened, manifest, added)
+    first, end = added["first_stage"], added["first_stage"] + added["stages"]
     say(
-        f"appended: {brought['events']:,} events of {brought['users']:,} users "
-        f"({brought['new_users']:,} new) as {stages_named(range(first, end))}; "
-        f"{brought['new_items']:,} new items"
+        f"appended: {added['events']:,} events of {added['users']:,} users "
+        f"({added['new_users']:,} new) as {stages_named(range(first, end))}; "
+        f"{added['new_items']:,} new items"
     )
-    if bare := brought["new_items_without_text"]:
+    if bare := added["new_items_without_text"]:
         table = config.data.items
         why = f"{table.path} has none for them" if table else "there is no product table"
         say(
             f"WARNING: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
-            f"will say little. Before the next step: peso ingest --items FILE -w {path}"
+            f"will carry little information. Before the next step: peso ingest --items FILE -w {path}"
         )
     say(f"next: {command}")
 
 
 def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
-    """The table's columns are those of the workspace's product table unless --set names others."""
+    """Read the columns that the workspace's product table has, unless --set names others."""
 
     from peso.config import load_config
     from peso.events.sources.files import kind_of
     from peso.runs import pipeline
 
     if others := [text for text in overrides if not text.startswith("data.")]:
-        raise ConfigError(f"--items takes --set for keys of data only, not {', '.join(others)}")
+        raise ConfigError(f"with --items, --set can change only keys of `data`, not {', '.join(others)}")
     opened = Workspace.open(path)
     data, known = opened.config.data, opened.config.data.items
     kind = kind_of(items) or (known and known.format) or data.format
@@ -194,7 +193,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     named = given.items.columns
     if named.title is None and named.category is None and not named.text:
         raise ConfigError(
-            f"say which columns of {items} hold what: --set data.items.columns.title=…, .category=…, .text=…"
+            f"name the columns of {items}: --set data.items.columns.title=… (or .category=…, .text=…)"
         )
     with opened.lock():
         done = pipeline.update_items(opened, given, Terminal())
@@ -206,30 +205,30 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     say(
         f"{path}: {done['changed']:,} items corrected ({done['titles']:,} titles, {done['texts']:,} texts, "
         f"{done['categories']:,} categories); {items} has {done['items_found']:,} of the items in the stream "
-        f"and {done['rows'] - done['items_found']:,} others. Semantic IDs that items have stay as they are"
+        f"and {done['rows'] - done['items_found']:,} others. Existing semantic IDs do not change"
     )
     if command:
         say(f"next: {command}")
 
 
 def _quoted(path: str) -> str:
-    """A path, from here, as a value of --set."""
+    """A path relative to the current directory as an absolute value for --set."""
     import json
 
     return json.dumps(str(Path(path).absolute()))
 
 
 def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, Any]) -> None:
-    """``read``: what the manifest says of the log that was read now."""
+    """``read``: the manifest's entry for the log that was just read."""
     if "funnel" in read:
         when = read["time"]
-        title = f"times are {when['recognised']}: {when['from']} to {when['until']}"
+        title = f"times read as {when['recognised']}: {when['from']} to {when['until']}"
         left_out = [
             f"{read[key]:,} {words}"
             for key, words in (("skipped", "unreadable rows"), ("older", "events older than the stream"))
             if read.get(key)
         ]
-        title += f"; left out: {', '.join(left_out)}" if left_out else ""
+        title += f"; skipped: {', '.join(left_out)}" if left_out else ""
         table(title, list(read["funnel"][0]), [step.values() for step in read["funnel"]])
     counts = manifest["stages"]
     rows = [[number, *stage.values()] for number, stage in enumerate(counts)]
@@ -240,12 +239,12 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
 def tokenize(
     workspace: Directory,
     append: Annotated[
-        bool, typer.Option("--append", help="Only the new items of the stream; no existing ID changes.")
+        bool, typer.Option("--append", help="Only for new items of the stream; existing IDs do not change.")
     ] = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Give every item its semantic ID; print how good the IDs are.
+    """Give every item a semantic ID; print the quality of the IDs.
 
     Example: peso tokenize -w runs/games
 
@@ -277,12 +276,12 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
 
 
 def update(workspace: Directory, overrides: Overrides = None, trust: Trust = None) -> None:
-    """Train the next stage from where the last one left the adapter. Say whether the new model is better.
+    """Train the next stage, starting from the last one, and compare the new model with the previous one.
 
-    Both the new model and the one before it are tested on the new stage's test cases, and the report is
-    renewed. With evaluation.enabled: false the stage is only trained.
+    Both models are tested on the new stage's test cases, and the report is updated. With
+    evaluation.enabled: false, the stage is only trained.
 
-    --set may change the settings of later stages (strategy, training.later): they apply from this stage on.
+    --set can change the settings of later stages (strategy, training.later); they apply from this stage on.
 
     Example: peso update -w runs/games
 
@@ -297,12 +296,12 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
         return
     if stage is None:
         stages = len(opened.finished_stages)
-        say(f"{opened.root}: all {stages} stages are trained; nothing to do. A further stage needs new")
-        say(f"events: peso ingest NEW --append -w {opened.root}")
+        say(f"{opened.root}: all {stages} stages are trained; there is nothing to do. To add a stage:")
+        say(f"peso ingest NEW --append -w {opened.root}")
         return
     say(f"{opened.root}: stage {stage} is trained")
     if not opened.config.evaluation.enabled:
-        say(f"not tested: evaluation.enabled is false. To test it: peso evaluate -w {opened.root}")
+        say(f"not tested, since evaluation.enabled is false. To test it: peso evaluate -w {opened.root}")
         return
     table(*summary.before_and_after(opened))
     show_results("averages so far", [opened])
@@ -311,14 +310,14 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
 
 def undo(
     workspace: Directory,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the last stage: the last trained one, or, if nothing was trained on it, the last append.
+    """Undo the last step: the training of the last stage, or the last append if it is not trained yet.
 
-    The training of a stage goes with all tests of it; its events stay, and `peso update` trains it again. An
-    append goes with its events, the items that came with it and their semantic IDs. The report is renewed.
-    Stage 0 and the stream as it was ingested are not removed.
+    Undoing a training removes the stage's model and its tests; the events stay, and `peso update` trains the
+    stage again. Undoing an append removes its events, its new items and their semantic IDs. The report is
+    updated. Stage 0 and the stream as first ingested are never removed.
 
     Example: peso undo -w runs/shop
     """
@@ -333,8 +332,8 @@ def undo(
         try:
             go = yes or typer.confirm(f"{workspace}: remove {step}?", err=True)
         except typer.Abort:
-            say("", error=True)  # the question's line has no end
-            raise UsageError("no answer, nothing was removed; --yes removes without asking") from None
+            say("", error=True)  # end the line of the prompt
+            raise UsageError("no answer: nothing was removed; use --yes to remove without asking") from None
         if go:
             remove(opened, step, Terminal())
     if as_json:
@@ -349,7 +348,7 @@ def evaluate(
     workspace: Directory,
     stage: Stage = None,
     on: Annotated[
-        int | None, typer.Option(help="The stage whose test cases are used. Default: the same stage.")
+        int | None, typer.Option(help="Use the test cases of this stage. Default: the model's stage.")
     ] = None,
     overrides: Overrides = None,
     trust: Trust = None,
@@ -378,13 +377,13 @@ def evaluate(
 
 def report(
     workspaces: Annotated[
-        list[Path], typer.Option("-w", "--workspace", help="A workspace; can be given several times.")
+        list[Path], typer.Option("-w", "--workspace", help="A workspace. Can be repeated.")
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Default: report/ of the first workspace.")
     ] = None,
 ) -> None:
-    """Write the report: one HTML page that needs no network, with tables and plots as files beside it.
+    """Write the report: one self-contained HTML page, with its tables and plots as separate files.
 
     Example: peso report -w runs/none -w runs/single -w runs/peso -o runs/report
     """
@@ -399,8 +398,8 @@ def report(
     try:
         with opened[0].lock():
             run_cheap_baselines(opened[0], watcher())
-    except WorkspaceError as reason:  # in use by a run, say: the report shows what is there
-        watcher().note(f"baselines are shown as far as they are: {reason}")
+    except WorkspaceError as reason:  # for example, a run holds the lock
+        watcher().note(f"the report shows only the baselines that are finished: {reason}")
     summary.report(opened, directory)
     show_results("averages over the later stages", opened)
     say(f"report: {directory / 'index.html'}")
@@ -410,14 +409,14 @@ def report(
 def _together(
     path: Path, overrides: list[str] | None, trust: list[str] | None, *, later: bool = False
 ) -> Iterator[Workspace]:
-    """As :meth:`Workspace.change`, for commands that several processes may do together."""
+    """:meth:`Workspace.change` for commands that several processes can share."""
     from peso.config import load_config
     from peso.config.reading import override
     from peso.runtime.processes import join
 
     Workspace.open(path)  # raises where there is none
     join(load_config(path / CONFIG, overrides or []).training.device)
-    given: dict[str, Any] = {}  # what this call says itself is trusted
+    given: dict[str, Any] = {}  # a class named in this call is trusted
     for text in overrides or []:
         override(given, text)
     strategy = given.get("strategy")

@@ -310,7 +310,7 @@ def test_trained_stages_stay_valid_when_texts_change(peso, shop: Path, tmp_path:
     [
         ([("0", "x", "y")], [], "none of the 20 of the stream"),
         ([("i0", "x", "y")], ["--set", "data.items.columns.title=name"], "no column 'name'"),
-        ([("i0", "x", "y")], ["--set", "data.items.columns={item: item}"], "say which columns"),
+        ([("i0", "x", "y")], ["--set", "data.items.columns={item: item}"], "name the columns"),
     ],
 )
 def test_a_product_table_that_corrects_nothing_is_refused(
@@ -328,7 +328,7 @@ def test_a_forgotten_product_table_is_said_and_can_be_given_later(peso, logs: Pa
     root = tmp_path / "w"
     status, out, _ = peso("ingest", logs / "log.csv", "-w", root, "--set", "data.stages=2")
     assert status == 0
-    assert "no item has a title or a text" in out
+    assert "no item has a title or text" in out
     columns = ("--set", "data.items.columns={title: title, category: category}")
     assert peso("ingest", "--items", logs / "products.csv", "-w", root, *columns)[0] == 0
     assert "thing 3 of 3" in Stream.open(root / "stream").titles

@@ -158,8 +158,8 @@ def test_a_mistake_is_named(peso, finished: Workspace, asked: str, says: str) ->
 def test_without_a_name_or_a_learnt_model_it_says_what_is_missing(peso, tmp_path: Path) -> None:
     workspace = Workspace.create_or_open(tmp_path / "bare", load_config({**TREE, "baselines": []}))
     status, _, error = peso("baseline", "-w", workspace.root)
-    assert status == 1
-    assert "name a baseline" in error
+    assert status == 2
+    assert "no baseline is given" in error
     with pytest.raises(WorkspaceError, match="peso tokenize"):
         run_baselines(workspace, load_config(TREE).baselines[:1], Silent())
     with pytest.raises(WorkspaceError, match="no trained stage"):
