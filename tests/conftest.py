@@ -13,6 +13,7 @@ from peso.cli import app as cli  # before PyTorch: peso decides how threads wait
 import numpy as np
 import pytest
 import torch
+from every_file import make_every_file
 from hypothesis import HealthCheck, settings
 from strategy_runs import Runs
 
@@ -57,6 +58,12 @@ def industrial_dir() -> Path:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("strategies"))
+
+
+@pytest.fixture(scope="session")
+def every_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed: copy it."""
+    return make_every_file(tmp_path_factory.mktemp("files") / "w")
 
 
 @pytest.fixture(autouse=True, scope="session")

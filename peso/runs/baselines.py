@@ -95,10 +95,11 @@ class BaselineRun:
 
     def _manifest(self, stage: int) -> Manifest:
         manifest = read_manifest(self.stage_directory(stage), FORMAT)
-        if manifest["stage"] != stage:
+        label = baseline_label(read_baseline(manifest["baseline"]))
+        if (label, manifest["stage"]) != (self.label, stage):
             raise WorkspaceError(
-                f"{manifest.directory} holds stage {manifest['stage']}, not stage {stage}; restore it from a "
-                "copy, or remove it and make it again"
+                f"{manifest.directory} holds stage {manifest['stage']} of {label}, not stage {stage} of "
+                f"{self.label}; restore it from a copy, or remove it and make it again"
             )
         return manifest
 
@@ -319,9 +320,21 @@ class BaselineRun:
 
 
 def found_baselines(workspace: Workspace) -> list[BaselineConfig]:
-    """Those that have something in ``baselines/``, in the order of their labels, configured or not."""
-    found = sorted({stage.parent for stage in (workspace.root / "baselines").glob("[!.]*/[0-9]*")})
-    return [read_baseline(read_manifest(directory / "0", FORMAT)["baseline"]) for directory in found]
+    """Those that have something in ``baselines/``, in the order of their labels, configured or not.
+
+    Raises:
+        WorkspaceError: a damaged manifest, or one of another baseline.
+    """
+    found = []
+    for directory in sorted({stage.parent for stage in (workspace.root / "baselines").glob("[!.]*/[0-9]*")}):
+        config = read_baseline(read_manifest(directory / "0", FORMAT)["baseline"])
+        if directory.name.split()[0] != config.name:
+            raise WorkspaceError(
+                f"{directory / '0'} holds the baseline {config.name}; restore it from a copy, or remove "
+                f"{directory} and make it again"
+            )
+        found.append(config)
+    return found
 
 
 def run_cheap_baselines(workspace: Workspace, observer: Observer) -> None:

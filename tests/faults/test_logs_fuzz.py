@@ -7,52 +7,28 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from event_logs import data_config
-from hypothesis import HealthCheck, given, settings
+from fuzzing import ALL_SECONDS, at_most, fuzz_settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peso.errors import DataError
 from peso.events.ingest import ingest
 
-SECONDS = float(os.environ.get("PESO_FUZZ_SECONDS", "25")) / 3
+SECONDS = ALL_SECONDS / 3
 T = 1_600_000_000
 GOOD = ("plain", "quoted", "comma", "lines", "escaped")
 BAD = ("time", "user", "short", "long", "encoding", "quote", "after")
 
 
-def for_seconds(test: Callable[..., None]) -> Callable[..., None]:
-    """Hypothesis counts examples; this one looks at the clock, too, until one has failed."""
-    state = {"begin": 0.0, "failed": False}
-
-    def timed(**arguments: Any) -> None:
-        state["begin"] = state["begin"] or time.monotonic()
-        if time.monotonic() - state["begin"] > SECONDS and not state["failed"]:
-            return
-        try:
-            test(**arguments)
-        except BaseException:
-            state["failed"] = True
-            raise
-
-    timed.__name__, timed.__doc__ = test.__name__, test.__doc__
-    return timed
-
-
-fuzzed = settings(
-    max_examples=max(int(SECONDS * 30), 1),
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    database=None,
-)
+fuzzed, for_seconds = fuzz_settings(SECONDS), partial(at_most, SECONDS)
 pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(int(SECONDS * 4) + 300)]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from every_file import EVERY_FILE
 
 from peso.config import load_config
 from peso.errors import PesoError, TrainingError, WorkspaceError
@@ -26,31 +27,12 @@ from peso.runtime.manifest import Manifest, read_manifest, replace_file, write_m
 from peso.runtime.progress import Silent
 from peso.training.checkpoint import Checkpoint, TrainingLog
 
-TREE = {
-    "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 3}},
-    "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
-    "backbone": {"name": "tiny", "layers": 1},
-    "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
-    "strategy": {"name": "lsat", "fusion": "arithmetic"},
-    "training": {"epochs": 1, "max_steps": 2, "batch_size": 64},
-    "baselines": ["popularity", {"name": "two-tower", "epochs": 1}],
-}
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace in which every kind of file occurs."""
-    workspace = Workspace.create_or_open(tmp_path_factory.mktemp("files") / "w", load_config(TREE))
-    with workspace.lock(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(summary, "report", lambda workspaces, directory: None)  # draws plots
-        pipeline.run(workspace)
-    evaluate.test(workspace, 1, 2, Silent())
-    return workspace.root
+TREE = EVERY_FILE
 
 
 @pytest.fixture
-def root(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "w")
+def root(every_file: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(every_file, tmp_path / "w")
 
 
 def flip(path: Path, place: float = 0.5, bit: int = 0) -> None:
