@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test quick lint clean
+.PHONY: install demo test quick fuzz lint clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ test: install
 # the subset for daily use; a file's tests stay together, so that what they share is made once
 quick: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+# random damage to logs and workspaces
+fuzz: install
+	PESO_FUZZ_SECONDS=$${PESO_FUZZ_SECONDS:-3600} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m fuzz
 
 lint: install
 	$(BIN)/ruff check .

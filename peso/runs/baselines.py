@@ -36,7 +36,7 @@ from peso.events.stream import Stream, stage_file
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.workspace import METRICS, PREDICTIONS, Workspace, provenance
-from peso.runtime.files import commit_directory, digest, read_json_object, restore, write_json
+from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
@@ -194,6 +194,7 @@ class BaselineRun:
                 "settings": learnt.settings,
                 "determined_by": self.determination(stage),
                 "seconds": seconds,
+                "bytes_on_disk": size_of(aside / MODEL),
                 "seed": self.workspace.config.seed,
                 **provenance(),
             }
@@ -305,8 +306,9 @@ class BaselineRun:
         done = [stage for stage in self.stages if self.is_done(stage)]
         continual, static = {}, {}
         for stage in done:
-            size = sum(path.stat().st_size for path in (self.stage_directory(stage) / MODEL).glob("*"))
-            cost = StageCost(self._manifest(stage)["seconds"], bytes_on_disk=size)
+            manifest = self._manifest(stage)
+            size = manifest.get("bytes_on_disk", size_of(manifest.directory / MODEL))
+            cost = StageCost(manifest["seconds"], bytes_on_disk=size)
             continual[stage] = StageSummary(read_predictions(self._file(stage, PREDICTIONS)), cost)
             static[stage] = continual[stage]
             if stage:

@@ -38,7 +38,14 @@ from peso.runs.models import (
 )
 from peso.runs.workspace import FORMAT, LOG, METRICS, Workspace, provenance
 from peso.runtime import assets
-from peso.runtime.files import commit_directory, read_json_lines, read_sealed, write_json, write_sealed
+from peso.runtime.files import (
+    commit_directory,
+    read_json_lines,
+    read_sealed,
+    size_of,
+    write_json,
+    write_sealed,
+)
 from peso.runtime.manifest import read_manifest, write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
@@ -95,6 +102,7 @@ def _commit(
     with commit_directory(workspace.stage_directory(stage)) as directory:
         save_stage_weights(model, directory, whole_backbone=trains_backbone(workspace, stage))
         write_memory(directory, memory)
+        served = size_of(directory)
         if (unfinished / LOG).exists():
             shutil.copyfile(unfinished / LOG, directory / LOG)
         write_json(directory / METRICS, {"training": training})
@@ -109,6 +117,7 @@ def _commit(
                 "semantic_ids": ids["files"][INDEX_FILE],
             },
             "backbone_sha256": backbone_fingerprint(model),
+            "bytes_on_disk": served,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "configuration": workspace.config.model_dump(mode="json"),
             "seed": workspace.config.seed_of_stage(stage),

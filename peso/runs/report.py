@@ -205,7 +205,11 @@ def stage_cost(workspace: Workspace, stage: int) -> StageCost:
         seconds=training.get("seconds"),
         peak_memory_bytes=training.get("peak_memory"),
         trained_parameters=manifest["trained_parameters"] if training else 0,
-        bytes_on_disk=sum(p.stat().st_size for p in served) if all(p.is_file() for p in served) else None,
+        bytes_on_disk=(
+            manifest.get("bytes_on_disk") or sum(path.stat().st_size for path in served)
+            if all(path.is_file() for path in served)
+            else None
+        ),
     )
 
 

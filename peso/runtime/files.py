@@ -259,6 +259,11 @@ def read_sealed(path: Path) -> bytes:
     return content
 
 
+def size_of(directory: Path) -> int:
+    """Bytes of all files in a directory; 0 where there is none."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
 def checksum(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -141,7 +141,7 @@ def test_a_baselines_stage_copied_over_another_is_noticed(root: Path) -> None:
     shutil.rmtree(root / "baselines/popularity/2")
     shutil.copytree(root / "baselines/popularity/1", root / "baselines/popularity/2")
     workspace = Workspace.open(root)
-    with pytest.raises(WorkspaceError, match=r"popularity/2 holds stage 1, not stage 2"):
+    with pytest.raises(WorkspaceError, match=r"popularity/2 holds stage 1 of popularity, not stage 2"):
         baseline_summaries(workspace, found_baselines(workspace))
 
 
@@ -175,6 +175,15 @@ def test_taking_over_a_damaged_stage_is_refused(root: Path, tmp_path: Path) -> N
     with pytest.raises(WorkspaceError, match=r"stages/1/vocabulary\.safetensors is damaged"):
         pipeline.take_base(other, base, Silent())
     assert other.finished_stages == [0]
+
+
+def test_damaged_weights_do_not_change_what_a_report_says(root: Path) -> None:
+    workspace = Workspace.open(root)
+    before = summary.stage_cost(workspace, 2)
+    (root / "stages/2/vocabulary.safetensors").write_bytes(b"")
+    assert summary.stage_cost(workspace, 2) == before
+    (root / "stages/2/vocabulary.safetensors").unlink()
+    assert summary.stage_cost(workspace, 2).bytes_on_disk is None
 
 
 def test_a_checkpoint_is_checked(tmp_path: Path) -> None:
