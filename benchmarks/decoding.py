@@ -4,7 +4,7 @@
 
 The usual way is `generate` with 10 beams and `prefix_allowed_tokens_fn` on a model whose embedding and head
 hold the semantic tokens, prompt layout `instruct`, left-padded batches, at batch size 1 as released and at
-the batch size that is fastest here. The expert's way: users of like length together and the catalogue as
+the batch size that is fastest here. The expert's way: users of like length together and the catalog as
 arrays, at its own fastest batch size. Ours runs on the same weights, with the same layout and with `stream`,
 in float32 and bfloat16. Contestants take turns in one process; a ratio is taken within each turn, and its
 median and range are given. `…_ratio` is ours in float32 over the usual way, `…_expert_ratio` over the
@@ -12,10 +12,10 @@ expert's, `…_best` ours in its fastest precision over the same (both others st
 `instruct` in float32 are compared in every turn: the run fails if they are not the same.
 
 Prompts are test cases of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random histories
-over a random catalogue of the same size. These weights have no adapter; `stage_cost` says what one of rank 8
+over a random catalog of the same size. These weights have no adapter; `stage_cost` says what one of rank 8
 on seven projections adds to the time of ours (`instruct`), in answering all or one and in testing, which
 scores the targets too: as a stage does it, and with PEFT's layers and a pass of its own. SmolLM2-135M comes
-from `peso pull smollm2-135m`. The semantic tokens' rows are freshly initialised: what is measured does not
+from `peso pull smollm2-135m`. The semantic tokens' rows are freshly initialized: what is measured does not
 depend on their values.
 """
 
@@ -59,7 +59,7 @@ REQUESTS = 6  # answered one by one, a turn
 
 
 def real_or_random(users: int) -> tuple[SemanticIds, list[np.ndarray], str]:
-    """Catalogue, a sample of histories, and where they come from."""
+    """Catalog, a sample of histories, and where they come from."""
     data = Path(os.environ.get("PESO_DATA", ROOT.parent / "shared" / "data"))
     folder = data / "peso_release" / "Video_Games_cl_0.6_0_5_3_0"
     generator = np.random.default_rng(0)

@@ -5,7 +5,7 @@
 Each figure is also told on stderr as soon as it is measured.
 
 Two models: SmolLM2-135M (where it was pulled, else random weights of its shape) and random weights of
-Llama-3.2-1B's shape. Training: optimiser steps of the same targets, LoRA on seven projections, loss
+Llama-3.2-1B's shape. Training: optimizer steps of the same targets, LoRA on seven projections, loss
 vocabulary `full`, products in bfloat16 (`training.precision: auto`, layers compiled or not); the usual way
 and the expert's way of `benchmarks/usual_training.py` (float32 weights under bfloat16 autocast, as
 `Trainer(bf16=True)` has them) at the batch size that is their fastest. Decoding: 10 beams, weights in
@@ -76,7 +76,7 @@ PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 1
 class Size:
     """How much is measured."""
 
-    targets: int  # in an optimiser step
+    targets: int  # in an optimizer step
     steps: int  # of ours, timed, after those that are not
     untimed: int  # in which ours compiles, and plans its attention for each shape of rows
     their_steps: int  # of the usual ways, timed, after one that is not, in which theirs is planned too
@@ -381,7 +381,7 @@ class Bench:
 
 def device_time(profiler: torch.profiler.profile) -> dict[str, float]:
     """Seconds of the device in what was profiled: products of the backbone and head, products with an
-    adapter's A or B (one side is the rank), attention, all else (element by element, copies, optimiser)."""
+    adapter's A or B (one side is the rank), attention, all else (element by element, copies, optimizer)."""
     seconds = dict.fromkeys(("products", "adapters' products", "attention", "else"), 0.0)
     for event in profiler.key_averages(group_by_input_shape=True):
         if event.device_type != torch.autograd.DeviceType.CPU or not event.self_device_time_total:

@@ -1,12 +1,12 @@
 """Which loss vocabulary suits the `stream` layout: full, semantic or level?
 
 Learns the released Video Games stream with the scratch backbone under each of the three (strategy `single`),
-and compares what cannot be compared by loss: the log-probability of every validation target renormalised over
-the items that exist (the catalogue's trie), paired by user.
+and compares what cannot be compared by loss: the log-probability of every validation target renormalized over
+the items that exist (the catalog's trie), paired by user.
 
     python benchmarks/loss_vocabulary.py runs/loss_vocabulary [--epochs 4] [--stages 2] [--quick] [--json]
 
-Resumable: finished stages are not learnt again. --quick: 100 optimiser steps a stage.
+Resumable: finished stages are not learned again. --quick: 100 optimizer steps a stage.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"validation": result}))
     else:
-        title = "validation targets, nats per item, renormalised over the catalogue (95 % interval)"
+        title = "validation targets, nats per item, renormalized over the catalog (95 % interval)"
         table(title, list(result[0]), [list(row.values()) for row in result])
 
 

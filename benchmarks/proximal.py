@@ -165,7 +165,7 @@ def small(device: torch.device, repetitions: int) -> dict[str, float]:
 
 
 def exact(current: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and gradient in float64, mean-centred so that nothing cancels at these distances."""
+    """Value and gradient in float64, mean-centered so that nothing cancels at these distances."""
     a, d = anchor.double(), current.double() - anchor.double()
     p = torch.softmax(a, -1)
     d = d - (p * d).sum()

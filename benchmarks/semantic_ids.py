@@ -1,8 +1,8 @@
-"""Semantic IDs of a real catalogue: time, collisions and neighbours kept, beside a released index.
+"""Semantic IDs of a real catalog: time, collisions and neighbors kept, beside a released index.
 
     python benchmarks/semantic_ids.py [--quick] [--json]
 
-The catalogue is "Industrial and Scientific" as released with MiniOneRec (3,686 items; PESO_DATA names the
+The catalog is "Industrial and Scientific" as released with MiniOneRec (3,686 items; PESO_DATA names the
 folder that holds `industrial`). Every index, the released one included, is measured with the same vectors:
 hashed TF-IDF of title, brand and description. `seconds` is the whole of `tokenize`, text to written index.
 """

@@ -8,10 +8,10 @@ of its own; a ratio of CPU times (one thread) is taken within the turn (median a
 whatever else the machine does weighs little, and on both. `share`: what the strategy's hooks and the addition
 of their gradients take of its own steps;
 `watch`: what it takes to measure whether the anchor holds (one step in eight). `passes`: forward passes of
-the backbone in a step over those of `single`, and how many more before the first step; `steps`: optimiser
+the backbone in a step over those of `single`, and how many more before the first step; `steps`: optimizer
 steps of the last stage if nothing limits them, over those of `single`. `kept`: what a stage leaves to serve
 and to go on from, the backbone of stage 0 and figures apart, after each of the three stages. `memory`: bytes
-of the tensors that the last stage allocates (backbone, adapter, optimiser, what the strategy holds,
+of the tensors that the last stage allocates (backbone, adapter, optimizer, what the strategy holds,
 activations, gradients), at the highest point of its steps 2 to 6, over that of `single`; `standing`: the same
 between two steps, without activations. It is read from the profiler's record of every allocation, in a run of
 its own after the turns; code and libraries, most of what a process of this size takes, are not in it. `none`
@@ -258,7 +258,7 @@ def race(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace, fo
 
 
 def steps_of_a_stage(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace) -> int:
-    """Optimiser steps of the last stage if nothing limits them, by its examples alone."""
+    """Optimizer steps of the last stage if nothing limits them, by its examples alone."""
     from peso.events.stream import Stream
     from peso.runs.workspace import Workspace
     from peso.training.strategies.strategy import StageContext, make_strategy

@@ -3,7 +3,7 @@
     python benchmarks/strength.py WORKSPACE [--steps N] [--settings NAME;NAME] [--terms NAME,NAME]
                                   [--cells FILE] [--quick] [--json]
 
-Stage 1 of a workspace whose stage 0 is learnt is trained again and again: with `single`, with an anchor of
+Stage 1 of a workspace whose stage 0 is learned is trained again and again: with `single`, with an anchor of
 strength 0.3, 1 and 3 in both couplings, and with one raw weight; as configured, and with rank, batch size or
 learning rate doubled, or with two of the seven modules (another width is another workspace). Reported is the
 distance moved from where the stage began, over that of `single` in the same setting ("shortening"), beside
@@ -144,7 +144,7 @@ def predictions(strength: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workspace", type=Path)
-    parser.add_argument("--steps", type=int, help="optimiser steps; none given: all epochs")
+    parser.add_argument("--steps", type=int, help="optimizer steps; none given: all epochs")
     parser.add_argument("--weight", type=float, default=5.0, help="the raw weight that is tried too")
     parser.add_argument("--cells", type=Path, help="what is measured goes here, and is not measured again")
     parser.add_argument("--settings", help="names, separated by semicolons; none given: all")

@@ -8,7 +8,7 @@ expert's way: PEFT's trainable token rows, batches of similar length, logits at 
 (`benchmarks/usual_training.py`). Ours: `peso.training.loop.train_stage` itself, `instruct` and `stream`,
 float32 and bfloat16, loss vocabulary `full`, LoRA dropout 0.05 everywhere.
 
-Each contestant is a process of its own, so that its peak memory is its own; they take turns, one optimiser
+Each contestant is a process of its own, so that its peak memory is its own; they take turns, one optimizer
 step of 32 targets each, and a ratio is taken within the turn: median and range. `…_ratio` is ours in float32
 over the usual way, `…_expert_ratio` over the expert's, `…_best` ours in its fastest precision over the same
 (both others stay in float32), `memory_ratio` the peak memory of ours (`instruct`, float32) over that of the
@@ -82,7 +82,7 @@ CONTESTANTS = [Contestant(USUAL), Contestant(EXPERT), *OURS]
 
 
 def real_or_random() -> tuple[SemanticIds, list[TargetSequence], str]:
-    """Catalogue, target sequences of one stage, and where they come from."""
+    """Catalog, target sequences of one stage, and where they come from."""
     data = Path(os.environ.get("PESO_DATA", ROOT.parent / "shared" / "data"))
     folder = data / "peso_release" / "Video_Games_cl_0.6_0_5_3_0"
     if folder.is_dir():

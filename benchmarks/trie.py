@@ -2,7 +2,7 @@
 
     python benchmarks/trie.py [--quick] [--json]
 
-Random catalogues of 4 levels × 256 codes. Building is measured in a process of its own, whose peak resident
+Random catalogs of 4 levels × 256 codes. Building is measured in a process of its own, whose peak resident
 memory counts in full (interpreter, libraries and the input codes too). A step takes the logits of a level's
 codes for 64 users × 10 beams to the 10 best continuations of each user: log-softmax, mask, select; also with
 20 seen items of each user excluded. `select_growth` is for mask and select alone, whose work follows the

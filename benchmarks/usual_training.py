@@ -77,7 +77,7 @@ class UsualWay:
         return {"modules_to_save": ["embed_tokens", "lm_head"]}
 
     def step(self, examples: list[Example]) -> float:
-        """One optimiser step over the examples; returns the mean loss over their target tokens."""
+        """One optimizer step over the examples; returns the mean loss over their target tokens."""
         loss = 0.0
         count = sum(len(answer) for _, answer in examples)
         for batch in self.batches(examples):
@@ -92,7 +92,7 @@ class UsualWay:
 
     @torch.no_grad()
     def loss(self, examples: list[Example]) -> float:
-        """Mean loss over target tokens, dropout off, nothing learnt."""
+        """Mean loss over target tokens, dropout off, nothing learned."""
         self.model.eval()
         total = sum(float(self.summed_loss(batch)) for batch in self.batches(examples))
         self.model.train()

@@ -139,7 +139,7 @@ def stage_weight(
 ) -> Tensor:
     """How far an anchored stage gets along each direction, relative to a free stage of the same length.
 
-    Training for a time T = Σ learning rates with an optimiser that divides gradients by D moves along q as
+    Training for a time T = Σ learning rates with an optimizer that divides gradients by D moves along q as
     D·Δ' = −Σ(Δ − Δ*) − λHΔ. With the inertia δ = qᵀDq (for H-orthonormal q), y = Tρ/δ and s = Tλ/δ
 
         Δ(T) = Δ*·y/(y+s)·(1 − e^−(y+s)),   free: Δ*·(1 − e^−y)

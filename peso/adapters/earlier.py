@@ -1,8 +1,7 @@
-"""Frozen adapters of earlier stages, active beside the one that is trained.
+"""Frozen adapters of earlier stages, active together with the one that is trained.
 
-Knows PEFT's LoRA layers; knows nothing of strategies, stages or files. The past is one more PEFT adapter,
-whose rank is the sum of theirs: a forward pass costs two products for all of them together, and what is a sum
-of adapters stays one, to merge or to export.
+They form one more PEFT adapter, whose rank is the sum of theirs. A forward pass costs two products for all of
+them together, and the result can be merged and exported like any adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Past:
 
     ``down``: module → float32 (Σ ranks, in), A; ``up``: module → float32 (out, Σ ranks), B; ``ranks``: of
     each adapter; ``magnitudes``: float32 (adapters,), what each is multiplied by: alpha / rank of an adapter
-    that acts as it was learnt.
+    that acts as it was learned.
 
         change of a module's weight = Σ_i magnitudes_i · up_i · down_i
     """

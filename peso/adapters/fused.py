@@ -1,13 +1,12 @@
-"""LoRA's layer as one operation with a gradient of its own, for training.
+"""A LoRA layer as one operation with its own backward pass, for training.
 
-Knows PEFT's LoRA layers and their arithmetic; knows nothing of losses, stages or strategies. PEFT composes a
-layer of ten operations, and autograd keeps and rescales what lies between them:
+PEFT composes a layer of ten operations, and autograd keeps and rescales their intermediate results:
 
-    y = W x + b + B A drop(x) · alpha / rank [+ D C x · scale, of a frozen adapter beside it]
+    y = W x + b + B A drop(x) · alpha / rank [+ D C x · scale, of a second, frozen adapter]
 
 Here the low-rank parts are added within the product that computes them, the factors of dropout and alpha /
-rank are worked into that product, and the gradient keeps drop(x), its mask and the rank values between A and
-B. Same numbers, but for the order in which they are rounded; same random draws as :mod:`peso.adapters.fused`.
+rank are part of that product, and the backward pass keeps drop(x), its mask and the rank values between A and
+B. Results equal PEFT's up to the order of rounding, with the same random draws.
 """
 
 from __future__ import annotations

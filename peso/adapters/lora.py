@@ -1,7 +1,4 @@
-"""The LoRA adapter: PEFT's, in a causal LM, drawn from a seed, saved in PEFT's format.
-
-Knows PEFT and the names of linear layers; knows nothing of anchors, stages or items.
-"""
+"""PEFT's LoRA adapter in a causal LM: initialized from a seed, saved in PEFT's format."""
 
 from __future__ import annotations
 

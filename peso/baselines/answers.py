@@ -1,11 +1,9 @@
-"""From a baseline's scores of items to what a model of the protocol answers: ranked semantic IDs.
+"""Turns a baseline's scores of items into ranked semantic IDs, as a model of the protocol gives them.
 
-Knows scores of items and which items share a semantic ID; knows nothing of how the scores came about.
-
-The scores become probabilities of items, p(i) = softmax(s_i / τ): τ = 1 for a model whose softmax is its own
-distribution, else the τ under which the validation targets are likeliest. A semantic ID has the probability
-of its items together, which ranks it; items that share one stand in the order of the catalogue, as in every
-model's answer. So ranks and log-probabilities mean for a baseline what they mean for the others.
+Scores become probabilities of items, p(i) = softmax(s_i / τ). τ is 1 for a model whose softmax is its own
+distribution; otherwise it maximizes the likelihood of the validation targets. A semantic ID is ranked by the
+total probability of its items, and items that share an ID keep the order of the catalog, as in every model's
+answer. So ranks and log-probabilities of baselines and models mean the same.
 """
 
 from __future__ import annotations
@@ -21,17 +19,20 @@ from peso.baselines.baseline import Baseline
 from peso.events.histories import Cases
 from peso.items.trie import ItemTrie
 
-BATCH = 64  # cases scored together: with 26,000 items 13 MB in float64, which a cache may hold
-# ln p of an item that never repeats is this much lower; finite, for a first repeat would cost infinity
+BATCH = 64  # cases scored together: 13 MB in float64 with 26,000 items, small enough for a cache
+# added to ln p of items of the history where items never repeat; finite, since a repeat may still come
 REPEAT = np.log(1e-6)
-FITTED_ON = 1024  # validation cases that a temperature is fitted to
-INVERSE_TEMPERATURES = (1e-3, 1e6)  # between which 1 / τ is searched
+FITTED_ON = 1024  # validation cases for fitting the temperature
+INVERSE_TEMPERATURES = (1e-3, 1e6)  # search range of 1 / τ
 
 
 @dataclass(frozen=True)
 class Answers:
-    """leaves: int64 (n, depth), semantic IDs, best first, -1 where there is none; scores: float64 (n, depth),
-    their log-probabilities; target_log_probability: float64 (n,), of the targets' semantic IDs."""
+    """The ranked answers to n cases.
+
+    ``leaves``: int64 (n, depth), semantic IDs, best first, padded with -1. ``scores``: float64 (n, depth),
+    their log-probabilities. ``target_log_probability``: float64 (n,), of the targets' semantic IDs.
+    """
 
     leaves: np.ndarray
     scores: np.ndarray
@@ -39,16 +40,16 @@ class Answers:
 
 
 class Answerer(Protocol):
-    """Whatever can be tested: a baseline as it stands after a stage, or a fusion of models."""
+    """What can be tested: a baseline after a stage, or a fusion of models."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was chosen on validation, to be recorded."""
+        """What was chosen on the validation cases, for the record."""
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
-        """Rank ``depth`` semantic IDs for each case, or all where the catalogue has fewer.
+        """Rank ``depth`` semantic IDs for each case, or all where the catalog has fewer.
 
-        ``advance`` is told the number of cases done.
+        ``advance`` is called with the number of cases done.
         """
 
 
@@ -56,7 +57,7 @@ class Answerer(Protocol):
 class BaselineAnswers:
     """A baseline, and how its scores become probabilities.
 
-    ``inverse_temperature``: 1 / τ. ``repeats``: whether items of the history are answers like others.
+    ``inverse_temperature``: 1 / τ. ``repeats``: whether items of the history may be recommended like others.
     """
 
     baseline: Baseline
@@ -68,7 +69,7 @@ class BaselineAnswers:
     def fitted(
         cls, baseline: Baseline, trie: ItemTrie, validation: Cases, *, repeats: bool
     ) -> BaselineAnswers:
-        """With the temperature that makes the validation targets likeliest, where one is needed."""
+        """With the temperature that maximizes the likelihood of the validation targets, if one is needed."""
         plain = cls(baseline, trie, repeats=repeats)
         if baseline.probabilistic or not len(validation):
             return plain
@@ -93,7 +94,7 @@ class BaselineAnswers:
         return {"inverse_temperature": self.inverse_temperature, "repeats": self.repeats}
 
     def log_probabilities(self, cases: Cases) -> np.ndarray:
-        """float64 (n, leaves): of every semantic ID; they sum to one in each row."""
+        """float64 (n, leaves): log-probability of every semantic ID."""
         items = _item_log_probabilities(
             self.baseline.scores(cases), cases, self.inverse_temperature, self.repeats
         )
@@ -128,7 +129,7 @@ def batches(cases: Cases) -> Iterator[Cases]:
 
 
 def top(scores: np.ndarray, depth: int) -> np.ndarray:
-    """int64 (n, depth): columns of the largest scores, best first; of equal ones the smaller column.
+    """int64 (n, depth): columns of the largest scores, best first; ties go to the smaller column.
 
     >>> top(np.array([[1.0, 3.0, 3.0, 2.0]]), depth=3).tolist()
     [[1, 2, 3]]
@@ -143,7 +144,7 @@ def top(scores: np.ndarray, depth: int) -> np.ndarray:
 
 
 def _of_leaves(items: np.ndarray, trie: ItemTrie) -> np.ndarray:
-    """(n, leaves): the log-probability of each leaf's items together. Few leaves have more than one."""
+    """(n, leaves): log of the total probability of each leaf's items. Few leaves have more than one."""
     result = items[:, trie.items[trie.item_starts[:-1]]]
     counts = np.diff(trie.item_starts)
     for place in range(1, counts.max()):

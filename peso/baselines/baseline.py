@@ -1,7 +1,4 @@
-"""What a baseline is: it learns stage after stage and scores every item for a user.
-
-Knows stages, cases and item numbers; knows nothing of semantic IDs, workspaces or metrics.
-"""
+"""The interface of a baseline: it learns stage after stage and scores every item for a user."""
 
 from __future__ import annotations
 
@@ -17,32 +14,32 @@ from peso.runtime.progress import Observer
 
 
 class Baseline(Protocol):
-    """One recommender in its state after some stage.
+    """A recommender in its state after some stage.
 
-    ``probabilistic``: whether softmax over the scores is the model's own distribution over the next item;
-    else a temperature is fitted to the validation cases.
+    ``probabilistic``: whether softmax over the scores is the model's own distribution over the next item. If
+    not, a temperature is fitted to the validation cases.
     """
 
     probabilistic: bool
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
-        """Learn the last of these stages, the others before it being learnt. Returns figures to record."""
+        """Learn the last of these stages, after the others. Returns figures to record."""
 
     def scores(self, cases: Cases) -> np.ndarray:
         """float32 (n, items): larger is better. Reads users and histories, never targets."""
 
     def save(self, directory: Path) -> None:
-        """Write into an empty directory what cannot be had from the stages at once."""
+        """Write to an empty directory what cannot be recomputed from the stages in seconds."""
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        """Be as after learning these stages, of which the last was saved here."""
+        """Restore the state saved here, after learning these stages."""
 
 
 def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
-    """What each user is known to have done when the last of these stages has been learnt, oldest first.
+    """The items that each user is known to have had after training on the last of these stages, oldest first.
 
-    Of that stage only what models train on: ``current[:-2]`` of the users who take part. The others' events
-    in it become known with the next stage.
+    Of the last stage only what models train on counts: ``current[:-2]`` of the users who take part. All other
+    events of it become known with the next stage.
     """
     *past, latest = stages
     known: dict[str, np.ndarray] = {}
@@ -55,12 +52,12 @@ def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
 
 
 def repeats_occur(stages: Sequence[Stage]) -> bool:
-    """Whether anyone is known to have had an item twice when the last of these stages has been learnt."""
+    """Whether any user is known to have had an item twice, after training on the last of these stages."""
     return any(len(np.unique(items)) < len(items) for items in known_histories(stages).values())
 
 
 def padded(histories: Sequence[np.ndarray], window: int, padding: int) -> np.ndarray:
-    """int64 (n, window): the last ``window`` items of each history from the left, then padding."""
+    """int64 (n, window): the last ``window`` items of each history, padded on the right."""
     result = np.full((len(histories), window), padding, dtype=np.int64)
     for row, history in zip(result, histories, strict=True):
         last = history[-window:]

@@ -1,14 +1,14 @@
 """EASE: every item as a linear function of all others, in closed form (Steck 2019, arXiv 1905.03375).
 
-Knows who had what; knows nothing of order in time within a history. For X (users, items) of zeros and ones
+For X (users, items) of zeros and ones:
 
     min_B ‖X − X B‖² + λ ‖B‖²,  diag(B) = 0   ⟹   B_ij = −P_ij / P_jj (i ≠ j),  P = (XᵀX + λI)⁻¹
     score(history, j) = Σ_{i ∈ history} B_ij
 
-P is dense: 25,935 items would take 5.4 GB and 17·10¹² multiplications in float64, more than a baseline is
-worth on a small machine. So the ``items`` with most users take part (5,000: 0.2 GB, seconds); what an item
-with a handful of users could say through P is mostly the regulariser's. The others, and whatever a history
-says nothing about, are ordered by popularity: a millionth of an item's share of the users is added.
+P is dense: 25,935 items would take 5.4 GB and 17·10¹² multiplications in float64. So only the ``items`` with
+the most users take part (5,000: 0.2 GB, seconds); for items with a handful of users P is mostly regularizer.
+The other items, and items on which the history has no bearing, are ordered by popularity: each score includes
+a millionth of the item's share of users.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from peso.baselines.baseline import interactions, known_histories
 from peso.events.histories import Cases, Stage
 from peso.runtime.progress import Observer, Silent
 
-LEAST = 1e-6  # of popularity beside the weights
+LEAST = 1e-6  # weight of popularity
 
 
 class Ease:
-    """Solved anew at every stage over all that is known by then; nothing is saved."""
+    """Solved again at every stage over all known events; nothing is saved."""
 
     probabilistic = False
 

@@ -1,7 +1,6 @@
-"""The training loop of the small networks: epochs of shuffled batches, the best by validation kept.
+"""The training loop of the small networks: epochs of shuffled batches; the best epoch by validation is kept.
 
-Knows modules and losses; knows nothing of items, users or stages. Everything drawn follows from the seed, so
-a stage that is learnt again is learnt alike.
+All random numbers follow from the seed, so training a stage again gives the same weights.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True)
 class Fit:
-    """``validation_loss``: of each epoch, in nats a target; ``best_epoch`` counts from 1."""
+    """``validation_loss``: of each epoch, in nats per target. ``best_epoch`` counts from 1."""
 
     best_epoch: int
     validation_loss: list[float]

@@ -1,14 +1,12 @@
-"""Item-kNN: what the users of an item of the history had besides (Deshpande and Karypis 2004).
+"""Item-kNN: recommends items that the users of the history's items also had (Deshpande and Karypis 2004).
 
-Knows who had what; knows nothing of order in time within a history. With c_ij the number of users who had
-both i and j:
+With c_ij the number of users who had both i and j:
 
     similarity(i, j) = c_ij / (√(c_ii · c_jj) + shrinkage),   j among the ``neighbours`` most similar to i
     score(history, j) = Σ_{i ∈ history} similarity(i, j)
 
-All items take part: the matrix is sparse. One product of sparse matrices says it all, so SciPy serves and no
-further library is asked for. What a history says nothing about is ordered by popularity: a millionth of an
-item's share of the users is added.
+The order of a history does not matter. Items without any similarity to the history are ordered by popularity:
+each score includes a millionth of the item's share of users.
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ from peso.baselines.baseline import Matrix, interactions, known_histories
 from peso.events.histories import Cases, Stage
 from peso.runtime.progress import Observer, Silent
 
-LEAST = 1e-6  # of popularity beside similarities
-ROWS = 2048  # of the similarities computed at once: they are cut to the neighbours before they add up
+LEAST = 1e-6  # weight of popularity
+ROWS = 2048  # of similarities computed at once, which bounds memory before only neighbors are kept
 
 
 class ItemKnn:
-    """Counted anew at every stage over all that is known by then, which takes seconds; nothing is saved."""
+    """Counted again at every stage over all known events, in seconds; nothing is saved."""
 
     probabilistic = False
 
@@ -54,9 +52,9 @@ class ItemKnn:
 
 
 def similarities(had: Matrix, neighbours: int, shrinkage: float) -> Matrix:
-    """Sparse (items, items): row i holds the similarities of the neighbours of i, itself not among them.
+    """Sparse (items, items): row i holds the similarities of the neighbors of i, i itself excluded.
 
-    Of equally similar items those with the smaller number are taken.
+    Ties go to the item with the smaller number.
 
     Args:
         had: sparse (users, items) of ones.

@@ -1,14 +1,12 @@
-"""Popularity: the same list for every user, the items that most events were about.
+"""Popularity: the same list for every user, the items with the most events.
 
-Knows stages and semantic IDs; knows nothing of models. The least that a recommender has to beat.
+A list made at stage t counts every event of the stages before t and, of stage t, the part that models train
+on: the items of ``current[:-2]`` of users with at least three items in the stage. Events that stage t holds
+back for validation and test are not counted, nor are those of users whom the protocol leaves out. With
+``last`` = n, only stages t - n + 1 … t count: a recent window, or stage t alone with 1.
 
-What counts, for a list made at stage t: every event of the stages before t, and of stage t the part that
-models train on: the items of ``current[:-2]`` of users with at least three items in the stage. The events
-that stage t holds back for validation and test are not counted, nor those of users whom its protocol leaves
-out. With ``last`` = n only stages t - n + 1 … t count: a recent window, or with 1 stage t alone.
-
-An event before stage t that only a ``previous`` list tells of is not counted, except those of the first stage
-given: later ``previous`` lists repeat what earlier stages hold.
+An event that only a ``previous`` list reports counts for the first stage given only, because later
+``previous`` lists repeat what earlier stages hold.
 """
 
 from __future__ import annotations
@@ -25,44 +23,48 @@ from peso.evaluation.segments import CaseLabels
 from peso.events.histories import Cases, Stage
 from peso.items.semantic_ids import SemanticIds
 from peso.items.trie import ItemTrie
-from peso.runtime.progress import Observer
+from peso.runtime.progress import Observer, Silent
 
 
 class Popularity:
-    """The list as a baseline (:class:`~peso.baselines.baseline.Baseline`). There is nothing to save.
+    """The list as a :class:`~peso.baselines.baseline.Baseline`. There is nothing to save.
 
-    Every semantic ID is counted once more than it was seen, shared evenly by the items that carry it, so
-    that the probabilities of semantic IDs are those of :func:`leaf_log_probabilities`.
+    Smoothing adds one to the count of every semantic ID, shared evenly by the items that have it.
     """
 
     probabilistic = True
 
     def __init__(self, trie: ItemTrie, last: int | None = None) -> None:
-        self.last = last
+        self.trie, self.last = trie, last
         self.added = (1 / np.bincount(trie.leaf_of))[trie.leaf_of]
-        self.log_counts = np.log(self.added)
+        self.weights = self.added
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
         counts = item_counts(stages, len(self.added), self.last)
-        self.log_counts = np.log(counts + self.added)
+        self.weights = counts + self.added
         return {"events": int(counts.sum())}
 
     def scores(self, cases: Cases) -> np.ndarray:
-        return np.tile(self.log_counts.astype(np.float32), (len(cases), 1))
+        return np.tile(np.log(self.weights).astype(np.float32), (len(cases), 1))
 
     def save(self, directory: Path) -> None: ...
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        self.log_counts = np.log(item_counts(stages, len(self.added), self.last) + self.added)
+        self.learn(stages, Silent())
+
+    def leaf_log_probabilities(self) -> np.ndarray:
+        """float64 (leaves,): log( (Σ_{items of leaf} count + 1) / (Σ count + leaves) )."""
+        per_leaf = np.bincount(self.trie.leaf_of, weights=self.weights)
+        return np.log(per_leaf) - np.log(per_leaf.sum())
 
 
 def item_counts(stages: Sequence[Stage], items: int, last: int | None = None) -> np.ndarray:
-    """How many events each item had, as known when the last of these stages has been learnt.
+    """How many events each item is known to have had after training on the last of these stages.
 
     Args:
-        stages: consecutive, the last one being the stage that the list is made at.
-        items: size of the catalogue.
-        last: count the newest so many of them only; None: all.
+        stages: consecutive; the list is made at the last one.
+        items: size of the catalog.
+        last: count only the newest ``last`` stages; None: all.
 
     Returns: int64 (items,).
     """
@@ -75,17 +77,6 @@ def item_counts(stages: Sequence[Stage], items: int, last: int | None = None) ->
     return np.bincount(np.concatenate([np.empty(0, dtype=np.int32), *seen]), minlength=items)
 
 
-def leaf_log_probabilities(counts: np.ndarray, semantic_ids: SemanticIds) -> np.ndarray:
-    """Add-one smoothed log-frequency of each semantic ID, float64 (leaves,).
-
-    log p(leaf) = log( (Σ_{items of leaf} count + 1) / (Σ count + leaves) ), so that it sums to one over the
-    semantic IDs of the catalogue.
-    """
-    trie = semantic_ids.trie
-    per_leaf = np.bincount(trie.leaf_of, weights=counts, minlength=trie.leaves)
-    return np.log(per_leaf + 1) - np.log(per_leaf.sum() + trie.leaves)
-
-
 def predict_popularity(
     stages: Sequence[Stage],
     on: Stage,
@@ -96,27 +87,26 @@ def predict_popularity(
 ) -> Predictions:
     """Answer the test cases of a stage with the most popular semantic IDs.
 
-    Items that a user already has are not left out: the models of the protocol do not leave them out either.
-    Ties go to the semantic ID with the smaller codes.
+    Items that a user already had are not left out, as for the models of the protocol. Ties go to the semantic
+    ID with the smaller codes.
 
     Args:
-        stages: 0 … t, what the list is made from (see the module's opening); usually up to ``on``, fewer for
-            a list that is no longer kept up to date.
+        stages: 0 … t, which the list is made from; usually up to ``on``, fewer for an outdated list.
         on: the stage whose test cases are answered.
         labels: of those cases (segments.label_cases).
         depth: semantic IDs in the list.
         last: see :func:`item_counts`.
 
     Raises:
-        ConfigError: ``depth`` is more than the catalogue has semantic IDs.
+        ConfigError: ``depth`` is more than the catalog has semantic IDs.
     """
-    log_probabilities = leaf_log_probabilities(
-        item_counts(stages, len(semantic_ids.item_ids), last), semantic_ids
-    )
+    popularity = Popularity(semantic_ids.trie, last)
+    popularity.learn(stages, Silent())
+    log_probabilities = popularity.leaf_log_probabilities()
     if depth > len(log_probabilities):
         raise ConfigError(
-            f"a list of {depth} is asked for, but the catalogue has {len(log_probabilities)} semantic IDs; "
-            "set decoding.beams lower"
+            f"a list of {depth} semantic IDs was requested, but the catalog has only "
+            f"{len(log_probabilities)}; set decoding.beams lower"
         )
     best = np.argsort(-log_probabilities, kind="stable")[:depth]
     cases = on.test_cases(window=1)

@@ -1,7 +1,4 @@
-"""Every baseline by its configuration. A new one is a file of its own in this folder and a case here.
-
-Knows which baselines there are and which options each takes; knows nothing of what they do.
-"""
+"""Builds a baseline from its configuration. A new baseline is a file in this folder and a case here."""
 
 from __future__ import annotations
 
@@ -29,11 +26,11 @@ from peso.items.trie import ItemTrie
 def make_baseline(
     config: PlainBaselineConfig, trie: ItemTrie, window: int, seed: int, device: torch.device
 ) -> Baseline:
-    """One that has learnt nothing yet.
+    """A baseline that has not learned anything yet.
 
     Args:
-        window: items of a history that are read.
-        device: of the networks; the others compute in NumPy.
+        window: how many items of a history are used.
+        device: for the networks; the other baselines use NumPy.
     """
     items = len(trie.leaf_of)
     match config:

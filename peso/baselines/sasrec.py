@@ -1,13 +1,12 @@
 """SASRec: a small causal Transformer over items (Kang and McAuley 2018, arXiv 1808.09781).
 
-Knows item numbers in order; knows nothing of who the user is, nor of text or codes. The last ``window``
-items, each its vector plus the vector of its place, go through ``layers`` pre-norm layers of masked
-self-attention; the state after item n scores item n + 1 by its product with the item vectors, which input and
-output share.
+The last ``window`` items, each the sum of its item vector and a position vector, go through ``layers``
+pre-norm layers of masked self-attention. The state after item n scores item n + 1 by its product with the
+item vectors, which input and output share.
 
-Trained by cross-entropy over the whole catalogue (which sampled negatives only approximate and which a
-catalogue of ten thousands allows; Klenitskiy and Vasilev 2023, arXiv 2309.07602). A later stage goes on from
-the weights of the stage before; items that the catalogue gains later get fresh rows.
+Trained by cross-entropy over the whole catalog, which sampled negatives only approximate and which is
+feasible for tens of thousands of items (Klenitskiy and Vasilev 2023, arXiv 2309.07602). A later stage starts
+from the weights of the stage before; items that the catalog gains later get fresh rows.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ NO_TARGET = -1
 
 
 class CausalItems(nn.Module):
-    """Item row ``items`` is padding; it stands behind what it could disturb, so it needs no mask."""
+    """The network. Item row ``items`` is padding, which follows all items and so needs no mask."""
 
     def __init__(self, items: int, window: int, options: SasRecConfig) -> None:
         super().__init__()
@@ -133,7 +132,7 @@ class SasRec:
     def _of(self, cases: Cases) -> Tensor:
         rows = torch.from_numpy(padded(cases.histories, self.window, self.items)).to(self.device)
         lengths = torch.tensor([min(len(history), self.window) for history in cases.histories])
-        last = lengths.clamp(min=1).to(self.device) - 1  # of an empty history: the state after padding
+        last = lengths.clamp(min=1).to(self.device) - 1  # an empty history: the state after padding
         states = self.network(rows)
         return self.network.log_probabilities(states[torch.arange(len(rows), device=self.device), last])
 
@@ -141,12 +140,13 @@ class SasRec:
 def training_rows(
     sequences: Sequence[TargetSequence], window: int, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every target but a first item once, at the place of the item before it.
+    """Cut sequences into rows in which every target, except a first item, occurs once.
 
     A sequence that fits the window is one row. A longer one is cut so that its later targets see more than
-    half a window of items, as far as there are so many.
+    half a window of items.
 
-    Returns: inputs, padded, and targets, NO_TARGET where there is none; both int64 (rows, window).
+    Returns: inputs, padded, and for each input the target that follows, or NO_TARGET; both int64 (rows,
+        window).
     """
     inputs, targets = [], []
     for sequence in sequences:

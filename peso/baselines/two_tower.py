@@ -1,18 +1,15 @@
-"""Two towers: a vector for a user with a history, a vector for an item, their product the score.
-
-Knows users by name and items by number; knows nothing of an item's text or codes. These are the explicit
-vectors of users and items that a semantic ID does not have:
+"""Two towers: a vector for a user with a history, a vector for an item, and their product as the score.
 
     x(u, h) = e_u + 1/|h| Σ_{i ∈ h} p_i,    score(u, h, j) = x · q_j + b_j,    P(j | u, h) = softmax_j score
 
-with e_u the user's own vector, p_i an item's vector as history and q_j its vector as an answer (as in FISM,
-Kabbur et al. 2013). Trained by cross-entropy over the whole catalogue, target by target, each seeing the last
-``window`` items before it.
+with e_u the user's own vector, p_i an item's vector in a history and q_j its vector as an answer (as in FISM,
+Kabbur et al. 2013). Trained by cross-entropy over the whole catalog, on every target with the last ``window``
+items before it. Neither text nor codes of items are used.
 
-The rule for users: e_u exists once u was among the training targets of a learnt stage. Everyone else has
-e_u = 0 and is described by the mean of the history alone. So that this is no surprise to the model, a share
-``user_dropout`` of the training cases is answered with e_u = 0. Items that the catalogue gains later get
-fresh rows; a later stage goes on from the weights of the stage before.
+A user gets a vector e_u with the first training target in a trained stage. All others have e_u = 0, so the
+mean of the history alone describes them. To prepare the model for them, a share ``user_dropout`` of the
+training cases uses e_u = 0. Items that the catalog gains later get fresh rows; a later stage starts from the
+weights of the stage before.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ WEIGHTS, USERS = "two_tower.safetensors", "users.json"
 
 
 class Towers(nn.Module):
-    """The formula above. User row 0 stands for everyone without a vector, item row ``items`` for padding."""
+    """The formula above. User row 0 is for users without a vector, item row ``items`` for padding."""
 
     def __init__(self, users: int, items: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -124,7 +121,7 @@ class TwoTower:
             self._take(self._state())
 
     def _take(self, state: dict[str, Tensor]) -> None:
-        """The weights of a model with fewer users, or fewer items, and fresh rows for the others."""
+        """Load the weights of a model with as many users and items or fewer; the rest get fresh rows."""
         towers = self._fresh(len(self.users))
         with torch.no_grad():
             for name, tensor in towers.state_dict().items():
@@ -134,7 +131,7 @@ class TwoTower:
         self.towers = towers.eval()
 
     def _state(self) -> dict[str, Tensor]:
-        """Without the row of the padding, which stands behind the last item."""
+        """Without the padding row, which follows the last item."""
         state = self.towers.state_dict()
         return {**state, "history.weight": state["history.weight"][:-1]}
 
@@ -155,7 +152,7 @@ class TwoTower:
 
 
 class Examples:
-    """Every training target with the items before it, cut out when it is asked for."""
+    """Every training target with the items before it, extracted on demand."""
 
     def __init__(self, sequences: Sequence[TargetSequence], window: int, padding: int) -> None:
         self.window, self.padding = window, padding

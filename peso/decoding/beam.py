@@ -1,10 +1,9 @@
 """Trie-constrained beam search over item numbers.
 
-Knows the model, the trie and item rows; knows nothing of item ids, files or metrics. The prompt of a user is
-computed once; beams are extra positions behind it, each of which sees the prompt, its own ancestors and
-itself, so a beam that splits or dies costs no copy and no reordering. After the last code nothing is
-computed, and no end token is asked for: an item is complete when its codes are. Where the targets are known,
-the path of each is one more beam, which no other sees: scoring them costs that, and not another prompt.
+The prompt of a user is computed once. Beams are extra positions after it, each of which sees the prompt, its
+own ancestors and itself, so nothing is copied or reordered when a beam splits or ends. An item is complete
+with its last code, so there is no end token and no step after the last code. If targets are given, the path
+of each is one more beam that no other sees, which scores it without a second prompt.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ BEAMS_AT_ONCE_ELSEWHERE = 16384
 class Beams:
     """The best semantic IDs of each user, best first.
 
-    leaves: int64 (users, beams), leaves of the catalogue's trie, -1 where fewer exist.
+    leaves: int64 (users, beams), leaves of the catalog's trie, -1 where fewer exist.
     scores: float32 (users, beams), log-probability of the codes under the model's ``loss_vocabulary``; -inf
         where there is no leaf.
     targets: float32 (users, levels), ln p(c_l | history, c_1 … c_{l-1}) of each code of each user's target,
-        normalised alike; None where no targets were given.
+        normalized alike; None where no targets were given.
     """
 
     leaves: np.ndarray
@@ -228,7 +227,7 @@ class _Catalogue:
     """The trie that is searched: all items, or those that all users are confined to."""
 
     trie: ItemTrie
-    rows: np.ndarray | None  # int64, sorted: item rows of a confined catalogue; None for all
+    rows: np.ndarray | None  # int64, sorted: item rows of a confined catalog; None for all
     leaf_of: np.ndarray  # int32: leaf of each item row in the trie of all items
 
     @classmethod

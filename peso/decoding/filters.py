@@ -1,7 +1,6 @@
-"""Which nodes of the trie a user may enter, given the items that user may or may not get.
+"""Which nodes of the trie each user may enter, given the items that the user may or may not get.
 
-Knows item rows and the trie; knows nothing of models or scores. A filter holds only the nodes that its items
-touch, so it costs what the lists cost, whatever the size of the catalogue.
+A filter stores only the nodes that its items touch, so its size does not depend on the catalog.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One pass over each prompt, and the cache that the beams of all users then share.
-
-Knows token ids, layouts and the model; knows nothing of the trie or of scores.
-"""
+"""One pass over each prompt, and the cache that all beams then share."""
 
 from __future__ import annotations
 

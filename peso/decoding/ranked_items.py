@@ -1,7 +1,4 @@
-"""From item ids to item ids: histories in, ranked items out.
-
-Knows item ids, filters and the rule for shared IDs; knows nothing of how the search works.
-"""
+"""Ranked items for histories, with item ids in and out."""
 
 from __future__ import annotations
 
@@ -34,11 +31,11 @@ def beam_search(
     """The ``k`` best next items of each history, with their log-probabilities, best first.
 
     Items that share a semantic ID share its log-probability and come in the order in which they entered the
-    catalogue; IDs of equal log-probability come in the order of their codes.
+    catalog; IDs of equal log-probability come in the order of their codes.
 
     Args:
         histories: item ids of each user, oldest first; may be empty. The last ``window`` are read.
-        k: items to return, at most as many as the catalogue has. Where the filters leave fewer to a user,
+        k: items to return, at most as many as the catalog has. Where the filters leave fewer to a user,
             all of those come back.
         beams: width of the search, at least ``k``; default max(10, k).
         exclude_seen: leave out every item of the history, also those before the window.
@@ -53,7 +50,7 @@ def beam_search(
         as the filters leave.
 
     Raises:
-        DataError: an unknown item id (told which), or ``k`` larger than the catalogue.
+        DataError: an unknown item id (told which), or ``k`` larger than the catalog.
         ConfigError: ``k`` below 1, or fewer beams than ``k``.
     """
     if k < 1:
@@ -64,7 +61,7 @@ def beam_search(
         raise ConfigError(f"{beams} beams cannot give {k} items; use at least k beams, or leave them out")
     ids = model.semantic_ids
     if k > len(ids.item_ids):
-        raise DataError(f"k = {k} is more than the {len(ids.item_ids)} items of the catalogue; ask for fewer")
+        raise DataError(f"k = {k} is more than the {len(ids.item_ids)} items of the catalog; ask for fewer")
     rows = [_rows(ids, history, "a history") for history in histories]
     users = range(len(rows))
     allowed = _sets(ids, allow, len(rows), "allow")

@@ -1,7 +1,4 @@
-"""The hot step of the search: from the beams of one level to the best beams of the next.
-
-Knows nodes of the trie and log-probabilities; knows nothing of models, prompts or items.
-"""
+"""One step of the search: from the beams of one level to the best beams of the next."""
 
 from __future__ import annotations
 

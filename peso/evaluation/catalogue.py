@@ -23,7 +23,7 @@ class Catalogue:
     Attributes:
         item_ids: the log's own ids.
         seen: by stage, int64 (items known at that stage,): events of each item that the stage's model may
-            have learnt from, those of earlier stages included. What is held back for validation and test of
+            have learned from, those of earlier stages included. What is held back for validation and test of
             the stage is not.
         codes: int32 (items, levels).
         item_columns: by name, one value an item: title, category and the like; None where unknown.

@@ -199,7 +199,7 @@ class Comparison:
     def list_figures(self, run: RunSummary, stage: int) -> ListFigures:
         """Of one stage's lists, cut at the largest k."""
         if self.catalogue is None:
-            raise ValueError("no run brings a catalogue")
+            raise ValueError("no run brings a catalog")
         key = (run.name, stage)
         if key not in self._lists:
             predictions = run.stages[stage].predictions

@@ -77,7 +77,7 @@ class Contrast:
 
     Attributes:
         value, low, high: the difference of means and its 95 % interval (nan: nothing varies).
-        percent, percent_low, percent_high: the same in per cent of the other's mean.
+        percent, percent_low, percent_high: the same in percent of the other's mean.
         p, p_adjusted: of the permutation test; ``p_adjusted`` after Holm's correction over all pairs.
         detectable: the smallest true difference that such data show (p ≤ 0.05) four times in five.
         covers_seeds: whether chance in training is in the interval and in p; if not, they speak of users

@@ -26,7 +26,7 @@ def item_rows(lists: Sequence[Sequence[str]], rows: dict[str, int], k: int) -> n
 
 
 def coverage(lists: np.ndarray, items: int) -> float:
-    """Catalogue coverage: share of the catalogue that is in some list (Ge et al. 2010).
+    """Catalog coverage: share of the catalog that is in some list (Ge et al. 2010).
 
     >>> coverage(np.array([[0, 1], [1, -1]]), items=4)
     0.5
@@ -35,7 +35,7 @@ def coverage(lists: np.ndarray, items: int) -> float:
 
 
 def gini(lists: np.ndarray, items: int) -> float:
-    """Gini index of how often each of the catalogue's items is listed: 0 if all equally, near 1 if one only.
+    """Gini index of how often each of the catalog's items is listed: 0 if all equally, near 1 if one only.
 
         G = Σ_i (2 i − n − 1) e_(i) / (n Σ_i e_i)        e_(1) ≤ … ≤ e_(n) the times listed
 

@@ -38,7 +38,7 @@ def hit(ranks: np.ndarray, k: int) -> np.ndarray:
 def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
     """NDCG@k per case: 1 / log2(1 + r) if 1 ≤ r ≤ k, else 0.
 
-    The normalised discounted cumulative gain (Järvelin and Kekäläinen 2002) with one relevant item, whose
+    The normalized discounted cumulative gain (Järvelin and Kekäläinen 2002) with one relevant item, whose
     ideal gain is 1.
 
     >>> ndcg(np.array([1, 3, 6, 0]), k=5).tolist()
@@ -60,7 +60,7 @@ def level_log_probability(by_level: np.ndarray, level: int) -> np.ndarray:
     """Log-probability of one level per case: ln p(c_l | history, c_1 … c_{l-1}), c_l the target's code there.
 
     By the chain rule the levels sum to the log-probability of the semantic ID, so a level tells where the
-    nats are lost: at the first, which is the coarse kind of item, or at the last, which tells neighbours
+    nats are lost: at the first, which is the coarse kind of item, or at the last, which tells neighbors
     apart.
 
     Args:

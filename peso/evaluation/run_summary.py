@@ -71,7 +71,7 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage of a run: its answers, and what it took to learn (None: nothing was learnt).
+    """One stage of a run: its answers, and what it took to learn (None: nothing was learned).
 
     ``anchor``: how the adapter moved and what restrained it: ``moved``
     (:func:`peso.adapters.anchor_report.anchor_report`), the figures of
@@ -91,7 +91,7 @@ class RunSummary:
 
     Attributes:
         name: tells it from the other runs of a report.
-        strategy: how its stages were learnt, in a few words, e.g. ``peso (weight 2, mean)``.
+        strategy: how its stages were learned, in a few words, e.g. ``peso (weight 2, mean)``.
         stages: by number.
         configuration: YAML text.
         manifests: the chain, oldest first: each a JSON-like dictionary.
@@ -106,7 +106,7 @@ class RunSummary:
         catalogue: of its stream and index; None: figures that need it are left out.
         expected_stages: how many it should have; fewer is a run not done yet. 0: not known.
         baseline: whether no language model answered. Its probabilities are of items and sum to one over the
-            catalogue; a model's are of codes, some of which no item has.
+            catalog; a model's are of codes, some of which no item has.
     """
 
     name: str

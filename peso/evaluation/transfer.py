@@ -52,11 +52,11 @@ def backward_transfer(results: np.ndarray) -> float:
 
 
 def forward_transfer(results: np.ndarray) -> float:
-    """How much stages up to j − 1 help on stage j before it is learnt, after Lopez-Paz and Ranzato (2017):
+    """How much stages up to j − 1 help on stage j before it is learned, after Lopez-Paz and Ranzato (2017):
 
         FWT = 1/(T − 1) Σ_{j=2…T} (R[j − 1, j] − R[0, j])
 
-    They compare with a model that has learnt nothing; here it is the model of the base stage, without which
+    They compare with a model that has learned nothing; here it is the model of the base stage, without which
     there is no recommender, so j begins at 2. nan if an entry is missing, or there are fewer than 3 stages.
 
     >>> results = np.array([[0.5, 0.1, 0.1], [0.3, 0.6, 0.4], [0.3, 0.5, 0.6]])

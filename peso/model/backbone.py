@@ -1,8 +1,4 @@
-"""The frozen language model: where it comes from, and whether it can do what the rest asks of it.
-
-Knows names, paths, Transformers configurations and weights; knows nothing of items, adapters or prompts.
-Whoever gets a backbone from here may rely on what :mod:`peso.model.backbone_checks` has tried out.
-"""
+"""Loads or builds the frozen language model and checks that it works (:mod:`peso.model.backbone_checks`)."""
 
 from __future__ import annotations
 
@@ -47,7 +43,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> LlamaForCausalLM:
-    """A randomly initialised Llama for the byte tokenizer: heads of 32 (16 below width 64), MLP 8/3 × width.
+    """A randomly initialized Llama for the byte tokenizer: heads of 32 (16 below width 64), MLP 8/3 × width.
 
     The caller's random state is left as it was. Same seed, same weights.
     """

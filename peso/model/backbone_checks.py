@@ -1,15 +1,14 @@
-"""What a backbone must be able to do, tried out on a few tokens when it is loaded.
+"""Checks on a few tokens, when a backbone is loaded, that it supports what training and decoding do.
 
-Knows a causal LM and its tokenizer; knows nothing of where they came from. The code that is tried is the code
-that training and decoding run (:class:`peso.model.generative.GenerativeModel`), not a copy of it:
+The checks run the code of :class:`peso.model.generative.GenerativeModel` itself, not a copy of it:
 
 1. the tokenizer's ids have no gaps, so that the semantic tokens get the ids after them;
-2. called with embeddings the backbone answers as with token ids;
-3. the head of ours gives the model's own logits, scaling and capping included;
+2. embeddings as input give the same result as token ids;
+3. our head gives the model's own logits, including scaling and capping;
 4. branches of a common trunk, under a four-dimensional mask and explicit positions, get the hidden states of
-   their separate sequences, in one pass and on a cache.
+   their separate sequences, in one pass and with a cache.
 
-One more trial refuses nothing: where attention along a tree gives something else, it is left off.
+A fifth check refuses nothing: where attention along a tree gives a different result, it is disabled.
 """
 
 from __future__ import annotations

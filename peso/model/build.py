@@ -1,8 +1,7 @@
-"""A generative model from its configuration, and its weights as a stage's files.
+"""Builds a generative model from its configuration, and reads and writes its weights as a stage's files.
 
-Knows the sections of the configuration that shape a model and the files that hold its weights; knows nothing
-of stages, training or workspaces. Files of a stage: ``vocabulary.safetensors``, ``adapter/`` where there is
-one, ``backbone/`` where its weights were trained.
+The files of a stage are ``vocabulary.safetensors``, ``adapter/`` if there is one, and ``backbone/`` if its
+weights were trained.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def longest_sequence(layout: PromptLayout, levels: int) -> int:
 
 
 def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_backbone: bool) -> None:
-    """Write what a stage has learnt.
+    """Write what a stage has learned.
 
     Args:
         directory: made if missing.

@@ -1,7 +1,7 @@
-"""Two models that answer as one: their logits averaged.
+"""Two models that answer as one by averaging their logits.
 
-Knows the models' common interface; knows nothing of how they were learnt. Averaged logits, normalised, are
-the product of the models' distributions, p ∝ p_1^w · p_2^(1-w): high where both find a token likely.
+Averaged logits, normalized, are the product of the models' distributions, p ∝ p_1^w · p_2^(1-w): high where
+both models find a token likely.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Ensemble(nn.Module):
     of its own and cannot be trained.
 
     Args:
-        first, second: of the same ids, layout, catalogue and loss vocabulary.
+        first, second: of the same ids, layout, catalog and loss vocabulary.
         share: weight of the first.
     """
 

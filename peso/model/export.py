@@ -1,8 +1,7 @@
-"""A model as others load it: plain Transformers, or PEFT on an extended backbone.
+"""Exports a model in formats that other tools load: plain Transformers, or PEFT on an extended backbone.
 
-Knows Transformers' and PEFT's files; knows nothing of stages or workspaces. The model in memory stays as it
-is; what is written appears whole or not at all. Input and output rows of the semantic tokens differ, so what
-is written is never tied, whatever the backbone was.
+The model in memory does not change, and the export appears whole or not at all. Input and output rows of the
+semantic tokens differ, so an exported model never ties its embeddings, even if the backbone did.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The generative recommender: a frozen backbone with adapters, a semantic vocabulary, a layout, a catalogue.
-
-Knows token ids, hidden states and logits; knows nothing of users, stages, losses over batches or search.
+"""The generative recommender: a frozen backbone with adapters, a semantic vocabulary, a prompt layout and a
+catalog.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class GenerativeModel(nn.Module):
     Args:
         backbone: a Transformers causal LM, plain or wrapped by PEFT.
         tokenizer: its tokenizer, without the semantic tokens.
-        loss_vocabulary: normalisation of every probability: ``full``, ``semantic`` or ``level``.
+        loss_vocabulary: normalization of every probability: ``full``, ``semantic`` or ``level``.
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""Log-probabilities at target positions, under each loss vocabulary.
-
-Knows hidden states and token ids; knows nothing of batches, users or search.
-"""
+"""Log-probabilities at target positions, under each loss vocabulary."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from peso.model.generative import GenerativeModel
 
-CHUNK_VALUES = 2**20  # logits that are normalised at once: what a cache holds
+CHUNK_VALUES = 2**20  # logits that are normalized at once: what a cache holds
 MASKED = -1e4  # of a token that does not compete: finite, so that 0 · it is 0
 
 
@@ -143,7 +140,7 @@ def _columns(targets: Tensor, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor,
 
 
 def _rows(part: Tensor) -> int:
-    """Rows that are normalised at once. A GPU gains nothing from few."""
+    """Rows that are normalized at once. A GPU gains nothing from few."""
     return max(1, CHUNK_VALUES // part.shape[-1]) if part.device.type == "cpu" else max(1, len(part))
 
 
@@ -155,7 +152,7 @@ HEAD_VALUES_ELSEWHERE = 2**27
 def level_log_probabilities(model: GenerativeModel, hidden: Tensor, level: int) -> Tensor:
     """hidden (…, width) → float32 (…, codes of the level).
 
-    The codes a valid item can continue with are a part of what is normalised over: ``level`` all codes of
+    The codes a valid item can continue with are a part of what is normalized over: ``level`` all codes of
     the level, ``semantic`` all semantic tokens, ``full`` these and all words. Only the sum over the words is
     kept, a slice of rows at a time, never the logits.
     """

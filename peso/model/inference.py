@@ -1,9 +1,8 @@
-"""A model made ready to answer: its adapters are part of its weights, or one product beside them.
+"""A model prepared for inference: adapters are merged into the weights, or cost one extra product per layer.
 
-Knows PEFT's LoRA layers and Transformers' norms and their arithmetic; knows nothing of prompts, beams or
-scores. PEFT computes an adapter in half a dozen operations beside each linear layer, Transformers a norm in
-eight: for one request, whose operations are small, each costs its launching. An answer needs none of what
-makes an adapter learn, and PyTorch has the norm in one operation.
+PEFT computes an adapter in half a dozen operations per linear layer, and Transformers computes a norm in
+eight. A single request has small operations, so launching them dominates. Inference needs nothing that only
+training uses, and PyTorch has a norm in one operation.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 
-# formats whose rounding loses nothing of an update that was learnt in float32
+# formats whose rounding loses nothing of an update that was learned in float32
 _EXACT = (torch.float32, torch.float64)
 
 

@@ -1,11 +1,9 @@
-"""Attention in which query heads share a key head without a copy of its keys for each of them.
+"""Grouped-query attention without a copy of the keys for each query head.
 
-Knows the tensors that Transformers hands to an attention function; knows nothing of prompts or beams.
-
-Where several query heads read one key head (grouped-query attention) and a mask is given, Transformers
-repeats keys and values once per query head, in every layer of every pass. For a few beams behind a long
-prompt that copying takes more time than the attention itself. Here the queries of a group stand one behind
-the other as queries of the one key head, which is the same product.
+Where several query heads read one key head and a mask is given, Transformers repeats keys and values once per
+query head, in every layer of every pass. For a few beams behind a long prompt, the copies take longer than
+the attention itself. Here the queries of a group are stacked as queries of their one key head, which gives
+the same product.
 """
 
 from __future__ import annotations

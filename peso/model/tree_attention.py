@@ -1,11 +1,9 @@
-"""Attention along a :class:`~peso.model.visibility.Tree` that costs what is seen, not what lies in a row.
+"""Attention along a :class:`~peso.model.visibility.Tree`, whose cost grows with the visible tokens only.
 
-Knows the tensors that Transformers hands to an attention function, and who sees whom; knows nothing of items
-or losses. Under a dense mask every token of a row is scored against every other and most of it dropped. Here
-each tile of the tree is a batch of small attentions of its own, so users cost each other nothing and neither
-do the branches of one trunk. Query heads that read one key head stand one behind the other as its queries.
-The gradient is written out, with the weights kept: on a CPU that is several times faster in bfloat16 than
-PyTorch's own.
+Under a dense mask, every token of a row is scored against every other, and most scores are discarded. Here
+each tile of the tree is a batch of small attentions, so neither users nor the branches of one trunk add cost
+to each other. Query heads that read one key head are stacked as its queries. The backward pass is written by
+hand and keeps the attention weights: on a CPU in bfloat16 it is several times faster than PyTorch's own.
 """
 
 from __future__ import annotations

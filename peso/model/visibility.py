@@ -1,7 +1,7 @@
-"""Who may attend to whom when several prompts share one row of tokens.
+"""Which tokens may attend to which when several prompts share one row.
 
-Knows numbered tokens; knows nothing of items, users or losses. A row holds a *root* (the fixed opening
-tokens of the layout, computed once), then *sequences*; a sequence is a *trunk* with *branches* that leave it.
+A row holds a *root* (the fixed opening tokens of the layout, computed once), then *sequences*. A sequence is
+a *trunk* with *branches*:
 
     root ── h1 h2 h3 h4 h5           trunk of sequence 1 (branch 0)
               │     └── b b b b      branch 2 of sequence 1, limit 3: sees the root, h1…h4 and itself

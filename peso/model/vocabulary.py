@@ -1,7 +1,4 @@
-"""The semantic vocabulary: the added token rows, kept beside a frozen backbone that is never resized.
-
-Knows how many codes each level has and which token ids they get; knows nothing of items.
-"""
+"""The semantic vocabulary: the added token rows, kept outside a frozen backbone that is never resized."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ class SemanticVocabulary(nn.Module):
         Centring on the mean bounds the divergence that new rows cause in the backbone's predictions
         (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); the noise makes
         codes distinguishable from the first step on; half the spread keeps a fresh row shorter than a
-        learnt one, so that at the start no new token outbids the words. Input and output rows share the
+        learned one, so that at the start no new token outbids the words. Input and output rows share the
         draw, as on a backbone with tied embeddings. Generated on the CPU from ``seed``: the same rows on
         every device.
 

@@ -1,7 +1,4 @@
-"""Options that change what a training step costs and not what it computes.
-
-Knows Transformers' switches for them and torch.compile; knows nothing of losses, batches or stages.
-"""
+"""Options that change the cost of a training step but not its result."""
 
 from __future__ import annotations
 

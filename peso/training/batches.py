@@ -1,8 +1,7 @@
-"""From target sequences to token batches in which a user's targets share one pass over their history.
+"""Turns target sequences into token batches in which a user's targets share one pass over their history.
 
-Knows item numbers, layouts and token budgets; knows nothing of models, losses or stages. Three steps, each
-a plain function: :func:`cut` sequences into chunks, :func:`plan_epoch` (which chunks make a batch),
-:func:`pack` (the tokens of a batch into rows).
+There are three steps, each a plain function: :func:`cut` splits sequences into chunks, :func:`plan_epoch`
+groups chunks into batches, and :func:`pack` arranges the tokens of a batch in rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a stage in training needs to go on after any interruption, bit for bit.
+"""Saves and restores a stage in training, so that an interrupted run continues bit for bit.
 
-Knows tensors, positions and files; knows nothing of losses or strategies. Everything random in training is a
-function of seed, stage and position, so positions and tensors are all that has to be kept.
+Every random number in training is a function of seed, stage and position, so a checkpoint holds only
+positions and tensors.
 """
 
 from __future__ import annotations

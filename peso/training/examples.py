@@ -1,7 +1,4 @@
-"""The training examples of a run's stages, for strategies that look at single ones.
-
-Knows stages, the model and how its loss is computed; knows nothing of strategies, optimisers or files.
-"""
+"""The training examples of a run's stages, for strategies that inspect single examples."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ class StageExamples:
 
     Args:
         stage: the stage of a number.
-        learning: the number of the stage that is learnt: later ones are not to be seen.
+        learning: the number of the stage that is learned: later ones are not to be seen.
     """
 
     def __init__(

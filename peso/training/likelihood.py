@@ -1,7 +1,4 @@
-"""How likely a model finds the next items that users chose: the training loss and log-probabilities.
-
-Knows packed tokens and the model's probabilities; knows nothing of optimisers, stages or files.
-"""
+"""The training loss, and the log-probabilities of the next items that users chose."""
 
 from __future__ import annotations
 
@@ -92,7 +89,7 @@ def target_level_log_probabilities(
 ) -> np.ndarray:
     """ln p(c_l | history, c_1 … c_{l-1}) of each code c_l of each case's target, end token left out.
 
-    Temperature 1, normalised as the model's ``loss_vocabulary`` says.
+    Temperature 1, normalized as the model's ``loss_vocabulary`` says.
 
     Args:
         batch_tokens: tokens in one forward pass.
@@ -119,7 +116,7 @@ def trie_log_likelihood(
     """Log-probability of each case's target among the items that exist.
 
     At every level the probabilities of the codes that continue the target's path to some item of the
-    catalogue are renormalised to one, at temperature 1. What other tokens would have got plays no part, so
+    catalog are renormalized to one, at temperature 1. What other tokens would have got plays no part, so
     models trained with different ``loss_vocabulary`` compare.
 
     Returns:

@@ -1,7 +1,4 @@
-"""How far each step moves the adapter: the optimiser's part, and what a strategy's ``after_step`` takes back.
-
-Knows parameters before and after; knows nothing of strategies, losses or files.
-"""
+"""How far each step moves the adapter: the optimizer's part, and the part that ``after_step`` takes back."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ class Movement:
             self._other.take()
 
     def figures(self) -> dict[str, float]:
-        """``step_norm``: length of the optimiser's step; ``pull_norm``: of what came after it, 0 for most
+        """``step_norm``: length of the optimizer's step; ``pull_norm``: of what came after it, 0 for most
         strategies; ``distance``: from the start, after both."""
         if not self._measured:
             return {}

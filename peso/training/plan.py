@@ -1,7 +1,4 @@
-"""All batches of a stage, fixed before it starts.
-
-Knows sequences, settings and seeds, and the token budgets of devices; knows nothing of losses or steps taken.
-"""
+"""All batches of a stage, fixed before training starts."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ def most_targets(layout: PromptLayout) -> int | None:
 
 
 class StagePlan:
-    """The batches of a stage, step by step. ``len(plan)`` is the number of optimiser steps.
+    """The batches of a stage, step by step. ``len(plan)`` is the number of optimizer steps.
 
     Args:
         sequences: the stage's training targets with what came before them.

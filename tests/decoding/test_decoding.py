@@ -403,7 +403,7 @@ def test_progress_counts_users(make_model: MakeModel) -> None:
     [
         ({"histories": [["item1", "nosuch"]]}, DataError, "'nosuch'"),
         ({"histories": ["item1"]}, DataError, "not the single string 'item1'"),
-        ({"k": 51}, DataError, "k = 51 is more than the 50 items of the catalogue; ask for fewer"),
+        ({"k": 51}, DataError, "k = 51 is more than the 50 items of the catalog; ask for fewer"),
         ({"allow": ["item1", "other"]}, DataError, "'other'"),
         ({"allow": "item1"}, DataError, "not the single string"),
         ({"deny": [["item1"], ["item2"]]}, DataError, "deny has 2 lists for 1 histories"),

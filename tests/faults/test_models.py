@@ -174,7 +174,7 @@ def test_a_user_gets_as_many_items_as_are_left(heavy: Workspace, tmp_path: Path,
         assert f"{count} of 5 items: user '{user}'" in err
     status, _, err = peso("recommend", "-w", heavy.root, "--user", "bot", "-k", "13")
     assert status == 1
-    assert "the 12 items of the catalogue" in err
+    assert "the 12 items of the catalog" in err
 
 
 def test_every_model_answers_everybody_from_a_small_catalogue(heavy: Workspace) -> None:

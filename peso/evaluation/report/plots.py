@@ -143,7 +143,7 @@ class Plot:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """A matrix as coloured cells with their numbers; cells that are nan stay empty.
+    """A matrix as colored cells with their numbers; cells that are nan stay empty.
 
     Attributes:
         values: float (rows, columns).
@@ -219,7 +219,7 @@ def png_file(plot: Drawing) -> bytes:
 def svg_element(plot: Drawing) -> str:
     """The plot as an ``<svg>`` element for a page, without title, legend and ground.
 
-    Its colours are the page's variables ``--ink``, ``--muted``, ``--rule`` and ``--series-0`` …; its text
+    Its colors are the page's variables ``--ink``, ``--muted``, ``--rule`` and ``--series-0`` …; its text
     takes the page's font; its width is that of its box. Ids carry the plot's name, so that several plots can
     stand on one page.
     """

@@ -78,7 +78,7 @@ def _plot(
     streams: Sequence[tuple[str, Sequence[Stage]]],
     first_colour: int = 0,
 ) -> Plot:
-    """Stage 0, in which all is new, is left to the tables. A line has its colour in all plots of the section,
+    """Stage 0, in which all is new, is left to the tables. A line has its color in all plots of the section,
     which share a legend."""
     streams = [(label, stages[1:] or stages) for label, stages in streams]
     series = [
