@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 def compare(
     config: Annotated[
         Path,
-        typer.Argument(metavar="CONFIG", help="A YAML file with a `compare` section; see docs/compare.md."),
+        typer.Argument(metavar="CONFIG", help="YAML file with a `compare` section (docs/how-to/compare.md)."),
     ],
     workspace: Annotated[
         Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-CONFIG.")

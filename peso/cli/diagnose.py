@@ -52,7 +52,7 @@ def diagnose(
     Shows what is available: the drift after `peso ingest`, the codes after `peso tokenize`, the anchor after
     each trained stage. Warnings come last. With --directions: the directions of the adapter that the new data
     support, how much of each the anchor is predicted to keep, and, with --free, how much was kept
-    (docs/diagnosis.md).
+    (docs/how-to/diagnose.md).
 
     Example: peso diagnose -w runs/shop
 

@@ -33,7 +33,8 @@ def run(
     """Do everything in CONFIG that is not done yet: ingest, tokenize, train and test the stages, report.
 
     The command can be interrupted at any time: run it again to continue, with the same result. Several
-    processes can work together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W (docs/training.md).
+    processes can work together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W
+    (docs/how-to/several-processes.md).
 
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """

@@ -11,7 +11,7 @@ from peso.config.section import Section
 
 
 class BaselineOptions(Section):
-    """What every baseline takes (docs/baselines.md)."""
+    """What every baseline takes (docs/reference/baselines.md)."""
 
     repeats: Literal["auto", "keep", "leave-out"] = Field(
         "auto",

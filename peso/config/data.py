@@ -144,7 +144,7 @@ class ItemTableConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the events come from, how they are cleaned and cut into stages (docs/data.md)."""
+    """Where the events come from, how they are cleaned and cut into stages (docs/how-to/prepare-a-log.md)."""
 
     format: Literal[
         "peso-release",

@@ -26,7 +26,7 @@ class RqVaeConfig(Section):
 
 
 class ItemsConfig(Section):
-    """How items get their semantic IDs (docs/items.md); unused where the data bring an index.
+    """How items get their semantic IDs (docs/reference/items.md); unused where the data bring an index.
 
     ``encoder``: ``hashing``, ``vectors`` (those of the files in ``vectors`` alone), or a text encoder:
     ``all-minilm-l6-v2``, any sentence-transformers or Transformers name or path, causal LMs included.

@@ -89,7 +89,7 @@ class Config(Section):
     @classmethod
     def _default_loss_vocabulary(cls, tree: Any) -> Any:
         """``full`` for `instruct` and for the paper's preset; the default of `stream` is measured on real
-        data (docs/training.md)."""
+        data (docs/reference/training.md)."""
         if not isinstance(tree, Mapping):
             return tree
         training = tree.get("training") or {}

@@ -66,8 +66,8 @@ def search(
 ) -> Beams:
     """The ``beams`` best semantic IDs that may follow each history.
 
-    Equal to Transformers' constrained beam search on the same model (docs/decoding.md). Users are computed
-    together in the order of their prompts' lengths, which changes no result but the rounding.
+    Equal to Transformers' constrained beam search on the same model (docs/explanation/decoding.md). Users
+    are computed together in the order of their prompts' lengths, which changes no result but the rounding.
 
     Args:
         histories: int item rows of each user, oldest first (may be none); the last ``window`` are read.

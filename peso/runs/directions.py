@@ -64,9 +64,9 @@ def stage_directions(
             that the formula speaks of, but fitted to these very examples.
 
     Returns:
-        ``directions``: a dict for each of them, see docs/diagnosis.md; ``rest``: the weight measured in what
-        the sample supports beside them, and in what it does not support; ``differences``: sentences on what
-        sets the free run apart beside the anchor.
+        ``directions``: a dict for each of them (docs/explanation/directions.md); ``rest``: the weight
+        measured in what the sample supports beside them, and in what it does not support;
+        ``differences``: sentences on what sets the free run apart beside the anchor.
 
     Raises:
         WorkspaceError: a stage without an anchor or not learnt, or a free workspace that is no comparison.

@@ -209,7 +209,7 @@ def test_a_catalogue_without_any_text_is_refused(titles: list[str | None], tmp_p
 def test_a_multitude_of_items_with_one_text_is_spread_over_the_ids_there_are(
     quantizer: str, tmp_path: Path
 ) -> None:
-    """The outcome that docs/items.md documents: distinct IDs as long as there are any; the rest share."""
+    """As docs/reference/items.md says: distinct IDs as long as there are any; the remaining items share."""
     notes = Notes()
     config = settings_for(quantizer, levels=2, codes=16)
     manifest = tokenize(item_table(["the same"] * 300), config, tmp_path, seed=0, observer=notes)

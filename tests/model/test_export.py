@@ -311,7 +311,7 @@ def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(layout: str, t
 
 @pytest.mark.slow
 def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     model = trained(BackboneConfig(name="tiny", layers=1), "instruct")
     written = []

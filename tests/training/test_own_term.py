@@ -1,4 +1,4 @@
-"""A proximal term from outside the package, as docs/proximal.md has it, in a loop and in a configuration."""
+"""The proximal term of docs/how-to/use-a-proximal-term.md, in a loop and in a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peso.runs.models import strategy_of
 from peso.runs.workspace import Workspace
 from peso.training.strategies.strategy import make_strategy
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "proximal.md"
+DOC = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "use-a-proximal-term.md"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The strategy of docs/adding-a-strategy.md, as it stands there, and what a broken one gets."""
+"""The strategy of docs/how-to/add-a-strategy.md, as it stands there, and what a broken one gets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peso.runs import pipeline
 from peso.runs.workspace import Workspace
 from peso.training.strategies.strategy import StageContext, Strategy, make_strategy
 
-DOC = Path(__file__).resolve().parents[3] / "docs" / "adding-a-strategy.md"
+DOC = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "add-a-strategy.md"
 
 
 @pytest.fixture

@@ -1,0 +1,112 @@
+"""A MkDocs hook: writes the tables of configuration keys and of command options from the code itself.
+
+A page asks for them with `<!-- generated: keys -->` and `<!-- generated: commands -->`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from peso.cli.app import app
+from peso.config import Config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    for name, make in {"keys": keys, "commands": commands}.items():
+        mark = f"<!-- generated: {name} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, "\n".join(make()))
+    return markdown
+
+
+def keys() -> Iterator[str]:
+    """A table for every section of the configuration, in the order of the work."""
+    yield from _section("", Config)
+
+
+def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
+    rows, nested = [], []
+    for name, field in model.model_fields.items():
+        inner = list(_models(field.annotation))
+        nested += [(f"{path}{name}", section) for section in inner]
+        default = field.get_default(call_default_factory=True)
+        rows.append((name, _kind(field.annotation), _default(field, default), field.description or ""))
+    yield from ("", "| key | type | default | |", "|---|---|---|---|")
+    for row in rows:
+        yield "| " + " | ".join(_cell(text) for text in _quoted(row)) + " |"
+    for where, section in nested:
+        name = section.model_fields.get("name")
+        kind = get_args(name.annotation)[0] if name and get_origin(name.annotation) is Literal else None
+        yield from ("", f"### `{where}: {kind}`" if kind else f"### `{where}`")
+        if section.__doc__:
+            yield from ("", " ".join(section.__doc__.split("\n\n")[0].replace("``", "`").split()))
+        yield from _section(f"{where}.", section)
+
+
+def _quoted(row: tuple[str, str, str, str]) -> tuple[str, ...]:
+    name, kind, default, text = row
+    return f"`{name}`", kind, f"`{default}`" if default else "", text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _default(field: Any, value: Any) -> str:
+    if field.is_required() or value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel | list | dict):
+        return ""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation allows, those within unions and lists included."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is not Literal:
+        for part in get_args(annotation):
+            yield from _models(part)
+
+
+def _kind(annotation: Any) -> str:
+    """An annotation as a reader of YAML would say it."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(parts[0])
+    if origin is Literal:
+        return ", ".join(f"`{part}`" if part != "" else '`""`' for part in parts)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_kind(part) for part in parts if part is not type(None)))
+    if origin in (list, tuple):
+        return f"list of {_kind(parts[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    names = {int: "integer", float: "number", str: "text", bool: "true, false", dict: "mapping"}
+    return names.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def commands() -> Iterator[str]:
+    """Every command with its help text and its options."""
+    group: Any = typer.main.get_command(app)
+    for name, command in sorted(group.commands.items()):
+        context = typer.Context(command, info_name=f"peso {name}")
+        usage = " ".join([f"peso {name}", *command.collect_usage_pieces(context)])
+        yield from ("", f"### `peso {name}`", "", f"    {usage}", "", _help(command.help or ""), "")
+        rows = [record for part in command.params if (record := part.get_help_record(context))]
+        if rows:
+            yield from ("| option | |", "|---|---|")
+            yield from (f"| `{_cell(option)}` | {_cell(text)} |" for option, text in rows)
+
+
+def _help(text: str) -> str:
+    """Docstrings are wrapped for the terminal; examples stand on lines of their own."""
+    paragraphs = [" ".join(part.split()) for part in text.replace("\f", "").split("\n\n")]
+    mark = "Example: "
+    return "\n\n".join(f"    {part[len(mark) :]}" if part.startswith(mark) else part for part in paragraphs)
