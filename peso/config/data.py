@@ -53,6 +53,9 @@ def _types(value: Any) -> Any:
 
 Moment = Annotated[int | float | str, BeforeValidator(_moment)]
 Column = Annotated[int | str, BeforeValidator(_column)]
+Separator = Annotated[
+    str, BeforeValidator(lambda v: "\t" if v == r"\t" else v), Field(min_length=1, max_length=4)
+]
 LogFormat = Literal["csv", "parquet", "jsonl"]
 TIME_FORMATS = ("auto", "seconds", "milliseconds", "microseconds", "iso")
 PERIOD = re.compile(r"([1-9]\d*) (hour|day|week|month|year)s?")
@@ -138,9 +141,9 @@ class ItemTableConfig(Section):
     """The product table beside a log of one's own; other options as in ``data``."""
 
     path: str
-    format: LogFormat | None = Field(None, description="none given: that of the log")
+    format: LogFormat | None = Field(None, description="none given: by its ending, else that of the log")
     columns: ItemColumnsConfig = ItemColumnsConfig()
-    separator: str | None = Field(None, min_length=1, max_length=4)
+    separator: Separator | None = None
 
 
 class DataConfig(Section):
@@ -159,8 +162,8 @@ class DataConfig(Section):
     ]
     path: str | None = Field(None, description="a file, a folder or a glob")
     columns: ColumnsConfig = ColumnsConfig()
-    separator: str | None = Field(
-        None, min_length=1, max_length=4, description="csv; none given: tab in .tsv, :: in .dat, else comma"
+    separator: Separator | None = Field(
+        None, description="csv; none given: tab in .tsv, :: in .dat, else comma"
     )
     encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="csv only")
     # not written at its default, as `events` is not: an earlier version's config.yaml does not hold them

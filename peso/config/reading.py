@@ -114,8 +114,8 @@ def override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key or key.count(".") >= DEEPEST:
         raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {shown(text)}")
-    # a pattern of times (%d/%m/%Y) is a text; YAML itself would ask for quotes
-    parsed = value if value.startswith("%") else parse(value, f"--set {shown(key)}")
+    # a pattern of times (%d/%m/%Y) or a separator (|) is a text; YAML itself would ask for quotes
+    parsed = value if value.startswith(("%", "|")) else parse(value, f"--set {shown(key)}")
     place(tree, key.strip(), parsed)
 
 

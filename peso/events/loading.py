@@ -19,12 +19,11 @@ from peso.errors import DataError
 from peso.events.database import scalar
 from peso.events.sources import Log
 from peso.events.sources.reading import Reading
-from peso.events.sources.tables import BLANKS
+from peso.events.sources.tables import BLANKS, MISSING
 from peso.events.times import Clock, iso, recognise, recognise_unit
 from peso.runtime.progress import Observer
 
 SAMPLE = 100  # values by which the form of the times is recognised
-MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # how programs print no value
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _first_unreadable(
     )
     place = ("user", "item", "time", "rating").index(what)
     name, value = asked[place], values[place]
-    if what in ("user", "item"):
+    if what in ("user", "item") or value is None:
         said = f"no {what} (column {name!r} is {value!r})"
     elif what == "time":
         said = f"the time {str(value)!r} in column {name!r}, which cannot be read as {clock.stated}"
@@ -161,12 +160,24 @@ def _remarks_on_ids(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator
                 "with spaces around them, which count as part of the id",
             ),
             (f"lower(name) IN {MISSING}", "that look like a missing value, which they are not taken for"),
+            (
+                r"regexp_full_match(name, '-?\d(\.\d+)?[eE]\+?\d+')",
+                "in scientific notation, by which different ids may have become one",
+            ),
         ):
             count, example = connection.execute(
                 f"SELECT count(*), min(name) FROM {table} WHERE {condition}"
             ).fetchall()[0]
             if count:
                 yield f"column {column!r} has {count:,} ids {what}: {example!r}"
+        alike = connection.execute(rf"""
+            SELECT min(name), max(name) FROM {table} WHERE regexp_full_match(name, '\d+(\.0+)?')
+            GROUP BY ltrim(split_part(name, '.', 1), '0') HAVING count(*) > 1 ORDER BY 1""").fetchall()
+        if alike:
+            yield (
+                f"column {column!r} has {len(alike):,} ids written in several ways, which are different ids: "
+                f"{' and '.join(map(repr, alike[0]))}"
+            )
 
 
 def _remarks_on_types(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator[str]:

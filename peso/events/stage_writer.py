@@ -6,7 +6,7 @@ from. Memory does not grow with the log: users are written in slices of about ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
@@ -23,7 +23,7 @@ from peso.events.histories import Stage
 from peso.events.protocol import refuse_untrainable, slice_stages, stage_counts
 from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
-from peso.events.sources.tables import BLANKS
+from peso.events.sources.tables import BLANKS, MISSING
 from peso.events.stream import ITEMS_FILE, stage_file, stage_table
 from peso.runtime.progress import Observer
 
@@ -173,12 +173,14 @@ def new_items(
             scalar(connection, "SELECT count(*) - count(item_id) FROM catalogue") + reading.left_out
         )
         told["items_found"] = _tell_found(connection, str(items.table.files[0]), observer)
-        for remark in reading.remarks:
+        for remark in [*reading.remarks, *_remarks_on_texts(connection)]:
             observer.note(f"note: product table: {remark}")
-        if told["skipped_rows_of_items"]:
-            observer.note(
-                f"note: {told['skipped_rows_of_items']:,} rows of it name no item or cannot be read"
-            )
+        for key, what in (
+            ("skipped_rows_of_items", "name no item or cannot be read"),
+            ("repeated_rows_of_items", "repeat an item; the first row of each is taken"),
+        ):
+            if told[key]:
+                observer.note(f"note: {told[key]:,} rows of it {what}")
         query = """
             SELECT name AS item_id, title, text, category
             FROM item_numbers
@@ -188,6 +190,15 @@ def new_items(
             ORDER BY n"""
     table = connection.sql(query).to_arrow_table()
     return table.select(columns.ITEMS.names).cast(columns.ITEMS), told
+
+
+def _remarks_on_texts(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
+    for field in ("title", "text", "category"):
+        count, example = connection.execute(
+            f"SELECT count(*), min({field}) FROM catalogue WHERE lower({field}) IN {MISSING}"
+        ).fetchall()[0]
+        if count:
+            yield f"the {field} of {count:,} rows is {example!r}, which is taken as text; empty such cells"
 
 
 def _tell_found(connection: duckdb.DuckDBPyConnection, file: str, observer: Observer) -> int:

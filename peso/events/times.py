@@ -133,7 +133,7 @@ def recognise_unit(least: float, most: float, where: str) -> str:
     if units[0] != units[1]:
         raise DataError(
             f"{where} goes from {least:.0f} to {most:.0f}, which mixes {units[0]} and {units[1]}; "
-            "mend the times, or say which they are in data.time_format"
+            "correct the times, or say which they are in data.time_format"
         )
     return str(units[1])
 

@@ -115,7 +115,7 @@ def test_files_of_different_shape(tmp_path: Path) -> None:
     ("row", "match"),
     [
         (("u1", "i1", "soon"), r"row 8 .* has the time 'soon' in column 'time'.*on_error: skip"),
-        (("u1", "i1", ""), r"row 8 .* has the time 'None'"),
+        (("u1", "i1", ""), r"row 8 .* has no time"),
         (("u1", "i1", "-5"), r"row 8 .* has the time '-5'"),
         (("u1", "i1", "inf"), r"row 8 .* has the time 'inf'"),
         (("", "i1", "1600000000"), r"row 8 .* has no user"),

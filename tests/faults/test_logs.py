@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from event_logs import data_config, histories, write_json_lines, write_log
 
+from peso.config import load_config
 from peso.errors import ConfigError, DataError, PesoError
 from peso.events.ingest import ingest
 from peso.events.sources import lines
@@ -460,7 +461,7 @@ def test_timestamps_with_a_zone_are_moments(tmp_path: Path, unit: str, zone: str
 def test_an_unreadable_row_beside_timestamps_with_a_zone_is_named(tmp_path: Path) -> None:
     times = pa.array([T, None, T + 1], pa.timestamp("s", "UTC"))
     pq.write_table(pa.table({"user": ["a"] * 3, "item": ["b"] * 3, "time": times}), tmp_path / "log.parquet")
-    refused(tmp_path / "s", "row 2 .* has the time 'None'", tmp_path / "log.parquet", "parquet")
+    refused(tmp_path / "s", "row 2 .* has no time", tmp_path / "log.parquet", "parquet")
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -599,3 +600,64 @@ def test_event_types_that_are_numbers_are_their_text(tmp_path: Path) -> None:
     )
     stream, _ = read(tmp_path / "s", path, events={"column": "type", "keep": [1, 2]})
     assert stream.counts[0]["events"] == 40
+
+
+def test_a_key_twice_in_one_record_is_named_and_can_be_left_out(tmp_path: Path) -> None:
+    lines_ = [json.dumps(row) for row in ROWS]
+    lines_.insert(5, '{"user": "u1", "item": "i1", "time": 1600000301, "item": "i2"}')
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(lines_))
+    refused(tmp_path / "s", "line 6 has the key 'item' twice", path, "jsonl")
+    stream, _ = read(tmp_path / "t", path, "jsonl", on_error="skip")
+    assert histories(stream) == expected()
+    assert stream.manifest["skipped"] == 1
+    # the same words as a value, or deeper down, are not that
+    odd = [{**row, "note": "item", "more": {"item": 1}} for row in ROWS]
+    assert histories(read(tmp_path / "u", write_json_lines(path, odd), "jsonl")[0]) == expected()
+
+
+def test_nan_of_json_is_no_id(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({**row, "user": float("nan")}) + "\n" for row in ROWS[:2]))
+    refused(tmp_path / "s", "row 1 .* has no user", path, "jsonl")
+
+
+def test_utf_16_without_a_mark_ends_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes("user,item,time\nu,i,1\n".encode("utf-16-le"))
+    refused(tmp_path / "s", "does not begin as UTF-16", tmp_path / "log.csv", encoding="utf-16")
+
+
+@pytest.mark.parametrize("separator", ["|", r"\t"])
+def test_separators_as_people_type_them(tmp_path: Path, separator: str) -> None:
+    written = separator.replace(r"\t", "\t")
+    path = tmp_path / "log.csv"
+    path.write_text("".join(written.join(map(str, row)) + "\n" for row in [("user", "item", "time"), *LOG]))
+    data = {"format": "csv", "path": str(path), "stages": 1}
+    given = load_config({"data": data}, [f"data.separator={separator}"], base=Path()).data
+    (tmp_path / "s").mkdir()
+    ingest(given, tmp_path / "s")
+    assert histories(Stream.open(tmp_path / "s")) == expected()
+
+
+def test_ids_that_lost_digits_or_are_written_in_two_ways_are_told(tmp_path: Path) -> None:
+    log = [(("7" if k % 2 else "7.0"), "1.5e+18", time) for k, (_, _, time) in enumerate(LOG)]
+    said = read(tmp_path / "s", write_log(tmp_path / "log.csv", log))[1]
+    assert "'7' and '7.0'" in said
+    assert "scientific notation" in said
+    table = pa.table({"user": [2.0**60] * 9, "item": [1.0] * 9, "time": range(9)})
+    pq.write_table(table, tmp_path / "log.parquet")
+    said = read(tmp_path / "t", tmp_path / "log.parquet", "parquet")[1]
+    assert "column 'user' are decimals beyond" in said
+    assert "column 'item'" not in said
+
+
+def test_a_product_table_is_of_the_kind_that_its_ending_says(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.csv", LOG)
+    products = tmp_path / "p.jsonl"
+    rows = [{"item": f"i{k}", "title": "nan" if k == 3 else f"t{k}"} for k in [*range(10), 9]]
+    items = {"path": str(write_json_lines(products, rows)), "columns": {"title": "title"}}
+    stream, said = read(tmp_path / "s", log, items=items)
+    assert stream.items["title"].null_count == 0
+    assert "the title of 1 rows is 'nan'" in said
+    assert "1 rows of it repeat an item" in said
+    refused(tmp_path / "t", "check data.items.path", log, items={**items, "path": str(tmp_path / "no.csv")})

@@ -32,7 +32,7 @@ _MAGIC = {
 HEADER = 1 << 20  # characters; a longer first line is not the header of a table
 
 
-def find_files(path: str, kind: str) -> list[Path]:
+def find_files(path: str, kind: str, key: str = "data.path") -> list[Path]:
     """The files that ``path`` (a file, a folder or a glob) means, in order of name.
 
     A path that exists is that file or folder, whatever characters its name holds; only where there is none it
@@ -41,6 +41,7 @@ def find_files(path: str, kind: str) -> list[Path]:
     Args:
         kind: ``csv``, ``jsonl`` or ``parquet``: of a folder the files with an ending of this kind, gzipped
             ones included, are taken, except hidden ones (they or a folder above them begin with a dot).
+        key: of the configuration, for messages.
 
     Raises:
         DataError: nothing there, or a file without a byte.
@@ -56,7 +57,7 @@ def find_files(path: str, kind: str) -> list[Path]:
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()]
         if not found:
-            raise DataError(f"there is no file at {path}; check data.path")
+            raise DataError(f"there is no file at {path}; check {key}")
     for file in found:
         require_content(file)
     return sorted(found)
@@ -197,6 +198,10 @@ def open_bytes(file: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{file} is cut short; fetch the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file} is damaged ({error}); fetch the file again") from None
+    except UnicodeError as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise DataError(f"{file} does not begin as UTF-16 text does ({error}); convert it to UTF-8") from None
 
 
 @contextmanager

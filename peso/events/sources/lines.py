@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,17 +52,19 @@ class Unreadable:
     reason: str
 
 
-def count_plain_rows(file: Path, dialect: Dialect | None = None) -> int | None:
-    """How many rows a text file holds, its header not counted; None if one line is not one row.
+def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[str] = ()) -> int | None:
+    """How many rows a text file holds, its header not counted; None if one line may not be one row.
 
     Every byte is read, so a damaged gzip file does not pass.
 
     Args:
         dialect: of delimited text; None for JSON lines.
+        keys: of JSON lines: a line that may have one of them twice is not one row either.
     """
     if dialect and dialect.encoding != "utf-8":
         return None
     quote = dialect.quote.encode() if dialect else b""
+    names = [json.dumps(key, ensure_ascii=False).encode() for key in keys]
     rows, ends = 0, set()
     with open_bytes(file) as handle:
         for block in iter(partial(handle.read, BLOCK), b""):
@@ -74,6 +76,8 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None) -> int | None:
             if returns != pairs or pairs not in (0, lines) or len(ends) > 1:
                 return None  # line ends of several kinds
             if (quote and quote in block) or len(rest) > LONGEST - BLOCK or not _is_utf8(block):
+                return None
+            if any(line.count(name) > 1 for line in block.split(b"\n") for name in names):
                 return None
             rows += lines + (not block.endswith(b"\n"))
             if block.startswith((b"\n", b"\r")) or (b"\n\r\n" if pairs else b"\n\n") in block:
@@ -158,12 +162,23 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
 
 def _json_object(line: str) -> dict[str, Any] | Unreadable:
     try:
-        value = json.loads(line, parse_constant=_refuse_constant)
+        value = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_Object)
         if "\\u" in line:
             json.dumps(value, ensure_ascii=False).encode()  # half of a pair of escapes is not a character
     except (ValueError, RecursionError) as error:
         return Unreadable(f"is not valid JSON: {error} ({line[:80]!r})")
-    return value if isinstance(value, dict) else Unreadable(f"is not a JSON object ({line[:80]!r})")
+    if not isinstance(value, _Object):
+        return Unreadable(f"is not a JSON object ({line[:80]!r})")
+    return value if value.twice is None else Unreadable(f"has the key {value.twice!r} twice ({line[:80]!r})")
+
+
+class _Object(dict[str, Any]):
+    """An object of JSON; ``twice``: a key that it has more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        repeated = len(self) < len(pairs)
+        self.twice = Counter(key for key, _ in pairs).most_common(1)[0][0] if repeated else None
 
 
 class _Lines:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from peso.config import DataConfig
 from peso.errors import ConfigError
-from peso.events.sources.files import bare_suffix, find_files
+from peso.events.sources.files import bare_suffix, find_files, kind_of
 from peso.events.sources.tables import (
     PATH,
     FileTable,
@@ -37,7 +37,7 @@ def own_source(data: DataConfig) -> Source:
     names = {key: value for key, value in data.columns if value is not None}
     events = data.events
     asked = [*names.values(), *([events.column] if events else [])]
-    table = _table(data, str(data.path), data.format, data.separator, asked)
+    table = _table(data, str(data.path), data.format, data.separator, asked, "data.path")
     for key, value in names.items():
         table.require(str(value), f"data.columns.{key}")
     user, item, time = (str(names[key]) for key in ("user", "item", "time"))
@@ -53,14 +53,15 @@ def own_items(data: DataConfig) -> ItemTable:
     """The product table of ``data.items``. Raises as :func:`own_source`."""
     assert data.items is not None
     given = data.items
-    kind = given.format or data.format
+    kind = given.format or kind_of(given.path) or data.format
     fields: dict[str, list[str | int]] = {
         "title": [given.columns.title] if given.columns.title is not None else [],
         "text": list(given.columns.text),
         "category": [given.columns.category] if given.columns.category is not None else [],
     }
     documents = [name for several in fields.values() for name in several]
-    table = _table(data, given.path, kind, given.separator, [given.columns.item, *documents])
+    asked = [given.columns.item, *documents]
+    table = _table(data, given.path, kind, given.separator, asked, "data.items.path")
     table.require(str(given.columns.item), "data.items.columns.item")
     for key, several in fields.items():
         for name in several:
@@ -80,8 +81,9 @@ def _table(
     kind: str,
     separator: str | None,
     columns: Sequence[str | int],
+    key: str,
 ) -> FileTable:
-    files = find_files(path, kind)
+    files = find_files(path, kind, key)
     if kind == "parquet":
         return parquet_table(files)
     if kind == "jsonl":

@@ -93,6 +93,13 @@ class Reading:
         column where some are missing.
         """
         text, column = self.table.id(name, key), self.table.columns[name]
+        exact = {"FLOAT": 2**24, "DOUBLE": 2**53}.get(column.kind)
+        beyond = f"WHERE isfinite({column.sql}) AND abs({column.sql}) > {exact} LIMIT 1"
+        if exact and self.select("1", beyond):
+            self.remarks.append(
+                f"the ids in column {name!r} are decimals beyond {exact:,}, which are not exact: "
+                "different ids may have become one. Write them as integers or text"
+            )
         if column.kind != "VARCHAR":
             return text
         whole = rf"regexp_full_match({column.sql}, '-?\d+\.0+')"
@@ -118,7 +125,8 @@ class Reading:
         if self.table.kind == "parquet":
             return int(pq.ParquetFile(file).metadata.num_rows)
         plain_name = file.suffix != ".GZ" and file.suffix.lower() != ".zst"  # by which DuckDB goes
-        return count_plain_rows(file, self.table.dialect) if plain_name else None
+        keys = [*self.table.columns] if self.table.kind == "jsonl" else []
+        return count_plain_rows(file, self.table.dialect, keys) if plain_name else None
 
     def _attempt(self, query: Callable[[str], T]) -> T:
         """By DuckDB's reader; where it stumbles, once more over what is read line by line."""

@@ -6,7 +6,6 @@ import glob
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import duckdb
@@ -18,8 +17,8 @@ from peso.events.database import identifier, literal
 from peso.events.sources.files import first_fields, open_text, require_same, require_text
 from peso.events.sources.lines import LONGEST, Dialect, json_rows
 
-KEYS_FROM = 1000  # records of JSON lines whose keys a message lists
 BLANKS = literal(" \t\n\r\u00a0")  # SQL: the characters that make no id by themselves
+MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # how programs print no value
 _SCALARS = ("VARCHAR", "BOOLEAN", "UUID", "BLOB", "ENUM", "DATE", "TIME", "BIT", "CHAR", '"NULL"')
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U")
 
@@ -61,7 +60,8 @@ class Column:
         if self.kind == "JSON":
             return (
                 f"(CASE json_type({column}) WHEN 'OBJECT' THEN NULL WHEN 'ARRAY' THEN NULL "
-                rf"WHEN 'DOUBLE' THEN regexp_replace({self.value}, '\.0+$', '') ELSE {self.value} END)"
+                rf"WHEN 'DOUBLE' THEN regexp_extract({self.value}, '^(-?\d.*?)(\.0+)?$', 1) "
+                f"ELSE {self.value} END)"
             )
         return column if self.kind == "VARCHAR" else f"{column}::VARCHAR"
 
@@ -93,8 +93,9 @@ class FileTable:
             raise DataError(f"{self.files[0]} has two columns with the name {name!r}; rename one")
         if name in self.columns and (self.kind != "jsonl" or self._occurs(name)):
             return self.columns[name]
-        names = _json_keys(self.files, KEYS_FROM) if self.kind == "jsonl" else [*self.columns]
-        hint = ", or data.separator" if self.kind == "csv" and len(names) == 1 else ""
+        names = _json_keys(self.files) if self.kind == "jsonl" else [*self.columns]
+        separator = "data.items.separator" if key.startswith("data.items.") else "data.separator"
+        hint = f", or {separator}" if self.kind == "csv" and len(names) == 1 else ""
         if not names:
             raise DataError(f"{self.files[0]} holds no JSON objects, one a line; write it as JSON lines")
         there = ", ".join(name if name and name == name.strip() else repr(name) for name in names)
@@ -119,7 +120,7 @@ class FileTable:
         rows = duckdb.execute(
             f"SELECT 1 FROM {_json_objects(self.files)} WHERE json_exists(json, {_pointer(name)}) LIMIT 1"
         )
-        return bool(rows.fetchall()) or name in _json_keys(self.files, KEYS_FROM)
+        return bool(rows.fetchall()) or name in _json_keys(self.files)
 
 
 def csv_table(
@@ -257,18 +258,16 @@ def _json_objects(files: Sequence[Path], ignore_errors: bool = True) -> str:
     )
 
 
-def _json_keys(files: Sequence[Path], records: int | None = None) -> list[str]:
-    """The keys of the first records, or of all."""
-    limit = "" if records is None else f" LIMIT {records}"
+def _json_keys(files: Sequence[Path]) -> list[str]:
+    """Every key that occurs."""
     keys = duckdb.execute(
-        f"SELECT DISTINCT unnest(json_keys(json)) FROM (SELECT json FROM {_json_objects(files)}{limit}) "
+        f"SELECT DISTINCT unnest(json_keys(json)) FROM {_json_objects(files)} "
         "WHERE json_type(json) = 'OBJECT'"
     )
     found = {key for (key,) in keys.fetchall()}
     if not found:  # lines that end in carriage returns are one line for DuckDB
         for file in files:
-            rows = islice(json_rows(file), records)
-            found.update(key for _, row in rows if isinstance(row, dict) for key in row)
+            found.update(key for _, row in json_rows(file) if isinstance(row, dict) for key in row)
     return sorted(found)
 
 
