@@ -123,7 +123,7 @@ def expected(root: Path) -> list[str]:
 
 
 @given(done=st.lists(damages, min_size=1, max_size=3))
-@fuzz_settings(ALL_SECONDS)
+@fuzz_settings(ALL_SECONDS, most_a_second=4)
 @partial(at_most, ALL_SECONDS)
 def test_damage_is_said_or_changes_nothing(every_file: Path, done: list[Damage]) -> None:
     before = expected(every_file)
