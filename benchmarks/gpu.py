@@ -59,7 +59,7 @@ from peso.model.vocabulary import SemanticVocabulary
 from peso.runtime import assets
 from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
-from peso.training.loop import Progress, train_stage
+from peso.training.loop import Progress, StageTask, train_stage
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import Strategy
 
@@ -220,17 +220,19 @@ class Bench:
         with tempfile.TemporaryDirectory() as directory:
             train_stage(
                 model,
-                self.sequences,
-                cases,
-                self.settings(compiled=compiled),
-                stage=1,
-                learning_rate=RATE,
-                strategy=Strategy(),
-                seed=SEED,
-                directory=Path(directory),
-                log=Path(directory) / "log.jsonl",
-                on_progress=show,
-                checkpoint_seconds=1e9,
+                StageTask(
+                    self.sequences,
+                    cases,
+                    self.settings(compiled=compiled),
+                    stage=1,
+                    learning_rate=RATE,
+                    strategy=Strategy(),
+                    seed=SEED,
+                    directory=Path(directory),
+                    log=Path(directory) / "log.jsonl",
+                    on_progress=show,
+                    checkpoint_seconds=1e9,
+                ),
             )
         # without the steps after the end of an epoch: validation and a checkpoint lie before those
         counted = [i for i in range(self.size.untimed, timed) if steps[i].epoch == steps[i - 1].epoch]

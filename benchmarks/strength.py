@@ -30,7 +30,7 @@ from peso.events.stream import Stream
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
-from peso.training.loop import train_stage
+from peso.training.loop import StageTask, train_stage
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.single import SingleAdapter
 from peso.training.strategies.strategy import StageContext, Strategy
@@ -117,16 +117,18 @@ def measure(
     with tempfile.TemporaryDirectory() as directory:
         train_stage(
             model,
-            stage.training_sequences(),
-            stage.validation_cases(config.prompt.window),
-            training,
-            stage=STAGE,
-            learning_rate=rate,
-            strategy=strategy,
-            seed=config.seed,
-            directory=Path(directory),
-            log=Path(directory) / "log.jsonl",
-            context=context,
+            StageTask(
+                stage.training_sequences(),
+                stage.validation_cases(config.prompt.window),
+                training,
+                stage=STAGE,
+                learning_rate=rate,
+                strategy=strategy,
+                seed=config.seed,
+                directory=Path(directory),
+                log=Path(directory) / "log.jsonl",
+                context=context,
+            ),
         )
     told = strategy.inner.figures()
     return {"distance": strategy.distance, "weight": told.get("weight"), "rho": told.get("rho")}

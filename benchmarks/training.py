@@ -55,7 +55,7 @@ from peso.model.vocabulary import SemanticVocabulary
 from peso.runtime import assets
 from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
-from peso.training.loop import Progress, train_stage
+from peso.training.loop import Progress, StageTask, train_stage
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import Strategy
 
@@ -210,17 +210,19 @@ def run_contestant(contestant: Contestant, layers: int | None, threads: int, to_
     with tempfile.TemporaryDirectory() as directory:
         train_stage(
             model,
-            sequences,
-            cases,
-            settings,
-            stage=1,
-            learning_rate=RATE,
-            strategy=Strategy(),
-            seed=SEED,
-            directory=Path(directory),
-            log=Path(directory) / "log.jsonl",
-            on_progress=report_and_wait,
-            checkpoint_seconds=1e9,
+            StageTask(
+                sequences,
+                cases,
+                settings,
+                stage=1,
+                learning_rate=RATE,
+                strategy=Strategy(),
+                seed=SEED,
+                directory=Path(directory),
+                log=Path(directory) / "log.jsonl",
+                on_progress=report_and_wait,
+                checkpoint_seconds=1e9,
+            ),
         )
 
 

@@ -31,7 +31,7 @@ from peso.events.release import read_release
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
 from peso.training.likelihood import target_log_probabilities
-from peso.training.loop import train_stage
+from peso.training.loop import StageTask, train_stage
 from peso.training.strategies.strategy import Strategy
 
 WINDOW = 20
@@ -63,15 +63,17 @@ def train(
     with tempfile.TemporaryDirectory() as directory:
         train_stage(
             model,
-            sequences,
-            validation,
-            settings,
-            stage=stage,
-            learning_rate=1e-3,
-            strategy=Strategy(),
-            seed=seed,
-            directory=Path(directory),
-            log=Path(directory) / "log.jsonl",
+            StageTask(
+                sequences,
+                validation,
+                settings,
+                stage=stage,
+                learning_rate=1e-3,
+                strategy=Strategy(),
+                seed=seed,
+                directory=Path(directory),
+                log=Path(directory) / "log.jsonl",
+            ),
         )
 
 

@@ -20,7 +20,7 @@ from peso.events.histories import TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.runtime.processes import ALONE, Processes, join
 from peso.training.likelihood import target_log_probabilities
-from peso.training.loop import Progress, train_stage
+from peso.training.loop import Progress, StageTask, train_stage
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 
@@ -64,18 +64,20 @@ def train(
     """The training's losses and what it learnt."""
     result = train_stage(
         model,
-        sequences,
-        CASES,
-        TrainingConfig(epochs=2, batch_size=8, device="cpu", warmup=0),
-        stage=1,
-        learning_rate=1e-2,
-        strategy=STRATEGIES[strategy](),
-        seed=7,
-        directory=directory / "checkpoint",
-        log=directory / "log.jsonl",
-        on_progress=Stop(stop),
-        checkpoint_seconds=0.0,
-        processes=processes,
+        StageTask(
+            sequences,
+            CASES,
+            TrainingConfig(epochs=2, batch_size=8, device="cpu", warmup=0),
+            stage=1,
+            learning_rate=1e-2,
+            strategy=STRATEGIES[strategy](),
+            seed=7,
+            directory=directory / "checkpoint",
+            log=directory / "log.jsonl",
+            on_progress=Stop(stop),
+            checkpoint_seconds=0.0,
+            processes=processes,
+        ),
     )
     return {
         "training": result.training_losses,

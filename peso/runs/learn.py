@@ -51,7 +51,7 @@ from peso.runtime.processes import current
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
 from peso.training.examples import StageExamples
-from peso.training.loop import Progress, StageResult, train_stage
+from peso.training.loop import Progress, StageResult, StageTask, train_stage
 from peso.training.strategies.strategy import StageContext, Strategy
 
 FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in training left
@@ -209,18 +209,20 @@ def _train_phase(
     chosen = strategy.choose(context)
     result = train_stage(
         model,
-        data.training_sequences() if chosen is None else chosen,
-        data.validation_cases(config.prompt.window),
-        settings,
-        stage=stage,
-        learning_rate=rate,
-        strategy=strategy,
-        seed=context.seed,
-        directory=directory,
-        log=directory / LOG,
-        context=context,
-        on_progress=show,
-        processes=current(),
+        StageTask(
+            data.training_sequences() if chosen is None else chosen,
+            data.validation_cases(config.prompt.window),
+            settings,
+            stage=stage,
+            learning_rate=rate,
+            strategy=strategy,
+            seed=context.seed,
+            directory=directory,
+            log=directory / LOG,
+            context=context,
+            on_progress=show,
+            processes=current(),
+        ),
     )
     observer.end()
     return result

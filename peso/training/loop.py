@@ -1,7 +1,7 @@
 """The training of one stage: batches, gradients, steps, validation, the best epoch.
 
-Knows models, sequences, a strategy's hooks and the files of a stage in training; knows nothing of workspaces,
-predictions or metrics. Reads top to bottom; every random choice is a function of (seed, stage, position).
+:func:`train_stage` is the recipe and reads top to bottom. Every random choice is a function of (seed, stage,
+position).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -97,82 +97,208 @@ class _State:
     training_losses: list[float] = field(default_factory=list)
     validation_losses: list[float] = field(default_factory=list)
 
+    def count(self, seconds: float, targets: int, tokens: int, loss: float) -> None:
+        """Add one step."""
+        self.step += 1
+        self.seconds += seconds
+        self.targets += targets
+        self.tokens += tokens
+        self.epoch_loss += loss * targets
+        self.epoch_targets += targets
 
-def train_stage(
-    model: GenerativeModel,
-    sequences: Sequence[TargetSequence],
-    validation: Cases,
-    settings: TrainingConfig,
-    *,
-    stage: int,
-    learning_rate: float,
-    strategy: Strategy,
-    seed: int,
-    directory: Path,
-    log: Path,
-    context: StageContext | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    checkpoint_seconds: float = 60.0,
-    processes: Processes = ALONE,
-) -> StageResult:
+    def result(self, peak: int) -> StageResult:
+        return StageResult(
+            training_losses=self.training_losses,
+            validation_losses=self.validation_losses,
+            best_epoch=int(np.argmin(self.validation_losses)) + 1,
+            steps=self.step,
+            targets=self.targets,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            targets_per_second=self.targets / self.step_seconds,
+            tokens_per_second=self.tokens / self.step_seconds,
+            peak_memory=peak,
+        )
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """What one training of a stage is to learn, and how.
+
+    Args:
+        sequences, validation: the stage's targets, and the cases that pick the best epoch.
+        settings: the section ``training`` as it applies to this stage.
+        stage: its number; with ``seed`` it fixes the order of the batches and what dropout drops.
+        learning_rate: the peak of the schedule.
+        strategy: its ``begin`` sees the model first and decides what of it is trained; its ``end`` is called
+            when the weights of the best epoch are back.
+        directory: where the checkpoint of this training lives; made if absent.
+        log: ``log.jsonl``, a line a step and a line an epoch.
+        context: what the strategy is told of the stage; steps and rates are filled in here. None: only what
+            the other fields say.
+        on_progress: called after every step.
+        checkpoint_seconds: least time between two checkpoints within an epoch.
+        processes: those that train this model together, each with the same task: they share the targets of
+            every step and the validation cases, and take the same steps. The main one writes.
+    """
+
+    sequences: Sequence[TargetSequence]
+    validation: Cases
+    settings: TrainingConfig
+    stage: int
+    learning_rate: float
+    strategy: Strategy
+    seed: int
+    directory: Path
+    log: Path
+    context: StageContext | None = None
+    on_progress: Callable[[Progress], None] | None = None
+    checkpoint_seconds: float = 60.0
+    processes: Processes = ALONE
+
+
+def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
     """Train everything of the model that requires a gradient; leave it as it was after its best epoch.
 
     The loss of a step is the mean negative log-probability over the target tokens of its batch (end token
     included where it is predicted), as the ``Trainer`` of Transformers computes it; the gradient of the
     strategy's penalty is added to its gradient. AdamW; weight decay on matrices only. Interrupted anywhere
-    and called again with the same arguments and the same starting weights, it goes on at its newest
-    checkpoint and ends with the same parameters, bit for bit, as if it had not been interrupted.
+    and called again with the same task and the same starting weights, it continues at its newest checkpoint
+    and ends with the same parameters, bit for bit, as if it had not been interrupted.
 
     Args:
-        model: on its device; what is to be learnt requires a gradient and is float32.
-        sequences, validation: the stage's targets, and the cases that pick the best epoch.
-        stage: its number; with ``seed`` it fixes the order of the batches and what dropout drops.
-        learning_rate: the highest of the schedule.
-        strategy: its ``begin`` sees the model first and decides what of it is trained, its ``end`` once the
-            best epoch is back.
-        directory: where the checkpoint of this training lives; made if absent.
-        log: ``log.jsonl``, a line a step and a line an epoch.
-        context: what the strategy is told of the stage; steps and rates are filled in here. None: only what
-            the other arguments say.
-        on_progress: called after every step.
-        checkpoint_seconds: least time between two checkpoints within an epoch.
-        processes: those that train this model together, each with all arguments the same: they share the
-            targets of every step and the validation cases, and step alike. The main one writes.
+        model: on its device; what is trained requires a gradient and is float32.
 
     Raises:
         TrainingError: no targets or nothing trainable, a loss or gradient that is not finite (the
             parameters are then as before that step), a checkpoint of another training, or processes that
             do not hold the same.
     """
-    plan = StagePlan(sequences, model.layout.window, settings, seed, stage, most_targets(model.layout))
-    validation = _sample(validation, settings.validation_cases, (seed, stage))
-    precision = Precision.of(settings.precision, str(model.device))
-    context = context or StageContext(stage, model.backbone, 0, seed=seed, vocabulary=model.vocabulary)
-    context = replace(
-        context, total_steps=len(plan), total_rate=_total_rate(settings, len(plan), learning_rate)
+    training = _begin(model, task)
+    plan, state, processes = training.plan, training.state, task.processes
+    was_training = model.training
+    with _records(state, task) as records, _training_mode(model, task.settings, training.precision):
+        saved_at = clock = time.monotonic()
+        passes = plan.batch(state.step, model, processes) if state.step < len(plan) else []
+        for step in range(state.step, len(plan)):
+            if _has_converged(state.validation_losses, task.settings.patience):
+                break
+            began = time.monotonic()
+            # what dropout draws from: something else on every process, which see other targets
+            ranks = [processes.rank] if processes.rank else []
+            torch.manual_seed(_number(task.seed, task.stage, step, *ranks))
+            penalty, parts = _forward_backward(model, task, training, step, passes)
+            tokens: float = sum(packed.tokens for packed in passes)
+            if step + 1 < len(plan):  # while a GPU is still at this one
+                passes = plan.batch(step + 1, model, processes)
+            loss, tokens = processes.sum_numbers(sum(map(float, parts)), tokens)
+            figures = _optimizer_step(task, training, step, loss, penalty)
+
+            now = time.monotonic()
+            state.step_seconds += now - began
+            state.count(now - clock, plan.targets(step), int(tokens), loss)
+            clock = now
+            epoch = plan.epoch(step) + 1
+            record = {
+                "epoch": epoch,
+                "step": state.step,
+                "loss": loss,
+                **figures,
+                "targets": plan.targets(step),
+                "tokens": int(tokens),
+                "tokens_per_second": int(tokens) / (now - began),
+                **training.movement.figures(),
+            }
+            records.write(**record)
+            if task.on_progress is not None:
+                speed = state.tokens / state.step_seconds
+                left = state.seconds / state.step * (len(plan) - state.step)
+                task.on_progress(
+                    Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left, record)
+                )
+
+            if plan.ends_epoch(step):
+                losses = _end_epoch(model, task, training, epoch)
+                now = time.monotonic()
+                state.seconds += now - clock
+                clock = now
+                records.write(epoch=epoch, step=state.step, **losses)
+            due = plan.ends_epoch(step) or time.monotonic() - saved_at >= task.checkpoint_seconds
+            if due and processes.is_main:
+                training.save(records)
+                saved_at = time.monotonic()
+
+    _put(training.trained, training.best)
+    model.train(was_training)
+    task.strategy.end(training.context)
+    return state.result(peak_memory(model.device))
+
+
+@dataclass
+class _Training:
+    """A training on its way: what :func:`train_stage` works with from step to step."""
+
+    plan: StagePlan
+    validation: Cases
+    precision: Precision
+    context: StageContext
+    trained: dict[str, nn.Parameter]
+    adapter: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    checkpoint: Checkpoint
+    movement: Movement
+    state: _State
+    best: dict[str, Tensor]  # the values of ``trained`` after the best epoch so far
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.trained.values())
+
+    def save(self, records: TrainingLog) -> None:
+        self.state.logged, self.state.log_sha256 = records.sync(), records.sha256
+        self.checkpoint.save(
+            state=asdict(self.state),
+            trained=self.trained,
+            best=self.best,
+            optimizer=self.optimizer.state_dict(),
+            schedule=self.schedule.state_dict(),
+        )
+
+
+def _begin(model: GenerativeModel, task: StageTask) -> _Training:
+    """The training before its first step, or where its newest checkpoint left it."""
+    settings, strategy = task.settings, task.strategy
+    plan = StagePlan(
+        task.sequences, model.layout.window, settings, task.seed, task.stage, most_targets(model.layout)
     )
+    validation = _sample(task.validation, settings.validation_cases, (task.seed, task.stage))
+    context = task.context or StageContext(
+        task.stage, model.backbone, 0, seed=task.seed, vocabulary=model.vocabulary
+    )
+    total_rate = _total_rate(settings, len(plan), task.learning_rate)
+    context = replace(context, total_steps=len(plan), total_rate=total_rate)
     options = _options(strategy)
     with gradient_checkpointing(model, settings.gradient_checkpointing), reproducible(model.device):
-        strategy.begin(context)  # what cannot do with it says so
+        strategy.begin(context)  # a strategy that cannot work with these settings says so
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise TrainingError("no parameter of the model requires a gradient: there is nothing to train")
-    parameters = list(trained.values())
     adapter = [p for p in adapter_parameters(model.backbone).values() if p.requires_grad]
-    groups = _groups(parameters, settings.weight_decay)
+    groups = _groups(list(trained.values()), settings.weight_decay)
     # fused: one pass over each parameter; the loop of single operations costs a small model a fifth of a step
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=task.learning_rate, fused=True)
     schedule = _schedule(settings, optimizer, len(plan))
     determined_by = digest(
         settings.determining(),
-        (learning_rate, seed, stage, options),
+        (task.learning_rate, task.seed, task.stage, options),
         asdict(model.layout),
         model.loss_vocabulary,
-        _data_digest(model, sequences, validation),
+        _data_digest(model, task.sequences, validation),
         fingerprint(trained),
     )
-    processes.require_same(determined_by, "settings, data or starting weights")
-    checkpoint = Checkpoint(directory, determined_by)
+    task.processes.require_same(determined_by, "settings, data or starting weights")
+    checkpoint = Checkpoint(task.directory, determined_by)
     movement = Movement(adapter)  # from here: what a checkpoint restores has moved already
     state, best = _State(), dict[str, Tensor]()
     if (saved := checkpoint.load()) is not None:
@@ -180,133 +306,104 @@ def train_stage(
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         _put(trained, saved["trained"])
+    precision = Precision.of(settings.precision, str(model.device))
+    return _Training(
+        plan,
+        validation,
+        precision,
+        context,
+        trained,
+        adapter,
+        optimizer,
+        schedule,
+        checkpoint,
+        movement,
+        state,
+        best,
+    )
 
-    was_training = model.training
-    on_cpu = model.device.type == "cpu"
+
+def _records(state: _State, task: StageTask) -> TrainingLog:
+    """The log of the training; processes beside the main one write nowhere."""
+    if task.processes.is_main:
+        return TrainingLog(task.log, state.logged, state.log_sha256)
+    return TrainingLog(Path(os.devnull), 0)
+
+
+@contextmanager
+def _training_mode(model: GenerativeModel, settings: TrainingConfig, precision: Precision) -> Iterator[None]:
+    """The model while it is trained: same draws and same sums in every run, and the faster layers."""
     gpus = [model.device] if model.device.type == "cuda" else []
     with (
-        (
-            TrainingLog(log, state.logged, state.log_sha256)
-            if processes.is_main
-            else TrainingLog(Path(os.devnull), 0)
-        ) as records,
         torch.random.fork_rng(gpus),
         reproducible(model.device),
         disable_input_dtype_casting(model, precision.mixed),
-        fast_dropout(model) if on_cpu else nullcontext(),
+        fast_dropout(model) if model.device.type == "cpu" else nullcontext(),
         fused_lora(model),
         compiled(model, settings.compile),
     ):
         model.train()
-        saved_at = clock = time.monotonic()
-        passes = plan.batch(state.step, model, processes) if state.step < len(plan) else []
-        for step in range(state.step, len(plan)):
-            if _has_converged(state.validation_losses, settings.patience):
-                break
-            began = time.monotonic()
-            # what dropout draws from: something else on every process, which see other targets
-            torch.manual_seed(_number(seed, stage, step, *([processes.rank] if processes.rank else [])))
-            count = plan.targets(step) * tokens_of_target(model)
-            penalty = Penalty(parameters, adapter, measured=step % MEASURED_EVERY == 0)
-            penalised = partial(_penalised, strategy, context, penalty)
-            with gradient_checkpointing(model, settings.gradient_checkpointing):
-                parts = _backward(model, passes, count, settings.temperature, precision, penalised)
-            tokens: float = sum(packed.tokens for packed in passes)
-            if step + 1 < len(plan):  # while a GPU is still at this one
-                passes = plan.batch(step + 1, model, processes)
-            loss = sum(map(float, parts))
-            loss, tokens = processes.sum_numbers(loss, tokens)
-            _sum_gradients(parameters, processes)
-            penalty.gather(processes)
-            gradient_norm = _norm(adapter) if penalty.separate else None
-            penalty.add(strategy.penalty(context))
-            penalty_norm = penalty.apply()
-            whole_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            _check_finite(step, loss + penalty.value, whole_norm, trained)
-            clip_grads_with_norm_(parameters, settings.max_grad_norm, whole_norm)
-            rate = optimizer.param_groups[0]["lr"]
-            movement.begin(step)
-            optimizer.step()
-            movement.stepped()
-            strategy.after_step(context, rate)
-            schedule.step()
-            optimizer.zero_grad()
+        yield
 
-            now = time.monotonic()
-            targets, tokens = plan.targets(step), int(tokens)
-            state.step += 1
-            state.seconds += now - clock
-            state.step_seconds += now - began
-            clock = now
-            state.targets += targets
-            state.tokens += tokens
-            state.epoch_loss += loss * targets
-            state.epoch_targets += targets
-            epoch = plan.epoch(step) + 1
-            record = {
-                "epoch": epoch,
-                "step": state.step,
-                "loss": loss,
-                "penalty": penalty.value,
-                "gradient_norm": gradient_norm,
-                "penalty_gradient_norm": penalty_norm,
-                "learning_rate": rate,
-                "targets": targets,
-                "tokens": tokens,
-                "tokens_per_second": tokens / (now - began),
-                **movement.figures(),
-            }
-            records.write(**record)
-            if on_progress is not None:
-                speed = state.tokens / state.step_seconds
-                left = state.seconds / state.step * (len(plan) - state.step)
-                on_progress(Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left, record))
 
-            if plan.ends_epoch(step):
-                processes.require_same(fingerprint(trained), f"what they have learned until epoch {epoch}")
-                model.eval()
-                with precision.products(), as_written():
-                    validated = validation_loss(model, validation, settings.temperature, processes)
-                model.train()
-                if not math.isfinite(validated):
-                    raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")
-                if validated < min(state.validation_losses, default=math.inf):
-                    best = {name: p.detach().cpu().clone() for name, p in trained.items()}
-                state.validation_losses.append(validated)
-                state.training_losses.append(state.epoch_loss / state.epoch_targets)
-                state.epoch_loss, state.epoch_targets = 0.0, 0
-                now = time.monotonic()
-                state.seconds += now - clock
-                clock = now
-                losses = {"training_loss": state.training_losses[-1], "validation_loss": validated}
-                records.write(epoch=epoch, step=state.step, **losses)
-            due = plan.ends_epoch(step) or time.monotonic() - saved_at >= checkpoint_seconds
-            if due and processes.is_main:
-                state.logged, state.log_sha256 = records.sync(), records.sha256
-                checkpoint.save(
-                    state=asdict(state),
-                    trained=trained,
-                    best=best,
-                    optimizer=optimizer.state_dict(),
-                    schedule=schedule.state_dict(),
-                )
-                saved_at = time.monotonic()
+def _forward_backward(
+    model: GenerativeModel, task: StageTask, training: _Training, step: int, passes: list[Packed]
+) -> tuple[Penalty, list[Tensor]]:
+    """Gradients of the loss into the parameters; returns the penalties of the step so far, and the loss pass
+    by pass, see :func:`_backward`."""
+    count = training.plan.targets(step) * tokens_of_target(model)
+    penalty = Penalty(training.parameters, training.adapter, measured=step % MEASURED_EVERY == 0)
+    penalized = partial(_penalized, task.strategy, training.context, penalty)
+    with gradient_checkpointing(model, task.settings.gradient_checkpointing):
+        return penalty, _backward(
+            model, passes, count, task.settings.temperature, training.precision, penalized
+        )
 
-    _put(trained, best)
-    model.train(was_training)
-    strategy.end(context)
-    return StageResult(
-        training_losses=state.training_losses,
-        validation_losses=state.validation_losses,
-        best_epoch=int(np.argmin(state.validation_losses)) + 1,
-        steps=state.step,
-        targets=state.targets,
-        tokens=state.tokens,
-        seconds=state.seconds,
-        targets_per_second=state.targets / state.step_seconds,
-        tokens_per_second=state.tokens / state.step_seconds,
-        peak_memory=peak_memory(model.device),
-    )
+
+def _optimizer_step(
+    task: StageTask, training: _Training, step: int, loss: float, penalty: Penalty
+) -> dict[str, float | None]:
+    """Add the gradient of the strategy's penalty, clip, step; returns the figures for the log."""
+    parameters, optimizer, strategy = training.parameters, training.optimizer, task.strategy
+    _sum_gradients(parameters, task.processes)
+    penalty.gather(task.processes)
+    gradient_norm = _norm(training.adapter) if penalty.separate else None
+    penalty.add(strategy.penalty(training.context))
+    penalty_norm = penalty.apply()
+    whole_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    _check_finite(step, loss + penalty.value, whole_norm, training.trained)
+    clip_grads_with_norm_(parameters, task.settings.max_grad_norm, whole_norm)
+    rate = optimizer.param_groups[0]["lr"]
+    training.movement.begin(step)
+    optimizer.step()
+    training.movement.stepped()
+    strategy.after_step(training.context, rate)
+    training.schedule.step()
+    optimizer.zero_grad()
+    return {
+        "penalty": penalty.value,
+        "gradient_norm": gradient_norm,
+        "penalty_gradient_norm": penalty_norm,
+        "learning_rate": rate,
+    }
+
+
+def _end_epoch(model: GenerativeModel, task: StageTask, training: _Training, epoch: int) -> dict[str, float]:
+    """Validate, and keep the parameters if they are the best so far; returns both losses of the epoch."""
+    state, processes = training.state, task.processes
+    processes.require_same(fingerprint(training.trained), f"what they have learned until epoch {epoch}")
+    model.eval()
+    with training.precision.products(), as_written():
+        validated = validation_loss(model, training.validation, task.settings.temperature, processes)
+    model.train()
+    if not math.isfinite(validated):
+        raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")
+    if validated < min(state.validation_losses, default=math.inf):
+        training.best = {name: p.detach().cpu().clone() for name, p in training.trained.items()}
+    state.validation_losses.append(validated)
+    state.training_losses.append(state.epoch_loss / state.epoch_targets)
+    state.epoch_loss, state.epoch_targets = 0.0, 0
+    return {"training_loss": state.training_losses[-1], "validation_loss": validated}
 
 
 def _has_converged(validation_losses: Sequence[float], patience: int | None) -> bool:
@@ -322,14 +419,14 @@ def _backward(
     count: int,
     temperature: float,
     precision: Precision,
-    penalised: Callable[[Tensor, TrainingPass, float], Tensor] | None = None,
+    penalized: Callable[[Tensor, TrainingPass, float], Tensor] | None = None,
 ) -> list[Tensor]:
     """Gradients of the passes' part of the loss of a batch into the parameters; returns that part, pass by
     pass, still on the device: to read it is to wait for all that the device was told to do.
 
     Args:
         count: target tokens of the whole batch.
-        penalised: given a pass's loss, the pass and its share of the targets: what is to be differentiated.
+        penalized: given a pass's loss, the pass and its share of the targets: what is to be differentiated.
     """
     losses = []
     for packed in passes:
@@ -338,9 +435,9 @@ def _backward(
             scores = token_log_probabilities(model, states, packed.targets, temperature)
             loss = -scores.sum() / count
             losses.append(loss.detach())
-            if penalised is not None:
+            if penalized is not None:
                 outputs = TrainingPass(model, packed, states, temperature)
-                loss = penalised(loss, outputs, len(packed.targets) / count)
+                loss = penalized(loss, outputs, len(packed.targets) / count)
         loss.backward()
     return losses
 
@@ -352,7 +449,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> 
         p.grad = gradient
 
 
-def _penalised(
+def _penalized(
     strategy: Strategy,
     context: StageContext,
     penalty: Penalty,

@@ -16,7 +16,7 @@ from peso.decoding import search
 from peso.model.generative import GenerativeModel
 from peso.training.acceleration import compiled, gradient_checkpointing
 from peso.training.likelihood import target_log_probabilities
-from peso.training.loop import train_stage
+from peso.training.loop import StageTask, train_stage
 from peso.training.strategies.peso import Peso
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -30,15 +30,17 @@ def learn(model: GenerativeModel, directory: Path, **settings) -> list[float]:
     directory.mkdir()
     result = train_stage(
         model,
-        random_sequences(seed=3, count=40, longest=30),
-        cases_of(random_sequences(seed=4, count=20, longest=30), 20),
-        TrainingConfig(device="cuda", epochs=2, max_steps=8, batch_size=64, **settings),
-        stage=1,
-        learning_rate=1e-3,
-        strategy=Peso(proximal="softmax_kl", strength=1.0, coupling="decoupled"),
-        seed=0,
-        directory=directory / "training",
-        log=directory / "log.jsonl",
+        StageTask(
+            random_sequences(seed=3, count=40, longest=30),
+            cases_of(random_sequences(seed=4, count=20, longest=30), 20),
+            TrainingConfig(device="cuda", epochs=2, max_steps=8, batch_size=64, **settings),
+            stage=1,
+            learning_rate=1e-3,
+            strategy=Peso(proximal="softmax_kl", strength=1.0, coupling="decoupled"),
+            seed=0,
+            directory=directory / "training",
+            log=directory / "log.jsonl",
+        ),
     )
     return result.training_losses + result.validation_losses
 

@@ -127,13 +127,14 @@ def _steps(root: Path) -> int:
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path):
     root, script = tmp_path / "killed", tmp_path / "run.py"
     script.write_text(
-        "import sys, torch; torch.set_num_threads(1)\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from dataclasses import replace\n"
         "import peso.training.loop as loop\n"
         "plain = loop.train_stage\n"
-        "import peso.runs.learn\n"
+        "import peso.runs.learn as learn\n"
         "import peso.runs.pipeline as pipeline\n"
         "import peso.runs.report; peso.runs.report.report = lambda *a: None\n"
-        "learning.train_stage = lambda *a, **k: plain(*a, **k, checkpoint_seconds=0.0)\n"
+        "learn.train_stage = lambda model, task: plain(model, replace(task, checkpoint_seconds=0.0))\n"
         "from peso.config import load_config; from peso.runs.workspace import Workspace\n"
         f"ws = Workspace.create_or_open({str(root)!r}, load_config({TREE!r}))\n"
         "with ws.lock(): pipeline.run(ws)\n"

@@ -13,7 +13,7 @@ from peso.config import TrainingConfig
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.runtime.device import Precision
-from peso.training.loop import StageResult, train_stage
+from peso.training.loop import StageResult, StageTask, train_stage
 from peso.training.strategies.strategy import Strategy
 
 CPU = torch.device("cpu")
@@ -38,15 +38,17 @@ def train(model: GenerativeModel, directory: Path, precision: str) -> StageResul
     settings = {"epochs": 6, "batch_size": 8, "device": "cpu", "precision": precision}
     return train_stage(
         model,
-        sequences,
-        cases_of(sequences, model.layout.window),
-        TrainingConfig.model_validate(settings),
-        stage=1,
-        learning_rate=1e-2,
-        strategy=Strategy(),
-        seed=0,
-        directory=directory,
-        log=directory / "log.jsonl",
+        StageTask(
+            sequences,
+            cases_of(sequences, model.layout.window),
+            TrainingConfig.model_validate(settings),
+            stage=1,
+            learning_rate=1e-2,
+            strategy=Strategy(),
+            seed=0,
+            directory=directory,
+            log=directory / "log.jsonl",
+        ),
     )
 
 

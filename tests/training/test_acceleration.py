@@ -19,7 +19,7 @@ from peso.model.generative import GenerativeModel
 from peso.runs.workspace import FORMAT, Workspace
 from peso.runtime.manifest import write_manifest
 from peso.training.acceleration import gradient_checkpointing
-from peso.training.loop import StageResult, train_stage
+from peso.training.loop import StageResult, StageTask, train_stage
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import Strategy
 
@@ -32,15 +32,17 @@ def train(
 ) -> StageResult:
     return train_stage(
         model,
-        SEQUENCES,
-        cases_of(SEQUENCES, 20),
-        TrainingConfig(**{"epochs": 2, "batch_size": 8, "device": "cpu", **settings}),
-        stage=1,
-        learning_rate=1e-2,
-        strategy=strategy or Strategy(),
-        seed=7,
-        directory=directory,
-        log=directory / "log.jsonl",
+        StageTask(
+            SEQUENCES,
+            cases_of(SEQUENCES, 20),
+            TrainingConfig(**{"epochs": 2, "batch_size": 8, "device": "cpu", **settings}),
+            stage=1,
+            learning_rate=1e-2,
+            strategy=strategy or Strategy(),
+            seed=7,
+            directory=directory,
+            log=directory / "log.jsonl",
+        ),
     )
 
 

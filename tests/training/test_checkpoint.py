@@ -19,7 +19,7 @@ from peso.config import TrainingConfig
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
-from peso.training.loop import Progress, StageResult, train_stage
+from peso.training.loop import Progress, StageResult, StageTask, train_stage
 from peso.training.strategies.peso import Peso
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
@@ -38,17 +38,19 @@ def train(
     defaults = {"epochs": 3, "batch_size": 8, "device": "cpu"}
     return train_stage(
         model,
-        SEQUENCES,
-        cases_of(SEQUENCES, model.layout.window),
-        TrainingConfig(**{**defaults, **settings}),
-        stage=2,
-        learning_rate=learning_rate,
-        strategy=Peso(weight=weight, reduction="sum"),
-        seed=7,
-        directory=directory / "checkpoint",
-        log=directory / "log.jsonl",
-        on_progress=on_progress,
-        checkpoint_seconds=checkpoint_seconds,
+        StageTask(
+            SEQUENCES,
+            cases_of(SEQUENCES, model.layout.window),
+            TrainingConfig(**{**defaults, **settings}),
+            stage=2,
+            learning_rate=learning_rate,
+            strategy=Peso(weight=weight, reduction="sum"),
+            seed=7,
+            directory=directory / "checkpoint",
+            log=directory / "log.jsonl",
+            on_progress=on_progress,
+            checkpoint_seconds=checkpoint_seconds,
+        ),
     )
 
 
@@ -131,7 +133,8 @@ def test_finished_training_called_again_only_puts_the_best_epoch_back(
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+here = Path(sys.argv[1])
+sys.path[:0] = [str(here), str(here.parent)]
 from test_checkpoint import train
 torch.set_num_threads(1)
 model = torch.load(sys.argv[2], weights_only=False)
@@ -146,7 +149,7 @@ def test_a_killed_process_continues_bit_for_bit(
 ) -> None:
     start, kept = tmp_path / "model.pt", tmp_path / "kept.pt"
     torch.save(with_adapter(make_model("stream", "semantic"), dropout=0.1), start)
-    command = [sys.executable, "-c", SCRIPT, Path(__file__).parents[1], start, tmp_path / "parts", kept]
+    command = [sys.executable, "-c", SCRIPT, Path(__file__).parent, start, tmp_path / "parts", kept]
     for last in (3, 9):
         process = subprocess.Popen([str(x) for x in command], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None

@@ -27,7 +27,7 @@ from peso.runtime.device import reproducible
 from peso.training import loop
 from peso.training import plan as plan_module
 from peso.training.likelihood import tokens_of_target, validation_loss
-from peso.training.loop import Progress, StageResult, train_stage
+from peso.training.loop import Progress, StageResult, StageTask, train_stage
 from peso.training.plan import StagePlan
 from peso.training.strategies.strategy import StageContext, Strategy
 
@@ -48,16 +48,18 @@ def train(
     defaults = {"epochs": 3, "batch_size": 8, "device": "cpu"}
     return train_stage(
         model,
-        sequences,
-        cases_of(sequences, model.layout.window) if validation is None else validation,
-        TrainingConfig(**{**defaults, **settings}),
-        stage=stage,
-        learning_rate=learning_rate,
-        strategy=Strategy() if strategy is None else strategy,
-        seed=7,
-        directory=directory / "checkpoint",
-        log=directory / "log.jsonl",
-        on_progress=on_progress,
+        StageTask(
+            sequences,
+            cases_of(sequences, model.layout.window) if validation is None else validation,
+            TrainingConfig(**{**defaults, **settings}),
+            stage=stage,
+            learning_rate=learning_rate,
+            strategy=Strategy() if strategy is None else strategy,
+            seed=7,
+            directory=directory / "checkpoint",
+            log=directory / "log.jsonl",
+            on_progress=on_progress,
+        ),
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from strategy_runs import Runs, check_same_results
 
+from peso.model.generative import GenerativeModel
 from peso.runs import learn, pipeline
 from peso.runtime.progress import Silent
-from peso.training.loop import train_stage
+from peso.training.loop import StageResult, StageTask, train_stage
 
 
 class Interrupted(Silent):
@@ -58,7 +59,9 @@ def test_an_interrupted_run_ends_the_same(
     strategy: Any,
     stops: list[tuple[str, int | None]],
 ) -> None:
-    monkeypatch.setattr(learn, "train_stage", partial(train_stage, checkpoint_seconds=0.0))
+    monkeypatch.setattr(
+        learn, "train_stage", lambda model, task: train_stage(model, replace(task, checkpoint_seconds=0.0))
+    )
     workspace = runs.start(tmp_path / "interrupted", strategy)
     base = runs("none").root
     for title, step in stops:
@@ -78,9 +81,9 @@ def test_a_finished_phase_is_not_learnt_again(
         )
     phases: list[str] = []
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        phases.append(options["context"].phase)
-        return train_stage(*arguments, **options)
+    def counted(model: GenerativeModel, task: StageTask) -> StageResult:
+        phases.append(task.context.phase)
+        return train_stage(model, task)
 
     monkeypatch.setattr(learn, "train_stage", counted)
     pipeline.run(workspace)
