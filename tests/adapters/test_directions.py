@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from test_strength import SIZES, TERMS, flat, known_metric, tensors
+from known_metrics import SIZES, TERMS, flat, known_metric, tensors
 
 from peso.adapters.directions import (
     ExampleGradients,

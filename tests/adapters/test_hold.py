@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_diagnosis import learnt
+from small_runs import trained
 
 from peso.adapters import anchor_report
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, taken_back
@@ -20,11 +20,11 @@ STEPS = "training.max_steps=40"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return learnt(tmp_path_factory.mktemp("hold") / "base", "strategy=single", STEPS)[0].root
+    return trained(tmp_path_factory.mktemp("hold") / "base", "strategy=single", STEPS)[0].root
 
 
 def run(root: Path, base: Path, options: str) -> tuple[Workspace, dict, list[str]]:
-    workspace, notes = learnt(root, f"strategy={options}", STEPS, base=base)
+    workspace, notes = trained(root, f"strategy={options}", STEPS, base=base)
     metrics = json.loads((workspace.stage_directory(1) / "metrics.json").read_text())
     return workspace, metrics["training"]["anchor"], notes
 

@@ -11,28 +11,10 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_metrics import SIZES, TERMS, flat, known_metric, tensors
 
 import peso
 from peso.errors import ConfigError, TrainingError
-
-TERMS = {
-    "l2": lambda **options: peso.L2(**options),
-    "softmax": lambda **options: peso.SoftmaxKL(**options),
-    "auto": lambda **options: peso.SoftmaxKL(temperature="auto", **options),
-    "mean": lambda **options: peso.SoftmaxKL(temperature=0.3, **{"reduction": "mean", **options}),
-    "all": lambda **options: peso.SoftmaxKL(groups="all", temperature=0.5, **options),
-}
-SIZES = (12, 7, 12)
-
-
-def tensors(seed: int, scale: float = 1.0, dtype=torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(size, generator=generator, dtype=torch.float64) * scale for size in SIZES]
-    return [value.to(dtype).requires_grad_() for value in values]
-
-
-def flat(values) -> torch.Tensor:
-    return torch.cat([value.reshape(-1) for value in values])
 
 
 def numeric_hessian(term, anchor: list[torch.Tensor], weight: float = 1.0, step: float = 1e-4) -> np.ndarray:
@@ -98,20 +80,6 @@ def test_the_stationary_solution_interpolates_in_every_eigendirection(name: str,
     size = float(np.linalg.norm(project @ (target - a).numpy())) / math.sqrt(n)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * size)
     assert share.min() < 0.95  # the penalty mattered
-
-
-def known_metric(name: str, anchor: list[torch.Tensor]) -> np.ndarray:
-    """H as design says: I, or (diag(p) − p·pᵀ)/τ² of every group."""
-    if name == "l2":
-        return np.eye(sum(SIZES))
-    groups = [flat(anchor)] if name == "all" else anchor
-    blocks = []
-    for group in groups:
-        values = group.detach().numpy()
-        tau = {"softmax": 1.0, "auto": values.std(), "mean": 0.3, "all": 0.5}[name]
-        p = np.exp(values / tau) / np.exp(values / tau).sum()
-        blocks.append((np.diag(p) - np.outer(p, p)) / tau**2)
-    return scipy.linalg.block_diag(*blocks) / len(SIZES)  # reduction: mean, over three modules
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

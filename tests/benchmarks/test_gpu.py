@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packed_losses import gradients, packed_batch, packed_loss
 from plain_path import cases_of, random_sequences, with_adapter
-from test_shared_history import gradients, packed_batch, packed_loss
 
 from peso.config import TrainingConfig
 from peso.decoding import search

@@ -115,8 +115,8 @@ def test_a_tokenizer_that_has_semantic_tokens_already_is_refused(tmp_path: Path)
 
 def test_rows_start_where_the_embedding_module_puts_its_words(tmp_path: Path) -> None:
     """On Gemma the module multiplies its rows by √width; fresh rows must be of that size."""
-    from test_backbones import HEAD
-    from test_backbones import build as build_family
+    from backbone_families import HEAD
+    from backbone_families import build as build_family
 
     model = build(AdapterConfig(), backbone=BackboneConfig(name=build_family("gemma", HEAD, tmp_path)))
     with torch.no_grad():

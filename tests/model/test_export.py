@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbone_families import GPT, HEAD, SERVES
+from backbone_families import build as build_family
 from conftest import random_semantic_ids
 from safetensors.torch import load_file
-from test_backbones import GPT, HEAD, SERVES
-from test_backbones import build as build_family
 from transformers import AutoModelForCausalLM
 
 from peso.adapters.lora import adapter_parameters

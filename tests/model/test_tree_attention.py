@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbone_families import SERVES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_losses import gradients, packed_batch, packed_loss
 from plain_path import random_sequences, with_adapter
-from test_backbones import SERVES, build
-from test_shared_history import gradients, packed_batch, packed_loss
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peso.model.backbone import load_backbone

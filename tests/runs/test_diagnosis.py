@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from event_logs import write_log
+from small_runs import TREE, trained
 
 from peso.adapters import anchor_report
 from peso.adapters.anchor_report import NO_EFFECT, anchor_finding, gradient_ratio
@@ -22,41 +23,18 @@ from peso.runs.directions import stage_directions
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
-TREE = {
-    "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},
-    "items": {"quantizer": "rq-kmeans", "levels": 3},
-    "backbone": "tiny",
-    "strategy": {"name": "peso", "weight": 2.0, "reduction": "mean"},  # an anchor too weak to hold
-    "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
-    "evaluation": {"enabled": False},
-}
 SENTENCE = "the anchor had no measurable effect at this weight"
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def learnt(root: Path, *overrides: str, base: Path | None = None) -> tuple[Workspace, list[str]]:
-    workspace, observer = Workspace.create_or_open(root, load_config(TREE, overrides)), Notes()
-    with workspace.lock():
-        pipeline.run(workspace, base=base, observer=observer)
-    return workspace, observer.notes
 
 
 @pytest.fixture(scope="module")
 def weak(tmp_path_factory) -> tuple[Workspace, list[str]]:
-    return learnt(tmp_path_factory.mktemp("runs") / "weak", "strategy={name: peso, weight: 2}")
+    return trained(tmp_path_factory.mktemp("runs") / "weak", "strategy={name: peso, weight: 2}")
 
 
 @pytest.fixture(scope="module")
 def free(weak, tmp_path_factory) -> Workspace:
     """The stage of `weak` learnt without an anchor."""
-    return learnt(tmp_path_factory.mktemp("runs") / "single", "strategy=single", base=weak[0].root)[0]
+    return trained(tmp_path_factory.mktemp("runs") / "single", "strategy=single", base=weak[0].root)[0]
 
 
 def test_the_anchor_s_ratio_is_the_mean_over_the_steps(weak) -> None:
@@ -77,12 +55,12 @@ def test_the_anchor_s_ratio_is_the_mean_over_the_steps(weak) -> None:
 @pytest.mark.slow
 def test_an_anchor_that_holds_and_none_at_all_give_no_warning(weak, tmp_path: Path) -> None:
     for name, override in (("heavy", "strategy={name: peso, weight: 1e6}"), ("single", "strategy=single")):
-        workspace, notes = learnt(tmp_path / name, override, base=weak[0].root)
+        workspace, notes = trained(tmp_path / name, override, base=weak[0].root)
         (anchor,) = diagnose(workspace)["anchor"]
         assert anchor["finding"] is None
         assert (anchor["gradient_ratio"] is None) == (name == "single")
         assert not any(SENTENCE in note for note in notes)
-    none, _ = learnt(tmp_path / "none", "strategy=none", base=weak[0].root)
+    none, _ = trained(tmp_path / "none", "strategy=none", base=weak[0].root)
     assert diagnose(none)["anchor"] == []
 
 
@@ -195,7 +173,7 @@ def test_a_stronger_anchor_predicts_and_measures_less_of_the_new_optimum(
     for number, value in enumerate(("1e-3", "30") if coupling == "decoupled" else ("1e-6", "1e4")):
         key = "strength" if coupling == "decoupled" else "weight"
         options = f"strategy={{name: peso, proximal: l2, {key}: {value}, coupling: {coupling}, examples: 8}}"
-        held, _ = learnt(tmp_path / f"{coupling}{number}", options, base=weak[0].root)
+        held, _ = trained(tmp_path / f"{coupling}{number}", options, base=weak[0].root)
         found = stage_directions(held, 2, examples=24, free=free)
         assert found["differences"] == []
         assert found["coupling"] == coupling
@@ -211,7 +189,7 @@ def test_a_stronger_anchor_predicts_and_measures_less_of_the_new_optimum(
 @pytest.mark.slow
 def test_the_weight_is_the_one_that_the_stage_was_learnt_with(weak, tmp_path: Path) -> None:
     options = "strategy={name: peso, strength: 0.5, coupling: loss, examples: 8}"
-    held, _ = learnt(tmp_path / "strength", options, base=weak[0].root)
+    held, _ = trained(tmp_path / "strength", options, base=weak[0].root)
     metrics = json.loads((held.stage_directory(1) / "metrics.json").read_text())
     found = stage_directions(held, 1, examples=20)
     assert found["weight"] == pytest.approx(metrics["training"]["strategy"]["weight"], rel=1e-6)
@@ -225,13 +203,13 @@ def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
         stage_directions(workspace, 2, examples=20, free=workspace)
     with pytest.raises(WorkspaceError, match="stage 0 starts from nothing"):
         stage_directions(workspace, 2, stage=0)
-    none, _ = learnt(tmp_path / "none", "strategy=none", base=workspace.root)
+    none, _ = trained(tmp_path / "none", "strategy=none", base=workspace.root)
     with pytest.raises(ConfigError, match="none does not move one adapter"):
         stage_directions(none, 2)
-    other, _ = learnt(tmp_path / "other", "strategy=single", "seed=7", "data_seed=0")
+    other, _ = trained(tmp_path / "other", "strategy=single", "seed=7", "data_seed=0")
     with pytest.raises(WorkspaceError, match="another backbone"):
         stage_directions(workspace, 2, examples=20, free=other)
-    longer, _ = learnt(
+    longer, _ = trained(
         tmp_path / "longer", "strategy=single", "training.later_learning_rate_scale=0.5", base=workspace.root
     )
     assert stage_directions(workspace, 2, examples=20, free=longer)["differences"] == [

@@ -1,0 +1,34 @@
+"""A small run of a simulated shop, trained with what it noted on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peso.config import load_config
+from peso.runs import pipeline
+from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
+
+TREE = {
+    "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},
+    "items": {"quantizer": "rq-kmeans", "levels": 3},
+    "backbone": "tiny",
+    "strategy": {"name": "peso", "weight": 2.0, "reduction": "mean"},  # an anchor too weak to hold
+    "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
+    "evaluation": {"enabled": False},
+}
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def trained(root: Path, *overrides: str, base: Path | None = None) -> tuple[Workspace, list[str]]:
+    workspace, observer = Workspace.create_or_open(root, load_config(TREE, overrides)), Notes()
+    with workspace.lock():
+        pipeline.run(workspace, base=base, observer=observer)
+    return workspace, observer.notes
