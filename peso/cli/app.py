@@ -16,10 +16,10 @@ import typer.core
 from peso.cli import baseline, compare, demo, diagnose, models, recommend, run, steps
 from peso.errors import DataError, UsageError
 from peso.runtime.failures import (
+    AGAIN,
     FAILED,
-    INTERRUPTED,
+    HOW_STOPPED,
     MISUSED,
-    TERMINATED,
     explain,
     installed_version,
     sentence,
@@ -133,8 +133,7 @@ def main() -> None:
     """Entry point; the exit statuses are those of :mod:`peso.runtime.failures`."""
     _prepare_streams()
     status = _run()
-    if status in (INTERRUPTED, TERMINATED):
-        how = "interrupted" if status == INTERRUPTED else "terminated by SIGTERM"
+    if how := HOW_STOPPED.get(status):
         reason = ", most likely because another process ended" if current().count > 1 else ""
-        _print_to_stderr(f"\n{how}{reason}; run the same command again to continue")
+        _print_to_stderr(f"\n{how}{reason}; {AGAIN}")
     sys.exit(status)

@@ -65,7 +65,6 @@ def compare(
     Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """
     from peso.runs.compare.plan import make_plan
-    from peso.runs.compare.schedule import Machine
     from peso.runs.workspace import refuse_own
 
     began = time.time()
@@ -76,6 +75,8 @@ def compare(
         refuse_own(output / "report")
     if not report_only:
         plan.refuse_changes()
+    from peso.runs.compare.schedule import Machine  # loads SciPy
+
     machine = Machine.of(plan.compare.workers, plan.common.training.device)
     if dry_run:
         _show_plan(plan, machine)

@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy import stats
-from scipy.sparse import csr_array
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+# SciPy is imported where it is used: loading it takes longer than a refused command may
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,16 @@ class Spread:
         """Of the 95 % interval; nan where nothing varies."""
         if not self.error:
             return math.nan
+        from scipy import stats
+
         return float(stats.t.ppf(0.975, self.effective_degrees)) * self.error
 
     def p(self, difference: float) -> float:
         """Two-sided, of the t test that a difference of this spread is 0; 1 where nothing varies."""
         if not self.error:
             return 1.0
+        from scipy import stats
+
         return float(2 * stats.t.sf(abs(difference) / self.error, self.effective_degrees))
 
 
@@ -196,6 +203,8 @@ class Panel:
 
         Returns: float64 (…, users), which add up to 0.
         """
+        from scipy.sparse import csr_array
+
         total = np.bincount(self.group, weights=self.weight)
         members = csr_array(
             (self.weight / total[self.group], (np.arange(self.cases), self.group)),
@@ -207,6 +216,8 @@ class Panel:
 
     @cached_property
     def _membership(self) -> csr_array:
+        from scipy.sparse import csr_array
+
         ones = np.ones(self.cases)
         return csr_array((ones, (np.arange(self.cases), self.owner)), shape=(self.cases, self.users))
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import fisher_exact
 
 from peso.items.quantizers.residual import ResidualCodebooks
 from peso.items.semantic_ids import SemanticIds, token_name
@@ -220,6 +219,8 @@ def refit_warnings(fitness: Mapping[str, Any]) -> list[str]:
 
 def _more_often(stage: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether a stage's items want taken IDs more often than chance explains (Fisher's exact test)."""
+    from scipy.stats import fisher_exact  # slow to load
+
     table = [[group["wanted_taken"], group["items"] - group["wanted_taken"]] for group in (stage, expected)]
     return bool(fisher_exact(table, alternative="greater").pvalue < CHANCE)
 

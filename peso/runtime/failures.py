@@ -17,6 +17,8 @@ from pathlib import Path
 from peso.errors import PesoError
 
 DONE, FAILED, MISUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
+HOW_STOPPED = {INTERRUPTED: "interrupted", TERMINATED: "terminated by SIGTERM"}
+AGAIN = "run the same command again to continue"
 
 MEMORY = (
     "use a machine with more memory, or lower training.batch_size, decoding.batch_size or the size of the "

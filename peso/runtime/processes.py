@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from peso.errors import ConfigError, LostProcess, PesoError, TrainingError
-from peso.runtime.failures import TERMINATED
+from peso.runtime.failures import AGAIN, HOW_STOPPED, TERMINATED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,7 +187,7 @@ def ended_by_sigterm() -> Iterator[None]:
         while (received := os.read(reader, 1)) and received[0] != signal.SIGTERM:
             pass
         if received and not done.wait(NATIVE_SECONDS):
-            os.write(2, b"\nterminated by SIGTERM; the same command continues where it was\n")
+            os.write(2, f"\n{HOW_STOPPED[TERMINATED]}; {AGAIN}\n".encode())
             os._exit(TERMINATED)
         os.close(reader)
 

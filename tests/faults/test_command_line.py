@@ -257,8 +257,8 @@ def test_nonsense_of_a_launcher_is_an_error(peso, monkeypatch, name, value):
 WORK = """
 import sys, time
 from pathlib import Path
-from peso import assets, processes
 from peso.cli import app
+from peso.runtime import assets, processes
 from peso.runtime.files import write_aside
 
 def pull(*_, **__):
@@ -284,7 +284,7 @@ def test_sigterm_ends_with_a_message_and_its_own_exit_status(work, tmp_path):
     process.terminate()
     _, err = process.communicate()
     assert process.returncode == 143
-    assert err.strip() == "terminated by SIGTERM; the same command continues where it was"
+    assert err.strip() == "terminated by SIGTERM; run the same command again to continue"
     if work == IN_PYTHON:
         assert list(tmp_path.iterdir()) == []  # nothing half-written
 
@@ -304,7 +304,7 @@ def test_sigterm_ends_the_processes_of_a_comparison_too(peso, monkeypatch, tmp_p
     monkeypatch.setattr(Schedule, "_start", start_and_terminate)
     status, _, err = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w")
     assert status == 143
-    assert err.strip().endswith("terminated by SIGTERM; the same command continues where it was")
+    assert err.strip().endswith("terminated by SIGTERM; run the same command again to continue")
     assert [process.poll() is not None for process in started] == [True]
 
 
@@ -345,6 +345,6 @@ def test_files_that_help_names_exist():
     root = Path(__file__).resolve().parents[2]
     named = set()
     for path in sorted(Path(app.__file__).parent.glob("*.py")):
-        named |= set(re.findall(r"\b(?:examples|docs)/[\w/]+\.\w+", path.read_text()))
+        named |= set(re.findall(r"\b(?:examples|docs)/[\w/-]+\.\w+", path.read_text()))
     assert len(named) > 3
     assert [name for name in sorted(named) if not (root / name).is_file()] == []

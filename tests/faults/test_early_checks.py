@@ -70,7 +70,7 @@ def test_a_size_or_name_that_cannot_be_is_refused_at_once(override: str, message
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("backbone=no-such-model", "no directory and no known name"),
+        ("backbone=no-such-model", "not a directory and no known name"),
         ("backbone={name: tiny, width: 50}", "multiple of the head size"),
         ("adapter.targets=[q_porj]", "no linear layer named q_porj; it has: .*q_proj"),
         ("prompt.window=10000", "prompts reach .* tokens"),
