@@ -24,6 +24,7 @@ from peso.events.ingest import describe
 from peso.events.loading import load
 from peso.events.sources import open_source
 from peso.events.sources.own import own_items
+from peso.events.sources.tables import ALIKE, folded
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, stage_file
 from peso.events.times import Clock, iso
@@ -86,6 +87,7 @@ def append(
         if older:
             funnel.count("not older than the stream")
         _know(connection, stream)
+        remarks = [*loaded.remarks, *_remarks_on_new_ids(connection, stream, observer)]
         if scalar(connection, f"SELECT count(*) FROM events WHERE time = {last}"):
             # the one moment of which the log may hold events that the stream has: duplicates are kept once
             connection.execute(f"DELETE FROM events WHERE time = {last} AND (u, i) IN ({_HAD})")
@@ -134,7 +136,7 @@ def append(
         "new_users": users - known,
         "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first_new, "last": last_new},
         "skipped": loaded.skipped,
-        "remarks": loaded.remarks,
+        "remarks": remarks,
         "older": older,
         "funnel": funnel.rows,
         "boundaries": [iso(moment) for moment in stages.moments or []],
@@ -286,6 +288,29 @@ def _know(connection: duckdb.DuckDBPyConnection, stream: Stream) -> None:
         FROM stages JOIN newest USING (name, stage)""")
     connection.execute("UPDATE users SET known = true WHERE name IN (SELECT name FROM known_users)")
     connection.execute("UPDATE items SET known = true WHERE name IN (SELECT name FROM known_items)")
+
+
+def _remarks_on_new_ids(
+    connection: duckdb.DuckDBPyConnection, stream: Stream, observer: Observer
+) -> list[str]:
+    """What is said of new users and items whose ids are nearly those of known ones."""
+    files = ", ".join(literal(str(stream.directory / stage_file(n))) for n in range(stream.stages))
+    known_users = f'SELECT "user" AS name FROM read_parquet([{files}], hive_partitioning = false)'
+    remarks = []
+    for table, known in (("users", known_users), ("items", "SELECT name FROM known_items")):
+        count, new, old = connection.execute(f"""
+            WITH new AS (SELECT name, {folded("name")} AS id FROM {table} WHERE NOT known),
+            near AS (
+                SELECT new.name AS new, known.name AS old
+                FROM new JOIN ({known}) AS known ON {folded("known.name")} = new.id)
+            SELECT count(DISTINCT new), min(new), arg_min(old, new) FROM near""").fetchall()[0]
+        if count:
+            remarks.append(
+                f"{count:,} new {table} differ from {table} of the stream only in {ALIKE}: {new!r} and "
+                f"{old!r}, for example. They are taken as different; write ids in one way"
+            )
+            observer.note(f"note: {remarks[-1]}")
+    return remarks
 
 
 def _cut(connection: duckdb.DuckDBPyConnection, stages: StagesConfig, clock: Clock) -> Cut:

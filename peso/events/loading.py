@@ -19,7 +19,7 @@ from peso.errors import DataError
 from peso.events.database import scalar
 from peso.events.sources import Log
 from peso.events.sources.reading import Reading
-from peso.events.sources.tables import BLANKS, MISSING
+from peso.events.sources.tables import ALIKE, BLANKS, MISSING, folded
 from peso.events.times import Clock, iso, recognise, recognise_unit
 from peso.runtime.progress import Observer
 
@@ -170,13 +170,13 @@ def _remarks_on_ids(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator
             ).fetchall()[0]
             if count:
                 yield f"column {column!r} has {count:,} ids {what}: {example!r}"
-        alike = connection.execute(rf"""
-            SELECT min(name), max(name) FROM {table} WHERE regexp_full_match(name, '\d+(\.0+)?')
-            GROUP BY ltrim(split_part(name, '.', 1), '0') HAVING count(*) > 1 ORDER BY 1""").fetchall()
+        alike = connection.execute(f"""
+            SELECT min(name), max(name) FROM {table} GROUP BY {folded("name")} HAVING count(*) > 1
+            ORDER BY 1""").fetchall()
         if alike:
             yield (
-                f"column {column!r} has {len(alike):,} ids written in several ways, which are different ids: "
-                f"{' and '.join(map(repr, alike[0]))}"
+                f"column {column!r} has {len(alike):,} ids written in several ways ({ALIKE}), which are "
+                f"different ids: {' and '.join(map(repr, alike[0]))}"
             )
 
 

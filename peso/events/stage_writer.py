@@ -23,7 +23,7 @@ from peso.events.histories import Stage
 from peso.events.protocol import refuse_untrainable, slice_stages, stage_counts
 from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
-from peso.events.sources.tables import BLANKS, MISSING
+from peso.events.sources.tables import ALIKE, MISSING, folded
 from peso.events.stream import ITEMS_FILE, stage_file, stage_table
 from peso.runtime.progress import Observer
 
@@ -215,15 +215,14 @@ def _tell_found(connection: duckdb.DuckDBPyConnection, file: str, observer: Obse
     observer.note(
         f"{found:,} of {items:,} items of the log have a row in {file}, which has {products:,} items"
     )
-    plain = r"ltrim(regexp_replace(lower(trim({}, " + BLANKS + r")), '\.0+$', ''), '0')"
     near = connection.execute(f"""
         SELECT count(DISTINCT log.name), min((log.name, product.item_id)::VARCHAR)
-        FROM met AS log JOIN met AS product ON {plain.format("log.name")} = {plain.format("product.item_id")}
+        FROM met AS log JOIN met AS product ON {folded("log.name")} = {folded("product.item_id")}
         WHERE log.item_id IS NULL AND product.name IS NULL""").fetchall()[0]
     if near[0]:
         observer.note(
-            f"note: {near[0]:,} items of the log without a row differ from an id there only in leading "
-            f"zeros, decimals, spaces or case: {near[1]} (log, products), for example; write ids in one way"
+            f"note: {near[0]:,} items of the log without a row differ from an id there only in {ALIKE}: "
+            f"{near[1]} (log, products), for example; write ids in one way"
         )
     return int(found)
 

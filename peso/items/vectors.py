@@ -170,11 +170,7 @@ def _sources(
         sources.append(spread)
     item_ids = items[ITEM_ID].to_pylist()
     for path in config.vectors:
-        vectors = read_vectors(path, item_ids)
-        missing = int((~vectors.any(1)).sum())
-        if missing:
-            observer.note(f"{Path(path).name}: no vector for {missing:,} of {len(item_ids):,} items")
-        sources.append(vectors)
+        sources.append(read_vectors(path, item_ids, observer))
     return sources
 
 

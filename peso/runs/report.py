@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import duckdb
+
 from peso.config import Config, baseline_label, dump_config
 from peso.config.baselines import DEFAULT_BASELINES
 from peso.errors import DataError, WorkspaceError
@@ -20,7 +22,15 @@ from peso.events.database import identifier, temporary_database
 from peso.events.sources.files import kind_of, require_content
 from peso.events.sources.own import separator_of
 from peso.events.sources.reading import Reading
-from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table, plain
+from peso.events.sources.tables import (
+    ALIKE,
+    FileTable,
+    csv_table,
+    folded,
+    jsonl_table,
+    parquet_table,
+    plain,
+)
 from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
@@ -285,6 +295,17 @@ def tell_found(told: Mapping[str, Mapping[str, str]], stream: Stream, observer: 
         f"{found:,} of {len(users):,} users of the log have a row in report.users, which has {len(known):,}"
         + ("" if found else f" (the log has {min(users)!r}, the table {min(known)!r}, for example)")
     )
+    near, example, there = duckdb.execute(
+        f"""SELECT count(DISTINCT a), min(a), arg_min(b, a)
+        FROM (SELECT unnest(?::VARCHAR[]) AS a) JOIN (SELECT unnest(?::VARCHAR[]) AS b)
+          ON {folded("a")} = {folded("b")}""",
+        [sorted(users - known), sorted(known - users)],
+    ).fetchall()[0]
+    if near:
+        observer.note(
+            f"note: {near:,} users of the log without a row differ from one there only in {ALIKE}: "
+            f"{example!r} and {there!r}, for example; write ids in one way"
+        )
 
 
 def _table(path: Path) -> FileTable:

@@ -240,7 +240,7 @@ def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
     write_log(tmp_path / "log.parquet", LOG)
     refused(
         tmp_path,
-        r"log\.parquet is not readable Parquet",
+        r"log\.parquet is not a Parquet file: set the format",
         format="parquet",
         path=str(tmp_path / "log.parquet"),
     )

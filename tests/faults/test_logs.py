@@ -16,12 +16,13 @@ from event_logs import data_config, histories, write_json_lines, write_log
 
 from peso.config import load_config
 from peso.errors import ConfigError, DataError, PesoError
+from peso.events.append import append
 from peso.events.ingest import ingest
 from peso.events.sources import lines
 from peso.events.sources.files import format_of
 from peso.events.stream import Stream
 from peso.items.encoders.vector_files import read_vectors
-from peso.runs.report import read_user_table
+from peso.runs.report import read_user_table, tell_found
 
 T = 1_600_000_000
 LOG = [(f"u{k % 4}", f"i{k * 7 % 10}", T + 60 * k) for k in range(60)]
@@ -44,7 +45,7 @@ class Notes:
 
 def read(folder: Path, path: Path | str, format: str = "csv", **data: Any) -> tuple[Stream, str]:
     """The stream, and what was said while it was made."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     notes = Notes()
     ingest(data_config(format=format, path=str(path), **{"stages": 1, **data}), folder, observer=notes)
     return Stream.open(folder), "\n".join(notes.told)
@@ -385,6 +386,22 @@ def test_users_of_the_user_table_have_the_ids_of_the_log(tmp_path: Path) -> None
     assert read_user_table(tmp_path / "users.jsonl") == {"late": {"007": "true"}}
 
 
+def test_users_and_vectors_that_nearly_meet_are_told(tmp_path: Path) -> None:
+    notes = Notes()
+    stream, _ = read(tmp_path / "s", write_log(tmp_path / "log.csv", LOG))
+    tell_found({"age": {"U1": "3", "u2 ": "4", "u3": "5", "x": "6"}}, stream, notes)
+    pq.write_table(pa.table({"item_id": ["I1", "a"], "x": [1.0, 2.0]}), tmp_path / "v.parquet")
+    read_vectors(tmp_path / "v.parquet", ["i1", "a", "b"], notes)
+    assert notes.told == [
+        "1 of 4 users of the log have a row in report.users, which has 4",
+        "note: 2 users of the log without a row differ from one there only in leading zeros, decimals, "
+        "spaces or case: 'u1' and 'U1', for example; write ids in one way",
+        "v.parquet: no vector for 2 of 3 items",
+        "note: 1 of them differ from an id there only in leading zeros, decimals, spaces or case: 'i1' and "
+        "'I1', for example; write ids in one way",
+    ]
+
+
 def test_vectors_have_the_ids_of_the_log(tmp_path: Path) -> None:
     pq.write_table(pa.table({"item_id": [3.0, 4.0], "x": [1.0, 2.0]}), tmp_path / "v.parquet")
     assert read_vectors(tmp_path / "v.parquet", ["4", "3"]).tolist() == [[2.0], [1.0]]
@@ -514,7 +531,10 @@ def test_a_json_array_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "what"),
     [
-        (gzip.compress(b"user,item,time\n", mtime=0), "is a gzip file: give its name the ending .gz"),
+        (
+            gzip.compress(b"user,item,time\n", mtime=0),
+            "is a gzip file: give its name the ending .gz|was packed twice with gzip: unpack it once",
+        ),
         (b"PK\x03\x04....", "is a zip archive"),
         (b"PAR1....", "is a Parquet file"),
         (b"BZh91AY", "is a bzip2 file"),
@@ -531,10 +551,29 @@ def test_what_is_not_text_is_named(tmp_path: Path, start: bytes, what: str, name
         read_user_table((tmp_path / "users").with_suffix(f".{kind}"))
 
 
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"user,item,time\n", "is not a Parquet file: set the format"),
+        (gzip.compress(b"PAR1"), "is a gzip file: unpack it"),
+        (b"PK\x03\x04....", "is a zip archive"),
+    ],
+    ids=["csv", "gzip", "zip"],
+)
+def test_what_is_not_parquet_is_named(tmp_path: Path, start: bytes, what: str) -> None:
+    for name in ("log.parquet", "log.parquet.gz"):
+        (tmp_path / name).write_bytes(start)
+        refused(tmp_path / "s" / name, what, tmp_path / name, "parquet")
+
+
 def test_an_unknown_ending_is_said(tmp_path: Path) -> None:
     (tmp_path / "log.xlsx").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ConfigError, match=r"the ending of .*log\.xlsx does not say .*--format csv"):
+    with pytest.raises(DataError, match=r"log\.xlsx is a zip archive \(or a spreadsheet\): .*export it"):
         format_of(str(tmp_path / "log.xlsx"))
+    (tmp_path / "log.text").write_text("user,item,time\n")
+    with pytest.raises(ConfigError, match=r"the ending of .*log\.text does not say .*--format csv"):
+        format_of(str(tmp_path / "log.text"))
+    (tmp_path / ".hidden.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match="no file or folder at"):
         format_of(str(tmp_path / "gone"))
     with pytest.raises(ConfigError, match="no file with a known ending"):
@@ -616,6 +655,26 @@ def test_a_key_twice_in_one_record_is_named_and_can_be_left_out(tmp_path: Path) 
     assert histories(read(tmp_path / "u", write_json_lines(path, odd), "jsonl")[0]) == expected()
 
 
+def test_a_key_written_with_escapes_is_that_key(tmp_path: Path) -> None:
+    lines_ = [json.dumps({**row, "title": 'caf\u00e9: "x" \\u0041'}) for row in ROWS]
+    path = tmp_path / "log.jsonl"
+    lines_[5] = lines_[5].replace('"user"', r'"\u0075ser"')
+    path.write_text("\n".join(lines_))
+    assert histories(read(tmp_path / "s", path, "jsonl")[0]) == expected()
+    lines_.insert(6, r'{"user": "u1", "\u0075ser": "u2", "item": "i1", "time": 1600000301}')
+    path.write_text("\n".join(lines_))
+    refused(tmp_path / "t", "line 7 has the key 'user' twice", path, "jsonl")
+    stream, _ = read(tmp_path / "u", path, "jsonl", on_error="skip")
+    assert (histories(stream), stream.manifest["skipped"]) == (expected(), 1)
+
+
+def test_a_separator_at_the_end_of_a_line_is_none_wherever_it_is_read(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "log.csv", [(*row, "") for row in LOG])
+    assert histories(read(tmp_path / "s", path)[0]) == expected()
+    path.write_text(path.read_text().replace("u0", '"u0"'))  # read line by line now
+    assert histories(read(tmp_path / "t", path)[0]) == expected()
+
+
 def test_nan_of_json_is_no_id(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({**row, "user": float("nan")}) + "\n" for row in ROWS[:2]))
@@ -649,6 +708,35 @@ def test_ids_that_lost_digits_or_are_written_in_two_ways_are_told(tmp_path: Path
     said = read(tmp_path / "t", tmp_path / "log.parquet", "parquet")[1]
     assert "column 'user' are decimals beyond" in said
     assert "column 'item'" not in said
+
+
+def test_decimals_of_json_that_lost_digits_are_told(tmp_path: Path) -> None:
+    rows = [{"user": 2**60 + k % 3, "item": 2.0**60 + k, "time": k} for k in range(9)]
+    said = read(tmp_path / "s", write_json_lines(tmp_path / "log.jsonl", rows), "jsonl")[1]
+    assert "column 'item' are decimals beyond" in said
+    assert "column 'user'" not in said
+
+
+@pytest.mark.parametrize("spoil", ["i3 ", "\u200bi3", "I3", "0i3", "i3.0"])
+def test_ids_that_differ_in_how_they_are_written_are_told(tmp_path: Path, spoil: str) -> None:
+    """In one log, and between a log and its append."""
+    log = [(user, "j" if item == "i3" else item, time) for user, item, time in LOG]
+    one = [*log, ("u0", "i3", LOG[-1][2] + 1), ("u0", spoil, LOG[-1][2] + 2)]
+    said = read(tmp_path / "s", write_log(tmp_path / "one.csv", one))[1]
+    assert "column 'item' has 1 ids written in several ways" in said
+
+    stream, _ = read(tmp_path / "t", write_log(tmp_path / "log.csv", one[:-1]))
+    known = f"U{LOG[0][0][1:]}"
+    week = [(known, spoil, LOG[-1][2] + 10 + k) for k in range(5)]
+    (tmp_path / "u").mkdir()
+    data = data_config(format="csv", path=str(write_log(tmp_path / "week.csv", week)))
+    notes = Notes()
+    manifest = append(data, stream.directory, tmp_path / "u", notes)
+    remarks = manifest["appended"][-1]["remarks"]
+    told = "differ from {} of the stream only in leading zeros, decimals, spaces or case: {!r} and {!r}"
+    for remark in (told.format("users", known, LOG[0][0]), told.format("items", spoil, "i3")):
+        assert any(remark in said for said in remarks)
+        assert any(remark in said for said in notes.told)
 
 
 def test_a_product_table_is_of_the_kind_that_its_ending_says(tmp_path: Path) -> None:

@@ -20,13 +20,16 @@ ENDINGS = {
     "parquet": (".parquet", ".pq"),
 }
 # First bytes of what is not text, and what to do with it.
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _MAGIC = {
-    b"\x1f\x8b": "is a gzip file: give its name the ending .gz",
+    _GZIP: "is a gzip file: give its name the ending .gz",
     b"PK\x03\x04": "is a zip archive (or a spreadsheet): unpack or export it, and give the text file",
     b"BZh": "is a bzip2 file: unpack it",
     b"\xfd7zXZ": "is an xz file: unpack it",
     b"\x28\xb5\x2f\xfd": "is a zstd file: unpack it",
-    b"PAR1": "is a Parquet file: set the format to parquet",
+    _PARQUET: "is a Parquet file: set the format to parquet",
+    b"\xd0\xcf\x11\xe0": "is a spreadsheet or document of Office: export the table as CSV",
+    b"ARROW1": "is an Arrow (Feather) file: write the table as Parquet",
     b"SQLite format 3": "is an SQLite database: export the table as CSV or Parquet",
 }
 HEADER = 1 << 20  # characters; a longer first line is not the header of a table
@@ -48,8 +51,7 @@ def find_files(path: str, kind: str, key: str = "data.path") -> list[Path]:
     """
     if Path(path).is_dir():
         endings = ENDINGS[kind]
-        found = [f for f in Path(path).rglob("*") if f.is_file() and bare_suffix(f) in endings]
-        found = [f for f in found if not any(part[0] == "." for part in f.relative_to(path).parts)]
+        found = [file for file in _shown(Path(path)) if bare_suffix(file) in endings]
         if not found:
             raise DataError(f"the folder {path} holds no {kind} file ({', '.join(endings)}, or with .gz)")
     elif Path(path).is_file():
@@ -74,12 +76,14 @@ def format_of(path: str) -> str:
 
     Raises:
         ConfigError: the ending says nothing, or the folder holds files of no kind or of several.
+        DataError: the file begins as one that is not read.
     """
     if not Path(path).is_dir():
         if kind := kind_of(path):
             return kind
         if not Path(path).exists():
             raise ConfigError(f"there is no file or folder at {path}")
+        require_text(Path(path))
         known = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
         raise ConfigError(
             f"the ending of {path} does not say what it holds (known are {known}); give --format, "
@@ -88,11 +92,17 @@ def format_of(path: str) -> str:
     names = [file.name for file in Path(path).iterdir()]
     if any(".all.block_" in name for name in names):
         return "peso-release"
-    kinds = {kind for file in Path(path).rglob("*") if (kind := kind_of(file.name))}
+    kinds = {kind for file in _shown(Path(path)) if (kind := kind_of(file.name))}
     if len(kinds) == 1:
         return kinds.pop()
     held = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no file with a known ending"
     raise ConfigError(f"the folder {path} holds {held}; give --format, for example --format csv")
+
+
+def _shown(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden, nor in a hidden folder."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return [file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts)]
 
 
 def require_content(file: Path) -> Path:
@@ -106,20 +116,39 @@ def require_content(file: Path) -> Path:
 
 def require_text(file: Path) -> Path:
     """The file itself. Raises DataError if it is evidently not text, packed with gzip or not."""
-    with file.open("rb") as raw:
-        start = raw.read(16)
-    packed = start.startswith(b"\x1f\x8b")
-    if _is_gzip(file) and not packed:
-        raise DataError(
-            f"{file} is not gzip, whatever its name says; give it its right ending, or fetch it again"
-        )
+    start = _first_bytes(file)
     if _is_gzip(file):
+        if not start.startswith(_GZIP):
+            raise DataError(
+                f"{file} is not gzip, whatever its name says; give it its right ending, or fetch it again"
+            )
         with open_bytes(file) as unpacked:
             start = unpacked.read(16)
-    for magic, what in _MAGIC.items():
-        if start.startswith(magic):
-            raise DataError(f"{file} {what}")
+        if start.startswith(_GZIP):
+            raise DataError(f"{file} was packed twice with gzip: unpack it once")
+    if what := _magic(start):
+        raise DataError(f"{file} {what}")
     return file
+
+
+def require_parquet(file: Path) -> Path:
+    """The file itself. Raises DataError if it does not begin as a Parquet file does."""
+    start = _first_bytes(file)
+    if start.startswith(_GZIP):
+        raise DataError(f"{file} is a gzip file: unpack it; a Parquet file is compressed in itself")
+    if not start.startswith((_PARQUET, b"PARE")):
+        what = _magic(start) or "is not a Parquet file: set the format to what it is, such as csv"
+        raise DataError(f"{file} {what}")
+    return file
+
+
+def _first_bytes(file: Path) -> bytes:
+    with file.open("rb") as raw:
+        return raw.read(16)
+
+
+def _magic(start: bytes) -> str | None:
+    return next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
 
 
 def first_of(folder: Path, *names: str) -> Path | None:

@@ -21,6 +21,7 @@ from peso.events.sources.files import open_bytes, open_text
 LONGEST = 16 << 20  # characters of a line; with more of them the file is not a log
 LONGEST_SPAN = 1 << 20  # characters of a record that runs over several lines
 BLOCK = 1 << 20
+ESCAPED_KEY = re.compile(rb'"[^"\\]*+\\[^"]*+"\s*+:')  # where escaped quotes and backslashes are taken out
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[
 
     Args:
         dialect: of delimited text; None for JSON lines.
-        keys: of JSON lines: a line that may have one of them twice is not one row either.
+        keys: of JSON lines: a line that may have one of them twice is not one row either, nor is one with
+            a key that is written with escapes.
     """
     if dialect and dialect.encoding != "utf-8":
         return None
@@ -78,6 +80,8 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[
             if (quote and quote in block) or len(rest) > LONGEST - BLOCK or not _is_utf8(block):
                 return None
             if any(line.count(name) > 1 for line in block.split(b"\n") for name in names):
+                return None
+            if names and b"\\u" in block and _has_escaped_key(block):
                 return None
             rows += lines + (not block.endswith(b"\n"))
             if block.startswith((b"\n", b"\r")) or (b"\n\r\n" if pairs else b"\n\n") in block:
@@ -113,6 +117,8 @@ def delimited_rows(
             if header:
                 header = False
                 continue
+            if isinstance(row, list) and len(row) == width + 1 and not row[-1]:
+                row.pop()  # a separator at the end of the line; DuckDB reads such a row, too
             if isinstance(row, list) and len(row) != width:
                 row = Unreadable(f"has {len(row)} columns where {width} belong ({line[:80]!r})")
             if isinstance(row, list):
@@ -229,6 +235,11 @@ def _not_text(line: str, encoding: str) -> Unreadable | None:
         f"is not {encoding.upper()} ({line[:80]!r}); if the whole file has another encoding, say so (for CSV "
         "data.encoding: latin-1), or convert it"
     )
+
+
+def _has_escaped_key(block: bytes) -> bool:
+    r"""Whether a key may be written with escapes, as ``"\u0075ser"`` for ``"user"``."""
+    return ESCAPED_KEY.search(block.replace(rb"\\", b"").replace(rb"\"", b"")) is not None
 
 
 def _is_utf8(block: bytes) -> bool:

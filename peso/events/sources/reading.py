@@ -93,8 +93,14 @@ class Reading:
         column where some are missing.
         """
         text, column = self.table.id(name, key), self.table.columns[name]
-        exact = {"FLOAT": 2**24, "DOUBLE": 2**53}.get(column.kind)
-        beyond = f"WHERE isfinite({column.sql}) AND abs({column.sql}) > {exact} LIMIT 1"
+        exact = {"FLOAT": 2**24, "DOUBLE": 2**53, "JSON": 2**53}.get(column.kind)
+        decimal, number = "true", column.sql
+        if column.kind == "JSON":  # whole numbers of any size come as they are written
+            decimal = (
+                rf"json_type({column.sql}) = 'DOUBLE' AND NOT regexp_full_match({column.value}, '-?\d+')"
+            )
+            number = f"try_cast({column.value} AS DOUBLE)"
+        beyond = f"WHERE {decimal} AND isfinite({number}) AND abs({number}) > {exact} LIMIT 1"
         if exact and self.select("1", beyond):
             self.remarks.append(
                 f"the ids in column {name!r} are decimals beyond {exact:,}, which are not exact: "

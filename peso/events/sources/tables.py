@@ -14,11 +14,16 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError
 from peso.events.database import identifier, literal
-from peso.events.sources.files import first_fields, open_text, require_same, require_text
+from peso.events.sources.files import first_fields, open_text, require_parquet, require_same, require_text
 from peso.events.sources.lines import LONGEST, Dialect, json_rows
 
-BLANKS = literal(" \t\n\r\u00a0")  # SQL: the characters that make no id by themselves
+# SQL: the characters that make no id by themselves: blanks, and what has no width
+BLANKS = literal(
+    " \t\n\v\f\r\x85\u00a0\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
+    + "".join(map(chr, range(0x2000, 0x200E)))
+)
 MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # how programs print no value
+ALIKE = "leading zeros, decimals, spaces or case"  # what :func:`folded` leaves out of account
 _SCALARS = ("VARCHAR", "BOOLEAN", "UUID", "BLOB", "ENUM", "DATE", "TIME", "BIT", "CHAR", '"NULL"')
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U")
 
@@ -200,7 +205,7 @@ def parquet_table(files: Sequence[Path]) -> FileTable:
     shapes, kinds = [], []
     for file in files:
         try:
-            names = pq.ParquetFile(file).schema_arrow.names
+            names = pq.ParquetFile(require_parquet(file)).schema_arrow.names
             rows = duckdb.execute(f"DESCRIBE SELECT * FROM {_parquet([file])}").fetchall()
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise DataError(
@@ -273,6 +278,15 @@ def _json_keys(files: Sequence[Path]) -> list[str]:
 
 def _pointer(name: str) -> str:
     return literal("/" + name.replace("~", "~0").replace("/", "~1"))
+
+
+def folded(name: str) -> str:
+    """SQL: what is left of an id without leading zeros, decimals, spaces around it and case.
+
+    Different ids of which the same is left are most likely one, written in two ways.
+    """
+    text = f"lower(trim(nfc_normalize({name}), {BLANKS}))"
+    return rf"ltrim(regexp_replace({text}, '\.0+$', ''), '0')"
 
 
 PATH = " > "  # between the parts of a category path, broad to narrow

@@ -12,6 +12,7 @@ Without a NAME.ids.txt the rows are those of the item table, in its order, and e
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +23,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from peso.errors import DataError
+from peso.runtime.progress import Observer
 
 ITEM_ID = "item_id"
 
 
-def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:
+def read_vectors(path: str | Path, item_ids: Sequence[str], observer: Observer | None = None) -> np.ndarray:
     """The vectors of these items, float32 (items, width); a row of zeros where the file has none.
 
-    Vectors of items that are not asked for are left aside.
+    Vectors of items that are not asked for are left aside. The observer is told how many items have none.
 
     Raises:
         DataError: an unreadable file, no matrix, an item twice, NaN or infinity (names the item), another
@@ -73,7 +75,23 @@ def read_vectors(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:
         )
     vectors = np.zeros((len(item_ids), matrix.shape[1]), np.float32)
     vectors[found >= 0] = matrix[found[found >= 0]]
+    without = [item for item, row in zip(item_ids, found, strict=True) if row < 0]
+    if without and observer is not None:
+        observer.note(f"{path.name}: no vector for {len(without):,} of {len(item_ids):,} items")
+        there = {_folded(item): item for item in rows}
+        near = [item for item in without if _folded(item) in there]
+        if near:
+            observer.note(
+                f"note: {len(near):,} of them differ from an id there only in leading zeros, decimals, "
+                f"spaces or case: {near[0]!r} and {there[_folded(near[0])]!r}, for example; write ids in one "
+                "way"
+            )
     return vectors
+
+
+def _folded(item: str) -> str:
+    """What is left of an id without leading zeros, decimals, spaces around it and case."""
+    return re.sub(r"\.0+$", "", item.strip().lower()).lstrip("0")
 
 
 def _read(path: Path) -> tuple[list[str] | None, np.ndarray]:
