@@ -317,7 +317,8 @@ def undo(
 
     Undoing a training removes the stage's model and its tests; the events stay, and `peso update` trains the
     stage again. Undoing an append removes its events, its new items and their semantic IDs. The report is
-    updated. Stage 0 and the stream as first ingested are never removed.
+    updated. Stage 0 and the stream as first ingested are never removed. An undo that was interrupted can be
+    repeated: it finishes what it began and removes nothing else.
 
     Example: peso undo -w runs/shop
     """
@@ -330,7 +331,7 @@ def undo(
     with opened.lock():
         step = last_step(opened)
         try:
-            go = yes or typer.confirm(f"{workspace}: remove {step}?", err=True)
+            go = yes or step.gone or typer.confirm(f"{workspace}: remove {step}?", err=True)
         except typer.Abort:
             say("", error=True)  # end the line of the prompt
             raise UsageError("no answer: nothing was removed; use --yes to remove without asking") from None
@@ -342,6 +343,8 @@ def undo(
         say("nothing was removed")
     else:
         say(f"{workspace}: removed {step}")
+        if step.gone:
+            say("an earlier undo was interrupted; it is finished now, and nothing else was removed")
 
 
 def evaluate(

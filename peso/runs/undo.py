@@ -1,11 +1,16 @@
 """Removal of a workspace's last stage: the last trained one, or the last append if nothing was trained on it.
 
 What is removed leaves no trace in what comes afterwards: the same append and update give the same files.
+
+A file ``.undo`` in the workspace says what is being removed, until it is. Repeated after a kill, the command
+finds there that the step is gone already, and removes no further one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from peso.errors import WorkspaceError
 from peso.events.append import take_back as fill_shorter_stream
@@ -13,9 +18,11 @@ from peso.events.stream import Stream
 from peso.items.index_files import EARLIER
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.runs.workspace import FORMAT, Workspace
-from peso.runtime.files import commit_directory, remove_directory
+from peso.runtime.files import commit_directory, read_sealed, remove_directory, write_sealed
 from peso.runtime.manifest import read_manifest, remove_folder
 from peso.runtime.progress import Observer
+
+UNDO = ".undo"
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class LastStep:
             ``semantic_ids``.
         all_ids: whether these are all there are, since they were made in one go after the append and no stage
             was trained with them.
+        gone: whether it is removed already, by an undo that was killed before its end.
     """
 
     stages: range
@@ -36,6 +44,7 @@ class LastStep:
     items: int = 0
     semantic_ids: int = 0
     all_ids: bool = False
+    gone: bool = False
 
     def __str__(self) -> str:
         name = stages_named(self.stages)
@@ -54,13 +63,16 @@ def stages_named(stages: range) -> str:
 
 
 def last_step(workspace: Workspace) -> LastStep:
-    """The last stage of a workspace, to be removed.
+    """The last stage of a workspace, to be removed; or what an undo that was killed has removed.
 
     Raises:
         WorkspaceError: there is no stream, or only stage 0 and the stream as it was ingested are left.
     """
     if not workspace.has_stream:
         raise WorkspaceError(f"{workspace.root} has no stream yet: there is nothing to undo")
+    if (begun := _begun(workspace)) is not None and begun["left"] == _left(workspace):
+        step = begun["step"]
+        return LastStep(**{**step, "stages": range(*step["stages"]), "gone": True})
     stream, trained = Stream.open(workspace.stream_directory), workspace.finished_stages
     newest = trained[-1] if trained else -1
     appended = stream.manifest.get("appended", [])
@@ -97,20 +109,17 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
     Raises:
         WorkspaceError: a damaged file, or a full disk. Stage, events and items are all there then.
     """
-    had_report = workspace.report_directory.is_dir()
+    begun = _begun(workspace) or {}
+    had_report = workspace.report_directory.is_dir() or begun.get("report", False)
+    if not step.gone:
+        stages, appends = _left(workspace)
+        left = [stages, appends - 1] if step.appended else [stages - 1, appends]
+        told = {**asdict(step), "stages": [step.stages.start, step.stages.stop]}
+        content = json.dumps({"step": told, "left": left, "report": had_report})
+        write_sealed(workspace.root / UNDO, content.encode())
     if step.appended:
-        with commit_directory(workspace.stream_directory) as shorter:
-            fill_shorter_stream(workspace.stream_directory, shorter)
-            if step.all_ids:
-                remove_directory(workspace.semantic_ids_directory)
-            elif step.semantic_ids:
-                from peso.items.tokenize import take_back as fill_shorter_ids
-
-                ids = workspace.semantic_ids_directory
-                with commit_directory(ids) as fewer:
-                    fill_shorter_ids(Stream.open(shorter).items, step.stages[0], ids, fewer)
-            # what the stages left goes before the stages do: nothing ever refers to a stage that is not there
-            _remove_traces(workspace, step.stages)
+        if not step.gone:
+            _shorten(workspace, step)
     else:
         _remove_traces(workspace, step.stages)
         remove_directory(workspace.stage_directory(step.stages[0]))
@@ -121,6 +130,49 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
 
         if any(is_tested(workspace, stage, stage) for stage in workspace.finished_stages):
             report([workspace], workspace.report_directory)
+    (workspace.root / UNDO).unlink()
+
+
+def _begun(workspace: Workspace) -> dict[str, Any] | None:
+    """What an undo that was killed noted: ``step``, ``left`` as of :func:`_left` once that is removed, and
+    whether there was a ``report``. None: there was no such one.
+
+    Raises:
+        WorkspaceError: the note is damaged.
+    """
+    path = workspace.root / UNDO
+    if not path.is_file():
+        return None
+    try:
+        begun: dict[str, Any] = json.loads(read_sealed(path))
+    except (OSError, ValueError, WorkspaceError):
+        raise WorkspaceError(
+            f"{path} is damaged, so what an interrupted undo was to remove is not known; remove {path} and "
+            "undo what is still to be undone"
+        ) from None
+    return begun
+
+
+def _left(workspace: Workspace) -> list[int]:
+    """How many stages are trained, and how many appends the stream holds."""
+    appended = Stream.open(workspace.stream_directory).manifest.get("appended", [])
+    return [len(workspace.finished_stages), len(appended)]
+
+
+def _shorten(workspace: Workspace, step: LastStep) -> None:
+    """Take the last append from the stream, with its items' IDs and everything about its stages."""
+    with commit_directory(workspace.stream_directory) as shorter:
+        fill_shorter_stream(workspace.stream_directory, shorter)
+        if step.all_ids:
+            remove_directory(workspace.semantic_ids_directory)
+        elif step.semantic_ids:
+            from peso.items.tokenize import take_back as fill_shorter_ids
+
+            ids = workspace.semantic_ids_directory
+            with commit_directory(ids) as fewer:
+                fill_shorter_ids(Stream.open(shorter).items, step.stages[0], ids, fewer)
+        # what the stages left goes before the stages do: nothing ever refers to a stage that is not there
+        _remove_traces(workspace, step.stages)
 
 
 def _remove_traces(workspace: Workspace, stages: range) -> None:

@@ -474,6 +474,42 @@ def test_an_append_of_several_stages_goes_whole(peso, logs: Path, shelves: Path)
     assert snapshot(shelves) == before
 
 
+def test_an_undo_that_was_killed_is_finished_and_no_further_one_begun(
+    peso, shop: Path, monkeypatch, reports: list[list[int]]
+) -> None:
+    shutil.copytree(shop / "stages" / "1", shop / "kept")
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    for again in ([], ["--json"]):
+        (shop / "report").mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(summary, "report", killed)
+            with pytest.raises(Killed):
+                peso("undo", "--yes", "-w", shop)
+        assert Workspace.open(shop).finished_stages == [0]
+        status, out, _ = peso("undo", "-w", shop, *again)  # does not ask: it was answered before
+        assert status == 0
+        assert json.loads(out)["gone"] if again else "nothing else was removed" in out
+        assert Workspace.open(shop).finished_stages == reports[-1] == [0]
+        shutil.copytree(shop / "kept", shop / "stages" / "1")
+
+    (shop / "report").mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "report", killed)
+        with pytest.raises(Killed):
+            peso("undo", "--yes", "-w", shop)
+    shutil.copytree(shop / "kept", shop / "stages" / "1")  # trained again: this undo is another one
+    status, out, _ = peso("undo", "--yes", "-w", shop, "--json")
+    assert (status, json.loads(out)["gone"]) == (0, False)
+    assert Workspace.open(shop).finished_stages == [0]
+    (shop / ".undo").write_text("{")
+    status, _, err = peso("undo", "--yes", "-w", shop)
+    assert status == 1
+    assert ".undo is damaged" in err
+
+
 def test_an_append_of_an_earlier_version_is_undone(peso, logs: Path, shelves: Path) -> None:
     assert peso("ingest", logs / "week.csv", "--append", "-w", shelves)[0] == 0
     manifest = shelves / "stream" / "manifest.json"
@@ -637,7 +673,7 @@ def test_killed_at_any_moment_the_workspace_is_as_before_or_as_after(
         workspace = Workspace.open(copy)
         list(pipeline.missing_steps(workspace, Stream.open(copy / "stream").stages))
         evaluate.is_tested(workspace, 0, 0)
-        if found != after:
-            command(copy, name, logs)()
+        command(copy, name, logs)()  # as whoever saw no answer does
         assert snapshot(copy, "report") == after
+        assert not (copy / ".undo").exists()
     assert moment > 3
