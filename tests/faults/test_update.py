@@ -94,7 +94,7 @@ def test_an_update_compares_old_and_new_on_the_same_cases(root: Path, peso: Call
     before = files(root)
     status, out, _ = peso("update", "-w", root)
     assert status == 0
-    assert "all 3 stages are trained; nothing to do" in out
+    assert "all 3 stages are trained; there is nothing to do" in out
     assert f"peso ingest NEW --append -w {root}" in out
     assert files(root) == before
     assert len(reports) == 2
@@ -138,7 +138,7 @@ def test_without_evaluation_a_run_and_an_update_end_well(
     off = ("--set", "evaluation.enabled=false")
     status, out, err = peso("update", "-w", root, *off)
     assert status == 0, err
-    assert "not tested: evaluation.enabled is false" in out
+    assert "not tested, since evaluation.enabled is false" in out
     config = tmp_path / "c.yaml"
     config.write_text(json.dumps(TREE))
     status, out, err = peso("run", config, "-w", root, *off)
@@ -174,7 +174,9 @@ def test_a_dry_run_reads_the_log(tmp_path: Path, peso: Call) -> None:
     assert "400 events" in out
     for step in ("learn stage 0", "test stage 2", "baseline popularity"):
         assert step in out
-    assert re.search(r"in all about [1-9][\d.]* (s|min \d+ s) on this machine, a rough estimate", out)
+    assert re.search(
+        r"about (0\.[1-9]|[1-9][\d.]*) (s|min \d+ s) in total on this machine \(a rough estimate\)", out
+    )
     assert "not included: tokenize" in out  # the encoder is not at hand
     steps = [
         e

@@ -160,7 +160,7 @@ def test_scratch_and_tiny_are_drawn_from_the_seed() -> None:
     [
         ("scratch", {"width": 100}, "backbone.width"),
         ("no-such-model", {}, "known name"),
-        ("./nowhere", {}, "no directory"),
+        ("./nowhere", {}, "not a directory"),
         (__file__, {}, "is a file"),
     ],
 )

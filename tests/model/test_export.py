@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from peso.adapters.lora import adapter_parameters
 from peso.config import AdapterConfig, BackboneConfig, PromptConfig
 from peso.errors import AssetError, ExportError
-from peso.model.build import build_model
+from peso.model.build import build_model, round_frozen
 from peso.model.export import PromptText, export_merged, export_peft
 from peso.model.generative import GenerativeModel
 from peso.runtime import assets
@@ -193,8 +193,8 @@ def test_merged_into_a_bfloat16_backbone_a_small_update_is_not_lost(tmp_path: Pa
         "full",
         CATALOGUE,
         seed=0,
-        dtype=torch.bfloat16,
     ).eval()
+    round_frozen(model, torch.bfloat16)
     projection = model.causal_lm.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         projection.base_layer.weight.fill_(0.03)  # whose last digit is 1.2e-4

@@ -170,7 +170,7 @@ class LooksAhead(Strategy):
 def test_a_strategy_that_looks_ahead_is_stopped(runs: Runs, tmp_path: Path) -> None:
     own = {"name": "custom", "module": f"{__name__}.LooksAhead"}
     workspace = runs.start(tmp_path / "ahead", own)
-    with pytest.raises(TrainingError, match="stage 2 cannot be looked at while stage 1 is learnt"):
+    with pytest.raises(TrainingError, match="stage 2 cannot be looked at while stage 1 is trained"):
         pipeline.run(workspace, base=runs("none").root)
 
 

@@ -20,7 +20,8 @@ from peso.events.histories import TargetSequence
 from peso.events.stream import Stream
 from peso.runs import pipeline
 from peso.runs.models import starting_model
-from peso.runs.workspace import Workspace
+from peso.runs.workspace import FORMAT, Workspace
+from peso.runtime.manifest import replace_file
 from peso.training.batches import cut
 from peso.training.examples import StageExamples
 from peso.training.strategies.inf_lora import InfLora
@@ -143,8 +144,10 @@ def test_retrain_owes_nothing_to_earlier_states(runs: Runs, tmp_path: Path, back
     other = runs.start(tmp_path / "other", "retrain", backbone=backbone)
     base = runs("none", backbone=backbone).root
     learn_two_stages(other, base)
-    for file in (other.stage_directory(1)).rglob("*.safetensors"):
-        save_file({name: torch.randn_like(t) for name, t in load_file(file).items()}, file)
+    directory = other.stage_directory(1)
+    for file in directory.rglob("*.safetensors"):
+        with replace_file(directory, str(file.relative_to(directory)), FORMAT) as aside:
+            save_file({name: torch.randn_like(t) for name, t in load_file(file).items()}, aside)
     pipeline.run(other)
     check_same_results(other, workspace, 2)
 
