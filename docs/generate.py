@@ -15,6 +15,8 @@ from pydantic_core import PydanticUndefined
 
 from peso.cli.app import app
 from peso.config import Config
+from peso.config.reading import sections
+from peso.config.registry import Options
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -33,19 +35,20 @@ def keys() -> Iterator[str]:
 def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
     rows, nested = [], []
     for name, field in model.model_fields.items():
-        inner = list(_models(field.annotation))
-        nested += [(f"{path}{name}", section) for section in inner]
+        if issubclass(model, Options) and name == "name":
+            continue
+        inner = sections(field.annotation, field.metadata)
+        nested += [(f"{path}{name}", *section) for section in inner]
         default = field.get_default(call_default_factory=True)
         rows.append((name, _kind(field.annotation), _default(field, default), field.description or ""))
-    yield from ("", "| key | type | default | |", "|---|---|---|---|")
+    if rows:
+        yield from ("", "| key | type | default | |", "|---|---|---|---|")
     for row in rows:
         yield "| " + " | ".join(_cell(text) for text in _quoted(row)) + " |"
-    for where, section in nested:
-        name = section.model_fields.get("name")
-        kind = get_args(name.annotation)[0] if name and get_origin(name.annotation) is Literal else None
-        yield from ("", f"### `{where}: {kind}`" if kind else f"### `{where}`")
-        if section.__doc__:
-            yield from ("", " ".join(section.__doc__.split("\n\n")[0].replace("``", "`").split()))
+    for where, named, part, section in nested:
+        yield from ("", f"### `{where}: {named}`" if named else f"### `{where}`")
+        if text := (part or section).__doc__:
+            yield from ("", " ".join(text.split("\n\n")[0].replace("``", "`").split()))
         yield from _section(f"{where}.", section)
 
 
@@ -64,15 +67,6 @@ def _default(field: Any, value: Any) -> str:
     if isinstance(value, BaseModel | list | dict):
         return ""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that an annotation allows, those within unions and lists included."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) is not Literal:
-        for part in get_args(annotation):
-            yield from _models(part)
 
 
 def _kind(annotation: Any) -> str:

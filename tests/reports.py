@@ -150,6 +150,9 @@ INDEX = {
 }
 
 
+REFERENCES = {"none": "no updates", "single": "fine-tuning", "retrain": "retraining"}
+
+
 def run(
     name: str,
     strategy: str,
@@ -190,7 +193,8 @@ def run(
     ]
     weight = 2.0 if penalty else 0.0
     configuration = CONFIGURATION.format(strategy=name, weight=weight)
-    return RunSummary(name, strategy, stages, configuration, manifests, DRIFT, INDEX)
+    reference = REFERENCES.get(strategy.split()[0], "")
+    return RunSummary(name, strategy, stages, configuration, manifests, DRIFT, INDEX, reference=reference)
 
 
 def catalogue() -> Catalogue:

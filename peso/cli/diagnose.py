@@ -96,11 +96,14 @@ def _directions(
         raise UsageError(f"--plot {plot}: the file name must end in .svg or .png")
     if plot is not None:
         refuse_own(plot)
-    strategy = workspace.config_of(workspace.require_stage(stage)).strategy.name
-    if plot is not None and free is None and strategy != "peso":
+    trained = workspace.as_trained(workspace.require_stage(stage))
+
+    from peso.runs.models import strategy_of
+
+    if plot is not None and free is None and strategy_of(trained).term is None:
         raise UsageError(
-            f"--plot {plot}: there is nothing to plot, since strategy {strategy} has no anchor; choose a "
-            "workspace whose strategy has one, or name one to compare with (--free)"
+            f"--plot {plot}: there is nothing to plot, since strategy {trained.config.strategy.name} has no "
+            "anchor; choose a workspace whose strategy has one, or name one to compare with (--free)"
         )
     unanchored = None if free is None else Workspace.open(free)
 

@@ -9,7 +9,7 @@ import difflib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from peso.config.data import expand_data
 from peso.config.model import expand_backbone
 from peso.config.parsing import DEEPEST, parse, read_tree, shown
+from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, registry_of
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
 from peso.errors import ConfigError
@@ -141,20 +142,32 @@ def _expand(key: str, short: Any) -> dict[str, Any]:
     return dict(expanded)
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The section types an annotation allows (several for a union)."""
-    if get_origin(annotation) is None:
-        return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
+def sections(
+    annotation: Any, metadata: Sequence[Any] = (), parts: bool = True
+) -> list[tuple[str, Any, type[BaseModel]]]:
+    """The section types that an annotation allows, several for a union, each after "" and None.
+
+    A key that takes a part of :mod:`peso.config.registry` allows the options of all parts of its kind, each
+    after the part's name and the part. They are imported for it; where not ``parts``, what all have.
+    """
+    if parts and (registry := registry_of(metadata)):
+        found = {name: registry.find(name) for name in registry.names()}
+        return [(name, part, part.Options) for name, part in found.items()]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [("", None, annotation)]
+    inner, *more = (get_args(annotation) if get_origin(annotation) is not Literal else ()) or (None,)
+    if get_origin(annotation) is Annotated:
+        return sections(inner, more, parts)
+    return [section for each in (inner, *more) for section in sections(each, (), parts)] if inner else []
 
 
-def valid_keys() -> list[str]:
-    """Every dotted key that a configuration may hold."""
+def valid_keys(parts: bool = True) -> list[str]:
+    """Every dotted key that a configuration may hold. ``parts``: options of strategies and so on included."""
 
     def below(section: type[BaseModel], prefix: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
             yield prefix + name
-            for inner in _sections(field.annotation):
+            for _, _, inner in sections(field.annotation, field.metadata, parts):
                 yield from below(inner, f"{prefix}{name}.")
 
     return list(dict.fromkeys(below(Config, "")))
@@ -173,26 +186,26 @@ def nearest(key: str, names: Sequence[str]) -> str:
 
 
 def _explain(problem: Any) -> str:
-    names = valid_keys()
     parts = [str(part) for part in problem["loc"]]
-    if len(parts) > 2 and parts[0] == "strategy":
-        del parts[1]  # pydantic names the chosen member of the union there
     if len(parts) > 1 and parts[0] == "baselines":
-        del parts[1:3]  # the place in the list, and the member of the union
-    key = ".".join(parts)
-    value = shown(problem.get("input"))
+        del parts[1]  # the place in the list
+    key, value, context = ".".join(parts), shown(problem.get("input")), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        if key in names:  # known, but not for this strategy
-            chosen = problem["loc"][1 if parts[0] == "strategy" else 2]
-            return f"{parts[0].removesuffix('s')} {chosen!r} has no option {parts[-1]!r} (given {value})"
-        return f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, names)!r}"
+        close = nearest(key, valid_keys(parts=False))
+        return f"unknown key {shown(key)} (value {value}); the nearest valid key is {close!r}"
+    if problem["type"] == UNKNOWN_OPTION:
+        *above, option = parts
+        there = [".".join([*above, each]) for each in context["there"]]
+        cure = f"the nearest valid key is {nearest(key, there)!r}" if there else "it has none"
+        why = f"{context['part']} has no option {shown(option)} (given {value})"
+        return f"unknown key {shown(key)}: {why}; {cure}"
+    if problem["type"] == UNKNOWN_NAME:
+        return f"{key}.name: {shown(context['name'])} is unknown; known are {context['known']}"
     if problem["type"] == "missing":
-        return f"{key} is missing; a configuration needs at least data.format (and data.path)"
+        hint = "; a configuration needs at least data.format (and data.path)" if parts[0] == "data" else ""
+        return f"{key} is missing{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and (not parts or message.startswith(f"{parts[0]}.")):
         # raised by a section's own check, which names its keys
         return message
-    if problem["type"] == "union_tag_invalid":
-        known = problem["ctx"]["expected_tags"]
-        return f"{parts[0]}.name: {shown(problem['ctx']['tag'])} is unknown; known are {known}"
     return f"{key[:80]}: {message}; got {value}"

@@ -21,7 +21,7 @@ from peso.config.model import (
     expand_backbone,
 )
 from peso.config.section import Section
-from peso.config.strategy import PesoConfig, StrategyConfig, expand_strategy
+from peso.config.strategy import DEFAULT, StrategyConfig, strategy_options
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -34,9 +34,7 @@ class Config(Section):
     backbone: Annotated[BackboneConfig, BeforeValidator(expand_backbone)] = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
     adapter: AdapterConfig = AdapterConfig()
-    strategy: Annotated[StrategyConfig, Field(discriminator="name"), BeforeValidator(expand_strategy)] = (
-        PesoConfig(name="peso")
-    )
+    strategy: StrategyConfig = Field(default_factory=lambda: strategy_options(DEFAULT))
     training: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -69,10 +67,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _watched_modules_run_once(self) -> Config:
-        if self.training.gradient_checkpointing and getattr(self.strategy, "watches_outputs", False):
+        if self.training.gradient_checkpointing and self.strategy.observing:
             raise ValueError(
-                "training.gradient_checkpointing runs every module twice, but strategy.proximal: "
-                f"{getattr(self.strategy, 'proximal', '')} observes each pass; turn one of them off"
+                f"training.gradient_checkpointing runs every module twice, but {self.strategy.observing} "
+                "observes each pass; turn one of them off"
             )
         return self
 

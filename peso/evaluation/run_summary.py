@@ -98,6 +98,7 @@ class RunSummary:
         drift: of the stream, one dictionary a stage (:func:`peso.events.drift.drift`).
         semantic_ids: the manifest of the index: figures, ``quality``, ``fitness``.
         family: the strategy's own name, where ``strategy`` is what somebody called it.
+        reference: what others are measured against it for: ``no updates``, ``fine-tuning``, ``retraining``.
         data_set, backbone: what it ran on, where a report holds several.
         seed: None where nothing is random. Runs that differ in nothing but the seed are one system.
         options: what an option grid sets apart, by key of the configuration, e.g. ``{"strategy.name": "peso",
@@ -124,6 +125,7 @@ class RunSummary:
     catalogue: Catalogue | None = None
     expected_stages: int = 0
     family: str = ""
+    reference: str = ""
     baseline: bool = False
 
 

@@ -34,11 +34,9 @@ from peso.runs.models import load_stage, starting_model, stored_memory, strategy
 from peso.runs.workspace import Workspace
 from peso.runtime.threads import threads
 from peso.training.examples import StageExamples
-from peso.training.strategies.peso import Peso
-from peso.training.strategies.strategy import StageContext
+from peso.training.strategies.strategy import StageContext, strategies
 
 At = Literal["start", "end"]
-MOVES_ONE_ADAPTER = ("single", "peso", "replay", "distill", "average")
 FOLDS = 10
 EXAMPLES = 256
 
@@ -85,7 +83,7 @@ def stage_directions(
     fresh = held_out(gram, count, gradients.tokens, FOLDS)
     composition = gradients.composition(top, workspace.config.training.of_update().batch_size)
     pace = _Pace.of(workspace, stage)
-    strength = _strength(term, pace) if workspace.config.strategy.name == "peso" else None
+    strength = None if strategy_of(workspace).term is None else _strength(term, pace)
     columns: dict[str, Tensor] = {
         "support": fresh.support,
         "support_standard_error": fresh.standard_error,
@@ -135,11 +133,11 @@ def _require_anchor(workspace: Workspace, stage: int) -> None:
         raise WorkspaceError(
             "stage 0 starts from nothing that could be an anchor; name a later one (--stage)"
         )
-    name = workspace.config.strategy.name
-    if name not in MOVES_ONE_ADAPTER:
+    if not strategy_of(workspace).moves_one_adapter:
+        known = [name for name, strategy in strategies().items() if strategy.moves_one_adapter]
         raise ConfigError(
-            f"strategy {name} does not move one adapter on from stage to stage, so there are no directions "
-            f"to follow; they are known for {', '.join(MOVES_ONE_ADAPTER)}"
+            f"strategy {workspace.config.strategy.name} does not move one adapter on from stage to stage, so "
+            f"there are no directions to follow; they are known for {', '.join(known)}"
         )
 
 
@@ -164,7 +162,7 @@ def _example_gradients(
         memory=stored_memory(workspace.stage_directory(stage - 1)),
     )
     strategy = strategy_of(workspace)
-    term = strategy.term if isinstance(strategy, Peso) else SoftmaxKL()
+    term = strategy.term or SoftmaxKL()
     if not term.has_decoupled_form:
         raise ConfigError(
             f"{type(term).__name__} is not a squared distance to the anchor: it has no metric H, so there "
@@ -172,7 +170,7 @@ def _example_gradients(
         )
     term = cast(DistanceTerm, term)
     source: Source = model.backbone
-    if isinstance(strategy, Peso):
+    if strategy.term is not None:
         strategy.begin(context)  # anchors, and finds the weight of a strength as the stage did
         source = strategy.anchored(context)
     else:
@@ -195,7 +193,7 @@ def _differences(workspace: Workspace, free: Workspace, stage: int) -> list[str]
     """Sentences on what differs between two runs of a stage beside the anchor. Raises WorkspaceError where
     the two cannot be set side by side."""
     free = free.as_trained(free.require_stage(stage))
-    if free.config.strategy.name != "single":
+    if strategy_of(free).reference != "fine-tuning":
         raise WorkspaceError(
             f"stage {stage} of {free.root} was trained with {free.config.strategy.name}; name a workspace "
             "that trained it with `single`, which has no anchor"

@@ -34,7 +34,6 @@ from peso.config.baselines import (
     baseline_label,
     is_random,
 )
-from peso.config.strategy import DistillConfig, LsatConfig, StrategyConfig
 from peso.decoding import search
 from peso.events.histories import Ragged, Stage, TargetSequence
 from peso.events.stream import Stream
@@ -221,18 +220,10 @@ def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Training]
                 examples=cast(Examples, _Examples(config.prompt.window, sequences)),
                 memory=memory,
             )
-            # what somebody's own strategy chooses may depend on the model
-            chosen = None if config.strategy.name == "custom" else strategy.choose(context)
+            chosen = strategy.choose(context) if strategy.chooses_by_data else None
             settings, _ = training_of(config, strategy, number, phase)
             result[number].append((settings, sequences(number) if chosen is None else chosen))
     return result
-
-
-def _passes(strategy: StrategyConfig) -> tuple[float, float]:
-    """How much longer than `single` a step takes, as benchmarks/strategies.py measured; passes of a test."""
-    distils = isinstance(strategy, DistillConfig)
-    answers_with_two = isinstance(strategy, LsatConfig) and strategy.fusion == "outputs"
-    return 1.4 if distils else 1.0, 2.0 if answers_with_two else 1.0
 
 
 def _data_estimate(step: Step, source: Workspace, seconds: float | None) -> Estimate:
@@ -275,16 +266,16 @@ def _stage_estimate(
     trainings: Sequence[Training],
 ) -> Estimate:
     config = workspace.config
-    cases = len(stage.eligible())
+    cases, strategy = len(stage.eligible()), strategy_of(workspace)
     if step.name == "test":
         disk = cases * BYTES_A_PREDICTION / 2**20
-        passes = _passes(config.strategy)[1] if stage.number else 1.0
+        passes = strategy.passes_per_answer if stage.number else 1
         return Estimate(step, cases * speed.test * passes / 60, speed.memory_gib, disk, f"{cases:,} cases")
     disk = speed.trained_bytes / 2**20
-    if not strategy_of(workspace).learns(stage.number):
+    if not strategy.learns(stage.number):
         return Estimate(step, 0.1, speed.memory_gib, disk, "keeps the last state")
     seed, window = config.seed_of_stage(stage.number), config.prompt.window
-    longer = _passes(config.strategy)[0] if stage.number else 1.0
+    longer = strategy.relative_step_time if stage.number else 1.0
     steps, seconds = 0, 0.0
     for settings, sequences in trainings:
         plan = StagePlan(sequences, window, settings, seed, stage.number, speed.most_targets)

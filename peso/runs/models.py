@@ -23,7 +23,7 @@ from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weigh
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs.determination import require_as_determined
-from peso.runs.workspace import FORMAT, Workspace, own_strategy
+from peso.runs.workspace import FORMAT, Workspace
 from peso.runtime.device import Precision
 from peso.runtime.manifest import all_intact, read_manifest
 from peso.training.strategies.strategy import Strategy, make_strategy
@@ -38,7 +38,7 @@ def strategy_of(workspace: Workspace) -> Strategy:
     Raises:
         ConfigError: a class of somebody's own that nobody has named in this call, or that cannot be made.
     """
-    for module in set(own_strategy(workspace.config)) - workspace.trusted:
+    for module in set(workspace.config.strategy.foreign) - workspace.trusted:
         raise ConfigError(
             f"strategy: {workspace.root} names the class {module}, and importing it runs its code. If "
             f"you trust it, name it: --trust {module} (in Python: trust=[{module!r}])"
@@ -158,12 +158,14 @@ def inherited_memory(workspace: Workspace, stage: int) -> dict[str, Tensor]:
     directory = workspace.stage_directory(stage - 1)
     memory, now = stored_memory(directory), workspace.config.strategy
     before = workspace.config_of(stage - 1).strategy
-    if stage == 1 or (before.name, getattr(before, "module", "")) == (now.name, getattr(now, "module", "")):
+    if stage == 1 or before.keeper == now.keeper:
         return memory
+    strategy = strategy_of(workspace)
+    anew = strategy.starts_anew(strategy.phases(stage)[0])
     kept = {name.partition(".")[0] for name in memory}
     kept |= {"backbone"} if (directory / "backbone").is_dir() else set()
-    unknown = (kept & {"backbone"} if now.anew else kept - AIDS) - now.reads
-    if unknown or (lacking := now.needs - kept):
+    unknown = (kept & {"backbone"} if anew else kept - AIDS) - strategy.reads
+    if unknown or (lacking := strategy.needs - kept):
         why = f"does not understand what it kept ({', '.join(sorted(unknown))})"
         if not unknown:
             why = f"needs what it keeps itself from stage to stage ({', '.join(sorted(lacking))})"
@@ -171,7 +173,7 @@ def inherited_memory(workspace: Workspace, stage: int) -> dict[str, Tensor]:
             f"stage {stage - 1} of {workspace.root} was trained with strategy {before.name}, and "
             f"{now.name} {why}; go on with {before.name}, or run {now.name} into a new workspace with --base"
         )
-    return {} if now.anew else {n: t for n, t in memory.items() if n.partition(".")[0] in now.reads}
+    return {} if anew else {n: t for n, t in memory.items() if n.partition(".")[0] in strategy.reads}
 
 
 def write_memory(directory: Path, memory: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import duckdb
 
-from peso.config import Config, baseline_label, dump_config
+from peso.config import STRATEGIES, Config, baseline_label, dump_config
 from peso.config.baselines import DEFAULT_BASELINES
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.catalogue import Catalogue
@@ -110,6 +110,7 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
         semantic_ids={key: ids[key] for key in INDEX if key in ids},
         seed=workspace.config.seed,
         family=updates[-1].strategy.name,
+        reference=STRATEGIES.find(updates[-1].strategy.name).reference,
         across={
             (stage, on): tested_predictions(workspace, stage, on)
             for stage in workspace.finished_stages
@@ -147,8 +148,7 @@ def popularity(workspace: Workspace) -> RunSummary:
 
 def strategy_label(config: Config) -> str:
     """``peso (strength 2)``: the strategy's name and what its name alone does not mean."""
-    plain = Config.model_validate({"data": config.data, "strategy": config.strategy.name}).strategy
-    usual = plain.model_dump()
+    usual = config.strategy.usual()
     options = {k: v for k, v in config.strategy.model_dump().items() if k not in usual or usual[k] != v}
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
     return f"{config.strategy.name} ({text})" if text else config.strategy.name

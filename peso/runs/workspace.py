@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peso.config import Config, CustomConfig, changed_keys, dump_config, load_config
+from peso.config import Config, changed_keys, dump_config, load_config
 from peso.config.parsing import read_tree
 from peso.config.reading import missing_keys
 from peso.config.shape import changed_shape, is_later
@@ -56,7 +56,7 @@ class Workspace:
         """
         self.root = root
         self.config = config
-        self.trusted = frozenset(own_strategy(config) if trust is None else trust)
+        self.trusted = frozenset(config.strategy.foreign if trust is None else trust)
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -349,13 +349,6 @@ class Workspace:
     def unfinished_directory(self, stage: int) -> Path:
         """Where an unfinished stage keeps its checkpoints; gone once the stage is committed."""
         return self.root / "stages" / f".{stage}.unfinished"
-
-
-def own_strategy(config: Config) -> list[str]:
-    """The class that is not peso's own, as ``module.Class``: of a custom strategy or of a proximal term."""
-    named = config.strategy.module if isinstance(config.strategy, CustomConfig) else ""
-    named = named or getattr(config.strategy, "proximal", "")
-    return [named] if "." in named else []
 
 
 def _read_resolved(path: Path) -> Config:

@@ -41,4 +41,4 @@ def test_time_is_beside_single_and_bytes_grow_where_they_do() -> None:
 
 def test_without_single_nothing_is_relative() -> None:
     found = row(Comparison([costly(run("a", "sum_lora", 0.5), 1, 0)], [5, 10]), 0)
-    assert found["× single"] is found["× memory"] is None
+    assert found["Relative"] is found["× memory"] is None

@@ -18,7 +18,6 @@ from peso.evaluation.segments import USER_SEGMENTS
 from peso.evaluation.spread import Estimate
 
 MOST_NAMED = 5  # systems that a sentence names one by one
-FAMILY_OF_STAGE_0 = "none"  # the strategy that keeps the model of stage 0
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -99,7 +98,7 @@ def last_update(comparison: Comparison) -> list[str]:
         before, after = comparison.before_and_after(system, metric, change)
         groups = {name: comparison.last_change(system, metric, n) for n, name in enumerate(USER_SEGMENTS)}
     else:
-        stale = next((s for s in comparison.systems if s.family == FAMILY_OF_STAGE_0), None)
+        stale = next((s for s in comparison.systems if s.first.reference == "no updates"), None)
         if stale is None or stale is system or not comparison.same_cases:
             return []
         new, old, cases = _name(system), "of stage 0 without updates", stage_range(comparison.averaged)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peso.config.shape import stage_shape
+from peso.config.strategy import UNCHANGED
 from peso.runs.compare.plan import Plan, Task
 from peso.runs.compare.progress import is_done, pairs_across, standing
 from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate
@@ -112,7 +113,7 @@ def _steps(task: Task, measured: Measured) -> list[Estimate]:
             measured.steps[key] = [baseline_estimate(workspace, task.baseline)]
         return measured.steps[key]
     shape = stage_shape(task.config, 1) | {"seed": None}
-    like = digest(shape | {"strategy": task.config.strategy.name == "none"}, str(task.data.root))
+    like = digest(shape | {"strategy": task.config.strategy.name == UNCHANGED}, str(task.data.root))
     key = digest(shape, str(task.data.root))
     if key not in measured.steps:
         measured.steps[key] = estimate(workspace, measured.speeds.setdefault(like, {}), read_log=False)

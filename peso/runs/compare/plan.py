@@ -20,15 +20,16 @@ from peso.config import (
     DecodingConfig,
     EvaluationConfig,
     LaterTrainingConfig,
-    NoneConfig,
     PromptConfig,
     TrainingConfig,
     load_config,
+    strategy_options,
 )
 from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
 from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
 from peso.config.model import BUILT_IN
 from peso.config.shape import stage_shape
+from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
 from peso.runs.checks import rehearse
 from peso.runs.workspace import Workspace
@@ -197,7 +198,7 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
         cell = (of_data.name, of_backbone.name)
         for strategy in strategies:
             config = resolve(seed, of_data, of_backbone, strategy)
-            fixed = config.strategy.name == "none" and compare.share_base
+            fixed = config.strategy.name == UNCHANGED and compare.share_base
             if fixed and seed != compare.seeds[0]:
                 continue  # it would be the same run again
             task = _task(root, "runs", (*cell, strategy.name), config)
@@ -216,7 +217,7 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
     _require_distinct(runs)
     for run in {run.data: run for run in runs}.values():
         _require_data(run)
-    learning = [run for run in runs if run.task.config.strategy.name != "none"]
+    learning = [run for run in runs if run.task.config.strategy.name != UNCHANGED]
     names = {run.strategy for run in runs}
     fused = _named(compare.hybrid_with, names, "hybrid_with") if compare.hybrid_with else None
     fused = fused or {(learning or runs)[0].strategy}
@@ -297,7 +298,7 @@ def _plain_baseline(root: Path, run: Run, config: BaselineConfig, seed: int | No
         data=theirs.data,
         items=theirs.items,
         prompt=PromptConfig(window=theirs.prompt.window),
-        strategy=NoneConfig(name="none"),
+        strategy=strategy_options(UNCHANGED),
         training=TrainingConfig(device=theirs.training.device),
         decoding=DecodingConfig(beams=theirs.decoding.beams),
         evaluation=EvaluationConfig(k=theirs.evaluation.k),
@@ -352,7 +353,7 @@ def _base_config(config: Config) -> Config:
     return config.model_copy(
         update={
             "adapter": AdapterConfig() if config.backbone.name in BUILT_IN else config.adapter,
-            "strategy": NoneConfig(name="none"),
+            "strategy": strategy_options(UNCHANGED),
             "training": config.training.model_copy(update=later),
             "evaluation": EvaluationConfig(k=config.evaluation.k),
             "seed": config.seed_of_stage(0),

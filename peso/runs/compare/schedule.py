@@ -23,7 +23,7 @@ from peso.errors import PesoError
 from peso.runs.compare.plan import Plan, Run, Task
 from peso.runs.compare.progress import Standing, choose, is_done, open_needs, standing
 from peso.runs.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
-from peso.runs.workspace import Workspace, own_strategy
+from peso.runs.workspace import Workspace
 from peso.runtime.threads import NUMBER, SHARE
 
 Key = tuple[Path, bool]  # of a task
@@ -211,7 +211,7 @@ class Schedule:
             task.kind,
             options,
             self.deadline,
-            own_strategy(task.config),
+            task.config.strategy.foreign,
         )
         slot = min(set(range(self.workers)) - {process.slot for process in self._working.values()})
         with log.open("a", encoding="utf-8") as written:

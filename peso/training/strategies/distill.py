@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from peso.config.strategy import StrategyOptions
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Distill(Strategy):
-    """Adds weight · T² · KL(teacher ‖ student) at every target token of the new data, both softened by T
-    (Hinton et al. 2015; Li & Hoiem 2016). One more pass forward a step; the teacher is a copy of what is
-    trained, the backbone is shared."""
+    """``single`` with the model of the previous stage as teacher on the new data.
 
-    def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
-        self.weight = weight
-        self.temperature = temperature
-        self._teacher: dict[str, Tensor] = {}
+    Adds weight · T² · KL(teacher ‖ student) at every target token of the new data, both softened by T
+    (Hinton et al. 2015; Li & Hoiem 2016). One more pass forward a step; the teacher is a copy of what is
+    trained, the backbone is shared.
+    """
+
+    name = "distill"
+    moves_one_adapter = True
+    relative_step_time = 1.4  # measured by benchmarks/strategies.py
+
+    class Options(StrategyOptions):
+        weight: float = Field(1.0, ge=0)
+        temperature: float = Field(1.0, gt=0)
+
+    options: Options
+    _teacher: dict[str, Tensor]
 
     def begin(self, context: StageContext) -> None:
         self._teacher = {name: p.detach().clone() for name, p in context.trainable().items()}
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
-        if not self.weight:
+        from torch.nn.functional import kl_div
+
+        weight, temperature = self.options.weight, self.options.temperature
+        if not weight:
             return None
-        teacher = (outputs.log_probabilities(self._teacher) / self.temperature).log_softmax(-1)
-        student = (outputs.log_probabilities() / self.temperature).log_softmax(-1)
-        divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        return self.weight * self.temperature**2 * divergence / len(outputs.targets)
+        teacher = (outputs.log_probabilities(self._teacher) / temperature).log_softmax(-1)
+        student = (outputs.log_probabilities() / temperature).log_softmax(-1)
+        divergence = kl_div(student, teacher, reduction="sum", log_target=True)
+        return weight * temperature**2 * divergence / len(outputs.targets)

@@ -6,8 +6,14 @@ from peso.training.strategies.strategy import Strategy
 
 
 class FullFineTuning(Strategy):
-    """``single`` without an adapter: from stage 1 on all weights move; the base stage's adapter is merged
-    into them first. Each stage stores a whole backbone."""
+    """All weights of the backbone, fine-tuned on every stage.
+
+    ``single`` without an adapter: from stage 1 on all weights move; the base stage's adapter is merged into
+    them first. Each stage stores a whole backbone.
+    """
+
+    name = "full"
+    reads = frozenset({"backbone"})
 
     def trains_backbone(self, stage: int) -> bool:
         return True

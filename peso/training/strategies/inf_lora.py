@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from peso.adapters.earlier import TRAINED, Past, lora_layers, put_past, read_adapter
 from peso.adapters.lora import redraw_adapter
+from peso.config.strategy import StrategyOptions
 from peso.errors import TrainingError
 from peso.training.strategies.strategy import StageContext, Strategy
 
@@ -99,7 +101,9 @@ ROW_NORM = 1 / math.sqrt(3)  # of a row of A: the authors', and what a row as PE
 
 
 class InfLora(Strategy):
-    """W + s Σ_{i<t} B_i A_i + s B_t A_t, of which B_t alone is learnt, from zero.
+    """A new adapter whose A spans directions free of earlier inputs, B alone trained (InfLoRA).
+
+    W + s Σ_{i<t} B_i A_i + s B_t A_t, of which B_t alone is learned, from zero.
 
     The rows of A_t are the strongest directions of the new stage's inputs (of each layer) among those that
     the inputs of the stages before hardly use, so W x stays what it was for them: A_t x ≈ 0. ``threshold``
@@ -107,9 +111,17 @@ class InfLora(Strategy):
     like any strategy's; its inputs are looked at when stage 1 begins.
     """
 
-    def __init__(self, threshold: float = 0.95, examples: int = 512) -> None:
-        self.threshold = threshold
-        self.examples = examples
+    name = "inf_lora"
+    reads = frozenset({"past", "inputs"})
+    needs = frozenset({"inputs"})
+
+    class Options(StrategyOptions):
+        threshold: float = Field(
+            0.95, gt=0, le=1, description="share of the inputs' energy that is protected"
+        )
+        examples: int = Field(512, ge=1, description="target sequences whose inputs are looked at")
+
+    options: Options
 
     def begin(self, context: StageContext) -> None:
         past, last = Past.of_state(context.memory), read_adapter(context.backbone)
@@ -124,7 +136,7 @@ class InfLora(Strategy):
         now, _ = self._moments(context, context.number)
         known = protected(context.memory)
         spaces = {
-            name: known.get(name, Protected.nothing(len(moment))).grown(moment, self.threshold)
+            name: known.get(name, Protected.nothing(len(moment))).grown(moment, self.options.threshold)
             for name, moment in before.items()
         }
         for key in [key for key in context.memory if key.startswith(PREFIX)]:
@@ -137,14 +149,14 @@ class InfLora(Strategy):
             down.requires_grad_(False)
         if not any(bool(layer.lora_A[TRAINED].weight.any()) for layer in layers.values()):
             raise TrainingError(
-                f"stage {context.number}: strategy.threshold {self.threshold} leaves no direction free of "
-                "earlier inputs in any layer; lower it"
+                f"stage {context.number}: strategy.threshold {self.options.threshold} leaves no direction "
+                "free of earlier inputs in any layer; lower it"
             )
 
     def _moments(self, context: StageContext, stage: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         assert context.examples is not None
         with second_moments(context.backbone) as (moments, same):
-            context.examples.show(stage, self.examples)
+            context.examples.show(stage, self.options.examples)
         return moments, same
 
 

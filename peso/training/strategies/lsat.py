@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from peso.adapters.earlier import Past, lora_layers, put_adapter, read_adapter
 from peso.adapters.lora import redraw_adapter
+from peso.config.strategy import StrategyOptions
 from peso.events.histories import TargetSequence
 from peso.model.ensemble import Ensemble, twin
-from peso.training.strategies.retrain import everything
 from peso.training.strategies.strategy import StageContext, Strategy
 
 LONG, SHORT = "long-term", "short-term"
@@ -23,16 +24,27 @@ PREFIX, ROWS = "lsat.", "lsat.vocabulary."
 
 
 class Lsat(Strategy):
-    """Two trainings a stage. Long-term: adapter and vocabulary learnt anew on the stages 0 … t. Short-term: a
+    """A long-term adapter on all data so far and a short-term one on the new stage, fused (LSAT).
+
+    Two trainings a stage. Long-term: adapter and vocabulary learnt anew on the stages 0 … t. Short-term: a
     fresh adapter on stage t, with the vocabulary going on from there. With w = ``long_share``, they answer by
 
     - fusion ``outputs``: logits w · long + (1 - w) · short, each with its own vocabulary; two passes;
     - fusion ``arithmetic``: weights W + w ΔW_long + (1 - w) ΔW_short, vocabulary rows averaged alike.
     """
 
-    def __init__(self, fusion: Literal["outputs", "arithmetic"] = "outputs", long_share: float = 0.5) -> None:
-        self.fusion = fusion
-        self.long_share = long_share
+    name = "lsat"
+    chooses_by_data = True
+
+    class Options(StrategyOptions):
+        fusion: Literal["outputs", "arithmetic"] = "outputs"
+        long_share: float = Field(0.5, ge=0, le=1, description="weight of the long-term adapter")
+
+    options: Options
+
+    @property
+    def passes_per_answer(self) -> int:
+        return 2 if self.options.fusion == "outputs" else 1
 
     def phases(self, stage: int) -> Sequence[str]:
         return (LONG, SHORT)
@@ -41,7 +53,7 @@ class Lsat(Strategy):
         return phase == LONG
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
-        return everything(context) if context.phase == LONG else None
+        return context.everything() if context.phase == LONG else None
 
     def begin(self, context: StageContext) -> None:
         if context.phase == LONG:
@@ -55,14 +67,14 @@ class Lsat(Strategy):
         if context.phase == LONG:
             adapter = {f"{PREFIX}{name}": t for name, t in read_adapter(context.backbone).state().items()}
             context.memory.update(adapter | _rows(context.vocabulary))
-        elif self.fusion == "arithmetic":
+        elif self.options.fusion == "arithmetic":
             self._add_up(context)
 
     @torch.no_grad()
     def _add_up(self, context: StageContext) -> None:
         """Make the model the fused one: the long-term adapter as its past, the short-term one scaled."""
         long, rows = _long(context.memory)
-        w, vocabulary = self.long_share, context.vocabulary
+        w, vocabulary = self.options.long_share, context.vocabulary
         assert vocabulary is not None
         context.memory.clear()
         context.memory.update(Past(long.down, long.up, long.ranks, w * long.magnitudes).state())
@@ -78,7 +90,7 @@ class Lsat(Strategy):
         adapter, rows = _long(memory)
         put_adapter(long.backbone, adapter)
         long.vocabulary.load_state_dict(rows)
-        return Ensemble(long, model, self.long_share)
+        return Ensemble(long, model, self.options.long_share)
 
 
 def _rows(vocabulary: Any) -> dict[str, Tensor]:

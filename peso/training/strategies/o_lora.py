@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from peso.adapters.earlier import Past, put_past, read_adapter
 from peso.adapters.groups import find_groups
 from peso.adapters.lora import redraw_adapter
+from peso.config.strategy import StrategyOptions
 from peso.training.strategies.strategy import StageContext, Strategy
 
 
 class OLora(Strategy):
-    """W + s Σ_{i<t} B_i A_i + s B_t A_t, with the penalty weight · Σ_modules Σ_{i<t} ‖A_i A_tᵀ‖₁ (the sum of
-    absolute values, as in the authors' code; 0.5 is their weight). A_t, B_t begin fresh."""
+    """A new adapter, penalized for overlapping with the A of earlier ones (O-LoRA).
 
-    def __init__(self, weight: float = 0.5) -> None:
-        self.weight = weight
-        # of each module A of all earlier adapters (Σ ranks, in), and the one that is trained (rank, in)
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+    W + s Σ_{i<t} B_i A_i + s B_t A_t, with the penalty weight · Σ_modules Σ_{i<t} ‖A_i A_tᵀ‖₁ (the sum of
+    absolute values, as in the authors' code; 0.5 is their weight). A_t, B_t begin fresh.
+    """
+
+    name = "o_lora"
+    reads = frozenset({"past"})
+
+    class Options(StrategyOptions):
+        weight: float = Field(0.5, ge=0)
+
+    options: Options
+    # of each module A of all earlier adapters (Σ ranks, in), and the one that is trained (rank, in)
+    _pairs: list[tuple[Tensor, Tensor]]
 
     def begin(self, context: StageContext) -> None:
         self._pairs = []
@@ -39,4 +49,4 @@ class OLora(Strategy):
         if not self._pairs:
             return None
         overlaps = [(before @ tensor.T).abs().sum() for before, tensor in self._pairs]
-        return self.weight * torch.stack(overlaps).sum()
+        return self.options.weight * torch.stack(overlaps).sum()

@@ -2,37 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from pydantic import Field, model_validator
 
-from peso.adapters.groups import Group, find_groups
-from peso.adapters.proximal import find_term
-from peso.config import PesoConfig
+from peso.config.strategy import StrategyOptions
+from peso.errors import ConfigError
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.adapters.groups import Group, Source
+    from peso.adapters.proximal.term import Term
+
+Coupling = Literal["loss", "decoupled"]
+PLAIN = "softmax_kl"
 
 
 class Peso(Strategy):
-    """``single`` with an anchor: the adapter that each stage from stage 1 on starts with.
+    """``single``, kept near its last state by a proximal term.
 
-    Args:
-        options: of :class:`peso.config.PesoConfig`, with its defaults: ``Peso()`` is ``strategy: peso``.
-
-    Raises:
-        pydantic.ValidationError: an unknown or impossible option.
+    The anchor is the adapter that each stage from stage 1 on starts with.
     """
 
+    name = "peso"
+    moves_one_adapter = True
+
+    class Options(StrategyOptions):
+        proximal: str = Field(
+            PLAIN,
+            description="softmax_kl, per_rank_kl, l2, fisher, orthogonal or output_kl; or a term of your "
+            "own, as a class that Python can import: my_package.my_term.MyTerm",
+        )
+        strength: float | None = Field(None, ge=0, description="dimensionless; 1 unless a weight is given")
+        weight: float | None = Field(None, ge=0, description="raw: what it does depends on sizes and rates")
+        coupling: Coupling | None = Field(
+            None, description="unless given: decoupled for a strength, loss for a weight"
+        )
+        reduction: Literal["sum", "mean"] = "mean"
+        temperature: float | Literal["auto"] = Field(1.0, description="of softmax_kl and per_rank_kl")
+        groups: Literal["factor", "module", "rank", "all"] = "factor"
+        vocabulary: bool = Field(False, description="anchor the rows of the semantic vocabulary too")
+        examples: int = Field(64, ge=2, description="single targets that ρ̄ and fisher are estimated from")
+
+        @model_validator(mode="before")
+        @classmethod
+        def _strength_is_default(cls, tree: Any) -> Any:
+            """``peso`` alone means strength 1; a strength is decoupled, a weight in the loss."""
+            if not isinstance(tree, Mapping):
+                return tree
+            result = dict(tree)
+            if result.get("strength") is None and result.get("weight") is None:
+                result["strength"] = 1.0
+            if result.get("coupling") is None:
+                term = _built_in(result.get("proximal"))
+                in_loss = result.get("weight") is not None or (term and not term.has_decoupled_form)
+                result["coupling"] = "loss" if in_loss else "decoupled"
+            return result
+
+        @model_validator(mode="after")
+        def _possible(self) -> Peso.Options:
+            if self.strength is not None and self.weight is not None:
+                raise ValueError("strength and weight are two ways to say the same: give one of them")
+            term = _built_in(self.proximal)
+            if term and not term.has_decoupled_form and self.coupling == "decoupled":
+                raise ValueError(f"coupling: {self.proximal} has no decoupled form; use coupling: loss")
+            if self.temperature != "auto" and not self.temperature > 0:
+                raise ValueError(f"temperature {self.temperature} must be above 0")
+            return self
+
+        @property
+        def foreign(self) -> list[str]:
+            return [self.proximal] if "." in self.proximal else []
+
+        @property
+        def observing(self) -> str:
+            term = _built_in(self.proximal)
+            return f"strategy.proximal: {self.proximal}" if term and term.watches_outputs else ""
+
+    options: Options
+    term: Term
+    _groups: list[Group]
+
     def __init__(self, **options: Any) -> None:
-        chosen = PesoConfig(name="peso", **options)
+        from peso.adapters.proximal import find_term
+
+        super().__init__(**options)
+        chosen = self.options
         kind = find_term(chosen.proximal)
         own: dict[str, Any] = {name: getattr(chosen, name) for name in kind.options}
         own |= {"reduction": chosen.reduction, "strength": chosen.strength, "coupling": chosen.coupling}
         self.term = kind(chosen.weight, **own)
-        self.vocabulary = chosen.vocabulary
-        self.examples = chosen.examples
-        self._groups: list[Group] = []
+        self._groups = []
 
     def begin(self, context: StageContext) -> None:
+        from peso.adapters.groups import find_groups
+
         if context.number == 0:
             return
         source, term, examples = self.anchored(context), self.term, context.examples
@@ -40,12 +107,12 @@ class Peso(Strategy):
         if term.needs_losses:
             # the adapter is as the last stage left it: what mattered to that stage is measured now
             assert examples is not None
-            term.anchor(source, examples.losses(context.number - 1, self.examples))
+            term.anchor(source, examples.losses(context.number - 1, self.options.examples))
         else:
             term.anchor(source)
         # a penalty that is not a distance to the anchor is calibrated only if a strength is asked for
         if examples is not None and (term.is_distance or term.strength is not None):
-            term.calibrate(source, examples.losses(context.number, self.examples), examples.tokens)
+            term.calibrate(source, examples.losses(context.number, self.options.examples), examples.tokens)
         if term.weight != 0:
             term.attach(source)
 
@@ -67,9 +134,9 @@ class Peso(Strategy):
     def end(self, context: StageContext) -> None:
         self.term.detach()
 
-    def anchored(self, context: StageContext) -> nn.Module | list[nn.Module | Tensor]:
-        """What the term is given: the backbone, and the vocabulary's rows if they are anchored."""
-        if not self.vocabulary:
+    def anchored(self, context: StageContext) -> Source:
+        """The adapter, and the vocabulary's rows where the options say so."""
+        if not self.options.vocabulary:
             return context.backbone
         assert context.vocabulary is not None
         return [context.backbone, *context.vocabulary.parameters()]
@@ -86,3 +153,16 @@ class Peso(Strategy):
             "rho_standard_error": found.standard_error,
             "rho_examples": found.examples,
         }
+
+
+def _built_in(name: Any) -> type[Term] | None:
+    """The class of a proximal term. None for the default, so that commands that only read a configuration do
+    not load PyTorch, and for a class of somebody's own: reading a configuration must not run its code."""
+    if not isinstance(name, str) or name == PLAIN or "." in name:
+        return None
+    from peso.adapters.proximal import find_term
+
+    try:
+        return find_term(name)
+    except ConfigError as error:
+        raise ValueError(f"strategy.proximal: {error}") from None

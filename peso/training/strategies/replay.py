@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from peso.config.strategy import StrategyOptions
 from peso.events.histories import TargetSequence
 from peso.training.strategies.strategy import StageContext, Strategy
 
@@ -15,11 +17,21 @@ VALUES, OFFSETS, FIRST, SEEN = "replay.items", "replay.offsets", "replay.first_t
 
 
 class Replay(Strategy):
-    """Each stage is learnt together with ``budget`` target sequences of all stages before it, a uniform
-    sample kept by reservoir sampling (Vitter 1985, algorithm R): the log of earlier stages may be gone."""
+    """``single`` on the new stage and a sample of earlier ones of fixed size (reservoir).
 
-    def __init__(self, budget: int = 1000) -> None:
-        self.budget = budget
+    Each stage is learned together with ``budget`` target sequences of all stages before it, a uniform sample
+    kept by reservoir sampling (Vitter 1985, algorithm R): the log of earlier stages may be gone.
+    """
+
+    name = "replay"
+    reads = needs = frozenset({"replay"})
+    moves_one_adapter = True
+    chooses_by_data = True
+
+    class Options(StrategyOptions):
+        budget: int = Field(1000, ge=1, description="target sequences of earlier stages that are kept")
+
+    options: Options
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
         assert context.examples is not None
@@ -29,9 +41,9 @@ class Replay(Strategy):
         for sequence in context.examples.of(context.number - 1):
             seen += 1
             sequence = trimmed(sequence, context.examples.window)
-            if len(kept) < self.budget:
+            if len(kept) < self.options.budget:
                 kept.append(sequence)
-            elif (place := int(rng.integers(0, seen))) < self.budget:
+            elif (place := int(rng.integers(0, seen))) < self.options.budget:
                 kept[place] = sequence
         context.memory.update(as_tensors(kept, seen))
         return [*context.examples.of(context.number), *kept]

@@ -6,4 +6,11 @@ from peso.training.strategies.strategy import Strategy
 
 
 class SingleAdapter(Strategy):
-    """Plain sequential fine-tuning, the defaults of every hook: all plasticity, nothing held."""
+    """One adapter, fine-tuned on every stage from where the last one left it.
+
+    The defaults of every hook: all plasticity, no anchor.
+    """
+
+    name = "single"
+    reference = "fine-tuning"
+    moves_one_adapter = True

@@ -1,22 +1,22 @@
 """What a strategy is asked in the course of a stage, and what it is told about the stage.
 
-Knows the model of a stage and which examples there are; knows nothing of files, batches or the loop that
-calls the hooks.
+Commands that only read a configuration import this module, so PyTorch is not imported here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from torch import Tensor, nn
+from peso.config.strategy import STRATEGIES, StrategyOptions
 
-from peso.config import CustomConfig, StrategyConfig
-from peso.config.parsing import shown
-from peso.errors import ConfigError
-from peso.events.histories import TargetSequence
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from peso.adapters.groups import Source
+    from peso.adapters.proximal.term import Term
+    from peso.events.histories import TargetSequence
 
 
 class ForwardPass(Protocol):
@@ -62,7 +62,7 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class StageContext:
-    """The stage that is being learnt.
+    """The stage that is being learned.
 
     ``number``: 0 is the base stage; ``backbone``: the backbone with the adapter that is trained (a PEFT
     model; a plain one where all of its weights are trained); ``vocabulary``: the semantic vocabulary;
@@ -70,7 +70,7 @@ class StageContext:
     ``phase``: which of :meth:`Strategy.phases`; ``examples``: of this stage and those before; ``memory``:
     tensors that the strategy kept at the end of the last stage, by name, stored with the stage: what is in it
     at the end of this one is kept in turn; ``reset``: puts adapter and vocabulary to what they were before
-    anything was learnt (where stage 0 trained the backbone itself: vocabulary as stage 0 left it, adapter
+    anything was learned (where stage 0 trained the backbone itself: vocabulary as stage 0 left it, adapter
     fresh).
     """
 
@@ -86,7 +86,7 @@ class StageContext:
     reset: Callable[[], None] | None = None
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is learnt, of backbone and vocabulary, by name."""
+        """What is learned, of backbone and vocabulary, by name."""
         parts = {"backbone": self.backbone, "vocabulary": self.vocabulary}
         return {
             f"{part}.{name}": parameter
@@ -96,15 +96,85 @@ class StageContext:
             if parameter.requires_grad
         }
 
+    def everything(self) -> list[TargetSequence]:
+        """The training targets of all stages up to this one."""
+        assert self.examples is not None
+        return [each for stage in range(self.number + 1) for each in self.examples.of(stage)]
+
 
 class Strategy:
-    """How a stage is learnt. The defaults: every stage is learnt, from the adapter of the last, freely.
+    """How a stage is learned. The defaults: every stage is learned, from the adapter of the last, freely.
 
     A strategy overrides what it does differently; one object serves one stage. The order in a stage is
     ``learns``, for each of its ``phases``: ``choose``, ``begin``, for every step ``output_penalty`` (once a
     forward pass), ``penalty`` and ``after_step``, then ``end``; and whenever the stage answers, ``answer``.
-    Stage 0 is the same for all strategies: it is learnt by the defaults, and no strategy is asked there.
+    Stage 0 is the same for all strategies: it is learned by the defaults, and no strategy is asked there.
+
+    The options of a strategy are the fields of its nested class ``Options``: their types, bounds and defaults
+    hold for a configuration and for the constructor alike. ::
+
+        class Average(Strategy):
+            name = "average"
+
+            class Options(StrategyOptions):
+                share: float = Field(0.5, gt=0, le=1)
+
+            options: Options
+
+    Then ``strategy: {name: average, share: 0.3}`` in a configuration is ``Average(share=0.3)`` in Python.
+
+    Args:
+        options: of this strategy, as keywords.
+
+    Raises:
+        ConfigError: an unknown or impossible option.
     """
+
+    name: ClassVar[str] = ""
+    """In a configuration; empty: only ``custom`` can name it."""
+    reference: ClassVar[Literal["", "no updates", "fine-tuning", "retraining"]] = ""
+    """What reports measure other strategies against it for: what updates bring, what an anchor changes and a
+    strategy costs, what is lost by not retraining."""
+    moves_one_adapter: ClassVar[bool] = False
+    """Whether each stage moves the same adapter on, so that its way can be followed from stage to stage."""
+    chooses_by_data: ClassVar[bool] = False
+    """Whether :meth:`choose` looks at the examples alone, so that an estimate can ask it without a model."""
+    relative_step_time: ClassVar[float] = 1.0
+    """Seconds of a step, relative to plain fine-tuning of one adapter."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """What it understands of what another strategy kept in the stage before: the first parts of names in
+    :attr:`StageContext.memory`, and ``backbone`` for a trained backbone."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What of that it cannot do without."""
+
+    class Options(StrategyOptions):
+        pass
+
+    options: Any
+    term: Term | None = None
+    """The proximal term that holds the adapter to an anchor; None: there is no anchor."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name := cls.__dict__.get("name"):
+            STRATEGIES.add(name, cls)
+
+    def __init__(self, **options: Any) -> None:
+        self.options = type(self).Options.checked(self.name or type(self).__name__, options)
+
+    @classmethod
+    def of(cls, options: Any) -> Strategy:
+        """The strategy with these options."""
+        return cls(**options.given())
+
+    @property
+    def passes_per_answer(self) -> int:
+        """Passes of a model that an answer takes."""
+        return 1
+
+    def anchored(self, context: StageContext) -> Source:
+        """What the anchor holds."""
+        return context.backbone
 
     def learns(self, stage: int) -> bool:
         """Whether the stage is trained on at all; where not, the last state answers for it too."""
@@ -130,7 +200,7 @@ class Strategy:
     def begin(self, context: StageContext) -> None:
         """Before the first step. The backbone holds the adapter that the stage inherits: of a stage that
         was interrupted too, whose own progress is restored afterwards. What requires a gradient when this
-        hook returns is what is learnt."""
+        hook returns is what is learned."""
 
     def penalty(self, context: StageContext) -> Tensor | None:
         """Called once in every step: what is added to the loss, weighted: 0-d, differentiable with respect
@@ -149,7 +219,7 @@ class Strategy:
         """After the last step. The backbone holds the state that the stage keeps, which may be changed."""
 
     def figures(self) -> dict[str, Any]:
-        """What there is to tell of the stage that was learnt, as JSON: for its metrics.json."""
+        """What there is to tell of the stage that was learned, as JSON: for its metrics.json."""
         return {}
 
     def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
@@ -157,42 +227,16 @@ class Strategy:
         return model
 
 
-__all__ = ["ForwardPass", "StageContext", "Strategy", "make_strategy"]
-
-
-def make_strategy(config: StrategyConfig) -> Strategy:
-    """A fresh strategy for one stage. Unknown names and options are refused by the configuration.
+def make_strategy(options: StrategyOptions) -> Strategy:
+    """A fresh strategy for one stage.
 
     Raises:
-        ConfigError: a strategy of one's own that cannot be imported, is none, or takes other arguments.
+        ConfigError: a strategy of your own that cannot be imported or made.
     """
-    if isinstance(config, CustomConfig):
-        return _custom(config)
-    module, _, name = config.home.rpartition(".")
-    strategy: Strategy = getattr(import_module(module), name)(**config.options())
+    strategy: Strategy = STRATEGIES.find(options.name).of(options)
     return strategy
 
 
-def _custom(config: CustomConfig) -> Strategy:
-    module, _, name = config.module.rpartition(".")
-    try:
-        found = getattr(import_module(module or name), name)
-    except Exception as error:  # whatever a module does when it is imported
-        raise _refused(config, f"cannot be imported ({_cause(error)})") from error
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
-        raise _refused(config, "is not a subclass of peso.training.strategies.strategy.Strategy")
-    try:
-        return found(**config.arguments)
-    except Exception as error:
-        raise _refused(config, f"cannot be made with {shown(config.arguments)} ({_cause(error)})") from error
-
-
-def _refused(config: CustomConfig, why: str) -> ConfigError:
-    return ConfigError(
-        f"strategy.module: {config.module} {why}; name a strategy class that Python can import from here "
-        "(PYTHONPATH), and in strategy.arguments the keyword arguments that it takes"
-    )
-
-
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def strategies() -> dict[str, type[Strategy]]:
+    """Every strategy by its name."""
+    return {name: STRATEGIES.find(name) for name in STRATEGIES.names()}

@@ -1,38 +1,48 @@
-"""``sum_lora``: frozen adapters of earlier stages, normalised and summed, beside the one that learns.
+"""``sum_lora``: frozen adapters of earlier stages, normalized and summed, beside the one that learns.
 
 The cumulative designs of Table 1 of arXiv 2510.25093: ``history`` all or latest, with or without ``inherit``.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from peso.adapters.earlier import Past, put_past, read_adapter, read_past
 from peso.adapters.lora import redraw_adapter
+from peso.config.strategy import StrategyOptions
 from peso.training.strategies.strategy import StageContext, Strategy
 
 TINY = 1e-30  # a norm to divide by where there is none
 
 
 class SumLora(Strategy):
-    """Stage t answers with W + s Σ_{i<t} B̄_i Ā_i + s B_t A_t, each factor of the past divided by its
-    Frobenius norm, s = alpha / rank; with history ``latest`` the sum holds the last stage's alone. A_t, B_t
-    begin fresh, or with ``inherit`` where the last stage left them."""
+    """A new adapter beside the frozen ones of earlier stages, each factor of these divided by its norm.
 
-    train_magnitudes = False
+    Stage t answers with W + s Σ_{i<t} B̄_i Ā_i + s B_t A_t, each factor of the past divided by its Frobenius
+    norm, s = alpha / rank; with history ``latest`` the sum holds the last stage's alone. A_t, B_t begin
+    fresh, or with ``inherit`` where the last stage left them.
+    """
 
-    def __init__(self, history: Literal["all", "latest"] = "all", inherit: bool = False) -> None:
-        self.history = history
-        self.inherit = inherit
+    name = "sum_lora"
+    reads = frozenset({"past"})
+    train_magnitudes: ClassVar[bool] = False
+
+    class Options(StrategyOptions):
+        history: Literal["all", "latest"] = "all"
+        inherit: bool = Field(False, description="begin at the last adapter instead of a fresh one")
+
+    options: Options
 
     def begin(self, context: StageContext) -> None:
         last, past = read_adapter(context.backbone), Past.of_state(context.memory)
         if last.acts:  # else the last stage trained the backbone itself
-            last = normalised(last)
-            past = last if past is None or self.history == "latest" else past + last
+            last = normalized(last)
+            past = last if past is None or self.options.history == "latest" else past + last
         if past is not None:
             put_past(context.backbone, past, train_magnitudes=self.train_magnitudes)
-        if not self.inherit:
+        if not self.options.inherit:
             redraw_adapter(context.backbone, (context.seed, context.number))
 
     def end(self, context: StageContext) -> None:
@@ -40,7 +50,7 @@ class SumLora(Strategy):
             context.memory.update(past.state())
 
 
-def normalised(adapter: Past) -> Past:
+def normalized(adapter: Past) -> Past:
     """Each factor divided by its Frobenius norm. A factor that is zero stays zero."""
     return Past(
         {name: down / down.norm().clamp_min(TINY) for name, down in adapter.down.items()},
@@ -48,11 +58,3 @@ def normalised(adapter: Past) -> Past:
         adapter.ranks,
         adapter.magnitudes,
     )
-
-
-class SdLora(SumLora):
-    """``sum_lora`` whose past adapters are each multiplied by a number that learns with the new one:
-    W + Σ_{i<t} m_i B̄_i Ā_i + s B_t A_t. A magnitude begins at s = alpha / rank and goes on where the last
-    stage left it."""
-
-    train_magnitudes = True

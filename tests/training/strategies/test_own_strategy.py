@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from strategy_runs import Runs, check_same_results, factors, state
 
-from peso.config import load_config
+from peso.config import STRATEGIES, load_config
 from peso.errors import ConfigError, TrainingError
 from peso.runs import pipeline
 from peso.runs.workspace import Workspace
@@ -24,7 +25,7 @@ DOC = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "add-a-strategy.
 
 
 @pytest.fixture
-def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """The module of the page where Python finds it; its configuration."""
     text = DOC.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -33,7 +34,8 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
     (configured,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    return yaml.safe_load(configured)["strategy"]
+    yield yaml.safe_load(configured)["strategy"]
+    STRATEGIES._known.pop(name, None)
 
 
 def with_strength(documented: dict[str, Any], strength: float) -> dict[str, Any]:
@@ -66,9 +68,9 @@ def test_the_documented_strategy_does_what_its_page_says(runs: Runs, documented:
             assert torch.equal(state(held, stage)[f"base.{module}.lora_B"], b)
 
 
-def test_the_page_names_every_hook() -> None:
-    hooks = {name for name in vars(Strategy) if not name.startswith("_")}
-    assert set(re.findall(r"^\| `(\w+)\(", DOC.read_text(encoding="utf-8"), re.MULTILINE)) == hooks
+def test_the_page_names_every_hook_and_member() -> None:
+    members = {name for name in vars(Strategy) if not name.startswith("_")}
+    assert set(re.findall(r"^\| `(\w+)", DOC.read_text(encoding="utf-8"), re.MULTILINE)) == members
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_the_page_names_every_hook() -> None:
         ({"module": "back_to_base.Nothing"}, "cannot be imported"),
         ({"module": "no_such_module.Strategy"}, "cannot be imported.*No module named 'no_such_module'"),
         ({"arguments": {"strengths": 1.0}}, "cannot be made.*strengths"),
-        ({"arguments": {"strength": -1.0}}, "cannot be made.*must not be negative"),
+        ({"arguments": {"strength": -1.0}}, "cannot be made.*greater than or equal to 0"),
         (
             {"module": "fractions.Fraction", "arguments": {}},
             "is not a subclass of peso.training",

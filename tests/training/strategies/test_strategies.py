@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import peft
 import pytest
 import torch
-from pydantic import TypeAdapter
 
 import peso
 from peso.adapters.groups import find_groups
-from peso.config import NoneConfig, PesoConfig, SingleConfig, StrategyConfig
-from peso.errors import TrainingError
+from peso.config import load_config, strategy_options
+from peso.errors import ConfigError, TrainingError
 from peso.model.backbone import small_llama
+from peso.training.strategies import strategy as strategy_module
 from peso.training.strategies.none import NoUpdates
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.single import SingleAdapter
-from peso.training.strategies.strategy import StageContext, Strategy, make_strategy
+from peso.training.strategies.strategy import StageContext, Strategy, make_strategy, strategies
 
 
 def stage(number: int) -> StageContext:
@@ -33,30 +36,42 @@ def move(context: StageContext, step: float = 1e-2) -> None:
             )
 
 
+NAMES = sorted(set(strategies()) - {"custom"})
+
+
+def test_every_file_of_the_folder_is_a_strategy_of_that_name() -> None:
+    files = {path.stem for path in Path(strategy_module.__file__).parent.glob("*.py")}
+    assert set(strategies()) == files - {"__init__", "strategy"}
+    assert all(kind.name == name for name, kind in strategies().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_yaml_and_a_call_in_python_have_one_set_of_defaults(name: str) -> None:
+    kind = strategies()[name]
+    made = make_strategy(load_config({"data": "simulate", "strategy": name}).strategy)
+    assert type(made) is kind
+    assert made.options == kind().options == strategy_options(name)
+
+
 @pytest.mark.parametrize(
-    ("config", "kind"),
-    [
-        (NoneConfig(name="none"), NoUpdates),
-        (SingleConfig(name="single"), SingleAdapter),
-        (PesoConfig(name="peso"), Peso),
-    ],
+    ("name", "options"),
+    [("average", {"share": 0.3}), ("lsat", {"fusion": "arithmetic"}), ("peso", {"weight": 2.0})],
 )
-def test_every_configuration_makes_the_strategy_it_names(config: StrategyConfig, kind: type) -> None:
-    assert type(make_strategy(config)) is kind
+def test_options_in_yaml_are_arguments_in_python(name: str, options: dict[str, Any]) -> None:
+    config = load_config({"data": "simulate", "strategy": {"name": name, **options}})
+    assert make_strategy(config.strategy).options == strategies()[name](**options).options
+    assert config.strategy.model_dump().items() >= options.items()
 
 
-def test_no_configuration_is_without_its_strategy() -> None:
-    """A strategy added to the configuration alone fails here, not in a user's run."""
-    schema = TypeAdapter(StrategyConfig).json_schema()
-    for definition in schema["$defs"].values():
-        name = definition["properties"]["name"]["const"]
-        options = {"module": "peso.training.strategies.single.SingleAdapter"} if name == "custom" else {}
-        made = make_strategy(TypeAdapter(StrategyConfig).validate_python({"name": name, **options}))
-        assert isinstance(made, Strategy)
+def test_an_impossible_option_is_refused_in_python_too() -> None:
+    with pytest.raises(ConfigError, match="share"):
+        strategies()["average"](share=2.0)
+    with pytest.raises(ConfigError, match="shares"):
+        strategies()["average"](shares=0.5)
 
 
 def test_options_reach_the_term() -> None:
-    strategy = make_strategy(PesoConfig(name="peso", weight=7.0, reduction="sum"))
+    strategy = make_strategy(Peso.Options(name="peso", weight=7.0, reduction="sum"))
     assert isinstance(strategy, Peso)
     assert (strategy.term.weight, strategy.term.reduction) == (7.0, "sum")
 

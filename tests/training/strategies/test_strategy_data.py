@@ -53,7 +53,7 @@ def test_the_reservoir_is_a_uniform_sample_of_all_earlier_stages() -> None:
     for seed in range(seeds):
         memory: dict[str, Tensor] = {}
         for number in range(1, stages + 1):
-            chosen = Replay(budget).choose(context(number, seed, memory))
+            chosen = Replay(budget=budget).choose(context(number, seed, memory))
             assert chosen is not None
             assert len(chosen) == 60 + budget
         kept, seen = stored(memory)
@@ -75,10 +75,10 @@ def test_the_reservoir_goes_on_from_what_is_stored_not_from_the_old_log() -> Non
 
     memory: dict[str, Tensor] = {}
     for number in range(1, 5):
-        Replay(20).choose(context(number, 0, memory))
+        Replay(budget=20).choose(context(number, 0, memory))
     before = {int(sequence.items[0]) for sequence in stored(memory)[0]}
     later = dataclasses.replace(context(5, 0, memory), examples=Recent())  # type: ignore[arg-type]
-    Replay(20).choose(later)
+    Replay(budget=20).choose(later)
     after = {int(sequence.items[0]) for sequence in stored(memory)[0]}
     assert after <= before | set(range(240, 300))
     assert after & before
@@ -86,7 +86,7 @@ def test_the_reservoir_goes_on_from_what_is_stored_not_from_the_old_log() -> Non
 
 def test_fewer_sequences_than_the_budget_are_all_kept() -> None:
     memory: dict[str, Tensor] = {}
-    Replay(100).choose(context(1, 0, memory))
+    Replay(budget=100).choose(context(1, 0, memory))
     assert sorted(int(sequence.items[0]) for sequence in stored(memory)[0]) == list(range(60))
 
 

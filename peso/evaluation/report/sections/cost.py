@@ -29,8 +29,8 @@ def cost(comparison: Comparison) -> Section:
 
 
 def _cost_table(comparison: Comparison) -> Table:
-    single = next((system for system in comparison.systems if system.family == "single"), None)
-    plain = _later(single) if single is not None else []
+    reference = next((s for s in comparison.systems if s.first.reference == "fine-tuning"), None)
+    plain, times = ([], "Relative") if reference is None else (_later(reference), f"× {reference.label}")
     rows: list[list[Cell]] = []
     for system in comparison.systems:
         base = [s.cost for run in system.runs for stage, s in run.stages.items() if stage == 0 and s.cost]
@@ -56,16 +56,16 @@ def _cost_table(comparison: Comparison) -> Table:
             "Strategy",
             "Stage 0, s",
             "A later stage, s",
-            "× single",
+            times,
             "Peak memory, MiB",
-            "× single",
+            times,
             "Parameters trained in a later stage",
             "Disk, first later stage, MiB",
             "Disk, last stage, MiB",
         ],
         rows,
-        "× single: a later stage relative to plain fine-tuning (single). Times of runs that shared a busy "
-        "machine are not comparable.",
+        f"{times}: a later stage relative to plain fine-tuning. " * bool(reference)
+        + "Times of runs that shared a busy machine are not comparable.",
     )
 
 

@@ -13,13 +13,12 @@ from peso.evaluation.run_summary import System
 from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_terms
 
 FEW = 6  # systems with a heat map for each of two metrics; of more, one each
-RETRAIN = "retrain"  # the strategy that trains from scratch on all data so far
 
 
 def transfer(comparison: Comparison) -> Section | None:
     """Transfer, forgetting, and the regret against retraining."""
     tested = [system for system in comparison.systems if any(run.across for run in system.runs)]
-    anew = next((s for s in comparison.systems if s.family == RETRAIN), None)
+    anew = next((s for s in comparison.systems if s.first.reference == "retraining"), None)
     tables = [_table(comparison, metric, anew) for metric in comparison.headline]
     if not any(table.rows for table in tables):
         return None

@@ -1,0 +1,180 @@
+"""The parts that a name stands for: strategies, proximal terms, baselines, data formats, report sections.
+
+A kind of part has a folder with one file a part, named like the part; other distributions add to it by
+entry points. A part's module is imported when its name is asked for, not before. Those that a configuration
+names by default import PyTorch and SciPy inside functions, so that a refused call does not wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import Any, Self
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from peso.config.parsing import shown
+from peso.config.section import Section
+from peso.errors import ConfigError
+
+UNKNOWN_NAME, UNKNOWN_OPTION = "unknown_name", "unknown_option"  # types of problems, for pydantic
+
+
+class Options(Section):
+    """What a configuration says of a part: its name and its options."""
+
+    name: str = Field("", min_length=1)
+
+    @classmethod
+    def checked(cls, name: str, options: Mapping[str, Any]) -> Self:
+        """Those of a part that is made in Python.
+
+        Raises:
+            ConfigError: an unknown option or an impossible value.
+        """
+        try:
+            return cls(**{"name": name, **options})
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+            told = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}; got {shown(p['input'])}" for p in problems]
+            raise ConfigError(f"{name}: {'; '.join(told)}") from None
+
+    def given(self) -> dict[str, Any]:
+        """All options but the name."""
+        return self.model_dump(exclude={"name"})
+
+    def usual(self) -> dict[str, Any]:
+        """What the name alone means: all options at their defaults; {} where some have none."""
+        has_all = not any(field.is_required() for field in type(self).model_fields.values())
+        return type(self)(name=self.name).model_dump() if has_all else {"name": self.name}
+
+
+@dataclass(frozen=True, eq=False)
+class Registry:
+    """The parts of one kind.
+
+    Args:
+        what: such a part in words, for messages.
+        folder: the package whose modules are the built-in ones, but for those in ``beside``.
+        group: of the entry points by which an installed distribution offers another.
+        hyphens: whether names have hyphens where file names have underscores.
+    """
+
+    what: str
+    folder: str
+    group: str
+    beside: Sequence[str] = ()
+    hyphens: bool = False
+    _known: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, part: Any) -> None:
+        """Make a part known by its name, in this process.
+
+        Raises:
+            TypeError: another one has this name.
+        """
+        known = self._known.setdefault(name, part)
+        if (known.__module__, known.__qualname__) != (part.__module__, part.__qualname__):
+            raise TypeError(f"two parts of the kind {self.what} are named {name!r}: {known} and {part}")
+        self._known[name] = part
+
+    def find(self, name: str) -> Any:
+        """The part with this name: a built-in one first, then one that was added, then an entry point.
+
+        Raises:
+            KeyError: there is none.
+            ConfigError: it is offered by a distribution, and cannot be imported, or two offer it.
+        """
+        if name not in self._known:
+            if module := self._built_in().get(name):
+                import_module(module)
+            elif offers := entry_points(group=self.group, name=name):
+                self._known[name] = self._load(name, offers)
+        return self._known[name]
+
+    def names(self) -> list[str]:
+        """Every name that :meth:`find` knows, without importing the parts."""
+        offered = entry_points(group=self.group).names
+        return sorted({*self._built_in(), *self._known, *offered})
+
+    def options(self, name: Any, given: Mapping[str, Any]) -> Any:
+        """The options of a part, typed and with their defaults: an instance of its class ``Options``.
+
+        Raises:
+            PydanticCustomError: there is no such part.
+            pydantic.ValidationError: an option that it does not have, or an impossible value.
+        """
+        try:
+            part = self.find(str(name))
+        except KeyError:
+            known = ", ".join(map(repr, self.names()))
+            raise PydanticCustomError(UNKNOWN_NAME, "{known}", {"known": known, "name": name}) from None
+        try:
+            return part.Options.model_validate({**given, "name": name})
+        except ValidationError as error:
+            problems = [self._told(name, part.Options, problem) for problem in error.errors()]
+            raise ValidationError.from_exception_data(error.title, problems) from None
+
+    def read(self, value: Any) -> Any:
+        """What a key of the configuration that takes a part is given: a name, or options with a name."""
+        if isinstance(value, str):
+            return self.options(value, {})
+        if isinstance(value, Mapping):
+            return self.options(value.get("name"), value)
+        if isinstance(value, Options):
+            return value
+        raise ValueError(f"a {self.what} is its name, or its options with the name among them")
+
+    def _told(self, name: str, options: type[Options], problem: Any) -> InitErrorDetails:
+        kind = problem["type"]
+        if kind == "extra_forbidden" and len(problem["loc"]) == 1:
+            there = [option for option in options.model_fields if option != "name"]
+            kind = PydanticCustomError(
+                UNKNOWN_OPTION, "{part}", {"part": f"{self.what} {name!r}", "there": there}
+            )
+        details = InitErrorDetails(type=kind, loc=problem["loc"], input=problem["input"])
+        if "ctx" in problem:
+            details["ctx"] = problem["ctx"]
+        return details
+
+    def _built_in(self) -> dict[str, str]:
+        """Name → module."""
+        spec = find_spec(self.folder)
+        assert spec is not None
+        files = [file.name for file in iter_modules(spec.submodule_search_locations)]
+        return {
+            file.replace("_", "-") if self.hyphens else file: f"{self.folder}.{file}"
+            for file in files
+            if file not in self.beside
+        }
+
+    def _load(self, name: str, offers: Any) -> Any:
+        if len({offer.value for offer in offers}) > 1:
+            raise ConfigError(
+                f"{self.what} {name!r} is offered by several distributions "
+                f"({', '.join(sorted(offer.dist.name for offer in offers))}); uninstall all but one"
+            )
+        offer = next(iter(offers))
+        try:
+            return offer.load()
+        except Exception as error:  # whatever a module does when it is imported
+            raise ConfigError(
+                f"{self.what} {name!r} cannot be imported ({type(error).__name__}: {error}); it is "
+                f"{offer.value} of the distribution {offer.dist.name}: correct or uninstall that"
+            ) from error
+
+
+def typed(registry: Registry) -> BeforeValidator:
+    """For the type of a key of the configuration that takes a part of this kind."""
+    return BeforeValidator(registry.read)
+
+
+def registry_of(metadata: Sequence[Any]) -> Registry | None:
+    """The kind of parts that an annotated type takes (:func:`typed`)."""
+    readers = [getattr(each.func, "__self__", None) for each in metadata if isinstance(each, BeforeValidator)]
+    return next((reader for reader in readers if isinstance(reader, Registry)), None)

@@ -1,0 +1,16 @@
+"""``sd_lora``: ``sum_lora`` with a magnitude for each past adapter (SD-LoRA, arXiv 2501.13198)."""
+
+from __future__ import annotations
+
+from peso.training.strategies.sum_lora import SumLora
+
+
+class SdLora(SumLora):
+    """``sum_lora`` with a learnable magnitude for every earlier adapter (SD-LoRA).
+
+    W + Σ_{i<t} m_i B̄_i Ā_i + s B_t A_t. A magnitude begins at s = alpha / rank and goes on where the last
+    stage left it.
+    """
+
+    name = "sd_lora"
+    train_magnitudes = True
