@@ -20,6 +20,10 @@ class DataError(PesoError):
     """Unreadable, incomplete or inconsistent input: names file, row, key or id."""
 
 
+class UntrainableStage(DataError):
+    """A stage without events, or in which no user has enough of them."""
+
+
 class BackboneError(PesoError):
     """A language model that cannot be loaded or that does not pass the checks at loading."""
 

@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from peso.cli import baseline, compare, demo, diagnose, models, recommend, run, steps
+from peso.cli import (
+    baseline,
+    compare,
+    demo,
+    diagnose,
+    doctor,
+    init,
+    models,
+    recommend,
+    run,
+    steps,
+)
+from peso.cli.display import called, clear_bars
 from peso.errors import DataError, UsageError
 from peso.runtime.failures import (
     AGAIN,
@@ -42,14 +55,13 @@ class Commands(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit status: 0 done, 1 failed, 2 wrong use of the command line, 130 interrupted (Ctrl-C), "
     "143 terminated (SIGTERM).",
 )
-for module in (demo, run, compare, steps, recommend, baseline, diagnose, models):
+for module in (demo, init, doctor, run, compare, steps, recommend, baseline, diagnose, models):
     module.register(app)
 
 
@@ -71,6 +83,9 @@ def peso(
 ) -> None:
     """Continual learning for LLM-based generative recommenders: one LoRA adapter, updated stage by stage and
     restrained by a proximal anchor."""
+    if context.invoked_subcommand is None:
+        _welcome()
+        return
     if debug:
         os.environ["PESO_DEBUG"] = "1"  # inherited by the processes of `peso compare`
     if launched() > 1 and context.invoked_subcommand not in DISTRIBUTED:
@@ -78,6 +93,20 @@ def peso(
             f"`peso {context.invoked_subcommand}` runs in one process: call it without torchrun or "
             f"accelerate launch. Commands that support several processes: {', '.join(DISTRIBUTED)}"
         )
+
+
+def _welcome() -> None:
+    """What `peso` without arguments prints."""
+    peso = shlex.join(called())
+    print(
+        f"peso {installed_version()} keeps an LLM-based generative recommender up to date: one LoRA\n"
+        "adapter, updated as the log of events grows, and restrained by a proximal anchor.\n\n"
+        "Three commands to try:\n"
+        f"  {peso} demo      the whole loop on simulated data: minutes, no network, ends with a report\n"
+        f"  {peso} init LOG  write a configuration for a log of your own\n"
+        f"  {peso} doctor    what this machine has, and what peso will use\n\n"
+        f"All commands: {peso} --help. Completion in your shell: {peso} --install-completion"
+    )
 
 
 def _print_error(error: Exception) -> None:
@@ -113,7 +142,10 @@ def _prepare_streams() -> None:
 def _run() -> int:
     try:
         with ended_by_sigterm():
-            app()
+            try:
+                app()
+            finally:
+                clear_bars()
     except SystemExit as stop:
         status = FAILED if isinstance(stop.code, str) else stop.code or 0
     except Exception as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Directory, Overrides, Terminal, Trust, table
+from peso.cli.display import Directory, Overrides, Terminal, Trust, next_steps, table
 
 
 def register(app: typer.Typer) -> None:
@@ -53,3 +53,4 @@ def baseline(
         baselines.run_baselines(opened, configured, Terminal())
     runs = baselines.baseline_summaries(opened, configured)
     table("averages over the later stages", *report.run_table(runs, opened.config.evaluation.k))
+    next_steps(["report", "-w", workspace])

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from peso.cli.display import Overrides, duration, say, table
+from peso.cli.display import Overrides, duration, next_steps, say, table
 from peso.errors import PesoError, UsageError
 from peso.runtime.files import only_writer
 from peso.runtime.printable import printable
@@ -80,19 +80,20 @@ def compare(
     machine = Machine.of(plan.compare.workers, plan.common.training.device)
     if dry_run:
         _show_plan(plan, machine)
+        next_steps(["compare", config, "-w", root])
         return
     from peso.runs.compare.results import collect, write_results
     from peso.runs.compare.schedule import Schedule
 
-    failed: list[Any] = []
+    rows: list[Row] = []
     if not report_only:
         plan.rehearse()
         deadline = None if seconds is None else began + seconds
         with only_writer(root), Display() as display:
             rows = Schedule(plan, machine.workers, machine.environment, deadline, display.show).run()
-        failed = [row for row in rows if row.state == "failed"]
-        for row in failed:
-            say(f"failed: {row.run.name}: {row.note}", error=True)
+        for row in rows:
+            if row.state == "failed":
+                say(f"failed: {row.run.name}: {row.note}", error=True)
         states = Counter(row.state for row in rows)
         say(", ".join(f"{count} {state}" for state, count in states.items()))
     collected = collect(plan)
@@ -103,10 +104,13 @@ def compare(
         say(f"table:  {(output or root) / 'results.parquet'}")
     else:
         say("no report was written: no run has a tested stage yet")
-    if failed:
-        raise PesoError(
-            f"{len(failed)} of {len(plan.all)} runs failed; run the same command again to retry them"
-        )
+    if not rows or any(row.state != "done" for row in rows):
+        next_steps(["compare", config, "-w", root])
+    else:
+        runs = [row.run.task.root for row in rows if row.run.kind == "strategy"]
+        next_steps(["diagnose", "-w", runs[-1]])
+    if failed := sum(row.state == "failed" for row in rows):
+        raise PesoError(f"{failed} of {len(plan.all)} runs failed; run the same command again to retry them")
 
 
 class Display:

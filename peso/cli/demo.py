@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peso.cli.display import Terminal, called, say, show_results
+from peso.cli.display import Terminal, next_steps, say, show_results
 
 # Small enough for two cores, large enough for the model to learn something.
 CONFIG = {
@@ -54,9 +53,10 @@ def demo(
         with Workspace.hold(output / strategy, config) as workspace:
             pipeline.run(workspace, base=workspaces[0].root if workspaces else None, observer=terminal)
         workspaces.append(workspace)
+    terminal.begin("writing the report on all three", 0, "")
     report.report(workspaces, output / "report")
+    terminal.end()
     show_results("averages over stages 1 to 3, each tested right after training", workspaces)
     some_user = Stream.open(workspaces[-1].stream_directory).stage(0).users[0]
     say(f"\nreport: {output / 'report' / 'index.html'}")
-    again = ["recommend", "-w", str(workspaces[-1].root), "--user", some_user]
-    say(f"try:    {shlex.join([*called(), *again])}")
+    next_steps(["recommend", "-w", workspaces[-1].root, "--user", some_user], ["init", "LOG"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peso.cli.display import Directory, Json, Trust, say, say_json, table
+from peso.cli.display import Directory, Json, Terminal, Trust, next_step_of, next_steps, say, say_json, table
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
@@ -76,6 +76,7 @@ def diagnose(
         table(title, columns, rows)
     for warning in found["warnings"]:
         say(f"warning: {warning}")
+    next_steps(next_step_of(opened))
 
 
 def _directions(
@@ -110,7 +111,10 @@ def _directions(
     from peso.evaluation.report.plots import png_file, svg_file
     from peso.runs.directions import direction_plot, direction_sentences, direction_tables, stage_directions
 
+    terminal = Terminal()
+    terminal.begin("gradients of the stage's data", 0, "")
     found = stage_directions(workspace, count, stage, examples, unanchored, at)
+    terminal.end()
     found["sentences"] = direction_sentences(found)
     if plot is not None:
         write_atomically(plot, (svg_file if plot.suffix == ".svg" else png_file)(direction_plot(found)))
@@ -121,3 +125,8 @@ def _directions(
         table(title, columns, rows)
     for sentence in found["sentences"]:
         say(sentence)
+    if free is None:
+        further = ["--free", "WORKSPACE-OF-SINGLE", "--plot", "directions.svg"]
+        next_steps(["diagnose", "-w", workspace.root, "--directions", count, *further])
+    else:
+        next_steps(next_step_of(workspace))

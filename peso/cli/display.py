@@ -6,6 +6,7 @@ Progress goes to stderr, results to stdout. Control characters in ids and titles
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -20,8 +21,10 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -55,19 +58,23 @@ class Terminal:
         self._started = self._spoke = time.monotonic()
         self._first: int | None = None
         if self.console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
+            parts: list[ProgressColumn] = [
                 MofNCompleteColumn(),
                 TextColumn(unit, markup=False),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}", markup=False),
+            ]
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                *(parts if total else [TimeElapsedColumn()]),
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(title, total=total, figures="")
+            self._task = self._bar.add_task(title, total=total or None, figures="")
             self._bar.start()
+            _drawn.append(self._bar)
 
     def advance(self, done: int, **figures: Any) -> None:
         if self._first is None:
@@ -89,6 +96,15 @@ class Terminal:
         if self._title:
             self.note(f"{self._title}: {duration(time.monotonic() - self._started)}")
             self._title = ""
+
+
+_drawn: list[Progress] = []
+
+
+def clear_bars() -> None:
+    """Remove bars of work that has failed, so that the message stays and the cursor comes back."""
+    while _drawn:
+        _drawn.pop().stop()
 
 
 def watcher() -> Observer:
@@ -146,6 +162,29 @@ def called() -> list[str]:
     if shutil.which("peso"):
         return ["peso"]
     return [sys.argv[0]] if Path(sys.argv[0]).name == "peso" else [sys.executable, "-m", "peso"]
+
+
+def next_steps(*commands: Sequence[object]) -> None:
+    """Print to stderr what to do next: commands of this program, each as a list of arguments."""
+    for place, command in enumerate(commands):
+        say(f"{'     ' if place else 'next:'} {shlex.join([*called(), *map(str, command)])}", error=True)
+
+
+def next_step_of(workspace: Workspace) -> list[object]:
+    """The command that continues a workspace."""
+    from peso.events.stream import Stream
+    from peso.runs.pipeline import items_without_id
+
+    root = workspace.root
+    if not workspace.has_stream:
+        return ["ingest", "-w", root]
+    if not workspace.has_semantic_ids or items_without_id(workspace):
+        return ["tokenize", *(["--append"] if workspace.has_semantic_ids else []), "-w", root]
+    if not workspace.finished_stages:
+        return ["train", "-w", root]
+    if len(workspace.finished_stages) < Stream.open(workspace.stream_directory).stages:
+        return ["update", "-w", root]
+    return ["ingest", "NEW", "--append", "-w", root]
 
 
 def duration(seconds: float) -> str:

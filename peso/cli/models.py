@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from peso.cli.display import Directory, Stage, Terminal, Trust, say
+from peso.cli.display import Directory, Stage, Terminal, Trust, next_steps, say
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +37,9 @@ def pull(
     directory = assets.pull(name, on_progress=show)
     terminal.end()
     say(directory)
+    key = {"backbone": "backbone.name", "encoder": "items.encoder"}
+    kind = next(kind for kind in ("backbone", "encoder", "data") if name in assets.names(kind))
+    next_steps(["run", "CONFIG", "--set", f"{key[kind]}={name}"] if kind in key else ["init", directory])
 
 
 def export(
@@ -77,5 +80,12 @@ def export(
         recommender = Recommender(opened, stage, device="cpu")
         from peso.model.export import export_merged, export_peft
 
+        terminal = Terminal()
+        terminal.begin("exporting", 0, "")
         (export_merged if form == "merged" else export_peft)(recommender.model, output)
+        terminal.end()
     say(output)
+    if form == "index":
+        next_steps(["run", "CONFIG", "--set", f"items.index={output}"])
+    else:
+        say("next: load it with Transformers or PEFT, see docs/how-to/export.md", error=True)

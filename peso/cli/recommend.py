@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Directory, Json, Stage, Terminal, Trust, say, say_json, table
+from peso.cli.display import Directory, Json, Stage, Terminal, Trust, next_steps, say, say_json, table
 
 
 def register(app: typer.Typer) -> None:
@@ -57,6 +57,7 @@ def recommend(
             say_json({"users": users, "file": str(output)})
         else:
             say(f"recommendations for {users:,} users: {output}")
+            next_steps(["export", "-w", workspace, "-o", "exported"])
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
     ranked = recommender.recommend(history=items, k=k, exclude_seen=exclude_seen)
@@ -83,3 +84,4 @@ def recommend(
             for place, (item, score) in enumerate(ranked, 1)
         ],
     )
+    next_steps(["recommend", "-w", workspace, "--all", "-o", "recommendations.csv"])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Overrides, duration, say, show_results, table, watcher
+from peso.cli.display import Overrides, duration, next_steps, say, show_results, table, watcher
 
 
 def register(app: typer.Typer) -> None:
@@ -62,6 +62,7 @@ def run(
             f"about {total} in total on this machine (a rough estimate)"
             + (f"; not included: {unknown}" if unknown else "")
         )
+        next_steps(["run", config, "-w", root])
         return
     from peso.runs import pipeline
 
@@ -79,6 +80,7 @@ def run(
         return
     show_results(f"{root}: averages over the later stages", [opened])
     say(f"report: {opened.report_directory / 'index.html'}")
+    next_steps(["recommend", "-w", root, "--all", "-o", "recommendations.csv"], ["diagnose", "-w", root])
 
 
 def _shown(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from peso.cli.display import (
     Stage,
     Terminal,
     Trust,
+    next_step_of,
+    next_steps,
     say,
     say_json,
     show_results,
@@ -127,6 +130,7 @@ def ingest(
             "no item has a title or text, since there is no product table. Add one: "
             f"`peso ingest --items FILE --set data.items.columns.title=… -w {opened.root}`"
         )
+    next_steps(next_step_of(opened))
 
 
 def _append(
@@ -167,7 +171,7 @@ def _append(
             f"WARNING: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
             f"will carry little information. Before the next step: peso ingest --items FILE -w {path}"
         )
-    say(f"next: {command}")
+    next_steps(shlex.split(command)[1:])
 
 
 def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
@@ -207,8 +211,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
         f"{done['categories']:,} categories); {items} has {done['items_found']:,} of the items in the stream "
         f"and {done['rows'] - done['items_found']:,} others. Existing semantic IDs do not change"
     )
-    if command:
-        say(f"next: {command}")
+    next_steps(next_step_of(opened))
 
 
 def _quoted(path: str) -> str:
@@ -260,6 +263,7 @@ def tokenize(
         return
     for title, columns, rows in diagnosis.quality_tables(manifest):
         table(f"{opened.semantic_ids_directory}: {title}", columns, rows)
+    next_steps(next_step_of(opened))
 
 
 def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None) -> None:
@@ -273,6 +277,8 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
         current().on_main(lambda: pipeline.require_next(opened, 0))
         current().on_main(lambda: pipeline.rehearse_stages(opened, watcher()))
         pipeline.learn(opened, 0, watcher())
+    if current().is_main:
+        next_steps(["evaluate", "-w", workspace], next_step_of(opened))
 
 
 def update(workspace: Directory, overrides: Overrides = None, trust: Trust = None) -> None:
@@ -296,16 +302,18 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
         return
     if stage is None:
         stages = len(opened.finished_stages)
-        say(f"{opened.root}: all {stages} stages are trained; there is nothing to do. To add a stage:")
-        say(f"peso ingest NEW --append -w {opened.root}")
+        say(f"{opened.root}: all {stages} stages are trained; there is nothing to do")
+        next_steps(next_step_of(opened))
         return
     say(f"{opened.root}: stage {stage} is trained")
     if not opened.config.evaluation.enabled:
-        say(f"not tested, since evaluation.enabled is false. To test it: peso evaluate -w {opened.root}")
+        say("not tested, since evaluation.enabled is false")
+        next_steps(["evaluate", "-w", opened.root])
         return
     table(*summary.before_and_after(opened))
     show_results("averages so far", [opened])
     say(f"report: {opened.report_directory / 'index.html'}")
+    next_steps(["diagnose", "-w", opened.root], next_step_of(opened))
 
 
 def undo(
@@ -345,6 +353,7 @@ def undo(
         say(f"{workspace}: removed {step}")
         if step.gone:
             say("an earlier undo was interrupted; it is finished now, and nothing else was removed")
+        next_steps(next_step_of(opened))
 
 
 def evaluate(
@@ -376,6 +385,7 @@ def evaluate(
         return
     title = f"{opened.root}: model after stage {number} on the test cases of stage {cases}"
     table(title, *summary.metric_table(metrics))
+    next_steps(["report", "-w", opened.root], next_step_of(opened))
 
 
 def report(
@@ -403,9 +413,13 @@ def report(
             run_cheap_baselines(opened[0], watcher())
     except WorkspaceError as reason:  # for example, a run holds the lock
         watcher().note(f"the report shows only the baselines that are finished: {reason}")
+    observer = watcher()
+    observer.begin("writing the report", 0, "")
     summary.report(opened, directory)
+    observer.end()
     show_results("averages over the later stages", opened)
     say(f"report: {directory / 'index.html'}")
+    next_steps(["diagnose", "-w", opened[-1].root], ["recommend", "-w", opened[-1].root, "--user", "USER"])
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def append(
     skip = data.on_error == "skip"
     with temporary_database(directory) as connection:
         source = open_source(data)
-        observer.note(f"reading {data.path}")
+        observer.begin(f"reading {data.path}", 0, "")
         loaded = load(connection, source.log, skip, data.min_rating is not None)
         loaded.tell(observer)
         funnel = Funnel(connection, loaded.rows)

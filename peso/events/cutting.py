@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 
 from peso.config import PERIOD, StagesConfig
-from peso.errors import DataError
+from peso.errors import DataError, UntrainableStage
 from peso.events.database import scalar
 from peso.events.times import END, Clock, iso, microseconds
 
@@ -115,9 +115,9 @@ def _require_events(ends: np.ndarray, moments: list[int] | None, events: int) ->
         return
     number = int(empty[0])
     if moments is None:
-        raise DataError(f"{events} events leave stage {number} empty; cut the log into fewer stages")
+        raise UntrainableStage(f"{events} events leave stage {number} empty; cut the log into fewer stages")
     begin = iso(moments[number - 1]) if number else "the beginning"
     end = iso(moments[number]) if number < len(moments) else "the end"
-    raise DataError(
+    raise UntrainableStage(
         f"stage {number}, from {begin} to {end}, has no event; choose other boundaries or a longer period"
     )

@@ -72,7 +72,8 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
     with temporary_database(directory) as connection:
         opened = open_source(data)
         files = opened.log.table.files
-        observer.note(f"reading {files[0] if len(files) == 1 else f'{len(files)} files of {data.path}'}")
+        what = files[0] if len(files) == 1 else f"{len(files)} files of {data.path}"
+        observer.begin(f"reading {what}", 0, "")
         loaded = load(connection, opened.log, data.on_error == "skip", data.min_rating is not None)
         loaded.tell(observer)
         funnel = Funnel(connection, loaded.rows)

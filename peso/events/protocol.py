@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peso.errors import DataError
+from peso.errors import DataError, UntrainableStage
 from peso.events.histories import MIN_STAGE_ITEMS, Ragged, Stage
 
 BASE_SHARE = 0.6  # of all events, by time; the rest is cut into equal parts
@@ -116,7 +116,7 @@ def require_trainable(stage: Stage, source: str) -> None:
         source: where the stage comes from, for the message.
 
     Raises:
-        DataError: nobody is in the stage, or nobody has three items in it.
+        UntrainableStage: nobody is in the stage, or nobody has three items in it.
     """
     refuse_untrainable(stage.number, len(stage.users), int(stage.current.lengths.max(initial=0)), source)
 
@@ -129,12 +129,12 @@ def refuse_untrainable(number: int, users: int, most: int, source: str) -> None:
         most: the events of the user who has most.
     """
     if not users:
-        raise DataError(
+        raise UntrainableStage(
             f"{source}: stage {number} is empty; leave it out and renumber the later ones, "
             "or cut the log into fewer stages"
         )
     if most < MIN_STAGE_ITEMS:
-        raise DataError(
+        raise UntrainableStage(
             f"{source}: none of the {users} users of stage {number} has "
             f"{MIN_STAGE_ITEMS} events in it (the most is {most}), so nothing "
             "can be trained on or tested; merge it with a neighbouring stage, or cut fewer stages"

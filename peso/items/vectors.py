@@ -105,9 +105,10 @@ class ItemEncoder:
         texts = item_texts(items, config.template)
         hashing = None
         if config.encoder == HASHING:
-            observer.note("item text to vectors: hashed TF-IDF, reduced by truncated SVD")
+            observer.begin("item text to vectors: hashed TF-IDF, reduced by truncated SVD", 0, "")
             fitted = [text for row in rows if (text := texts[row]) is not None]
             hashing = HashingEncoder.fit(fitted, config.dimensions, seed)
+            observer.end()
         sources = _sources(items, texts, hashing, config, cache, observer)
         fusion = Fusion.fit(sources, rows)
         return cls(hashing, fusion), ItemVectors(*fusion.apply(sources))

@@ -165,7 +165,7 @@ class BaselineRun:
 
     def learn_and_test(self, stage: int, observer: Observer) -> None:
         """One stage, those before it being done; the directory appears whole or not at all."""
-        observer.note(f"baseline {self.label}: stage {stage}")
+        observer.begin(f"baseline {self.label}: stage {stage}", 0, "")
         number = self.workspace.config.training.threads
         with threads(number=number), commit_directory(self.stage_directory(stage)) as aside:
             began = time.perf_counter()

@@ -11,7 +11,7 @@ from peso.config.baselines import NetworkOptions, SasRecConfig
 from peso.config.model import BUILT_IN
 from peso.errors import BackboneError, ConfigError
 from peso.events.columns import ITEM_ID, ITEMS
-from peso.runtime.memory import require_memory
+from peso.runtime.machine import require_memory
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace

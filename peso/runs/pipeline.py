@@ -115,7 +115,9 @@ def _conclude(workspace: Workspace, observer: Observer) -> None:
         run_baselines(workspace, workspace.config.baselines, observer)
     from peso.runs.report import report
 
+    observer.begin("writing the report", 0, "")
     report([workspace], workspace.report_directory)
+    observer.end()
 
 
 # -- data --------------------------------------------------------------------------------------------

@@ -182,7 +182,9 @@ def _remove_traces(workspace: Workspace, stages: range) -> None:
     for stage in stages:
         for number in workspace.finished_stages:
             remove_folder(workspace.stage_directory(number), f"on={stage}", FORMAT)
-        for directory in root.glob(f"baselines/*/{stage}"):
+    later = [path for path in root.glob("baselines/*/*") if path.name.isdecimal()]
+    for directory in sorted(later, key=lambda path: int(path.name), reverse=True):
+        if int(directory.name) >= stages[0]:  # a baseline's stage starts from the one before it
             remove_directory(directory)
     for unfinished in root.glob("stages/.*.unfinished"):
         remove_directory(unfinished)

@@ -15,7 +15,10 @@ class Observer(Protocol):
         """A plain sentence: what was done or found."""
 
     def begin(self, title: str, total: int, unit: str) -> None:
-        """A piece of work with `total` parts starts; it ends when the next starts or at :meth:`end`."""
+        """A piece of work with `total` parts starts; it ends when the next starts or at :meth:`end`.
+
+        A total of 0 is unknown: such work advances by time alone.
+        """
 
     def advance(self, done: int, **figures: Any) -> None:
         """`done` parts of the current work are finished; figures (loss=…, rate=…) belong to this moment."""

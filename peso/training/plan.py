@@ -14,7 +14,7 @@ from peso.events.histories import TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout
 from peso.model.tree_attention import serves
-from peso.runtime.memory import require_memory
+from peso.runtime.machine import require_memory
 from peso.runtime.processes import ALONE, Processes
 from peso.training.batches import Chunk, Packed, cut, deal, lay_out, pack, plan_epoch
 from peso.training.likelihood import predicts_end

@@ -235,9 +235,9 @@ def test_a_workspace_that_is_stuck_gets_free(
         assert peso("undo", "--yes", "-w", shelves)[0] == 0
         assert snapshot(shelves) == before
         return
-    status, out, err = peso("ingest", "--items", logs / "products.csv", "-w", shelves)
+    status, _, err = peso("ingest", "--items", logs / "products.csv", "-w", shelves)
     assert status == 0, err
-    assert f"next: peso tokenize --append -w {shelves}" in out
+    assert f"next: peso tokenize --append -w {shelves}" in err
     assert peso("tokenize", "--append", "-w", shelves)[0] == 0
     assert set(NEW_ITEMS) <= set(codes(shelves))
 
@@ -536,11 +536,11 @@ def test_ingesting_again_does_not_drop_what_was_appended(peso, logs: Path, shelv
 
 
 def test_an_append_says_what_came_in_and_what_to_do_next(peso, logs: Path, shelves: Path) -> None:
-    status, out, _ = peso("ingest", logs / "week.csv", "--append", "-w", shelves)
+    status, out, err = peso("ingest", logs / "week.csv", "--append", "-w", shelves)
     assert status == 0
     assert "appended: 60 events of 14 users (2 new) as stage 2; 4 new items" in out
     assert "WARNING" not in out
-    assert f"next: peso tokenize --append -w {shelves}" in out
+    assert f"next: peso tokenize --append -w {shelves}" in err
     assert peso("tokenize", "--append", "-w", shelves)[0] == 0
     known = write_log(logs / "known.csv", [(f"u{k % 3}", f"i{k}", T + 10**7 + k) for k in range(12)])
     status, out, _ = peso("ingest", known, "--append", "-w", shelves, "--json")

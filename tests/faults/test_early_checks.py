@@ -30,7 +30,7 @@ TINY = {**TREE, "backbone": "tiny"}
 
 @pytest.fixture(autouse=True)
 def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peso.runtime.memory.machine_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr("peso.runtime.machine.machine_memory", lambda: 8 * 2**30)
 
 
 @pytest.mark.parametrize(

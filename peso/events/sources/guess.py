@@ -1,0 +1,248 @@
+"""Guesses which columns of a user's files hold what, for `peso init`: by names, then by values."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+
+import duckdb
+
+from peso.errors import DataError
+from peso.events.database import literal
+from peso.events.sources.files import HEADER, find_files, first_fields, open_text, require_text
+from peso.events.sources.lines import Dialect, delimited_rows, json_rows
+from peso.events.sources.own import separator_of
+from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
+from peso.events.times import recognise
+
+SAMPLE = 1000  # rows by which columns are judged
+SEPARATORS = (",", ";", "\t", "|", "::")
+# What a column's name says about it, in the order of preference.
+WORDS = {
+    "user": "user customer member visitor client buyer shopper reader listener viewer reviewer account u",
+    "item": "item product sku asin article movie film song track book isbn game video business content",
+    "time": "time timestamp datetime date at ts when created",
+    "rating": "rating ratings stars score overall",
+    "kind": "event type action behavior behaviour",
+    "title": "title name",
+    "text": "description text brand features summary about author",
+    "category": "category categories genre genres department",
+}
+NEUTRAL = {"", "id", "ids", "code", "number", "no", "key", "parent", "unix", "event", "review", "main"}
+DATES = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%Y/%m/%d", "%Y%m%d")
+CLOCKS = ("", " %H:%M", " %H:%M:%S")
+MOST_KINDS = 20  # values of a column that may be the types of events
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A table, its first rows as text, and the separator where it is not what its ending says."""
+
+    table: FileTable
+    values: dict[str, list[str]] = field(repr=False)
+    separator: str | None = None
+    header: bool = True
+
+    def columns(self, role: str, taken: Sequence[str] = ()) -> list[str]:
+        """The columns whose names say that they hold ``role``, the clearest first."""
+        words = WORDS[role].split()
+        found = []
+        for place, name in enumerate(self.values):
+            parts = set(_words(name))
+            hits = [words.index(part) for part in parts if part in words]
+            clear = parts <= {*words, *NEUTRAL}
+            # `user_city` is not the user; a time is recognized by its values too
+            if hits and name not in taken and (clear or role not in ("user", "item", "kind")):
+                found.append((not clear, min(hits), place, name))
+        return [name for *_, name in sorted(found)]
+
+
+def sample(path: str, kind: str, separator: str | None = None, encoding: str = "utf-8") -> Sampled:
+    """The shape and the first rows of a table.
+
+    Args:
+        kind: ``csv``, ``jsonl`` or ``parquet``.
+        separator: of csv; None: guessed from the first lines.
+
+    Raises:
+        DataError: no file there, or one that cannot be read.
+    """
+    file = find_files(path, kind)[0]
+    if kind == "parquet":
+        table = parquet_table([file])
+        columns = ", ".join(f"{column.value}::VARCHAR" for column in table.columns.values())
+        rows = duckdb.execute(f"SELECT {columns} FROM {table.scan} LIMIT {SAMPLE}").fetchall()
+        return Sampled(table, _by_column(table, rows))
+    if kind == "jsonl":
+        table = jsonl_table([file])
+        objects = [row for _, row in islice(json_rows(file), SAMPLE) if isinstance(row, dict)]
+        return Sampled(table, _by_column(table, [[o.get(name) for name in table.columns] for o in objects]))
+    usual = separator_of(file)
+    chosen = separator or _separator(require_text(file), usual, encoding)
+    quote = '"' if len(chosen) == 1 else ""
+    header = not any(map(_is_moment_or_number, first_fields(file, chosen, quote, encoding)))
+    table = csv_table([file], chosen, header, encoding, quote)
+    dialect = Dialect(chosen, header, encoding, quote)
+    lines = [row for _, row in islice(delimited_rows(file, dialect, table.width), SAMPLE)]
+    rows = [row for row in lines if isinstance(row, list)]
+    return Sampled(table, _by_column(table, rows), None if chosen == usual else chosen, header)
+
+
+def guess_time(sampled: Sampled, name: str, given: str = "auto") -> str | None:
+    """The ``time_format`` of a column; None where its values are not times.
+
+    Args:
+        given: as configured; a pattern is only compared with the values.
+
+    Raises:
+        DataError: the values are dates whose day and month cannot be told apart.
+    """
+    values = [value for value in sampled.values[name] if value.strip()]
+    column = sampled.table.columns[name]
+    if "%" in given:
+        return given if _all_parse(values, given) else None
+    try:
+        clock = recognise(values, column.kind, "auto", name)
+    except DataError:
+        fitting = [date + clock for date in DATES for clock in CLOCKS if _all_parse(values, date + clock)]
+        if len(fitting) > 1:
+            raise DataError(
+                f"the times in column {name!r}, such as {values[0]!r}, can be read as "
+                f"{' or '.join(fitting)}; say which: --set data.time_format='{fitting[0]}'"
+            ) from None
+        return fitting[0] if fitting else None
+    if clock.kind == "number" and not all(_is_epoch(value) for value in values):
+        return None
+    return "auto" if values else None
+
+
+def guess_log(sampled: Sampled, given: dict[str, str], time_format: str = "auto") -> dict[str, str]:
+    """The columns of a log: ``user``, ``item``, ``time`` and, where there are such, ``rating``, ``kind``.
+
+    Args:
+        given: columns that the user named; they are not guessed.
+        time_format: as configured.
+
+    Raises:
+        DataError: a column that was named is not there, or one that is needed cannot be guessed.
+    """
+    found = dict(given)
+    for role, name in given.items():
+        sampled.table.require(name, f"--{role}")
+    if "time" not in found:
+        moments = [name for name in sampled.values if guess_time(sampled, name, time_format) is not None]
+        named = [name for name in sampled.columns("time", [*found.values()]) if name in moments]
+        if named or len(moments) == 1:
+            found["time"] = (named or moments)[0]
+    for role in ("user", "item", "rating", "kind"):
+        if role not in found and (names := sampled.columns(role, [*found.values()])):
+            found[role] = names[0]
+    if not sampled.header:  # as every published log without a header has it
+        rest = [name for name in sampled.values if name not in found.values()]
+        found |= {role: rest.pop(0) for role in ("user", "item") if role not in found and rest}
+    if missing := [role for role in ("user", "item", "time") if role not in found]:
+        raise DataError(_which(sampled, missing[0], f"--{missing[0]}"))
+    if "kind" in found and "kind" not in given and not 1 < len(kinds(sampled, found["kind"])) <= MOST_KINDS:
+        del found["kind"]
+    return {role: found[role] for role in ("user", "item", "time", "rating", "kind") if role in found}
+
+
+def guess_items(sampled: Sampled, given: dict[str, list[str]], log: str | None) -> dict[str, list[str]]:
+    """The columns of a product table: ``item`` and, where there are such, ``title``, ``category``, ``text``.
+
+    Args:
+        given: columns that the user named; they are not guessed.
+        log: the item column of the log, which is the product table too; None if they are two files.
+
+    Raises:
+        DataError: a column that was named is not there, the item cannot be guessed, or there is no text.
+    """
+    found = dict(given)
+    for role, names in given.items():
+        for name in names:
+            sampled.table.require(name, f"--{'item-id' if role == 'item' else role}")
+    if "item" not in found:
+        names = sampled.columns("item") if sampled.header else [*sampled.values]
+        found["item"] = [log] if log else names[:1]
+    if not found["item"]:
+        raise DataError(_which(sampled, "item", "--item-id"))
+    for role in ("title", "category", "text"):
+        taken = [name for names in found.values() for name in names]
+        if role not in found and sampled.header and (names := sampled.columns(role, taken)):
+            found[role] = names if role == "text" else names[:1]
+    if len(found) == 1:
+        raise DataError(
+            f"{sampled.table.files[0]} has no column of titles, texts or categories, from which semantic IDs "
+            "are made. Name the product table (--items FILE), or its columns (--title, --text, --category)"
+        )
+    return found
+
+
+def _which(sampled: Sampled, role: str, option: str) -> str:
+    """The message that asks for a column; it lists those there are with an example of each."""
+    there = "; ".join(f"{name} ({examples(sampled, name, 1) or 'empty'})" for name in sampled.values)
+    file = sampled.table.files[0]
+    return f"{file}: which column holds the {role}? Name it with {option}. The columns are {there}"
+
+
+def examples(sampled: Sampled, name: str, count: int = 3) -> str:
+    """The first different values of a column, for people."""
+    values = dict.fromkeys(value[:30] for value in sampled.values[name] if value)
+    return ", ".join([*values][:count])
+
+
+def kinds(sampled: Sampled, name: str) -> list[str]:
+    """The values of a column among the sampled rows, the most frequent first."""
+    return [value for value, _ in Counter(sampled.values[name]).most_common() if value]
+
+
+def _by_column(table: FileTable, rows: Sequence[Sequence[object]]) -> dict[str, list[str]]:
+    """Missing values are empty texts."""
+    return {
+        name: ["" if row[place] is None else str(row[place]) for row in rows]
+        for place, name in enumerate(table.columns)
+    }
+
+
+def _words(name: str) -> list[str]:
+    """``customerId``, ``customer_id``, ``customerid`` and ``Customer ID`` begin with the same word."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    return [word.removesuffix("id") or word for word in words]
+
+
+def _separator(file: Path, usual: str, encoding: str) -> str:
+    """The one that cuts all of the first lines into as many fields, and into most."""
+    with open_text(file, encoding) as handle:
+        lines = [line for _ in range(20) if (line := handle.readline(HEADER)).strip()]
+
+    def fields(separator: str) -> int:
+        counts = {line.count(separator) for line in lines}
+        return counts.pop() if len(counts) == 1 else 0
+
+    return max((usual, *SEPARATORS), key=fields)
+
+
+def _is_moment_or_number(text: str) -> bool:
+    value = literal(text)
+    sql = f"SELECT try_cast({value} AS DOUBLE) IS NOT NULL OR try_cast({value} AS TIMESTAMPTZ) IS NOT NULL"
+    return bool(duckdb.execute(sql).fetchall()[0][0])
+
+
+def _is_epoch(text: str) -> bool:
+    """Whether a number of seconds or less that lies after 1973, as those of logs do."""
+    try:
+        return 1e8 <= float(text) < 1e17
+    except ValueError:
+        return False
+
+
+def _all_parse(values: Sequence[str], pattern: str) -> bool:
+    try:
+        return bool(values) and all(datetime.strptime(value, pattern) for value in values)
+    except ValueError:
+        return False

@@ -1,0 +1,205 @@
+"""Writes a first configuration for a log: columns guessed, every key explained, tried on the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import yaml
+
+from peso.config import Config, load_config
+from peso.config.data import LogFormat
+from peso.config.reading import override
+from peso.errors import DataError, UntrainableStage
+from peso.events.ingest import ingest
+from peso.events.sources import KNOWN
+from peso.events.sources.files import format_of, kind_of
+from peso.events.sources.guess import Sampled, examples, guess_items, guess_log, guess_time, kinds, sample
+from peso.runs.checks import check_configuration
+from peso.runtime.progress import Observer
+
+WIDTH = 100  # of a line with its comment
+STAGES = (5, 4, 3, 2)  # tried in this order: a small log has fewer
+COMMENTS = {
+    "data": "Where the events come from, how they are cleaned and cut: docs/how-to/prepare-a-log.md",
+    "data.columns": "which columns of the log hold what",
+    "data.items": "the product table; titles and texts become semantic IDs",
+    "data.time_format": "recognized from the values; auto, seconds, iso or a pattern",
+    "data.stages": "60 % of the events, then equal parts; or {every: 1 week, from: 2024-03-04}",
+    "items": "How items get semantic IDs: docs/reference/items.md",
+    "items.encoder": "no download; better: all-minilm-l6-v2, after `peso pull all-minilm-l6-v2`",
+    "backbone": "The language model. scratch: a small Llama, trained whole at stage 0, no download.",
+    "backbone.name": "pretrained, better with a GPU: smollm2-135m (then learning_rate 2e-4)",
+    "strategy": "How later stages are trained: docs/reference/strategies.md",
+    "training": "A quick look first: --set training.max_steps=20",
+    "training.epochs": "at most; the epoch with the lowest validation loss is kept",
+    "training.later_learning_rate_scale": "learning rate of later stages, relative to that of stage 0",
+    "seed": "fixes everything on the same machine",
+}
+
+
+@dataclass(frozen=True)
+class FirstConfig:
+    """``text``: the YAML. ``columns``: file, what is read, the column and examples. ``manifest``: of the
+    stream that the configuration makes."""
+
+    text: str
+    columns: list[tuple[str, str, str, str]]
+    manifest: dict[str, Any]
+
+
+def first_config(
+    log: str,
+    target: Path,
+    observer: Observer,
+    *,
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    items: str | None = None,
+    item_columns: Mapping[str, list[str]] | None = None,
+    overrides: Sequence[str] = (),
+) -> FirstConfig:
+    """A configuration that runs on a log: its data were ingested once, into a temporary directory.
+
+    Args:
+        target: where it will be written; paths below that folder are written relative to it.
+        form: the ``data.format``; None: guessed.
+        columns: of the log, by ``user``, ``item``, ``time``, ``rating``; what is left out is guessed.
+        items: the product table; None: the log itself, if it has titles.
+        item_columns: of the product table, by ``item``, ``title``, ``text``, ``category``; likewise.
+        overrides: ``a.b=value`` texts, which are written too.
+
+    Raises:
+        DataError: no file there, a column that cannot be guessed, or data that cannot be ingested.
+        ConfigError: an unknown format or a wrong override.
+    """
+    form = form or _known_set(log) or format_of(log)
+    data: dict[str, Any] = {"format": form, "path": _relative(log, target)}
+    guessed: list[tuple[str, str, str, str]] = []
+    hint = ""
+    if form in get_args(LogFormat):
+        given = load_config({"data": {"format": form, "path": log}}, overrides, base=Path()).data
+        sampled = sample(log, form, given.separator, given.encoding)
+        found = guess_log(sampled, dict(columns or {}), given.time_format)
+        kind = found.pop("kind", None)
+        shown = {**found, **({"event type": kind} if kind else {})}
+        guessed += [(log, role, name, examples(sampled, name)) for role, name in shown.items()]
+        hint = "min_rating: 4   # leave out events that are rated lower" if "rating" in found else ""
+        if kind:
+            types = ", ".join(kinds(sampled, kind))
+            hint = f"events: {{column: {kind}, keep: [{types}]}}   # the types of events that count"
+        data |= {"separator": sampled.separator} if sampled.separator else {}
+        data["columns"] = {role: _column(sampled, name) for role, name in found.items()}
+        time_format = guess_time(sampled, found["time"]) if given.time_format == "auto" else None
+        data |= {"time_format": time_format} if time_format not in ("auto", None) else {}
+        if not given.items or items:
+            table, product_kind = items or log, (kind_of(items) if items else None) or form
+            sampled = sample(table, product_kind, None, given.encoding if product_kind == "csv" else "utf-8")
+            fields = guess_items(sampled, dict(item_columns or {}), None if items else found["item"])
+            guessed += [
+                (table, role, name, examples(sampled, name))
+                for role, names in fields.items()
+                for name in names
+                if items or role != "item"
+            ]
+            data["items"] = {
+                "path": _relative(table, target),
+                **({"separator": sampled.separator} if sampled.separator else {}),
+                "columns": {
+                    role: [_column(sampled, n) for n in names]
+                    if role == "text"
+                    else _column(sampled, names[0])
+                    for role, names in fields.items()
+                },
+            }
+    tree: dict[str, Any] = {
+        "data": data,
+        "items": {"encoder": "hashing", "quantizer": "rq-kmeans"},
+        "backbone": {"name": "scratch", "width": 128, "layers": 4},
+        "strategy": "peso",
+        "training": {"epochs": 5, "learning_rate": 1e-3, "later_learning_rate_scale": 1.0},
+        "seed": 0,
+    }
+    if form in ("peso-release", "simulate"):  # with semantic IDs, and stages, of their own
+        del tree["items"]
+    for text in overrides:
+        override(tree, text)
+    config, manifest = _tried(tree, target.parent, observer)
+    if (asked := max(config.evaluation.k)) > manifest["items"]:
+        raise DataError(
+            f"the log has {manifest['items']} items, fewer than evaluation.k asks for ({asked}); "
+            "--set evaluation.k=[1] asks for fewer"
+        )
+    return FirstConfig(_text(tree, hint, log), guessed, manifest)
+
+
+def _tried(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the manifest of its stream, with as many stages as the log gives."""
+    fixed = "stages" in tree["data"] or tree["data"]["format"] in ("peso-release", "simulate")
+    for stages in STAGES:
+        if not fixed:
+            tree["data"]["stages"] = stages
+        config = load_config(tree, base=base)
+        check_configuration(config)
+        try:
+            with TemporaryDirectory() as aside:
+                return config, ingest(config.data, Path(aside), config.seed_of_data, observer)
+        except UntrainableStage as error:
+            if fixed or stages == STAGES[-1]:
+                raise
+            observer.note(f"{stages} stages are too many: {error}")
+    raise AssertionError
+
+
+def _known_set(path: str) -> str | None:
+    """The published data set that a folder holds."""
+    for name, opened in KNOWN.items() if Path(path).is_dir() else ():
+        try:
+            opened(path)
+        except DataError:
+            continue
+        return name
+    return None
+
+
+def _column(sampled: Sampled, name: str) -> str | int:
+    return name if sampled.header else int(name)
+
+
+def _relative(path: str, target: Path) -> str:
+    """Relative to the file that will name it, if it lies below its folder."""
+    whole, folder = Path(path).expanduser().absolute(), target.parent.absolute()
+    return str(whole.relative_to(folder)) if whole.is_relative_to(folder) else str(whole)
+
+
+def _text(tree: Mapping[str, Any], hint: str, log: str) -> str:
+    """The tree as YAML, a line a key, each with its comment."""
+    lines = [
+        f"# A first configuration for {Path(log).name}, written by `peso init`.",
+        "# Every key has a default; they are listed in docs/reference/configuration.md.",
+    ]
+    for section, value in tree.items():
+        lines += ["", *([f"# {COMMENTS[section]}"] if section in COMMENTS else [])]
+        lines.append(f"{section}:" if isinstance(value, Mapping) else _flow({section: value}))
+        if not isinstance(value, Mapping):
+            continue
+        for key, below in value.items():
+            about, entry = COMMENTS.get(f"{section}.{key}"), f"  {_flow({key: below})}"
+            if about and len(entry) + len(about) < WIDTH:
+                entry += f"  # {about}"
+            elif about:
+                lines.append(f"  # {about}")
+            lines.append(entry)
+            lines += [f"  # {hint}"] if hint and key == "columns" else []
+    return "\n".join(lines) + "\n"
+
+
+def _flow(entry: Mapping[str, Any]) -> str:
+    """One key with its value on one line."""
+    dumped = yaml.safe_dump(
+        dict(entry), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
+    )
+    return dumped.strip()[1:-1]

@@ -1,0 +1,137 @@
+"""What this machine has, and what of it is used: what cannot fit is refused before it is tried."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peso.errors import AssetError, ConfigError
+from peso.runtime import assets
+from peso.runtime.failures import installed_version
+from peso.runtime.threads import NUMBER, SMALL
+
+OPTIONAL = {"sentence-transformers": ("text", "sentence encoders as items.encoder")}
+
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container, where it has a limit
+
+
+def machine_memory() -> int:
+    """Bytes: of the machine, or of the container if that is less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP.read_text().strip() if CGROUP.is_file() else ""
+    return min(whole, int(limit)) if limit.isdecimal() else whole
+
+
+def require_memory(needed: float, what: str) -> None:
+    """
+    Args:
+        needed: bytes, a low estimate.
+        what: the key, its value and what it makes, for the message.
+
+    Raises:
+        ConfigError: the machine has less.
+    """
+    if needed > (there := machine_memory()):
+        raise ConfigError(
+            f"{what} would take at least {needed / 2**30:,.0f} GiB of memory; this machine has "
+            f"{there / 2**30:,.0f} GiB"
+        )
+
+
+def examine() -> dict[str, Any]:
+    """What there is and what is used of it; imports PyTorch.
+
+    Returns:
+        ``machine``: rows of (what, what this machine has, what peso uses); ``warnings``: sentences.
+    """
+    import torch
+
+    from peso.runtime.device import Precision
+
+    warnings: list[str] = []
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    of_user = os.environ.get(NUMBER)
+    own = f"1 thread for models of fewer than {SMALL:,} parameters, {torch.get_num_threads()} for others"
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    if not gpus and shutil.which("nvidia-smi"):
+        warnings.append(
+            "there seems to be an NVIDIA GPU (nvidia-smi is installed), but PyTorch "
+            f"{torch.__version__} cannot use it; install a build of PyTorch with CUDA"
+        )
+    chosen = Precision.of("auto", "auto")
+    formats = [str(format).removeprefix("torch.") for format in (chosen.frozen, torch.float32)]
+    numbers = "float32" if not chosen.mixed else f"{formats[0]} for frozen weights and products, else float32"
+    cache = assets.cache_directory()
+    in_cache = [name for name in assets.names() if _is_in_cache(name, warnings)]
+    if not os.access(_existing(cache), os.W_OK):
+        warnings.append(f"the cache {cache} cannot be written; set PESO_CACHE to another directory")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    offline = os.environ.get("HF_HUB_OFFLINE")
+    rows = [
+        ("Python", f"{platform.python_version()} on {platform.platform(terse=True)}", sys.executable),
+        (
+            "packages",
+            ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")),
+            f"peso {installed_version()}",
+        ),
+        (
+            "cores",
+            f"{os.cpu_count()}, {usable} of them usable",
+            f"{NUMBER}={of_user}" if of_user else own,
+        ),
+        ("memory", _gib(machine_memory()), "all, if a model needs it; `peso run CONFIG --dry-run` estimates"),
+        (
+            "GPU",
+            ", ".join(f"{gpu.name} ({_gib(gpu.total_memory)})" for gpu in gpus) or "none",
+            f"training.device: {chosen.device}",
+        ),
+        (
+            "precision",
+            "bfloat16" if gpus and torch.cuda.is_bf16_supported() else "float32",
+            f"{numbers} (training.precision)",
+        ),
+        ("torch.compile", compiler or "no C++ compiler", "off, unless training.compile is set"),
+        (
+            "disk here",
+            f"{_gib(shutil.disk_usage('.').free)} free",
+            f"{Path.cwd() / 'runs'}, unless -w is given",
+        ),
+        (
+            "cache",
+            f"{cache}, {_gib(shutil.disk_usage(_existing(cache)).free)} free",
+            f"pulled: {', '.join(in_cache) or 'nothing'}",
+        ),
+        (
+            "network",
+            "HF_HUB_OFFLINE is set" if offline else "allowed",
+            "nothing is fetched" if offline else "only for `peso pull` and models named by their hub name",
+        ),
+    ]
+    for name, (extra, purpose) in OPTIONAL.items():
+        try:
+            rows.append((name, version(name), purpose))
+        except PackageNotFoundError:
+            rows.append((name, "not installed", f"for {purpose}: pip install 'peso[{extra}]'"))
+    return {"machine": rows, "warnings": warnings}
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _is_in_cache(name: str, warnings: list[str]) -> bool:
+    try:
+        return assets.find(name) is not None
+    except AssetError as damage:
+        warnings.append(str(damage))
+        return False
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
