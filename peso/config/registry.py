@@ -80,7 +80,7 @@ class Registry:
         """
         known = self._known.setdefault(name, part)
         if (known.__module__, known.__qualname__) != (part.__module__, part.__qualname__):
-            raise TypeError(f"two parts of the kind {self.what} are named {name!r}: {known} and {part}")
+            raise TypeError(f"{self.what} {name!r} is defined twice: {known} and {part}")
         self._known[name] = part
 
     def find(self, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 import yaml
 from strategy_runs import Runs, factors
 
-from peso.adapters.proximal import Term, find_term
+from peso.adapters.proximal import find_term
+from peso.adapters.proximal.term import TERMS
 from peso.config import load_config
 from peso.errors import ConfigError
 from peso.runs import pipeline
@@ -24,16 +26,16 @@ DOC = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "use-a-proximal-
 
 
 @pytest.fixture
-def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """The module of the page where Python finds it; its configuration."""
     text = DOC.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(# log_cosh\.py\n.*?)```", text, re.DOTALL)
     (tmp_path / "log_cosh.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "log_cosh", raising=False)
-    monkeypatch.setattr(Term, "named", dict(Term.named))
     (configured,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    return yaml.safe_load(configured)["strategy"]
+    yield yaml.safe_load(configured)["strategy"]
+    TERMS._known.pop("log_cosh", None)
 
 
 def moved(workspace: Workspace) -> float:
@@ -85,7 +87,7 @@ def test_its_name_is_known_once_it_is_imported(documented: dict[str, Any]) -> No
     kind = find_term(documented["proximal"])
     assert find_term("log_cosh") is kind
     assert load_config({"data": {"format": "simulate"}, "strategy": {"proximal": "log_cosh"}})
-    with pytest.raises(TypeError, match="two proximal terms are named 'log_cosh'"):
+    with pytest.raises(TypeError, match="proximal term 'log_cosh' is defined twice"):
         type("Other", (kind,), {"name": "log_cosh"})
 
 

@@ -1,15 +1,15 @@
 """Proximal terms for any training loop: an anchor, and the penalty on moving away from it."""
 
 from importlib import import_module
-from pkgutil import iter_modules
 
 from peso.adapters.proximal.calibration import Calibration
 from peso.adapters.proximal.fisher import Fisher, diagonal_fisher
 from peso.adapters.proximal.l2 import L2
 from peso.adapters.proximal.orthogonal import Orthogonal
 from peso.adapters.proximal.output_kl import OutputKL
-from peso.adapters.proximal.softmax import PerRankKL, SoftmaxKL
-from peso.adapters.proximal.term import DistanceTerm, Term
+from peso.adapters.proximal.per_rank_kl import PerRankKL
+from peso.adapters.proximal.softmax_kl import SoftmaxKL
+from peso.adapters.proximal.term import TERMS, DistanceTerm, Term
 from peso.errors import ConfigError
 
 __all__ = [
@@ -31,24 +31,21 @@ def find_term(name: str) -> type[Term]:
     """The term that a configuration names.
 
     Args:
-        name: of a term in this folder, or of one that is imported already; or a class that Python can import,
+        name: of a term in this folder, of one that is imported already, or of one that an installed
+            distribution offers (entry points ``peso.proximal_terms``); or a class that Python can import,
             such as ``my_package.my_term.MyTerm``.
 
     Raises:
-        ConfigError: there is no such term.
+        ConfigError: there is no such term, or what is named is not one.
     """
-    for file in iter_modules(__path__):
-        import_module(f"{__name__}.{file.name}")
-    if name in Term.named:
-        return Term.named[name]
     module, _, attribute = name.rpartition(".")
-    if not module:
-        raise ConfigError(
-            f"{name!r} is not a proximal term; known are {', '.join(sorted(Term.named))}, and any class that "
-            "Python can import, such as my_package.my_term.MyTerm"
-        )
     try:
-        found = getattr(import_module(module), attribute)
+        found = getattr(import_module(module), attribute) if module else TERMS.find(name)
+    except KeyError:
+        raise ConfigError(
+            f"{name!r} is not a proximal term; known are {', '.join(TERMS.names())}, and any class that "
+            "Python can import, such as my_package.my_term.MyTerm"
+        ) from None
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"{name} cannot be imported ({error}); name a class that Python can import from here (PYTHONPATH)"

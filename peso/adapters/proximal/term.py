@@ -14,8 +14,15 @@ from peso.adapters.groups import Group, Grouping, Source, check_same_groups, fin
 from peso.adapters.proximal.calibration import Calibration, second_moment
 from peso.adapters.proximal.metrics import Metric
 from peso.adapters.proximal.stacks import Placement, Stack, placement, stack_anchors, unstack_anchors
+from peso.config.registry import Registry
 from peso.errors import ConfigError, TrainingError
 
+TERMS = Registry(
+    "proximal term",
+    "peso.adapters.proximal",
+    "peso.proximal_terms",
+    beside=["calibration", "metrics", "stacks", "term"],
+)
 Coupling = Literal["loss", "decoupled"]
 Reduction = Literal["mean", "sum"]
 
@@ -56,14 +63,10 @@ class Term(ABC):
     watches_outputs: ClassVar[bool] = False
     """Whether it has to see the forward pass, between :meth:`attach` and :meth:`detach`."""
 
-    named: ClassVar[dict[str, type[Term]]] = {}
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if name := cls.__dict__.get("name"):
-            known = Term.named.setdefault(name, cls)
-            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(f"two proximal terms are named {name!r}: {known} and {cls}")
+            TERMS.add(name, cls)
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""``softmax_kl`` and ``per_rank_kl``: the distance between groups read as distributions."""
+"""``softmax_kl``: the distance between groups read as distributions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -77,16 +77,3 @@ class SoftmaxKL(DistanceTerm):
         term = SoftmaxKL(1.0, "sum", temperature)
         term.anchor(anchor)
         return term(current)
-
-
-class PerRankKL(SoftmaxKL):
-    """:class:`SoftmaxKL` with ``groups="rank"``: row i of A with column i of B; the other arguments are its.
-
-    The ablation of the paper (arXiv 2510.25093) that asks whether mass may move between ranks.
-    """
-
-    name = "per_rank_kl"
-    options = ("temperature",)
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, groups="rank", **options)
