@@ -20,7 +20,7 @@ from peso.events.histories import Cases
 from peso.items.trie import ItemTrie
 
 BATCH = 64  # cases scored together: 13 MB in float64 with 26,000 items, small enough for a cache
-# added to ln p of items of the history where items never repeat; finite, since a repeat may still come
+# added to ln p of items that the user has had where items never repeat; finite, since a repeat may still come
 REPEAT = np.log(1e-6)
 FITTED_ON = 1024  # validation cases for fitting the temperature
 INVERSE_TEMPERATURES = (1e-3, 1e6)  # search range of 1 / τ
@@ -57,7 +57,8 @@ class Answerer(Protocol):
 class BaselineAnswers:
     """A baseline, and how its scores become probabilities.
 
-    ``inverse_temperature``: 1 / τ. ``repeats``: whether items of the history may be recommended like others.
+    ``inverse_temperature``: 1 / τ. ``repeats``: whether items that the user has had are recommended like
+    others.
     """
 
     baseline: Baseline
@@ -159,8 +160,8 @@ def _item_log_probabilities(
 ) -> np.ndarray:
     scaled = scores.astype(np.float64) * inverse_temperature
     if not repeats:
-        for row, history in zip(scaled, cases.histories, strict=True):
-            row[np.unique(history)] += REPEAT
+        for row, seen in zip(scaled, cases.seen, strict=True):
+            row[seen] += REPEAT
     scaled -= scaled.max(axis=1, keepdims=True)
     scaled -= np.log(np.exp(scaled).sum(axis=1, keepdims=True))
     return scaled

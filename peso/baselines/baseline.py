@@ -53,7 +53,19 @@ def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
 
 def repeats_occur(stages: Sequence[Stage]) -> bool:
     """Whether any user is known to have had an item twice, after training on the last of these stages."""
-    return any(len(np.unique(items)) < len(items) for items in known_histories(stages).values())
+    *past, latest = stages
+    for stage in past:
+        if _has_repeat([np.concatenate(pair) for pair in zip(stage.previous, stage.current, strict=True)]):
+            return True
+    return _has_repeat([*latest.previous, *(one.items for one in latest.training_sequences())])
+
+
+def _has_repeat(sequences: Sequence[np.ndarray]) -> bool:
+    """Whether some item is twice in one of the sequences."""
+    owners = np.repeat(np.arange(len(sequences)), [len(items) for items in sequences])
+    items = np.concatenate([np.empty(0, dtype=np.int64), *sequences])
+    keys = owners * (items.max(initial=0) + 1) + items
+    return len(np.unique(keys)) < len(keys)
 
 
 def padded(histories: Sequence[np.ndarray], window: int, padding: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from peso.baselines.answers import BaselineAnswers
 from peso.errors import ConfigError
 from peso.evaluation.predictions import Predictions, make_predictions
 from peso.evaluation.segments import CaseLabels
@@ -52,11 +53,6 @@ class Popularity:
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
         self.learn(stages, Silent())
 
-    def leaf_log_probabilities(self) -> np.ndarray:
-        """float64 (leaves,): log( (Σ_{items of leaf} count + 1) / (Σ count + leaves) )."""
-        per_leaf = np.bincount(self.trie.leaf_of, weights=self.weights)
-        return np.log(per_leaf) - np.log(per_leaf.sum())
-
 
 def item_counts(stages: Sequence[Stage], items: int, last: int | None = None) -> np.ndarray:
     """How many events each item is known to have had after training on the last of these stages.
@@ -84,11 +80,12 @@ def predict_popularity(
     semantic_ids: SemanticIds,
     depth: int = 10,
     last: int | None = None,
+    *,
+    repeats: bool = True,
 ) -> Predictions:
     """Answer the test cases of a stage with the most popular semantic IDs.
 
-    Items that a user already had are not left out, as for the models of the protocol. Ties go to the semantic
-    ID with the smaller codes.
+    Ties go to the semantic ID with the smaller codes.
 
     Args:
         stages: 0 … t, which the list is made from; usually up to ``on``, fewer for an outdated list.
@@ -96,26 +93,22 @@ def predict_popularity(
         labels: of those cases (segments.label_cases).
         depth: semantic IDs in the list.
         last: see :func:`item_counts`.
+        repeats: whether items that a user has had are listed like others.
 
     Raises:
         ConfigError: ``depth`` is more than the catalog has semantic IDs.
     """
-    popularity = Popularity(semantic_ids.trie, last)
-    popularity.learn(stages, Silent())
-    log_probabilities = popularity.leaf_log_probabilities()
-    if depth > len(log_probabilities):
+    if depth > semantic_ids.trie.leaves:
         raise ConfigError(
             f"a list of {depth} semantic IDs was requested, but the catalog has only "
-            f"{len(log_probabilities)}; set decoding.beams lower"
+            f"{semantic_ids.trie.leaves}; set decoding.beams lower"
         )
-    best = np.argsort(-log_probabilities, kind="stable")[:depth]
+    popularity = Popularity(semantic_ids.trie, last)
+    popularity.learn(stages, Silent())
     cases = on.test_cases(window=1)
-    everyone = (len(cases), 1)
+    found = BaselineAnswers(popularity, semantic_ids.trie, repeats=repeats).answer(
+        cases, depth, lambda done: None
+    )
     return make_predictions(
-        cases,
-        labels,
-        leaves=np.tile(best, everyone),
-        scores=np.tile(log_probabilities[best], everyone),
-        target_log_probability=log_probabilities[semantic_ids.trie.leaf_of[cases.targets]],
-        semantic_ids=semantic_ids,
+        cases, labels, found.leaves, found.scores, found.target_log_probability, semantic_ids
     )

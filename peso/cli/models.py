@@ -80,9 +80,10 @@ def export(
         recommender = Recommender(opened, stage, device="cpu")
         from peso.model.export import export_merged, export_peft
 
+        write = export_merged if form == "merged" else export_peft
         terminal = Terminal()
         terminal.begin("exporting", 0, "")
-        (export_merged if form == "merged" else export_peft)(recommender.model, output)
+        write(recommender.model, output, leaves_out_seen=recommender.leaves_out_seen)
         terminal.end()
     say(output)
     if form == "index":

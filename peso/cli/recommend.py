@@ -25,14 +25,22 @@ def recommend(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
     k: Annotated[int, typer.Option("-k", help="Number of items.", min=1)] = 10,
-    exclude_seen: Annotated[bool, typer.Option(help="Leave out the items of the history.")] = False,
+    exclude_seen: Annotated[
+        bool | None,
+        typer.Option(
+            "--exclude-seen/--include-seen",
+            help="Whether to leave out the items of the history. By default as `decoding.repeats` says: left "
+            "out where no user of the log had an item twice.",
+            show_default=False,
+        ),
+    ] = None,
     stage: Stage = None,
     trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Recommend k items, best first, with their scores (log-probabilities) and semantic IDs.
 
-    With --exclude-seen, a user who has already had almost all items gets fewer than k.
+    A user who has already had almost all items gets fewer than k where seen items are left out.
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
 
@@ -49,18 +57,22 @@ def recommend(
     if output is not None:
         require_output(output, force)
     recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
+    left_out = recommender.leaves_out_seen if exclude_seen is None else exclude_seen
+    seen = f"items of the history are {'left out' if left_out else 'not left out'}"
+    if exclude_seen is None:
+        seen += f" (decoding.repeats: {recommender.workspace.config.decoding.repeats})"
     if output is not None:
         users = recommender.recommend_all(
-            output, k=k, exclude_seen=exclude_seen, force=force, observer=Terminal()
+            output, k=k, exclude_seen=left_out, force=force, observer=Terminal()
         )
         if as_json:
-            say_json({"users": users, "file": str(output)})
+            say_json({"users": users, "file": str(output), "exclude_seen": left_out})
         else:
-            say(f"recommendations for {users:,} users: {output}")
+            say(f"recommendations for {users:,} users: {output}; {seen}")
             next_steps(["export", "-w", workspace, "-o", "exported"])
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
-    ranked = recommender.recommend(history=items, k=k, exclude_seen=exclude_seen)
+    ranked = recommender.recommend(history=items, k=k, exclude_seen=left_out)
     if len(ranked) < k:
         whose = "the history" if user is None else f"the history of user {user!r}"
         Terminal().note(f"{len(ranked)} of {k} items: {whose} contains all other items of the catalogue")
@@ -74,7 +86,7 @@ def recommend(
             }
             for item, score in ranked
         ]
-        say_json({"history": items, "recommendations": rows})
+        say_json({"history": items, "exclude_seen": left_out, "recommendations": rows})
         return
     table(
         f"after {', '.join(recommender.title(item) or item for item in items[-5:]) or 'an empty history'}",
@@ -84,4 +96,5 @@ def recommend(
             for place, (item, score) in enumerate(ranked, 1)
         ],
     )
+    Terminal().note(seen)
     next_steps(["recommend", "-w", workspace, "--all", "-o", "recommendations.csv"])

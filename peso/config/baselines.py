@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
-from peso.config.section import Section
+from peso.config.section import Repeats, Section
 
 
 class BaselineOptions(Section):
     """What every baseline takes (docs/reference/baselines.md)."""
 
-    repeats: Literal["auto", "keep", "leave-out"] = Field(
+    repeats: Repeats = Field(
         "auto",
-        description="items of the history as answers; auto: left out where no training target was a repeat",
+        description="items that a user has had, as answers; auto: left out where no training target was one",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from peso.config.section import Section
+from peso.config.section import Repeats, Section
 
 Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]
@@ -125,6 +125,12 @@ class DecodingConfig(Section):
     # not written where not given, as above
     batch_size: int | None = Field(
         None, ge=1, exclude_if=not_, description="users decoded together; none given: 64, on a GPU 256"
+    )
+    repeats: Repeats = Field(
+        "auto",
+        exclude_if=partial(eq, "auto"),
+        description="items that a user has had, as answers; auto: left out where no training target was one "
+        "(the paper's preset: keep)",
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+# items that a user has had, as answers; auto: left out where no training target was a repeat
+Repeats = Literal["auto", "keep", "leave-out"]
 LARGEST = 2**31 - 1  # of a count: what arrays are indexed with
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 

@@ -85,6 +85,17 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _default_repeats(cls, tree: Any) -> Any:
+        """The paper's preset recommends and counts items that the user has had."""
+        if not isinstance(tree, Mapping) or tree.get("strategy") != "paper":
+            return tree
+        decoding = tree.get("decoding") or {}
+        if not isinstance(decoding, Mapping) or "repeats" in decoding:
+            return tree
+        return {**tree, "decoding": {**decoding, "repeats": "keep"}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _default_loss_vocabulary(cls, tree: Any) -> Any:
         """``full`` for `instruct` and for the paper's preset; the default of `stream` is measured on real
         data (docs/reference/training.md)."""

@@ -161,6 +161,8 @@ def make_predictions(
     target_log_probability: np.ndarray,
     semantic_ids: SemanticIds,
     target_level_log_probabilities: np.ndarray | None = None,
+    *,
+    leave_out: Sequence[np.ndarray] | None = None,
 ) -> Predictions:
     """Put a search's answer and the cases' labels side by side.
 
@@ -169,6 +171,7 @@ def make_predictions(
         scores: float (n, depth), theirs.
         target_log_probability: float (n,), of each target under the same model.
         target_level_log_probabilities: float (n, levels), the same level by level, where there are levels.
+        leave_out: per case item rows that are not listed although their semantic ID is, which others share.
 
     Raises:
         ValueError: the parts do not belong to the same cases.
@@ -184,6 +187,10 @@ def make_predictions(
         valid = row >= 0
         shared_by = trie.item_starts[row[valid] + 1] - trie.item_starts[row[valid]]
         ranked_scores.append(np.repeat(row_scores[valid], shared_by))
+    if leave_out is not None:
+        listed = [~np.isin(items, out) for items, out in zip(lists, leave_out, strict=True)]
+        lists = [items[kept] for items, kept in zip(lists, listed, strict=True)]
+        ranked_scores = [one[kept] for one, kept in zip(ranked_scores, listed, strict=True)]
     return Predictions(
         users=cases.users,
         targets=[names[target] for target in cases.targets],

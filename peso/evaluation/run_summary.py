@@ -76,13 +76,14 @@ class StageSummary:
     ``anchor``: how the adapter moved and what restrained it: ``moved``
     (:func:`peso.adapters.anchor_report.anchor_report`), the figures of
     :func:`peso.adapters.anchor_report.anchor_effect`, ``strategy`` (weight, strength, ρ̄); empty if no
-    adapter was trained.
+    adapter was trained. ``leaves_out_seen``: whether items that a user has had were left out of the answers.
     """
 
     predictions: Predictions
     cost: StageCost | None = None
     curve: TrainingCurve | None = None
     anchor: Mapping[str, Any] = field(default_factory=dict)
+    leaves_out_seen: bool = False
 
 
 @dataclass(frozen=True)

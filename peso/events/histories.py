@@ -60,17 +60,29 @@ class TargetSequence:
 
 @dataclass(frozen=True)
 class Cases:
-    """Prediction cases: for each a user, the history before the target (oldest first) and the target."""
+    """Prediction cases: for each a user, the history before the target (oldest first) and the target.
+
+    ``before``: all items that the user had before the target, of which the history is the last ``window``.
+    None: the histories are whole.
+    """
 
     users: list[str]
     histories: list[np.ndarray]  # int32 each, at most `window` long
     targets: np.ndarray  # int32 (n,)
+    before: list[np.ndarray] | None = None  # int32 each
 
     def __len__(self) -> int:
         return len(self.users)
 
+    @property
+    def seen(self) -> list[np.ndarray]:
+        """Per case the distinct items that the user had before the target, in ascending order."""
+        return [np.unique(items) for items in (self.histories if self.before is None else self.before)]
+
     def take(self, rows: np.ndarray) -> Cases:
-        return Cases([self.users[i] for i in rows], [self.histories[i] for i in rows], self.targets[rows])
+        before = None if self.before is None else [self.before[i] for i in rows]
+        histories = [self.histories[i] for i in rows]
+        return Cases([self.users[i] for i in rows], histories, self.targets[rows], before)
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,10 @@ class Stage:
     def _cases(self, from_end: int, window: int) -> Cases:
         rows = self.eligible()
         full = [np.concatenate([self.previous[i], self.current[i]]) for i in rows]
+        before = [f[: len(f) - from_end] for f in full]
         return Cases(
             [self.users[i] for i in rows],
-            [f[: len(f) - from_end][-window:] for f in full],
+            [items[-window:] for items in before],
             np.array([f[-from_end] for f in full], dtype=np.int32),
+            before,
         )

@@ -53,12 +53,12 @@ class PromptText:
         return self.before + self.between.join(items[-self.window :]) + self.after
 
 
-def export_merged(model: GenerativeModel, directory: str | Path) -> None:
+def export_merged(model: GenerativeModel, directory: str | Path, *, leaves_out_seen: bool = False) -> None:
     """Write one plain Transformers model: adapter merged, semantic tokens in embedding, head and tokenizer.
 
     In float32, whatever the backbone's precision: rounded to bfloat16, a weight loses what its last digit
     cannot hold, which is most of what a stage learns. ``prompt.json`` beside it says how a history is written
-    as text.
+    as text, and whether items of the history are to be left out of the answers (``leaves_out_seen``).
 
     Raises:
         ExportError: the place is taken, the tokenizer would not read prompts as the model does, or the model
@@ -67,10 +67,10 @@ def export_merged(model: GenerativeModel, directory: str | Path) -> None:
     _require_one(model)
     with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, _table_rows(model), model.vocabulary.output_rows, merged=True)
-        _save(plain, model, aside)
+        _save(plain, model, aside, leaves_out_seen)
 
 
-def export_peft(model: GenerativeModel, directory: str | Path) -> None:
+def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_seen: bool = False) -> None:
     """Write ``backbone/``, extended by neutral rows and untied, and ``adapter/`` for it in PEFT's format.
 
     Adapters of earlier stages that act beside the trained one are in the same adapter, whose rank is the sum
@@ -107,7 +107,7 @@ def export_peft(model: GenerativeModel, directory: str | Path) -> None:
     }
     with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, neutral_input, output, merged=False)
-        _save(plain, model, aside / "backbone")
+        _save(plain, model, aside / "backbone", leaves_out_seen)
         write_adapter(config, matrices | state, aside / "adapter")
 
 
@@ -174,12 +174,12 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _save(plain: Any, model: GenerativeModel, directory: Path) -> None:
+def _save(plain: Any, model: GenerativeModel, directory: Path, leaves_out_seen: bool) -> None:
     with quiet_transformers():
         plain.save_pretrained(directory)
         _extended_tokenizer(model).save_pretrained(directory)
         text = PromptText.of(model)
-        write_json(directory / "prompt.json", asdict(text))
+        write_json(directory / "prompt.json", asdict(text) | {"leaves_out_seen": leaves_out_seen})
         _check_reading(model, text, AutoTokenizer.from_pretrained(directory))
 
 

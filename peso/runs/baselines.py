@@ -309,10 +309,15 @@ class BaselineRun:
             manifest = self._manifest(stage)
             size = manifest.get("bytes_on_disk", size_of(manifest.directory / MODEL))
             cost = StageCost(manifest["seconds"], bytes_on_disk=size)
-            continual[stage] = StageSummary(read_predictions(self._file(stage, PREDICTIONS)), cost)
+            left_out = not manifest["settings"].get("repeats", True)
+            continual[stage] = StageSummary(
+                read_predictions(self._file(stage, PREDICTIONS)), cost, leaves_out_seen=left_out
+            )
             static[stage] = continual[stage]
             if stage:
-                static[stage] = StageSummary(read_predictions(self._file(stage, STATIC)))
+                static[stage] = StageSummary(
+                    read_predictions(self._file(stage, STATIC)), leaves_out_seen=static[0].leaves_out_seen
+                )
         seed = self.workspace.config.seed if is_random(self.config) else None
         runs = [RunSummary(self.label, self.label, continual, seed=seed, baseline=True)] if continual else []
         if any(static):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,25 @@ def test(workspace: Workspace, stage: int, on: int, observer: Observer) -> dict[
     return processes.on_main(partial(_measure, workspace, stage, on))
 
 
+def leaves_out_seen(workspace: Workspace, stage: int) -> bool:
+    """Whether a stage's model recommends no item that the user has had (``decoding.repeats``)."""
+    rule = workspace.config.decoding.repeats
+    if rule != "auto":
+        return rule == "leave-out"
+    files = Stream.open(workspace.stream_directory).manifest["files"]
+    known = tuple(files[name] for number in range(stage + 1) if (name := stage_file(number)) in files)
+    return not _repeats_occur(workspace.stream_directory, known)
+
+
+@lru_cache(maxsize=64)
+def _repeats_occur(directory: Path, checksums: tuple[str, ...]) -> bool:
+    """Of the first stages of a stream, as many as there are checksums, which name their content."""
+    from peso.baselines.baseline import repeats_occur
+
+    stream = Stream.open(directory)
+    return repeats_occur([stream.stage(number) for number in range(len(checksums))])
+
+
 def _is_predicted(workspace: Workspace, stage: int, on: int) -> bool:
     """Whether predictions are there that belong to this model, these cases and this search."""
     tested = _known(workspace, stage, on).get("test", {})
@@ -113,6 +132,7 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
         )
     cases_of = stream.stage(on)
     cases = cases_of.test_cases(config.prompt.window)
+    seen = cases.seen if leaves_out_seen(workspace, stage) else None
     title = f"test stage {stage}" + (f" on the cases of stage {on}" if stage != on else "")
     observer.begin(f"{title}: search and score", len(cases), "users")
     with threads(model, config.training.threads, observer):
@@ -121,6 +141,7 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
             cases.histories,
             beams=config.decoding.beams,
             batch_size=config.decoding.batch_size,
+            exclude=seen,
             targets=cases.targets,
             on_progress=observer.advance,
             processes=processes,
@@ -132,7 +153,14 @@ def _predict(workspace: Workspace, stage: int, on: int, observer: Observer) -> N
     def write() -> None:
         labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of)
         predictions = make_predictions(
-            cases, labels, found.leaves, found.scores, by_level.sum(axis=-1), model.semantic_ids, by_level
+            cases,
+            labels,
+            found.leaves,
+            found.scores,
+            by_level.sum(axis=-1),
+            model.semantic_ids,
+            by_level,
+            leave_out=seen,
         )
         name = answers_on(stage, on, PREDICTIONS)
         with replace_file(workspace.stage_directory(stage), name, FORMAT) as aside:
@@ -153,6 +181,7 @@ def _measure(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
         "on": on,
         "k": config.evaluation.k,
         "beams": config.decoding.beams,
+        "repeats": "leave-out" if leaves_out_seen(workspace, stage) else "keep",
         "determined_by": _determination(workspace, stage, on),
         "predictions": workspace.stage_manifest(stage)["files"][answers_on(stage, on, PREDICTIONS)],
         "metrics": {name: estimate.as_json() for name, estimate in estimates.items()},
@@ -164,8 +193,10 @@ def _measure(workspace: Workspace, stage: int, on: int) -> dict[str, Any]:
 
 def _determination(workspace: Workspace, stage: int, on: int) -> str:
     files = Stream.open(workspace.stream_directory).manifest["files"]
-    return digest(
+    parts = [
         workspace.stage_manifest(stage)["determined_by"],
         files[stage_file(on)],
         workspace.config.decoding.beams,
-    )
+    ]
+    # earlier versions, whose answers stay, kept what users had had
+    return digest(*parts, *(["leave-out"] if leaves_out_seen(workspace, stage) else []))

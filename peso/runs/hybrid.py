@@ -48,7 +48,7 @@ class HybridAnswers:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"weight": self.weight}
+        return {"weight": self.weight, "repeats": self.towers.repeats}
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
         found, towers, llm = self._propose(cases, advance)
@@ -64,6 +64,7 @@ class HybridAnswers:
         count = min(self.candidates, trie.leaves)
         for part in batches(cases):
             every = self.towers.log_probabilities(part)  # (n, leaves)
+            seen = None if self.towers.repeats else part.seen
             mine = top(every, count)
             # as many beams as candidates: none of them is lost on the way
             with threads(self.llm):
@@ -72,13 +73,15 @@ class HybridAnswers:
                     part.histories,
                     beams=count,
                     batch_size=self.search_batch,
-                    allow=[trie.items[trie.item_starts[row]] for row in mine],
+                    exclude=seen,
+                    allow=[np.concatenate([trie.items_of(leaf) for leaf in row]) for row in mine],
                 )
                 theirs = search(
                     self.llm,
                     part.histories,
                     beams=count,
                     batch_size=self.search_batch,
+                    exclude=seen,
                     targets=part.targets,
                 )
             assert theirs.targets is not None

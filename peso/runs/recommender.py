@@ -18,6 +18,7 @@ from peso.errors import DataError, ExportError
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.evaluate import leaves_out_seen
 from peso.runs.workspace import Workspace, refuse_own
 from peso.runtime.files import require_new, write_aside
 from peso.runtime.progress import Observer, Silent
@@ -117,7 +118,7 @@ class Recommender:
         *,
         user: str | None = None,
         k: int = 10,
-        exclude_seen: bool = False,
+        exclude_seen: bool | None = None,
     ) -> list[tuple[str, float]]:
         """The k items most likely to come next, best first, with their log-probabilities; fewer where
         ``exclude_seen`` leaves no more.
@@ -125,7 +126,7 @@ class Recommender:
         Args:
             history: item ids, oldest first; or
             user: whose stored history is taken.
-            exclude_seen: leave out the items of the history.
+            exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`.
 
         Raises:
             DataError: unknown items or user (told which), or k larger than the catalogue.
@@ -140,7 +141,7 @@ class Recommender:
         file: str | Path,
         *,
         k: int = 10,
-        exclude_seen: bool = False,
+        exclude_seen: bool | None = None,
         force: bool = False,
         observer: Observer | None = None,
     ) -> int:
@@ -153,6 +154,7 @@ class Recommender:
         ``exclude_seen`` leaves fewer than ``k`` items gets those; the observer is told.
 
         Args:
+            exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`.
             force: overwrite the file if it is there.
 
         Raises:
@@ -194,6 +196,12 @@ class Recommender:
     # -- what is known of users and items ----------------------------------------------------------
 
     @cached_property
+    def leaves_out_seen(self) -> bool:
+        """Whether items of the history are left out unless a call says otherwise, as in the tests of the
+        stage: ``decoding.repeats``, under ``auto`` if no user of the stages so far had an item twice."""
+        return leaves_out_seen(self.workspace, self.stage)
+
+    @cached_property
     def histories(self) -> dict[str, np.ndarray]:
         """Item rows of every user of the stages 0 … `stage`, oldest first: all of them, of which the model
         reads the last `window` and ``exclude_seen`` leaves out every one."""
@@ -229,8 +237,10 @@ class Recommender:
         rows = self.semantic_ids.rows(list(history))[-self.workspace.config.prompt.window :]
         return self.model.layout.prompt(self.model.item_token_ids(rows)).tolist()
 
-    def _search(self, histories: list[list[str]], k: int, *, exclude_seen: bool) -> list[Any]:
+    def _search(self, histories: list[list[str]], k: int, *, exclude_seen: bool | None) -> list[Any]:
         """The k best items of each history; what cannot be answered is refused before the model is loaded."""
+        if exclude_seen is None:
+            exclude_seen = self.leaves_out_seen
         for history in histories:
             self.semantic_ids.rows(history)
         if k > len(self.semantic_ids.item_ids):

@@ -36,7 +36,7 @@ from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_semantic_ids
 from peso.runs.baselines import baseline_summaries, found_baselines
 from peso.runs.diagnosis import stream_drift
-from peso.runs.evaluate import is_tested, read_metrics, tested_predictions
+from peso.runs.evaluate import is_tested, leaves_out_seen, read_metrics, tested_predictions
 from peso.runs.workspace import LOG, METRICS, PREDICTIONS, Workspace
 from peso.runtime.manifest import read_manifest
 from peso.runtime.progress import Observer
@@ -142,7 +142,9 @@ def popularity(workspace: Workspace) -> RunSummary:
     for number, stage in enumerate(stages):
         labels = label_cases(stages[:number], stage)
         depth = min(workspace.config.decoding.beams, ids.trie.leaves)
-        answers[number] = StageSummary(predict_popularity(stages[: number + 1], stage, labels, ids, depth))
+        left_out = leaves_out_seen(workspace, number)
+        found = predict_popularity(stages[: number + 1], stage, labels, ids, depth, repeats=not left_out)
+        answers[number] = StageSummary(found, leaves_out_seen=left_out)
     return RunSummary("popularity", "popularity (all time)", answers, baseline=True)
 
 
@@ -231,6 +233,7 @@ def _stage(workspace: Workspace, stage: int) -> StageSummary:
         stage_cost(workspace, stage),
         _curve(workspace.log(stage)),
         {**training.get("anchor", {}), **held},
+        read_metrics(workspace, stage, stage)["test"].get("repeats") == "leave-out",
     )
 
 

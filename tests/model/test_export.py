@@ -277,8 +277,9 @@ def test_a_tokenizer_that_would_read_other_ids_is_refused(tmp_path: Path, monkey
 
 def test_the_prompt_text_lies_beside_the_model(tmp_path: Path) -> None:
     model = trained(BackboneConfig(name="tiny", layers=1), "stream")
-    export_merged(model, tmp_path / "merged")
+    export_merged(model, tmp_path / "merged", leaves_out_seen=True)
     stored = json.loads((tmp_path / "merged" / "prompt.json").read_text())
+    assert stored.pop("leaves_out_seen") is True
     assert PromptText(**stored) == PromptText.of(model)
     assert stored["window"] == 20
 

@@ -32,7 +32,31 @@ def findings(comparison: Comparison) -> list[str]:
 
 def cautions(comparison: Comparison) -> list[str]:
     """What was measured, and what the intervals cover."""
-    return [_scope(comparison), _interval(comparison), *_bases(comparison)]
+    return [_scope(comparison), _interval(comparison), *_bases(comparison), _seen_items(comparison)]
+
+
+def _seen_items(comparison: Comparison) -> str:
+    """Which systems leave out items that the user has had: a rule that moves every figure."""
+    without, partly, keeping = list[str](), list[str](), list[str]()
+    for system in comparison.systems:
+        found = {run.stages[t].leaves_out_seen for run in system.runs for t in comparison.averaged}
+        (partly if len(found) > 1 else without if True in found else keeping).append(_name(system))
+    if not (partly or keeping):
+        return (
+            "Items that a user has had already are left out of every list."
+        )
+    if not (partly or without):
+        return "Items that a user has had already are recommended like others."
+    told = [
+        f"{listed(names)} {words}"
+        for names, words in (
+            (without, "leave them out"),
+            (partly, "leave them out at some stages"),
+            (keeping, "recommend them like others"),
+        )
+        if names
+    ]
+    return f"Systems differ in how they treat items that a user has had already: {'; '.join(told)}."
 
 
 def stage_range(stages: Sequence[int]) -> str:
