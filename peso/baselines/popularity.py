@@ -85,8 +85,6 @@ def predict_popularity(
 ) -> Predictions:
     """Answer the test cases of a stage with the most popular semantic IDs.
 
-    Ties go to the semantic ID with the smaller codes.
-
     Args:
         stages: 0 … t, which the list is made from; usually up to ``on``, fewer for an outdated list.
         on: the stage whose test cases are answered.
