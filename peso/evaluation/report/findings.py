@@ -42,9 +42,7 @@ def _seen_items(comparison: Comparison) -> str:
         found = {run.stages[t].leaves_out_seen for run in system.runs for t in comparison.averaged}
         (partly if len(found) > 1 else without if True in found else keeping).append(_name(system))
     if not (partly or keeping):
-        return (
-            "Items that a user has had already are left out of every list."
-        )
+        return "Items that a user has had already are left out of every list."
     if not (partly or without):
         return "Items that a user has had already are recommended like others."
     told = [
