@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from peso.baselines.baseline import padded
 from peso.baselines.fitting import fit, mean_target_loss, seeded
 from peso.config.baselines import SasRecConfig
-from peso.errors import ConfigError
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
@@ -74,10 +73,6 @@ class SasRec:
     def __init__(
         self, items: int, window: int, options: SasRecConfig, seed: int, device: torch.device
     ) -> None:
-        if options.width % options.heads:
-            raise ConfigError(
-                f"sasrec: width {options.width} cannot be shared by {options.heads} heads; choose a multiple"
-            )
         self.items, self.window, self.options = items, window, options
         self.seed, self.device = seed, device
         self.network = self._fresh()

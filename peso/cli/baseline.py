@@ -37,6 +37,7 @@ def baseline(
     from peso.config import load_config
     from peso.errors import UsageError
     from peso.runs import baselines, report
+    from peso.runs.checks import check_configuration
     from peso.runs.workspace import Workspace
 
     path = workspace / "config.yaml"
@@ -46,7 +47,9 @@ def baseline(
         # a bare name takes its options from the configuration, if it is listed there
         by_name = {config.name: config.model_dump_json() for config in configured}
         requested = ", ".join(by_name.get(name, name) for name in names)  # type: ignore[call-overload]
-        configured = load_config(path, [*(overrides or []), f"baselines=[{requested}]"]).baselines
+        config = load_config(path, [*(overrides or []), f"baselines=[{requested}]"])
+        check_configuration(config)
+        configured = config.baselines
     if not configured:
         raise UsageError(f"no baseline is given: name one, or list some under `baselines` in {path}")
     with Workspace.change(workspace, overrides or [], trust=trust or ()) as opened:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peso.cli.display import Overrides, duration, next_steps, say, table
-from peso.errors import PesoError, UsageError
+from peso.errors import PesoError, UsageError, WorkspaceError
 from peso.runtime.files import only_writer
 from peso.runtime.printable import printable
 
@@ -64,17 +64,22 @@ def compare(
 
     Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """
+    from peso.evaluation.report import refuse_foreign
     from peso.runs.compare.plan import make_plan
-    from peso.runs.workspace import refuse_own
+    from peso.runs.workspace import require_place
 
     began = time.time()
     seconds = None if budget is None else _seconds(budget)
     root = workspace or Path("runs") / config.stem
     plan = make_plan(config, root, overrides or [])
-    if output is not None:
-        refuse_own(output / "report")
+    plan.check()
+    if not dry_run:
+        require_place((output or root) / "report")
+        refuse_foreign((output or root) / "report")
     if not report_only:
         plan.refuse_changes()
+    elif not plan.is_begun:
+        raise WorkspaceError(f"there is nothing to report: no run in {root} is begun; omit --report-only")
     from peso.runs.compare.schedule import Machine  # loads SciPy
 
     machine = Machine.of(plan.compare.workers, plan.common.training.device)

@@ -40,11 +40,13 @@ def demo(
     Example: peso demo -o runs/demo
     """
     from peso.config import load_config
+    from peso.evaluation.report import refuse_foreign
     from peso.events.stream import Stream
     from peso.runs import pipeline, report
-    from peso.runs.workspace import Workspace, refuse_own
+    from peso.runs.workspace import Workspace, require_place
 
-    refuse_own(output / "report")
+    require_place(output / "report")
+    refuse_foreign(output / "report")
     terminal = Terminal()
     workspaces: list[Workspace] = []
     for strategy in STRATEGIES:

@@ -90,14 +90,16 @@ def _directions(
     as_json: bool,
 ) -> None:
     from peso.errors import UsageError
-    from peso.runs.workspace import Workspace, refuse_own
+    from peso.runs.diagnosis import require_later_stage
+    from peso.runs.workspace import Workspace, require_place
     from peso.runtime.files import write_atomically
 
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {plot}: the file name must end in .svg or .png")
     if plot is not None:
-        refuse_own(plot)
-    trained = workspace.as_trained(workspace.require_stage(stage))
+        require_place(plot)
+    stage = require_later_stage(workspace, stage)
+    trained = workspace.as_trained(stage)
 
     from peso.runs.models import strategy_of
 

@@ -57,7 +57,7 @@ def init(
     """
     from peso.errors import UsageError
     from peso.runs.first_config import first_config
-    from peso.runs.workspace import refuse_own
+    from peso.runs.workspace import require_place
     from peso.runtime.files import write_atomically
 
     name = Path(log).name.split(".")[0] or "log"
@@ -66,7 +66,7 @@ def init(
         raise UsageError(f"{target}: the name of a configuration ends in .yaml")
     if target.exists() and not force:
         raise UsageError(f"{target} is there already; use --force to overwrite it, or -o for another name")
-    refuse_own(target)
+    require_place(target)
     columns = {"user": user, "item": item, "time": time, "rating": rating}
     of_items = {"item": item_id, "title": title, "category": category}
     named = {role: [column] for role, column in of_items.items() if column}

@@ -64,10 +64,10 @@ def export(
 
     Example: peso export -w runs/games --format index -o games.index.json
     """
-    from peso.runs.workspace import Workspace, refuse_own
+    from peso.runs.workspace import Workspace, require_place
     from peso.runtime.files import require_free
 
-    refuse_own(output)
+    require_place(output)
     opened = Workspace.open(workspace, trust or ())
     if form == "index":
         from peso.runs import pipeline

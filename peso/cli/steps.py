@@ -27,7 +27,7 @@ from peso.cli.display import (
     watcher,
 )
 from peso.errors import ConfigError, UsageError
-from peso.runs.workspace import CONFIG, Workspace, refuse_own
+from peso.runs.workspace import CONFIG, Workspace, require_place
 from peso.runtime.processes import current
 
 
@@ -178,12 +178,13 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     """Read the columns that the workspace's product table has, unless --set names others."""
 
     from peso.config import load_config
-    from peso.events.sources.files import kind_of
+    from peso.events.sources.files import find_files, kind_of
     from peso.runs import pipeline
 
     if others := [text for text in overrides if not text.startswith("data.")]:
         raise ConfigError(f"with --items, --set can change only keys of `data`, not {', '.join(others)}")
     opened = Workspace.open(path)
+    find_files(items, kind_of(items) or "csv", "--items")  # raises where there is none
     data, known = opened.config.data, opened.config.data.items
     kind = kind_of(items) or (known and known.format) or data.format
     tree = {
@@ -401,13 +402,15 @@ def report(
     Example: peso report -w runs/none -w runs/single -w runs/peso -o runs/report
     """
     from peso.errors import WorkspaceError
+    from peso.evaluation.report import refuse_foreign
     from peso.runs import report as summary
     from peso.runs.baselines import run_cheap_baselines
 
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory
     if directory.resolve() != opened[0].report_directory.resolve():
-        refuse_own(directory)
+        require_place(directory)
+    refuse_foreign(directory)
     try:
         with opened[0].lock():
             run_cheap_baselines(opened[0], watcher())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
+from peso.config.model import MOST_BEAMS, MOST_EPOCHS
 from peso.config.section import Repeats, Section
 
 
@@ -23,7 +24,7 @@ class NetworkOptions(BaselineOptions):
     """What the baselines with a network take. Epochs are the most; the best by validation loss is kept."""
 
     width: int = Field(64, ge=1, description="of every embedding")
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, le=MOST_EPOCHS)
     patience: int = Field(2, ge=1, description="epochs without a better validation loss that end a stage")
     batch_size: int = Field(256, ge=1, description="targets (two-tower) or sequences (sasrec) in one step")
     learning_rate: float = Field(1e-3, gt=0)
@@ -74,12 +75,20 @@ class SasRecConfig(NetworkOptions):
     heads: int = Field(2, ge=1)
     batch_size: int = Field(64, ge=1, description="sequences in one step")
 
+    @model_validator(mode="after")
+    def _shares_its_width(self) -> SasRecConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"sasrec: width {self.width} cannot be shared by {self.heads} heads; choose a multiple"
+            )
+        return self
+
 
 class HybridConfig(Section):
     """The two-tower model and the run's own language model, fused."""
 
     name: Literal["hybrid"] = "hybrid"
-    candidates: int = Field(50, ge=1, description="semantic IDs that each of the two proposes")
+    candidates: int = Field(50, ge=1, le=MOST_BEAMS, description="semantic IDs that each of the two proposes")
     weight: float | None = Field(
         None, ge=0, le=1, description="of the two-tower's log-probability; none given: tuned on validation"
     )

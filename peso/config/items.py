@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from peso.config.section import Section
 
+HASHING, FILES = "hashing", "vectors"  # encoders that are not models
+
 
 class RqVaeConfig(Section):
     """The network of ``items.quantizer: rq-vae`` and how it is trained; unused by the other quantisers."""
@@ -19,7 +21,7 @@ class RqVaeConfig(Section):
         description="widths between the vectors and the latent, mirrored in the decoder",
     )
     latent: int = Field(64, ge=2, description="width of the space that the codebooks quantise")
-    steps: int = Field(1000, ge=1, description="optimiser steps")
+    steps: int = Field(1000, ge=1, le=100_000, description="optimiser steps")
     batch_size: int = Field(1024, ge=1, description="items in one optimiser step")
     learning_rate: float = Field(1e-3, gt=0)
     commitment: float = Field(0.25, ge=0, description="weight that holds the encoder to its codes")
@@ -32,7 +34,7 @@ class ItemsConfig(Section):
     ``all-minilm-l6-v2``, any sentence-transformers or Transformers name or path, causal LMs included.
     """
 
-    encoder: str = Field("hashing", min_length=1)
+    encoder: str = Field(HASHING, min_length=1)
     dimensions: int = Field(128, ge=2, description="hashing only: width of the vectors")
     template: str = Field(
         "{title}\n{category}\n{text}", description="a line whose fields are all empty is dropped"
@@ -62,6 +64,6 @@ class ItemsConfig(Section):
             raise ValueError(
                 f"items.template takes the fields {{title}}, {{text}} and {{category}}; got {self.template!r}"
             )
-        if self.encoder == "vectors" and not self.vectors:
+        if self.encoder == FILES and not self.vectors:
             raise ValueError("items.encoder: vectors needs files in items.vectors")
         return self

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from operator import eq, not_
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from peso.config.section import Repeats, Section
 
@@ -16,6 +17,10 @@ STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
 Precision = Literal["auto", "float32", "bfloat16"]
 # Backbones built in code, randomly initialized, trained whole at stage 0: name → default (width, layers).
 BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
+CONTEXT = 4096  # tokens that these see
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of these
+MOST_BEAMS, MOST_EPOCHS = 500, 100_000
+DEVICE = re.compile(r"auto|cpu|(cuda|xpu|hpu|mps)(:\d{1,3})?")
 HOW = (
     "gradient_checkpointing",
     "compile",
@@ -30,6 +35,27 @@ class BackboneConfig(Section):
     layers: int | None = Field(None, ge=1, description="keep the first n layers; for scratch: its depth")
     width: int | None = Field(None, ge=8, description="scratch and tiny only: hidden width")
 
+    @model_validator(mode="after")
+    def _has_whole_heads(self) -> BackboneConfig:
+        if self.width is not None and self.name not in BUILT_IN:
+            raise ValueError(
+                f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} brings its own width"
+            )
+        if self.width is not None and self.width % (head := head_size(self.width)):
+            raise ValueError(f"backbone.width {self.width} is not a multiple of the head size {head}")
+        return self
+
+
+def head_size(width: int) -> int:
+    """Of a backbone that is built in code."""
+    return 32 if width >= 64 else 16
+
+
+def _device(name: str) -> str:
+    if not DEVICE.fullmatch(name):
+        raise ValueError("a device is auto, cpu, cuda or one of several, such as cuda:1 (also mps, xpu, hpu)")
+    return name
+
 
 class PromptConfig(Section):
     layout: Layout = "stream"
@@ -40,9 +66,7 @@ class AdapterConfig(Section):
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    targets: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
-    )
+    targets: list[str] = Field([*LINEAR_LAYERS], min_length=1)
 
 
 def expand_backbone(value: Any) -> Any:
@@ -79,7 +103,7 @@ class TrainingConfig(Section):
     warmup: float = Field(0.01, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     precision: Precision = "auto"
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     validation_cases: int | None = Field(
         None, ge=1, description="validate on a seeded sample of so many cases; none given: on all"
     )
@@ -99,7 +123,7 @@ class TrainingConfig(Section):
     compile: bool | Literal["auto"] = Field(
         False, exclude_if=not_, description="torch.compile; auto: on a GPU; rounding alone changes"
     )
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         "auto",
         exclude_if=partial(eq, "auto"),
         description="of PyTorch on a CPU; auto: OMP_NUM_THREADS, else by the size of the model",
@@ -121,7 +145,7 @@ class TrainingConfig(Section):
 
 
 class DecodingConfig(Section):
-    beams: int = Field(10, ge=1, le=500)
+    beams: int = Field(10, ge=1, le=MOST_BEAMS)
     # not written where not given, as above
     batch_size: int | None = Field(
         None, ge=1, exclude_if=not_, description="users decoded together; none given: 64, on a GPU 256"

@@ -6,6 +6,7 @@ Knows how a mistake is explained: key, value and the nearest valid key.
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
 from peso.errors import ConfigError
 
+# what pydantic names beside the keys: the member of a union of plain values
+MEMBER = re.compile(r"(constrained-)?(int|float|bool|str)$|(literal|list)\[|function-")
 MOST_PROBLEMS = 5  # of a configuration that one message names
 
 
@@ -175,7 +178,9 @@ def valid_keys(parts: bool = True) -> list[str]:
 
 def explained(error: ValidationError, explain: Callable[[Any], str]) -> str:
     """The first few problems, one sentence each."""
-    problems = error.errors(include_url=False)
+    problems: list[Any] = error.errors(include_url=False)
+    for problem in problems:
+        problem["loc"] = tuple(part for part in problem["loc"] if not MEMBER.match(str(part)))
     more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
     told = [textwrap.shorten(explain(problem), 600, placeholder=" …") for problem in problems[:MOST_PROBLEMS]]
     return "; ".join([*told, *more])

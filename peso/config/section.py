@@ -27,10 +27,12 @@ class Section(BaseModel):
             return tree
         result = dict(tree)
         for key in cls.model_fields.keys() & tree.keys():
-            value, kinds = tree[key], _kinds(cls.model_fields[key].annotation)
+            value, kinds = tree[key], plain_types(cls.model_fields[key].annotation)
             if float in kinds and str not in kinds:
                 result[key] = [_number(v) for v in value] if isinstance(value, list) else _number(value)
-            elif int in kinds and isinstance(value, int) and value > LARGEST and not {float, str} & kinds:
+            counts = value if isinstance(value, list) else [value]
+            too_large = any(isinstance(count, int) and count > LARGEST for count in counts)
+            if too_large and int in kinds and not {float, str} & kinds:
                 raise ValueError(f"{key} is too large: a count is at most {LARGEST:,}")
         return result
 
@@ -39,6 +41,6 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
-def _kinds(annotation: Any) -> frozenset[Any]:
+def plain_types(annotation: Any) -> frozenset[Any]:
     """The plain types that an annotation allows, those within lists and unions included."""
-    return frozenset([annotation]).union(*map(_kinds, get_args(annotation)))
+    return frozenset([annotation]).union(*map(plain_types, get_args(annotation)))

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from peso.config import ItemsConfig
+from peso.config.items import FILES, HASHING
 from peso.errors import DataError
 from peso.items.encoders.fusion import Fusion
 from peso.items.encoders.hashing import HashingEncoder
@@ -62,10 +63,6 @@ def _fill(lines: list[tuple[str, list[str]]], filled: Mapping[str, str]) -> str 
 
 def _fields(line: str) -> list[str]:
     return [name for _, name, _, _ in Formatter().parse(line) if name is not None]
-
-
-HASHING = "hashing"
-FILES = "vectors"
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peso.config.model import BUILT_IN
+from peso.config.model import BUILT_IN, CONTEXT, head_size
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
-from peso.runtime import assets
+from peso.model.source import source_of
 from peso.runtime.quiet import quiet_transformers
 
 BEGIN, END = "<|begin|>", "<|end|>"
@@ -47,7 +47,7 @@ def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> Lla
 
     The caller's random state is left as it was. Same seed, same weights.
     """
-    head = 32 if width >= 64 else 16
+    head = head_size(width)
     if width % head:
         raise ValueError(f"width {width} is not a multiple of the head size {head}")
     config = LlamaConfig(
@@ -57,7 +57,7 @@ def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> Lla
         num_hidden_layers=layers,
         num_attention_heads=width // head,
         num_key_value_heads=width // head,
-        max_position_embeddings=4096,
+        max_position_embeddings=CONTEXT,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -106,7 +106,7 @@ def load_backbone(
             raise BackboneError(
                 f"backbone.width is for {' and '.join(BUILT_IN)} only; {name!r} brings its own width"
             )
-        causal_lm, tokenizer = _pretrained(name, _source(name), layers, dtype)
+        causal_lm, tokenizer = _pretrained(name, source_of(name), layers, dtype)
     # PEFT writes this into its files: the name that was configured, not a place on this machine
     causal_lm.name_or_path = causal_lm.config._name_or_path = name
     causal_lm.eval().requires_grad_(False)
@@ -115,28 +115,6 @@ def load_backbone(
     except BackboneError as error:
         raise BackboneError(f"backbone {name!r} is refused: {error}") from None
     return causal_lm, tokenizer
-
-
-def _source(name: str) -> str:
-    """What Transformers is given for a name: a directory, or the name itself for the hub."""
-    if name in assets.names("backbone"):
-        found = assets.find(name)
-        if found is None:
-            raise BackboneError(f"backbone {name!r} is not in the cache; fetch it with `peso pull {name}`")
-        return str(found)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise BackboneError(f"backbone {name!r} is a file; name the directory of a Transformers model")
-    # owner/model is how the hub names things; everything else was meant as one of ours or as a path
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        known = ", ".join([*BUILT_IN, *assets.names("backbone")])
-        raise BackboneError(
-            f"backbone {name!r} is not a directory and no known name ({known}); "
-            "a hub name is written owner/model"
-        )
-    return name
 
 
 def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:

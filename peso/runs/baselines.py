@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peso.config import Config
 from peso.config.baselines import (
     BaselineConfig,
+    EaseConfig,
     HybridConfig,
+    NetworkOptions,
     PlainBaselineConfig,
+    SasRecConfig,
+    TwoTowerConfig,
     baseline_label,
     is_random,
     read_baseline,
@@ -37,6 +42,7 @@ from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.workspace import METRICS, PREDICTIONS, Workspace, provenance
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
+from peso.runtime.machine import TRAINED, require_memory
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
@@ -48,6 +54,31 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the directory of a stage
 STATIC, MODEL = "static.parquet", "model"
+
+
+def check_data(config: Config, stream: Stream) -> None:
+    """What can be wrong with a configuration once the log is read.
+
+    Raises:
+        ConfigError: a list longer than the catalogue, or what the machine has no memory for.
+    """
+    items, users = int(stream.manifest["items"]), max(int(stage["users"]) for stage in stream.counts)
+    if config.evaluation.enabled and (asked := max(config.evaluation.k)) > items:
+        raise ConfigError(f"evaluation.k asks for {asked} items, but the log has {items:,}; ask for fewer")
+    window = config.prompt.window
+    for baseline in config.baselines:
+        options = baseline.two_tower if isinstance(baseline, HybridConfig) else baseline
+        if isinstance(options, EaseConfig):
+            taking_part = min(options.items, items)
+            require_memory(8 * taking_part**2, f"baselines: ease with {taking_part:,} items")
+        if isinstance(options, NetworkOptions):
+            rows = items + (users if isinstance(options, TwoTowerConfig) else 0)
+            scores = min(options.batch_size, users) * (window if isinstance(options, SasRecConfig) else 1)
+            require_memory(
+                TRAINED * rows * options.width + 4 * scores * items,
+                f"baselines: {options.name} of width {options.width:,} and batch_size "
+                f"{options.batch_size:,} for {items:,} items and {users:,} users",
+            )
 
 
 class BaselineRun:
@@ -141,9 +172,10 @@ class BaselineRun:
         """Make ready what the stages need: for the hybrid, its two-tower model.
 
         Raises:
-            ConfigError: lists longer than the catalogue.
+            ConfigError: lists longer than the catalogue, or too little memory.
             WorkspaceError: the run's own model is needed, by the hybrid, and is not trained.
         """
+        check_data(self.workspace.config.model_copy(update={"baselines": [self.config]}), self.stream)
         most, leaves = max(self.workspace.config.evaluation.k), self.ids.trie.leaves
         if most > leaves:
             raise ConfigError(

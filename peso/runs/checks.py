@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peso.config import Config
-from peso.config.baselines import NetworkOptions, SasRecConfig
-from peso.config.model import BUILT_IN
+from peso.config import Config, ItemsConfig
+from peso.config.baselines import SasRecConfig
+from peso.config.items import FILES, HASHING
+from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
 from peso.errors import BackboneError, ConfigError
 from peso.events.columns import ITEM_ID, ITEMS
-from peso.runtime.machine import require_memory
+from peso.model.source import source_of
+from peso.runtime import assets
+from peso.runtime.machine import TRAINED, require_memory
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
-TRAINED = 16  # bytes a parameter: float32 weights, their gradients, two moments of AdamW
 LAYER = 50_000  # bytes of Python objects, at least, that a decoder layer consists of
 USER = 4_000  # bytes, at least, while a simulated user's events are drawn
 
@@ -26,16 +29,30 @@ def check_configuration(config: Config) -> None:
     models.
 
     Raises:
-        ConfigError: names the key, the value and what to do.
+        ConfigError, BackboneError: names the key, the value and what to do.
         DataError: a user table that cannot be read.
     """
     _check_sizes(config)
+    _check_backbone(config)
+    for named in config.strategy.foreign:
+        module = named.partition(".")[0]
+        if not module or find_spec(module) is None:
+            raise ConfigError(
+                f"strategy: {named} cannot be imported (there is no module {module!r}); name a class that "
+                "Python can import from here (PYTHONPATH)"
+            )
     for key, path in [("items.vectors", path) for path in config.items.vectors] + [
         ("items.index", config.items.index),
         ("items.encoder", config.items.encoder if config.items.encoder.startswith(("/", "~", ".")) else None),
     ]:
         if path is not None and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}: there is nothing at {path}")
+    encoder = Path(config.items.encoder).expanduser()
+    is_model = any((encoder / name).is_file() for name in ("config.json", "modules.json"))
+    if config.items.encoder not in (HASHING, FILES) and encoder.is_dir() and not is_model:
+        raise ConfigError(
+            f"items.encoder: {encoder} has no config.json and no modules.json: it is not a model"
+        )
     if config.report.users is not None or config.report.segments:
         from peso.runs.report import read_user_table
 
@@ -52,7 +69,36 @@ def check_configuration(config: Config) -> None:
         raise ConfigError(f"evaluation.k asks for {asked} items, but data.simulate.items is {sold}")
 
 
+def _check_backbone(config: Config) -> None:
+    """That it is there; of one that is built in code also what :func:`rehearse` finds."""
+    if config.backbone.name not in BUILT_IN:
+        if config.backbone.name not in assets.names("backbone"):  # a run fetches these
+            source_of(config.backbone.name)
+        return
+    if missing := [t for t in config.adapter.targets if t.rpartition(".")[2] not in LINEAR_LAYERS]:
+        raise BackboneError(
+            f"adapter.targets: the backbone has no linear layer named {', '.join(missing)}; it has: "
+            f"{', '.join(sorted(LINEAR_LAYERS))}"
+        )
+    if (least := 2 * config.prompt.window * _least_levels(config)) > CONTEXT:
+        raise BackboneError(
+            f"prompts reach {least:,} tokens or more, but the backbone's context is {CONTEXT:,}; lower "
+            "prompt.window or choose another backbone"
+        )
+
+
+def _least_levels(config: Config) -> int:
+    """Tokens of an item, at least: where the data say how many, one."""
+    of_data = config.data.format == "peso-release" or config.items.index is not None
+    return 1 if of_data or config.items.quantizer == "category-path" else config.items.levels
+
+
 def _check_sizes(config: Config) -> None:
+    longest = max(config.training.epochs, config.training.later.epochs or 1)
+    if longest > MOST_EPOCHS and config.training.max_steps is None:
+        raise ConfigError(
+            f"training.epochs {longest:,}: at most {MOST_EPOCHS:,}, unless training.max_steps ends them"
+        )
     simulate, backbone, network = config.data.simulate, config.backbone, config.items.rq_vae
     if config.data.format == "simulate":
         require_memory(
@@ -77,11 +123,10 @@ def _check_sizes(config: Config) -> None:
             f"items.rq_vae: hidden {network.hidden}, latent {network.latent}",
         )
     for baseline in config.baselines:
-        if isinstance(baseline, NetworkOptions):
-            layers = baseline.layers if isinstance(baseline, SasRecConfig) else 1
+        if isinstance(baseline, SasRecConfig):
             require_memory(
-                TRAINED * (12 * layers if isinstance(baseline, SasRecConfig) else 1) * baseline.width**2,
-                f"baselines: {baseline.name} of width {baseline.width:,}",
+                baseline.layers * (LAYER + TRAINED * 12 * baseline.width**2),
+                f"baselines: sasrec of width {baseline.width:,} and {baseline.layers:,} layers",
             )
 
 
@@ -107,6 +152,8 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     check_configuration(config)
     strategy_of(workspace)
     Precision.of(config.training.precision, config.training.device)
+    if not workspace.has_semantic_ids and config.data.format != "peso-release":
+        _rehearse_items(config.items)
     shape = config.model_dump_json(include={"backbone", "prompt", "adapter", "items", "data"})
     seen = set() if seen is None else seen
     if shape in seen:
@@ -115,10 +162,20 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     backbone, adapter = config.backbone, config.adapter
     causal_lm, tokenizer = load_backbone(backbone.name, layers=backbone.layers, width=backbone.width)
     layout = make_layout(config.prompt.layout, tokenizer, config.prompt.window)
-    of_data = config.data.format == "peso-release" or config.items.index is not None
-    of_data = of_data or config.items.quantizer == "category-path"  # then the data say how many levels
-    check_reach(causal_lm, longest_sequence(layout, 1 if of_data else config.items.levels))
+    check_reach(causal_lm, longest_sequence(layout, _least_levels(config)))
     try:
         add_adapter(causal_lm, adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, seed=0)
     except (RuntimeError, MemoryError) as error:
         raise BackboneError(f"adapter: a rank of {adapter.rank:,} cannot be made: {error}") from None
+
+
+def _rehearse_items(items: ItemsConfig) -> None:
+    """Read what semantic IDs are made with, as far as it is known before the catalogue is."""
+    if items.index is not None:
+        from peso.items.index_files import read_release_index
+
+        read_release_index(items.index)
+    elif items.encoder not in (HASHING, FILES):
+        from peso.items.encoders.language_model import load_text_encoder
+
+        load_text_encoder(items.encoder, items.max_tokens)

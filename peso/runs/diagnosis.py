@@ -150,3 +150,13 @@ def quality_tables(manifest: dict[str, Any]) -> list[Titled]:
         rows = [[entry["item"], entry["title"]] for entry in sample]
         tables.append((quality.sample_title(measured["sample"]), ["item", "title"], rows))
     return tables
+
+
+def require_later_stage(workspace: Workspace, stage: int | None) -> int:
+    """The stage asked for, or the newest. Raises WorkspaceError for one that has no anchor."""
+    number = workspace.require_stage(stage)
+    if number == 0:
+        raise WorkspaceError(
+            "stage 0 starts from nothing that could be an anchor; name a later one (--stage)"
+        )
+    return number

@@ -30,6 +30,7 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.events.stream import Stream
 from peso.model.build import has_adapter
 from peso.model.generative import GenerativeModel
+from peso.runs.diagnosis import require_later_stage
 from peso.runs.models import load_stage, starting_model, stored_memory, strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime.threads import threads
@@ -71,9 +72,9 @@ def stage_directions(
         ConfigError: a strategy that does not move one adapter on, or a term that has no metric.
         TrainingError: too few examples for a spread, or gradients that say nothing.
     """
-    stage = workspace.require_stage(stage)
+    stage = require_later_stage(workspace, stage)
     workspace = workspace.as_trained(stage)
-    _require_anchor(workspace, stage)
+    _require_anchor(workspace)
     differences = [] if free is None else _differences(workspace, free, stage)
     model, term, gradients, source = _example_gradients(workspace, stage, examples, at)
     gram = gradients.gram()
@@ -128,11 +129,7 @@ def stage_directions(
 # -- what the stage started from, and where it went ------------------------------------------------------
 
 
-def _require_anchor(workspace: Workspace, stage: int) -> None:
-    if stage == 0:
-        raise WorkspaceError(
-            "stage 0 starts from nothing that could be an anchor; name a later one (--stage)"
-        )
+def _require_anchor(workspace: Workspace) -> None:
     if not strategy_of(workspace).moves_one_adapter:
         known = [name for name, strategy in strategies().items() if strategy.moves_one_adapter]
         raise ConfigError(

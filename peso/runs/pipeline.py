@@ -24,15 +24,16 @@ from peso.events.append import update_items as fill_corrected_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import FORMAT as STREAM_FORMAT
-from peso.events.stream import Stream
+from peso.events.stream import Stream, stage_file
 from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.baselines import check_data
 from peso.runs.checks import check_configuration, rehearse
 from peso.runs.determination import determination
 from peso.runs.evaluate import is_tested, test, test_directory
 from peso.runs.report import read_user_table, tell_found
-from peso.runs.workspace import FORMAT, METRICS, Workspace, refuse_own
+from peso.runs.workspace import FORMAT, METRICS, Workspace, require_place
 from peso.runtime import assets
 from peso.runtime.files import commit_directory, link, remove_directory
 from peso.runtime.manifest import intact, read_manifest, write_manifest
@@ -93,16 +94,23 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
 def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[Step]:
     """Everything before the stages; returns what is left to do of these."""
     source = None if base is None else Workspace.open(base)
-    if 0 not in workspace.finished_stages:
+    if 0 in workspace.finished_stages:
+        source = None
+    else:
+        if source is not None:
+            _refuse_base(workspace, source)
         rehearse_stages(workspace, observer)
     if not workspace.has_stream:
         ingest(workspace, observer)
+        if source is not None:
+            _refuse_base(workspace, source)
+    check_data(workspace.config, _stream(workspace))
     if not workspace.has_semantic_ids:
         tokenize(workspace, observer)
     elif items_without_id(workspace):
         tokenize_new(workspace, observer)
     require_catalogue(workspace)
-    if source is not None and 0 not in workspace.finished_stages:
+    if source is not None:
         take_base(workspace, source, observer)
     return list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages))
 
@@ -300,7 +308,7 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
         ExportError: the place is taken.
     """
     _require_semantic_ids(workspace)
-    refuse_own(path)
+    require_place(path)
     if os.path.lexists(path):
         raise ExportError(f"{path} is there already; name a file that does not exist yet")
     ids = read_semantic_ids(workspace.semantic_ids_directory)
@@ -410,13 +418,9 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
     Raises:
         WorkspaceError: the other has no stage 0, or something that determines it differs.
     """
-    base.require_stage(0)
+    _refuse_base(workspace, base)
     if base.stage_manifest(0)["determined_by"] != determination(workspace, 0):
-        changed = changed_shape(base.config_of(0), workspace.config, 0)
-        raise WorkspaceError(
-            f"stage 0 of {base.root} is not the one that this run would train: "
-            f"{_told(changed) or 'its data or semantic IDs differ'}; leave --base out, or make them equal"
-        )
+        raise _other_base(base, "its semantic IDs differ")
     for stage in range(_stream(workspace).stages):
         if stage in workspace.finished_stages:
             continue
@@ -428,8 +432,23 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
         observer.note(f"stage {stage}: taken over from {base.root}")
 
 
-def _told(changed: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
+def _refuse_base(workspace: Workspace, base: Workspace) -> None:
+    """Raise WorkspaceError where configurations and data show that stage 0 of ``base`` is another one."""
+    base.require_stage(0)
+    if changed := changed_shape(base.config_of(0), workspace.config, 0):
+        told = (f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
+        raise _other_base(base, ", ".join(told))
+    if workspace.has_stream:
+        theirs, ours = (_stream(each).manifest["files"][stage_file(0)] for each in (base, workspace))
+        if theirs != ours:
+            raise _other_base(base, "its data differ")
+
+
+def _other_base(base: Workspace, why: str) -> WorkspaceError:
+    return WorkspaceError(
+        f"stage 0 of {base.root} is not the one that this run would train: {why}; leave --base out, or make "
+        "them equal"
+    )
 
 
 def require_catalogue(workspace: Workspace) -> None:

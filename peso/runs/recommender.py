@@ -19,7 +19,7 @@ from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.evaluate import leaves_out_seen
-from peso.runs.workspace import Workspace, refuse_own
+from peso.runs.workspace import Workspace, require_place
 from peso.runtime.files import require_new, write_aside
 from peso.runtime.progress import Observer, Silent
 from peso.runtime.threads import threads
@@ -38,7 +38,7 @@ def require_output(file: Path, force: bool = False) -> None:
     """Raise ExportError if recommendations for everybody cannot be written to a file."""
     if file.suffix.lower() not in ENDINGS:
         raise ExportError(f"{file}: name a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
-    refuse_own(file)
+    require_place(file)
     require_new(file, force)
 
 
@@ -163,6 +163,7 @@ class Recommender:
         """
         file, observer = Path(file), observer or Silent()
         require_output(file, force)
+        self._require_length(k)
         users, histories = list(self.histories), list(self.histories.values())
         ids = np.array(self.semantic_ids.item_ids, dtype=object)
         short: dict[str, int] = {}  # users with fewer than k items, and how many they got
@@ -243,15 +244,16 @@ class Recommender:
             exclude_seen = self.leaves_out_seen
         for history in histories:
             self.semantic_ids.rows(history)
-        if k > len(self.semantic_ids.item_ids):
-            raise DataError(
-                f"k = {k} is more than the {len(self.semantic_ids.item_ids)} items of the catalogue; "
-                "ask for fewer"
-            )
+        self._require_length(k)
         from peso.decoding import beam_search
 
         with threads(self._answering, self.workspace.config.training.threads):
             return beam_search(self._answering, histories, k, exclude_seen=exclude_seen)
+
+    def _require_length(self, k: int) -> None:
+        """Raise DataError if the catalogue has fewer than k items."""
+        if k > (items := len(self.semantic_ids.item_ids)):
+            raise DataError(f"k = {k} is more than the {items} items of the catalogue; ask for fewer")
 
     @cached_property
     def semantic_ids(self) -> SemanticIds:

@@ -20,7 +20,15 @@ from peso.config.parsing import read_tree
 from peso.config.reading import missing_keys
 from peso.config.shape import changed_shape, is_later
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
-from peso.runtime.files import LOCK, only_writer, read_json_lines, read_json_object, restore, write_atomically
+from peso.runtime.files import (
+    LOCK,
+    only_writer,
+    read_json_lines,
+    read_json_object,
+    require_writable,
+    restore,
+    write_atomically,
+)
 from peso.runtime.manifest import MANIFEST, Manifest, intact, is_listed, read_manifest
 from peso.runtime.processes import current
 
@@ -159,6 +167,7 @@ class Workspace:
     def preview(cls, path: str | Path, config: Config) -> Workspace:
         """As :meth:`create_or_open`, but nothing is written: to say what would be done."""
         root = Path(path)
+        _refuse_foreign(root)
         if os.path.isfile(root / CONFIG):
             cls.open(root).refuse_changes(config)
         return cls(root, config)
@@ -391,8 +400,7 @@ def writing(root: Path) -> Iterator[None]:
 @contextmanager
 def _held(root: Path) -> Iterator[None]:
     made = not os.path.lexists(root)
-    if not made and not os.path.isfile(root / CONFIG) and (not root.is_dir() or _content(root)):
-        raise WorkspaceError(f"{root} exists and is not a workspace; choose another place with -w")
+    _refuse_foreign(root)
     with only_writer(root):
         for name in ("stream", "semantic_ids"):
             restore(root / name)
@@ -412,6 +420,12 @@ def _held(root: Path) -> Iterator[None]:
             raise
 
 
+def _refuse_foreign(root: Path) -> None:
+    """Raise WorkspaceError if something is there that is not a workspace."""
+    if os.path.lexists(root) and not os.path.isfile(root / CONFIG) and (not root.is_dir() or _content(root)):
+        raise WorkspaceError(f"{root} exists and is not a workspace; choose another place with -w")
+
+
 def _manifests(root: Path) -> dict[Path, tuple[int, int]]:
     """Every manifest, by when it was written: equal as long as no step was done."""
     found = {path: path.stat() for path in root.rglob(MANIFEST)}
@@ -423,12 +437,18 @@ def _content(root: Path) -> set[str]:
     return {name for name in os.listdir(root) if name != LOCK and not name.endswith(".writing")}
 
 
-def refuse_own(path: Path) -> None:
-    """Raise ExportError if a path that output is to go to is a file or directory of a workspace."""
+def require_place(path: Path) -> None:
+    """Check a path that output is to go to, before what is to be written there is made.
+
+    Raises:
+        ExportError: it is a file or directory of a workspace.
+        WorkspaceError: nothing can be written there.
+    """
     place = Path(os.path.realpath(path))
     for root in place.parents:
         if place.relative_to(root).parts[0] in OWN and os.path.isfile(root / CONFIG):
             raise ExportError(f"{path} belongs to the workspace {root}; name another place")
+    require_writable(path)
 
 
 def provenance() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -155,13 +156,24 @@ def write_atomically(target: Path, content: bytes) -> None:
         aside.write_bytes(content)
 
 
+def require_writable(target: Path) -> None:
+    """Raise WorkspaceError if a file or directory cannot be written there; leaves nothing behind."""
+    with _explained(target):
+        _kind(target)  # raises for a name that cannot be
+        place = Path(os.path.realpath(target)).parent
+        while _kind(place) is None:
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+
+
 def require_free(directory: str | Path) -> Path:
     """The path of a directory to write; raises ExportError unless it is absent or empty."""
     target = Path(directory).expanduser().absolute()
     with _explained(target):
         kind = _kind(target)
         if kind is not None and (kind != stat.S_IFDIR or any(target.iterdir())):
-            raise ExportError(f"{target} is not empty; name a directory that does not exist yet")
+            what = "not empty" if kind == stat.S_IFDIR else "a file"
+            raise ExportError(f"{target} is {what}; name a directory that does not exist yet")
     return target
 
 

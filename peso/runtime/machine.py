@@ -17,6 +17,7 @@ from peso.runtime.threads import NUMBER, SMALL
 
 OPTIONAL = {"sentence-transformers": ("text", "sentence encoders as items.encoder")}
 
+TRAINED = 16  # bytes of a parameter that is trained: float32, its gradient, two moments of AdamW
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container, where it has a limit
 
 

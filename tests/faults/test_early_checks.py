@@ -6,7 +6,8 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from event_logs import write_log
+from pydantic import BaseModel
 from strategy_runs import TREE
 
-from peso.config import load_config
+from peso.config import Config, load_config
+from peso.config.reading import place
+from peso.config.section import plain_types
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.model.backbone import byte_tokenizer, load_backbone, small_llama
 from peso.runs import pipeline
@@ -54,28 +59,101 @@ def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("items.index=nothing.json", "items.index: there is nothing at"),
         ("items.encoder=./nothing", "items.encoder: there is nothing at"),
         ("report.users=nothing.csv", "nothing.csv"),
+        ("backbone=no-such-model", "not a directory and no known name"),
+        ("backbone={name: tiny, width: 50}", "multiple of the head size"),
+        ("backbone={name: owner/model, width: 64}", "brings its own width"),
+        ("adapter.targets=[q_porj]", "no linear layer named q_porj; it has: .*q_proj"),
+        ("prompt.window=10000", "prompts reach .* tokens"),
+        ("training.device=nonsense", r"training\.device: a device is auto, cpu"),
+        ("training.threads=5000", r"training\.threads: .*1024"),
+        ("training={epochs: 1000000}", r"training\.epochs 1,000,000: at most 100,000"),
+        ("training={later: {epochs: 1000000}}", r"training\.epochs 1,000,000: at most 100,000"),
+        ("baselines=[{name: two-tower, epochs: 1000000}]", "100000"),
+        ("baselines=[{name: sasrec, heads: 3}]", "cannot be shared by 3 heads"),
+        ("baselines=[{name: hybrid, candidates: 1000000}]", "candidates.*500"),
+        ("items.rq_vae.steps=1000000", "steps.*100000"),
+        ("strategy={name: custom, module: no.such.Class}", "there is no module 'no'"),
+        ("strategy={name: custom, module: .Class}", "there is no module ''"),
     ],
 )
 def test_a_size_or_name_that_cannot_be_is_refused_at_once(override: str, message: str | None) -> None:
     began = time.process_time()
-    config = load_config(TINY, ["decoding.beams=50", override])
     if message is None:
-        check_configuration(config)
+        check_configuration(load_config(TINY, ["decoding.beams=50", override]))
         return
     with pytest.raises(PesoError, match=message):
-        check_configuration(config)
+        check_configuration(load_config(TINY, ["decoding.beams=50", override]))
     assert time.process_time() - began < 3
+
+
+NAMED = {  # one member of a union, with what it needs
+    "strategy": [{"name": name} for name in ("peso", "replay", "inf_lora")],
+    "baselines": [
+        {"name": name} for name in ("popularity", "item-knn", "ease", "two-tower", "sasrec", "hybrid")
+    ],
+}
+
+
+def _counts(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted keys below a section whose value is a whole number."""
+    for name, field in section.model_fields.items():
+        kinds = plain_types(field.annotation)
+        if int in kinds and float not in kinds and str not in kinds:
+            yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _counts(field.annotation, f"{prefix}{name}.")
+
+
+def _absurd_trees(size: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key in _counts(Config):
+        yield key, {}
+    for kind in NAMED["strategy"]:
+        config = Config.model_validate({**TINY, "strategy": kind})
+        yield from ((f"strategy.{key}", {"strategy": kind}) for key in _counts(type(config.strategy)))
+    for kind in NAMED["baselines"]:
+        (config,) = Config.model_validate({**TINY, "baselines": [kind]}).baselines
+        for key in _counts(type(config)):
+            options: dict[str, Any] = dict(kind)
+            place(options, key, size)
+            yield "", {"baselines": [options]}
+
+
+@pytest.mark.parametrize("size", [1_000_000, 2**31 - 1, 10**20])
+def test_an_absurd_count_is_refused_or_taken_at_once_whatever_its_key(size: int) -> None:
+    looked = 0
+    for key, tree in _absurd_trees(size):
+        began = time.process_time()
+        value = f"[{size}]" if key in ("evaluation.k", "items.rq_vae.hidden") else size
+        with suppress(PesoError) if size < 10**20 else pytest.raises(PesoError):
+            check_configuration(load_config({**TINY, **tree}, [f"{key}={value}"] if key else []))
+        assert time.process_time() - began < 1, (key, tree)
+        looked += 1
+    assert looked > 50
+
+
+def test_what_the_log_is_too_small_or_too_large_for_is_refused_before_semantic_ids(tmp_path: Path) -> None:
+    events = [(f"u{n % 9}", f"i{n % 7}", 1_700_000_000 + n) for n in range(200)]
+    data = {"format": "csv", "path": str(write_log(tmp_path / "log.csv", events)), "stages": 2}
+    refused = {
+        "evaluation={k: [8]}": "asks for 8 items.*has 7",
+        "baselines=[{name: two-tower, width: 99000000}]": "width 99,000,000.*GiB",
+    }
+    tree = {**TINY, "data": data, "items": {"quantizer": "rq-kmeans"}}
+    for number, (override, message) in enumerate(refused.items()):
+        config = load_config(tree, [override, "decoding.beams=20"])
+        workspace = Workspace.create_or_open(tmp_path / str(number), config)
+        with pytest.raises(ConfigError, match=message):
+            pipeline.run(workspace)
+        assert workspace.has_stream
+        assert not workspace.has_semantic_ids
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("backbone=no-such-model", "not a directory and no known name"),
-        ("backbone={name: tiny, width: 50}", "multiple of the head size"),
-        ("adapter.targets=[q_porj]", "no linear layer named q_porj; it has: .*q_proj"),
-        ("prompt.window=10000", "prompts reach .* tokens"),
+        ("adapter.targets=[q_porj.q_proj]", "no linear layer named q_porj.q_proj; it has: .*q_proj"),
+        ("prompt.window=2047", "prompts reach .* tokens"),
         ("training.device=cuda:99", r"training\.device 'cuda:99'"),
-        ("training.device=nonsense", r"training\.device 'nonsense'"),
         ("strategy={name: custom, module: os.system}", "not a subclass"),
         (
             "strategy={name: custom, module: peso.training.strategies.peso.Peso, arguments: {x: 1}}",
@@ -121,10 +199,11 @@ def test_a_batch_larger_than_the_data_is_all_of_them() -> None:
 
 def test_epochs_beyond_all_memory_are_refused_and_few_steps_of_them_are_not(tmp_path: Path) -> None:
     tree = {**TINY, "training": {"epochs": 2_000_000_000, "batch_size": 64}}
-    workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree))
-    with pytest.raises(ConfigError, match=r"training\.epochs 2,000,000,000.*GiB"):
-        pipeline.run(workspace)
+    with pytest.raises(ConfigError, match=r"training\.epochs 2,000,000,000: at most 100,000"):
+        check_configuration(load_config(tree))
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree, ["training.max_steps=1"]))
+    pipeline.ingest(workspace, Silent())
+    pipeline.tokenize(workspace, Silent())
     pipeline.learn(workspace, 0, Silent())
 
 

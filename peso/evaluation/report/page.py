@@ -13,8 +13,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.report import PAGE, PLOTS, TABLES, refuse_foreign
 from peso.evaluation.report.plots import Drawing, files, svg_element
 from peso.evaluation.report.sections import sections_of
 from peso.evaluation.report.sections.section import Section
@@ -22,8 +22,6 @@ from peso.evaluation.report.tables import to_csv, to_latex, to_markdown
 from peso.evaluation.run_summary import RunSummary
 from peso.runtime.files import commit_directory
 from peso.runtime.printable import printable
-
-PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
 
 
 def write_report(
@@ -51,7 +49,7 @@ def write_report(
             evaluated in all runs, or runs of one system (with ``paired``, any) answered different cases.
         ConfigError: a k beyond the stored lists, or an unknown column.
     """
-    _refuse_foreign(directory)
+    refuse_foreign(directory)
     comparisons = {place: Comparison(group, ks, columns) for place, group in by_place(runs).items()}
     if paired:
         for comparison in comparisons.values():
@@ -121,17 +119,3 @@ def _write_files(directory: Path, section: Section) -> None:
         for ending, content in files(plot).items():
             # not Path.with_suffix: what follows the dot of strength=0.3 would make way for the ending
             (directory / PLOTS / f"{plot.name}{ending}").write_bytes(content)
-
-
-def _refuse_foreign(directory: Path) -> None:
-    """A report replaces a whole directory, so the directory must not hold anything else."""
-    if not directory.exists():
-        return
-    own = (PAGE, TABLES, PLOTS, ".DS_Store")
-    found = directory.iterdir() if directory.is_dir() else [directory]
-    foreign = sorted(path.name for path in found if path.name not in own)
-    if foreign:
-        raise WorkspaceError(
-            f"{directory} holds files that are not part of a report ({', '.join(foreign[:3])}"
-            f"{' …' if len(foreign) > 3 else ''}); they would be removed. Choose another directory"
-        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,16 +26,18 @@ from peso.config import (
     strategy_options,
 )
 from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
-from peso.config.compare import CompareConfig, Variant, grid, load_comparison, variants
+from peso.config.compare import MOST_VARIANTS, CompareConfig, Variant, grid, load_comparison, variants
 from peso.config.model import BUILT_IN
 from peso.config.shape import stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
-from peso.runs.checks import rehearse
-from peso.runs.workspace import Workspace
+from peso.runs.checks import check_configuration, rehearse
+from peso.runs.workspace import CONFIG, Workspace
 from peso.runtime.files import digest
+from peso.runtime.machine import require_memory
 
 Kind = Literal["strategy", "transfer", "baseline"]
+PROCESS = 300 * 2**20  # bytes, at least, that one takes with PyTorch
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,32 @@ class Plan:
         by_seed = sorted([*self.runs, *self.baselines], key=lambda run: order.get(run.seed, 0))
         return [*by_seed, *self.transfers]
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run or a baseline has a workspace yet."""
+        return any((run.task.root / CONFIG).exists() for run in self.all)
+
     def refuse_changes(self) -> None:
         """Raise WorkspaceError if a run on disk has another configuration than this plan gives it, or if the
         directory is something else."""
-        if (self.root / "config.yaml").exists():
+        if (self.root / CONFIG).exists():
             raise WorkspaceError(f"{self.root} is the workspace of one run; choose another place with -w")
-        for run in self.runs:
-            for task in [run.task] if not run.candidates else [c.trial for c in run.candidates]:
-                Workspace.preview(task.root, task.config)
+        if self.root.exists() and not self.root.is_dir():
+            raise WorkspaceError(f"{self.root} is a file; choose another place with -w")
+        self._of_each(lambda task: Workspace.preview(task.root, task.config))
+
+    def check(self) -> None:
+        """Find what is wrong with the configuration of any run, see :mod:`peso.runs.checks`.
+
+        Raises:
+            PesoError: says of which run.
+        """
+        self._of_each(lambda task: check_configuration(task.config))
+        for baseline in {run.task.baseline for run in self.baselines if run.task.baseline is not None}:
+            check_configuration(self.common.model_copy(update={"baselines": [baseline]}))
+        if self.compare.workers != "auto":
+            workers = min(self.compare.workers, len(self.all))
+            require_memory(PROCESS * workers, f"compare.workers: {workers:,} processes at once")
 
     def rehearse(self) -> None:
         """Find what is wrong with any variant before the first is begun, see :mod:`peso.runs.checks`.
@@ -153,13 +173,20 @@ class Plan:
             PesoError: says of which run.
         """
         seen = set[str]()
+
+        def rehearsed(task: Task) -> None:
+            workspace = Workspace(task.root, task.config)
+            if 0 not in workspace.finished_stages:
+                rehearse(workspace, seen)
+
+        self._of_each(rehearsed)
+
+    def _of_each(self, look: Callable[[Task], object]) -> None:
+        """Look at every run, or its trials."""
         for run in self.runs:
             for task in [run.task] if not run.candidates else [c.trial for c in run.candidates]:
-                workspace = Workspace(task.root, task.config)
-                if 0 in workspace.finished_stages:
-                    continue
                 try:
-                    rehearse(workspace, seen)
+                    look(task)
                 except PesoError as error:
                     raise type(error)(f"{run.name}: {error}") from None
 
@@ -194,6 +221,9 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
             raise ConfigError(f"{', '.join(variant.name for variant in chosen)}: {error}") from None
 
     runs = []
+    count = len(compare.seeds) * len(data) * len(backbones) * (len(strategies) + len(tuned))
+    if count > MOST_VARIANTS:
+        raise ConfigError(f"compare is {count:,} runs; at most {MOST_VARIANTS:,} are compared at once")
     for seed, of_data, of_backbone in ((s, d, b) for s in compare.seeds for d in data for b in backbones):
         cell = (of_data.name, of_backbone.name)
         for strategy in strategies:
