@@ -8,16 +8,20 @@ answer. So ranks and log-probabilities of baselines and models mean the same.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from peso.baselines.baseline import Baseline
+from peso.baselines.baseline import Baseline, Part
 from peso.events.histories import Cases
 from peso.items.trie import ItemTrie
+
+if TYPE_CHECKING:
+    from peso.model.generative import GenerativeModel
 
 BATCH = 64  # cases scored together: 13 MB in float64 with 26,000 items, small enough for a cache
 # added to ln p of items that the user has had where items never repeat; finite, since a repeat may still come
@@ -51,6 +55,29 @@ class Answerer(Protocol):
 
         ``advance`` is called with the number of cases done.
         """
+
+
+class Fusion(Part, Answerer):
+    """A baseline that learns nothing itself: it answers with another one and the run's own model."""
+
+    tunes: bool
+    """Whether something is left to choose on validation cases."""
+
+    @classmethod
+    @abstractmethod
+    def of(
+        cls,
+        options: Any,
+        partner: Answerer,
+        model: GenerativeModel,
+        settings: dict[str, Any],
+        batch_size: int | None,
+    ) -> Self:
+        """Both as they stand after a stage. ``settings``: what :meth:`tuned` chose then, or {}."""
+
+    @abstractmethod
+    def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> Self:
+        """With what ranks the validation targets best."""
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,115 @@
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from scipy import sparse
+from pydantic import Field
 
+from peso.config.baselines import BASELINES, BaselineOptions
+from peso.config.section import Repeats
 from peso.events.histories import Cases, Stage
-from peso.runtime.progress import Observer
+from peso.runtime.progress import Observer, Silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from peso.items.trie import ItemTrie
 
 
-class Baseline(Protocol):
-    """A recommender in its state after some stage.
+@dataclass(frozen=True)
+class Setting:
+    """What a baseline is made for.
 
-    ``probabilistic``: whether softmax over the scores is the model's own distribution over the next item. If
-    not, a temperature is fitted to the validation cases.
+    ``trie``: the catalog; ``window``: how many items of a history are used; ``device``: for the networks, the
+    other baselines use NumPy.
     """
 
-    probabilistic: bool
+    trie: ItemTrie
+    window: int
+    seed: int = 0
+    device: torch.device | str = "cpu"
 
+    @property
+    def items(self) -> int:
+        return len(self.trie.leaf_of)
+
+
+class Part:
+    """What a configuration can name under `baselines`: a :class:`Baseline` or a
+    :class:`~peso.baselines.answers.Fusion`.
+
+    The options are the fields of the nested class ``Options``: their types, bounds and defaults hold for a
+    configuration and for the constructor alike.
+    """
+
+    name: ClassVar[str] = ""
+    random: ClassVar[bool] = False
+    """Whether what it learns depends on the seed."""
+
+    class Options(BaselineOptions):
+        pass
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name := cls.__dict__.get("name"):
+            BASELINES.add(name, cls)
+
+
+class Baseline(Part, ABC):
+    """A recommender in its state after some stage.
+
+    Args:
+        setting: what it is made for.
+        options: of this baseline, as keywords.
+
+    Raises:
+        ConfigError: an unknown or impossible option.
+    """
+
+    probabilistic: ClassVar[bool] = False
+    """Whether softmax over the scores is the model's own distribution over the next item. If not, a
+    temperature is fitted to the validation cases."""
+
+    class Options(BaselineOptions):
+        repeats: Repeats = Field(
+            "auto",
+            description="items that a user has had, as answers; auto: left out where no training target was "
+            "one",
+        )
+
+    options: Any
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        self.setting = setting
+        self.items, self.window = setting.items, setting.window
+        self.options = type(self).Options.checked(self.name or type(self).__name__, options)
+
+    @classmethod
+    def of(cls, options: BaselineOptions, setting: Setting) -> Self:
+        """One with these options that has not learned anything yet."""
+        return cls(setting, **options.given())
+
+    @classmethod
+    def timed(
+        cls, options: Any, setting: Setting, stages: Sequence[Stage], sample: Stage
+    ) -> tuple[Self, float]:
+        """One that has learned the sample, and an estimate of the seconds that learning all stages takes."""
+        made = cls.of(options, setting)
+        began = time.perf_counter()
+        made.learn([sample], Silent())
+        return made, (time.perf_counter() - began) * len(stages)
+
+    @abstractmethod
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
         """Learn the last of these stages, after the others. Returns figures to record."""
 
+    @abstractmethod
     def scores(self, cases: Cases) -> np.ndarray:
         """float32 (n, items): larger is better. Reads users and histories, never targets."""
 
@@ -33,6 +119,7 @@ class Baseline(Protocol):
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
         """Restore the state saved here, after learning these stages."""
+        self.learn(stages, Silent())
 
 
 def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
@@ -86,6 +173,8 @@ def interactions(histories: Sequence[np.ndarray], items: int) -> Matrix:
     >>> interactions([np.array([2, 0, 2]), np.array([1])], items=3).toarray().tolist()
     [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     """
+    from scipy import sparse
+
     lengths = [len(history) for history in histories]
     rows = np.repeat(np.arange(len(histories)), lengths)
     columns = np.concatenate([np.empty(0, dtype=np.int32), *histories])

@@ -13,37 +13,61 @@ a millionth of the item's share of users.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from scipy import linalg
+from pydantic import Field
 
-from peso.baselines.baseline import interactions, known_histories
+from peso.baselines.baseline import Baseline, Setting, interactions, known_histories
 from peso.events.histories import Cases, Stage
-from peso.runtime.progress import Observer, Silent
+from peso.runtime.progress import Observer
 
 LEAST = 1e-6  # weight of popularity
+TIMED_ITEMS = 1500  # of the system that an estimate solves
 
 
-class Ease:
-    """Solved again at every stage over all known events; nothing is saved."""
+class Ease(Baseline):
+    """A linear model of items on items in closed form.
 
-    probabilistic = False
+    Solved again at every stage over all known events; nothing is saved.
+    """
 
-    def __init__(self, items: int, window: int, taking_part: int, regularisation: float) -> None:
-        self.items, self.window = items, window
-        self.taking_part, self.regularisation = taking_part, regularisation
+    name = "ease"
+
+    class Options(Baseline.Options):
+        items: int = Field(
+            5000, ge=1, description="that take part: those with most users; memory grows squared"
+        )
+        regularisation: float = Field(50.0, gt=0)
+
+        def memory(self, items: int, users: int, window: int) -> int:
+            return 8 * min(self.items, items) ** 2
+
+    options: Options
+
+    @classmethod
+    def timed(
+        cls, options: Ease.Options, setting: Setting, stages: Sequence[Stage], sample: Stage
+    ) -> tuple[Self, float]:
+        """The sample is learned with one item; of the dense system, a smaller one is solved: time grows with
+        the cube."""
+        made, counting = super().timed(options.model_copy(update={"items": 1}), setting, stages, sample)
+        items = min(options.items, setting.items)
+        solved = min(items, TIMED_ITEMS)
+        began = time.perf_counter()
+        ease_weights(np.eye(solved) + 1.0, 1.0)
+        return made, counting + len(stages) * (time.perf_counter() - began) * (items / solved) ** 3
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
         had = interactions(list(known_histories(stages).values()), self.items)
         users_of = np.asarray(had.sum(axis=0))
         supported = int((users_of > 0).sum())
-        most = np.argsort(-users_of, kind="stable")[: min(self.taking_part, supported)]
+        most = np.argsort(-users_of, kind="stable")[: min(self.options.items, supported)]
         self.rows = np.sort(most)
         gram = (had[:, self.rows].T @ had[:, self.rows]).toarray()
-        self.weights = ease_weights(gram, self.regularisation).astype(np.float32)
+        self.weights = ease_weights(gram, self.options.regularisation).astype(np.float32)
         self.popularity = (LEAST * users_of / had.shape[0]).astype(np.float32)
         covered = users_of[self.rows].sum() / users_of.sum()
         return {"users": had.shape[0], "items_taking_part": len(self.rows), "events_covered": float(covered)}
@@ -54,14 +78,11 @@ class Ease:
         result[:, self.rows] += had[:, self.rows].astype(np.float32) @ self.weights
         return result
 
-    def save(self, directory: Path) -> None: ...
-
-    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        self.learn(stages, Silent())
-
 
 def ease_weights(gram: np.ndarray, regularisation: float) -> np.ndarray:
     """B of the formula above, float64 (items, items), from ``gram`` = XᵀX. ``gram`` is overwritten."""
+    from scipy import linalg
+
     gram[np.diag_indices_from(gram)] += regularisation
     factor, _ = linalg.lapack.dpotrf(gram, lower=True, overwrite_a=True)
     inverse, _ = linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)  # its lower triangle

@@ -9,17 +9,60 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from peso.config.baselines import NetworkOptions
+from peso.baselines.baseline import Baseline, Setting
+from peso.config.model import MOST_EPOCHS
+from peso.events.histories import Stage
 from peso.runtime.device import reproducible
+from peso.runtime.machine import TRAINED
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
 
 MAX_GRADIENT_NORM = 1.0
+
+
+class Network(Baseline):
+    """A baseline with a network. Epochs are the most; the best by validation loss is kept."""
+
+    random = True
+    probabilistic = True
+
+    class Options(Baseline.Options):
+        width: int = Field(64, ge=1, description="of every embedding")
+        epochs: int = Field(20, ge=1, le=MOST_EPOCHS)
+        patience: int = Field(2, ge=1, description="epochs without a better validation loss that end a stage")
+        batch_size: int = Field(
+            256, ge=1, description="targets (two-tower) or sequences (sasrec) in one step"
+        )
+        learning_rate: float = Field(1e-3, gt=0)
+        later_learning_rate_scale: float = Field(1.0, gt=0)
+        weight_decay: float = Field(0.01, ge=0)
+        dropout: float = Field(0.2, ge=0, lt=1)
+
+        def memory(self, items: int, users: int, window: int) -> int:
+            return TRAINED * items * self.width + 4 * min(self.batch_size, users) * items
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        super().__init__(setting, **options)
+        self.seed, self.device = setting.seed, torch.device(setting.device)
+
+    @classmethod
+    def timed(
+        cls, options: Network.Options, setting: Setting, stages: Sequence[Stage], sample: Stage
+    ) -> tuple[Self, float]:
+        """One epoch on the sample; the time grows with epochs and targets."""
+        made, seconds = super().timed(options.model_copy(update={"epochs": 1}), setting, [sample], sample)
+        return made, seconds * options.epochs * sum(map(_targets, stages)) / max(1, _targets(sample))
+
+
+def _targets(stage: Stage) -> int:
+    return int((stage.current.lengths[stage.eligible()] - 2).sum())
 
 
 @dataclass(frozen=True)
@@ -37,7 +80,7 @@ def fit(
     loss_of: Callable[[np.ndarray], Tensor],
     examples: int,
     validate: Callable[[], float],
-    options: NetworkOptions,
+    options: Network.Options,
     stage: int,
     seed: int,
     observer: Observer,

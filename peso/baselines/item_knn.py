@@ -12,43 +12,44 @@ each score includes a millionth of the item's share of users.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+from pydantic import Field
 
-from peso.baselines.baseline import Matrix, interactions, known_histories
+from peso.baselines.baseline import Baseline, Matrix, interactions, known_histories
 from peso.events.histories import Cases, Stage
-from peso.runtime.progress import Observer, Silent
+from peso.runtime.progress import Observer
 
 LEAST = 1e-6  # weight of popularity
 ROWS = 2048  # of similarities computed at once, which bounds memory before only neighbors are kept
 
 
-class ItemKnn:
-    """Counted again at every stage over all known events, in seconds; nothing is saved."""
+class ItemKnn(Baseline):
+    """Cosine similarity of items by the users that they share.
 
-    probabilistic = False
+    Counted again at every stage over all known events, in seconds; nothing is saved.
+    """
 
-    def __init__(self, items: int, window: int, neighbours: int, shrinkage: float) -> None:
-        self.items, self.window = items, window
-        self.neighbours, self.shrinkage = neighbours, shrinkage
+    name = "item-knn"
+
+    class Options(Baseline.Options):
+        neighbours: int = Field(100, ge=1, description="of an item that are kept")
+        shrinkage: float = Field(
+            10.0, ge=0, description="added to the denominator: shrinks similarities that rest on few users"
+        )
+
+    options: Options
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
         had = interactions(list(known_histories(stages).values()), self.items)
-        self.similarities = similarities(had, self.neighbours, self.shrinkage)
+        self.similarities = similarities(had, self.options.neighbours, self.options.shrinkage)
         self.popularity = LEAST * had.sum(axis=0) / had.shape[0]
         return {"users": had.shape[0], "similarities": int(self.similarities.nnz)}
 
     def scores(self, cases: Cases) -> np.ndarray:
         had = interactions([history[-self.window :] for history in cases.histories], self.items)
         return ((had @ self.similarities).toarray() + self.popularity).astype(np.float32)
-
-    def save(self, directory: Path) -> None: ...
-
-    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        self.learn(stages, Silent())
 
 
 def similarities(had: Matrix, neighbours: int, shrinkage: float) -> Matrix:
@@ -59,6 +60,8 @@ def similarities(had: Matrix, neighbours: int, shrinkage: float) -> Matrix:
     Args:
         had: sparse (users, items) of ones.
     """
+    from scipy import sparse
+
     users_of = np.asarray(had.sum(axis=0))  # (items,)
     transposed, kept = had.T.tocsr(), []
     for begin in range(0, had.shape[1], ROWS):

@@ -12,46 +12,50 @@ An event that only a ``previous`` list reports counts for the first stage given 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from peso.baselines.answers import BaselineAnswers
+from peso.baselines.baseline import Baseline, Setting
 from peso.errors import ConfigError
 from peso.evaluation.predictions import Predictions, make_predictions
 from peso.evaluation.segments import CaseLabels
 from peso.events.histories import Cases, Stage
 from peso.items.semantic_ids import SemanticIds
-from peso.items.trie import ItemTrie
 from peso.runtime.progress import Observer, Silent
 
 
-class Popularity:
-    """The list as a :class:`~peso.baselines.baseline.Baseline`. There is nothing to save.
+class Popularity(Baseline):
+    """The items that most events were about.
 
     Smoothing adds one to the count of every semantic ID, shared evenly by the items that have it.
     """
 
+    name = "popularity"
     probabilistic = True
 
-    def __init__(self, trie: ItemTrie, last: int | None = None) -> None:
-        self.trie, self.last = trie, last
-        self.added = (1 / np.bincount(trie.leaf_of))[trie.leaf_of]
+    class Options(Baseline.Options):
+        last: int | None = Field(
+            None, ge=1, description="count the newest so many stages only; none given: everything so far"
+        )
+
+    options: Options
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        super().__init__(setting, **options)
+        leaf_of = setting.trie.leaf_of
+        self.added = (1 / np.bincount(leaf_of))[leaf_of]
         self.weights = self.added
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
-        counts = item_counts(stages, len(self.added), self.last)
+        counts = item_counts(stages, len(self.added), self.options.last)
         self.weights = counts + self.added
         return {"events": int(counts.sum())}
 
     def scores(self, cases: Cases) -> np.ndarray:
         return np.tile(np.log(self.weights).astype(np.float32), (len(cases), 1))
-
-    def save(self, directory: Path) -> None: ...
-
-    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        self.learn(stages, Silent())
 
 
 def item_counts(stages: Sequence[Stage], items: int, last: int | None = None) -> np.ndarray:
@@ -101,7 +105,7 @@ def predict_popularity(
             f"a list of {depth} semantic IDs was requested, but the catalog has only "
             f"{semantic_ids.trie.leaves}; set decoding.beams lower"
         )
-    popularity = Popularity(semantic_ids.trie, last)
+    popularity = Popularity(Setting(semantic_ids.trie, window=1), last=last)
     popularity.learn(stages, Silent())
     cases = on.test_cases(window=1)
     found = BaselineAnswers(popularity, semantic_ids.trie, repeats=repeats).answer(

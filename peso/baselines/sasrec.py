@@ -18,13 +18,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peso.baselines.baseline import padded
-from peso.baselines.fitting import fit, mean_target_loss, seeded
-from peso.config.baselines import SasRecConfig
+from peso.baselines.baseline import Setting, padded
+from peso.baselines.fitting import Network, fit, mean_target_loss, seeded
 from peso.events.histories import Cases, Stage, TargetSequence
+from peso.runtime.machine import LAYER, TRAINED
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
 
@@ -35,7 +36,7 @@ NO_TARGET = -1
 class CausalItems(nn.Module):
     """The network. Item row ``items`` is padding, which follows all items and so needs no mask."""
 
-    def __init__(self, items: int, window: int, options: SasRecConfig) -> None:
+    def __init__(self, items: int, window: int, options: SasRec.Options) -> None:
         super().__init__()
         width = options.width
         self.item = nn.Embedding(items + 1, width, padding_idx=items)
@@ -65,16 +66,33 @@ class CausalItems(nn.Module):
         return torch.addmm(self.bias, states, self.item.weight[:-1].T).log_softmax(-1)
 
 
-class SasRec:
-    """The model between stages, see :class:`~peso.baselines.baseline.Baseline`."""
+class SasRec(Network):
+    """A small causal Transformer over items."""
 
-    probabilistic = True
+    name = "sasrec"
 
-    def __init__(
-        self, items: int, window: int, options: SasRecConfig, seed: int, device: torch.device
-    ) -> None:
-        self.items, self.window, self.options = items, window, options
-        self.seed, self.device = seed, device
+    class Options(Network.Options):
+        layers: int = Field(2, ge=1)
+        heads: int = Field(2, ge=1)
+        batch_size: int = Field(64, ge=1, description="sequences in one step")
+
+        @model_validator(mode="after")
+        def _shares_its_width(self) -> SasRec.Options:
+            if self.width % self.heads:
+                raise ValueError(
+                    f"sasrec: width {self.width} cannot be shared by {self.heads} heads; choose a multiple"
+                )
+            return self
+
+        def memory(self, items: int, users: int, window: int) -> int:
+            scores = 4 * min(self.batch_size, users) * window * items
+            layers = self.layers * (LAYER + TRAINED * 12 * self.width**2)
+            return TRAINED * items * self.width + scores + layers
+
+    options: Options
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        super().__init__(setting, **options)
         self.network = self._fresh()
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peso.baselines.baseline import padded
-from peso.baselines.fitting import fit, mean_target_loss, seeded
-from peso.config.baselines import TwoTowerConfig
+from peso.baselines.baseline import Setting, padded
+from peso.baselines.fitting import Network, fit, mean_target_loss, seeded
 from peso.events.histories import Cases, Stage, TargetSequence
+from peso.runtime.machine import TRAINED
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
 
@@ -59,16 +60,23 @@ class Towers(nn.Module):
         return torch.addmm(self.bias, user, self.answer.weight.T).log_softmax(-1)
 
 
-class TwoTower:
-    """The model between stages, see :class:`~peso.baselines.baseline.Baseline`."""
+class TwoTower(Network):
+    """An explicit vector for each user and item."""
 
-    probabilistic = True
+    name = "two-tower"
 
-    def __init__(
-        self, items: int, window: int, options: TwoTowerConfig, seed: int, device: torch.device
-    ) -> None:
-        self.items, self.window, self.options = items, window, options
-        self.seed, self.device = seed, device
+    class Options(Network.Options):
+        user_dropout: float = Field(
+            0.5, ge=0, lt=1, description="share of training cases answered from the history alone"
+        )
+
+        def memory(self, items: int, users: int, window: int) -> int:
+            return super().memory(items, users, window) + TRAINED * users * self.width
+
+    options: Options
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        super().__init__(setting, **options)
         self.users: dict[str, int] = {}  # to rows of the table, from 1
         self.towers = self._fresh(0)
 

@@ -46,7 +46,7 @@ def baseline(
     if names:
         # a bare name takes its options from the configuration, if it is listed there
         by_name = {config.name: config.model_dump_json() for config in configured}
-        requested = ", ".join(by_name.get(name, name) for name in names)  # type: ignore[call-overload]
+        requested = ", ".join(by_name.get(name, name) for name in names)
         config = load_config(path, [*(overrides or []), f"baselines=[{requested}]"])
         check_configuration(config)
         configured = config.baselines

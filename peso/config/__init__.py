@@ -4,7 +4,7 @@ Knows every key, its type, its default and what is allowed; knows nothing of wha
 A configuration is read from YAML, changed by ``--set a.b=value`` and written back as resolved.
 """
 
-from peso.config.baselines import BaselineConfig, baseline_label
+from peso.config.baselines import BASELINES, BaselineOptions, baseline_label
 from peso.config.data import (
     PERIOD,
     ColumnsConfig,
@@ -31,12 +31,13 @@ from peso.config.strategy import STRATEGIES, StrategyOptions, strategy_options
 from peso.config.tree import Config
 
 __all__ = [
+    "BASELINES",
     "HOW",
     "PERIOD",
     "STRATEGIES",
     "AdapterConfig",
     "BackboneConfig",
-    "BaselineConfig",
+    "BaselineOptions",
     "ColumnsConfig",
     "Config",
     "DataConfig",

@@ -1,108 +1,45 @@
-"""The recommenders that a run is set beside: the section `baselines`, one class a baseline."""
+"""The recommenders that a run is compared with: the section `baselines`, names and their options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
 
-from peso.config.model import MOST_BEAMS, MOST_EPOCHS
-from peso.config.section import Repeats, Section
+from peso.config.registry import Options, Registry, typed
 
-
-class BaselineOptions(Section):
-    """What every baseline takes (docs/reference/baselines.md)."""
-
-    repeats: Repeats = Field(
-        "auto",
-        description="items that a user has had, as answers; auto: left out where no training target was one",
-    )
-
-
-class NetworkOptions(BaselineOptions):
-    """What the baselines with a network take. Epochs are the most; the best by validation loss is kept."""
-
-    width: int = Field(64, ge=1, description="of every embedding")
-    epochs: int = Field(20, ge=1, le=MOST_EPOCHS)
-    patience: int = Field(2, ge=1, description="epochs without a better validation loss that end a stage")
-    batch_size: int = Field(256, ge=1, description="targets (two-tower) or sequences (sasrec) in one step")
-    learning_rate: float = Field(1e-3, gt=0)
-    later_learning_rate_scale: float = Field(1.0, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    dropout: float = Field(0.2, ge=0, lt=1)
+BASELINES = Registry(
+    "baseline",
+    "peso.baselines",
+    "peso.baselines",
+    "peso.baselines.baseline:Part",
+    beside=["answers", "baseline", "fitting"],
+    hyphens=True,
+)
+DEFAULT: list[dict[str, Any]] = [{"name": "popularity", "last": 1}, {"name": "item-knn"}, {"name": "ease"}]
 
 
-class PopularityConfig(BaselineOptions):
-    """The items that most events were about."""
+class BaselineOptions(Options):
+    """What a configuration says of a baseline. A baseline declares its own as a nested class ``Options``."""
 
-    name: Literal["popularity"] = "popularity"
-    last: int | None = Field(
-        None, ge=1, description="count the newest so many stages only; none given: everything so far"
-    )
+    @property
+    def partner(self) -> BaselineOptions | None:
+        """The baseline with which the run's own model is fused; None: that model is not needed."""
+        return None
 
-
-class ItemKnnConfig(BaselineOptions):
-    """Cosine similarity of items by the users that they share."""
-
-    name: Literal["item-knn"] = "item-knn"
-    neighbours: int = Field(100, ge=1, description="of an item that are kept")
-    shrinkage: float = Field(10.0, ge=0, description="added to the denominator: doubts what few users tell")
+    def memory(self, items: int, users: int, window: int) -> int:
+        """Bytes that it needs at least: of the catalog's size and of how many users a stage has, 0 where the
+        log is not read yet, and the items of a history that are used."""
+        return 0
 
 
-class EaseConfig(BaselineOptions):
-    """A linear model of items on items in closed form."""
-
-    name: Literal["ease"] = "ease"
-    items: int = Field(5000, ge=1, description="that take part: those with most users; memory grows squared")
-    regularisation: float = Field(50.0, gt=0)
+BaselineConfig = Annotated[SerializeAsAny[BaselineOptions], typed(BASELINES)]
 
 
-class TwoTowerConfig(NetworkOptions):
-    """An explicit vector for each user and item."""
-
-    name: Literal["two-tower"] = "two-tower"
-    user_dropout: float = Field(
-        0.5, ge=0, lt=1, description="share of training cases answered from the history alone"
-    )
-
-
-class SasRecConfig(NetworkOptions):
-    """A small causal Transformer over items."""
-
-    name: Literal["sasrec"] = "sasrec"
-    layers: int = Field(2, ge=1)
-    heads: int = Field(2, ge=1)
-    batch_size: int = Field(64, ge=1, description="sequences in one step")
-
-    @model_validator(mode="after")
-    def _shares_its_width(self) -> SasRecConfig:
-        if self.width % self.heads:
-            raise ValueError(
-                f"sasrec: width {self.width} cannot be shared by {self.heads} heads; choose a multiple"
-            )
-        return self
-
-
-class HybridConfig(Section):
-    """The two-tower model and the run's own language model, fused."""
-
-    name: Literal["hybrid"] = "hybrid"
-    candidates: int = Field(50, ge=1, le=MOST_BEAMS, description="semantic IDs that each of the two proposes")
-    weight: float | None = Field(
-        None, ge=0, le=1, description="of the two-tower's log-probability; none given: tuned on validation"
-    )
-    two_tower: TwoTowerConfig = TwoTowerConfig()
-
-
-PlainBaselineConfig = PopularityConfig | ItemKnnConfig | EaseConfig | TwoTowerConfig | SasRecConfig
-BaselineConfig = PlainBaselineConfig | HybridConfig
-# each takes seconds
-DEFAULT_BASELINES: list[BaselineConfig] = [PopularityConfig(last=1), ItemKnnConfig(), EaseConfig()]
-
-
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+def default_baselines() -> list[BaselineOptions]:
+    """Those of a run that names none; each takes seconds."""
+    return [BASELINES.read(options) for options in DEFAULT]
 
 
 def _listed(value: Any) -> Any:
@@ -111,31 +48,28 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping) else value
 
 
-Baselines = Annotated[
-    list[Annotated[BaselineConfig, Field(discriminator="name"), BeforeValidator(_named)]],
-    BeforeValidator(_listed),
-]
+Baselines = Annotated[list[BaselineConfig], BeforeValidator(_listed)]
 
 
-def read_baseline(options: Mapping[str, Any]) -> BaselineConfig:
+def read_baseline(options: Mapping[str, Any]) -> BaselineOptions:
     """A baseline from its options as they were dumped, the name among them."""
-    read = TypeAdapter[BaselineConfig](Annotated[BaselineConfig, Field(discriminator="name")])
-    return read.validate_python(options)
+    return TypeAdapter[BaselineOptions](BaselineConfig).validate_python(options)
 
 
-def is_random(config: BaselineConfig) -> bool:
+def is_random(options: BaselineOptions) -> bool:
     """Whether what it learns depends on a seed: the networks do, what is counted or solved does not."""
-    return isinstance(config, NetworkOptions | HybridConfig)
+    return bool(BASELINES.find(options.name).random)
 
 
-def baseline_label(config: BaselineConfig) -> str:
+def baseline_label(options: BaselineOptions) -> str:
     """``popularity``, or with options that are not the defaults ``popularity last=1``; tells them apart."""
-    own = config.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+    own = options.model_dump(mode="json", exclude_defaults=True)
 
-    def words(options: Mapping[str, Any], prefix: str = "") -> list[str]:
+    def words(some: Mapping[str, Any], prefix: str = "") -> list[str]:
         return [
             text
-            for key, value in options.items()
+            for key, value in some.items()
+            if key != "name"
             for text in (
                 words(value, f"{prefix}{key}.")
                 if isinstance(value, Mapping)
@@ -143,4 +77,4 @@ def baseline_label(config: BaselineConfig) -> str:
             )
         ]
 
-    return " ".join([config.name, *words(own)])
+    return " ".join([options.name, *words(own)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Any, Self
@@ -62,12 +62,14 @@ class Registry:
         what: such a part in words, for messages.
         folder: the package whose modules are the built-in ones, but for those in ``beside``.
         group: of the entry points by which an installed distribution offers another.
+        base: what those have to be subclasses of, ``module:Class``.
         hyphens: whether names have hyphens where file names have underscores.
     """
 
     what: str
     folder: str
     group: str
+    base: str
     beside: Sequence[str] = ()
     hyphens: bool = False
     _known: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +139,8 @@ class Registry:
             kind = PydanticCustomError(
                 UNKNOWN_OPTION, "{part}", {"part": f"{self.what} {name!r}", "there": there}
             )
+        elif kind in (UNKNOWN_NAME, UNKNOWN_OPTION):  # of a part within this one
+            kind = PydanticCustomError(kind, problem["msg"], problem["ctx"])
         details = InitErrorDetails(type=kind, loc=problem["loc"], input=problem["input"])
         if "ctx" in problem:
             details["ctx"] = problem["ctx"]
@@ -161,12 +165,19 @@ class Registry:
             )
         offer = next(iter(offers))
         try:
-            return offer.load()
+            found = offer.load()
         except Exception as error:  # whatever a module does when it is imported
             raise ConfigError(
                 f"{self.what} {name!r} cannot be imported ({type(error).__name__}: {error}); it is "
                 f"{offer.value} of the distribution {offer.dist.name}: correct or uninstall that"
             ) from error
+        base = EntryPoint("", self.base, "").load()
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise ConfigError(
+                f"{self.what} {name!r}, {offer.value} of the distribution {offer.dist.name}, is not a "
+                f"subclass of {self.base.replace(':', '.')}; correct or uninstall that distribution"
+            )
+        return found
 
 
 def typed(registry: Registry) -> BeforeValidator:

@@ -9,7 +9,13 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from peso.config.registry import Options, Registry, typed
 
-STRATEGIES = Registry("strategy", "peso.training.strategies", "peso.strategies", beside=["strategy"])
+STRATEGIES = Registry(
+    "strategy",
+    "peso.training.strategies",
+    "peso.strategies",
+    "peso.training.strategies.strategy:Strategy",
+    beside=["strategy"],
+)
 DEFAULT, UNCHANGED = "peso", "none"  # where none is given; where no later stage is learned
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from peso.config.baselines import DEFAULT_BASELINES, Baselines
+from peso.config.baselines import Baselines, default_baselines
 from peso.config.data import DataConfig, expand_data
 from peso.config.items import ItemsConfig
 from peso.config.model import (
@@ -38,7 +38,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    baselines: Baselines = Field(DEFAULT_BASELINES, description="none: no baseline")
+    baselines: Baselines = Field(default_factory=default_baselines, description="none: no baseline")
     report: ReportConfig = ReportConfig()
     seed: Seed = 0
     data_seed: Seed | None = Field(None, description="of simulated data and semantic IDs; none given: seed")

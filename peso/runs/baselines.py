@@ -19,18 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peso.config import Config
-from peso.config.baselines import (
-    BaselineConfig,
-    EaseConfig,
-    HybridConfig,
-    NetworkOptions,
-    PlainBaselineConfig,
-    SasRecConfig,
-    TwoTowerConfig,
-    baseline_label,
-    is_random,
-    read_baseline,
-)
+from peso.config.baselines import BASELINES, BaselineOptions, baseline_label, is_random, read_baseline
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.evaluation.predictions import Predictions, make_predictions, read_predictions, write_predictions
@@ -42,15 +31,14 @@ from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.workspace import METRICS, PREDICTIONS, Workspace, provenance
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
-from peso.runtime.machine import TRAINED, require_memory
+from peso.runtime.machine import require_memory
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
 
 if TYPE_CHECKING:
-    from peso.baselines.answers import Answerer, BaselineAnswers
+    from peso.baselines.answers import Answerer, BaselineAnswers, Fusion
     from peso.baselines.baseline import Baseline
-    from peso.runs.hybrid import HybridAnswers
 
 FORMAT = 1  # of the directory of a stage
 STATIC, MODEL = "static.parquet", "model"
@@ -66,19 +54,9 @@ def check_data(config: Config, stream: Stream) -> None:
     if config.evaluation.enabled and (asked := max(config.evaluation.k)) > items:
         raise ConfigError(f"evaluation.k asks for {asked} items, but the log has {items:,}; ask for fewer")
     window = config.prompt.window
-    for baseline in config.baselines:
-        options = baseline.two_tower if isinstance(baseline, HybridConfig) else baseline
-        if isinstance(options, EaseConfig):
-            taking_part = min(options.items, items)
-            require_memory(8 * taking_part**2, f"baselines: ease with {taking_part:,} items")
-        if isinstance(options, NetworkOptions):
-            rows = items + (users if isinstance(options, TwoTowerConfig) else 0)
-            scores = min(options.batch_size, users) * (window if isinstance(options, SasRecConfig) else 1)
-            require_memory(
-                TRAINED * rows * options.width + 4 * scores * items,
-                f"baselines: {options.name} of width {options.width:,} and batch_size "
-                f"{options.batch_size:,} for {items:,} items and {users:,} users",
-            )
+    for options in config.baselines:
+        what = f"baselines: {baseline_label(options)} for {items:,} items and {users:,} users"
+        require_memory(options.memory(items, users, window), what)
 
 
 class BaselineRun:
@@ -91,7 +69,7 @@ class BaselineRun:
         WorkspaceError: there are no semantic IDs yet.
     """
 
-    def __init__(self, workspace: Workspace, config: BaselineConfig) -> None:
+    def __init__(self, workspace: Workspace, config: BaselineOptions) -> None:
         if not workspace.has_semantic_ids:
             raise WorkspaceError(
                 f"{workspace.root} has no semantic IDs yet; `peso tokenize -w {workspace.root}` comes first"
@@ -148,7 +126,7 @@ class BaselineRun:
             [files[stage_file(number)] for number in range(stage + 1)],
             self.ids.fingerprint(self.stream.items_known(stage)),
         )
-        if not isinstance(self.config, HybridConfig):
+        if self.config.partner is None:
             return result
         learnt = self.workspace.finished_stages
         models = [
@@ -182,14 +160,14 @@ class BaselineRun:
                 f"evaluation.k asks for {most} items, but the catalogue has {leaves} distinct semantic IDs; "
                 "ask for fewer"
             )
-        if isinstance(self.config, HybridConfig):
-            BaselineRun(self.workspace, self.config.two_tower).run(observer)
+        if self.config.partner is not None:
+            BaselineRun(self.workspace, self.config.partner).run(observer)
             self.workspace.require_stage(0)
 
     def missing(self) -> Iterator[int]:
         """The stages that are not done, in order, each looked at when its turn comes."""
         for stage in self.stages:
-            if isinstance(self.config, HybridConfig) and stage not in self.workspace.finished_stages:
+            if self.config.partner is not None and stage not in self.workspace.finished_stages:
                 continue
             restore(self.stage_directory(stage))
             if not self.is_done(stage):
@@ -202,10 +180,10 @@ class BaselineRun:
         with threads(number=number), commit_directory(self.stage_directory(stage)) as aside:
             began = time.perf_counter()
             learnt: Answerer
-            if isinstance(self.config, HybridConfig):
-                learnt, figures = self._fused(self.config, stage, observer), dict[str, Any]()
+            if self.config.partner is not None:
+                learnt, figures = self._fused(stage, observer), dict[str, Any]()
             else:
-                learnt, figures = self._learn(self.config, stage, aside, observer)
+                learnt, figures = self._learn(stage, aside, observer)
             seconds = time.perf_counter() - began
             answers = {PREDICTIONS: self._test(learnt, stage, observer)}
             if stage:
@@ -232,28 +210,27 @@ class BaselineRun:
             }
             write_manifest(aside, FORMAT, content)
 
-    def _learn(
-        self, config: PlainBaselineConfig, stage: int, aside: Path, observer: Observer
-    ) -> tuple[BaselineAnswers, dict[str, Any]]:
+    def _learn(self, stage: int, aside: Path, observer: Observer) -> tuple[BaselineAnswers, dict[str, Any]]:
         """Learn a stage, from where the last one left the baseline."""
         from peso.baselines.answers import BaselineAnswers
         from peso.baselines.baseline import repeats_occur
 
         stages = self._until(stage)
-        baseline = self._make(config)
+        baseline = self._make()
         if stage:
             baseline.restore(self._model(stage - 1), stages[:-1])
         figures = baseline.learn(stages, observer)
         (aside / MODEL).mkdir()
         baseline.save(aside / MODEL)
         validation = stages[-1].validation_cases(self.workspace.config.prompt.window)
-        repeats = repeats_occur(stages) if config.repeats == "auto" else config.repeats == "keep"
+        asked = baseline.options.repeats
+        repeats = repeats_occur(stages) if asked == "auto" else asked == "keep"
         return BaselineAnswers.fitted(baseline, self.ids.trie, validation, repeats=repeats), figures
 
-    def _fused(self, config: HybridConfig, stage: int, observer: Observer) -> HybridAnswers:
-        """Both models after a stage, the weight tuned on its validation cases."""
-        fused = self._fusion(config, stage, config.weight)
-        if config.weight is not None:
+    def _fused(self, stage: int, observer: Observer) -> Fusion:
+        """Both models after a stage, tuned on its validation cases."""
+        fused = self._fusion(stage, {})
+        if not fused.tunes:
             return fused
         settings = self.workspace.config
         cases = self.stream.stage(stage).validation_cases(settings.prompt.window)
@@ -267,9 +244,9 @@ class BaselineRun:
         from peso.baselines.answers import BaselineAnswers
 
         settings = self._manifest(stage)["settings"]
-        if isinstance(self.config, HybridConfig):
-            return self._fusion(self.config, stage, settings["weight"])
-        baseline = self._make(self.config)
+        if self.config.partner is not None:
+            return self._fusion(stage, settings)
+        baseline = self._make()
         baseline.restore(self._model(stage), self._until(stage))
         return BaselineAnswers(baseline, self.ids.trie, **settings)
 
@@ -279,24 +256,25 @@ class BaselineRun:
         all_intact(directory, (MODEL,), self._manifest(stage))
         return directory / MODEL
 
-    def _fusion(self, config: HybridConfig, stage: int, weight: float | None) -> HybridAnswers:
-        from peso.baselines.answers import BaselineAnswers
-        from peso.runs.hybrid import HybridAnswers
+    def _fusion(self, stage: int, settings: dict[str, Any]) -> Fusion:
         from peso.runs.models import answering_model
 
-        towers = BaselineRun(self.workspace, config.two_tower)._restored(stage)
-        assert isinstance(towers, BaselineAnswers)
+        assert self.config.partner is not None
+        partner = BaselineRun(self.workspace, self.config.partner)._restored(stage)
         model = answering_model(self.workspace, stage)
         batch = self.workspace.config.decoding.batch_size
-        return HybridAnswers(towers, model, config.candidates, 0.5 if weight is None else weight, batch)
+        fused: Fusion = BASELINES.find(self.config.name).of(self.config, partner, model, settings, batch)
+        return fused
 
-    def _make(self, config: PlainBaselineConfig) -> Baseline:
-        from peso.baselines.registry import make_baseline
+    def _make(self) -> Baseline:
+        from peso.baselines.baseline import Setting
         from peso.runtime.device import Precision
 
         settings = self.workspace.config
         device = Precision.of("float32", settings.training.device).device
-        return make_baseline(config, self.ids.trie, settings.prompt.window, settings.seed, device)
+        setting = Setting(self.ids.trie, settings.prompt.window, settings.seed, device)
+        baseline: Baseline = BASELINES.find(self.config.name).of(self.config, setting)
+        return baseline
 
     def _until(self, stage: int) -> list[Stage]:
         return [self.stream.stage(number) for number in range(stage + 1)]
@@ -358,7 +336,7 @@ class BaselineRun:
         return runs
 
 
-def found_baselines(workspace: Workspace) -> list[BaselineConfig]:
+def found_baselines(workspace: Workspace) -> list[BaselineOptions]:
     """Those that have something in ``baselines/``, in the order of their labels, configured or not.
 
     Raises:
@@ -381,12 +359,12 @@ def run_cheap_baselines(workspace: Workspace, observer: Observer) -> None:
     run_baselines(workspace, [c for c in workspace.config.baselines if not is_random(c)], observer)
 
 
-def run_baselines(workspace: Workspace, configs: Sequence[BaselineConfig], observer: Observer) -> None:
+def run_baselines(workspace: Workspace, configs: Sequence[BaselineOptions], observer: Observer) -> None:
     """Learn and test what is not done of each. The caller holds the workspace's lock."""
     for config in configs:
         BaselineRun(workspace, config).run(observer)
 
 
-def baseline_summaries(workspace: Workspace, configs: Sequence[BaselineConfig]) -> list[RunSummary]:
+def baseline_summaries(workspace: Workspace, configs: Sequence[BaselineOptions]) -> list[RunSummary]:
     """All of them as runs, as far as they are tested."""
     return [run for config in configs for run in BaselineRun(workspace, config).summaries()]

@@ -7,20 +7,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peso.config import Config, ItemsConfig
-from peso.config.baselines import SasRecConfig
+from peso.config import Config, ItemsConfig, baseline_label
 from peso.config.items import FILES, HASHING
 from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
 from peso.errors import BackboneError, ConfigError
 from peso.events.columns import ITEM_ID, ITEMS
 from peso.model.source import source_of
 from peso.runtime import assets
-from peso.runtime.machine import TRAINED, require_memory
+from peso.runtime.machine import LAYER, TRAINED, require_memory
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
-LAYER = 50_000  # bytes of Python objects, at least, that a decoder layer consists of
+
 USER = 4_000  # bytes, at least, while a simulated user's events are drawn
 
 
@@ -123,11 +122,8 @@ def _check_sizes(config: Config) -> None:
             f"items.rq_vae: hidden {network.hidden}, latent {network.latent}",
         )
     for baseline in config.baselines:
-        if isinstance(baseline, SasRecConfig):
-            require_memory(
-                baseline.layers * (LAYER + TRAINED * 12 * baseline.width**2),
-                f"baselines: sasrec of width {baseline.width:,} and {baseline.layers:,} layers",
-            )
+        needed = baseline.memory(items=0, users=0, window=config.prompt.window)
+        require_memory(needed, f"baselines: {baseline_label(baseline)}")
 
 
 def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:

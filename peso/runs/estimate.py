@@ -22,18 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from peso.baselines.answers import BaselineAnswers
-from peso.baselines.ease import ease_weights
-from peso.baselines.registry import make_baseline
+from peso.baselines.baseline import Setting
 from peso.config import Config, TrainingConfig
-from peso.config.baselines import (
-    BaselineConfig,
-    EaseConfig,
-    HybridConfig,
-    NetworkOptions,
-    PlainBaselineConfig,
-    baseline_label,
-    is_random,
-)
+from peso.config.baselines import BASELINES, BaselineOptions, baseline_label, is_random
 from peso.decoding import search
 from peso.events.histories import Ragged, Stage, TargetSequence
 from peso.events.stream import Stream
@@ -57,42 +48,23 @@ from peso.training.loop import StagePlan, most_targets, peak_memory
 from peso.training.strategies.strategy import Examples, StageContext
 
 TIMED_USERS = 100
-EASE_ITEMS = 1500  # that the dense system is timed with
 
 
 def baseline_seconds(
-    options: PlainBaselineConfig, settings: Config, stages: Sequence[Stage], trie: ItemTrie
+    options: BaselineOptions, settings: Config, stages: Sequence[Stage], trie: ItemTrie
 ) -> float:
     """Seconds to learn and test a baseline on all these stages, updated and static, at most."""
     window = settings.prompt.window
     sample = _some_users(stages[0])
-    timed, times = options, float(len(stages))
-    if isinstance(options, NetworkOptions):
-        timed = options.model_copy(update={"epochs": 1})
-        times = options.epochs * sum(map(_targets, stages)) / max(1, _targets(sample))
-    solving = 0.0
-    if isinstance(options, EaseConfig):
-        solving = len(stages) * _seconds_to_solve(min(options.items, len(trie.leaf_of)))
-        timed = options.model_copy(update={"items": 1})
     device = Precision.of("float32", settings.training.device).device
-    baseline = make_baseline(timed, trie, window, settings.seed, device)
-    began = time.perf_counter()
-    baseline.learn([sample], Silent())
-    learning = (time.perf_counter() - began) * times + solving
+    setting = Setting(trie, window, settings.seed, device)
+    baseline, learning = BASELINES.find(options.name).timed(options, setting, stages, sample)
     cases = sample.test_cases(window)
     began = time.perf_counter()
     BaselineAnswers(baseline, trie).answer(cases, settings.decoding.beams, lambda done: None)
     a_case = (time.perf_counter() - began) / max(1, len(cases))
     tested = len(stages[0].eligible()) + 2 * sum(len(stage.eligible()) for stage in stages[1:])
     return learning + tested * a_case
-
-
-def _seconds_to_solve(items: int) -> float:
-    """Of EASE's dense system, from that of a smaller one: time grows with the cube."""
-    timed = min(items, EASE_ITEMS)
-    began = time.perf_counter()
-    ease_weights(np.eye(timed) + 1.0, 1.0)
-    return (time.perf_counter() - began) * (items / timed) ** 3
 
 
 def _some_users(stage: Stage) -> Stage:
@@ -105,10 +77,6 @@ def _some_users(stage: Stage) -> Stage:
         Ragged.of(stage.previous[row] for row in rows),
         Ragged.of(stage.current[row] for row in rows),
     )
-
-
-def _targets(stage: Stage) -> int:
-    return int((stage.current.lengths[stage.eligible()] - 2).sum())
 
 
 TIMED_STEPS, TIMED_CASES = 4, 64
@@ -236,11 +204,12 @@ def _data_estimate(step: Step, source: Workspace, seconds: float | None) -> Esti
     return Estimate(step, seconds / 60, note=what)
 
 
-def baseline_estimate(workspace: Workspace, options: BaselineConfig) -> Estimate:
+def baseline_estimate(workspace: Workspace, options: BaselineOptions) -> Estimate:
     """A baseline on all stages of a workspace's data."""
     step = Step(f"baseline {baseline_label(options)}")
-    if isinstance(options, HybridConfig):
-        return Estimate(step, note="two-tower, then searches with the run's own model: not measured")
+    if options.partner is not None:
+        note = f"{options.partner.name}, then searches with the run's own model: not measured"
+        return Estimate(step, note=note)
     if not workspace.has_stream and workspace.config.data.format not in READABLE_AT_ONCE:
         return Estimate(step, note="known once the log is ingested")
     with _readable(workspace, Silent()) as (source, _):
@@ -251,7 +220,7 @@ def baseline_estimate(workspace: Workspace, options: BaselineConfig) -> Estimate
     return Estimate(step, seconds / 60, note="at most" if is_random(options) else "")
 
 
-def _baseline_done(workspace: Workspace, options: BaselineConfig) -> bool:
+def _baseline_done(workspace: Workspace, options: BaselineOptions) -> bool:
     if not workspace.has_semantic_ids:
         return False
     run = BaselineRun(workspace, options)

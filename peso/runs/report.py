@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 
 from peso.config import STRATEGIES, Config, baseline_label, dump_config
-from peso.config.baselines import DEFAULT_BASELINES
+from peso.config.baselines import default_baselines
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.metrics import average_metrics, headline_metrics
@@ -72,7 +72,7 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
     stages that some run was tested on. Default baselines are shown as kept up to date, not static. A
     baseline that lacks a stage counts as unfinished."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
-    static = {f"{baseline_label(config)} (static)" for config in DEFAULT_BASELINES}
+    static = {f"{baseline_label(config)} (static)" for config in default_baselines()}
     beside = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
     beside = [run for run in beside if run.name not in static]
     if all(run.name != "popularity" for run in beside):

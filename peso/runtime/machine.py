@@ -18,6 +18,7 @@ from peso.runtime.threads import NUMBER, SMALL
 OPTIONAL = {"sentence-transformers": ("text", "sentence encoders as items.encoder")}
 
 TRAINED = 16  # bytes of a parameter that is trained: float32, its gradient, two moments of AdamW
+LAYER = 50_000  # bytes of Python objects, at least, that a decoder layer consists of
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container, where it has a limit
 
 

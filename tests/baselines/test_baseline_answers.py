@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from peso.baselines.answers import BaselineAnswers, top
+from peso.baselines.hybrid import WEIGHTS, Candidates, Hybrid, best_weight, joined, pool, pooled
 from peso.decoding import search
 from peso.events.histories import Cases
-from peso.runs.hybrid import WEIGHTS, Candidates, HybridAnswers, best_weight, joined, pool, pooled
 from peso.training.likelihood import target_log_probabilities
 
 ITEMS = 50
@@ -149,13 +149,13 @@ def test_at_its_ends_the_hybrid_is_either_model(make_model) -> None:
     model = make_model(items=ITEMS, sizes=(4, 4, 4))
     ids, cases = model.semantic_ids, some_cases(9)
     towers = BaselineAnswers(fixed(), ids.trie)
-    hybrid = HybridAnswers(towers, model, candidates=ids.trie.leaves, weight=1.0)
+    hybrid = Hybrid(towers, model, candidates=ids.trie.leaves, weight=1.0)
     alone = towers.answer(cases, 6, lambda done: None)
     found = hybrid.answer(cases, 6, lambda done: None)
     np.testing.assert_array_equal(found.leaves, alone.leaves)
     np.testing.assert_allclose(found.target_log_probability, alone.target_log_probability)
 
-    found = HybridAnswers(towers, model, ids.trie.leaves, 0.0).answer(cases, 6, lambda done: None)
+    found = Hybrid(towers, model, ids.trie.leaves, 0.0).answer(cases, 6, lambda done: None)
     beams = search(model, cases.histories, beams=ids.trie.leaves)
     np.testing.assert_array_equal(found.leaves, beams.leaves[:, :6])
     np.testing.assert_allclose(found.scores, beams.scores[:, :6], atol=1e-5)
@@ -168,7 +168,7 @@ def test_candidates_of_both_models_are_scored_by_both(make_model) -> None:
     model = make_model(items=ITEMS, sizes=(4, 4, 4))
     trie, cases = model.semantic_ids.trie, some_cases(9)
     towers = BaselineAnswers(fixed(), trie)
-    found, *_ = HybridAnswers(towers, model, 4, 0.5)._propose(cases, lambda done: None)
+    found, *_ = Hybrid(towers, model, 4, 0.5)._propose(cases, lambda done: None)
     everything = search(model, cases.histories, beams=trie.leaves)
     every = towers.log_probabilities(cases)
     for row in range(len(cases)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from catalogs import setting
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -13,6 +14,14 @@ from peso.baselines.ease import Ease, ease_weights
 from peso.baselines.item_knn import ItemKnn, similarities
 from peso.events.histories import Cases, Ragged, Stage
 from peso.runtime.progress import Silent
+
+
+def ease(items: int, window: int, taking_part: int, regularisation: float) -> Ease:
+    return Ease(setting(items, window), items=taking_part, regularisation=regularisation)
+
+
+def item_knn(items: int, window: int, neighbours: int, shrinkage: float) -> ItemKnn:
+    return ItemKnn(setting(items, window), neighbours=neighbours, shrinkage=shrinkage)
 
 
 def stage(number: int, rows: dict[str, tuple[list[int], list[int]]]) -> Stage:
@@ -73,7 +82,7 @@ def test_neighbours_are_the_most_similar_items(x: np.ndarray, neighbours: int, s
 
 def test_scores_add_up_over_the_items_of_the_window() -> None:
     stages = random_stages()
-    for model in (Ease(12, 3, 12, 5.0), ItemKnn(12, 3, 12, 1.0)):
+    for model in (ease(12, 3, 12, 5.0), item_knn(12, 3, 12, 1.0)):
         model.learn(stages, Silent())
         alone = model.scores(cases([1], [4], [7])) - model.popularity
         together = model.scores(cases([9, 9, 1, 4, 7])) - model.popularity  # 9 is older than the window
@@ -82,7 +91,7 @@ def test_scores_add_up_over_the_items_of_the_window() -> None:
 
 def test_what_a_history_says_nothing_about_is_ordered_by_popularity() -> None:
     stages = [stage(0, {"a": ([], [0, 1, 8, 8]), "b": ([], [2, 3, 3, 8]), "c": ([], [3, 2, 8, 8])})]
-    for model in (Ease(9, 20, 9, 1.0), ItemKnn(9, 20, 10, 0.0)):
+    for model in (ease(9, 20, 9, 1.0), item_knn(9, 20, 10, 0.0)):
         model.learn(stages, Silent())
         scores = model.scores(cases([7]))[0]
         assert (
@@ -91,7 +100,7 @@ def test_what_a_history_says_nothing_about_is_ordered_by_popularity() -> None:
 
 
 def test_items_beyond_those_taking_part_are_below_the_others() -> None:
-    model = Ease(12, 20, 4, 5.0)
+    model = ease(12, 20, 4, 5.0)
     figures = model.learn(random_stages(), Silent())
     assert figures["items_taking_part"] == len(model.rows) == 4
     users = interactions(list(known_histories(random_stages()).values()), 12).sum(axis=0)
@@ -102,7 +111,7 @@ def test_items_beyond_those_taking_part_are_below_the_others() -> None:
 
 def test_they_are_kept_up_to_date_and_can_be_had_again(tmp_path) -> None:
     stages = random_stages()
-    for make in (lambda: Ease(12, 20, 12, 5.0), lambda: ItemKnn(12, 20, 12, 1.0)):
+    for make in (lambda: ease(12, 20, 12, 5.0), lambda: item_knn(12, 20, 12, 1.0)):
         continual, static, again = make(), make(), make()
         static.learn(stages[:1], Silent())
         for number in range(3):

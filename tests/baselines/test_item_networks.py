@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from catalogs import setting
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from peso.baselines.baseline import Baseline
 from peso.baselines.fitting import mean_target_loss
 from peso.baselines.sasrec import NO_TARGET, SasRec, training_rows
 from peso.baselines.two_tower import Examples, TwoTower
-from peso.config.baselines import SasRecConfig, TwoTowerConfig
 from peso.errors import ConfigError
 from peso.events.histories import Cases, Ragged, Stage, TargetSequence
 from peso.runtime.progress import Silent
@@ -25,12 +25,12 @@ ITEMS, WINDOW, CPU = 12, 6, torch.device("cpu")
 
 def two_tower(seed: int = 0, items: int = ITEMS, **options) -> TwoTower:
     options = {"width": 8, "epochs": 30, "learning_rate": 0.02, "batch_size": 16, "dropout": 0.0, **options}
-    return TwoTower(items, WINDOW, TwoTowerConfig(**options), seed, CPU)
+    return TwoTower(setting(items, WINDOW, seed), **options)
 
 
 def sasrec(seed: int = 0, items: int = ITEMS, **options) -> SasRec:
     options = {"width": 16, "epochs": 12, "learning_rate": 0.01, "batch_size": 16, "dropout": 0.1, **options}
-    return SasRec(items, WINDOW, SasRecConfig(**options), seed, CPU)
+    return SasRec(setting(items, WINDOW, seed), **options)
 
 
 MAKERS = pytest.mark.parametrize("make", [two_tower, sasrec])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peso.baselines.answers import BaselineAnswers
+from peso.baselines.baseline import Setting
 from peso.baselines.popularity import Popularity, item_counts, predict_popularity
 from peso.errors import ConfigError
 from peso.evaluation.segments import label_cases
@@ -53,7 +54,7 @@ def test_held_back_events_cannot_change_the_list(current: list[list[int]], data:
 
 
 def test_log_probabilities_are_smoothed_frequencies_of_semantic_ids() -> None:
-    popularity = Popularity(IDS.trie)
+    popularity = Popularity(Setting(IDS.trie, window=1))
     popularity.weights = popularity.added + np.array([3, 2, 1, 2, 0])
     p, same = np.exp(BaselineAnswers(popularity, IDS.trie).log_probabilities(STAGES[1].test_cases(1)))
     np.testing.assert_array_equal(p, same)

@@ -46,7 +46,7 @@ def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("adapter.rank=1000000000", r"adapter\.rank 1,000,000,000.*GiB"),
         ("data.simulate.users=1000000000", "1,000,000,000 users.*GiB"),
         ("data.simulate.items=2000000000", "items.*GiB"),
-        ("baselines=[{name: sasrec, width: 1000000}]", "sasrec of width 1,000,000.*GiB"),
+        ("baselines=[{name: sasrec, width: 1000000}]", "sasrec width=1000000.*GiB"),
         ("items={quantizer: rq-vae, rq_vae: {hidden: [1000000, 1000000]}}", r"items\.rq_vae.*GiB"),
         ("evaluation={enabled: true, k: [9], }", None),
         (
@@ -136,7 +136,7 @@ def test_what_the_log_is_too_small_or_too_large_for_is_refused_before_semantic_i
     data = {"format": "csv", "path": str(write_log(tmp_path / "log.csv", events)), "stages": 2}
     refused = {
         "evaluation={k: [8]}": "asks for 8 items.*has 7",
-        "baselines=[{name: two-tower, width: 99000000}]": "width 99,000,000.*GiB",
+        "baselines=[{name: two-tower, width: 99000000}]": "two-tower width=99000000.*GiB",
     }
     tree = {**TINY, "data": data, "items": {"quantizer": "rq-kmeans"}}
     for number, (override, message) in enumerate(refused.items()):

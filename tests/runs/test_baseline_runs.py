@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from peso.baselines import registry
 from peso.config import baseline_label, load_config
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
@@ -84,7 +83,7 @@ def test_static_and_continual_part_after_the_base_stage(finished: Workspace) -> 
 
 
 def test_what_is_done_is_not_done_again(finished: Workspace, monkeypatch) -> None:
-    monkeypatch.setattr(registry, "make_baseline", None)  # whoever learns or tests would need it
+    monkeypatch.setattr(BaselineRun, "_make", None)  # whoever learns or tests would need it
     run_baselines(finished, finished.config.baselines, Silent())
 
 
@@ -103,12 +102,12 @@ def test_interrupted_between_stages_it_ends_with_the_same_answers(
     networks = [config for config in finished.config.baselines if config.name in ("two-tower", "sasrec")]
     learn = BaselineRun._learn
 
-    def interrupted(self, config, stage, aside, observer):
-        if stage == 1 and not (tmp_path / config.name).exists():
-            (tmp_path / config.name).touch()
-            learn(self, config, stage, aside, observer)
+    def interrupted(self, stage, aside, observer):
+        if stage == 1 and not (tmp_path / self.config.name).exists():
+            (tmp_path / self.config.name).touch()
+            learn(self, stage, aside, observer)
             raise KeyboardInterrupt
-        return learn(self, config, stage, aside, observer)
+        return learn(self, stage, aside, observer)
 
     monkeypatch.setattr(BaselineRun, "_learn", interrupted)
     for config in networks:
@@ -177,5 +176,5 @@ def test_a_list_is_never_longer_than_the_catalogue(tmp_path: Path) -> None:
     assert found.depth == 100
     assert 0 < found.rank_semantic_id.min() <= found.rank_semantic_id.max() <= leaves
     too_many = load_config({**TREE, "decoding": {"beams": 100}, "evaluation": {"k": [100]}})
-    with pytest.raises(ConfigError, match=f"asks for 100 items, but the catalogue has {leaves}"):
+    with pytest.raises(ConfigError, match=f"asks for 100 items, but the log has {leaves}"):
         run_baselines(Workspace(workspace.root, too_many), too_many.baselines[:1], Silent())

@@ -21,6 +21,7 @@ TERMS = Registry(
     "proximal term",
     "peso.adapters.proximal",
     "peso.proximal_terms",
+    "peso.adapters.proximal.term:Term",
     beside=["calibration", "metrics", "stacks", "term"],
 )
 Coupling = Literal["loss", "decoupled"]

@@ -25,7 +25,7 @@ from peso.config import (
     load_config,
     strategy_options,
 )
-from peso.config.baselines import BaselineConfig, HybridConfig, baseline_label, is_random
+from peso.config.baselines import BaselineOptions, baseline_label, is_random
 from peso.config.compare import MOST_VARIANTS, CompareConfig, Variant, grid, load_comparison, variants
 from peso.config.model import BUILT_IN
 from peso.config.shape import stage_shape
@@ -61,7 +61,7 @@ class Task:
     data: Task | None = None
     base: Task | None = None
     kind: Kind = "strategy"
-    baseline: BaselineConfig | None = None
+    baseline: BaselineOptions | None = None
 
     @property
     def key(self) -> tuple[Path, bool]:
@@ -301,7 +301,7 @@ def _transfer(run: Run) -> Run:
 
 
 def _baseline_runs(
-    root: Path, runs: Sequence[Run], configs: Sequence[BaselineConfig], fused: Set[str]
+    root: Path, runs: Sequence[Run], configs: Sequence[BaselineOptions], fused: Set[str]
 ) -> list[Run]:
     """Each baseline on every data set and backbone: once where nothing is drawn, else with each seed."""
     cells: dict[tuple[str, str, int | None], Run] = {}
@@ -311,7 +311,7 @@ def _baseline_runs(
     first = {(data, backbone): run for (data, backbone, _), run in reversed(seeded.items())}
     found = []
     for config in configs:
-        if isinstance(config, HybridConfig):
+        if config.partner is not None:
             found += [_hybrid(root, run, config) for run in runs if run.strategy in fused]
         elif is_random(config):
             found += [_plain_baseline(root, run, config, run.task.config.seed) for run in seeded.values()]
@@ -320,7 +320,7 @@ def _baseline_runs(
     return found
 
 
-def _plain_baseline(root: Path, run: Run, config: BaselineConfig, seed: int | None) -> Run:
+def _plain_baseline(root: Path, run: Run, config: BaselineOptions, seed: int | None) -> Run:
     """Beside a run, of which it needs the data alone; backbones share it."""
     theirs, data = run.task.config, run.task.data
     assert data is not None
@@ -342,7 +342,7 @@ def _plain_baseline(root: Path, run: Run, config: BaselineConfig, seed: int | No
     return Run(run.data, run.backbone, label, seed, task)
 
 
-def _hybrid(root: Path, run: Run, config: HybridConfig) -> Run:
+def _hybrid(root: Path, run: Run, config: BaselineOptions) -> Run:
     """Fused with the model of a run, of which it takes all stages over."""
     label = f"{baseline_label(config)} with {run.strategy}"
 

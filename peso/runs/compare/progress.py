@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peso.config.baselines import BaselineConfig
+from peso.config.baselines import BaselineOptions
 from peso.errors import WorkspaceError
 from peso.events.stream import Stream
 from peso.runs.baselines import BaselineRun
@@ -85,7 +85,7 @@ def _transfer_standing(task: Task, workspace: Workspace) -> Standing:
     return Standing(sum(i in learnt and is_tested(workspace, i, j) for i, j in pairs), len(pairs))
 
 
-def _baseline_standing(task: Task, workspace: Workspace, config: BaselineConfig) -> Standing:
+def _baseline_standing(task: Task, workspace: Workspace, config: BaselineOptions) -> Standing:
     if not data_ready(task):
         return Standing(0, _stages(task))
     run = BaselineRun(workspace, config)

@@ -13,13 +13,17 @@ bound of its log-probability under the normalised pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, Field
 
-from peso.baselines.answers import Answers, BaselineAnswers, batches, top
+from peso.baselines.answers import Answerer, Answers, BaselineAnswers, Fusion, batches, top
+from peso.baselines.two_tower import TwoTower
+from peso.config.baselines import BASELINES, BaselineOptions
+from peso.config.model import MOST_BEAMS
 from peso.decoding import Beams, search
 from peso.evaluation.metrics import ndcg
 from peso.evaluation.predictions import semantic_id_ranks
@@ -30,21 +34,67 @@ from peso.runtime.threads import threads
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
 
 
+def _two_tower(value: Any) -> Any:
+    return BASELINES.read({"name": TwoTower.name, **value}) if isinstance(value, Mapping) else value
+
+
 @dataclass(frozen=True)
-class HybridAnswers:
-    """The two models after a stage, and the weight of the towers."""
+class Hybrid(Fusion):
+    """The two-tower model and the run's own language model, fused.
+
+    ``towers``, ``llm``: the two after a stage; ``weight``: of the towers.
+    """
+
+    name = "hybrid"
+    random = True
+
+    class Options(BaselineOptions):
+        candidates: int = Field(
+            50, ge=1, le=MOST_BEAMS, description="semantic IDs that each of the two proposes"
+        )
+        weight: float | None = Field(
+            None,
+            ge=0,
+            le=1,
+            description="of the two-tower's log-probability; none given: tuned on validation",
+        )
+        two_tower: Annotated[TwoTower.Options, BeforeValidator(_two_tower)] = TwoTower.Options(
+            name=TwoTower.name
+        )
+
+        @property
+        def partner(self) -> BaselineOptions:
+            return self.two_tower
+
+        def memory(self, items: int, users: int, window: int) -> int:
+            return self.two_tower.memory(items, users, window)
 
     towers: BaselineAnswers
     llm: GenerativeModel
     candidates: int
     weight: float
     search_batch: int | None = None
+    tunes: bool = False
 
-    def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> HybridAnswers:
+    @classmethod
+    def of(
+        cls,
+        options: Hybrid.Options,
+        partner: Answerer,
+        model: GenerativeModel,
+        settings: dict[str, Any],
+        batch_size: int | None,
+    ) -> Hybrid:
+        assert isinstance(partner, BaselineAnswers)
+        weight = settings.get("weight", options.weight)
+        given = 0.5 if weight is None else weight
+        return cls(partner, model, options.candidates, given, batch_size, tunes=weight is None)
+
+    def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> Hybrid:
         """With the weight that ranks the validation targets best."""
         found, *_ = self._propose(validation, advance)
         targets = self.towers.trie.leaf_of[validation.targets]
-        return replace(self, weight=best_weight(found, targets, depth)[0])
+        return replace(self, weight=best_weight(found, targets, depth)[0], tunes=False)
 
     @property
     def settings(self) -> dict[str, Any]:
