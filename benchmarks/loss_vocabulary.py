@@ -19,9 +19,7 @@ import numpy as np
 
 from peso.cli.display import Terminal, table
 from peso.config import load_config
-from peso.events.stream import Stream
 from peso.runs import pipeline
-from peso.runs.models import trained_model
 from peso.runs.workspace import Workspace
 from peso.training.likelihood import trie_log_likelihood
 
@@ -69,12 +67,12 @@ def measure(root: Path, loss_vocabulary: str, stages: int, changes: list[str]) -
         if not workspace.has_semantic_ids:
             pipeline.ingest(workspace, terminal)
             pipeline.tokenize(workspace, terminal)
-        stream = Stream.open(workspace.stream_directory)
+        stream = workspace.stream
         for number in range(stages):
             if number not in workspace.finished_stages:
-                pipeline.learn(workspace, number, terminal)
+                pipeline.learn(workspace.stage(number), terminal)
             cases = stream.stage(number).validation_cases(config.prompt.window)
-            result.append(trie_log_likelihood(trained_model(workspace, number), cases))
+            result.append(trie_log_likelihood(workspace.stage(number).model(), cases))
     return result
 
 

@@ -195,12 +195,12 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
             watched.clear()
             passes.clear()
             observer._began = time.process_time()
-            pipeline.learn(workspace, stage, observer)
-        manifest = workspace.stage_manifest(STAGES - 1)
-        kept = [served(workspace.stage_directory(stage)) for stage in range(1, STAGES)]
-        shutil.rmtree(workspace.stage_directory(STAGES - 1))
+            pipeline.learn(workspace.stage(stage), observer)
+        manifest = workspace.stage(STAGES - 1).manifest
+        kept = [served(workspace.stage(stage).directory) for stage in range(1, STAGES)]
+        shutil.rmtree(workspace.stage(STAGES - 1).directory)
         allocations = Allocations()
-        pipeline.learn(workspace, STAGES - 1, allocations)  # once more, for its memory alone
+        pipeline.learn(workspace.stage(STAGES - 1), allocations)  # once more, for its memory alone
     pipe.send({"parameters": manifest["trained_parameters"], "kept": kept, **allocations.figures()})
 
 
@@ -259,11 +259,10 @@ def race(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace, fo
 
 def steps_of_a_stage(base: Path, strategy: dict[str, Any], arguments: argparse.Namespace) -> int:
     """Optimizer steps of the last stage if nothing limits them, by its examples alone."""
-    from peso.events.stream import Stream
     from peso.runs.workspace import Workspace
     from peso.training.strategies.strategy import StageContext, make_strategy
 
-    stream = Stream.open(Workspace.open(base).stream_directory)
+    stream = Workspace.open(base).stream
     config = configured(strategy, None, arguments.width, arguments.layers)
     size = config.training.batch_size
 
@@ -308,7 +307,7 @@ def main() -> None:
         with workspace.lock():
             pipeline.ingest(workspace, Silent())
             pipeline.tokenize(workspace, Silent())
-            pipeline.learn(workspace, 0, Silent())
+            pipeline.learn(workspace.stage(0), Silent())
         plain = steps_of_a_stage(root, STRATEGIES["single"], arguments)
         if not arguments.json:
             size = f"width {arguments.width}, {arguments.layers} layers"

@@ -26,7 +26,6 @@ from typing import Any
 from peso.adapters.anchor_report import anchor_report
 from peso.adapters.groups import Group, find_groups
 from peso.config import Config
-from peso.events.stream import Stream
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
@@ -104,12 +103,10 @@ def measure(
     training = training.model_copy(update={"max_steps": steps, "validation_cases": 64})
     config: Config = workspace.config.model_copy(update={**parts, "training": training})
     changed = Workspace(workspace.root, config)
-    model = starting_model(changed, STAGE)
-    stage = Stream.open(workspace.stream_directory).stage(STAGE)
+    model = starting_model(changed.stage(STAGE))
+    stage = workspace.stream.stage(STAGE)
     strategy = Measured(Peso(**options) if options else SingleAdapter())
-    examples = StageExamples(
-        model, Stream.open(workspace.stream_directory).stage, STAGE, training, config.seed
-    )
+    examples = StageExamples(model, workspace.stream.stage, STAGE, training, config.seed)
     context = StageContext(
         STAGE, model.backbone, 0, seed=config.seed, vocabulary=model.vocabulary, examples=examples
     )

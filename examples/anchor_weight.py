@@ -17,8 +17,9 @@ import numpy as np
 
 from peso.cli.display import Terminal, table
 from peso.config import load_config
-from peso.runs import evaluate, pipeline, report
-from peso.runs.workspace import LOG, Workspace
+from peso.runs import pipeline, report
+from peso.runs.stage import LOG
+from peso.runs.workspace import Workspace
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def gradient_share(workspace: Workspace) -> float:
     """Mean over all later steps of ‖gradient of the anchor‖ / ‖gradient of the loss‖, over the adapter."""
     shares = []
     for stage in later(workspace):
-        for line in (workspace.stage_directory(stage) / LOG).read_text().splitlines():
+        for line in (workspace.stage(stage).directory / LOG).read_text().splitlines():
             record = json.loads(line)
             if record.get("gradient_norm"):
                 shares.append(record["penalty_gradient_norm"] / record["gradient_norm"])
@@ -84,7 +85,7 @@ def gradient_share(workspace: Workspace) -> float:
 
 
 def training(workspace: Workspace, stage: int) -> dict:
-    return evaluate.read_metrics(workspace, stage, stage)["training"]
+    return workspace.stage(stage).metrics["training"]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import pytest
 
 from peso.config import load_config
 from peso.runs import evaluate, pipeline
-from peso.runs import report as summary
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
@@ -26,7 +25,7 @@ EVERY_FILE = {
 def make_every_file(root: Path) -> Path:
     workspace = Workspace.create_or_open(root, load_config(EVERY_FILE))
     with workspace.lock(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(summary, "report", lambda workspaces, directory: None)  # draws plots
+        patched.setattr("peso.runs.report.report", lambda workspaces, directory: None)  # draws plots
         pipeline.run(workspace)
-    evaluate.test(workspace, 1, 2, Silent())
+    evaluate.test(workspace.stage(1).on(2), Silent())
     return workspace.root

@@ -18,7 +18,6 @@ from peso.adapters.earlier import lora_layers
 from peso.config import load_config
 from peso.model.backbone import byte_tokenizer, small_llama
 from peso.runs import pipeline
-from peso.runs.models import trained_model
 from peso.runs.workspace import Workspace
 
 RANK, ALPHA = 2, 3.0
@@ -75,7 +74,7 @@ class Runs:
 
 def factors(workspace: Workspace, stage: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Module → A (rank, in), B (out, rank), straight from the stage's adapter file."""
-    tensors = load_file(workspace.stage_directory(stage) / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(workspace.stage(stage).directory / "adapter" / "adapter_model.safetensors")
     begin, end = "base_model.model.", ".lora_A.weight"
     modules = [name[len(begin) : -len(end)] for name in tensors if name.endswith(end)]
     return {m: (tensors[f"{begin}{m}{end}"], tensors[f"{begin}{m}.lora_B.weight"]) for m in modules}
@@ -83,12 +82,12 @@ def factors(workspace: Workspace, stage: int) -> dict[str, tuple[Tensor, Tensor]
 
 def state(workspace: Workspace, stage: int) -> dict[str, Tensor]:
     """What the strategy kept beside the adapter."""
-    file = workspace.stage_directory(stage) / "state.safetensors"
+    file = workspace.stage(stage).directory / "state.safetensors"
     return load_file(file) if file.exists() else {}
 
 
 def rows(workspace: Workspace, stage: int) -> dict[str, Tensor]:
-    return load_file(workspace.stage_directory(stage) / "vocabulary.safetensors")
+    return load_file(workspace.stage(stage).directory / "vocabulary.safetensors")
 
 
 @torch.no_grad()
@@ -102,7 +101,7 @@ def weight_changes(model: Any) -> dict[str, Tensor]:
 
 
 def changes_at(workspace: Workspace, stage: int) -> dict[str, Tensor]:
-    return weight_changes(trained_model(workspace, stage))
+    return weight_changes(workspace.stage(stage).model())
 
 
 def results(workspace: Workspace, *stages: int) -> dict[str, bytes]:
@@ -110,7 +109,7 @@ def results(workspace: Workspace, *stages: int) -> dict[str, bytes]:
     return {
         str(path.relative_to(workspace.root)): path.read_bytes()
         for stage in stages
-        for path in sorted(workspace.stage_directory(stage).rglob("*.safetensors"))
+        for path in sorted(workspace.stage(stage).directory.rglob("*.safetensors"))
     }
 
 

@@ -41,7 +41,6 @@ def demo(
     """
     from peso.config import load_config
     from peso.evaluation.report import refuse_foreign
-    from peso.events.stream import Stream
     from peso.runs import pipeline, report
     from peso.runs.workspace import Workspace, require_place
 
@@ -59,6 +58,6 @@ def demo(
     report.report(workspaces, output / "report")
     terminal.end()
     show_results("averages over stages 1 to 3, each tested right after training", workspaces)
-    some_user = Stream.open(workspaces[-1].stream_directory).stage(0).users[0]
+    some_user = workspaces[-1].stream.stage(0).users[0]
     say(f"\nreport: {output / 'report' / 'index.html'}")
     next_steps(["recommend", "-w", workspaces[-1].root, "--user", some_user], ["init", "LOG"])

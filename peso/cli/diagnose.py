@@ -98,8 +98,8 @@ def _directions(
         raise UsageError(f"--plot {plot}: the file name must end in .svg or .png")
     if plot is not None:
         require_place(plot)
-    stage = require_later_stage(workspace, stage)
-    trained = workspace.as_trained(stage)
+    later = require_later_stage(workspace, stage)
+    trained = later.as_trained.workspace
 
     from peso.runs.models import strategy_of
 
@@ -115,7 +115,7 @@ def _directions(
 
     terminal = Terminal()
     terminal.begin("gradients of the stage's data", 0, "")
-    found = stage_directions(workspace, count, stage, examples, unanchored, at)
+    found = stage_directions(workspace, count, later.number, examples, unanchored, at)
     terminal.end()
     found["sentences"] = direction_sentences(found)
     if plot is not None:

@@ -172,17 +172,14 @@ def next_steps(*commands: Sequence[object]) -> None:
 
 def next_step_of(workspace: Workspace) -> list[object]:
     """The command that continues a workspace."""
-    from peso.events.stream import Stream
-    from peso.runs.pipeline import items_without_id
-
     root = workspace.root
     if not workspace.has_stream:
         return ["ingest", "-w", root]
-    if not workspace.has_semantic_ids or items_without_id(workspace):
+    if not workspace.has_semantic_ids or workspace.items_without_id:
         return ["tokenize", *(["--append"] if workspace.has_semantic_ids else []), "-w", root]
     if not workspace.finished_stages:
         return ["train", "-w", root]
-    if len(workspace.finished_stages) < Stream.open(workspace.stream_directory).stages:
+    if len(workspace.finished_stages) < workspace.stream.stages:
         return ["update", "-w", root]
     return ["ingest", "NEW", "--append", "-w", root]
 

@@ -149,7 +149,7 @@ def _append(
         if others:
             raise UsageError(f"with --append, --set can change only keys of `data`, not {', '.join(others)}")
         manifest = pipeline.append(opened, Terminal(), config.data)
-        pending = pipeline.items_without_id(opened)
+        pending = opened.items_without_id
     command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
     if not opened.has_semantic_ids:
         command = f"peso tokenize -w {path}"
@@ -202,7 +202,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
         )
     with opened.lock():
         done = pipeline.update_items(opened, given, Terminal())
-        pending = pipeline.items_without_id(opened)
+        pending = opened.items_without_id
     command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
     if as_json:
         say_json({**done, "next": command})
@@ -275,9 +275,9 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
     from peso.runs import pipeline
 
     with _together(workspace, overrides, trust) as opened:
-        current().on_main(lambda: pipeline.require_next(opened, 0))
+        current().on_main(lambda: pipeline.require_next(opened.stage(0)))
         current().on_main(lambda: pipeline.rehearse_stages(opened, watcher()))
-        pipeline.learn(opened, 0, watcher())
+        pipeline.learn(opened.stage(0), watcher())
     if current().is_main:
         next_steps(["evaluate", "-w", workspace], next_step_of(opened))
 
@@ -295,7 +295,7 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
     Example: peso update -w runs/games --set strategy.strength=2 --set training.later.epochs=2
     """
     from peso.runs import pipeline
-    from peso.runs import report as summary
+    from peso.runs.report import before_and_after
 
     with _together(workspace, overrides, trust, later=True) as opened:
         stage = pipeline.update(opened, watcher())
@@ -311,7 +311,7 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
         say("not tested, since evaluation.enabled is false")
         next_steps(["evaluate", "-w", opened.root])
         return
-    table(*summary.before_and_after(opened))
+    table(*before_and_after(opened))
     show_results("averages so far", [opened])
     say(f"report: {opened.report_directory / 'index.html'}")
     next_steps(["diagnose", "-w", opened.root], next_step_of(opened))
@@ -372,20 +372,20 @@ def evaluate(
     Example: peso evaluate -w runs/games --stage 0 --on 4
     """
 
-    from peso.runs import evaluate as testing
-    from peso.runs import report as summary
+    from peso.runs.evaluate import test
+    from peso.runs.report import metric_table
 
     with _together(workspace, overrides, trust) as opened:
-        number = opened.require_stage(stage)
-        cases = number if on is None else on
-        metrics = testing.test(opened, number, cases, watcher())
+        wanted = opened.trained(stage)
+        cases = wanted.number if on is None else on
+        metrics = test(wanted.on(cases), watcher())
     if not current().is_main:
         return
     if as_json:
         say_json(metrics)
         return
-    title = f"{opened.root}: model after stage {number} on the test cases of stage {cases}"
-    table(title, *summary.metric_table(metrics))
+    title = f"{opened.root}: model after stage {wanted.number} on the test cases of stage {cases}"
+    table(title, *metric_table(metrics))
     next_steps(["report", "-w", opened.root], next_step_of(opened))
 
 
@@ -403,8 +403,8 @@ def report(
     """
     from peso.errors import WorkspaceError
     from peso.evaluation.report import refuse_foreign
-    from peso.runs import report as summary
     from peso.runs.baselines import run_cheap_baselines
+    from peso.runs.report import report as write_report
 
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory
@@ -418,7 +418,7 @@ def report(
         watcher().note(f"the report shows only the baselines that are finished: {reason}")
     observer = watcher()
     observer.begin("writing the report", 0, "")
-    summary.report(opened, directory)
+    write_report(opened, directory)
     observer.end()
     show_results("averages over the later stages", opened)
     say(f"report: {directory / 'index.html'}")

@@ -115,8 +115,7 @@ class Stream:
             DataError: there is no such stage.
             WorkspaceError: its file is missing or damaged.
         """
-        if not 0 <= number < self.stages:
-            raise DataError(f"{self.directory} has no stage {number}; it has 0 to {self.stages - 1}")
+        self._require_stage(number)
         table = self._read(stage_file(number))
         return Stage(
             number,
@@ -124,6 +123,11 @@ class Stream:
             _ragged(table[columns.PREVIOUS]),
             _ragged(table[columns.CURRENT]),
         )
+
+    def fingerprint(self, number: int) -> str:
+        """sha256 of the file of a stage. Raises DataError where there is no such stage."""
+        self._require_stage(number)
+        return str(self.manifest["files"][stage_file(number)])
 
     @cached_property
     def items(self) -> pa.Table:
@@ -158,6 +162,10 @@ class Stream:
             if number == 0:  # what comes before the stream is known from its beginning
                 first[stage.previous.values] = 0
         return np.where(first == self.stages, 0, first)
+
+    def _require_stage(self, number: int) -> None:
+        if not 0 <= number < self.stages:
+            raise DataError(f"{self.directory} has no stage {number}; it has 0 to {self.stages - 1}")
 
     def _read(self, name: str) -> pa.Table:
         path = intact(self.directory, name, self.manifest)

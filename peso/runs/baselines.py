@@ -26,10 +26,9 @@ from peso.evaluation.predictions import Predictions, make_predictions, read_pred
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary
 from peso.evaluation.segments import label_cases
 from peso.events.histories import Stage
-from peso.events.stream import Stream, stage_file
-from peso.items.index_files import read_semantic_ids
-from peso.items.semantic_ids import SemanticIds
-from peso.runs.workspace import METRICS, PREDICTIONS, Workspace, provenance
+from peso.events.stream import Stream
+from peso.runs.stage import METRICS, PREDICTIONS
+from peso.runs.workspace import Workspace, provenance
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
 from peso.runtime.machine import require_memory
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
@@ -70,14 +69,9 @@ class BaselineRun:
     """
 
     def __init__(self, workspace: Workspace, config: BaselineOptions) -> None:
-        if not workspace.has_semantic_ids:
-            raise WorkspaceError(
-                f"{workspace.root} has no semantic IDs yet; `peso tokenize -w {workspace.root}` comes first"
-            )
         self.workspace, self.config, self.label = workspace, config, baseline_label(config)
         self.directory = workspace.root / "baselines" / self.label
-        self.stream = Stream.open(workspace.stream_directory)
-        self.ids: SemanticIds = read_semantic_ids(workspace.semantic_ids_directory)
+        self.stream, self.ids = workspace.stream, workspace.semantic_ids
         known = len(self.ids.item_ids)
         self.stages = [n for n in range(self.stream.stages) if self.stream.items_known(n) <= known]
 
@@ -117,23 +111,19 @@ class BaselineRun:
 
     def determination(self, stage: int) -> str:
         """Digest of all that determines the answers to a stage."""
-        config, files = self.workspace.config, self.stream.manifest["files"]
+        config = self.workspace.config
         result = digest(
             self.config.model_dump(mode="json"),
             config.seed,
             config.prompt.window,
             config.decoding.beams,
-            [files[stage_file(number)] for number in range(stage + 1)],
+            [self.stream.fingerprint(number) for number in range(stage + 1)],
             self.ids.fingerprint(self.stream.items_known(stage)),
         )
         if self.config.partner is None:
             return result
-        learnt = self.workspace.finished_stages
-        models = [
-            self.workspace.stage_manifest(number)["determined_by"] if number in learnt else None
-            for number in sorted({0, stage})
-        ]
-        return digest(result, models)
+        models = [self.workspace.stage(number) for number in sorted({0, stage})]
+        return digest(result, [model.determined_by if model.is_trained else None for model in models])
 
     # -- learning and testing --------------------------------------------------------------------
 
@@ -162,7 +152,7 @@ class BaselineRun:
             )
         if self.config.partner is not None:
             BaselineRun(self.workspace, self.config.partner).run(observer)
-            self.workspace.require_stage(0)
+            self.workspace.trained(0)
 
     def missing(self) -> Iterator[int]:
         """The stages that are not done, in order, each looked at when its turn comes."""
@@ -257,11 +247,9 @@ class BaselineRun:
         return directory / MODEL
 
     def _fusion(self, stage: int, settings: dict[str, Any]) -> Fusion:
-        from peso.runs.models import answering_model
-
         assert self.config.partner is not None
         partner = BaselineRun(self.workspace, self.config.partner)._restored(stage)
-        model = answering_model(self.workspace, stage)
+        model = self.workspace.stage(stage).answering_model()
         batch = self.workspace.config.decoding.batch_size
         fused: Fusion = BASELINES.find(self.config.name).of(self.config, partner, model, settings, batch)
         return fused

@@ -10,13 +10,10 @@ from typing import Any
 
 from peso.errors import WorkspaceError
 from peso.events.drift import drift
-from peso.events.stream import Stream
 from peso.items import quality
-from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import token_name
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
-from peso.runtime.manifest import read_manifest
 
 Titled = tuple[str, list[str], list[list[Any]]]  # a table: title, columns, rows
 
@@ -45,14 +42,10 @@ def diagnose(workspace: Workspace) -> dict[str, Any]:
 
 def stream_drift(workspace: Workspace) -> list[dict[str, Any]]:
     """Drift of every stage of the stream; without that of the codes while an item has none."""
-    if not workspace.has_stream:
-        raise WorkspaceError(
-            f"{workspace.root} has no stream yet; `peso ingest -w {workspace.root}` comes first"
-        )
-    stream = Stream.open(workspace.stream_directory)
+    stream = workspace.stream
     items, first_codes = int(stream.manifest["items"]), None
     if workspace.has_semantic_ids:
-        codes = read_semantic_ids(workspace.semantic_ids_directory).codes
+        codes = workspace.semantic_ids.codes
         first_codes = codes[:, 0] if len(codes) == items else None
     return drift((stream.stage(number) for number in range(stream.stages)), items, first_codes)
 
@@ -64,15 +57,15 @@ def anchors(workspace: Workspace) -> list[dict[str, Any]]:
     strength, ρ̄ with its spread), and what :func:`peso.adapters.anchor_report.anchor_effect` found.
     """
     found = []
-    for stage in workspace.finished_stages:
-        training = workspace.metrics(stage)["training"]
+    for stage in workspace.stages:
+        training = stage.training
         if (moved := training.get("moved")) is None:
             continue
         told = training.get("strategy", {})
         from peso.adapters.anchor_report import anchor_effect
 
-        held = training.get("anchor") or anchor_effect(stage, workspace.log(stage), told.get("rho"))
-        entry = {"stage": stage, "distance": moved["distance"], "kl": moved["kl"]}
+        held = training.get("anchor") or anchor_effect(stage.number, stage.log, told.get("rho"))
+        entry = {"stage": stage.number, "distance": moved["distance"], "kl": moved["kl"]}
         found.append({**entry, "strategy": told, **held})
     return found
 
@@ -80,10 +73,9 @@ def anchors(workspace: Workspace) -> list[dict[str, Any]]:
 def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:
     if not workspace.has_semantic_ids:
         return None
-    manifest = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
-    items = Stream.open(workspace.stream_directory).manifest["items"] if workspace.has_stream else 0
+    manifest = workspace.semantic_ids_manifest
     told: dict[str, Any] = {key: manifest[key] for key in ("quality", "fitness") if key in manifest}
-    return {**told, "items_without_id": max(0, items - manifest["items"])}
+    return {**told, "items_without_id": max(0, workspace.items_without_id)}
 
 
 # -- as tables ---------------------------------------------------------------------------------------
@@ -120,9 +112,7 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
         ),
     ]
     told = (found["semantic_ids"] or {}).get("fitness", {})
-    from peso.items import quality as fitness
-
-    if fit := [list(row) for row in fitness.rows(told)]:
+    if fit := [list(row) for row in quality.rows(told)]:
         tables.append(("do the codes fit: items that came after they were made", ["items", *FITNESS], fit))
     if found["anchor"]:
         anchor = ["stage", *ANCHOR.values(), "weight", "strength", "ρ̄", "±"]
@@ -152,11 +142,11 @@ def quality_tables(manifest: dict[str, Any]) -> list[Titled]:
     return tables
 
 
-def require_later_stage(workspace: Workspace, stage: int | None) -> int:
+def require_later_stage(workspace: Workspace, number: int | None) -> RunStage:
     """The stage asked for, or the newest. Raises WorkspaceError for one that has no anchor."""
-    number = workspace.require_stage(stage)
-    if number == 0:
+    stage = workspace.trained(number)
+    if stage.number == 0:
         raise WorkspaceError(
             "stage 0 starts from nothing that could be an anchor; name a later one (--stage)"
         )
-    return number
+    return stage

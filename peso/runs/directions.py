@@ -1,7 +1,6 @@
 """Which directions of an adapter a stage's data support, and what the anchor left of them: of a workspace.
 
-Knows which files of a workspace hold a stage's states; knows nothing of how the figures are shown. The
-mathematics is in ``peso/adapters/directions.py``.
+The mathematics is in ``peso/adapters/directions.py``.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from peso.adapters.groups import Group, Source, find_groups
 from peso.adapters.proximal import DistanceTerm, SoftmaxKL
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.report.plots import Plot, Series
-from peso.events.stream import Stream
 from peso.model.build import has_adapter
 from peso.model.generative import GenerativeModel
 from peso.runs.diagnosis import require_later_stage
 from peso.runs.models import load_stage, starting_model, stored_memory, strategy_of
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.threads import threads
 from peso.training.examples import StageExamples
@@ -72,42 +71,42 @@ def stage_directions(
         ConfigError: a strategy that does not move one adapter on, or a term that has no metric.
         TrainingError: too few examples for a spread, or gradients that say nothing.
     """
-    stage = require_later_stage(workspace, stage)
-    workspace = workspace.as_trained(stage)
-    _require_anchor(workspace)
-    differences = [] if free is None else _differences(workspace, free, stage)
-    model, term, gradients, source = _example_gradients(workspace, stage, examples, at)
+    trained = require_later_stage(workspace, stage).as_trained
+    _require_anchor(trained.workspace)
+    there = None if free is None else free.trained(trained.number).as_trained
+    differences = [] if there is None else _differences(trained, there)
+    model, term, gradients, source = _example_gradients(trained, examples, at)
     gram = gradients.gram()
     everything = strongest(gram, gradients.examples, gradients.tokens)  # the whole span of the sample
     count = min(count, len(everything.support))
     top = Directions(everything.support[:count], everything.coefficients[:, :count])
     fresh = held_out(gram, count, gradients.tokens, FOLDS)
-    composition = gradients.composition(top, workspace.config.training.of_update().batch_size)
-    pace = _Pace.of(workspace, stage)
-    strength = None if strategy_of(workspace).term is None else _strength(term, pace)
+    composition = gradients.composition(top, trained.workspace.config.training.of_update().batch_size)
+    pace = _Pace.of(trained)
+    strength = None if strategy_of(trained.workspace).term is None else _strength(term, pace)
     columns: dict[str, Tensor] = {
         "support": fresh.support,
         "support_standard_error": fresh.standard_error,
         "support_of_sample": top.support,
         "mean_share": fresh.mean_share,
     }
-    moved = gradients.step(_stored(workspace, stage, model, source))
+    moved = gradients.step(_stored(trained, model, source))
     columns["moved"] = everything.along(gradients.products(moved))
     if strength is not None:
         weight = strength * (composition.pull if term.coupling == "decoupled" else torch.ones(count))
-        own, other = pace.until_best, None if free is None else _Pace.of(free, stage).until_best
+        own, other = pace.until_best, None if there is None else _Pace.of(there).until_best
         columns["weight"] = weight
         for suffix, support in (("", fresh.support), ("_of_sample", top.support)):
             columns[f"predicted_in_the_limit{suffix}"] = limit_weight(support, weight)
             columns[f"predicted{suffix}"] = stage_weight(support, weight, composition.inertia, own, other)
     rest: dict[str, float | None] = {}
-    if free is not None:
-        there = gradients.step(_stored(free, stage, model, source))
-        columns["moved_freely"] = everything.along(gradients.products(there))
+    if there is not None:
+        moved_freely = gradients.step(_stored(there, model, source))
+        columns["moved_freely"] = everything.along(gradients.products(moved_freely))
         columns["measured"] = columns["moved"] / columns["moved_freely"]
-        rest = _rest(gradients, moved, there, columns["moved"], columns["moved_freely"], count)
+        rest = _rest(gradients, moved, moved_freely, columns["moved"], columns["moved_freely"], count)
     return {
-        "stage": stage,
+        "stage": trained.number,
         "term": _named(term),
         "coupling": term.coupling if strength is not None else None,
         "weight": strength,
@@ -133,30 +132,30 @@ def _require_anchor(workspace: Workspace) -> None:
     if not strategy_of(workspace).moves_one_adapter:
         known = [name for name, strategy in strategies().items() if strategy.moves_one_adapter]
         raise ConfigError(
-            f"strategy {workspace.config.strategy.name} does not move one adapter on from stage to stage, so "
-            f"there are no directions to follow; they are known for {', '.join(known)}"
+            f"strategy {workspace.config.strategy.name} does not move one adapter on from stage to stage, "
+            f"so there are no directions to follow; they are known for {', '.join(known)}"
         )
 
 
 def _example_gradients(
-    workspace: Workspace, stage: int, examples: int, at: At
+    stage: RunStage, examples: int, at: At
 ) -> tuple[GenerativeModel, DistanceTerm, ExampleGradients, Source]:
     """The stage's model, the term anchored where it began, gradients of its targets, and what is anchored."""
+    workspace, number = stage.workspace, stage.number
     config = workspace.config
-    model = starting_model(workspace, stage)
+    model = starting_model(stage)
     if not has_adapter(model):
-        raise ConfigError(f"stage {stage} of {workspace.root} has no adapter")
-    seed = config.seed_of_stage(stage)
-    stream = Stream.open(workspace.stream_directory)
-    given = StageExamples(model, stream.stage, stage, config.training, seed)
+        raise ConfigError(f"stage {number} of {workspace.root} has no adapter")
+    seed = config.seed_of_stage(number)
+    given = StageExamples(model, workspace.stream.stage, number, config.training, seed)
     context = StageContext(
-        stage,
+        number,
         model.backbone,
         total_steps=0,
         seed=seed,
         vocabulary=model.vocabulary,
         examples=given,
-        memory=stored_memory(workspace.stage_directory(stage - 1)),
+        memory=stored_memory(stage.before),
     )
     strategy = strategy_of(workspace)
     term = strategy.term or SoftmaxKL()
@@ -174,42 +173,41 @@ def _example_gradients(
         term.anchor(source)
     anchors = [group.snapshot().tensor for group in term.groups_of(source)]
     if at == "end":
-        load_stage(workspace, model, stage)
+        load_stage(stage, model)
     with threads(model, config.training.threads):
-        losses = given.losses(stage, examples)
+        losses = given.losses(number, examples)
         return model, term, ExampleGradients(term, source, losses, given.tokens, anchors), source
 
 
-def _stored(workspace: Workspace, stage: int, model: GenerativeModel, source: Source) -> list[Tensor]:
+def _stored(stage: RunStage, model: GenerativeModel, source: Source) -> list[Tensor]:
     """What a stage left of what is anchored, read into the model."""
-    load_stage(workspace, model, stage)
+    load_stage(stage, model)
     return [group.tensor.detach().clone() for group in find_groups(source)]
 
 
-def _differences(workspace: Workspace, free: Workspace, stage: int) -> list[str]:
+def _differences(stage: RunStage, free: RunStage) -> list[str]:
     """Sentences on what differs between two runs of a stage beside the anchor. Raises WorkspaceError where
     the two cannot be set side by side."""
-    free = free.as_trained(free.require_stage(stage))
-    if strategy_of(free).reference != "fine-tuning":
+    number, configs = stage.number, (stage.workspace.config, free.workspace.config)
+    named = f"stage {number} of {free.workspace.root}"
+    if strategy_of(free.workspace).reference != "fine-tuning":
         raise WorkspaceError(
-            f"stage {stage} of {free.root} was trained with {free.config.strategy.name}; name a workspace "
-            "that trained it with `single`, which has no anchor"
+            f"{named} was trained with {configs[1].strategy.name}; name a workspace that trained it with "
+            "`single`, which has no anchor"
         )
-    ours, theirs = (dict(w.stage_manifest(stage)) for w in (workspace, free))
     for key, what in (("backbone_sha256", "backbone"), ("inputs", "data")):
-        if ours[key] != theirs[key]:
-            raise WorkspaceError(f"stage {stage} of {free.root} was trained on another {what}")
+        if stage.manifest[key] != free.manifest[key]:
+            raise WorkspaceError(f"{named} was trained on another {what}")
     found = []
-    before = [w.stage_manifest(stage - 1)["determined_by"] for w in (workspace, free)]
-    if before[0] != before[1]:
+    if stage.before.determined_by != free.before.determined_by:
         found.append(
-            f"The two runs differ from stage {stage - 1} or earlier on, so they do not start at the same "
+            f"The two runs differ from stage {number - 1} or earlier on, so they do not start at the same "
             "place: what was measured mixes this stage's anchor with those before. Stage 1 on one stage 0 "
             "tells them apart."
         )
-    ours, theirs = (w.config.model_dump(mode="json") for w in (workspace, free))
+    ours, theirs = (config.model_dump(mode="json") for config in configs)
     other = [key for key in ("training", "adapter", "prompt") if ours[key] != theirs[key]]
-    if other or workspace.config.seed_of_stage(stage) != free.config.seed_of_stage(stage):
+    if other or configs[0].seed_of_stage(number) != configs[1].seed_of_stage(number):
         found.append(f"The two runs differ in {', '.join(other) or 'seed'} too.")
     return found
 
@@ -222,9 +220,9 @@ class _Pace:
     until_best: float
 
     @classmethod
-    def of(cls, workspace: Workspace, stage: int) -> _Pace:
-        best = workspace.metrics(stage)["training"]["best_epoch"]
-        steps = [record for record in workspace.log(stage) if "learning_rate" in record]
+    def of(cls, stage: RunStage) -> _Pace:
+        best = stage.training["best_epoch"]
+        steps = [record for record in stage.log if "learning_rate" in record]
         rates = [(record["learning_rate"], record["epoch"] <= best) for record in steps]
         return cls(sum(rate for rate, _ in rates), sum(rate for rate, kept in rates if kept))
 

@@ -28,7 +28,7 @@ from peso.config.baselines import BASELINES, BaselineOptions, baseline_label, is
 from peso.decoding import search
 from peso.events.histories import Ragged, Stage, TargetSequence
 from peso.events.stream import Stream
-from peso.items.index_files import read_semantic_ids, write_semantic_ids
+from peso.items.index_files import write_semantic_ids
 from peso.items.semantic_ids import SemanticIds
 from peso.items.trie import ItemTrie
 from peso.model.generative import GenerativeModel
@@ -131,7 +131,7 @@ def estimate(
         return [Estimate(Step("ingest"), note=note)]
     name = config.backbone.name
     with _readable(workspace, observer or Silent()) as (source, seconds):
-        stream = Stream.open(source.stream_directory)
+        stream = source.stream
         missing = list(pipeline.missing_steps(workspace, stream.stages))
         if name in assets.names("backbone") and assets.find(name) is None:
             note = f"`peso run` fetches the backbone; to know before: `peso pull {name}`"
@@ -143,7 +143,7 @@ def estimate(
             if step.stage is None:
                 result.append(_data_estimate(step, source, seconds.get(step.name)))
                 continue
-            whole = trains_backbone(workspace, step.stage)
+            whole = trains_backbone(workspace.stage(step.stage))
             if whole not in speeds:
                 speeds[whole] = _measure(source, stream.stage(0), whole)
             stage = stream.stage(step.stage)
@@ -198,7 +198,7 @@ def _data_estimate(step: Step, source: Workspace, seconds: float | None) -> Esti
     """Of ingest and tokenize, which take what they took for the preview."""
     if seconds is None:
         return Estimate(step, note="not estimated: item texts are not encoded for an estimate")
-    stream = Stream.open(source.stream_directory)
+    stream = source.stream
     events, items = sum(count["events"] for count in stream.counts), int(stream.manifest["items"])
     what = f"{events:,} events" if step.name == "ingest" else f"{items:,} items"
     return Estimate(step, seconds / 60, note=what)
@@ -213,7 +213,7 @@ def baseline_estimate(workspace: Workspace, options: BaselineOptions) -> Estimat
     if not workspace.has_stream and workspace.config.data.format not in READABLE_AT_ONCE:
         return Estimate(step, note="known once the log is ingested")
     with _readable(workspace, Silent()) as (source, _):
-        stream, ids = Stream.open(source.stream_directory), read_semantic_ids(source.semantic_ids_directory)
+        stream, ids = source.stream, source.semantic_ids
         stages = [stream.stage(number) for number in range(stream.stages)]
         with threads(number=source.config.training.threads):
             seconds = baseline_seconds(options, source.config, stages, ids.trie)
@@ -317,7 +317,7 @@ def _readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Worksp
 
 
 def _draw_semantic_ids(workspace: Workspace) -> None:
-    items, stream = workspace.config.items, Stream.open(workspace.stream_directory)
+    items, stream = workspace.config.items, workspace.stream
     sizes = (min(items.codes, len(stream.item_ids)),) * items.levels
     codes = np.random.default_rng(0).integers(0, sizes, (len(stream.item_ids), items.levels), dtype=np.int32)
     workspace.semantic_ids_directory.mkdir()

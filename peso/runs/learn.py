@@ -1,8 +1,4 @@
-"""The learning of one stage of a workspace, by its strategy, into stages/{t}/.
-
-Knows a workspace's files, the strategy's phases and what a stage keeps; knows nothing of the order of stages
-or of how a loss is computed.
-"""
+"""Training of one stage of a workspace, by its strategy, into stages/{t}/."""
 
 from __future__ import annotations
 
@@ -21,12 +17,9 @@ from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_rep
 from peso.adapters.groups import find_groups
 from peso.config import Config, TrainingConfig
 from peso.errors import WorkspaceError
-from peso.events.stream import Stream, stage_file
-from peso.items.index_files import FORMAT as IDS_FORMAT
 from peso.items.index_files import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
-from peso.runs.determination import determination
 from peso.runs.models import (
     backbone_fingerprint,
     inherited_memory,
@@ -36,7 +29,8 @@ from peso.runs.models import (
     trains_backbone,
     write_memory,
 )
-from peso.runs.workspace import FORMAT, LOG, METRICS, Workspace, provenance
+from peso.runs.stage import FORMAT, LOG, METRICS, RunStage
+from peso.runs.workspace import Workspace, provenance
 from peso.runtime import assets
 from peso.runtime.files import (
     commit_directory,
@@ -46,7 +40,7 @@ from peso.runtime.files import (
     write_json,
     write_sealed,
 )
-from peso.runtime.manifest import read_manifest, write_manifest
+from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
@@ -57,8 +51,8 @@ from peso.training.strategies.strategy import StageContext, Strategy
 FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in training left
 
 
-def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
-    """Learn one stage from where the last one left the model, and commit stages/{stage}/.
+def learn_stage(stage: RunStage, observer: Observer) -> None:
+    """Learn one stage from where the last one left the model, and commit stages/{t}/.
 
     Interrupted, it continues from its newest checkpoint and ends with the same bits. Several processes
     (:mod:`peso.runtime.processes`) learn it together; the main one writes.
@@ -66,8 +60,8 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
     Raises:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
-    determined_by = determination(workspace, stage)
-    unfinished = workspace.unfinished_directory(stage) / determined_by[:16]
+    workspace, determined_by = stage.workspace, stage.determination()
+    unfinished = stage.unfinished / determined_by[:16]
 
     def prepare() -> None:
         pull_backbone(workspace, observer)
@@ -76,22 +70,21 @@ def learn_stage(workspace: Workspace, stage: int, observer: Observer) -> None:
 
     current().on_main(prepare)
     strategy = strategy_of(workspace)  # one that cannot be made says so before stage 0 is trained
-    if stage == 0:
+    if stage.number == 0:
         strategy = Strategy()  # the base stage is the same for all
-    memory = inherited_memory(workspace, stage)
-    model = starting_model(workspace, stage)
+    memory = inherited_memory(stage)
+    model = starting_model(stage)
     training: dict[str, Any] = {}
-    if strategy.learns(stage):
+    if strategy.learns(stage.number):
         with threads(model, workspace.config.training.threads, observer):
-            training = _train(workspace, stage, model, strategy, memory, unfinished, observer)
+            training = _train(stage, model, strategy, memory, unfinished, observer)
     else:
-        observer.note(f"stage {stage}: strategy {workspace.config.strategy.name} keeps the last state")
-    current().on_main(partial(_commit, workspace, stage, model, memory, training, unfinished, determined_by))
+        observer.note(f"stage {stage.number}: strategy {workspace.config.strategy.name} keeps the last state")
+    current().on_main(partial(_commit, stage, model, memory, training, unfinished, determined_by))
 
 
 def _commit(
-    workspace: Workspace,
-    stage: int,
+    stage: RunStage,
     model: GenerativeModel,
     memory: dict[str, Tensor],
     training: dict[str, Any],
@@ -99,28 +92,28 @@ def _commit(
     determined_by: str,
 ) -> None:
     """stages/{stage}/, whole, in place of what training kept on the way."""
-    with commit_directory(workspace.stage_directory(stage)) as directory:
-        save_stage_weights(model, directory, whole_backbone=trains_backbone(workspace, stage))
+    workspace, number = stage.workspace, stage.number
+    with commit_directory(stage.directory) as directory:
+        save_stage_weights(model, directory, whole_backbone=trains_backbone(stage))
         write_memory(directory, memory)
         served = size_of(directory)
         if (unfinished / LOG).exists():
             shutil.copyfile(unfinished / LOG, directory / LOG)
         write_json(directory / METRICS, {"training": training})
-        parent = workspace.stage_manifest(stage - 1)["determined_by"] if stage else None
-        ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+        parent = {"stage": number - 1, "determined_by": stage.before.determined_by} if number else None
         manifest = {
-            "stage": stage,
+            "stage": number,
             "determined_by": determined_by,
-            "parent": {"stage": stage - 1, "determined_by": parent} if stage else None,
+            "parent": parent,
             "inputs": {
-                "stream": Stream.open(workspace.stream_directory).manifest["files"][stage_file(stage)],
-                "semantic_ids": ids["files"][INDEX_FILE],
+                "stream": workspace.stream.fingerprint(number),
+                "semantic_ids": workspace.semantic_ids_manifest["files"][INDEX_FILE],
             },
             "backbone_sha256": backbone_fingerprint(model),
             "bytes_on_disk": served,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "configuration": workspace.config.model_dump(mode="json"),
-            "seed": workspace.config.seed_of_stage(stage),
+            "seed": workspace.config.seed_of_stage(number),
             **provenance(),
         }
         write_manifest(directory, FORMAT, manifest)
@@ -128,8 +121,7 @@ def _commit(
 
 
 def _train(
-    workspace: Workspace,
-    stage: int,
+    stage: RunStage,
     model: GenerativeModel,
     strategy: Strategy,
     memory: dict[str, Tensor],
@@ -137,20 +129,21 @@ def _train(
     observer: Observer,
 ) -> dict[str, Any]:
     """All phases of the stage; returns the figures of the last one, with the time of all."""
+    workspace, number = stage.workspace, stage.number
     config = workspace.config
-    stream = Stream.open(workspace.stream_directory)
+    stream, seed = workspace.stream, config.seed_of_stage(number)
     before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
     context = StageContext(
-        stage,
+        number,
         model.backbone,
         total_steps=0,
-        seed=config.seed_of_stage(stage),
+        seed=seed,
         vocabulary=model.vocabulary,
-        examples=StageExamples(model, stream.stage, stage, config.training, config.seed_of_stage(stage)),
+        examples=StageExamples(model, stream.stage, number, config.training, seed),
         memory=memory,
-        reset=lambda: put_back(workspace, model, stage),
+        reset=lambda: put_back(stage, model),
     )
-    *earlier, last = strategy.phases(stage)
+    *earlier, last = strategy.phases(number)
     spent = 0.0
     for phase in earlier:
         finished = unfinished / phase / FINISHED_PHASE
@@ -160,17 +153,19 @@ def _train(
         here = replace(context, phase=phase)
         spent += _train_phase(workspace, model, strategy, here, unfinished / phase, observer).seconds
         current().on_main(partial(_keep, model, memory, spent, finished))
-    result = _train_phase(workspace, model, strategy, replace(context, phase=last), unfinished, observer)
+    result = _train_phase(
+        stage.workspace, model, strategy, replace(context, phase=last), unfinished, observer
+    )
     if not current().is_main:  # the figures are told, and written, once
         return {}
-    _, rate = training_of(workspace.config, strategy, stage, last)
+    _, rate = training_of(config, strategy, number, last)
     figures: dict[str, Any] = {"learning_rate": rate, **asdict(result)}
     figures["seconds"] += spent
     if told := strategy.figures():
         figures["strategy"] = told
-    if stage and before:
+    if number and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
-        figures["anchor"] = anchor_effect(stage, read_json_lines(unfinished / LOG), told.get("rho"))
+        figures["anchor"] = anchor_effect(number, read_json_lines(unfinished / LOG), told.get("rho"))
         if says := figures["anchor"]["says"]:
             observer.note(says)
     return figures
@@ -186,7 +181,7 @@ def _train_phase(
 ) -> StageResult:
     config, stage = workspace.config, context.number
     settings, rate = training_of(config, strategy, stage, context.phase)
-    data = Stream.open(workspace.stream_directory).stage(stage)
+    data = workspace.stream.stage(stage)
     title = f"learn stage {stage}" + (f", {context.phase}" if context.phase else "")
     begun, monitor = False, AnchorMonitor(stage, 0)
 

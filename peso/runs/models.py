@@ -1,7 +1,4 @@
-"""A workspace's stage as a model: as it starts to learn, and as it stood afterwards.
-
-Which files of which stage make up a model.
-"""
+"""A workspace's stage as a model: as it starts to learn, and as it stood afterwards."""
 
 from __future__ import annotations
 
@@ -18,14 +15,12 @@ from peso.adapters.earlier import Past, put_past
 from peso.adapters.lora import weights_without_adapter
 from peso.config.model import BUILT_IN
 from peso.errors import BackboneError, ConfigError, WorkspaceError
-from peso.items.index_files import read_semantic_ids
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
-from peso.model.inference import for_inference
-from peso.runs.determination import require_as_determined
-from peso.runs.workspace import FORMAT, Workspace
+from peso.runs.stage import RunStage
+from peso.runs.workspace import Workspace
 from peso.runtime.device import Precision
-from peso.runtime.manifest import all_intact, read_manifest
+from peso.runtime.manifest import all_intact
 from peso.training.strategies.strategy import Strategy, make_strategy
 
 MEMORY = "state.safetensors"
@@ -46,132 +41,119 @@ def strategy_of(workspace: Workspace) -> Strategy:
     return make_strategy(workspace.config.strategy)
 
 
-def trains_backbone(workspace: Workspace, stage: int) -> bool:
+def trains_backbone(stage: RunStage) -> bool:
     """A backbone built in code knows nothing yet: at stage 0 all of its weights are trained. Later it is the
     strategy's choice."""
-    if stage == 0:
-        return workspace.config.backbone.name in BUILT_IN
-    return strategy_of(workspace).trains_backbone(stage)
+    if stage.number == 0:
+        return stage.workspace.config.backbone.name in BUILT_IN
+    return strategy_of(stage.workspace).trains_backbone(stage.number)
 
 
 def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
-    """The model before anything was learnt, on the device; ``whole``: its backbone is to be trained.
+    """The model before anything was learned, on the device; ``whole``: its backbone is to be trained.
 
     Raises:
         BackboneError: the backbone cannot be loaded.
     """
-    return _placed(workspace, _rounded(workspace, _build(workspace, 0, whole=whole)))
+    return _placed(workspace, _rounded(workspace, _build(workspace.stage(0), whole=whole)))
 
 
-def starting_model(workspace: Workspace, stage: int) -> GenerativeModel:
+def starting_model(stage: RunStage) -> GenerativeModel:
     """The model that a stage starts to learn with: what the stage before left, on the device.
 
     Raises:
-        BackboneError: the backbone cannot be loaded or is not the one that stage 0 was learnt on.
+        BackboneError: the backbone cannot be loaded or is not the one that stage 0 was trained on.
         WorkspaceError: a missing or damaged file of an earlier stage.
     """
-    whole = trains_backbone(workspace, stage)
-    if stage and whole and not trains_backbone(workspace.as_trained(stage - 1), stage - 1):
-        model = _build(workspace, stage, whole=False)
-        _load(workspace, model, stage - 1)
+    workspace, whole = stage.workspace, trains_backbone(stage)
+    if stage.number and whole and not trains_backbone(stage.before.as_trained):
+        model = _build(stage, whole=False)
+        _load(stage.before, model)
         return _placed(workspace, model.merged())
-    model = _build(workspace, stage, whole=whole)
-    if stage:
-        _load(workspace, model, stage - 1)
+    model = _build(stage, whole=whole)
+    if stage.number:
+        _load(stage.before, model)
     return _placed(workspace, _rounded(workspace, model))
 
 
-def trained_model(workspace: Workspace, stage: int, device: str | None = None) -> GenerativeModel:
-    """The model as it stood after a stage, in evaluation mode, on ``device`` (default: as configured).
-
-    Raises:
-        WorkspaceError: the stage is not learnt, or its files are damaged.
-        BackboneError: the backbone cannot be loaded or is not the one that the stage was learnt on.
-    """
-    stage = workspace.require_stage(stage)
-    workspace = workspace.as_trained(stage)
-    model = _build(workspace, stage, whole=trains_backbone(workspace, stage))
-    _load(workspace, model, stage)
+def trained_model(stage: RunStage, device: str | None) -> GenerativeModel:
+    """See :meth:`RunStage.model`."""
+    stage = stage.workspace.trained(stage.number).as_trained
+    workspace = stage.workspace
+    model = _build(stage, whole=trains_backbone(stage))
+    _load(stage, model)
     model = _rounded(workspace, model, device)
-    memory = stored_memory(workspace.stage_directory(stage))
+    memory = stored_memory(stage)
     if (past := Past.of_state(memory)) is not None:
         put_past(model.backbone, past)
-    if stage:
+    if stage.number:
         model = strategy_of(workspace).answer(model, memory)
     return _placed(workspace, model, device).eval()
 
 
-def answering_model(workspace: Workspace, stage: int, device: str | None = None) -> GenerativeModel:
-    """As :func:`trained_model`, ready to answer: without adapters, faster (:mod:`peso.model.inference`)."""
-    answering: GenerativeModel = for_inference(trained_model(workspace, stage, device))
-    return answering
-
-
 @torch.no_grad()
-def put_back(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
-    """Make adapter and vocabulary of a model what they were before anything was learnt, drawn from the seed
-    of ``stage``; where stage 0 trained the backbone itself, the vocabulary that it left."""
-    fresh = _build(workspace, stage, whole=False)
-    if trains_backbone(workspace, 0):
-        load_stage(workspace, fresh, 0)
+def put_back(stage: RunStage, model: GenerativeModel) -> None:
+    """Make adapter and vocabulary of a model what they were before anything was learned, drawn from the seed
+    of the stage; where stage 0 trained the backbone itself, the vocabulary that it left."""
+    fresh, base = _build(stage, whole=False), stage.workspace.stage(0)
+    if trains_backbone(base):
+        load_stage(base, fresh)
     values = dict(fresh.named_parameters())
     for name, p in model.named_parameters():
         if name in values and (".lora_" in name or name.startswith("vocabulary.")):
             p.copy_(values[name])
 
 
-def load_stage(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
+def load_stage(stage: RunStage, model: GenerativeModel) -> None:
     """Read a stage's weights into a model, each file checked against its sha256 first.
 
     Raises:
         WorkspaceError: a file is missing, damaged or not listed, or has weights of another shape.
     """
-    directory = workspace.stage_directory(stage)
-    all_intact(directory, WEIGHTS, workspace.stage_manifest(stage))
-    load_stage_weights(model, directory)
+    all_intact(stage.directory, WEIGHTS, stage.manifest)
+    load_stage_weights(model, stage.directory)
 
 
-def stored_memory(directory: Path) -> dict[str, Tensor]:
+def stored_memory(stage: RunStage) -> dict[str, Tensor]:
     """What a stage's strategy kept beside the adapter, by name; {} where it kept nothing.
 
     Raises:
         WorkspaceError: the file is missing, damaged or not listed.
     """
-    all_intact(directory, (MEMORY,), read_manifest(directory, FORMAT))
-    if not (directory / MEMORY).is_file():
-        return {}
+    path = stage.directory / MEMORY
+    all_intact(stage.directory, (MEMORY,), stage.manifest)
     try:
-        return load_file(directory / MEMORY)
+        return load_file(path) if path.is_file() else {}
     except (OSError, SafetensorError) as error:
-        raise WorkspaceError(f"{directory / MEMORY} is damaged ({error}); train the stage again") from error
+        raise WorkspaceError(f"{path} is damaged ({error}); train the stage again") from error
 
 
-def inherited_memory(workspace: Workspace, stage: int) -> dict[str, Tensor]:
+def inherited_memory(stage: RunStage) -> dict[str, Tensor]:
     """What the stage before has kept for a stage that is to be trained.
 
     Raises:
         WorkspaceError: a damaged file, or another strategy trained that stage, and the configured one cannot
             go on from what it kept.
     """
-    if not stage:
+    if not stage.number:
         return {}
-    directory = workspace.stage_directory(stage - 1)
-    memory, now = stored_memory(directory), workspace.config.strategy
-    before = workspace.config_of(stage - 1).strategy
-    if stage == 1 or before.keeper == now.keeper:
+    memory, now = stored_memory(stage.before), stage.workspace.config.strategy
+    before = stage.before.config.strategy
+    if stage.number == 1 or before.keeper == now.keeper:
         return memory
-    strategy = strategy_of(workspace)
-    anew = strategy.starts_anew(strategy.phases(stage)[0])
+    strategy = strategy_of(stage.workspace)
+    anew = strategy.starts_anew(strategy.phases(stage.number)[0])
     kept = {name.partition(".")[0] for name in memory}
-    kept |= {"backbone"} if (directory / "backbone").is_dir() else set()
+    kept |= {"backbone"} if (stage.before.directory / "backbone").is_dir() else set()
     unknown = (kept & {"backbone"} if anew else kept - AIDS) - strategy.reads
     if unknown or (lacking := strategy.needs - kept):
         why = f"does not understand what it kept ({', '.join(sorted(unknown))})"
         if not unknown:
             why = f"needs what it keeps itself from stage to stage ({', '.join(sorted(lacking))})"
         raise WorkspaceError(
-            f"stage {stage - 1} of {workspace.root} was trained with strategy {before.name}, and "
-            f"{now.name} {why}; go on with {before.name}, or run {now.name} into a new workspace with --base"
+            f"stage {stage.before.number} of {stage.workspace.root} was trained with strategy {before.name}, "
+            f"and {now.name} {why}; go on with {before.name}, or run {now.name} into a new workspace with "
+            "--base"
         )
     return {} if anew else {n: t for n, t in memory.items() if n.partition(".")[0] in strategy.reads}
 
@@ -196,29 +178,30 @@ def backbone_fingerprint(model: GenerativeModel, dtype: torch.dtype = torch.floa
     return result.hexdigest()
 
 
-def _build(workspace: Workspace, stage: int, *, whole: bool) -> GenerativeModel:
-    config = workspace.config
+def _build(stage: RunStage, *, whole: bool) -> GenerativeModel:
+    config = stage.workspace.config
     return build_model(
         config.backbone,
         config.prompt,
         None if whole else config.adapter,
         config.training.loss_vocabulary,
-        read_semantic_ids(workspace.semantic_ids_directory),
-        seed=config.seed_of_stage(stage),
+        stage.workspace.semantic_ids,
+        seed=config.seed_of_stage(stage.number),
     )
 
 
-def _load(workspace: Workspace, model: GenerativeModel, stage: int) -> None:
-    require_as_determined(workspace, stage)
-    if stage and workspace.config.backbone.name in BUILT_IN:
-        load_stage(workspace, model, 0)  # the backbone's weights are there alone
-    load_stage(workspace, model, stage)
-    known = workspace.stage_manifest(stage).get("backbone_sha256")
+def _load(stage: RunStage, model: GenerativeModel) -> None:
+    stage.require_as_determined()
+    name = stage.workspace.config.backbone.name
+    if stage.number and name in BUILT_IN:
+        load_stage(stage.workspace.stage(0), model)  # the backbone's weights are there alone
+    load_stage(stage, model)
+    known = stage.manifest.get("backbone_sha256")
     # earlier versions took it in the precision of the training
     if not any(known == backbone_fingerprint(model, dtype) for dtype in (torch.float32, torch.bfloat16)):
         raise BackboneError(
-            f"the backbone {workspace.config.backbone.name!r} has other weights than the one that "
-            f"{workspace.stage_directory(stage)} was trained on; fetch that one again, or use a new workspace"
+            f"the backbone {name!r} has other weights than the one that {stage.directory} was trained on; "
+            "fetch that one again, or use a new workspace"
         )
 
 

@@ -1,9 +1,8 @@
 """What `peso run` does, step by step, resuming what is done.
 
-Knows the order of the work and which file comes from which; each step is one function on a workspace. Knows
-nothing of terminals, prompts or how a loss is computed. What loads PyTorch is imported where it is used, so
-that a refused command answers at once. A step is done when its files are there:
-ingest → stream/, tokenize → semantic_ids/, learn → stages/{t}/, test → predictions and metrics in it.
+What loads PyTorch is imported where it is used, so that a refused command answers at once. A step is done
+when its files are there: ingest → stream/, tokenize → semantic_ids/, learn → stages/{t}/, test → predictions
+and metrics in it.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from peso.events.append import update_items as fill_corrected_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import FORMAT as STREAM_FORMAT
-from peso.events.stream import Stream, stage_file
+from peso.events.stream import Stream
 from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.items.index_files import read_release_index, read_semantic_ids, write_release_index
+from peso.items.index_files import read_release_index, write_release_index
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.baselines import check_data
 from peso.runs.checks import check_configuration, rehearse
-from peso.runs.determination import determination
-from peso.runs.evaluate import is_tested, test, test_directory
-from peso.runs.report import read_user_table, tell_found
-from peso.runs.workspace import FORMAT, METRICS, Workspace, require_place
+from peso.runs.evaluate import test
+from peso.runs.report import catalogue, read_user_table, tell_found
+from peso.runs.stage import FORMAT, METRICS, RunStage
+from peso.runs.workspace import Workspace, require_place
 from peso.runtime import assets
 from peso.runtime.files import commit_directory, link, remove_directory
 from peso.runtime.manifest import intact, read_manifest, write_manifest
@@ -59,14 +58,14 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
     """What is not done yet, in order. ``stages``: how many the stream has."""
     if not workspace.has_stream:
         yield Step("ingest")
-    if not workspace.has_semantic_ids or items_without_id(workspace):
+    if not workspace.has_semantic_ids or workspace.items_without_id:
         yield Step("tokenize")
-    learnt = workspace.finished_stages
-    for stage in range(stages):
-        if stage not in learnt:
-            yield Step("learn", stage)
-        if workspace.config.evaluation.enabled and not is_tested(workspace, stage, stage):
-            yield Step("test", stage)
+    for number in range(stages):
+        stage = workspace.stage(number)
+        if not stage.is_trained:
+            yield Step("learn", number)
+        if workspace.config.evaluation.enabled and not stage.is_tested:
+            yield Step("test", number)
 
 
 def run(workspace: Workspace, base: Path | None = None, observer: Observer | None = None) -> None:
@@ -84,9 +83,9 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
     for step in current().on_main(partial(_begin, workspace, base, observer)):
         assert step.stage is not None
         if step.name == "learn":
-            learn(workspace, step.stage, observer)
+            learn(workspace.stage(step.stage), observer)
         else:
-            test(workspace, step.stage, step.stage, observer)
+            test(workspace.stage(step.stage).on(step.stage), observer)
     if workspace.config.evaluation.enabled:
         current().on_main(partial(_conclude, workspace, observer))
 
@@ -104,15 +103,15 @@ def _begin(workspace: Workspace, base: Path | None, observer: Observer) -> list[
         ingest(workspace, observer)
         if source is not None:
             _refuse_base(workspace, source)
-    check_data(workspace.config, _stream(workspace))
+    check_data(workspace.config, workspace.stream)
     if not workspace.has_semantic_ids:
         tokenize(workspace, observer)
-    elif items_without_id(workspace):
+    elif workspace.items_without_id:
         tokenize_new(workspace, observer)
     require_catalogue(workspace)
     if source is not None:
         take_base(workspace, source, observer)
-    return list(missing_steps(workspace, Stream.open(workspace.stream_directory).stages))
+    return list(missing_steps(workspace, workspace.stream.stages))
 
 
 def _conclude(workspace: Workspace, observer: Observer) -> None:
@@ -141,7 +140,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     data = workspace.config.data
     check_configuration(workspace.config)
     _refuse_if_learnt(workspace, "stream")
-    before = Stream.open(workspace.stream_directory).manifest if workspace.has_stream else {}
+    before = workspace.stream.manifest if workspace.has_stream else {}
     if appended := len(before.get("appended", [])):
         raise WorkspaceError(
             f"the stream of {workspace.root} was appended to {appended} times, which ingesting again would "
@@ -154,7 +153,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
             remove_directory(workspace.semantic_ids_directory)  # before the stream they do not belong to
             observer.note("the data changed: their semantic IDs have to be made again")
-    tell_found(told, _stream(workspace), observer)
+    tell_found(told, workspace.stream, observer)
     return manifest
 
 
@@ -174,7 +173,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
             as before.
         ConfigError: as :func:`tokenize_new`. The stream is then as before.
     """
-    stream, data = _stream(workspace), data or workspace.config.data
+    stream, data = workspace.stream, data or workspace.config.data
     if data.format in ("simulate", "peso-release"):
         raise DataError(
             f"{data.format} data have no new events; name a log of them: "
@@ -193,7 +192,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
                     raise type(error)(
                         f"nothing was appended, since the new items could not get semantic IDs: {error}"
                     ) from None
-    tell_found(told, _stream(workspace), observer)
+    tell_found(told, workspace.stream, observer)
     return manifest
 
 
@@ -210,22 +209,14 @@ def update_items(workspace: Workspace, data: DataConfig, observer: Observer) -> 
     from peso.items.tokenize import append as continue_semantic_ids
     from peso.items.tokenize import lacks_tree
 
-    stream, ids = _stream(workspace), workspace.semantic_ids_directory
+    stream, ids = workspace.stream, workspace.semantic_ids_directory
     with commit_directory(workspace.stream_directory) as directory:
         done = fill_corrected_stream(data, stream.directory, directory, observer)
         if workspace.has_semantic_ids and lacks_tree(ids):  # the categories of now are the only record of it
-            known = stream.items.slice(0, len(read_semantic_ids(ids).item_ids))
+            known = stream.items.slice(0, len(workspace.semantic_ids.item_ids))
             with commit_directory(ids) as kept:
                 continue_semantic_ids(known, workspace.config.items, ids, kept, _vector_cache())
     return done
-
-
-def items_without_id(workspace: Workspace) -> int:
-    """How many items the stream has gained since the semantic IDs were made; 0 as long as they are not."""
-    if not workspace.has_stream or not workspace.has_semantic_ids:
-        return 0
-    items = Stream.open(workspace.stream_directory).manifest["items"]
-    return int(items) - int(read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)["items"])
 
 
 def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
@@ -235,7 +226,7 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         WorkspaceError: there is no stream, or stages were trained on the IDs that are there.
         DataError, ConfigError: see :mod:`peso.items.tokenize` and :mod:`peso.items.imported`.
     """
-    stream, config = _stream(workspace), workspace.config
+    stream, config = workspace.stream, workspace.config
     _refuse_if_learnt(workspace, "semantic IDs")
     from peso.items.imported import adopt
     from peso.items.tokenize import tokenize as make_semantic_ids
@@ -249,7 +240,7 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
             adopt(stream.items, read_release(str(config.data.path))[2], "index of the release", *further)
         else:
             make_semantic_ids(stream.items, *further, stream.first_stages())
-    manifest = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+    manifest = workspace.semantic_ids_manifest
     observer.note(
         f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
     )
@@ -263,9 +254,9 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         WorkspaceError: there is no stream, or there are no semantic IDs to continue.
         DataError, ConfigError: as :func:`tokenize`. The IDs are then as before.
     """
-    stream, ids = _stream(workspace), workspace.semantic_ids_directory
-    _require_semantic_ids(workspace)
-    new = items_without_id(workspace)
+    stream, ids = workspace.stream, workspace.semantic_ids_directory
+    workspace.require_semantic_ids()
+    new = workspace.items_without_id
     if new:
         from peso.items.tokenize import remember
 
@@ -279,7 +270,7 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
                 ) from None
             remember(ids, directory)
     observer.note(f"tokenize: {new:,} new items; no earlier ID changed")
-    return read_manifest(ids, IDS_FORMAT)
+    return workspace.semantic_ids_manifest
 
 
 def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observer: Observer) -> None:
@@ -290,7 +281,7 @@ def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observe
     config, source = workspace.config.items, workspace.semantic_ids_directory
     further = (config, source, directory, _vector_cache(), observer)
     if config.index is not None:
-        index = read_release_index(config.index, read_semantic_ids(source).sizes)
+        index = read_release_index(config.index, workspace.semantic_ids.sizes)
         adopt_more(stream.items, index, config.index, *further, seed=workspace.config.seed_of_data)
     else:
         continue_semantic_ids(stream.items, *further, stream.first_stages())
@@ -307,13 +298,13 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
         DataError: the stream has no such stage.
         ExportError: the place is taken.
     """
-    _require_semantic_ids(workspace)
+    workspace.require_semantic_ids()
     require_place(path)
     if os.path.lexists(path):
         raise ExportError(f"{path} is there already; name a file that does not exist yet")
-    ids = read_semantic_ids(workspace.semantic_ids_directory)
+    ids = workspace.semantic_ids
     if stage is not None:
-        stream = _stream(workspace)
+        stream = workspace.stream
         stream.stage(stage)  # raises for a stage that does not exist
         count = stream.items_known(stage)
         ids = SemanticIds(ids.item_ids[:count], ids.codes[:count], ids.sizes)
@@ -332,8 +323,8 @@ def rehearse_stages(workspace: Workspace, observer: Observer) -> None:
     rehearse(workspace)
 
 
-def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
-    """Learn one stage from where the last one left the model, and commit stages/{stage}/.
+def learn(stage: RunStage, observer: Observer) -> None:
+    """Learn one stage from where the last one left the model, and commit stages/{t}/.
 
     Interrupted, it continues from its newest checkpoint and ends with the same bits.
 
@@ -341,10 +332,10 @@ def learn(workspace: Workspace, stage: int, observer: Observer) -> None:
         WorkspaceError: the stage before is not learnt, or this one already is.
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
-    current().on_main(partial(require_next, workspace, stage))
+    current().on_main(partial(require_next, stage))
     from peso.runs.learn import learn_stage
 
-    learn_stage(workspace, stage, observer)
+    learn_stage(stage, observer)
 
 
 def update(workspace: Workspace, observer: Observer) -> int | None:
@@ -357,17 +348,18 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
     Raises:
         WorkspaceError: stage 0 is not trained.
     """
-    stage, trained = current().on_main(partial(_next_stage, workspace))
-    if stage is None:
+    number, trained = current().on_main(partial(_next_stage, workspace))
+    if number is None:
         return None
+    stage = workspace.stage(number)
     if not trained:
-        learn(workspace, stage, observer)
+        learn(stage, observer)
     if workspace.config.evaluation.enabled:
-        for number in range(1, stage + 1):
-            test(workspace, number, number, observer)
-        test(workspace, stage - 1, stage, observer)
+        for later in range(1, number + 1):
+            test(workspace.stage(later).on(later), observer)
+        test(stage.before.on(number), observer)
         current().on_main(partial(_conclude, workspace, observer))
-    return stage
+    return number
 
 
 def _next_stage(workspace: Workspace) -> tuple[int | None, bool]:
@@ -378,19 +370,19 @@ def _next_stage(workspace: Workspace) -> tuple[int | None, bool]:
             f"{workspace.root} has no base stage yet; `peso train -w {workspace.root}` first"
         )
     newest = finished[-1]
-    if newest + 1 < _stream(workspace).stages:
+    if newest + 1 < workspace.stream.stages:
         return newest + 1, False
-    concluded = newest == 0 or not workspace.config.evaluation.enabled or _is_reported(workspace, newest)
+    enabled = workspace.config.evaluation.enabled
+    concluded = newest == 0 or not enabled or _is_reported(workspace.stage(newest))
     return (None if concluded else newest), True
 
 
-def _is_reported(workspace: Workspace, stage: int) -> bool:
+def _is_reported(stage: RunStage) -> bool:
     """Whether a stage is tested, the model before it as well, and the report newer than the tests."""
-    page = workspace.report_directory / "index.html"
+    page = stage.workspace.report_directory / "index.html"
     return page.is_file() and all(
-        is_tested(workspace, number, stage)
-        and page.stat().st_mtime >= (test_directory(workspace, number, stage) / METRICS).stat().st_mtime
-        for number in (stage - 1, stage)
+        tested.is_done and page.stat().st_mtime >= tested.path(METRICS).stat().st_mtime
+        for tested in (stage.before.on(stage.number), stage.on(stage.number))
     )
 
 
@@ -405,7 +397,7 @@ def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> No
     changed += ["data_seed"] if theirs.seed_of_data != ours.seed_of_data else []
     if changed:
         raise WorkspaceError(f"the data of {source.root} were made otherwise: {', '.join(changed)} differ")
-    _require_semantic_ids(source)
+    source.require_semantic_ids()
     _take_over(source.stream_directory, workspace.stream_directory, STREAM_FORMAT)
     _take_over(source.semantic_ids_directory, workspace.semantic_ids_directory, IDS_FORMAT)
     observer.note(f"stream and semantic IDs: taken over from {source.root}")
@@ -419,29 +411,25 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
         WorkspaceError: the other has no stage 0, or something that determines it differs.
     """
     _refuse_base(workspace, base)
-    if base.stage_manifest(0)["determined_by"] != determination(workspace, 0):
+    if base.stage(0).determined_by != workspace.stage(0).determination():
         raise _other_base(base, "its semantic IDs differ")
-    for stage in range(_stream(workspace).stages):
-        if stage in workspace.finished_stages:
+    for number in range(workspace.stream.stages):
+        theirs, ours = base.stage(number), workspace.stage(number)
+        if ours.is_trained:
             continue
-        if stage not in base.finished_stages:
+        if not theirs.is_trained or theirs.determined_by != ours.determination():
             break
-        if base.stage_manifest(stage)["determined_by"] != determination(workspace, stage):
-            break
-        _take_over(base.stage_directory(stage), workspace.stage_directory(stage), FORMAT)
-        observer.note(f"stage {stage}: taken over from {base.root}")
+        _take_over(theirs.directory, ours.directory, FORMAT)
+        observer.note(f"stage {number}: taken over from {base.root}")
 
 
 def _refuse_base(workspace: Workspace, base: Workspace) -> None:
     """Raise WorkspaceError where configurations and data show that stage 0 of ``base`` is another one."""
-    base.require_stage(0)
-    if changed := changed_shape(base.config_of(0), workspace.config, 0):
+    if changed := changed_shape(base.trained(0).config, workspace.config, 0):
         told = (f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
         raise _other_base(base, ", ".join(told))
-    if workspace.has_stream:
-        theirs, ours = (_stream(each).manifest["files"][stage_file(0)] for each in (base, workspace))
-        if theirs != ours:
-            raise _other_base(base, "its data differ")
+    if workspace.has_stream and base.stream.fingerprint(0) != workspace.stream.fingerprint(0):
+        raise _other_base(base, "its data differ")
 
 
 def _other_base(base: Workspace, why: str) -> WorkspaceError:
@@ -453,15 +441,13 @@ def _other_base(base: Workspace, why: str) -> WorkspaceError:
 
 def require_catalogue(workspace: Workspace) -> None:
     """Refuse lists longer than the catalogue, and segments it does not know, before anything long starts."""
-    asked, ids = max(workspace.config.evaluation.k), read_semantic_ids(workspace.semantic_ids_directory)
+    asked, ids = max(workspace.config.evaluation.k), workspace.semantic_ids
     if workspace.config.evaluation.enabled and asked > ids.trie.leaves:
         raise DataError(
             f"evaluation.k asks for {asked} items, but the catalogue has {ids.trie.leaves} distinct semantic "
             "IDs; ask for fewer"
         )
     if workspace.config.report.segments:
-        from peso.runs.report import catalogue
-
         known = catalogue(workspace)
         for column in workspace.config.report.segments:
             known.require_column(column)
@@ -471,39 +457,23 @@ def _vector_cache() -> Path:
     return assets.cache_directory() / "vectors"
 
 
-def _stream(workspace: Workspace) -> Stream:
-    if not workspace.has_stream:
-        raise WorkspaceError(
-            f"{workspace.root} has no stream yet; `peso ingest -w {workspace.root}` comes first"
-        )
-    return Stream.open(workspace.stream_directory)
-
-
-def _require_semantic_ids(workspace: Workspace) -> None:
-    if not workspace.has_semantic_ids:
-        _stream(workspace)
-        raise WorkspaceError(
-            f"{workspace.root} has no semantic IDs yet; `peso tokenize -w {workspace.root}` comes first"
-        )
-
-
-def require_next(workspace: Workspace, stage: int) -> None:
+def require_next(stage: RunStage) -> None:
     """Raise WorkspaceError unless this stage is the next one to train."""
-    _require_semantic_ids(workspace)
-    if new := items_without_id(workspace):
+    workspace, number = stage.workspace, stage.number
+    workspace.require_semantic_ids()
+    if new := workspace.items_without_id:
         raise WorkspaceError(
             f"{new:,} items of the stream in {workspace.root} have no semantic ID yet; "
             f"`peso tokenize --append -w {workspace.root}` comes first"
         )
-    learnt = workspace.finished_stages
-    if stage in learnt:
+    if stage.is_trained:
         raise WorkspaceError(
-            f"stage {stage} of {workspace.root} is trained already; `peso undo -w {workspace.root}` removes "
+            f"stage {number} of {workspace.root} is trained already; `peso undo -w {workspace.root}` removes "
             "the last stage"
         )
-    if stage and stage - 1 not in learnt:
+    if number and not stage.before.is_trained:
         raise WorkspaceError(
-            f"stage {stage} of {workspace.root} starts from stage {stage - 1}, which is not trained yet"
+            f"stage {number} of {workspace.root} starts from stage {number - 1}, which is not trained yet"
         )
 
 

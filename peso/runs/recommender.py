@@ -15,10 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.errors import DataError, ExportError
-from peso.events.stream import Stream
-from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.runs.evaluate import leaves_out_seen
 from peso.runs.workspace import Workspace, require_place
 from peso.runtime.files import require_new, write_aside
 from peso.runtime.progress import Observer, Silent
@@ -75,7 +72,7 @@ class Recommender:
 
     def __init__(self, workspace: Workspace, stage: int | None = None, device: str | None = None) -> None:
         self.workspace = workspace
-        self.stage = workspace.require_stage(stage)
+        self.stage = workspace.trained(stage).number
         self.device = device
 
     @cached_property
@@ -85,9 +82,7 @@ class Recommender:
         Raises:
             BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
         """
-        from peso.runs.models import trained_model
-
-        return trained_model(self.workspace, self.stage, self.device)
+        return self.workspace.stage(self.stage).model(self.device)
 
     @classmethod
     def load(
@@ -200,13 +195,13 @@ class Recommender:
     def leaves_out_seen(self) -> bool:
         """Whether items of the history are left out unless a call says otherwise, as in the tests of the
         stage: ``decoding.repeats``, under ``auto`` if no user of the stages so far had an item twice."""
-        return leaves_out_seen(self.workspace, self.stage)
+        return self.workspace.stage(self.stage).leaves_out_seen
 
     @cached_property
     def histories(self) -> dict[str, np.ndarray]:
         """Item rows of every user of the stages 0 … `stage`, oldest first: all of them, of which the model
         reads the last `window` and ``exclude_seen`` leaves out every one."""
-        stream = Stream.open(self.workspace.stream_directory)
+        stream = self.workspace.stream
         known: dict[str, np.ndarray] = {}
         for number in range(min(self.stage + 1, stream.stages)):
             known.update(zip(*stream.stage(number).histories(), strict=True))
@@ -257,7 +252,7 @@ class Recommender:
 
     @cached_property
     def semantic_ids(self) -> SemanticIds:
-        return read_semantic_ids(self.workspace.semantic_ids_directory)
+        return self.workspace.semantic_ids
 
     @cached_property
     def _answering(self) -> GenerativeModel:
@@ -268,4 +263,4 @@ class Recommender:
 
     @cached_property
     def _titles(self) -> list[str | None]:
-        return Stream.open(self.workspace.stream_directory).titles
+        return self.workspace.stream.titles

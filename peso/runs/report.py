@@ -32,13 +32,10 @@ from peso.events.sources.tables import (
     plain,
 )
 from peso.events.stream import Stream
-from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.items.index_files import read_semantic_ids
 from peso.runs.baselines import baseline_summaries, found_baselines
 from peso.runs.diagnosis import stream_drift
-from peso.runs.evaluate import is_tested, leaves_out_seen, read_metrics, tested_predictions
-from peso.runs.workspace import LOG, METRICS, PREDICTIONS, Workspace
-from peso.runtime.manifest import read_manifest
+from peso.runs.stage import LOG, METRICS, PREDICTIONS, RunStage
+from peso.runs.workspace import Workspace
 from peso.runtime.progress import Observer
 
 CURVE_POINTS = 400  # of a training curve: more than a plot can show
@@ -92,41 +89,39 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
     Raises:
         WorkspaceError: no stage is tested, or a file that the report needs is missing or damaged.
     """
-    for stage in workspace.finished_stages:
-        workspace.require_answers(stage)
-    tested = [stage for stage in workspace.finished_stages if is_tested(workspace, stage, stage)]
+    stages = workspace.stages
+    for stage in stages:
+        stage.require_answers()
+    tested = [stage for stage in stages if stage.is_tested]
     if not tested:
         raise WorkspaceError(f"{workspace.root} has no tested stage yet; `peso evaluate -w {workspace.root}`")
-    ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+    ids = workspace.semantic_ids_manifest
     # what later stages were trained with, which may change from one to the next
-    updates = [workspace.config_of(stage) for stage in tested if stage] or [workspace.config]
+    updates = [stage.config for stage in tested if stage.number] or [workspace.config]
     return RunSummary(
         name=name,
         strategy=" → ".join(dict.fromkeys(map(strategy_label, updates))),
-        stages={stage: _stage(workspace, stage) for stage in tested},
+        stages={stage.number: _stage(stage) for stage in tested},
         configuration=dump_config(workspace.config),
-        manifests=[workspace.stage_manifest(stage) for stage in workspace.finished_stages],
+        manifests=[stage.manifest for stage in stages],
         drift=stream_drift(workspace),
         semantic_ids={key: ids[key] for key in INDEX if key in ids},
         seed=workspace.config.seed,
         family=updates[-1].strategy.name,
         reference=STRATEGIES.find(updates[-1].strategy.name).reference,
         across={
-            (stage, on): tested_predictions(workspace, stage, on)
-            for stage in workspace.finished_stages
+            (stage.number, on.number): test.predictions
+            for stage in stages
             for on in tested
-            if on != stage and is_tested(workspace, stage, on)
+            if on != stage and (test := stage.on(on.number)).is_done
         },
     )
 
 
 def catalogue(workspace: Workspace) -> Catalogue:
     """Of a workspace's stream and semantic IDs: what figures of lists and of popularity need."""
-    from peso.runs.report import read_user_table
-
-    stream, users = Stream.open(workspace.stream_directory), workspace.config.report.users
-    ids = read_semantic_ids(workspace.semantic_ids_directory)
-    return Catalogue.of(stream, ids, read_user_table(users) if users else None)
+    users = workspace.config.report.users
+    return Catalogue.of(workspace.stream, workspace.semantic_ids, read_user_table(users) if users else None)
 
 
 def popularity(workspace: Workspace) -> RunSummary:
@@ -134,15 +129,14 @@ def popularity(workspace: Workspace) -> RunSummary:
     have IDs."""
     from peso.baselines.popularity import predict_popularity
 
-    stream = Stream.open(workspace.stream_directory)
-    ids = read_semantic_ids(workspace.semantic_ids_directory)
+    stream, ids = workspace.stream, workspace.semantic_ids
     coded = [n for n in range(stream.stages) if stream.items_known(n) <= len(ids.item_ids)]
     stages = [stream.stage(number) for number in coded]
     answers = {}
     for number, stage in enumerate(stages):
         labels = label_cases(stages[:number], stage)
         depth = min(workspace.config.decoding.beams, ids.trie.leaves)
-        left_out = leaves_out_seen(workspace, number)
+        left_out = workspace.stage(number).leaves_out_seen
         found = predict_popularity(stages[: number + 1], stage, labels, ids, depth, repeats=not left_out)
         answers[number] = StageSummary(found, leaves_out_seen=left_out)
     return RunSummary("popularity", "popularity (all time)", answers, baseline=True)
@@ -206,13 +200,11 @@ def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return ["metric", "value", "95 % interval", "cases"], rows
 
 
-def stage_cost(workspace: Workspace, stage: int) -> StageCost:
+def stage_cost(stage: RunStage) -> StageCost:
     """What training a stage took, and what it keeps on disk (None where weights have been removed)."""
-    directory = workspace.stage_directory(stage)
-    training = read_metrics(workspace, stage, stage).get("training") or {}
-    manifest = workspace.stage_manifest(stage)
+    training, manifest = stage.training, stage.manifest
     answers = (LOG, METRICS, PREDICTIONS)
-    served = [directory / name for name in manifest["files"] if not name.endswith(answers)]
+    served = [stage.directory / name for name in manifest["files"] if not name.endswith(answers)]
     return StageCost(
         seconds=training.get("seconds"),
         peak_memory_bytes=training.get("peak_memory"),
@@ -225,15 +217,15 @@ def stage_cost(workspace: Workspace, stage: int) -> StageCost:
     )
 
 
-def _stage(workspace: Workspace, stage: int) -> StageSummary:
-    training = read_metrics(workspace, stage, stage).get("training") or {}
-    held = {key: training[key] for key in ("moved", "strategy") if key in training}
+def _stage(stage: RunStage) -> StageSummary:
+    training = stage.training
+    held: dict[str, Any] = {key: training[key] for key in ("moved", "strategy") if key in training}
     return StageSummary(
-        tested_predictions(workspace, stage, stage),
-        stage_cost(workspace, stage),
-        _curve(workspace.log(stage)),
+        stage.predictions,
+        stage_cost(stage),
+        _curve(stage.log),
         {**training.get("anchor", {}), **held},
-        read_metrics(workspace, stage, stage)["test"].get("repeats") == "leave-out",
+        stage.metrics["test"].get("repeats") == "leave-out",
     )
 
 

@@ -16,10 +16,10 @@ from peso.errors import WorkspaceError
 from peso.events.append import take_back as fill_shorter_stream
 from peso.events.stream import Stream
 from peso.items.index_files import EARLIER
-from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.runs.workspace import FORMAT, Workspace
+from peso.runs.stage import FORMAT
+from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, read_sealed, remove_directory, write_sealed
-from peso.runtime.manifest import read_manifest, remove_folder
+from peso.runtime.manifest import remove_folder
 from peso.runtime.progress import Observer
 
 UNDO = ".undo"
@@ -73,7 +73,7 @@ def last_step(workspace: Workspace) -> LastStep:
     if (begun := _begun(workspace)) is not None and begun["left"] == _left(workspace):
         step = begun["step"]
         return LastStep(**{**step, "stages": range(*step["stages"]), "gone": True})
-    stream, trained = Stream.open(workspace.stream_directory), workspace.finished_stages
+    stream, trained = workspace.stream, workspace.finished_stages
     newest = trained[-1] if trained else -1
     appended = stream.manifest.get("appended", [])
     if appended and (first := int(appended[-1]["first_stage"])) > newest:
@@ -82,7 +82,7 @@ def last_step(workspace: Workspace) -> LastStep:
         step = LastStep(stages, True, events, len(stream.items) - known)
         if not workspace.has_semantic_ids:
             return step
-        ids = read_manifest(workspace.semantic_ids_directory, IDS_FORMAT)
+        ids = workspace.semantic_ids_manifest
         if ids["items"] <= known:
             return step
         if not trained and not any(before["items"] <= known for before in ids.get(EARLIER, [])):
@@ -122,13 +122,12 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
             _shorten(workspace, step)
     else:
         _remove_traces(workspace, step.stages)
-        remove_directory(workspace.stage_directory(step.stages[0]))
+        remove_directory(workspace.stage(step.stages[0]).directory)
     observer.note(f"removed: {step}")
     if had_report and workspace.finished_stages:
-        from peso.runs.evaluate import is_tested
         from peso.runs.report import report  # draws plots: slow to import
 
-        if any(is_tested(workspace, stage, stage) for stage in workspace.finished_stages):
+        if any(stage.is_tested for stage in workspace.stages):
             report([workspace], workspace.report_directory)
     (workspace.root / UNDO).unlink()
 
@@ -155,7 +154,7 @@ def _begun(workspace: Workspace) -> dict[str, Any] | None:
 
 def _left(workspace: Workspace) -> list[int]:
     """How many stages are trained, and how many appends the stream holds."""
-    appended = Stream.open(workspace.stream_directory).manifest.get("appended", [])
+    appended = workspace.stream.manifest.get("appended", [])
     return [len(workspace.finished_stages), len(appended)]
 
 
@@ -180,8 +179,8 @@ def _remove_traces(workspace: Workspace, stages: range) -> None:
     remove_directory(workspace.report_directory)
     root = workspace.root
     for stage in stages:
-        for number in workspace.finished_stages:
-            remove_folder(workspace.stage_directory(number), f"on={stage}", FORMAT)
+        for trained in workspace.stages:
+            remove_folder(trained.directory, f"on={stage}", FORMAT)
     later = [path for path in root.glob("baselines/*/*") if path.name.isdecimal()]
     for directory in sorted(later, key=lambda path: int(path.name), reverse=True):
         if int(directory.name) >= stages[0]:  # a baseline's stage starts from the one before it

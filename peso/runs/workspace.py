@@ -11,42 +11,27 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any
 
 from peso.config import Config, changed_keys, dump_config, load_config
 from peso.config.parsing import read_tree
 from peso.config.reading import missing_keys
 from peso.config.shape import changed_shape, is_later
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
-from peso.runtime.files import (
-    LOCK,
-    only_writer,
-    read_json_lines,
-    read_json_object,
-    require_writable,
-    restore,
-    write_atomically,
-)
-from peso.runtime.manifest import MANIFEST, Manifest, intact, is_listed, read_manifest
+from peso.runs.stage import RunStage
+from peso.runtime.files import LOCK, only_writer, require_writable, restore, write_atomically
+from peso.runtime.manifest import MANIFEST, Manifest, read_manifest
 from peso.runtime.processes import current
 
-PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"  # of a stage
-FORMAT = 1  # of a stage directory; a higher number was written by a newer version
+if TYPE_CHECKING:
+    from peso.events.stream import Stream
+    from peso.items.semantic_ids import SemanticIds
+
 CONFIG = "config.yaml"
-OWN = {
-    CONFIG,
-    LOCK,
-    "stream",
-    "semantic_ids",
-    "stages",
-    "baselines",
-    "report",
-}  # what a workspace consists of
+PARTS = {CONFIG, LOCK, "stream", "semantic_ids", "stages", "baselines", "report"}
 
 # What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
-# peso.runs.determination. Keys of evaluation, decoding and report may change at any time.
+# RunStage.determination. Keys of evaluation, decoding and report may change at any time.
 DEPENDS = {
     "stream": ("data", "seed", "data_seed"),
     "semantic IDs": ("data", "seed", "data_seed", "items"),
@@ -65,6 +50,7 @@ class Workspace:
         self.root = root
         self.config = config
         self.trusted = frozenset(config.strategy.foreign if trust is None else trust)
+        self._read_ids: tuple[Manifest, SemanticIds] | None = None
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -86,12 +72,13 @@ class Workspace:
                 f"{root} is not a workspace (no {CONFIG}); make one with `peso run CONFIG -w {root}`"
             )
         workspace = cls(root, _read_resolved(root / CONFIG), trust)
-        for stage in workspace.finished_stages:
-            changed = workspace._changed(stage, workspace.config)
+        for stage in workspace.stages:
+            changed = changed_shape(stage.config, workspace.config, stage.number)
             if edited := [f"{k} was {a}, is {b}" for k, (a, b) in changed.items() if not is_later(k)]:
                 raise WorkspaceError(
-                    f"{root / 'config.yaml'} was edited after stage {stage} was trained: {'; '.join(edited)}"
-                    ". Put the old values back; to train with other ones, run into a new workspace with -w"
+                    f"{root / CONFIG} was edited after stage {stage.number} was trained: "
+                    f"{'; '.join(edited)}. Put the old values back; to train with other ones, run into a new "
+                    "workspace with -w"
                 )
         return workspace
 
@@ -178,11 +165,10 @@ class Workspace:
         Args:
             later: settings of later stages may differ.
         """
-        for stage in reversed(self.finished_stages):
-            changed = self._changed(stage, config)
-            self._refuse(
-                [key for key in changed if not (later and is_later(key))], f"stage {stage} was trained"
-            )
+        for stage in reversed(self.stages):
+            changed = changed_shape(stage.config, config, stage.number)
+            kept = [key for key in changed if not (later and is_later(key))]
+            self._refuse(kept, f"stage {stage.number} was trained")
         keys = changed_keys(self.config, config)
         for done, step in ((self.has_semantic_ids, "semantic IDs"), (self.has_stream, "stream")):
             fixed = [key for key in keys if key.split(".")[0] in DEPENDS[step]]
@@ -206,27 +192,11 @@ class Workspace:
             )
         raise WorkspaceError(message)
 
-    def config_of(self, stage: int) -> Config:
-        """The configuration that a finished stage was trained with.
-
-        Raises:
-            WorkspaceError: its manifest is damaged.
-        """
-        try:
-            return Config.model_validate(self.stage_manifest(stage)["configuration"])
-        except (KeyError, ValidationError):
-            raise WorkspaceError(
-                f"{self.stage_directory(stage) / MANIFEST} is damaged: it does not hold the configuration of "
-                f"the stage; remove {self.stage_directory(stage)} and the stages after it, and train again"
-            ) from None
-
-    def as_trained(self, stage: int) -> Workspace:
-        """This workspace with the configuration that a finished stage was trained with."""
-        return Workspace(self.root, self.config_of(stage), self.trusted)
-
-    def _changed(self, stage: int, config: Config) -> dict[str, tuple[Any, Any]]:
-        """Keys that shape a finished stage: how it was trained, and a value of ``config`` that differs."""
-        return changed_shape(self.config_of(stage), config, stage)
+    def with_config(self, config: Config) -> Workspace:
+        """The same directory with another configuration, which is written nowhere."""
+        other = Workspace(self.root, config, self.trusted)
+        other._read_ids = self._read_ids
+        return other
 
     # -- layout ----------------------------------------------------------------------------------
 
@@ -241,9 +211,6 @@ class Workspace:
     @property
     def report_directory(self) -> Path:
         return self.root / "report"
-
-    def stage_directory(self, stage: int) -> Path:
-        return self.root / "stages" / str(stage)
 
     @property
     def has_stream(self) -> bool:
@@ -263,89 +230,89 @@ class Workspace:
         found = os.listdir(self.root / "stages") if (self.root / "stages").is_dir() else []
         stages = sorted(int(name) for name in found if re.fullmatch("0|[1-9][0-9]*", name))
         for stage in range(len(stages)):
-            if not (self.stage_directory(stage) / MANIFEST).is_file():
+            directory = self.stage(stage).directory
+            if not (directory / MANIFEST).is_file():
                 later = f" and those after it ({stages[-1]} is the last)" if stage < stages[-1] else ""
                 raise WorkspaceError(
-                    f"{self.stage_directory(stage) / MANIFEST} is missing; restore it from a copy, or remove "
-                    f"{self.stage_directory(stage)}{later} and train again"
+                    f"{directory / MANIFEST} is missing; restore it from a copy, or remove {directory}{later}"
+                    " and train again"
                 )
         return stages
 
-    def require_stage(self, stage: int | None) -> int:
+    def stage(self, number: int) -> RunStage:
+        """A stage, trained or not."""
+        return RunStage(self, number)
+
+    @property
+    def stages(self) -> list[RunStage]:
+        """The stages whose training is committed, in order."""
+        return [self.stage(number) for number in self.finished_stages]
+
+    def trained(self, number: int | None = None) -> RunStage:
         """The stage asked for, or the newest. Raises WorkspaceError if it is not trained."""
         done = self.finished_stages
         if not done:
             raise WorkspaceError(
                 f"{self.root} has no trained stage yet; `peso run` or `peso train -w {self.root}`"
             )
-        if stage is None:
-            return done[-1]
-        if stage not in done:
-            raise WorkspaceError(f"stage {stage} of {self.root} is not trained; trained are {done}")
-        return stage
+        if number is not None and number not in done:
+            raise WorkspaceError(f"stage {number} of {self.root} is not trained; trained are {done}")
+        return self.stage(done[-1] if number is None else number)
 
-    # -- files of a stage ------------------------------------------------------------------------
+    # -- stream and semantic IDs -------------------------------------------------------------------
 
-    def stage_manifest(self, stage: int) -> Manifest:
-        """What the manifest of a finished stage says.
-
-        Raises:
-            WorkspaceError: it is damaged, or of another stage or run: something was copied over it.
-        """
-        directory = self.stage_directory(stage)
-        manifest = read_manifest(directory, FORMAT)
-        cure = (
-            f"restore it from a copy, or remove it and the stages after it from {self.root} and train again"
-        )
-        if (number := manifest.get("stage", stage)) != stage:
-            raise WorkspaceError(f"{directory} holds stage {number}, not stage {stage}; {cure}")
-        if (parent := manifest.get("parent")) is not None:
-            before = read_manifest(self.stage_directory(stage - 1), FORMAT)
-            if parent["determined_by"] != before["determined_by"]:
-                raise WorkspaceError(
-                    f"{directory} was not trained from {before.directory}, but from a stage of another run; "
-                    f"{cure}"
-                )
-        return manifest
-
-    def stage_file(self, stage: int, name: str) -> Path | None:
-        """A file of a stage, checked against its sha256; None where the stage has no such file.
+    @property
+    def stream(self) -> Stream:
+        """The stream as it is now.
 
         Raises:
-            WorkspaceError: it is missing or damaged.
+            WorkspaceError: there is none yet, or its manifest is damaged.
         """
-        directory, manifest = self.stage_directory(stage), self.stage_manifest(stage)
-        if not is_listed(directory, name, manifest):
-            return None
-        return intact(directory, name, manifest, self._cure(stage, name))
+        from peso.events.stream import Stream
 
-    def metrics(self, stage: int, on: int | None = None) -> dict[str, Any]:
-        """``metrics.json`` of a stage: of its training and its test; with ``on``, of its test on the cases of
-        that stage. {} where there is none. Raises as :meth:`stage_file`."""
-        path = self.stage_file(stage, answers_on(stage, on, METRICS))
-        return {} if path is None else read_json_object(path)
+        if not self.has_stream:
+            raise WorkspaceError(f"{self.root} has no stream yet; `peso ingest -w {self.root}` comes first")
+        return Stream.open(self.stream_directory)
 
-    def log(self, stage: int) -> list[dict[str, Any]]:
-        """The records of a stage's ``log.jsonl``, [] where nothing was trained. Raises as
-        :meth:`stage_file`."""
-        path = self.stage_file(stage, LOG)
-        return [] if path is None else read_json_lines(path)
+    @property
+    def semantic_ids_manifest(self) -> Manifest:
+        """
+        Raises:
+            WorkspaceError: there are no semantic IDs yet, or their manifest is damaged.
+        """
+        from peso.items.index_files import FORMAT
 
-    def require_answers(self, stage: int) -> None:
-        """Raise WorkspaceError if a file of a stage that a report needs is missing. (Weights may be: a run is
-        sometimes kept for its answers alone.)"""
-        for name in self.stage_manifest(stage)["files"]:
-            path = self.stage_directory(stage) / name
-            if name.endswith((LOG, METRICS, PREDICTIONS)) and not path.is_file():
-                raise WorkspaceError(f"{path} is missing; {self._cure(stage, name)}")
+        if not self.has_semantic_ids:
+            _ = self.stream  # which comes before
+            raise WorkspaceError(
+                f"{self.root} has no semantic IDs yet; `peso tokenize -w {self.root}` comes first"
+            )
+        return read_manifest(self.semantic_ids_directory, FORMAT)
 
-    def _cure(self, stage: int, name: str) -> str:
-        """What to do if a file of a stage is missing or damaged; "" for what the manifest says of all."""
-        on, _, file = name.rpartition("/")
-        if on.startswith("on=") or file == PREDICTIONS:
-            again = f"peso evaluate -w {self.root} --stage {stage} {on.replace('on=', '--on ')}".strip()
-            return f"restore it from a copy, or remove it and evaluate again: `{again}`"
-        return ""
+    @property
+    def semantic_ids(self) -> SemanticIds:
+        """The semantic IDs as they are now, read and checked once as long as their manifest stays the same.
+
+        Raises:
+            WorkspaceError: there are none yet, or a file is damaged.
+        """
+        from peso.items.index_files import read_semantic_ids
+
+        manifest = self.semantic_ids_manifest
+        if self._read_ids is None or self._read_ids[0] != manifest:
+            self._read_ids = manifest, read_semantic_ids(self.semantic_ids_directory)
+        return self._read_ids[1]
+
+    @property
+    def items_without_id(self) -> int:
+        """How many items the stream has gained since the semantic IDs were made; 0 before that."""
+        if not self.has_stream or not self.has_semantic_ids:
+            return 0
+        return int(self.stream.manifest["items"]) - int(self.semantic_ids_manifest["items"])
+
+    def require_semantic_ids(self) -> None:
+        """Raise WorkspaceError if there are no semantic IDs yet."""
+        _ = self.semantic_ids_manifest
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -354,10 +321,6 @@ class Workspace:
         """Be the only writer, see :func:`writing`."""
         with writing(self.root):
             yield
-
-    def unfinished_directory(self, stage: int) -> Path:
-        """Where an unfinished stage keeps its checkpoints; gone once the stage is committed."""
-        return self.root / "stages" / f".{stage}.unfinished"
 
 
 def _read_resolved(path: Path) -> Config:
@@ -375,11 +338,6 @@ def _read_resolved(path: Path) -> Config:
             "holds it under `configuration`"
         )
     return config
-
-
-def answers_on(stage: int, on: int | None, name: str) -> str:
-    """A file of a stage's test on the cases of stage ``on`` (None: its own), by its name in a manifest."""
-    return name if on is None or on == stage else f"on={on}/{name}"
 
 
 @contextmanager
@@ -446,7 +404,7 @@ def require_place(path: Path) -> None:
     """
     place = Path(os.path.realpath(path))
     for root in place.parents:
-        if place.relative_to(root).parts[0] in OWN and os.path.isfile(root / CONFIG):
+        if place.relative_to(root).parts[0] in PARTS and os.path.isfile(root / CONFIG):
             raise ExportError(f"{path} belongs to the workspace {root}; name another place")
     require_writable(path)
 

@@ -25,7 +25,7 @@ def base(tmp_path_factory) -> Path:
 
 def run(root: Path, base: Path, options: str) -> tuple[Workspace, dict, list[str]]:
     workspace, notes = trained(root, f"strategy={options}", STEPS, base=base)
-    metrics = json.loads((workspace.stage_directory(1) / "metrics.json").read_text())
+    metrics = workspace.stage(1).metrics
     return workspace, metrics["training"]["anchor"], notes
 
 

@@ -142,8 +142,8 @@ def test_a_part_of_a_configuration_is_an_error_and_no_defaults(copied: Callable[
 def test_a_stage_of_another_run_is_not_served(copied: Callable[[int], Workspace], runs: Runs) -> None:
     workspace = copied(2)
     other = runs("single", "seed=8", "data_seed=0", backbone="tiny")
-    shutil.rmtree(workspace.stage_directory(1))
-    shutil.copytree(other.stage_directory(1), workspace.stage_directory(1))
+    shutil.rmtree(workspace.stage(1).directory)
+    shutil.copytree(other.stage(1).directory, workspace.stage(1).directory)
     with pytest.raises(WorkspaceError):
         Recommender.load(workspace.root)
 
@@ -326,7 +326,7 @@ def test_settings_of_later_stages_may_change_from_stage_to_stage(
     assert "unknown key 'training.later.max_steps'" in said
     status, _, said = peso("update", "-w", workspace.root, *(f"--set={key}" for key in keys[:2]))
     assert status == 0, said
-    manifests = [json.loads((workspace.stage_directory(t) / "manifest.json").read_text()) for t in (1, 2)]
+    manifests = [json.loads((workspace.stage(t).directory / "manifest.json").read_text()) for t in (1, 2)]
     assert [m["configuration"]["strategy"]["name"] for m in manifests] == ["single", "peso"]
     assert "later" not in manifests[0]["configuration"]["training"]
     assert manifests[1]["configuration"]["training"]["later"] == {"batch_size": 16}
@@ -335,7 +335,7 @@ def test_settings_of_later_stages_may_change_from_stage_to_stage(
     assert Recommender.load(workspace.root, stage=1).recommend(user="u1", k=5) == before
     Recommender.load(workspace.root, stage=2)
     # a run describes all stages, so it must not differ from any
-    for config in (now.config, now.config_of(1)):
+    for config in (now.config, now.stage(1).config):
         with pytest.raises(WorkspaceError, match=r"stage [12] was trained: .*strategy\.name.*peso update"):
             Workspace.create_or_open(workspace.root, config)
     status, _, said = peso("update", "-w", workspace.root, "--set", "training.epochs=5")

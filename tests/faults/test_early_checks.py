@@ -204,7 +204,7 @@ def test_epochs_beyond_all_memory_are_refused_and_few_steps_of_them_are_not(tmp_
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree, ["training.max_steps=1"]))
     pipeline.ingest(workspace, Silent())
     pipeline.tokenize(workspace, Silent())
-    pipeline.learn(workspace, 0, Silent())
+    pipeline.learn(workspace.stage(0), Silent())
 
 
 # -- backbones -----------------------------------------------------------------------------------------

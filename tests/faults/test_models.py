@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from peso.config import load_config
 from peso.errors import BackboneError, PesoError
 from peso.runs import evaluate, pipeline, report
-from peso.runs.determination import determination
-from peso.runs.models import answering_model, backbone_fingerprint, starting_model, trained_model
-from peso.runs.workspace import FORMAT, Workspace
+from peso.runs.models import backbone_fingerprint, starting_model
+from peso.runs.stage import FORMAT
+from peso.runs.workspace import Workspace
 from peso.runtime.device import Precision
 from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Silent
@@ -36,8 +36,8 @@ def copy(workspace: Workspace, root: Path) -> Workspace:
 
 
 def edit_manifest(workspace: Workspace, stage: int, **values: Any) -> None:
-    manifest = workspace.stage_manifest(stage)
-    write_manifest(workspace.stage_directory(stage), FORMAT, {**manifest, **values}, manifest["files"])
+    manifest = workspace.stage(stage).manifest
+    write_manifest(workspace.stage(stage).directory, FORMAT, {**manifest, **values}, manifest["files"])
 
 
 # -- the identity of a backbone is that of its files --------------------------------------------------
@@ -47,16 +47,16 @@ def edit_manifest(workspace: Workspace, stage: int, **values: Any) -> None:
 def test_a_rounded_backbone_goes_through_every_stage(runs: Runs, strategy: str) -> None:
     workspace = runs(strategy, ROUNDED, backbone="tiny")
     assert workspace.finished_stages == [0, 1, 2, 3]
-    later = trained_model(workspace, 3)
+    later = workspace.stage(3).model()
     assert later.dtype == (torch.float32 if strategy == "full" else torch.bfloat16)
     assert torch.isfinite(later.vocabulary.input_rows).all()
 
 
 def test_the_identity_does_not_depend_on_the_precision(runs: Runs) -> None:
     rounded, exact = (runs("none", *options) for options in ((ROUNDED,), ()))
-    manifests = [run.stage_manifest(stage) for run in (rounded, exact) for stage in (0, 1)]
+    manifests = [run.stage(stage).manifest for run in (rounded, exact) for stage in (0, 1)]
     assert len({manifest["backbone_sha256"] for manifest in manifests}) == 1
-    assert starting_model(rounded, 2).dtype == torch.bfloat16
+    assert starting_model(rounded.stage(2)).dtype == torch.bfloat16
 
 
 def test_a_stage_continues_on_a_device_of_another_precision(
@@ -65,24 +65,25 @@ def test_a_stage_continues_on_a_device_of_another_precision(
     """``auto`` is float32 here and bfloat16 on a GPU: a stage of each, answered by the other."""
     workspace = copy(runs("none", backbone="tiny"), tmp_path / "w")
     for stage in (1, 2, 3):
-        shutil.rmtree(workspace.stage_directory(stage))
+        shutil.rmtree(workspace.stage(stage).directory)
     of = Precision.of
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setattr(Precision, "of", lambda precision, device: of("bfloat16", device))
-        pipeline.learn(workspace, 1, Silent())
-        assert answering_model(workspace, 1).dtype == torch.bfloat16
-    pipeline.learn(workspace, 2, Silent())
-    assert answering_model(workspace, 1).dtype == answering_model(workspace, 2).dtype == torch.float32
+        pipeline.learn(workspace.stage(1), Silent())
+        assert workspace.stage(1).answering_model().dtype == torch.bfloat16
+    pipeline.learn(workspace.stage(2), Silent())
+    for stage in workspace.stages[1:]:
+        assert stage.answering_model().dtype == torch.float32
 
 
 def test_workspaces_of_earlier_versions_open(runs: Runs, tmp_path: Path) -> None:
     """They noted the sha256 of the rounded weights where training was rounded."""
     workspace = copy(runs("none", ROUNDED), tmp_path / "w")
-    model = trained_model(workspace, 1)
+    model = workspace.stage(1).model()
     rounded = backbone_fingerprint(model, torch.bfloat16)
     assert rounded != backbone_fingerprint(model)
     edit_manifest(workspace, 1, backbone_sha256=rounded)
-    assert trained_model(workspace, 1).dtype == torch.bfloat16
+    assert workspace.stage(1).model().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
@@ -99,21 +100,21 @@ def test_another_backbone_is_refused_in_either_precision(
     try:
         causal_lm.save_pretrained(folder)
         with pytest.raises(BackboneError, match="is refused" if value != value else "other weights"):
-            trained_model(workspace, 1)
+            workspace.stage(1).model()
     finally:
         shutil.copytree(tmp_path / "kept", folder, dirs_exist_ok=True)
 
 
 def test_damaged_weights_of_stage_0_are_refused_when_rounded(runs: Runs, tmp_path: Path) -> None:
     workspace = copy(runs("single", ROUNDED, backbone="tiny"), tmp_path / "w")
-    folder = workspace.stage_directory(0) / "backbone"
+    folder = workspace.stage(0).directory / "backbone"
     causal_lm = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         causal_lm.get_input_embeddings().weight[3] = float("nan")
     causal_lm.save_pretrained(folder)
     for stage in (0, 1):
         with pytest.raises(PesoError):
-            trained_model(workspace, stage)
+            workspace.stage(stage).model()
 
 
 # -- users who have had nearly everything --------------------------------------------------------------
@@ -272,13 +273,13 @@ def test_the_number_may_change_at_any_time_and_results_differ_by_rounding_alone(
             shutil.rmtree(root / "stages" / str(stage))
         config = load_config(root / "config.yaml", [f"training.threads={number}", "strategy=single"])
         workspace = Workspace.create_or_open(root, config)
-        pipeline.learn(workspace, 1, Silent())
-        metrics = json.loads((workspace.stage_directory(1) / "metrics.json").read_text())
+        pipeline.learn(workspace.stage(1), Silent())
+        metrics = workspace.stage(1).metrics
         losses.append(metrics["training"]["validation_losses"])
         assert ("threads" in (root / "config.yaml").read_text()) == (number != "auto")
-        assert determination(workspace, 1) == workspace.stage_manifest(1)["determined_by"]
-        known = determination(Workspace(root, load_config(root / "config.yaml", ["training.threads=7"])), 1)
-        assert known == determination(workspace, 1)
+        assert workspace.stage(1).determination() == workspace.stage(1).determined_by
+        other = Workspace(root, load_config(root / "config.yaml", ["training.threads=7"]))
+        assert other.stage(1).determination() == workspace.stage(1).determination()
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -286,10 +287,10 @@ def test_it_is_said_once_how_many_threads_it_takes(
     heavy: Workspace, tmp_path: Path, three_threads: None
 ) -> None:
     workspace = copy(heavy, tmp_path / "w")
-    shutil.rmtree(workspace.stage_directory(1))
+    shutil.rmtree(workspace.stage(1).directory)
     told = Told()
-    pipeline.learn(workspace, 1, told)
-    evaluate.test(workspace, 1, 1, told)
+    pipeline.learn(workspace.stage(1), told)
+    evaluate.test(workspace.stage(1).on(1), told)
     (note,) = [note for note in told.notes if "thread" in note]
     assert re.fullmatch(r"1 thread \(the model has [\d,]+ parameters; training\.threads changes it\)", note)
 

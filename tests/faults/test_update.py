@@ -14,9 +14,7 @@ import pytest
 from event_logs import write_log
 
 from peso.config import load_config
-from peso.evaluation.predictions import read_predictions
-from peso.runs import evaluate, pipeline
-from peso.runs import report as summary
+from peso.runs import pipeline, report
 from peso.runs.estimate import estimate
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
@@ -37,12 +35,12 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The stages of each report, instead of its plots."""
     written: list[list[int]] = []
 
-    def report(workspaces: list[Workspace], directory: Path) -> None:
-        written.append(sorted(summary.summarise(workspaces[0], "w").stages))
+    def write(workspaces: list[Workspace], directory: Path) -> None:
+        written.append(sorted(report.summarise(workspaces[0], "w").stages))
         directory.mkdir(exist_ok=True)
         (directory / "index.html").write_text("")
 
-    monkeypatch.setattr(summary, "report", report)
+    monkeypatch.setattr("peso.runs.report.report", write)
     return written
 
 
@@ -51,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace.create_or_open(tmp_path_factory.mktemp("base") / "w", load_config(TREE))
     pipeline.ingest(workspace, Silent())
     pipeline.tokenize(workspace, Silent())
-    pipeline.learn(workspace, 0, Silent())
+    pipeline.learn(workspace.stage(0), Silent())
     return workspace
 
 
@@ -59,7 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def updated(base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """With stage 1, not tested."""
     workspace = Workspace.open(shutil.copytree(base.root, tmp_path_factory.mktemp("updated") / "w"))
-    pipeline.learn(workspace, 1, Silent())
+    pipeline.learn(workspace.stage(1), Silent())
     return workspace
 
 
@@ -77,10 +75,7 @@ def test_an_update_compares_old_and_new_on_the_same_cases(root: Path, peso: Call
     assert status == 0, err
     assert "stage 1 is trained" in out
     workspace = Workspace.open(root)
-    old, new = (
-        read_predictions(evaluate.test_directory(workspace, stage, 1) / "predictions.parquet")
-        for stage in (0, 1)
-    )
+    old, new = (workspace.stage(stage).on(1).predictions for stage in (0, 1))
     assert (old.users, old.targets) == (new.users, new.targets)
     assert f"on the same {len(new)} test cases of stage 1" in out
     change = float(np.mean(new.target_log_probability.astype(float) - old.target_log_probability))
@@ -110,7 +105,8 @@ def test_an_interrupted_update_is_finished(
     test = pipeline.test
 
     def interrupt(*arguments: Any) -> Any:
-        if arguments[1:3] != last and len(arguments) == 4:
+        tested = arguments[0]
+        if last is not None and (tested.stage.number, tested.cases) != last:
             return test(*arguments)
         raise KeyboardInterrupt
 
@@ -122,7 +118,7 @@ def test_an_interrupted_update_is_finished(
     assert workspace.finished_stages == [0, 1, 2]
     assert pipeline.update(workspace, Silent()) == 2
     assert reports == [[1, 2]]
-    assert summary.before_and_after(workspace)
+    assert report.before_and_after(workspace)
     assert pipeline.update(workspace, Silent()) is None
 
 

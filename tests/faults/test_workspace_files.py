@@ -17,11 +17,11 @@ from every_file import EVERY_FILE
 
 from peso.config import load_config
 from peso.errors import PesoError, TrainingError, WorkspaceError
-from peso.runs import evaluate, pipeline
-from peso.runs import report as summary
+from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import baseline_summaries, found_baselines
 from peso.runs.recommender import Recommender
-from peso.runs.workspace import FORMAT, Workspace
+from peso.runs.stage import FORMAT
+from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum, commit_directory, only_writer, write_aside
 from peso.runtime.manifest import Manifest, read_manifest, replace_file, write_manifest
 from peso.runtime.progress import Silent
@@ -45,9 +45,9 @@ def serve(root: Path) -> object:
     return Recommender.load(root).recommend(history=["i1", "i2"], k=5)
 
 
-def report(root: Path) -> object:
+def results(root: Path) -> object:
     workspace = Workspace.open(root)
-    return summary.run_table(summary.runs_of([workspace]), workspace.config.evaluation.k)
+    return report.run_table(report.runs_of([workspace]), workspace.config.evaluation.k)
 
 
 # -- what is read is what was written ----------------------------------------------------------------
@@ -65,16 +65,16 @@ def report(root: Path) -> object:
         ("semantic_ids/index.parquet", serve),
         ("semantic_ids/manifest.json", serve),
         ("stages/1/manifest.json", serve),
-        ("stages/1/predictions.parquet", report),
-        ("stages/1/metrics.json", report),
-        ("stages/1/log.jsonl", report),
-        ("stages/1/on=2/predictions.parquet", report),
-        ("stages/1/on=2/metrics.json", report),
-        ("stream/stage=1/users.parquet", report),
-        ("stream/manifest.json", report),
-        ("baselines/popularity/1/predictions.parquet", report),
-        ("baselines/popularity/1/static.parquet", report),
-        ("baselines/popularity/1/manifest.json", report),
+        ("stages/1/predictions.parquet", results),
+        ("stages/1/metrics.json", results),
+        ("stages/1/log.jsonl", results),
+        ("stages/1/on=2/predictions.parquet", results),
+        ("stages/1/on=2/metrics.json", results),
+        ("stream/stage=1/users.parquet", results),
+        ("stream/manifest.json", results),
+        ("baselines/popularity/1/predictions.parquet", results),
+        ("baselines/popularity/1/static.parquet", results),
+        ("baselines/popularity/1/manifest.json", results),
     ],
 )
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
@@ -96,7 +96,7 @@ def test_a_test_writes_no_checksum_of_a_file_that_it_did_not_write(root: Path) -
     flip(adapter)
     before = json.loads((root / "stages/1/manifest.json").read_text())["files"]
     with Workspace.change(root, ["evaluation.k=[1,3]"]) as workspace:
-        evaluate.test(workspace, 1, 1, Silent())  # from the stored answers
+        evaluate.test(workspace.stage(1).on(1), Silent())  # from the stored answers
     after = json.loads((root / "stages/1/manifest.json").read_text())["files"]
     assert {name for name in after if after[name] != before.get(name)} == {"metrics.json"}
     with pytest.raises(WorkspaceError, match=r"adapter_model\.safetensors is damaged"):
@@ -109,7 +109,7 @@ def test_damaged_answers_are_not_measured_again(root: Path) -> None:
         pytest.raises(WorkspaceError, match=r"predictions\.parquet is damaged.*peso evaluate .*--stage 1"),
         Workspace.change(root, ["evaluation.k=[1,3]"]) as workspace,
     ):
-        evaluate.test(workspace, 1, 1, Silent())
+        evaluate.test(workspace.stage(1).on(1), Silent())
 
 
 @pytest.mark.parametrize("file", ["predictions.parquet", "on=2/predictions.parquet", "on=2/metrics.json"])
@@ -118,7 +118,7 @@ def test_answers_that_are_missing_are_made_again(root: Path, file: str) -> None:
     before = checksum(path)
     path.unlink()
     workspace = Workspace.open(root)
-    evaluate.test(workspace, 1, 2 if "on=" in file else 1, Silent())
+    evaluate.test(workspace.stage(1).on(2 if "on=" in file else 1), Silent())
     assert checksum(path) == before
 
 
@@ -149,7 +149,7 @@ def test_a_baselines_stage_copied_over_another_is_noticed(root: Path) -> None:
 def test_a_stage_that_is_gone_is_not_left_out_of_a_report(root: Path, directory: str) -> None:
     shutil.rmtree(root / directory)
     with pytest.raises(WorkspaceError, match=rf"{directory}.*is missing"):
-        report(root)
+        results(root)
 
 
 def test_a_file_that_no_manifest_lists_is_not_loaded(root: Path) -> None:
@@ -179,11 +179,11 @@ def test_taking_over_a_damaged_stage_is_refused(root: Path, tmp_path: Path) -> N
 
 def test_damaged_weights_do_not_change_what_a_report_says(root: Path) -> None:
     workspace = Workspace.open(root)
-    before = summary.stage_cost(workspace, 2)
+    before = report.stage_cost(workspace.stage(2))
     (root / "stages/2/vocabulary.safetensors").write_bytes(b"")
-    assert summary.stage_cost(workspace, 2) == before
+    assert report.stage_cost(workspace.stage(2)) == before
     (root / "stages/2/vocabulary.safetensors").unlink()
-    assert summary.stage_cost(workspace, 2).bytes_on_disk is None
+    assert report.stage_cost(workspace.stage(2)).bytes_on_disk is None
 
 
 def test_a_checkpoint_is_checked(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_the_log_of_a_training_that_goes_on_is_checked(tmp_path: Path) -> None:
 
 
 def test_manifests_of_the_version_before_are_read(root: Path) -> None:
-    expected = serve(root), report(root)
+    expected = serve(root), results(root)
     for path in root.rglob("manifest.json"):
         content = json.loads(path.read_text())
         del content["sha256"]
@@ -227,7 +227,7 @@ def test_manifests_of_the_version_before_are_read(root: Path) -> None:
         manifest = json.loads((directory / "manifest.json").read_text())
         manifest["files"] = {name: checksum(directory / name) for name in manifest["files"]}
         (directory / "manifest.json").write_text(json.dumps(manifest))
-    assert (serve(root), report(root)) == expected
+    assert (serve(root), results(root)) == expected
 
 
 @pytest.mark.parametrize("key", ["determined_by", "backbone_sha256", "trained_parameters", "files", "format"])
@@ -237,7 +237,7 @@ def test_a_key_that_a_manifest_lacks_is_named(root: Path, key: str) -> None:
     del content[key], content["sha256"]  # as if an older version had written it so
     path.write_text(json.dumps(content))
     with pytest.raises(PesoError):
-        serve(root), report(root), Recommender.load(root, stage=1).recommend(history=["i1"])
+        serve(root), results(root), Recommender.load(root, stage=1).recommend(history=["i1"])
 
 
 @pytest.mark.parametrize(

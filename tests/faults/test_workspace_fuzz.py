@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 
 from peso.errors import PesoError
 from peso.model.export import export_merged
-from peso.runs import evaluate
-from peso.runs import report as summary
+from peso.runs import evaluate, report
 from peso.runs.diagnosis import diagnose
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
@@ -73,7 +72,7 @@ def recommended(root: Path) -> Any:
 
 
 def reported(root: Path) -> Any:
-    runs = summary.runs_of([Workspace.open(root)])
+    runs = report.runs_of([Workspace.open(root)])
     return [
         (
             run.name,
@@ -93,7 +92,7 @@ def reported(root: Path) -> Any:
             {pair: answers.items for pair, answers in run.across.items()},
         )
         for run in runs
-    ], summary.run_table(runs, [5, 10])
+    ], report.run_table(runs, [5, 10])
 
 
 def exported(root: Path) -> Any:
@@ -104,7 +103,7 @@ def exported(root: Path) -> Any:
 
 def evaluated(root: Path) -> Any:
     workspace = Workspace.open(root)
-    return [evaluate.test(workspace, stage, on, Silent()) for stage, on in ((1, 1), (1, 2), (2, 2))]
+    return [evaluate.test(workspace.stage(stage).on(on), Silent()) for stage, on in ((1, 1), (1, 2), (2, 2))]
 
 
 # the last one may write what is missing

@@ -17,7 +17,6 @@ from peso.adapters.lora import add_adapter
 from peso.decoding import search
 from peso.model.generative import GenerativeModel
 from peso.model.inference import LowRankBeside, for_inference
-from peso.runs.models import answering_model, trained_model
 
 IDS = torch.tensor([[0, 70, 71, 260, 268, 261, 270, 259]])  # words and codes
 STRATEGIES: dict[str, Any] = {
@@ -41,7 +40,7 @@ def logits(model: Any) -> Tensor:
 )
 def test_a_stage_of_any_strategy_answers_the_same(name: str, runs: Runs) -> None:
     workspace = runs(STRATEGIES[name])
-    model, answering = trained_model(workspace, 3), answering_model(workspace, 3)
+    model, answering = workspace.stage(3).model(), workspace.stage(3).answering_model()
     torch.testing.assert_close(logits(answering), logits(model), atol=1e-5, rtol=0)
     assert not any(isinstance(module, LoraLayer) for module in answering.modules())
     assert any(isinstance(module, LoraLayer) for module in model.modules()) == (name != "none")
@@ -52,7 +51,7 @@ def test_a_stage_of_any_strategy_answers_the_same(name: str, runs: Runs) -> None
 
 
 def test_the_model_that_learnt_stays_as_it_was_and_shares_the_rest(runs: Runs) -> None:
-    model = trained_model(runs("single"), 3)
+    model = runs("single").stage(3).model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     shared = {tensor.data_ptr() for tensor in model.state_dict().values()}
     expected = logits(model)

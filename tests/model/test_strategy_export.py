@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from peso.errors import ExportError
 from peso.model.export import export_merged, export_peft
 from peso.model.generative import GenerativeModel
-from peso.runs.models import trained_model
 
 IDS = torch.tensor([[0, 70, 71, 260, 268, 261, 270, 259]])  # words and codes
 SUMS: dict[str, tuple[Any, int]] = {  # strategy, rank of stage 3 in the rank of one adapter
@@ -50,7 +49,7 @@ def read(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", SUMS)
 def test_both_forms_give_the_logits_of_the_stage(name: str, runs: Runs, tmp_path: Path) -> None:
     strategy, adapters = SUMS[name]
-    model = trained_model(runs(strategy), 3)
+    model = runs(strategy).stage(3).model()
     export_merged(model, tmp_path / "merged")
     export_peft(model, tmp_path / "peft")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -66,7 +65,7 @@ def test_both_forms_give_the_logits_of_the_stage(name: str, runs: Runs, tmp_path
 
 
 def test_a_backbone_that_was_fine_tuned_whole_is_exported_merged(runs: Runs, tmp_path: Path) -> None:
-    model = trained_model(runs("full"), 3)
+    model = runs("full").stage(3).model()
     export_merged(model, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(read(merged), own(model), atol=1e-4, rtol=0)

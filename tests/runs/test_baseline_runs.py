@@ -10,7 +10,6 @@ import pytest
 from peso.config import baseline_label, load_config
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
-from peso.items.index_files import read_semantic_ids
 from peso.runs import pipeline, report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines, run_baselines
 from peso.runs.workspace import Workspace
@@ -64,7 +63,7 @@ def test_a_run_tests_its_baselines_on_its_own_cases(finished: Workspace) -> None
     labels = [baseline_label(config) for config in finished.config.baselines]
     assert [run.name for run in runs] == [name for label in labels for name in (label, f"{label} (static)")]
     for stage in range(3):
-        own = read_predictions(finished.stage_directory(stage) / "predictions.parquet")
+        own = read_predictions(finished.stage(stage).directory / "predictions.parquet")
         for run in runs:
             theirs = run.stages[stage].predictions
             assert (theirs.users, theirs.targets) == (own.users, own.targets)
@@ -159,7 +158,7 @@ def test_without_a_name_or_a_learnt_model_it_says_what_is_missing(peso, tmp_path
     status, _, error = peso("baseline", "-w", workspace.root)
     assert status == 2
     assert "no baseline is given" in error
-    with pytest.raises(WorkspaceError, match="peso tokenize"):
+    with pytest.raises(WorkspaceError, match="peso ingest"):
         run_baselines(workspace, load_config(TREE).baselines[:1], Silent())
     with pytest.raises(WorkspaceError, match="no trained stage"):
         run_baselines(prepared(tmp_path / "data"), load_config(TREE).baselines[-1:], Silent())
@@ -167,7 +166,7 @@ def test_without_a_name_or_a_learnt_model_it_says_what_is_missing(peso, tmp_path
 
 def test_a_list_is_never_longer_than_the_catalogue(tmp_path: Path) -> None:
     workspace = prepared(tmp_path / "data")
-    leaves = read_semantic_ids(workspace.semantic_ids_directory).trie.leaves
+    leaves = workspace.semantic_ids.trie.leaves
     longer = load_config({**TREE, "decoding": {"beams": 100}})
     workspace = Workspace(workspace.root, longer)
     run = BaselineRun(workspace, longer.baselines[0])

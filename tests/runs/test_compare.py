@@ -344,7 +344,7 @@ def test_after_the_deadline_training_stops_at_its_next_checkpoint_and_no_sooner(
         reporter.step("learn stage 1")
     reporter.begin("learn stage 1", 10, "steps")
     reporter.advance(1)  # nothing since the deadline is on disk yet
-    unfinished = workspace.unfinished_directory(1) / "abc"
+    unfinished = workspace.stage(1).unfinished / "abc"
     unfinished.mkdir(parents=True)
     write_json(unfinished / "checkpoint.pt", {})
     with pytest.raises(OutOfTime):
@@ -452,7 +452,7 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
     for folder in by_hand.root.glob("stages/*/on=*"):
         shutil.rmtree(folder)
     for stage, on in pairs_across(3):
-        evaluate.test(by_hand, stage, on, Silent())
+        evaluate.test(by_hand.stage(stage).on(on), Silent())
     BaselineRun(by_hand, read_baseline({"name": "hybrid", **quick})).run(Silent())
     done = result_files(plan.runs[0].task.root)
     assert sum("on=" in name for name in done) == 6

@@ -15,8 +15,6 @@ from peso.adapters.anchor_report import NO_EFFECT, anchor_finding, gradient_rati
 from peso.config import load_config
 from peso.errors import ConfigError, WorkspaceError
 from peso.events.drift import drift
-from peso.events.stream import Stream
-from peso.items.index_files import read_semantic_ids
 from peso.runs import pipeline
 from peso.runs.diagnosis import diagnose
 from peso.runs.directions import stage_directions
@@ -39,7 +37,7 @@ def free(weak, tmp_path_factory) -> Workspace:
 
 def test_the_anchor_s_ratio_is_the_mean_over_the_steps(weak) -> None:
     workspace, notes = weak
-    lines = (workspace.stage_directory(1) / "log.jsonl").read_text().splitlines()
+    lines = (workspace.stage(1).directory / "log.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if "loss" in record]
     ratios = [record["penalty_gradient_norm"] / record["gradient_norm"] for record in steps]
     (anchor,) = diagnose(workspace)["anchor"]
@@ -74,8 +72,8 @@ def test_findings_of_ratios() -> None:
 
 def test_drift_and_codes_are_those_of_the_workspace(weak) -> None:
     workspace, _ = weak
-    stream = Stream.open(workspace.stream_directory)
-    codes = read_semantic_ids(workspace.semantic_ids_directory).codes
+    stream = workspace.stream
+    codes = workspace.semantic_ids.codes
     found = diagnose(workspace)
     stages = [stream.stage(number) for number in range(stream.stages)]
     assert found["stream"] == drift(stages, len(stream.items), codes[:, 0])
@@ -190,7 +188,7 @@ def test_a_stronger_anchor_predicts_and_measures_less_of_the_new_optimum(
 def test_the_weight_is_the_one_that_the_stage_was_learnt_with(weak, tmp_path: Path) -> None:
     options = "strategy={name: peso, strength: 0.5, coupling: loss, examples: 8}"
     held, _ = trained(tmp_path / "strength", options, base=weak[0].root)
-    metrics = json.loads((held.stage_directory(1) / "metrics.json").read_text())
+    metrics = held.stage(1).metrics
     found = stage_directions(held, 1, examples=20)
     assert found["weight"] == pytest.approx(metrics["training"]["strategy"]["weight"], rel=1e-6)
     assert "measured" not in found["directions"][0]

@@ -9,7 +9,6 @@ import pytest
 
 from peso.config import load_config
 from peso.config.baselines import read_baseline
-from peso.events.stream import Stream
 from peso.runs import estimate, pipeline
 from peso.runs.estimate import Estimate, Speed
 from peso.runs.models import starting_model
@@ -70,14 +69,12 @@ def test_what_answers_with_two_models_is_tested_twice_as_long(source: Workspace)
 
 def test_the_steps_are_those_that_a_run_takes(source: Workspace, tmp_path: Path) -> None:
     """What a strategy is told of the data here and in a real run is the same."""
-    found = estimate._trainings(source, Stream.open(source.stream_directory))
+    found = estimate._trainings(source, source.stream)
     for number in (1, 3):
         config = load_config({**TREE, "strategy": "retrain"})
-        ((_, chosen),) = estimate._trainings(
-            Workspace(source.root, config), Stream.open(source.stream_directory)
-        )[number]
-        model = starting_model(Workspace(source.root, config), 0)
-        stream = Stream.open(source.stream_directory)
+        ((_, chosen),) = estimate._trainings(Workspace(source.root, config), source.stream)[number]
+        model = starting_model(Workspace(source.root, config).stage(0))
+        stream = source.stream
         examples = StageExamples(model, stream.stage, number, config.training, 0)
         every = [each for stage in range(number + 1) for each in examples.of(stage)]
         assert [each.user for each in chosen] == [each.user for each in every]

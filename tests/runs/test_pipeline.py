@@ -20,7 +20,8 @@ from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
 from peso.runs import evaluate, learn, pipeline, report
 from peso.runs.recommender import Recommender
-from peso.runs.workspace import FORMAT, Workspace
+from peso.runs.stage import FORMAT
+from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Silent
@@ -87,11 +88,11 @@ def test_the_layout_on_disk_is_the_documented_one(finished):
 
 
 def test_a_manifest_names_its_parent_its_inputs_and_every_output(finished):
-    chain = [finished.stage_manifest(stage) for stage in finished.finished_stages]
+    chain = [finished.stage(stage).manifest for stage in finished.finished_stages]
     for parent, child in pairwise(chain):
         assert child["parent"] == {"stage": parent["stage"], "determined_by": parent["determined_by"]}
     for manifest in chain:
-        directory = finished.stage_directory(manifest["stage"])
+        directory = finished.stage(manifest["stage"]).directory
         found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {
             "manifest.json"
         }
@@ -195,31 +196,31 @@ def test_a_heavier_anchor_moves_less(finished, tmp_path):
     moved = {}
     for weight in ("0", "1e4"):
         workspace = run(tmp_path / weight, f"strategy.weight={weight}", base=finished.root)
-        moved[weight] = evaluate.read_metrics(workspace, 1, 1)["training"]["moved"]["distance"]
+        moved[weight] = workspace.stage(1).metrics["training"]["moved"]["distance"]
     assert moved["1e4"] < moved["0"]
 
 
 @pytest.mark.slow
 def test_any_model_is_tested_on_any_stage(finished):
-    metrics = evaluate.test(finished, 0, 2, Silent())
+    metrics = evaluate.test(finished.stage(0).on(2), Silent())
     assert (metrics["stage"], metrics["on"]) == (0, 2)
-    found = read_predictions(finished.stage_directory(0) / "on=2" / "predictions.parquet")
+    found = read_predictions(finished.stage(0).directory / "on=2" / "predictions.parquet")
     by_level = found.target_level_log_probabilities
     assert by_level.shape == (len(found), finished.config.items.levels)
     np.testing.assert_allclose(by_level.sum(axis=1), found.target_log_probability, rtol=1e-6)
-    assert metrics != evaluate.read_metrics(finished, 2, 2)["test"]
+    assert metrics != finished.stage(2).metrics["test"]
     with pytest.raises(DataError, match="no stage 9"):
-        evaluate.test(finished, 0, 9, Silent())
+        evaluate.test(finished.stage(0).on(9), Silent())
 
 
 @pytest.mark.slow
 def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finished, tmp_path):
     workspace = run(tmp_path / "w", "strategy=none", base=finished.root)
-    path = workspace.stage_directory(1) / "predictions.parquet"
+    path = workspace.stage(1).directory / "predictions.parquet"
     before, written = checksum(path), path.stat().st_mtime_ns
     workspace = run(tmp_path / "w", "strategy=none", "evaluation.k=[1,3]")
     assert path.stat().st_mtime_ns == written
-    assert "hit@3" in evaluate.read_metrics(workspace, 1, 1)["test"]["metrics"]
+    assert "hit@3" in workspace.stage(1).metrics["test"]["metrics"]
     run(tmp_path / "w", "strategy=none", "evaluation.k=[1,3]", "decoding.beams=15")
     assert checksum(path) != before
 
@@ -227,7 +228,7 @@ def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finishe
 @pytest.mark.slow
 def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
     workspace = run(tmp_path / "w", "training.max_steps=2")
-    assert report.stage_cost(workspace, 1).bytes_on_disk > 0
+    assert report.stage_cost(workspace.stage(1)).bytes_on_disk > 0
     for weights in workspace.root.glob("stages/*/**/*.safetensors"):
         weights.unlink()
     found = report.summarise(workspace, "w")
@@ -238,7 +239,7 @@ def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
 def test_evaluation_can_be_left_out(tmp_path):
     workspace = run(tmp_path / "w", "evaluation.enabled=false", "training.max_steps=2")
     assert workspace.finished_stages == [0, 1, 2]
-    assert not (workspace.stage_directory(1) / "predictions.parquet").exists()
+    assert not (workspace.stage(1).directory / "predictions.parquet").exists()
     with pytest.raises(WorkspaceError, match="no tested stage"):
         report.summarise(workspace, "w")
 
@@ -258,17 +259,17 @@ def test_steps_out_of_order_say_what_comes_first(tmp_path):
         pipeline.tokenize(workspace, Silent())
     pipeline.ingest(workspace, Silent())
     with pytest.raises(WorkspaceError, match="peso tokenize"):
-        pipeline.learn(workspace, 0, Silent())
+        pipeline.learn(workspace.stage(0), Silent())
     pipeline.tokenize(workspace, Silent())
     with pytest.raises(WorkspaceError, match="starts from stage 0"):
-        pipeline.learn(workspace, 1, Silent())
+        pipeline.learn(workspace.stage(1), Silent())
     with pytest.raises(WorkspaceError, match="peso train"):
         pipeline.update(workspace, Silent())
 
 
 def test_what_is_learnt_is_not_overwritten(finished):
     with pytest.raises(WorkspaceError, match="trained already"):
-        pipeline.learn(finished, 1, Silent())
+        pipeline.learn(finished.stage(1), Silent())
     with pytest.raises(WorkspaceError, match="new workspace"):
         pipeline.ingest(finished, Silent())
     weights = {path: checksum(path) for path in finished.root.glob("stages/*/*.safetensors")}
@@ -280,7 +281,7 @@ def test_what_is_learnt_is_not_overwritten(finished):
 @pytest.mark.slow
 def test_the_log_has_every_figure_of_every_step(finished, tmp_path):
     anchored = run(tmp_path / "w", "strategy.weight=2.0", base=finished.root)
-    lines = (anchored.stage_directory(1) / "log.jsonl").read_text().splitlines()
+    lines = (anchored.stage(1).directory / "log.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if "loss" in record]
     wanted = {
         "loss",
@@ -311,7 +312,7 @@ def test_a_backbone_that_changed_is_refused(finished, tmp_path):
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(WorkspaceError, match=r"model\.safetensors is damaged"):
         Recommender.load(copy)
-    write_manifest(copy / "stages" / "0", FORMAT, finished.stage_manifest(0))
+    write_manifest(copy / "stages" / "0", FORMAT, finished.stage(0).manifest)
     with pytest.raises(BackboneError, match="other weights"):
         Recommender.load(copy)
 
@@ -367,5 +368,5 @@ def test_a_full_disk_leaves_no_half_stage_and_the_run_goes_on_later(finished, tm
             run(root)
     workspace = Workspace.open(root)
     assert workspace.finished_stages == []
-    assert not workspace.stage_directory(0).exists()
+    assert not workspace.stage(0).directory.exists()
     assert result_files(run(root)) == result_files(finished)

@@ -200,11 +200,11 @@ def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
         assert launcher.returncode == 0, told
     json.loads(out)  # the main process alone speaks
 
-    pipeline.learn(one, 0, Silent())
-    evaluate.test(one, 0, 0, Silent())
+    pipeline.learn(one.stage(0), Silent())
+    evaluate.test(one.stage(0).on(0), Silent())
     logs, tables = [], []
     for workspace in (two, one):
-        directory = workspace.stage_directory(0)
+        directory = workspace.stage(0).directory
         lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
         logs.append([line.get("loss", line.get("validation_loss")) for line in lines])
         tables.append(pq.read_table(directory / "predictions.parquet"))

@@ -55,13 +55,12 @@ def run(folder: Path, rule: str, *, repeats: bool = False) -> Workspace:
 
 
 def predictions(workspace: Workspace, stage: int) -> Predictions:
-    return read_predictions(workspace.stage_directory(stage) / "predictions.parquet")
+    return read_predictions(workspace.stage(stage).directory / "predictions.parquet")
 
 
 def had(workspace: Workspace, stage: int) -> list[set[str]]:
-    from peso.events.stream import Stream
 
-    stream = Stream.open(workspace.stream_directory)
+    stream = workspace.stream
     names = stream.items.column("item_id").to_pylist()
     cases = stream.stage(stage).test_cases(workspace.config.prompt.window)
     assert max(map(len, cases.histories)) == 3 < max(map(len, cases.seen))
@@ -79,7 +78,7 @@ def test_where_nobody_repeats_an_item_no_list_holds_one_that_its_user_has_had(au
         for seen, items in zip(had(auto, stage), found.items, strict=True):
             assert not seen & set(items)
             assert len(items) >= 10  # as many as without the rule
-        tested = json.loads((auto.stage_directory(stage) / "metrics.json").read_text())["test"]
+        tested = auto.stage(stage).metrics["test"]
         assert tested["repeats"] == "leave-out"
 
 

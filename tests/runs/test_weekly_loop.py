@@ -14,8 +14,7 @@ from peso.cli import app as cli
 from peso.events.stream import Stream
 from peso.items.index_files import read_semantic_ids
 from peso.items.semantic_ids import SemanticIds
-from peso.runs import evaluate, pipeline, report
-from peso.runs.determination import determination
+from peso.runs import pipeline, report
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
@@ -118,14 +117,14 @@ def test_run_does_what_an_append_left_to_do(peso, started: Path, shop: Path) -> 
 
 def test_earlier_stages_are_determined_as_before(peso, started: Path, shop: Path) -> None:
     workspace = Workspace.open(shop)
-    before = [determination(workspace, stage) for stage in (0, 1)]
-    assert before == [workspace.stage_manifest(stage)["determined_by"] for stage in (0, 1)]
+    before = [workspace.stage(stage).determination() for stage in (0, 1)]
+    assert before == [workspace.stage(stage).determined_by for stage in (0, 1)]
     assert peso("ingest", started / "week.csv", "--append", "-w", shop)[0] == 0
     assert peso("tokenize", "--append", "-w", shop)[0] == 0
     workspace = Workspace.open(shop)
-    assert [determination(workspace, stage) for stage in (0, 1)] == before
-    assert all(evaluate.is_tested(workspace, stage, stage) for stage in (0, 1))
-    assert determination(workspace, 2) not in before
+    assert [workspace.stage(stage).determination() for stage in (0, 1)] == before
+    assert all(workspace.stage(stage).is_tested for stage in (0, 1))
+    assert workspace.stage(2).determination() not in before
 
 
 def test_a_stage_is_determined_by_the_codes_it_knew_and_no_others() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from peso.config import load_config
 from peso.errors import WorkspaceError
-from peso.runs.workspace import FORMAT, Workspace, provenance
+from peso.runs.stage import FORMAT
+from peso.runs.workspace import Workspace, provenance
 from peso.runtime.files import commit_directory, write_aside, write_atomically
 from peso.runtime.manifest import write_manifest
 
@@ -26,7 +27,7 @@ def workspace(tmp_path) -> Workspace:
 
 
 def finish_stage(workspace: Workspace, stage: int) -> None:
-    with commit_directory(workspace.stage_directory(stage)) as directory:
+    with commit_directory(workspace.stage(stage).directory) as directory:
         configuration = Workspace.open(workspace.root).config.model_dump(mode="json")
         write_manifest(directory, FORMAT, {"stage": stage, "configuration": configuration})
 
@@ -160,7 +161,7 @@ def test_a_refused_change_changes_nothing(workspace):
 
 def test_a_workspace_of_a_newer_version_is_refused(workspace):
     finish_stage(workspace, 0)
-    manifest = workspace.stage_directory(0) / "manifest.json"
+    manifest = workspace.stage(0).directory / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": FORMAT + 1}))
     with pytest.raises(WorkspaceError, match=r"newer version.*update peso"):
         Workspace.open(workspace.root)
@@ -168,7 +169,7 @@ def test_a_workspace_of_a_newer_version_is_refused(workspace):
 
 def test_a_damaged_manifest_is_named(workspace):
     finish_stage(workspace, 0)
-    (workspace.stage_directory(0) / "manifest.json").write_text('{"format": 1, "fi')
+    (workspace.stage(0).directory / "manifest.json").write_text('{"format": 1, "fi')
     with pytest.raises(WorkspaceError, match=r"manifest\.json is damaged"):
         Workspace.open(workspace.root)
 
@@ -184,12 +185,12 @@ def test_a_directory_that_is_no_workspace_is_left_alone(tmp_path):
 
 def test_the_newest_stage_is_the_default_and_an_unknown_one_is_named(workspace):
     with pytest.raises(WorkspaceError, match="no trained stage"):
-        workspace.require_stage(None)
+        workspace.trained()
     finish_stage(workspace, 0)
     finish_stage(workspace, 1)
-    assert workspace.require_stage(None) == 1
+    assert workspace.trained().number == 1
     with pytest.raises(WorkspaceError, match=r"stage 7.*\[0, 1\]"):
-        workspace.require_stage(7)
+        workspace.trained(7)
 
 
 def test_a_source_tree_that_is_not_installed_can_still_say_with_what_it_ran(

@@ -16,7 +16,8 @@ from peso.config import TrainingConfig, load_config
 from peso.config.shape import stage_shape
 from peso.errors import ConfigError, TrainingError
 from peso.model.generative import GenerativeModel
-from peso.runs.workspace import FORMAT, Workspace
+from peso.runs.stage import FORMAT
+from peso.runs.workspace import Workspace
 from peso.runtime.manifest import write_manifest
 from peso.training.acceleration import gradient_checkpointing
 from peso.training.loop import StageResult, StageTask, train_stage
@@ -145,9 +146,9 @@ def test_options_of_cost_determine_nothing(tmp_path: Path) -> None:
     workspace = Workspace.create_or_open(tmp_path / "w", plain)
     (workspace.stream_directory).mkdir()
     for stage in (0, 1):
-        workspace.stage_directory(stage).mkdir(parents=True)
+        workspace.stage(stage).directory.mkdir(parents=True)
         write_manifest(
-            workspace.stage_directory(stage), FORMAT, {"configuration": plain.model_dump(mode="json")}
+            workspace.stage(stage).directory, FORMAT, {"configuration": plain.model_dump(mode="json")}
         )
     opened = Workspace.create_or_open(tmp_path / "w", cheap)
     assert Workspace.open(tmp_path / "w").config.training == opened.config.training == cheap.training

@@ -13,7 +13,6 @@ from peso.config.strategy import UNCHANGED
 from peso.runs.compare.plan import Plan, Task
 from peso.runs.compare.progress import is_done, pairs_across, standing
 from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate
-from peso.runs.evaluate import is_tested
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 
@@ -94,9 +93,8 @@ def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
     if not tests or any(minutes is None for minutes in tests.values()):
         return Expected(name, "missing", None, next((e.note for e in steps if e.minutes is None), ""))
     workspace = Workspace(task.root, task.config)
-    learnt = workspace.finished_stages
     pairs = pairs_across(len(tests))
-    missing = [(i, j) for i, j in pairs if i not in learnt or not is_tested(workspace, i, j)]
+    missing = [(i, j) for i, j in pairs if not workspace.stage(i).on(j).is_done]
     state = f"{len(pairs) - len(missing)} of {len(pairs)} tests" if len(missing) < len(pairs) else "missing"
     return Expected(name, state, sum(tests[j] or 0.0 for _, j in missing), f"{len(missing)} tests")
 

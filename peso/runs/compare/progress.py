@@ -1,7 +1,4 @@
-"""How far each run, baseline or set of tests is, from its files alone.
-
-Knows the files of a workspace; knows nothing of processes.
-"""
+"""How far each run, baseline or set of tests is, from its files alone."""
 
 from __future__ import annotations
 
@@ -11,10 +8,8 @@ from typing import Any
 
 from peso.config.baselines import BaselineOptions
 from peso.errors import WorkspaceError
-from peso.events.stream import Stream
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.plan import Candidate, Task
-from peso.runs.evaluate import is_tested, read_metrics
 from peso.runs.workspace import Workspace
 
 
@@ -51,14 +46,10 @@ def standing(task: Task) -> Standing:
         return _transfer_standing(task, workspace)
     if task.baseline is not None:
         return _baseline_standing(task, workspace, task.baseline)
-    done = workspace.finished_stages
-    if task.config.evaluation.enabled and task.last_stage != -1:
-        done = [stage for stage in done if is_tested(workspace, stage, stage)]
-    later = (
-        [read_metrics(workspace, stage, stage)["test"]["metrics"] for stage in done if stage]
-        if (task.config.evaluation.enabled)
-        else []
-    )
+    done, tested = workspace.stages, task.config.evaluation.enabled
+    if tested and task.last_stage != -1:
+        done = [stage for stage in done if stage.is_tested]
+    later = [stage.metrics["test"]["metrics"] for stage in done if stage.number and tested]
     return Standing(len(done), _stages(task), *_means(later, max(task.config.evaluation.k)))
 
 
@@ -80,9 +71,8 @@ def _transfer_standing(task: Task, workspace: Workspace) -> Standing:
     stages = _stages(task)
     if stages is None:
         return Standing(0, None)
-    learnt = workspace.finished_stages
     pairs = pairs_across(stages)
-    return Standing(sum(i in learnt and is_tested(workspace, i, j) for i, j in pairs), len(pairs))
+    return Standing(sum(workspace.stage(i).on(j).is_done for i, j in pairs), len(pairs))
 
 
 def _baseline_standing(task: Task, workspace: Workspace, config: BaselineOptions) -> Standing:
@@ -124,7 +114,7 @@ def _stages(task: Task) -> int | None:
         return task.last_stage + 1
     for source in (task, task.data):
         if source is not None and (workspace := Workspace(source.root, source.config)).has_stream:
-            return Stream.open(workspace.stream_directory).stages
+            return workspace.stream.stages
     return None
 
 
@@ -136,12 +126,12 @@ def validation_loss(task: Task) -> float:
     """
     workspace = Workspace(task.root, task.config)
     losses = []
-    for stage in (stage for stage in workspace.finished_stages if stage):
-        found = workspace.metrics(stage)["training"].get("validation_losses")
+    for stage in workspace.stages[1:]:
+        found = stage.training.get("validation_losses")
         if not found:
             raise WorkspaceError(
-                f"{task.root} has no validation loss at stage {stage}: strategy {task.config.strategy.name} "
-                "learns nothing there and cannot be tuned"
+                f"{task.root} has no validation loss at stage {stage.number}: strategy "
+                f"{task.config.strategy.name} learns nothing there and cannot be tuned"
             )
         losses.append(min(found))
     if not losses:

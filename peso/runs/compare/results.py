@@ -1,7 +1,4 @@
-"""What came out of a comparison: runs and baselines for the report, and a table with a row per run and stage.
-
-Knows the files of the runs; knows nothing of statistics or of how anything is drawn.
-"""
+"""The results of a comparison: runs and baselines for the report, and a table, one row per run and stage."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from peso.runs import report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.compare.plan import Plan, Run
 from peso.runs.compare.progress import Standing, choose, is_done, standing, validation_loss
-from peso.runs.evaluate import is_tested, read_metrics
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.files import write_aside
 
@@ -186,25 +183,22 @@ def results_table(collected: Collected) -> pa.Table:
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
-    workspace = Workspace(run.task.root, run.task.config)
     rows = []
     for stage in _tested(run):
-        metrics, manifest = read_metrics(workspace, stage, stage), workspace.stage_manifest(stage)
-        training = metrics.get("training") or {}
-        losses = training.get("validation_losses")
-        cost = report.stage_cost(workspace, stage)
+        test, training = stage.metrics["test"], stage.training
+        losses, cost = training.get("validation_losses"), report.stage_cost(stage)
         rows.append(
             {
                 "data_set": run.data,
                 "backbone": run.backbone,
                 "strategy": run.strategy,
                 "seed": run.seed,
-                "stage": stage,
+                "stage": stage.number,
                 "strategy_name": run.task.config.strategy.name,
                 "options": json.dumps(run.options),
                 "learning_rate": training.get("learning_rate"),
-                **{name: figures["value"] for name, figures in metrics["test"]["metrics"].items()},
-                "cases": next(iter(metrics["test"]["metrics"].values()))["cases"],
+                **{name: figures["value"] for name, figures in test["metrics"].items()},
+                "cases": next(iter(test["metrics"].values()))["cases"],
                 "validation_loss": min(losses) if losses else None,
                 "best_epoch": training.get("best_epoch"),
                 **{f"moved_{k}": v for k, v in training.get("moved", {}).items() if isinstance(v, float)},
@@ -214,7 +208,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
                 "trained_parameters": cost.trained_parameters,
                 "bytes_on_disk": cost.bytes_on_disk,
                 "workspace": str(run.task.root),
-                "determined_by": manifest["determined_by"],
+                "determined_by": stage.determined_by,
             }
         )
     return rows
@@ -242,6 +236,5 @@ def _baseline_rows(run: Run, at: Standing) -> Iterator[dict[str, Any]]:
             }
 
 
-def _tested(run: Run) -> list[int]:
-    workspace = Workspace(run.task.root, run.task.config)
-    return [stage for stage in workspace.finished_stages if is_tested(workspace, stage, stage)]
+def _tested(run: Run) -> list[RunStage]:
+    return [stage for stage in Workspace(run.task.root, run.task.config).stages if stage.is_tested]

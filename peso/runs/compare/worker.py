@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peso.config.baselines import read_baseline
-from peso.events.stream import Stream
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.progress import pairs_across
-from peso.runs.evaluate import is_tested, test
+from peso.runs.evaluate import test
 from peso.runs.workspace import Workspace
 from peso.runtime.failures import DONE, FAILED, debugging, explain, sentence
 from peso.runtime.processes import ended_by_sigterm
@@ -133,23 +132,24 @@ def work(job: Job, out: Any) -> None:
         if job.baseline is not None:
             _run_baseline(workspace, job.baseline, reporter)
             return
-        stages = Stream.open(workspace.stream_directory).stages
-        for step in list(pipeline.missing_steps(workspace, stages)):
+        for step in list(pipeline.missing_steps(workspace, workspace.stream.stages)):
             if step.stage is None or (job.last_stage is not None and step.stage > job.last_stage):
                 continue
             reporter.step(str(step))
+            stage = workspace.stage(step.stage)
             if step.name == "learn":
-                pipeline.learn(workspace, step.stage, reporter)
+                pipeline.learn(stage, reporter)
             else:
-                test(workspace, step.stage, step.stage, reporter)
+                test(stage.on(step.stage), reporter)
 
 
 def _test_across(workspace: Workspace, reporter: Reporter) -> None:
     """Every stage's model on the cases of the other stages."""
-    for stage, on in pairs_across(Stream.open(workspace.stream_directory).stages):
-        if not is_tested(workspace, stage, on):
+    for stage, on in pairs_across(workspace.stream.stages):
+        wanted = workspace.stage(stage).on(on)
+        if not wanted.is_done:
             reporter.step(f"test stage {stage} on stage {on}")
-            test(workspace, stage, on, reporter)
+            test(wanted, reporter)
 
 
 def _run_baseline(workspace: Workspace, options: dict[str, Any], reporter: Reporter) -> None:

@@ -13,8 +13,6 @@ from strategy_runs import RANK, SCALE, Runs, changes_at, factors, state
 from torch import Tensor
 
 from peso.adapters.earlier import lora_layers
-from peso.events.stream import Stream
-from peso.runs.models import trained_model
 from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
 from peso.training.strategies.inf_lora import Protected, protected
@@ -119,10 +117,10 @@ def owners(workspace: Workspace) -> dict[str, str]:
 def energies(workspace: Workspace, model_of: int, stage: int, rows_of: int) -> dict[str, tuple[float, float]]:
     """Module → Σ ‖√3 A x‖² and Σ ‖x‖², A of stage ``rows_of``, over inputs x that stage ``stage`` gives the
     model of stage ``model_of``, caught at the plain layer beneath."""
-    model = trained_model(workspace, model_of)
+    model = workspace.stage(model_of).model()
     found: dict[str, tuple[float, float]] = {}
     seed = workspace.config.seed_of_stage(rows_of)
-    stream = Stream.open(workspace.stream_directory)
+    stream = workspace.stream
     examples = StageExamples(model, stream.stage, rows_of, workspace.config.training, seed)
 
     def look(name: str, a: Tensor):
@@ -161,8 +159,8 @@ def test_earlier_adapters_stay_in_the_sum(runs: Runs, stage: int) -> None:
 def test_b_alone_is_trained(runs: Runs) -> None:
     workspace = runs(INF_LORA)
     trained = sum(b.numel() for _, b in factors(workspace, 1).values())
-    vocabulary = trained_model(workspace, 1).vocabulary
-    counted = workspace.stage_manifest(1)["trained_parameters"]
+    vocabulary = workspace.stage(1).model().vocabulary
+    counted = workspace.stage(1).manifest["trained_parameters"]
     assert counted == trained + sum(p.numel() for p in vocabulary.parameters())
     assert all(len(a) == RANK for a, _ in factors(workspace, 1).values())
 

@@ -61,7 +61,7 @@ def test_the_documented_strategy_does_what_its_page_says(runs: Runs, documented:
     for stage in (1, 2, 3):
         distance = distance_to_base(held, stage)
         assert 0 < distance < distance_to_base(runs("single"), stage)
-        metrics = json.loads((held.stage_directory(stage) / "metrics.json").read_text())
+        metrics = held.stage(stage).metrics
         assert metrics["training"]["strategy"]["distance_to_base"] == pytest.approx(distance, rel=1e-5)
         for module, (a, b) in factors(held, 0).items():
             assert torch.equal(state(held, stage)[f"base.{module}.lora_A"], a)
@@ -119,7 +119,7 @@ def test_a_frozen_parameter_that_is_asked_to_move_stops_the_run(runs: Runs, tmp_
     with pytest.raises(TrainingError, match=r"depends on nothing that is trained.*require a gradient"):
         pipeline.run(workspace, base=runs("none").root)
     assert workspace.finished_stages == [0]
-    assert not workspace.stage_directory(1).exists()
+    assert not workspace.stage(1).directory.exists()
 
 
 class Poison(Strategy):
@@ -140,7 +140,7 @@ def test_a_gradient_that_is_no_number_keeps_the_last_good_state(runs: Runs, tmp_
     with pytest.raises(TrainingError, match=r"step 2: .*gradient not finite in backbone\..*lora_B"):
         pipeline.run(workspace, base=runs("none").root)
     assert workspace.finished_stages == [0]
-    assert not workspace.stage_directory(1).exists()
+    assert not workspace.stage(1).directory.exists()
     check_same_results(workspace, runs("none"), 0)
 
 
@@ -155,7 +155,7 @@ def test_both_gradients_are_measured_over_the_adapter(runs: Runs) -> None:
     """Or their ratio would be one of unlike things."""
     workspace = runs({"name": "custom", "module": f"{__name__}.PullsEverything"})
     values = sum(a.numel() + b.numel() for a, b in factors(workspace, 1).values())
-    lines = (workspace.stage_directory(1) / "log.jsonl").read_text().splitlines()
+    lines = (workspace.stage(1).directory / "log.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if "loss" in record]
     assert steps
     for record in steps:

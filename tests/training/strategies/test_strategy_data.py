@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from peso.errors import TrainingError
 from peso.events.histories import TargetSequence
-from peso.events.stream import Stream
 from peso.runs import pipeline
 from peso.runs.models import starting_model
-from peso.runs.workspace import FORMAT, Workspace
+from peso.runs.stage import FORMAT, RunStage
+from peso.runs.workspace import Workspace
 from peso.runtime.manifest import replace_file
 from peso.training.batches import cut
 from peso.training.examples import StageExamples
@@ -114,14 +114,14 @@ def test_a_run_keeps_no_more_than_the_budget(runs: Runs) -> None:
     for stage in (1, 2, 3):
         kept, seen = stored(state(workspace, stage))
         assert len(kept) == 7
-        stream = Stream.open(workspace.stream_directory)
+        stream = workspace.stream
         assert seen == sum(len(stream.stage(earlier).training_sequences()) for earlier in range(stage))
         assert all(sequence.first_target <= window for sequence in kept)
 
 
 def examples_at(workspace: Workspace, stage: int) -> StageExamples:
-    model = starting_model(workspace, stage)
-    stream = Stream.open(workspace.stream_directory)
+    model = starting_model(workspace.stage(stage))
+    stream = workspace.stream
     return StageExamples(model, stream.stage, stage, workspace.config.training, 0)
 
 
@@ -129,7 +129,7 @@ def test_retrain_learns_every_target_of_the_stages_so_far_and_no_other(runs: Run
     workspace = runs("retrain")
     examples = examples_at(workspace, 2)
     chosen = Retrain().choose(StageContext(2, nn.Identity(), 0, examples=examples))
-    stream = Stream.open(workspace.stream_directory)
+    stream = workspace.stream
     expected = [sequence for stage in range(3) for sequence in stream.stage(stage).training_sequences()]
     assert [(s.user, s.items.tolist(), s.first_target) for s in chosen] == [
         (s.user, s.items.tolist(), s.first_target) for s in expected
@@ -144,7 +144,7 @@ def test_retrain_owes_nothing_to_earlier_states(runs: Runs, tmp_path: Path, back
     other = runs.start(tmp_path / "other", "retrain", backbone=backbone)
     base = runs("none", backbone=backbone).root
     learn_two_stages(other, base)
-    directory = other.stage_directory(1)
+    directory = other.stage(1).directory
     for file in directory.rglob("*.safetensors"):
         with replace_file(directory, str(file.relative_to(directory)), FORMAT) as aside:
             save_file({name: torch.randn_like(t) for name, t in load_file(file).items()}, aside)
@@ -158,10 +158,10 @@ def learn_two_stages(workspace: Workspace, base: Path) -> None:
 
     plain = pipeline.learn
 
-    def learn(workspace: Workspace, stage: int, *rest: object) -> None:
-        if stage == 2:
+    def learn(stage: RunStage, *rest: object) -> None:
+        if stage.number == 2:
             raise KeyboardInterrupt
-        plain(workspace, stage, *rest)  # type: ignore[arg-type]
+        plain(stage, *rest)  # type: ignore[arg-type]
 
     with patch.object(pipeline, "learn", learn), pytest.raises(KeyboardInterrupt):
         pipeline.run(workspace, base=base)
@@ -181,7 +181,7 @@ def test_no_stage_but_those_up_to_the_one_that_is_learnt_can_be_looked_at(runs: 
 
 def test_a_strategy_that_needs_an_earlier_stage_says_so_at_stage_0(runs: Runs) -> None:
     examples = examples_at(runs("none"), 0)
-    backbone = starting_model(runs("none"), 1).backbone
+    backbone = starting_model(runs("none").stage(1)).backbone
     at_0 = StageContext(0, backbone, 0, examples=examples)
     for ask in (lambda: Replay().choose(at_0), lambda: InfLora().begin(at_0)):
         with pytest.raises(TrainingError, match=r"there is no stage -1.*stage 0 has none"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from peso.config import TrainingConfig
 from peso.model.generative import GenerativeModel
 from peso.runs import pipeline
-from peso.runs.models import trained_model
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.training.likelihood import target_states
 from peso.training.penalty import TrainingPass
@@ -66,13 +66,13 @@ def test_every_term_acts_in_a_run(runs: Runs, proximal: str) -> None:
     """A distance is 0 in the first step and not afterwards; what it adds changes what is learnt."""
     workspace = runs({"name": "peso", "proximal": proximal, "weight": 100.0, "reduction": "sum"})
     for stage in (1, 2, 3):
-        lines = (workspace.stage_directory(stage) / "log.jsonl").read_text().splitlines()
+        lines = (workspace.stage(stage).directory / "log.jsonl").read_text().splitlines()
         steps = [record for record in map(json.loads, lines) if "loss" in record]
         first, *others = [record["penalty"] for record in steps]
         assert (first > 1e-3) if proximal == "orthogonal" else (abs(first) < 1e-9)
         assert others
         assert min(others) > 1e-6
-    told = json.loads((workspace.stage_directory(1) / "metrics.json").read_text())["training"]
+    told = workspace.stage(1).metrics["training"]
     assert ("rho" in told.get("strategy", {})) == (proximal != "orthogonal")
     single = factors(runs("single"), 1)
     assert any(not torch.equal(a, single[module][0]) for module, (a, _) in factors(workspace, 1).items())
@@ -103,10 +103,10 @@ def test_every_strategy_shares_stage_0(
     """Learnt under the strategy's own name, not taken over."""
     base, learn = runs("none"), pipeline.learn
 
-    def base_only(workspace: Workspace, stage: int, *rest: Any) -> None:
-        if stage:
+    def base_only(stage: RunStage, *rest: Any) -> None:
+        if stage.number:
             raise First
-        learn(workspace, stage, *rest)
+        learn(stage, *rest)
 
     monkeypatch.setattr(pipeline, "learn", base_only)
     alone = runs.start(tmp_path / "alone", strategy)
@@ -164,7 +164,7 @@ def test_a_strong_teacher_is_still_believed_at_the_end(runs: Runs) -> None:
 @torch.no_grad()
 def predictions(workspace: Workspace, stage: int) -> Tensor:
     """(cases, codes) log-probabilities of the first token of what comes next."""
-    model = trained_model(workspace, stage)
+    model = workspace.stage(stage).model()
     prompts = [model.layout.prompt(model.item_token_ids(np.array([i, 3 * i + 1]))) for i in range(12)]
     ids = torch.from_numpy(np.stack(prompts))
     hidden = model.hidden(ids, None, torch.arange(ids.shape[1]).expand_as(ids))[:, -1]
@@ -178,7 +178,7 @@ def test_full_begins_where_the_last_stage_stood(runs: Runs, backbone: str) -> No
     ids = torch.tensor([[0, 260, 268, 261]])
     answers = []
     for stage in range(4):
-        model = trained_model(still, stage)
+        model = still.stage(stage).model()
         with torch.no_grad():
             hidden = model.hidden(ids, None, torch.arange(4)[None])
             answers.append(model.semantic_logits(hidden))
@@ -188,10 +188,10 @@ def test_full_begins_where_the_last_stage_stood(runs: Runs, backbone: str) -> No
 
 def test_full_moves_every_weight_and_stores_it(runs: Runs) -> None:
     workspace = runs("full")
-    stages = [dict(trained_model(workspace, stage).named_parameters()) for stage in (1, 2)]
+    stages = [dict(workspace.stage(stage).model().named_parameters()) for stage in (1, 2)]
     assert stages[0].keys() == stages[1].keys()
     still = [name for name, p in stages[0].items() if torch.equal(p, stages[1][name])]
     assert still == []
     for stage in (1, 2, 3):
-        assert (workspace.stage_directory(stage) / "backbone" / "model.safetensors").is_file()
-        assert not (workspace.stage_directory(stage) / "adapter").exists()
+        assert (workspace.stage(stage).directory / "backbone" / "model.safetensors").is_file()
+        assert not (workspace.stage(stage).directory / "adapter").exists()

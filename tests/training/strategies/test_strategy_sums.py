@@ -140,8 +140,8 @@ def test_the_penalty_of_o_lora_is_its_formula(runs: Runs) -> None:
     from peso.training.strategies.strategy import StageContext
 
     workspace = runs({"name": "o_lora", "weight": 0.0})
-    model = starting_model(workspace, 2)
-    memory = stored_memory(workspace.stage_directory(1))
+    model = starting_model(workspace.stage(2))
+    memory = stored_memory(workspace.stage(1))
     context = StageContext(2, model.backbone, 1, vocabulary=model.vocabulary, memory=memory)
     strategy = OLora(weight=0.25)
     strategy.begin(context)
