@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from peso.baselines.baseline import Baseline, Part
 from peso.events.histories import Cases
@@ -98,6 +97,8 @@ class BaselineAnswers:
         cls, baseline: Baseline, trie: ItemTrie, validation: Cases, *, repeats: bool
     ) -> BaselineAnswers:
         """With the temperature that maximizes the likelihood of the validation targets, if one is needed."""
+        from scipy.optimize import minimize_scalar
+
         plain = cls(baseline, trie, repeats=repeats)
         if baseline.probabilistic or not len(validation):
             return plain

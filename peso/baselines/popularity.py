@@ -12,7 +12,7 @@ An event that only a ``previous`` list reports counts for the first stage given 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -20,11 +20,13 @@ from pydantic import Field
 from peso.baselines.answers import BaselineAnswers
 from peso.baselines.baseline import Baseline, Setting
 from peso.errors import ConfigError
-from peso.evaluation.predictions import Predictions, make_predictions
-from peso.evaluation.segments import CaseLabels
 from peso.events.histories import Cases, Stage
 from peso.items.semantic_ids import SemanticIds
 from peso.runtime.progress import Observer, Silent
+
+if TYPE_CHECKING:
+    from peso.evaluation.predictions import Predictions
+    from peso.evaluation.segments import CaseLabels
 
 
 class Popularity(Baseline):
@@ -100,6 +102,8 @@ def predict_popularity(
     Raises:
         ConfigError: ``depth`` is more than the catalog has semantic IDs.
     """
+    from peso.evaluation.predictions import make_predictions
+
     if depth > semantic_ids.trie.leaves:
         raise ConfigError(
             f"a list of {depth} semantic IDs was requested, but the catalog has only "
