@@ -117,7 +117,7 @@ def ingest(
             root = workspace or Path("runs") / (name.stem if is_config else name.name)
             opened = held.enter_context(Workspace.hold(root, config))
         elif workspace is not None:
-            opened = held.enter_context(Workspace.change(workspace, overrides))
+            opened = held.enter_context(Workspace.change(workspace, overrides, anew="stream"))
         else:
             raise UsageError("name the data (SOURCE) or a workspace (-w)")
         manifest = pipeline.ingest(opened, Terminal())
@@ -257,7 +257,8 @@ def tokenize(
 
     from peso.runs import diagnosis, pipeline
 
-    with Workspace.change(workspace, overrides or []) as opened:
+    anew = "" if append else "semantic IDs"
+    with Workspace.change(workspace, overrides or [], anew=anew) as opened:
         manifest = (pipeline.tokenize_new if append else pipeline.tokenize)(opened, Terminal())
     if as_json:
         say_json(manifest)

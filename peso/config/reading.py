@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from peso.config.data import expand_data
-from peso.config.model import expand_backbone
+from peso.config.model import BUILT_IN, expand_backbone
 from peso.config.parsing import DEEPEST, parse, read_tree, shown
 from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, registry_of
 from peso.config.strategy import expand_strategy
@@ -77,6 +77,9 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
     if items.index is not None:
         items = items.model_copy(update={"index": _absolute(items.index, base)})
     config = config.model_copy(update={"items": items})
+    if (name := config.backbone.name) not in BUILT_IN and _is_backbone(name, base):
+        backbone = config.backbone.model_copy(update={"name": _absolute(name, base)})
+        config = config.model_copy(update={"backbone": backbone})
     if config.report.users is not None:
         users = _absolute(config.report.users, base)
         config = config.model_copy(update={"report": config.report.model_copy(update={"users": users})})
@@ -88,6 +91,13 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
         update["items"] = table.model_copy(update={"path": _absolute(table.path, base)})
     data = config.data.model_copy(update=update)
     return config.model_copy(update={"data": data})
+
+
+def _is_backbone(name: str, base: Path | None) -> bool:
+    """Whether a name is the path of a backbone: everything else may be one of the hub or of ``peso pull``."""
+    if name.startswith((".", "~", "/")):
+        return True
+    return any((folder / name / "config.json").is_file() for folder in (base or Path(), Path()))
 
 
 def _absolute(text: str, base: Path | None) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from peso.config.data import DataConfig, SimulateConfig
 from peso.config.model import BUILT_IN
 from peso.config.reading import leaves
 from peso.config.tree import Config
 
 SHAPES_A_STAGE = ("backbone", "prompt", "adapter", "training")
+FOR_NEW_ITEMS = ("vectors", "index")  # keys of items that name files, which may grow or move
+Changes = dict[str, tuple[Any, Any]]  # dotted keys that differ: the value then, and now
 
 
 def is_later(key: str) -> bool:
@@ -34,7 +41,64 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
     return shape
 
 
-def changed_shape(before: Config, now: Config, stage: int) -> dict[str, tuple[Any, Any]]:
-    """Of dotted keys that shape a stage and differ: both values."""
-    old, new = (dict(leaves(stage_shape(config, stage))) for config in (before, now))
+def moved(config: Config, now: Config) -> Config:
+    """A configuration with the device of ``now``, and its backbone where that is a directory: these say where
+    something is, not what it is. (The weights that are found there are compared when they are loaded.)"""
+    names = config.backbone.name, now.backbone.name
+    a_path = any(map(_is_path, names)) and not set(names) & set(BUILT_IN)
+    backbone = config.backbone.model_copy(update={"name": names[a_path]})
+    training = config.training.model_copy(update={"device": now.training.device})
+    return config.model_copy(update={"backbone": backbone, "training": training})
+
+
+def changed_shape(before: Config, now: Config, stage: int) -> Changes:
+    """What shapes a stage and differs, wherever backbone and device are."""
+    return _changes(stage_shape(before, stage), stage_shape(moved(now, before), stage))
+
+
+def changed_data(stream: Mapping[str, Any], config: Config) -> Changes:
+    """What of ``data`` differs from what the manifest of a stream says that it was made from, if it does."""
+    if "source" not in stream:
+        return {}
+    source = dict(stream["source"])
+    seed = source.pop("seed", config.seed_of_data)
+    if source["format"] == "simulate":
+        sizes = {name: source.pop(name) for name in SimulateConfig.model_fields if name in source}
+        source |= {"simulate": sizes, "split": stream.get("split", "natural")}
+    try:
+        before = DataConfig.model_validate(source)
+    except ValidationError:  # an earlier version had other keys
+        return {}
+    changes = _changes(
+        {"data": before.model_dump(mode="json")}, {"data": config.data.model_dump(mode="json")}
+    )
+    return changes | _changed_seed(seed, config)
+
+
+def changed_items(ids: Mapping[str, Any], config: Config) -> Changes:
+    """What of ``items`` differs from what the manifest of semantic IDs says that they were made with."""
+    made_with = ids.get("config")
+    if made_with is None:  # they were imported: from a file, if not with the data
+        imported = ids.get("made_by") == "import" and config.data.format != "peso-release"
+        return {"items.index": (ids["source"], None)} if imported and config.items.index is None else {}
+    now = config.items.model_dump(mode="json", include=set(made_with))
+    changes = _changes({"items": made_with}, {"items": now})
+    files = [f"items.{name}" for name in FOR_NEW_ITEMS]
+    changes = {key: both for key, both in changes.items() if key not in files}
+    if config.items.index is not None:
+        changes["items.index"] = (None, config.items.index)
+    return changes | _changed_seed(ids.get("seed", config.seed_of_data), config)
+
+
+def _changed_seed(before: int, config: Config) -> Changes:
+    key = "seed" if config.data_seed is None else "data_seed"
+    return {} if before == config.seed_of_data else {key: (before, config.seed_of_data)}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    old, new = dict(leaves(before)), dict(leaves(now))
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "~", "/")) or os.path.isdir(name)

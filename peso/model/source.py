@@ -29,7 +29,7 @@ def source_of(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         known = ", ".join([*BUILT_IN, *assets.names("backbone")])
         raise BackboneError(
-            f"backbone {name!r} is not a directory and no known name ({known}); "
-            "a hub name is written owner/model"
+            f"backbone {name!r} is not a directory and no known name ({known}); a hub name is written "
+            "owner/model. If it was moved, change backbone.name (of a workspace: in its config.yaml)"
         )
     return name

@@ -411,13 +411,13 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
         WorkspaceError: the other has no stage 0, or something that determines it differs.
     """
     _refuse_base(workspace, base)
-    if base.stage(0).determined_by != workspace.stage(0).determination():
+    if base.stage(0).determined_by != workspace.stage(0).determination(like=base.stage(0).config):
         raise _other_base(base, "its semantic IDs differ")
     for number in range(workspace.stream.stages):
         theirs, ours = base.stage(number), workspace.stage(number)
         if ours.is_trained:
             continue
-        if not theirs.is_trained or theirs.determined_by != ours.determination():
+        if not theirs.is_trained or theirs.determined_by != ours.determination(like=theirs.config):
             break
         _take_over(theirs.directory, ours.directory, FORMAT)
         observer.note(f"stage {number}: taken over from {base.root}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from peso.config import Config
-from peso.config.shape import stage_shape
+from peso.config.shape import moved, stage_shape
 from peso.errors import WorkspaceError
 from peso.runtime.files import digest, read_json_lines, read_json_object
 from peso.runtime.manifest import MANIFEST, REPLACING, Manifest, intact, is_listed, read_manifest
@@ -86,16 +86,20 @@ class RunStage:
 
     @property
     def as_trained(self) -> RunStage:
-        """The stage in a workspace with the configuration that the stage was trained with."""
-        return replace(self, workspace=self.workspace.with_config(self.config))
+        """The stage in a workspace with the configuration that the stage was trained with, on the device and
+        with the place of the backbone of now."""
+        return replace(self, workspace=self.workspace.with_config(moved(self.config, self.workspace.config)))
 
     @property
     def determined_by(self) -> str:
         """The digest that :meth:`determination` gave when the stage was trained."""
         return str(self.manifest["determined_by"])
 
-    def determination(self) -> str:
+    def determination(self, like: Config | None = None) -> str:
         """Digest of all that determines the stage: configuration, its data, the codes, and the stage before.
+
+        Args:
+            like: a configuration whose device and place of the backbone are put in place of those here.
 
         Stages of equal digest have equal files, on the same hardware and versions. Of the codes those count
         that the catalog had when the stage came: items that are appended later change no earlier stage. No
@@ -103,16 +107,18 @@ class RunStage:
         """
         before = None
         if self.number:
-            before = self.before.determined_by if self.before.is_trained else self.before.determination()
+            trained = self.before.is_trained
+            before = self.before.determined_by if trained else self.before.determination(like)
         stream = self.workspace.stream
         codes = self.workspace.semantic_ids.fingerprint(stream.items_known(self.number))
-        shape = stage_shape(self.workspace.config, self.number)
+        config = self.workspace.config
+        shape = stage_shape(moved(config, like or config), self.number)
         return digest(shape, stream.fingerprint(self.number), codes, before)
 
     def require_as_determined(self) -> None:
         """Raise WorkspaceError if data, semantic IDs, configuration or stage before are not those that the
         stage was trained with."""
-        if self.determined_by != self.as_trained.determination():
+        if self.determined_by != self.as_trained.determination(like=self.config):
             raise WorkspaceError(
                 f"{self.directory} was not trained with the stream, the semantic IDs and the stages before "
                 f"it that are in {self.workspace.root}: a part was exchanged or edited. Restore it, or "

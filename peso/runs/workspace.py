@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peso.config import Config, changed_keys, dump_config, load_config
-from peso.config.parsing import read_tree
-from peso.config.reading import missing_keys
-from peso.config.shape import changed_shape, is_later
+from peso.config.parsing import read_tree, shown
+from peso.config.reading import MOST_PROBLEMS, missing_keys
+from peso.config.shape import Changes, changed_data, changed_items, changed_shape, is_later
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
 from peso.runs.stage import RunStage
 from peso.runtime.files import LOCK, only_writer, require_writable, restore, write_atomically
@@ -36,6 +36,7 @@ DEPENDS = {
     "stream": ("data", "seed", "data_seed"),
     "semantic IDs": ("data", "seed", "data_seed", "items"),
 }
+PATHS = {"data.path", "data.items.path"}
 
 
 class Workspace:
@@ -55,16 +56,18 @@ class Workspace:
     # -- opening ---------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: str | Path, trust: Iterable[str] = ()) -> Workspace:
+    def open(cls, path: str | Path, trust: Iterable[str] = (), *, anew: str = "") -> Workspace:
         """Open an existing workspace.
 
         Args:
             trust: classes that may be imported as strategies, as ``module.Class``; nothing else that a
                 workspace names is imported.
+            anew: ``stream`` or ``semantic IDs`` to make these again, where no stage is trained on them yet:
+                what they depend on may then have been edited.
 
         Raises:
             WorkspaceError: there is none, its manifests are damaged or were written by a newer version, or
-                ``config.yaml`` is damaged or not what the stages were trained with.
+                ``config.yaml`` is damaged, or not what stream, semantic IDs and stages were made with.
         """
         root = Path(path)
         if not os.path.isfile(root / CONFIG):
@@ -72,14 +75,7 @@ class Workspace:
                 f"{root} is not a workspace (no {CONFIG}); make one with `peso run CONFIG -w {root}`"
             )
         workspace = cls(root, _read_resolved(root / CONFIG), trust)
-        for stage in workspace.stages:
-            changed = changed_shape(stage.config, workspace.config, stage.number)
-            if edited := [f"{k} was {a}, is {b}" for k, (a, b) in changed.items() if not is_later(k)]:
-                raise WorkspaceError(
-                    f"{root / CONFIG} was edited after stage {stage.number} was trained: "
-                    f"{'; '.join(edited)}. Put the old values back; to train with other ones, run into a new "
-                    "workspace with -w"
-                )
+        workspace._refuse_edits(anew)
         return workspace
 
     @classmethod
@@ -119,32 +115,36 @@ class Workspace:
         *,
         trust: Iterable[str] = (),
         later: bool = False,
+        anew: str = "",
     ) -> Iterator[Workspace]:
         """Be the only writer of an existing workspace, with keys changed as ``--set`` does.
 
         Args:
             trust, later: see :meth:`create_or_open`.
+            anew: see :meth:`open`.
 
         Raises:
             WorkspaceError: as :meth:`create_or_open`, or there is not a workspace.
         """
         root = Path(path)
-        cls.open(root, trust)  # before anything is written there
+        cls.open(root, trust, anew=anew)  # before anything is written there
 
         def changed() -> Workspace:
             if not overrides:
-                return cls.open(root, trust)
-            return cls._configured(root, load_config(root / CONFIG, overrides), trust, later)
+                return cls.open(root, trust, anew=anew)
+            return cls._configured(root, load_config(root / CONFIG, overrides), trust, later, anew)
 
         with writing(root):
             yield current().on_main(changed)
 
     @classmethod
-    def _configured(cls, root: Path, config: Config, trust: Iterable[str] | None, later: bool) -> Workspace:
+    def _configured(
+        cls, root: Path, config: Config, trust: Iterable[str] | None, later: bool, anew: str = ""
+    ) -> Workspace:
         """See :meth:`create_or_open`; the caller holds the lock."""
         if os.path.isfile(root / CONFIG):
-            done = cls.open(root)
-            done.refuse_changes(config, later=later)
+            done = cls.open(root, anew=anew)
+            done.refuse_changes(config, later=later, anew=anew)
             if not changed_keys(done.config, config):
                 return cls(root, config, trust)
         write_atomically(root / CONFIG, dump_config(config).encode())
@@ -159,11 +159,12 @@ class Workspace:
             cls.open(root).refuse_changes(config)
         return cls(root, config)
 
-    def refuse_changes(self, config: Config, *, later: bool = False) -> None:
+    def refuse_changes(self, config: Config, *, later: bool = False, anew: str = "") -> None:
         """Raise WorkspaceError if `config` differs where something that is done depends on it.
 
         Args:
             later: settings of later stages may differ.
+            anew: see :meth:`open`.
         """
         for stage in reversed(self.stages):
             changed = changed_shape(stage.config, config, stage.number)
@@ -172,7 +173,40 @@ class Workspace:
         keys = changed_keys(self.config, config)
         for done, step in ((self.has_semantic_ids, "semantic IDs"), (self.has_stream, "stream")):
             fixed = [key for key in keys if key.split(".")[0] in DEPENDS[step]]
-            self._refuse(fixed if done else [], f"its {step} were made")
+            self._refuse(fixed if done and anew not in (step, "stream") else [], f"its {step} were made")
+
+    def _refuse_edits(self, anew: str) -> None:
+        """Raise WorkspaceError if `config.yaml` is not what was made with it."""
+        for stage in self.stages:
+            changed = changed_shape(stage.config, self.config, stage.number)
+            edits = {key: both for key, both in changed.items() if not is_later(key)}
+            cure = "; to train with other ones, run into a new workspace with -w"
+            self._refuse_edit(edits, f"stage {stage.number} was trained", cure)
+        trained, elsewhere = bool(self.finished_stages), "; for other ones take a new workspace (-w)"
+        if self.has_stream and (trained or anew != "stream"):
+            stream = self.stream.manifest
+            again = f", or read the data again: `peso ingest -w {self.root}`"
+            cure = elsewhere if trained or "appended" in stream else again
+            edits = changed_data(stream, self.config)
+            if any(key.startswith("data.") for key in edits):
+                cure += (
+                    ". New events are added, with other settings of `data` if need be, by `peso ingest NEW "
+                    f"--append --set … -w {self.root}`"
+                )
+            self._refuse_edit(edits, "its stream was made", cure)
+        if self.has_semantic_ids and (trained or not anew):
+            cure = elsewhere if trained else f", or make the IDs again: `peso tokenize -w {self.root}`"
+            edits = changed_items(self.semantic_ids_manifest, self.config)
+            self._refuse_edit(edits, "its semantic IDs were made", cure)
+
+    def _refuse_edit(self, edits: Changes, since: str, cure: str) -> None:
+        if edits:
+            said = [f"{key} was {shown(then)}, is {shown(now)}" for key, (then, now) in edits.items()]
+            said[MOST_PROBLEMS:] = [f"and {len(said) - MOST_PROBLEMS} more"] * (len(said) > MOST_PROBLEMS)
+            raise WorkspaceError(
+                f"{self.root / CONFIG} was edited after {since}: {'; '.join(said)}. Put the old values "
+                f"back{cure}"
+            )
 
     def _refuse(self, fixed: Sequence[str], since: str) -> None:
         if not fixed:
@@ -185,10 +219,11 @@ class Workspace:
         )
         if all(map(is_later, fixed)):
             message += f" To train the next stage with other settings: `peso update -w {self.root} --set …`."
-        if list(fixed) == ["data.path"]:
+        if "data.path" in fixed and set(fixed) <= PATHS:
             message += (
                 " If the path leads to new events, add them as further stages: "
-                f"`peso ingest NEW --append -w {self.root}`."
+                f"`peso ingest NEW --append -w {self.root}`. If the same data were moved: "
+                f"`peso run {self.root / CONFIG} -w {self.root}`."
             )
         raise WorkspaceError(message)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from event_logs import write_log
 from strategy_runs import TREE, Runs, check_same_results
 
 from peso.config import TrainingConfig, load_config
 from peso.config.shape import stage_shape
 from peso.errors import ConfigError, PesoError, WorkspaceError
+from peso.model.backbone import small_llama
 from peso.runs import pipeline
 from peso.runs.models import strategy_of
 from peso.runs.recommender import Recommender
@@ -53,6 +55,14 @@ def copied(trained: Workspace, tmp_path: Path) -> Callable[[int], Workspace]:
         return Workspace.open(tmp_path / "w")
 
     return copy
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def edit(workspace: Workspace, **keys: Any) -> None:
@@ -113,6 +123,138 @@ def test_every_command_looks_for_edits(copied: Callable[[int], Workspace], peso:
         )
         status, _, said = peso(command, "-w", workspace.root, *more)
         assert (status, "seed was 0, is 8" in said) == (1, True), command
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data__simulate__users": 61}, "its stream was made: data.simulate.users was 60, is 61"),
+        (
+            {"data__split": "user-disjoint"},
+            "its stream was made: data.split was 'natural', is 'user-disjoint'",
+        ),
+        ({"data_seed": 8}, "its stream was made: data_seed was 0, is 8"),
+        ({"items__codes": 16}, "its semantic IDs were made: items.codes was 8, is 16"),
+        ({"items__fit": "all"}, "its semantic IDs were made: items.fit was 'base', is 'all'"),
+        ({"items__rq_vae__steps": 1}, "its semantic IDs were made: items.rq_vae.steps was 1000, is 1"),
+        ({"items__index": "/x.json"}, "its semantic IDs were made: items.index was None, is '/x.json'"),
+    ],
+)
+def test_edited_data_and_items_are_noticed(
+    copied: Callable[[int], Workspace], peso: Any, keys: dict[str, Any], message: str
+) -> None:
+    root = copied(2).root
+    edit(Workspace.open(root), **keys)
+    before = everything(root)
+    for command in ("update", "recommend --user u1", "tokenize", "tokenize --append", "train", "ingest"):
+        status, _, said = peso(*command.split(), "-w", root)
+        assert (status, message in said) == (1, True), command
+        assert "Put the old values back; for other ones take a new workspace" in said
+    assert everything(root) == before
+
+
+@pytest.fixture
+def read_log(tmp_path: Path, peso: Any) -> Workspace:
+    """A log with its semantic IDs; nothing is trained."""
+    events = [(f"u{k % 5}", f"i{k % 12}", 1_600_000_000 + k) for k in range(100)]
+    write_log(tmp_path / "log.csv", events[:80])
+    write_log(tmp_path / "week.csv", events[80:])
+    write_log(tmp_path / "products.csv", [(f"i{k}", f"thing {k}") for k in range(12)], "item,title")
+    (tmp_path / "c.yaml").write_text(
+        "data: {format: csv, path: log.csv, stages: 2,\n"
+        "  items: {path: products.csv, columns: {title: title}}}\n"
+        "items: {quantizer: rq-kmeans, levels: 2, codes: 8}\nbackbone: tiny\n"
+    )
+    assert peso("ingest", tmp_path / "c.yaml", "-w", tmp_path / "w")[0] == 0
+    assert peso("tokenize", "-w", tmp_path / "w")[0] == 0
+    return Workspace.open(tmp_path / "w")
+
+
+def test_what_was_edited_can_be_read_and_made_again_until_a_stage_is_trained(
+    read_log: Workspace, tmp_path: Path, peso: Any
+) -> None:
+    root, week = read_log.root, tmp_path / "week.csv"
+    before = everything(root)
+    edit(read_log, data__min_user=2, items__codes=4)
+    edited = everything(root)
+    for command in (["ingest", week, "--append"], ["tokenize"], ["tokenize", "--append"], ["train"]):
+        status, _, said = peso(*command, "-w", root)
+        assert (status, "data.min_user was 1, is 2" in said) == (1, True), command
+        assert f"read the data again: `peso ingest -w {root}`" in said
+        assert everything(root) == edited
+    assert peso("ingest", "-w", root)[0] == 0
+    for command in (["ingest", week, "--append"], ["tokenize", "--append"], ["train"]):
+        status, _, said = peso(*command, "-w", root)
+        assert (status, "items.codes was 8, is 4" in said) == (1, True), command
+        assert f"make the IDs again: `peso tokenize -w {root}`" in said
+    assert peso("tokenize", "-w", root)[0] == 0
+    assert peso("ingest", week, "--append", "--set", "data.min_user=1", "-w", root)[0] == 0
+    edit(read_log, data__path=str(week))
+    status, _, said = peso("ingest", "--append", "-w", root)
+    assert status == 1
+    assert "data.path was" in said
+    assert "peso ingest NEW --append" in said
+    assert "read the data again" not in said  # which would lose the append
+    assert before != edited
+
+
+def test_files_of_vectors_may_be_others_for_new_items(read_log: Workspace) -> None:
+    edit(read_log, items__vectors=["/elsewhere/v.npy"])
+    assert Workspace.open(read_log.root).config.items.vectors == ["/elsewhere/v.npy"]
+
+
+# -- where things are ----------------------------------------------------------------------------------
+
+
+def test_another_device_is_no_other_training(copied: Callable[[int], Workspace], peso: Any) -> None:
+    root = copied(2).root
+    edit(Workspace.open(root), training__device="cpu")
+    assert peso("update", "-w", root)[0] == 0
+    assert Workspace.open(root).stage(2).config.training.device == "cpu"
+    assert peso("recommend", "-w", root, "--stage", "1", "--user", "u1")[0] == 0
+    edit(Workspace.open(root), training__device="cuda:77")  # the one that is configured now is used
+    status, _, said = peso("recommend", "-w", root, "--stage", "1", "--user", "u1")
+    assert status == 1
+    assert "training.device 'cuda:77' cannot be used" in said
+
+
+def test_a_backbone_may_move_and_a_relative_path_is_one(
+    runs: Runs, tmp_path: Path, peso: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = runs("none")
+    shutil.copytree(done.config.backbone.name, tmp_path / "here" / "models" / "mine")
+    shutil.copytree(done.root, tmp_path / "here" / "w")
+    tree = yaml.safe_load((done.root / "config.yaml").read_text()) | {"strategy": "single"}
+    tree["backbone"]["name"] = "models/mine"
+    (tmp_path / "here" / "c.yaml").write_text(yaml.safe_dump(tree))
+    there = (tmp_path / "here").rename(tmp_path / "there")  # workspace, configuration and backbone alike
+    ask = ("recommend", "--user", "u1", "--json", "-w")
+    before = peso(*ask, done.root)[:2]
+    assert peso(*ask, there / "w")[:2] == before  # the old place is still there
+    for stage in (2, 3):
+        shutil.rmtree(there / "w" / "stages" / str(stage))
+    edit(Workspace.open(there / "w"), backbone__name=str(there / "models" / "mine"))
+    assert peso("update", "-w", there / "w")[0] == 0
+    assert Workspace.open(there / "w").stage(2).config.backbone.name == str(there / "models" / "mine")
+    assert peso(*ask, there / "w", "--stage", "1")[0] == 0
+
+    monkeypatch.chdir("/")
+    fresh = Workspace.create_or_open(tmp_path / "fresh", load_config(there / "c.yaml"))
+    assert fresh.config.backbone.name == str(there / "models" / "mine")
+    pipeline.run(fresh, base=done.root)
+    assert fresh.stage(0).determined_by == done.stage(0).determined_by
+    assert Recommender.load(fresh.root)
+
+    small_llama(32, 2, seed=77).save_pretrained(there / "models" / "mine")
+    status, _, said = peso(*ask, there / "w")
+    assert status == 1
+    assert "has other weights than the one that" in said
+    edit(Workspace.open(there / "w"), backbone__name=str(there / "gone"))
+    status, _, said = peso(*ask, there / "w")
+    assert status == 1
+    assert "in its config.yaml" in said
+    edit(Workspace(there / "w", done.config), backbone__name="tiny")
+    assert "backbone.name was" in peso(*ask, there / "w")[2]
 
 
 def test_an_adapter_may_be_chosen_until_a_stage_has_one(copied: Callable[[int], Workspace]) -> None:
