@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from peso.cli.display import Directory, Overrides, Terminal, Trust, next_steps, table
+from peso.config.baselines import BASELINES
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +20,7 @@ def baseline(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="popularity, item-knn, ease, two-tower, sasrec, hybrid, or one with options as in the "
+            help=f"{', '.join(BASELINES.built_in())}, or one with options as in the "
             "configuration: '{name: ease, items: 8000}'. Default: the baselines in the configuration.",
         ),
     ] = None,

@@ -26,6 +26,7 @@ from peso.cli.display import (
     table,
     watcher,
 )
+from peso.config.data import FORMATS
 from peso.errors import ConfigError, UsageError
 from peso.runs.workspace import CONFIG, Workspace, require_place
 from peso.runtime.processes import current
@@ -47,7 +48,7 @@ def ingest(
         str | None,
         typer.Option(
             "--format",
-            help="csv, parquet, jsonl, amazon-2023, movielens, movietweetings, yelp, peso-release, simulate. "
+            help=f"{', '.join(FORMATS)}. "
             "Default: by the extension of the file, or of the files in the directory.",
         ),
     ] = None,

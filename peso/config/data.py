@@ -9,8 +9,10 @@ from functools import partial
 from operator import eq, not_
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from peso.config.parsing import shown
+from peso.config.registry import Registry
 from peso.config.section import Section
 
 MOST_STAGES = 10_000  # each is a directory, and a training
@@ -57,6 +59,16 @@ Separator = Annotated[
     str, BeforeValidator(lambda v: "\t" if v == r"\t" else v), Field(min_length=1, max_length=4)
 ]
 LogFormat = Literal["csv", "parquet", "jsonl"]
+STREAMS = ("peso-release", "simulate")  # come with stages and semantic IDs of their own
+DATA_SETS = Registry(
+    "data set",
+    "peso.events.sources",
+    "peso.data_sets",
+    "peso.events.sources.tables:DataSet",
+    beside=["files", "lines", "own", "reading", "tables"],
+    hyphens=True,
+)
+FORMATS = [*get_args(LogFormat), *DATA_SETS.built_in(), *STREAMS]
 TIME_FORMATS = ("auto", "seconds", "milliseconds", "microseconds", "iso")
 PERIOD = re.compile(r"([1-9]\d*) (hour|day|week|month|year)s?")
 
@@ -146,20 +158,19 @@ class ItemTableConfig(Section):
     separator: Separator | None = None
 
 
+def _known(name: str) -> str:
+    if name not in FORMATS and name not in (offered := DATA_SETS.names()):
+        known = ", ".join(map(repr, dict.fromkeys([*FORMATS, *offered])))
+        raise ValueError(f"data.format: {shown(name)} is unknown; known are {known}")
+    return name
+
+
 class DataConfig(Section):
     """Where the events come from, how they are cleaned and cut into stages (docs/how-to/prepare-a-log.md)."""
 
-    format: Literal[
-        "peso-release",
-        "simulate",
-        "csv",
-        "parquet",
-        "jsonl",
-        "amazon-2023",
-        "movielens",
-        "movietweetings",
-        "yelp",
-    ]
+    format: Annotated[str, AfterValidator(_known)] = Field(
+        description=f"{', '.join(FORMATS)}, or a data set that an installed distribution adds"
+    )
     path: str | None = Field(None, description="a file, a folder or a glob")
     columns: ColumnsConfig = ColumnsConfig()
     separator: Separator | None = Field(
@@ -204,7 +215,7 @@ class DataConfig(Section):
         )
         if own and self.format != "csv":
             unused |= {"separator", "encoding", "quote"}
-        if self.format in ("peso-release", "simulate"):
+        if self.format in STREAMS:
             unused |= {"min_rating", "repeats", "min_user", "min_item", "stages", "on_error"}
         fields = type(self).model_fields
         for name in fields:

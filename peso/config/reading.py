@@ -164,8 +164,7 @@ def sections(
     after the part's name and the part. They are imported for it; where not ``parts``, what all have.
     """
     if parts and (registry := registry_of(metadata)):
-        found = {name: registry.find(name) for name in registry.names()}
-        return [(name, part, part.Options) for name, part in found.items()]
+        return [(name, part, part.Options) for name, part in registry.everything().items()]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [("", None, annotation)]
     inner, *more = (get_args(annotation) if get_origin(annotation) is not Literal else ()) or (None,)

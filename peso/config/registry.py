@@ -62,14 +62,14 @@ class Registry:
         what: such a part in words, for messages.
         folder: the package whose modules are the built-in ones, but for those in ``beside``.
         group: of the entry points by which an installed distribution offers another.
-        base: what those have to be subclasses of, ``module:Class``.
+        base: what those have to be subclasses of, ``module:Class``; empty: functions.
         hyphens: whether names have hyphens where file names have underscores.
     """
 
     what: str
     folder: str
     group: str
-    base: str
+    base: str = ""
     beside: Sequence[str] = ()
     hyphens: bool = False
     _known: dict[str, Any] = field(default_factory=dict)
@@ -99,10 +99,25 @@ class Registry:
                 self._known[name] = self._load(name, offers)
         return self._known[name]
 
+    def built_in(self) -> list[str]:
+        """The names of the parts of peso itself, without importing them."""
+        return sorted(self._built_in())
+
     def names(self) -> list[str]:
         """Every name that :meth:`find` knows, without importing the parts."""
-        offered = entry_points(group=self.group).names
-        return sorted({*self._built_in(), *self._known, *offered})
+        return sorted({*self._built_in(), *self._known, *entry_points(group=self.group).names})
+
+    def everything(self) -> dict[str, Any]:
+        """Every part by its name. They are imported for it.
+
+        Raises:
+            ConfigError: as :meth:`find`.
+        """
+        for module in self._built_in().values():
+            import_module(module)
+        for name in entry_points(group=self.group).names:
+            self.find(name)
+        return dict(sorted(self._known.items()))
 
     def options(self, name: Any, given: Mapping[str, Any]) -> Any:
         """The options of a part, typed and with their defaults: an instance of its class ``Options``.
@@ -171,11 +186,12 @@ class Registry:
                 f"{self.what} {name!r} cannot be imported ({type(error).__name__}: {error}); it is "
                 f"{offer.value} of the distribution {offer.dist.name}: correct or uninstall that"
             ) from error
-        base = EntryPoint("", self.base, "").load()
-        if not (isinstance(found, type) and issubclass(found, base)):
+        wanted = f"subclass of {self.base.replace(':', '.')}" if self.base else "function"
+        base = EntryPoint("", self.base, "").load() if self.base else object
+        if not (isinstance(found, type) and issubclass(found, base) if self.base else callable(found)):
             raise ConfigError(
                 f"{self.what} {name!r}, {offer.value} of the distribution {offer.dist.name}, is not a "
-                f"subclass of {self.base.replace(':', '.')}; correct or uninstall that distribution"
+                f"{wanted}; correct or uninstall that distribution"
             )
         return found
 

@@ -25,6 +25,7 @@ from peso.baselines.answers import BaselineAnswers
 from peso.baselines.baseline import Setting
 from peso.config import Config, TrainingConfig
 from peso.config.baselines import BASELINES, BaselineOptions, baseline_label, is_random
+from peso.config.data import STREAMS
 from peso.decoding import search
 from peso.events.histories import Ragged, Stage, TargetSequence
 from peso.events.stream import Stream
@@ -81,7 +82,6 @@ def _some_users(stage: Stage) -> Stage:
 
 TIMED_STEPS, TIMED_CASES = 4, 64
 Training = tuple[TrainingConfig, Sequence[TargetSequence]]
-READABLE_AT_ONCE = ("simulate", "peso-release")  # sources that take seconds to read
 BYTES_A_PREDICTION = 250  # ten items with scores, labels; compressed
 
 
@@ -126,7 +126,7 @@ def estimate(
         PesoError: as the run itself would, for bad data or an unusable backbone.
     """
     config = workspace.config
-    if not (read_log or workspace.has_stream or config.data.format in READABLE_AT_ONCE):
+    if not (read_log or workspace.has_stream or config.data.format in STREAMS):
         note = "the later steps are known once the log is ingested: `peso ingest`, then ask again"
         return [Estimate(Step("ingest"), note=note)]
     name = config.backbone.name
@@ -210,7 +210,7 @@ def baseline_estimate(workspace: Workspace, options: BaselineOptions) -> Estimat
     if options.partner is not None:
         note = f"{options.partner.name}, then searches with the run's own model: not measured"
         return Estimate(step, note=note)
-    if not workspace.has_stream and workspace.config.data.format not in READABLE_AT_ONCE:
+    if not workspace.has_stream and workspace.config.data.format not in STREAMS:
         return Estimate(step, note="known once the log is ingested")
     with _readable(workspace, Silent()) as (source, _):
         stream, ids = source.stream, source.semantic_ids
@@ -309,7 +309,7 @@ def _readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Worksp
             shutil.copytree(workspace.stream_directory, copy.stream_directory)
         else:
             seconds["ingest"] = _timed(lambda: pipeline.ingest(copy, observer))
-        if workspace.config.data.format in READABLE_AT_ONCE:
+        if workspace.config.data.format in STREAMS:
             seconds["tokenize"] = _timed(lambda: pipeline.tokenize(copy, Silent()))
         else:
             _draw_semantic_ids(copy)

@@ -11,11 +11,10 @@ from typing import Any, get_args
 import yaml
 
 from peso.config import Config, load_config
-from peso.config.data import LogFormat
+from peso.config.data import DATA_SETS, STREAMS, LogFormat
 from peso.config.reading import override
 from peso.errors import DataError, UntrainableStage
 from peso.events.ingest import ingest
-from peso.events.sources import KNOWN
 from peso.events.sources.files import format_of, kind_of
 from peso.events.sources.guess import Sampled, examples, guess_items, guess_log, guess_time, kinds, sample
 from peso.runs.checks import check_configuration
@@ -123,7 +122,7 @@ def first_config(
         "training": {"epochs": 5, "learning_rate": 1e-3, "later_learning_rate_scale": 1.0},
         "seed": 0,
     }
-    if form in ("peso-release", "simulate"):  # with semantic IDs, and stages, of their own
+    if form in STREAMS:  # with semantic IDs, and stages, of their own
         del tree["items"]
     for text in overrides:
         override(tree, text)
@@ -138,7 +137,7 @@ def first_config(
 
 def _tried(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any]]:
     """The configuration and the manifest of its stream, with as many stages as the log gives."""
-    fixed = "stages" in tree["data"] or tree["data"]["format"] in ("peso-release", "simulate")
+    fixed = "stages" in tree["data"] or tree["data"]["format"] in STREAMS
     for stages in STAGES:
         if not fixed:
             tree["data"]["stages"] = stages
@@ -156,9 +155,9 @@ def _tried(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config
 
 def _known_set(path: str) -> str | None:
     """The published data set that a folder holds."""
-    for name, opened in KNOWN.items() if Path(path).is_dir() else ():
+    for name, known in DATA_SETS.everything().items() if Path(path).is_dir() else ():
         try:
-            opened(path)
+            known.open(path)
         except DataError:
             continue
         return name

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peso.config import DataConfig, changed_keys
+from peso.config.data import STREAMS
 from peso.config.shape import changed_shape
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import append as fill_longer_stream
@@ -174,7 +175,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
         ConfigError: as :func:`tokenize_new`. The stream is then as before.
     """
     stream, data = workspace.stream, data or workspace.config.data
-    if data.format in ("simulate", "peso-release"):
+    if data.format in STREAMS:
         raise DataError(
             f"{data.format} data have no new events; name a log of them: "
             f"`peso ingest NEW --format csv --append -w {workspace.root}`"

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from peso.config import DataConfig
-from peso.events.sources.amazon import amazon_source
-from peso.events.sources.movielens import movielens_source, movietweetings_source
+from peso.config.data import DATA_SETS, LogFormat
 from peso.events.sources.own import own_source
 from peso.events.sources.tables import ItemTable, Log, Source
-from peso.events.sources.yelp import yelp_source
 
 __all__ = ["ItemTable", "Log", "Source", "open_source"]
-
-KNOWN = {
-    "amazon-2023": amazon_source,
-    "movielens": movielens_source,
-    "movietweetings": movietweetings_source,
-    "yelp": yelp_source,
-}
 
 
 def open_source(data: DataConfig) -> Source:
@@ -25,4 +18,7 @@ def open_source(data: DataConfig) -> Source:
     Raises:
         DataError: a file or a column is missing, or a file is empty.
     """
-    return KNOWN[data.format](str(data.path)) if data.format in KNOWN else own_source(data)
+    if data.format in get_args(LogFormat):
+        return own_source(data)
+    source: Source = DATA_SETS.find(data.format).open(str(data.path))
+    return source

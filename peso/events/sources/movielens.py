@@ -1,13 +1,10 @@
-"""MovieLens in all its shapes, and MovieTweetings, which took over the shape of MovieLens 1M.
+"""MovieLens in all its shapes, as GroupLens and RecBole publish it.
 
-Knows the files as GroupLens, RecBole and MovieTweetings publish them; knows nothing of stages.
-
-    100k            u.data (tabs), u.item (bars, Latin-1, a flag a genre), u.genre
-    1M, 10M         ratings.dat, movies.dat (separated by ::; Latin-1 in 1M)
-    latest, 20M on  ratings.csv, movies.csv (with header)
-    peso pull       u.data, movies.tsv (tabs, with header: item_id, title, year, genres)
-    RecBole         NAME.inter, NAME.item (tabs, a header with types)
-    MovieTweetings  ratings.dat, movies.dat (separated by ::, UTF-8)
+100k            u.data (tabs), u.item (bars, Latin-1, a flag a genre), u.genre
+1M, 10M         ratings.dat, movies.dat (separated by ::; Latin-1 in 1M)
+latest, 20M on  ratings.csv, movies.csv (with header)
+peso pull       u.data, movies.tsv (tabs, with header: item_id, title, year, genres)
+RecBole         NAME.inter, NAME.item (tabs, a header with types)
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from pathlib import Path
 from peso.errors import DataError
 from peso.events.database import literal
 from peso.events.sources.files import first_of, is_utf8, require_content
-from peso.events.sources.tables import LIST, FileTable, ItemTable, Log, Source, csv_table
+from peso.events.sources.tables import LIST, DataSet, FileTable, ItemTable, Log, Source, csv_table
 
 FLAGS_FROM = 6  # of u.item: the first genre's column, counted from 1
 GENRES_100K = (
@@ -26,43 +23,44 @@ GENRES_100K = (
 )  # fmt: skip
 
 
-def movielens_source(path: str) -> Source:
-    """A MovieLens folder, recognised by its files.
+class MovieLens(DataSet):
+    """MovieLens, recognized by its files."""
 
-    Raises:
-        DataError: none of the published files is there.
-    """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if log := first_of(folder, "u.data"):
-        pulled = first_of(folder, "movies.tsv")
-        return Source(
-            _numbered(log, "\t"), _pulled(pulled) if pulled else _items_100k(first_of(folder, "u.item"))
+    name = "movielens"
+
+    @staticmethod
+    def open(path: str) -> Source:
+        """A MovieLens folder, recognised by its files.
+
+        Raises:
+            DataError: none of the published files is there.
+        """
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        if log := first_of(folder, "u.data"):
+            pulled = first_of(folder, "movies.tsv")
+            return Source(
+                _numbered(log, "\t"), _pulled(pulled) if pulled else _items_100k(first_of(folder, "u.item"))
+            )
+        if log := first_of(folder, "ratings.dat"):
+            return ratings_dat(log, first_of(folder, "movies.dat"))
+        if log := first_of(folder, "ratings.csv"):
+            table = csv_table([require_content(log)], ",", header=True)
+            for name in ("userId", "movieId", "rating", "timestamp"):
+                table.require(name, "data.format (csv with data.columns reads other files)")
+            return Source(
+                Log(table, "userId", "movieId", "timestamp", "rating"),
+                _latest(first_of(folder, "movies.csv")),
+            )
+        if found := sorted(folder.glob("*.inter")):
+            return _recbole(found[0])
+        raise DataError(
+            f"{folder} holds none of u.data, ratings.dat, ratings.csv or *.inter; "
+            "give the folder of an unpacked MovieLens data set"
         )
-    if log := first_of(folder, "ratings.dat"):
-        return _dat(log, first_of(folder, "movies.dat"))
-    if log := first_of(folder, "ratings.csv"):
-        table = csv_table([require_content(log)], ",", header=True)
-        for name in ("userId", "movieId", "rating", "timestamp"):
-            table.require(name, "data.format (csv with data.columns reads other files)")
-        return Source(
-            Log(table, "userId", "movieId", "timestamp", "rating"), _latest(first_of(folder, "movies.csv"))
-        )
-    if found := sorted(folder.glob("*.inter")):
-        return _recbole(found[0])
-    raise DataError(
-        f"{folder} holds none of u.data, ratings.dat, ratings.csv or *.inter; "
-        "give the folder of an unpacked MovieLens data set"
-    )
 
 
-def movietweetings_source(path: str) -> Source:
-    """A MovieTweetings folder. Raises DataError if its ``ratings.dat`` is missing."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    log = require_content(folder / "ratings.dat" if Path(path).is_dir() else Path(path))
-    return _dat(log, first_of(folder, "movies.dat"))
-
-
-def _dat(log: Path, movies: Path | None) -> Source:
+def ratings_dat(log: Path, movies: Path | None) -> Source:
+    """``ratings.dat`` and ``movies.dat``, separated by ::."""
     return Source(_numbered(log, "::"), _movies(_headless(movies, "::")) if movies else None)
 
 

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from peso.config.data import DATA_SETS
 from peso.errors import DataError
 from peso.events.database import identifier, literal
 from peso.events.sources.files import first_fields, open_text, require_parquet, require_same, require_text
@@ -330,6 +332,29 @@ class Source:
 
     log: Log
     items: ItemTable | None = None
+
+
+class DataSet:
+    """A well-known data set: where its files are, and which of their columns mean what.
+
+    A new one is one file: a subclass with a ``name``, which `data.format` then takes, and ``open``.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name := cls.__dict__.get("name"):
+            DATA_SETS.add(name, cls)
+
+    @staticmethod
+    def open(path: str) -> Source:
+        """The log and the table of its items at ``data.path``; first lines are read, no more.
+
+        Raises:
+            DataError: a file or a column is missing, or a file is empty.
+        """
+        raise NotImplementedError
 
 
 def plain(table: FileTable, *names: str, join: str = "\n") -> str:

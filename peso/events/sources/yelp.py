@@ -9,29 +9,35 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.sources.files import first_of, require_content
-from peso.events.sources.tables import ItemTable, Log, Source, jsonl_table, plain
+from peso.events.sources.tables import DataSet, ItemTable, Log, Source, jsonl_table, plain
 
 REVIEWS = ("yelp_academic_dataset_review.json", "review.json")
 BUSINESSES = ("yelp_academic_dataset_business.json", "business.json")
 
 
-def yelp_source(path: str) -> Source:
-    """The folder with the review file and, beside it, the business file; or the review file itself.
+class Yelp(DataSet):
+    """The Yelp open data set."""
 
-    Raises:
-        DataError: no review file, or one without the published fields.
-    """
-    given = Path(path)
-    folder = given if given.is_dir() else given.parent
-    reviews = first_of(folder, *REVIEWS) if given.is_dir() else given
-    if reviews is None:
-        raise DataError(f"{folder} holds no {REVIEWS[0]}; unpack the Yelp data set there")
-    table = jsonl_table([require_content(reviews)], ["user_id", "business_id", "date", "stars"])
-    for name in ("user_id", "business_id", "date", "stars"):
-        table.require(name, "data.format (jsonl with data.columns reads other files)")
-    log = Log(table, "user_id", "business_id", "date", "stars", time_format="iso")
-    businesses = first_of(folder, *BUSINESSES)
-    return Source(log, _items(businesses) if businesses else None)
+    name = "yelp"
+
+    @staticmethod
+    def open(path: str) -> Source:
+        """The folder with the review file and, beside it, the business file; or the review file itself.
+
+        Raises:
+            DataError: no review file, or one without the published fields.
+        """
+        given = Path(path)
+        folder = given if given.is_dir() else given.parent
+        reviews = first_of(folder, *REVIEWS) if given.is_dir() else given
+        if reviews is None:
+            raise DataError(f"{folder} holds no {REVIEWS[0]}; unpack the Yelp data set there")
+        table = jsonl_table([require_content(reviews)], ["user_id", "business_id", "date", "stars"])
+        for name in ("user_id", "business_id", "date", "stars"):
+            table.require(name, "data.format (jsonl with data.columns reads other files)")
+        log = Log(table, "user_id", "business_id", "date", "stars", time_format="iso")
+        businesses = first_of(folder, *BUSINESSES)
+        return Source(log, _items(businesses) if businesses else None)
 
 
 def _items(file: Path) -> ItemTable:

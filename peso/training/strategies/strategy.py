@@ -239,4 +239,4 @@ def make_strategy(options: StrategyOptions) -> Strategy:
 
 def strategies() -> dict[str, type[Strategy]]:
     """Every strategy by its name."""
-    return {name: STRATEGIES.find(name) for name in STRATEGIES.names()}
+    return STRATEGIES.everything()

@@ -1,47 +1,25 @@
 """The sections of a report, one file each: a function from a comparison to texts, tables and plots.
 
-A new section is a new file and its name in :data:`SECTIONS`, which is also the order on the page.
+A new section is a new file with a function that :func:`~peso.evaluation.report.sections.section.section`
+registers; a distribution offers one as an entry point ``peso.report_sections``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.report.sections.anchor import anchor
-from peso.evaluation.report.sections.cost import cost
-from peso.evaluation.report.sections.drift import drift, semantic_ids
-from peso.evaluation.report.sections.lists import lists
-from peso.evaluation.report.sections.recommendations import recommendations
-from peso.evaluation.report.sections.section import Section
-from peso.evaluation.report.sections.segments import segments
-from peso.evaluation.report.sections.significance import significance
-from peso.evaluation.report.sections.stages import by_stage
-from peso.evaluation.report.sections.summary import origin, summary
-from peso.evaluation.report.sections.sweep import sweep
-from peso.evaluation.report.sections.training import training
-from peso.evaluation.report.sections.transfer import transfer
+from peso.evaluation.report.sections.section import PLACES, SECTIONS, Section
 
-SECTIONS: Sequence[Callable[[Comparison], Section | None]] = (
-    summary,
-    recommendations,
-    significance,
-    by_stage,
-    segments,
-    transfer,
-    sweep,
-    lists,
-    training,
-    anchor,
-    cost,
-    drift,
-    semantic_ids,
-    origin,
-)
+OF_OTHERS = 999  # where a section stands that names no place: before the origin of the report
 
 
 def sections_of(comparison: Comparison) -> list[Section]:
-    """The sections that have something to show, without empty tables and columns."""
-    return [
-        found.without_empty_tables() for section in SECTIONS if (found := section(comparison)) is not None
-    ]
+    """The sections that have something to show, without empty tables and columns.
+
+    Raises:
+        ConfigError: the section of an installed distribution cannot be imported.
+    """
+    makers = sorted(
+        set(SECTIONS.everything().values()),
+        key=lambda make: (PLACES.get(make.__name__, OF_OTHERS), make.__name__),
+    )
+    return [found.without_empty_tables() for make in makers if (found := make(comparison)) is not None]

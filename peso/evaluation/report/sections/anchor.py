@@ -10,7 +10,7 @@ import numpy as np
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.plots import HeatMap, Plot, Series
-from peso.evaluation.report.sections.section import Section
+from peso.evaluation.report.sections.section import Section, section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import System
 
@@ -21,6 +21,7 @@ RATIOS = {
 }
 
 
+@section(place=100)
 def anchor(comparison: Comparison) -> Section | None:
     """Ratios over time, distance by module, and one sentence a stage."""
     moved = [system for system in comparison.systems if _stages(system)]

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.report.sections.section import Section
+from peso.evaluation.report.sections.section import Section, section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import StageCost, System
 
 MIB = 2**20
 
 
+@section(place=110)
 def cost(comparison: Comparison) -> Section:
     """Time, memory and disk."""
     return Section(

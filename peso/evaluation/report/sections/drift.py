@@ -9,7 +9,7 @@ import numpy as np
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.plots import Plot, Series
-from peso.evaluation.report.sections.section import Section, distinct, labelled
+from peso.evaluation.report.sections.section import Section, distinct, labelled, section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.items import quality
 from peso.items import quality as fitness
@@ -22,6 +22,7 @@ STATES = ("new", "continuing", "returning")
 COUNTED = (*STATES, "dormant")
 
 
+@section(place=120)
 def drift(comparison: Comparison) -> Section | None:
     """How the stream drifts: who and what is new, who came back, how far tastes moved."""
     streams = distinct(comparison, lambda run: list(run.drift))
@@ -163,6 +164,7 @@ Index = tuple[str, Mapping[str, Any]]  # a label, the manifest of an index
 LINES = ("codes", "used", "perplexity")
 
 
+@section(place=130)
 def semantic_ids(comparison: Comparison) -> Section | None:
     """How good the semantic IDs are, and how well they fit the items that came later."""
     indices = distinct(comparison, lambda run: dict(run.semantic_ids))

@@ -7,7 +7,7 @@ from dataclasses import fields
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.lists import ListFigures
 from peso.evaluation.report.findings import stage_range
-from peso.evaluation.report.sections.section import Section
+from peso.evaluation.report.sections.section import Section, section
 from peso.evaluation.report.tables import Quantity, Table
 from peso.evaluation.run_summary import System
 
@@ -15,6 +15,7 @@ HEADS = ("Coverage", "Gini index", "Novelty, bits", "Popularity percentile", "ID
 DECIMALS = (4, 3, 2, 3, 3)
 
 
+@section(place=80)
 def lists(comparison: Comparison) -> Section | None:
     """Variety, novelty and popularity of what is recommended."""
     if comparison.catalogue is None:

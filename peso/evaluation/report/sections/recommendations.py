@@ -6,13 +6,14 @@ from hashlib import sha256
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.report.sections.section import Answers, Section
+from peso.evaluation.report.sections.section import Answers, Section, section
 from peso.evaluation.segments import USER_SEGMENTS
 
 USERS = 2  # of each kind
 LENGTH = 5  # of a list and of a history as they are shown
 
 
+@section(place=20)
 def recommendations(comparison: Comparison) -> Section | None:
     """The newest stage's lists for a few users, beside those of the model before it."""
     system, stage, catalogue = comparison.subject, comparison.averaged[-1], comparison.catalogue

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from peso.config.registry import Registry
 from peso.evaluation.comparison import Comparison, Standing
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.plots import Drawing, Series
@@ -24,6 +25,12 @@ CODES_AND_ITEMS = (
     "Log-probabilities of baselines and of models are normalized over different sets (items and codes), so "
     "only models are compared."
 )
+
+
+SECTIONS = Registry(
+    "report section", "peso.evaluation.report.sections", "peso.report_sections", beside=["section"]
+)
+PLACES: dict[str, int] = {}  # on the page, by name of the function
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,24 @@ class Section:
             for some in (self.tables, self.folded)
         )
         return replace(self, tables=tables, folded=folded)
+
+
+Make = Callable[[Comparison], Section | None]
+
+
+def section(place: int) -> Callable[[Make], Make]:
+    """Show what a function makes of a comparison as a section of every report, unless it makes None.
+
+    Args:
+        place: on the page; smaller is higher.
+    """
+
+    def register(make: Make) -> Make:
+        SECTIONS.add(make.__name__, make)
+        PLACES[make.__name__] = place
+        return make
+
+    return register
 
 
 def marks(comparison: Comparison, standing: Standing) -> dict[str, Mark]:

@@ -11,13 +11,14 @@ from peso.evaluation.groupings import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmen
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.plots import Plot, Series
-from peso.evaluation.report.sections.section import Section, file_name, quantity, series
+from peso.evaluation.report.sections.section import Section, file_name, quantity, section, series
 from peso.evaluation.report.tables import Cell, Table
 from peso.evaluation.run_summary import System
 from peso.evaluation.segments import DORMANT, NEW, USER_SEGMENTS
 from peso.evaluation.spread import Estimate
 
 
+@section(place=50)
 def segments(comparison: Comparison) -> Section:
     """Dormant, continuing and new users; known and new items; and every other way to part the cases."""
     others = [s for s in comparison.segmentations if s not in (USERS, ITEMS)]

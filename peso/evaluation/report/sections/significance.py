@@ -8,13 +8,14 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import Contrast
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.findings import listed
-from peso.evaluation.report.sections.section import CODES_AND_ITEMS, Section, file_name
+from peso.evaluation.report.sections.section import CODES_AND_ITEMS, Section, file_name, section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import System
 
 COLUMNS = ("Difference", "In percent", "p", "p, corrected", "Detectable from")
 
 
+@section(place=30)
 def significance(comparison: Comparison) -> Section | None:
     """Which differences are significant."""
     if len(comparison.systems) < 2 or not comparison.same_cases:

@@ -8,10 +8,19 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric, level_metrics, log_probability
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.plots import Plot
-from peso.evaluation.report.sections.section import MARKS, Section, file_name, marks, quantity, series
+from peso.evaluation.report.sections.section import (
+    MARKS,
+    Section,
+    file_name,
+    marks,
+    quantity,
+    section,
+    series,
+)
 from peso.evaluation.report.tables import Cell, Quantity, Table
 
 
+@section(place=40)
 def by_stage(comparison: Comparison) -> Section:
     """Each metric at each stage."""
     first, others = comparison.headline, [m for m in comparison.metrics if m not in comparison.headline]

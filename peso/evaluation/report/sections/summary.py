@@ -20,6 +20,7 @@ from peso.evaluation.report.sections.section import (
     file_name,
     marks,
     quantity,
+    section,
 )
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.segments import USER_SEGMENTS
@@ -35,6 +36,7 @@ READING = (
 )
 
 
+@section(place=10)
 def summary(comparison: Comparison) -> Section:
     """Is the new model better, for whom, and by how much."""
     ranked = [metric for metric in comparison.headline if len(comparison.rivals(metric)) > 1]
@@ -113,6 +115,7 @@ def averages_table(comparison: Comparison) -> Table:
     )
 
 
+@section(place=1000)
 def origin(comparison: Comparison) -> Section | None:
     """Configurations as resolved, where they differ, and the chain of manifests of every run."""
     systems = [system for system in comparison.systems if system.first.configuration]

@@ -10,13 +10,14 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.plots import Plot, Series
-from peso.evaluation.report.sections.section import Section, file_name
+from peso.evaluation.report.sections.section import Section, file_name, section
 from peso.evaluation.run_summary import System
 
 FEWEST = 3  # values of an option that make a curve
 Curve = list[tuple[float, System]]
 
 
+@section(place=70)
 def sweep(comparison: Comparison) -> Section | None:
     """A metric against the value of an option, one curve for each setting of the others."""
     plots = []

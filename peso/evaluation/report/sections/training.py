@@ -10,7 +10,7 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.plots import Plot, Series
-from peso.evaluation.report.sections.section import Section
+from peso.evaluation.report.sections.section import Section, section
 from peso.evaluation.run_summary import TrainingCurve
 
 CURVE_POINTS = 60  # a stage's curve is drawn through the means of so many equal spans
@@ -38,6 +38,7 @@ PANELS = (
 )
 
 
+@section(place=90)
 def training(comparison: Comparison) -> Section | None:
     """Loss and gradients along the stages."""
     curves = {

@@ -7,7 +7,7 @@ import numpy as np
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.plots import HeatMap
-from peso.evaluation.report.sections.section import Section, file_name, quantity
+from peso.evaluation.report.sections.section import Section, file_name, quantity, section
 from peso.evaluation.report.tables import Cell, Table
 from peso.evaluation.run_summary import System
 from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_terms
@@ -15,6 +15,7 @@ from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_t
 FEW = 6  # systems with a heat map for each of two metrics; of more, one each
 
 
+@section(place=60)
 def transfer(comparison: Comparison) -> Section | None:
     """Transfer, forgetting, and the regret against retraining."""
     tested = [system for system in comparison.systems if any(run.across for run in system.runs)]

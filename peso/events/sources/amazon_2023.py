@@ -12,28 +12,34 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.sources.files import bare_suffix, first_of, require_content
-from peso.events.sources.tables import PATH, ItemTable, Log, Source, csv_table, jsonl_table, plain
+from peso.events.sources.tables import PATH, DataSet, ItemTable, Log, Source, csv_table, jsonl_table, plain
 
 USER, ITEM, TIME, RATING = "user_id", "parent_asin", "timestamp", "rating"
 
 
-def amazon_source(path: str) -> Source:
-    """Reviews at ``path``: a file, or a folder with one. The metadata lie beside them under ``meta_``.
+class Amazon2023(DataSet):
+    """Amazon Reviews 2023."""
 
-    Raises:
-        DataError: no review file, several of them, or one without the published columns.
-    """
-    log_file = _log_file(Path(path))
-    require_content(log_file)
-    if bare_suffix(log_file) == ".csv":
-        table = csv_table([log_file], ",", header=True)
-    else:
-        table = jsonl_table([log_file], [USER, ITEM, TIME, RATING])
-    for column in (USER, ITEM, TIME, RATING):
-        table.require(column, "data.format (csv or jsonl with data.columns reads other files)")
-    category = log_file.name.split(".")[0]
-    meta = first_of(log_file.parent, f"meta_{category}.jsonl")
-    return Source(Log(table, USER, ITEM, TIME, RATING), _items(meta) if meta else None)
+    name = "amazon-2023"
+
+    @staticmethod
+    def open(path: str) -> Source:
+        """Reviews at ``path``: a file, or a folder with one. The metadata lie beside them under ``meta_``.
+
+        Raises:
+            DataError: no review file, several of them, or one without the published columns.
+        """
+        log_file = _log_file(Path(path))
+        require_content(log_file)
+        if bare_suffix(log_file) == ".csv":
+            table = csv_table([log_file], ",", header=True)
+        else:
+            table = jsonl_table([log_file], [USER, ITEM, TIME, RATING])
+        for column in (USER, ITEM, TIME, RATING):
+            table.require(column, "data.format (csv or jsonl with data.columns reads other files)")
+        category = log_file.name.split(".")[0]
+        meta = first_of(log_file.parent, f"meta_{category}.jsonl")
+        return Source(Log(table, USER, ITEM, TIME, RATING), _items(meta) if meta else None)
 
 
 def _log_file(path: Path) -> Path:
