@@ -19,7 +19,7 @@ from peso.evaluation.lists import ListFigures, list_figures
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric, default_metrics, headline_metrics
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary, System, systems_of
-from peso.evaluation.spread import Estimate, Panel, spread, spread_of_difference
+from peso.evaluation.spread import Estimate, Panel, spread_of_difference
 from peso.evaluation.transfer import Term
 
 
@@ -173,7 +173,7 @@ class Comparison:
             return None
         users = np.concatenate([self._who(system.first, stage) for stage in self.averaged])
         values = self._joined(system, metric, self.averaged)[:, inside]
-        return _estimate(values, Panel.of([users[inside]], "micro"), system)
+        return Estimate.of(values, Panel.of([users[inside]], "micro"))
 
     def _group_of(self, system: System, segmentation: Segmentation) -> np.ndarray:
         """int (cases of the averaged stages,)."""
@@ -221,7 +221,7 @@ class Comparison:
         ]
         if np.isnan(values).any():
             return Estimate(value, np.nan, np.nan, len(values[0]))
-        return _estimate(np.stack(values), self._panel(system, stages, "macro"), system)
+        return Estimate.of(np.stack(values), self._panel(system, stages, "macro"))
 
     def _segmentations(self, columns: Sequence[str]) -> list[Segmentation]:
         always = [USERS, ITEMS, HISTORY, ACTIVE]
@@ -258,8 +258,8 @@ class Comparison:
                 raise ValueError(f"the runs answered different cases of stage {stage}")
         (one, z_one), (two, z_two) = (self._moments(each, metric, stages, group) for each in (system, other))
         found = spread_of_difference((one, two), (z_one, z_two), (system.seeds, other.seeds))
-        value, cases = float(one.mean() - two.mean()), int(self._inside(system, stages, group).sum())
-        return Estimate(value, value - found.half_width, value + found.half_width, cases)
+        cases = int(self._inside(system, stages, group).sum())
+        return Estimate.around(float(one.mean() - two.mean()), found, cases)
 
     def change(
         self, system: System, metric: Metric, terms: Sequence[Term], group: int | None = None
@@ -292,7 +292,7 @@ class Comparison:
         inside = self._inside(system, stages, group)
         if not inside.any():
             return None
-        return _estimate(values[:, inside], self._panel_of_group(system, stages, group), system)
+        return Estimate.of(values[:, inside], self._panel_of_group(system, stages, group))
 
     def last_change(self, system: System, metric: Metric, group: int | None = None) -> Estimate | None:
         """The newest stage's model minus the one before it, on the newest stage's cases."""
@@ -334,8 +334,7 @@ class Comparison:
     def _estimate(
         self, system: System, metric: Metric, stages: Sequence[int], average: Literal["macro", "micro"]
     ) -> Estimate:
-        panel = self._panel(system, stages, average)
-        return _estimate(self._joined(system, metric, stages), panel, system)
+        return Estimate.of(self._joined(system, metric, stages), self._panel(system, stages, average))
 
     # -- standing ----------------------------------------------------------------------------------
 
@@ -469,15 +468,6 @@ class Standing:
     best: System
     tied: tuple[System, ...]
     behind: tuple[System, ...]
-
-
-def _estimate(values: np.ndarray, panel: Panel, system: System) -> Estimate:
-    means = values @ panel.weight
-    found = spread(means, panel.influence(values), random=system.first.seed is not None)
-    mean = float(means.mean())
-    # differences below rounding error are no spread
-    half_width = found.half_width if found.error > 1e-14 * abs(mean) else float("nan")
-    return Estimate(mean, mean - half_width, mean + half_width, panel.cases)
 
 
 def _not_paired(one: str, other: str, stage: int) -> WorkspaceError:

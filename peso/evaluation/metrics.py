@@ -7,7 +7,7 @@ a name. With one relevant item per case the usual definitions reduce to function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from peso.errors import ConfigError
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.spread import Estimate, mean_of_cases, mean_of_stages
+from peso.evaluation.spread import Estimate, Panel
 
 # semantic_id: items that share an ID count as one (the paper's protocol); item: told apart by the stated rule
 Ranking = Literal["semantic_id", "item"]
@@ -161,19 +161,14 @@ def headline_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> lis
 
 
 def stage_metrics(predictions: Predictions, metrics: Sequence[Metric]) -> dict[str, Estimate]:
-    """The mean of each metric over the cases of one stage, by name of the metric.
-
-    Raises:
-        ConfigError: a metric looks further down than the stored list reaches.
-    """
-    users = np.arange(len(predictions))  # one case a user
-    return {metric.name: mean_of_cases(metric.values(predictions), users) for metric in metrics}
+    """The mean of each metric over the cases of one stage, see :func:`average_metrics`."""
+    return average_metrics([predictions], metrics)
 
 
 def average_metrics(
-    stages: Mapping[int, Predictions], metrics: Sequence[Metric], average: Literal["macro", "micro"] = "macro"
+    stages: Sequence[Predictions], metrics: Sequence[Metric], average: Literal["macro", "micro"] = "macro"
 ) -> dict[str, Estimate]:
-    """The mean of each metric over several stages (the paper averages stages 1 … T, not stage 0).
+    """The mean of each metric over several stages, by name (the paper averages stages 1 … T, not stage 0).
 
     ``macro``: the mean of the stages' means, as the paper; ``micro``: the mean over all cases, which is the
     mean of the stages' means weighted by their counts. Intervals take the cases of one user together.
@@ -181,15 +176,11 @@ def average_metrics(
     Raises:
         ConfigError: a metric looks further down than the stored list reaches.
     """
-    users = [np.array(predictions.users) for predictions in stages.values()]
-    result = {}
-    for metric in metrics:
-        values = [metric.values(predictions) for predictions in stages.values()]
-        if average == "macro":
-            result[metric.name] = mean_of_stages(values, users)
-        else:
-            result[metric.name] = mean_of_cases(np.concatenate(values), np.concatenate(users))
-    return result
+    panel = Panel.of([np.array(predictions.users) for predictions in stages], average)
+    return {
+        metric.name: Estimate.of(np.concatenate([metric.values(each) for each in stages]), panel)
+        for metric in metrics
+    }
 
 
 def _ranks(predictions: Predictions, ranking: Ranking, k: int) -> np.ndarray:

@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -226,9 +225,6 @@ class Panel:
         return flat.reshape(*weighted.shape[:-1], self.users)
 
 
-Z = NormalDist().inv_cdf(0.975)
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A mean of ``cases`` values with its interval.
@@ -241,6 +237,30 @@ class Estimate:
     low: float
     high: float
     cases: int
+
+    @classmethod
+    def of(cls, values: np.ndarray, panel: Panel) -> Estimate:
+        """The mean over a panel; over seeds of training, too, where there are several rows.
+
+        Args:
+            values: float (cases,) or (seeds, cases).
+
+        >>> estimate = Estimate.of(np.array([0.0, 0.0, 1.0, 1.0]), Panel.of([np.array([1, 2, 3, 4])]))
+        >>> f"{estimate.value:.2f} from {estimate.low:.2f} to {estimate.high:.2f}"
+        '0.50 from -0.07 to 1.07'
+        >>> stages = [np.array([1]), np.array([1, 2, 3])]  # every stage counts the same
+        >>> round(Estimate.of(np.array([1.0, 0.0, 0.0, 1.0]), Panel.of(stages)).value, 4)
+        0.6667
+        """
+        values = np.atleast_2d(values)
+        means = values @ panel.weight
+        return cls.around(float(means.mean()), spread(means, panel.influence(values)), panel.cases)
+
+    @classmethod
+    def around(cls, value: float, found: Spread, cases: int) -> Estimate:
+        """With the 95 % interval of a spread. Differences below rounding error are no spread."""
+        half_width = found.half_width if found.error > 1e-14 * abs(value) else math.nan
+        return cls(value, value - half_width, value + half_width, cases)
 
     @property
     def half_width(self) -> float:
@@ -264,55 +284,3 @@ class Estimate:
             "high": self.high if known else None,
             "cases": self.cases,
         }
-
-
-def mean_of_cases(values: np.ndarray, users: np.ndarray) -> Estimate:
-    """The mean in which every case counts the same (micro): m = Σ_i x_i / n,  z_i = (x_i − m) / n.
-
-    Args:
-        values: float (n,). users: (n,), whom each value belongs to.
-
-    Raises:
-        ValueError: no cases.
-
-    >>> estimate = mean_of_cases(np.array([0.0, 0.0, 1.0, 1.0]), np.array([1, 2, 3, 4]))
-    >>> f"{estimate.value:.2f} from {estimate.low:.2f} to {estimate.high:.2f}"
-    '0.50 from -0.07 to 1.07'
-    """
-    if not len(values):
-        raise ValueError("a mean of no cases")
-    mean = float(np.mean(values, dtype=np.float64))
-    return _estimate(mean, (values - mean) / len(values), users)
-
-
-def mean_of_stages(values: Sequence[np.ndarray], users: Sequence[np.ndarray]) -> Estimate:
-    """The mean in which every stage counts the same (macro, the paper's average).
-
-    With T stages of n_t cases and means m_t:  m = Σ_t m_t / T,  z_i = (x_i − m_t) / (T n_t).
-
-    Args:
-        values: per stage float (n_t,). users: per stage (n_t,); one user may appear in several stages.
-
-    Raises:
-        ValueError: no stages, or a stage without cases.
-
-    >>> stages = [np.array([1.0]), np.array([0.0, 0.0, 1.0])]
-    >>> mean_of_stages(stages, [np.array([1]), np.array([1, 2, 3])]).value
-    0.6666666666666666
-    """
-    if not values or not all(len(stage) for stage in values):
-        raise ValueError("a mean of no stages, or of a stage without cases")
-    means = [float(np.mean(stage, dtype=np.float64)) for stage in values]
-    influence = [(x - m) / (len(values) * len(x)) for x, m in zip(values, means, strict=True)]
-    return _estimate(math.fsum(means) / len(means), np.concatenate(influence), np.concatenate(users))
-
-
-def _estimate(mean: float, influence: np.ndarray, users: np.ndarray) -> Estimate:
-    _, owner = np.unique(users, return_inverse=True)
-    per_user = np.bincount(owner, weights=influence)
-    spread = float(per_user @ per_user)
-    # differences below rounding error are no spread
-    if len(per_user) < 2 or spread <= (1e-14 * abs(mean)) ** 2:
-        return Estimate(mean, math.nan, math.nan, len(influence))
-    error = Z * math.sqrt(spread * len(per_user) / (len(per_user) - 1))
-    return Estimate(mean, mean - error, mean + error, len(influence))

@@ -163,7 +163,7 @@ def run_table(runs: Sequence[RunSummary], ks: Sequence[int]) -> tuple[list[str],
     rows: list[list[Any]] = []
     for run in runs:
         later = [stage for stage in run.stages if stage] or list(run.stages)
-        averages = average_metrics({stage: run.stages[stage].predictions for stage in later}, metrics)
+        averages = average_metrics([run.stages[stage].predictions for stage in later], metrics)
         cases = sum(len(run.stages[stage].predictions) for stage in later)
         values = [
             Quantity.of(averages[metric.name], metric.decimals).text  # type: ignore[union-attr]

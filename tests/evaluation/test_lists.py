@@ -14,7 +14,7 @@ from reports import example_runs
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.lists import coverage, gini, item_rows, novelty, popularity_percentile, prefix_diversity
-from peso.evaluation.spread import mean_of_stages
+from peso.evaluation.spread import Estimate, Panel
 
 ITEMS = 12
 
@@ -101,7 +101,7 @@ def test_figures_of_cases_have_intervals_over_users_and_those_of_a_catalogue_hav
     system, stages = comparison.systems[1], comparison.averaged
     figures = [comparison.list_figures(system.first, stage) for stage in stages]
     users = [np.array(system.first.stages[stage].predictions.users) for stage in stages]
-    expected = mean_of_stages([figure.novelty for figure in figures], users)
+    expected = Estimate.of(np.concatenate([figure.novelty for figure in figures]), Panel.of(users))
     found = comparison.list_mean(system, "novelty", stages)
     assert found.value == pytest.approx(expected.value)
     assert expected.has_interval

@@ -15,7 +15,7 @@ from peso.errors import ConfigError
 from peso.evaluation import metrics, spread
 from peso.evaluation.metrics import average_metrics, default_metrics, stage_metrics
 from peso.evaluation.predictions import Predictions, item_ranks
-from peso.evaluation.spread import mean_of_cases, mean_of_stages
+from peso.evaluation.spread import Estimate, Panel
 
 CATALOGUE = 30
 DEPTH = 10
@@ -131,16 +131,23 @@ def test_a_k_beyond_the_stored_list_is_refused() -> None:
 
 @given(st.lists(rankings(), min_size=1, max_size=4))
 def test_micro_is_the_mean_of_all_cases_and_macro_the_mean_of_the_stages(stages: list[Predictions]) -> None:
-    numbered = dict(enumerate(stages, start=1))
     chosen = default_metrics([5, 10])
     each = [stage_metrics(stage, chosen) for stage in stages]
-    macro, micro = (average_metrics(numbered, chosen, average=kind) for kind in ("macro", "micro"))
+    macro, micro = (average_metrics(stages, chosen, average=kind) for kind in ("macro", "micro"))
     for name in macro:
         means = [stage[name].value for stage in each]
         counts = [stage[name].cases for stage in each]
         assert macro[name].value == pytest.approx(np.mean(means))
         assert micro[name].value == pytest.approx(np.average(means, weights=counts))
         assert macro[name].cases == micro[name].cases == sum(counts)
+
+
+def mean_of_cases(values: np.ndarray, users: np.ndarray) -> Estimate:
+    return Estimate.of(values, Panel.of([users], "micro"))
+
+
+def mean_of_stages(values: list[np.ndarray], users: list[np.ndarray]) -> Estimate:
+    return Estimate.of(np.concatenate(values), Panel.of(users))
 
 
 def test_with_one_case_a_user_the_interval_is_the_textbook_one() -> None:
@@ -198,7 +205,8 @@ def test_cases_without_spread_have_no_interval(values: list[float]) -> None:
 
 
 def test_a_mean_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no cases"):
-        mean_of_cases(np.empty(0), np.empty(0))
-    with pytest.raises(ValueError, match="no stages"):
-        mean_of_stages([], [])
+    for users in ([], [np.empty(0)]):
+        with pytest.raises(ValueError, match="no stages, or with a stage without cases"):
+            Panel.of(users)
+    with pytest.raises(ValueError, match="without cases"):
+        average_metrics([], default_metrics([5]))
