@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from operator import eq, not_
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ CONTEXT = 4096  # tokens that these see
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of these
 MOST_BEAMS, MOST_EPOCHS = 500, 100_000
 DEVICE = re.compile(r"auto|cpu|(cuda|xpu|hpu|mps)(:\d{1,3})?")
+SCRATCH_DROPOUT = 0.2
 HOW = (
     "gradient_checkpointing",
     "compile",
@@ -34,6 +36,30 @@ class BackboneConfig(Section):
     name: str = "smollm2-135m"
     layers: int | None = Field(None, ge=1, description="keep the first n layers; for scratch: its depth")
     width: int | None = Field(None, ge=8, description="scratch and tiny only: hidden width")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        exclude_if=lambda dropout: dropout is None,
+        description="scratch and tiny only: of embeddings and of the outputs of attention and feed-forward; "
+        f"none given: {SCRATCH_DROPOUT} for scratch, 0 for tiny",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dropout(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping) and tree.get("dropout") is None and tree.get("name") in BUILT_IN:
+            return {**tree, "dropout": SCRATCH_DROPOUT if tree["name"] == "scratch" else 0.0}
+        return tree
+
+    @model_validator(mode="after")
+    def _has_dropout_of_its_own(self) -> BackboneConfig:
+        if self.dropout is not None and self.name not in BUILT_IN:
+            raise ValueError(
+                f"backbone.dropout is for {' and '.join(BUILT_IN)} only; {self.name!r} is trained by its "
+                "adapter, which has adapter.dropout"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_whole_heads(self) -> BackboneConfig:

@@ -62,6 +62,15 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration as read from a workspace, with what earlier versions did not write: the values
+    that they trained with, where those are not the defaults of today."""
+    backbone = tree.get("backbone")
+    if not isinstance(backbone, Mapping) or backbone.get("name") not in BUILT_IN or "dropout" in backbone:
+        return dict(tree)
+    return {**tree, "backbone": {**backbone, "dropout": 0.0}}
+
+
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Dotted names of the keys whose values differ, in the order of the tree."""
     before, after = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))

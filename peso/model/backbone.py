@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,6 +43,29 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def add_dropout(causal_lm: Any, p: float) -> None:
+    """Drop a share p of the embeddings, and of what attention and feed-forward add to the residual stream of
+    each layer, in training mode; nothing is saved of it."""
+    decoder = causal_lm.get_decoder()
+    decoder.add_module("dropout", nn.Dropout(p))
+    decoder.register_forward_pre_hook(_drop_embeddings, with_kwargs=True)
+    for layer in decoder.layers:
+        for part in (layer.self_attn, layer.mlp):
+            part.add_module("dropout", nn.Dropout(p))
+            part.register_forward_hook(_drop_output)
+
+
+def _drop_embeddings(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    embeddings = kwargs.get("inputs_embeds")  # none where a check calls with ids
+    return args, kwargs if embeddings is None else {**kwargs, "inputs_embeds": decoder.dropout(embeddings)}
+
+
+def _drop_output(part: Any, args: Any, output: Any) -> Any:
+    if isinstance(output, tuple):  # attention: with its weights
+        return part.dropout(output[0]), *output[1:]
+    return part.dropout(output)
+
+
 def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> LlamaForCausalLM:
     """A randomly initialized Llama for the byte tokenizer: heads of 32 (16 below width 64), MLP 8/3 × width.
 
@@ -73,6 +97,7 @@ def load_backbone(
     *,
     layers: int | None = None,
     width: int | None = None,
+    dropout: float | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
@@ -85,6 +110,7 @@ def load_backbone(
             on the Hugging Face hub.
         layers: keep the first n decoder layers; for ``scratch`` and ``tiny`` the depth.
         width: hidden width, ``scratch`` and ``tiny`` only.
+        dropout: see :func:`add_dropout`, ``scratch`` and ``tiny`` only; None: none.
         seed: of the random weights of ``scratch`` and ``tiny``.
         dtype: precision of the weights.
 
@@ -100,6 +126,8 @@ def load_backbone(
             causal_lm: Any = small_llama(width or default_width, layers or default_layers, seed).to(dtype)
         except ValueError as error:
             raise BackboneError(f"backbone {name!r}: {error}; set backbone.width") from None
+        if dropout:
+            add_dropout(causal_lm, dropout)
         tokenizer: Any = byte_tokenizer()
     else:
         if width is not None:

@@ -55,6 +55,7 @@ def build_model(
         backbone.name,
         layers=backbone.layers,
         width=backbone.width,
+        dropout=backbone.dropout,
         seed=seeds[0],
     )
     layout = make_layout(prompt.layout, tokenizer, prompt.window)

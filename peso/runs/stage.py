@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from peso.config import Config
+from peso.config.reading import with_earlier_defaults
 from peso.config.shape import moved, stage_shape
 from peso.errors import WorkspaceError
 from peso.runtime.files import digest, read_json_lines, read_json_object
@@ -77,7 +78,7 @@ class RunStage:
     def config(self) -> Config:
         """The configuration that the stage was trained with."""
         try:
-            return Config.model_validate(self.manifest["configuration"])
+            return Config.model_validate(with_earlier_defaults(self.manifest["configuration"]))
         except (KeyError, ValidationError):
             raise WorkspaceError(
                 f"{self.directory / MANIFEST} is damaged: it does not hold the configuration of the stage; "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peso.config import Config, changed_keys, dump_config, load_config
 from peso.config.parsing import read_tree, shown
-from peso.config.reading import MOST_PROBLEMS, missing_keys
+from peso.config.reading import MOST_PROBLEMS, missing_keys, with_earlier_defaults
 from peso.config.shape import Changes, changed_data, changed_items, changed_shape, is_later
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
 from peso.runs.stage import RunStage
@@ -132,7 +132,8 @@ class Workspace:
         def changed() -> Workspace:
             if not overrides:
                 return cls.open(root, trust, anew=anew)
-            return cls._configured(root, load_config(root / CONFIG, overrides), trust, later, anew)
+            resolved = with_earlier_defaults(read_tree(root / CONFIG))
+            return cls._configured(root, load_config(resolved, overrides, base=root), trust, later, anew)
 
         with writing(root):
             yield current().on_main(changed)
@@ -361,11 +362,12 @@ class Workspace:
 def _read_resolved(path: Path) -> Config:
     """A configuration that was written as resolved, so that every key has to be there."""
     try:
-        config = load_config(path)
+        tree = with_earlier_defaults(read_tree(path))
+        config = load_config(tree, base=path.parent)
     except ConfigError as error:
         named = "" if str(path) in str(error) else f"{path}: "
         raise ConfigError(f"{named}{error}") from None
-    if missing := missing_keys(read_tree(path), config):
+    if missing := missing_keys(tree, config):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise WorkspaceError(
             f"{path} is incomplete: {', '.join(missing[:5])}{more} are missing, which peso always writes. It "

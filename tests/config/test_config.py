@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from peso.config import changed_keys, dump_config, load_config, valid_keys
-from peso.config.reading import leaves
+from peso.config.reading import leaves, with_earlier_defaults
+from peso.config.shape import stage_shape
 from peso.errors import ConfigError
 
 SIMULATED = {"data": "simulate"}
@@ -120,3 +121,30 @@ FIRST_KEYS = """
 def test_a_configuration_of_the_first_version_is_complete():
     tree = yaml.safe_load(dump_config(load_config(SIMULATED)))
     assert {key for key, _ in leaves(tree)} == set(FIRST_KEYS.split())
+
+
+DATA = {"format": "peso-release", "path": "x"}
+
+
+def test_scratch_is_trained_with_dropout_unless_told_otherwise():
+    def dropout(backbone):
+        return load_config({"data": DATA, "backbone": backbone}).backbone.dropout
+
+    assert dropout("scratch") == dropout({"name": "scratch", "width": 64}) == 0.2
+    assert dropout({"name": "scratch", "dropout": 0}) == dropout("tiny") == 0
+    assert dropout("smollm2-135m") is None
+    with pytest.raises(ConfigError, match=r"backbone.dropout is for scratch and tiny only.*adapter\.dropout"):
+        dropout({"name": "smollm2-135m", "dropout": 0.1})
+
+
+def test_a_workspace_of_the_first_version_had_no_dropout_and_keeps_its_digests():
+    written = load_config({"data": DATA, "backbone": {"name": "scratch", "dropout": 0.0}}).model_dump(
+        mode="json"
+    )
+    earlier = {**written, "backbone": {k: v for k, v in written["backbone"].items() if k != "dropout"}}
+    read = load_config(with_earlier_defaults(earlier))
+    assert read.backbone.dropout == 0
+    for stage in (0, 1):
+        assert "dropout" not in stage_shape(read, stage)["backbone"]
+    now = load_config({"data": DATA, "backbone": "scratch"})
+    assert stage_shape(now, 0)["backbone"]["dropout"] == 0.2

@@ -155,6 +155,27 @@ def test_scratch_and_tiny_are_drawn_from_the_seed() -> None:
     assert load_backbone("scratch", width=64, layers=1)[0].config.hidden_size == 64
 
 
+def test_dropout_acts_in_training_alone_and_changes_no_file(tmp_path) -> None:
+    plain, _ = load_backbone("tiny", seed=1)
+    dropping, _ = load_backbone("tiny", seed=1, dropout=0.5)
+    embeddings = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+
+    def states(causal_lm) -> torch.Tensor:
+        return causal_lm.get_decoder()(inputs_embeds=embeddings).last_hidden_state
+
+    assert torch.equal(states(plain), states(dropping))
+    assert plain.state_dict().keys() == dropping.state_dict().keys()
+    torch.manual_seed(0)
+    dropping.train()
+    first, second = states(dropping), states(dropping)
+    assert not torch.allclose(first, second)
+    # a layer adds nothing where all that it adds is dropped
+    for layer in dropping.get_decoder().layers:
+        layer.self_attn.dropout.p = layer.mlp.dropout.p = 1.0
+    dropping.get_decoder().dropout.p = 0.0
+    assert torch.allclose(states(dropping), dropping.get_decoder().norm(embeddings))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
