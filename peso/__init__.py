@@ -1,7 +1,6 @@
 """Keeps an LLM-based generative recommender fresh: one evolving LoRA adapter, held by a proximal anchor.
 
-Knows where its public names live; loads them when they are first used, so that ``import peso`` and
-``peso --help`` do not wait for PyTorch.
+Public names are loaded when they are first used: ``import peso`` and ``peso --help`` do not wait for PyTorch.
 """
 
 import os

@@ -1,7 +1,6 @@
 """A hybrid: the two-tower model and a language model vote by their log-probabilities.
 
-Knows the two models as they stand after a stage; knows nothing of how either was learnt. For a semantic ID c
-and a weight w:
+For a semantic ID c and a weight w:
 
     score(c) = w · ln p_towers(c) + (1 − w) · ln p_llm(c)
 

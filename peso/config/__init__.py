@@ -1,6 +1,5 @@
 """The one typed, validated configuration tree.
 
-Knows every key, its type, its default and what is allowed; knows nothing of what the keys are used for.
 A configuration is read from YAML, changed by ``--set a.b=value`` and written back as resolved.
 """
 

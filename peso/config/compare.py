@@ -1,7 +1,4 @@
-"""What is compared: the section `compare` beside an ordinary configuration.
-
-Knows the shape of the section and how a variant changes the common tree; knows nothing of runs or files.
-"""
+"""What is compared: the section `compare` beside an ordinary configuration."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A configuration read from YAML, changed from the command line, validated, compared and written back.
-
-Knows how a mistake is explained: key, value and the nearest valid key.
-"""
+"""A configuration read from YAML, changed from the command line, validated, compared and written back."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What is taken out of a log before it is cut: low ratings, duplicates, repeats, rare users and items.
 
-Knows the tables that ``peso.events.loading`` leaves; knows nothing of files, stages or text. Every step's
-counts go into a funnel. Users and items marked ``known`` (they are in a stream already) are never rare.
+Every step's counts go into a funnel. Users and items marked ``known`` (they are in a stream already) are
+never rare.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Names and types of the columns that events, stages and items are stored under.
-
-Knows names and Arrow types; knows nothing of files or of what makes the rows.
-"""
+"""Names and types of the columns that events, stages and items are stored under."""
 
 from __future__ import annotations
 

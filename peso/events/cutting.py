@@ -1,6 +1,5 @@
 """Where a log is cut into stages: by share of the events, by the calendar, at given moments.
 
-Knows the table ``ordered`` of all events in order of time; knows nothing of users' histories or of files.
 Events of one moment stand in the order of the log, so every cut is reproducible.
 """
 

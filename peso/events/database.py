@@ -1,7 +1,7 @@
 """The DuckDB that computes an ingestion: its limits, its quoting, and what its complaints mean to a user.
 
-Knows DuckDB; knows nothing of events. Tables are held in memory up to a limit; what is beyond it spills to a
-folder beside what is being written, which is gone afterwards.
+Tables are held in memory up to a limit; what is beyond it spills to a folder beside what is being written,
+which is gone afterwards.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """How a stream drifts: per stage who and what is new, who came back, how far tastes moved.
 
-Knows stages, item numbers and, if given, one code an item; knows nothing of models or of how it is shown.
 Words as in ``peso.evaluation.segments``: *continuing* was seen in the stage before, *new* never before. Who
 is known but does nothing in a stage is *dormant* in it; who does something again after that is *returning*.
 """

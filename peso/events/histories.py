@@ -1,7 +1,4 @@
-"""Ragged arrays of item sequences, and the cases that the released protocol cuts from them.
-
-Knows stages, users and item numbers (rows of the item table); knows nothing of files, codes or models.
-"""
+"""Ragged arrays of item sequences, and the cases that the released protocol cuts from them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""From the data that a configuration names to a stream directory.
-
-Knows the order of the work: read, clean, order, cut, write, deal users out if they are to be. Knows nothing
-of codes or models, nor of how a directory appears whole: whoever calls gives an empty one and renames it.
-"""
+"""From the data that a configuration names to a stream directory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The chronological protocol: a log cut into stages, what a stage holds, when a stage can be used.
-
-Knows users, item numbers and times; knows nothing of files, codes or models.
-"""
+"""The chronological protocol: a log cut into stages, what a stage holds, when a stage can be used."""
 
 from __future__ import annotations
 

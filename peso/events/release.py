@@ -1,9 +1,7 @@
 """Reader of the preprocessed streams that the PESO authors released.
 
-Knows the released JSON files; knows nothing of models or of where a stream is stored.
-
-    *.all.block_{t}.json   {user: {"previous_block": [item, …], "current_block": [item, …]}}, oldest first
-    *.index*.json          {item: ["<a_i>", "<b_j>", …]}
+*.all.block_{t}.json   {user: {"previous_block": [item, …], "current_block": [item, …]}}, oldest first
+*.index*.json          {item: ["<a_i>", "<b_j>", …]}
 """
 
 from __future__ import annotations

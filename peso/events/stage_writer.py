@@ -1,7 +1,6 @@
 """From events in order of time to the files of a stream, a slice of the users at a time.
 
-Knows the table ``ordered`` and the files of ``peso.events.stream``; knows nothing of where the events come
-from. Memory does not grow with the log: users are written in slices of about ``SLICE`` events.
+Memory does not grow with the log: users are written in slices of about ``SLICE`` events.
 """
 
 from __future__ import annotations

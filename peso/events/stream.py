@@ -1,11 +1,8 @@
 """The stream on disk: one Parquet file of users a stage, one table of items, a manifest.
 
-Knows files and columns; knows nothing of logs, codes or models, nor of how a directory appears whole:
-whoever writes calls :func:`write_stream` on a temporary directory and renames it.
-
-    stream/stage=0/users.parquet   user, previous, current (item numbers, oldest first)
-    stream/items.parquet           item_id, title, text, category; the row is the item number
-    stream/manifest.json           format, counts of each stage, sha256 of the files
+stream/stage=0/users.parquet   user, previous, current (item numbers, oldest first)
+stream/items.parquet           item_id, title, text, category; the row is the item number
+stream/manifest.json           format, counts of each stage, sha256 of the files
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Moments as logs write them: seconds, milliseconds, microseconds, ISO text or a pattern.
-
-Knows numbers and texts; gives microseconds since 1970 (UTC). Knows nothing of users and items.
-"""
+"""Moments as logs write them: seconds, milliseconds, microseconds, ISO text or a pattern."""
 
 from __future__ import annotations
 

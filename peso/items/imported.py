@@ -1,6 +1,5 @@
 """An index that was made elsewhere: its IDs for the items of a catalogue, measured where there are vectors.
 
-Knows the item table, an index and the directory of semantic IDs; knows nothing of how the codes came about.
 There are no codebooks: items that come later have to stand in a later state of the index.
 """
 

@@ -1,9 +1,7 @@
 """Semantic IDs on disk, and the ``index.json`` that research code exchanges.
 
-Knows files, codes and token names; knows nothing of how the codes came about, nor of any model.
-
-    semantic_ids/index.parquet   item_id, codes; the row is the item number
-    semantic_ids/manifest.json   format, sizes, the rule for shared IDs, sha256
+semantic_ids/index.parquet   item_id, codes; the row is the item number
+semantic_ids/manifest.json   format, sizes, the rule for shared IDs, sha256
 """
 
 from __future__ import annotations

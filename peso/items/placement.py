@@ -1,6 +1,6 @@
 """Telling apart items whose nearest codes are the same.
 
-Knows codes and latents; knows nothing of items or files. Three rules:
+Three rules:
 
 ``reassign``: of the items that want one ID the one nearest to it keeps it. Each other one, in row order,
     takes the nearest free code of the last level; where all of that prefix are taken, the nearest code of the

@@ -1,7 +1,4 @@
-"""How good an index is: are its IDs distinct, its codes used, and do its prefixes keep neighbours.
-
-Knows vectors, codes and titles; gives plain data (dictionaries, lists, numbers) for tables and plots.
-"""
+"""How good an index is: are its IDs distinct, its codes used, and do its prefixes keep neighbours."""
 
 from __future__ import annotations
 

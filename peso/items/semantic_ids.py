@@ -1,7 +1,4 @@
-"""Semantic IDs: which code tuple each item of the catalogue has, and the tokens that write it.
-
-Knows item ids and codes; knows nothing of how the codes came about, nor of any tokenizer or model.
-"""
+"""Semantic IDs: which code tuple each item of the catalogue has, and the tokens that write it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Semantic IDs for a catalogue, and for the items that come later.
 
-Knows the item table, the configuration of items and the directory of semantic IDs; knows nothing of events,
-nor of how a directory appears whole: whoever calls gives an empty one and renames it.
-
     semantic_ids/index.parquet, manifest.json   as peso.items.index_files has them; the manifest also says how
                                                 the IDs were made, how good they are and how well they fit
     semantic_ids/codebooks.safetensors          the frozen quantiser

@@ -1,6 +1,5 @@
 """The catalogue as a compressed sparse trie over code tuples.
 
-Knows codes and item numbers (rows of the catalogue); knows nothing of tokens, models, users or search.
 NumPy only, built once; whoever walks it on a device takes the arrays from here.
 """
 

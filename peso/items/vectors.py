@@ -1,7 +1,5 @@
 """From the item table to one vector an item, by an encoder that is fitted once and then frozen.
 
-Knows the item table and the configuration of items; knows nothing of codes.
-
 An item without a known vector (no text at all, a text without one known word, no row in any file of vectors)
 gets the centre of the catalogue, the zero of the fused space: its codes are those nearest to the centre.
 """

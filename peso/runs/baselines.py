@@ -1,7 +1,5 @@
 """Learning and testing the baselines of a workspace, stage by stage, resuming what is done.
 
-Knows a workspace's files and what determines a baseline's answers; knows nothing of how one learns.
-
     W/baselines/{label}/{t}/   model/ (of a network), predictions.parquet (kept up to date until stage t),
                                static.parquet (as it stood after stage 0), metrics.json, manifest.json
 

@@ -1,8 +1,4 @@
-"""What a workspace tells beside its metrics: drift of its stream, fitness of its codes, hold of its anchor.
-
-Knows which files of a workspace hold what, and puts their figures together; knows nothing of how they are
-printed or drawn.
-"""
+"""The figures of a workspace beside its metrics: drift of its stream, fit of its codes, effect of its anchor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What a run still has to do, and what that will take: for `peso run --dry-run`.
 
-Knows the steps of the pipeline, and which examples a strategy learns from how often; times a few optimiser
-steps and a few searches on this machine and multiplies. Writes nothing: data that are not ingested yet are
-read into a temporary directory.
+A few optimizer steps and searches are timed on this machine. Nothing is written: data that are not
+ingested yet are read into a temporary directory.
 """
 
 from __future__ import annotations

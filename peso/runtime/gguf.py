@@ -1,7 +1,6 @@
 """A GGUF file as a plain Transformers directory.
 
-Knows GGUF through Transformers; knows nothing of where the file came from. Dequantising takes many times as
-long as reading plain weights, so it is done once, when a model is fetched.
+Dequantising takes many times as long as reading plain weights, so it is done once, when a model is fetched.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The processes that train and test one model together, started by `torchrun` or `accelerate launch`.
 
-Knows how many there are and how they exchange numbers (Accelerate and torch.distributed do it); knows nothing
-of models, batches or files. Every process holds the whole model and takes the same steps; each computes its
-share of a batch, and the first one, the main process, alone writes.
+Every process holds the whole model and takes the same steps; each computes its share of a batch, and the
+first one, the main process, alone writes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How long work tells of itself, without knowing who listens.
-
-Knows titles, counts and figures; knows nothing of terminals.
-"""
+"""How long work tells of itself, without knowing who listens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Transformers without its own bars and reports, where we say ourselves what is going on.
-
-Knows Transformers' logging; knows nothing of models.
-"""
+"""Transformers without its own bars and reports, where we say ourselves what is going on."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The drift simulator: shoppers whose taste is stable, drifts, sleeps and wakes, or is new.
 
-Knows how users choose and how that changes from stage to stage; knows nothing of codes or models. One file a
-part: :mod:`.behaviour` (the settings), :mod:`.catalogue` (items), :mod:`.market` (what sells, trends and
-follows), :mod:`.shoppers` (who comes when, with what taste), :mod:`.simulation` (the log they make),
-:mod:`.files` (log, stream and truth on disk).
+One file a part: :mod:`.behaviour` (the settings), :mod:`.catalogue` (items), :mod:`.market` (what sells,
+trends and follows), :mod:`.shoppers` (who comes when, with what taste), :mod:`.simulation` (the log they
+make), :mod:`.files` (log, stream and truth on disk).
 
 What a user takes next depends on the item before it (the next number of its series, or the companion in
 the category that follows), on the user's own favourite categories, on what is trending, and on chance. In

@@ -1,7 +1,4 @@
-"""A made-up catalogue: a category tree of three levels, and items with titles and descriptions.
-
-Knows words, templates and which stage an item comes out in; knows nothing of users or events.
-"""
+"""A made-up catalogue: a category tree of three levels, and items with titles and descriptions."""
 
 from __future__ import annotations
 

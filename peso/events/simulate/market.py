@@ -1,7 +1,4 @@
-"""What all simulated users share: what is on offer and sells, what trends and what follows what.
-
-Knows leaf categories, items and stages; knows nothing of users.
-"""
+"""What all simulated users share: what is on offer and sells, what trends and what follows what."""
 
 from __future__ import annotations
 

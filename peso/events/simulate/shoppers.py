@@ -1,7 +1,4 @@
-"""Who the simulated users are: their kind, their taste in each stage, and when they come.
-
-Knows users, stages and times; knows nothing of which items they take.
-"""
+"""Who the simulated users are: their kind, their taste in each stage, and when they come."""
 
 from __future__ import annotations
 

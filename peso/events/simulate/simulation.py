@@ -1,7 +1,4 @@
-"""The simulated log: what each user takes, event by event, and the stages cut from it.
-
-Knows users, items, stages and times; knows nothing of files.
-"""
+"""The simulated log: what each user takes, event by event, and the stages cut from it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Amazon Reviews 2023: reviews as JSON lines or the rating-only CSVs (5-core and so on), and their metadata.
 
-Knows the files as they are published at https://amazon-reviews-2023.github.io; knows nothing of stages.
+Published at https://amazon-reviews-2023.github.io:
 
-    Video_Games.jsonl.gz, meta_Video_Games.jsonl.gz          reviews (times in milliseconds) and products
-    Video_Games.csv.gz: user_id,parent_asin,rating,timestamp the rating-only logs, 0-core and 5-core
+Video_Games.jsonl.gz, meta_Video_Games.jsonl.gz          reviews (times in milliseconds) and products
+Video_Games.csv.gz: user_id,parent_asin,rating,timestamp the rating-only logs, 0-core and 5-core
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A user's own files: CSV, Parquet or JSON lines, with the columns that the configuration names.
-
-Knows the configuration of the data; knows nothing of well-known data sets.
-"""
+"""A user's own files: CSV, Parquet or JSON lines, with the columns that the configuration names."""
 
 from __future__ import annotations
 

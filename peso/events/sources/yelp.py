@@ -1,7 +1,4 @@
-"""The Yelp open data set: reviews and businesses as JSON lines.
-
-Knows the files as Yelp publishes them (yelp_academic_dataset_*.json); knows nothing of stages.
-"""
+"""The Yelp open data set: reviews and businesses as JSON lines (yelp_academic_dataset_*.json)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Vectors of texts that were encoded before, found by the text's content.
 
-Knows texts, vectors and one directory; knows nothing of encoders but the name under which theirs are kept.
-
-    cache/{digest of the encoder}/{digest of the part}.safetensors    sha256 of each text, vector of each text
+cache/{digest of the encoder}/{digest of the part}.safetensors    sha256 of each text, vector of each text
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """One vector an item from several sources (text, images, …), each given its equal share.
 
-Knows matrices and which rows are present; knows nothing of what the sources are.
-
 The rule, frozen once fitted: each row is scaled to length 1; of each source the mean of the fitted rows is
 taken off and the rest divided by its root mean square length, so that no source outweighs another by its
 scale or by how far its vectors lie from the origin (those of language models share a large common part); the

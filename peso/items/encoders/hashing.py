@@ -1,7 +1,7 @@
 """Item vectors without a model and without a network: hashed TF-IDF, reduced by truncated SVD.
 
-Knows texts; knows nothing of items. What is fitted (which features occur, their idf, the SVD) is kept, so
-that a text of later is encoded exactly as if it had been there: latent semantic analysis with a frozen space.
+What is fitted (which features occur, their idf, the SVD) is kept, so that a text of later is encoded
+exactly as if it had been there: latent semantic analysis with a frozen space.
 """
 
 from __future__ import annotations

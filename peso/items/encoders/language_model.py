@@ -1,9 +1,8 @@
 """Item vectors from a pretrained text encoder or a causal LM.
 
-Knows texts, Transformers and sentence-transformers; knows nothing of items. A directory or repository that
-holds a ``modules.json`` is a sentence-transformers model and says itself how it pools; anything else is a
-Transformers model, whose last hidden states are averaged over the tokens of the text (for a causal LM too,
-as the PESO paper does).
+A directory or repository that holds a ``modules.json`` is a sentence-transformers model and says itself how
+it pools; anything else is a Transformers model, whose last hidden states are averaged over the tokens of
+the text (for a causal LM too, as the PESO paper does).
 """
 
 from __future__ import annotations

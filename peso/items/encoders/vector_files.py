@@ -1,7 +1,5 @@
 """Item vectors made elsewhere, from text or images: ``.npy``, ``.parquet`` and ``.safetensors`` files.
 
-Knows files and item ids; knows nothing of how the vectors came about.
-
     .parquet       a column item_id, and either one column of lists or one numeric column a dimension
     .npy           a matrix; item ids stand beside it in NAME.ids.txt, one a line, in the order of the rows
     .safetensors   one matrix; item ids likewise in NAME.ids.txt

@@ -1,6 +1,6 @@
 """Residual codebooks: the frozen quantiser that every method of this room ends in.
 
-Knows vectors and codes; knows nothing of items or of how the codebooks were fitted. NumPy only.
+NumPy only.
 
 A vector x is taken to a latent z = encoder(x) (a small network, or the identity). Level 1 takes the code
 whose row is nearest to z, level 2 the one nearest to what is left, and so on:

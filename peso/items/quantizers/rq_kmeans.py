@@ -1,7 +1,4 @@
-"""RQ-KMeans: k-means level by level on what the levels before leave over (faiss).
-
-Knows vectors; knows nothing of items.
-"""
+"""RQ-KMeans: k-means level by level on what the levels before leave over (faiss)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """RQ-VAE: an autoencoder whose latent is written in residual codebooks (TIGER, arXiv 2305.05065; LC-Rec).
 
-Knows vectors; knows nothing of items. The residual quantiser with its k-means start and its codebooks kept
-as moving averages is vector-quantize-pytorch's; what is trained here ends up as plain arrays.
+The residual quantiser with its k-means start and its codebooks kept as moving averages is vector-quantize-
+pytorch's; what is trained here ends up as plain arrays.
 
     loss = ‖x − decoder(ẑ)‖² + β Σ_l ‖r_l − sg(e_l[c_l])‖²,   ẑ = Σ_l e_l[c_l], gradients straight through
 """

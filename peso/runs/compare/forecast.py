@@ -1,7 +1,4 @@
-"""How long what is missing will take: for `peso compare --dry-run`.
-
-Knows the plan and the estimate of one run; measures once for runs that differ only in seed or strategy.
-"""
+"""How long what is missing will take: for `peso compare --dry-run`."""
 
 from __future__ import annotations
 

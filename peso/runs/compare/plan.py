@@ -1,7 +1,7 @@
 """The runs of a comparison, and what they share: data and base stages; the baselines beside them.
 
-Knows configurations and paths; starts nothing and writes nothing. Work that several runs have in common has a
-place named by a digest of all that determines it, so that it is done once, whoever asks for it first.
+Work that several runs have in common has a place named by a digest of all that determines it, so that it is
+done once, whoever asks for it first.
 """
 
 from __future__ import annotations

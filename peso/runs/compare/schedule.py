@@ -1,7 +1,7 @@
 """The tasks of a comparison in processes side by side, each started as soon as what it needs is done.
 
-Knows tasks, processes and the clock; knows nothing of how anything is shown. A process that dies takes
-its own run with it and nobody else's; the next call goes on from what it left on disk.
+A process that dies takes its own run with it and nobody else's; the next call goes on from what it left on
+disk.
 """
 
 from __future__ import annotations
