@@ -1,4 +1,4 @@
-"""The figures of a workspace beside its metrics: drift of its stream, fit of its codes, effect of its anchor."""
+"""Figures of a workspace beside its metrics: drift of its stream, fit of its codes, effect of its anchor."""
 
 from __future__ import annotations
 
