@@ -39,6 +39,7 @@ from peso.runtime.failures import (
 )
 from peso.runtime.printable import printable
 from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
+from peso.runtime.threads import check_environment
 
 DISTRIBUTED = ("run", "train", "update", "evaluate")  # commands that several processes can share
 
@@ -88,6 +89,7 @@ def peso(
         return
     if debug:
         os.environ["PESO_DEBUG"] = "1"  # inherited by the processes of `peso compare`
+    check_environment()
     if launched() > 1 and context.invoked_subcommand not in DISTRIBUTED:
         raise UsageError(
             f"`peso {context.invoked_subcommand}` runs in one process: call it without torchrun or "

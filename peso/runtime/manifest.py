@@ -22,6 +22,14 @@ FILES, OWN = "files", "sha256"
 # file and the new one are both intact, wherever a crash falls between.
 REPLACING = "replacing"
 
+# What may stand under the keys that are read, in whichever manifest they are; `parent` may be null.
+KINDS: dict[type, tuple[str, ...]] = {
+    dict: (FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings"),
+    list: ("stages", "sizes", "appended"),
+    int: ("stage", "items", "distinct_ids", "tokens_in_use", "trained_parameters", "bytes_on_disk"),
+    str: ("determined_by", "backbone_sha256", OWN),
+}
+
 
 class Manifest(dict[str, Any]):
     """What the manifest of a directory says. A key that it lacks raises a WorkspaceError that names both."""
@@ -106,12 +114,14 @@ def read_manifest(directory: Path, number: int) -> Manifest:
         stated = content.get(OWN)
         if stated is not None and stated != _own({k: v for k, v in content.items() if k != OWN}):
             raise ValueError("its content and its own sha256 do not fit")
-        if (
-            not isinstance(content[FILES], dict)
-            or type(content["format"]) is not int
-            or content["format"] < 1
-        ):
-            raise ValueError("no checksums, or no number of a format")
+        if type(content["format"]) is not int or content["format"] < 1:
+            raise ValueError("no number of a format")
+        for kind, keys in KINDS.items():
+            for key in keys:
+                if type(content.get(key, kind())) is not kind and (key, content[key]) != ("parent", None):
+                    raise ValueError(f"{key} is not what it has to be")
+        if not all(isinstance(value, str) for value in content[FILES].values()):
+            raise ValueError("a checksum is not a text")
     except KeyError as error:
         raise WorkspaceError(f"{path} is damaged (no {error}); {_cure(directory)}") from None
     except (DataError, ValueError) as error:

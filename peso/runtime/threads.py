@@ -8,10 +8,12 @@ those others: a run took 50 times as long with two threads as with one.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from peso.errors import ConfigError
 from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
@@ -25,8 +27,20 @@ SHARE = (
     "PESO_THREADS"  # set where NUMBER is the share that `peso compare` gives a process, not a user's choice
 )
 
+VALID = re.compile(r"\s*([1-9][0-9]{0,2}|1[0-9]{3})(,[0-9]+)*\s*")  # of NUMBER
+
 _number: int | None = None  # inside a context with a number
 _told = 0  # threads that the user was last told of
+
+
+def check_environment() -> None:
+    """Raise ConfigError if OMP_NUM_THREADS is not a number of threads."""
+    text = os.environ.get(NUMBER, "")
+    if text and not VALID.fullmatch(text):
+        raise ConfigError(
+            f"the environment variable {NUMBER} is {text[:40]!r}, not a number of threads; unset it, or "
+            "set a whole number from 1 to 1999"
+        )
 
 
 @contextmanager

@@ -254,6 +254,17 @@ def test_nonsense_of_a_launcher_is_an_error(peso, monkeypatch, name, value):
     assert "torchrun" in err
 
 
+@pytest.mark.parametrize("text", ["abc", "0", "-3", "1.5", "9" * 30, "٣", "2;3"])
+def test_nonsense_for_the_number_of_threads_is_an_error(peso, monkeypatch, text):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    status, _, err = peso("run", "absent.yaml")
+    assert status == 1
+    assert err.startswith("error: the environment variable OMP_NUM_THREADS is ")
+    for text in ("1", "16", " 4,2 ", ""):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert "no configuration at absent.yaml" in peso("run", "absent.yaml")[2]
+
+
 WORK = """
 import sys, time
 from pathlib import Path
