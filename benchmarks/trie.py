@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peso.decoding.filters import NodeFilter
 from peso.decoding.trie_step import Selection, TrieTensors, select
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie
 
 LEVELS, CODES = 4, 256
 USERS, BEAMS, SEEN = 64, 10, 20

@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from peso.adapters.groups import Group, check_same_groups, layouts, shapes
+from peso.adapters.groups import Group, check_same_groups, layouts, placement, shapes, stack_anchors
 from peso.adapters.proximal.metrics import SoftmaxMetric, second_order, softmax_kl
-from peso.adapters.proximal.stacks import placement, stack_anchors
 
 NO_EFFECT = 0.01  # of the loss's gradient: below, a penalty is lost in the noise between two batches
 SUGGESTED = 0.7  # the strength that the finding suggests

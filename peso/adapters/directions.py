@@ -25,9 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peso.adapters.groups import Group, Source, layouts
+from peso.adapters.groups import Group, Source, Stack, layouts, stack_anchors
 from peso.adapters.proximal.metrics import Hessian
-from peso.adapters.proximal.stacks import Stack, stack_anchors
 from peso.adapters.proximal.term import DistanceTerm, check_trained
 from peso.errors import TrainingError
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from peso.baselines.baseline import Baseline, Part
 from peso.events.histories import Cases
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie
 
 if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel

@@ -20,7 +20,7 @@ from peso.runtime.progress import Observer, Silent
 if TYPE_CHECKING:
     import torch
 
-    from peso.items.trie import ItemTrie
+    from peso.items.semantic_ids import ItemTrie
 
 
 @dataclass(frozen=True)

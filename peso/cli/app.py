@@ -35,9 +35,9 @@ from peso.runtime.failures import (
     MISUSED,
     explain,
     installed_version,
+    printable,
     sentence,
 )
-from peso.runtime.printable import printable
 from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
 from peso.runtime.threads import check_environment
 

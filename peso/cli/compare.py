@@ -17,8 +17,8 @@ from rich.table import Table
 
 from peso.cli.display import Overrides, duration, next_steps, say, table
 from peso.errors import PesoError, UsageError, WorkspaceError
+from peso.runtime.failures import printable
 from peso.runtime.files import only_writer
-from peso.runtime.printable import printable
 
 if TYPE_CHECKING:
     from peso.runs.compare.schedule import Row

@@ -29,7 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from peso.runtime.printable import printable
+from peso.runtime.failures import printable
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
 

@@ -21,7 +21,7 @@ from peso.decoding.filters import NodeFilter
 from peso.decoding.prompt import Opening, run_prompts
 from peso.decoding.trie_step import Selection, TrieTensors, select
 from peso.errors import BackboneError
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.head import level_log_probabilities
 from peso.model.shared_keys import shared_keys

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peso.decoding.filters import NodeFilter
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie
 
 NONE = torch.iinfo(torch.int64).max  # key of what is no candidate
 

@@ -12,15 +12,23 @@ from typing import Literal
 import numpy as np
 
 from peso.errors import WorkspaceError
-from peso.evaluation.catalogue import Catalogue
+from peso.evaluation.catalogue import (
+    ACTIVE,
+    HISTORY,
+    ITEMS,
+    USERS,
+    Catalogue,
+    ListFigures,
+    Segmentation,
+    by_column,
+    by_popularity,
+    list_figures,
+)
 from peso.evaluation.contrasts import LEVEL, Contrasts, SystemValues, holm
-from peso.evaluation.groupings import ACTIVE, HISTORY, ITEMS, USERS, Segmentation, by_column, by_popularity
-from peso.evaluation.lists import ListFigures, list_figures
-from peso.evaluation.metrics import LOG_PROBABILITY, Metric, default_metrics, headline_metrics
+from peso.evaluation.metrics import LOG_PROBABILITY, Metric, Term, default_metrics, headline_metrics
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary, System, systems_of
 from peso.evaluation.spread import Estimate, Panel, spread_of_difference
-from peso.evaluation.transfer import Term
 
 
 class Comparison:

@@ -172,7 +172,7 @@ def quantisation_error(
 ) -> float | None:
     """Mean ‖x − x̂‖² over the items with a known vector; about 1 for codes that say nothing.
 
-    Vectors have mean square length 1 over the fitted items (:mod:`peso.items.encoders.fusion`).
+    Vectors have mean square length 1 over the fitted items (:mod:`peso.items.vectors`).
     """
     if not known.any():
         return None

@@ -1,4 +1,5 @@
-"""Semantic IDs: which code tuple each item of the catalogue has, and the tokens that write it."""
+"""Semantic IDs: which code tuple each item of the catalog has, the tokens that write it, and the trie of all
+code tuples: compressed sparse arrays in NumPy, built once, which a search takes to its device."""
 
 from __future__ import annotations
 
@@ -11,7 +12,109 @@ from string import ascii_lowercase
 import numpy as np
 
 from peso.errors import DataError
-from peso.items.trie import ItemTrie
+
+
+@dataclass(frozen=True, eq=False)
+class ItemTrie:
+    """All semantic IDs of a catalogue, breadth first: node numbers count from 0 within each level.
+
+    Level l holds the nodes reached by l + 1 codes, in lexicographic order of those codes, so that the
+    children of a node are neighbours and sorted by code. The nodes of the last level are the leaves, one per
+    distinct semantic ID. Items that share an ID sit in one leaf in row order: the item that entered the
+    catalogue first comes first. That is the rule by which they are told apart.
+
+    Attributes:
+        codes: per level int32 (nodes,), the code that leads to each node.
+        starts: per level int32 (nodes of the level above + 1,): the children of node i are the nodes
+            ``starts[level][i]`` to ``starts[level][i + 1] - 1`` of this level. Above level 0 stands the root.
+        items: int32 (items,), item rows leaf by leaf.
+        item_starts: int32 (leaves + 1,): leaf i holds ``items[item_starts[i] : item_starts[i + 1]]``.
+        leaf_of: int32 (items,), the leaf of each item row.
+    """
+
+    codes: tuple[np.ndarray, ...]
+    starts: tuple[np.ndarray, ...]
+    items: np.ndarray
+    item_starts: np.ndarray
+    leaf_of: np.ndarray
+
+    @classmethod
+    def build(cls, codes: np.ndarray) -> ItemTrie:
+        """Sort the catalogue once; every level follows from where neighbours differ.
+
+        Args:
+            codes: int (items, levels), non-negative.
+
+        Raises:
+            DataError: an empty catalogue, no levels, or a negative code.
+        """
+        if codes.ndim != 2 or 0 in codes.shape:
+            raise DataError(f"no trie over codes of shape {codes.shape}: items and levels are needed")
+        if codes.min() < 0:
+            row = int((codes < 0).any(axis=1).argmax())
+            raise DataError(f"item row {row} has a negative code: {codes[row].tolist()}")
+        # the sort is stable, so the items of one ID stay in row order
+        order = np.lexsort(codes.T[::-1])
+        new = np.zeros(len(codes), dtype=bool)  # True where a node of the level at hand begins
+        new[0] = True
+        above = np.zeros(1, dtype=np.int64)  # where the nodes of the level above begin; first the root
+        level_codes, level_starts = [], []
+        for column in codes.T:
+            ordered = column[order]
+            new[1:] |= ordered[1:] != ordered[:-1]
+            begins = np.flatnonzero(new)
+            level_codes.append(ordered[begins].astype(np.int32))
+            level_starts.append(_closed(np.searchsorted(begins, above), len(begins)))
+            above = begins
+        leaf_of = np.empty(len(codes), dtype=np.int32)
+        leaf_of[order] = np.cumsum(new, dtype=np.int32) - 1
+        return cls(
+            tuple(level_codes),
+            tuple(level_starts),
+            order.astype(np.int32),
+            _closed(above, len(codes)),
+            leaf_of,
+        )
+
+    @property
+    def levels(self) -> int:
+        return len(self.codes)
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Number of nodes of each level."""
+        return tuple(len(codes) for codes in self.codes)
+
+    @property
+    def leaves(self) -> int:
+        """Number of distinct semantic IDs."""
+        return len(self.codes[-1])
+
+    @cached_property
+    def fanout(self) -> tuple[int, ...]:
+        """Per level the most children that a node of the level above has."""
+        return tuple(int(np.diff(starts).max()) for starts in self.starts)
+
+    def items_of(self, leaf: int) -> np.ndarray:
+        """int32 rows of the items with this semantic ID, the one that entered the catalogue first ahead."""
+        return self.items[self.item_starts[leaf] : self.item_starts[leaf + 1]]
+
+    def parents(self, level: int, nodes: np.ndarray) -> np.ndarray:
+        """Numbers, in the level above, of the parents of these nodes (0, the root, above level 0)."""
+        return np.searchsorted(self.starts[level], nodes, side="right") - 1
+
+    def paths(self, leaves: np.ndarray) -> np.ndarray:
+        """int32 (n, levels): the code tuples of these leaves."""
+        result = np.empty((len(leaves), self.levels), dtype=np.int32)
+        nodes = leaves
+        for level in reversed(range(self.levels)):
+            result[:, level] = self.codes[level][nodes]
+            nodes = self.parents(level, nodes)
+        return result
+
+
+def _closed(starts: np.ndarray, total: int) -> np.ndarray:
+    return np.append(starts, total).astype(np.int32)
 
 
 def token_name(level: int, code: int) -> str:

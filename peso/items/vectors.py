@@ -2,25 +2,39 @@
 
 An item without a known vector (no text at all, a text without one known word, no row in any file of vectors)
 gets the centre of the catalogue, the zero of the fused space: its codes are those nearest to the centre.
+
+Several sources (text, images, …) give one vector, each its equal share. The rule, frozen once fitted: each
+row is scaled to length 1; of each source the mean of the fitted rows is taken off and the rest divided by its
+root mean square length, so that no source outweighs another by its scale or by how far its vectors lie from
+the origin (those of language models share a large common part); the S sources are concatenated and divided by
+√S. A fused vector so has mean 0 and mean square length 1 over the fitted items. Where an item misses a
+source, that part is 0.
+
+Texts that were encoded before are found by their content:
+
+    cache/{digest of the encoder}/{digest of the part}.safetensors    sha256 of each text, vector of each text
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
 import numpy as np
 import pyarrow as pa
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from peso.config import ItemsConfig
 from peso.config.items import FILES, HASHING
 from peso.errors import DataError
-from peso.items.encoders.fusion import Fusion
 from peso.items.encoders.hashing import HashingEncoder
 from peso.items.encoders.vector_files import read_vectors
 from peso.items.index_files import ITEM_ID
+from peso.runtime.files import digest, write_aside
 from peso.runtime.progress import Observer
 
 FIELDS = ("title", "text", "category")
@@ -173,8 +187,8 @@ def _sources(
 def _model_vectors(
     texts: Sequence[str], config: ItemsConfig, cache: Path | None, observer: Observer
 ) -> np.ndarray:
-    from peso.items.encoders.cache import encode_cached
     from peso.items.encoders.language_model import load_text_encoder
+    from peso.items.vectors import encode_cached
 
     encoder = load_text_encoder(config.encoder, config.max_tokens)
     started = False
@@ -193,3 +207,120 @@ def _model_vectors(
     if not np.isfinite(vectors).all():
         raise DataError(f"items.encoder {config.encoder!r} gives vectors with NaN; use another encoder")
     return vectors[: len(texts)]
+
+
+PART = 10_000  # texts encoded between two writes: what an interrupted run loses at most
+
+
+def encode_cached(
+    texts: Sequence[str],
+    encode: Callable[[Sequence[str]], np.ndarray],
+    identity: Sequence[object],
+    directory: Path | None,
+    on_progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """Encode texts, each distinct one once, and none that the cache has.
+
+    Args:
+        encode: texts to float32 (texts, width).
+        identity: JSON values that determine what ``encode`` gives.
+        directory: the cache; None: nothing is kept.
+        on_progress: called with (encoded so far, to be encoded).
+
+    Returns:
+        float32 (texts, width).
+
+    Raises:
+        WorkspaceError: no space left in the cache.
+    """
+    keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+    distinct = dict(zip(keys, texts, strict=True))
+    folder = directory / digest(*identity)[:32] if directory is not None else None
+    known = _read(folder) if folder is not None else {}
+    missing = [key for key in distinct if key not in known]
+    # texts of like length together, over all parts: batches with little padding
+    missing.sort(key=lambda key: len(distinct[key]), reverse=True)
+    for start in range(0, len(missing), PART):
+        part = missing[start : start + PART]
+        vectors = encode([distinct[key] for key in part])
+        known.update(zip(part, vectors, strict=True))
+        if folder is not None:
+            _write(folder, part, vectors)
+        on_progress(start + len(part), len(missing))
+    return np.stack([known[key] for key in keys]) if keys else np.empty((0, 0), np.float32)
+
+
+def _read(folder: Path) -> dict[bytes, np.ndarray]:
+    known: dict[bytes, np.ndarray] = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        try:
+            arrays = load_file(path)
+            keys, vectors = arrays["keys"], arrays["vectors"]
+        except (SafetensorError, OSError, KeyError):
+            path.unlink()  # a damaged part is worth nothing: its texts are encoded again
+            continue
+        known.update((key.tobytes(), vector) for key, vector in zip(keys, vectors, strict=True))
+    return known
+
+
+def _write(folder: Path, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+    rows = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+    name = hashlib.sha256(rows.tobytes()).hexdigest()[:32]
+    with write_aside(folder / f"{name}.safetensors") as aside:
+        save_file({"keys": rows.copy(), "vectors": np.ascontiguousarray(vectors)}, aside)
+
+
+# Shorter than this, a vector has no direction worth the name (a text without a known word gives 0).
+SHORTEST = 1e-6
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """``centres``: per source float32 (width,); ``spreads``: float (sources,), root mean square lengths."""
+
+    centres: tuple[np.ndarray, ...]
+    spreads: np.ndarray
+
+    @classmethod
+    def fit(cls, sources: Sequence[np.ndarray], rows: np.ndarray) -> Fusion:
+        """Args:
+        sources: float32 (items, width) each; a row of zeros stands for a missing vector.
+        rows: the items to fit to.
+        """
+        centres, spreads = [], []
+        for source in sources:
+            directions, present = _directions(source[rows])
+            known = directions[present].astype(np.float64)
+            centre = known.mean(0) if len(known) else np.zeros(source.shape[1])
+            spread = np.sqrt(np.square(known - centre).sum(1).mean()) if len(known) else 0.0
+            centres.append(centre.astype(np.float32))
+            # all vectors alike: nothing to scale, and nothing that differs
+            spreads.append(spread if spread > SHORTEST else 1.0)
+        return cls(tuple(centres), np.array(spreads))
+
+    def apply(self, sources: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Fuse. Returns the vectors, float32 (items, sum of widths), and whether an item had any source."""
+        parts, known = [], np.zeros(len(sources[0]), bool)
+        for source, centre, spread in zip(sources, self.centres, self.spreads, strict=True):
+            directions, present = _directions(source)
+            part = (directions - centre) / np.float32(spread * np.sqrt(len(sources)))
+            part[~present] = 0
+            parts.append(part.astype(np.float32))
+            known |= present
+        return np.concatenate(parts, axis=1), known
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What :meth:`from_arrays` needs to fuse identically."""
+        centres = {f"centre.{number}": centre for number, centre in enumerate(self.centres)}
+        return {**centres, "spreads": self.spreads}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Fusion:
+        spreads = arrays["spreads"]
+        return cls(tuple(arrays[f"centre.{number}"] for number in range(len(spreads))), spreads)
+
+
+def _directions(source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.linalg.norm(source, axis=1, keepdims=True)
+    present = lengths[:, 0] > SHORTEST
+    return source / np.where(present[:, None], lengths, 1), present

@@ -29,8 +29,7 @@ from peso.decoding import search
 from peso.events.histories import Ragged, Stage, TargetSequence
 from peso.events.stream import Stream
 from peso.items.index_files import write_semantic_ids
-from peso.items.semantic_ids import SemanticIds
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie, SemanticIds
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs import pipeline

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peso.events.histories import Cases
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.runtime.processes import ALONE, Processes

@@ -13,8 +13,7 @@ from torch import nn
 
 import peso
 from peso.adapters.anchor_report import anchor_finding, anchor_report, gradient_ratio, gradient_ratios
-from peso.adapters.groups import check_same_groups, find_groups, shapes
-from peso.adapters.proximal.stacks import CPU_VALUES
+from peso.adapters.groups import CPU_VALUES, check_same_groups, find_groups, shapes
 from peso.errors import ConfigError, TrainingError
 from peso.model.backbone import small_llama
 

@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import example_runs
 
+from peso.evaluation.catalogue import (
+    coverage,
+    gini,
+    item_rows,
+    novelty,
+    popularity_percentile,
+    prefix_diversity,
+)
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.lists import coverage, gini, item_rows, novelty, popularity_percentile, prefix_diversity
 from peso.evaluation.spread import Estimate, Panel
 
 ITEMS = 12

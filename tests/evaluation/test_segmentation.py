@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from reports import CASES, catalogue, predictions, run
 
 from peso.errors import ConfigError, WorkspaceError
-from peso.evaluation.catalogue import Catalogue
-from peso.evaluation.comparison import Comparison
-from peso.evaluation.groupings import (
+from peso.evaluation.catalogue import (
     ACTIVE,
     HISTORY,
     ITEMS,
     USERS,
+    Catalogue,
     activity_quarters,
     by_column,
     by_popularity,
 )
+from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.sections.segments import segments
 
 

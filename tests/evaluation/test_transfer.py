@@ -12,9 +12,9 @@ from reports import CASES, across, run
 
 from peso.errors import WorkspaceError
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.metrics import backward_transfer, forgetting, forward_transfer
 from peso.evaluation.report.sections.transfer import matrix, transfer
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.transfer import backward_transfer, forgetting, forward_transfer
 
 
 @given(st.integers(2, 6), st.integers(0, 1000))

@@ -13,9 +13,9 @@ import torch
 from safetensors.numpy import save_file
 
 from peso.errors import ConfigError, DataError
-from peso.items.encoders.cache import encode_cached
 from peso.items.encoders.language_model import load_text_encoder
 from peso.items.encoders.vector_files import read_vectors
+from peso.items.vectors import encode_cached
 from peso.model.backbone import byte_tokenizer, small_llama
 
 IDS = ["a", "b", "c"]

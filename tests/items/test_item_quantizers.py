@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from peso.config import RqVaeConfig
 from peso.items import placement
 from peso.items.placement import resolve
-from peso.items.quantizers.residual import Fitted, ResidualCodebooks, fillable
-from peso.items.quantizers.rq_kmeans import balanced_assignment, fit_balanced_rq_kmeans, fit_rq_kmeans
+from peso.items.quantizers.residual import (
+    Fitted,
+    ResidualCodebooks,
+    balanced_assignment,
+    fillable,
+    fit_balanced_rq_kmeans,
+    fit_rq_kmeans,
+)
 from peso.items.quantizers.rq_vae import fit_rq_vae
 from peso.runtime.progress import Silent
 

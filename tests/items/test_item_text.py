@@ -10,9 +10,8 @@ import pytest
 
 import peso.items.quality
 import peso.items.vectors
-from peso.items.encoders.fusion import Fusion
 from peso.items.encoders.hashing import HashingEncoder
-from peso.items.vectors import item_texts
+from peso.items.vectors import Fusion, item_texts
 
 TEXTS = [
     "green tea from japan",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from peso.errors import DataError
-from peso.items.trie import ItemTrie
+from peso.items.semantic_ids import ItemTrie
 
 catalogues = st.tuples(st.integers(1, 40), st.integers(1, 5)).flatmap(
     lambda shape: arrays(np.int32, shape, elements=st.integers(0, 3))

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peso.adapters.groups import Source
+from peso.adapters.groups import Source, Stack
 from peso.adapters.proximal.metrics import DiagonalMetric
-from peso.adapters.proximal.stacks import Stack
 from peso.adapters.proximal.term import DistanceTerm, check_trained
 from peso.errors import TrainingError
 

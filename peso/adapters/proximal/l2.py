@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from peso.adapters.groups import Stack
 from peso.adapters.proximal.metrics import DiagonalMetric
-from peso.adapters.proximal.stacks import Stack
 from peso.adapters.proximal.term import DistanceTerm
 
 

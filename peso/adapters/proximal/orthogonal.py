@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peso.adapters.groups import Group, Source
-from peso.adapters.proximal.stacks import placement
+from peso.adapters.groups import Group, Source, placement
 from peso.adapters.proximal.term import Term
 from peso.errors import TrainingError
 

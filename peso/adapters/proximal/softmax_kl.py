@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from peso.adapters.groups import Grouping
+from peso.adapters.groups import Grouping, Stack
 from peso.adapters.proximal.metrics import SoftmaxMetric
-from peso.adapters.proximal.stacks import Stack
 from peso.adapters.proximal.term import Coupling, DistanceTerm, Reduction
 from peso.errors import ConfigError
 

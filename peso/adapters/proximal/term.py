@@ -10,10 +10,22 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from peso.adapters.groups import Group, Grouping, Source, check_same_groups, find_groups, layouts, shapes
+from peso.adapters.groups import (
+    Group,
+    Grouping,
+    Placement,
+    Source,
+    Stack,
+    check_same_groups,
+    find_groups,
+    layouts,
+    placement,
+    shapes,
+    stack_anchors,
+    unstack_anchors,
+)
 from peso.adapters.proximal.calibration import Calibration, second_moment
 from peso.adapters.proximal.metrics import Metric
-from peso.adapters.proximal.stacks import Placement, Stack, placement, stack_anchors, unstack_anchors
 from peso.config.registry import Registry
 from peso.errors import ConfigError, TrainingError
 
@@ -22,7 +34,7 @@ TERMS = Registry(
     "peso.adapters.proximal",
     "peso.proximal_terms",
     "peso.adapters.proximal.term:Term",
-    beside=["calibration", "metrics", "stacks", "term"],
+    beside=["calibration", "metrics", "term"],
 )
 Coupling = Literal["loss", "decoupled"]
 Reduction = Literal["mean", "sum"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from peso.evaluation.catalogue import USERS
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import LEVEL, Contrast
-from peso.evaluation.groupings import USERS
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import System

@@ -20,8 +20,8 @@ from peso.evaluation.report.sections import sections_of
 from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import to_csv, to_latex, to_markdown
 from peso.evaluation.run_summary import RunSummary
+from peso.runtime.failures import printable
 from peso.runtime.files import commit_directory
-from peso.runtime.printable import printable
 
 
 def write_report(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from peso.evaluation.spread import Estimate
-from peso.runtime.printable import printable
+from peso.runtime.failures import printable
 
 Mark = Literal["", "best", "tied", "worse"]
 ABSENT = "–"

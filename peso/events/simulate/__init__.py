@@ -1,9 +1,5 @@
 """The drift simulator: shoppers whose taste is stable, drifts, sleeps and wakes, or is new.
 
-One file a part: :mod:`.behaviour` (the settings), :mod:`.catalogue` (items), :mod:`.market` (what sells,
-trends and follows), :mod:`.shoppers` (who comes when, with what taste), :mod:`.simulation` (the log they
-make), :mod:`.files` (log, stream and truth on disk).
-
 What a user takes next depends on the item before it (the next number of its series, or the companion in
 the category that follows), on the user's own favourite categories, on what is trending, and on chance. In
 later stages new items come out and sell best, trends move on, some categories are followed by others than

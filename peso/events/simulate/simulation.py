@@ -17,8 +17,16 @@ from peso.events import columns
 from peso.events.histories import Stage
 from peso.events.protocol import cut_stages, require_trainable
 from peso.events.simulate.catalogue import Catalogue, make_catalogue
-from peso.events.simulate.market import FAVOURITE_WEIGHTS, KINDS, Behaviour, Market, make_market
-from peso.events.simulate.shoppers import Shoppers, make_shoppers, make_times
+from peso.events.simulate.market import (
+    FAVOURITE_WEIGHTS,
+    KINDS,
+    Behaviour,
+    Market,
+    Shoppers,
+    make_market,
+    make_shoppers,
+    make_times,
+)
 from peso.events.stream import write_stream
 from peso.runtime.files import write_json
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from peso.evaluation.catalogue import ListFigures
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.lists import ListFigures
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.sections.section import Section, section
 from peso.evaluation.report.tables import Quantity, Table

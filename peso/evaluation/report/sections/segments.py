@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from peso.evaluation.catalogue import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.groupings import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.plots import Plot, Series

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.metrics import Metric
+from peso.evaluation.metrics import Metric, backward_terms, forgetting_terms, forward_terms
 from peso.evaluation.report.plots import HeatMap
 from peso.evaluation.report.sections.section import Section, file_name, quantity, section
 from peso.evaluation.report.tables import Cell, Table
 from peso.evaluation.run_summary import System
-from peso.evaluation.transfer import backward_terms, forgetting_terms, forward_terms
 
 FEW = 6  # systems with a heat map for each of two metrics; of more, one each
 
@@ -42,7 +41,7 @@ def transfer(comparison: Comparison) -> Section | None:
 
 
 def matrix(system: System, metric: Metric) -> np.ndarray:
-    """R of :mod:`peso.evaluation.transfer`, mean over the seeds that were tested on other stages; nan where
+    """R of :mod:`peso.evaluation.metrics`, mean over the seeds that were tested on other stages; nan where
     one of them lacks a test. Where none was, the diagonal alone, of all seeds."""
     last = max(system.stages)
     runs = [run for run in system.runs if run.across] or list(system.runs)
