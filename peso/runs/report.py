@@ -307,7 +307,7 @@ def _table(path: Path) -> FileTable:
     kind = kind_of(path.name)
     if kind is None:
         raise DataError(f"{path} has none of the endings .csv, .tsv, .parquet, .jsonl")
-    require_content(path)
+    require_content(path, "report.users")
     if kind == "parquet":
         return parquet_table([path])
     if kind == "jsonl":

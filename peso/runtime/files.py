@@ -95,6 +95,8 @@ def _put_in_place(aside: Path, target: Path) -> None:
 def only_writer(directory: Path) -> Iterator[None]:
     """Hold a directory, made if absent, against every other process and thread.
 
+    Where the work ends in an error, the lock file is as it was before.
+
     Raises:
         WorkspaceError: another process holds it, or it cannot be written.
     """
@@ -102,6 +104,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
     path = directory.resolve() / LOCK
     with _explained(path):
+        before = path.read_bytes() if path.is_file() else None
         lock = FileLock(path)
         try:
             lock.acquire(blocking=False)
@@ -114,6 +117,12 @@ def only_writer(directory: Path) -> Iterator[None]:
         with _explained(path):
             path.write_text(str(os.getpid()))
         yield
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            path.write_bytes(before)
+        raise
     finally:
         lock.release()
 

@@ -105,10 +105,10 @@ def _shown(folder: Path) -> list[Path]:
     return [file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts)]
 
 
-def require_content(file: Path) -> Path:
-    """The file itself. Raises DataError if it is missing or empty."""
+def require_content(file: Path, key: str = "data.path") -> Path:
+    """The file itself, which ``key`` names in the configuration. Raises DataError if missing or empty."""
     if not file.is_file():
-        raise DataError(f"{file} is missing; check data.path, or fetch the data again")
+        raise DataError(f"{file} is missing; check {key}, or fetch the data again")
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty; fetch or write it again, or remove it")
     return file
