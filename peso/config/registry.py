@@ -193,6 +193,8 @@ class Registry:
                 f"{self.what} {name!r}, {offer.value} of the distribution {offer.dist.name}, is not a "
                 f"{wanted}; correct or uninstall that distribution"
             )
+        if self.base and not found.name:
+            found.name = name
         return found
 
 
