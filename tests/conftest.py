@@ -15,6 +15,7 @@ import pytest
 import torch
 from every_file import make_every_file
 from hypothesis import HealthCheck, settings
+from plugins import install  # noqa: F401 - a fixture
 from strategy_runs import Runs
 
 from peso.items.semantic_ids import SemanticIds

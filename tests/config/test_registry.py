@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from plugins import write_distribution
+from plugins import Install
 
 from peso.config import BASELINES, STRATEGIES, load_config
 from peso.config.data import DATA_SETS
@@ -25,23 +23,6 @@ class Halfway(Strategy):
 
 class NoStrategy: ...
 """
-REGISTRIES = (STRATEGIES, BASELINES, DATA_SETS)
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """install("halves", "peso.strategies halfway = halves:Halfway"): a distribution with one module."""
-
-    def put(name: str, *entries: str, module: str = MODULE) -> None:
-        monkeypatch.syspath_prepend(write_distribution(tmp_path / name, name, {name: module}, *entries))
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-    yield put
-    for registry in REGISTRIES:
-        for name, part in list(registry._known.items()):
-            if not part.__module__.startswith("peso."):
-                del registry._known[name]
 
 
 def strategy(**options: object) -> object:
@@ -49,7 +30,7 @@ def strategy(**options: object) -> object:
 
 
 def test_a_part_is_found_by_the_name_of_its_entry_point_and_its_options_are_typed(install: Install) -> None:
-    install("halves", "peso.strategies halfway = halves:Halfway")
+    install("halves", MODULE, "peso.strategies halfway = halves:Halfway")
     assert strategy(name="halfway").model_dump() == {"name": "halfway", "share": 0.5}
     made = make_strategy(strategy(name="halfway", share=0.25))
     assert (type(made).__name__, made.name, made.options.share) == ("Halfway", "halfway", 0.25)
@@ -60,7 +41,7 @@ def test_a_part_is_found_by_the_name_of_its_entry_point_and_its_options_are_type
 
 
 def test_it_is_imported_when_a_configuration_names_it_and_not_before(install: Install) -> None:
-    install("halves", "peso.strategies halfway = halves:Halfway")
+    install("halves", MODULE, "peso.strategies halfway = halves:Halfway")
     strategy(name="single")
     with pytest.raises(ConfigError, match=r"known are .*'halfway'.*'single'"):
         strategy(name="halfwy")
@@ -70,7 +51,7 @@ def test_it_is_imported_when_a_configuration_names_it_and_not_before(install: In
 
 
 def test_a_built_in_part_cannot_be_replaced(install: Install) -> None:
-    install("halves", "peso.strategies peso = halves:Halfway")
+    install("halves", MODULE, "peso.strategies peso = halves:Halfway")
     assert "proximal" in strategy(name="peso").model_dump()
     assert "halves" not in sys.modules
 
@@ -89,26 +70,26 @@ def test_a_built_in_part_cannot_be_replaced(install: Install) -> None:
 def test_what_cannot_be_used_is_refused_with_the_distribution(
     install: Install, entry: str, message: str
 ) -> None:
-    install("halves", f"peso.strategies {entry}")
+    install("halves", MODULE, f"peso.strategies {entry}")
     with pytest.raises(ConfigError, match=message):
         strategy(name="halfway")
 
 
 def test_a_module_that_fails_is_refused_with_its_reason(install: Install) -> None:
-    install("halves", "peso.strategies halfway = halves:Halfway", module="1 / 0")
+    install("halves", "1 / 0", "peso.strategies halfway = halves:Halfway")
     with pytest.raises(ConfigError, match=r"ZeroDivisionError.*correct or uninstall"):
         strategy(name="halfway")
 
 
 def test_two_distributions_with_one_name_are_refused(install: Install) -> None:
-    install("halves", "peso.strategies halfway = halves:Halfway")
-    install("parts", "peso.strategies halfway = parts:Halfway")
+    install("halves", MODULE, "peso.strategies halfway = halves:Halfway")
+    install("parts", MODULE, "peso.strategies halfway = parts:Halfway")
     with pytest.raises(ConfigError, match=r"offered by several distributions \(halves, parts\)"):
         strategy(name="halfway")
 
 
 def test_every_built_in_name_is_a_part_of_that_name() -> None:
-    for registry in REGISTRIES:
+    for registry in (STRATEGIES, BASELINES, DATA_SETS):
         assert set(registry.built_in()) == {
             name for name, part in registry.everything().items() if part.__module__.startswith("peso.")
         }
