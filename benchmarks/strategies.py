@@ -166,8 +166,7 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
 
     from peso.runs import pipeline
     from peso.runs.workspace import Workspace
-    from peso.training.movement import Movement
-    from peso.training.penalty import Penalty
+    from peso.training.penalty import Movement, Penalty
     from peso.training.strategies.strategy import make_strategy
 
     watched: dict[str, float] = {}

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from peso.config.baselines import BASELINES, BaselineOptions
-from peso.config.section import Repeats
+from peso.config.parsing import Repeats
 from peso.events.histories import Cases, Stage
 from peso.runtime.progress import Observer, Silent
 

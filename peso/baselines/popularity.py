@@ -25,8 +25,7 @@ from peso.items.semantic_ids import SemanticIds
 from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
-    from peso.evaluation.predictions import Predictions
-    from peso.evaluation.segments import CaseLabels
+    from peso.evaluation.predictions import CaseLabels, Predictions
 
 
 class Popularity(Baseline):

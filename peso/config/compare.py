@@ -16,9 +16,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 from peso.config.baselines import Baselines
 from peso.config.data import expand_data
 from peso.config.model import expand_backbone
-from peso.config.parsing import read_tree, shown
+from peso.config.parsing import Section, read_tree, shown
 from peso.config.reading import explained, nearest, override, place
-from peso.config.section import Section
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config, Seed
 from peso.errors import ConfigError

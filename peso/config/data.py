@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from peso.config.parsing import shown
+from peso.config.parsing import Section, shown
 from peso.config.registry import Registry
-from peso.config.section import Section
 
 MOST_STAGES = 10_000  # each is a directory, and a training
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from peso.config.section import Section
+from peso.config.parsing import Section
 
 HASHING, FILES = "hashing", "vectors"  # encoders that are not models
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from peso.config.section import Repeats, Section
+from peso.config.parsing import Repeats, Section
 
 Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]

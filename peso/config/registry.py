@@ -18,8 +18,7 @@ from typing import Any, Self
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from peso.config.parsing import shown
-from peso.config.section import Section
+from peso.config.parsing import Section, shown
 from peso.errors import ConfigError
 
 UNKNOWN_NAME, UNKNOWN_OPTION = "unknown_name", "unknown_option"  # types of problems, for pydantic

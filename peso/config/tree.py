@@ -20,7 +20,7 @@ from peso.config.model import (
     TrainingConfig,
     expand_backbone,
 )
-from peso.config.section import Section
+from peso.config.parsing import Section
 from peso.config.strategy import DEFAULT, StrategyConfig, strategy_options
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

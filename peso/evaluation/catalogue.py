@@ -14,8 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from peso.errors import ConfigError
-from peso.evaluation.predictions import Predictions
-from peso.evaluation.segments import ITEM_SEGMENTS, USER_SEGMENTS
+from peso.evaluation.predictions import ITEM_SEGMENTS, USER_SEGMENTS, Predictions
 from peso.events.histories import Cases
 from peso.events.stream import Stream
 from peso.items.semantic_ids import SemanticIds

@@ -1,7 +1,8 @@
 """How a stream drifts: per stage who and what is new, who came back, how far tastes moved.
 
-Words as in ``peso.evaluation.segments``: *continuing* was seen in the stage before, *new* never before. Who
-is known but does nothing in a stage is *dormant* in it; who does something again after that is *returning*.
+Words as in ``peso.evaluation.predictions``: *continuing* was seen in the stage before, *new* never before.
+Who is known but does nothing in a stage is *dormant* in it; who does something again after that is
+*returning*.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from peso.config.model import BUILT_IN, CONTEXT, head_size
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
 from peso.model.source import source_of
-from peso.runtime.quiet import quiet_transformers
+from peso.runtime.hugging_face import quiet_transformers
 
 BEGIN, END = "<|begin|>", "<|end|>"
 

@@ -23,7 +23,7 @@ from peso.model.backbone_checks import check_reach
 from peso.model.generative import GenerativeModel
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
-from peso.runtime.quiet import quiet_transformers
+from peso.runtime.hugging_face import quiet_transformers
 
 VOCABULARY, ADAPTER, BACKBONE = "vocabulary.safetensors", "adapter", "backbone"
 WEIGHTS = (VOCABULARY, ADAPTER, BACKBONE)  # files and folders of a stage that make up its model

@@ -27,7 +27,7 @@ from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 from peso.model.layout import INSTRUCTION
 from peso.runtime.files import commit_directory, require_free, write_json
-from peso.runtime.quiet import quiet_transformers
+from peso.runtime.hugging_face import quiet_transformers
 
 
 @dataclass(frozen=True)

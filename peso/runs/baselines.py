@@ -20,9 +20,14 @@ from peso.config import Config
 from peso.config.baselines import BASELINES, BaselineOptions, baseline_label, is_random, read_baseline
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
-from peso.evaluation.predictions import Predictions, make_predictions, read_predictions, write_predictions
+from peso.evaluation.predictions import (
+    Predictions,
+    label_cases,
+    make_predictions,
+    read_predictions,
+    write_predictions,
+)
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary
-from peso.evaluation.segments import label_cases
 from peso.events.histories import Stage
 from peso.events.stream import Stream
 from peso.runs.stage import METRICS, PREDICTIONS

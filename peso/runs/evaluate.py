@@ -6,8 +6,7 @@ from typing import Any
 
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
-from peso.evaluation.predictions import make_predictions, write_predictions
-from peso.evaluation.segments import label_cases
+from peso.evaluation.predictions import label_cases, make_predictions, write_predictions
 from peso.runs.stage import FORMAT, METRICS, PREDICTIONS, StageTest
 from peso.runtime.files import json_text
 from peso.runtime.manifest import replace_file

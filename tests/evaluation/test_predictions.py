@@ -15,17 +15,16 @@ from hypothesis import strategies as st
 
 from peso.errors import DataError
 from peso.evaluation import predictions as module
-from peso.evaluation import segments
 from peso.evaluation.predictions import (
     Predictions,
     item_ranks,
+    label_cases,
     make_predictions,
     ranked_items,
     read_predictions,
     semantic_id_ranks,
     write_predictions,
 )
-from peso.evaluation.segments import label_cases
 from peso.events.histories import Ragged, Stage
 from peso.items.semantic_ids import SemanticIds
 
@@ -69,7 +68,7 @@ def example() -> Predictions:
     return make_predictions(cases, labels, leaves, scores, by_level.sum(axis=1), IDS, by_level)
 
 
-@pytest.mark.parametrize("documented", [module, segments], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("documented", [module], ids=lambda m: m.__name__)
 def test_docstring_examples(documented: object) -> None:
     failed, attempted = doctest.testmod(documented)  # type: ignore[arg-type]
     assert attempted
@@ -115,7 +114,7 @@ def test_released_stream_has_the_segments_that_its_files_show(release_dir: Path)
     counted = []
     for t in range(1, 5):
         names = label_cases(stages[:t], stages[t]).user_segment
-        counted.append([names.count(segment) for segment in segments.USER_SEGMENTS])
+        counted.append([names.count(segment) for segment in module.USER_SEGMENTS])
     # dormant, continuing, new; counted directly from the JSON files
     assert counted == [[0, 229, 806], [106, 113, 872], [142, 104, 1703], [76, 243, 1472]]
 

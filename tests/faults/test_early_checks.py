@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from strategy_runs import TREE
 
 from peso.config import Config, load_config
+from peso.config.parsing import plain_types
 from peso.config.reading import place
-from peso.config.section import plain_types
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.model.backbone import byte_tokenizer, load_backbone, small_llama
 from peso.runs import pipeline

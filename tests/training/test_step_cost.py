@@ -17,8 +17,7 @@ from peso.adapters.groups import find_groups
 from peso.adapters.proximal import Term
 from peso.errors import TrainingError
 from peso.model.backbone import small_llama
-from peso.training.movement import Movement
-from peso.training.penalty import MEASURED_EVERY
+from peso.training.penalty import MEASURED_EVERY, Movement
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import StageContext
 

@@ -2,9 +2,9 @@
 
 from importlib import import_module
 
-from peso.adapters.proximal.calibration import Calibration
 from peso.adapters.proximal.fisher import Fisher, diagonal_fisher
 from peso.adapters.proximal.l2 import L2
+from peso.adapters.proximal.metrics import Calibration
 from peso.adapters.proximal.orthogonal import Orthogonal
 from peso.adapters.proximal.output_kl import OutputKL
 from peso.adapters.proximal.per_rank_kl import PerRankKL

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peso.adapters.groups import Group, Source, find_layers, placement
-from peso.adapters.proximal.calibration import Calibration
-from peso.adapters.proximal.metrics import Prior, softmax_kl
+from peso.adapters.proximal.metrics import Calibration, Prior, softmax_kl
 from peso.adapters.proximal.term import Term, check_first_derivative
 from peso.errors import TrainingError
 

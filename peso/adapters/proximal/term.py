@@ -24,8 +24,7 @@ from peso.adapters.groups import (
     stack_anchors,
     unstack_anchors,
 )
-from peso.adapters.proximal.calibration import Calibration, second_moment
-from peso.adapters.proximal.metrics import Metric
+from peso.adapters.proximal.metrics import Calibration, Metric, second_moment
 from peso.config.registry import Registry
 from peso.errors import ConfigError, TrainingError
 
@@ -34,7 +33,7 @@ TERMS = Registry(
     "peso.adapters.proximal",
     "peso.proximal_terms",
     "peso.adapters.proximal.term:Term",
-    beside=["calibration", "metrics", "term"],
+    beside=["metrics", "term"],
 )
 Coupling = Literal["loss", "decoupled"]
 Reduction = Literal["mean", "sum"]
@@ -224,7 +223,7 @@ class Term(ABC):
             source: as given to :meth:`anchor`.
             losses: each the training loss of one target (mean over its tokens), 0-d with its graph,
                 preferably without dropout. An iterator is advanced only when the last loss is done with.
-            tokens: tokens per target, see :func:`peso.adapters.proximal.calibration.second_moment`.
+            tokens: tokens per target, see :func:`peso.adapters.proximal.metrics.second_moment`.
 
         Raises:
             TrainingError: no anchor, a frozen group, or losses that cannot be used.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from hashlib import sha256
 
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.predictions import Predictions
+from peso.evaluation.predictions import USER_SEGMENTS, Predictions
 from peso.evaluation.report.sections.section import Answers, Section, section
-from peso.evaluation.segments import USER_SEGMENTS
 
 USERS = 2  # of each kind
 LENGTH = 5  # of a list and of a history as they are shown

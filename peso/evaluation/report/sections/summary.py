@@ -10,6 +10,7 @@ import yaml
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.metrics import Metric
+from peso.evaluation.predictions import USER_SEGMENTS
 from peso.evaluation.report.findings import cautions, findings, stage_range
 from peso.evaluation.report.plots import Ranking
 from peso.evaluation.report.sections.section import (
@@ -23,7 +24,6 @@ from peso.evaluation.report.sections.section import (
     section,
 )
 from peso.evaluation.report.tables import Cell, Quantity, Table
-from peso.evaluation.segments import USER_SEGMENTS
 
 READING = (
     "r is the rank of the true semantic ID in the list; items that share an ID count as one. Hit@k is the "
