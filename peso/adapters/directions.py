@@ -11,9 +11,9 @@ the eigenproblem of the values' size is one of the examples' size:
 For softmax-KL a group's block of H is s·(diag(p) − p·pᵀ), s = 1/τ² (times 1/modules), which ignores a shift
 common to the group: H·1 = 0. The gauge pᵀd = 0 picks one of the steps d + c·1 that cost the same. A gradient
 g acts on such steps as its dual t = g − p·Σg does (tᵀd = gᵀd), whose values sum to 0; x = t/(s·p) is the step
-with Hx = t, pᵀx = 0. So x = H⁺g in this gauge, and K_ij = Σ t_i·t_j/(s·p). The shifts are fixed there; where
-they follow freely, as in the limit of endless training, see :func:`with_free_shifts`. A diagonal
-H = s·diag(w) is the same without the gauge.
+with Hx = t, pᵀx = 0. So x = H⁺g in this gauge, and K_ij = Σ t_i·t_j/(s·p). The shifts are fixed there,
+while in the limit of endless training they follow freely. A diagonal H = s·diag(w) is the same without the
+gauge.
 """
 
 from __future__ import annotations
@@ -105,27 +105,6 @@ def held_out(gram: Tensor, count: int, tokens: float = 1.0, folds: int = 10, see
     support = squares.mean(0)
     shared = torch.stack(mean_squares).mean(0) / support.clamp_min(torch.finfo(support.dtype).tiny)
     return HeldOut(tokens * support, tokens * squares.std(0) / math.sqrt(n), shared.clamp(max=1.0))
-
-
-def with_free_shifts(gram: Tensor, shifts: Tensor) -> Tensor:
-    """K where steps that cost nothing follow freely: (I − Π)·K·(I − Π).
-
-    min over c of ‖G(d + N·c)‖² is ‖(I − Π)·G·d‖², Π the projection onto the columns of G·N: what a shift can
-    do for the data does not count as support for a reshuffle. Exact if the loss is the quadratic of Σ; it
-    needs more examples than groups.
-
-    Args:
-        shifts: G·N, each example's gradient summed over each group: (n, groups).
-
-    Raises:
-        TrainingError: as many groups as examples or more, so that shifts alone could do everything.
-    """
-    n, groups = shifts.shape
-    if n <= groups:
-        raise TrainingError(f"{n} examples cannot tell {groups} free shifts from directions: use more")
-    basis, _ = torch.linalg.qr(shifts.double())
-    rest = torch.eye(n, dtype=torch.float64) - basis @ basis.T
-    return rest @ gram @ rest
 
 
 def limit_weight(support: Tensor, weight: float | Tensor) -> Tensor:
@@ -245,11 +224,6 @@ class ExampleGradients:
             for _, hessian, duals in part.blocks():
                 total += duals.flatten(1) @ hessian.step(duals).flatten(1).T
         return total
-
-    def shifts(self) -> Tensor:
-        """The gradients along steps that cost nothing: (examples, centered groups)."""
-        columns = [part.gradients.double().sum(-1) for part in self._parts if part.hessian.centered]
-        return torch.cat(columns, dim=-1) if columns else torch.zeros(self.examples, 0, dtype=torch.float64)
 
     def rho(self) -> float:
         """ρ̄ = tr(Σ)/tr(H)."""
