@@ -180,6 +180,8 @@ def _check_depth(config: Any, source: str) -> None:
     """Before layers are made: refuse a directory that says it has more of them than its weights can fill."""
     text = config.get_text_config()
     layers, width = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "hidden_size"))
+    if layers < 1:
+        raise BackboneError(f"backbone {source!r} has {layers} layers in its config.json; it needs one")
     files = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]
     held = sum(path.stat().st_size for path in files)
     if files and layers * width > held:

@@ -263,6 +263,7 @@ def own_code(model: Path) -> None:
         (configured(num_attention_heads=0), "cannot be loaded"),
         (configured(hidden_act="nonsense"), "nonsense"),
         (configured(num_hidden_layers=10**9), "1,000,000,000 layers"),
+        (configured(num_hidden_layers=-1), "-1 layers"),
         (configured(hidden_size=10**9), "1,000,000,000 wide"),
         (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 99), "cannot be loaded"),
         (lambda model: (model / "config.json").write_text("[1]"), "cannot be loaded"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from peso.errors import ConfigError, DataError
 from peso.items.encoders.language_model import load_text_encoder
@@ -132,6 +134,52 @@ def test_an_encoder_that_cannot_be_loaded_is_named_with_a_cure(tmp_path: Path, c
         folder.mkdir()
         (folder / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"items.encoder '.*model' cannot be loaded: .*hashing"):
+        load_text_encoder(str(folder), 8)
+
+
+MODULE = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ("", "Expecting value"),
+        ("{}", "not a list of modules"),
+        ("[]", "not a list of modules"),
+        ("[1]", "not a list of modules"),
+        ("[" * 100_000, "recursion"),
+        (json.dumps([{"path": ""}]), "names the class None"),
+        (json.dumps([{**MODULE, "type": "os.system"}]), "names the class 'os.system'"),
+        (json.dumps([MODULE, {**MODULE, "path": "../../etc"}]), "names the folder '../../etc'"),
+        (json.dumps([{**MODULE, "path": 7}]), "names the folder 7"),
+    ],
+)
+def test_broken_modules_are_refused_before_the_library_reads_them(
+    tmp_path: Path, modules: str, message: str
+) -> None:
+    (tmp_path / "modules.json").write_text(modules)
+    with pytest.raises(ConfigError, match=message):
+        load_text_encoder(str(tmp_path), 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+def test_a_damaged_file_of_an_encoder_is_a_sentence(causal_lm_dir: Path, tmp_path: Path, name: str) -> None:
+    for content in (b"", b"null", b"[" * 100_000, b"\xff{}"):
+        folder = shutil.copytree(causal_lm_dir, tmp_path / "model", dirs_exist_ok=True)
+        (folder / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"cannot be loaded: .*hashing"):
+            load_text_encoder(str(folder), 8)
+
+
+def test_an_encoder_without_all_its_weights_is_refused(causal_lm_dir: Path, tmp_path: Path) -> None:
+    """Transformers would draw the others at random."""
+    folder = shutil.copytree(causal_lm_dir, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 weights are not in its files .*up_proj"):
         load_text_encoder(str(folder), 8)
 
 

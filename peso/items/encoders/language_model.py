@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from peso.errors import ConfigError
 from peso.runtime import assets
 from peso.runtime.files import checksum
 
 BATCH_TOKENS = 8_192  # padded tokens of one forward pass
+MODULES = "modules.json"  # of a sentence-transformers model
 _FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 Encode = Callable[[Sequence[str]], np.ndarray]
 
@@ -47,15 +47,18 @@ def load_text_encoder(name: str, max_tokens: int) -> TextEncoder:
     try:
         with _quiet():
             directory, revision = _find(name)
-            packaged = (directory / "modules.json").is_file()
+            packaged = (directory / MODULES).is_file()
             load = _sentence_transformer if packaged else _mean_pooling
-            encode = load(str(directory), max_tokens)
+            encode = load(directory, max_tokens)
+            encode(["text"])
+    except ConfigError:
+        raise
     except _MissingLibrary as error:
         raise ConfigError(
             f"items.encoder {name!r} is a sentence-transformers model; install the library with "
             "`pip install 'peso[text]'`"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+    except Exception as error:  # files that others wrote: there is no end to what may be wrong with them
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"items.encoder {name!r} cannot be loaded: {cause}; name a sentence-transformers or Transformers "
@@ -96,16 +99,27 @@ def _checksums(directory: Path) -> str:
     return " ".join(checksum(path) for path in sorted(directory.rglob("*")) if path.suffix in _FILES)
 
 
-def _sentence_transformer(directory: str, max_tokens: int) -> Encode:
+def _require_modules(directory: Path) -> None:
+    """Raise ValueError for a list of modules that is damaged or names what is elsewhere: the library imports
+    the classes and reads the files that are named there."""
+    modules = json.loads((directory / MODULES).read_text(encoding="utf-8"))
+    if not isinstance(modules, list) or not modules or not all(isinstance(each, dict) for each in modules):
+        raise ValueError(f"{MODULES} is not a list of modules")
+    for module in modules:
+        kind, path = (module.get(key) for key in ("type", "path"))
+        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+            raise ValueError(f"{MODULES} names the class {kind!r}, which is not of the library")
+        if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"{MODULES} names the folder {path!r}, which is not in the model's directory")
+
+
+def _sentence_transformer(directory: Path, max_tokens: int) -> Encode:
+    _require_modules(directory)
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise _MissingLibrary from error
-    modules = json.loads((Path(directory) / "modules.json").read_text(encoding="utf-8"))
-    for module in modules:  # the library imports what is named here
-        if not str(module["type"]).startswith("sentence_transformers."):
-            raise ValueError(f"modules.json names the class {module['type']}, which is not of the library")
-    model = SentenceTransformer(directory, device=_device(), trust_remote_code=False)
+    model = SentenceTransformer(str(directory), device=_device(), trust_remote_code=False)
     limit = model.max_seq_length
     model.max_seq_length = max_tokens if limit is None else min(limit, max_tokens)
 
@@ -116,11 +130,15 @@ def _sentence_transformer(directory: str, max_tokens: int) -> Encode:
     return encode
 
 
-def _mean_pooling(directory: str, max_tokens: int) -> Encode:
+def _mean_pooling(directory: Path, max_tokens: int) -> Encode:
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    model = AutoModel.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    model, report = AutoModel.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    if lacking := sorted(name for name in report["missing_keys"] if "pooler" not in name):  # that is not used
+        raise ValueError(f"{len(lacking)} weights are not in its files ({', '.join(lacking[:3])}, …)")
     model = model.to(_device()).eval()
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     limit = min(max_tokens, positions, tokenizer.model_max_length)
