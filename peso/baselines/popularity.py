@@ -12,20 +12,14 @@ An event that only a ``previous`` list reports counts for the first stage given 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from peso.baselines.answers import BaselineAnswers
 from peso.baselines.baseline import Baseline, Setting
-from peso.errors import ConfigError
 from peso.events.histories import Cases, Stage
-from peso.items.semantic_ids import SemanticIds
-from peso.runtime.progress import Observer, Silent
-
-if TYPE_CHECKING:
-    from peso.evaluation.predictions import CaseLabels, Predictions
+from peso.runtime.progress import Observer
 
 
 class Popularity(Baseline):
@@ -76,44 +70,3 @@ def item_counts(stages: Sequence[Stage], items: int, last: int | None = None) ->
     elif last > 1:
         seen += [stage.current.values for stage in past[-(last - 1) :]]
     return np.bincount(np.concatenate([np.empty(0, dtype=np.int32), *seen]), minlength=items)
-
-
-def predict_popularity(
-    stages: Sequence[Stage],
-    on: Stage,
-    labels: CaseLabels,
-    semantic_ids: SemanticIds,
-    depth: int = 10,
-    last: int | None = None,
-    *,
-    repeats: bool = True,
-) -> Predictions:
-    """Answer the test cases of a stage with the most popular semantic IDs.
-
-    Args:
-        stages: 0 … t, which the list is made from; usually up to ``on``, fewer for an outdated list.
-        on: the stage whose test cases are answered.
-        labels: of those cases (segments.label_cases).
-        depth: semantic IDs in the list.
-        last: see :func:`item_counts`.
-        repeats: whether items that a user has had are listed like others.
-
-    Raises:
-        ConfigError: ``depth`` is more than the catalog has semantic IDs.
-    """
-    from peso.evaluation.predictions import make_predictions
-
-    if depth > semantic_ids.trie.leaves:
-        raise ConfigError(
-            f"a list of {depth} semantic IDs was requested, but the catalog has only "
-            f"{semantic_ids.trie.leaves}; set decoding.beams lower"
-        )
-    popularity = Popularity(Setting(semantic_ids.trie, window=1), last=last)
-    popularity.learn(stages, Silent())
-    cases = on.test_cases(window=1)
-    found = BaselineAnswers(popularity, semantic_ids.trie, repeats=repeats).answer(
-        cases, depth, lambda done: None
-    )
-    return make_predictions(
-        cases, labels, found.leaves, found.scores, found.target_log_probability, semantic_ids
-    )

@@ -35,7 +35,7 @@ from peso.runs.workspace import Workspace, provenance
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
 from peso.runtime.machine import require_memory
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
-from peso.runtime.progress import Observer
+from peso.runtime.progress import Observer, Silent
 from peso.runtime.threads import threads
 
 if TYPE_CHECKING:
@@ -203,18 +203,26 @@ class BaselineRun:
             }
             write_manifest(aside, FORMAT, content)
 
-    def _learn(self, stage: int, aside: Path, observer: Observer) -> tuple[BaselineAnswers, dict[str, Any]]:
-        """Learn a stage, from where the last one left the baseline."""
+    def computed(self, stage: int) -> StageSummary:
+        """The answers to a stage of a baseline that needs no earlier one, made at once and kept nowhere."""
+        learnt, _ = self._learn(stage, None, Silent())
+        return StageSummary(self._test(learnt, stage, Silent()), leaves_out_seen=not learnt.repeats)
+
+    def _learn(
+        self, stage: int, aside: Path | None, observer: Observer
+    ) -> tuple[BaselineAnswers, dict[str, Any]]:
+        """Learn a stage, from where the last one left the baseline; kept in ``aside``, if one is given."""
         from peso.baselines.answers import BaselineAnswers
         from peso.baselines.baseline import repeats_occur
 
         stages = self._until(stage)
         baseline = self._make()
-        if stage:
+        if stage and aside is not None:
             baseline.restore(self._model(stage - 1), stages[:-1])
         figures = baseline.learn(stages, observer)
-        (aside / MODEL).mkdir()
-        baseline.save(aside / MODEL)
+        if aside is not None:
+            (aside / MODEL).mkdir()
+            baseline.save(aside / MODEL)
         validation = stages[-1].validation_cases(self.workspace.config.prompt.window)
         asked = baseline.options.repeats
         repeats = repeats_occur(stages) if asked == "auto" else asked == "keep"

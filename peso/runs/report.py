@@ -11,11 +11,10 @@ from typing import Any
 import duckdb
 
 from peso.config import STRATEGIES, Config, baseline_label, dump_config
-from peso.config.baselines import default_baselines
+from peso.config.baselines import default_baselines, read_baseline
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.metrics import average_metrics, headline_metrics
-from peso.evaluation.predictions import label_cases
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.events.database import identifier, temporary_database
@@ -32,7 +31,7 @@ from peso.events.sources.tables import (
     plain,
 )
 from peso.events.stream import Stream
-from peso.runs.baselines import baseline_summaries, found_baselines
+from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.diagnosis import stream_drift
 from peso.runs.stage import LOG, METRICS, PREDICTIONS, RunStage
 from peso.runs.workspace import Workspace
@@ -127,18 +126,9 @@ def catalogue(workspace: Workspace) -> Catalogue:
 def popularity(workspace: Workspace) -> RunSummary:
     """The most popular items so far, for everybody, kept up to date at every stage of the stream whose items
     have IDs."""
-    from peso.baselines.popularity import predict_popularity
-
-    stream, ids = workspace.stream, workspace.semantic_ids
-    coded = [n for n in range(stream.stages) if stream.items_known(n) <= len(ids.item_ids)]
-    stages = [stream.stage(number) for number in coded]
-    answers = {}
-    for number, stage in enumerate(stages):
-        labels = label_cases(stages[:number], stage)
-        depth = min(workspace.config.decoding.beams, ids.trie.leaves)
-        left_out = workspace.stage(number).leaves_out_seen
-        found = predict_popularity(stages[: number + 1], stage, labels, ids, depth, repeats=not left_out)
-        answers[number] = StageSummary(found, leaves_out_seen=left_out)
+    counted = read_baseline({"name": "popularity", "repeats": workspace.config.decoding.repeats})
+    run = BaselineRun(workspace, counted)
+    answers = {stage: run.computed(stage) for stage in run.stages}
     return RunSummary("popularity", "popularity (all time)", answers, baseline=True)
 
 

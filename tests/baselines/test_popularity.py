@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from peso.baselines.answers import BaselineAnswers
 from peso.baselines.baseline import Setting
-from peso.baselines.popularity import Popularity, item_counts, predict_popularity
-from peso.errors import ConfigError
-from peso.evaluation.predictions import label_cases
+from peso.baselines.popularity import Popularity, item_counts
+from peso.evaluation.predictions import Predictions, label_cases, make_predictions
 from peso.events.histories import Ragged, Stage
 from peso.items.semantic_ids import SemanticIds
+from peso.runtime.progress import Silent
 
 # b and c share an ID
 IDS = SemanticIds(list("abcde"), np.array([[0], [1], [1], [2], [3]], dtype=np.int32), (4,))
@@ -62,8 +62,18 @@ def test_log_probabilities_are_smoothed_frequencies_of_semantic_ids() -> None:
     assert p.sum() == pytest.approx(1)
 
 
+def answers(depth: int, repeats: bool = True) -> Predictions:
+    """Of a list that both stages make, to the test cases of the second."""
+    popularity = Popularity(Setting(IDS.trie, window=1))
+    popularity.learn(STAGES, Silent())
+    cases = STAGES[1].test_cases(window=1)
+    found = BaselineAnswers(popularity, IDS.trie, repeats=repeats).answer(cases, depth, lambda done: None)
+    labels = label_cases(STAGES[:1], STAGES[1])
+    return make_predictions(cases, labels, found.leaves, found.scores, found.target_log_probability, IDS)
+
+
 def test_everyone_gets_the_same_list_best_first() -> None:
-    predictions = predict_popularity(STAGES, STAGES[1], label_cases(STAGES[:1], STAGES[1]), IDS, depth=3)
+    predictions = answers(depth=3)
     assert predictions.users == ["u0", "u2"]
     first, second = predictions.items
     assert first == second
@@ -75,12 +85,6 @@ def test_everyone_gets_the_same_list_best_first() -> None:
 
 
 def test_what_a_user_has_had_can_be_left_out() -> None:
-    labels = label_cases(STAGES[:1], STAGES[1])
-    found = predict_popularity(STAGES, STAGES[1], labels, IDS, depth=4, repeats=False)
+    found = answers(depth=4, repeats=False)
     assert found.users[1] == "u2"  # who has had e, and b, whose ID c has as well
     assert found.items[1] == ["a", "d", "b", "c", "e"]
-
-
-def test_a_list_longer_than_the_catalogue_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"5 semantic IDs .* only 4"):
-        predict_popularity(STAGES, STAGES[1], label_cases(STAGES[:1], STAGES[1]), IDS, depth=5)

@@ -87,10 +87,10 @@ def test_an_update_compares_old_and_new_on_the_same_cases(root: Path, peso: Call
     pipeline.update(workspace, Silent())
     assert reports == [[1], [1, 2]]
     before = files(root)
-    status, out, _ = peso("update", "-w", root)
+    status, out, err = peso("update", "-w", root)
     assert status == 0
     assert "all 3 stages are trained; there is nothing to do" in out
-    assert f"peso ingest NEW --append -w {root}" in out
+    assert f"ingest NEW --append -w {root}" in err
     assert files(root) == before
     assert len(reports) == 2
 
