@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Overrides, duration, next_steps, say, show_results, table, watcher
+from peso.cli.display import Overrides, Trust, duration, next_steps, say, show_results, table, watcher
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +29,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the remaining steps, with time, memory and disk.")
     ] = False,
+    trust: Trust = None,
 ) -> None:
     """Do everything in CONFIG that is not done yet: ingest, tokenize, train and test the stages, report.
 
@@ -40,14 +41,15 @@ def run(
     """
     from peso.config import load_config
     from peso.runs.checks import check_configuration
-    from peso.runs.workspace import Workspace
+    from peso.runs.workspace import Workspace, trusted_classes
     from peso.runtime.processes import join
 
     resolved = load_config(config, overrides or [])
     check_configuration(resolved)
     root = workspace or Path("runs") / config.stem
+    trusted = [*(trust or []), *trusted_classes(resolved, overrides or [], config)]
     if dry_run:
-        preview = Workspace.preview(root, resolved)
+        preview = Workspace.preview(root, resolved, trusted)
         from peso.runs.estimate import estimate
 
         plan = estimate(preview, observer=watcher())
@@ -67,7 +69,7 @@ def run(
     from peso.runs import pipeline
 
     processes = join(resolved.training.device)
-    with Workspace.hold(root, resolved) as opened:
+    with Workspace.hold(root, resolved, trust=trusted) as opened:
         pipeline.run(opened, base=base, observer=watcher())
     if not processes.is_main:
         return

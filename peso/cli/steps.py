@@ -28,7 +28,7 @@ from peso.cli.display import (
 )
 from peso.config.data import FORMATS
 from peso.errors import ConfigError, UsageError
-from peso.runs.workspace import CONFIG, Workspace, require_place
+from peso.runs.workspace import CONFIG, Workspace, require_place, trusted_classes
 from peso.runtime.processes import current
 
 
@@ -433,16 +433,11 @@ def _together(
 ) -> Iterator[Workspace]:
     """:meth:`Workspace.change` for commands that several processes can share."""
     from peso.config import load_config
-    from peso.config.reading import override
     from peso.runtime.processes import join
 
     Workspace.open(path)  # raises where there is none
-    join(load_config(path / CONFIG, overrides or []).training.device)
-    given: dict[str, Any] = {}  # a class named in this call is trusted
-    for text in overrides or []:
-        override(given, text)
-    strategy = given.get("strategy")
-    named = [strategy["module"]] if isinstance(strategy, dict) and "module" in strategy else []
-    trusted = [*(trust or []), *map(str, named)]
+    config = load_config(path / CONFIG, overrides or [])
+    join(config.training.device)
+    trusted = [*(trust or []), *trusted_classes(config, overrides or [])]
     with Workspace.change(path, overrides or [], trust=trusted, later=later) as opened:
         yield opened

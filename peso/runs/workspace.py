@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from peso.config import Config, changed_keys, dump_config, load_config
 from peso.config.parsing import read_tree, shown
-from peso.config.reading import MOST_PROBLEMS, missing_keys, with_earlier_defaults
+from peso.config.reading import (
+    MOST_PROBLEMS,
+    leaves,
+    missing_keys,
+    override,
+    with_earlier_defaults,
+)
 from peso.config.shape import Changes, changed_data, changed_items, changed_shape, is_later
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
 from peso.runs.stage import RunStage
@@ -28,7 +34,8 @@ if TYPE_CHECKING:
     from peso.items.semantic_ids import SemanticIds
 
 CONFIG = "config.yaml"
-PARTS = {CONFIG, LOCK, "stream", "semantic_ids", "stages", "baselines", "report"}
+MADE = ("stream", "semantic_ids", "stages", "baselines", "report")
+PARTS = {CONFIG, LOCK, *MADE}
 
 # What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
 # RunStage.determination. Keys of evaluation, decoding and report may change at any time.
@@ -101,10 +108,12 @@ class Workspace:
 
     @classmethod
     @contextmanager
-    def hold(cls, path: str | Path, config: Config) -> Iterator[Workspace]:
+    def hold(
+        cls, path: str | Path, config: Config, *, trust: Iterable[str] | None = None
+    ) -> Iterator[Workspace]:
         """As :meth:`create_or_open`, and be the only writer of the workspace, see :func:`writing`."""
         with writing(Path(path)):
-            yield current().on_main(lambda: cls._configured(Path(path), config, None, False))
+            yield current().on_main(lambda: cls._configured(Path(path), config, trust, False))
 
     @classmethod
     @contextmanager
@@ -152,13 +161,13 @@ class Workspace:
         return cls(root, config, trust)
 
     @classmethod
-    def preview(cls, path: str | Path, config: Config) -> Workspace:
+    def preview(cls, path: str | Path, config: Config, trust: Iterable[str] | None = None) -> Workspace:
         """As :meth:`create_or_open`, but nothing is written: to say what would be done."""
         root = Path(path)
         _refuse_foreign(root)
         if os.path.isfile(root / CONFIG):
             cls.open(root).refuse_changes(config)
-        return cls(root, config)
+        return cls(root, config, trust)
 
     def refuse_changes(self, config: Config, *, later: bool = False, anew: str = "") -> None:
         """Raise WorkspaceError if `config` differs where something that is done depends on it.
@@ -375,6 +384,18 @@ def _read_resolved(path: Path) -> Config:
             "holds it under `configuration`"
         )
     return config
+
+
+def trusted_classes(config: Config, overrides: Sequence[str], file: Path | None = None) -> list[str]:
+    """Classes that a configuration names, and that the caller has named as well: in ``overrides``, or in a
+    ``file`` of the caller's own, which ``config.yaml`` of a workspace is not."""
+    if file is not None and not (file.name == CONFIG and any((file.parent / p).is_dir() for p in MADE)):
+        return config.strategy.foreign
+    given: dict[str, Any] = {}
+    for text in overrides:
+        override(given, text)
+    named = {value for _, value in leaves(given) if isinstance(value, str)}
+    return [name for name in config.strategy.foreign if name in named]
 
 
 @contextmanager

@@ -570,6 +570,40 @@ def test_what_this_call_names_is_trusted(copied: Callable[[int], Workspace], pes
     assert status == 0, said
 
 
+def test_a_proximal_term_that_this_call_names_is_trusted(
+    copied: Callable[[int], Workspace], peso: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_term.py").write_text(
+        "from peso.adapters.proximal import find_term\nclass Mine(find_term('l2')): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    root = copied(1).root
+    options = ("--set", "strategy=peso", "--set")
+    status, _, said = peso("update", "-w", root, *options, "strategy.proximal=a_term.Mine")
+    assert status == 0, said
+    status, _, said = peso("update", "-w", root, "--set", "strategy.strength=2")
+    assert status == 1
+    assert "--trust a_term.Mine" in said
+
+
+def test_the_file_of_a_workspace_is_not_the_caller_s_own(
+    copied: Callable[[int], Workspace], peso: Any, tmp_path: Path
+) -> None:
+    workspace = copied(1)
+    edit(workspace, strategy={"name": "custom", "module": OWN, "arguments": {}})
+    file = workspace.root / "config.yaml"
+    MADE.clear()
+    for place in (workspace.root, tmp_path / "new"):
+        for more in ([], ["--dry-run"]):
+            status, _, said = peso("run", file, "-w", place, *more)
+            assert (status, MADE) == (1, [])
+            assert f"--trust {OWN}" in said
+    assert peso("run", file, "-w", workspace.root, "--trust", OWN)[0] == 0
+    assert MADE
+    own = shutil.copy(file, tmp_path / "config.yaml")
+    assert peso("run", own, "-w", workspace.root)[0] == 0
+
+
 @pytest.mark.parametrize(
     "module", ["os.system", "os.path.join", "builtins.exec", "pathlib.Path", "json", "", ".x"]
 )
