@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 from peso.baselines.baseline import Baseline, Setting
 from peso.config.model import MOST_EPOCHS
-from peso.events.histories import Stage
+from peso.events.histories import Cases, Stage
 from peso.runtime.device import reproducible
 from peso.runtime.machine import TRAINED
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
 
 MAX_GRADIENT_NORM = 1.0
+VALIDATED_AT_ONCE = 256  # cases
 
 
 class Network(Baseline):
@@ -48,9 +50,77 @@ class Network(Baseline):
         def memory(self, items: int, users: int, window: int) -> int:
             return TRAINED * items * self.width + 4 * min(self.batch_size, users) * items
 
+    network: Any  # an nn.Module, on the device
+
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
         self.seed, self.device = setting.seed, torch.device(setting.device)
+
+    @abstractmethod
+    def log_probabilities(self, cases: Cases) -> Tensor:
+        """(n, items): of every item as the next one of each case."""
+
+    @torch.no_grad()
+    def scores(self, cases: Cases) -> np.ndarray:
+        with threads(self.network):
+            return self.log_probabilities(cases).cpu().numpy()
+
+    def fit(
+        self, stage: Stage, loss_of: Callable[[np.ndarray], Tensor], examples: int, observer: Observer
+    ) -> dict[str, Any]:
+        """AdamW on minibatches; stops early, and leaves the network in its best state, in evaluation mode.
+
+        Args:
+            loss_of: the mean loss over the examples with these numbers.
+            examples: how many there are.
+
+        Returns: the figures of :class:`Fit`.
+        """
+        network, options, later = self.network, self.options, stage.number > 0
+        rate = options.learning_rate * (options.later_learning_rate_scale if later else 1.0)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=options.weight_decay)
+        generator = np.random.default_rng([self.seed, stage.number])
+        steps, cases = -(-examples // options.batch_size), stage.validation_cases(self.window)
+        observer.begin(f"learn stage {stage.number}", steps * options.epochs, "steps")
+        began, losses = time.perf_counter(), list[float]()
+        best = copy.deepcopy(network.state_dict())
+        with (
+            torch.random.fork_rng(devices=_devices(self.device)),
+            reproducible(self.device),
+            threads(network),
+        ):
+            torch.manual_seed(int(generator.integers(2**31)))  # dropout
+            for epoch in range(options.epochs):
+                network.train()
+                order = generator.permutation(examples)
+                for step, begin in enumerate(range(0, examples, options.batch_size), 1):
+                    optimizer.zero_grad()
+                    loss = loss_of(order[begin : begin + options.batch_size])
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+                    optimizer.step()
+                    observer.advance(epoch * steps + step, epoch=epoch + 1, loss=float(loss.detach()))
+                network.eval()
+                losses.append(self._target_loss(cases))
+                if losses[-1] == min(losses):
+                    best = copy.deepcopy(network.state_dict())
+                if epoch - int(np.argmin(losses)) >= options.patience:
+                    break
+        observer.end()
+        network.load_state_dict(best)
+        network.eval()
+        return asdict(Fit(int(np.argmin(losses)) + 1, losses, examples, time.perf_counter() - began))
+
+    @torch.no_grad()
+    def _target_loss(self, cases: Cases) -> float:
+        """Minus the mean log-probability of the targets."""
+        total = 0.0
+        for begin in range(0, len(cases), VALIDATED_AT_ONCE):
+            some = cases.take(np.arange(begin, min(begin + VALIDATED_AT_ONCE, len(cases))))
+            scores = self.log_probabilities(some)
+            own = torch.from_numpy(some.targets.astype(np.int64)).to(scores.device)
+            total -= float(scores.gather(1, own[:, None]).double().sum())
+        return total / len(cases)
 
     @classmethod
     def timed(
@@ -73,74 +143,6 @@ class Fit:
     validation_loss: list[float]
     examples: int
     seconds: float
-
-
-def fit(
-    module: nn.Module,
-    loss_of: Callable[[np.ndarray], Tensor],
-    examples: int,
-    validate: Callable[[], float],
-    options: Network.Options,
-    stage: int,
-    seed: int,
-    observer: Observer,
-) -> Fit:
-    """AdamW on minibatches; stops early, and leaves the module in its best state, in evaluation mode.
-
-    Args:
-        loss_of: the mean loss over the examples with these numbers.
-        examples: how many there are.
-        validate: the loss over the validation cases.
-    """
-    rate = options.learning_rate * (options.later_learning_rate_scale if stage else 1.0)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=options.weight_decay)
-    generator = np.random.default_rng([seed, stage])
-    steps = -(-examples // options.batch_size)
-    observer.begin(f"learn stage {stage}", steps * options.epochs, "steps")
-    began, losses = time.perf_counter(), list[float]()
-    best = copy.deepcopy(module.state_dict())
-    device = next(module.parameters()).device
-    with torch.random.fork_rng(devices=_devices(device)), reproducible(device), threads(module):
-        torch.manual_seed(int(generator.integers(2**31)))  # dropout
-        for epoch in range(options.epochs):
-            module.train()
-            order = generator.permutation(examples)
-            for step, begin in enumerate(range(0, examples, options.batch_size), 1):
-                optimiser.zero_grad()
-                loss = loss_of(order[begin : begin + options.batch_size])
-                loss.backward()
-                nn.utils.clip_grad_norm_(module.parameters(), MAX_GRADIENT_NORM)
-                optimiser.step()
-                observer.advance(epoch * steps + step, epoch=epoch + 1, loss=float(loss.detach()))
-            module.eval()
-            losses.append(validate())
-            if losses[-1] == min(losses):
-                best = copy.deepcopy(module.state_dict())
-            if epoch - int(np.argmin(losses)) >= options.patience:
-                break
-    observer.end()
-    module.load_state_dict(best)
-    module.eval()
-    return Fit(int(np.argmin(losses)) + 1, losses, examples, time.perf_counter() - began)
-
-
-@torch.no_grad()
-def mean_target_loss(
-    log_probabilities: Callable[[np.ndarray], Tensor], targets: np.ndarray, batch_size: int = 256
-) -> float:
-    """Minus the mean log-probability of the targets.
-
-    Args:
-        log_probabilities: (n, items) of the cases with these numbers.
-        targets: int (cases,).
-    """
-    total = 0.0
-    for begin in range(0, len(targets), batch_size):
-        rows = np.arange(begin, min(begin + batch_size, len(targets)))
-        scores = log_probabilities(rows)
-        own = torch.from_numpy(targets[rows].astype(np.int64)).to(scores.device)
-        total -= float(scores.gather(1, own[:, None]).double().sum())
-    return total / len(targets)
 
 
 def seeded(seed: Sequence[int], make: Callable[[], nn.Module]) -> nn.Module:

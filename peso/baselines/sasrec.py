@@ -12,7 +12,6 @@ from the weights of the stage before; items that the catalog gains later get fre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peso.baselines.baseline import Setting, padded
-from peso.baselines.fitting import Network, fit, mean_target_loss, seeded
+from peso.baselines.fitting import Network, seeded
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import LAYER, TRAINED
 from peso.runtime.progress import Observer
-from peso.runtime.threads import threads
 
 WEIGHTS = "sasrec.safetensors"
 NO_TARGET = -1
@@ -106,23 +104,7 @@ class SasRec(Network):
             asked = expected != NO_TARGET
             return nn.functional.nll_loss(self.network.log_probabilities(states[asked]), expected[asked])
 
-        cases = stage.validation_cases(self.window)
-        result = fit(
-            self.network,
-            loss_of,
-            len(inputs),
-            lambda: mean_target_loss(lambda rows: self._of(cases.take(rows)), cases.targets),
-            self.options,
-            stage.number,
-            self.seed,
-            observer,
-        )
-        return asdict(result)
-
-    @torch.no_grad()
-    def scores(self, cases: Cases) -> np.ndarray:
-        with threads(self.network):
-            return self._of(cases).cpu().numpy()
+        return self.fit(stage, loss_of, len(inputs), observer)
 
     def save(self, directory: Path) -> None:
         state = self.network.state_dict()
@@ -142,7 +124,7 @@ class SasRec(Network):
 
         return cast(CausalItems, seeded([self.seed, self.items, 3], make)).to(self.device).eval()
 
-    def _of(self, cases: Cases) -> Tensor:
+    def log_probabilities(self, cases: Cases) -> Tensor:
         rows = torch.from_numpy(padded(cases.histories, self.window, self.items)).to(self.device)
         lengths = torch.tensor([min(len(history), self.window) for history in cases.histories])
         last = lengths.clamp(min=1).to(self.device) - 1  # an empty history: the state after padding

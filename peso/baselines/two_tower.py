@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peso.baselines.baseline import Setting, padded
-from peso.baselines.fitting import Network, fit, mean_target_loss, seeded
+from peso.baselines.fitting import Network, seeded
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import TRAINED
 from peso.runtime.progress import Observer
-from peso.runtime.threads import threads
 
 WEIGHTS, USERS = "two_tower.safetensors", "users.json"
 
@@ -78,7 +76,7 @@ class TwoTower(Network):
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
         self.users: dict[str, int] = {}  # to rows of the table, from 1
-        self.towers = self._fresh(0)
+        self.network = self._fresh(0)
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
         stage = stages[-1]
@@ -94,23 +92,7 @@ class TwoTower(Network):
             scores = self._forward(rows[of_sequence] * known, histories)
             return nn.functional.nll_loss(scores, torch.from_numpy(targets).to(self.device))
 
-        cases = stage.validation_cases(self.window)
-        result = fit(
-            self.towers,
-            loss_of,
-            len(examples),
-            lambda: mean_target_loss(lambda some: self._of(cases.take(some)), cases.targets),
-            self.options,
-            stage.number,
-            self.seed,
-            observer,
-        )
-        return asdict(result)
-
-    @torch.no_grad()
-    def scores(self, cases: Cases) -> np.ndarray:
-        with threads(self.towers):
-            return self._of(cases).cpu().numpy()
+        return self.fit(stage, loss_of, len(examples), observer)
 
     def save(self, directory: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in self._state().items()}, directory / WEIGHTS)
@@ -136,11 +118,11 @@ class TwoTower(Network):
                 rows = state[name].to(tensor.device)
                 tensor[: len(rows)] = rows
             towers.history.weight[self.items] = 0
-        self.towers = towers.eval()
+        self.network = towers.eval()
 
     def _state(self) -> dict[str, Tensor]:
         """Without the padding row, which follows the last item."""
-        state = self.towers.state_dict()
+        state = self.network.state_dict()
         return {**state, "history.weight": state["history.weight"][:-1]}
 
     def _fresh(self, users: int) -> Towers:
@@ -149,12 +131,12 @@ class TwoTower(Network):
 
         return cast(Towers, seeded([self.seed, self.items, 2], make)).to(self.device)
 
-    def _of(self, cases: Cases) -> Tensor:
+    def log_probabilities(self, cases: Cases) -> Tensor:
         rows = np.array([self.users.get(user, 0) for user in cases.users])
         return self._forward(rows, padded(cases.histories, self.window, self.items))
 
     def _forward(self, rows: np.ndarray, histories: np.ndarray) -> Tensor:
-        return self.towers(
+        return self.network(
             torch.from_numpy(rows).to(self.device), torch.from_numpy(histories).to(self.device)
         )
 
