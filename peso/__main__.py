@@ -1,5 +1,22 @@
-"""`python -m peso`, and with it `torchrun --nproc-per-node 2 -m peso run …`: the `peso` command."""
+"""The `peso` command, as `python -m peso` and with it `torchrun --nproc-per-node 2 -m peso run …`."""
 
-from peso.cli.app import main
+import signal
+import sys
 
-main()
+
+def main() -> None:
+    """Call the command line, which takes a moment to load: Ctrl-C and SIGTERM end that like anything else."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        from peso.cli.app import main as command
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        from peso.runtime.failures import AGAIN, HOW_STOPPED, INTERRUPTED, TERMINATED
+
+        status = INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else TERMINATED
+        print(f"\n{HOW_STOPPED[status]}; {AGAIN}", file=sys.stderr)
+        sys.exit(status)
+    command()
+
+
+if __name__ == "__main__":
+    main()

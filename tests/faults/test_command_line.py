@@ -300,6 +300,31 @@ def test_sigterm_ends_with_a_message_and_its_own_exit_status(work, tmp_path):
         assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
+LOADING = """
+import os, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Interrupting())
+from peso.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated by SIGTERM")],
+)
+def test_an_interruption_while_the_command_is_loaded_is_one_too(number, status, message):
+    program = LOADING.format(number=int(number))
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == status
+    assert found.stderr.strip() == f"{message}; run the same command again to continue"
+
+
 def test_sigterm_ends_the_processes_of_a_comparison_too(peso, monkeypatch, tmp_path):
     (tmp_path / "c.yaml").write_text(
         "data: {format: simulate, simulate: {users: 60, items: 30, stages: 2}}\n"
