@@ -222,7 +222,7 @@ def _more_often(stage: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     return bool(fisher_exact(table, alternative="greater").pvalue < CHANCE)
 
 
-def rows(fitness: Mapping[str, Any]) -> list[tuple[str, int, float | None, int, int | None]]:
+def fitness_rows(fitness: Mapping[str, Any]) -> list[tuple[str, int, float | None, int, int | None]]:
     """The entry of that name in the manifest, a row for each group of items: its name, how many, their error,
     how many want an ID that is taken, how many share one. None at all where nothing was fitted."""
     groups = [("fitted", fitness.get("fit")), ("held out of stage 0", fitness.get("held_out"))]

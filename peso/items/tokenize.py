@@ -25,7 +25,6 @@ from safetensors.numpy import load_file, save_file
 from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError
 from peso.items import quality
-from peso.items import quality as fitness
 from peso.items.category_path import LIMIT, Frozen, category_path_ids, category_tree
 from peso.items.index_files import EARLIER, FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.placement import Arrival, groups_of
@@ -93,7 +92,7 @@ def tokenize(
     if config.quantizer == "category-path":
         return _by_category(items, config, None, None, directory, seed, cache, observer)
     spared = np.zeros(len(items), bool)
-    spared[base] = fitness.held_out(int(base.sum()), seed)
+    spared[base] = quality.held_out(int(base.sum()), seed)
     rows = np.flatnonzero(base & ~spared)
     encoder, vectors = ItemEncoder.fit(items, rows, config, seed, cache, observer)
     rows = rows[vectors.known[rows]]
@@ -227,7 +226,7 @@ def take_back(items: pa.Table, stages: int, source: Path, directory: Path) -> No
         content = {**manifest, "quality": quality.of_codes(ids, items["title"].to_pylist())}
         if fit := manifest.get("fitness"):
             fit = {**fit, "stages": [stage for stage in fit["stages"] if stage["stage"] < stages]}
-            content["fitness"] = {**fit, "warnings": fitness.refit_warnings(fit)}
+            content["fitness"] = {**fit, "warnings": quality.refit_warnings(fit)}
     write_semantic_ids(ids, directory, {**content, **({EARLIER: earlier} if earlier else {})})
 
 
@@ -338,7 +337,7 @@ def _write(
         "collisions_before": quality.collisions(arrival.wanted),
         **quality.of_codes(ids, titles),
         "reconstruction_error": (
-            fitness.quantisation_error(books, vectors, ids.codes[:, : len(books.sizes)], known)
+            quality.quantisation_error(books, vectors, ids.codes[:, : len(books.sizes)], known)
             if books.sizes
             else None
         ),
@@ -348,7 +347,7 @@ def _write(
     }
     if books.sizes:
         _tell(measured, ids, observer)
-    warnings = fitness.refit_warnings(state)
+    warnings = quality.refit_warnings(state)
     for warning in warnings:
         observer.note(warning)
     content = {

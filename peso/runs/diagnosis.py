@@ -108,7 +108,7 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
         ),
     ]
     told = (found["semantic_ids"] or {}).get("fitness", {})
-    if fit := [list(row) for row in quality.rows(told)]:
+    if fit := [list(row) for row in quality.fitness_rows(told)]:
         tables.append(("do the codes fit: items that came after they were made", ["items", *FITNESS], fit))
     if found["anchor"]:
         anchor = ["stage", *ANCHOR.values(), "weight", "strength", "ρ̄", "±"]

@@ -12,7 +12,6 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.report.sections.section import Section, distinct, labelled, section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.items import quality
-from peso.items import quality as fitness
 from peso.items.semantic_ids import token_name
 
 Stage = Mapping[str, Any]
@@ -245,7 +244,7 @@ def _fitness(indices: Sequence[Index]) -> Table:
         [
             [labelled(name.capitalize(), label), *map(_cell, figures)]
             for label, index in indices
-            for name, *figures in fitness.rows(index["fitness"])
+            for name, *figures in quality.fitness_rows(index["fitness"])
         ],
         "Codes fit the items they were trained on best: compare with the items held out.",
     )
