@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peso.adapters.earlier import lora_layers
+from peso.adapters.groups import lora_layers
 from peso.config import load_config
 from peso.model.backbone import byte_tokenizer, small_llama
 from peso.runs import pipeline

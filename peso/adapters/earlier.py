@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from peso.adapters.groups import lora_layers
 from peso.adapters.lora import adapter_state
 
 PAST = "past"
@@ -190,12 +190,3 @@ def as_one_adapter(backbone: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     down = {f"{begin}{name}.lora_A.weight": scale * rows for name, rows in total.down.items()}
     up = {f"{begin}{name}.lora_B.weight": columns.contiguous() for name, columns in total.up.items()}
     return config, down | up
-
-
-def lora_layers(backbone: nn.Module) -> dict[str, Any]:
-    """LoRA layers by the name of their module in the backbone."""
-    return {
-        path.rpartition("base_model.model.")[2]: layer
-        for path, layer in backbone.named_modules()
-        if isinstance(layer, LoraLayer)
-    }

@@ -89,22 +89,27 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> tuple[str, dict
     Raises:
         TrainingError: no LoRA layer, no such adapter, or several active at once.
     """
-    from peft.tuners.lora import LoraLayer  # PEFT is loaded only for models
-
-    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    layers = lora_layers(model)
     if not layers:
         raise TrainingError(
             f"no LoRA adapter found in {type(model).__name__}: "
             "attach one first with peft.get_peft_model(model, peft.LoraConfig(...))"
         )
-    name = adapter or _active(layers)
+    name = adapter or _active(layers.values())
     found = {
-        _plain(path): layer for path, layer in layers if name in (*layer.lora_A, *layer.lora_embedding_A)
+        path: layer for path, layer in layers.items() if name in (*layer.lora_A, *layer.lora_embedding_A)
     }
     if not found:
-        known = sorted({known for _, layer in layers for known in (*layer.lora_A, *layer.lora_embedding_A)})
+        known = sorted({n for layer in layers.values() for n in (*layer.lora_A, *layer.lora_embedding_A)})
         raise TrainingError(f"the model has no LoRA adapter {name!r}; it has {', '.join(known)}")
     return name, found
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers of PEFT in a model, by the name of their module without wrappers."""
+    from peft.tuners.lora import LoraLayer  # PEFT is loaded only for models
+
+    return {_plain(path): layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
@@ -166,8 +171,8 @@ def _of_model(model: nn.Module, adapter: str | None) -> list[Group]:
     return groups
 
 
-def _active(layers: list[tuple[str, Any]]) -> str:
-    active = sorted({name for _, layer in layers for name in layer.active_adapters})
+def _active(layers: Iterable[Any]) -> str:
+    active = sorted({name for layer in layers for name in layer.active_adapters})
     if len(active) > 1:
         active = [name for name in active if name != PAST]
     if len(active) != 1:

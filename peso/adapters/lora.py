@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peso.adapters.groups import lora_layers
 from peso.errors import BackboneError, WorkspaceError
 from peso.runtime.files import write_json
 
@@ -66,11 +66,10 @@ def redraw_adapter(peft_model: PeftModel, seed: Sequence[int]) -> None:
     """Draw the trained adapter anew, as :func:`add_adapter` does: A from ``seed``, B zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
-        for module in peft_model.modules():
-            if isinstance(module, LoraLayer):
-                place = module.lora_A["default"].weight.device
-                module.to("cpu").reset_lora_parameters("default", init_lora_weights=True)
-                module.to(place)
+        for layer in lora_layers(peft_model).values():
+            place = layer.lora_A["default"].weight.device
+            layer.to("cpu").reset_lora_parameters("default", init_lora_weights=True)
+            layer.to(place)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from peso.adapters.earlier import as_one_adapter
+from peso.adapters.groups import lora_layers
 from peso.adapters.lora import weights_without_adapter, write_adapter
 from peso.errors import ExportError
 from peso.model.backbone import embedding_scale
@@ -160,12 +160,9 @@ def _merged_weights(causal_lm: nn.Module) -> dict[str, Tensor]:
     """W + (alpha / rank) · B A of every layer that has an active adapter, in float32 (PEFT's own would round
     to the precision of W); the layers stay as they are."""
     result = {}
-    for name, module in causal_lm.named_modules():
-        if isinstance(module, LoraLayer):
-            deltas = [
-                module.get_delta_weight(a).float() for a in module.active_adapters if a in module.lora_A
-            ]
-            result[f"{name}.weight"] = sum(deltas, module.get_base_layer().weight.float())
+    for name, layer in lora_layers(causal_lm).items():
+        deltas = [layer.get_delta_weight(a).float() for a in layer.active_adapters if a in layer.lora_A]
+        result[f"{name}.weight"] = sum(deltas, layer.get_base_layer().weight.float())
     return result
 
 

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peso.adapters.groups import lora_layers
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 
@@ -38,7 +39,7 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
     if isinstance(model, Ensemble):
         first, second = (for_inference(member) for member in model.members)
         return Ensemble(first, second, model.shares[0]).eval()
-    layers = {name: layer for name, layer in model.causal_lm.named_modules() if isinstance(layer, LoraLayer)}
+    layers = lora_layers(model.causal_lm)
     exact = model.dtype in _EXACT
     own = (
         {id(p) for layer in layers.values() for p in layer.get_base_layer().parameters()} if exact else set()

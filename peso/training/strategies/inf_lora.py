@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peso.adapters.earlier import TRAINED, Past, lora_layers, put_past, read_adapter
+from peso.adapters.earlier import TRAINED, Past, put_past, read_adapter
+from peso.adapters.groups import lora_layers
 from peso.adapters.lora import redraw_adapter
 from peso.config.strategy import StrategyOptions
 from peso.errors import TrainingError

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from peso.adapters.earlier import Past, lora_layers, put_adapter, read_adapter
+from peso.adapters.earlier import Past, put_adapter, read_adapter
+from peso.adapters.groups import lora_layers
 from peso.adapters.lora import redraw_adapter
 from peso.config.strategy import StrategyOptions
 from peso.events.histories import TargetSequence

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategy_runs import RANK, SCALE, Runs, changes_at, factors, state
 from torch import Tensor
 
-from peso.adapters.earlier import lora_layers
+from peso.adapters.groups import lora_layers
 from peso.runs.workspace import Workspace
 from peso.training.examples import StageExamples
 from peso.training.strategies.inf_lora import Protected, protected
