@@ -133,8 +133,8 @@ class Hybrid(Fusion):
                     exclude=seen,
                     targets=part.targets,
                 )
-            assert theirs.targets is not None
-            of_llm.append(theirs.targets.sum(axis=-1, dtype=np.float64))
+            assert theirs.target_scores is not None
+            of_llm.append(theirs.target_scores.astype(np.float64))
             parts.append(joined(_scored(every, theirs), _scored(every, judged)))
             of_targets.append(every[np.arange(len(part)), trie.leaf_of[part.targets]])
             done += len(part)

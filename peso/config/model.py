@@ -95,6 +95,21 @@ class AdapterConfig(Section):
     targets: list[str] = Field([*LINEAR_LAYERS], min_length=1)
 
 
+class HeadConfig(Section):
+    """What an answer is made of: ``codes``, the semantic IDs that the model generates; ``items``, these and
+    an item head (docs/explanation/item-head.md)."""
+
+    name: Literal["codes", "items"] = "codes"
+    weight: float = Field(
+        1.0, gt=0, description="items only: of an item's loss, beside that of all its codes together"
+    )
+
+
+def expand_head(value: Any) -> Any:
+    """The short form of the section, a name alone, written out."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 def expand_backbone(value: Any) -> Any:
     """The short form of the section, a name alone, written out."""
     return {"name": value} if isinstance(value, str) else value

@@ -34,6 +34,8 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
     shape: dict[str, Any] = {key: tree[key] for key in SHAPES_A_STAGE} | {"seed": config.seed_of_stage(stage)}
     if not shape["backbone"].get("dropout"):  # earlier versions had none
         shape["backbone"].pop("dropout", None)
+    if config.head.name == "items":
+        shape["head"] = tree["head"]
     if stage:
         later = config.model_dump(mode="json", include={"training": {"later"}})["training"]
         return shape | {"training": shape["training"] | later, "strategy": tree["strategy"]}

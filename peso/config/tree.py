@@ -15,10 +15,12 @@ from peso.config.model import (
     BackboneConfig,
     DecodingConfig,
     EvaluationConfig,
+    HeadConfig,
     PromptConfig,
     ReportConfig,
     TrainingConfig,
     expand_backbone,
+    expand_head,
 )
 from peso.config.parsing import Section
 from peso.config.strategy import DEFAULT, StrategyConfig, strategy_options
@@ -34,6 +36,9 @@ class Config(Section):
     backbone: Annotated[BackboneConfig, BeforeValidator(expand_backbone)] = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
     adapter: AdapterConfig = AdapterConfig()
+    head: Annotated[HeadConfig, BeforeValidator(expand_head)] = Field(
+        HeadConfig(), exclude_if=lambda head: head == HeadConfig()
+    )
     strategy: StrategyConfig = Field(default_factory=lambda: strategy_options(DEFAULT))
     training: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()

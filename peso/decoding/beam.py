@@ -2,8 +2,11 @@
 
 The prompt of a user is computed once. Beams are extra positions after it, each of which sees the prompt, its
 own ancestors and itself, so nothing is copied or reordered when a beam splits or ends. An item is complete
-with its last code, so there is no end token and no step after the last code. If targets are given, the path
-of each is one more beam that no other sees, which scores it without a second prompt.
+with its last code, so there is no end token and no step after the last code. A path that is given, such as a
+target's, is one more beam that no other sees, which scores it without a second prompt.
+
+A model with an item head answers from both: candidates are the beams' semantic IDs and as many that the head
+finds best, whose paths are given. See :mod:`peso.decoding.pool`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peso.decoding.filters import NodeFilter
+from peso.decoding.pool import Candidates, best_leaves, leaf_codes, leaf_log_probabilities, pool
 from peso.decoding.prompt import Opening, run_prompts
 from peso.decoding.trie_step import Selection, TrieTensors, select
 from peso.errors import BackboneError
@@ -40,15 +43,17 @@ class Beams:
     """The best semantic IDs of each user, best first.
 
     leaves: int64 (users, beams), leaves of the catalog's trie, -1 where fewer exist.
-    scores: float32 (users, beams), log-probability of the codes under the model's ``loss_vocabulary``; -inf
-        where there is no leaf.
+    scores: float32 (users, beams), log-probability of the codes under the model's ``loss_vocabulary``; of a
+        model with an item head that of the pool (:mod:`peso.decoding.pool`); -inf where there is no leaf.
     targets: float32 (users, levels), ln p(c_l | history, c_1 … c_{l-1}) of each code of each user's target,
         normalized alike; None where no targets were given.
+    target_scores: float32 (users,), of each user's target what ``scores`` are of the leaves; None likewise.
     """
 
     leaves: np.ndarray
     scores: np.ndarray
     targets: np.ndarray | None = None
+    target_scores: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -62,6 +67,7 @@ def search(
     allow: np.ndarray | Sequence[np.ndarray] | None = None,
     targets: np.ndarray | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_candidates: Callable[[np.ndarray, Candidates], None] | None = None,
     processes: Processes = ALONE,
 ) -> Beams:
     """The ``beams`` best semantic IDs that may follow each history.
@@ -78,6 +84,8 @@ def search(
         targets: int (users,), the item row of each user that is scored beside, whatever the search finds or
             may find.
         on_progress: called with the number of users done so far.
+        on_candidates: of a model with an item head, called after each batch with the numbers of its users and
+            all their candidates.
         processes: each computes its share of the batches, which are those of a single process, so that not
             even the rounding differs; every one gets the result of all.
 
@@ -98,10 +106,11 @@ def search(
 
     leaves = np.full((len(histories), beams), -1, dtype=np.int64)
     scores = np.full((len(histories), beams), -np.inf, dtype=np.float32)
-    of_targets = None if targets is None else np.zeros((len(targets), model.semantic_ids.levels), np.float32)
-    paths = None if targets is None else model.semantic_ids.codes[targets]
+    of_targets = np.zeros((len(histories), model.semantic_ids.levels), np.float32)
+    of_pool = np.zeros(len(histories), np.float32)
+    wanted = None if targets is None else model.semantic_ids.trie.leaf_of[targets]
     if not len(histories):
-        return Beams(leaves, scores, of_targets)
+        return Beams(leaves, scores, *(() if targets is None else (of_targets, of_pool)))
     if catalogue is None:
         if targets is not None:
             raise ValueError("targets cannot be scored beside a search of nothing")
@@ -127,27 +136,33 @@ def search(
                 None if own is None else [own[u] for u in users],
             )
             batch = [prompts[u] for u in users]
+            lengths = torch.tensor([min(len(histories[u]), window) for u in users], device=model.device)
             found = _search_batch(
                 model,
-                catalogue.trie,
+                catalogue,
                 batch,
                 opening,
                 beams,
                 admitted,
-                None if paths is None else paths[users],
+                lengths,
+                None if wanted is None else wanted[users],
             )
             width = found.leaves.shape[1]
-            leaves[users, :width] = catalogue.leaves(found.leaves)
-            scores[users, :width] = found.scores
-            if of_targets is not None:
-                of_targets[users] = found.targets
+            leaves[users, :width] = found.leaves.cpu().numpy()
+            scores[users, :width] = found.scores.cpu().numpy()
+            if found.targets is not None and found.target_scores is not None:
+                of_targets[users] = found.targets.cpu().numpy()
+                of_pool[users] = found.target_scores.cpu().numpy()
+            if on_candidates is not None and found.candidates is not None:
+                on_candidates(users, found.candidates)
             computed[users] = True
             if on_progress is not None:
                 on_progress(min(start + together, len(order)))
     return Beams(
         processes.merge(leaves, computed),
         processes.merge(scores, computed),
-        None if of_targets is None else processes.merge(of_targets, computed),
+        None if targets is None else processes.merge(of_targets, computed),
+        None if targets is None else processes.merge(of_pool, computed),
     )
 
 
@@ -167,52 +182,91 @@ def _ready(model: GenerativeModel) -> Iterator[None]:
 
 def _search_batch(
     model: GenerativeModel,
-    catalogue: ItemTrie,
+    catalogue: _Catalogue,
     prompts: Sequence[np.ndarray],
     opening: Opening,
     beams: int,
     admitted: NodeFilter | None,
-    paths: np.ndarray | None = None,
-) -> Beams:
-    """``paths``: int (users, levels), the codes of each user's target."""
+    lengths: Tensor,
+    targets: np.ndarray | None = None,
+) -> _Found:
+    """
+    Args:
+        lengths: int64 (users,), items of each history in its prompt.
+        targets: int (users,), the leaf of each user's target.
+    """
     device, users = model.device, len(prompts)
-    path = None if paths is None else torch.from_numpy(paths).long().to(device)
-    trie = TrieTensors.of(catalogue, device)
+    trie = TrieTensors.of(catalogue.trie, device)
     admitted = None if admitted is None else admitted.to(device)
-    widths = [min(beams, nodes) for nodes in catalogue.nodes]
-    beside = 0 if path is None else 1
-    room = sum(width + beside for width in widths[:-1])
+    widths = [min(beams, nodes) for nodes in catalogue.trie.nodes]
+    given = widths[-1] * model.has_item_head + (targets is not None)  # paths beside the beams
+    room = sum(width + given for width in widths[:-1])
     prompted = run_prompts(model, prompts, opening, room)
+
+    of_items = best = None
+    followed = []  # int64 (users, n) leaves of the trie of all items, whose paths are given
+    if model.has_item_head:
+        of_items = leaf_log_probabilities(model, prompted.last)
+        best = best_leaves(of_items, catalogue.full_leaves(device), widths[-1], admitted)
+        followed.append(best.clamp_min(0))
+    if targets is not None:
+        followed.append(torch.from_numpy(targets).long().to(device).unsqueeze(1))
+    paths = leaf_codes(model.semantic_ids, torch.cat(followed, dim=1)) if followed else None
 
     hidden = prompted.last.unsqueeze(1)  # (users, beams, width)
     seen = prompted.visible.unsqueeze(1)  # (users, beams, tokens in the cache)
     step = Selection.root(users, device)
-    of_path = []
+    of_paths = []
     everyone = slice(0, users)
     for level, width in enumerate(widths):
         if level:
             prompted.cache.move(everyone, seen.shape[-1])
             codes, parents = step.codes, step.parents
-            if path is not None:  # behind the beams, continuing the last of those before
-                codes = torch.cat([codes, path[:, level - 1 : level]], dim=1)
-                parents = F.pad(parents, (0, 1), value=seen.shape[1] - 1)
+            if paths is not None:  # behind the beams; each continues itself, at first the prompt
+                codes = torch.cat([codes, paths[:, :, level - 1]], dim=1)
+                own = torch.arange(given, device=device) + (seen.shape[1] - given if level > 1 else 0)
+                own = own if level > 1 else torch.zeros_like(own)
+                parents = torch.cat([parents, own.expand(users, -1)], dim=1)
             seen = _extend(seen, parents)
             ids = model.vocabulary.first_id + model.vocabulary.offsets[level - 1] + codes
             positions = (prompted.lengths + level - 1).unsqueeze(1).expand_as(ids)
             hidden = model.hidden(ids, seen.unsqueeze(1), positions, prompted.cache)
         log_probabilities = level_log_probabilities(model, hidden, level)
-        if path is not None:
-            of_path.append(log_probabilities[:, -1].gather(1, path[:, level : level + 1]))
+        if paths is not None:
+            theirs = log_probabilities[:, -given:] if level else log_probabilities.expand(-1, given, -1)
+            of_paths.append(theirs.gather(2, paths[:, :, level : level + 1]).squeeze(2))
             log_probabilities = log_probabilities[:, : step.nodes.shape[1]]
         step = select(trie, level, step, log_probabilities, width, admitted)
     nodes, scores = step.ranked()
-    targets = torch.cat(of_path, dim=1).cpu().numpy() if of_path else None
-    result = Beams(nodes.cpu().numpy(), scores.cpu().numpy(), targets)
-    if not np.isfinite(result.scores[result.leaves >= 0]).all():
+    leaves = catalogue.leaves(nodes)
+    by_level = torch.stack(of_paths, dim=-1) if of_paths else None  # (users, given, levels)
+    candidates = None
+    if of_items is not None and best is not None and by_level is not None:
+        generated = torch.cat([scores, by_level[:, : best.shape[1]].sum(-1)], dim=1)
+        candidates = Candidates.of(torch.cat([leaves, best], dim=1), generated, of_items)
+        leaves, scores = candidates.best(model.item_share(lengths), widths[-1])
+    if not bool(scores[leaves >= 0].isfinite().all()):
         raise BackboneError(
             "the model's log-probabilities are not finite: its weights or precision are broken"
         )
-    return result
+    target_levels = target_scores = None
+    if targets is not None and by_level is not None:
+        target_levels, target_scores = by_level[:, -1], by_level[:, -1].sum(-1)
+        if of_items is not None:
+            of_target = of_items.gather(1, followed[-1])
+            target_scores = pool(of_target, target_scores.unsqueeze(1), model.item_share(lengths)).squeeze(1)
+    return _Found(leaves, scores, target_levels, target_scores, candidates)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """As :class:`Beams`, on the device, with the candidates of a model that has an item head."""
+
+    leaves: Tensor
+    scores: Tensor
+    targets: Tensor | None
+    target_scores: Tensor | None
+    candidates: Candidates | None
 
 
 def _extend(seen: Tensor, parents: Tensor) -> Tensor:
@@ -241,12 +295,17 @@ class _Catalogue:
         # rows stay sorted, so the rule for shared IDs holds in the confined trie too
         return cls(ItemTrie.build(codes[rows]), rows, full.leaf_of) if len(rows) else None
 
-    def leaves(self, found: np.ndarray) -> np.ndarray:
+    def full_leaves(self, device: torch.device) -> Tensor:
+        """int64 (leaves,): each leaf of this trie as a leaf of the trie of all items."""
+        first_items = self.trie.items[self.trie.item_starts[:-1]]
+        rows = first_items if self.rows is None else self.rows[first_items]
+        return torch.from_numpy(self.leaf_of[rows].astype(np.int64)).to(device)
+
+    def leaves(self, found: Tensor) -> Tensor:
         """Leaves of this trie as leaves of the trie of all items, -1 kept."""
         if self.rows is None:
             return found
-        first_items = self.trie.items[self.trie.item_starts[np.maximum(found, 0)]]
-        return np.where(found < 0, -1, self.leaf_of[self.rows[first_items]])
+        return torch.where(found < 0, -1, self.full_leaves(found.device)[found.clamp_min(0)])
 
     def filter(self, exclude: list[np.ndarray] | None, allow: list[np.ndarray] | None) -> NodeFilter | None:
         """What each user of a batch may enter."""

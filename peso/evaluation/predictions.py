@@ -148,9 +148,9 @@ class Predictions:
         history_length: int32 (n,), the user's items before the target, not cut at the window.
         depth: how many semantic IDs were asked for; metrics beyond it cannot be computed. A list is
             shorter only where a filter or a small catalog left no more.
-        target_level_log_probabilities: float32 (n, levels), whose sum over the levels is
-            ``target_log_probability``; None where the answers were not made level by level (baselines) or
-            the file is older than the column.
+        target_level_log_probabilities: float32 (n, levels), of the target's codes, whose sum over the levels
+            is ``target_log_probability`` unless an item head answers with them; None where the answers were
+            not made level by level (baselines) or the file is older than the column.
     """
 
     users: list[str]

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peso.adapters.lora import add_adapter, load_adapter, save_adapter, weights_without_adapter
-from peso.config import AdapterConfig, BackboneConfig, PromptConfig
+from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
 from peso.errors import BackboneError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds
 from peso.model.backbone import embedding_scale, load_backbone
 from peso.model.backbone_checks import check_reach
 from peso.model.generative import GenerativeModel
+from peso.model.item_head import OF_ITEMS, ItemHead
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
 from peso.runtime.hugging_face import quiet_transformers
@@ -37,6 +38,7 @@ def build_model(
     semantic_ids: SemanticIds,
     *,
     seed: int,
+    head: HeadConfig | None = None,
 ) -> GenerativeModel:
     """Load the backbone and set semantic vocabulary, adapter and layout beside it, in float32 on the CPU.
 
@@ -44,13 +46,14 @@ def build_model(
 
     Args:
         adapter: None: no adapter, the backbone itself is to be trained.
-        seed: of everything drawn: backbone, vocabulary and adapter draw from streams of their own.
+        seed: of everything drawn: backbone, vocabulary, adapter and head draw from streams of their own.
+        head: None: codes alone.
 
     Raises:
         BackboneError: the backbone cannot be loaded, is refused by a check, is too short for the prompts, or
             its tokenizer has semantic tokens already.
     """
-    seeds = [int(state) for state in np.random.SeedSequence(seed).generate_state(3)]
+    seeds = [int(state) for state in np.random.SeedSequence(seed).generate_state(4)]
     causal_lm, tokenizer = load_backbone(
         backbone.name,
         layers=backbone.layers,
@@ -75,6 +78,9 @@ def build_model(
         causal_lm.get_output_embeddings().weight[:first_id],
         seeds[1],
     )
+    if head is not None and head.name == "items":
+        vocabulary.item_head = ItemHead(semantic_ids, embedding.shape[1])
+        vocabulary.item_head.initialise(seeds[3])
     if adapter is None:
         model = causal_lm.requires_grad_(True)
     else:
@@ -100,7 +106,7 @@ def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_b
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {name: rows.detach().cpu().contiguous() for name, rows in model.vocabulary.named_parameters()}
+    rows = {name: rows.detach().cpu().contiguous() for name, rows in model.vocabulary.state_dict().items()}
     save_file(rows, folder / VOCABULARY)
     if whole_backbone:
         with quiet_transformers():
@@ -126,7 +132,11 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
         raise WorkspaceError(f"{folder / VOCABULARY} is missing; train the stage again") from None
     except (OSError, SafetensorError) as error:
         raise WorkspaceError(f"{folder / VOCABULARY} is damaged ({error}); train the stage again") from error
-    _copy(dict(model.vocabulary.named_parameters()), rows, folder / VOCABULARY)
+    into = model.vocabulary.state_dict()
+    for name in (f"item_head.{part}" for part in OF_ITEMS):
+        if name in into and name in rows:  # items that the catalog gained since keep what they begin with
+            rows[name] = torch.cat([rows[name], into[name][len(rows[name]) :].cpu()])
+    _copy(into, rows, folder / VOCABULARY)
     if (folder / BACKBONE).is_dir():
         try:
             with quiet_transformers():

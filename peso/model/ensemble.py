@@ -72,6 +72,16 @@ class Ensemble(nn.Module):
     def semantic_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
         return self._average(hidden, lambda member, own: member.semantic_logits(own, level))
 
+    @property
+    def has_item_head(self) -> bool:
+        return self.members[0].has_item_head
+
+    def item_share(self, lengths: Tensor) -> Tensor:
+        return self.members[1].item_share(lengths)
+
+    def item_log_probabilities(self, hidden: Tensor) -> Tensor:
+        return self._average(hidden, lambda member, own: member.item_log_probabilities(own)).log_softmax(-1)
+
     def _average(self, hidden: Tensor, logits: Any) -> Tensor:
         first, second = (
             share * logits(member, own)

@@ -165,6 +165,23 @@ class GenerativeModel(nn.Module):
         rows = self.vocabulary.output_rows if level is None else self.vocabulary.level_rows(level)
         return self.logit_transform(F.linear(hidden, rows.to(hidden.dtype)).float())
 
+    @property
+    def has_item_head(self) -> bool:
+        return self.vocabulary.item_head is not None
+
+    def item_share(self, lengths: Tensor) -> Tensor:
+        """Share of the item head in the pool with the codes, by the number of items in the prompt: int64 (n,)
+        → float32 (n,)."""
+        assert self.vocabulary.item_head is not None
+        return self.vocabulary.item_head.share_of(lengths)
+
+    def item_log_probabilities(self, hidden: Tensor) -> Tensor:
+        """hidden (n, width), the states that predict an item's first code → float32 (n, items), of every item
+        of the catalog under the item head."""
+        assert self.vocabulary.item_head is not None
+        scores: Tensor = self.vocabulary.item_head(hidden)
+        return scores.log_softmax(-1)
+
 
 def _without_plans(device: torch.device) -> AbstractContextManager[None]:
     """Attention that needs no planning: prompts, beams and cases come in many shapes, and cuDNN plans for

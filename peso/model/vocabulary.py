@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peso.model.item_head import ItemHead
+
 
 class SemanticVocabulary(nn.Module):
     """Input and output rows of the semantic tokens.
@@ -28,6 +30,9 @@ class SemanticVocabulary(nn.Module):
         self.register_buffer("offsets", starts, persistent=False)  # (levels,) row of each level's first code
         self.input_rows = nn.Parameter(torch.zeros(sum(sizes), width))
         self.output_rows = nn.Parameter(torch.zeros(sum(sizes), width))
+        self.item_head: ItemHead | None = (
+            None  # learned with the rows, and kept, anchored, averaged as they are
+        )
 
     def __len__(self) -> int:
         return len(self.input_rows)

@@ -71,8 +71,9 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
             processes=processes,
         )
     observer.end()
-    by_level = found.targets
+    by_level, of_targets = found.targets, found.target_scores
     assert by_level is not None
+    assert of_targets is not None
 
     def write() -> None:
         labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of)
@@ -81,7 +82,7 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
             labels,
             found.leaves,
             found.scores,
-            by_level.sum(axis=-1),
+            of_targets,
             model.semantic_ids,
             by_level,
             leave_out=seen,

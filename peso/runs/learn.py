@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -17,9 +18,11 @@ from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_rep
 from peso.adapters.groups import find_groups
 from peso.config import Config, TrainingConfig
 from peso.errors import WorkspaceError
+from peso.events.stream import Stream
 from peso.items.index_files import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
+from peso.model.item_head import LENGTHS
 from peso.runs.models import (
     backbone_fingerprint,
     inherited_memory,
@@ -48,6 +51,8 @@ from peso.training.examples import StageExamples
 from peso.training.loop import Progress, StageResult, StageTask, train_stage
 from peso.training.strategies.strategy import StageContext, Strategy
 
+TUNED_ON = 2048  # validation cases that choose the shares of the item head
+CANDIDATES = ("leaves", "codes", "items")
 FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in training left
 
 
@@ -143,6 +148,8 @@ def _train(
         memory=memory,
         reset=lambda: put_back(stage, model),
     )
+    if (head := model.vocabulary.item_head) is not None:
+        head.compete(_event_counts(stream, number, len(model.semantic_ids.item_ids)))
     *earlier, last = strategy.phases(number)
     spent = 0.0
     for phase in earlier:
@@ -156,11 +163,16 @@ def _train(
     result = _train_phase(
         stage.workspace, model, strategy, replace(context, phase=last), unfinished, observer
     )
+    shares = None
+    if head is not None:
+        shares = _tune_shares(stage, model, observer)
     if not current().is_main:  # the figures are told, and written, once
         return {}
     _, rate = training_of(config, strategy, number, last)
     figures: dict[str, Any] = {"learning_rate": rate, **asdict(result)}
     figures["seconds"] += spent
+    if shares is not None:
+        figures["item_head"] = shares
     if told := strategy.figures():
         figures["strategy"] = told
     if number and before:
@@ -217,10 +229,57 @@ def _train_phase(
             context=context,
             on_progress=show,
             processes=current(),
+            item_weight=0.0 if model.vocabulary.item_head is None else config.head.weight,
         ),
     )
     observer.end()
     return result
+
+
+def _event_counts(stream: Stream, stage: int, items: int) -> np.ndarray:
+    """float32 (items,): events of each item in the stages 0 … ``stage`` and the histories before them."""
+    seen = [stream.stage(0).previous.values]
+    seen += [stream.stage(number).current.values for number in range(stage + 1)]
+    return np.bincount(np.concatenate(seen), minlength=items).astype(np.float32)
+
+
+def _tune_shares(stage: RunStage, model: GenerativeModel, observer: Observer) -> dict[str, Any]:
+    """Set the item head's shares to those that rank the validation targets best; returns them, with the mean
+    NDCG that each share would give to all cases."""
+    from peso.decoding.beam import search
+    from peso.decoding.pool import SHARES, Candidates, best_shares
+
+    head, config = model.vocabulary.item_head, stage.workspace.config
+    assert head is not None
+    cases = stage.workspace.stream.stage(stage.number).validation_cases(config.prompt.window)
+    rows = np.linspace(0, len(cases) - 1, min(len(cases), TUNED_ON)).astype(np.int64)
+    cases = cases.take(np.unique(rows))
+    targets = torch.from_numpy(model.semantic_ids.trie.leaf_of[cases.targets].astype(np.int64))
+    lengths = torch.tensor([len(history) for history in cases.histories])
+    parts, order = list[Candidates](), list[np.ndarray]()
+
+    def keep(users: np.ndarray, found: Candidates) -> None:
+        order.append(users)
+        parts.append(Candidates(found.leaves.cpu(), found.codes.cpu(), found.items.cpu()))
+
+    observer.begin(f"stage {stage.number}: weigh item head and codes on validation", len(cases), "users")
+    search(
+        model,
+        cases.histories,
+        beams=config.decoding.beams,
+        batch_size=config.decoding.batch_size,
+        exclude=cases.seen if stage.leaves_out_seen else None,
+        on_progress=observer.advance,
+        on_candidates=keep,
+    )
+    observer.end()
+    every = Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in CANDIDATES))
+    users = np.concatenate(order)
+    depth = min(10, config.decoding.beams)
+    chosen, means = best_shares(every, targets[users], lengths[users], depth)
+    head.shares.copy_(torch.tensor(chosen))
+    by_length = dict(zip([*(f"to {length}" for length in LENGTHS), "longer"], chosen, strict=True))
+    return {"shares": by_length, f"ndcg@{depth}": dict(zip(map(str, SHARES), means, strict=True))}
 
 
 def training_of(config: Config, strategy: Strategy, stage: int, phase: str) -> tuple[TrainingConfig, float]:

@@ -187,6 +187,7 @@ def _build(stage: RunStage, *, whole: bool) -> GenerativeModel:
         config.training.loss_vocabulary,
         stage.workspace.semantic_ids,
         seed=config.seed_of_stage(stage.number),
+        head=config.head,
     )
 
 

@@ -106,6 +106,7 @@ class Piece:
     ``ids``, ``positions``, ``branch``, ``order``, ``limit``: int64 (length,), see
     :class:`~peso.model.visibility.Tree`. ``targets``: int64 (target tokens,) ids; ``states``: int64
     (target tokens,) the place whose hidden state predicts each, counted from the root's first token.
+    ``items``: int64 (targets,) item rows, for models that score items; may be empty.
     """
 
     ids: np.ndarray
@@ -115,12 +116,20 @@ class Piece:
     limit: np.ndarray
     targets: np.ndarray
     states: np.ndarray
+    items: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def lay_out(layout: PromptLayout, items: np.ndarray, first: int, *, predict_end: bool) -> Piece:
+def lay_out(
+    layout: PromptLayout,
+    items: np.ndarray,
+    first: int,
+    *,
+    predict_end: bool,
+    rows: np.ndarray | None = None,
+) -> Piece:
     """The tokens of a history and its targets, such that each target is predicted as in its own prompt.
 
     A layout without separator, suffix and end needs the trunk alone: the state before each target token
@@ -132,7 +141,9 @@ def lay_out(layout: PromptLayout, items: np.ndarray, first: int, *, predict_end:
         items: int64 (n, levels) token ids of a chunk's items, oldest first.
         first: ``items[first:]`` are the targets.
         predict_end: whether the layout's end token is a target too.
+        rows: int (n,), the item rows of ``items``; needed by models that score items.
     """
+    of_targets = np.empty(0, dtype=np.int64) if rows is None else rows[first:].astype(np.int64)
     if not layout.prefix:
         raise ValueError("a layout needs a prefix: the first item of an empty history is predicted from it")
     root, (count, levels) = len(layout.prefix), items.shape
@@ -141,7 +152,14 @@ def lay_out(layout: PromptLayout, items: np.ndarray, first: int, *, predict_end:
         order = np.arange(len(ids) - 1)
         states = np.arange(first * levels, len(ids)) + root - 1
         return Piece(
-            ids[:-1], order + root, np.full_like(order, TRUNK), order, order, ids[first * levels :], states
+            ids[:-1],
+            order + root,
+            np.full_like(order, TRUNK),
+            order,
+            order,
+            ids[first * levels :],
+            states,
+            of_targets,
         )
     separator = np.tile(np.array(layout.separator, dtype=np.int64), (count, 1))
     step = levels + separator.shape[1]
@@ -171,6 +189,7 @@ def lay_out(layout: PromptLayout, items: np.ndarray, first: int, *, predict_end:
         np.concatenate([place, limits]),
         text[:, suffix.shape[1] :].reshape(-1),
         states.reshape(-1),
+        of_targets,
     )
 
 
@@ -180,7 +199,8 @@ class Packed:
 
     ``ids``, ``positions``: int64 (rows, length). ``visible``: who sees whom in them.
     ``states``: int64 (n,) places in the flattened rows; ``targets``: int64 (n,) the token each predicts;
-    ``owners``: int64 (n,) the piece each belongs to. ``tokens``: how many are not padding.
+    ``owners``: int64 (n,) the piece each belongs to. ``items``: int64 (targets,) item rows, empty where the
+    pieces have none. ``tokens``: how many are not padding.
     """
 
     ids: Tensor
@@ -189,6 +209,7 @@ class Packed:
     states: Tensor
     targets: Tensor
     owners: Tensor
+    items: Tensor
     tokens: int
 
     def to(self, device: torch.device) -> Packed:
@@ -292,7 +313,7 @@ def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[
     sequence[:, :root], ids[:, :root] = ROOT, prefix
     branch[:, :root] = TRUNK
     positions[:, :root] = order[:, :root] = limit[:, :root] = np.arange(root)
-    states, targets, owners, tokens = [], [], [], 0
+    states, targets, owners, of_targets, tokens = [], [], [], [], 0
     for r, row in enumerate(rows):
         start = root
         for number, p in enumerate(row, 1):
@@ -306,6 +327,7 @@ def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[
             states.append(r * length + moved)
             targets.append(piece.targets)
             owners.append(np.full(len(piece.targets), p))
+            of_targets.append(piece.items)
             start = span.stop
         tokens += start
     return Packed(
@@ -315,5 +337,6 @@ def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[
         torch.from_numpy(np.concatenate(states)),
         torch.from_numpy(np.concatenate(targets)),
         torch.from_numpy(np.concatenate(owners)),
+        torch.from_numpy(np.concatenate(of_targets)),
         tokens,
     )

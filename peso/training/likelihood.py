@@ -48,16 +48,35 @@ def target_token_log_probabilities(
     return token_log_probabilities(model, target_states(model, packed), packed.targets, temperature)
 
 
+def item_log_probabilities(model: GenerativeModel, packed: Packed, states: Tensor) -> Tensor:
+    """float32 (targets,): log-probability of each target of packed rows under the model's item head, from the
+    state that predicts its first code.
+
+    states: (target tokens, width), see :func:`target_states`.
+    """
+    assert model.vocabulary.item_head is not None
+    first = states.unflatten(0, (len(packed.items), -1))[:, 0]
+    return model.vocabulary.item_head.log_probabilities(first, packed.items)
+
+
 @torch.no_grad()
 def validation_loss(
-    model: GenerativeModel, cases: Cases, temperature: float = 1.0, processes: Processes = ALONE
+    model: GenerativeModel,
+    cases: Cases,
+    temperature: float = 1.0,
+    processes: Processes = ALONE,
+    item_weight: float = 0.0,
 ) -> float:
-    """The training loss over all cases at once: minus the mean log-probability of their target tokens."""
+    """The training loss over all cases at once: minus the mean log-probability of their target tokens, with
+    ``item_weight`` times that of the items under the item head among them."""
     total, tokens = 0.0, 0.0
     ends = predicts_end(model)
     for _, packed in _passes(model, cases, SCORING_PASS_TOKENS, processes, predict_end=ends):
-        scores = target_token_log_probabilities(model, packed, temperature)
+        states = target_states(model, packed)
+        scores = token_log_probabilities(model, states, packed.targets, temperature)
         total -= float(scores.double().sum())
+        if item_weight:
+            total -= item_weight * float(item_log_probabilities(model, packed, states).double().sum())
         tokens += len(scores)
     total, tokens = processes.sum_numbers(total, tokens)
     return total / tokens
@@ -195,9 +214,10 @@ def _passes(
     pieces: list[Piece] = []
     for place, row in enumerate(by_length.tolist(), 1):
         history = cases.histories[row][-layout.window :]
-        items = model.item_token_ids(np.append(history, cases.targets[row]))
+        numbers = np.append(history, cases.targets[row])
+        items = model.item_token_ids(numbers)
         rows.append(row)
-        pieces.append(lay_out(layout, items, len(history), predict_end=predict_end))
+        pieces.append(lay_out(layout, items, len(history), predict_end=predict_end, rows=numbers))
         if sum(map(len, pieces)) >= pass_tokens or place == len(cases):
             if processes.takes(groups):
                 for packed in pack(pieces, layout.prefix, SCORING_ROW_TOKENS, pass_tokens):

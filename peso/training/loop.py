@@ -37,7 +37,12 @@ from peso.runtime.processes import ALONE, Processes
 from peso.training.acceleration import as_written, compiled, gradient_checkpointing
 from peso.training.batches import Packed
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
-from peso.training.likelihood import target_states, tokens_of_target, validation_loss
+from peso.training.likelihood import (
+    item_log_probabilities,
+    target_states,
+    tokens_of_target,
+    validation_loss,
+)
 from peso.training.penalty import MEASURED_EVERY, Movement, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import StageContext, Strategy
@@ -139,6 +144,8 @@ class StageTask:
         checkpoint_seconds: least time between two checkpoints within an epoch.
         processes: those that train this model together, each with the same task: they share the targets of
             every step and the validation cases, and take the same steps. The main one writes.
+        item_weight: of the item head's loss: of an item's log-probability beside that of all its codes
+            together. 0: the model has no item head.
     """
 
     sequences: Sequence[TargetSequence]
@@ -154,6 +161,7 @@ class StageTask:
     on_progress: Callable[[Progress], None] | None = None
     checkpoint_seconds: float = 60.0
     processes: Processes = ALONE
+    item_weight: float = 0.0
 
 
 def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
@@ -290,7 +298,13 @@ def _begin(model: GenerativeModel, task: StageTask) -> _Training:
     schedule = _schedule(settings, optimizer, len(plan))
     determined_by = digest(
         settings.determining(),
-        (task.learning_rate, task.seed, task.stage, options),
+        (
+            task.learning_rate,
+            task.seed,
+            task.stage,
+            options,
+            *([task.item_weight] if task.item_weight else []),
+        ),
         asdict(model.layout),
         model.loss_vocabulary,
         _data_digest(model, task.sequences, validation),
@@ -355,7 +369,7 @@ def _forward_backward(
     penalized = partial(_penalized, task.strategy, training.context, penalty)
     with gradient_checkpointing(model, task.settings.gradient_checkpointing):
         return penalty, _backward(
-            model, passes, count, task.settings.temperature, training.precision, penalized
+            model, passes, count, task.settings.temperature, training.precision, task.item_weight, penalized
         )
 
 
@@ -393,7 +407,9 @@ def _end_epoch(model: GenerativeModel, task: StageTask, training: _Training, epo
     processes.require_same(fingerprint(training.trained), f"what they have learned until epoch {epoch}")
     model.eval()
     with training.precision.products(), as_written():
-        validated = validation_loss(model, training.validation, task.settings.temperature, processes)
+        validated = validation_loss(
+            model, training.validation, task.settings.temperature, processes, task.item_weight
+        )
     model.train()
     if not math.isfinite(validated):
         raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")
@@ -418,6 +434,7 @@ def _backward(
     count: int,
     temperature: float,
     precision: Precision,
+    item_weight: float = 0.0,
     penalized: Callable[[Tensor, TrainingPass, float], Tensor] | None = None,
 ) -> list[Tensor]:
     """Gradients of the passes' part of the loss of a batch into the parameters; returns that part, pass by
@@ -425,6 +442,7 @@ def _backward(
 
     Args:
         count: target tokens of the whole batch.
+        item_weight: of the log-probabilities of items under the item head; 0: there is none.
         penalized: given a pass's loss, the pass and its share of the targets: what is to be differentiated.
     """
     losses = []
@@ -433,6 +451,8 @@ def _backward(
             states = target_states(model, packed)
             scores = token_log_probabilities(model, states, packed.targets, temperature)
             loss = -scores.sum() / count
+            if item_weight:
+                loss = loss - item_weight * item_log_probabilities(model, packed, states).sum() / count
             losses.append(loss.detach())
             if penalized is not None:
                 outputs = TrainingPass(model, packed, states, temperature)

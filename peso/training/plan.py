@@ -118,9 +118,9 @@ class StagePlan:
         one's share, whole chunks, which may be none."""
         pieces = []
         for chunk in self.members(step):
-            items = model.item_token_ids(self.sequences[chunk.sequence].items[chunk.start : chunk.stop])
-            first = chunk.first - chunk.start
-            pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model)))
+            rows = self.sequences[chunk.sequence].items[chunk.start : chunk.stop]
+            items, first = model.item_token_ids(rows), chunk.first - chunk.start
+            pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model), rows=rows))
         mine = deal([len(piece) for piece in pieces], processes.count)[processes.rank]
         pieces = [pieces[number] for number in sorted(mine)]
         passes = pack(pieces, model.layout.prefix, *budget(model))

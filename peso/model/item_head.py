@@ -1,0 +1,128 @@
+"""The item head: every item has a vector, and the state after a history scores all of them at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peso.items.semantic_ids import SemanticIds
+
+OF_ITEMS = ("rows", "bias")  # what has an entry for each item
+EXACT = 100_000  # items up to which the softmax is over all of them
+NEGATIVES = 8192  # drawn for each pass beyond
+# Histories of at most so many items share a weight of the head in the pool with the codes; the last is open.
+LENGTHS = (2, 5, 10)
+
+
+class ItemHead(nn.Module):
+    """Scores of items for the state h that predicts an item's first code:
+
+        score_i(h) = ⟨Q · h / rms(h), e_i⟩ + b_i,   e_i = r_i + Σ_l u(c_l),   b_i = β_i + Σ_l γ(c_l)
+
+    with an own row r_i and bias β_i of each item and shared ones, u and γ, of each code c_l of its semantic
+    ID. Own rows begin at zero, so an item without an event is scored by its codes, as items that share them
+    are. Dense vectors beside generated IDs: LIGER (arXiv 2411.18814).
+
+    Rows and biases follow the catalog's order; a catalog that grew has more of them.
+
+    Args:
+        semantic_ids: the catalog, of n items and t semantic tokens.
+        width: of the states.
+    """
+
+    tokens: Tensor
+    known: Tensor
+    counts: Tensor
+    shares: Tensor
+
+    def __init__(self, semantic_ids: SemanticIds, width: int) -> None:
+        super().__init__()
+        items, tokens = len(semantic_ids.item_ids), sum(semantic_ids.sizes)
+        self.rows = nn.Parameter(torch.zeros(items, width))
+        self.bias = nn.Parameter(torch.zeros(items))
+        self.code_rows = nn.Parameter(torch.zeros(tokens, width))
+        self.code_bias = nn.Parameter(torch.zeros(tokens))
+        self.query = nn.Parameter(torch.eye(width))
+        numbers = torch.from_numpy(semantic_ids.token_numbers.astype(np.int64))  # (items, levels)
+        self.register_buffer("tokens", numbers, persistent=False)
+        self.register_buffer("counts", torch.ones(items), persistent=False)
+        self.register_buffer("shares", torch.full((len(LENGTHS) + 1,), 0.5))
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw the rows of the codes such that scores begin with a spread of about a half."""
+        width, levels = self.code_rows.shape[1], self.tokens.shape[1]
+        noise = torch.randn(self.code_rows.shape, generator=torch.Generator().manual_seed(seed))
+        self.code_rows.copy_(noise * 0.5 / (width * levels) ** 0.5)
+
+    def compete(self, counts: np.ndarray) -> None:
+        """Which items training sets against the targets: those with a count, in proportion to which negatives
+        are drawn where not all compete. Others are left to what their codes say.
+
+        counts: (items,), events of each item so far.
+        """
+        self.counts = torch.from_numpy(counts).to(self.counts)
+
+    def vectors(self) -> Tensor:
+        """float32 (items, width)."""
+        return self.rows + F.embedding_bag(self.tokens, self.code_rows, mode="sum")
+
+    def biases(self) -> Tensor:
+        """float32 (items,)."""
+        return self.bias + self.code_bias[self.tokens].sum(-1)
+
+    def queries(self, hidden: Tensor) -> Tensor:
+        """hidden (n, width) → float32 (n, width)."""
+        states = hidden.float()
+        return F.rms_norm(states, states.shape[-1:], eps=1e-6) @ self.query.t()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (n, width) → float32 (n, items) scores of all items of the catalog."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
+
+    def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Of each target among the items that compete (:meth:`compete`).
+
+        Beyond ``EXACT`` items a softmax over the target and ``NEGATIVES`` items drawn with probability p_i,
+        shared by all rows, whose scores are corrected by -log(NEGATIVES · p_i) (logQ; Bengio and Senécal
+        2008). It approaches the exact one as their number grows.
+
+        Args:
+            hidden: (n, width).
+            targets: int64 (n,), item rows.
+
+        Returns:
+            float32 (n,).
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            if len(self.rows) > EXACT:
+                return self._sampled(self.queries(hidden), targets)
+            scores = torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
+            absent = self.counts == 0
+            if bool(absent.any()):
+                scores = scores.masked_fill(absent, -torch.inf)
+            return scores.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    def _sampled(self, queries: Tensor, targets: Tensor) -> Tensor:
+        proposal = self.counts / self.counts.sum()
+        drawn = torch.multinomial(proposal, NEGATIVES, replacement=True)
+        rows = torch.cat([targets, drawn])
+        vectors = self.rows[rows] + F.embedding_bag(self.tokens[rows], self.code_rows, mode="sum")
+        biases = self.bias[rows] + self.code_bias[self.tokens[rows]].sum(-1)
+        own = (queries * vectors[: len(targets)]).sum(-1) + biases[: len(targets)]  # (n,)
+        others = torch.addmm(biases[len(targets) :], queries, vectors[len(targets) :].t())  # (n, negatives)
+        others = others - (NEGATIVES * proposal[drawn]).log()
+        others = others.masked_fill(drawn == targets.unsqueeze(-1), -torch.inf)  # counted as the target
+        return own - torch.cat([own.unsqueeze(-1), others], dim=-1).logsumexp(-1)
+
+    def share_of(self, lengths: Tensor) -> Tensor:
+        """Weight of the head for histories of these lengths: int64 (n,) → float32 (n,)."""
+        return self.shares[groups_of(lengths)]
+
+
+def groups_of(lengths: Tensor) -> Tensor:
+    """The group of ``LENGTHS`` of each history length, both int64 (n,)."""
+    return torch.bucketize(lengths, torch.tensor(LENGTHS, device=lengths.device))

@@ -1,0 +1,137 @@
+"""Answers of a model with an item head: the pool of what it generates and what the head finds best."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
+from peso.decoding import beam_search, search
+from peso.decoding.pool import Candidates, best_shares
+from peso.events.histories import Cases
+from peso.items.semantic_ids import SemanticIds
+from peso.model.build import build_model
+from peso.model.generative import GenerativeModel
+from peso.training.likelihood import target_log_probabilities
+
+ITEMS, SIZES = 30, (4, 5)
+
+
+@pytest.fixture(scope="module", params=["stream", "instruct"])
+def model(request: pytest.FixtureRequest) -> GenerativeModel:
+    """30 items on 20 semantic IDs, of which 10 are shared by two."""
+    codes = np.stack([np.arange(ITEMS) % 20 % SIZES[0], np.arange(ITEMS) % 20 // SIZES[0]], axis=1)
+    made = build_model(
+        BackboneConfig(name="tiny", layers=2),
+        PromptConfig(layout=request.param, window=6),
+        AdapterConfig(rank=2),
+        "semantic",
+        SemanticIds([f"i{n}" for n in range(ITEMS)], codes.astype(np.int32), SIZES),
+        seed=3,
+        head=HeadConfig(name="items"),
+    ).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in made.vocabulary.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.4)
+        made.vocabulary.item_head.shares.copy_(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    return made
+
+
+HISTORIES = [np.array(h, dtype=np.int64) for h in ([], [3], [7, 20, 7], [1, 2, 3, 4, 5, 6, 8, 9], [29, 12])]
+
+
+def brute_force(model: GenerativeModel, history: np.ndarray) -> np.ndarray:
+    """float64 (leaves,): the probability of every semantic ID, each scored by itself."""
+    ids = model.semantic_ids
+    first = ids.trie.items[ids.trie.item_starts[:-1]]
+    window = history[-model.layout.window :]
+    cases = Cases(["u"] * len(first), [window] * len(first), first.astype(np.int32))
+    codes = np.exp(target_log_probabilities(model, cases).astype(np.float64))
+    tokens = torch.from_numpy(model.layout.prompt(model.item_token_ids(window.astype(np.int64))))[None]
+    positions = torch.arange(tokens.shape[1])[None]
+    with torch.no_grad():
+        state = model.hidden(tokens, None, positions)[:, -1]
+        of_items = model.item_log_probabilities(state)[0].exp().double().numpy()
+    items = np.bincount(ids.trie.leaf_of, weights=of_items)
+    share = float(model.item_share(torch.tensor([len(window)])))
+    return share * items + (1 - share) * codes
+
+
+def test_the_best_of_the_pool_are_those_of_the_whole_catalogue(model: GenerativeModel) -> None:
+    exclude = [np.array(rows, dtype=np.int64) for rows in ([], [3, 23], [7, 20, 0], [1], [29, 9, 12])]
+    targets = np.array([4, 11, 3, 29, 12])
+    found = search(model, HISTORIES, beams=20, exclude=exclude, targets=targets, batch_size=3)
+    for user, history in enumerate(HISTORIES):
+        expected = brute_force(model, history)
+        trie = model.semantic_ids.trie
+        target = expected[trie.leaf_of[targets[user]]]
+        np.testing.assert_allclose(found.target_scores[user], np.log(target), atol=1e-4)
+        open_leaves = [leaf for leaf in range(20) if set(trie.items_of(leaf)) - set(exclude[user])]
+        best = sorted(open_leaves, key=lambda leaf: -expected[leaf])
+        there = found.leaves[user][found.leaves[user] >= 0]
+        assert there.tolist() == best
+        np.testing.assert_allclose(found.scores[user][: len(best)], np.log(expected[best]), atol=1e-4)
+
+
+def test_fewer_beams_give_the_best_of_what_both_propose(model: GenerativeModel) -> None:
+    every = search(model, HISTORIES, beams=20)
+    few = search(model, HISTORIES, beams=4)
+    for user in range(len(HISTORIES)):
+        scores = dict(zip(every.leaves[user], every.scores[user], strict=True))
+        np.testing.assert_allclose([scores[leaf] for leaf in few.leaves[user]], few.scores[user], atol=1e-4)
+        assert len(set(few.leaves[user])) == 4
+        assert few.leaves[user][0] == every.leaves[user][0]
+
+
+def test_a_share_of_zero_is_the_search_of_codes_alone(model: GenerativeModel) -> None:
+    head = model.vocabulary.item_head
+    shares = head.shares.clone()
+    try:
+        head.shares.zero_()
+        pooled = search(model, HISTORIES, beams=6, targets=np.arange(5))
+        model.vocabulary.item_head = None
+        alone = search(model, HISTORIES, beams=6, targets=np.arange(5))
+    finally:
+        model.vocabulary.item_head = head
+        head.shares.copy_(shares)
+    assert (pooled.leaves == alone.leaves).all()
+    np.testing.assert_allclose(pooled.scores, alone.scores, atol=1e-5)
+    np.testing.assert_allclose(pooled.target_scores, alone.target_scores, atol=1e-5)
+    np.testing.assert_allclose(alone.target_scores, alone.targets.sum(-1), atol=1e-6)
+
+
+def test_filters_and_k_hold_for_the_pool(model: GenerativeModel) -> None:
+    histories = [[f"i{row}" for row in history] for history in HISTORIES]
+    allow = [f"i{n}" for n in range(0, 30, 3)]
+    for answer, history in zip(
+        beam_search(model, histories, k=5, exclude_seen=True, allow=allow), histories, strict=True
+    ):
+        items = [item for item, _ in answer]
+        assert len(items) == len(set(items)) == 5
+        assert set(items) <= set(allow) - set(history)
+        scores = [score for _, score in answer]
+        assert scores == sorted(scores, reverse=True)
+    own = beam_search(model, histories, k=3, allow=[["i1", "i2", "i3", "i4"]] * 5, deny=["i2"])
+    assert all({item for item, _ in answer} == {"i1", "i3", "i4"} for answer in own)
+
+
+def test_the_shares_are_those_that_rank_the_targets_best() -> None:
+    users = 600
+    generator = torch.Generator().manual_seed(0)
+    leaves = torch.arange(10).expand(users, -1)
+    noise = 6 * torch.randn(2, users, 10, generator=generator)
+    targets = torch.randint(10, (users,), generator=generator)
+    lengths = torch.tensor([1, 20]).repeat(users // 2)
+    hint = 6.0 * (leaves == targets[:, None])
+    long = (lengths == 20)[:, None]
+    # the head knows the target of long histories, the codes that of short ones
+    items = (noise[0] + hint * long).log_softmax(-1)
+    codes = (noise[1] + hint * ~long).log_softmax(-1)
+    shares, means = best_shares(Candidates(leaves, codes, items), targets, lengths, depth=5)
+    assert shares[0] < 0.5 < shares[3]
+    assert len(means) == 21
+    assert max(means) < 1
+    few, _ = best_shares(Candidates(leaves[:90], codes[:90], items[:90]), targets[:90], lengths[:90], depth=5)
+    assert len(set(few)) == 1  # too few cases for shares of their own

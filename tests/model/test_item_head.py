@@ -1,0 +1,150 @@
+"""The item head: its scores, its loss, and what it says of items that it has not met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
+from peso.items.semantic_ids import SemanticIds
+from peso.model import item_head as module
+from peso.model.build import build_model, load_stage_weights, save_stage_weights
+from peso.model.item_head import ItemHead, groups_of
+
+WIDTH, ITEMS, SIZES = 16, 40, (5, 6)
+
+
+def catalogue(items: int = ITEMS) -> SemanticIds:
+    codes = np.stack([np.arange(items) % SIZES[0], np.arange(items) // SIZES[0] % SIZES[1]], axis=1)
+    return SemanticIds([f"i{n}" for n in range(items)], codes.astype(np.int32), SIZES)
+
+
+@pytest.fixture
+def head() -> ItemHead:
+    made = ItemHead(catalogue(), WIDTH)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    return made
+
+
+def states(count: int) -> torch.Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(2)) * 5
+
+
+def plain(head: ItemHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The same loss, one item and one level after the other, in float64."""
+    ids = catalogue()
+    p = {name: value.double() for name, value in head.named_parameters()}
+    scores = []
+    for row in range(ITEMS):
+        vector, bias = p["rows"][row], p["bias"][row]
+        for token in ids.token_numbers[row]:
+            vector, bias = vector + p["code_rows"][token], bias + p["code_bias"][token]
+        h = hidden.double()
+        h = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        scores.append((h @ p["query"].T) @ vector + bias)
+    return -nn.functional.cross_entropy(torch.stack(scores, dim=1), targets, reduction="none")
+
+
+def test_loss_and_gradients_are_those_of_the_formula(head: ItemHead) -> None:
+    hidden, targets = states(7).requires_grad_(True), torch.arange(7) * 5
+    found = head.log_probabilities(hidden, targets)
+    gradients = torch.autograd.grad(found.sum(), [hidden, *head.parameters()])
+    other = states(7).requires_grad_(True)
+    expected = plain(head, other, targets)
+    wanted = torch.autograd.grad(expected.sum(), [other, *head.parameters()])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for one, two in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, two.to(one.dtype), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        head(states(7)).log_softmax(-1).gather(1, targets[:, None])[:, 0], found, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_sampled_loss_approaches_the_exact_one(head: ItemHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets = states(6), torch.arange(6)
+    head.compete(np.arange(1, ITEMS + 1))
+    exact = head.log_probabilities(hidden, targets)
+    monkeypatch.setattr(module, "EXACT", 0)
+    monkeypatch.setattr(module, "NEGATIVES", 20_000)
+    torch.manual_seed(0)
+    first = head.log_probabilities(hidden, targets)
+    torch.testing.assert_close(first, exact, rtol=0, atol=0.05)
+    torch.manual_seed(0)
+    assert torch.equal(head.log_probabilities(hidden, targets), first)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_items_without_an_event_learn_nothing_of_their_own(
+    head: ItemHead, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exact:
+        monkeypatch.setattr(module, "EXACT", 0)
+    counts = np.ones(ITEMS)
+    counts[30:] = 0
+    head.compete(counts)
+    torch.manual_seed(0)
+    head.log_probabilities(states(5), torch.arange(5)).sum().backward()
+    assert head.rows.grad is not None
+    assert head.bias.grad is not None
+    assert not head.rows.grad[30:].any()
+    assert not head.bias.grad[30:].any()
+    assert head.rows.grad[:30].any()
+
+
+def test_a_fresh_item_is_scored_by_its_codes() -> None:
+    """An item without an event is scored as one with the same codes and no row of its own."""
+    ids = catalogue(ITEMS - 1)
+    twins = SemanticIds([*ids.item_ids, "new"], np.concatenate([ids.codes, ids.codes[3:4]]), SIZES)
+    head = ItemHead(twins, WIDTH)
+    head.initialise(0)
+    scores = head(states(4))
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores[:, -1], scores[:, 3])
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    head.compete(np.append(np.ones(ITEMS - 1), 0))
+    for _ in range(30):
+        optimizer.zero_grad()
+        (-head.log_probabilities(states(4), torch.tensor([3, 8, 13, 18])).mean()).backward()
+        optimizer.step()
+    learned = head(states(4))
+    assert learned[0, -1] > learned[0].median()  # what the codes of item 3 were worth to the first state
+    assert learned[0, -1] < learned[0, 3]
+
+
+def test_it_is_kept_with_the_vocabulary_and_grows_with_the_catalogue(tmp_path: Path) -> None:
+    def model(items: int, seed: int):
+        return build_model(
+            BackboneConfig(name="tiny", layers=1),
+            PromptConfig(),
+            AdapterConfig(rank=2),
+            "semantic",
+            catalogue(items),
+            seed=seed,
+            head=HeadConfig(name="items"),
+        )
+
+    first = model(ITEMS, seed=0)
+    made = first.vocabulary.item_head
+    with torch.no_grad():
+        made.rows.normal_()
+        made.shares.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    save_stage_weights(first, tmp_path, whole_backbone=False)
+    same, larger = model(ITEMS, seed=1), model(ITEMS + 3, seed=1)
+    for other in (same, larger):
+        load_stage_weights(other, tmp_path)
+        assert torch.equal(other.vocabulary.item_head.rows[:ITEMS], made.rows)
+        assert torch.equal(other.vocabulary.item_head.shares, made.shares)
+    assert not larger.vocabulary.item_head.rows[ITEMS:].any()
+    hidden = torch.randn(2, 32)
+    torch.testing.assert_close(same.item_log_probabilities(hidden), first.item_log_probabilities(hidden))
+
+
+def test_groups_of_history_lengths() -> None:
+    assert groups_of(torch.tensor([0, 2, 3, 5, 6, 10, 11, 400])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
