@@ -77,6 +77,7 @@ class StageSummary:
     (:func:`peso.adapters.anchor_report.anchor_report`), the figures of
     :func:`peso.adapters.anchor_report.anchor_effect`, ``strategy`` (weight, strength, ρ̄); empty if no
     adapter was trained. ``leaves_out_seen``: whether items that a user has had were left out of the answers.
+    ``warnings``: what is wrong with them (:mod:`peso.evaluation.health`).
     """
 
     predictions: Predictions
@@ -84,6 +85,7 @@ class StageSummary:
     curve: TrainingCurve | None = None
     anchor: Mapping[str, Any] = field(default_factory=dict)
     leaves_out_seen: bool = False
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ semantic tokens differ, so an exported model never ties its embeddings, even if 
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
@@ -25,9 +27,12 @@ from peso.model.backbone import embedding_scale
 from peso.model.build import has_adapter
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
+from peso.model.item_head import LENGTHS
 from peso.model.layout import INSTRUCTION
 from peso.runtime.files import commit_directory, require_free, write_json
 from peso.runtime.hugging_face import quiet_transformers
+
+ITEM_HEAD = "item_head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def export_merged(model: GenerativeModel, directory: str | Path, *, leaves_out_s
     with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, _table_rows(model), model.vocabulary.output_rows, merged=True)
         _save(plain, model, aside, leaves_out_seen)
+        _save_item_head(model, aside)
 
 
 def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_seen: bool = False) -> None:
@@ -109,6 +115,7 @@ def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_see
         plain = _plain(model, neutral_input, output, merged=False)
         _save(plain, model, aside / "backbone", leaves_out_seen)
         write_adapter(config, matrices | state, aside / "adapter")
+        _save_item_head(model, aside)
 
 
 def _require_one(model: Any) -> None:
@@ -178,6 +185,27 @@ def _save(plain: Any, model: GenerativeModel, directory: Path, leaves_out_seen: 
         text = PromptText.of(model)
         write_json(directory / "prompt.json", asdict(text) | {"leaves_out_seen": leaves_out_seen})
         _check_reading(model, text, AutoTokenizer.from_pretrained(directory))
+
+
+@torch.no_grad()
+def _save_item_head(model: GenerativeModel, directory: Path) -> None:
+    """``item_head.safetensors``, where the model has an item head: ``vectors`` (items, width), ``biases``
+    (items,), ``query`` (width, width) and ``shares`` by the number of items in the prompt; the items' ids in
+    the order of the vectors, and the groups of the shares, are in its metadata (docs/how-to/export.md)."""
+    head = model.vocabulary.item_head
+    if head is None:
+        return
+    tensors = {
+        "vectors": head.vectors(),
+        "biases": head.biases(),
+        "query": head.query,
+        "shares": head.shares,
+    }
+    metadata = {
+        "items": json.dumps(model.semantic_ids.item_ids),
+        "shares_up_to": json.dumps(list(LENGTHS)),
+    }
+    save_file({name: _stored(x) for name, x in tensors.items()}, directory / ITEM_HEAD, metadata)
 
 
 def _extended_tokenizer(model: GenerativeModel) -> Any:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from peso.errors import DataError, WorkspaceError
+from peso.evaluation.health import warnings
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
-from peso.evaluation.predictions import label_cases, make_predictions, write_predictions
+from peso.evaluation.predictions import (
+    Predictions,
+    label_cases,
+    make_predictions,
+    semantic_id_ranks,
+    write_predictions,
+)
 from peso.runs.stage import FORMAT, METRICS, PREDICTIONS, StageTest
 from peso.runtime.files import json_text
 from peso.runtime.manifest import replace_file
 from peso.runtime.processes import current
-from peso.runtime.progress import Observer
+from peso.runtime.progress import Observer, Silent
 from peso.runtime.threads import threads
 
 
@@ -39,7 +48,10 @@ def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
         )
     if not processes.on_main(lambda: wanted.is_predicted):
         _predict(wanted, observer)
-    return processes.on_main(lambda: _measure(wanted))
+    metrics: dict[str, Any] = processes.on_main(lambda: _measure(wanted))
+    for warning in metrics["warnings"]:
+        observer.note(f"warning: stage {wanted.stage.number}: {warning}")
+    return metrics
 
 
 def _predict(wanted: StageTest, observer: Observer) -> None:
@@ -108,8 +120,29 @@ def _measure(wanted: StageTest) -> dict[str, Any]:
         "repeats": "leave-out" if stage.leaves_out_seen else "keep",
         "determined_by": wanted.determination,
         "predictions": stage.manifest["files"][wanted.name(PREDICTIONS)],
+        "warnings": _warnings(wanted, predictions),
         "metrics": {name: estimate.as_json() for name, estimate in estimates.items()},
     }
     with replace_file(stage.directory, wanted.name(METRICS), FORMAT) as aside:
         aside.write_text(json_text({**known, "test": metrics}), encoding="utf-8")
     return metrics
+
+
+def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:
+    """See :func:`peso.evaluation.health.warnings`."""
+    from peso.baselines.answers import BaselineAnswers
+    from peso.baselines.baseline import Setting
+    from peso.baselines.popularity import Popularity
+
+    stage, ids = wanted.stage, wanted.stage.workspace.semantic_ids
+    stream, trie = stage.workspace.stream, ids.trie
+    known = [stream.stage(number) for number in range(stage.number + 1)]
+    cases = stream.stage(wanted.cases).test_cases(window=1)
+    popular = Popularity(Setting(trie, window=1), last=1)
+    popular.learn(known, Silent())
+    answers = BaselineAnswers(popular, trie, repeats=not stage.leaves_out_seen)
+    found = answers.answer(cases, min(predictions.depth, trie.leaves), lambda done: None)
+    targets = np.concatenate([s.items[s.first_target :] for s in known[-1].training_sequences()])
+    counts = np.bincount(ids.codes[targets, 0], minlength=ids.sizes[0]) + 1.0
+    frequencies = np.log(counts / counts.sum())[ids.codes[cases.targets, 0]]
+    return warnings(predictions, semantic_id_ranks(found.leaves, trie.leaf_of[cases.targets]), frequencies)

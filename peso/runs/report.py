@@ -216,6 +216,7 @@ def _stage(stage: RunStage) -> StageSummary:
         _curve(stage.log),
         {**training.get("anchor", {}), **held},
         stage.metrics["test"].get("repeats") == "leave-out",
+        stage.metrics["test"].get("warnings", ()),
     )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peso.adapters.lora import adapter_parameters
-from peso.config import AdapterConfig, BackboneConfig, PromptConfig
+from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
 from peso.errors import AssetError, ExportError
 from peso.model.build import build_model, round_frozen
 from peso.model.export import PromptText, export_merged, export_peft
@@ -75,10 +75,14 @@ save_file(logits, sys.argv[3])
 """
 
 
-def trained(backbone: BackboneConfig, layout: str, targets: list[str] | None = None) -> GenerativeModel:
+def trained(
+    backbone: BackboneConfig, layout: str, targets: list[str] | None = None, head: HeadConfig | None = None
+) -> GenerativeModel:
     """A model whose adapter and rows are far from fresh."""
     adapter = AdapterConfig(rank=2, alpha=4, **({"targets": targets} if targets else {}))
-    model = build_model(backbone, PromptConfig(layout=layout), adapter, "full", CATALOGUE, seed=0).eval()
+    model = build_model(
+        backbone, PromptConfig(layout=layout), adapter, "full", CATALOGUE, seed=0, head=head
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in [*adapter_parameters(model).values(), *model.vocabulary.parameters()]:
@@ -314,10 +318,12 @@ def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(layout: str, t
 def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    model = trained(BackboneConfig(name="tiny", layers=1), "instruct")
+    model = trained(BackboneConfig(name="tiny", layers=1), "instruct", head=HeadConfig(name="items"))
     written = []
-    for snippet, export in zip(snippets, (export_merged, export_peft), strict=True):
-        folder = tmp_path / export.__name__
+    for number, (snippet, export) in enumerate(
+        zip(snippets, (export_merged, export_peft, export_merged), strict=True)
+    ):
+        folder = tmp_path / str(number)
         folder.mkdir()
         export(model, folder / "exported")
         done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=folder)

@@ -21,13 +21,30 @@ MOST_NAMED = 5  # systems that a sentence names one by one
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """What came out: baselines that win, what the last update brought, who is best."""
+    """What came out: models that have learned too little, baselines that win, what the last update brought,
+    who is best."""
     if len(comparison.systems) == 1:
         results = [_values(comparison)]
     else:
         compared = [metric for metric in comparison.headline if len(comparison.rivals(metric)) > 1]
         results = [_result(comparison, metric) for metric in compared]
-    return [*winning_baselines(comparison), *last_update(comparison), *results, *_gaps(comparison)]
+    return [
+        *_unhealthy(comparison),
+        *winning_baselines(comparison),
+        *last_update(comparison),
+        *results,
+        *_gaps(comparison),
+    ]
+
+
+def _unhealthy(comparison: Comparison) -> list[str]:
+    """Warnings about the newest stage of each model."""
+    newest = comparison.averaged[-1]
+    return [
+        f"Warning: {_name(system)}, stage {newest}: {warning}."
+        for system in comparison.systems
+        for warning in dict.fromkeys(w for run in system.runs for w in run.stages[newest].warnings)
+    ]
 
 
 def cautions(comparison: Comparison) -> list[str]:

@@ -95,7 +95,7 @@ class Lsat(Strategy):
 
 
 def _rows(vocabulary: Any) -> dict[str, Tensor]:
-    return {f"{ROWS}{name}": p.detach().cpu().clone() for name, p in vocabulary.named_parameters()}
+    return {f"{ROWS}{name}": p.detach().cpu().clone() for name, p in vocabulary.state_dict().items()}
 
 
 def _long(memory: Mapping[str, Tensor]) -> tuple[Past, dict[str, Tensor]]:

@@ -1,0 +1,85 @@
+"""Warnings about models that have learned too little fire on such models, and on no others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from peso.evaluation.health import first_items, warnings
+from peso.evaluation.predictions import UNRANKED, Predictions
+
+CASES, ITEMS, DEPTH = 60, 20, 5
+
+
+def predictions(lists: np.ndarray, targets: np.ndarray, first_code: float = -0.5) -> Predictions:
+    """lists: int (n, depth), the items of each answer; the log-probability of every target's first code."""
+    hits = lists == targets[:, None]
+    ranks = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, UNRANKED).astype(np.int32)
+    levels = np.tile(np.array([[first_code, -1.0]], np.float32), (len(lists), 1))
+    return Predictions(
+        users=[f"u{n}" for n in range(len(lists))],
+        targets=[f"i{t}" for t in targets],
+        items=[[f"i{item}" for item in row] for row in lists],
+        scores=[np.zeros(DEPTH, np.float32)] * len(lists),
+        rank_semantic_id=ranks,
+        rank_item=ranks,
+        target_log_probability=levels.sum(axis=1),
+        user_segment=["new"] * len(lists),
+        item_segment=["known"] * len(lists),
+        history_length=np.ones(len(lists), np.int32),
+        depth=DEPTH,
+        target_level_log_probabilities=levels,
+    )
+
+
+@pytest.fixture
+def targets() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, ITEMS, CASES)
+
+
+@pytest.fixture
+def good(targets: np.ndarray) -> np.ndarray:
+    """Every second user has the target first; nobody has the same list."""
+    lists = (targets[:, None] + np.arange(DEPTH) + 1) % ITEMS
+    lists[::2] = (targets[::2, None] + np.arange(DEPTH)) % ITEMS
+    return lists
+
+
+POPULAR = np.where(np.arange(CASES) % 10 == 0, 2, UNRANKED)
+FREQUENCIES = np.full(CASES, -2.0)
+
+
+def test_a_good_model_raises_none(good: np.ndarray, targets: np.ndarray) -> None:
+    assert warnings(predictions(good, targets), POPULAR, FREQUENCIES) == []
+
+
+def test_one_list_for_everyone_is_a_collapse(good: np.ndarray, targets: np.ndarray) -> None:
+    same = np.tile(good[:1], (CASES, 1))
+    same[:3] = good[:3]
+    found = warnings(predictions(same, targets), np.zeros(CASES, int), FREQUENCIES)
+    assert len(found) == 1
+    assert "9" in found[0]
+    assert "of all users get the same first item" in found[0]
+
+
+def test_codes_predicted_no_better_than_by_frequency(good: np.ndarray, targets: np.ndarray) -> None:
+    (found,) = warnings(predictions(good, targets, first_code=-2.1), POPULAR, FREQUENCIES)
+    assert "predicted no better (-2.100 nats) than by how often each code occurs (-2.000)" in found
+
+
+def test_the_most_popular_items_as_good_for_all(good: np.ndarray, targets: np.ndarray) -> None:
+    (found,) = warnings(predictions(good, targets), np.ones(CASES, int), FREQUENCIES)
+    assert (
+        "the same list for everyone, the most popular items of the newest stage, is at least as good" in found
+    )
+
+
+def test_a_handful_of_cases_says_nothing(good: np.ndarray, targets: np.ndarray) -> None:
+    few = predictions(np.tile(good[:1], (20, 1)), targets[:20])
+    assert warnings(few, np.ones(20, int), FREQUENCIES[:20]) == []
+
+
+def test_the_effective_number_of_first_items(good: np.ndarray, targets: np.ndarray) -> None:
+    effective, share = first_items(predictions(np.arange(CASES)[:, None] % 10 + np.arange(DEPTH), targets))
+    assert effective == pytest.approx(10)
+    assert share == pytest.approx(0.1)

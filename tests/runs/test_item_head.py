@@ -1,0 +1,119 @@
+"""Runs of models with an item head: every strategy, interruptions, a catalog that grows, the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from safetensors.torch import load_file
+
+from peso.config import load_config
+from peso.runs import learn, pipeline
+from peso.runs.workspace import Workspace
+from peso.runtime.files import checksum
+
+TREE = {
+    "data": {"simulate": {"users": 60, "items": 40, "stages": 3}},
+    "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
+    "backbone": {"name": "tiny", "layers": 1},
+    "head": "items",
+    "training": {"epochs": 1, "max_steps": 4, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
+    "evaluation": {"enabled": False},
+    "baselines": [],
+}
+
+
+def run(root: Path, *overrides: str, base: Path | None = None, **sections: object) -> Workspace:
+    workspace = Workspace.create_or_open(root, load_config({**TREE, **sections}, overrides))
+    with workspace.lock():
+        pipeline.run(workspace, base=base)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return run(tmp_path_factory.mktemp("single") / "w", strategy="single")
+
+
+def vocabulary(workspace: Workspace, stage: int) -> Path:
+    return workspace.root / "stages" / str(stage) / "vocabulary.safetensors"
+
+
+def test_a_stage_learns_it_and_says_how_much_it_counts(single: Workspace) -> None:
+    first, second = (load_file(vocabulary(single, stage)) for stage in (0, 1))
+    for name in ("rows", "bias", "code_rows", "code_bias", "query"):
+        assert not first[f"item_head.{name}"].equal(second[f"item_head.{name}"]), name
+    told = json.loads((single.root / "stages" / "1" / "metrics.json").read_text())["training"]["item_head"]
+    assert list(told["shares"].values()) == pytest.approx(second["item_head.shares"].tolist())
+    assert len(told["ndcg@10"]) == 21
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "peso", "strength": 1.0, "vocabulary": True},
+        {"name": "peso", "proximal": "l2", "weight": 0.1, "vocabulary": True},
+        {"name": "retrain"},
+        {"name": "replay"},
+        {"name": "average"},
+        {"name": "lsat"},
+        {"name": "lsat", "fusion": "arithmetic"},
+        {"name": "sum_lora"},
+        {"name": "o_lora"},
+        {"name": "distill"},
+        {"name": "full"},
+        {"name": "none"},
+    ],
+    ids=str,
+)
+def test_every_strategy_trains_and_answers_with_it(single: Workspace, tmp_path: Path, strategy: dict) -> None:
+    other = run(tmp_path / "w", base=single.root, strategy=strategy, evaluation={"enabled": True, "k": [5]})
+    for stage in (1, 2):
+        tested = json.loads((other.root / "stages" / str(stage) / "metrics.json").read_text())["test"]
+        assert 0 <= tested["metrics"]["ndcg@5"]["value"] <= 1
+
+
+def test_an_anchor_on_the_vocabulary_holds_its_rows(single: Workspace, tmp_path: Path) -> None:
+    strategy = {"name": "peso", "proximal": "l2", "strength": 1000.0, "vocabulary": True}
+    held = run(tmp_path / "w", base=single.root, strategy=strategy)
+    before = load_file(vocabulary(single, 0))
+    moved, free = (
+        (load_file(vocabulary(one, 1))["item_head.rows"] - before["item_head.rows"]).norm()
+        for one in (held, single)
+    )
+    assert moved < 0.01 * free
+
+
+def test_a_run_interrupted_before_the_shares_are_chosen_ends_the_same(
+    single: Workspace, tmp_path: Path
+) -> None:
+    with patch.object(learn, "_tune_shares", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "w", strategy="single")
+    again = run(tmp_path / "w", strategy="single")
+    for stage in (0, 1, 2):
+        assert checksum(vocabulary(again, stage)) == checksum(vocabulary(single, stage))
+
+
+def test_stages_without_it_are_not_continued_with_it(tmp_path: Path, peso) -> None:
+    plain = run(tmp_path / "plain", "training.max_steps=1", head="codes")
+    status, _, err = peso("update", "-w", plain.root, "--set", "head=items")
+    assert status == 1
+    assert "head" in err
+
+
+def test_it_is_scored_recommended_and_reported(single: Workspace, tmp_path: Path, peso) -> None:
+    shutil.copytree(single.root, tmp_path / "w")
+    status, _, err = peso("evaluate", "-w", tmp_path / "w", "--set", "evaluation.enabled=true")
+    assert status == 0, err
+    status, out, err = peso("recommend", "-w", tmp_path / "w", "--history", "i1,i2", "--json")
+    assert status == 0, err
+    assert len(json.loads(out)["recommendations"]) == 10
+    status, out, err = peso("report", "-w", tmp_path / "w")
+    assert status == 0, err
+    status, _, err = peso("export", "-w", tmp_path / "w", "-o", tmp_path / "m", "--format", "peft")
+    assert status == 0, err
+    assert (tmp_path / "m" / "item_head.safetensors").is_file()
