@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test quick fuzz lint docs wheel clean
+.PHONY: install demo test quick fuzz lint docs dist wheel wheel-fresh clean
 
 install: $(VENV)/.installed
 
@@ -36,20 +36,31 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# the documentation as a site that is read from files: open site/index.html
-docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+# the documentation as a site that is read from files: open site/index.html. The tutorials are run for it; to look
+# at other pages, DOCS_EXECUTE=false leaves that out
+docs: $(VENV)/.docs  # (--quiet would silence the warnings that --strict fails on)
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-# what a user of the wheel gets: a fresh environment outside the checkout
-wheel: install
+dist: install
 	rm -rf dist build/wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
+# what is in the wheel works outside of the checkout: an environment with the wheel alone, beside .venv's packages
+wheel: dist
+	$(BIN)/python -m venv --without-pip build/wheel
+	$(BIN)/python -m pip --python build/wheel/bin/python install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(build/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	cd build/wheel && ./bin/peso --version && ./bin/peso demo --quick -o demo
+
+# what a user of the wheel gets: everything is downloaded and installed anew
+wheel-fresh: dist
 	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/peso-*.whl
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd build/wheel && ./bin/peso demo -o demo
 
 clean:

@@ -1,10 +1,10 @@
 """The size and shape of the package: folders, files, lines, longest functions, floors of the import graph.
 
-    python benchmarks/structure.py [--quick] [--json]
+    python benchmarks/structure.py [--quick] [--json] [--write]
 
 A folder's floor is one more than the highest floor of the folders it imports from, so an arrow never runs
 back up as long as the folders form no circle. `--quick` is accepted like in every benchmark and changes
-nothing: the whole count takes about a second.
+nothing: the whole count takes about a second. `--write` puts the counts into CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import textwrap
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import grimp
 
 ROOT = Path(__file__).resolve().parents[1] / "peso"
+GUIDE = ROOT.parent / "CONTRIBUTING.md"
+BEGIN, END = "<!-- structure -->\n", "<!-- end of structure -->"
 SHOWN = 5  # of the longest functions and files
 
 
@@ -27,8 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     found = structure(ROOT)
+    if arguments.write:
+        before, _, after = GUIDE.read_text().partition(BEGIN)
+        GUIDE.write_text(f"{before}{BEGIN}\n{block(found)}\n\n{END}{after.partition(END)[2]}")
     print(json.dumps(found, indent=2) if arguments.json else text(found))
 
 
@@ -92,6 +99,12 @@ def text(found: dict[str, Any]) -> str:
     levels = found["floors"]
     parts += [f"floor {number}: {', '.join(levels[number - 1])}" for number in range(len(levels), 0, -1)]
     return "\n".join(parts)
+
+
+def block(found: dict[str, Any]) -> str:
+    """The counts as an indented block of Markdown, wrapped."""
+    lines = [textwrap.wrap(line, 110, subsequent_indent="  ") for line in text(found).splitlines()]
+    return "\n".join(f"    {part}" for parts in lines for part in parts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """A MkDocs hook: writes the tables of configuration keys and of command options from the code itself.
 
-A page asks for them with `<!-- generated: keys -->` and `<!-- generated: commands -->`.
+A page asks for them with `<!-- generated: NAME -->`, where NAME is keys, compare or commands.
 """
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,12 +16,15 @@ from pydantic_core import PydanticUndefined
 
 from peso.cli.app import app
 from peso.config import Config
+from peso.config.compare import CompareConfig
 from peso.config.reading import sections
 from peso.config.registry import Options
 
+os.environ["JUPYTER_CONFIG_DIR"] = os.path.dirname(__file__)  # what a cell prints in pieces is one output
+
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    for name, make in {"keys": keys, "commands": commands}.items():
+    for name, make in {"keys": keys, "compare": compare, "commands": commands}.items():
         mark = f"<!-- generated: {name} -->"
         if mark in markdown:
             markdown = markdown.replace(mark, "\n".join(make()))
@@ -32,24 +36,34 @@ def keys() -> Iterator[str]:
     yield from _section("", Config)
 
 
+def compare() -> Iterator[str]:
+    """The keys of the section `compare`; the sections that it shares with a run are not repeated."""
+    yield from _table(CompareConfig)
+
+
 def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
-    rows, nested = [], []
-    for name, field in model.model_fields.items():
-        if issubclass(model, Options) and name == "name":
-            continue
-        inner = sections(field.annotation, field.metadata)
-        nested += [(f"{path}{name}", *section) for section in inner]
-        default = field.get_default(call_default_factory=True)
-        rows.append((name, _kind(field.annotation), _default(field, default), field.description or ""))
-    if rows:
-        yield from ("", "| key | type | default | |", "|---|---|---|---|")
-    for row in rows:
-        yield "| " + " | ".join(_cell(text) for text in _quoted(row)) + " |"
+    yield from _table(model)
+    nested = [
+        (f"{path}{name}", *section)
+        for name, field in model.model_fields.items()
+        for section in sections(field.annotation, field.metadata)
+    ]
     for where, named, part, section in nested:
         yield from ("", f"### `{where}: {named}`" if named else f"### `{where}`")
         if text := (part or section).__doc__:
             yield from ("", " ".join(text.split("\n\n")[0].replace("``", "`").split()))
         yield from _section(f"{where}.", section)
+
+
+def _table(model: type[BaseModel]) -> Iterator[str]:
+    rows = [
+        (name, _kind(field.annotation), _default(field), field.description or "")
+        for name, field in model.model_fields.items()
+        if not (issubclass(model, Options) and name == "name")
+    ]
+    if rows:
+        yield from ("", "| key | type | default | |", "|---|---|---|---|")
+    yield from ("| " + " | ".join(_cell(text) for text in _quoted(row)) + " |" for row in rows)
 
 
 def _quoted(row: tuple[str, str, str, str]) -> tuple[str, ...]:
@@ -61,7 +75,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _default(field: Any, value: Any) -> str:
+def _default(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
     if field.is_required() or value is PydanticUndefined:
         return "required"
     if isinstance(value, BaseModel | list | dict):

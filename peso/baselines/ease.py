@@ -40,7 +40,7 @@ class Ease(Baseline):
         items: int = Field(
             5000, ge=1, description="that take part: those with most users; memory grows squared"
         )
-        regularisation: float = Field(50.0, gt=0)
+        regularisation: float = Field(50.0, gt=0, description="added to the diagonal")
 
         def memory(self, items: int, users: int, window: int) -> int:
             return 8 * min(self.items, items) ** 2

@@ -37,15 +37,19 @@ class Network(Baseline):
 
     class Options(Baseline.Options):
         width: int = Field(64, ge=1, description="of every embedding")
-        epochs: int = Field(20, ge=1, le=MOST_EPOCHS)
+        epochs: int = Field(
+            20, ge=1, le=MOST_EPOCHS, description="at most; the one with the lowest validation loss is kept"
+        )
         patience: int = Field(2, ge=1, description="epochs without a better validation loss that end a stage")
         batch_size: int = Field(
             256, ge=1, description="targets (two-tower) or sequences (sasrec) in one step"
         )
-        learning_rate: float = Field(1e-3, gt=0)
-        later_learning_rate_scale: float = Field(1.0, gt=0)
-        weight_decay: float = Field(0.01, ge=0)
-        dropout: float = Field(0.2, ge=0, lt=1)
+        learning_rate: float = Field(1e-3, gt=0, description="of AdamW, in stage 0")
+        later_learning_rate_scale: float = Field(
+            1.0, gt=0, description="of later stages, relative to stage 0"
+        )
+        weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+        dropout: float = Field(0.2, ge=0, lt=1, description="in training")
 
         def memory(self, items: int, users: int, window: int) -> int:
             return TRAINED * items * self.width + 4 * min(self.batch_size, users) * items

@@ -70,8 +70,8 @@ class SasRec(Network):
     name = "sasrec"
 
     class Options(Network.Options):
-        layers: int = Field(2, ge=1)
-        heads: int = Field(2, ge=1)
+        layers: int = Field(2, ge=1, description="attention blocks")
+        heads: int = Field(2, ge=1, description="of attention")
         batch_size: int = Field(64, ge=1, description="sequences in one step")
 
         @model_validator(mode="after")

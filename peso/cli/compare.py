@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ class Display:
         self._said: dict[str, tuple[Any, ...]] = {}
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
+        if sys.stderr.isatty():
             self._live = Live(console=self.console, refresh_per_second=2)
             self._live.start()
         return self

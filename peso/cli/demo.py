@@ -17,6 +17,10 @@ CONFIG = {
     "training": {"epochs": 5, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
     "report": {"title": "peso demo: a simulated shop"},
 }
+QUICK = [
+    *("data.simulate.users=150", "data.simulate.items=80", "data.simulate.stages=3"),
+    *("backbone.width=32", "backbone.layers=1", "training.epochs=2"),
+]
 STRATEGIES = ("none", "single", "peso")
 
 
@@ -29,6 +33,9 @@ def demo(
         "runs/demo"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed for all random numbers.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smaller shop and model: only to see that everything works.")
+    ] = False,
 ) -> None:
     """Run the whole loop on simulated data in minutes, and write a report. Needs no network and no files.
 
@@ -49,7 +56,7 @@ def demo(
     terminal = Terminal()
     workspaces: list[Workspace] = []
     for strategy in STRATEGIES:
-        config = load_config({**CONFIG, "strategy": strategy, "seed": seed})
+        config = load_config({**CONFIG, "strategy": strategy, "seed": seed}, QUICK if quick else [])
         terminal.note(f"\n{strategy}: {output / strategy}")
         with Workspace.hold(output / strategy, config) as workspace:
             pipeline.run(workspace, base=workspaces[0].root if workspaces else None, observer=terminal)
@@ -57,7 +64,7 @@ def demo(
     terminal.begin("writing the report on all three", 0, "")
     report.report(workspaces, output / "report")
     terminal.end()
-    show_results("averages over stages 1 to 3, each tested right after training", workspaces)
+    show_results("averages over the later stages, each tested right after training", workspaces)
     some_user = workspaces[-1].stream.stage(0).users[0]
     say(f"\nreport: {output / 'report' / 'index.html'}")
     next_steps(["recommend", "-w", workspaces[-1].root, "--user", some_user], ["init", "LOG"])

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
 
+WORTH_A_LINE = 0.1  # seconds of finished work
 SECONDS_BETWEEN_LINES = 30  # of progress in a log file, where no bar can be drawn
 
 
@@ -57,7 +58,7 @@ class Terminal:
         self._title, self._total, self._unit = title, total, unit
         self._started = self._spoke = time.monotonic()
         self._first: int | None = None
-        if self.console.is_terminal:
+        if sys.stderr.isatty():  # FORCE_COLOR, which notebooks set, lets rich take a pipe for a terminal
             parts: list[ProgressColumn] = [
                 MofNCompleteColumn(),
                 TextColumn(unit, markup=False),
@@ -93,9 +94,9 @@ class Terminal:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if self._title:
-            self.note(f"{self._title}: {duration(time.monotonic() - self._started)}")
-            self._title = ""
+        if self._title and (seconds := time.monotonic() - self._started) >= WORTH_A_LINE:
+            self.note(f"{self._title}: {duration(seconds)}")
+        self._title = ""
 
 
 _drawn: list[Progress] = []

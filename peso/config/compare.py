@@ -47,7 +47,9 @@ class CompareConfig(Section):
 
     data: Variants = Field({}, description="none given: the common data alone")
     backbones: Variants = Field({}, description="none given: the common backbone alone")
-    strategies: Variants = Field({})
+    strategies: Variants = Field(
+        {}, description="by name; `[none, single]` is short for `{none: none, single: single}`"
+    )
     grid: dict[str, Any] = Field({}, description="strategies whose lists of values become a run each")
     tune: dict[str, Any] = Field({}, description="strategies whose lists are chosen from on validation loss")
     baselines: Baselines | None = Field(None, description="not given: those of the common `baselines`")
@@ -59,7 +61,7 @@ class CompareConfig(Section):
         description="test every stage's model of the first seed on the cases of all other stages; true: of "
         "every strategy outside of grid, or those named",
     )
-    seeds: list[Seed] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1, description="each strategy runs once per seed")
     share_base: bool = Field(True, description="one stage 0 for all seeds; false: trained again for each")
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="processes at once; auto: one per core, or per GPU"

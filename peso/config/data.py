@@ -20,9 +20,9 @@ MOST_STAGES = 10_000  # each is a directory, and a training
 class SimulateConfig(Section):
     """Size of the embedded stream. ``stages`` counts stage 0 too."""
 
-    users: int = Field(600, ge=10)
-    items: int = Field(400, ge=20)
-    stages: int = Field(5, ge=1, le=MOST_STAGES)
+    users: int = Field(600, ge=10, description="simulated users")
+    items: int = Field(400, ge=20, description="simulated items")
+    stages: int = Field(5, ge=1, le=MOST_STAGES, description="stages, stage 0 included")
 
 
 def _moment(value: Any) -> Any:
@@ -124,10 +124,10 @@ def _stages(value: Any) -> Any:
 class ColumnsConfig(Section):
     """Where an event's fields stand: a name, or a number counted from 1 in CSV files without a header."""
 
-    user: Column = "user"
-    item: Column = "item"
-    time: Column = "time"
-    rating: Column | None = None
+    user: Column = Field("user", description="the user's id")
+    item: Column = Field("item", description="the item's id")
+    time: Column = Field("time", description="when the event happened")
+    rating: Column | None = Field(None, description="the rating; needed for min_rating only")
 
 
 class EventsConfig(Section):
@@ -142,19 +142,21 @@ class EventsConfig(Section):
 class ItemColumnsConfig(Section):
     """Where an item's fields stand. Several columns as ``text`` are joined to one."""
 
-    item: Column = "item"
-    title: Column | None = None
-    text: Annotated[list[Column], BeforeValidator(_listed)] = Field([])
-    category: Column | None = None
+    item: Column = Field("item", description="the item's id")
+    title: Column | None = Field(None, description="the title")
+    text: Annotated[list[Column], BeforeValidator(_listed)] = Field(
+        [], description="one column or several: a description, a brand"
+    )
+    category: Column | None = Field(None, description="the category; a list is a path, broad to narrow")
 
 
 class ItemTableConfig(Section):
     """The product table beside a log of one's own; other options as in ``data``."""
 
-    path: str
+    path: str = Field(description="the file of the product table")
     format: LogFormat | None = Field(None, description="none given: by its ending, else that of the log")
     columns: ItemColumnsConfig = ItemColumnsConfig()
-    separator: Separator | None = None
+    separator: Separator | None = Field(None, description="csv; none given: by the ending")
 
 
 def _known(name: str) -> str:
@@ -187,7 +189,7 @@ class DataConfig(Section):
     events: EventsConfig | None = Field(
         None, exclude_if=not_, description="csv, parquet and jsonl: the types of events that count"
     )
-    min_rating: float | None = None
+    min_rating: float | None = Field(None, description="leave out events that are rated lower")
     repeats: Literal["keep", "drop"] = Field("keep", description="drop: a user's first event of an item only")
     min_user: int = Field(1, ge=1, description="events that every user is left with (k-core)")
     min_item: int = Field(1, ge=1, description="events that every item is left with (k-core)")

@@ -23,7 +23,7 @@ class RqVaeConfig(Section):
     latent: int = Field(64, ge=2, description="width of the space that the codebooks quantise")
     steps: int = Field(1000, ge=1, le=100_000, description="optimiser steps")
     batch_size: int = Field(1024, ge=1, description="items in one optimiser step")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
     commitment: float = Field(0.25, ge=0, description="weight that holds the encoder to its codes")
 
 
@@ -34,7 +34,11 @@ class ItemsConfig(Section):
     ``all-minilm-l6-v2``, any sentence-transformers or Transformers name or path, causal LMs included.
     """
 
-    encoder: str = Field(HASHING, min_length=1)
+    encoder: str = Field(
+        HASHING,
+        min_length=1,
+        description="text to vectors: hashing, all-minilm-l6-v2, another model, or vectors (the files alone)",
+    )
     dimensions: int = Field(128, ge=2, description="hashing only: width of the vectors")
     template: str = Field(
         "{title}\n{category}\n{text}", description="a line whose fields are all empty is dropped"
@@ -44,10 +48,15 @@ class ItemsConfig(Section):
     index: str | None = Field(
         None, description="an index.json made elsewhere: its IDs are taken, nothing is fitted"
     )
-    quantizer: Literal["rq-vae", "rq-kmeans", "balanced-rq-kmeans", "category-path"] = "rq-vae"
-    levels: int = Field(4, ge=1, le=25)
+    quantizer: Literal["rq-vae", "rq-kmeans", "balanced-rq-kmeans", "category-path"] = Field(
+        "rq-vae",
+        description="vectors to codes; simulated items take their category-path unless told otherwise",
+    )
+    levels: int = Field(4, ge=1, le=25, description="codes of a semantic ID")
     codes: int = Field(256, ge=2, le=65_536, description="codes a level; fewer where the catalogue is small")
-    collisions: Literal["reassign", "extra-level", "allow"] = "reassign"
+    collisions: Literal["reassign", "extra-level", "allow"] = Field(
+        "reassign", description="what happens to items that want the same ID"
+    )
     fit: Literal["base", "all"] = Field(
         "base", description="fit to the items of stage 0, those of later stages get frozen codes; or to all"
     )

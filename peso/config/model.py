@@ -33,7 +33,10 @@ HOW = (
 class BackboneConfig(Section):
     """``name``: a hub name, a path, an asset of ``peso pull``, ``scratch`` or ``tiny``."""
 
-    name: str = "smollm2-135m"
+    name: str = Field(
+        "smollm2-135m",
+        description="a hub name, a path, an asset of `peso pull`; scratch and tiny are built in",
+    )
     layers: int | None = Field(None, ge=1, description="keep the first n layers; for scratch: its depth")
     width: int | None = Field(None, ge=8, description="scratch and tiny only: hidden width")
     dropout: float | None = Field(
@@ -84,15 +87,21 @@ def _device(name: str) -> str:
 
 
 class PromptConfig(Section):
-    layout: Layout = "stream"
-    window: int = Field(20, ge=1)
+    layout: Layout = Field(
+        "stream", description="stream: the items alone; instruct: an instruction around them, as in the paper"
+    )
+    window: int = Field(20, ge=1, description="the newest items of a history that the model reads")
 
 
 class AdapterConfig(Section):
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    targets: list[str] = Field([*LINEAR_LAYERS], min_length=1)
+    rank: int = Field(8, ge=1, description="columns of A and B")
+    alpha: float = Field(16.0, gt=0, description="B·A is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="of the adapter's input, in training")
+    targets: list[str] = Field(
+        [*LINEAR_LAYERS],
+        min_length=1,
+        description="the linear layers that get an adapter; all seven projections",
+    )
 
 
 class HeadConfig(Section):
@@ -124,27 +133,41 @@ class LaterTrainingConfig(Section):
         exclude_if=not_,
         description="none given: training.learning_rate x training.later_learning_rate_scale",
     )
-    epochs: int | None = Field(None, ge=1, exclude_if=not_)
-    batch_size: int | None = Field(None, ge=1, exclude_if=not_)
-    patience: int | None = Field(None, ge=1, exclude_if=not_)
+    epochs: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
+    batch_size: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
+    patience: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
 
 
 class TrainingConfig(Section):
-    epochs: int = Field(4, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
-    later_learning_rate_scale: float = Field(0.1, gt=0)
+    epochs: int = Field(
+        4, ge=1, description="passes over a stage's data; the epoch with the lowest validation loss is kept"
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="the highest learning rate of stage 0")
+    later_learning_rate_scale: float = Field(
+        0.1, gt=0, description="the learning rate of later stages, relative to that of stage 0"
+    )
     batch_size: int = Field(32, ge=1, description="targets in one optimiser step, in every layout")
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(
+        None, ge=1, description="ends each stage after so many steps; none given: no limit"
+    )
     loss_vocabulary: LossVocabulary = Field(
         STREAM_LOSS_VOCABULARY, description="the paper's preset and `instruct` have another default: full"
     )
-    temperature: float = Field(0.8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup: float = Field(0.01, ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    precision: Precision = "auto"
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    temperature: float = Field(
+        0.8, gt=0, description="logits are divided by it in training; decoding is at 1"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    warmup: float = Field(0.01, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after that"
+    )
+    precision: Precision = Field(
+        "auto", description="auto: float32 on a CPU, bfloat16 for frozen weights and products on a GPU"
+    )
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        "auto", description="auto: the GPU if there is one; or a name of PyTorch such as cpu or cuda:1"
+    )
     validation_cases: int | None = Field(
         None, ge=1, description="validate on a seeded sample of so many cases; none given: on all"
     )
@@ -186,7 +209,9 @@ class TrainingConfig(Section):
 
 
 class DecodingConfig(Section):
-    beams: int = Field(10, ge=1, le=MOST_BEAMS)
+    beams: int = Field(
+        10, ge=1, le=MOST_BEAMS, description="width of the search: the most semantic IDs in a ranked list"
+    )
     # not written where not given, as above
     batch_size: int | None = Field(
         None, ge=1, exclude_if=not_, description="users decoded together; none given: 64, on a GPU 256"
@@ -200,11 +225,15 @@ class DecodingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    enabled: bool = True
-    k: list[Annotated[int, Field(ge=1)]] = Field([5, 10], min_length=1)
+    enabled: bool = Field(
+        True, description="false: stages are trained only; nothing is tested, and no report is written"
+    )
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        [5, 10], min_length=1, description="lengths of the lists that Hit, NDCG and MRR are computed on"
+    )
 
 
 class ReportConfig(Section):
-    title: str | None = None
+    title: str | None = Field(None, description="none given: the names of the runs")
     segments: list[str] = Field([], description="columns of the item or user table that part the cases too")
     users: str | None = Field(None, description="the user table: CSV, Parquet or JSON lines with user_id")

@@ -45,7 +45,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: Baselines = Field(default_factory=default_baselines, description="none: no baseline")
     report: ReportConfig = ReportConfig()
-    seed: Seed = 0
+    seed: Seed = Field(0, description="fixes all random numbers; on the same machine, all results")
     data_seed: Seed | None = Field(None, description="of simulated data and semantic IDs; none given: seed")
     base_seed: Seed | None = Field(None, description="of stage 0; none given: seed")
 

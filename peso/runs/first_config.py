@@ -80,7 +80,8 @@ def first_config(
     guessed: list[tuple[str, str, str, str]] = []
     hint = ""
     if form in get_args(LogFormat):
-        given = load_config({"data": {"format": form, "path": log}}, overrides, base=Path()).data
+        of_data = [text for text in overrides if text.startswith("data.")]
+        given = load_config({"data": {"format": form, "path": log}}, of_data, base=Path()).data
         sampled = sample(log, form, given.separator, given.encoding)
         found = guess_log(sampled, dict(columns or {}), given.time_format)
         kind = found.pop("kind", None)

@@ -19,7 +19,10 @@ from peso.training.likelihood import target_log_probabilities
 from peso.training.loop import StageTask, train_stage
 from peso.training.strategies.peso import Peso
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
 
 
 def on_gpu(model: GenerativeModel) -> GenerativeModel:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from peso.config import changed_keys, dump_config, load_config, valid_keys
-from peso.config.reading import leaves, with_earlier_defaults
+from peso.config import Config, changed_keys, dump_config, load_config, valid_keys
+from peso.config.compare import CompareConfig
+from peso.config.reading import leaves, sections, with_earlier_defaults
+from peso.config.registry import Options
 from peso.config.shape import stage_shape
 from peso.errors import ConfigError
 
@@ -148,3 +150,17 @@ def test_a_workspace_of_the_first_version_had_no_dropout_and_keeps_its_digests()
         assert "dropout" not in stage_shape(read, stage)["backbone"]
     now = load_config({"data": DATA, "backbone": "scratch"})
     assert stage_shape(now, 0)["backbone"]["dropout"] == 0.2
+
+
+def test_every_key_says_in_the_reference_what_it_means():
+    def unexplained(model, path: str) -> list[str]:
+        missing = []
+        for name, field in model.model_fields.items():
+            inner = sections(field.annotation, field.metadata)
+            named = name == "name" and issubclass(model, Options)
+            missing += [] if field.description or inner or named else [f"{path}{name}"]
+            for part, _, section in inner:
+                missing += unexplained(section, f"{path}{name}.{part}")
+        return missing
+
+    assert [*unexplained(Config, ""), *unexplained(CompareConfig, "compare.")] == []

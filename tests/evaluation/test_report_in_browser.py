@@ -14,6 +14,7 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.page import render_page
 from peso.evaluation.report.sections import sections_of
 
+pytestmark = pytest.mark.browser
 WINDOWS = {"desktop": (1280, 900, False), "phone": (390, 844, True), "small phone": (320, 568, True)}
 # What sticks out of the window, boxes that scroll by themselves and what is in them left out
 STICKS_OUT = """

@@ -26,8 +26,8 @@ class Distill(Strategy):
     relative_step_time = 1.4  # measured by benchmarks/strategies.py
 
     class Options(StrategyOptions):
-        weight: float = Field(1.0, ge=0)
-        temperature: float = Field(1.0, gt=0)
+        weight: float = Field(1.0, ge=0, description="factor of the distillation loss")
+        temperature: float = Field(1.0, gt=0, description="divides the logits of teacher and student")
 
     options: Options
     _teacher: dict[str, Tensor]

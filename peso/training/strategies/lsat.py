@@ -38,7 +38,9 @@ class Lsat(Strategy):
     chooses_by_data = True
 
     class Options(StrategyOptions):
-        fusion: Literal["outputs", "arithmetic"] = "outputs"
+        fusion: Literal["outputs", "arithmetic"] = Field(
+            "outputs", description="what is fused: the logits of two models, or the weights of two adapters"
+        )
         long_share: float = Field(0.5, ge=0, le=1, description="weight of the long-term adapter")
 
     options: Options

@@ -24,7 +24,7 @@ class OLora(Strategy):
     reads = frozenset({"past"})
 
     class Options(StrategyOptions):
-        weight: float = Field(0.5, ge=0)
+        weight: float = Field(0.5, ge=0, description="factor of the orthogonality penalty")
 
     options: Options
     # of each module A of all earlier adapters (Σ ranks, in), and the one that is trained (rank, in)

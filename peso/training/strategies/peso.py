@@ -41,9 +41,14 @@ class Peso(Strategy):
         coupling: Coupling | None = Field(
             None, description="unless given: decoupled for a strength, loss for a weight"
         )
-        reduction: Literal["sum", "mean"] = "mean"
+        reduction: Literal["sum", "mean"] = Field(
+            "mean", description="sum: over all groups; mean: over modules, as in the released code"
+        )
         temperature: float | Literal["auto"] = Field(1.0, description="of softmax_kl and per_rank_kl")
-        groups: Literal["factor", "module", "rank", "all"] = "factor"
+        groups: Literal["factor", "module", "rank", "all"] = Field(
+            "factor",
+            description="values that share one softmax: A and B of a module apart, together, or all at once",
+        )
         vocabulary: bool = Field(False, description="anchor the rows of the semantic vocabulary too")
         examples: int = Field(64, ge=2, description="single targets that ρ̄ and fisher are estimated from")
 

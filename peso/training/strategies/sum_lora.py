@@ -30,7 +30,9 @@ class SumLora(Strategy):
     train_magnitudes: ClassVar[bool] = False
 
     class Options(StrategyOptions):
-        history: Literal["all", "latest"] = "all"
+        history: Literal["all", "latest"] = Field(
+            "all", description="which earlier adapters are added: all, or the latest"
+        )
         inherit: bool = Field(False, description="begin at the last adapter instead of a fresh one")
 
     options: Options
