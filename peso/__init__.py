@@ -1,36 +1,67 @@
 """Keeps an LLM-based generative recommender fresh: one evolving LoRA adapter, held by a proximal anchor.
 
-Public names are loaded when they are first used: ``import peso`` and ``peso --help`` do not wait for PyTorch.
+The names below are public; anything else may change between versions. ``import peso`` is quick: a name is
+loaded when it is first used, so that ``peso --help`` does not wait for PyTorch.
 """
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peso import decoding
+    from peso.adapters.proximal import L2, Fisher, Orthogonal, OutputKL, PerRankKL, SoftmaxKL
+    from peso.config import load_config
+    from peso.errors import PesoError
+    from peso.runs.recommender import Recommender
+    from peso.runs.run import run
+    from peso.runs.workspace import Workspace
+    from peso.training.strategies.strategy import StageContext, Strategy
+
+__version__ = "0.1.0"
+__all__ = [
+    "L2",
+    "Fisher",
+    "Orthogonal",
+    "OutputKL",
+    "PerRankKL",
+    "PesoError",
+    "Recommender",
+    "SoftmaxKL",
+    "StageContext",
+    "Strategy",
+    "Workspace",
+    "__version__",
+    "decoding",
+    "load_config",
+    "run",
+]
 
 # Threads that wait sleep instead of spinning: on a machine with other work, spinning takes the time of the
 # thread that is waited for. OpenMP reads this when PyTorch, faiss or scikit-learn is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
-    "SoftmaxKL": "peso.adapters.proximal",
-    "PerRankKL": "peso.adapters.proximal",
-    "L2": "peso.adapters.proximal",
-    "Fisher": "peso.adapters.proximal",
-    "Orthogonal": "peso.adapters.proximal",
-    "OutputKL": "peso.adapters.proximal",
-    "Workspace": "peso.runs.workspace",
-    "Recommender": "peso.runs.recommender",
+    "peso.adapters.proximal": ("L2", "Fisher", "Orthogonal", "OutputKL", "PerRankKL", "SoftmaxKL"),
+    "peso.config": ("load_config",),
+    "peso.errors": ("PesoError",),
+    "peso.runs.recommender": ("Recommender",),
+    "peso.runs.run": ("run",),
+    "peso.runs.workspace": ("Workspace",),
+    "peso.training.strategies.strategy": ("StageContext", "Strategy"),
 }
-_MODULES = ("decoding", "events")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    if name in _MODULES:
-        return import_module(f"peso.{name}")
-    raise AttributeError(f"module 'peso' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or a type checker would take any name
+
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(home), name)
+        if name in ("decoding", "events"):
+            return import_module(f"peso.{name}")
+        raise AttributeError(f"module 'peso' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES, *_MODULES]
+    return sorted({*globals(), *__all__})

@@ -65,7 +65,6 @@ def export(
     Example: peso export -w runs/games --format index -o games.index.json
     """
     from peso.runs.workspace import Workspace, require_place
-    from peso.runtime.files import require_free
 
     require_place(output)
     opened = Workspace.open(workspace, trust or ())
@@ -74,16 +73,11 @@ def export(
 
         pipeline.export_index(opened, output, stage)
     else:
-        require_free(output)
         from peso.runs.recommender import Recommender
 
-        recommender = Recommender(opened, stage, device="cpu")
-        from peso.model.export import export_merged, export_peft
-
-        write = export_merged if form == "merged" else export_peft
         terminal = Terminal()
         terminal.begin("exporting", 0, "")
-        write(recommender.model, output, leaves_out_seen=recommender.leaves_out_seen)
+        Recommender(opened, stage, device="cpu").export(output, form)
         terminal.end()
     say(output)
     if form == "index":

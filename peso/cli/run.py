@@ -41,8 +41,9 @@ def run(
     """
     from peso.config import load_config
     from peso.runs.checks import check_configuration
+    from peso.runs.run import run as run_all
     from peso.runs.workspace import Workspace, trusted_classes
-    from peso.runtime.processes import join
+    from peso.runtime.processes import current
 
     resolved = load_config(config, overrides or [])
     check_configuration(resolved)
@@ -66,12 +67,8 @@ def run(
         )
         next_steps(["run", config, "-w", root])
         return
-    from peso.runs import pipeline
-
-    processes = join(resolved.training.device)
-    with Workspace.hold(root, resolved, trust=trusted) as opened:
-        pipeline.run(opened, base=base, observer=watcher())
-    if not processes.is_main:
+    opened = run_all(resolved, root, base=base, observer=watcher(), trust=trusted)
+    if not current().is_main:
         return
     if not resolved.evaluation.enabled:
         say(

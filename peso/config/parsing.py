@@ -32,7 +32,8 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}  # of the nodes that are complete, aliases written out
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        alias, mark, before = self.check_event(yaml.AliasEvent), self.peek_event().start_mark, self._values
+        alias, before = self.check_event(yaml.AliasEvent), self._values
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         self._depth, self._values = self._depth + 1, self._values + 1
         if self._depth > DEEPEST:
             raise _Refused(problem=f"nested more than {DEEPEST} levels deep", problem_mark=mark)

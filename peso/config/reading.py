@@ -224,7 +224,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         hint = "; a configuration needs at least data.format (and data.path)" if parts[0] == "data" else ""
         return f"{key} is missing{hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and (not parts or message.startswith(f"{parts[0]}.")):
         # raised by a section's own check, which names its keys
         return message

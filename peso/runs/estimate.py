@@ -39,11 +39,11 @@ from peso.runs.models import fresh_model, strategy_of, trains_backbone
 from peso.runs.pipeline import Step
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
-from peso.runtime.device import Precision
+from peso.runtime.device import Precision, peak_memory
 from peso.runtime.progress import Observer, Silent
 from peso.runtime.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
-from peso.training.loop import StagePlan, most_targets, peak_memory
+from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import Examples, StageContext
 
 TIMED_USERS = 100

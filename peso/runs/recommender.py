@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from peso.errors import DataError, ExportError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.workspace import Workspace, require_place
-from peso.runtime.files import require_new, write_aside
+from peso.runtime.files import require_free, require_new, write_aside
 from peso.runtime.progress import Observer, Silent
 from peso.runtime.threads import threads
 
@@ -216,6 +216,35 @@ class Recommender:
         ids = self.semantic_ids.item_ids
         return [ids[row] for row in self.histories[user]]
 
+    def export(self, directory: str | Path, format: Literal["merged", "peft", "index"] = "merged") -> Path:
+        """Write the stage's model, or the semantic IDs, for other tools: as `peso export` does.
+
+        Args:
+            directory: a new one; with ``index`` a new file.
+            format: ``merged``: one plain Transformers model; ``peft``: backbone and adapter; ``index``: the
+                semantic IDs of all items as an index.json, as research code reads them.
+
+        Returns:
+            Where it is written.
+
+        Raises:
+            ExportError: the place is taken, or the model has no such form.
+        """
+        place = Path(directory)
+        require_place(place)
+        if format == "index":
+            from peso.runs.pipeline import export_index
+
+            export_index(self.workspace, place)
+            return place
+        require_free(place)
+        from peso.model.export import export_merged, export_peft
+
+        on_cpu = self if self.device == "cpu" else Recommender(self.workspace, self.stage, "cpu")
+        write = export_merged if format == "merged" else export_peft
+        write(on_cpu.model, place, leaves_out_seen=self.leaves_out_seen)
+        return place
+
     def title(self, item: str) -> str | None:
         """The item's title, where the log's item table has one."""
         return self._titles[self.semantic_ids.row(item)]
@@ -231,9 +260,12 @@ class Recommender:
             DataError: the history holds unknown items (told which).
         """
         rows = self.semantic_ids.rows(list(history))[-self.workspace.config.prompt.window :]
-        return self.model.layout.prompt(self.model.item_token_ids(rows)).tolist()
+        ids: list[int] = self.model.layout.prompt(self.model.item_token_ids(rows)).tolist()
+        return ids
 
-    def _search(self, histories: list[list[str]], k: int, *, exclude_seen: bool | None) -> list[Any]:
+    def _search(
+        self, histories: list[list[str]], k: int, *, exclude_seen: bool | None
+    ) -> list[list[tuple[str, float]]]:
         """The k best items of each history; what cannot be answered is refused before the model is loaded."""
         if exclude_seen is None:
             exclude_seen = self.leaves_out_seen

@@ -14,11 +14,10 @@ from peso.training.strategies.strategy import make_strategy
 
 MODULE = """
 from pydantic import Field
-from peso.config import StrategyOptions
 from peso.training.strategies.strategy import Strategy
 
 class Halfway(Strategy):
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         share: float = Field(0.5, ge=0, le=1)
 
 class NoStrategy: ...

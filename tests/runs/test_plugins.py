@@ -20,7 +20,6 @@ from pydantic import Field
 from peso.adapters.proximal import DistanceTerm
 from peso.adapters.proximal.metrics import DiagonalMetric
 from peso.baselines.baseline import Baseline
-from peso.config import StrategyOptions
 from peso.evaluation.report.sections.section import Section
 from peso.events.sources.tables import DataSet, ItemTable, Log, Source, csv_table, plain
 from peso.training.strategies.strategy import Strategy
@@ -39,7 +38,7 @@ class Tape(DataSet):
 class Halfway(Strategy):
     """Go back a share of the way that a stage went."""
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         share: float = Field(0.5, ge=0, le=1)
 
     def begin(self, context):

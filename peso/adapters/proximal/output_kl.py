@@ -95,7 +95,7 @@ class OutputKL(Term):
 
         def observe(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:
             rows = x[mask] if mask is not None else x.flatten(0, -2)
-            kl = _OutputKL.apply(*weights, *anchors, rows, scaling)
+            kl = _OutputKL.apply(*weights, *anchors, rows, scaling)  # type: ignore[no-untyped-call]
             self._seen[module].append((kl, len(rows)))
 
         self._attach(source, observe)

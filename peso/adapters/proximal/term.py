@@ -314,7 +314,7 @@ class DistanceTerm(Term):
     def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
         tensors = self._placed(groups)
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        value: Tensor = _StackedPenalty.apply(self._stacks, scale, wanted, *tensors)
+        value: Tensor = _StackedPenalty.apply(self._stacks, scale, wanted, *tensors)  # type: ignore[no-untyped-call]
         return value
 
     @torch.no_grad()

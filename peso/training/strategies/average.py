@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from peso.config.strategy import StrategyOptions
 from peso.training.strategies.strategy import StageContext, Strategy
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ class Average(Strategy):
     name = "average"
     moves_one_adapter = True
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         share: float = Field(0.5, gt=0, le=1, description="weight of the newest stage in the running average")
 
     options: Options

@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import Field
 
 from peso.config.parsing import shown
-from peso.config.strategy import StrategyOptions
 from peso.errors import ConfigError
 from peso.training.strategies.strategy import Strategy
 
@@ -18,7 +17,7 @@ class Custom(Strategy):
 
     name = "custom"
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         module: str = Field(description="e.g. my_package.my_strategy.MyStrategy")
         arguments: dict[str, Any] = Field(default={}, description="given to it as keyword arguments")
 

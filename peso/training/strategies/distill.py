@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from peso.config.strategy import StrategyOptions
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class Distill(Strategy):
     moves_one_adapter = True
     relative_step_time = 1.4  # measured by benchmarks/strategies.py
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         weight: float = Field(1.0, ge=0, description="factor of the distillation loss")
         temperature: float = Field(1.0, gt=0, description="divides the logits of teacher and student")
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from peso.adapters.earlier import TRAINED, Past, put_past, read_adapter
 from peso.adapters.groups import lora_layers
 from peso.adapters.lora import redraw_adapter
-from peso.config.strategy import StrategyOptions
 from peso.errors import TrainingError
 from peso.training.strategies.strategy import StageContext, Strategy
 
@@ -59,7 +58,8 @@ class Protected:
         basis = self.basis.double()
         if self.dual:
             return _orthonormal(basis)
-        return torch.linalg.qr(basis, mode="complete")[0][:, basis.shape[1] :]
+        whole: Tensor = torch.linalg.qr(basis, mode="complete")[0]
+        return whole[:, basis.shape[1] :]
 
     def grown(self, moment: Tensor, threshold: float) -> Protected:
         """With as many further directions, strongest first, as it takes for the share ``threshold`` of the
@@ -94,7 +94,8 @@ class Protected:
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """The same span; a chain of many stages would let rounding grow."""
-    return torch.linalg.qr(columns)[0]
+    orthonormal: Tensor = torch.linalg.qr(columns)[0]
+    return orthonormal
 
 
 PREFIX = "inputs."
@@ -116,7 +117,7 @@ class InfLora(Strategy):
     reads = frozenset({"past", "inputs"})
     needs = frozenset({"inputs"})
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         threshold: float = Field(
             0.95, gt=0, le=1, description="share of the inputs' energy that is protected"
         )

@@ -15,7 +15,6 @@ from torch import Tensor
 from peso.adapters.earlier import Past, put_adapter, read_adapter
 from peso.adapters.groups import lora_layers
 from peso.adapters.lora import redraw_adapter
-from peso.config.strategy import StrategyOptions
 from peso.events.histories import TargetSequence
 from peso.model.ensemble import Ensemble, twin
 from peso.training.strategies.strategy import StageContext, Strategy
@@ -37,7 +36,7 @@ class Lsat(Strategy):
     name = "lsat"
     chooses_by_data = True
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         fusion: Literal["outputs", "arithmetic"] = Field(
             "outputs", description="what is fused: the logits of two models, or the weights of two adapters"
         )

@@ -9,7 +9,6 @@ from torch import Tensor
 from peso.adapters.earlier import Past, put_past, read_adapter
 from peso.adapters.groups import find_groups
 from peso.adapters.lora import redraw_adapter
-from peso.config.strategy import StrategyOptions
 from peso.training.strategies.strategy import StageContext, Strategy
 
 
@@ -23,7 +22,7 @@ class OLora(Strategy):
     name = "o_lora"
     reads = frozenset({"past"})
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         weight: float = Field(0.5, ge=0, description="factor of the orthogonality penalty")
 
     options: Options

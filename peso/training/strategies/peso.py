@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from peso.config.strategy import StrategyOptions
 from peso.errors import ConfigError
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 
@@ -30,7 +29,7 @@ class Peso(Strategy):
     name = "peso"
     moves_one_adapter = True
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         proximal: str = Field(
             PLAIN,
             description="softmax_kl, per_rank_kl, l2, fisher, orthogonal or output_kl; or a term of your "

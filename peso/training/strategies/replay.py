@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from peso.config.strategy import StrategyOptions
 from peso.events.histories import TargetSequence
 from peso.training.strategies.strategy import StageContext, Strategy
 
@@ -28,7 +27,7 @@ class Replay(Strategy):
     moves_one_adapter = True
     chooses_by_data = True
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         budget: int = Field(1000, ge=1, description="target sequences of earlier stages that are kept")
 
     options: Options

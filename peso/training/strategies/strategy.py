@@ -116,7 +116,7 @@ class Strategy:
         class Average(Strategy):
             name = "average"
 
-            class Options(StrategyOptions):
+            class Options(Strategy.Options):
                 share: float = Field(0.5, gt=0, le=1)
 
             options: Options

@@ -11,7 +11,6 @@ from pydantic import Field
 
 from peso.adapters.earlier import Past, put_past, read_adapter, read_past
 from peso.adapters.lora import redraw_adapter
-from peso.config.strategy import StrategyOptions
 from peso.training.strategies.strategy import StageContext, Strategy
 
 TINY = 1e-30  # a norm to divide by where there is none
@@ -29,7 +28,7 @@ class SumLora(Strategy):
     reads = frozenset({"past"})
     train_magnitudes: ClassVar[bool] = False
 
-    class Options(StrategyOptions):
+    class Options(Strategy.Options):
         history: Literal["all", "latest"] = Field(
             "all", description="which earlier adapters are added: all, or the latest"
         )
