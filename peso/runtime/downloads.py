@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,16 +62,18 @@ class Hub:
         return f"Hugging Face hub, {self.repository}"
 
     def fetch(self, downloads: Path, progress: Progress) -> Path:
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import HfApi, snapshot_download
 
         folder = downloads / self.repository.replace("/", "--")
+        progress(self.label, 0.0)
         try:
             # one question with a short time limit: the download itself would retry for half a minute
             HfApi().model_info(self.repository, revision=self.revision, timeout=TIMEOUT)
-            for i, (file, sha256) in enumerate(self.files.items()):
-                progress(f"{file} from {self.label}", i / len(self.files))
-                path = Path(hf_hub_download(self.repository, file, revision=self.revision, local_dir=folder))
-                _require(path, sha256)
+            snapshot_download(
+                self.repository, revision=self.revision, local_dir=folder, allow_patterns=list(self.files)
+            )
+            for file, sha256 in self.files.items():
+                _require(folder / file, sha256)
         except Exception as error:  # without a connection, errors of the hub client's own HTTP library
             raise Unavailable(first_line(error)) from error
         return folder
@@ -154,23 +155,38 @@ class Archive:
         return self.url
 
     def fetch(self, downloads: Path, progress: Progress) -> Path:
-        path = downloads / self.url.rsplit("/", 1)[-1]
-        if path.is_file() and checksum(path) == self.sha256:
-            return path
-        aside = path.with_suffix(".part")
+        import pooch
+
+        pooch.get_logger().setLevel("WARNING")
+        bar = _Bar(lambda share: progress(self.label, share), self.size)
+        get = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 18, timeout=TIMEOUT)
+        name = self.url.rsplit("/", 1)[-1]
         try:
-            with urllib.request.urlopen(self.url, timeout=TIMEOUT) as answer, aside.open("wb") as file:
-                while block := answer.read(1 << 18):
-                    file.write(block)
-                    progress(self.label, file.tell() / self.size)
-        except OSError as error:  # URLError and time-outs are OSErrors
+            found = pooch.retrieve(self.url, f"sha256:{self.sha256}", name, downloads, downloader=get)
+        except (OSError, ValueError) as error:  # no connection, another answer; another sha256
             raise Unavailable(first_line(error)) from error
-        _require(aside, self.sha256)
-        return aside.replace(path)
+        return Path(found)
 
     def unpack(self, fetched: Path, into: Path) -> None:
         with zipfile.ZipFile(fetched) as archive:
             self.take(archive, into)
+
+
+class _Bar:
+    """The bar of a download by pooch, which tells the share that is done."""
+
+    def __init__(self, tell: Callable[[float], None], total: int) -> None:
+        self.tell, self.total, self.done = tell, total, 0
+
+    def update(self, more: int) -> None:
+        self.done += more
+        self.tell(min(1.0, self.done / max(1, self.total)))
+
+    def reset(self) -> None:
+        self.done = 0
+
+    def close(self) -> None:
+        pass
 
 
 def first_line(error: BaseException) -> str:
