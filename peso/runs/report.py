@@ -248,9 +248,11 @@ def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
     try:
         table = _table(path)
         with TemporaryDirectory() as aside, temporary_database(Path(aside)) as connection:
-            reading = Reading(connection, table, skip=False, key=USER)
+            reading = Reading(connection, table, skip=False, key=USER, cure="correct the line")
             user = reading.id(USER, "the name of the column with the users to user_id")
             others = [name for name in table.columns if name not in (USER, "")]
+            for name in others:
+                table.require(name, "")
             fields = [f"{plain(table, name, join=', ')} AS f{place}" for place, name in enumerate(others)]
             reading.create("users", ", ".join([f"{user} AS {identifier(USER)}", *fields]))
             rows = connection.execute("SELECT * FROM users").fetchall()
@@ -272,14 +274,14 @@ def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
 
 def tell_found(told: Mapping[str, Mapping[str, str]], stream: Stream, observer: Observer) -> None:
     """Say how many users of the stream the user table knows (:func:`read_user_table`)."""
-    known = {user for column in told.values() for user in column}
-    if not known:
+    if not told:
         return
+    known = {user for column in told.values() for user in column}
     users = {user for number in range(stream.stages) for user in stream.stage(number).users}
     found = len(users & known)
     observer.note(
         f"{found:,} of {len(users):,} users of the log have a row in report.users, which has {len(known):,}"
-        + ("" if found else f" (the log has {min(users)!r}, the table {min(known)!r}, for example)")
+        + (f" (the log has {min(users)!r}, the table {min(known)!r})" if known and not found else "")
     )
     near, example, there = duckdb.execute(
         f"""SELECT count(DISTINCT a), min(a), arg_min(b, a)

@@ -9,10 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from event_logs import data_config, histories, write_json_lines, write_log
+from safetensors.torch import save_file
 
 from peso.config import load_config
 from peso.errors import ConfigError, DataError, PesoError
@@ -384,6 +387,39 @@ def test_users_of_the_user_table_have_the_ids_of_the_log(tmp_path: Path) -> None
     assert told["since"]["3"].startswith("1970-01-01 00:00:00")
     (tmp_path / "users.jsonl").write_text('{"user_id": 3}\n{"user_id": "007", "late": true}\n')
     assert read_user_table(tmp_path / "users.jsonl") == {"late": {"007": "true"}}
+
+
+def test_a_table_of_users_is_read_whole_or_refused(tmp_path: Path) -> None:
+    path, notes = tmp_path / "u.csv", Notes()
+    path.write_text("user_id,age,age\nu1,1,2\n")
+    with pytest.raises(DataError, match="two columns with the name 'age'"):
+        read_user_table(path)
+    path.write_text('user_id,age\nu1,"1\nu2,2\nu3,3\nu4,4\nu5,5\n')
+    with pytest.raises(DataError, match=r"line 2 has a quote .* correct the line$"):
+        read_user_table(path)
+    path.write_text("user_id;age\nu1;1\n")
+    with pytest.raises(DataError, match=r"no column 'user_id'; it has user_id;age. [^.]*user_id$"):
+        read_user_table(path)
+    path.write_text("user_id,age\n")
+    tell_found(read_user_table(path), read(tmp_path / "s", write_log(tmp_path / "log.csv", LOG))[0], notes)
+    assert notes.told == ["0 of 4 users of the log have a row in report.users, which has 0"]
+
+
+@pytest.mark.parametrize("vector", [{"a": 1.0}, ["a"], "a", True, None])
+def test_vectors_that_are_no_numbers_end_in_a_sentence(tmp_path: Path, vector: Any) -> None:
+    pq.write_table(pa.table({"item_id": ["a", "b"], "v": [vector, vector]}), tmp_path / "v.parquet")
+    with pytest.raises(DataError, match=r"v\.parquet"):
+        read_vectors(tmp_path / "v.parquet", ["a", "b"])
+
+
+def test_vectors_of_other_types_end_in_a_sentence(tmp_path: Path) -> None:
+    for name in ("v.npy", "v.safetensors"):
+        if name == "v.npy":
+            np.save(tmp_path / name, np.ones((2, 2), complex))
+        else:
+            save_file({"v": torch.ones(2, 2, dtype=torch.bfloat16)}, tmp_path / name)
+        with pytest.raises(DataError, match=r"row of numbers|as float32"):
+            read_vectors(tmp_path / name, ["a", "b"])
 
 
 def test_users_and_vectors_that_nearly_meet_are_told(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Reading:
         skip: leave lines out that cannot be read, instead of refusing the file.
         key: the column by which a line is recognized as a row (:class:`peso.events.sources.lines.Watch`).
         swallowed: how many such lines within a quoted field are too many.
+        cure: what to do about a line that cannot be read.
 
     ``left_out``: how many lines were. ``remarks``: what a user should know of the ids, one sentence each.
 
@@ -49,8 +50,9 @@ class Reading:
         skip: bool,
         key: str | None = None,
         swallowed: int = 3,
+        cure: str = "correct the line, or leave such lines out with data.on_error: skip",
     ) -> None:
-        self.connection, self.table, self.skip = connection, table, skip
+        self.connection, self.table, self.skip, self.cure = connection, table, skip, cure
         self.left_out = 0
         self.remarks: list[str] = []
         place = table.columns[key].sql if table.kind == "csv" and key in table.columns else None
@@ -185,10 +187,7 @@ class Reading:
             elif self.skip:
                 self.left_out += 1
             else:
-                raise DataError(
-                    f"{file}: line {number} {row.reason}; correct the line, or leave such lines out with "
-                    "data.on_error: skip"
-                )
+                raise DataError(f"{file}: line {number} {row.reason}; {self.cure}")
 
 
 def _json_text(record: dict[str, Any], name: str) -> str | None:

@@ -101,8 +101,9 @@ class FileTable:
         if name in self.columns and (self.kind != "jsonl" or self._occurs(name)):
             return self.columns[name]
         names = _json_keys(self.files) if self.kind == "jsonl" else [*self.columns]
-        separator = "data.items.separator" if key.startswith("data.items.") else "data.separator"
-        hint = f", or {separator}" if self.kind == "csv" and len(names) == 1 else ""
+        section = "data.items" if key.startswith("data.items.") else "data"
+        alone = self.kind == "csv" and len(names) == 1 and key.startswith("data.")
+        hint = f", or {section}.separator" if alone else ""
         if not names:
             raise DataError(f"{self.files[0]} holds no JSON objects, one a line; write it as JSON lines")
         there = ", ".join(name if name and name == name.strip() else repr(name) for name in names)

@@ -39,7 +39,7 @@ def read_vectors(path: str | Path, item_ids: Sequence[str], observer: Observer |
     if not path.is_file():
         raise DataError(f"{path} is missing; check items.vectors")
     ids, matrix = _read(path)
-    if matrix.ndim != 2 or not matrix.shape[1] or not np.issubdtype(matrix.dtype, np.number):
+    if matrix.ndim != 2 or not matrix.shape[1] or matrix.dtype.kind not in "iuf":
         raise DataError(
             f"{path} holds {matrix.dtype} of shape {matrix.shape}; one row of numbers an item is needed"
         )
@@ -109,8 +109,11 @@ def _read(path: Path) -> tuple[list[str] | None, np.ndarray]:
         ids = (
             names.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") if names.is_file() else None
         )
-    except (OSError, ValueError, EOFError, SafetensorError, pa.ArrowException) as error:
-        raise DataError(f"{path} is not readable ({type(error).__name__}: {error}); write it again") from None
+    except (OSError, ValueError, TypeError, EOFError, SafetensorError, pa.ArrowException) as error:
+        raise DataError(
+            f"{path} is not readable ({type(error).__name__}: {error}); write it again, "
+            "the vectors as float32"
+        ) from None
     return ids, matrix
 
 
