@@ -26,8 +26,9 @@ from peso.cli.display import (
     table,
     watcher,
 )
+from peso.config import DataConfig
 from peso.config.data import FORMATS
-from peso.errors import ConfigError, UsageError
+from peso.errors import ConfigError, DataError, UsageError
 from peso.runs.workspace import CONFIG, Workspace, require_place, trusted_classes
 from peso.runtime.processes import current
 
@@ -73,8 +74,8 @@ def ingest(
     """Read the data and split them into stages; print what each cleaning step kept and the stage sizes.
 
     With SOURCE, create a new workspace; without it, read the data that the workspace -w is configured with.
-    With --append, read new events from SOURCE, or again from the configured path; the other `data` settings
-    also apply, unless --set changes them for this call. With --items alone, read no events.
+    With --append, read new events from SOURCE, of any format, or again from the configured path; the other
+    `data` settings also apply, unless --set changes them for this call. With --items alone, read no events.
 
     Example: peso ingest shop.csv --set data.columns.item=sku -w runs/shop
 
@@ -142,9 +143,9 @@ def _append(
     from peso.runs import pipeline
     from peso.runs.undo import stages_named
 
-    new = [f"data.format={data_format}"] if data_format else []
-    new += [f"data.path={_quoted(source)}"] if source else []
     with Workspace.change(path) as opened:
+        new = _keys_of_format(opened.config.data, source, data_format)
+        new += [f"data.path={_quoted(source)}"] if source else []
         config = load_config(path / CONFIG, [*new, *overrides])
         others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
         if others:
@@ -173,6 +174,32 @@ def _append(
             f"will carry little information. Before the next step: peso ingest --items FILE -w {path}"
         )
     next_steps(shlex.split(command)[1:])
+
+
+def _keys_of_format(data: DataConfig, source: str | None, data_format: str | None) -> list[str]:
+    """What to change in the data section for new events of another format, as ``--set`` does.
+
+    Of a user's own files the extension says the format, of a folder the files in it, where it holds none of
+    the format of before.
+    """
+    from peso.events.sources.files import find_files, format_of, kind_of
+
+    own, wanted = ("csv", "jsonl", "parquet"), data_format
+    if wanted is None and source is not None and data.format in own:
+        wanted = kind_of(source)
+        if Path(source).is_dir():
+            try:
+                find_files(source, data.format)
+            except DataError:
+                wanted = format_of(source)
+    if wanted is None or wanted == data.format:
+        return []
+    keys = [f"data.format={wanted}"]
+    if data.format == "csv":  # what only CSV has; the table of products stays what it was
+        keys += ["data.separator=null", "data.encoding=utf-8", "data.quote='\"'"]
+    if data.items and wanted in own and data.items.format is None and kind_of(data.items.path) is None:
+        keys += [f"data.items.format={data.format}"]
+    return keys
 
 
 def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:

@@ -3,6 +3,7 @@ state in between."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from event_logs import write_log
 
@@ -331,6 +334,38 @@ def test_a_forgotten_product_table_is_said_and_can_be_given_later(peso, logs: Pa
     columns = ("--set", "data.items.columns={title: title, category: category}")
     assert peso("ingest", "--items", logs / "products.csv", "-w", root, *columns)[0] == 0
     assert "thing 3 of 3" in Stream.open(root / "stream").titles
+
+
+@pytest.mark.parametrize("name", ["week.jsonl", "week.jsonl.gz", "week.parquet", "folder", "week.tsv"])
+def test_new_events_may_come_in_another_format(peso, logs: Path, tmp_path: Path, name: str) -> None:
+    """The extension says which; the product table, which has none, stays what it is."""
+    (tmp_path / "log.csv").write_text((logs / "log.csv").read_text().replace(",", ";"))
+    products = (logs / "products.csv").read_text()
+    (tmp_path / "products").write_text(products.replace(",", "|"))
+    options = ["--items", tmp_path / "products", "-w", tmp_path / "w"]
+    for key in ("stages=1", "separator=;", "quote=''", "items.separator=|", "items.columns.title=title"):
+        options += ["--set", f"data.{key}"]
+    assert peso("ingest", tmp_path / "log.csv", *options)[0] == 0
+    rows = [dict(zip(("user", "item", "time"), row, strict=True)) for row in WEEK]
+    path = tmp_path / name
+    if "jsonl" in name or name == "folder":
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if name == "folder":
+            path.mkdir()
+        (path / "a.jsonl" if name == "folder" else path).write_bytes(
+            gzip.compress(text) if name.endswith(".gz") else text
+        )
+    elif name == "week.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text((logs / "week.csv").read_text().replace(",", "\t"))
+    more = ["--set", "data.separator=null"] if name == "week.tsv" else []
+    status, out, err = peso("ingest", path, "--append", *more, "-w", tmp_path / "w")
+    assert status == 0, err
+    assert "appended: 60 events" in out
+    stream = Stream.open(tmp_path / "w" / "stream")
+    assert stream.titles[-4:] == [f"new {item}" for item in stream.item_ids[-4:]]
+    assert Workspace.open(tmp_path / "w").config.data.format == "csv"
 
 
 # -- undo --------------------------------------------------------------------------------------------
