@@ -108,7 +108,9 @@ class HeadConfig(Section):
     """What an answer is made of: ``codes``, the semantic IDs that the model generates; ``items``, these and
     an item head (docs/explanation/item-head.md)."""
 
-    name: Literal["codes", "items"] = "codes"
+    name: Literal["codes", "items"] = Field(
+        "codes", description="codes: semantic IDs alone; items: these and a vector for each item"
+    )
     weight: float = Field(
         1.0, gt=0, description="items only: of an item's loss, beside that of all its codes together"
     )
