@@ -64,7 +64,7 @@ DATA_SETS = Registry(
     "peso.events.sources",
     "peso.data_sets",
     "peso.events.sources.tables:DataSet",
-    beside=["files", "guess", "lines", "own", "reading", "tables"],
+    beside=["files", "guess", "lines", "reading", "tables", "user_files"],
     hyphens=True,
 )
 FORMATS = [*get_args(LogFormat), *DATA_SETS.built_in(), *STREAMS]

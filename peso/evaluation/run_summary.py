@@ -77,7 +77,7 @@ class StageSummary:
     (:func:`peso.adapters.anchor_report.anchor_report`), the figures of
     :func:`peso.adapters.anchor_report.anchor_effect`, ``strategy`` (weight, strength, ρ̄); empty if no
     adapter was trained. ``leaves_out_seen``: whether items that a user has had were left out of the answers.
-    ``warnings``: what is wrong with them (:mod:`peso.evaluation.health`).
+    ``warnings``: what is wrong with them (:mod:`peso.evaluation.metrics`).
     """
 
     predictions: Predictions

@@ -23,8 +23,8 @@ from peso.events.database import literal, scalar, temporary_database
 from peso.events.ingest import describe
 from peso.events.loading import load
 from peso.events.sources import open_source
-from peso.events.sources.own import own_items
 from peso.events.sources.tables import ALIKE, folded
+from peso.events.sources.user_files import own_items
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, stage_file
 from peso.events.times import Clock, iso

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from peso.items import quality
-from peso.items.quantizers.residual import ResidualCodebooks, squared_distances
+from peso.items.codebooks import ResidualCodebooks, squared_distances
 from peso.items.vectors import ItemVectors
 
 Rule = Literal["reassign", "extra-level", "allow"]

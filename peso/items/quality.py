@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peso.items.quantizers.residual import ResidualCodebooks
+from peso.items.codebooks import ResidualCodebooks
 from peso.items.semantic_ids import SemanticIds, token_name
 
 NEIGHBOURS = 10

@@ -26,16 +26,16 @@ from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError
 from peso.items import quality
 from peso.items.category_path import LIMIT, Frozen, category_path_ids, category_tree
-from peso.items.index_files import EARLIER, FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
-from peso.items.placement import Arrival, groups_of
-from peso.items.quantizers.residual import (
+from peso.items.codebooks import (
     Fitted,
     ResidualCodebooks,
     fillable,
     fit_balanced_rq_kmeans,
     fit_rq_kmeans,
 )
-from peso.items.quantizers.rq_vae import fit_rq_vae
+from peso.items.index_files import EARLIER, FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
+from peso.items.placement import Arrival, groups_of
+from peso.items.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import SemanticIds
 from peso.items.vectors import ItemEncoder
 from peso.runtime.files import link, write_json

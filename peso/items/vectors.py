@@ -31,9 +31,9 @@ from safetensors.numpy import load_file, save_file
 from peso.config import ItemsConfig
 from peso.config.items import FILES, HASHING
 from peso.errors import DataError
-from peso.items.encoders.hashing import HashingEncoder
-from peso.items.encoders.vector_files import read_vectors
+from peso.items.hashing import HashingEncoder
 from peso.items.index_files import ITEM_ID
+from peso.items.vector_files import read_vectors
 from peso.runtime.files import digest, write_aside
 from peso.runtime.progress import Observer
 
@@ -187,7 +187,7 @@ def _sources(
 def _model_vectors(
     texts: Sequence[str], config: ItemsConfig, cache: Path | None, observer: Observer
 ) -> np.ndarray:
-    from peso.items.encoders.language_model import load_text_encoder
+    from peso.items.language_model import load_text_encoder
     from peso.items.vectors import encode_cached
 
     encoder = load_text_encoder(config.encoder, config.max_tokens)

@@ -172,6 +172,6 @@ def _rehearse_items(items: ItemsConfig) -> None:
 
         read_release_index(items.index)
     elif items.encoder not in (HASHING, FILES):
-        from peso.items.encoders.language_model import load_text_encoder
+        from peso.items.language_model import load_text_encoder
 
         load_text_encoder(items.encoder, items.max_tokens)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from peso.errors import DataError, WorkspaceError
-from peso.evaluation.health import warnings
-from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics
+from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics, warnings
 from peso.evaluation.predictions import (
     Predictions,
     label_cases,
@@ -129,7 +128,7 @@ def _measure(wanted: StageTest) -> dict[str, Any]:
 
 
 def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:
-    """See :func:`peso.evaluation.health.warnings`."""
+    """See :func:`peso.evaluation.metrics.warnings`."""
     from peso.baselines.answers import BaselineAnswers
     from peso.baselines.baseline import Setting
     from peso.baselines.popularity import Popularity

@@ -19,7 +19,6 @@ from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.events.database import identifier, temporary_database
 from peso.events.sources.files import kind_of, require_content
-from peso.events.sources.own import separator_of
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import (
     ALIKE,
@@ -30,6 +29,7 @@ from peso.events.sources.tables import (
     parquet_table,
     plain,
 )
+from peso.events.sources.user_files import separator_of
 from peso.events.stream import Stream
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.diagnosis import stream_drift

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peso.evaluation.health import first_items, warnings
+from peso.evaluation.metrics import first_items, warnings
 from peso.evaluation.predictions import UNRANKED, Predictions
 
 CASES, ITEMS, DEPTH = 60, 20, 5

@@ -24,7 +24,7 @@ from peso.events.ingest import ingest
 from peso.events.sources import lines
 from peso.events.sources.files import format_of
 from peso.events.stream import Stream
-from peso.items.encoders.vector_files import read_vectors
+from peso.items.vector_files import read_vectors
 from peso.runs.report import read_user_table, tell_found
 
 T = 1_600_000_000

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from peso.errors import ConfigError, DataError
-from peso.items.encoders.language_model import load_text_encoder
-from peso.items.encoders.vector_files import read_vectors
+from peso.items.language_model import load_text_encoder
+from peso.items.vector_files import read_vectors
 from peso.items.vectors import encode_cached
 from peso.model.backbone import byte_tokenizer, small_llama
 

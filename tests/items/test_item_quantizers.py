@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from peso.config import RqVaeConfig
 from peso.items import placement
-from peso.items.placement import resolve
-from peso.items.quantizers.residual import (
+from peso.items.codebooks import (
     Fitted,
     ResidualCodebooks,
     balanced_assignment,
@@ -21,7 +20,8 @@ from peso.items.quantizers.residual import (
     fit_balanced_rq_kmeans,
     fit_rq_kmeans,
 )
-from peso.items.quantizers.rq_vae import fit_rq_vae
+from peso.items.placement import resolve
+from peso.items.rq_vae import fit_rq_vae
 from peso.runtime.progress import Silent
 
 SMALL_VAE = RqVaeConfig(hidden=[32], latent=8, steps=200, batch_size=64, learning_rate=5e-3)

@@ -10,7 +10,7 @@ import pytest
 
 import peso.items.quality
 import peso.items.vectors
-from peso.items.encoders.hashing import HashingEncoder
+from peso.items.hashing import HashingEncoder
 from peso.items.vectors import Fusion, item_texts
 
 TEXTS = [
@@ -59,7 +59,7 @@ def test_hashing_gives_the_vectors_of_scikit_learns_own_pipeline() -> None:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
-    from peso.items.encoders.hashing import FEATURES
+    from peso.items.hashing import FEATURES
 
     texts = TEXTS * 2 + ["and another green tea", "and a steel tea"]
     vectorizer = HashingVectorizer(

@@ -6,8 +6,8 @@ from typing import get_args
 
 from peso.config import DataConfig
 from peso.config.data import DATA_SETS, LogFormat
-from peso.events.sources.own import own_source
 from peso.events.sources.tables import ItemTable, Log, Source
+from peso.events.sources.user_files import own_source
 
 __all__ = ["ItemTable", "Log", "Source", "open_source"]
 

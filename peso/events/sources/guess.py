@@ -16,8 +16,8 @@ from peso.errors import DataError
 from peso.events.database import literal
 from peso.events.sources.files import HEADER, find_files, first_fields, open_text, require_text
 from peso.events.sources.lines import Dialect, delimited_rows, json_rows
-from peso.events.sources.own import separator_of
 from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
+from peso.events.sources.user_files import separator_of
 from peso.events.times import recognise
 
 SAMPLE = 1000  # rows by which columns are judged

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peso.config import RqVaeConfig
-from peso.items.quantizers.residual import Fitted, Layers, ResidualCodebooks
+from peso.items.codebooks import Fitted, Layers, ResidualCodebooks
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
 
