@@ -114,6 +114,13 @@ class HeadConfig(Section):
     weight: float = Field(
         1.0, gt=0, description="items only: of an item's loss, beside that of all its codes together"
     )
+    negatives: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="items only: drawn for each pass of training, with a correction for how they were drawn, "
+        "instead of a softmax over all items; none given: all items up to 100,000, beyond that 8,192",
+    )
 
 
 def expand_head(value: Any) -> Any:

@@ -79,7 +79,7 @@ def build_model(
         seeds[1],
     )
     if head is not None and head.name == "items":
-        vocabulary.item_head = ItemHead(semantic_ids, embedding.shape[1])
+        vocabulary.item_head = ItemHead(semantic_ids, embedding.shape[1], head.negatives)
         vocabulary.item_head.initialise(seeds[3])
     if adapter is None:
         model = causal_lm.requires_grad_(True)

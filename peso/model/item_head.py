@@ -30,6 +30,7 @@ class ItemHead(nn.Module):
     Args:
         semantic_ids: the catalog, of n items and t semantic tokens.
         width: of the states.
+        negatives: items drawn for each pass of training; None: all of up to ``EXACT``, beyond ``NEGATIVES``.
     """
 
     tokens: Tensor
@@ -37,8 +38,9 @@ class ItemHead(nn.Module):
     counts: Tensor
     shares: Tensor
 
-    def __init__(self, semantic_ids: SemanticIds, width: int) -> None:
+    def __init__(self, semantic_ids: SemanticIds, width: int, negatives: int | None = None) -> None:
         super().__init__()
+        self.negatives = negatives
         items, tokens = len(semantic_ids.item_ids), sum(semantic_ids.sizes)
         self.rows = nn.Parameter(torch.zeros(items, width))
         self.bias = nn.Parameter(torch.zeros(items))
@@ -86,9 +88,9 @@ class ItemHead(nn.Module):
     def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Of each target among the items that compete (:meth:`compete`).
 
-        Beyond ``EXACT`` items a softmax over the target and ``NEGATIVES`` items drawn with probability p_i,
-        shared by all rows, whose scores are corrected by -log(NEGATIVES · p_i) (logQ; Bengio and Senécal
-        2008). It approaches the exact one as their number grows.
+        With negatives a softmax over the target and n items drawn with probability p_i, shared by all rows,
+        whose scores are corrected by -log(n · p_i) (logQ; Bengio and Senécal 2008). It approaches the exact
+        one as their number grows.
 
         Args:
             hidden: (n, width).
@@ -98,23 +100,24 @@ class ItemHead(nn.Module):
             float32 (n,).
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            if len(self.rows) > EXACT:
-                return self._sampled(self.queries(hidden), targets)
+            negatives = self.negatives or (NEGATIVES if len(self.rows) > EXACT else None)
+            if negatives is not None:
+                return self._sampled(self.queries(hidden), targets, negatives)
             scores = torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
             absent = self.counts == 0
             if bool(absent.any()):
                 scores = scores.masked_fill(absent, -torch.inf)
             return scores.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    def _sampled(self, queries: Tensor, targets: Tensor) -> Tensor:
+    def _sampled(self, queries: Tensor, targets: Tensor, negatives: int) -> Tensor:
         proposal = self.counts / self.counts.sum()
-        drawn = torch.multinomial(proposal, NEGATIVES, replacement=True)
+        drawn = torch.multinomial(proposal, negatives, replacement=True)
         rows = torch.cat([targets, drawn])
         vectors = self.rows[rows] + F.embedding_bag(self.tokens[rows], self.code_rows, mode="sum")
         biases = self.bias[rows] + self.code_bias[self.tokens[rows]].sum(-1)
         own = (queries * vectors[: len(targets)]).sum(-1) + biases[: len(targets)]  # (n,)
         others = torch.addmm(biases[len(targets) :], queries, vectors[len(targets) :].t())  # (n, negatives)
-        others = others - (NEGATIVES * proposal[drawn]).log()
+        others = others - (negatives * proposal[drawn]).log()
         others = others.masked_fill(drawn == targets.unsqueeze(-1), -torch.inf)  # counted as the target
         return own - torch.cat([own.unsqueeze(-1), others], dim=-1).logsumexp(-1)
 

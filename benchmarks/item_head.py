@@ -1,0 +1,136 @@
+"""What an item head costs: a training step and an answer, with and without it.
+
+    python benchmarks/item_head.py [--quick] [--json]
+
+A small Llama (`scratch`, width 128, 4 layers, dropout 0.2, `stream`) on random histories of 20 items, all
+weights trained, in catalogs of 2,500 and 25,000 items with 4 levels × 256 codes. Steps of 32, 128 and 512
+targets; the head's share of a step is 1 - t(codes) / t(items), with a softmax over all items (`step_share`)
+and with 1,024 negatives (`sampled_share`). `answer_share` is the same for the search of 10 beams over 64
+users. The models take turns, and each figure is the median over all turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from peso.config import BackboneConfig, HeadConfig, PromptConfig, TrainingConfig
+from peso.decoding import search
+from peso.events.histories import Cases, TargetSequence
+from peso.items.semantic_ids import SemanticIds
+from peso.model.build import build_model
+from peso.model.generative import GenerativeModel
+from peso.training.loop import StageTask, train_stage
+from peso.training.strategies.strategy import Strategy
+
+CATALOGS, BATCHES = (2_500, 25_000), (32, 128, 512)
+LEVELS, CODES, HISTORY, USERS = 4, 256, 20, 64
+
+
+HEADS = {
+    "codes": HeadConfig(),
+    "items": HeadConfig(name="items"),
+    "sampled": HeadConfig(name="items", negatives=1024),
+}
+
+
+def build(items: int, head: HeadConfig) -> GenerativeModel:
+    codes = np.random.default_rng(0).integers(0, CODES, (items, LEVELS), dtype=np.int32)
+    ids = SemanticIds([str(n) for n in range(items)], codes, (CODES,) * LEVELS)
+    return build_model(
+        BackboneConfig.model_validate({"name": "scratch"}),
+        PromptConfig(),
+        None,
+        "semantic",
+        ids,
+        seed=0,
+        head=head,
+    )
+
+
+def step_seconds(model: GenerativeModel, items: int, batch: int, steps: int) -> float:
+    """The median time of an optimizer step, the first left out."""
+    histories = np.random.default_rng(1).integers(0, items, (batch * (steps + 1) // HISTORY + 1, HISTORY + 1))
+    sequences = [TargetSequence("", row.astype(np.int32), 1) for row in histories]
+    cases = Cases(["u"], [histories[0, :-1]], histories[0, -1:])
+    settings = TrainingConfig.model_validate(
+        {"epochs": 1, "batch_size": batch, "max_steps": steps + 1, "precision": "float32", "device": "cpu"}
+    )
+    marks = [time.perf_counter()]
+    with tempfile.TemporaryDirectory() as folder:
+        train_stage(
+            model,
+            StageTask(
+                sequences,
+                cases,
+                settings,
+                stage=0,
+                learning_rate=1e-3,
+                strategy=Strategy(),
+                seed=0,
+                directory=Path(folder),
+                log=Path(folder) / "log.jsonl",
+                on_progress=lambda progress: marks.append(time.perf_counter()),
+                checkpoint_seconds=1e9,
+                item_weight=float(model.has_item_head),
+            ),
+        )
+    return statistics.median(np.diff(marks[1:-1]).tolist())
+
+
+def answer_seconds(model: GenerativeModel, items: int) -> float:
+    histories = list(np.random.default_rng(2).integers(0, items, (USERS, HISTORY)))
+    start = time.perf_counter()
+    search(model, histories, beams=10)
+    return time.perf_counter() - start
+
+
+def medians(
+    measure: Callable[[GenerativeModel], float], items: int, turns: int, heads: Sequence[str]
+) -> dict[str, float]:
+    """Seconds with each head."""
+    models = {head: build(items, HEADS[head]) for head in heads}
+    seconds: dict[str, list[float]] = {head: [] for head in models}
+    for _ in range(turns):
+        for head, model in models.items():
+            seconds[head].append(measure(model))
+    return {head: statistics.median(found) for head, found in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer turns")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    turns, steps = (3, 6) if arguments.quick else (7, 12)
+    result: dict[str, float] = {}
+    for items in CATALOGS:
+        for batch in BATCHES:
+            step = partial(step_seconds, items=items, batch=batch, steps=steps)
+            found = medians(step, items, turns, list(HEADS))
+            result[f"step_milliseconds_{items}_{batch}"] = found["codes"] * 1e3
+            result[f"step_share_{items}_{batch}"] = 1 - found["codes"] / found["items"]
+            result[f"sampled_share_{items}_{batch}"] = 1 - found["codes"] / found["sampled"]
+        found = medians(partial(answer_seconds, items=items), items, turns, ["codes", "items"])
+        result[f"answer_milliseconds_{items}"] = found["codes"] * 1e3
+        result[f"answer_share_{items}"] = 1 - found["codes"] / found["items"]
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print("1 thread; milliseconds without the head, and its share of the time with it")
+    for name, value in result.items():
+        print(f"{name:>32} {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()
