@@ -28,8 +28,8 @@ from peso.adapters.groups import Group, find_groups
 from peso.config import Config
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
-from peso.training.examples import StageExamples
 from peso.training.loop import StageTask, train_stage
+from peso.training.plan import StageExamples
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.single import SingleAdapter
 from peso.training.strategies.strategy import StageContext, Strategy

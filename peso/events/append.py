@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from peso.config import DataConfig, StagesConfig
 from peso.errors import DataError
 from peso.events import columns
-from peso.events.cleaning import Funnel, clean
-from peso.events.cutting import Cut, calendar, cut_at, order_by_time
+from peso.events.cleaning import Cut, Funnel, calendar, clean, cut_at, order_by_time
 from peso.events.database import literal, scalar, temporary_database
 from peso.events.ingest import describe
 from peso.events.loading import load

@@ -10,8 +10,7 @@ from typing import Any
 from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
 from peso.errors import DataError
 from peso.events import columns
-from peso.events.cleaning import Funnel, clean
-from peso.events.cutting import cut, order_by_time
+from peso.events.cleaning import Funnel, clean, cut, order_by_time
 from peso.events.database import scalar, temporary_database
 from peso.events.loading import load
 from peso.events.protocol import user_disjoint

@@ -19,9 +19,8 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
-from peso.adapters.earlier import as_one_adapter
 from peso.adapters.groups import lora_layers
-from peso.adapters.lora import weights_without_adapter, write_adapter
+from peso.adapters.lora import as_one_adapter, weights_without_adapter, write_adapter
 from peso.errors import ExportError
 from peso.model.backbone import embedding_scale
 from peso.model.build import has_adapter

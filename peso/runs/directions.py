@@ -33,7 +33,7 @@ from peso.runs.models import load_stage, starting_model, stored_memory, strategy
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.threads import threads
-from peso.training.examples import StageExamples
+from peso.training.plan import StageExamples
 from peso.training.strategies.strategy import StageContext, strategies
 
 At = Literal["start", "end"]

@@ -47,8 +47,8 @@ from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
 from peso.runtime.threads import threads
-from peso.training.examples import StageExamples
 from peso.training.loop import Progress, StageResult, StageTask, train_stage
+from peso.training.plan import StageExamples
 from peso.training.strategies.strategy import StageContext, Strategy
 
 TUNED_ON = 2048  # validation cases that choose the shares of the item head

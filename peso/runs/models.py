@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peso.adapters.earlier import Past, put_past
-from peso.adapters.lora import weights_without_adapter
+from peso.adapters.lora import Past, put_past, weights_without_adapter
 from peso.config.model import BUILT_IN
 from peso.errors import BackboneError, ConfigError, WorkspaceError
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen

@@ -13,8 +13,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peso.adapters.earlier import Magnitudes, Past
 from peso.adapters.fused import FusedLinear, fast_dropout, fused_lora
+from peso.adapters.lora import Magnitudes, Past
 
 
 class Two(nn.Module):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peso.config import DataConfig
 from peso.errors import DataError
 from peso.events import columns
-from peso.events.cutting import calendar
+from peso.events.cleaning import calendar
 from peso.events.ingest import ingest
 from peso.events.release import read_release
 from peso.events.simulate import simulate

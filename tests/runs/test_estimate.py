@@ -14,7 +14,7 @@ from peso.runs.estimate import Estimate, Speed
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
-from peso.training.examples import StageExamples
+from peso.training.plan import StageExamples
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 150, "items": 60, "stages": 4}},

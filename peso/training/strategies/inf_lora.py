@@ -14,9 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peso.adapters.earlier import TRAINED, Past, put_past, read_adapter
 from peso.adapters.groups import lora_layers
-from peso.adapters.lora import redraw_adapter
+from peso.adapters.lora import TRAINED, Past, put_past, read_adapter, redraw_adapter
 from peso.errors import TrainingError
 from peso.training.strategies.strategy import StageContext, Strategy
 

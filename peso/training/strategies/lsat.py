@@ -12,9 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from peso.adapters.earlier import Past, put_adapter, read_adapter
 from peso.adapters.groups import lora_layers
-from peso.adapters.lora import redraw_adapter
+from peso.adapters.lora import Past, put_adapter, read_adapter, redraw_adapter
 from peso.events.histories import TargetSequence
 from peso.model.ensemble import Ensemble, twin
 from peso.training.strategies.strategy import StageContext, Strategy

@@ -6,9 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from peso.adapters.earlier import Past, put_past, read_adapter
 from peso.adapters.groups import find_groups
-from peso.adapters.lora import redraw_adapter
+from peso.adapters.lora import Past, put_past, read_adapter, redraw_adapter
 from peso.training.strategies.strategy import StageContext, Strategy
 
 

@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from peso.adapters.earlier import Past, put_past, read_adapter, read_past
-from peso.adapters.lora import redraw_adapter
+from peso.adapters.lora import Past, put_past, read_adapter, read_past, redraw_adapter
 from peso.training.strategies.strategy import StageContext, Strategy
 
 TINY = 1e-30  # a norm to divide by where there is none

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peso.adapters.groups import lora_layers
 from peso.runs.workspace import Workspace
-from peso.training.examples import StageExamples
+from peso.training.plan import StageExamples
 from peso.training.strategies.inf_lora import Protected, protected
 
 THRESHOLD = 0.9

@@ -23,7 +23,7 @@ from peso.runs.stage import FORMAT, RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.manifest import replace_file
 from peso.training.batches import cut
-from peso.training.examples import StageExamples
+from peso.training.plan import StageExamples
 from peso.training.strategies.inf_lora import InfLora
 from peso.training.strategies.replay import Replay, stored, trimmed
 from peso.training.strategies.retrain import Retrain

@@ -10,7 +10,7 @@ import torch
 from strategy_runs import RANK, SCALE, STILL, Runs, changes_at, factors, state
 from torch import Tensor
 
-from peso.adapters.earlier import Past
+from peso.adapters.lora import Past
 from peso.runs.workspace import Workspace
 from peso.training.strategies.o_lora import OLora
 
