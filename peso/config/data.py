@@ -153,7 +153,7 @@ class ItemColumnsConfig(Section):
 class ItemTableConfig(Section):
     """The product table beside a log of one's own; other options as in ``data``."""
 
-    path: str = Field(description="the file of the product table")
+    path: str = Field(min_length=1, description="the file of the product table")
     format: LogFormat | None = Field(None, description="none given: by its ending, else that of the log")
     columns: ItemColumnsConfig = ItemColumnsConfig()
     separator: Separator | None = Field(None, description="csv; none given: by the ending")
@@ -172,7 +172,7 @@ class DataConfig(Section):
     format: Annotated[str, AfterValidator(_known)] = Field(
         description=f"{', '.join(FORMATS)}, or a data set that an installed distribution adds"
     )
-    path: str | None = Field(None, description="a file, a folder or a glob")
+    path: str | None = Field(None, min_length=1, description="a file, a folder or a glob")
     columns: ColumnsConfig = ColumnsConfig()
     separator: Separator | None = Field(
         None, description="csv; none given: tab in .tsv, :: in .dat, else comma"

@@ -96,6 +96,13 @@ def recognise(sample: Sequence[object], sql_type: str, time_format: str, where: 
     if time_format in MICROSECONDS:
         return Clock("number", time_format)
     if "%" in time_format:
+        try:
+            duckdb.execute(f"SELECT try_strptime('', {literal(time_format)})").fetchall()
+        except duckdb.Error as error:
+            cause = str(error).splitlines()[0]
+            raise DataError(
+                f"data.time_format: {time_format!r} is not a pattern of times ({cause})"
+            ) from None
         return Clock(time_format)
     given = [str(value) for value in sample if value is not None]
     if time_format == "auto" and given and all(map(_is_compact_date, given)):

@@ -109,6 +109,7 @@ OF_TEXT = (
     ("can't allocate memory", "out of memory", MEMORY),
     ("out of memory", "out of memory", MEMORY),
     ("embedded null", "a path contains a null character", "remove it"),
+    ("determine home directory", "a path begins with ~ and a name that is no user's", "write it in full"),
     ("os error 28", "no space left on the device", FULL),
     (
         "can't start new thread",

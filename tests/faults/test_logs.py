@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -555,6 +556,29 @@ def test_boundaries_past_the_calendar_end_in_a_sentence(tmp_path: Path, stages: 
 
 
 # -- what is the matter --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": ""}, r"data\.path: .*at least 1 character"),
+        ({"items": {"path": ""}}, r"data\.items\.path: .*at least 1 character"),
+        ({"columns": {"user": "item"}}, "one column for two fields: user 'item', item 'item'"),
+        ({"time_format": "%Q"}, r"data\.time_format: '%Q' is not a pattern of times"),
+        ({"time_format": "%"}, r"data\.time_format: '%' is not a pattern of times"),
+        ({"path": "~nobody_of_this_name/log.csv"}, "~ and a name that is no user's"),
+    ],
+)
+def test_a_key_of_the_data_that_means_nothing_is_named(
+    tmp_path: Path, peso: Any, data: dict[str, Any], message: str
+) -> None:
+    write_log(tmp_path / "log.csv", LOG)
+    tree = {"data": {"format": "csv", "path": "log.csv", "stages": 1, **data}}
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))
+    status, _, said = peso("ingest", tmp_path / "c.yaml", "-w", tmp_path / "w")
+    assert status == 1
+    assert re.search(message, said), said
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_json_array_is_named(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: " + "{b: " * 1_000, "levels deep"),
         ("a: &a [*a]", "alias inside"),
         ("a: &a {<<: *a}", "alias inside"),
-        ("a: 2013-13-45", "month"),
+        ("data: simulate\na: 2013-13-45", r"line 2.*'2013-13-45' is not a date \(month"),
         ("a: !!python/object/apply:os.system [ls]", "constructor"),
         ("? [a]\n: b", "unhashable"),
         ("a: \x1b[31m", "character"),

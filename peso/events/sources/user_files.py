@@ -29,7 +29,7 @@ def own_source(data: DataConfig) -> Source:
 
     Raises:
         DataError: no such file, or a column that is not there.
-        ConfigError: columns by name and by number at once.
+        ConfigError: columns by name and by number at once, or one column for two fields.
     """
     names = {key: value for key, value in data.columns if value is not None}
     events = data.events
@@ -38,6 +38,10 @@ def own_source(data: DataConfig) -> Source:
     for key, value in names.items():
         table.require(str(value), f"data.columns.{key}")
     user, item, time = (str(names[key]) for key in ("user", "item", "time"))
+    if len({user, item, time}) < 3:
+        raise ConfigError(
+            f"data.columns names one column for two fields: user {user!r}, item {item!r}, time {time!r}"
+        )
     rating = str(names["rating"]) if "rating" in names else None
     log = Log(table, user, item, time, rating, data.time_format)
     if events:
