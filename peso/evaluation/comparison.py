@@ -25,10 +25,10 @@ from peso.evaluation.catalogue import (
     list_figures,
 )
 from peso.evaluation.contrasts import LEVEL, Contrasts, SystemValues, holm
+from peso.evaluation.intervals import Estimate, Panel, spread_of_difference
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric, Term, default_metrics, headline_metrics
 from peso.evaluation.predictions import Predictions
 from peso.evaluation.run_summary import RunSummary, System, systems_of
-from peso.evaluation.spread import Estimate, Panel, spread_of_difference
 
 
 class Comparison:

@@ -22,7 +22,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from peso.evaluation.spread import Panel, Spread, spread_of_difference
+from peso.evaluation.intervals import Panel, Spread, spread_of_difference
 
 
 def holm(p: np.ndarray) -> np.ndarray:

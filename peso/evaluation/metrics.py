@@ -21,8 +21,8 @@ from typing import Literal
 import numpy as np
 
 from peso.errors import ConfigError
+from peso.evaluation.intervals import Estimate, Panel
 from peso.evaluation.predictions import Predictions
-from peso.evaluation.spread import Estimate, Panel
 
 # semantic_id: items that share an ID count as one (the paper's protocol); item: told apart by the stated rule
 Ranking = Literal["semantic_id", "item"]

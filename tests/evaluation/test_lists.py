@@ -21,7 +21,7 @@ from peso.evaluation.catalogue import (
     prefix_diversity,
 )
 from peso.evaluation.comparison import Comparison
-from peso.evaluation.spread import Estimate, Panel
+from peso.evaluation.intervals import Estimate, Panel
 
 ITEMS = 12
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peso.errors import ConfigError
-from peso.evaluation import metrics, spread
+from peso.evaluation import intervals, metrics
+from peso.evaluation.intervals import Estimate, Panel
 from peso.evaluation.metrics import average_metrics, default_metrics, stage_metrics
 from peso.evaluation.predictions import Predictions, item_ranks
-from peso.evaluation.spread import Estimate, Panel
 
 CATALOGUE = 30
 DEPTH = 10
@@ -50,7 +50,7 @@ def rankings(draw: st.DrawFn, least: int = 1) -> Predictions:
     return predictions(lists, targets)
 
 
-@pytest.mark.parametrize("documented", [metrics, spread], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("documented", [metrics, intervals], ids=lambda m: m.__name__)
 def test_docstring_examples(documented: object) -> None:
     failed, attempted = doctest.testmod(documented)  # type: ignore[arg-type]
     assert attempted

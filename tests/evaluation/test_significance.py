@@ -12,9 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from peso.evaluation import contrasts, spread
-from peso.evaluation import contrasts as correction
-from peso.evaluation import spread as panel
+from peso.evaluation import contrasts, intervals
 from peso.evaluation.contrasts import (
     Contrasts,
     SystemValues,
@@ -23,7 +21,7 @@ from peso.evaluation.contrasts import (
     smallest_detectable,
     user_resamples,
 )
-from peso.evaluation.spread import Estimate, Panel, Spread
+from peso.evaluation.intervals import Estimate, Panel, Spread
 
 # The stages of the released Video_Games stream: cases, and users among whom one in ten comes back.
 SIZES, USERS = (1035, 1091, 1949, 1791), 60_000
@@ -41,7 +39,7 @@ def pair(one: np.ndarray, other: np.ndarray, panel: Panel, draws: int = 10_000) 
     return Contrasts(systems, panel, draws)
 
 
-@pytest.mark.parametrize("documented", [contrasts, correction, panel, spread], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("documented", [contrasts, intervals], ids=lambda m: m.__name__)
 def test_docstring_examples(documented: object) -> None:
     assert not doctest.testmod(documented).failed  # type: ignore[arg-type]
 

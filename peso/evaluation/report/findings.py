@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from peso.evaluation.catalogue import USERS
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import LEVEL, Contrast
+from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.predictions import USER_SEGMENTS
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import System
-from peso.evaluation.spread import Estimate
 
 MOST_NAMED = 5  # systems that a sentence names one by one
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from peso.evaluation.spread import Estimate
+from peso.evaluation.intervals import Estimate
 from peso.runtime.failures import printable
 
 Mark = Literal["", "best", "tied", "worse"]

@@ -10,11 +10,11 @@ import numpy as np
 
 from peso.config.registry import Registry
 from peso.evaluation.comparison import Comparison, Standing
+from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import Metric
 from peso.evaluation.report.plots import Drawing, Series
 from peso.evaluation.report.tables import Mark, Quantity, Table
 from peso.evaluation.run_summary import RunSummary
-from peso.evaluation.spread import Estimate
 
 T = TypeVar("T")
 MARKS = (

@@ -8,6 +8,7 @@ import numpy as np
 
 from peso.evaluation.catalogue import ACTIVE, ITEMS, LONG_HISTORY, USERS, Segmentation
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.intervals import Estimate
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric
 from peso.evaluation.predictions import DORMANT, NEW, USER_SEGMENTS
 from peso.evaluation.report.findings import stage_range
@@ -15,7 +16,6 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.report.sections.section import Section, file_name, quantity, section, series
 from peso.evaluation.report.tables import Cell, Table
 from peso.evaluation.run_summary import System
-from peso.evaluation.spread import Estimate
 
 
 @section(place=50)
