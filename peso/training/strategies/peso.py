@@ -32,8 +32,8 @@ class Peso(Strategy):
     class Options(Strategy.Options):
         proximal: str = Field(
             PLAIN,
-            description="softmax_kl, per_rank_kl, l2, fisher, orthogonal or output_kl; or a term of your "
-            "own, as a class that Python can import: my_package.my_term.MyTerm",
+            description="name of a proximal term (docs/reference/proximal.md), or a class of your own that "
+            "Python can import: my_package.my_term.MyTerm",
         )
         strength: float | None = Field(None, ge=0, description="dimensionless; 1 unless a weight is given")
         weight: float | None = Field(None, ge=0, description="raw: what it does depends on sizes and rates")
