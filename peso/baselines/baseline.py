@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,16 +94,6 @@ class Baseline(Part, ABC):
     def of(cls, options: BaselineOptions, setting: Setting) -> Self:
         """One with these options that has not learned anything yet."""
         return cls(setting, **options.given())
-
-    @classmethod
-    def timed(
-        cls, options: Any, setting: Setting, stages: Sequence[Stage], sample: Stage
-    ) -> tuple[Self, float]:
-        """One that has learned the sample, and an estimate of the seconds that learning all stages takes."""
-        made = cls.of(options, setting)
-        began = time.perf_counter()
-        made.learn([sample], Silent())
-        return made, (time.perf_counter() - began) * len(stages)
 
     @abstractmethod
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:

@@ -13,19 +13,17 @@ a millionth of the item's share of users.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from peso.baselines.baseline import Baseline, Setting, interactions, known_histories
+from peso.baselines.baseline import Baseline, interactions, known_histories
 from peso.events.histories import Cases, Stage
 from peso.runtime.progress import Observer
 
 LEAST = 1e-6  # weight of popularity
-TIMED_ITEMS = 1500  # of the system that an estimate solves
 
 
 class Ease(Baseline):
@@ -46,19 +44,6 @@ class Ease(Baseline):
             return 8 * min(self.items, items) ** 2
 
     options: Options
-
-    @classmethod
-    def timed(
-        cls, options: Ease.Options, setting: Setting, stages: Sequence[Stage], sample: Stage
-    ) -> tuple[Self, float]:
-        """The sample is learned with one item; of the dense system, a smaller one is solved: time grows with
-        the cube."""
-        made, counting = super().timed(options.model_copy(update={"items": 1}), setting, stages, sample)
-        items = min(options.items, setting.items)
-        solved = min(items, TIMED_ITEMS)
-        began = time.perf_counter()
-        ease_weights(np.eye(solved) + 1.0, 1.0)
-        return made, counting + len(stages) * (time.perf_counter() - began) * (items / solved) ** 3
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
         had = interactions(list(known_histories(stages).values()), self.items)

@@ -10,7 +10,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,18 +125,6 @@ class Network(Baseline):
             own = torch.from_numpy(some.targets.astype(np.int64)).to(scores.device)
             total -= float(scores.gather(1, own[:, None]).double().sum())
         return total / len(cases)
-
-    @classmethod
-    def timed(
-        cls, options: Network.Options, setting: Setting, stages: Sequence[Stage], sample: Stage
-    ) -> tuple[Self, float]:
-        """One epoch on the sample; the time grows with epochs and targets."""
-        made, seconds = super().timed(options.model_copy(update={"epochs": 1}), setting, [sample], sample)
-        return made, seconds * options.epochs * sum(map(_targets, stages)) / max(1, _targets(sample))
-
-
-def _targets(stage: Stage) -> int:
-    return int((stage.current.lengths[stage.eligible()] - 2).sum())
 
 
 @dataclass(frozen=True)

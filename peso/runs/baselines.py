@@ -295,6 +295,10 @@ class BaselineRun:
             self.ids,
         )
 
+    def seconds(self, stage: int) -> float:
+        """That learning a stage took which is done."""
+        return float(self._manifest(stage)["seconds"])
+
     # -- results ---------------------------------------------------------------------------------
 
     def metrics(self, stage: int) -> Mapping[str, Any]:

@@ -20,16 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peso.baselines.answers import BaselineAnswers
-from peso.baselines.baseline import Setting
 from peso.config import Config, TrainingConfig
-from peso.config.baselines import BASELINES, BaselineOptions, baseline_label, is_random
+from peso.config.baselines import BaselineOptions, baseline_label
 from peso.config.data import STREAMS
 from peso.decoding import search
-from peso.events.histories import Ragged, Stage, TargetSequence
+from peso.events.histories import Stage, TargetSequence
 from peso.events.stream import Stream
 from peso.items.index_files import write_semantic_ids
-from peso.items.semantic_ids import ItemTrie, SemanticIds
+from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs import pipeline
@@ -39,44 +37,12 @@ from peso.runs.models import fresh_model, strategy_of, trains_backbone
 from peso.runs.pipeline import Step
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
-from peso.runtime.device import Precision, peak_memory
+from peso.runtime.device import peak_memory
 from peso.runtime.progress import Observer, Silent
 from peso.runtime.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import Examples, StageContext
-
-TIMED_USERS = 100
-
-
-def baseline_seconds(
-    options: BaselineOptions, settings: Config, stages: Sequence[Stage], trie: ItemTrie
-) -> float:
-    """Seconds to learn and test a baseline on all these stages, updated and static, at most."""
-    window = settings.prompt.window
-    sample = _some_users(stages[0])
-    device = Precision.of("float32", settings.training.device).device
-    setting = Setting(trie, window, settings.seed, device)
-    baseline, learning = BASELINES.find(options.name).timed(options, setting, stages, sample)
-    cases = sample.test_cases(window)
-    began = time.perf_counter()
-    BaselineAnswers(baseline, trie).answer(cases, settings.decoding.beams, lambda done: None)
-    a_case = (time.perf_counter() - began) / max(1, len(cases))
-    tested = len(stages[0].eligible()) + 2 * sum(len(stage.eligible()) for stage in stages[1:])
-    return learning + tested * a_case
-
-
-def _some_users(stage: Stage) -> Stage:
-    """The stage with a few of its users that take part."""
-    rows = stage.eligible()
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), TIMED_USERS)).astype(int)]
-    return Stage(
-        stage.number,
-        [stage.users[row] for row in rows],
-        Ragged.of(stage.previous[row] for row in rows),
-        Ragged.of(stage.current[row] for row in rows),
-    )
-
 
 TIMED_STEPS, TIMED_CASES = 4, 64
 Training = tuple[TrainingConfig, Sequence[TargetSequence]]
@@ -148,11 +114,8 @@ def estimate(
             result.append(
                 _stage_estimate(workspace, step, stage, speeds[whole], trainings.get(step.stage, []))
             )
-        return result + [
-            baseline_estimate(source, options)
-            for options in config.baselines
-            if not _baseline_done(workspace, options)
-        ]
+        baselines = [baseline_estimate(workspace, options) for options in config.baselines]
+        return [*result, *(each for each in baselines if each is not None)]
 
 
 @dataclass(frozen=True)
@@ -202,27 +165,15 @@ def _data_estimate(step: Step, source: Workspace, seconds: float | None) -> Esti
     return Estimate(step, seconds / 60, note=what)
 
 
-def baseline_estimate(workspace: Workspace, options: BaselineOptions) -> Estimate:
-    """A baseline on all stages of a workspace's data."""
+def baseline_estimate(workspace: Workspace, options: BaselineOptions) -> Estimate | None:
+    """What is left of a baseline, each stage as long as those that are done took; None: nothing is left."""
     step = Step(f"baseline {baseline_label(options)}")
-    if options.partner is not None:
-        note = f"{options.partner.name}, then searches with the run's own model: not measured"
-        return Estimate(step, note=note)
-    if not workspace.has_stream and workspace.config.data.format not in STREAMS:
-        return Estimate(step, note="known once the log is ingested")
-    with _readable(workspace, Silent()) as (source, _):
-        stream, ids = source.stream, source.semantic_ids
-        stages = [stream.stage(number) for number in range(stream.stages)]
-        with threads(number=source.config.training.threads):
-            seconds = baseline_seconds(options, source.config, stages, ids.trie)
-    return Estimate(step, seconds / 60, note="at most" if is_random(options) else "")
-
-
-def _baseline_done(workspace: Workspace, options: BaselineOptions) -> bool:
-    if not workspace.has_semantic_ids:
-        return False
-    run = BaselineRun(workspace, options)
-    return all(run.is_done(stage) for stage in run.stages)
+    run = BaselineRun(workspace, options) if workspace.has_semantic_ids else None
+    took = [] if run is None else [run.seconds(stage) for stage in run.stages if run.is_done(stage)]
+    if run is None or not took:
+        return Estimate(step, note="known once its first stage is done")
+    left = len(run.stages) - len(took)
+    return Estimate(step, left * sum(took) / len(took) / 60) if left else None
 
 
 def _stage_estimate(

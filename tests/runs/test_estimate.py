@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from peso.config import load_config
 from peso.config.baselines import read_baseline
 from peso.runs import estimate, pipeline
+from peso.runs.baselines import BaselineRun
 from peso.runs.estimate import Estimate, Speed
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
+from peso.runtime.manifest import read_manifest, write_manifest
 from peso.runtime.progress import Silent
 from peso.training.plan import StageExamples
 
@@ -82,14 +85,24 @@ def test_the_steps_are_those_that_a_run_takes(source: Workspace, tmp_path: Path)
         assert [each.user for each in own] == [each.user for each in examples.of(number)]
 
 
-def test_baselines_are_steps_and_a_network_with_more_epochs_takes_longer(source: Workspace) -> None:
-    found = steps_of(source, "single", ["popularity", {"name": "sasrec", "epochs": 5}, "hybrid"])
-    names = [str(each.step) for each in found if each.step.stage is None]
-    assert names == ["baseline popularity", "baseline sasrec epochs=5", "baseline hybrid"]
-    long, short = (
-        estimate.baseline_estimate(source, read_baseline({"name": "sasrec", "epochs": epochs})).minutes
-        for epochs in (400, 4)
-    )
-    assert long is not None
-    assert short is not None
-    assert long > 5 * short > 0
+def test_a_baseline_takes_for_a_stage_what_it_took_for_those_that_are_done(
+    source: Workspace, tmp_path: Path
+) -> None:
+    names = ["popularity", "hybrid"]
+    found = [each for each in steps_of(source, "single", names) if each.step.stage is None]
+    assert [(str(each.step), each.minutes) for each in found] == [
+        ("baseline popularity", None),
+        ("baseline hybrid", None),
+    ]
+    workspace = Workspace(Path(shutil.copytree(source.root, tmp_path / "w")), source.config)
+    run = BaselineRun(workspace, read_baseline({"name": "popularity"}))
+    for stage, seconds in ((0, 60.0), (1, 180.0)):
+        run.learn_and_test(stage, Silent())
+        manifest = read_manifest(run.stage_directory(stage), 1)
+        write_manifest(run.stage_directory(stage), 1, {**manifest, "seconds": seconds}, manifest["files"])
+    left = estimate.baseline_estimate(workspace, run.config)
+    assert left is not None
+    assert left.minutes == pytest.approx(2 * 2)  # two of four stages are left, at two minutes each
+    for stage in (2, 3):
+        run.learn_and_test(stage, Silent())
+    assert estimate.baseline_estimate(workspace, run.config) is None

@@ -64,9 +64,9 @@ def _expected(task: Task, name: str, measured: Measured) -> Expected:
     at = standing(task)
     if task.kind == "baseline":
         state = f"{at.done} of {at.stages} stages" if at.done else "missing"
-        (minutes, note) = next((e.minutes, e.note) for e in _steps(task, measured) if e.step.stage is None)
-        left = 1 - at.done / at.stages if at.stages else 1.0
-        return Expected(name, state, None if minutes is None else minutes * left, note)
+        assert task.baseline is not None
+        left = baseline_estimate(Workspace(task.root, task.config), task.baseline)
+        return Expected(name, state, left.minutes if left else 0.0, left.note if left else "")
     steps = _steps(task, measured)
     if task.kind == "transfer":
         return _across(task, name, steps)
@@ -97,16 +97,11 @@ def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
 
 
 def _steps(task: Task, measured: Measured) -> list[Estimate]:
-    """Estimates of all steps of a run like this one that has only its data; of a baseline its own alone."""
+    """Estimates of all steps of a run like this one that has only its data."""
     while task.kind == "transfer" and task.base is not None:
         task = task.base
     assert task.data is not None
     workspace = Workspace(task.data.root, task.config.model_copy(update={"baselines": []}))
-    if task.baseline is not None:
-        key = digest(task.baseline.model_dump(mode="json"), str(task.data.root))
-        if key not in measured.steps:
-            measured.steps[key] = [baseline_estimate(workspace, task.baseline)]
-        return measured.steps[key]
     shape = stage_shape(task.config, 1) | {"seed": None}
     like = digest(shape | {"strategy": task.config.strategy.name == UNCHANGED}, str(task.data.root))
     key = digest(shape, str(task.data.root))
