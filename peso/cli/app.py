@@ -14,19 +14,15 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from peso.cli import (
-    baseline,
-    compare,
-    demo,
-    diagnose,
-    doctor,
-    init,
-    models,
-    recommend,
-    run,
-    steps,
-)
+from peso.cli import steps
+from peso.cli.baseline import baseline
+from peso.cli.compare import compare
+from peso.cli.diagnose import diagnose
 from peso.cli.display import called, clear_bars
+from peso.cli.models import export, pull
+from peso.cli.recommend import recommend
+from peso.cli.run import run
+from peso.cli.start import demo, doctor, init
 from peso.errors import DataError, UsageError
 from peso.runtime.failures import (
     AGAIN,
@@ -62,8 +58,9 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 failed, 2 wrong use of the command line, 130 interrupted (Ctrl-C), "
     "143 terminated (SIGTERM).",
 )
-for module in (demo, init, doctor, run, compare, steps, recommend, baseline, diagnose, models):
-    module.register(app)
+STEPS = (steps.ingest, steps.tokenize, steps.train, steps.update, steps.undo, steps.evaluate, steps.report)
+for command in (demo, init, doctor, run, compare, *STEPS, recommend, baseline, diagnose, pull, export):
+    app.command()(command)
 
 
 def _show_version(requested: bool) -> None:

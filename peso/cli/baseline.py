@@ -10,10 +10,6 @@ from peso.cli.display import Directory, Overrides, Terminal, Trust, next_steps, 
 from peso.config.baselines import BASELINES
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(baseline)
-
-
 def baseline(
     workspace: Directory,
     names: Annotated[

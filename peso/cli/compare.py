@@ -28,10 +28,6 @@ BUDGET = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 SHOWN_ROWS = 40  # of the live table; a table taller than the screen cannot be redrawn
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(compare)
-
-
 def compare(
     config: Annotated[
         Path,

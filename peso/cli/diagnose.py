@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(diagnose)
-
-
 def diagnose(
     workspace: Directory,
     directions: Annotated[

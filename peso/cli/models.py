@@ -10,11 +10,6 @@ import typer
 from peso.cli.display import Directory, Stage, Terminal, Trust, next_steps, say
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(pull)
-    app.command()(export)
-
-
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, all-minilm-l6-v2 or ml-100k.")],
 ) -> None:

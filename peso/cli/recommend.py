@@ -10,10 +10,6 @@ import typer
 from peso.cli.display import Directory, Json, Stage, Terminal, Trust, next_steps, say, say_json, table
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(recommend)
-
-
 def recommend(
     workspace: Directory,
     user: Annotated[str | None, typer.Option(help="A user of the log.")] = None,

@@ -10,10 +10,6 @@ import typer
 from peso.cli.display import Overrides, Trust, duration, next_steps, say, show_results, table, watcher
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(run)
-
-
 def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see examples/.")],
     workspace: Annotated[

@@ -33,11 +33,6 @@ from peso.runs.workspace import CONFIG, Workspace, require_place, trusted_classe
 from peso.runtime.processes import current
 
 
-def register(app: typer.Typer) -> None:
-    for command in (ingest, tokenize, train, update, undo, evaluate, report):
-        app.command()(command)
-
-
 def ingest(
     source: Annotated[
         str | None,
