@@ -220,7 +220,10 @@ def _explain(problem: Any) -> str:
         why = f"{context['part']} has no option {shown(option)} (given {value})"
         return f"unknown key {shown(key)}: {why}; {cure}"
     if problem["type"] == UNKNOWN_NAME:
-        return f"{key}.name: {shown(context['name'])} is unknown; known are {context['known']}"
+        return (
+            f"{key}.name: {shown(context['name'])} is unknown; known are {context['known']}. Others come "
+            "with a distribution that has to be installed"
+        )
     if problem["type"] == "missing":
         hint = "; a configuration needs at least data.format (and data.path)" if parts[0] == "data" else ""
         return f"{key} is missing{hint}"

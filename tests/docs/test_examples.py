@@ -148,6 +148,7 @@ def test_the_examples_of_a_page_run(
     for name in set(re.findall(r'"runs/(\w+)"', text)):
         (tmp_path / "runs").mkdir(exist_ok=True)
         (tmp_path / "runs" / name).symlink_to(request.getfixturevalue("shop"))
+        shutil.copy(request.getfixturevalue("shop") / "config.yaml", tmp_path / f"{name}.yaml")
     document = Document.parse(str(ROOT / page), PythonCodeBlockParser())
     document.namespace["__name__"] = f"examples_of_{Path(page).stem}"
     document.namespace |= GIVEN.get(page, lambda _: {})(request)
