@@ -22,8 +22,7 @@ import pyarrow as pa
 
 from peso.config import ItemsConfig
 from peso.items import quality
-from peso.items.index_files import read_release_index, read_semantic_ids
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import SemanticIds, read_release_index, read_semantic_ids
 from peso.items.tokenize import tokenize
 from peso.items.vectors import ItemEncoder
 from peso.runtime.progress import Silent

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from peso.baselines.answers import Answerer, Answers, BaselineAnswers, Fusion, batches, top
+from peso.baselines.baseline import Answerer, Answers, BaselineAnswers, Fusion, batches, top
 from peso.baselines.two_tower import TwoTower
 from peso.config.baselines import BASELINES, BaselineOptions
 from peso.config.model import MOST_BEAMS

@@ -9,11 +9,12 @@ from peso.config.data import (
     ColumnsConfig,
     DataConfig,
     ItemColumnsConfig,
+    ItemsConfig,
     ItemTableConfig,
+    RqVaeConfig,
     SimulateConfig,
     StagesConfig,
 )
-from peso.config.items import ItemsConfig, RqVaeConfig
 from peso.config.model import (
     HOW,
     AdapterConfig,

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from peso.config.baselines import Baselines, default_baselines
-from peso.config.data import DataConfig, expand_data
-from peso.config.items import ItemsConfig
+from peso.config.data import DataConfig, ItemsConfig, expand_data
 from peso.config.model import (
     AdapterConfig,
     BackboneConfig,

@@ -12,8 +12,8 @@ from peso.errors import DataError
 from peso.events import columns
 from peso.events.cleaning import Funnel, clean, cut, order_by_time
 from peso.events.database import scalar, temporary_database
+from peso.events.histories import user_disjoint
 from peso.events.loading import load
-from peso.events.protocol import user_disjoint
 from peso.events.release import read_release
 from peso.events.simulate import EVENTS_FILE, write_simulation
 from peso.events.sources import open_source

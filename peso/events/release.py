@@ -15,10 +15,8 @@ import pyarrow as pa
 
 from peso.errors import DataError
 from peso.events import columns
-from peso.events.histories import Ragged, Stage
-from peso.events.protocol import require_trainable
-from peso.items.index_files import read_release_index
-from peso.items.semantic_ids import SemanticIds
+from peso.events.histories import Ragged, Stage, require_trainable
+from peso.items.semantic_ids import SemanticIds, read_release_index
 from peso.runtime.files import read_json_object
 
 PREVIOUS = "previous_block"

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from peso.events import columns
 from peso.events.database import cores, scalar
-from peso.events.histories import Stage
-from peso.events.protocol import refuse_untrainable, slice_stages, stage_counts
+from peso.events.histories import Stage, refuse_untrainable, slice_stages, stage_counts
 from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import ALIKE, MISSING, folded
@@ -99,7 +98,7 @@ def write_stages(
         advance: told how many events are written so far.
 
     Returns:
-        Counts per stage (``peso.events.protocol.stage_counts``).
+        Counts per stage (``peso.events.histories.stage_counts``).
 
     Raises:
         DataError: a stage in which nobody has three events.

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError, WorkspaceError
 from peso.events import columns
-from peso.events.histories import Ragged, Stage
-from peso.events.protocol import require_trainable, stage_counts
+from peso.events.histories import Ragged, Stage, require_trainable, stage_counts
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 FORMAT = 1
@@ -102,7 +101,7 @@ class Stream:
 
     @property
     def counts(self) -> list[dict[str, int]]:
-        """Per stage what :func:`peso.events.protocol.stage_counts` says."""
+        """Per stage what :func:`peso.events.histories.stage_counts` says."""
         return list(self.manifest["stages"])
 
     def stage(self, number: int) -> Stage:

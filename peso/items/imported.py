@@ -14,8 +14,7 @@ import pyarrow as pa
 from peso.config import ItemsConfig
 from peso.errors import DataError
 from peso.items import quality
-from peso.items.index_files import FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import FORMAT, ITEM_ID, SemanticIds, read_semantic_ids, write_semantic_ids
 from peso.items.vectors import ItemEncoder, item_texts
 from peso.runtime.manifest import read_manifest
 from peso.runtime.progress import Observer, Silent

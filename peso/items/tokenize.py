@@ -1,7 +1,7 @@
 """Semantic IDs for a catalogue, and for the items that come later.
 
-    semantic_ids/index.parquet, manifest.json   as peso.items.index_files has them; the manifest also says how
-                                                the IDs were made, how good they are and how well they fit
+    semantic_ids/index.parquet, manifest.json   as peso.items.semantic_ids has them; the manifest also says
+                                                how the IDs were made, how good they are and how well they fit
     semantic_ids/codebooks.safetensors          the frozen quantiser
     semantic_ids/encoder.safetensors            the frozen way from an item to its vector
     semantic_ids/categories.json                instead, of category paths: per level the paths, by code
@@ -33,10 +33,16 @@ from peso.items.codebooks import (
     fit_balanced_rq_kmeans,
     fit_rq_kmeans,
 )
-from peso.items.index_files import EARLIER, FORMAT, ITEM_ID, read_semantic_ids, write_semantic_ids
 from peso.items.placement import Arrival, groups_of
 from peso.items.rq_vae import fit_rq_vae
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import (
+    EARLIER,
+    FORMAT,
+    ITEM_ID,
+    SemanticIds,
+    read_semantic_ids,
+    write_semantic_ids,
+)
 from peso.items.vectors import ItemEncoder
 from peso.runtime.files import link, write_json
 from peso.runtime.manifest import intact, read_manifest, write_manifest

@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from peso.config import ItemsConfig
-from peso.config.items import FILES, HASHING
+from peso.config.data import FILES, HASHING
 from peso.errors import DataError
 from peso.items.hashing import HashingEncoder
-from peso.items.index_files import ITEM_ID
+from peso.items.semantic_ids import ITEM_ID
 from peso.items.vector_files import read_vectors
 from peso.runtime.files import digest, write_aside
 from peso.runtime.progress import Observer

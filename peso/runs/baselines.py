@@ -39,8 +39,7 @@ from peso.runtime.progress import Observer, Silent
 from peso.runtime.threads import threads
 
 if TYPE_CHECKING:
-    from peso.baselines.answers import Answerer, BaselineAnswers, Fusion
-    from peso.baselines.baseline import Baseline
+    from peso.baselines.baseline import Answerer, Baseline, BaselineAnswers, Fusion
 
 FORMAT = 1  # of the directory of a stage
 STATIC, MODEL = "static.parquet", "model"
@@ -212,8 +211,7 @@ class BaselineRun:
         self, stage: int, aside: Path | None, observer: Observer
     ) -> tuple[BaselineAnswers, dict[str, Any]]:
         """Learn a stage, from where the last one left the baseline; kept in ``aside``, if one is given."""
-        from peso.baselines.answers import BaselineAnswers
-        from peso.baselines.baseline import repeats_occur
+        from peso.baselines.baseline import BaselineAnswers, repeats_occur
 
         stages = self._until(stage)
         baseline = self._make()
@@ -242,7 +240,7 @@ class BaselineRun:
 
     def _restored(self, stage: int) -> Answerer:
         """What was learnt and chosen at a stage that is done."""
-        from peso.baselines.answers import BaselineAnswers
+        from peso.baselines.baseline import BaselineAnswers
 
         settings = self._manifest(stage)["settings"]
         if self.config.partner is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peso.config import Config, ItemsConfig, baseline_label
-from peso.config.items import FILES, HASHING
+from peso.config.data import FILES, HASHING
 from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
 from peso.errors import BackboneError, ConfigError
 from peso.events.columns import ITEM_ID, ITEMS
@@ -168,7 +168,7 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
 def _rehearse_items(items: ItemsConfig) -> None:
     """Read what semantic IDs are made with, as far as it is known before the catalogue is."""
     if items.index is not None:
-        from peso.items.index_files import read_release_index
+        from peso.items.semantic_ids import read_release_index
 
         read_release_index(items.index)
     elif items.encoder not in (HASHING, FILES):

@@ -26,8 +26,7 @@ from peso.config.data import STREAMS
 from peso.decoding import search
 from peso.events.histories import Stage, TargetSequence
 from peso.events.stream import Stream
-from peso.items.index_files import write_semantic_ids
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import SemanticIds, write_semantic_ids
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs import pipeline

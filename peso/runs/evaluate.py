@@ -129,8 +129,7 @@ def _measure(wanted: StageTest) -> dict[str, Any]:
 
 def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:
     """See :func:`peso.evaluation.metrics.warnings`."""
-    from peso.baselines.answers import BaselineAnswers
-    from peso.baselines.baseline import Setting
+    from peso.baselines.baseline import BaselineAnswers, Setting
     from peso.baselines.popularity import Popularity
 
     stage, ids = wanted.stage, wanted.stage.workspace.semantic_ids

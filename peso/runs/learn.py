@@ -19,7 +19,7 @@ from peso.adapters.groups import find_groups
 from peso.config import Config, TrainingConfig
 from peso.errors import WorkspaceError
 from peso.events.stream import Stream
-from peso.items.index_files import INDEX_FILE
+from peso.items.semantic_ids import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS

@@ -25,9 +25,8 @@ from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import FORMAT as STREAM_FORMAT
 from peso.events.stream import Stream
-from peso.items.index_files import FORMAT as IDS_FORMAT
-from peso.items.index_files import read_release_index, write_release_index
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import FORMAT as IDS_FORMAT
+from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
 from peso.runs.baselines import check_data
 from peso.runs.checks import check_configuration, rehearse
 from peso.runs.evaluate import test

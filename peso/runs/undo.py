@@ -15,7 +15,7 @@ from typing import Any
 from peso.errors import WorkspaceError
 from peso.events.append import take_back as fill_shorter_stream
 from peso.events.stream import Stream
-from peso.items.index_files import EARLIER
+from peso.items.semantic_ids import EARLIER
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, read_sealed, remove_directory, write_sealed

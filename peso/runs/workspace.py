@@ -325,7 +325,7 @@ class Workspace:
         Raises:
             WorkspaceError: there are no semantic IDs yet, or their manifest is damaged.
         """
-        from peso.items.index_files import FORMAT
+        from peso.items.semantic_ids import FORMAT
 
         if not self.has_semantic_ids:
             _ = self.stream  # which comes before
@@ -341,7 +341,7 @@ class Workspace:
         Raises:
             WorkspaceError: there are none yet, or a file is damaged.
         """
-        from peso.items.index_files import read_semantic_ids
+        from peso.items.semantic_ids import read_semantic_ids
 
         manifest = self.semantic_ids_manifest
         if self._read_ids is None or self._read_ids[0] != manifest:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from peso.baselines.answers import BaselineAnswers, top
+from peso.baselines.baseline import BaselineAnswers, top
 from peso.baselines.hybrid import WEIGHTS, Candidates, Hybrid, best_weight, joined, pool, pooled
 from peso.decoding import search
 from peso.events.histories import Cases

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peso.baselines.answers import BaselineAnswers
-from peso.baselines.baseline import Setting
+from peso.baselines.baseline import BaselineAnswers, Setting
 from peso.baselines.popularity import Popularity, item_counts
 from peso.evaluation.predictions import Predictions, label_cases, make_predictions
 from peso.events.histories import Ragged, Stage

@@ -14,8 +14,7 @@ from scipy.spatial.distance import jensenshannon
 
 from peso.events import drift as module
 from peso.events.drift import drift, jensen_shannon
-from peso.events.histories import Ragged, Stage
-from peso.events.protocol import cut_stages
+from peso.events.histories import Ragged, Stage, cut_stages
 
 ITEMS, USERS = 9, 6
 

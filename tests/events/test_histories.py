@@ -8,8 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peso.events.histories import Ragged, Stage
-from peso.events.protocol import stage_counts
+from peso.events.histories import Ragged, Stage, stage_counts
 from peso.events.release import read_release
 
 ROWS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=12)

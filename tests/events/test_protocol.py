@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peso.errors import DataError
-from peso.events.histories import Ragged, Stage
-from peso.events.protocol import cut_stages, require_trainable, stage_bounds
+from peso.events.histories import Ragged, Stage, cut_stages, require_trainable, stage_bounds
 
 
 def test_a_worked_example() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from peso.errors import DataError
 from peso.events import columns
-from peso.events.protocol import stage_counts
+from peso.events.histories import stage_counts
 from peso.events.release import read_release, release_files
 from peso.events.stream import Stream, write_stream
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from peso.errors import DataError
 from peso.events import columns
-from peso.events.histories import Cases, Stage
-from peso.events.protocol import stage_counts
+from peso.events.histories import Cases, Stage, stage_counts
 from peso.events.simulate import KINDS, Behaviour, Simulation, simulate, write_simulation
 from peso.events.simulate.catalogue import make_catalogue
 from peso.events.stream import Stream

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peso.errors import DataError
-from peso.events.histories import Ragged, Stage
-from peso.events.protocol import cut_stages, user_disjoint
+from peso.events.histories import Ragged, Stage, cut_stages, user_disjoint
 from peso.events.release import read_release
 
 T = 1_600_000_000

@@ -18,7 +18,7 @@ from event_logs import write_log
 
 from peso.cli import app as cli
 from peso.events.stream import Stream
-from peso.items.index_files import read_semantic_ids, write_release_index
+from peso.items.semantic_ids import read_semantic_ids, write_release_index
 from peso.runs import pipeline
 from peso.runs.undo import last_step
 from peso.runs.workspace import Workspace

@@ -13,7 +13,7 @@ from event_logs import write_json_lines, write_log
 
 from peso.config import load_config
 from peso.errors import DataError
-from peso.items.index_files import read_semantic_ids
+from peso.items.semantic_ids import read_semantic_ids
 from peso.runs import pipeline
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent

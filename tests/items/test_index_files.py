@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peso.errors import DataError, WorkspaceError
-from peso.items.index_files import (
+from peso.items.semantic_ids import (
     FORMAT,
+    SemanticIds,
     read_release_index,
     read_semantic_ids,
     write_release_index,
     write_semantic_ids,
 )
-from peso.items.semantic_ids import SemanticIds
 
 
 def same(a: SemanticIds, b: SemanticIds) -> bool:

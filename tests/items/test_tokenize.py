@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError, WorkspaceError
-from peso.items import index_files, quality
-from peso.items.index_files import read_release_index, read_semantic_ids, write_semantic_ids
+from peso.items import quality, semantic_ids
 from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import SemanticIds, read_release_index, read_semantic_ids, write_semantic_ids
 from peso.items.tokenize import append, tokenize
 from peso.items.vectors import ItemEncoder
 from peso.runtime.files import commit_directory
@@ -243,14 +242,14 @@ def test_a_full_disk_leaves_no_ids_or_those_of_before(
             run(items.slice(0, count), config, *source, directory, **({} if source else {"seed": 0}))
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_files.pq, "write_table", full)
+        patch.setattr(semantic_ids.pq, "write_table", full)
         with pytest.raises(WorkspaceError, match=r"no space left while writing .*nothing half-written"):
             make(60, tokenize)
     assert not list(tmp_path.iterdir())
     make(60, tokenize)
     before = read_semantic_ids(tmp_path / "ids").codes
     with monkeypatch.context() as patch:
-        patch.setattr(index_files.pq, "write_table", full)
+        patch.setattr(semantic_ids.pq, "write_table", full)
         with pytest.raises(WorkspaceError, match="no space left while writing"):
             make(80, append, tmp_path / "ids")
     np.testing.assert_array_equal(read_semantic_ids(tmp_path / "ids").codes, before)

@@ -12,8 +12,7 @@ from event_logs import write_log
 
 from peso.cli import app as cli
 from peso.events.stream import Stream
-from peso.items.index_files import read_semantic_ids
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import SemanticIds, read_semantic_ids
 from peso.runs import pipeline, report
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peso.errors import DataError
-from peso.events.protocol import BASE_SHARE, stage_bounds
+from peso.events.histories import BASE_SHARE, stage_bounds
 from peso.events.simulate.catalogue import Catalogue
 
 KINDS = ("stable", "drifting", "dormant", "new")

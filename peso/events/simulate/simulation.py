@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError
 from peso.events import columns
-from peso.events.histories import Stage
-from peso.events.protocol import cut_stages, require_trainable
+from peso.events.histories import Stage, cut_stages, require_trainable
 from peso.events.simulate.catalogue import Catalogue, make_catalogue
 from peso.events.simulate.market import (
     FAVOURITE_WEIGHTS,
