@@ -15,7 +15,11 @@ def main() -> None:
         status = INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else TERMINATED
         print(f"\n{HOW_STOPPED[status]}; {AGAIN}", file=sys.stderr)
         sys.exit(status)
-    command()
+    try:
+        command()
+    finally:  # the work is done, and Python takes a moment to end
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

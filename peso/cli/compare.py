@@ -184,15 +184,19 @@ def _show_plan(plan: Any, machine: Any) -> None:
     known = sum(e.minutes or 0 for e in expected)
     unknown = sum(e.minutes is None for e in expected)
     say(
-        f"about {known / machine.workers:.0f} minutes in total on this machine: {machine.workers} runs at "
-        f"once, {machine.threads} threads each"
-        + (f"; not included: {unknown} runs of unknown length" if unknown else "")
+        f"about {duration(60 * known / machine.workers)} in total on this machine (a rough estimate): "
+        f"{_number(machine.workers, 'run')} at once, {_number(machine.threads, 'thread')} each"
+        + (f"; not included: {_number(unknown, 'run')} of unknown length" if unknown else "")
     )
 
 
 def _counted(plan: Any) -> str:
     parts = [(plan.runs, "runs"), (plan.baselines, "baselines"), (plan.transfers, "tested on other stages")]
     return ", ".join(f"{len(some)} {name}" for some, name in parts if some)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 def _seconds(text: str) -> float:

@@ -50,6 +50,9 @@ def run(
         from peso.runs.estimate import estimate
 
         plan = estimate(preview, observer=watcher())
+        if not plan:
+            say(f"{root}: everything is done")
+            return
         table(
             f"{root}: remaining steps",
             ["step", "minutes", "memory GiB", "disk MiB", "note"],

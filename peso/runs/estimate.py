@@ -75,13 +75,10 @@ def estimate(
     workspace: Workspace,
     speeds: dict[bool, Speed] | None = None,
     observer: Observer | None = None,
-    read_log: bool = True,
 ) -> list[Estimate]:
     """Every missing step of a run, with minutes, memory and disk.
 
     Args:
-        read_log: read a log that is not ingested yet into a temporary directory, for its counts; else such a
-            run is estimated no further.
         speeds: of a run of the same shape, by whether the whole backbone is trained; what is missing is
             measured and added.
 
@@ -89,11 +86,8 @@ def estimate(
         PesoError: as the run itself would, for bad data or an unusable backbone.
     """
     config = workspace.config
-    if not (read_log or workspace.has_stream or config.data.format in STREAMS):
-        note = "the later steps are known once the log is ingested: `peso ingest`, then ask again"
-        return [Estimate(Step("ingest"), note=note)]
     name = config.backbone.name
-    with _readable(workspace, observer or Silent()) as (source, seconds):
+    with readable(workspace, observer or Silent()) as (source, seconds):
         stream = source.stream
         missing = list(pipeline.missing_steps(workspace, stream.stages))
         if name in assets.names("backbone") and assets.find(name) is None:
@@ -243,7 +237,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Workspace, dict[str, float]]]:
+def readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Workspace, dict[str, float]]]:
     """The workspace if its data are there, else a temporary one into which they are read, and the seconds
     that ingest and tokenize took for it. Items of a log get random semantic IDs there: their texts may take
     hours to encode, and what is measured hardly depends on the IDs."""

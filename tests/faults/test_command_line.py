@@ -325,6 +325,17 @@ def test_an_interruption_while_the_command_is_loaded_is_one_too(number, status, 
     assert found.stderr.strip() == f"{message}; run the same command again to continue"
 
 
+def test_an_interruption_after_the_work_changes_nothing():
+    """Python takes a moment to end, longer where PyTorch was loaded."""
+    program = (
+        "import atexit, os, signal, sys; from peso.__main__ import main\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM)])\n"
+        "sys.argv = ['peso', '--version']; main()"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_sigterm_ends_the_processes_of_a_comparison_too(peso, monkeypatch, tmp_path):
     (tmp_path / "c.yaml").write_text(
         "data: {format: simulate, simulate: {users: 60, items: 30, stages: 2}}\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from event_logs import write_log
 
 from peso.config import load_config
 from peso.config.baselines import read_baseline
@@ -483,6 +484,27 @@ def test_a_budget_that_is_over_starts_nothing_and_the_command_still_says_what_is
     assert "1 stopped" in out
     assert "single/seed=0: missing" in out
     assert not (tmp_path / "w" / "data").exists()
+
+
+def test_the_dry_run_reads_a_log_that_is_not_ingested(tmp_path, peso):
+    events = [(f"u{n % 40}", f"i{n * 7 % 30}", 1_700_000_000 + 60 * n) for n in range(1500)]
+    log = str(write_log(tmp_path / "log.csv", events))
+    tree = {
+        "data": {"format": "csv", "path": log, "stages": 2},
+        "backbone": "tiny",
+        "training": {"epochs": 1, "max_steps": 1},
+        "compare": {"strategies": ["none", "peso"], "baselines": ["ease"]},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    status, out, err = peso(
+        "compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--dry-run", "--set", "seed=1"
+    )
+    assert status == 0, err
+    lines = [line for line in out.splitlines() if "log.csv/tiny/" in line and "baselines" not in line]
+    assert len(lines) == 4  # two runs, and their tests on other stages
+    assert not [line for line in lines if "–" in line]
+    assert "in total on this machine" in out
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_dry_run_lists_every_run_and_writes_nothing(tmp_path, peso):

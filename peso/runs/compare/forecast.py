@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from peso.config.shape import stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.runs.compare.plan import Plan, Task
 from peso.runs.compare.progress import is_done, pairs_across, standing
-from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate
+from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate, readable
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
+from peso.runtime.progress import Silent
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,40 @@ def forecast(plan: Plan, threads: int) -> list[Expected]:
         for candidate in run.candidates:
             add(candidate.trial, str(candidate.trial.root.relative_to(plan.root)))
         add(run.task, run.name)
-    measured = Measured()
-    return [_expected(task, name, measured) for task, name in tasks.values()]
+    with ExitStack() as temporary:
+        measured = Measured(temporary)
+        return [_expected(task, name, measured) for task, name in tasks.values()]
 
 
 @dataclass
 class Measured:
-    """What was found out so far: estimates by all but the seed, speeds by all but seed and strategy."""
+    """What was found out so far: estimates by all but the seed, speeds by all but seed and strategy.
 
+    Attributes:
+        temporary: holds what data sets that are not ingested yet are read into, each once.
+        data: by the directory of a task that makes data, a workspace that has them, and the seconds that
+            reading them took.
+    """
+
+    temporary: ExitStack
+    data: dict[Path, tuple[Workspace, dict[str, float]]] = field(default_factory=dict)
     steps: dict[str, list[Estimate]] = field(default_factory=dict)
     speeds: dict[str, dict[bool, Speed]] = field(default_factory=dict)
+
+    def data_of(self, task: Task) -> tuple[Workspace, dict[str, float]]:
+        if task.root not in self.data:
+            source = readable(Workspace(task.root, task.config), Silent())
+            self.data[task.root] = self.temporary.enter_context(source)
+        return self.data[task.root]
 
 
 def _expected(task: Task, name: str, measured: Measured) -> Expected:
     if is_done(task):
         return Expected(name, "done", 0.0, "")
     if task.last_stage == -1:
-        return Expected(name, "missing", 0.1, "data")
+        seconds = measured.data_of(task)[1]
+        note = "data" if "tokenize" in seconds else "data; item texts are not encoded for an estimate"
+        return Expected(name, "missing", sum(seconds.values()) / 60, note)
     at = standing(task)
     if task.kind == "baseline":
         state = f"{at.done} of {at.stages} stages" if at.done else "missing"
@@ -101,10 +120,11 @@ def _steps(task: Task, measured: Measured) -> list[Estimate]:
     while task.kind == "transfer" and task.base is not None:
         task = task.base
     assert task.data is not None
-    workspace = Workspace(task.data.root, task.config.model_copy(update={"baselines": []}))
+    source = measured.data_of(task.data)[0]
+    workspace = Workspace(source.root, task.config.model_copy(update={"baselines": []}))
     shape = stage_shape(task.config, 1) | {"seed": None}
     like = digest(shape | {"strategy": task.config.strategy.name == UNCHANGED}, str(task.data.root))
     key = digest(shape, str(task.data.root))
     if key not in measured.steps:
-        measured.steps[key] = estimate(workspace, measured.speeds.setdefault(like, {}), read_log=False)
+        measured.steps[key] = estimate(workspace, measured.speeds.setdefault(like, {}))
     return measured.steps[key]
