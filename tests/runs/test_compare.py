@@ -501,7 +501,7 @@ def test_the_dry_run_reads_a_log_that_is_not_ingested(tmp_path, peso):
     )
     assert status == 0, err
     lines = [line for line in out.splitlines() if "log.csv/tiny/" in line and "baselines" not in line]
-    assert len(lines) == 4  # two runs, and their tests on other stages
+    assert len(lines) == 5  # stage 0, two runs, and their tests on other stages
     assert not [line for line in lines if "–" in line]
     assert "in total on this machine" in out
     assert not (tmp_path / "w").exists()
