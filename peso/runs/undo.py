@@ -127,8 +127,11 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
     if had_report and workspace.finished_stages:
         from peso.runs.report import report  # draws plots: slow to import
 
-        if any(stage.is_tested for stage in workspace.stages):
-            report([workspace], workspace.report_directory)
+        try:
+            if any(stage.is_tested for stage in workspace.stages):
+                report([workspace], workspace.report_directory)
+        except WorkspaceError as error:  # of a part that has nothing to do with what was removed
+            observer.note(f"the report was not written again: {error}")
     (workspace.root / UNDO).unlink()
 
 

@@ -186,13 +186,21 @@ class Workspace:
             self._refuse(fixed if done and anew not in (step, "stream") else [], f"its {step} were made")
 
     def _refuse_edits(self, anew: str) -> None:
-        """Raise WorkspaceError if `config.yaml` is not what was made with it."""
+        """Raise WorkspaceError if `config.yaml` is not what was made with it, or a part of that is gone."""
+        trained = self.finished_stages
+        for place in (self.stream_directory, self.semantic_ids_directory):
+            killed = place.with_name(f".{place.name}.old")  # from which a writer puts it back
+            if trained and not place.is_dir() and not killed.is_dir():
+                raise WorkspaceError(
+                    f"{place} is missing, on which stages {trained} were trained; restore it from a copy, or "
+                    "take a new workspace (-w)"
+                )
         for stage in self.stages:
             changed = changed_shape(stage.config, self.config, stage.number)
             edits = {key: both for key, both in changed.items() if not is_later(key)}
             cure = "; to train with other ones, run into a new workspace with -w"
             self._refuse_edit(edits, f"stage {stage.number} was trained", cure)
-        trained, elsewhere = bool(self.finished_stages), "; for other ones take a new workspace (-w)"
+        elsewhere = "; for other ones take a new workspace (-w)"
         if self.has_stream and (trained or anew != "stream"):
             stream = self.stream.manifest
             again = f", or read the data again: `peso ingest -w {self.root}`"

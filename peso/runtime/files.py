@@ -95,7 +95,7 @@ def _put_in_place(aside: Path, target: Path) -> None:
 def only_writer(directory: Path) -> Iterator[None]:
     """Hold a directory, made if absent, against every other process and thread.
 
-    Where the work ends in an error, the lock file is as it was before.
+    Afterwards the lock file is as it was before: a refused command has written nothing.
 
     Raises:
         WorkspaceError: another process holds it, or it cannot be written.
@@ -117,13 +117,12 @@ def only_writer(directory: Path) -> Iterator[None]:
         with _explained(path):
             path.write_text(str(os.getpid()))
         yield
-    except BaseException:
-        if before is None:
-            path.unlink(missing_ok=True)
-        elif path.is_file():
-            path.write_bytes(before)
-        raise
     finally:
+        with suppress(OSError):
+            if before is None:
+                path.unlink(missing_ok=True)  # whoever has opened it meanwhile notices, see filelock
+            elif path.is_file():
+                path.write_bytes(before)
         lock.release()
 
 

@@ -339,17 +339,29 @@ def test_a_locked_workspace_is_left_alone(
         assert everything(root) == before
 
 
-@pytest.mark.parametrize("locked_before", [False, True])
+@pytest.mark.parametrize("lock", [None, "77"])
 @pytest.mark.parametrize("command", REFUSED)
 def test_a_refused_command_has_written_nothing(
-    peso: Callable[..., tuple[int, str, str]], root: Path, command: str, locked_before: bool
+    peso: Callable[..., tuple[int, str, str]], root: Path, command: str, lock: str | None
 ) -> None:
-    (root / ".lock").unlink()
-    if locked_before:
-        (root / ".lock").write_text("77")
+    if lock is not None:  # as earlier versions left it
+        (root / ".lock").write_text(lock)
     before = everything(root)
     assert peso(*command.split(), "-w", root)[0] in (1, 2)
     assert everything(root) == before  # the lock file, too
+
+
+@pytest.mark.parametrize("part", ["stream", "semantic_ids"])
+def test_a_part_that_stages_were_trained_on_is_missed(
+    peso: Callable[..., tuple[int, str, str]], root: Path, part: str
+) -> None:
+    shutil.rmtree(root / part)
+    before = everything(root)
+    for command in ("report", "update", "undo --yes", "tokenize", "ingest", "recommend --user u1"):
+        status, _, error = peso(*command.split(), "-w", root)
+        assert status == 1
+        assert f"{root / part} is missing, on which stages [0, 1, 2] were trained" in error
+    assert everything(root) == before
 
 
 def test_who_holds_a_workspace_is_said(root: Path) -> None:
@@ -372,7 +384,6 @@ def test_a_mistaken_first_call_leaves_nothing(
 
 
 def test_a_lock_that_is_a_directory_is_named(root: Path) -> None:
-    (root / ".lock").unlink()
     (root / ".lock").mkdir()
     with pytest.raises(WorkspaceError, match=r"\.lock cannot be written"), Workspace.change(root):
         pass
@@ -498,5 +509,4 @@ def test_output_never_goes_into_a_workspace(
     status, _, error = peso(*command.format(w=root, link=tmp_path / "link").split(), "-w", root)
     assert status == 1
     assert "workspace" in error or "not part of a report" in error
-    before[".lock"] = (root / ".lock").read_bytes()
     assert everything(root) == before

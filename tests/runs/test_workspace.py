@@ -27,6 +27,10 @@ def workspace(tmp_path) -> Workspace:
 
 
 def finish_stage(workspace: Workspace, stage: int) -> None:
+    for made in (workspace.stream_directory, workspace.semantic_ids_directory):
+        if not made.is_dir():
+            with commit_directory(made) as directory:
+                write_manifest(directory, 1, {"stages": []})
     with commit_directory(workspace.stage(stage).directory) as directory:
         configuration = Workspace.open(workspace.root).config.model_dump(mode="json")
         write_manifest(directory, FORMAT, {"stage": stage, "configuration": configuration})
