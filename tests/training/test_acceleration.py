@@ -144,7 +144,9 @@ def test_options_of_cost_determine_nothing(tmp_path: Path) -> None:
     for stage in (0, 1):
         assert stage_shape(plain, stage) == stage_shape(cheap, stage)
     workspace = Workspace.create_or_open(tmp_path / "w", plain)
-    (workspace.stream_directory).mkdir()
+    for directory in (workspace.stream_directory, workspace.semantic_ids_directory):
+        directory.mkdir()
+        write_manifest(directory, 1, {})
     for stage in (0, 1):
         workspace.stage(stage).directory.mkdir(parents=True)
         write_manifest(
