@@ -21,9 +21,8 @@ from peso.baselines.baseline import Baseline, Setting
 from peso.config.model import MOST_EPOCHS
 from peso.events.histories import Cases, Stage
 from peso.runtime.device import reproducible
-from peso.runtime.machine import TRAINED
+from peso.runtime.machine import TRAINED, threads
 from peso.runtime.progress import Observer
-from peso.runtime.threads import threads
 
 MAX_GRADIENT_NORM = 1.0
 VALIDATED_AT_ONCE = 256  # cases

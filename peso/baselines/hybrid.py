@@ -28,7 +28,7 @@ from peso.evaluation.metrics import ndcg
 from peso.evaluation.predictions import semantic_id_ranks
 from peso.events.histories import Cases
 from peso.model.generative import GenerativeModel
-from peso.runtime.threads import threads
+from peso.runtime.machine import threads
 
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
 

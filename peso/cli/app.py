@@ -34,8 +34,8 @@ from peso.runtime.failures import (
     printable,
     sentence,
 )
+from peso.runtime.machine import check_environment
 from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
-from peso.runtime.threads import check_environment
 
 DISTRIBUTED = ("run", "train", "update", "evaluate")  # commands that several processes can share
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from peso.config import RqVaeConfig
 from peso.items.codebooks import Fitted, Layers, ResidualCodebooks
+from peso.runtime.machine import threads
 from peso.runtime.progress import Observer
-from peso.runtime.threads import threads
 
 DECAY = 0.99  # of the moving averages that the codebooks are
 UNUSED = 0.5  # a code that on average fewer items of a batch choose is moved to one of them

@@ -33,10 +33,9 @@ from peso.events.stream import Stream
 from peso.runs.stage import METRICS, PREDICTIONS
 from peso.runs.workspace import Workspace, provenance
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
-from peso.runtime.machine import require_memory
+from peso.runtime.machine import require_memory, threads
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.runtime.progress import Observer, Silent
-from peso.runtime.threads import threads
 
 if TYPE_CHECKING:
     from peso.baselines.baseline import Answerer, Baseline, BaselineAnswers, Fusion

@@ -32,7 +32,7 @@ from peso.runs.diagnosis import require_later_stage
 from peso.runs.models import load_stage, starting_model, stored_memory, strategy_of
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
-from peso.runtime.threads import threads
+from peso.runtime.machine import threads
 from peso.training.plan import StageExamples
 from peso.training.strategies.strategy import StageContext, strategies
 

@@ -37,8 +37,8 @@ from peso.runs.pipeline import Step
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
 from peso.runtime.device import peak_memory
+from peso.runtime.machine import threads
 from peso.runtime.progress import Observer, Silent
-from peso.runtime.threads import threads
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import Examples, StageContext

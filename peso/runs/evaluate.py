@@ -17,10 +17,10 @@ from peso.evaluation.predictions import (
 )
 from peso.runs.stage import FORMAT, METRICS, PREDICTIONS, StageTest
 from peso.runtime.files import json_text
+from peso.runtime.machine import threads
 from peso.runtime.manifest import replace_file
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
-from peso.runtime.threads import threads
 
 
 def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:

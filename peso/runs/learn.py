@@ -43,10 +43,10 @@ from peso.runtime.files import (
     write_json,
     write_sealed,
 )
+from peso.runtime.machine import threads
 from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
-from peso.runtime.threads import threads
 from peso.training.loop import Progress, StageResult, StageTask, train_stage
 from peso.training.plan import StageExamples
 from peso.training.strategies.strategy import StageContext, Strategy

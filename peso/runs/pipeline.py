@@ -35,10 +35,10 @@ from peso.runs.stage import FORMAT, METRICS, RunStage
 from peso.runs.workspace import Workspace, require_place
 from peso.runtime import assets
 from peso.runtime.files import commit_directory, link, remove_directory
+from peso.runtime.machine import threads
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
-from peso.runtime.threads import threads
 
 # -- what is left to do ------------------------------------------------------------------------------
 

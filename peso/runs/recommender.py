@@ -18,8 +18,8 @@ from peso.errors import DataError, ExportError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.workspace import Workspace, require_place
 from peso.runtime.files import require_free, require_new, write_aside
+from peso.runtime.machine import threads
 from peso.runtime.progress import Observer, Silent
-from peso.runtime.threads import threads
 
 if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel

@@ -24,9 +24,9 @@ from peso.runs.models import backbone_fingerprint, starting_model
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
 from peso.runtime.device import Precision
+from peso.runtime.machine import threads
 from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Silent
-from peso.runtime.threads import threads
 
 ROUNDED = "training.precision=bfloat16"
 
@@ -213,7 +213,7 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(3)
     for name in ("OMP_NUM_THREADS", "PESO_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("peso.runtime.threads._told", 0)
+    monkeypatch.setattr("peso.runtime.machine._told", 0)
     yield
     assert torch.get_num_threads() == 3  # whatever happened, as before
     torch.set_num_threads(before)

@@ -24,7 +24,7 @@ from peso.runs.compare.plan import Plan, Run, Task
 from peso.runs.compare.progress import Standing, choose, is_done, open_needs, standing
 from peso.runs.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.runs.workspace import Workspace
-from peso.runtime.threads import NUMBER, SHARE
+from peso.runtime.machine import NUMBER, SHARE
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
