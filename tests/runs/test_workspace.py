@@ -9,10 +9,12 @@ import resource
 import signal
 from importlib.metadata import PackageNotFoundError
 
+import numpy as np
 import pytest
 
 from peso.config import load_config
 from peso.errors import WorkspaceError
+from peso.items.semantic_ids import SemanticIds, write_semantic_ids
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace, provenance
 from peso.runtime.files import commit_directory, write_aside, write_atomically
@@ -210,3 +212,56 @@ def test_a_source_tree_that_is_not_installed_can_still_say_with_what_it_ran(
     assert found["versions"]["peso"] is None
     assert found["versions"]["torch"] == "1.2"
     assert "accelerator" in found["hardware"]
+
+
+# -- what a workspace hands out -------------------------------------------------------------------
+
+
+def index(workspace: Workspace, *codes: int) -> None:
+    ids = SemanticIds([f"i{n}" for n in range(len(codes))], np.array(codes, dtype=np.int32)[:, None], (8,))
+    with commit_directory(workspace.semantic_ids_directory) as directory:
+        write_semantic_ids(ids, directory)
+
+
+def test_semantic_ids_are_read_once_and_again_when_they_change(workspace):
+    finish_stream(workspace)
+    index(workspace, 1, 2)
+    first = workspace.semantic_ids
+    assert workspace.semantic_ids is first
+    assert workspace.with_config(workspace.config).semantic_ids is first
+    index(workspace, 1, 2, 3)
+    assert workspace.semantic_ids.codes.tolist() == [[1], [2], [3]]
+
+
+def test_semantic_ids_that_changed_behind_their_manifest_are_refused(workspace):
+    finish_stream(workspace)
+    index(workspace, 1, 2)
+    file = workspace.semantic_ids_directory / "index.parquet"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(WorkspaceError, match=r"index\.parquet is damaged"):
+        _ = workspace.semantic_ids
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(workspace):
+    for part in ("stream", "semantic_ids", "semantic_ids_manifest"):
+        with pytest.raises(WorkspaceError, match="no stream yet; `peso ingest"):
+            getattr(workspace, part)
+    finish_stream(workspace)
+    with pytest.raises(WorkspaceError, match="no semantic IDs yet; `peso tokenize"):
+        _ = workspace.semantic_ids
+
+
+def test_a_stage_tells_of_its_training_and_checks_every_file_that_it_reads(workspace):
+    finish_stage(workspace, 0)
+    stage = workspace.stage(0)
+    assert (stage.metrics, stage.training, stage.log, stage.is_tested) == ({}, {}, [], False)
+    manifest = stage.manifest
+    (stage.directory / "metrics.json").write_text('{"training": {"seconds": 3.0}}')
+    (stage.directory / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    write_manifest(stage.directory, FORMAT, manifest)
+    assert (stage.training["seconds"], [record["step"] for record in stage.log]) == (3.0, [1, 2])
+    assert stage.config == workspace.config
+    (stage.directory / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(WorkspaceError, match=r"log\.jsonl is damaged"):
+        _ = stage.log
+    assert not workspace.stage(1).is_trained
