@@ -47,7 +47,18 @@ PATHS = {"data.path", "data.items.path"}
 
 
 class Workspace:
-    """A run's directory (design: config.yaml, stream/, semantic_ids/, stages/{t}/, report/)."""
+    """A run's directory: config.yaml, stream/, semantic_ids/, stages/{t}/, baselines/, report/. ::
+
+        workspace = peso.Workspace.open("runs/games")
+        workspace.stream.titles[:3]                        # what was ingested
+        workspace.semantic_ids.semantic_id("0")            # ["<a_128>", "<b_72>", "<c_95>", "<d_83>"]
+        stage = workspace.trained()                        # the newest; workspace.stage(1) is another
+        stage.metrics["test"]["metrics"]["ndcg@10"]["value"]
+        stage.on(0).predictions                            # its answers to the cases of stage 0, if tested
+        model = stage.model()                              # to train on or to look into
+
+    What is read is checked against the sha256 in its manifest.
+    """
 
     def __init__(self, root: Path, config: Config, trust: Iterable[str] | None = None) -> None:
         """
