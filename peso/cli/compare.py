@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from peso.cli.display import Overrides, duration, next_steps, say, table
+from peso.cli.display import Overrides, Terminal, duration, next_steps, say, table
 from peso.errors import PesoError, UsageError, WorkspaceError
 from peso.runtime.failures import printable
 from peso.runtime.files import only_writer
@@ -102,7 +102,11 @@ def compare(
     for remark in collected.remarks:
         say(f"- {remark}")
     if collected.runs or report_only:
-        say(f"report: {write_results(plan, collected, output or root)}")
+        terminal = Terminal()
+        terminal.begin("writing the report", 0, "")
+        page = write_results(plan, collected, output or root)
+        terminal.end()
+        say(f"report: {page}")
         say(f"table:  {(output or root) / 'results.parquet'}")
     else:
         say("no report was written: no run has a tested stage yet")

@@ -129,7 +129,9 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
 
         try:
             if any(stage.is_tested for stage in workspace.stages):
+                observer.begin("writing the report", 0, "")
                 report([workspace], workspace.report_directory)
+                observer.end()
         except WorkspaceError as error:  # of a part that has nothing to do with what was removed
             observer.note(f"the report was not written again: {error}")
     (workspace.root / UNDO).unlink()
