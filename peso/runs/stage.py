@@ -183,14 +183,14 @@ class RunStage:
                 raise WorkspaceError(f"{path} is missing; {self._cure(name)}")
 
     def _cure(self, name: str) -> str:
-        """What to do if a file is missing or damaged; "" for what the manifest says of all."""
+        """What to do if a file is missing or damaged."""
         on, _, file = name.rpartition("/")
         if on.startswith("on=") or file == PREDICTIONS:
             again = (
                 f"peso evaluate -w {self.workspace.root} --stage {self.number} {on.replace('on=', '--on ')}"
             )
             return f"restore it from a copy, or remove it and evaluate again: `{again.strip()}`"
-        return ""
+        return f"restore it from a copy, or remove {self.directory} and those after it, and train again"
 
     def model(self, device: str | None = None) -> GenerativeModel:
         """The model as it stood after the stage, in evaluation mode, on ``device`` (default: as configured).
