@@ -29,12 +29,11 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.model.build import has_adapter
 from peso.model.generative import GenerativeModel
 from peso.runs.diagnosis import require_later_stage
-from peso.runs.models import load_stage, starting_model, stored_memory, strategy_of
+from peso.runs.models import context_of, load_stage, starting_model, stored_memory, strategy_of
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.machine import threads
-from peso.training.plan import StageExamples
-from peso.training.strategies.strategy import StageContext, strategies
+from peso.training.strategies.strategy import strategies
 
 At = Literal["start", "end"]
 FOLDS = 10
@@ -146,17 +145,9 @@ def _example_gradients(
     model = starting_model(stage)
     if not has_adapter(model):
         raise ConfigError(f"stage {number} of {workspace.root} has no adapter")
-    seed = config.seed_of_stage(number)
-    given = StageExamples(model, workspace.stream.stage, number, config.training, seed)
-    context = StageContext(
-        number,
-        model.backbone,
-        total_steps=0,
-        seed=seed,
-        vocabulary=model.vocabulary,
-        examples=given,
-        memory=stored_memory(stage.before),
-    )
+    context = context_of(stage, model, stored_memory(stage.before))
+    given = context.examples
+    assert given is not None
     strategy = strategy_of(workspace)
     term = strategy.term or SoftmaxKL()
     if not term.has_decoupled_form:

@@ -25,8 +25,8 @@ from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS
 from peso.runs.models import (
     backbone_fingerprint,
+    context_of,
     inherited_memory,
-    put_back,
     starting_model,
     strategy_of,
     trains_backbone,
@@ -48,7 +48,6 @@ from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
 from peso.training.loop import Progress, StageResult, StageTask, train_stage
-from peso.training.plan import StageExamples
 from peso.training.strategies.strategy import StageContext, Strategy
 
 TUNED_ON = 2048  # validation cases that choose the shares of the item head
@@ -135,19 +134,9 @@ def _train(
 ) -> dict[str, Any]:
     """All phases of the stage; returns the figures of the last one, with the time of all."""
     workspace, number = stage.workspace, stage.number
-    config = workspace.config
-    stream, seed = workspace.stream, config.seed_of_stage(number)
+    config, stream = workspace.config, workspace.stream
     before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
-    context = StageContext(
-        number,
-        model.backbone,
-        total_steps=0,
-        seed=seed,
-        vocabulary=model.vocabulary,
-        examples=StageExamples(model, stream.stage, number, config.training, seed),
-        memory=memory,
-        reset=lambda: put_back(stage, model),
-    )
+    context = context_of(stage, model, memory)
     if (head := model.vocabulary.item_head) is not None:
         head.compete(_event_counts(stream, number, len(model.semantic_ids.item_ids)))
     *earlier, last = strategy.phases(number)

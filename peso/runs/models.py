@@ -20,7 +20,8 @@ from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.device import Precision
 from peso.runtime.manifest import all_intact
-from peso.training.strategies.strategy import Strategy, make_strategy
+from peso.training.plan import StageExamples
+from peso.training.strategies.strategy import StageContext, Strategy, make_strategy
 
 MEMORY = "state.safetensors"
 AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on
@@ -101,6 +102,22 @@ def put_back(stage: RunStage, model: GenerativeModel) -> None:
     for name, p in model.named_parameters():
         if name in values and (".lora_" in name or name.startswith("vocabulary.")):
             p.copy_(values[name])
+
+
+def context_of(stage: RunStage, model: GenerativeModel, memory: dict[str, Tensor]) -> StageContext:
+    """What a strategy is told of a stage before its training starts."""
+    config, number = stage.workspace.config, stage.number
+    seed, stream = config.seed_of_stage(number), stage.workspace.stream
+    return StageContext(
+        number,
+        model.backbone,
+        total_steps=0,
+        seed=seed,
+        vocabulary=model.vocabulary,
+        examples=StageExamples(model, stream.stage, number, config.training, seed),
+        memory=memory,
+        reset=lambda: put_back(stage, model),
+    )
 
 
 def load_stage(stage: RunStage, model: GenerativeModel) -> None:
