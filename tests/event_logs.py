@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.config import load_config
-from peso.events.append import append
+from peso.events.append import extend_stream
 from peso.events.ingest import ingest
 from peso.events.stream import Stream
 
@@ -36,7 +36,7 @@ def ingested(directory: Path, **data: Any) -> Stream:
 
 def appended(directory: Path, earlier: Stream, **data: Any) -> Stream:
     directory.mkdir(parents=True)
-    append(data_config(**data), earlier.directory, directory)
+    extend_stream(data_config(**data), earlier.directory, directory)
     return Stream.open(directory)
 
 

@@ -40,7 +40,7 @@ _HAD = """
 BEFORE = 2**40  # subtracted from the place of what a user did before: negative, and still in order
 
 
-def append(
+def extend_stream(
     data: DataConfig, earlier: str | Path, directory: Path, observer: Observer | None = None
 ) -> dict[str, Any]:
     """Fill an existing, empty directory with the stream at ``earlier`` and further stages of new events.
@@ -155,7 +155,7 @@ def append(
     return dict(Stream.open(directory).manifest)
 
 
-def take_back(earlier: str | Path, directory: Path) -> None:
+def shorten_stream(earlier: str | Path, directory: Path) -> None:
     """Fill an existing, empty directory with the stream at ``earlier`` as it was before its last append.
 
     Corrections of the item table (:func:`update_items`) stay.
@@ -180,7 +180,7 @@ def take_back(earlier: str | Path, directory: Path) -> None:
     write_manifest(directory, FORMAT, content, linked)
 
 
-def update_items(
+def correct_items(
     data: DataConfig, earlier: str | Path, directory: Path, observer: Observer | None = None
 ) -> dict[str, Any]:
     """Fill an existing, empty directory with the stream at ``earlier``, its item table corrected.

@@ -133,7 +133,7 @@ def tokenize(
     return _write(ids, items, arrival, config, seed, state, directory, observer)
 
 
-def append(
+def extend_semantic_ids(
     items: pa.Table,
     config: ItemsConfig,
     source: Path,
@@ -192,7 +192,7 @@ def append(
 
 def remember(source: Path, directory: Path) -> None:
     """Keep in the manifest of ``directory``, which continues ``source``, what that of ``source`` says, so
-    that :func:`take_back` can restore it."""
+    that :func:`shorten_semantic_ids` can restore it."""
     before, now = read_manifest(source, FORMAT), read_manifest(directory, FORMAT)
     known = before.pop(EARLIER, [])
     if before["items"] < now["items"]:
@@ -201,7 +201,7 @@ def remember(source: Path, directory: Path) -> None:
         write_manifest(directory, FORMAT, {**now, EARLIER: known})
 
 
-def take_back(items: pa.Table, stages: int, source: Path, directory: Path) -> None:
+def shorten_semantic_ids(items: pa.Table, stages: int, source: Path, directory: Path) -> None:
     """Write the IDs of ``source`` as they were before the last items came.
 
     The manifest is that of then. If there was none, because the IDs of several appends were made in one go,

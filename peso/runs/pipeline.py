@@ -19,8 +19,7 @@ from peso.config import DataConfig, changed_keys
 from peso.config.data import STREAMS
 from peso.config.shape import changed_shape
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
-from peso.events.append import append as fill_longer_stream
-from peso.events.append import update_items as fill_corrected_stream
+from peso.events.append import correct_items, extend_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import FORMAT as STREAM_FORMAT
@@ -169,8 +168,8 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
 
     Raises:
         WorkspaceError: there is no stream, or it is damaged.
-        DataError: see :func:`peso.events.append.append`; new items that cannot get an ID. The stream is then
-            as before.
+        DataError: see :func:`peso.events.append.extend_stream`; new items that cannot get an ID. The stream is
+            then as before.
         ConfigError: as :func:`tokenize_new`. The stream is then as before.
     """
     stream, data = workspace.stream, data or workspace.config.data
@@ -182,7 +181,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
     observer.note(f"append: {data.format} {data.path}")
     told = read_user_table(users) if (users := workspace.config.report.users) else {}
     with commit_directory(workspace.stream_directory) as directory:
-        manifest = fill_longer_stream(data, stream.directory, directory, observer)
+        manifest = extend_stream(data, stream.directory, directory, observer)
         if workspace.has_semantic_ids and manifest["appended"][-1]["new_items"]:
             with TemporaryDirectory() as trial:
                 observer.note("see whether the new items can get semantic IDs")
@@ -204,18 +203,17 @@ def update_items(workspace: Workspace, data: DataConfig, observer: Observer) -> 
 
     Raises:
         WorkspaceError: there is no stream, or it is damaged.
-        DataError: see :func:`peso.events.append.update_items`. The stream is then as before.
+        DataError: see :func:`peso.events.append.correct_items`. The stream is then as before.
     """
-    from peso.items.tokenize import append as continue_semantic_ids
-    from peso.items.tokenize import lacks_tree
+    from peso.items.tokenize import extend_semantic_ids, lacks_tree
 
     stream, ids = workspace.stream, workspace.semantic_ids_directory
     with commit_directory(workspace.stream_directory) as directory:
-        done = fill_corrected_stream(data, stream.directory, directory, observer)
+        done = correct_items(data, stream.directory, directory, observer)
         if workspace.has_semantic_ids and lacks_tree(ids):  # the categories of now are the only record of it
             known = stream.items.slice(0, len(workspace.semantic_ids.item_ids))
             with commit_directory(ids) as kept:
-                continue_semantic_ids(known, workspace.config.items, ids, kept, _vector_cache())
+                extend_semantic_ids(known, workspace.config.items, ids, kept, _vector_cache())
     return done
 
 
@@ -276,7 +274,7 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
 def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observer: Observer) -> None:
     """Fill a directory with the workspace's semantic IDs and those of the further items of ``stream``."""
     from peso.items.imported import adopt_more
-    from peso.items.tokenize import append as continue_semantic_ids
+    from peso.items.tokenize import extend_semantic_ids
 
     config, source = workspace.config.items, workspace.semantic_ids_directory
     further = (config, source, directory, _vector_cache(), observer)
@@ -284,7 +282,7 @@ def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observe
         index = read_release_index(config.index, workspace.semantic_ids.sizes)
         adopt_more(stream.items, index, config.index, *further, seed=workspace.config.seed_of_data)
     else:
-        continue_semantic_ids(stream.items, *further, stream.first_stages())
+        extend_semantic_ids(stream.items, *further, stream.first_stages())
 
 
 def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> None:

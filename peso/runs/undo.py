@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peso.errors import WorkspaceError
-from peso.events.append import take_back as fill_shorter_stream
+from peso.events.append import shorten_stream
 from peso.events.stream import Stream
 from peso.items.semantic_ids import EARLIER
 from peso.runs.stage import FORMAT
@@ -166,15 +166,15 @@ def _left(workspace: Workspace) -> list[int]:
 def _shorten(workspace: Workspace, step: LastStep) -> None:
     """Take the last append from the stream, with its items' IDs and everything about its stages."""
     with commit_directory(workspace.stream_directory) as shorter:
-        fill_shorter_stream(workspace.stream_directory, shorter)
+        shorten_stream(workspace.stream_directory, shorter)
         if step.all_ids:
             remove_directory(workspace.semantic_ids_directory)
         elif step.semantic_ids:
-            from peso.items.tokenize import take_back as fill_shorter_ids
+            from peso.items.tokenize import shorten_semantic_ids
 
             ids = workspace.semantic_ids_directory
             with commit_directory(ids) as fewer:
-                fill_shorter_ids(Stream.open(shorter).items, step.stages[0], ids, fewer)
+                shorten_semantic_ids(Stream.open(shorter).items, step.stages[0], ids, fewer)
         # what the stages left goes before the stages do: nothing ever refers to a stage that is not there
         _remove_traces(workspace, step.stages)
 

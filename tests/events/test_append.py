@@ -8,7 +8,7 @@ import pytest
 from event_logs import appended, histories, ingested, write_log
 
 from peso.errors import DataError, WorkspaceError
-from peso.events.append import append
+from peso.events.append import extend_stream
 from peso.events.ingest import ingest
 from peso.events.stream import Stream
 from peso.events.times import iso
@@ -179,10 +179,10 @@ def test_in_place_the_stream_is_the_old_or_the_new(tmp_path: Path, stream: Strea
     good = data_config(format="csv", path=str(write_log(tmp_path / "new.csv", NEW)))
     before = histories(stream)
     with pytest.raises(DataError), commit_directory(stream.directory) as directory:
-        append(bad, stream.directory, directory)
+        extend_stream(bad, stream.directory, directory)
     assert histories(Stream.open(stream.directory)) == before
     with commit_directory(stream.directory) as directory:
-        append(good, stream.directory, directory)
+        extend_stream(good, stream.directory, directory)
     assert histories(Stream.open(stream.directory))[:2] == before
     assert Stream.open(stream.directory).stages == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.csv", "log.csv", "new.csv", "stream"]

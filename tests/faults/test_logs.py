@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from peso.config import load_config
 from peso.errors import ConfigError, DataError, PesoError
-from peso.events.append import append
+from peso.events.append import extend_stream
 from peso.events.ingest import ingest
 from peso.events.sources import lines
 from peso.events.sources.files import format_of
@@ -791,7 +791,7 @@ def test_ids_that_differ_in_how_they_are_written_are_told(tmp_path: Path, spoil:
     (tmp_path / "u").mkdir()
     data = data_config(format="csv", path=str(write_log(tmp_path / "week.csv", week)))
     notes = Notes()
-    manifest = append(data, stream.directory, tmp_path / "u", notes)
+    manifest = extend_stream(data, stream.directory, tmp_path / "u", notes)
     remarks = manifest["appended"][-1]["remarks"]
     told = "differ from {} of the stream only in leading zeros, decimals, spaces or case: {!r} and {!r}"
     for remark in (told.format("users", known, LOG[0][0]), told.format("items", spoil, "i3")):

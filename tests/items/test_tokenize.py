@@ -20,7 +20,7 @@ from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.items import quality, semantic_ids
 from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
 from peso.items.semantic_ids import SemanticIds, read_release_index, read_semantic_ids, write_semantic_ids
-from peso.items.tokenize import append, tokenize
+from peso.items.tokenize import extend_semantic_ids, tokenize
 from peso.items.vectors import ItemEncoder
 from peso.runtime.files import commit_directory
 from peso.runtime.progress import Silent
@@ -104,8 +104,8 @@ def test_append_changes_no_id_that_is_there(quantizer: str, collisions: str, tmp
     items = catalogue(220)
     config = settings_for(quantizer, collisions=collisions, codes=32)
     tokenize(items.slice(0, 120), config, folder(tmp_path, "one"), seed=0)
-    append(items.slice(0, 170), config, tmp_path / "one", folder(tmp_path, "two"))
-    manifest = append(items, config, tmp_path / "two", folder(tmp_path, "three"))
+    extend_semantic_ids(items.slice(0, 170), config, tmp_path / "one", folder(tmp_path, "two"))
+    manifest = extend_semantic_ids(items, config, tmp_path / "two", folder(tmp_path, "three"))
     one, two, three = (read_semantic_ids(tmp_path / name) for name in ("one", "two", "three"))
     assert one.sizes == two.sizes == three.sizes
     np.testing.assert_array_equal(two.codes[:120], one.codes)
@@ -134,7 +134,7 @@ def test_no_sequence_of_appends_changes_an_id(
         titles += batch
         here = folder(parent, str(number))
         if number:
-            append(item_table(titles), config, parent / str(number - 1), here)
+            extend_semantic_ids(item_table(titles), config, parent / str(number - 1), here)
         else:
             tokenize(item_table(titles), config, here, seed=0)
         ids = read_semantic_ids(here)
@@ -151,8 +151,8 @@ def test_stages_in_one_go_are_the_same_as_appending_them(tmp_path: Path) -> None
     config = settings_for()
     together = tokenize(items, config, folder(tmp_path, "together"), seed=0, first_stage=stage)
     tokenize(items.slice(0, 120), config, folder(tmp_path, "a"), seed=0)
-    append(items.slice(0, 160), config, tmp_path / "a", folder(tmp_path, "b"))
-    apart = append(items, config, tmp_path / "b", folder(tmp_path, "c"))
+    extend_semantic_ids(items.slice(0, 160), config, tmp_path / "a", folder(tmp_path, "b"))
+    apart = extend_semantic_ids(items, config, tmp_path / "b", folder(tmp_path, "c"))
     np.testing.assert_array_equal(
         read_semantic_ids(tmp_path / "together").codes, read_semantic_ids(tmp_path / "c").codes
     )
@@ -190,7 +190,7 @@ def test_an_item_without_text_gets_the_codes_nearest_to_the_centre(tmp_path: Pat
     assert manifest["quality"]["without_vector"] == 3
     assert "3 items have no text or vector: they get the codes nearest to the centre" in notes.text
     assert (codes[-3:] == codes[-1]).all()
-    later = append(item_table([*titles, None]), config, tmp_path, folder(tmp_path, "later"))
+    later = extend_semantic_ids(item_table([*titles, None]), config, tmp_path, folder(tmp_path, "later"))
     assert (read_semantic_ids(tmp_path / "later").codes[-1] == codes[-1]).all()
     assert later["fitness"]["stages"][0]["error"] is None
 
@@ -251,9 +251,9 @@ def test_a_full_disk_leaves_no_ids_or_those_of_before(
     with monkeypatch.context() as patch:
         patch.setattr(semantic_ids.pq, "write_table", full)
         with pytest.raises(WorkspaceError, match="no space left while writing"):
-            make(80, append, tmp_path / "ids")
+            make(80, extend_semantic_ids, tmp_path / "ids")
     np.testing.assert_array_equal(read_semantic_ids(tmp_path / "ids").codes, before)
-    make(80, append, tmp_path / "ids")
+    make(80, extend_semantic_ids, tmp_path / "ids")
     np.testing.assert_array_equal(read_semantic_ids(tmp_path / "ids").codes[:60], before)
 
 
@@ -287,7 +287,7 @@ def test_new_vectors_of_another_width_are_refused(vectors: Path, tmp_path: Path)
     tokenize(catalogue(120), config, folder(tmp_path, "ids"), seed=0)
     np.save(vectors, np.ones((120, 6)))
     with pytest.raises(DataError, match=r"\[6\] wide, those the codebooks were fitted to \[5\]"):
-        append(catalogue(121), config, tmp_path / "ids", folder(tmp_path, "more"))
+        extend_semantic_ids(catalogue(121), config, tmp_path / "ids", folder(tmp_path, "more"))
 
 
 def test_append_refuses_what_does_not_continue_the_index(tmp_path: Path) -> None:
@@ -295,17 +295,17 @@ def test_append_refuses_what_does_not_continue_the_index(tmp_path: Path) -> None
     tokenize(items, config, folder(tmp_path, "ids"), seed=0)
     more = folder(tmp_path, "more")
     with pytest.raises(ConfigError, match=r"items.levels \(3 → 4\); set it back"):
-        append(items, settings_for(levels=4), tmp_path / "ids", more)
+        extend_semantic_ids(items, settings_for(levels=4), tmp_path / "ids", more)
     with pytest.raises(DataError, match="row 0 was item 'item0'"):
-        append(items.slice(1), config, tmp_path / "ids", more)
+        extend_semantic_ids(items.slice(1), config, tmp_path / "ids", more)
     with pytest.raises(DataError, match="row 59 was item 'item59'"):
-        append(items.slice(0, 59), config, tmp_path / "ids", more)
+        extend_semantic_ids(items.slice(0, 59), config, tmp_path / "ids", more)
     write_semantic_ids(read_semantic_ids(tmp_path / "ids"), folder(tmp_path, "imported"))
     with pytest.raises(ConfigError, match="was imported: there are no codebooks"):
-        append(items, config, tmp_path / "imported", more)
+        extend_semantic_ids(items, config, tmp_path / "imported", more)
     (tmp_path / "ids" / "codebooks.safetensors").write_bytes(b"damaged")
     with pytest.raises(WorkspaceError, match=r"codebooks.safetensors is damaged"):
-        append(items, config, tmp_path / "ids", more)
+        extend_semantic_ids(items, config, tmp_path / "ids", more)
     assert not list(more.iterdir())
 
 
