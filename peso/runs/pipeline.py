@@ -168,8 +168,8 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
 
     Raises:
         WorkspaceError: there is no stream, or it is damaged.
-        DataError: see :func:`peso.events.append.extend_stream`; new items that cannot get an ID. The stream is
-            then as before.
+        DataError: see :func:`peso.events.append.extend_stream`; new items that cannot get an ID. The stream
+            is then as before.
         ConfigError: as :func:`tokenize_new`. The stream is then as before.
     """
     stream, data = workspace.stream, data or workspace.config.data
