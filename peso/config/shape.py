@@ -66,7 +66,7 @@ def changed_data(stream: Mapping[str, Any], config: Config) -> Changes:
         return {}
     source = dict(stream["source"])
     seed = source.pop("seed", config.seed_of_data)
-    if source["format"] == "simulate":
+    if source.get("format") == "simulate":
         sizes = {name: source.pop(name) for name in SimulateConfig.model_fields if name in source}
         source |= {"simulate": sizes, "split": stream.get("split", "natural")}
     try:

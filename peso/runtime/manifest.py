@@ -22,13 +22,15 @@ FILES, OWN = "files", "sha256"
 # file and the new one are both intact, wherever a crash falls between.
 REPLACING = "replacing"
 
-# What may stand under the keys that are read, in whichever manifest they are; `parent` may be null.
+# What may stand under the keys that are read, in whichever manifest they are.
 KINDS: dict[type, tuple[str, ...]] = {
-    dict: (FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings"),
+    dict: (FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings", "source", "config")
+    + ("quality", "fitness"),
     list: ("stages", "sizes", "appended"),
     int: ("stage", "items", "distinct_ids", "tokens_in_use", "trained_parameters", "bytes_on_disk"),
     str: ("determined_by", "backbone_sha256", OWN),
 }
+NULL = ("parent", "config")  # may be null
 
 
 class Manifest(dict[str, Any]):
@@ -118,7 +120,9 @@ def read_manifest(directory: Path, number: int) -> Manifest:
             raise ValueError("no number of a format")
         for kind, keys in KINDS.items():
             for key in keys:
-                if type(content.get(key, kind())) is not kind and (key, content[key]) != ("parent", None):
+                value = content.get(key, kind())
+                is_empty = key in content and value == []
+                if is_empty or (type(value) is not kind and (key not in NULL or value is not None)):
                     raise ValueError(f"{key} is not what it has to be")
         if not all(isinstance(value, str) for value in content[FILES].values()):
             raise ValueError("a checksum is not a text")

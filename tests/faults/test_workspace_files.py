@@ -23,7 +23,7 @@ from peso.runs.recommender import Recommender
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum, commit_directory, only_writer, write_aside
-from peso.runtime.manifest import Manifest, read_manifest, replace_file, write_manifest
+from peso.runtime.manifest import KINDS, NULL, Manifest, read_manifest, replace_file, write_manifest
 from peso.runtime.progress import Silent
 from peso.training.checkpoint import Checkpoint, TrainingLog
 
@@ -248,6 +248,27 @@ def test_a_manifest_that_cannot_be_read_is_named(root: Path, content: bytes) -> 
     (root / "stages/1/manifest.json").write_bytes(content)
     with pytest.raises(WorkspaceError, match=r"stages/1/manifest\.json is damaged"):
         Workspace.open(root)
+
+
+@pytest.mark.parametrize("directory", ["stream", "semantic_ids", "stages/1", "baselines/popularity/1"])
+def test_a_value_of_another_kind_in_a_manifest_is_named(root: Path, directory: str) -> None:
+    """Of an older version's manifest, which has no sha256 of its own content."""
+    path = root / directory / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    looked = 0
+    for kind, keys in KINDS.items():
+        for key in set(keys) & content.keys():
+            for value in ([], None, "x" if kind is not str else 7, True):
+                if value is None and key in NULL:
+                    continue
+                path.write_text(json.dumps({**content, key: value}))
+                with pytest.raises(WorkspaceError, match=rf"manifest\.json is damaged \({key} is not"):
+                    read_manifest(path.parent, FORMAT)
+                looked += 1
+    assert looked > 15
+    path.write_text(json.dumps(content))
+    read_manifest(path.parent, FORMAT)
 
 
 def test_a_manifest_names_the_key_that_it_lacks(tmp_path: Path) -> None:
