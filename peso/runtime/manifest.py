@@ -24,8 +24,10 @@ REPLACING = "replacing"
 
 # What may stand under the keys that are read, in whichever manifest they are.
 KINDS: dict[type, tuple[str, ...]] = {
-    dict: (FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings", "source", "config")
-    + ("quality", "fitness"),
+    dict: (
+        *(FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings", "source", "config"),
+        *("quality", "fitness"),
+    ),
     list: ("stages", "sizes", "appended"),
     int: ("stage", "items", "distinct_ids", "tokens_in_use", "trained_parameters", "bytes_on_disk"),
     str: ("determined_by", "backbone_sha256", OWN),
