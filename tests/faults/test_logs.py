@@ -329,13 +329,15 @@ def test_a_column_of_nothing_and_times_in_nanoseconds(tmp_path: Path) -> None:
 
 def test_ids_of_json_are_what_they_mean(tmp_path: Path) -> None:
     big = 123456789012345678901234567890
-    users = [3, 3.0, "3", "3.0", True, big, None, ["a"], {"a": 1}, "", " "]
+    users = [3, 3.0, "3", "3.0", True, big, -0.0, 0, None, ["a"], {"a": 1}, "", " "]
     rows = [{"user": user, "item": "i", "time": T + k} for k, user in enumerate(users * 3)]
     path = write_json_lines(tmp_path / "log.jsonl", [*rows, {"item": "i", "time": T}])
     stream, _ = read(tmp_path / "s", path, "jsonl", on_error="skip")
     counts = {user: len(current) for user, (_, current) in histories(stream)[0].items()}
-    assert counts == {"3": 9, "3.0": 3, "true": 3, str(big): 3}
+    assert counts == {"3": 9, "3.0": 3, "true": 3, str(big): 3, "0": 6}
     assert stream.manifest["skipped"] == 16
+    path.write_text(path.read_text().replace("null", "1e400"))  # beyond every number
+    assert read(tmp_path / "t", path, "jsonl", on_error="skip")[0].manifest["skipped"] == 16
 
 
 def test_whole_numbers_that_pandas_wrote_as_decimals_meet_their_products(tmp_path: Path) -> None:
