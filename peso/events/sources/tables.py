@@ -66,8 +66,8 @@ class Column:
             return rf"regexp_replace({column}::VARCHAR, '\.0+$', '')"
         if self.kind == "JSON":
             return (
-                f"(CASE json_type({column}) WHEN 'OBJECT' THEN NULL WHEN 'ARRAY' THEN NULL WHEN 'DOUBLE' THEN "
-                f"CASE WHEN isfinite(try_cast({self.value} AS DOUBLE)) THEN "
+                f"(CASE json_type({column}) WHEN 'OBJECT' THEN NULL WHEN 'ARRAY' THEN NULL "
+                f"WHEN 'DOUBLE' THEN CASE WHEN isfinite(try_cast({self.value} AS DOUBLE)) THEN "
                 rf"regexp_replace(regexp_extract({self.value}, '^(-?\d.*?)(\.0+)?$', 1), '^-0$', '0') END "
                 f"ELSE {self.value} END)"
             )
