@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import duckdb
 import pytest
 from event_logs import data_config
 from fuzzing import ALL_SECONDS, at_most, fuzz_settings
@@ -21,8 +22,10 @@ from hypothesis import strategies as st
 
 from peso.errors import DataError
 from peso.events.ingest import ingest
+from peso.events.sources import reading
+from peso.events.sources.tables import csv_table, jsonl_table
 
-SECONDS = ALL_SECONDS / 3
+SECONDS = ALL_SECONDS / 4
 T = 1_600_000_000
 GOOD = ("plain", "quoted", "comma", "lines", "escaped")
 BAD = ("time", "user", "short", "long", "encoding", "quote", "after")
@@ -189,3 +192,52 @@ def test_a_damaged_gzip_file_is_refused(place: int, bit: int, cut: bool) -> None
         config = data_config(format="csv", path=str(path), stages=1, on_error="skip")
         with pytest.raises(DataError, match=r"log\.csv\.gz"):
             ingest(config, Path(folder) / "stream")
+
+
+CELLS = ["a", "1", "1.0", "01", "", "nan", "é", "\u2028", "\v", "\x85", " x", "x ", "\t", "\\N", "'q'", "\0"]
+VALUES = ["1", "1.0", "1.5", "-0", "-0.0", "1e2", "2.50e3", "1e-2", "123456789012345678901", "1e400", "1e17"]
+VALUES += [
+    "9007199254740993.0",
+    "true",
+    "null",
+    '"a"',
+    '" "',
+    r'"\u00e9"',
+    r'"\n"',
+    "[]",
+    '{"a": 1}',
+    "5e-324",
+]
+
+
+@fuzzed
+@given(
+    kind=st.sampled_from(["csv", "jsonl"]),
+    cells=st.lists(st.lists(st.integers(0, 30), min_size=2, max_size=4), min_size=1, max_size=8),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+@for_seconds
+def test_both_readers_read_alike(kind: str, cells: list[list[int]], end: str) -> None:
+    """DuckDB, and Python where DuckDB would not do."""
+    if kind == "csv":
+        lines = ["x,y,z", *(",".join(CELLS[n % len(CELLS)] for n in row) for row in cells)]
+    else:
+        pairs = [zip("xyzz", (VALUES[n % len(VALUES)] for n in row), strict=False) for row in cells]
+        lines = ["{" + ", ".join(f'"{k}": {v}' for k, v in dict(row).items()) + "}" for row in pairs]
+        lines.append('{"x": 1, "y": 2, "z": 3}')
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / f"log.{kind}"
+        path.write_text(end.join([*lines, ""]), encoding="utf-8", newline="")
+        found = [ids_read(path, kind)]
+        patch.setattr(reading, "count_plain_rows", lambda *_: None)
+        found.append(ids_read(path, kind))
+    assert found[0] == found[1]
+
+
+def ids_read(path: Path, kind: str) -> tuple[int, list[tuple[str | None, ...]]]:
+    """How many lines were left out, and the ids of the rows."""
+    table = csv_table([path], ",", header=True) if kind == "csv" else jsonl_table([path], list("xyz"))
+    with duckdb.connect() as connection:
+        read = reading.Reading(connection, table, skip=True)
+        read.create("ids", ", ".join(f"{read.id(name, '')} AS {name}" for name in table.columns))
+        return read.left_out, connection.execute("SELECT * FROM ids").fetchall()
