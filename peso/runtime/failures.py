@@ -110,6 +110,7 @@ OF_TEXT = (
     ("out of memory", "out of memory", MEMORY),
     ("embedded null", "a path contains a null character", "remove it"),
     ("determine home directory", "a path begins with ~ and a name that is no user's", "write it in full"),
+    ("symlink loop", "the symbolic links of a path form a circle", "correct them"),
     ("os error 28", "no space left on the device", FULL),
     (
         "can't start new thread",

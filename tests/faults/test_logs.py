@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 from datetime import UTC, datetime
@@ -108,6 +109,23 @@ def test_hidden_files_of_a_folder_are_left_alone(tmp_path: Path) -> None:
     for hidden in ("._log.csv", ".log.csv", ".ipynb_checkpoints/log.csv"):
         write_log(tmp_path / "log" / hidden, [("hidden", "i", T)] * 5)
     assert histories(read(tmp_path / "s", tmp_path / "log")[0]) == expected()
+
+
+def test_no_file_of_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    write_log(folder / "a.csv", LOG[:30])
+    write_log(tmp_path / "elsewhere" / "b.csv", LOG[30:])
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert histories(read(tmp_path / "s", folder)[0]) == expected()
+    (folder / "c.csv").symlink_to(tmp_path / "gone.csv")
+    refused(tmp_path / "t", r"c\.csv is not a file, or a link to nothing", folder)
+    refused(tmp_path / "u", r"c\.csv is not a file, or a link to nothing", folder / "*.csv")
+    (folder / "c.csv").unlink()
+    os.mkfifo(folder / "c.csv")
+    refused(tmp_path / "v", r"c\.csv is not a file", folder)
 
 
 # -- rows read and rows left out are the rows that there are ------------------------------------------

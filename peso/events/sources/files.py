@@ -6,6 +6,7 @@ import csv
 import glob
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def find_files(path: str, kind: str, key: str = "data.path") -> list[Path]:
     elif Path(path).is_file():
         found = [Path(path)]
     else:
-        found = [Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()]
+        found = [Path(name) for name in glob.glob(path, recursive=True) if not Path(name).is_dir()]
         if not found:
             raise DataError(f"there is no file at {path}; check {key}")
     for file in found:
@@ -100,15 +101,28 @@ def format_of(path: str) -> str:
 
 
 def _shown(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, nor in a hidden folder."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return [file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts)]
+    """All files below a folder that are not hidden, nor in a hidden folder; links are followed."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(place) / name for name in files if name[0] != "."]
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def require_content(file: Path, key: str = "data.path") -> Path:
     """The file itself, which ``key`` names in the configuration. Raises DataError if missing or empty."""
     if not file.is_file():
-        raise DataError(f"{file} is missing; check {key}, or fetch the data again")
+        what = "is missing" if not os.path.lexists(file) else "is not a file, or a link to nothing"
+        raise DataError(f"{file} {what}; check {key}, or fetch the data again")
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty; fetch or write it again, or remove it")
     return file
