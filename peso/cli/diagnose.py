@@ -96,6 +96,7 @@ def _directions(
         require_place(plot)
     later = require_later_stage(workspace, stage)
     trained = later.as_trained.workspace
+    unanchored = None if free is None else Workspace.open(free)
 
     from peso.runs.models import strategy_of
 
@@ -104,7 +105,6 @@ def _directions(
             f"--plot {plot}: there is nothing to plot, since strategy {trained.config.strategy.name} has no "
             "anchor; choose a workspace whose strategy has one, or name one to compare with (--free)"
         )
-    unanchored = None if free is None else Workspace.open(free)
 
     from peso.evaluation.report.plots import png_file, svg_file
     from peso.runs.directions import direction_plot, direction_sentences, direction_tables, stage_directions

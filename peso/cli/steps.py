@@ -455,10 +455,13 @@ def _together(
 ) -> Iterator[Workspace]:
     """:meth:`Workspace.change` for commands that several processes can share."""
     from peso.config import load_config
+    from peso.runs.checks import check_configuration
     from peso.runtime.processes import join
 
     Workspace.open(path)  # raises where there is none
     config = load_config(path / CONFIG, overrides or [])
+    if overrides:
+        check_configuration(config)
     join(config.training.device)
     trusted = [*(trust or []), *trusted_classes(config, overrides or [])]
     with Workspace.change(path, overrides or [], trust=trusted, later=later) as opened:

@@ -225,6 +225,7 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         DataError, ConfigError: see :mod:`peso.items.tokenize` and :mod:`peso.items.imported`.
     """
     stream, config = workspace.stream, workspace.config
+    check_configuration(workspace.config)
     _refuse_if_learnt(workspace, "semantic IDs")
     from peso.items.imported import adopt
     from peso.items.tokenize import tokenize as make_semantic_ids

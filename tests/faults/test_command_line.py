@@ -65,6 +65,31 @@ REFUSED_THERE = [  # in a workspace whose stages are trained
     ["train", "--set", "training.epochs=7"],
     ["diagnose", "--directions", "3", "--stage", "9"],
     ["diagnose", "--directions", "3", "--plot", "x.pdf"],
+    ["diagnose", "--directions", "3", "--stage", "0"],
+    ["diagnose", "--directions", "3", "--free", "nowhere"],
+    ["export", "-o", "c.yaml/x"],
+    ["export", "-o", "/proc/x"],
+    ["export", "-o", "c.yaml/x", "--format", "index"],
+    ["report", "-o", "c.yaml"],
+    ["report", "-o", "/proc/x"],
+    ["recommend", "--history", "i1", "-k", "1000"],
+    ["recommend", "--all", "-o", "/proc/x.csv"],
+    ["recommend", "--all", "-o", "x.xls"],
+    ["update", "--set", "training.later.batch_size=0"],
+    ["evaluate", "--set", "decoding.beams=1000000"],
+    ["baseline", "ease", "--set", "baselines=[frob]"],
+    ["ingest", "--items", "absent.csv"],
+]
+
+REFUSED_FOR = [  # of `peso run c.yaml -w x`
+    ["--base", "nowhere"],
+    ["--base", "w", "--set", "seed=3"],
+    ["--set", "backbone=nope"],
+    ["--set", "adapter.targets=[nope]"],
+    ["--set", "prompt.window=100000"],
+    ["--set", "training.device=nope"],
+    ["--set", "strategy={name: custom, module: no.such}"],
+    ["--dry-run", "-w", "c.yaml"],
 ]
 
 
@@ -75,7 +100,7 @@ def test_a_refused_call_loads_no_slow_library(peso, tmp_path):
         "backbone: tiny\ntraining: {epochs: 1, max_steps: 1}\nevaluation: {enabled: false}\nstrategy: none\n"
     )
     assert peso("run", tmp_path / "c.yaml", "-w", tmp_path / "w")[0] == 0
-    refused = [*REFUSED, ["run", "c.yaml", "-w", "x", "--base", "nowhere"]]
+    refused = [*REFUSED, *(["run", "c.yaml", "-w", "x", *options] for options in REFUSED_FOR)]
     refused += [[*call, "-w", "w"] for call in REFUSED_THERE]
     program = f"""
 import json, sys
@@ -92,6 +117,7 @@ print(json.dumps(loaded), file=sys.__stderr__)
     found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     calls = json.loads(found.stderr.splitlines()[-1])
     assert len(calls) == len(refused) + 1
+    assert {path.name for path in tmp_path.iterdir()} == {"c.yaml", "w"}
     for call, (status, loaded) in calls.items():
         assert (status == 0) == (call == "--help"), call
         assert loaded == [], call
