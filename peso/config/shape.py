@@ -62,7 +62,7 @@ def changed_shape(before: Config, now: Config, stage: int) -> Changes:
 
 def changed_data(stream: Mapping[str, Any], config: Config) -> Changes:
     """What of ``data`` differs from what the manifest of a stream says that it was made from, if it does."""
-    if "source" not in stream:
+    if not isinstance(stream.get("source"), Mapping):
         return {}
     source = dict(stream["source"])
     seed = source.pop("seed", config.seed_of_data)

@@ -25,7 +25,7 @@ REPLACING = "replacing"
 # What may stand under the keys that are read, in whichever manifest they are.
 KINDS: dict[type, tuple[str, ...]] = {
     dict: (
-        *(FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings", "source", "config"),
+        *(FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings", "config"),
         *("quality", "fitness"),
     ),
     list: ("stages", "sizes", "appended"),
@@ -126,6 +126,8 @@ def read_manifest(directory: Path, number: int) -> Manifest:
                 is_empty = key in content and value == []
                 if is_empty or (type(value) is not kind and (key not in NULL or value is not None)):
                     raise ValueError(f"{key} is not what it has to be")
+        if not isinstance(content.get("source", ""), dict | str):  # of data, or of an imported index
+            raise ValueError("source is not what it has to be")
         if not all(isinstance(value, str) for value in content[FILES].values()):
             raise ValueError("a checksum is not a text")
     except KeyError as error:
