@@ -28,6 +28,7 @@ from peso.runtime.failures import (
     AGAIN,
     FAILED,
     HOW_STOPPED,
+    INTERRUPTED,
     MISUSED,
     explain,
     installed_version,
@@ -147,6 +148,8 @@ def _run() -> int:
                 clear_bars()
     except SystemExit as stop:
         status = FAILED if isinstance(stop.code, str) else stop.code or 0
+    except KeyboardInterrupt:  # before or after the command itself
+        status = INTERRUPTED
     except Exception as error:
         _print_error(error)
         status = MISUSED if isinstance(error, UsageError) else FAILED

@@ -331,11 +331,12 @@ import os, sys
 
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
-        if name == "typer":
+        if name == "{module}":
             os.kill(os.getpid(), {number})
 
 sys.meta_path.insert(0, Interrupting())
 from peso.__main__ import main
+sys.argv = ["peso", "pull", "frob"]
 main()
 """
 
@@ -344,11 +345,21 @@ main()
     ("number", "status", "message"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated by SIGTERM")],
 )
-def test_an_interruption_while_the_command_is_loaded_is_one_too(number, status, message):
-    program = LOADING.format(number=int(number))
+@pytest.mark.parametrize("module", ["typer", "peso.cli.app", "peso.runtime.assets"])
+def test_an_interruption_while_the_command_is_loaded_is_one_too(module, number, status, message):
+    program = LOADING.format(module=module, number=int(number))
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.returncode == status
     assert found.stderr.strip() == f"{message}; run the same command again to continue"
+
+
+def test_an_interruption_outside_of_a_command_is_one_too(peso, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "app", interrupted)
+    status, _, err = peso("pull", "x")
+    assert (status, err.strip()) == (130, "interrupted; run the same command again to continue")
 
 
 def test_an_interruption_after_the_work_changes_nothing():
