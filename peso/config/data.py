@@ -244,18 +244,19 @@ def expand_data(value: Any) -> Any:
     return value
 
 
+WIDEST = 16_384  # of a layer
 HASHING, FILES = "hashing", "vectors"  # encoders that are not models
 
 
 class RqVaeConfig(Section):
     """The network of ``items.quantizer: rq-vae`` and how it is trained; unused by the other quantisers."""
 
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: list[Annotated[int, Field(ge=1, le=WIDEST)]] = Field(
         [256],
         min_length=1,
         description="widths between the vectors and the latent, mirrored in the decoder",
     )
-    latent: int = Field(64, ge=2, description="width of the space that the codebooks quantise")
+    latent: int = Field(64, ge=2, le=WIDEST, description="width of the space that the codebooks quantise")
     steps: int = Field(1000, ge=1, le=100_000, description="optimiser steps")
     batch_size: int = Field(1024, ge=1, description="items in one optimiser step")
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW")

@@ -94,7 +94,7 @@ class PromptConfig(Section):
 
 
 class AdapterConfig(Section):
-    rank: int = Field(8, ge=1, description="columns of A and B")
+    rank: int = Field(8, ge=1, le=8192, description="columns of A and B")
     alpha: float = Field(16.0, gt=0, description="B·A is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="of the adapter's input, in training")
     targets: list[str] = Field(

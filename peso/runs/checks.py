@@ -148,17 +148,20 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     check_configuration(config)
     strategy_of(workspace)
     Precision.of(config.training.precision, config.training.device)
-    if not workspace.has_semantic_ids and config.data.format != "peso-release":
-        _rehearse_items(config.items)
     shape = config.model_dump_json(include={"backbone", "prompt", "adapter", "items", "data"})
     seen = set() if seen is None else seen
     if shape in seen:
         return
     seen.add(shape)
+    if not workspace.has_semantic_ids and config.data.format != "peso-release":
+        _rehearse_items(config.items)
     backbone, adapter = config.backbone, config.adapter
     causal_lm, tokenizer = load_backbone(backbone.name, layers=backbone.layers, width=backbone.width)
     layout = make_layout(config.prompt.layout, tokenizer, config.prompt.window)
     check_reach(causal_lm, longest_sequence(layout, _least_levels(config)))
+    layers = [m for name, m in causal_lm.named_modules() if name.endswith(tuple(adapter.targets))]
+    sizes = [m.in_features + m.out_features for m in layers if hasattr(m, "in_features")]
+    require_memory(TRAINED * adapter.rank * sum(sizes), f"adapter.rank {adapter.rank:,}")
     try:
         add_adapter(causal_lm, adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, seed=0)
     except (RuntimeError, MemoryError) as error:

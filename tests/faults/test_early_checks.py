@@ -43,11 +43,14 @@ def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("backbone.width=1000000", "width of 1,000,000.*GiB.*this machine has 8 GiB"),
         ("backbone.layers=1000000", "1,000,000 layers.*GiB"),
-        ("adapter.rank=1000000000", r"adapter\.rank 1,000,000,000.*GiB"),
+        ("adapter.rank=1000000", r"adapter\.rank: .* 8192"),
+        ("adapter.rank=8192", None),
         ("data.simulate.users=1000000000", "1,000,000,000 users.*GiB"),
         ("data.simulate.items=2000000000", "items.*GiB"),
         ("baselines=[{name: sasrec, width: 1000000}]", "sasrec width=1000000.*GiB"),
-        ("items={quantizer: rq-vae, rq_vae: {hidden: [1000000, 1000000]}}", r"items\.rq_vae.*GiB"),
+        ("items={quantizer: rq-vae, rq_vae: {hidden: [16384, 16384]}}", r"items\.rq_vae.*GiB"),
+        ("items={quantizer: rq-vae, rq_vae: {hidden: [1000000]}}", "16384"),
+        ("items={quantizer: rq-vae, rq_vae: {latent: 1000000}}", "16384"),
         ("evaluation={enabled: true, k: [9], }", None),
         (
             "evaluation={enabled: true, k: [41]}",
