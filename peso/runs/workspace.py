@@ -153,7 +153,10 @@ class Workspace:
             if not overrides:
                 return cls.open(root, trust, anew=anew)
             resolved = with_earlier_defaults(read_tree(root / CONFIG))
-            return cls._configured(root, load_config(resolved, overrides, base=root), trust, later, anew)
+            config = load_config(resolved, overrides, base=root)
+            # stages may have been trained with others of these, so they matter only where this call has some
+            kept = not any(map(is_later, changed_keys(cls.open(root, trust, anew=anew).config, config)))
+            return cls._configured(root, config, trust, later or kept, anew)
 
         with writing(root):
             yield current().on_main(changed)

@@ -483,6 +483,12 @@ def test_settings_of_later_stages_may_change_from_stage_to_stage(
     status, _, said = peso("update", "-w", workspace.root, "--set", "training.epochs=5")
     assert status == 1
     assert "training.epochs" in said
+    # a command that changes none of these settings does not ask with which ones each stage was trained
+    status, _, said = peso("evaluate", "-w", workspace.root, "--stage", "1", "--set", "evaluation.k=[3]")
+    assert status == 0, said
+    status, _, said = peso("evaluate", "-w", workspace.root, "--set", "strategy.strength=1")
+    assert status == 1
+    assert "strategy" in said
 
 
 @pytest.mark.parametrize(
