@@ -32,7 +32,7 @@ def finish_stage(workspace: Workspace, stage: int) -> None:
     for made in (workspace.stream_directory, workspace.semantic_ids_directory):
         if not made.is_dir():
             with commit_directory(made) as directory:
-                write_manifest(directory, 1, {"stages": []})
+                write_manifest(directory, 1, {"stages": [{}]})
     with commit_directory(workspace.stage(stage).directory) as directory:
         configuration = Workspace.open(workspace.root).config.model_dump(mode="json")
         write_manifest(directory, FORMAT, {"stage": stage, "configuration": configuration})
@@ -40,7 +40,7 @@ def finish_stage(workspace: Workspace, stage: int) -> None:
 
 def finish_stream(workspace: Workspace) -> None:
     with commit_directory(workspace.stream_directory) as directory:
-        write_manifest(directory, 1, {"stages": []})
+        write_manifest(directory, 1, {"stages": [{}]})
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
