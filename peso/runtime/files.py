@@ -315,7 +315,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; check the path, or fetch the data again") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its rights") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its rights") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text at byte {error.start}; fetch the file again, or convert it"

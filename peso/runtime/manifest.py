@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.errors import DataError, WorkspaceError
+from peso.runtime.failures import sentence
 from peso.runtime.files import checksum, json_text, read_json_object, write_aside, write_atomically
 
 MANIFEST = "manifest.json"
@@ -133,6 +134,8 @@ def read_manifest(directory: Path, number: int) -> Manifest:
     except KeyError as error:
         raise WorkspaceError(f"{path} is damaged (no {error}); {_cure(directory)}") from None
     except (DataError, ValueError) as error:
+        if isinstance(error.__cause__, OSError) and path.is_file():  # it may be as it was
+            raise WorkspaceError(sentence(error.__cause__)) from None
         raise WorkspaceError(f"{path} is damaged ({error}); {_cure(directory)}") from None
     return Manifest(directory, content)
 
@@ -151,8 +154,10 @@ def intact(directory: Path, name: str, manifest: Mapping[str, Any], cure: str = 
         found = checksum(path)
     except FileNotFoundError:
         raise WorkspaceError(f"{path} is missing; {cure}") from None
-    except OSError as error:
+    except (IsADirectoryError, NotADirectoryError) as error:
         raise WorkspaceError(f"{path} cannot be read: {error.strerror}; {cure}") from None
+    except OSError as error:  # the file itself may be as it was
+        raise WorkspaceError(sentence(error)) from None
     if found not in _checksums_of(name, manifest):
         # another process may have replaced it since the manifest was read
         now = read_manifest(directory, manifest["format"])

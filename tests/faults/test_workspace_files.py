@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +25,7 @@ from peso.runs.recommender import Recommender
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum, commit_directory, only_writer, write_aside
-from peso.runtime.manifest import KINDS, NULL, Manifest, read_manifest, replace_file, write_manifest
+from peso.runtime.manifest import KINDS, NULL, Manifest, intact, read_manifest, replace_file, write_manifest
 from peso.runtime.progress import Silent
 from peso.training.checkpoint import Checkpoint, TrainingLog
 
@@ -273,6 +275,24 @@ def test_a_value_of_another_kind_in_a_manifest_is_named(root: Path, directory: s
             read_manifest(path.parent, FORMAT)
     path.write_text(json.dumps(content))
     read_manifest(path.parent, FORMAT)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.json"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nobody is to remove a stage for want of a permission, or for a network disk that is away."""
+    path, opened = root / "stages" / "1" / name, Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(WorkspaceError, match=rf"{name}: permission denied; check the owner") as error:
+        intact(path.parent, "metrics.json", read_manifest(path.parent, FORMAT))
+    assert "remove" not in str(error.value)
 
 
 def test_a_manifest_names_the_key_that_it_lacks(tmp_path: Path) -> None:
