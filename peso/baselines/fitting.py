@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peso.baselines.baseline import Baseline, Setting
-from peso.config.model import MOST_EPOCHS
+from peso.config.model import MOST_EPOCHS, WIDEST
 from peso.events.histories import Cases, Stage
 from peso.runtime.device import reproducible
 from peso.runtime.machine import TRAINED, threads
@@ -35,7 +35,7 @@ class Network(Baseline):
     probabilistic = True
 
     class Options(Baseline.Options):
-        width: int = Field(64, ge=1, description="of every embedding")
+        width: int = Field(64, ge=1, le=WIDEST, description="of every embedding")
         epochs: int = Field(
             20, ge=1, le=MOST_EPOCHS, description="at most; the one with the lowest validation loss is kept"
         )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from peso.config.model import WIDEST
 from peso.config.parsing import Section, shown
 from peso.config.registry import Registry
 
@@ -244,7 +245,6 @@ def expand_data(value: Any) -> Any:
     return value
 
 
-WIDEST = 16_384  # of a layer
 HASHING, FILES = "hashing", "vectors"  # encoders that are not models
 
 

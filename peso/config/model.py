@@ -21,6 +21,7 @@ BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
 CONTEXT = 4096  # tokens that these see
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of these
 MOST_BEAMS, MOST_EPOCHS = 500, 100_000
+WIDEST = 16_384  # of a layer of one's own
 DEVICE = re.compile(r"auto|cpu|(cuda|xpu|hpu|mps)(:\d{1,3})?")
 SCRATCH_DROPOUT = 0.2
 HOW = (

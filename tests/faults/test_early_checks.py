@@ -47,7 +47,8 @@ def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("adapter.rank=8192", None),
         ("data.simulate.users=1000000000", "1,000,000,000 users.*GiB"),
         ("data.simulate.items=2000000000", "items.*GiB"),
-        ("baselines=[{name: sasrec, width: 1000000}]", "sasrec width=1000000.*GiB"),
+        ("baselines=[{name: sasrec, width: 16384}]", "sasrec width=16384.*GiB"),
+        ("baselines=[{name: two-tower, width: 1000000}]", "width.* 16384"),
         ("items={quantizer: rq-vae, rq_vae: {hidden: [16384, 16384]}}", r"items\.rq_vae.*GiB"),
         ("items={quantizer: rq-vae, rq_vae: {hidden: [1000000]}}", "16384"),
         ("items={quantizer: rq-vae, rq_vae: {latent: 1000000}}", "16384"),
@@ -134,17 +135,20 @@ def test_an_absurd_count_is_refused_or_taken_at_once_whatever_its_key(size: int)
     assert looked > 50
 
 
-def test_what_the_log_is_too_small_or_too_large_for_is_refused_before_semantic_ids(tmp_path: Path) -> None:
+def test_what_the_log_is_too_small_or_too_large_for_is_refused_before_semantic_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events = [(f"u{n % 9}", f"i{n % 7}", 1_700_000_000 + n) for n in range(200)]
     data = {"format": "csv", "path": str(write_log(tmp_path / "log.csv", events)), "stages": 2}
     refused = {
         "evaluation={k: [8]}": "asks for 8 items.*has 7",
-        "baselines=[{name: two-tower, width: 99000000}]": "two-tower width=99000000.*GiB",
+        "baselines=[{name: two-tower, width: 16384}]": "two-tower width=16384.*GiB",
     }
     tree = {**TINY, "data": data, "items": {"quantizer": "rq-kmeans"}}
     for number, (override, message) in enumerate(refused.items()):
         config = load_config(tree, [override, "decoding.beams=20"])
         workspace = Workspace.create_or_open(tmp_path / str(number), config)
+        monkeypatch.setattr("peso.runtime.machine.machine_memory", lambda: 2 * 2**20)
         with pytest.raises(ConfigError, match=message):
             pipeline.run(workspace)
         assert workspace.has_stream
