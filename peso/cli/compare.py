@@ -70,13 +70,13 @@ def compare(
     root = workspace or Path("runs") / config.stem
     plan = make_plan(config, root, overrides or [])
     plan.check()
-    if not dry_run:
-        require_place((output or root) / "report")
-        refuse_foreign((output or root) / "report")
     if not report_only:
         plan.refuse_changes()
     elif not plan.is_begun:
         raise WorkspaceError(f"there is nothing to report: no run in {root} is begun; omit --report-only")
+    if not dry_run:
+        require_place((output or root) / "report")
+        refuse_foreign((output or root) / "report")
     from peso.runs.compare.schedule import Machine  # loads SciPy
 
     machine = Machine.of(plan.compare.workers, plan.common.training.device)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peso.items.semantic_ids import SemanticIds
 
 CONFIG = "config.yaml"
+RESTORE = "restore it: the manifest of each trained stage (stages/*/manifest.json) has it as `configuration`"
 MADE = ("stream", "semantic_ids", "stages", "baselines", "report")
 PARTS = {CONFIG, LOCK, *MADE}
 
@@ -89,6 +90,8 @@ class Workspace:
         """
         root = Path(path)
         if not os.path.isfile(root / CONFIG):
+            if (root / "stages").is_dir():
+                raise WorkspaceError(f"{root / CONFIG} is missing; {RESTORE}")
             raise WorkspaceError(
                 f"{root} is not a workspace (no {CONFIG}); make one with `peso run CONFIG -w {root}`"
             )
@@ -402,8 +405,7 @@ def _read_resolved(path: Path) -> Config:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise WorkspaceError(
             f"{path} is incomplete: {', '.join(missing[:5])}{more} are missing, which peso always writes. It "
-            "was cut off or edited; restore it. The manifest of each trained stage (stages/*/manifest.json) "
-            "holds it under `configuration`"
+            f"was cut off or edited; {RESTORE}"
         )
     return config
 

@@ -277,6 +277,15 @@ def test_a_value_of_another_kind_in_a_manifest_is_named(root: Path, directory: s
     read_manifest(path.parent, FORMAT)
 
 
+def test_a_configuration_that_is_gone_can_be_restored(root: Path) -> None:
+    (root / "config.yaml").unlink()
+    with pytest.raises(WorkspaceError, match=r"config\.yaml is missing; restore it: the manifest of each"):
+        Workspace.open(root)
+    stage = json.loads((root / "stages" / "1" / "manifest.json").read_text())
+    (root / "config.yaml").write_text(yaml.safe_dump(stage["configuration"]))
+    assert Workspace.open(root).finished_stages
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "metrics.json"])
 def test_a_file_that_may_not_be_read_is_not_called_damaged(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str
