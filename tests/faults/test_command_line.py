@@ -327,7 +327,9 @@ def test_sigterm_ends_with_a_message_and_its_own_exit_status(work, tmp_path):
 
 
 LOADING = """
-import os, sys
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
