@@ -222,10 +222,10 @@ def _search_batch(
         if level:
             prompted.cache.move(everyone, seen.shape[-1])
             codes, parents = step.codes, step.parents
-            if paths is not None:  # behind the beams; each continues itself, at first the prompt
+            if paths is not None:  # behind the beams; at first each continues the prompt, then itself
                 codes = torch.cat([codes, paths[:, :, level - 1]], dim=1)
-                own = torch.arange(given, device=device) + (seen.shape[1] - given if level > 1 else 0)
-                own = own if level > 1 else torch.zeros_like(own)
+                last = torch.arange(seen.shape[1] - given, seen.shape[1], device=device)
+                own = last if level > 1 else torch.zeros_like(last)
                 parents = torch.cat([parents, own.expand(users, -1)], dim=1)
             seen = _extend(seen, parents)
             ids = model.vocabulary.first_id + model.vocabulary.offsets[level - 1] + codes

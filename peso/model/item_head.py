@@ -63,7 +63,7 @@ class ItemHead(nn.Module):
         """Which items training sets against the targets: those with a count, in proportion to which negatives
         are drawn where not all compete. Others are left to what their codes say.
 
-        counts: (items,), events of each item so far.
+        counts: (items,), events of each item that training may know of.
         """
         self.counts = torch.from_numpy(counts).to(self.counts)
 
@@ -86,7 +86,7 @@ class ItemHead(nn.Module):
             return torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
 
     def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Of each target among the items that compete (:meth:`compete`).
+        """Of each target among the items that compete (:meth:`compete`) and itself.
 
         With negatives a softmax over the target and n items drawn with probability p_i, shared by all rows,
         whose scores are corrected by -log(n · p_i) (logQ; Bengio and Senécal 2008). It approaches the exact
@@ -104,10 +104,10 @@ class ItemHead(nn.Module):
             if negatives is not None:
                 return self._sampled(self.queries(hidden), targets, negatives)
             scores = torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
-            absent = self.counts == 0
-            if bool(absent.any()):
-                scores = scores.masked_fill(absent, -torch.inf)
-            return scores.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            own = scores.gather(-1, targets.unsqueeze(-1))
+            # a validation target may be an item that training has not met
+            rivals = scores.masked_fill(self.counts == 0, -torch.inf).scatter(-1, targets.unsqueeze(-1), own)
+            return own.squeeze(-1) - rivals.logsumexp(-1)
 
     def _sampled(self, queries: Tensor, targets: Tensor, negatives: int) -> Tensor:
         proposal = self.counts / self.counts.sum()

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_report
 from peso.adapters.groups import find_groups
+from peso.baselines.popularity import item_counts
 from peso.config import Config, TrainingConfig
 from peso.errors import WorkspaceError
-from peso.events.stream import Stream
 from peso.items.semantic_ids import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
@@ -138,7 +138,8 @@ def _train(
     before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
     context = context_of(stage, model, memory)
     if (head := model.vocabulary.item_head) is not None:
-        head.compete(_event_counts(stream, number, len(model.semantic_ids.item_ids)))
+        seen = [stream.stage(earlier) for earlier in range(number + 1)]
+        head.compete(item_counts(seen, len(model.semantic_ids.item_ids)))
     *earlier, last = strategy.phases(number)
     spent = 0.0
     for phase in earlier:
@@ -223,13 +224,6 @@ def _train_phase(
     )
     observer.end()
     return result
-
-
-def _event_counts(stream: Stream, stage: int, items: int) -> np.ndarray:
-    """float32 (items,): events of each item in the stages 0 … ``stage`` and the histories before them."""
-    seen = [stream.stage(0).previous.values]
-    seen += [stream.stage(number).current.values for number in range(stage + 1)]
-    return np.bincount(np.concatenate(seen), minlength=items).astype(np.float32)
 
 
 def _tune_shares(stage: RunStage, model: GenerativeModel, observer: Observer) -> dict[str, Any]:
