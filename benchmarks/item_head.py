@@ -14,23 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from step_time import median_step
 
-from peso.config import BackboneConfig, HeadConfig, PromptConfig, TrainingConfig
+from peso.config import BackboneConfig, HeadConfig, PromptConfig
 from peso.decoding import search
-from peso.events.histories import Cases, TargetSequence
+from peso.events.histories import TargetSequence
 from peso.items.semantic_ids import SemanticIds
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
-from peso.training.loop import StageTask, train_stage
-from peso.training.strategies.strategy import Strategy
 
 CATALOGS, BATCHES = (2_500, 25_000), (32, 128, 512)
 LEVELS, CODES, HISTORY, USERS = 4, 256, 20, 64
@@ -58,33 +55,9 @@ def build(items: int, head: HeadConfig) -> GenerativeModel:
 
 
 def step_seconds(model: GenerativeModel, items: int, batch: int, steps: int) -> float:
-    """The median time of an optimizer step, the first left out."""
     histories = np.random.default_rng(1).integers(0, items, (batch * (steps + 1) // HISTORY + 1, HISTORY + 1))
     sequences = [TargetSequence("", row.astype(np.int32), 1) for row in histories]
-    cases = Cases(["u"], [histories[0, :-1]], histories[0, -1:])
-    settings = TrainingConfig.model_validate(
-        {"epochs": 1, "batch_size": batch, "max_steps": steps + 1, "precision": "float32", "device": "cpu"}
-    )
-    marks = [time.perf_counter()]
-    with tempfile.TemporaryDirectory() as folder:
-        train_stage(
-            model,
-            StageTask(
-                sequences,
-                cases,
-                settings,
-                stage=0,
-                learning_rate=1e-3,
-                strategy=Strategy(),
-                seed=0,
-                directory=Path(folder),
-                log=Path(folder) / "log.jsonl",
-                on_progress=lambda progress: marks.append(time.perf_counter()),
-                checkpoint_seconds=1e9,
-                item_weight=float(model.has_item_head),
-            ),
-        )
-    return statistics.median(np.diff(marks[1:-1]).tolist())
+    return median_step(model, sequences, batch, steps, stage=0, precision="float32")
 
 
 def answer_seconds(model: GenerativeModel, items: int) -> float:

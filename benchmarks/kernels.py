@@ -18,27 +18,24 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from step_time import median_step
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peso.config import AdapterConfig, BackboneConfig, PromptConfig, TrainingConfig
-from peso.events.histories import Cases, TargetSequence
+from peso.config import AdapterConfig, BackboneConfig, PromptConfig
+from peso.events.histories import TargetSequence
 from peso.items.semantic_ids import SemanticIds
 from peso.model import generative
 from peso.model.backbone import byte_tokenizer
 from peso.model.build import build_model, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.training import loop, plan
-from peso.training.loop import StageTask, train_stage
-from peso.training.strategies.strategy import Strategy
 
 ITEMS, LEVELS, CODES, HISTORY, TARGETS = 2_500, 4, 256, 20, 32
 KERNELS = ("fused_lora", "dropout_bits", "tree_attention")
@@ -88,31 +85,10 @@ def without(kernel: str | None) -> Iterator[None]:
 
 
 def step_seconds(model: GenerativeModel, precision: str, steps: int) -> float:
-    """The median time of an optimizer step, the first left out."""
     count = TARGETS * (steps + 1) // 4 + 1
     histories = np.random.default_rng(1).integers(0, ITEMS, (count, HISTORY))
     sequences = [TargetSequence("", row.astype(np.int32), HISTORY - 4) for row in histories]
-    cases = Cases(["u"], [histories[0, :-1]], histories[0, -1:])
-    settings = TrainingConfig.model_validate(
-        {"epochs": 1, "batch_size": TARGETS, "max_steps": steps + 1, "precision": precision, "device": "cpu"}
-    )
-    marks = [time.perf_counter()]
-    with tempfile.TemporaryDirectory() as folder:
-        task: Any = StageTask(
-            sequences,
-            cases,
-            settings,
-            stage=1,
-            learning_rate=1e-4,
-            strategy=Strategy(),
-            seed=0,
-            directory=Path(folder),
-            log=Path(folder) / "log.jsonl",
-            on_progress=lambda progress: marks.append(time.perf_counter()),
-            checkpoint_seconds=1e9,
-        )
-        train_stage(model, task)
-    return statistics.median(np.diff(marks[1:-1]).tolist())
+    return median_step(model, sequences, TARGETS, steps, stage=1, precision=precision)
 
 
 def ratios(model: GenerativeModel, precision: str, turns: int, steps: int) -> dict[str, float]:
