@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from transformers.utils import import_utils
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("grimp", reason="comes with the extra dev")
@@ -34,3 +38,11 @@ def test_the_contributing_guide_shows_the_floors_as_they_are(module, found):
     floors = [line for line in module["block"](found).splitlines() if line.strip().startswith("floor")]
     assert [line for line in shown.splitlines() if line.strip().startswith("floor")] == floors
     assert len(GUIDE.splitlines()) < 150
+
+
+def test_no_benchmark_takes_the_name_of_a_package():
+    """Beside a script Python looks before anywhere else, and Transformers imports a package `kernels`."""
+    probed = set(re.findall(r'_is_package_available\("(\w+)"', Path(import_utils.__file__).read_text()))
+    assert "kernels" in probed
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert not names & (probed | set(sys.stdlib_module_names) | set(packages_distributions()))

@@ -1,6 +1,6 @@
 """What each of our own kernels saves of a training step on a CPU: each switched off in turn, in one run.
 
-    python benchmarks/kernels.py [--quick] [--json]
+    python benchmarks/own_kernels.py [--quick] [--json]
 
 Three kernels replace what PEFT, PyTorch and Transformers do: a LoRA layer as one operation (`fused_lora`),
 dropout from random bits (`dropout_bits`) and attention along the tree of shared histories
