@@ -36,6 +36,10 @@ class WorkspaceError(PesoError):
     """A workspace that is missing, locked, damaged, newer than this version or configured differently."""
 
 
+class FullDisk(WorkspaceError):
+    """Something that could not be written for want of space; what was there before stays."""
+
+
 class TrainingError(PesoError):
     """Training that cannot start or go on."""
 

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 RESTORE = "restore it: the manifest of each trained stage (stages/*/manifest.json) has it as `configuration`"
 MADE = ("stream", "semantic_ids", "stages", "baselines", "report")
-PARTS = {CONFIG, LOCK, *MADE}
+EVENTS = "events.sqlite"  # what was received since (peso.events.received)
+BESIDE_EVENTS = [f"{EVENTS}{ending}" for ending in ("-wal", "-shm")]  # SQLite's own
+PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *MADE}
 
 # What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
 # RunStage.determination. Keys of evaluation, decoding and report may change at any time.
@@ -277,6 +279,11 @@ class Workspace:
     @property
     def semantic_ids_directory(self) -> Path:
         return self.root / "semantic_ids"
+
+    @property
+    def events_file(self) -> Path:
+        """Where events that are received one by one are stored (:mod:`peso.events.received`)."""
+        return self.root / EVENTS
 
     @property
     def report_directory(self) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from peso.errors import DataError, ExportError, WorkspaceError
+from peso.errors import DataError, ExportError, FullDisk, WorkspaceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SEAL = b"sha256:"  # between the content of a sealed file and its digest
@@ -242,9 +242,9 @@ def is_full(error: BaseException) -> bool:
 
 
 def raise_if_full(error: BaseException, target: Path) -> None:
-    """Turn a failed write for want of space into a WorkspaceError that says so."""
+    """Turn a failed write for want of space into an error that says so."""
     if is_full(error):
-        raise WorkspaceError(
+        raise FullDisk(
             f"no space left while writing {target}; nothing half-written was left behind. "
             "Free some space and start again: it continues where it was."
         ) from error
