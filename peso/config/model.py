@@ -144,6 +144,9 @@ class LaterTrainingConfig(Section):
         description="none given: training.learning_rate x training.later_learning_rate_scale",
     )
     epochs: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
+    rows_learning_rate_scale: float | None = Field(
+        None, gt=0, exclude_if=not_, description="none given: as stage 0"
+    )
     batch_size: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
     patience: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
 
@@ -187,6 +190,13 @@ class TrainingConfig(Section):
         ge=1,
         exclude_if=not_,
         description="epochs without a lower validation loss that end a stage; none given: all are trained",
+    )
+    rows_learning_rate_scale: float = Field(
+        1.0,
+        gt=0,
+        exclude_if=partial(eq, 1.0),
+        description="the learning rate of the vocabulary's rows and the item head, relative to that of the "
+        "adapter (or of the backbone where its weights are trained)",
     )
     later: LaterTrainingConfig = Field(
         LaterTrainingConfig(), exclude_if=lambda later: later == LaterTrainingConfig()

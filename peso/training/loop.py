@@ -22,7 +22,6 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import get_scheduler
 
 from peso.adapters.fused import fast_dropout, fused_lora
 from peso.adapters.lora import adapter_parameters
@@ -43,6 +42,7 @@ from peso.training.likelihood import (
     tokens_of_target,
     validation_loss,
 )
+from peso.training.optimizer import Schedule, make_optimizer, total_rate
 from peso.training.penalty import MEASURED_EVERY, Movement, Penalty, TrainingPass
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import StageContext, Strategy
@@ -252,7 +252,7 @@ class _Training:
     trained: dict[str, nn.Parameter]
     adapter: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    schedule: Any
+    schedule: Schedule
     checkpoint: Checkpoint
     movement: Movement
     state: _State
@@ -283,8 +283,8 @@ def _begin(model: GenerativeModel, task: StageTask) -> _Training:
     context = task.context or StageContext(
         task.stage, model.backbone, 0, seed=task.seed, vocabulary=model.vocabulary
     )
-    total_rate = _total_rate(settings, len(plan), task.learning_rate)
-    context = replace(context, total_steps=len(plan), total_rate=total_rate)
+    rates = total_rate(settings, len(plan), task.learning_rate)
+    context = replace(context, total_steps=len(plan), total_rate=rates)
     options = _options(strategy)
     with gradient_checkpointing(model, settings.gradient_checkpointing), reproducible(model.device):
         strategy.begin(context)  # a strategy that cannot work with these settings says so
@@ -292,10 +292,8 @@ def _begin(model: GenerativeModel, task: StageTask) -> _Training:
     if not trained:
         raise TrainingError("no parameter of the model requires a gradient: there is nothing to train")
     adapter = [p for p in adapter_parameters(model.backbone).values() if p.requires_grad]
-    groups = _groups(list(trained.values()), settings.weight_decay)
-    # fused: one pass over each parameter; the loop of single operations costs a small model a fifth of a step
-    optimizer = torch.optim.AdamW(groups, lr=task.learning_rate, fused=True)
-    schedule = _schedule(settings, optimizer, len(plan))
+    optimizer = make_optimizer(trained, settings, task.learning_rate)
+    schedule = Schedule(optimizer, settings, task.learning_rate, len(plan))
     determined_by = digest(
         settings.determining(),
         (
@@ -386,7 +384,7 @@ def _optimizer_step(
     whole_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     _check_finite(step, loss + penalty.value, whole_norm, training.trained)
     clip_grads_with_norm_(parameters, task.settings.max_grad_norm, whole_norm)
-    rate = optimizer.param_groups[0]["lr"]
+    rate = training.schedule.rate
     training.movement.begin(step)
     optimizer.step()
     training.movement.stepped()
@@ -480,22 +478,6 @@ def _penalized(
     return loss if extra is None else penalty.with_loss(loss, extra * share)
 
 
-def _schedule(settings: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    return get_scheduler(
-        "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        optimizer,
-        num_warmup_steps=math.ceil(settings.warmup * steps),
-        num_training_steps=steps,
-    )
-
-
-def _total_rate(settings: TrainingConfig, steps: int, learning_rate: float) -> float:
-    """Σ of the learning rates of a stage's steps."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
-    (factor,) = _schedule(settings, optimizer, steps).lr_lambdas
-    return learning_rate * sum(factor(step) for step in range(steps))
-
-
 def _norm(parameters: list[nn.Parameter]) -> float | None:
     """Norm of the gradients over the adapter; None where there is no adapter."""
     return float(get_total_norm([p.grad for p in parameters if p.grad is not None])) if parameters else None
@@ -510,14 +492,6 @@ def _check_finite(step: int, loss: float, norm: Tensor, trained: Mapping[str, Te
     broken = [name for name, p in trained.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
     where = f", gradient not finite in {broken[0]} and {len(broken) - 1} more" if broken else ""
     raise TrainingError(f"step {step + 1}: the loss is {loss}{where}; {_CURE}")
-
-
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices decay; biases and the scales of norms do not, as usual for AdamW."""
-    matrices = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _sample(cases: Cases, most: int | None, seed: tuple[int, ...]) -> Cases:

@@ -431,6 +431,7 @@ def test_stage_0_depends_on_nothing_that_is_for_later_stages(runs: Runs, tmp_pat
         "training.later.epochs=3",
         "training.later.batch_size=16",
         "training.later.patience=1",
+        "training.later.rows_learning_rate_scale=0.5",
         "adapter.rank=3",
     ]
     workspace = runs.start(tmp_path / "w", "peso", *changes, backbone="tiny")
@@ -444,9 +445,10 @@ def test_stage_0_depends_on_nothing_that_is_for_later_stages(runs: Runs, tmp_pat
 
 def test_later_stages_have_their_own_settings() -> None:
     given = {"learning_rate": 0.5, "epochs": 2, "batch_size": 8, "patience": 3}
-    training = TrainingConfig(epochs=7, later=given)
+    training = TrainingConfig(epochs=7, later={**given, "rows_learning_rate_scale": 0.1})
     update = training.of_update()
     assert training.rate_of_update == 0.5
+    assert (training.rows_learning_rate_scale, update.rows_learning_rate_scale) == (1.0, 0.1)
     assert (update.epochs, update.batch_size, update.patience) == (2, 8, 3)
     plain = TrainingConfig(epochs=7, patience=5, learning_rate=0.2)
     assert plain.rate_of_update == pytest.approx(0.02)

@@ -181,6 +181,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     changes: list[tuple[GenerativeModel, dict[str, Any]]] = [
         (with_adapter(make_model()), {"learning_rate": 2e-2}),
         (with_adapter(make_model()), {"temperature": 0.7}),
+        (with_adapter(make_model()), {"rows_learning_rate_scale": 0.5}),
         (with_adapter(make_model()), {"weight": 50.0}),  # of the strategy
         (with_adapter(make_model(seed=1)), {}),  # other starting weights
         (with_adapter(make_model(loss_vocabulary="level")), {}),

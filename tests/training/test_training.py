@@ -157,6 +157,31 @@ def test_learning_rates_follow_the_schedule(
         assert rate == pytest.approx(0.5e-3 * (i / warm if i < warm else after[schedule]))
 
 
+def test_rows_learn_at_a_rate_of_their_own(
+    make_model: Callable[..., GenerativeModel], tmp_path: Path
+) -> None:
+    """AdamW's first step is the rate in every coordinate with a gradient, whatever the gradient."""
+
+    def moves(scale: float, decay: float = 0.0) -> dict[str, Tensor]:
+        model = with_adapter(make_model("stream", "semantic"))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        settings = {"epochs": 1, "max_steps": 1, "warmup": 0.0, "weight_decay": decay}
+        train(model, tmp_path / f"{scale} {decay}", rows_learning_rate_scale=scale, **settings)
+        return {name: p.detach() - before[name] for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, fast = moves(1.0), moves(3.0)
+    assert any("lora_" in name for name in plain)
+    for name, moved in plain.items():
+        factor = 3.0 if name.startswith("vocabulary.") else 1.0
+        assert torch.allclose(fast[name], factor * moved, atol=1e-6), name
+        assert moved.abs().max() == pytest.approx(1e-2, rel=1e-3), name
+    assert {s["learning_rate"] for s in records(tmp_path / "3.0 0.0")[0]} == {1e-2}  # the adapter's
+    decayed = moves(3.0, decay=0.5)  # decay is at each one's own rate too
+    start = dict(with_adapter(make_model("stream", "semantic")).named_parameters())
+    for name, rate in (("vocabulary.input_rows", 3e-2), (next(n for n in plain if "lora_A" in n), 1e-2)):
+        assert torch.allclose(decayed[name] - fast[name], -rate * 0.5 * start[name], atol=1e-6), name
+
+
 def test_transformers_gives_the_same_schedule(
     make_model: Callable[..., GenerativeModel], tmp_path: Path
 ) -> None:

@@ -1,0 +1,92 @@
+"""AdamW and its learning rate: the parameter groups, the schedule, and what a stage's rates add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from peso.config import TrainingConfig
+
+ROWS = "vocabulary."  # how the names of what has a learning rate of its own begin: token rows and item head
+
+
+def make_optimizer(
+    trained: Mapping[str, nn.Parameter], settings: TrainingConfig, learning_rate: float
+) -> torch.optim.AdamW:
+    """AdamW over the parameters of a model, by their names.
+
+    Matrices decay; biases and the scales of norms do not, as usual for AdamW. The rows of the vocabulary and
+    the item head learn at ``settings.rows_learning_rate_scale`` times the rate of everything else.
+    """
+    scale = settings.rows_learning_rate_scale
+    rates = {name: learning_rate * (scale if name.startswith(ROWS) else 1.0) for name in trained}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        for name, p in trained.items():
+            if (p.ndim > 1) == decays:
+                groups.setdefault((decays, rates[name]), []).append(p)
+    # fused: one pass over each parameter; the loop of single operations costs a small model a fifth of a step
+    return torch.optim.AdamW(
+        [
+            {"params": group, "weight_decay": settings.weight_decay if decays else 0.0, "lr": rate}
+            for (decays, rate), group in groups.items()
+        ],
+        lr=learning_rate,
+        fused=True,
+    )
+
+
+class Schedule:
+    """The learning rate along the steps of a training.
+
+    Args:
+        learning_rate: the highest, of the adapter (of all that is not a row); each parameter group follows in
+            proportion.
+        steps: of the whole training.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, settings: TrainingConfig, learning_rate: float, steps: int
+    ) -> None:
+        self._learning_rate = learning_rate
+        self._scheduler = _scheduler(settings, optimizer, steps)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._learning_rate * self._scheduler.lr_lambdas[0](self._scheduler.last_epoch))
+
+    def step(self) -> None:
+        self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._scheduler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scheduler.load_state_dict(state)
+
+
+def total_rate(settings: TrainingConfig, steps: int, learning_rate: float) -> float:
+    """Σ of the learning rates of a stage's steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
+    (factor,) = _scheduler(settings, optimizer, steps).lr_lambdas
+    return float(learning_rate * sum(factor(step) for step in range(steps)))
+
+
+def _scheduler(settings: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    return get_scheduler(
+        "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        optimizer,
+        num_warmup_steps=warmup_steps(settings, steps),
+        num_training_steps=steps,
+    )
+
+
+def warmup_steps(settings: TrainingConfig, steps: int) -> int:
+    """How many of the first steps the learning rate rises in; the first of them has rate 0."""
+    return math.ceil(settings.warmup * steps)
