@@ -20,6 +20,7 @@ from peso.cli.compare import compare
 from peso.cli.diagnose import diagnose
 from peso.cli.display import called, clear_bars
 from peso.cli.models import export, pull
+from peso.cli.promotion import promote, rollback, status
 from peso.cli.recommend import recommend
 from peso.cli.run import run
 from peso.cli.start import demo, doctor, init
@@ -60,7 +61,9 @@ app = typer.Typer(
     "143 terminated (SIGTERM).",
 )
 STEPS = (steps.ingest, steps.tokenize, steps.train, steps.update, steps.undo, steps.evaluate, steps.report)
-for command in (demo, init, doctor, run, compare, *STEPS, recommend, baseline, diagnose, pull, export):
+SERVING = (status, promote, rollback)
+OTHERS = (recommend, baseline, diagnose, pull, export)
+for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS):
     app.command()(command)
 
 

@@ -201,6 +201,14 @@ Overrides = Annotated[
 Stage = Annotated[
     int | None, typer.Option("--stage", help="Use the model of this stage. Default: the newest.")
 ]
+ServingStage = Annotated[
+    int | None,
+    typer.Option(
+        "--stage",
+        help="Use the model of this stage. Default: the one that serves (peso status), or the newest where "
+        "none was promoted.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 OnError = Annotated[
     Literal["fail", "skip"] | None,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from peso.cli.display import Directory, Stage, Terminal, Trust, next_steps, say
+from peso.cli.display import Directory, ServingStage, Terminal, Trust, next_steps, say
 
 
 def pull(
@@ -48,7 +48,7 @@ def export(
             "an index.json file, as research code reads them.",
         ),
     ] = "merged",
-    stage: Stage = None,
+    stage: ServingStage = None,
     trust: Trust = None,
 ) -> None:
     """Export a stage's model or the semantic IDs for Transformers, vLLM, PEFT or research code.

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Directory, Json, Stage, Terminal, Trust, next_steps, say, say_json, table
+from peso.cli.display import (
+    Directory,
+    Json,
+    ServingStage,
+    Terminal,
+    Trust,
+    next_steps,
+    say,
+    say_json,
+    table,
+)
 
 
 def recommend(
@@ -30,7 +40,7 @@ def recommend(
             show_default=False,
         ),
     ] = None,
-    stage: Stage = None,
+    stage: ServingStage = None,
     trust: Trust = None,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +64,7 @@ def recommend(
         require_output(output, force)
     recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
     left_out = recommender.leaves_out_seen if exclude_seen is None else exclude_seen
-    seen = f"items of the history are {'left out' if left_out else 'not left out'}"
+    seen = f"stage {recommender.stage}; items of the history are {'left out' if left_out else 'not left out'}"
     if exclude_seen is None:
         seen += f" (decoding.repeats: {recommender.workspace.config.decoding.repeats})"
     if output is not None:
@@ -62,7 +72,14 @@ def recommend(
             output, k=k, exclude_seen=left_out, force=force, observer=Terminal()
         )
         if as_json:
-            say_json({"users": users, "file": str(output), "exclude_seen": left_out})
+            say_json(
+                {
+                    "stage": recommender.stage,
+                    "users": users,
+                    "file": str(output),
+                    "exclude_seen": left_out,
+                }
+            )
         else:
             say(f"recommendations for {users:,} users: {output}; {seen}")
             next_steps(["export", "-w", workspace, "-o", "exported"])
@@ -82,7 +99,14 @@ def recommend(
             }
             for item, score in ranked
         ]
-        say_json({"history": items, "exclude_seen": left_out, "recommendations": rows})
+        say_json(
+            {
+                "stage": recommender.stage,
+                "history": items,
+                "exclude_seen": left_out,
+                "recommendations": rows,
+            }
+        )
         return
     table(
         f"after {', '.join(recommender.title(item) or item for item in items[-5:]) or 'an empty history'}",

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError, ExportError
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.served import serving_stage
 from peso.runs.workspace import Workspace, require_place
 from peso.runtime.files import require_free, require_new, write_aside
 from peso.runtime.machine import threads
@@ -63,16 +64,20 @@ class Recommender:
     """Answers from one stage of one workspace. The model is loaded when it is first needed.
 
     Args:
-        stage: the newest by default.
+        stage: whose model answers, with the histories up to this stage. Default: the stage that serves
+            (``peso promote``; the newest trained one where none was promoted), with the histories up to the
+            newest trained stage.
         device: as configured by default.
 
     Raises:
-        WorkspaceError: the stage is not trained.
+        WorkspaceError: the stage is not trained, or the record of what serves is damaged.
     """
 
     def __init__(self, workspace: Workspace, stage: int | None = None, device: str | None = None) -> None:
         self.workspace = workspace
-        self.stage = workspace.trained(stage).number
+        chosen = serving_stage(workspace) if stage is None else workspace.trained(stage)
+        self.stage = chosen.number
+        self.newest = workspace.finished_stages[-1] if stage is None else self.stage  # of the histories
         self.device = device
 
     @cached_property
@@ -92,7 +97,7 @@ class Recommender:
         device: str | None = None,
         trust: Iterable[str] = (),
     ) -> Recommender:
-        """Load a trained stage, the newest by default.
+        """Load a trained stage. Default: the one that serves, or the newest where none was promoted.
 
         Args:
             trust: classes of custom strategies that may be imported, see :meth:`Workspace.open`.
@@ -199,11 +204,11 @@ class Recommender:
 
     @cached_property
     def histories(self) -> dict[str, np.ndarray]:
-        """Item rows of every user of the stages 0 … `stage`, oldest first: all of them, of which the model
+        """Item rows of every user of the stages 0 … `newest`, oldest first: all of them, of which the model
         reads the last `window` and ``exclude_seen`` leaves out every one."""
         stream = self.workspace.stream
         known: dict[str, np.ndarray] = {}
-        for number in range(min(self.stage + 1, stream.stages)):
+        for number in range(min(self.newest + 1, stream.stages)):
             known.update(zip(*stream.stage(number).histories(), strict=True))
         return known
 
@@ -211,7 +216,7 @@ class Recommender:
         """The stored items of a user, oldest first. Raises DataError if the log does not know the user."""
         if user not in self.histories:
             raise DataError(
-                f"user {user!r} is in none of the stages 0 to {self.stage} of {self.workspace.root}"
+                f"user {user!r} is in none of the stages 0 to {self.newest} of {self.workspace.root}"
             )
         ids = self.semantic_ids.item_ids
         return [ids[row] for row in self.histories[user]]

@@ -16,9 +16,10 @@ from peso.errors import WorkspaceError
 from peso.events.append import shorten_stream
 from peso.events.stream import Stream
 from peso.items.semantic_ids import EARLIER
+from peso.runs.served import refuse_removal
 from peso.runs.stage import FORMAT
-from peso.runs.workspace import Workspace
-from peso.runtime.files import commit_directory, read_sealed, remove_directory, write_sealed
+from peso.runs.workspace import SERVED_LOCK, Workspace
+from peso.runtime.files import commit_directory, in_turn, read_sealed, remove_directory, write_sealed
 from peso.runtime.manifest import remove_folder
 from peso.runtime.progress import Observer
 
@@ -66,7 +67,8 @@ def last_step(workspace: Workspace) -> LastStep:
     """The last stage of a workspace, to be removed; or what an undo that was killed has removed.
 
     Raises:
-        WorkspaceError: there is no stream, or only stage 0 and the stream as it was ingested are left.
+        WorkspaceError: there is no stream, or only stage 0 and the stream as it was ingested are left, or
+            the stage is recorded as the one that serves.
     """
     if not workspace.has_stream:
         raise WorkspaceError(f"{workspace.root} has no stream yet: there is nothing to undo")
@@ -89,6 +91,7 @@ def last_step(workspace: Workspace) -> LastStep:
             return replace(step, semantic_ids=ids["items"], all_ids=True)
         return replace(step, semantic_ids=ids["items"] - known)
     if newest > 0:
+        refuse_removal(workspace, range(newest, newest + 1))
         return LastStep(range(newest, newest + 1), False)
     what = "stage 0 and the stream that was ingested" if trained else "the stream that was ingested"
     raise WorkspaceError(
@@ -107,22 +110,19 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
         step: of :func:`last_step`.
 
     Raises:
-        WorkspaceError: a damaged file, or a full disk. Stage, events and items are all there then.
+        WorkspaceError: a damaged file, or a full disk, or the stage was promoted since. Stage, events and
+            items are all there then.
     """
     begun = _begun(workspace) or {}
     had_report = workspace.report_directory.is_dir() or begun.get("report", False)
-    if not step.gone:
-        stages, appends = _left(workspace)
-        left = [stages, appends - 1] if step.appended else [stages - 1, appends]
-        told = {**asdict(step), "stages": [step.stages.start, step.stages.stop]}
-        content = json.dumps({"step": told, "left": left, "report": had_report})
-        write_sealed(workspace.root / UNDO, content.encode())
-    if step.appended:
+    with in_turn(workspace.root / SERVED_LOCK):  # nobody promotes the stage meanwhile
         if not step.gone:
+            _note(workspace, step, had_report)
+        if not step.appended:
+            _remove_traces(workspace, step.stages)
+            remove_directory(workspace.stage(step.stages[0]).directory)
+        elif not step.gone:
             _shorten(workspace, step)
-    else:
-        _remove_traces(workspace, step.stages)
-        remove_directory(workspace.stage(step.stages[0]).directory)
     observer.note(f"removed: {step}")
     if had_report and workspace.finished_stages:
         from peso.runs.report import report  # draws plots: slow to import
@@ -135,6 +135,17 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
         except WorkspaceError as error:  # of a part that has nothing to do with what was removed
             observer.note(f"the report was not written again: {error}")
     (workspace.root / UNDO).unlink()
+
+
+def _note(workspace: Workspace, step: LastStep, had_report: bool) -> None:
+    """Say in the workspace what is being removed, unless it may not be."""
+    if not step.appended:
+        refuse_removal(workspace, step.stages)
+    stages, appends = _left(workspace)
+    left = [stages, appends - 1] if step.appended else [stages - 1, appends]
+    told = {**asdict(step), "stages": [step.stages.start, step.stages.stop]}
+    content = json.dumps({"step": told, "left": left, "report": had_report})
+    write_sealed(workspace.root / UNDO, content.encode())
 
 
 def _begun(workspace: Workspace) -> dict[str, Any] | None:

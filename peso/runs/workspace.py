@@ -38,7 +38,8 @@ RESTORE = "restore it: the manifest of each trained stage (stages/*/manifest.jso
 MADE = ("stream", "semantic_ids", "stages", "baselines", "report")
 EVENTS = "events.sqlite"  # what was received since (peso.events.received)
 BESIDE_EVENTS = [f"{EVENTS}{ending}" for ending in ("-wal", "-shm")]  # SQLite's own
-PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *MADE}
+SERVED, SERVED_LOCK = "served.json", ".served.lock"  # see peso.runs.served
+PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, SERVED, SERVED_LOCK, *MADE}
 
 # What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
 # RunStage.determination. Keys of evaluation, decoding and report may change at any time.

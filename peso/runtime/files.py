@@ -126,6 +126,29 @@ def only_writer(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def in_turn(path: Path, seconds: float = 10.0) -> Iterator[None]:
+    """Hold a lock file for a change of moments, after waiting for whoever holds it; it is gone afterwards.
+
+    Raises:
+        WorkspaceError: it is held for longer than ``seconds``, or cannot be written.
+    """
+    lock = FileLock(path)
+    with _explained(path):
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            raise WorkspaceError(
+                f"{path} is held by another process for more than {seconds:g} s; wait for it or stop it"
+            ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # whoever has opened it meanwhile notices, see filelock
+        lock.release()
+
+
 def restore(target: Path) -> None:
     """Put back a directory that a crash took away between the two renames of :func:`commit_directory`."""
     old = target.with_name(f".{target.name}.old")

@@ -10,6 +10,7 @@ import pytest
 
 from peso.cli import app as cli
 from peso.events.stream import Stream
+from peso.runs.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,7 +167,8 @@ def test_recommend_answers_for_everybody(peso, workspace, tmp_path):
     status, out, _ = peso("recommend", "-w", workspace, "--all", "-o", file, "-k", "2", "--json")
     assert status == 0
     told = json.loads(out)
-    assert told == {"users": told["users"], "file": str(file), "exclude_seen": False}
+    newest = Workspace.open(workspace).finished_stages[-1]
+    assert told == {"stage": newest, "users": told["users"], "file": str(file), "exclude_seen": False}
     assert file.is_file()
 
 

@@ -245,6 +245,8 @@ def test_every_command_says_what_is_next_and_that_is_a_command(peso, tmp_path):
         ("recommend", "-w", root, "--all", "-o", tmp_path / "all.csv"),
         ("report", "-w", root),
         ("export", "-w", root, "--format", "index", "-o", tmp_path / "index.json"),
+        ("promote", "-w", root, "--stage", "0"),
+        ("status", "-w", root),
         ("undo", "-w", root, "--yes"),
     ]
     status, listed, _ = peso("--help")

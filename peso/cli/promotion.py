@@ -1,0 +1,116 @@
+"""`peso status`, `peso promote` and `peso rollback`: which stage of a workspace serves."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from peso.cli.display import Directory, Json, next_step_of, next_steps, say, say_json, table
+from peso.runs.workspace import Workspace
+
+Reason = Annotated[str | None, typer.Option("--reason", help="Why, for the record.")]
+Pin = Annotated[
+    bool,
+    typer.Option("--pin", help="Keep the stage until the next promotion by hand: no gate replaces it."),
+]
+
+
+def promote(
+    workspace: Directory,
+    stage: Annotated[int, typer.Option("--stage", help="The stage that serves from now on.")],
+    reason: Reason = None,
+    pin: Pin = False,
+    as_json: Json = False,
+) -> None:
+    """Let a stage serve: `peso recommend`, `peso export` and servers use it from now on.
+
+    The change is atomic and recorded in served.json with its time and reason. It does not wait for an update
+    that is running.
+
+    Example: peso promote -w runs/shop --stage 3 --reason "checked by hand"
+    """
+    from peso.runs import served
+
+    opened = Workspace.open(workspace)
+    changed = served.promote(opened, stage, reason=reason, pinned=pin)
+    latest = served.served(opened).latest
+    assert latest is not None
+    if as_json:
+        say_json({**latest.model_dump(by_alias=True), "changed": changed})
+    elif not changed:
+        say(f"{workspace}: stage {stage} serves already, since {latest.time}; nothing was changed")
+    else:
+        say(f"{workspace}: stage {stage} serves now, in place of stage {latest.before}")
+    next_steps(["status", "-w", workspace])
+
+
+def rollback(workspace: Directory, reason: Reason = None, pin: Pin = False, as_json: Json = False) -> None:
+    """Let the stage serve again that served before the current one.
+
+    Repeat it to go back further. No stage is removed. The change is recorded in served.json.
+
+    Example: peso rollback -w runs/shop --reason "complaints since Monday"
+    """
+    from peso.runs import served
+
+    change = served.rollback(Workspace.open(workspace), reason=reason, pinned=pin)
+    if as_json:
+        say_json(change.model_dump(by_alias=True))
+    else:
+        say(f"{workspace}: stage {change.stage} serves again, in place of stage {change.before}")
+    next_steps(["status", "-w", workspace])
+
+
+def status(workspace: Directory, as_json: Json = False) -> None:
+    """Show the stages of a workspace, which one serves, since when and why.
+
+    Example: peso status -w runs/shop
+    """
+    from peso.runs.status import status as read_status
+
+    opened = Workspace.open(workspace)
+    told = read_status(opened)
+    if as_json:
+        say_json(told)
+    else:
+        _show(told)
+    next_steps(next_step_of(opened))
+
+
+def _show(told: dict[str, Any]) -> None:
+    if told["stages"]:
+        metrics = list(dict.fromkeys(name for stage in told["stages"] for name in stage["metrics"] or {}))
+        shown = [name for name in metrics if name.startswith(("ndcg@", "hit@"))]
+        table(
+            f"{told['workspace']}: stages, each with its metrics on its own test cases",
+            ["stage", "from", "strategy", "trained", *shown, "serves"],
+            [
+                [
+                    stage["stage"],
+                    stage["parent"],
+                    stage["strategy"] or "base",
+                    stage["trained"] or "unknown",
+                    *((stage["metrics"] or {}).get(name) for name in shown),
+                    "serves" if stage["serves"] else "",
+                ]
+                for stage in told["stages"]
+            ],
+        )
+    serves, waiting = told["serves"], told["waiting"]
+    if serves["stage"] is None:
+        say("no stage is trained yet, so none serves")
+    else:
+        how = f", by {serves['by']}" if serves["by"] else ""
+        how += " (forced: its gate had refused it)" if serves["forced"] else ""
+        how += ", pinned" if serves["pinned"] else ""
+        why = f": {serves['reason']}" if serves["reason"] else ""
+        say(f"stage {serves['stage']} serves since {serves['since'] or 'its training'}{how}{why}")
+        if serves["problem"]:
+            say(f"WARNING: {serves['problem']}")
+        if serves["previous"] is not None:
+            say(f"a rollback leads to stage {serves['previous']}")
+    if waiting["stages"]:
+        say(f"not trained yet: stages {', '.join(map(str, waiting['stages']))}")
+    if waiting["items_without_id"]:
+        say(f"{waiting['items_without_id']:,} new items have no semantic ID yet")

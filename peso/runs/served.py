@@ -1,0 +1,255 @@
+"""Which stage of a workspace serves: ``served.json``, replaced atomically by every promotion and rollback.
+
+The file has its own lock, held for moments, so that a promotion does not wait for an update in progress. A
+reader needs no lock. A server that watches the file sees the old content or the new.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peso.errors import DataError, WorkspaceError
+from peso.runs.stage import LOG, METRICS, PREDICTIONS, RunStage
+from peso.runs.workspace import SERVED, SERVED_LOCK, Workspace
+from peso.runtime.failures import sentence
+from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
+from peso.runtime.manifest import intact
+
+FORMAT = 1  # of served.json; a higher number was written by a newer version
+By = Literal["gate", "promote", "rollback"]
+
+
+class Change(BaseModel):
+    """One change of the stage that serves.
+
+    Attributes:
+        stage: the one that serves from now on.
+        before: the one that served until now; ``from`` in the file.
+        time: of the change, ISO 8601 in UTC.
+        by: the command, or the gate of an update.
+        forced: whether the stage was promoted although its gate refused it.
+        pinned: whether the stage is kept until the next promotion by hand: no gate replaces it.
+        determined_by: the digest of the stage, by which a stage that was trained again is noticed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    stage: int = Field(ge=0)
+    before: int | None = Field(ge=0, alias="from")
+    time: str
+    by: By
+    reason: str | None = None
+    forced: bool = False
+    pinned: bool = False
+    determined_by: str
+
+
+class Served(BaseModel):
+    """All changes of the stage that serves, oldest first; none where no stage was promoted yet."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    changes: list[Change] = []
+
+    @property
+    def latest(self) -> Change | None:
+        return self.changes[-1] if self.changes else None
+
+    @property
+    def current(self) -> int | None:
+        """The stage that serves. None: no stage was promoted yet, and the newest trained one serves."""
+        return self.changes[-1].stage if self.changes else None
+
+    @property
+    def pinned(self) -> bool:
+        return bool(self.changes and self.changes[-1].pinned)
+
+    @property
+    def earlier(self) -> list[tuple[int, str | None]]:
+        """Stages that a rollback leads back to, the last one first, each with its digest where it is known.
+
+        A promotion adds the stage that it replaces; a rollback takes away the ones it went back over.
+        """
+        digests: dict[int, str] = {}
+        stack: list[tuple[int, str | None]] = []
+        for change in self.changes:
+            if change.by == "rollback":
+                while stack and stack.pop()[0] != change.stage:
+                    pass
+            elif change.before is not None and change.before != change.stage:
+                stack.append((change.before, digests.get(change.before)))
+            digests[change.stage] = change.determined_by
+        return stack[::-1]
+
+
+def served(workspace: Workspace) -> Served:
+    """What is recorded of the stages that served.
+
+    Raises:
+        WorkspaceError: ``served.json`` is damaged, or was written by a newer version.
+    """
+    path = workspace.root / SERVED
+    if not os.path.lexists(path):
+        return Served()
+    try:
+        content = read_json_object(path)
+        number, stated = content.pop("format", None), content.pop("sha256", None)
+        if type(number) is int and number > FORMAT:
+            raise WorkspaceError(
+                f"{path} was written by a newer version of peso (format {number}; this one reads up to "
+                f"{FORMAT}); update peso"
+            )
+        if number != FORMAT or stated != digest(content):
+            raise ValueError("its content and its own sha256 do not fit")
+        return Served.model_validate(content)
+    except (DataError, ValidationError, ValueError) as error:
+        if isinstance(error.__cause__, OSError) and path.is_file():  # it may be as it was
+            raise WorkspaceError(sentence(error.__cause__)) from None
+        raise WorkspaceError(
+            f"{path} is damaged ({str(error).splitlines()[0]}), so which stage serves is not known; restore "
+            "it from a copy, or remove it and name the stage that is to serve: "
+            f"`peso promote -w {workspace.root} --stage T`"
+        ) from None
+
+
+def serving_stage(workspace: Workspace) -> RunStage:
+    """The stage that serves: the recorded one, or the newest trained one where none was promoted yet.
+
+    Raises:
+        WorkspaceError: no stage is trained, or the recorded one is gone or was trained again.
+    """
+    latest = served(workspace).latest
+    if latest is None:
+        return workspace.trained()
+    if not _is_there(workspace, latest.stage, latest.determined_by):
+        raise WorkspaceError(
+            f"stage {latest.stage} of {workspace.root}, which serves, was removed or trained again; name the "
+            f"stage that is to serve: `peso promote -w {workspace.root} --stage T`"
+        )
+    return workspace.stage(latest.stage)
+
+
+def promote(
+    workspace: Workspace,
+    number: int,
+    *,
+    by: By = "promote",
+    reason: str | None = None,
+    forced: bool = False,
+    pinned: bool = False,
+    instead_of: int | None = None,
+) -> bool:
+    """Let a stage serve from now on. Returns False where it serves already; nothing is recorded then.
+
+    Args:
+        instead_of: the stage that served until now, where none was promoted yet; None: the newest trained.
+
+    Raises:
+        WorkspaceError: the stage is not trained or a file of its model is damaged; ``served.json`` is
+            damaged or cannot be written. The same stage as before serves then.
+    """
+    stage = workspace.trained(number)
+    _require_weights(stage)
+    with in_turn(workspace.root / SERVED_LOCK):
+        known = served(workspace)
+        latest = known.latest
+        if latest is None:
+            before = workspace.trained(instead_of).number
+        else:
+            before = latest.stage
+            if (number, pinned, stage.determined_by) == (before, latest.pinned, latest.determined_by):
+                return False
+        _record(
+            workspace,
+            known,
+            Change(
+                stage=number,
+                before=before,
+                time=_now(),
+                by=by,
+                reason=reason,
+                forced=forced,
+                pinned=pinned,
+                determined_by=stage.determined_by,
+            ),
+        )
+    return True
+
+
+def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = False) -> Change:
+    """Let the stage serve again that served before the current one; returns the recorded change. Called
+    again, it goes back further. Stages that were removed or trained again meanwhile are passed over.
+
+    Raises:
+        WorkspaceError: no other stage served before; as :func:`promote`.
+    """
+    with in_turn(workspace.root / SERVED_LOCK):
+        known = served(workspace)
+        target = previous(workspace, known)
+        if target is None:
+            raise WorkspaceError(
+                f"no other stage of {workspace.root} served before the current one; promote one by its "
+                f"number: `peso promote -w {workspace.root} --stage T`"
+            )
+        _require_weights(workspace.stage(target))
+        change = Change(
+            stage=target,
+            before=known.current,
+            time=_now(),
+            by="rollback",
+            reason=reason,
+            pinned=pinned,
+            determined_by=workspace.stage(target).determined_by,
+        )
+        _record(workspace, known, change)
+    return change
+
+
+def previous(workspace: Workspace, known: Served | None = None) -> int | None:
+    """The stage that a rollback leads to; None where there is none."""
+    known = known or served(workspace)
+    for number, determined_by in known.earlier:
+        if number != known.current and _is_there(workspace, number, determined_by):
+            return number
+    return None
+
+
+def refuse_removal(workspace: Workspace, numbers: range) -> None:
+    """Raise WorkspaceError if one of these stages is recorded as the one that serves."""
+    if (current := served(workspace).current) is not None and current in numbers:
+        back = previous(workspace)
+        cure = f"peso rollback -w {workspace.root}"
+        if back is None:
+            cure = f"peso promote -w {workspace.root} --stage T"
+        raise WorkspaceError(
+            f"stage {current} of {workspace.root} serves, so it is not removed; let another stage serve "
+            f"first: `{cure}`"
+        )
+
+
+def _is_there(workspace: Workspace, number: int, determined_by: str | None) -> bool:
+    stage = workspace.stage(number)
+    return stage.is_trained and determined_by in (None, stage.determined_by)
+
+
+def _require_weights(stage: RunStage) -> None:
+    """Raise WorkspaceError if a file of the model, which has to answer from now on, is damaged."""
+    manifest = stage.manifest
+    for name in manifest["files"]:
+        if not name.endswith((LOG, METRICS, PREDICTIONS)):
+            intact(stage.directory, name, manifest)
+
+
+def _record(workspace: Workspace, known: Served, change: Change) -> None:
+    changes = [*known.changes, change]
+    content: dict[str, Any] = {"changes": [each.model_dump(mode="json", by_alias=True) for each in changes]}
+    text = json_text({"format": FORMAT, **content, "sha256": digest(content)})
+    write_atomically(workspace.root / SERVED, text.encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
