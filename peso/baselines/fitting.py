@@ -8,21 +8,22 @@ from __future__ import annotations
 import copy
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from peso.baselines.baseline import Baseline, Setting
 from peso.config.model import MOST_EPOCHS, WIDEST
 from peso.events.histories import Cases, Stage
-from peso.runtime.device import reproducible
 from peso.runtime.machine import TRAINED, threads
 from peso.runtime.progress import Observer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_GRADIENT_NORM = 1.0
 VALIDATED_AT_ONCE = 256  # cases
@@ -56,6 +57,8 @@ class Network(Baseline):
     network: Any  # an nn.Module, on the device
 
     def __init__(self, setting: Setting, **options: Any) -> None:
+        import torch
+
         super().__init__(setting, **options)
         self.seed, self.device = setting.seed, torch.device(setting.device)
 
@@ -63,9 +66,10 @@ class Network(Baseline):
     def log_probabilities(self, cases: Cases) -> Tensor:
         """(n, items): of every item as the next one of each case."""
 
-    @torch.no_grad()
     def scores(self, cases: Cases) -> np.ndarray:
-        with threads(self.network):
+        from torch import no_grad
+
+        with no_grad(), threads(self.network):
             return self.log_probabilities(cases).cpu().numpy()
 
     def fit(
@@ -79,6 +83,10 @@ class Network(Baseline):
 
         Returns: the figures of :class:`Fit`.
         """
+        import torch
+
+        from peso.runtime.device import reproducible
+
         network, options, later = self.network, self.options, stage.number > 0
         rate = options.learning_rate * (options.later_learning_rate_scale if later else 1.0)
         optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=options.weight_decay)
@@ -100,7 +108,7 @@ class Network(Baseline):
                     optimizer.zero_grad()
                     loss = loss_of(order[begin : begin + options.batch_size])
                     loss.backward()
-                    nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+                    torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
                     optimizer.step()
                     observer.advance(epoch * steps + step, epoch=epoch + 1, loss=float(loss.detach()))
                 network.eval()
@@ -114,14 +122,16 @@ class Network(Baseline):
         network.eval()
         return asdict(Fit(int(np.argmin(losses)) + 1, losses, examples, time.perf_counter() - began))
 
-    @torch.no_grad()
     def _target_loss(self, cases: Cases) -> float:
         """Minus the mean log-probability of the targets."""
+        from torch import from_numpy, no_grad
+
         total = 0.0
         for begin in range(0, len(cases), VALIDATED_AT_ONCE):
             some = cases.take(np.arange(begin, min(begin + VALIDATED_AT_ONCE, len(cases))))
-            scores = self.log_probabilities(some)
-            own = torch.from_numpy(some.targets.astype(np.int64)).to(scores.device)
+            with no_grad():
+                scores = self.log_probabilities(some)
+            own = from_numpy(some.targets.astype(np.int64)).to(scores.device)
             total -= float(scores.gather(1, own[:, None]).double().sum())
         return total / len(cases)
 
@@ -134,13 +144,6 @@ class Fit:
     validation_loss: list[float]
     examples: int
     seconds: float
-
-
-def seeded(seed: Sequence[int], make: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose initial weights follow from the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(np.random.default_rng(list(seed)).integers(2**31)))
-        return make()
 
 
 def _devices(device: torch.device) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -23,12 +23,12 @@ from peso.baselines.baseline import Answerer, Answers, BaselineAnswers, Fusion, 
 from peso.baselines.two_tower import TwoTower
 from peso.config.baselines import BASELINES, BaselineOptions
 from peso.config.model import MOST_BEAMS
-from peso.decoding import Beams, search
-from peso.evaluation.metrics import ndcg
-from peso.evaluation.predictions import semantic_id_ranks
 from peso.events.histories import Cases
-from peso.model.generative import GenerativeModel
 from peso.runtime.machine import threads
+
+if TYPE_CHECKING:
+    from peso.decoding import Beams
+    from peso.model.generative import GenerativeModel
 
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
 
@@ -108,6 +108,8 @@ class Hybrid(Fusion):
         self, cases: Cases, advance: Callable[[int], None]
     ) -> tuple[Candidates, np.ndarray, np.ndarray]:
         """The candidates of all cases, and the log-probability of each target: the towers' and the LLM's."""
+        from peso.decoding import search
+
         parts, of_targets, of_llm, done = [], [], [], 0
         trie = self.towers.trie
         count = min(self.candidates, trie.leaves)
@@ -194,6 +196,9 @@ def best_weight(candidates: Candidates, targets: np.ndarray, depth: int) -> tupl
     Args:
         targets: int (n,), leaves.
     """
+    from peso.evaluation.metrics import ndcg
+    from peso.evaluation.predictions import semantic_id_ranks
+
     means = []
     for weight in WEIGHTS:
         leaves, _ = pooled(candidates, weight, depth)

@@ -13,55 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from peso.baselines.baseline import Setting, padded
-from peso.baselines.fitting import Network, seeded
+from peso.baselines.fitting import Network
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import LAYER, TRAINED
 from peso.runtime.progress import Observer
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.baselines.networks import CausalItems
+
 WEIGHTS = "sasrec.safetensors"
 NO_TARGET = -1
-
-
-class CausalItems(nn.Module):
-    """The network. Item row ``items`` is padding, which follows all items and so needs no mask."""
-
-    def __init__(self, items: int, window: int, options: SasRec.Options) -> None:
-        super().__init__()
-        width = options.width
-        self.item = nn.Embedding(items + 1, width, padding_idx=items)
-        self.place = nn.Embedding(window, width)
-        self.dropout = nn.Dropout(options.dropout)
-        layer = nn.TransformerEncoderLayer(
-            width, options.heads, 4 * width, options.dropout, "gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(
-            layer, options.layers, nn.LayerNorm(width), enable_nested_tensor=False
-        )
-        self.bias = nn.Parameter(torch.zeros(items))
-        for table in (self.item, self.place):
-            nn.init.normal_(table.weight, std=width**-0.5)
-        with torch.no_grad():
-            self.item.weight[items] = 0
-
-    def forward(self, items: Tensor) -> Tensor:
-        """(n, length) item rows → (n, length, width): the state after each of them."""
-        length = items.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(length, device=items.device)
-        states = self.dropout(self.item(items) + self.place.weight[:length])
-        return self.layers(states, mask=mask, is_causal=True)
-
-    def log_probabilities(self, states: Tensor) -> Tensor:
-        """(n, width) → (n, items)."""
-        return torch.addmm(self.bias, states, self.item.weight[:-1].T).log_softmax(-1)
 
 
 class SasRec(Network):
@@ -94,37 +63,53 @@ class SasRec(Network):
         self.network = self._fresh()
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+        from torch import from_numpy
+        from torch.nn.functional import nll_loss
+
         stage = stages[-1]
         inputs, targets = training_rows(stage.training_sequences(), self.window, self.items)
-        inputs_tensor, targets_tensor = torch.from_numpy(inputs), torch.from_numpy(targets)
+        inputs_tensor, targets_tensor = from_numpy(inputs), from_numpy(targets)
 
         def loss_of(rows: np.ndarray) -> Tensor:
             expected = targets_tensor[rows].to(self.device)
             states = self.network(inputs_tensor[rows].to(self.device))
             asked = expected != NO_TARGET
-            return nn.functional.nll_loss(self.network.log_probabilities(states[asked]), expected[asked])
+            return nll_loss(self.network.log_probabilities(states[asked]), expected[asked])
 
         return self.fit(stage, loss_of, len(inputs), observer)
 
     def save(self, directory: Path) -> None:
+        from safetensors.torch import save_file
+
         state = self.network.state_dict()
         save_file({**state, "item.weight": state["item.weight"][:-1].contiguous()}, directory / WEIGHTS)
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        from safetensors.torch import load_file
+        from torch import no_grad
+
         saved = load_file(directory / WEIGHTS, device=str(self.device))
         self.network = self._fresh()
-        with torch.no_grad():
+        with no_grad():
             for name, tensor in self.network.state_dict().items():
                 tensor[: len(saved[name])] = saved[name]
             self.network.item.weight[self.items] = 0
 
     def _fresh(self) -> CausalItems:
+        from peso.baselines.networks import CausalItems, seeded
+
+        chosen = self.options
+
         def make() -> CausalItems:
-            return CausalItems(self.items, self.window, self.options)
+            return CausalItems(
+                self.items, self.window, chosen.width, chosen.layers, chosen.heads, chosen.dropout
+            )
 
         return cast(CausalItems, seeded([self.seed, self.items, 3], make)).to(self.device).eval()
 
     def log_probabilities(self, cases: Cases) -> Tensor:
+        import torch
+
         rows = torch.from_numpy(padded(cases.histories, self.window, self.items)).to(self.device)
         lengths = torch.tensor([min(len(history), self.window) for history in cases.histories])
         last = lengths.clamp(min=1).to(self.device) - 1  # an empty history: the state after padding

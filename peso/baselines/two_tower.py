@@ -17,45 +17,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from peso.baselines.baseline import Setting, padded
-from peso.baselines.fitting import Network, seeded
+from peso.baselines.fitting import Network
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import TRAINED
 from peso.runtime.progress import Observer
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.baselines.networks import Towers
+
 WEIGHTS, USERS = "two_tower.safetensors", "users.json"
-
-
-class Towers(nn.Module):
-    """The formula above. User row 0 is for users without a vector, item row ``items`` for padding."""
-
-    def __init__(self, users: int, items: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.user = nn.Embedding(users + 1, width, padding_idx=0)
-        self.history = nn.Embedding(items + 1, width, padding_idx=items)
-        self.answer = nn.Embedding(items, width)
-        self.bias = nn.Parameter(torch.zeros(items))
-        self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.user.weight)
-        for table in (self.history, self.answer):
-            nn.init.normal_(table.weight, std=width**-0.5)
-        with torch.no_grad():
-            self.history.weight[items] = 0
-
-    def forward(self, users: Tensor, histories: Tensor) -> Tensor:
-        """Log-probabilities (n, items) from user rows (n,) and padded histories (n, window)."""
-        lengths = (histories != self.history.num_embeddings - 1).sum(1, keepdim=True).clamp(min=1)
-        mean = self.history(histories).sum(1) / lengths  # (n, width)
-        user = self.dropout(self.user(users) + mean)
-        return torch.addmm(self.bias, user, self.answer.weight.T).log_softmax(-1)
 
 
 class TwoTower(Network):
@@ -79,6 +57,9 @@ class TwoTower(Network):
         self.network = self._fresh(0)
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+        from torch import from_numpy
+        from torch.nn.functional import nll_loss
+
         stage = stages[-1]
         sequences = stage.training_sequences()
         self._make_room([sequence.user for sequence in sequences])
@@ -90,15 +71,19 @@ class TwoTower(Network):
             of_sequence, histories, targets = examples.take(numbers)
             known = generator.random(len(numbers)) >= self.options.user_dropout
             scores = self._forward(rows[of_sequence] * known, histories)
-            return nn.functional.nll_loss(scores, torch.from_numpy(targets).to(self.device))
+            return nll_loss(scores, from_numpy(targets).to(self.device))
 
         return self.fit(stage, loss_of, len(examples), observer)
 
     def save(self, directory: Path) -> None:
+        from safetensors.torch import save_file
+
         save_file({name: tensor.contiguous() for name, tensor in self._state().items()}, directory / WEIGHTS)
         (directory / USERS).write_text(json.dumps(list(self.users), ensure_ascii=False), encoding="utf-8")
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        from safetensors.torch import load_file
+
         users = json.loads((directory / USERS).read_text(encoding="utf-8"))
         self.users = {user: row for row, user in enumerate(users, 1)}
         self._take(load_file(directory / WEIGHTS, device=str(self.device)))
@@ -112,8 +97,10 @@ class TwoTower(Network):
 
     def _take(self, state: dict[str, Tensor]) -> None:
         """Load the weights of a model with as many users and items or fewer; the rest get fresh rows."""
+        from torch import no_grad
+
         towers = self._fresh(len(self.users))
-        with torch.no_grad():
+        with no_grad():
             for name, tensor in towers.state_dict().items():
                 rows = state[name].to(tensor.device)
                 tensor[: len(rows)] = rows
@@ -126,6 +113,8 @@ class TwoTower(Network):
         return {**state, "history.weight": state["history.weight"][:-1]}
 
     def _fresh(self, users: int) -> Towers:
+        from peso.baselines.networks import Towers, seeded
+
         def make() -> Towers:
             return Towers(users, self.items, self.options.width, self.options.dropout)
 
@@ -136,9 +125,9 @@ class TwoTower(Network):
         return self._forward(rows, padded(cases.histories, self.window, self.items))
 
     def _forward(self, rows: np.ndarray, histories: np.ndarray) -> Tensor:
-        return self.network(
-            torch.from_numpy(rows).to(self.device), torch.from_numpy(histories).to(self.device)
-        )
+        from torch import from_numpy
+
+        return self.network(from_numpy(rows).to(self.device), from_numpy(histories).to(self.device))
 
 
 class Examples:

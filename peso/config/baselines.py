@@ -14,7 +14,7 @@ BASELINES = Registry(
     "peso.baselines",
     "peso.baselines",
     "peso.baselines.baseline:Part",
-    beside=["baseline", "fitting"],
+    beside=["baseline", "fitting", "networks"],
     hyphens=True,
 )
 DEFAULT: list[dict[str, Any]] = [{"name": "popularity", "last": 1}, {"name": "item-knn"}, {"name": "ease"}]

@@ -1,16 +1,24 @@
-"""Proximal terms for any training loop: an anchor, and the penalty on moving away from it."""
+"""Proximal terms for any training loop: an anchor, and the penalty on moving away from it.
+
+A name below is loaded when it is first used: a configuration that names a term does not wait for PyTorch.
+"""
+
+from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from peso.adapters.proximal.fisher import Fisher, diagonal_fisher
-from peso.adapters.proximal.l2 import L2
-from peso.adapters.proximal.metrics import Calibration
-from peso.adapters.proximal.orthogonal import Orthogonal
-from peso.adapters.proximal.output_kl import OutputKL
-from peso.adapters.proximal.per_rank_kl import PerRankKL
-from peso.adapters.proximal.softmax_kl import SoftmaxKL
 from peso.adapters.proximal.term import TERMS, DistanceTerm, Term
 from peso.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peso.adapters.proximal.fisher import Fisher, diagonal_fisher
+    from peso.adapters.proximal.l2 import L2
+    from peso.adapters.proximal.metrics import Calibration
+    from peso.adapters.proximal.orthogonal import Orthogonal
+    from peso.adapters.proximal.output_kl import OutputKL
+    from peso.adapters.proximal.per_rank_kl import PerRankKL
+    from peso.adapters.proximal.softmax_kl import SoftmaxKL
 
 __all__ = [
     "L2",
@@ -25,6 +33,25 @@ __all__ = [
     "diagonal_fisher",
     "find_term",
 ]
+
+_HOMES = {
+    "L2": "l2",
+    "Calibration": "metrics",
+    "Fisher": "fisher",
+    "Orthogonal": "orthogonal",
+    "OutputKL": "output_kl",
+    "PerRankKL": "per_rank_kl",
+    "SoftmaxKL": "softmax_kl",
+    "diagonal_fisher": "fisher",
+}
+
+
+if not TYPE_CHECKING:  # or a type checker would take any name
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def find_term(name: str) -> type[Term]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from peso.adapters.groups import Source, Stack
-from peso.adapters.proximal.metrics import DiagonalMetric
 from peso.adapters.proximal.term import DistanceTerm, check_trained
 from peso.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.adapters.groups import Source, Stack
+    from peso.adapters.proximal.metrics import DiagonalMetric
 
 
 def diagonal_fisher(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list[Tensor]:
@@ -25,6 +27,8 @@ def diagonal_fisher(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list
     Raises:
         TrainingError: no loss, or a gradient that is not finite.
     """
+    import torch
+
     sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     count = 0
     for loss in losses:
@@ -112,4 +116,6 @@ class Fisher(DistanceTerm):
         super().anchor(source)
 
     def metric(self, stack: Stack) -> DiagonalMetric:
+        from peso.adapters.proximal.metrics import DiagonalMetric
+
         return DiagonalMetric(stack.anchor.shape, stack.gather(self._fisher).to(stack.anchor), self._mean)

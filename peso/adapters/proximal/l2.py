@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from peso.adapters.groups import Stack
-from peso.adapters.proximal.metrics import DiagonalMetric
+from typing import TYPE_CHECKING
+
 from peso.adapters.proximal.term import DistanceTerm
+
+if TYPE_CHECKING:
+    from peso.adapters.groups import Stack
+    from peso.adapters.proximal.metrics import DiagonalMetric
 
 
 class L2(DistanceTerm):
@@ -17,4 +21,6 @@ class L2(DistanceTerm):
     name = "l2"
 
     def metric(self, stack: Stack) -> DiagonalMetric:
+        from peso.adapters.proximal.metrics import DiagonalMetric
+
         return DiagonalMetric(stack.anchor.shape)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from peso.adapters.groups import Group, Source, placement
 from peso.adapters.proximal.term import Term
 from peso.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.adapters.groups import Group, Source
 
 
 class Orthogonal(Term):
@@ -41,10 +43,15 @@ class Orthogonal(Term):
         return groups
 
     def keep(self, groups: Sequence[Group]) -> None:
-        rows = [_rows(group.tensor.detach()) for group in groups]
-        self._directions = [torch.nn.functional.normalize(each, dim=-1) for each in rows]
+        from torch.nn.functional import normalize
+
+        self._directions = [normalize(_rows(group.tensor.detach()), dim=-1) for group in groups]
 
     def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
+        import torch
+
+        from peso.adapters.groups import placement
+
         alike = defaultdict(list)  # one product for all modules of a size
         for group, directions in zip(groups, self._directions, strict=True):
             rows = _rows(group.tensor)
@@ -62,4 +69,6 @@ class Orthogonal(Term):
 
 def _rows(matrix: Tensor) -> Tensor:
     """(rank, in) in float32 or better."""
+    from peso.adapters.groups import placement
+
     return matrix.flatten(1).to(placement(matrix)[1])

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from peso.adapters.groups import Group, Source, find_layers, placement
-from peso.adapters.proximal.metrics import Calibration, Prior, softmax_kl
-from peso.adapters.proximal.term import Term, check_first_derivative
+from peso.adapters.proximal.term import Term
 from peso.errors import TrainingError
 
-Pair = tuple[Tensor, Tensor]  # A (rank, in), B (out, rank)
-Observer = Callable[[str, Pair, Pair, Tensor, float], None]  # module, weights, anchors, inputs, scaling
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from peso.adapters.groups import Group, Source
+    from peso.adapters.proximal.metrics import Calibration
+
+    Pair = tuple[Tensor, Tensor]  # A (rank, in), B (out, rank)
+    Observer = Callable[[str, Pair, Pair, Tensor, float], None]  # module, weights, anchors, inputs, scaling
 
 
 class OutputKL(Term):
@@ -64,6 +65,8 @@ class OutputKL(Term):
 
     def anchor(self, source: Source, losses: Iterable[Tensor] | None = None) -> None:
         """As :meth:`Term.anchor`. Raises TrainingError for an adapter on other than linear layers too."""
+        from torch import nn
+
         self.select(source)
         for name, module, layer in self._layers(source):
             if name not in layer.lora_A or not isinstance(layer.lora_A[name], nn.Linear):
@@ -71,6 +74,8 @@ class OutputKL(Term):
         super().anchor(source)
 
     def keep(self, groups: Sequence[Group]) -> None:
+        from peso.adapters.groups import placement
+
         copies = [group.tensor.detach().to(placement(group.tensor)[1]).clone() for group in groups]
         modules = [group.module for group in groups[::2]]
         self._anchors = dict(zip(modules, zip(copies[::2], copies[1::2], strict=True), strict=True))
@@ -93,10 +98,11 @@ class OutputKL(Term):
     def attach(self, source: Source, mask: Tensor | None = None) -> None:
         """As :meth:`watch`, until :meth:`detach`: for loops whose forward pass is out of reach."""
 
+        from peso.adapters.proximal.gradients import output_kl
+
         def observe(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:
             rows = x[mask] if mask is not None else x.flatten(0, -2)
-            kl = _OutputKL.apply(*weights, *anchors, rows, scaling)  # type: ignore[no-untyped-call]
-            self._seen[module].append((kl, len(rows)))
+            self._seen[module].append((output_kl(weights, anchors, rows, scaling), len(rows)))
 
         self._attach(source, observe)
         self._seen.clear()
@@ -130,6 +136,8 @@ class OutputKL(Term):
         return self._trace
 
     def calibrate(self, source: Source, losses: Iterable[Tensor], tokens: float = 1.0) -> Calibration:
+        from peso.adapters.proximal.gradients import output_trace
+
         sums: Mapping[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # Σ over tokens of tr(H), tokens
 
         def observe(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:
@@ -154,6 +162,8 @@ class OutputKL(Term):
 
     def _layers(self, source: Source) -> Iterator[tuple[str, str, Any]]:
         """Of every model in the source: name of its adapter, and each layer with its module's name."""
+        from peso.adapters.groups import find_layers
+
         for model in _models(source):
             name, layers = find_layers(model, self.adapter)
             yield from ((name, module, layer) for module, layer in layers.items())
@@ -172,6 +182,10 @@ class OutputKL(Term):
         ]
 
     def _hook(self, module: str, adapter: str, observe: Observer) -> Callable[..., None]:
+        import torch
+
+        from peso.adapters.groups import placement
+
         def hook(layer: Any, arguments: tuple[Any, ...], output: Any) -> None:
             if torch.is_grad_enabled():
                 weights = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -184,50 +198,11 @@ class OutputKL(Term):
 
 
 def _models(source: Source) -> list[nn.Module]:
+    from torch import nn
+
+    from peso.adapters.groups import Group
+
     parts = [source] if isinstance(source, nn.Module) else list(source)
     if any(isinstance(part, Group) for part in parts):
         raise TypeError("OutputKL observes forward passes: give it the model, not the groups found in it")
     return [part for part in parts if isinstance(part, nn.Module)]
-
-
-@torch.no_grad()
-def output_trace(a: Tensor, b: Tensor, x: Tensor, scaling: float) -> Tensor:
-    """Σ_tokens of the trace of the Hessian of KL(softmax(s·B·A·x) ‖ ·) at A, B: 0-d.
-
-    With p = softmax(s·B·A·x), F = diag(p) − p·pᵀ is the Hessian in the output, JᵀFJ that in the parameters:
-    s²·‖A·x‖²·tr(F) for B, s²·‖x‖²·Σ_k B_kᵀ·F·B_k over the columns of B for A.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.to(a.dtype)
-        inner = x @ a.T  # (tokens, rank)
-        p = torch.softmax(scaling * (inner @ b.T), -1)  # (tokens, out)
-        of_b = inner.square().sum(-1) * (p * (1 - p)).sum(-1)
-        of_a = x.square().sum(-1) * (p @ b.square() - (p @ b).square()).sum(-1)
-        return scaling**2 * (of_a + of_b).sum()
-
-
-class _OutputKL(torch.autograd.Function):
-    """Σ over tokens of one module's KL. Forward computes value and gradients; backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, b: Tensor, a_anchor: Tensor, b_anchor: Tensor, x: Tensor, scaling: float
-    ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = a_anchor.dtype
-            wide_a, wide_b, x = a.to(dtype), b.to(dtype), x.to(dtype)
-            inner = x @ wide_a.T  # (tokens, rank)
-            # s·(B·A − B_a·A_a)·x without the difference of two nearly equal outputs
-            moved = inner @ (wide_b - b_anchor).T + (x @ (wide_a - a_anchor).T) @ b_anchor.T
-            prior = torch.softmax(scaling * ((x @ a_anchor.T) @ b_anchor.T), -1)  # (tokens, out)
-            kl, outer = softmax_kl(moved.mul_(scaling), Prior(prior, prior.sum(-1, keepdim=True)))
-            outer.mul_(scaling)
-            ctx.save_for_backward((outer @ wide_b).T @ x, outer.T @ inner)
-        ctx.dtypes = a.dtype, b.dtype
-        return kl.sum()
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_derivative()
-        of_a, of_b = ctx.saved_tensors
-        return (of_a * outer).to(ctx.dtypes[0]), (of_b * outer).to(ctx.dtypes[1]), None, None, None, None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
-
-from peso.adapters.groups import Grouping, Stack
-from peso.adapters.proximal.metrics import SoftmaxMetric
 from peso.adapters.proximal.term import Coupling, DistanceTerm, Reduction
 from peso.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.adapters.groups import Grouping, Stack
+    from peso.adapters.proximal.metrics import SoftmaxMetric
 
 
 class SoftmaxKL(DistanceTerm):
@@ -63,6 +65,8 @@ class SoftmaxKL(DistanceTerm):
         self.temperature = temperature
 
     def metric(self, stack: Stack) -> SoftmaxMetric:
+        from peso.adapters.proximal.metrics import SoftmaxMetric
+
         return SoftmaxMetric.of(stack.anchor, self.temperature)
 
     @staticmethod

@@ -1,39 +1,30 @@
-"""What all proximal terms have in common: weight or strength, the two couplings, and the anchor."""
+"""What all proximal terms have in common: weight or strength, the two couplings, and the anchor.
+
+Commands that only read a configuration import this module and the terms, so PyTorch is not imported here.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
-from torch import Tensor
-
-from peso.adapters.groups import (
-    Group,
-    Grouping,
-    Placement,
-    Source,
-    Stack,
-    check_same_groups,
-    find_groups,
-    layouts,
-    placement,
-    shapes,
-    stack_anchors,
-    unstack_anchors,
-)
-from peso.adapters.proximal.metrics import Calibration, Metric, second_moment
 from peso.config.registry import Registry
 from peso.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.adapters.groups import Group, Grouping, Placement, Source, Stack
+    from peso.adapters.proximal.metrics import Calibration, Metric
 
 TERMS = Registry(
     "proximal term",
     "peso.adapters.proximal",
     "peso.proximal_terms",
     "peso.adapters.proximal.term:Term",
-    beside=["metrics", "term"],
+    beside=["gradients", "metrics", "term"],
 )
 Coupling = Literal["loss", "decoupled"]
 Reduction = Literal["mean", "sum"]
@@ -145,6 +136,8 @@ class Term(ABC):
 
     def select(self, source: Source) -> list[Group]:
         """The groups of the source that the term acts on: all."""
+        from peso.adapters.groups import find_groups
+
         return find_groups(source, self.adapter)
 
     # --- what all terms share ---------------------------------------------------------------------------
@@ -160,6 +153,8 @@ class Term(ABC):
         Raises:
             TrainingError: no LoRA adapter in the model, or several active ones.
         """
+        from peso.adapters.groups import shapes
+
         groups = self.select(source)
         self.keep(groups)
         self._anchored = shapes(groups)
@@ -168,6 +163,8 @@ class Term(ABC):
 
     def groups_of(self, source: Source) -> list[Group]:
         """The groups the term acts on, checked against the anchor."""
+        from peso.adapters.groups import check_same_groups
+
         self._check_anchored()
         groups = self.select(source)
         check_same_groups(self._anchored, groups)
@@ -228,6 +225,8 @@ class Term(ABC):
         Raises:
             TrainingError: no anchor, a frozen group, or losses that cannot be used.
         """
+        from peso.adapters.proximal.metrics import Calibration, second_moment
+
         groups = self.groups_of(source)
         check_trained(groups)
         moment, error, examples = second_moment([group.tensor for group in groups], losses, tokens)
@@ -297,6 +296,8 @@ class DistanceTerm(Term):
         coupling: Coupling = "loss",
         groups: Grouping = "factor",
     ) -> None:
+        from peso.adapters.groups import Grouping
+
         super().__init__(weight, reduction, adapter, strength=strength, coupling=coupling)
         check_choice("groups", groups, get_args(Grouping))
         self.groups: Grouping = groups
@@ -312,15 +313,15 @@ class DistanceTerm(Term):
         return sum(float(metric.hessian().trace().cpu().double().sum()) for _, metric in self._stacks)
 
     def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
-        tensors = self._placed(groups)
-        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        value: Tensor = _StackedPenalty.apply(self._stacks, scale, wanted, *tensors)  # type: ignore[no-untyped-call]
-        return value
+        from peso.adapters.proximal.gradients import stacked_penalty
 
-    @torch.no_grad()
+        return stacked_penalty(self._stacks, scale, self._placed(groups))
+
     def after_step(
         self, source: Source, learning_rate: float, total_learning_rate: float | None = None
     ) -> None:
+        import torch
+
         if self.coupling != "decoupled":
             super().after_step(source, learning_rate, total_learning_rate)
         rate = learning_rate * self.decay(total_learning_rate)
@@ -328,66 +329,29 @@ class DistanceTerm(Term):
             return
         groups = self.groups_of(source)
         check_trained(groups)
-        tensors = self._placed(groups)
-        for stack, metric in self._stacks:
-            moved = stack.lay_out(tensors).sub_(stack.anchor)
-            metric.shrink(moved, rate)
-            moved.add_(stack.anchor)
-            stack.put_back(tensors)
+        with torch.no_grad():
+            tensors = self._placed(groups)
+            for stack, metric in self._stacks:
+                moved = stack.lay_out(tensors).sub_(stack.anchor)
+                metric.shrink(moved, rate)
+                moved.add_(stack.anchor)
+                stack.put_back(tensors)
 
     def _placed(self, groups: Sequence[Group]) -> list[Tensor]:
         """The groups' tensors, once the stacks are where they are."""
+        from peso.adapters.groups import placement, unstack_anchors
+
         tensors = [group.tensor for group in groups]
         if [placement(tensor) for tensor in tensors] != self._places:  # moved, or the precision changed
             self._stack(groups, unstack_anchors([stack for stack, _ in self._stacks]))
         return tensors
 
     def _stack(self, groups: Sequence[Group], anchors: Sequence[Tensor]) -> None:
+        from peso.adapters.groups import layouts, placement, stack_anchors
+
         self._places = [placement(group.tensor) for group in groups]
         stacks = stack_anchors(anchors, layouts(groups, self.groups), self._places)
         self._stacks = [(stack, self.metric(stack)) for stack in stacks]
-
-
-class _StackedPenalty(torch.autograd.Function):
-    """scale · Σ_g penalty, on the device of the first tensor. Forward computes value and gradient together;
-    backward only scales the saved gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, stacks: Sequence[tuple[Stack, Metric]], scale: float, wanted: bool, *tensors: Tensor
-    ) -> Tensor:
-        total = tensors[0].new_zeros((), dtype=placement(tensors[0])[1])
-        gradients = []
-        for stack, metric in stacks:
-            penalty, gradient = metric.penalty(stack.displacement(tensors))
-            total = total + penalty.sum().to(total.device)
-            if wanted:
-                gradients.append(gradient)
-        ctx.stacks, ctx.scale = stacks, scale
-        ctx.places = [(tensor.device, tensor.dtype) for tensor in tensors]
-        ctx.save_for_backward(*gradients)
-        return total * scale
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_derivative()
-        gradients: list[Tensor | None] = [None] * len(ctx.places)
-        for (stack, _), saved in zip(ctx.stacks, ctx.saved_tensors, strict=True):
-            # not in place: a graph that is kept may be run backward again
-            rows = saved * (outer * ctx.scale).to(saved)
-            here = (rows.device, rows.dtype)
-            for number, value in stack.scatter(rows):
-                place = ctx.places[number]
-                gradients[number] = value if place == here else value.to(*place)
-        return (None, None, None, *gradients)
-
-
-def check_first_derivative() -> None:
-    """In a backward pass: a saved gradient counts as constant, so that a second derivative would be 0."""
-    if torch.is_grad_enabled():
-        raise TrainingError(
-            "a proximal term has a first derivative only: take its gradient without create_graph=True"
-        )
 
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

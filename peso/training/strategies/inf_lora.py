@@ -9,15 +9,15 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from peso.adapters.groups import lora_layers
-from peso.adapters.lora import TRAINED, Past, put_past, read_adapter, redraw_adapter
 from peso.errors import TrainingError
 from peso.training.strategies.strategy import StageContext, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ROUNDING = 1e-10  # of all energy: directions with less of it are rounding
 
@@ -34,7 +34,9 @@ class Protected:
 
     @classmethod
     def nothing(cls, width: int) -> Protected:
-        return cls(torch.zeros(width, 0), dual=False)
+        from torch import zeros
+
+        return cls(zeros(width, 0), dual=False)
 
     @property
     def free(self) -> int:
@@ -48,21 +50,22 @@ class Protected:
         In coordinates of the free space, so that nothing of a direction leaks into what is protected, however
         much stronger the inputs are there. float64, on the moment's device.
         """
+        from torch.linalg import eigh
+
         inside = self._free_basis().to(moment.device)
-        energies, directions = torch.linalg.eigh(inside.T @ moment.double() @ inside)
+        energies, directions = eigh(inside.T @ moment.double() @ inside)
         return energies.flip(0).clamp_min(0), inside @ directions.flip(1)
 
     def _free_basis(self) -> Tensor:
         """(width, free) orthonormal columns, float64; the stored float32 ones are so to 1e-7 only."""
         basis = self.basis.double()
-        if self.dual:
-            return _orthonormal(basis)
-        whole: Tensor = torch.linalg.qr(basis, mode="complete")[0]
-        return whole[:, basis.shape[1] :]
+        return _orthonormal(basis) if self.dual else _complement(basis)
 
     def grown(self, moment: Tensor, threshold: float) -> Protected:
         """With as many further directions, strongest first, as it takes for the share ``threshold`` of the
         energy of these inputs (the trace of their second moment) to lie in what is protected."""
+        from torch import cat
+
         energies, directions = self.strongest_free(moment)
         free_energy = energies.flip(0).cumsum(0).flip(0)  # left free if all before are protected
         allowed = (1 - threshold) * float(moment.double().trace())
@@ -73,28 +76,39 @@ class Protected:
         basis = self.basis.double()
         if self.dual:
             # the free part is what is left of it: its own coordinates, the new directions taken out
-            left = torch.linalg.qr(basis.T @ new, mode="complete")[0][:, count:]
+            left = _complement(basis.T @ new)
             return Protected((basis @ left).float(), dual=True)
-        basis = torch.cat([basis, new], dim=1)
+        basis = cat([basis, new], dim=1)
         if basis.shape[1] <= len(basis) / 2:
             return Protected(_orthonormal(basis).float(), dual=False)
-        complement = torch.linalg.qr(basis, mode="complete")[0][:, basis.shape[1] :]
-        return Protected(complement.float(), dual=True)
+        return Protected(_complement(basis).float(), dual=True)
 
     def free_directions(self, moment: Tensor, count: int) -> Tensor:
         """(count, width) orthonormal rows: the free directions in which these inputs have most energy. Rows
         beyond those in which they have any are zero: nothing could be learnt along them."""
+        from torch import float32
+
         energies, directions = self.strongest_free(moment)
         strong = energies[:count] > ROUNDING * float(moment.double().trace())
-        rows = moment.new_zeros(count, len(moment), dtype=torch.float32)
+        rows = moment.new_zeros(count, len(moment), dtype=float32)
         rows[: len(strong)] = (directions[:, :count] * strong).T.float()
         return rows
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """The same span; a chain of many stages would let rounding grow."""
-    orthonormal: Tensor = torch.linalg.qr(columns)[0]
+    from torch.linalg import qr
+
+    orthonormal: Tensor = qr(columns)[0]
     return orthonormal
+
+
+def _complement(columns: Tensor) -> Tensor:
+    """Orthonormal columns that span what is orthogonal to these, which are linearly independent."""
+    from torch.linalg import qr
+
+    whole: Tensor = qr(columns, mode="complete")[0]
+    return whole[:, columns.shape[1] :]
 
 
 PREFIX = "inputs."
@@ -125,6 +139,9 @@ class InfLora(Strategy):
     options: Options
 
     def begin(self, context: StageContext) -> None:
+        from peso.adapters.groups import lora_layers
+        from peso.adapters.lora import TRAINED, Past, put_past, read_adapter, redraw_adapter
+
         past, last = Past.of_state(context.memory), read_adapter(context.backbone)
         if last.acts:  # else the last stage trained the backbone itself
             past = last if past is None else past + last
@@ -169,6 +186,8 @@ def second_moments(backbone: nn.Module) -> Iterator[tuple[dict[str, Tensor], dic
         Σ x xᵀ by layer, once for layers that read the same tensor (as q, k and v do); and for each layer the
         one under whose name it is.
     """
+    from peso.adapters.groups import lora_layers
+
     moments: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     newest: list[tuple[Tensor, str]] = []  # the tensor that was read last, and who read it first

@@ -6,17 +6,17 @@ LSAT (Shi et al. 2023), with both of its ways to answer with the two.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from peso.adapters.groups import lora_layers
-from peso.adapters.lora import Past, put_adapter, read_adapter, redraw_adapter
-from peso.events.histories import TargetSequence
-from peso.model.ensemble import Ensemble, twin
 from peso.training.strategies.strategy import StageContext, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peso.adapters.lora import Past
+    from peso.events.histories import TargetSequence
 
 LONG, SHORT = "long-term", "short-term"
 PREFIX, ROWS = "lsat.", "lsat.vocabulary."
@@ -57,6 +57,8 @@ class Lsat(Strategy):
         return context.everything() if context.phase == LONG else None
 
     def begin(self, context: StageContext) -> None:
+        from peso.adapters.lora import redraw_adapter
+
         if context.phase == LONG:
             assert context.reset is not None
             context.reset()
@@ -65,28 +67,38 @@ class Lsat(Strategy):
             redraw_adapter(context.backbone, (context.seed, context.number))
 
     def end(self, context: StageContext) -> None:
+        from peso.adapters.lora import read_adapter
+
         if context.phase == LONG:
             adapter = {f"{PREFIX}{name}": t for name, t in read_adapter(context.backbone).state().items()}
             context.memory.update(adapter | _rows(context.vocabulary))
         elif self.options.fusion == "arithmetic":
             self._add_up(context)
 
-    @torch.no_grad()
     def _add_up(self, context: StageContext) -> None:
         """Make the model the fused one: the long-term adapter as its past, the short-term one scaled."""
+        from torch import no_grad
+
+        from peso.adapters.groups import lora_layers
+        from peso.adapters.lora import Past
+
         long, rows = _long(context.memory)
         w, vocabulary = self.options.long_share, context.vocabulary
         assert vocabulary is not None
         context.memory.clear()
         context.memory.update(Past(long.down, long.up, long.ranks, w * long.magnitudes).state())
-        for layer in lora_layers(context.backbone).values():
-            layer.lora_B["default"].weight.mul_(1 - w)
-        for name, p in vocabulary.named_parameters():
-            p.lerp_(rows[name].to(p), w)
+        with no_grad():
+            for layer in lora_layers(context.backbone).values():
+                layer.lora_B["default"].weight.mul_(1 - w)
+            for name, p in vocabulary.named_parameters():
+                p.lerp_(rows[name].to(p), w)
 
     def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
         if not any(name.startswith(PREFIX) for name in memory):
             return model
+        from peso.adapters.lora import put_adapter
+        from peso.model.ensemble import Ensemble, twin
+
         long = twin(model)
         adapter, rows = _long(memory)
         put_adapter(long.backbone, adapter)
@@ -100,6 +112,8 @@ def _rows(vocabulary: Any) -> dict[str, Tensor]:
 
 def _long(memory: Mapping[str, Tensor]) -> tuple[Past, dict[str, Tensor]]:
     """Adapter and vocabulary rows of the long-term training."""
+    from peso.adapters.lora import Past
+
     kept = {name.removeprefix(PREFIX): t for name, t in memory.items() if name.startswith(PREFIX)}
     adapter = Past.of_state(kept)
     assert adapter is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from pydantic import Field
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from peso.adapters.groups import find_groups
-from peso.adapters.lora import Past, put_past, read_adapter, redraw_adapter
+from pydantic import Field
+
 from peso.training.strategies.strategy import StageContext, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class OLora(Strategy):
@@ -29,6 +30,9 @@ class OLora(Strategy):
     _pairs: list[tuple[Tensor, Tensor]]
 
     def begin(self, context: StageContext) -> None:
+        from peso.adapters.groups import find_groups
+        from peso.adapters.lora import Past, put_past, read_adapter, redraw_adapter
+
         self._pairs = []
         past, last = Past.of_state(context.memory), read_adapter(context.backbone)
         if last.acts:
@@ -46,5 +50,7 @@ class OLora(Strategy):
     def penalty(self, context: StageContext) -> Tensor | None:
         if not self._pairs:
             return None
+        from torch import stack
+
         overlaps = [(before @ tensor.T).abs().sum() for before, tensor in self._pairs]
-        return self.options.weight * torch.stack(overlaps).sum()
+        return self.options.weight * stack(overlaps).sum()

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from peso.adapters.proximal.term import Term
 
 Coupling = Literal["loss", "decoupled"]
-PLAIN = "softmax_kl"
 
 
 class Peso(Strategy):
@@ -31,7 +30,7 @@ class Peso(Strategy):
 
     class Options(Strategy.Options):
         proximal: str = Field(
-            PLAIN,
+            "softmax_kl",
             description="name of a proximal term (docs/reference/proximal.md), or a class of your own that "
             "Python can import: my_package.my_term.MyTerm",
         )
@@ -160,9 +159,9 @@ class Peso(Strategy):
 
 
 def _built_in(name: Any) -> type[Term] | None:
-    """The class of a proximal term. None for the default, so that commands that only read a configuration do
-    not load PyTorch, and for a class of somebody's own: reading a configuration must not run its code."""
-    if not isinstance(name, str) or name == PLAIN or "." in name:
+    """The class of a proximal term; None for a class of somebody's own: reading a configuration must not run
+    its code."""
+    if not isinstance(name, str) or "." in name:
         return None
     from peso.adapters.proximal import find_term
 

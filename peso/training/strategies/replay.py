@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from peso.events.histories import TargetSequence
 from peso.training.strategies.strategy import StageContext, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VALUES, OFFSETS, FIRST, SEEN = "replay.items", "replay.offsets", "replay.first_target", "replay.seen"
 
@@ -56,6 +58,8 @@ def trimmed(sequence: TargetSequence, window: int) -> TargetSequence:
 
 def as_tensors(kept: Sequence[TargetSequence], seen: int) -> dict[str, Tensor]:
     """The reservoir as tensors: item numbers end to end; ``seen``: sequences that came by."""
+    import torch
+
     lengths = [len(sequence.items) for sequence in kept]
     return {
         VALUES: torch.from_numpy(np.concatenate([sequence.items for sequence in kept]).astype(np.int32)),

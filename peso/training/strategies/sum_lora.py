@@ -5,12 +5,14 @@ The cumulative designs of Table 1 of arXiv 2510.25093: ``history`` all or latest
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from peso.adapters.lora import Past, put_past, read_adapter, read_past, redraw_adapter
 from peso.training.strategies.strategy import StageContext, Strategy
+
+if TYPE_CHECKING:
+    from peso.adapters.lora import Past
 
 TINY = 1e-30  # a norm to divide by where there is none
 
@@ -36,6 +38,8 @@ class SumLora(Strategy):
     options: Options
 
     def begin(self, context: StageContext) -> None:
+        from peso.adapters.lora import Past, put_past, read_adapter, redraw_adapter
+
         last, past = read_adapter(context.backbone), Past.of_state(context.memory)
         if last.acts:  # else the last stage trained the backbone itself
             last = normalized(last)
@@ -46,12 +50,16 @@ class SumLora(Strategy):
             redraw_adapter(context.backbone, (context.seed, context.number))
 
     def end(self, context: StageContext) -> None:
+        from peso.adapters.lora import read_past
+
         if (past := read_past(context.backbone)) is not None:
             context.memory.update(past.state())
 
 
 def normalized(adapter: Past) -> Past:
     """Each factor divided by its Frobenius norm. A factor that is zero stays zero."""
+    from peso.adapters.lora import Past
+
     return Past(
         {name: down / down.norm().clamp_min(TINY) for name, down in adapter.down.items()},
         {name: up / up.norm().clamp_min(TINY) for name, up in adapter.up.items()},

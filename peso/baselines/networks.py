@@ -1,0 +1,76 @@
+"""The networks of the two-tower model and of SASRec. They need PyTorch, which the options of these do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Towers(nn.Module):
+    """The formula of :mod:`peso.baselines.two_tower`.
+
+    User row 0 is for users without a vector, item row ``items`` for padding.
+    """
+
+    def __init__(self, users: int, items: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.user = nn.Embedding(users + 1, width, padding_idx=0)
+        self.history = nn.Embedding(items + 1, width, padding_idx=items)
+        self.answer = nn.Embedding(items, width)
+        self.bias = nn.Parameter(torch.zeros(items))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.user.weight)
+        for table in (self.history, self.answer):
+            nn.init.normal_(table.weight, std=width**-0.5)
+        with torch.no_grad():
+            self.history.weight[items] = 0
+
+    def forward(self, users: Tensor, histories: Tensor) -> Tensor:
+        """Log-probabilities (n, items) from user rows (n,) and padded histories (n, window)."""
+        lengths = (histories != self.history.num_embeddings - 1).sum(1, keepdim=True).clamp(min=1)
+        mean = self.history(histories).sum(1) / lengths  # (n, width)
+        user = self.dropout(self.user(users) + mean)
+        return torch.addmm(self.bias, user, self.answer.weight.T).log_softmax(-1)
+
+
+class CausalItems(nn.Module):
+    """The Transformer of :mod:`peso.baselines.sasrec`.
+
+    Item row ``items`` is padding, which follows all items and so needs no mask.
+    """
+
+    def __init__(self, items: int, window: int, width: int, layers: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.item = nn.Embedding(items + 1, width, padding_idx=items)
+        self.place = nn.Embedding(window, width)
+        self.dropout = nn.Dropout(dropout)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.bias = nn.Parameter(torch.zeros(items))
+        for table in (self.item, self.place):
+            nn.init.normal_(table.weight, std=width**-0.5)
+        with torch.no_grad():
+            self.item.weight[items] = 0
+
+    def forward(self, items: Tensor) -> Tensor:
+        """(n, length) item rows → (n, length, width): the state after each of them."""
+        length = items.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=items.device)
+        states = self.dropout(self.item(items) + self.place.weight[:length])
+        return self.layers(states, mask=mask, is_causal=True)
+
+    def log_probabilities(self, states: Tensor) -> Tensor:
+        """(n, width) → (n, items)."""
+        return torch.addmm(self.bias, states, self.item.weight[:-1].T).log_softmax(-1)
+
+
+def seeded(seed: Sequence[int], make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose initial weights follow from the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.default_rng(list(seed)).integers(2**31)))
+        return make()
