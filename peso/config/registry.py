@@ -1,8 +1,8 @@
 """The parts that a name stands for: strategies, proximal terms, baselines, data formats, report sections.
 
 A kind of part has a folder with one file a part, named like the part; other distributions add to it by
-entry points. A part's module is imported when its name is asked for, not before. Those that a configuration
-names by default import PyTorch and SciPy inside functions, so that a refused call does not wait for them.
+entry points. A part's module is imported when its name is asked for, not before. The modules of peso's own
+parts import PyTorch and SciPy inside functions, so that a refused call does not wait for them.
 """
 
 from __future__ import annotations

@@ -24,8 +24,11 @@ import torch
 import yaml
 
 from peso.adapters.lora import add_adapter
+from peso.adapters.proximal.term import TERMS
 from peso.cli import app, display
 from peso.cli.display import Terminal
+from peso.config.baselines import BASELINES
+from peso.config.strategy import STRATEGIES
 from peso.evaluation.report.page import render_page
 from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Quantity, Table, to_csv, to_latex, to_markdown
@@ -90,11 +93,21 @@ REFUSED_FOR = [  # of `peso run c.yaml -w x`
     ["--set", "training.device=nope"],
     ["--set", "strategy={name: custom, module: no.such}"],
     ["--dry-run", "-w", "c.yaml"],
+    ["--set", "strategy={proximal: nope}"],
+    *(
+        ["--set", f"{key}={value}", "--set", "backbone=nope"]
+        for key, values in {
+            "strategy": [*STRATEGIES.built_in(), *(f"{{proximal: {term}}}" for term in TERMS.built_in())],
+            "baselines": [*BASELINES.built_in(), "{name: hybrid, two_tower: {width: 8}}"],
+        }.items()
+        for value in values
+    ),
 ]
 
 
 def test_a_refused_call_loads_no_slow_library(peso, tmp_path):
-    """Loading PyTorch and its kin costs seconds; modules are counted, since seconds depend on the machine."""
+    """Loading PyTorch and its kin costs seconds; modules are counted, since seconds depend on the machine. So
+    it is whatever part of peso a configuration names."""
     (tmp_path / "c.yaml").write_text(
         "data: {format: simulate, simulate: {users: 40, items: 20, stages: 2}}\n"
         "backbone: tiny\ntraining: {epochs: 1, max_steps: 1}\nevaluation: {enabled: false}\nstrategy: none\n"
