@@ -36,13 +36,14 @@ class Setting:
     """What a baseline is made for.
 
     ``trie``: the catalog; ``window``: how many items of a history are used; ``device``: for the networks, the
-    other baselines use NumPy.
+    other baselines use NumPy; ``depth``: length of the lists by which settings are compared.
     """
 
     trie: ItemTrie
     window: int
     seed: int = 0
     device: torch.device | str = "cpu"
+    depth: int = 10
 
     @property
     def items(self) -> int:
@@ -84,6 +85,8 @@ class Baseline(Part, ABC):
     probabilistic: ClassVar[bool] = False
     """Whether softmax over the scores is the model's own distribution over the next item. If not, a
     temperature is fitted to the validation cases."""
+    continues: ClassVar[bool] = True
+    """Whether a stage is learned from the state after the stage before it, which has to be restored then."""
 
     class Options(BaselineOptions):
         repeats: Repeats = Field(

@@ -11,41 +11,53 @@ each score includes a millionth of the item's share of users.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from peso.baselines.baseline import Baseline, Matrix, interactions, known_histories
+from peso.baselines.baseline import Matrix, interactions, known_histories
+from peso.baselines.tuning import Counted
 from peso.events.histories import Cases, Stage
-from peso.runtime.progress import Observer
 
 LEAST = 1e-6  # weight of popularity
 ROWS = 2048  # of similarities computed at once, which bounds memory before only neighbors are kept
 
 
-class ItemKnn(Baseline):
+class ItemKnn(Counted):
     """Cosine similarity of items by the users that they share.
 
-    Counted again at every stage over all known events, in seconds; nothing is saved.
+    Counted again at every stage over all known events, in seconds.
     """
 
     name = "item-knn"
+    SETTINGS = (
+        {"neighbours": 100, "shrinkage": 10.0},
+        *({"neighbours": n, "shrinkage": s} for s in (1.0, 10.0, 100.0) for n in (20, 300)),
+        {"neighbours": 100, "shrinkage": 0.0},
+    )
 
-    class Options(Baseline.Options):
-        neighbours: int = Field(100, ge=1, description="of an item that are kept")
-        shrinkage: float = Field(
-            10.0, ge=0, description="added to the denominator: shrinks similarities that rest on few users"
+    class Options(Counted.Options):
+        neighbours: int | None = Field(
+            None, ge=1, description="of an item that are kept; none given: chosen on validation"
+        )
+        shrinkage: float | None = Field(
+            None,
+            ge=0,
+            description="added to the denominator: shrinks similarities that rest on few users; none given: "
+            "chosen on validation",
         )
 
     options: Options
 
-    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
-        had = interactions(list(known_histories(stages).values()), self.items)
-        self.similarities = similarities(had, self.options.neighbours, self.options.shrinkage)
-        self.popularity = LEAST * had.sum(axis=0) / had.shape[0]
-        return {"users": had.shape[0], "similarities": int(self.similarities.nnz)}
+    def counts(self, stages: Sequence[Stage]) -> Matrix:
+        return interactions(list(known_histories(stages).values()), self.items)
+
+    def fit(self, counts: Matrix, setting: Mapping[str, Any]) -> dict[str, Any]:
+        self.similarities = similarities(counts, setting["neighbours"], setting["shrinkage"])
+        self.popularity = LEAST * counts.sum(axis=0) / counts.shape[0]
+        return {"users": counts.shape[0], "similarities": int(self.similarities.nnz)}
 
     def scores(self, cases: Cases) -> np.ndarray:
         had = interactions([history[-self.window :] for history in cases.histories], self.items)

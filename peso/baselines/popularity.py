@@ -29,7 +29,7 @@ class Popularity(Baseline):
     """
 
     name = "popularity"
-    probabilistic = True
+    probabilistic, continues = True, False
 
     class Options(Baseline.Options):
         last: int | None = Field(

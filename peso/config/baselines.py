@@ -14,10 +14,15 @@ BASELINES = Registry(
     "peso.baselines",
     "peso.baselines",
     "peso.baselines.baseline:Part",
-    beside=["baseline", "fitting", "networks"],
+    beside=["baseline", "fitting", "networks", "tuning"],
     hyphens=True,
 )
-DEFAULT: list[dict[str, Any]] = [{"name": "popularity", "last": 1}, {"name": "item-knn"}, {"name": "ease"}]
+DEFAULT: list[dict[str, Any]] = [
+    {"name": "popularity", "last": 1},
+    {"name": "item-knn"},
+    {"name": "ease"},
+    {"name": "item-graph"},
+]
 
 
 class BaselineOptions(Options):

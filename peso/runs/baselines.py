@@ -71,7 +71,7 @@ class BaselineRun:
 
     def __init__(self, workspace: Workspace, config: BaselineOptions) -> None:
         self.workspace, self.config, self.label = workspace, config, baseline_label(config)
-        self.directory = workspace.root / "baselines" / self.label
+        self.directory = _directory(workspace, config)
         self.stream, self.ids = workspace.stream, workspace.semantic_ids
         known = len(self.ids.item_ids)
         self.stages = [n for n in range(self.stream.stages) if self.stream.items_known(n) <= known]
@@ -99,11 +99,13 @@ class BaselineRun:
 
     def _manifest(self, stage: int) -> Manifest:
         manifest = read_manifest(self.stage_directory(stage), FORMAT)
-        label = baseline_label(read_baseline(manifest["baseline"]))
-        if (label, manifest["stage"]) != (self.label, stage):
+        config = read_baseline(manifest["baseline"])
+        # an earlier version named a directory by other defaults, and did not record the name
+        same = config == self.config or ("label" not in manifest and config.name == self.config.name)
+        if not same or manifest["stage"] != stage:
             raise WorkspaceError(
-                f"{manifest.directory} holds stage {manifest['stage']} of {label}, not stage {stage} of "
-                f"{self.label}; restore it from a copy, or remove it and make it again"
+                f"{manifest.directory} holds stage {manifest['stage']} of {baseline_label(config)}, not "
+                f"stage {stage} of {self.label}; restore it from a copy, or remove it and make it again"
             )
         return manifest
 
@@ -192,6 +194,7 @@ class BaselineRun:
             content = {
                 "stage": stage,
                 "baseline": self.config.model_dump(mode="json"),
+                "label": self.label,
                 "settings": learnt.settings,
                 "determined_by": self.determination(stage),
                 "seconds": seconds,
@@ -214,7 +217,7 @@ class BaselineRun:
 
         stages = self._until(stage)
         baseline = self._make()
-        if stage and aside is not None:
+        if stage and aside is not None and baseline.continues:
             baseline.restore(self._model(stage - 1), stages[:-1])
         figures = baseline.learn(stages, observer)
         if aside is not None:
@@ -268,7 +271,8 @@ class BaselineRun:
 
         settings = self.workspace.config
         device = Precision.of("float32", settings.training.device).device
-        setting = Setting(self.ids.trie, settings.prompt.window, settings.seed, device)
+        depth = settings.decoding.beams
+        setting = Setting(self.ids.trie, settings.prompt.window, settings.seed, device, depth)
         baseline: Baseline = BASELINES.find(self.config.name).of(self.config, setting)
         return baseline
 
@@ -334,6 +338,18 @@ class BaselineRun:
             frozen = f"{self.label} (static)"
             runs.append(RunSummary(frozen, frozen, static, seed=seed, baseline=True))
         return runs
+
+
+def _directory(workspace: Workspace, config: BaselineOptions) -> Path:
+    """Where the results of a baseline are: a directory called as its label, or as an earlier version with
+    other defaults called it."""
+    root = workspace.root / "baselines"
+    own = root / baseline_label(config)
+    if not own.exists():
+        for stage in sorted(root.glob(f"{config.name}*/0")):
+            if read_baseline(read_manifest(stage, FORMAT)["baseline"]) == config:
+                return stage.parent
+    return own
 
 
 def found_baselines(workspace: Workspace) -> list[BaselineOptions]:

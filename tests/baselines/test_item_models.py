@@ -144,3 +144,20 @@ def test_held_back_events_are_not_known(current: list[list[int]], data: st.DataO
 @pytest.mark.parametrize(("items", "expected"), [([1, 2, 3, 9, 9], False), ([1, 2, 1, 8, 9], True)])
 def test_repeats_are_those_of_the_training_part(items: list[int], expected: bool) -> None:
     assert repeats_occur([stage(0, {"a": ([], items)})]) is expected
+
+
+@pytest.mark.parametrize("neighbours", [3, 12])
+def test_item_knn_without_shrinkage_is_that_of_implicit(neighbours: int) -> None:
+    """An independent implementation: its neighbors include the item itself, ours do not."""
+    recommenders = pytest.importorskip("implicit.nearest_neighbours")
+    from scipy import sparse
+
+    had = interactions(list(known_histories(random_stages(users=60)).values()), 12)
+    oracle = recommenders.CosineRecommender(K=neighbours + 1, num_threads=1)
+    oracle.fit(sparse.csr_matrix(had), show_progress=False)
+    expected = oracle.similarity.toarray()
+    np.fill_diagonal(expected, 0)
+    found = similarities(had, neighbours, 0.0).toarray()
+    np.testing.assert_allclose(np.sort(found, axis=1), np.sort(expected, axis=1), atol=1e-9)
+    if neighbours == 12:  # all of them: no ties are broken
+        np.testing.assert_allclose(found, expected, atol=1e-9)

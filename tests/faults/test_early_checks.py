@@ -93,7 +93,8 @@ def test_a_size_or_name_that_cannot_be_is_refused_at_once(override: str, message
 NAMED = {  # one member of a union, with what it needs
     "strategy": [{"name": name} for name in ("peso", "replay", "inf_lora")],
     "baselines": [
-        {"name": name} for name in ("popularity", "item-knn", "ease", "two-tower", "sasrec", "hybrid")
+        {"name": name}
+        for name in ("popularity", "item-knn", "ease", "item-graph", "two-tower", "sasrec", "hybrid")
     ],
 }
 

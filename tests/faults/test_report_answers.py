@@ -163,10 +163,10 @@ TREE = {
     "backbone": "tiny",
     "training": {"epochs": 1, "max_steps": 2},
 }
-CHEAP = ["popularity last=1", "item-knn", "ease"]
+CHEAP = ["popularity last=1", "item-knn", "ease", "item-graph"]
 
 
-def test_recent_popularity_item_knn_and_ease_are_run_unless_told_otherwise() -> None:
+def test_the_cheap_ones_are_run_unless_told_otherwise() -> None:
     def labels(**more: object) -> list[str]:
         return [baseline_label(config) for config in load_config({**TREE, **more}).baselines]
 

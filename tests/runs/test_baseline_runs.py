@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from peso.config import baseline_label, load_config
+from peso.config.baselines import read_baseline
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
 from peso.runs import pipeline, report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines, run_baselines
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
+from peso.runtime.manifest import read_manifest, write_manifest
 from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -177,3 +180,42 @@ def test_a_list_is_never_longer_than_the_catalogue(tmp_path: Path) -> None:
     too_many = load_config({**TREE, "decoding": {"beams": 100}, "evaluation": {"k": [100]}})
     with pytest.raises(ConfigError, match=f"asks for 100 items, but the log has {leaves}"):
         run_baselines(Workspace(workspace.root, too_many), too_many.baselines[:1], Silent())
+
+
+def test_results_of_a_version_with_other_defaults_are_found_and_kept(
+    finished: Workspace, tmp_path: Path
+) -> None:
+    """They lie in a directory called as the name alone then was, and their manifest does not say so."""
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root, ignore=shutil.ignore_patterns("baselines"))
+    workspace = Workspace.open(root)
+    former = read_baseline({"name": "ease", "regularisation": 50.0})
+    run = BaselineRun(workspace, former)
+    run.run(Silent())
+    run.directory.rename(root / "baselines" / "ease")
+    for stage in range(3):
+        directory = root / "baselines" / "ease" / str(stage)
+        manifest = dict(read_manifest(directory, 1))
+        del manifest["label"]
+        write_manifest(directory, 1, manifest, manifest["files"])
+
+    assert found_baselines(workspace) == [former]
+    found = BaselineRun(workspace, former)
+    assert all(found.is_done(stage) for stage in range(3))
+    assert found.summaries()[0].name == "ease regularisation=50"
+    tuned = BaselineRun(workspace, read_baseline({"name": "ease"}))
+    assert not tuned.is_done(0)
+    tuned.run(Silent())
+    assert tuned.is_done(2)
+    assert found_baselines(workspace) == [read_baseline({"name": "ease"})]
+
+
+def test_what_was_chosen_is_recorded_and_printed(peso, finished: Workspace) -> None:
+    status, _, error = peso("baseline", "item-graph", "-w", finished.root)
+    assert status == 0
+    assert "the best of 8 on validation" in error
+    learned = json.loads((finished.root / "baselines/item-graph/1/metrics.json").read_text())["learning"]
+    best = max(trial["ndcg"] for trial in learned["tried"])
+    assert {**learned["chosen"], "ndcg": best} in learned["tried"]
+    chosen = json.loads((finished.root / "baselines/item-graph/1/model/chosen.json").read_text())
+    assert chosen == learned["chosen"]

@@ -1,0 +1,164 @@
+"""A graph of the items that follow each other: a session heuristic without training.
+
+Recommends what other users did soon after the newest items of the history, most of all lately. The three
+decays are those of STAN (Garg et al. 2019, SIGIR, "Sequence and Time Aware Neighborhood for Session-based
+Recommendations"). Where STAN sums over the nearest sessions, this sums over all of them, so that everything
+known fits into a sparse matrix of items, as in the sequential rules (SR) of Ludewig and Jannach 2018 (arXiv
+1803.09587).
+With a pair x before y, at most ``reach`` places apart, in the sequence of a user:
+
+    edge(i, j) = Σ_{pairs} age^a · distance^(places apart − 1) · ([x = i, y = j] + backward · [x = j, y = i])
+    score(history, j) = Σ_n recency^n · edge(h_n, j)
+
+with a how many stages ago the later of the two came, h_0 the newest item of the history, h_1 the one before.
+Items that no edge leads to are ordered by popularity: each score includes a millionth of the item's share of
+events, with the same weights by age.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from peso.baselines.baseline import Matrix, padded
+from peso.baselines.tuning import Counted
+from peso.events.histories import Cases, Stage
+
+LEAST = 1e-6  # weight of popularity
+
+
+class ItemGraph(Counted):
+    """Transitions between items, newer ones counting more.
+
+    Counted again at every stage over all known events, in seconds.
+    """
+
+    name = "item-graph"
+    SETTINGS = tuple(
+        {"recency": recency, "age": age, "backward": backward}
+        for recency, age, backward in (
+            (0.7, 0.1, 0.3),
+            (0.5, 0.1, 0.3),
+            (0.5, 0.1, 0.1),
+            (0.7, 0.3, 0.1),
+            (0.8, 0.3, 0.6),
+            (0.9, 0.3, 1.0),
+            (0.5, 1.0, 0.1),
+            (0.7, 1.0, 0.3),
+        )
+    )
+
+    class Options(Counted.Options):
+        reach: int = Field(10, ge=1, description="places between two items of a sequence, at most")
+        distance: float = Field(
+            0.9, gt=0, le=1, description="weight of a pair against one whose items are one place closer"
+        )
+        recency: float | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="weight of an item of the history against the next newer one; none given: chosen on "
+            "validation",
+        )
+        age: float | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="weight of a stage's events against those of the next stage; none given: chosen on "
+            "validation",
+        )
+        backward: float | None = Field(
+            None,
+            ge=0,
+            le=1,
+            description="weight of the step from the later item of a pair to the earlier; none given: chosen "
+            "on validation",
+        )
+
+    options: Options
+
+    def counts(self, stages: Sequence[Stage]) -> Sequences:
+        return known_sequences(stages)
+
+    def fit(self, counts: Sequences, setting: Mapping[str, Any]) -> dict[str, Any]:
+        self.recency = setting["recency"]
+        age, backward = setting["age"], setting["backward"]
+        self.edges = edges(counts, self.items, self.options.reach, self.options.distance, age, backward)
+        recent = np.bincount(counts.items, weights=age**counts.ages, minlength=self.items)
+        self.popularity = LEAST * recent / max(1.0, recent.sum())
+        return {"events": len(counts.items), "edges": int(self.edges.nnz)}
+
+    def scores(self, cases: Cases) -> np.ndarray:
+        from scipy import sparse
+
+        newest_first = padded(
+            [history[: -self.window - 1 : -1] for history in cases.histories], self.window, -1
+        )
+        row, place = np.nonzero(newest_first >= 0)
+        weights = self.recency ** place.astype(np.float64)
+        shape = (len(cases), self.items)
+        had = sparse.csr_array((weights, (row, newest_first[row, place])), shape=shape)
+        return ((had @ self.edges).toarray() + self.popularity).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What every user is known to have had, end to end, oldest first.
+
+    ``items``; ``owners``: whose an event is; ``ages``: how many stages ago it was. All int64 (events,).
+    """
+
+    items: np.ndarray
+    owners: np.ndarray
+    ages: np.ndarray
+
+
+def known_sequences(stages: Sequence[Stage]) -> Sequences:
+    """The events that are known after training on the last of these stages.
+
+    Of the last stage only what models train on counts, of the users who take part. Events that only a
+    ``previous`` list reports are as old as the first stage given.
+    """
+    *past, latest = stages
+    parts: dict[str, list[tuple[np.ndarray, int]]] = {}
+    oldest = latest.number - stages[0].number
+
+    def add(user: str, previous: np.ndarray, new: np.ndarray, age: int) -> None:
+        own = parts.setdefault(user, [])
+        if not own:
+            own.append((previous, oldest))
+        own.append((new, age))
+
+    for stage in past:
+        for user, previous, current in zip(stage.users, stage.previous, stage.current, strict=True):
+            add(user, previous, current, latest.number - stage.number)
+    for sequence in latest.training_sequences():
+        first = sequence.first_target
+        add(sequence.user, sequence.items[:first], sequence.items[first:], 0)
+    pieces = [(owner, *part) for owner, own in enumerate(parts.values()) for part in own]
+    lengths = [len(items) for _, items, _ in pieces]
+    return Sequences(
+        np.concatenate([np.empty(0, dtype=np.int64), *(items for _, items, _ in pieces)]),
+        np.repeat(np.array([owner for owner, *_ in pieces], dtype=np.int64), lengths),
+        np.repeat(np.array([age for *_, age in pieces], dtype=np.int64), lengths),
+    )
+
+
+def edges(known: Sequences, items: int, reach: int, distance: float, age: float, backward: float) -> Matrix:
+    """Sparse (items, items): the formula above; an item has no edge to itself."""
+    from scipy import sparse
+
+    result = sparse.csr_array((items, items))
+    for apart in range(1, min(reach, len(known.items) - 1) + 1):
+        earlier, later = known.items[:-apart], known.items[apart:]
+        pairs = (known.owners[:-apart] == known.owners[apart:]) & (earlier != later)
+        if not pairs.any():
+            continue
+        weights = distance ** (apart - 1) * age ** known.ages[apart:][pairs].astype(np.float64)
+        steps = sparse.csr_array((weights, (earlier[pairs], later[pairs])), shape=(items, items))
+        result = result + steps
+    return (result + backward * result.T).tocsr() if backward else result.tocsr()

@@ -1,0 +1,126 @@
+"""Options that are left open: what decides, what may not, and that the choice lasts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from catalogs import setting
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from peso.baselines.baseline import BaselineAnswers
+from peso.baselines.ease import Ease
+from peso.baselines.item_graph import ItemGraph
+from peso.baselines.item_knn import ItemKnn
+from peso.baselines.tuning import MOST_TRIALS, Counted, target_ranks
+from peso.config.baselines import BASELINES
+from peso.evaluation.metrics import ndcg
+from peso.evaluation.predictions import semantic_id_ranks
+from peso.events.histories import Cases, Ragged, Stage
+from peso.runtime.progress import Silent
+
+ITEMS, WINDOW = 15, 5
+COUNTED = pytest.mark.parametrize("kind", [Ease, ItemKnn, ItemGraph])
+
+
+def walks(number: int, seed: int = 0, last: int | None = None, users: int = 40) -> Stage:
+    """Users who mostly go on to a next item; ``last``: what all of them end with instead."""
+    generator = np.random.default_rng([seed, number])
+    rows = []
+    for _ in range(users):
+        steps = generator.choice([1, 2, 7], p=[0.7, 0.2, 0.1], size=7)
+        row = (generator.integers(ITEMS) + np.cumsum(steps)) % ITEMS
+        rows.append([*row[:-1], row[-1] if last is None else last])
+    return Stage(number, [f"u{n}" for n in range(users)], Ragged.of([[]] * users), Ragged.of(rows))
+
+
+def mean_ndcg(model: Counted, stages: list[Stage]) -> float:
+    """Of the validation targets, by the ranking that answers give."""
+    trie, cases = model.setting.trie, stages[-1].validation_cases(WINDOW)
+    answers = BaselineAnswers(model, trie).answer(cases, model.setting.depth, lambda done: None)
+    ranks = semantic_id_ranks(answers.leaves, trie.leaf_of[cases.targets])
+    return float(ndcg(ranks, model.setting.depth).mean())
+
+
+@COUNTED
+def test_the_setting_with_the_best_ranking_of_validation_targets_is_taken(kind: type[Counted]) -> None:
+    stages = [walks(0), walks(1)]
+    model = kind(setting(ITEMS, WINDOW), repeats="keep")
+    figures = model.learn(stages, Silent())
+    found = []
+    for choice in kind.SETTINGS:
+        alone = kind(setting(ITEMS, WINDOW), repeats="keep", **choice)
+        assert alone.learn(stages, Silent())["tried"] == []  # nothing is open
+        found.append(mean_ndcg(alone, stages))
+    assert [trial["ndcg"] for trial in figures["tried"]] == pytest.approx(found)
+    assert figures["chosen"] == kind.SETTINGS[int(np.argmax(found))]
+    assert mean_ndcg(model, stages) == pytest.approx(max(found))
+    assert len(set(found)) > 1
+
+
+@COUNTED
+def test_what_is_held_back_for_the_test_decides_nothing(kind: type[Counted]) -> None:
+    first, second = (kind(setting(ITEMS, WINDOW)) for _ in range(2))
+    assert first.learn([walks(0)], Silent()) == second.learn([walks(0, last=3)], Silent())
+
+
+def test_every_baseline_that_is_tuned_has_the_same_budget() -> None:
+    tuned = [part for part in BASELINES.everything().values() if hasattr(part, "SETTINGS")]
+    assert len(tuned) >= 3
+    for part in tuned:
+        assert len(part.SETTINGS) == MOST_TRIALS
+        open_options = {name for name, value in part.Options(name=part.name).given().items() if value is None}
+        for choice in part.SETTINGS:
+            assert choice.keys() <= open_options
+            part.Options(name=part.name, **choice)  # within the bounds
+
+
+def test_given_options_hold_in_every_trial() -> None:
+    model = ItemKnn(setting(ITEMS, WINDOW), neighbours=3)
+    figures = model.learn([walks(0)], Silent())
+    assert {trial["neighbours"] for trial in figures["tried"]} == {3}
+    assert [trial["shrinkage"] for trial in figures["tried"]] == [10.0, 1.0, 100.0, 0.0]  # each once
+    assert ItemKnn(setting(ITEMS, WINDOW), trials=1).learn([walks(0)], Silent())["tried"] == []
+
+
+@COUNTED
+def test_a_choice_is_kept_and_not_made_again(
+    kind: type[Counted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [walks(0), walks(1)]
+    model, again = kind(setting(ITEMS, WINDOW)), kind(setting(ITEMS, WINDOW))
+    model.learn(stages, Silent())
+    model.chosen = dict(kind.SETTINGS[-1])
+    model.fit(model.counts(stages), model.chosen)
+    model.save(tmp_path)
+    monkeypatch.setattr(kind, "validation", None)  # whoever chooses would need it
+    again.restore(tmp_path, stages)
+    cases = stages[-1].test_cases(WINDOW)
+    np.testing.assert_array_equal(model.scores(cases), again.scores(cases))
+
+
+@given(
+    hnp.arrays(np.float32, (4, 9), elements=st.sampled_from([0.0, 1.0, 2.0, -np.inf])),
+    hnp.arrays(np.int32, 4, elements=st.integers(0, 8)),
+)
+def test_ranks_are_places_in_a_stable_sort(scores: np.ndarray, targets: np.ndarray) -> None:
+    order = np.argsort(-scores, axis=1, kind="stable")
+    expected = [list(row).index(target) + 1 for row, target in zip(order, targets, strict=True)]
+    assert target_ranks(scores, targets).tolist() == expected
+
+
+def test_items_that_a_user_has_had_take_no_place_from_a_target() -> None:
+    model: Any = ItemKnn(setting(ITEMS, WINDOW))
+    stages = [walks(0)]
+    cases = Cases(["u"], [np.array([0, 1, 2])], np.array([3]))
+    model.scores = lambda some: np.array([[5.0, 4.0, 3.0, 2.0] + [0.0] * 11], dtype=np.float32)
+    validation = model.validation(stages)
+    validation.cases = cases
+    validation.repeats = False
+    assert validation.ndcg_of(model) == 1.0
+    validation.repeats = True
+    assert validation.ndcg_of(model) == pytest.approx(1 / np.log2(5))
