@@ -23,6 +23,7 @@ from peso.cli.models import export, pull
 from peso.cli.promotion import promote, rollback, status
 from peso.cli.recommend import recommend
 from peso.cli.run import run
+from peso.cli.serve import serve
 from peso.cli.start import demo, doctor, init
 from peso.errors import DataError, UsageError
 from peso.runtime.failures import (
@@ -61,7 +62,7 @@ app = typer.Typer(
     "143 terminated (SIGTERM).",
 )
 STEPS = (steps.ingest, steps.tokenize, steps.train, steps.update, steps.undo, steps.evaluate, steps.report)
-SERVING = (status, promote, rollback)
+SERVING = (serve, status, promote, rollback)
 OTHERS = (recommend, baseline, diagnose, pull, export)
 for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS):
     app.command()(command)

@@ -185,6 +185,9 @@ class SemanticIds:
         """All token names, level by level: the order of the rows of the semantic vocabulary."""
         return [token_name(level, code) for level, size in enumerate(self.sizes) for code in range(size)]
 
+    def __contains__(self, item_id: str) -> bool:
+        return item_id in self._rows
+
     def row(self, item_id: str) -> int:
         try:
             return self._rows[item_id]

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-OPTIONAL = {"sentence-transformers": ("text", "sentence encoders as items.encoder")}
+OPTIONAL = {
+    "sentence-transformers": ("text", "sentence encoders as items.encoder"),
+    "fastapi": ("serve", "`peso serve`"),
+}
 
 TRAINED = 16  # bytes of a parameter that is trained: float32, its gradient, two moments of AdamW
 LAYER = 50_000  # bytes of Python objects, at least, that a decoder layer consists of

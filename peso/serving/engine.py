@@ -1,0 +1,142 @@
+"""Questions that arrive within a few milliseconds are answered together, by one thread, from one snapshot."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from peso.errors import DataError, PesoError
+from peso.serving.messages import Answer
+from peso.serving.snapshot import Question, Snapshot
+
+Answers = list[Answer | DataError]
+RECENT = 0.2  # weight of the newest batch in the time that a question takes
+
+
+class Overloaded(PesoError):
+    """More questions wait than the engine accepts.
+
+    Args:
+        seconds: after how many the queue will probably have room.
+    """
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"the server has too many requests to answer; try again in {seconds} s")
+        self.seconds = seconds
+
+
+@dataclass
+class _Group:
+    """Questions of one request, which stay together."""
+
+    questions: Sequence[Question]
+    arrived: float
+    future: Future[Answers] = field(default_factory=Future)
+
+
+class Engine:
+    """
+    Args:
+        current: the snapshot that answers now; asked once a batch.
+        wait: seconds that a question waits for others to come along, at most.
+        together: questions of a batch, as soon as which nobody is waited for.
+        most: questions that may wait; further ones are refused.
+        on_batch: told of every batch the number of questions and the seconds it took.
+    """
+
+    def __init__(
+        self,
+        current: Callable[[], Snapshot],
+        *,
+        wait: float = 0.005,
+        together: int = 32,
+        most: int = 256,
+        on_batch: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self._current, self._on_batch = current, on_batch
+        self._wait, self._together, self._most = wait, together, most
+        self._groups: deque[_Group] = deque()
+        self._questions = 0  # in the groups
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._seconds = 0.02  # that a question takes
+        self._thread = threading.Thread(target=self._run, name="peso engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Questions that no batch has taken yet."""
+        return self._questions
+
+    def ask(self, questions: Sequence[Question]) -> Future[Answers]:
+        """The answers to come, all from one snapshot.
+
+        Raises:
+            Overloaded: too many questions wait.
+        """
+        with self._changed:
+            if self._stopping or (self._groups and self._questions + len(questions) > self._most):
+                raise Overloaded(max(1, math.ceil(self._questions * self._seconds)))
+            group = _Group(questions, time.monotonic())
+            self._groups.append(group)
+            self._questions += len(questions)
+            self._changed.notify()
+        return group.future
+
+    def stop(self) -> None:
+        """Answer what waits, accept nothing more."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next():
+            started, count = time.monotonic(), sum(len(group.questions) for group in batch)
+            try:
+                answers = self._current().answer([each for group in batch for each in group.questions])
+            except Exception as error:
+                for group in batch:
+                    group.future.set_exception(error)
+                continue
+            took = time.monotonic() - started
+            self._seconds += RECENT * (took / count - self._seconds)
+            if self._on_batch is not None:
+                self._on_batch(count, took)
+            for group in batch:
+                size = len(group.questions)
+                group.future.set_result(answers[:size])
+                answers = answers[size:]
+            # the thread sleeps next, and a snapshot must not outlive its time in a variable
+            del answers, group, batch
+
+    def _take(self) -> list[_Group]:
+        """Whole groups, in the order of their arrival; the caller holds the lock."""
+        batch = [self._groups.popleft()]
+        count = len(batch[0].questions)
+        while self._groups and count + len(self._groups[0].questions) <= self._together:
+            batch.append(self._groups.popleft())
+            count += len(batch[-1].questions)
+        self._questions -= count
+        return batch
+
+    def _next(self) -> list[_Group]:
+        """The groups of the next batch that are still waited for; none once the engine has stopped."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._groups or self._stopping)
+                if not self._groups:
+                    return []
+                until = self._groups[0].arrived + self._wait
+                self._changed.wait_for(
+                    lambda: self._questions >= self._together or self._stopping,
+                    max(0.0, until - time.monotonic()),
+                )
+                batch = self._take()
+            if wanted := [group for group in batch if group.future.set_running_or_notify_cancel()]:
+                return wanted

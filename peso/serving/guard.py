@@ -1,0 +1,198 @@
+"""What every request passes before it is read: who asks, how often, how much, and a line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from peso.serving.meters import Meters
+from peso.serving.tokens import Tokens
+
+OPEN = ("/healthz", "/readyz")  # need no token: they tell nothing but whether the server works
+CALLERS = 10_000  # whose rates are remembered
+PATIENCE = 30  # seconds that a body may take to arrive
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+log = logging.getLogger("peso.serving")
+
+
+class Rates:
+    """A bucket of requests for each caller: ``rate`` flow in every second, twice as many fit in.
+
+    Args:
+        rate: requests a second; 0: as many as they like.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._left: OrderedDict[object, tuple[float, float]] = OrderedDict()  # requests left, at which time
+
+    def wait(self, caller: object, now: float) -> float:
+        """Seconds until the caller may ask; 0: a request is taken from the bucket."""
+        if not self.rate:
+            return 0.0
+        most = max(1.0, 2 * self.rate)
+        left, then = self._left.pop(caller, (most, now))
+        left = min(most, left + (now - then) * self.rate)
+        allowed = left >= 1
+        self._left[caller] = (left - allowed, now)
+        if len(self._left) > CALLERS:
+            self._left.popitem(last=False)
+        return 0.0 if allowed else (1 - left) / self.rate
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        tokens: None: no caller needs one.
+        hosts: names by which the server may be called, so that no web page reaches it under a name of its
+            own (DNS rebinding); None: any.
+        rate: see :class:`Rates`, by token, or by address where there are no tokens.
+        largest_body: bytes.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        meters: Meters,
+        tokens: Tokens | None,
+        hosts: Iterable[str] | None,
+        rate: float,
+        largest_body: int,
+    ) -> None:
+        self.app, self.meters, self.tokens = app, meters, tokens
+        self.hosts = None if hosts is None else frozenset(hosts)
+        self.rates, self.largest_body = Rates(rate), largest_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return  # a websocket is closed unanswered
+        started, number, status = time.monotonic(), secrets.token_hex(8), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = number
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            if (refusal := self._refusal(scope)) is not None:
+                await refusal(scope, receive, answer)
+            else:
+                await self._within_limits(scope, receive, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            took = time.monotonic() - started
+            self.meters.requests.labels(route, str(status)).inc()
+            self.meters.seconds.labels(route).observe(took)
+            line = {"id": number, "method": scope["method"], "route": route, "status": status}
+            log.info("request", extra={"fields": line | {"ms": round(1000 * took, 1)}})
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        headers, path = Headers(scope=scope), scope["path"]
+        if self.hosts is not None and _name(headers.get("host", "")) not in self.hosts:
+            return _problem(421, f"this server is called by one of the names {', '.join(sorted(self.hosts))}")
+        if path in OPEN:
+            return None
+        caller: object = (scope.get("client") or ("",))[0]
+        if self.tokens is not None:
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            caller = self.tokens.place(token.strip()) if scheme.lower() == "bearer" else None
+            if caller is None:
+                problem = _problem(401, "send a token that this server knows: Authorization: Bearer TOKEN")
+                problem.headers["www-authenticate"] = "Bearer"
+                return problem
+        if wait := self.rates.wait(caller, time.monotonic()):
+            problem = _problem(429, f"more than {self.rates.rate:g} requests a second; send fewer")
+            problem.headers["retry-after"] = str(math.ceil(wait))
+            return problem
+        return None
+
+    async def _within_limits(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body before anything looks at it, as far as it may be long."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                body = await self._body(scope, receive)
+        except TimeoutError:
+            body = _problem(408, f"the body did not arrive within {PATIENCE} s; send it again")
+        if body is None:
+            return
+        if isinstance(body, JSONResponse):
+            body.headers["connection"] = "close"
+            await body(scope, receive, send)
+            return
+        content, read = body, False
+
+        async def receive_again() -> Message:
+            nonlocal read
+            if read:
+                return await receive()
+            read = True
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        await self.app(scope, receive_again, send)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | JSONResponse | None:
+        """Or why it is not accepted; None where the caller has gone."""
+        refusal = _problem(413, f"the body is longer than {self.largest_body:,} bytes; send less at once")
+        length = Headers(scope=scope).get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self.largest_body:
+            return refusal
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self.largest_body:
+                return refusal
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without the port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].lower()
+
+
+def _problem(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status)
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=True)

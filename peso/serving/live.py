@@ -1,0 +1,125 @@
+"""The stage that answers: loaded in the background, replaced when another one is promoted."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peso.runs.served import serving_stage
+from peso.runs.stage import RunStage
+from peso.runs.workspace import SERVED, Workspace
+from peso.serving.snapshot import Snapshot
+
+INTERVAL = 0.5  # seconds between two looks at which stage is to serve
+AGAIN = 30.0  # seconds after which a stage that could not be loaded is tried again
+
+
+class LiveStage:
+    """Watches a workspace, and holds the snapshot to answer from.
+
+    A new stage is loaded beside the one that answers and then takes its place, in one assignment. The engine
+    asks for the snapshot once a batch, so no answer mixes two stages, and the old model is freed with the
+    last batch that reads it.
+
+    Args:
+        stage: pinned; None: the one that is promoted, or the newest trained one where none was promoted.
+        on_change: told of every stage that begins to answer.
+        on_problem: told why a stage cannot be loaded; the one before goes on.
+
+    Raises:
+        PesoError: there is no such stage, or a file of the workspace is damaged.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        stage: int | None = None,
+        trust: Iterable[str] = (),
+        device: str | None = None,
+        on_change: Callable[[Snapshot], None] | None = None,
+        on_problem: Callable[[str], None] | None = None,
+    ) -> None:
+        self.root, self.pinned = root, stage
+        self._trust, self._device = tuple(trust), device
+        self._on_change, self._on_problem = on_change, on_problem
+        self.problem: str | None = None
+        self._looked: tuple[object, ...] | None = None
+        self._stopping, self._loading = threading.Event(), threading.Lock()
+        self.current = Snapshot.of(self._wanted())
+        self._thread = threading.Thread(target=self._watch, name="peso stages", daemon=True)
+
+    def start(self) -> None:
+        """Load the model, then watch; in a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """What is being loaded is left to end with the process."""
+        self._stopping.set()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.current.model is not None
+
+    def refresh(self) -> None:
+        """Answer from the stage that is to serve now, if that is another one or not loaded yet."""
+        with self._loading:  # Transformers cannot load two models at once
+            self._refresh()
+
+    def _refresh(self) -> None:
+        before = self.current
+        wanted = self._wanted()
+        if before.model is not None and self._is(before, wanted):
+            self.problem = None
+            return
+        after = before if self._is(before, wanted) else Snapshot.of(wanted)
+        after = replace(after, model=wanted.answering_model(self._device), since=datetime.now(UTC))
+        self.current = after
+        self.problem = None
+        del before
+        gc.collect()  # modules refer to each other in circles
+        if self._on_change is not None:
+            self._on_change(after)
+
+    @staticmethod
+    def _is(snapshot: Snapshot, stage: RunStage) -> bool:
+        return (snapshot.stage, snapshot.determined_by) == (stage.number, stage.determined_by)
+
+    def _wanted(self) -> RunStage:
+        self.workspace = Workspace.open(self.root, self._trust)
+        if self.pinned is not None:
+            return self.workspace.trained(self.pinned)
+        return serving_stage(self.workspace)
+
+    def _traces(self) -> tuple[object, ...]:
+        """What changes when another stage is to serve; cheap to ask for."""
+        found: list[object] = []
+        for path in (self.root / SERVED, self.root / "stages"):
+            try:
+                state = os.stat(path)
+                found += [state.st_ino, state.st_mtime_ns, state.st_size]
+            except OSError:
+                found.append(None)
+        return tuple(found)
+
+    def _watch(self) -> None:
+        pause = 0.0
+        while not self._stopping.wait(pause):
+            pause = INTERVAL
+            traces = self._traces()
+            if traces == self._looked and self.problem is None:
+                continue
+            try:
+                self.refresh()
+                self._looked = traces
+            except Exception as error:  # whatever it is, the stage before goes on
+                pause = AGAIN if traces == self._looked else INTERVAL
+                self._looked = traces
+                if self.problem != str(error) and self._on_problem is not None:
+                    self._on_problem(str(error))
+                self.problem = str(error)

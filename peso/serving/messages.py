@@ -1,0 +1,182 @@
+"""What requests and answers consist of, with the limits of every request.
+
+The limits are part of the OpenAPI description; a request beyond them is refused with status 422.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+MOST_REQUESTS = 64  # recommendations that one request may ask for
+MOST_EVENTS = 1_000
+MOST_ITEMS = 1_000  # of a history
+MOST_LISTED = 10_000  # of allow and deny
+MOST_K = 100
+AHEAD = 86_400.0  # seconds that the clock of a caller may be ahead
+ID_LENGTH = 256  # characters of an id of a user or an item, and of an event key
+
+EXAMPLE: dict[str, Any] = {"history": ["25", "311"], "k": 3, "titles": True}
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("has a null character")
+    return text
+
+
+def _moment(time: float | str) -> int:
+    """Microseconds since 1970."""
+    if isinstance(time, str):
+        try:
+            when = datetime.fromisoformat(time)
+            time = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            raise ValueError("is not a moment such as 2026-03-01T12:00:00Z") from None
+    if not 0 <= time <= now() / 1e6 + AHEAD:  # a NaN is not
+        raise ValueError("lies before 1970 or more than a day in the future; send seconds or ISO 8601")
+    return round(time * 1e6)
+
+
+def now() -> int:
+    """Microseconds since 1970."""
+    return round(datetime.now(UTC).timestamp() * 1e6)
+
+
+Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH), AfterValidator(_storable)]
+
+
+class Message(BaseModel):
+    """An unknown key is a slip of the pen, and is refused; a number is not taken for an id."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Request(Message):
+    """Recommendations for a user or after a history."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
+    user: Id | None = Field(
+        None, description="A user, whose history is that of the log and the events received since."
+    )
+    history: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="Item ids, oldest first.")
+    k: int = Field(10, ge=1, le=MOST_K, description="How many items.")
+    exclude_seen: bool | None = Field(
+        None,
+        description="Leave out the items of the history. Default: as in the tests of the stage "
+        "(`decoding.repeats`).",
+    )
+    allow: list[Id] | None = Field(
+        None, min_length=1, max_length=MOST_LISTED, description="The only items that may come back."
+    )
+    deny: list[Id] | None = Field(None, max_length=MOST_LISTED, description="Items that may not come back.")
+    titles: bool = Field(False, description="Add each item's title.")
+    unknown: Literal["skip", "refuse"] = Field(
+        "skip",
+        description="What happens to items of `history`, `allow` and `deny` that the stage does not know. "
+        "skip: they are left out and named in the answer.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Request:
+        if (self.user is None) == (self.history is None):
+            raise ValueError("give either user or history")
+        return self
+
+
+class Item(Message):
+    item: str
+    score: float = Field(
+        description="Log-probability under the model; in a popularity list of the item's share of events."
+    )
+    title: str | None = Field(None, description="Where `titles` asks for it and the log has one.")
+
+
+class Answer(Message):
+    """Everything in it comes from one stage."""
+
+    stage: int = Field(description="The stage that answered.")
+    source: Literal["model", "popularity"] = Field(
+        description="popularity: the items with the most events in the stage, for the reason given."
+    )
+    reason: Literal["loading", "unknown_user", "empty_history"] | None = Field(
+        None, description="Why the model was not asked."
+    )
+    items: list[Item] = Field(description="Best first; fewer than k where the filters leave no more items.")
+    unknown_items: list[str] = Field(
+        default=[], description="Items of the request or the history that the stage does not know."
+    )
+
+
+class Event(Message):
+    """A user had an item."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user": "7", "item": "311", "time": "2026-03-01T12:00:00Z"}]}
+    )
+
+    user: Id
+    item: Id
+    time: Annotated[float | str, AfterValidator(_moment)] | None = Field(
+        None,
+        description="When: ISO 8601 (UTC where it names no zone) or seconds since 1970, at most a day from "
+        "now. Default: now, and then two equal events are two events unless they have a key.",
+    )
+    key: Id | None = Field(
+        None,
+        description="Tells the event from others: an event whose key was received before changes nothing. "
+        "Default: made from user, item and time.",
+    )
+
+
+class Received(Message):
+    """The events are on disk."""
+
+    new: int
+    duplicates: int = Field(description="Events whose key was received before.")
+    unknown_items: list[str] = Field(
+        default=[], description="Items that the serving stage does not know; their events are kept."
+    )
+
+
+class ItemDetails(Message):
+    stage: int
+    item: str
+    title: str | None
+    semantic_id: list[str]
+
+
+class Status(Message):
+    version: str
+    stage: int = Field(description="The stage that answers.")
+    stage_since: datetime = Field(description="Since when this server answers from it.")
+    pinned: bool = Field(description="Whether --stage fixes the stage.")
+    model: Literal["loading", "ready"]
+    problem: str | None = Field(None, description="Why another stage could not be loaded.")
+    newest_stage: int = Field(description="The newest trained stage.")
+    read_only: bool
+    items: int
+    waiting: int = Field(description="Recommendations that wait for the model.")
+
+
+class Problem(Message):
+    detail: str = Field(description="What is wrong and what to do.")
+
+
+def _shape(value: Any) -> str:
+    return "list" if isinstance(value, list) else "one"
+
+
+Requests = Annotated[
+    Annotated[Request, Tag("one")]
+    | Annotated[list[Request], Field(min_length=1, max_length=MOST_REQUESTS), Tag("list")],
+    Discriminator(_shape),
+]
+Events = Annotated[
+    Annotated[Event, Tag("one")]
+    | Annotated[list[Event], Field(min_length=1, max_length=MOST_EVENTS), Tag("list")],
+    Discriminator(_shape),
+]

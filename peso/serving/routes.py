@@ -1,0 +1,265 @@
+"""The HTTP interface: what each path takes and gives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Path
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from peso.errors import DataError, FullDisk
+from peso.events.received import ReceivedEvent, ReceivedEvents
+from peso.runtime.failures import installed_version
+from peso.serving import messages
+from peso.serving.engine import Engine, Overloaded
+from peso.serving.histories import LiveHistories
+from peso.serving.live import LiveStage
+from peso.serving.messages import Answer, Events, ItemDetails, Problem, Received, Request, Requests, Status
+from peso.serving.meters import Meters
+from peso.serving.snapshot import Question
+
+log = logging.getLogger("peso.serving")
+SHOWN = 5  # mistakes of a body that an answer names
+
+
+@dataclass
+class Service:
+    """What answers: the stage, the engine, the histories of users, and where events go.
+
+    ``received``: None where the server accepts no events.
+    """
+
+    live: LiveStage
+    engine: Engine
+    meters: Meters
+    histories: LiveHistories
+    received: ReceivedEvents | None
+
+
+def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
+    said = {
+        507: "No space left on the server's disk; none of the events is stored.",
+        403: "The server accepts no events.",
+        401: "No token, or one that the server does not know.",
+        404: "There is no such thing.",
+        413: "The body is too long.",
+        422: "The body is not as described, or cannot be answered.",
+        429: "Too many requests; `Retry-After` says after how many seconds to try again.",
+    }
+    return {code: {"model": Problem, "description": said[code]} for code in codes}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application, without the guard before it (:mod:`peso.serving.guard`)."""
+
+    @asynccontextmanager
+    async def running(app: FastAPI) -> AsyncIterator[None]:
+        service.live.start()
+        yield
+        service.live.stop()
+        await run_in_threadpool(service.engine.stop)
+
+    app = FastAPI(
+        title="peso",
+        version=installed_version(),
+        description="Recommendations from a trained stage, and events into the next one.",
+        lifespan=running,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.add_exception_handler(RequestValidationError, _explain_mistakes)
+    app.add_exception_handler(HTTPException, _explain_refusal)
+    app.add_exception_handler(Overloaded, _explain_load)
+    app.add_exception_handler(DataError, _explain_data)
+    app.add_exception_handler(FullDisk, _explain_full_disk)
+    app.add_exception_handler(Exception, _hide_defect)
+    _add_recommendations(app, service)
+    _add_events(app, service)
+    _add_state(app, service)
+    return app
+
+
+def _add_recommendations(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/recommend",
+        responses=_refusals(401, 413, 422, 429),
+        response_model_exclude_none=True,
+        summary="Recommend items to one user or to several",
+    )
+    async def recommend(
+        body: Annotated[Requests, Body(openapi_examples=EXAMPLES)],
+    ) -> Answer | list[Answer]:
+        """A list of requests gives the list of their answers, all from one stage."""
+        requests = body if isinstance(body, list) else [body]
+        questions = [await _question(service, request) for request in requests]
+        answers = await asyncio.wrap_future(service.engine.ask(questions))
+        given: list[Answer] = []
+        for place, answer in enumerate(answers):
+            if isinstance(answer, DataError):
+                where = f"request {place}: " if isinstance(body, list) else ""
+                raise DataError(f"{where}{answer}")
+            service.meters.answers.labels(answer.source, answer.reason or "").inc()
+            given.append(answer)
+        return given if isinstance(body, list) else given[0]
+
+    @app.get(
+        "/v1/items/{item:path}",
+        responses=_refusals(401, 404, 429),
+        summary="An item's title and semantic ID",
+    )
+    async def item(item: Annotated[messages.Id, Path(examples=["25"])]) -> ItemDetails:
+        snapshot = service.live.current
+        if item not in snapshot.semantic_ids:
+            raise HTTPException(404, f"stage {snapshot.stage} does not know the item {item!r}")
+        return ItemDetails(
+            stage=snapshot.stage,
+            item=item,
+            title=snapshot.title(item),
+            semantic_id=snapshot.semantic_ids.semantic_id(item),
+        )
+
+
+async def _question(service: Service, request: Request) -> Question:
+    if request.user is None:
+        return Question(request, request.history)
+    return Question(request, await run_in_threadpool(service.histories.of, request.user))
+
+
+def _add_events(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/events",
+        responses=_refusals(401, 403, 413, 422, 429, 507),
+        summary="Store what users did",
+    )
+    async def events(body: Annotated[Events, Body(openapi_examples=EVENT_EXAMPLES)]) -> Received:
+        """The answer comes when the events are on the disk; all of them are, or none. Recommendations for
+        their users that are asked for afterwards take them into account. Sent again they change nothing."""
+        if service.received is None:
+            raise HTTPException(403, "this server accepts no events: it was started with --read-only")
+        time = messages.now()
+        given = [
+            ReceivedEvent(each.user, each.item, time if each.time is None else int(each.time), each.key or "")
+            for each in (body if isinstance(body, list) else [body])
+        ]
+        new = await run_in_threadpool(service.received.add, given)
+        service.meters.events.labels("new").inc(sum(new))
+        service.meters.events.labels("duplicate").inc(len(new) - sum(new))
+        unknown = service.live.current.known(event.item for event in given)[1]
+        return Received(new=sum(new), duplicates=len(new) - sum(new), unknown_items=unknown)
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/status", responses=_refusals(401, 429), summary="The stage that answers, and since when")
+    async def status() -> Status:
+        live = service.live
+        snapshot = live.current
+        newest = await run_in_threadpool(lambda: live.workspace.finished_stages[-1])
+        return Status(
+            version=installed_version(),
+            stage=snapshot.stage,
+            stage_since=snapshot.since,
+            pinned=live.pinned is not None,
+            model="loading" if snapshot.model is None else "ready",
+            problem=live.problem,
+            newest_stage=newest,
+            read_only=service.received is None,
+            items=len(snapshot.semantic_ids.item_ids),
+            waiting=service.engine.waiting,
+        )
+
+    @app.get("/healthz", response_class=PlainTextResponse, summary="Whether the server lives")
+    async def healthz() -> str:
+        return "ok\n"
+
+    @app.get(
+        "/readyz",
+        response_class=PlainTextResponse,
+        responses={503: {"description": "The model is loading.", "content": {"text/plain": {}}}},
+        summary="Whether the model answers",
+    )
+    async def readyz() -> Response:
+        ready = service.live.is_ready
+        return PlainTextResponse("ready\n" if ready else "loading\n", 200 if ready else 503)
+
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses=_refusals(401, 429),
+        summary="Figures for Prometheus",
+    )
+    async def metrics() -> Response:
+        service.meters.waiting.set(service.engine.waiting)
+        service.meters.stage.set(service.live.current.stage)
+        return Response(service.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+EXAMPLES: Any = {
+    "user": {"summary": "A user of the log", "value": {"user": "7", "k": 5}},
+    "history": {"summary": "A history", "value": messages.EXAMPLE},
+    "several": {
+        "summary": "Several requests",
+        "value": [{"user": "7"}, {"history": ["25"], "k": 3}],
+    },
+}
+
+EVENT_EXAMPLES: Any = {
+    "one": {"summary": "An event", "value": {"user": "7", "item": "311", "time": "2026-03-01T12:00:00Z"}},
+    "several": {
+        "summary": "Several events, one of them with a key of the sender's",
+        "value": [
+            {"user": "7", "item": "311", "key": "order-5"},
+            {"user": "8", "item": "25", "time": 1772366400},
+        ],
+    },
+}
+
+
+def _said(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    # what a caller sent may hold half a character
+    return JSONResponse({"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers)
+
+
+async def _explain_mistakes(request: HttpRequest, error: Exception) -> Response:
+    """In one sentence, without repeating what was sent."""
+    assert isinstance(error, RequestValidationError)
+    mistakes = []
+    for mistake in error.errors():
+        place = ".".join(str(part)[:40] for part in mistake["loc"] if part not in ("body", "one", "list"))
+        message = str(mistake["msg"]).removeprefix("Value error, ")
+        mistakes.append(f"{place}: {message}" if place else message)
+    more = f"; and {len(mistakes) - SHOWN} more" if len(mistakes) > SHOWN else ""
+    return _said(422, "; ".join(mistakes[:SHOWN]) + more)
+
+
+async def _explain_refusal(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _said(error.status_code, str(error.detail), dict(error.headers or {}))
+
+
+async def _explain_load(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, Overloaded)
+    return _said(429, str(error), {"retry-after": str(error.seconds)})
+
+
+async def _explain_data(request: HttpRequest, error: Exception) -> Response:
+    return _said(422, str(error))
+
+
+async def _explain_full_disk(request: HttpRequest, error: Exception) -> Response:
+    log.error("no space left", exc_info=error)
+    return _said(507, "the server has no space left on its disk; the events were not stored, send them again")
+
+
+async def _hide_defect(request: HttpRequest, error: Exception) -> Response:
+    """The log has the traceback; the caller gets none of it."""
+    log.error("a request failed", exc_info=error)
+    return _said(500, "the server failed at this request; its log says why")

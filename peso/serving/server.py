@@ -1,0 +1,167 @@
+"""`peso serve`: one process, from its start to SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from peso.errors import UsageError
+from peso.events.received import ReceivedEvents
+from peso.serving.engine import Engine
+from peso.serving.guard import Guard, JsonLines
+from peso.serving.histories import LiveHistories
+from peso.serving.live import LiveStage
+from peso.serving.meters import Meters
+from peso.serving.routes import Service, create_app
+from peso.serving.snapshot import Snapshot
+from peso.serving.tokens import Tokens, require_tokens
+
+log = logging.getLogger("peso.serving")
+PATIENCE = 10  # seconds that requests in progress get at the end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Attributes:
+        stage: pinned; None: the promoted one.
+        rate: requests a second of one caller; 0: any.
+        queue: recommendations that may wait for the model.
+        largest_body: bytes of a request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    stage: int | None = None
+    read_only: bool = False
+    rate: float = 1_000.0
+    queue: int = 256
+    largest_body: int = 4_000_000
+
+
+def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> Service:
+    """Open the workspace; nothing is loaded yet but the catalog.
+
+    Raises:
+        PesoError: no workspace, no trained stage, or a damaged file.
+    """
+    meters = Meters()
+
+    def changed(snapshot: Snapshot) -> None:
+        meters.changes.inc()
+        log.info("stage answers", extra={"fields": {"stage": snapshot.stage}})
+
+    def failed(problem: str) -> None:
+        meters.problems.inc()
+        log.error("stage not loaded", extra={"fields": {"problem": problem}})
+
+    live = LiveStage(root, stage=settings.stage, trust=trust, on_change=changed, on_problem=failed)
+    engine = Engine(lambda: live.current, most=settings.queue, on_batch=meters.on_batch)
+    received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)
+    return Service(live, engine, meters, LiveHistories(root, received, trust), received)
+
+
+def guarded(service: Service, settings: Settings, tokens: Tokens | None) -> ASGIApp:
+    """The whole application.
+
+    Raises:
+        UsageError: other machines could call it without a token.
+    """
+    require_tokens(settings.host, tokens)
+    # whoever may call from this machine without a token must not be a web page in its browser
+    names = {"localhost", "127.0.0.1", "[::1]", settings.host} if tokens is None else None
+    return Guard(
+        create_app(service),
+        meters=service.meters,
+        tokens=tokens,
+        hosts=names,
+        rate=settings.rate,
+        largest_body=settings.largest_body,
+    )
+
+
+def serve(
+    root: Path,
+    settings: Settings,
+    tokens: Tokens | None = None,
+    *,
+    trust: Iterable[str] = (),
+    on_listening: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests in progress are answered then.
+
+    Args:
+        on_listening: told the address as soon as requests are accepted; the port is the system's choice
+            where ``settings.port`` is 0.
+
+    Raises:
+        PesoError: the workspace cannot be served.
+        UsageError: the address is taken or cannot be had, or tokens are missing.
+    """
+    require_tokens(settings.host, tokens)
+    _log_as_json()
+    with _listening(settings) as listener:
+        service = make_service(root, settings, trust)
+        config = uvicorn.Config(
+            guarded(service, settings, tokens),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=PATIENCE,
+            ws="none",
+        )
+        if on_listening is not None:
+            host, port = listener.getsockname()[:2]
+            on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        with _ended_by_signals():
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    """Take the address before anything is loaded."""
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server(
+            (settings.host, settings.port), family=family, backlog=2048, reuse_port=False
+        )
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--host {settings.host} --port {settings.port}: cannot listen there ({reason}); name another "
+            "port"
+        ) from None
+    with listener:
+        yield listener
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """uvicorn ends at SIGTERM and SIGINT and then raises them again for whoever handled them before: here
+    nobody, since a server that was told to end has ended well."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("peso.serving", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)

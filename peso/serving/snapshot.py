@@ -1,0 +1,208 @@
+"""One stage as the server answers from it, and the answers. Nothing in it changes once it is made, so
+whatever is answered from one snapshot comes from one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from peso.errors import DataError
+from peso.runs.stage import RunStage
+from peso.runs.workspace import Workspace
+from peso.runtime.machine import threads
+from peso.serving.messages import Answer, Item, Request
+
+if TYPE_CHECKING:
+    from peso.items.semantic_ids import SemanticIds
+    from peso.model.generative import GenerativeModel
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request with the history that belongs to it; None where the user is unknown."""
+
+    request: Request
+    history: Sequence[str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """
+    Attributes:
+        stage: its number.
+        determined_by: the digest of the stage.
+        titles: of each item, None where the log has none.
+        counts: int64 (items,), events of each item in the newest data that the stage knows.
+        leaves_out_seen: whether items of the history are left out unless a request says otherwise.
+        threads: as configured.
+        model: None as long as it is loaded.
+    """
+
+    stage: int
+    determined_by: str
+    semantic_ids: SemanticIds
+    titles: Sequence[str | None]
+    counts: np.ndarray
+    leaves_out_seen: bool
+    threads: int | Literal["auto"]
+    model: GenerativeModel | None = None
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @classmethod
+    def of(cls, stage: RunStage) -> Snapshot:
+        """All of it but the model, which takes longer.
+
+        Raises:
+            WorkspaceError: the stage is not trained, or a file is missing or damaged.
+        """
+        workspace: Workspace = stage.workspace
+        stream, ids = workspace.stream, workspace.semantic_ids
+        newest = min(stage.number, stream.stages - 1)
+        counts = np.bincount(stream.stage(newest).current.values, minlength=len(ids.item_ids))
+        return cls(
+            stage.number,
+            stage.determined_by,
+            ids,
+            stream.titles[: len(ids.item_ids)],
+            counts[: len(ids.item_ids)],
+            stage.leaves_out_seen,
+            workspace.config.training.threads,
+        )
+
+    def known(self, items: Iterable[str]) -> tuple[list[str], list[str]]:
+        """The items that the stage knows, in their order, and the others, each once."""
+        items = list(items)
+        known = [item for item in items if item in self.semantic_ids]
+        others = dict.fromkeys(item for item in items if item not in self.semantic_ids)
+        return known, list(others)
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer | DataError]:
+        """The answer to each question, or why there is none."""
+        result: dict[int, Answer | DataError] = {}
+        asked: dict[tuple[int, bool], dict[int, _Resolved]] = {}
+        for place, question in enumerate(questions):
+            try:
+                resolved = self._resolve(question)
+            except DataError as refusal:
+                result[place] = refusal
+                continue
+            if resolved.reason is not None:
+                result[place] = self._popular(resolved)
+            else:  # searched with its own number of beams: no answer depends on who asks at the same time
+                key = resolved.beams, resolved.allow is None
+                asked.setdefault(key, {})[place] = resolved
+        for group in asked.values():
+            result.update(zip(group, self._search(list(group.values())), strict=True))
+        return [result[place] for place in range(len(questions))]
+
+    def _resolve(self, question: Question) -> _Resolved:
+        request = question.request
+        if request.k > (items := len(self.semantic_ids.item_ids)):
+            raise DataError(f"k = {request.k} is more than the {items} items of the catalog; ask for fewer")
+        history, unknown = self.known(question.history or ())
+        allow, unknown_allowed = self.known(request.allow or ())
+        deny, unknown_denied = self.known(request.deny or ())
+        given = [] if request.user is not None else unknown  # those of a user are not the caller's
+        if request.unknown == "refuse" and (refused := [*given, *unknown_allowed, *unknown_denied]):
+            raise DataError(
+                f"the items {refused[:5]} are not known to stage {self.stage}; leave them out, or send "
+                "unknown: skip"
+            )
+        leave_out = self.leaves_out_seen if request.exclude_seen is None else request.exclude_seen
+        reason: _Reason = None
+        if question.history is None:
+            reason = "unknown_user"
+        elif not history:
+            reason = "empty_history"
+        elif self.model is None:
+            reason = "loading"
+        return _Resolved(
+            request,
+            history,
+            frozenset(deny) | (frozenset(history) if leave_out else frozenset()),
+            None if request.allow is None else frozenset(allow),
+            reason,
+            list(dict.fromkeys([*unknown, *unknown_allowed, *unknown_denied])),
+        )
+
+    def _search(self, asked: Sequence[_Resolved]) -> list[Answer]:
+        from peso.decoding import beam_search
+
+        assert self.model is not None
+        with threads(self.model, self.threads):
+            found = beam_search(
+                self.model,
+                [each.history for each in asked],
+                min(asked[0].beams, len(self.semantic_ids.item_ids)),
+                beams=asked[0].beams,
+                allow=[each.allow for each in asked if each.allow is not None] or None,
+                deny=[each.out for each in asked],
+            )
+        return [
+            self._message(each, "model", ranked[: each.request.k])
+            for each, ranked in zip(asked, found, strict=True)
+        ]
+
+    def _popular(self, asked: _Resolved) -> Answer:
+        """The items with the most events; those with equally many in the order of the catalog."""
+        ids, admitted = self.semantic_ids, np.ones(len(self.counts), dtype=bool)
+        if asked.allow is not None:
+            admitted[:] = False
+            admitted[ids.rows(sorted(asked.allow))] = True
+        admitted[ids.rows(sorted(asked.out))] = False
+        best = self._by_popularity[admitted[self._by_popularity]][: asked.request.k]
+        ranked = [(ids.item_ids[row], float(self._shares[row])) for row in best]
+        return self._message(asked, "popularity", ranked)
+
+    def _message(
+        self,
+        asked: _Resolved,
+        source: Literal["model", "popularity"],
+        ranked: Collection[tuple[str, float]],
+    ) -> Answer:
+        items = [
+            Item(item=item, score=score, title=self.title(item) if asked.request.titles else None)
+            for item, score in ranked
+        ]
+        reason = None if source == "model" else asked.reason
+        return Answer(
+            stage=self.stage, source=source, reason=reason, items=items, unknown_items=asked.unknown
+        )
+
+    def title(self, item: str) -> str | None:
+        return self.titles[self.semantic_ids.row(item)]
+
+    @cached_property
+    def _by_popularity(self) -> np.ndarray:
+        return np.argsort(-self.counts, kind="stable")
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        """float64 (items,): ln of each item's share of the events, one added to each count."""
+        return np.log((self.counts + 1) / (self.counts.sum() + len(self.counts)))
+
+
+_Reason = Literal["loading", "unknown_user", "empty_history"] | None
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """A question in terms of one stage."""
+
+    request: Request
+    history: list[str]
+    out: frozenset[str]
+    allow: frozenset[str] | None
+    reason: _Reason
+    unknown: list[str]
+
+    @property
+    def beams(self) -> int:
+        from peso.decoding.ranked_items import MIN_BEAMS
+
+        return max(MIN_BEAMS, self.request.k)

@@ -1,0 +1,126 @@
+"""Questions that arrive together are answered together, from one snapshot, and not without bound."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+
+from peso.serving.engine import Engine, Overloaded
+
+
+class Recorder:
+    """Stands for a snapshot: an answer is the question and who answered."""
+
+    def __init__(self, name: str = "a") -> None:
+        self.name = name
+        self.batches: list[list[str]] = []
+        self.open = threading.Event()
+        self.open.set()
+
+    def answer(self, questions):
+        self.open.wait()
+        self.batches.append(list(questions))
+        return [(question, self.name) for question in questions]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+def test_what_arrives_within_the_window_is_one_batch(recorder):
+    engine = Engine(lambda: recorder, wait=0.2)
+    futures = [engine.ask([f"{number}", f"{number}b"]) for number in range(5)]
+    for number, future in enumerate(futures):
+        assert future.result(10) == [(f"{number}", "a"), (f"{number}b", "a")]
+    assert len(recorder.batches) == 1
+    engine.stop()
+
+
+def test_a_full_batch_waits_for_nobody_and_a_request_stays_whole(recorder):
+    engine = Engine(lambda: recorder, wait=60, together=4)
+    futures = [engine.ask(["a", "b", "c"]), engine.ask(["d", "e"]), engine.ask(["f", "g", "h"])]
+    assert [len(future.result(10)) for future in futures[:2]] == [3, 2]
+    engine.stop()
+    assert len(futures[2].result(10)) == 3
+    assert recorder.batches == [["a", "b", "c"], ["d", "e"], ["f", "g", "h"]]
+
+
+def test_more_than_the_queue_holds_is_refused_with_a_time(recorder):
+    recorder.open.clear()
+    engine = Engine(lambda: recorder, wait=0, most=3)
+    first = engine.ask(["first"])
+    while engine.waiting:
+        time.sleep(0.001)
+    waiting = [engine.ask([f"{number}"]) for number in range(3)]
+    with pytest.raises(Overloaded) as refusal:
+        engine.ask(["one more"])
+    assert refusal.value.seconds >= 1
+    recorder.open.set()
+    assert [len(future.result(10)) for future in [first, *waiting]] == [1] * 4
+    assert engine.ask(["again"]).result(10)
+    engine.stop()
+    with pytest.raises(Overloaded):
+        engine.ask(["late"])
+
+
+def test_a_question_that_nobody_waits_for_is_not_computed(recorder):
+    recorder.open.clear()
+    engine = Engine(lambda: recorder, wait=0)
+    first = engine.ask(["first"])
+    while engine.waiting:
+        time.sleep(0.001)
+    gone = engine.ask(["gone"])
+    assert gone.cancel()
+    recorder.open.set()
+    assert first.result(10)
+    engine.stop()
+    assert recorder.batches == [["first"]]
+    with pytest.raises(CancelledError):
+        gone.result(10)
+
+
+def test_a_failure_is_that_of_its_batch_alone(recorder):
+    class Broken(Recorder):
+        def answer(self, questions):
+            raise RuntimeError("broken")
+
+    current: list[Recorder] = [Broken()]
+    engine = Engine(lambda: current[0], wait=0)
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.ask(["a"]).result(10)
+    current[0] = recorder
+    assert engine.ask(["b"]).result(10) == [("b", "a")]
+    engine.stop()
+
+
+def test_every_request_is_answered_by_one_snapshot_while_they_change():
+    """Many threads ask while the snapshot changes all the time."""
+    current, stop = [Recorder("0")], threading.Event()
+    engine = Engine(lambda: current[0], wait=0.001, together=8, most=10_000)
+
+    def change() -> None:
+        number = 0
+        while not stop.wait(0.0005):
+            current[0], number = Recorder(f"{number}"), number + 1
+
+    answers: list[list[tuple[str, str]]] = []
+
+    def ask() -> None:
+        for _ in range(50):
+            answers.append(engine.ask(["x", "y", "z"]).result(30))
+
+    changer, askers = threading.Thread(target=change), [threading.Thread(target=ask) for _ in range(8)]
+    for thread in (changer, *askers):
+        thread.start()
+    for thread in askers:
+        thread.join()
+    stop.set()
+    changer.join()
+    engine.stop()
+    assert len(answers) == 400
+    assert all(len({name for _, name in answer}) == 1 for answer in answers)
+    assert len({answer[0][1] for answer in answers}) > 1

@@ -1,0 +1,125 @@
+"""Another stage takes over while requests arrive: none fails, one stage answers each, the old model goes."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from peso.errors import WorkspaceError
+from peso.runs.recommender import Recommender
+from peso.runs.served import promote, rollback
+from peso.serving import live
+
+WITHIN = 60.0  # seconds, on a machine with other work
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WITHIN
+    while not condition():
+        assert time.monotonic() < until, "it never became true"
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(live, "INTERVAL", 0.02)
+
+
+def test_no_request_fails_and_none_is_mixed_while_stages_change(serving, copy):
+    ids = copy.semantic_ids.item_ids
+    histories = [ids[start : start + 4] for start in range(6)]
+    expected = {
+        stage: [Recommender(copy, stage).recommend(history=each) for each in histories] for stage in (0, 1)
+    }
+    assert expected[0] != expected[1]
+    promote(copy, 0)
+    client = serving(copy.root)
+    old = weakref.ref(client.service.live.current.model)
+    assert client.get("/v1/status").json()["stage"] == 0
+    stop, seen, failures = threading.Event(), set(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            response = client.post("/v1/recommend", json=[{"history": each} for each in histories])
+            if response.status_code != 200:
+                failures.append(response.text)
+                continue
+            answers = response.json()
+            stages = {answer["stage"] for answer in answers}
+            seen.update(stages)
+            for answer, wanted in zip(answers, expected[answers[0]["stage"]], strict=True):
+                found = [(each["item"], pytest.approx(each["score"], abs=1e-3)) for each in answer["items"]]
+                if len(stages) > 1 or answer["source"] != "model" or wanted != found:
+                    failures.append(answer)
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in askers:
+        thread.start()
+    try:
+        for change, stage in ((promote, 1), (rollback, 0), (promote, 1)):
+            change(copy, *([stage] if change is promote else []))
+            wait_for(lambda stage=stage: client.get("/v1/status").json()["stage"] == stage)
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        for thread in askers:
+            thread.join()
+    assert failures == []
+    assert seen == {0, 1}
+    gc.collect()
+    assert old() is None
+    assert "peso_stage_changes_total 4.0" in client.get("/metrics").text
+
+
+def test_a_stage_that_cannot_be_loaded_leaves_the_one_before(serving, copy):
+    promote(copy, 0)
+    client = serving(copy.root)
+    ids = copy.semantic_ids.item_ids
+    weights = next((copy.root / "stages" / "1").glob("*.safetensors"))
+    whole = weights.read_bytes()
+    client.service.live.stop()  # so that the test alone looks
+    promote(copy, 1)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(WorkspaceError, match="damaged"):
+        client.service.live.refresh()
+    assert client.post("/v1/recommend", json={"history": ids[:3]}).json()["stage"] == 0
+    weights.write_bytes(whole)
+    client.service.live.refresh()
+    assert client.post("/v1/recommend", json={"history": ids[:3]}).json()["stage"] == 1
+
+
+def test_the_watch_goes_on_after_a_failure_and_the_status_tells_it(serving, copy, monkeypatch):
+    monkeypatch.setattr(live, "AGAIN", 0.02)
+    client = serving(copy.root)
+    served = copy.root / "served.json"
+    served.write_text("{}")
+    wait_for(lambda: client.get("/v1/status").json()["problem"] is not None)
+    assert "served.json is damaged" in client.get("/v1/status").json()["problem"]
+    served.unlink()
+    promote(copy, 0)
+    wait_for(lambda: client.get("/v1/status").json()["stage"] == 0)
+    assert client.get("/v1/status").json()["problem"] is None
+
+
+def test_without_a_promotion_the_newest_trained_stage_serves(serving, copy):
+    stage = copy.root / "stages" / "1"
+    shutil.move(stage, copy.root / "aside")
+    client = serving(copy.root)
+    assert client.get("/v1/status").json()["stage"] == 0
+    shutil.move(copy.root / "aside", stage)
+    wait_for(lambda: client.get("/v1/status").json()["stage"] == 1)
+
+
+def test_a_pinned_stage_stays(serving, copy):
+    client = serving(copy.root, stage=1)
+    promote(copy, 0)
+    time.sleep(0.2)
+    client.service.live.refresh()
+    status = client.get("/v1/status").json()
+    assert (status["stage"], status["pinned"]) == (1, True)
