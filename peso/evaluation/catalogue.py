@@ -1,7 +1,8 @@
-"""What is known of items and users beside the answers, and what it says of lists and of groups of cases.
+"""Item and user attributes, the statistics of recommended lists, and ways to split the test cases.
 
-How often an item was seen, its codes, its columns; variety, novelty and popularity of recommended lists,
-right or wrong (a list is a row of item numbers, best first, padded with -1); ways to split the test cases.
+The attributes are how often each item was seen, its codes and its columns. The statistics measure the
+variety, novelty and popularity of the lists, whether or not they contain the right item. A list is a row of
+item numbers, best first, padded with -1.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ WINDOW = 20  # items of a history that a report may show
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """Items in the order of the stream's item table.
+    """Item and user attributes. Items are in the order of the stream's item table.
 
     Attributes:
-        item_ids: the log's own ids.
-        seen: by stage, int64 (items known at that stage,): events of each item that the stage's model may
-            have learned from, those of earlier stages included. What is held back for validation and test of
-            the stage is not.
-        codes: int32 (items, levels).
-        item_columns: by name, one value an item: title, category and the like; None where unknown.
-        user_columns: by name, the value of each user that has one.
-        cases: the test cases of a stage with their histories, read when they are asked for.
+        item_ids: the item ids as they appear in the log.
+        seen: for each stage, int64 (items known at that stage,): the number of events of each item that the
+            stage's model may have learned from, including earlier stages. Events that the stage holds out
+            for validation and testing are not counted.
+        codes: int32 (items, levels), the semantic ID of each item.
+        item_columns: for each column of the item table (title, category, …), one value per item; None where
+            the value is unknown.
+        user_columns: for each column of the user table, the value of each user that has one.
+        cases: a function from a stage to its test cases with their histories. They are read when the function
+            is called.
     """
 
     item_ids: Sequence[str]
@@ -51,16 +54,16 @@ class Catalogue:
         semantic_ids: SemanticIds,
         user_columns: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Catalogue:
-        """Of a stream and its index, for the stages whose items all have IDs."""
+        """Build the catalog of a stream and its index, for the stages whose items all have semantic IDs."""
         seen, before = {}, np.zeros(len(stream.item_ids), dtype=np.int64)
         for number in range(stream.stages):
             if stream.items_known(number) > len(semantic_ids.item_ids):
                 break
             stage = stream.stage(number)
-            if number == 0:  # what happened before the stream
+            if number == 0:  # events from before the stream
                 before += np.bincount(stage.previous.values, minlength=len(before))
-            learnt = np.concatenate([stage.current[row][:-2] for row in stage.eligible()])
-            now = before + np.bincount(learnt, minlength=len(before))
+            learned = np.concatenate([stage.current[row][:-2] for row in stage.eligible()])
+            now = before + np.bincount(learned, minlength=len(before))
             seen[number] = now[: stream.items_known(number)]
             before += np.bincount(stage.current.values, minlength=len(before))
 
@@ -74,13 +77,14 @@ class Catalogue:
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        """Row of each item id."""
+        """The row number of each item id."""
         return {item: row for row, item in enumerate(self.item_ids)}
 
     def require_column(self, name: str) -> None:
-        """
+        """Check that the item table or the user table has this column.
+
         Raises:
-            ConfigError: neither the item nor the user table has this column (names those they have).
+            ConfigError: neither table has the column. The message lists the columns that they have.
         """
         known = [*self.item_columns, *self.user_columns]
         if name not in known:
@@ -90,7 +94,8 @@ class Catalogue:
             )
 
     def percentiles(self, stage: int) -> np.ndarray:
-        """float64 (items known,): share of the items that were seen less often at the stage, ties half.
+        """float64 (items known,): for each item, the share of items that were seen less often at this stage.
+        Ties count half.
 
         >>> catalogue = Catalogue([], {1: np.array([0, 5, 5, 9])}, np.zeros((4, 1)))
         >>> catalogue.percentiles(1).tolist()
@@ -102,8 +107,8 @@ class Catalogue:
         return (below + up_to) / (2 * len(counts))
 
     def popularity_thirds(self, stage: int) -> np.ndarray:
-        """int (items known,): 0 for the most popular items that together make up a third of the events that
-        were seen, 1 for the next third, 2 for all others, the never seen ones among them.
+        """int (items known,): 0 for the most popular items, which together account for a third of the events
+        seen so far; 1 for the next third; 2 for all other items, including those never seen.
 
         >>> Catalogue([], {0: np.array([1, 6, 0, 2, 2, 1])}, np.zeros((6, 1))).popularity_thirds(0).tolist()
         [2, 0, 2, 1, 2, 2]
@@ -118,7 +123,7 @@ class Catalogue:
 
 
 def item_rows(lists: Sequence[Sequence[str]], rows: dict[str, int], k: int) -> np.ndarray:
-    """The first k items of each list as numbers. Returns int64 (n, k), -1 where there is no item.
+    """The row numbers of the first k items of each list: int64 (n, k), padded with -1.
 
     >>> item_rows([["b", "a"], ["a"]], {"a": 0, "b": 1}, k=2).tolist()
     [[1, 0], [0, -1]]
@@ -131,7 +136,7 @@ def item_rows(lists: Sequence[Sequence[str]], rows: dict[str, int], k: int) -> n
 
 
 def coverage(lists: np.ndarray, items: int) -> float:
-    """Catalog coverage: share of the catalog that is in some list (Ge et al. 2010).
+    """Catalog coverage: the share of the catalog that appears in at least one list (Ge et al. 2010).
 
     >>> coverage(np.array([[0, 1], [1, -1]]), items=4)
     0.5
@@ -140,9 +145,10 @@ def coverage(lists: np.ndarray, items: int) -> float:
 
 
 def gini(lists: np.ndarray, items: int) -> float:
-    """Gini index of how often each of the catalog's items is listed: 0 if all equally, near 1 if one only.
+    """Gini index of how often each item of the catalog is listed: 0 if all items are listed equally often,
+    near 1 if only one item is listed.
 
-        G = Σ_i (2 i − n − 1) e_(i) / (n Σ_i e_i)        e_(1) ≤ … ≤ e_(n) the times listed
+        G = Σ_i (2 i − n − 1) e_(i) / (n Σ_i e_i)        e_(1) ≤ … ≤ e_(n): how often each item is listed
 
     >>> gini(np.array([[0, 1], [2, 3]]), items=4), gini(np.array([[0], [0]]), items=4)
     (0.0, 0.75)
@@ -154,10 +160,11 @@ def gini(lists: np.ndarray, items: int) -> float:
 
 def novelty(lists: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """Mean self-information of a list's items, in bits (Zhou et al. 2010): − log2 p_i, where p_i is the
-    add-one smoothed share of item i among the events seen.
+    share of item i in the events seen so far, with add-one smoothing.
 
     Args:
-        lists: int (n, k). seen: int (items,).
+        lists: int (n, k), item numbers padded with -1.
+        seen: int (items,), how often each item was seen.
 
     Returns: float64 (n,), nan for an empty list.
 
@@ -169,10 +176,13 @@ def novelty(lists: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def popularity_percentile(lists: np.ndarray, percentiles: np.ndarray) -> np.ndarray:
-    """Mean popularity percentile of a list's items: 1 is the most popular item, 0.5 an average one.
+    """Mean popularity percentile of a list's items: 1 for the most popular item, 0.5 for an average one.
 
     Args:
+        lists: int (n, k), item numbers padded with -1.
         percentiles: float (items,), see :meth:`Catalogue.percentiles`.
+
+    Returns: float64 (n,), nan for an empty list.
 
     >>> popularity_percentile(np.array([[0, 2]]), np.array([0.9, 0.5, 0.1])).tolist()
     [0.5]
@@ -181,11 +191,12 @@ def popularity_percentile(lists: np.ndarray, percentiles: np.ndarray) -> np.ndar
 
 
 def prefix_diversity(lists: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Mean distance of two items of a list, 1 − (length of their common ID prefix) / levels: intra-list
-    diversity (Ziegler et al. 2005) with the semantic ID as the taxonomy.
+    """Mean distance between two items of a list, 1 − (length of their common ID prefix) / levels. This is
+    intra-list diversity (Ziegler et al. 2005) with the semantic ID as the taxonomy.
 
     Args:
-        lists: int (n, k). codes: int (items, levels).
+        lists: int (n, k), item numbers padded with -1.
+        codes: int (items, levels), the semantic ID of each item.
 
     Returns: float64 (n,), nan for a list of fewer than two items.
 
@@ -207,7 +218,8 @@ def prefix_diversity(lists: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class ListFigures:
-    """Of the lists of one stage; see the functions of the same names. Arrays are float64 (cases,)."""
+    """Statistics of the lists of one stage. Each is computed by the function of the same name. Arrays are
+    float64 (cases,)."""
 
     coverage: float
     gini: float
@@ -216,12 +228,15 @@ class ListFigures:
     prefix_diversity: np.ndarray
 
     def mean(self, name: str) -> float:
-        """A figure of the stage: of one value a case their mean, empty lists left out."""
+        """A statistic as one number: the mean over the cases, without empty lists, if it has one per case."""
         return float(np.nanmean(getattr(self, name)))
 
 
 def list_figures(predictions: Predictions, catalogue: Catalogue, stage: int, k: int) -> ListFigures:
-    """Of one stage, for lists cut at k items, against the items known at the stage."""
+    """Compute the statistics of one stage from the first k items of each list.
+
+    Coverage and the Gini index refer to the items known at the stage.
+    """
     lists = item_rows(predictions.items, catalogue.rows, k)
     seen = catalogue.seen[stage]
     return ListFigures(
@@ -240,7 +255,7 @@ def _mean_of_lists(of_item: np.ndarray, lists: np.ndarray) -> np.ndarray:
 
 
 LONG_HISTORY = 10  # half of the usual window
-MOST_VALUES = 8  # of a column that get a group of their own
+MOST_VALUES = 8  # values of a column that get their own group
 POPULARITY = ("head", "middle", "tail")
 HISTORIES = (f"up to {LONG_HISTORY} items", f"more than {LONG_HISTORY}")
 ACTIVITY = ("least active quarter", "second", "third", "most active quarter")
@@ -249,9 +264,14 @@ OTHER, UNKNOWN = "other", "unknown"
 
 @dataclass(frozen=True)
 class Segmentation:
-    """``assign(stage, predictions)`` gives the group of each case, a number into ``groups``: int (cases,).
+    """A way to split the test cases into groups.
 
-    ``name`` serves as a file name; ``title`` says what is parted.
+    Attributes:
+        name: used in file names.
+        title: what is split, as shown in the report.
+        groups: the name of each group.
+        assign: a function of a stage and its predictions that returns the group of each case as an index
+            into ``groups``: int (cases,).
     """
 
     name: str
@@ -268,7 +288,8 @@ def _labelled(name: str, title: str, groups: Sequence[str], column: str) -> Segm
 
 
 def activity_quarters(lengths: np.ndarray) -> np.ndarray:
-    """The quarter of each user by the number of items before the target; equal numbers stay together.
+    """The activity quarter of each user, from the number of items before the target. Users with the same
+    number are in the same quarter.
 
     >>> activity_quarters(np.array([1, 1, 1, 5, 7, 9])).tolist()
     [0, 0, 0, 2, 3, 3]
@@ -287,7 +308,8 @@ ACTIVE = Segmentation(
 
 
 def by_popularity(catalogue: Catalogue) -> Segmentation:
-    """Head, middle and tail of the target items: a third of the events seen before the answer each."""
+    """Split cases by the popularity of the target: head, middle and tail, each with a third of the events
+    seen so far."""
 
     def assign(stage: int, given: Predictions) -> np.ndarray:
         return catalogue.popularity_thirds(stage)[[catalogue.rows[target] for target in given.targets]]
@@ -296,10 +318,11 @@ def by_popularity(catalogue: Catalogue) -> Segmentation:
 
 
 def by_column(catalogue: Catalogue, column: str) -> Segmentation:
-    """The most frequent values of a column of the item table (of the target) or of the user table.
+    """Split cases by the most frequent values of a column of the item table (for the target) or of the user
+    table.
 
     Raises:
-        ConfigError: no such column.
+        ConfigError: neither table has this column.
     """
     catalogue.require_column(column)
     of_items = column in catalogue.item_columns

@@ -1,4 +1,4 @@
-"""Systems side by side: every estimate that tables, plots and sentences are made of."""
+"""Compare systems: compute every estimate that the tables, plots and sentences of a report show."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ from peso.evaluation.run_summary import RunSummary, System, systems_of
 class Comparison:
     """Estimates of every metric for every system, over the stages that all runs have.
 
-    Averages are macro over the later stages (1 … T), as in the paper, or over stage 0 where there is no
-    later one, and over the seeds of a system. Systems are compared in pairs, case by case, and only where
+    Averages are macro averages over the later stages (1 … T), as in the paper, or over stage 0 if there is
+    no later stage, and over the seeds of a system. Systems are compared in pairs, case by case, and only if
     they answered the same cases.
 
     Args:
-        runs: at least one.
-        ks: the list lengths of Hit@k and NDCG@k.
-        columns: of the item or user table, each a way to part the cases.
+        runs: the runs to compare, at least one.
+        ks: the list lengths k of Hit@k and NDCG@k.
+        columns: columns of the item or user table. Each adds a way to split the cases.
 
     Attributes:
-        systems: of the runs that are complete.
-        unfinished: runs with fewer stages than they should have, which nothing here counts (unless no model
-            is complete: then all count as far as they are).
+        systems: the complete runs, with the seeds of one system grouped.
+        unfinished: runs with fewer stages than expected. They are left out, unless no model is complete; then
+            every run counts with the stages that it has.
         averaged: the stages that averages are taken over, ascending.
         left_out: stages that some systems have and others lack.
 
     Raises:
-        WorkspaceError: two runs of one name, no stage that all runs have, or runs of one system that
+        WorkspaceError: two runs have the same name, no stage is evaluated in all runs, or runs of one system
             answered different cases.
-        ConfigError: a k beyond a stored list, or an unknown column.
+        ConfigError: a k is larger than the stored lists, or a column is unknown.
     """
 
     def __init__(self, runs: Sequence[RunSummary], ks: Sequence[int], columns: Sequence[str] = ()) -> None:
         names = Counter(run.name for run in runs)
         if len(names) < len(runs):
             twice = ", ".join(name for name, times in names.items() if times > 1)
-            raise WorkspaceError(f"several runs are called {twice}; give each a name of its own")
+            raise WorkspaceError(f"several runs are called {twice}; give each run a different name")
         tested = [run for run in runs if run.stages]
         complete = [run for run in tested if len(run.stages) >= run.expected_stages]
-        # a baseline is soon complete; what is there of the models is what a reader has come for
+        # baselines finish early; readers want to see the models, even unfinished ones
         enough = any(not run.baseline for run in complete) or all(run.baseline for run in tested)
         counted = complete if complete and enough else tested
         self.unfinished = [run for run in runs if run not in counted]
@@ -97,12 +97,12 @@ class Comparison:
 
     @property
     def runs(self) -> list[RunSummary]:
-        """All runs that count, system by system."""
+        """All runs that are compared, system by system."""
         return [run for system in self.systems for run in system.runs]
 
     @cached_property
     def stages(self) -> list[int]:
-        """Every stage that some system has."""
+        """Every stage that at least one system has."""
         return sorted({stage for system in self.systems for stage in system.stages})
 
     def metric(self, name: str) -> Metric:
@@ -110,7 +110,7 @@ class Comparison:
 
     @cached_property
     def headline(self) -> list[Metric]:
-        """The metrics worth a plot, the first of which decides."""
+        """The metrics that are plotted. The first one decides which system is best."""
         return [self.metric(metric.name) for metric in headline_metrics(self.ks)]
 
     @cached_property
@@ -120,14 +120,17 @@ class Comparison:
 
     @cached_property
     def subject(self) -> System:
-        """What the page is about first: the best model by the first metric, of those with a test of the
-        model before (else of all models, else of all systems)."""
+        """The system that the page is mainly about: the best one in the first metric.
+
+        It is chosen among the models for which the previous stage's model was also tested. If there are none,
+        it is chosen among all models, or among all systems if there are only baselines.
+        """
         models = [system for system in self.systems if not system.first.baseline] or self.systems
         updated = [system for system in models if self.last_change(system, self.headline[0])]
         return max(updated or models, key=lambda system: self.average(system, self.headline[0]).value)
 
     def cases(self, system: System) -> int:
-        """Number of cases that the system's averages are taken over, the same for each seed."""
+        """The number of cases that the system's averages are taken over. It is the same for each seed."""
         return sum(len(system.first.stages[stage].predictions) for stage in self.averaged)
 
     def _same_cases_at(self, stage: int) -> bool:
@@ -144,7 +147,7 @@ class Comparison:
                     raise _not_paired(system.first.name, run.name, stage)
 
     def require_same_cases(self) -> None:
-        """Refuse what cannot be paired.
+        """Check that all systems can be compared case by case.
 
         Raises:
             WorkspaceError: two systems answered different cases of a stage.
@@ -158,24 +161,26 @@ class Comparison:
     # -- estimates ---------------------------------------------------------------------------------
 
     def at_stage(self, system: System, metric: Metric, stage: int) -> Estimate | None:
-        """The mean over the cases of one stage; None where the system does not have it or it has no case."""
+        """The mean over the cases of one stage; None if the system lacks the stage or it has no cases."""
         if stage not in system.stages or not len(system.first.stages[stage].predictions):
             return None
         return self._estimate(system, metric, [stage], "macro")
 
     def average(self, system: System, metric: Metric) -> Estimate:
-        """Macro over the averaged stages."""
+        """The macro average over the averaged stages: every stage counts the same."""
         return self._estimate(system, metric, self.averaged, "macro")
 
     def average_of_cases(self, system: System, metric: Metric) -> Estimate:
-        """Micro over the averaged stages."""
+        """The micro average over the averaged stages: every case counts the same."""
         return self._estimate(system, metric, self.averaged, "micro")
 
     def in_group(
         self, system: System, metric: Metric, segmentation: Segmentation, group: int
     ) -> Estimate | None:
-        """The mean over all cases of a group in the averaged stages (micro: a group may be missing from a
-        stage); None where there is no such case."""
+        """The mean over all cases of a group in the averaged stages; None if the group has no cases.
+
+        Every case counts the same (micro average), because a group may be missing from a stage.
+        """
         inside = self._group_of(system, segmentation) == group
         if not inside.any():
             return None
@@ -184,7 +189,7 @@ class Comparison:
         return Estimate.of(values, Panel.of([users[inside]], "micro"))
 
     def _group_of(self, system: System, segmentation: Segmentation) -> np.ndarray:
-        """int (cases of the averaged stages,)."""
+        """The group of each case: int (cases of the averaged stages,)."""
         key = (system.name, segmentation.name)
         if key not in self._groups:
             self._groups[key] = np.concatenate(
@@ -199,15 +204,15 @@ class Comparison:
 
     @cached_property
     def catalogue(self) -> Catalogue | None:
-        """Of the first run that brings one that knows the averaged stages."""
+        """The catalog of the first run that has one for all averaged stages; None if no run has."""
         return next(
             (c for run in self.runs if (c := run.catalogue) and set(self.averaged) <= set(c.seen)), None
         )
 
     def list_figures(self, run: RunSummary, stage: int) -> ListFigures:
-        """Of one stage's lists, cut at the largest k."""
+        """Statistics of the lists of one stage, cut at the largest k."""
         if self.catalogue is None:
-            raise ValueError("no run brings a catalog")
+            raise ValueError("no run has a catalog")
         key = (run.name, stage)
         if key not in self._lists:
             predictions = run.stages[stage].predictions
@@ -215,8 +220,11 @@ class Comparison:
         return self._lists[key]
 
     def list_mean(self, system: System, name: str, stages: Sequence[int]) -> Estimate:
-        """Macro mean of a figure of lists over some stages; no interval where it is one of whole stages, or
-        where a list is empty."""
+        """The macro average of a list statistic over some stages.
+
+        There is no interval if the statistic has one value per stage instead of one per case, or if any list
+        is empty.
+        """
         found = [[self.list_figures(run, stage) for stage in stages] for run in system.runs]
         value = float(np.mean([[one.mean(name) for one in row] for row in found]))
         if not isinstance(getattr(found[0][0], name), np.ndarray):
@@ -236,7 +244,7 @@ class Comparison:
         if self.catalogue is None:
             if columns:
                 raise WorkspaceError(
-                    f"segments by {', '.join(columns)} need the item table, which no run brings"
+                    f"segments by {', '.join(columns)} need the item table, which no run has"
                 )
             return always
         chosen = [by_column(self.catalogue, column) for column in columns]
@@ -250,15 +258,20 @@ class Comparison:
         stages: Sequence[int] | None = None,
         group: int | None = None,
     ) -> Estimate:
-        """Macro mean of ``system`` minus ``other``, case by case, so that what makes a case easy or hard for
-        both cancels.
+        """The macro average of ``system`` minus ``other``, case by case.
+
+        What makes a case easy or hard for both systems cancels.
 
         Args:
-            stages: over which; none given: the averaged ones.
-            group: only users of this segment, every case counting the same.
+            system: the system whose results count positively.
+            other: the system that it is compared with.
+            metric: the metric to compare.
+            stages: the stages to average over; by default the averaged stages.
+            group: an index into ``USER_SEGMENTS``. If given, only users of this segment are included, and
+                every case counts the same.
 
         Raises:
-            ValueError: the two did not answer the same cases.
+            ValueError: the two systems did not answer the same cases.
         """
         stages = stages or self.averaged
         for stage in stages:
@@ -272,16 +285,23 @@ class Comparison:
     def change(
         self, system: System, metric: Metric, terms: Sequence[Term], group: int | None = None
     ) -> Estimate | None:
-        """Mean over stages j of the difference between the model after stage a and the one after stage b on
-        the cases of j, case by case, over the seeds that were tested on other stages.
+        """The mean over terms (j, a, b) of the difference between the models after stages a and b.
+
+        Differences are computed case by case on the cases of stage j.
+
+        Only seeds that were tested on other stages are included.
 
         Args:
-            group: only users of this segment (a number into ``USER_SEGMENTS``), every case counting the same.
+            system: the system whose models are compared.
+            metric: the metric to compare.
+            terms: triples (j, a, b), see :mod:`peso.evaluation.metrics`.
+            group: an index into ``USER_SEGMENTS``. If given, only users of this segment are included, and
+                every case counts the same.
 
-        Returns: None where a test is missing or the group has no case.
+        Returns: None if a test is missing or the group has no cases.
 
         Raises:
-            WorkspaceError: a test holds other cases than the stage's own.
+            WorkspaceError: a model was tested on other cases than those of the stage.
         """
         runs = [run for run in system.runs if run.across]
         if not terms or not runs:
@@ -303,12 +323,12 @@ class Comparison:
         return Estimate.of(values[:, inside], self._panel_of_group(system, stages, group))
 
     def last_change(self, system: System, metric: Metric, group: int | None = None) -> Estimate | None:
-        """The newest stage's model minus the one before it, on the newest stage's cases."""
+        """The newest stage's model minus the previous one, on the newest stage's cases."""
         new = self.averaged[-1]
         return self.change(system, metric, [(new, new, new - 1)], group)
 
     def before_and_after(self, system: System, metric: Metric, change: Estimate) -> tuple[float, float]:
-        """The two means that :meth:`last_change` is the difference of."""
+        """The means of the previous and the newest model, whose difference is :meth:`last_change`."""
         runs = [run for run in system.runs if run.across]
         after = float(np.mean([self._of(run, metric, self.averaged[-1]).mean() for run in runs]))
         return after - change.value, after
@@ -321,13 +341,14 @@ class Comparison:
     def _moments(
         self, system: System, metric: Metric, stages: Sequence[int], group: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of each seed, the mean (seeds,) and what the users add to its chance (seeds, users)."""
+        """For each seed, the mean (seeds,) and the influence of each user on it (seeds, users)."""
         panel = self._panel_of_group(system, stages, group)
         values = self._joined(system, metric, stages)[:, self._inside(system, stages, group)]
         return values @ panel.weight, panel.influence(values)
 
     def _inside(self, system: System, stages: Sequence[int], group: int | None) -> np.ndarray:
-        """bool (cases of the stages,): whether the user belongs to the segment; without one, all do."""
+        """bool (cases of the stages,): whether the user belongs to the segment; all True if ``group`` is
+        None."""
         groups = [USERS.assign(stage, system.first.stages[stage].predictions) for stage in stages]
         ordered = [g[self._sorted(system.first, stage)] for g, stage in zip(groups, stages, strict=True)]
         joined = np.concatenate(ordered)
@@ -347,18 +368,21 @@ class Comparison:
     # -- standing ----------------------------------------------------------------------------------
 
     def rivals(self, metric: Metric) -> list[System]:
-        """The systems that the metric compares: all; in log-probability, which is one thing of models and
-        another of baselines, the models, where there are any."""
+        """The systems that can be compared in the metric: all of them, except in log-probability.
+
+        Log-probabilities of models and of baselines are normalized over different sets, so only models are
+        compared, if there are any.
+        """
         models = [system for system in self.systems if not system.first.baseline]
         return models if metric.name == LOG_PROBABILITY and models else self.systems
 
     @property
     def codes_and_items(self) -> bool:
-        """Whether there are models and baselines, so that log-probabilities are of two kinds."""
+        """Whether there are both models and baselines, whose log-probabilities cannot be compared."""
         return len({system.first.baseline for system in self.systems}) == 2
 
     def contrasts(self, metric: Metric) -> Contrasts:
-        """All pairs of the metric's rivals, macro over the averaged stages.
+        """The differences between all pairs of the metric's rivals, macro-averaged over the averaged stages.
 
         Raises:
             WorkspaceError: the systems answered different cases.
@@ -366,7 +390,7 @@ class Comparison:
         self.require_same_cases()
         rivals = self.rivals(metric)
         key = tuple(system.name for system in rivals)
-        if key not in self._contrasts:  # one for all metrics with these rivals
+        if key not in self._contrasts:  # shared by all metrics with these rivals
             alike = [each for each in self.metrics if self.rivals(each) == rivals]
             systems = [
                 SystemValues(
@@ -398,8 +422,10 @@ class Comparison:
         )
 
     def standings_by_stage(self, metric: Metric, stages: Sequence[int]) -> dict[int, Standing]:
-        """The same at each of some stages that all systems have: p values of the paired t test, corrected
-        over all stages and pairs together."""
+        """The standing at each of the given stages, which all systems must have.
+
+        The p values come from the paired t test and are corrected over all stages and pairs together.
+        """
         rivals = self.rivals(metric)
         pairs = list(combinations(range(len(rivals)), 2))
         comparable = [stage for stage in stages if self._same_cases_at(stage)]
@@ -428,7 +454,7 @@ class Comparison:
     # -- one value per case ------------------------------------------------------------------------
 
     def _joined(self, system: System, metric: Metric, stages: Sequence[int]) -> np.ndarray:
-        """float64 (seeds, cases): stage after stage, the cases of each in one order for all systems."""
+        """float64 (seeds, cases): one stage after another, with cases in the same order for all systems."""
         return np.stack(
             [np.concatenate([self._of(run, metric, stage) for stage in stages]) for run in system.runs]
         )
@@ -446,7 +472,7 @@ class Comparison:
         return self._values[key]
 
     def _who(self, run: RunSummary, stage: int) -> np.ndarray:
-        """Numbers for the users of the cases, ascending, the same for one user in every run and stage."""
+        """The number of each case's user, ascending. A user has the same number in every run and stage."""
         key = (run.name, stage)
         if key not in self._users:
             numbers, users = self._numbers, run.stages[stage].predictions.users
@@ -456,7 +482,7 @@ class Comparison:
         return self._users[key]
 
     def _sorted(self, run: RunSummary, stage: int) -> np.ndarray:
-        """The order of the cases that :meth:`_who` gives."""
+        """The permutation of the cases that sorts them as in :meth:`_who`."""
         self._who(run, stage)
         return self._order[run.name, stage]
 
@@ -468,9 +494,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Standing:
-    """``tied``: not significantly worse than the best; ``behind``: significantly worse.
+    """The best system, and how the others compare with it.
 
-    Both are empty where systems answered different cases: then nothing can be said beyond who is best.
+    ``tied`` systems are not significantly worse, ``behind`` ones are. Both are empty if the systems answered
+    different cases, because then their differences cannot be tested.
     """
 
     best: System

@@ -26,13 +26,14 @@ from peso.evaluation.intervals import Panel, Spread, spread_of_difference
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """p values corrected for their number (Holm 1979): reject where the result is ≤ α, and the chance of one
-    false rejection or more among all tests is at most α, however the tests hang together.
+    """p values corrected for the number of tests (Holm 1979). If every test whose corrected value is ≤ α is
+    rejected, the probability of one or more false rejections is at most α, however the tests depend on each
+    other.
 
     The i-th smallest of m becomes max_{j ≤ i} min(1, (m − j + 1) p_(j)).
 
     Args:
-        p: float (m,).
+        p: float (m,), the p value of each test.
 
     >>> holm(np.array([0.01, 0.04, 0.03])).tolist()
     [0.03, 0.06, 0.06]
@@ -50,14 +51,17 @@ POWER = 0.8
 # A weighted sum of random signs exceeds x standard deviations at most this many times as often as a normal
 # variable does (Bentkus and Dzindzalieta 2015).
 SIGN_TAIL = 1 / (4 * stats.norm.sf(math.sqrt(2)))
-FEW = 10  # draws beyond the observed difference; with fewer the tail is bounded instead of counted
+FEW = 10  # with fewer draws beyond the observed difference, the tail is bounded instead of counted
 
 
 @dataclass(frozen=True, eq=False)
 class SystemValues:
-    """What one system answered, for each metric: float (seeds, cases), cases in the panel's order.
+    """The results of one system.
 
-    ``seeds``: one for each run; ``(None,)`` for a system in which nothing is random.
+    Attributes:
+        name: the name of the system.
+        seeds: the seed of each run; ``(None,)`` for a system in which nothing is random.
+        values: for each metric, float (seeds, cases), with the cases in the panel's order.
     """
 
     name: str
@@ -76,12 +80,12 @@ class Contrast:
     """One system minus another, in one metric.
 
     Attributes:
-        value, low, high: the difference of means and its 95 % interval (nan: nothing varies).
-        percent, percent_low, percent_high: the same in percent of the other's mean.
-        p, p_adjusted: of the permutation test; ``p_adjusted`` after Holm's correction over all pairs.
-        detectable: the smallest true difference that such data show (p ≤ 0.05) four times in five.
-        covers_seeds: whether chance in training is in the interval and in p; if not, they speak of users
-            alone.
+        value, low, high: the difference of means and its 95 % interval (nan if nothing varies).
+        percent, percent_low, percent_high: the same in percent of the other system's mean.
+        p, p_adjusted: p values of the permutation test, before and after Holm's correction over all pairs.
+        detectable: the smallest true difference that data like these show (p ≤ 0.05) four times in five.
+        covers_seeds: whether the interval and p account for randomness in training. If not, they account for
+            the choice of users only.
     """
 
     value: float
@@ -102,13 +106,15 @@ class Contrast:
 
 
 class Contrasts:
-    """All pairs of systems in all metrics.
+    """The differences between all pairs of systems in all metrics.
 
-    The draws are fixed by ``seed``: the same values give the same figures.
+    ``seed`` fixes the random draws: the same values give the same results.
 
     Args:
-        systems: at least one, with the same metrics and cases.
-        panel: whose the cases are.
+        systems: at least one system; all must have the same metrics and cases.
+        panel: the user and the weight of each case.
+        draws: the number of random draws of the permutation test and of the bootstrap.
+        seed: the seed of the random draws.
 
     Raises:
         ValueError: a system has other metrics than the first, or another number of cases than the panel.
@@ -134,7 +140,7 @@ class Contrasts:
     # -- estimates ---------------------------------------------------------------------------------
 
     def mean(self, metric: str, system: str) -> float:
-        """Over seeds and the panel."""
+        """The mean over the seeds and the panel."""
         return float(self._means[metric][self._place[system]].mean())
 
     def contrast(self, metric: str, system: str, other: str) -> Contrast:
@@ -164,11 +170,11 @@ class Contrasts:
         )
 
     def best(self, metric: str) -> str:
-        """Name of the system with the highest mean; of equals the first."""
+        """The name of the system with the highest mean; the first one in case of a tie."""
         return max(self.systems, key=lambda system: self.mean(metric, system.name)).name
 
     def ties(self, metric: str, best: str | None = None) -> list[str]:
-        """Names of the systems that are not significantly worse than the best, without the best itself."""
+        """The names of the systems that are not significantly worse than the best one, without the best."""
         best = best or self.best(metric)
         return [
             system.name
@@ -179,11 +185,11 @@ class Contrasts:
     # -- p values ----------------------------------------------------------------------------------
 
     def p(self, metric: str, system: str, other: str) -> float:
-        """Two-sided, of the paired permutation test; 1 for a system against itself."""
+        """The two-sided p value of the paired permutation test; 1 for a system against itself."""
         return self._p.get(self._key(metric, system, other), 1.0)
 
     def p_adjusted(self, metric: str, system: str, other: str) -> float:
-        """The same after Holm's correction over all pairs in this metric."""
+        """:meth:`p` after Holm's correction over all pairs in this metric."""
         return self._adjusted.get(self._key(metric, system, other), 1.0)
 
     def _key(self, metric: str, system: str, other: str) -> tuple[str, int, int]:
@@ -192,7 +198,7 @@ class Contrasts:
 
     @cached_property
     def _p(self) -> dict[tuple[str, int, int], float]:
-        """Of every metric and pair (smaller number first)."""
+        """The p value of every metric and pair of system numbers (smaller number first)."""
         return {
             (metric, a, b): self._p_of(metric, a, b)
             for metric in self.metrics
@@ -212,7 +218,7 @@ class Contrasts:
         found = self._spread(metric, a, b)
         observed = abs(float(means[a].mean() - means[b].mean()))
         drawn = found.shrinkage * (flips[:, a] - flips[:, b]) + self._of_seeds(found)
-        # equal up to rounding is equal: hits make ties
+        # treat values that are equal up to rounding as equal: hits produce many ties
         reached = int(np.count_nonzero(np.abs(drawn) >= observed - 1e-9 * found.error))
         p = (1 + reached) / (1 + self.draws)
         if reached >= FEW or not found.error:
@@ -235,7 +241,7 @@ class Contrasts:
         return self._split(user_resamples(self._columns(influence), self.draws, generator))
 
     def _of_seeds(self, found: Spread) -> np.ndarray | float:
-        """Deviations due to seeds."""
+        """The drawn deviations due to seeds; 0 if seeds play no part."""
         if not found.seeds:
             return 0.0
         if found.degrees not in self._t:
@@ -267,14 +273,20 @@ class Contrasts:
 
 
 def _middle(drawn: np.ndarray) -> tuple[float, float]:
-    """The interval that leaves out 2.5 % on either side."""
+    """The interval that leaves out 2.5 % of the draws on either side."""
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
 
 def smallest_detectable(found: Spread, level: float = LEVEL, power: float = POWER) -> float:
-    """The true difference at which a two-sided test at ``level`` rejects with probability ``power``:
-    (t_{1−level/2} + t_power) · standard error. It is about 2.8 standard errors with many degrees of freedom.
+    """The true difference at which a two-sided test at ``level`` rejects with probability ``power``.
+
+    It is (t_{1−level/2} + t_power) · standard error, about 2.8 standard errors for many degrees of freedom.
+
+    Args:
+        found: the variances of the difference.
+        level: the significance level of the test.
+        power: the probability that the test rejects.
 
     >>> round(smallest_detectable(Spread(users=1.0)), 3)
     2.802
@@ -289,11 +301,13 @@ BLOCK = 512  # draws at a time
 def sign_flips(shares: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
     """Σ_u ε_u y_u with independent random signs ε_u: the permutation distribution of paired differences.
 
-    If two systems are alike, exchanging them for any user changes nothing, so a difference Σ_u y_u is one of
-    the 2^U equally likely values Σ_u ±y_u.
+    If two systems are equally good, exchanging them for any user changes nothing, so a difference Σ_u y_u is
+    one of the 2^U equally likely values Σ_u ±y_u.
 
     Args:
-        shares: float (users, columns).
+        shares: float (users, columns), what each user adds to the difference y_u.
+        draws: the number of random sign vectors.
+        generator: the source of random numbers.
 
     Returns: float64 (draws, columns).
     """
@@ -306,11 +320,13 @@ def sign_flips(shares: np.ndarray, draws: int, generator: np.random.Generator) -
 
 
 def user_resamples(influence: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Σ_u (w_u − 1) z_u, where w_u says how often user u is drawn in U draws with replacement: the bootstrap
+    """Σ_u (w_u − 1) z_u, where w_u is how often user u is drawn in U draws with replacement: the bootstrap
     distribution (Efron 1979) of the deviation of a mean.
 
     Args:
-        influence: float (users, columns).
+        influence: float (users, columns), the influence z_u of each user on the mean.
+        draws: the number of resamples.
+        generator: the source of random numbers.
 
     Returns: float64 (draws, columns).
     """

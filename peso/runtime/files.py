@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their checksums, and one writer at a time."""
+"""Write files and directories atomically, compute checksums, and lock directories."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from safetensors import SafetensorError
 from peso.errors import DataError, ExportError, FullDisk, WorkspaceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SEAL = b"sha256:"  # between the content of a sealed file and its digest
+_SEAL = b"sha256:"  # separates the content of a sealed file from its digest
 LOCK = ".lock"
 
-_count = count()  # of what this process has written aside
+_count = count()  # numbers the temporary files of this process
 
 
 @contextmanager
 def commit_directory(target: Path) -> Iterator[Path]:
-    """Write a directory aside; on success it appears whole under its name, on failure nothing does.
+    """Write a directory atomically: yield a temporary directory that replaces ``target`` on success.
 
-    Several processes may write the same directory: the last one to finish wins, whole.
+    On failure ``target`` does not change. If several processes write the same directory, the last one to
+    finish wins.
 
     Raises:
-        WorkspaceError: the disk is full or the place cannot be written (nothing half-written is left).
+        WorkspaceError: the disk is full, or the location cannot be written. No partial output is left.
     """
     target = Path(os.path.realpath(target))
     with _explained(target):
         if _kind(target) not in (None, stat.S_IFDIR):
-            raise NotADirectoryError(errno.ENOTDIR, "a file is there already")
+            raise NotADirectoryError(errno.ENOTDIR, "a file with this name exists")
         aside = _aside(target)
         aside.mkdir()
     try:
@@ -58,7 +59,7 @@ def commit_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_directory(target: Path) -> None:
-    """Remove a directory, if it is there, such that it is whole or gone."""
+    """Remove a directory atomically, if it exists: after a crash it is either complete or gone."""
     gone = target.with_name(f".{target.name}.removed")
     shutil.rmtree(gone, ignore_errors=True)
     if target.is_dir():
@@ -68,7 +69,7 @@ def remove_directory(target: Path) -> None:
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """Another name for a file that nobody writes to again; a copy where links are not to be had."""
+    """Make a hard link to a file that does not change any more, or a copy if links are not supported."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -80,7 +81,7 @@ def _put_in_place(aside: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     while True:
         try:
-            aside.rename(target)  # succeeds where nothing is, or an empty directory
+            aside.rename(target)  # succeeds if the target does not exist or is an empty directory
             break
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -93,12 +94,12 @@ def _put_in_place(aside: Path, target: Path) -> None:
 
 @contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Hold a directory, made if absent, against every other process and thread.
+    """Lock a directory against all other processes and threads. The directory is created if it is missing.
 
-    Afterwards the lock file is as it was before: a refused command has written nothing.
+    Afterwards the lock file is as it was before, so that a refused command leaves no trace.
 
     Raises:
-        WorkspaceError: another process holds it, or it cannot be written.
+        WorkspaceError: another process holds the lock, or the directory cannot be written.
     """
     with _explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             if before is None:
-                path.unlink(missing_ok=True)  # whoever has opened it meanwhile notices, see filelock
+                path.unlink(missing_ok=True)  # filelock notices this in processes that have opened the file
             elif path.is_file():
                 path.write_bytes(before)
         lock.release()
@@ -150,7 +151,7 @@ def in_turn(path: Path, seconds: float = 10.0) -> Iterator[None]:
 
 
 def restore(target: Path) -> None:
-    """Put back a directory that a crash took away between the two renames of :func:`commit_directory`."""
+    """Restore a directory after a crash between the two renames of :func:`commit_directory`."""
     old = target.with_name(f".{target.name}.old")
     if old.is_dir() and not target.exists():
         old.rename(target)
@@ -158,15 +159,17 @@ def restore(target: Path) -> None:
 
 @contextmanager
 def write_aside(target: Path) -> Iterator[Path]:
-    """A path to write one file to; on success it replaces `target`, on failure `target` is as before.
+    """Write a file atomically: yield a temporary path that replaces ``target`` on success.
+
+    On failure ``target`` does not change.
 
     Raises:
-        WorkspaceError: the disk is full or the place cannot be written (nothing half-written is left).
+        WorkspaceError: the disk is full, or the location cannot be written. No partial output is left.
     """
     target = Path(os.path.realpath(target))
     with _explained(target):
         if _kind(target) not in (None, stat.S_IFREG):
-            raise IsADirectoryError(errno.EISDIR, "it is a directory or a device")
+            raise IsADirectoryError(errno.EISDIR, "the path is a directory or a device")
         aside = _aside(target)
         aside.touch()
     try:
@@ -182,15 +185,19 @@ def write_aside(target: Path) -> Iterator[Path]:
 
 
 def write_atomically(target: Path, content: bytes) -> None:
-    """Replace one file: the old content or the new, never a mixture."""
+    """Replace the content of one file atomically."""
     with write_aside(target) as aside:
         aside.write_bytes(content)
 
 
 def require_writable(target: Path) -> None:
-    """Raise WorkspaceError if a file or directory cannot be written there; leaves nothing behind."""
+    """Check that a file or directory can be written, without leaving anything behind.
+
+    Raises:
+        WorkspaceError: it cannot be written.
+    """
     with _explained(target):
-        _kind(target)  # raises for a name that cannot be
+        _kind(target)  # raises if the name is not possible
         place = Path(os.path.realpath(target)).parent
         while _kind(place) is None:
             place = place.parent
@@ -198,7 +205,11 @@ def require_writable(target: Path) -> None:
 
 
 def require_free(directory: str | Path) -> Path:
-    """The path of a directory to write; raises ExportError unless it is absent or empty."""
+    """The absolute path of a directory to write to, which must be missing or empty.
+
+    Raises:
+        ExportError: the path is a file or a directory that is not empty.
+    """
     target = Path(directory).expanduser().absolute()
     with _explained(target):
         kind = _kind(target)
@@ -209,14 +220,18 @@ def require_free(directory: str | Path) -> Path:
 
 
 def require_new(file: Path, force: bool = False) -> None:
-    """Raise ExportError if a file to write is there already, unless it is to be overwritten."""
+    """Check that a file does not exist yet, unless ``force`` allows overwriting it.
+
+    Raises:
+        ExportError: the file exists.
+    """
     with _explained(file):
         if _kind(file) is not None and not force:
-            raise ExportError(f"{file} is there already; name another file, or overwrite it with --force")
+            raise ExportError(f"{file} already exists; name another file, or overwrite it with --force")
 
 
 def _kind(path: Path) -> int | None:
-    """Of what stands there, None where nothing does. Raises OSError for a name that cannot be."""
+    """The type of file at a path, or None if there is none. Raises OSError if the name is not possible."""
     try:
         return stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
@@ -224,8 +239,10 @@ def _kind(path: Path) -> int | None:
 
 
 def _aside(target: Path) -> Path:
-    """Where what becomes ``target`` is written: beside it, under a name that no other process uses. What
-    processes of this machine left there when they were killed is removed."""
+    """A temporary path next to ``target`` that no other process uses.
+
+    Temporary files of processes of this machine that were killed are removed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     whose = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}.{platform.node()}."
     for left in target.parent.iterdir():
@@ -240,36 +257,36 @@ def _runs(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # another user's process
     return True
 
 
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """An OSError as a WorkspaceError that says which place cannot be written, and why."""
+    """Turn an OSError into a WorkspaceError that names the location and the reason."""
     try:
         yield
     except OSError as error:
         raise_if_full(error, target)
         raise WorkspaceError(
-            f"{target} cannot be written: {error.strerror or error}; change what is there, or choose another "
-            "place"
+            f"{target} cannot be written: {error.strerror or error}; check that location, or choose another "
+            "one"
         ) from error
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space or quota."""
+    """Whether a write failed because the disk or the quota is full."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in _FULL)
 
 
 def raise_if_full(error: BaseException, target: Path) -> None:
-    """Turn a failed write for want of space into an error that says so."""
+    """Raise a FullDisk error if a write to ``target`` failed because the disk or the quota is full."""
     if is_full(error):
         raise FullDisk(
-            f"no space left while writing {target}; nothing half-written was left behind. "
-            "Free some space and start again: it continues where it was."
+            f"no space left while writing {target}; no partial output is left. Free some space and run the "
+            "command again; it continues where it stopped."
         ) from error
 
 
@@ -282,28 +299,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, content: bytes) -> None:
-    """Replace one file by content that is followed by its sha256."""
+    """Replace one file with ``content`` followed by its sha256."""
     write_atomically(path, content + _SEAL + hashlib.sha256(content).digest())
 
 
 def read_sealed(path: Path) -> bytes:
-    """The content of what :func:`write_sealed` wrote. A file without a seal, of an older version, is
-    returned as it is.
+    """The content of a file that :func:`write_sealed` wrote. Files of older versions have no sha256 and are
+    returned unchecked.
 
     Raises:
-        OSError: it cannot be read.
-        WorkspaceError: the content is not what was written.
+        OSError: the file cannot be read.
+        WorkspaceError: the content does not match its sha256.
     """
     content, seal, stated = path.read_bytes().rpartition(_SEAL)
     if not seal or len(stated) != hashlib.sha256().digest_size:
         return content + seal + stated
     if hashlib.sha256(content).digest() != stated:
-        raise WorkspaceError(f"{path} is damaged: its content does not have the sha256 that it ends with")
+        raise WorkspaceError(f"{path} is damaged: its content does not match the sha256 at its end")
     return content
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of all files in a directory; 0 where there is none."""
+    """The total size in bytes of all files in a directory; 0 if the directory does not exist."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
@@ -313,7 +330,7 @@ def checksum(path: Path) -> str:
 
 
 def digest(*values: Any) -> str:
-    """sha256 of JSON values, independent of key order: equal digests, equal determination."""
+    """The sha256 of JSON values, which does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -326,22 +343,25 @@ def _fsync(path: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file that contains one JSON object.
 
     Raises:
-        DataError: missing, unreadable, not UTF-8, truncated or otherwise malformed (says where), not an
-            object, or a key twice in one object (of which JSON readers keep the last in silence).
+        DataError: the file is missing, unreadable, not UTF-8, truncated or malformed (the message gives the
+            position), not an object, or it has a key twice in one object (JSON readers would silently keep
+            the last one).
     """
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; check the path, or fetch the data again") from None
+        raise DataError(f"{path} is missing; check the path, or download the data again") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its rights") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 text at byte {error.start}; fetch the file again, or convert it"
+            f"{path} is not UTF-8 text at byte {error.start}; download the file again, or convert it to UTF-8"
         ) from None
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
@@ -351,27 +371,30 @@ def read_json_object(path: Path) -> dict[str, Any]:
         byte = len(text[: error.pos].encode())
         raise DataError(
             f"{path} {what}: {error.msg} at line {error.lineno}, column {error.colno} (byte {byte} of "
-            f"{len(content)}); fetch or write the file again"
+            f"{len(content)}); download or create the file again"
         ) from None
     except RecursionError:
-        raise DataError(f"{path} nests too deep to be the data expected; fetch the file again") from None
+        raise DataError(
+            f"{path} is nested more deeply than the expected data; check that it is the right file"
+        ) from None
     except _Twice as error:
         raise DataError(
-            f"{path} has the key {error.args[0]!r} twice in one object; keep one of them"
+            f"{path} has the key {error.args[0]!r} twice in one object; keep only one of them"
         ) from None
     if not isinstance(value, dict):
         raise DataError(
-            f"{path} holds a JSON {type(value).__name__} where an object {{…}} belongs; "
+            f"{path} contains a JSON {type(value).__name__} instead of an object {{…}}; "
             "check that it is the right file"
         )
     return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file that holds one JSON object a line.
+    """Read a file that contains one JSON object per line.
 
     Raises:
-        DataError: unreadable, not UTF-8, or a line that is not a JSON object (says which).
+        DataError: the file is unreadable or not UTF-8, or a line is not a JSON object (the message gives its
+            number).
     """
     records: list[dict[str, Any]] = []
     try:
@@ -380,10 +403,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                 records.append(dict(json.loads(line)))
         return records
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its rights") from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from None
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{path}, line {len(records) + 1}: not a JSON object ({error}); restore it from a copy"
+            f"{path}, line {len(records) + 1}: not a JSON object ({error}); restore the file from a copy"
         ) from None
 
 

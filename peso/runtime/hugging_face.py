@@ -1,4 +1,4 @@
-"""Transformers without its own bars and reports, and a GGUF file as a plain Transformers directory."""
+"""Silence Transformers' own output, and convert GGUF files to Transformers directories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors only and no bars inside; as it was afterwards."""
+    """A context in which Transformers prints only errors and no progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -26,14 +26,14 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
-    """Write the model (float32, as dequantized) and the tokenizer of a GGUF file into ``directory``.
+    """Write the model (dequantized to float32) and the tokenizer of a GGUF file into ``directory``.
 
-    Dequantizing takes many times as long as reading plain weights, so it is done once, when a model is
-    fetched.
+    Dequantizing takes many times longer than reading plain weights, so it is done once, when a model is
+    downloaded.
     """
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        # with its quantisation entry the saved model could not be loaded: the weights are plain by now
+        # the weights are no longer quantized; with the quantization entry the saved model could not be loaded
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(directory)

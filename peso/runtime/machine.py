@@ -1,9 +1,8 @@
-"""What this machine has, and what of it is used: what cannot fit is refused before it is tried.
+"""The resources of this machine, which of them are used, and checks that refuse what cannot fit.
 
-PyTorch's number of threads is chosen by the size of what is computed. Threads wait for each other after every
-operation. The operations of a small network are so short that the waiting costs more than the work that is
-shared, and on a machine with other work it costs the time slices of those others: a run took 50 times as long
-with two threads as with one.
+PyTorch's number of threads depends on the size of the network. Threads wait for each other after every
+operation. The operations of a small network are so short that waiting costs more than sharing the work saves.
+On a busy machine the wait can be much longer: one run took 50 times as long with two threads as with one.
 """
 
 from __future__ import annotations
@@ -33,39 +32,41 @@ OPTIONAL = {
     "fastapi": ("serve", "`peso serve`"),
 }
 
-TRAINED = 16  # bytes of a parameter that is trained: float32, its gradient, two moments of AdamW
-LAYER = 50_000  # bytes of Python objects, at least, that a decoder layer consists of
-CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container, where it has a limit
+TRAINED = 16  # bytes per trained parameter: float32, its gradient, two moments of AdamW
+LAYER = 50_000  # bytes of Python objects in a decoder layer, at least
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # the memory limit of a container
 
 
 def machine_memory() -> int:
-    """Bytes: of the machine, or of the container if that is less."""
+    """The memory of the machine in bytes, or of the container if it has less."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = CGROUP.read_text().strip() if CGROUP.is_file() else ""
     return min(whole, int(limit)) if limit.isdecimal() else whole
 
 
 def require_memory(needed: float, what: str) -> None:
-    """
+    """Check that the machine has enough memory.
+
     Args:
-        needed: bytes, a low estimate.
-        what: the key, its value and what it makes, for the message.
+        needed: a low estimate of the memory needed, in bytes.
+        what: the setting, its value and what needs the memory, for the message.
 
     Raises:
-        ConfigError: the machine has less.
+        ConfigError: the machine has less memory.
     """
     if needed > (there := machine_memory()):
         raise ConfigError(
-            f"{what} would take at least {needed / 2**30:,.0f} GiB of memory; this machine has "
+            f"{what} would need at least {needed / 2**30:,.0f} GiB of memory; this machine has "
             f"{there / 2**30:,.0f} GiB"
         )
 
 
 def examine() -> dict[str, Any]:
-    """What there is and what is used of it; imports PyTorch.
+    """Find out what this machine has and what peso uses. Imports PyTorch.
 
     Returns:
-        ``machine``: rows of (what, what this machine has, what peso uses); ``warnings``: sentences.
+        A dictionary with ``machine``, rows of (resource, what this machine has, what peso uses), and
+        ``warnings``, a list of sentences.
     """
     import torch
 
@@ -78,12 +79,16 @@ def examine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     if not gpus and shutil.which("nvidia-smi"):
         warnings.append(
-            "there seems to be an NVIDIA GPU (nvidia-smi is installed), but PyTorch "
+            "this machine seems to have an NVIDIA GPU (nvidia-smi is installed), but PyTorch "
             f"{torch.__version__} cannot use it; install a build of PyTorch with CUDA"
         )
     chosen = Precision.of("auto", "auto")
     formats = [str(format).removeprefix("torch.") for format in (chosen.frozen, torch.float32)]
-    numbers = "float32" if not chosen.mixed else f"{formats[0]} for frozen weights and products, else float32"
+    numbers = (
+        "float32"
+        if not chosen.mixed
+        else f"{formats[0]} for frozen weights and matrix products, otherwise float32"
+    )
     cache = assets.cache_directory()
     in_cache = [name for name in assets.names() if _is_in_cache(name, warnings)]
     if not os.access(_existing(cache), os.W_OK):
@@ -102,7 +107,11 @@ def examine() -> dict[str, Any]:
             f"{os.cpu_count()}, {usable} of them usable",
             f"{NUMBER}={of_user}" if of_user else own,
         ),
-        ("memory", _gib(machine_memory()), "all, if a model needs it; `peso run CONFIG --dry-run` estimates"),
+        (
+            "memory",
+            _gib(machine_memory()),
+            "as much as a run needs, see `peso run CONFIG --dry-run`",
+        ),
         (
             "GPU",
             ", ".join(f"{gpu.name} ({_gib(gpu.total_memory)})" for gpu in gpus) or "none",
@@ -127,7 +136,7 @@ def examine() -> dict[str, Any]:
         (
             "network",
             "HF_HUB_OFFLINE is set" if offline else "allowed",
-            "nothing is fetched" if offline else "only for `peso pull` and models named by their hub name",
+            "no downloads" if offline else "only for `peso pull` and models given by their hub name",
         ),
     ]
     for name, (extra, purpose) in OPTIONAL.items():
@@ -155,26 +164,31 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-# Parameters below which one thread is taken. Two threads took 1.3 to 1.8 times the CPU time of one on a
-# Llama of up to 0.8 million, and 1.0 to 1.3 times from 1.8 million on (forward and backward, 1,000 tokens).
+# Networks with fewer parameters use one thread. Two threads took 1.3 to 1.8 times the CPU time of one on a
+# Llama of up to 0.8 million parameters, and 1.0 to 1.3 times from 1.8 million on (forward and backward pass,
+# 1,000 tokens).
 SMALL = 1_000_000
 NUMBER = "OMP_NUM_THREADS"
-# set where NUMBER is the share that `peso compare` gives a process, not a user's choice
+# set if `peso compare`, not the user, has set NUMBER, to the share of one process
 SHARE = "PESO_THREADS"
 
-VALID = re.compile(r"\s*([1-9][0-9]{0,2}|1[0-9]{3})(,[0-9]+)*\s*")  # of NUMBER
+VALID = re.compile(r"\s*([1-9][0-9]{0,2}|1[0-9]{3})(,[0-9]+)*\s*")  # valid values of NUMBER
 
-_number: int | None = None  # inside a context with a number
-_told = 0  # threads that the user was last told of
+_number: int | None = None  # the number of threads of the enclosing context, if it has one
+_told = 0  # the number of threads that was last reported to the user
 
 
 def check_environment() -> None:
-    """Raise ConfigError if OMP_NUM_THREADS is not a number of threads."""
+    """Check that OMP_NUM_THREADS, if it is set, is a number of threads.
+
+    Raises:
+        ConfigError: it is not.
+    """
     text = os.environ.get(NUMBER, "")
     if text and not VALID.fullmatch(text):
         raise ConfigError(
             f"the environment variable {NUMBER} is {text[:40]!r}, not a number of threads; unset it, or "
-            "set a whole number from 1 to 1999"
+            "set it to a whole number from 1 to 1999"
         )
 
 
@@ -184,15 +198,17 @@ def threads(
     number: int | Literal["auto"] = "auto",
     observer: Observer | None = None,
 ) -> Iterator[None]:
-    """Within the context PyTorch computes with a number of threads that suits the network.
+    """A context in which PyTorch uses a number of threads that suits the network.
 
-    That is ``number``, else the number of an enclosing context that has one, else OMP_NUM_THREADS, else one
-    for a network of fewer than ``SMALL`` parameters and PyTorch's choice for others. Results depend on it by
-    rounding alone.
+    The number is the first of these that is given: ``number``, the number of an enclosing context,
+    OMP_NUM_THREADS. Otherwise it is one for networks of fewer than ``SMALL`` parameters, and PyTorch's
+    default for others. It affects results only by rounding.
 
     Args:
-        network: None: nothing is computed here; the number is for the contexts within.
-        observer: is told the number when it differs from what was told before.
+        network: the network to compute with. None if nothing is computed in this context itself; the number
+            then applies to the contexts inside it.
+        number: the number of threads, or ``auto``.
+        observer: receives a note if the number differs from the one reported last.
     """
     global _number, _told
     outer = _number

@@ -1,7 +1,7 @@
-"""Manifests: beside data files, what they are, the number of their format, and the sha256 of each.
+"""Manifests: the description of the files in a directory, with their format version and sha256.
 
 A file that a manifest lists is checked against its sha256 whenever it is loaded (:func:`intact`). A manifest
-carries a sha256 of its own content too; those that older versions wrote do not.
+also has a sha256 of its own content, unless an older version wrote it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from peso.runtime.files import checksum, json_text, read_json_object, write_asid
 
 MANIFEST = "manifest.json"
 FILES, OWN = "files", "sha256"
-# Files that are about to be replaced, with their new sha256: until the manifest is written again, the old
-# file and the new one are both intact, wherever a crash falls between.
+# Files that are about to be replaced, with their new sha256. Until the manifest is written again, both the
+# old and the new file count as intact, so that a crash at any point does no harm.
 REPLACING = "replacing"
 
-# What may stand under the keys that are read, in whichever manifest they are.
+# The types of the values that are read from manifests.
 KINDS: dict[type, tuple[str, ...]] = {
     dict: (
         *(FILES, REPLACING, "parent", "inputs", "configuration", "baseline", "settings", "config"),
@@ -33,11 +33,11 @@ KINDS: dict[type, tuple[str, ...]] = {
     int: ("stage", "items", "distinct_ids", "tokens_in_use", "trained_parameters", "bytes_on_disk"),
     str: ("determined_by", "backbone_sha256", OWN),
 }
-NULL = ("parent", "config")  # may be null
+NULL = ("parent", "config")  # these may be null
 
 
 class Manifest(dict[str, Any]):
-    """What the manifest of a directory says. A key that it lacks raises a WorkspaceError that names both."""
+    """The content of a directory's manifest. A missing key raises a WorkspaceError that names both."""
 
     def __init__(self, directory: Path, content: Mapping[str, Any]) -> None:
         super().__init__(content)
@@ -50,10 +50,15 @@ class Manifest(dict[str, Any]):
 def write_manifest(
     directory: Path, number: int, content: Mapping[str, Any], known: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``manifest.json`` last: ``content``, then the format's number and the files' checksums.
+    """Write ``manifest.json`` with ``content``, the format version and the files' checksums.
+
+    This must be the last file that is written to the directory.
 
     Args:
-        known: checksums of files that were written earlier, by another step; they are not computed again.
+        directory: the directory that the manifest describes.
+        number: the version of the format.
+        content: what to write besides the format version and the checksums.
+        known: checksums of files that another step has written; they are not computed again.
     """
     found = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = [str(path.relative_to(directory)) for path in found]
@@ -64,14 +69,17 @@ def write_manifest(
 
 @contextmanager
 def replace_file(directory: Path, name: str, number: int) -> Iterator[Path]:
-    """A path to write a file of a finished directory to. On success it is there and the manifest lists it, as
-    it lists the others; killed at any moment, no file disagrees with the manifest."""
+    """Yield a temporary path that replaces a file of a finished directory on success.
+
+    The manifest then lists the new file. If the process is killed at any point, all files still match the
+    manifest.
+    """
     with write_aside(directory / name) as aside:
         yield aside
         new = checksum(aside)
         manifest = read_manifest(directory, number)
         files, replacing = dict(manifest[FILES]), dict(manifest.get(REPLACING, {}))
-        begun = replacing.get(name)  # by a step that was killed
+        begun = replacing.get(name)  # from a step that was killed
         if begun is not None and (directory / name).is_file() and checksum(directory / name) == begun:
             files[name] = begun
         _write(directory, {**manifest, FILES: files, REPLACING: {**replacing, name: new}})
@@ -80,7 +88,7 @@ def replace_file(directory: Path, name: str, number: int) -> Iterator[Path]:
 
 
 def remove_folder(directory: Path, name: str, number: int) -> None:
-    """Take the files of a folder out of the manifest of a finished directory, then remove them."""
+    """Remove a folder of a finished directory, after removing its files from the manifest."""
     manifest = read_manifest(directory, number)
     kept = {
         key: {file: sha256 for file, sha256 in manifest[key].items() if not file.startswith(f"{name}/")}
@@ -101,10 +109,14 @@ def _own(content: Mapping[str, Any]) -> str:
 
 
 def read_manifest(directory: Path, number: int) -> Manifest:
-    """Read the manifest of a directory whose format this version knows up to ``number``.
+    """Read the manifest of a directory.
+
+    Args:
+        directory: the directory that the manifest describes.
+        number: the newest version of the format that this version of peso can read.
 
     Raises:
-        WorkspaceError: there is none, it is damaged, or a newer version wrote it.
+        WorkspaceError: the manifest is missing or damaged, or a newer version of peso wrote it.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -118,36 +130,39 @@ def read_manifest(directory: Path, number: int) -> Manifest:
             )
         stated = content.get(OWN)
         if stated is not None and stated != _own({k: v for k, v in content.items() if k != OWN}):
-            raise ValueError("its content and its own sha256 do not fit")
+            raise ValueError("its content does not match its own sha256")
         if type(content["format"]) is not int or content["format"] < 1:
-            raise ValueError("no number of a format")
+            raise ValueError("the format version is not a number")
         for kind, keys in KINDS.items():
             for key in keys:
                 value = content.get(key, kind())
                 is_empty = key in content and value == []
                 if is_empty or (type(value) is not kind and (key not in NULL or value is not None)):
-                    raise ValueError(f"{key} is not what it has to be")
+                    raise ValueError(f"{key} has an invalid value")
         if not isinstance(content.get("source", ""), dict | str):  # of data, or of an imported index
-            raise ValueError("source is not what it has to be")
+            raise ValueError("source has an invalid value")
         if not all(isinstance(value, str) for value in content[FILES].values()):
-            raise ValueError("a checksum is not a text")
+            raise ValueError("a checksum is not a string")
     except KeyError as error:
         raise WorkspaceError(f"{path} is damaged (no {error}); {_cure(directory)}") from None
     except (DataError, ValueError) as error:
-        if isinstance(error.__cause__, OSError) and path.is_file():  # it may be as it was
+        if isinstance(error.__cause__, OSError) and path.is_file():  # the file itself may be intact
             raise WorkspaceError(sentence(error.__cause__)) from None
         raise WorkspaceError(f"{path} is damaged ({error}); {_cure(directory)}") from None
     return Manifest(directory, content)
 
 
 def intact(directory: Path, name: str, manifest: Mapping[str, Any], cure: str = "") -> Path:
-    """The path of a file whose checksum is the manifest's.
+    """The path of a file, after checking that its checksum is the one in the manifest.
 
     Args:
-        cure: what to do if it is not; none given: make the directory again.
+        directory: the directory of the file.
+        name: the name of the file in the manifest.
+        manifest: the manifest of the directory.
+        cure: what the user should do if the file is damaged; by default, create the directory again.
 
     Raises:
-        WorkspaceError: the file is not listed, missing, or has changed since the manifest was written.
+        WorkspaceError: the file is not listed, is missing, or has changed since the manifest was written.
     """
     path, cure = directory / name, cure or _cure(directory)
     try:
@@ -156,7 +171,7 @@ def intact(directory: Path, name: str, manifest: Mapping[str, Any], cure: str = 
         raise WorkspaceError(f"{path} is missing; {cure}") from None
     except (IsADirectoryError, NotADirectoryError) as error:
         raise WorkspaceError(f"{path} cannot be read: {error.strerror}; {cure}") from None
-    except OSError as error:  # the file itself may be as it was
+    except OSError as error:  # the file itself may be intact
         raise WorkspaceError(sentence(error)) from None
     if found not in _checksums_of(name, manifest):
         # another process may have replaced it since the manifest was read
@@ -167,11 +182,15 @@ def intact(directory: Path, name: str, manifest: Mapping[str, Any], cure: str = 
 
 
 def all_intact(directory: Path, parts: Sequence[str], manifest: Mapping[str, Any]) -> None:
-    """Check every listed file of some parts (a file, or a folder with all that is in it), and that the parts
-    hold no other.
+    """Check every listed file of some parts of a directory, and that the parts have no other files.
+
+    Args:
+        directory: the directory that the manifest describes.
+        parts: names of files, or of folders with all their files.
+        manifest: the manifest of the directory.
 
     Raises:
-        WorkspaceError: as :func:`intact`, or a file that the manifest does not list.
+        WorkspaceError: see :func:`intact`; or the manifest does not list a file.
     """
     listed = {name for name in manifest[FILES] if name.split("/")[0] in parts}
     for name in sorted(listed):
@@ -185,7 +204,7 @@ def all_intact(directory: Path, parts: Sequence[str], manifest: Mapping[str, Any
 
 
 def is_listed(directory: Path, name: str, manifest: Mapping[str, Any]) -> bool:
-    """Whether a file must be there, or is there since a step that wrote it was killed before its end."""
+    """Whether the manifest lists a file, or a step that was killed has already written it."""
     return name in manifest[FILES] or (name in manifest.get(REPLACING, {}) and (directory / name).is_file())
 
 

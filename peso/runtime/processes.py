@@ -1,7 +1,7 @@
 """The processes that train and test one model together, started by `torchrun` or `accelerate launch`.
 
-Every process holds the whole model and takes the same steps; each computes its share of a batch, and the
-first one, the main process, alone writes.
+Every process has the whole model and takes the same steps. Each one computes its share of a batch, and only
+the first one, the main process, writes files.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(days=1)  # others wait this long while the main process reads data or draws a report
-NATIVE_SECONDS = 4  # that native code, which Python cannot interrupt, gets to return after a SIGTERM
-ON_MAIN = "raised on the main process"  # note on an error that the others only repeat
+TIMEOUT = timedelta(days=1)  # how long others wait while the main process reads data or writes a report
+NATIVE_SECONDS = 4  # after SIGTERM, how long to wait for native code, which Python cannot interrupt
+ON_MAIN = "raised on the main process"  # a note on errors that the other processes repeat
 
 
 @dataclass(frozen=True)
 class Processes:
-    """``count`` processes, of which this is number ``rank``. One alone exchanges nothing.
+    """A group of ``count`` processes; this process is number ``rank``. A single process exchanges nothing.
 
-    What one process calls here, all call, in the same order. Whatever needs another process raises
-    LostProcess where that is gone.
+    All processes must call the same methods in the same order. A method that needs another process raises
+    LostProcess if that process has ended.
     """
 
     rank: int = 0
@@ -48,14 +48,14 @@ class Processes:
         return self.rank == 0
 
     def takes(self, number: int) -> bool:
-        """Whether part ``number`` of a work that is dealt in turn is this process's."""
+        """Whether part ``number`` of work that is distributed in turn belongs to this process."""
         return number % self.count == self.rank
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives on the main process, for all; nobody goes on before it is done.
+        """Call ``work`` on the main process and return its result on all processes, which wait for it.
 
         Raises:
-            PesoError: that ``work`` raised, on all.
+            PesoError: ``work`` raised this error; it is raised on all processes.
         """
         if self.count == 1:
             return work()
@@ -77,7 +77,7 @@ class Processes:
         return result[0]
 
     def sum_numbers(self, *values: float) -> list[float]:
-        """Each value summed over the processes, in float64."""
+        """Sum each value over the processes, in float64."""
         if self.count == 1:
             return list(values)
         import torch
@@ -85,10 +85,14 @@ class Processes:
         return self._sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def sum_tensors(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Each tensor summed over the processes that have it, in one exchange; None where no process has it.
+        """Sum each tensor over the processes that have it, in one exchange.
 
         Args:
-            like: tensors of the same shapes, of one device and format, the same on every process.
+            tensors: the tensors of this process, None for those that it does not have.
+            like: tensors with the shapes of ``tensors``, all with one device and number format, which must be
+                the same on every process.
+
+        Returns: the sums, with None for tensors that no process has.
         """
         if self.count == 1 or not like:
             return list(tensors)
@@ -106,11 +110,11 @@ class Processes:
         ]
 
     def merge(self, values: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """Rows put together from the processes that computed them.
+        """Combine the rows that different processes have computed.
 
         Args:
-            values: (rows, …); what stands in rows that are not ``own`` does not count.
-            own: bool (rows,), each row true on one process.
+            values: (rows, …), the rows of this process. Rows that are not ``own`` are ignored.
+            own: bool (rows,), which rows this process has computed. Each row is true on exactly one process.
         """
         if self.count == 1:
             return values
@@ -121,7 +125,15 @@ class Processes:
         return found.numpy()
 
     def require_same(self, value: str, what: str) -> None:
-        """Raises TrainingError where the processes do not all hold the same value."""
+        """Check that all processes have the same value.
+
+        Args:
+            value: the value of this process.
+            what: a description of the value, for the message.
+
+        Raises:
+            TrainingError: the values differ.
+        """
         if self.count == 1:
             return
         from accelerate.utils import gather_object
@@ -130,8 +142,8 @@ class Processes:
             values = gather_object([value])
         if len(set(values)) > 1:
             raise TrainingError(
-                f"the {self.count} processes differ in {what}; they must run the same versions on the same "
-                "files and like hardware"
+                f"the {self.count} processes differ in {what}; they must run the same versions with the same "
+                "files on the same kind of hardware"
             )
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -147,10 +159,10 @@ _current = ALONE
 
 
 def launched() -> int:
-    """How many processes a launcher started; 1 where none did.
+    """The number of processes that a launcher has started; 1 without a launcher.
 
     Raises:
-        ConfigError: the variables by which torchrun and accelerate say so make no sense.
+        ConfigError: the environment variables that torchrun and accelerate set have invalid values.
     """
     count = _number("WORLD_SIZE", 1) if os.environ.get("WORLD_SIZE") else 1
     if count > 1:
@@ -166,20 +178,21 @@ def _number(name: str, least: int, most: int | None = None) -> int:
         allowed = f"{least} or more" if most is None else f"from {least} to {most}"
         raise ConfigError(
             f"the environment variable {name} is {text!r}, not a whole number {allowed}; unset WORLD_SIZE to "
-            "run one process, or start several with torchrun, which sets it"
+            "run one process, or start several with torchrun, which sets these variables"
         )
     return int(text)
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the work inside as Ctrl-C does: what is half-written is removed, the exit status is 143.
+    """A context in which SIGTERM stops the work as Ctrl-C does: partial output is removed, and the exit
+    status is 143.
 
-    Where native code does not return to Python in time, the process ends at once.
+    If native code does not return to Python in time, the process ends immediately.
     """
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what tidies up is not interrupted
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # do not interrupt the cleanup with a second signal
         sys.exit(TERMINATED)
 
     def watch() -> None:
@@ -205,18 +218,18 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def current() -> Processes:
-    """Those that :func:`join` joined; this process alone before."""
+    """The processes that :func:`join` has joined; before that, this process alone."""
     return _current
 
 
 def join(device: str = "auto") -> Processes:
-    """Take part in the processes that a launcher started; alone where none did.
+    """Join the processes that a launcher has started. Without a launcher this process is alone.
 
     Args:
-        device: ``cpu``, ``cuda`` (each process takes the GPU of its number) or ``auto``.
+        device: ``cpu``, ``cuda`` (each process uses the GPU with its number) or ``auto``.
 
     Raises:
-        TrainingError: another device, or the processes do not find each other.
+        TrainingError: the device is a different one, or the processes cannot connect to each other.
     """
     global _current
     if launched() == 1 or _current is not ALONE:
@@ -226,15 +239,15 @@ def join(device: str = "auto") -> Processes:
 
     if device not in ("auto", "cpu", "cuda"):
         raise TrainingError(
-            f"training.device {device!r} is one device, but {launched()} processes were started; "
-            "set auto, cpu or cuda"
+            f"training.device {device!r} is a single device, but {launched()} processes were started; "
+            "set it to auto, cpu or cuda"
         )
     cpu = device == "cpu" or not torch.cuda.is_available()
     try:
         state = PartialState(cpu=cpu, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         cause = str(error).splitlines()[0]
-        raise TrainingError(f"the {launched()} processes do not find each other: {cause}") from error
+        raise TrainingError(f"the {launched()} processes cannot connect to each other: {cause}") from error
     _current = Processes(state.process_index, state.num_processes)
     return _current
 
@@ -246,6 +259,6 @@ def _connected(count: int) -> Iterator[None]:
     except RuntimeError as error:
         cause = str(error).splitlines()[0]
         raise LostProcess(
-            f"another of the {count} processes is gone ({cause}); what it said last stands above. Start the "
-            "same command again: it continues at its newest checkpoint"
+            f"another of the {count} processes has ended ({cause}); see its last output above. Run the same "
+            "command again; it continues from the newest checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""How long work tells of itself, without knowing who listens."""
+"""The interface through which long operations report their progress."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from typing import Any, Protocol
 
 
 class Observer(Protocol):
-    """Receives what a run does. The command line draws bars from it; a library user may ignore it."""
+    """Receives the progress of a run. The command line shows it as bars."""
 
     def note(self, text: str) -> None:
-        """A plain sentence: what was done or found."""
+        """Receive a sentence about what was done or found."""
 
     def begin(self, title: str, total: int, unit: str) -> None:
-        """A piece of work with `total` parts starts; it ends when the next starts or at :meth:`end`.
+        """A task with ``total`` parts starts. It ends when the next one starts or when :meth:`end` is called.
 
-        A total of 0 is unknown: such work advances by time alone.
+        A total of 0 means that the number of parts is unknown.
         """
 
     def advance(self, done: int, **figures: Any) -> None:
-        """`done` parts of the current work are finished; figures (loss=…, rate=…) belong to this moment."""
+        """``done`` parts of the current task are finished. ``figures`` has current values (loss=…)."""
 
     def end(self) -> None:
-        """The current work is finished."""
+        """The current task is finished."""
 
 
 class Silent:
-    """Listens to nothing."""
+    """An observer that ignores everything."""
 
     def note(self, text: str) -> None: ...
 

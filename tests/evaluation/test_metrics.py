@@ -206,7 +206,7 @@ def test_cases_without_spread_have_no_interval(values: list[float]) -> None:
 
 def test_a_mean_of_nothing_is_refused() -> None:
     for users in ([], [np.empty(0)]):
-        with pytest.raises(ValueError, match="no stages, or with a stage without cases"):
+        with pytest.raises(ValueError, match="at least one stage, and every stage needs cases"):
             Panel.of(users)
-    with pytest.raises(ValueError, match="without cases"):
+    with pytest.raises(ValueError, match="every stage needs cases"):
         average_metrics([], default_metrics([5]))

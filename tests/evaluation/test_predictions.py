@@ -196,9 +196,9 @@ def test_a_foreign_or_broken_file_is_refused(tmp_path: Path) -> None:
 def test_parts_of_different_cases_are_not_put_together() -> None:
     cases, labels = STAGES[2].test_cases(window=20), label_cases(STAGES[:2], STAGES[2])
     scores = np.zeros((4, 2))
-    with pytest.raises(ValueError, match="other cases"):
+    with pytest.raises(ValueError, match="different cases"):
         make_predictions(cases.take(np.array([1, 0, 2, 3])), labels, scores.astype(int), scores, scores, IDS)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         make_predictions(cases, labels, scores.astype(int), scores[:, :1], scores[:, 0], IDS)
 
 

@@ -111,7 +111,7 @@ def test_what_runs_share_is_shown_once_and_what_differs_for_each() -> None:
     assert page_of(one, same).text.count("Users of each stage") == 1
     text = page_of(one, other).text
     assert text.count("Users of each stage · one") == text.count("Users of each stage · two") == 1
-    assert text.count("The index in figures") == 1
+    assert text.count("Statistics of the index") == 1
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_runs_that_cannot_be_set_side_by_side_are_refused(tmp_path: Path) -> Non
     first = RunSummary("a", "a", {0: StageSummary(predictions(0, 0.5, 1, 50))})
     with pytest.raises(WorkspaceError, match="no stage is evaluated in all of a, b"):
         write_report(tmp_path / "r", [first, later], "T")
-    with pytest.raises(ConfigError, match="20 goes beyond"):
+    with pytest.raises(ConfigError, match="20 is larger than"):
         write_report(tmp_path / "r", [first], "T", ks=[5, 20])
     assert not (tmp_path / "r").exists()
 
@@ -160,15 +160,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_system() -> None:
     text = " ".join(cautions(comparison))
     assert "3 systems in 7 runs" in text
     assert "users and seeds." in text
-    assert "another seed of training" not in text.lower()
+    assert "another training seed" not in text.lower()
     other = replace(runs[1], configuration=runs[1].configuration.replace("0.001", "0.002"))
     assert len(Comparison([runs[0], other], [10]).systems) == 2
 
 
 def test_one_seed_is_said_to_speak_of_users_alone() -> None:
     comparison = Comparison([seeds("peso", "peso", 0.8, 1)[0], *seeds("single", "single", 0.2)], [10])
-    assert "With a single seed (“peso”) they do not cover another seed" in " ".join(cautions(comparison))
-    assert "A single seed of “peso”" in page_of(*comparison.runs).text
+    cover = "With a single seed (“peso”) they do not cover another training seed"
+    assert cover in " ".join(cautions(comparison))
+    assert "a single seed of “peso”" in page_of(*comparison.runs).text
 
 
 def test_seeds_of_one_system_on_different_cases_are_refused() -> None:

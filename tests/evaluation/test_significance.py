@@ -80,7 +80,7 @@ def test_several_rows_are_taken_at_once() -> None:
 
 
 def test_a_panel_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="without cases"):
+    with pytest.raises(ValueError, match="every stage needs cases"):
         Panel.of([np.arange(3), np.arange(0)])
 
 

@@ -145,7 +145,7 @@ def test_two_indices(release: Path) -> None:
 def test_a_truncated_file_is_located(release: Path, name: str) -> None:
     text = json.dumps(edit(release, name), indent=1)
     (release / name).write_text(text[: len(text) * 2 // 3], encoding="utf-8")
-    refused(release, name, "ends too early", f"of {len(text) * 2 // 3})", "line ", "fetch")
+    refused(release, name, "ends too early", f"of {len(text) * 2 // 3})", "line ", "download")
 
 
 def test_a_file_cut_within_a_letter_is_located(release: Path) -> None:
@@ -167,7 +167,7 @@ def test_malformed_json_in_the_middle_is_not_called_truncated(release: Path) -> 
 def test_a_user_twice_in_a_block(release: Path) -> None:
     user = '"u1": {"previous_block": [], "current_block": ["a", "b", "c"]}'
     (release / BLOCK.format(0)).write_text(f"{{{user}, {user}}}", encoding="utf-8")
-    refused(release, BLOCK.format(0), "'u1' twice", "keep one")
+    refused(release, BLOCK.format(0), "'u1' twice", "keep only one")
 
 
 @pytest.mark.parametrize("side", ["previous_block", "current_block"])
@@ -215,7 +215,7 @@ def test_wrong_types_in_a_block_name_file_user_and_value(release: Path, entry: o
 
 def test_a_file_that_holds_no_object(release: Path) -> None:
     write(release, BLOCK.format(0), ["u1"])
-    refused(release, BLOCK.format(0), "a JSON list where an object")
+    refused(release, BLOCK.format(0), "a JSON list instead of an object")
 
 
 def test_the_same_directory_reads_again_after_the_cure(release: Path) -> None:

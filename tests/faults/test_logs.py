@@ -586,7 +586,7 @@ def test_boundaries_past_the_calendar_end_in_a_sentence(tmp_path: Path, stages: 
         ({"columns": {"user": "item"}}, "one column for two fields: user 'item', item 'item'"),
         ({"time_format": "%Q"}, r"data\.time_format: '%Q' is not a pattern of times"),
         ({"time_format": "%"}, r"data\.time_format: '%' is not a pattern of times"),
-        ({"path": "~nobody_of_this_name/log.csv"}, "~ and a name that is no user's"),
+        ({"path": "~nobody_of_this_name/log.csv"}, "~ and an unknown user name"),
     ],
 )
 def test_a_key_of_the_data_that_means_nothing_is_named(

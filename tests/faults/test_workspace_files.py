@@ -265,13 +265,13 @@ def test_a_value_of_another_kind_in_a_manifest_is_named(root: Path, directory: s
                 if value is None and key in NULL:
                     continue
                 path.write_text(json.dumps({**content, key: value}))
-                with pytest.raises(WorkspaceError, match=rf"manifest\.json is damaged \({key} is not"):
+                with pytest.raises(WorkspaceError, match=rf"is damaged \({key} has an invalid value"):
                     read_manifest(path.parent, FORMAT)
                 looked += 1
     assert looked > 10
     for value in ([], None, 7):
         path.write_text(json.dumps({**content, "source": value}))
-        with pytest.raises(WorkspaceError, match=r"manifest\.json is damaged \(source is not"):
+        with pytest.raises(WorkspaceError, match=r"manifest\.json is damaged \(source has an invalid"):
             read_manifest(path.parent, FORMAT)
     path.write_text(json.dumps(content))
     read_manifest(path.parent, FORMAT)

@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_no_ids_or_those_of_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(semantic_ids.pq, "write_table", full)
-        with pytest.raises(WorkspaceError, match=r"no space left while writing .*nothing half-written"):
+        with pytest.raises(WorkspaceError, match=r"no space left while writing .*no partial output"):
             make(60, tokenize)
     assert not list(tmp_path.iterdir())
     make(60, tokenize)

@@ -1,4 +1,4 @@
-"""Items that a user has had already: one rule for tests, recommendations and the report."""
+"""Items that a user has already had: one rule for tests, recommendations and the report."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_another_rule_is_tested_anew_and_trains_nothing(auto: Workspace, tmp_pat
     lists = zip(had(kept, 1), predictions(kept, 1).items, strict=True)
     assert any(seen & set(items) for seen, items in lists)
     page = (tmp_path / "w" / "report" / "index.html").read_text()
-    assert "Systems differ in how they treat items that a user has had already" in page
+    assert "Systems differ in how they treat items that a user has already had" in page
     page = (auto.root / "report" / "index.html").read_text()
-    assert "Items that a user has had already are left out of every list" in page
+    assert "Items that a user has already had are left out of every list" in page
 
 
 def test_where_somebody_repeats_an_item_all_are_recommended(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, number):
-    said = pytest.raises(WorkspaceError, match=r"no space left.*d.*continues where it was")
+    said = pytest.raises(WorkspaceError, match=r"no space left.*d.*continues where it stopped")
     with said, commit_directory(tmp_path / "d"):
         raise OSError(number, "full")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A report: what lies in its directory."""
+"""The files in the directory of a report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
 
 
 def refuse_foreign(directory: Path) -> None:
-    """A report replaces a whole directory, so the directory must not hold anything else.
+    """Check that a directory has no files that are not part of a report, because a report replaces all of it.
 
     Raises:
-        WorkspaceError: it does.
+        WorkspaceError: the directory has other files.
     """
     if not directory.exists():
         return
@@ -22,6 +22,6 @@ def refuse_foreign(directory: Path) -> None:
     foreign = sorted(path.name for path in found if path.name not in own)
     if foreign:
         raise WorkspaceError(
-            f"{directory} holds files that are not part of a report ({', '.join(foreign[:3])}"
-            f"{' …' if len(foreign) > 3 else ''}); they would be removed. Choose another directory"
+            f"{directory} has files that are not part of a report ({', '.join(foreign[:3])}"
+            f"{' …' if len(foreign) > 3 else ''}) and would be removed. Choose another directory"
         )

@@ -1,6 +1,6 @@
-"""What the figures say, in plain sentences, and how far they can be trusted.
+"""The results in plain sentences, and how reliable they are.
 
-A difference is called one only where it is significant after Holm's correction.
+One system is called better than another only if the difference is significant after Holm's correction.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ MOST_NAMED = 5  # systems that a sentence names one by one
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """What came out: models that have learned too little, baselines that win, what the last update brought,
-    who is best."""
+    """The results: models that have learned too little, baselines that win, the effect of the last update,
+    and the best system."""
     if len(comparison.systems) == 1:
         results = [_values(comparison)]
     else:
@@ -48,20 +48,20 @@ def _unhealthy(comparison: Comparison) -> list[str]:
 
 
 def cautions(comparison: Comparison) -> list[str]:
-    """What was measured, and what the intervals cover."""
+    """What was measured, and which sources of uncertainty the intervals cover."""
     return [_scope(comparison), _interval(comparison), *_bases(comparison), _seen_items(comparison)]
 
 
 def _seen_items(comparison: Comparison) -> str:
-    """Which systems leave out items that the user has had: a rule that moves every figure."""
+    """Which systems leave out items that the user has already had. The rule affects every metric."""
     without, partly, keeping = list[str](), list[str](), list[str]()
     for system in comparison.systems:
         found = {run.stages[t].leaves_out_seen for run in system.runs for t in comparison.averaged}
         (partly if len(found) > 1 else without if True in found else keeping).append(_name(system))
     if not (partly or keeping):
-        return "Items that a user has had already are left out of every list."
+        return "Items that a user has already had are left out of every list."
     if not (partly or without):
-        return "Items that a user has had already are recommended like others."
+        return "Items that a user has already had are recommended like others."
     told = [
         f"{listed(names)} {words}"
         for names, words in (
@@ -71,7 +71,7 @@ def _seen_items(comparison: Comparison) -> str:
         )
         if names
     ]
-    return f"Systems differ in how they treat items that a user has had already: {'; '.join(told)}."
+    return f"Systems differ in how they treat items that a user has already had: {'; '.join(told)}."
 
 
 def stage_range(stages: Sequence[int]) -> str:
@@ -95,7 +95,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def winning_baselines(comparison: Comparison) -> list[str]:
-    """A sentence where a baseline is significantly better than the best model in the first metric."""
+    """A sentence if a baseline is significantly better than the best model in the first metric."""
     metric = comparison.headline[0]
     models = [system for system in comparison.systems if not system.first.baseline]
     if not models or len(models) == len(comparison.systems) or not comparison.same_cases:
@@ -123,8 +123,11 @@ def winning_baselines(comparison: Comparison) -> list[str]:
 
 
 def last_update(comparison: Comparison) -> list[str]:
-    """Whether the newest model is better than the one before it (if that was not tested: than the model of
-    stage 0, where it is one of the systems), for whom, and by how much."""
+    """Whether the newest model is better than the previous one, for whom, and by how much.
+
+    If the previous model was not tested, the newest model is compared with that of stage 0, if it is one of
+    the systems.
+    """
     system, metric, stage = comparison.subject, comparison.headline[0], comparison.averaged[-1]
     groups: dict[str, Estimate | None]
     if (change := comparison.last_change(system, metric)) is not None:
@@ -287,7 +290,7 @@ def _gaps(comparison: Comparison) -> list[str]:
 
 
 def _bases(comparison: Comparison) -> list[str]:
-    """Whether the seeds of a system share their stage 0, as far as manifests tell."""
+    """Whether the seeds of a system share their stage 0, if the manifests record it."""
     shared, apart = list[str](), list[str]()
     for system in comparison.systems:
         bases = [
@@ -316,7 +319,7 @@ def _interval(comparison: Comparison) -> str:
     text = f"Intervals are 95 % intervals over users{seeds}."
     if alone:
         text += (
-            f" With a single seed ({_some(alone)}) they do not cover another seed of training, which can "
-            "change results as much."
+            f" With a single seed ({_some(alone)}) they do not cover another training seed, which can change "
+            "results as much."
         )
     return text

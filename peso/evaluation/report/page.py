@@ -1,4 +1,4 @@
-"""The report: one self-contained page, and its tables and plots as files beside it.
+"""Write a report: one self-contained page, and its tables and plots as separate files.
 
 The same input gives the same bytes: nothing on the page depends on when or where it was made.
 """
@@ -34,20 +34,25 @@ def write_report(
 ) -> Path:
     """Write ``index.html``, ``tables/`` (CSV, Markdown, LaTeX) and ``plots/`` (SVG, PNG).
 
-    The directory appears whole; an older report in its place stays until then. Runs on several data sets or
-    backbones are compared within each, one after another on the page.
+    An older report in the directory is replaced only when the new one is complete. Runs are compared within
+    each data set and backbone; the comparisons follow one another on the page.
 
     Args:
-        ks: the list lengths of Hit@k and NDCG@k.
-        columns: of the item or user table, each a further way to split the cases.
-        paired: refuse runs that answered different cases, instead of setting them side by side uncompared.
+        directory: the directory of the report.
+        runs: the runs to compare.
+        title: the title of the page.
+        ks: the list lengths k of Hit@k and NDCG@k.
+        columns: columns of the item or user table. Each adds a way to split the cases.
+        paired: whether to refuse runs that answered different cases. Otherwise they are shown side by side
+            without a comparison.
 
     Returns: the path of the page.
 
     Raises:
-        WorkspaceError: the directory holds what is not a report, two runs have one name, no stage is
-            evaluated in all runs, or runs of one system (with ``paired``, any) answered different cases.
-        ConfigError: a k beyond the stored lists, or an unknown column.
+        WorkspaceError: the directory has files that are not part of a report, two runs have the same name, no
+            stage is evaluated in all runs, or runs of one system (with ``paired``, any runs) answered
+            different cases.
+        ConfigError: a k is larger than the stored lists, or a column is unknown.
     """
     refuse_foreign(directory)
     comparisons = {place: Comparison(group, ks, columns) for place, group in by_place(runs).items()}
@@ -67,7 +72,7 @@ def write_report(
 
 
 def by_place(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
-    """Runs by data set and backbone, which only runs of the same can be compared on."""
+    """Group runs by data set and backbone. Only runs of the same group can be compared."""
     places: dict[str, list[RunSummary]] = {}
     for run in runs:
         label = " · ".join(part for part in (run.data_set, run.backbone) if part)
@@ -76,7 +81,7 @@ def by_place(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
 
 
 def _placed(section: Section, place: str) -> Section:
-    """The section with a title, an address and file names of its own."""
+    """The section with a title, an address and file names that are unique to the place."""
     if not place:
         return section
     prefix = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
@@ -91,7 +96,7 @@ def _placed(section: Section, place: str) -> Section:
 
 
 def render_page(sections: Sequence[Section], title: str) -> str:
-    """The page as HTML: styles and plots are in it, scripts it has none."""
+    """The page as HTML. Styles and plots are embedded; there are no scripts."""
     environment = Environment(
         loader=PackageLoader("peso.evaluation.report.page"), autoescape=True, undefined=StrictUndefined
     )
@@ -104,7 +109,7 @@ def _svg(plot: Drawing) -> Markup:
 
 
 def _text(text: str) -> Markup:
-    """Escaped; what stands between backticks is set as code."""
+    """The text escaped for HTML, with text between backticks formatted as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -117,5 +122,5 @@ def _write_files(directory: Path, section: Section) -> None:
     for plot in section.plots:
         (directory / PLOTS).mkdir(exist_ok=True)
         for ending, content in files(plot).items():
-            # not Path.with_suffix: what follows the dot of strength=0.3 would make way for the ending
+            # not Path.with_suffix, which would replace what follows the dot in strength=0.3
             (directory / PLOTS / f"{plot.name}{ending}").write_bytes(content)

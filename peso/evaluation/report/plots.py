@@ -1,6 +1,6 @@
 """Lines, bars, points with intervals and heat maps, as SVG and PNG.
 
-A plot is drawn twice: as a file of its own (white background, title and legend included), and for a page,
+A plot is drawn twice: as a separate file (with a white background, a title and a legend), and for a page,
 whose style sheet sets colors, font and legend. The same input gives the same bytes.
 """
 
@@ -21,11 +21,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Ink by role. A page replaces each by a variable of its style sheet, so that dark pages get light lines; the
-# values here are the light ones.
+# Colors by role. A page replaces each with a variable of its style sheet, so that dark pages get light lines.
+# The values here are those for a light background.
 INK, MUTED, RULE = "#24292f", "#6a737d", "#dcdcd8"
 PALETTE = ("#1f6fb2", "#c8571b", "#2c8a57", "#8a4fb0", "#b3324f", "#8a6d14", "#0f8b8d", "#56606b")
-# Markers by matplotlib's name, with the outline that a page's legend draws (in a box of 28 × 10).
+# Matplotlib's names of the markers, with the outline that a page's legend draws (in a box of 28 × 10).
 MARKERS = {
     "o": "M14 1.5a3.5 3.5 0 1 0 0 7a3.5 3.5 0 1 0 0-7z",
     "s": "M11 2h6v6h-6z",
@@ -37,8 +37,8 @@ MARKERS = {
     "h": "M14 1l3.5 2v4l-3.5 2-3.5-2v-4z",
 }
 WIDTH = 4.4  # inches
-ROW_LABEL = 28  # characters of a name beside its row, before it is wrapped
-NEUTRAL = 7  # of the palette: gray
+ROW_LABEL = 28  # longer names of rows are wrapped after this number of characters
+NEUTRAL = 7  # the index of gray in the palette
 VERDICTS = {
     "best": (0, "best, or not significantly different from the best"),
     "tied": (0, "best, or not significantly different from the best"),
@@ -76,9 +76,17 @@ _STYLE = {
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """One line: points x, y, and how far each may be off (nan: not known; None: nowhere).
+    """One line of a plot.
 
-    ``colour`` is a number into the palette; ``dashed`` sets a second kind of line apart.
+    Attributes:
+        label: the name in the legend.
+        colour: an index into the palette.
+        x, y: the coordinates of the points.
+        half_width: half the width of the interval of each y; nan if it is not known, None if no point has an
+            interval.
+        dashed: whether to draw a dashed line, to distinguish a second kind of line.
+        x_half_width: the same as ``half_width`` for x.
+        shape: a key of ``MARKERS``; by default it depends on ``colour``.
     """
 
     label: str
@@ -100,7 +108,7 @@ class Series:
 
     @property
     def marker(self) -> str:
-        # a second round through the palette gets other shapes
+        # when the palette is used a second time, the markers have other shapes
         return self.shape or list(MARKERS)[(self.colour + self.colour // len(PALETTE)) % len(MARKERS)]
 
     @property
@@ -113,13 +121,13 @@ class Plot:
     """A titled set of lines.
 
     Attributes:
-        name: file name without its ending.
-        description: what a reader who cannot see it should know.
-        ticks: places on the x axis and what stands there; none: x is a quantity like y.
-        bars: from 0 to each point, instead of a marker.
-        points: draw a marker at each point, with its interval, and keep lines from covering one another by
-            moving them slightly apart; else draw plain lines.
-        boundaries: x of thin vertical lines.
+        name: the file name without its extension.
+        description: a text for readers who cannot see the plot.
+        ticks: positions on the x axis and their labels. If empty, x is a quantity like y.
+        points: whether to draw a marker with its interval at each point, and to shift lines slightly so that
+            they do not cover each other. Otherwise plain lines are drawn.
+        boundaries: the x positions of thin vertical lines.
+        bars: whether to draw a bar from 0 to each point instead of a marker.
     """
 
     name: str
@@ -143,11 +151,12 @@ class Plot:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """A matrix as colored cells with their numbers; cells that are nan stay empty.
+    """A matrix as colored cells with numbers. Cells that are nan are empty.
 
     Attributes:
         values: float (rows, columns).
-        scale: the values that are palest and darkest; not given: the smallest and largest of each column.
+        scale: the values with the palest and the darkest color; by default the smallest and the largest value
+            of each column.
     """
 
     name: str
@@ -164,15 +173,16 @@ class HeatMap:
 
     @property
     def legend(self) -> list[Series]:
-        """None: the cells carry their numbers."""
+        """Empty, because the cells show their numbers."""
         return []
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """One row a system, best first: its mean and how far that may be off (nan: not known).
+    """The mean of each system with its interval, one row per system, best first.
 
-    ``verdicts``: of each row, a key of ``VERDICTS``, which gives its color in every plot.
+    ``half_widths`` is half the width of each interval, nan if it is not known. ``verdicts`` has a key of
+    ``VERDICTS`` for each row, which determines its color.
     """
 
     name: str
@@ -196,7 +206,7 @@ Drawing = Plot | HeatMap | Ranking
 
 
 def files(plot: Drawing) -> dict[str, bytes]:
-    """:func:`svg_file` and :func:`png_file` by ending, laid out once."""
+    """The results of :func:`svg_file` and :func:`png_file` by extension, computed with one layout."""
     with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
         figure = _draw(plot, alone=True)
         svg = _print(figure, "svg", metadata={"Date": None})
@@ -205,28 +215,28 @@ def files(plot: Drawing) -> dict[str, bytes]:
 
 
 def svg_file(plot: Drawing) -> bytes:
-    """The plot as a file of its own; text as outlines, so that it looks the same everywhere."""
+    """The plot as a separate SVG file. Text is drawn as outlines, so that it looks the same everywhere."""
     with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
         return _print(_draw(plot, alone=True), "svg", metadata={"Date": None})
 
 
 def png_file(plot: Drawing) -> bytes:
-    """The plot as a picture of 200 dots an inch on white."""
+    """The plot as a PNG file with 200 dots per inch on a white background."""
     with mpl.rc_context(_STYLE):
         return _print(_draw(plot, alone=True), "png", dpi=200)
 
 
 def svg_element(plot: Drawing) -> str:
-    """The plot as an ``<svg>`` element for a page, without title, legend and ground.
+    """The plot as an ``<svg>`` element for a page, without title, legend and background.
 
-    Its colors are the page's variables ``--ink``, ``--muted``, ``--rule`` and ``--series-0`` …; its text
-    takes the page's font; its width is that of its box. Ids carry the plot's name, so that several plots can
-    stand on one page.
+    It uses the page's variables ``--ink``, ``--muted``, ``--rule`` and ``--series-0`` … as colors, the page's
+    font, and the full width of its container. Ids contain the plot's name, so that a page can have several
+    plots.
     """
     with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": plot.name}):
         text = _print(_draw(plot, alone=False), "svg", metadata={"Date": None}).decode()
     text = text[text.index("<svg") :]
-    # a style inside the drawing would hold for the whole page
+    # a style inside the drawing would apply to the whole page
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style .*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(
         r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*" width="[^"]*"', r"\1\2", text
@@ -269,7 +279,7 @@ def _lines(axes: Axes, plot: Plot) -> None:
     drawn = [series for series in plot.series if np.isfinite(series.y).any()]
     gap = min(np.diff([place for place, _ in plot.ticks]), default=1.0)
     for number, series in enumerate(drawn):
-        # the whole bunch stays within half of the distance between two ticks
+        # all lines together are shifted by at most half of the distance between two ticks
         step = gap * min(0.05 if plot.connected else 0.11, 0.5 / len(drawn)) if plot.points else 0.0
         if plot.bars:
             step = gap * 0.8 / len(drawn)
@@ -358,20 +368,20 @@ def _axes(axes: Axes, plot: Plot) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         if plot.logarithmic:
-            axes.set_ylim(bottom=0)  # all positive, too close together for a logarithmic scale
+            axes.set_ylim(bottom=0)  # all values are positive and too similar for a logarithmic scale
     if plot.points and places:
         margin = 0.5 * min(np.diff(places)) if len(places) > 1 else 1.0
         axes.set_xlim(min(places) - margin, max(places) + margin)
 
 
 def _decades(plot: Plot) -> float:
-    """How many powers of ten the values span; 0 where there is none."""
+    """How many powers of ten the positive values span; 0 if there are none."""
     values = np.concatenate([np.empty(0), *(series.y[series.y > 0] for series in plot.series)])
     return float(np.log10(values.max() / values.min())) if len(values) else 0.0
 
 
 def _legend(figure: Figure, plot: Drawing) -> None:
-    """The legend below the axes; the figure grows by its height."""
+    """Draw the legend below the axes and make the figure taller to fit it."""
     if len(plot.legend) < 2:
         return
     handles = [

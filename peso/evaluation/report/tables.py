@@ -1,5 +1,5 @@
-"""Tables of estimates as CSV for machines (full precision, bounds in columns of their own), and as Markdown
-and LaTeX for readers."""
+"""Tables of estimates as CSV for programs (full precision, interval bounds in separate columns), and as
+Markdown and LaTeX for readers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class Quantity:
     """A number in a table.
 
     Attributes:
-        half_width: of its interval; nan where it has none.
-        mark: how it compares with the best of its column.
-        bounds: of an interval that is not symmetric.
-        chance: a probability, which is never shown as 0.
+        value: the number.
+        half_width: half the width of a symmetric interval; nan without one.
+        decimals: the number of decimals to show.
+        mark: how the number compares with the best of its column.
+        bounds: the bounds of an interval that is not symmetric; nan without one.
+        chance: whether the number is a probability, which is never shown as 0.
 
     >>> Quantity(0.03124, 0.0041, decimals=4).text
     '0.0312 ± 0.0041'
@@ -60,7 +62,7 @@ class Quantity:
 
     @property
     def margin(self) -> str:
-        """What follows the number to give its interval, or nothing."""
+        """The interval as text after the number; empty without an interval."""
         if not math.isnan(self.half_width):
             return f" ± {self._shown(self.half_width)}"
         if not math.isnan(self.bounds[0]):
@@ -69,7 +71,7 @@ class Quantity:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Its ends, nan where there is none."""
+        """The bounds of the interval; nan without an interval."""
         if math.isnan(self.half_width):
             return self.bounds
         return self.value - self.half_width, self.value + self.half_width
@@ -87,7 +89,7 @@ Cell = Quantity | str | None
 
 @dataclass(frozen=True)
 class Table:
-    """A titled grid. ``name`` is its file name; ``note`` says how to read it."""
+    """A table with a title. ``name`` is its file name; ``note`` explains how to read it."""
 
     name: str
     title: str
@@ -96,7 +98,7 @@ class Table:
     note: str = ""
 
     def numeric(self, column: int) -> bool:
-        """Whether the column holds numbers, which are set to the right."""
+        """Whether the column has only numbers, which are aligned to the right."""
         cells = [row[column] for row in self.rows if row[column] is not None]
         return bool(cells) and all(isinstance(cell, Quantity) for cell in cells)
 
@@ -107,14 +109,14 @@ class Table:
 
 
 def to_csv(table: Table) -> str:
-    """Comma-separated, RFC 4180. A column with intervals is followed by ``… low`` and ``… high``.
+    """The table as CSV (RFC 4180). A column with intervals is followed by columns ``… low`` and ``… high``.
 
     >>> cell = Quantity(0.5, 0.25, decimals=1)
     >>> print(to_csv(Table("t", "T", ["run", "Hit@5"], [["a, b", cell]])).replace("\\r", ""), end="")
     run,Hit@5,Hit@5 low,Hit@5 high
     "a, b",0.5,0.25,0.75
 
-    What a spreadsheet would compute starts with an apostrophe (:func:`csv_text`).
+    An apostrophe precedes text that a spreadsheet would treat as a formula (:func:`csv_text`).
     """
     bounded = [
         any(isinstance(row[i], Quantity) and row[i].margin for row in table.rows)  # type: ignore[union-attr]
@@ -147,7 +149,8 @@ def _csv_cell(cell: Cell, has_bounds: bool) -> list[str]:
 
 
 def csv_text(text: str) -> str:
-    """A text that no spreadsheet takes for a formula and no terminal for a command; numbers stay numbers.
+    """Make a text safe: spreadsheets do not treat it as a formula, nor terminals as a command. Numbers are
+    not changed.
 
     >>> csv_text("=1+1"), csv_text("-5.3"), csv_text("-x")
     ("'=1+1", '-5.3', "'-x")
@@ -163,7 +166,8 @@ def csv_text(text: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A GitHub-flavoured table under its title; best in bold, ties with it marked ≈, worse ↓.
+    """The table in GitHub-flavored Markdown, below its title. The best value is bold, values that are not
+    significantly worse are marked ≈, worse ones ↓.
 
     >>> rows = [["a|b", Quantity(1, mark="best")], ["c", None]]
     >>> print(to_markdown(Table("t", "T", ["run", "n"], rows)), end="")
@@ -196,7 +200,8 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment for booktabs; best in bold, ties with it marked ≈, worse ↓.
+    """The table as a LaTeX ``table`` environment that uses booktabs. The best value is bold, values that are
+    not significantly worse are marked ≈, worse ones ↓.
 
     >>> rows = [["R&D_1", Quantity(0.5, 0.25, decimals=2, mark="best")]]
     >>> print(to_latex(Table("t", "100 %", ["run", "Hit@5"], rows)), end="")

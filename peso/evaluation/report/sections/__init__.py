@@ -1,7 +1,8 @@
-"""The sections of a report, one file each: a function from a comparison to texts, tables and plots.
+"""The sections of a report. Each is a function from a comparison to texts, tables and plots.
 
-A new section is a new file with a function that :func:`~peso.evaluation.report.sections.section.section`
-registers; a distribution offers one as an entry point ``peso.report_sections``.
+To add a section, write a new file with a function that is registered with
+:func:`~peso.evaluation.report.sections.section.section`. Other distributions can offer sections as entry
+points ``peso.report_sections``.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.sections.section import PLACES, SECTIONS, Section
 
-OF_OTHERS = 999  # where a section stands that names no place: before the origin of the report
+OF_OTHERS = 999  # the place of sections that do not name one: just before the provenance
 
 
 def sections_of(comparison: Comparison) -> list[Section]:
-    """The sections that have something to show, without empty tables and columns.
+    """The sections that have content, without empty tables and columns.
 
     Raises:
-        ConfigError: the section of an installed distribution cannot be imported.
+        ConfigError: a section of an installed distribution cannot be imported.
     """
     makers = sorted(
         set(SECTIONS.everything().values()),

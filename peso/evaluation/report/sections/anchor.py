@@ -14,7 +14,7 @@ from peso.evaluation.report.sections.section import Section, section
 from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import System
 
-FEW = 6  # systems with a map of their own
+FEW = 6  # at most this number of systems have a map
 RATIOS = {
     "gradient_ratios": ("anchor-gradient", "Gradient of the penalty over that of the loss"),
     "pull_ratios": ("anchor-pull", "Decoupled pull over the optimizer's step"),
@@ -23,7 +23,7 @@ RATIOS = {
 
 @section(place=100)
 def anchor(comparison: Comparison) -> Section | None:
-    """Ratios over time, distance by module, and one sentence a stage."""
+    """Ratios over time, the distance moved by each module, and one sentence per stage."""
     moved = [system for system in comparison.systems if _stages(system)]
     if not moved:
         return None
@@ -31,7 +31,7 @@ def anchor(comparison: Comparison) -> Section | None:
         "An anchor in the loss acts through its gradient; below 1 % of the loss's gradient it disappears in "
         "the noise between two batches. A decoupled anchor shrinks the displacement after each step; what "
         "counts is the share of a displacement present at the start of the stage that is gone at its end. "
-        "Of several seeds the first is shown."
+        "If there are several seeds, only the first is shown."
     )
     plots: list[Plot | HeatMap] = [
         plot for key in RATIOS if (plot := _over_time(comparison, moved, key)) is not None
@@ -48,12 +48,12 @@ def anchor(comparison: Comparison) -> Section | None:
 
 
 def _stages(system: System) -> dict[int, Mapping[str, Any]]:
-    """What is known of the anchor of each stage."""
+    """The anchor's data for each stage where an adapter moved."""
     return {stage: s.anchor for stage, s in sorted(system.first.stages.items()) if s.anchor.get("moved")}
 
 
 def _sentences(systems: Sequence[System]) -> list[str]:
-    """A paragraph a system, of the stages where something was anchored."""
+    """One paragraph per system, about the stages that had an anchor."""
     found = []
     for system in systems:
         says = [text for told in _stages(system).values() if (text := told.get("says"))]
@@ -95,7 +95,7 @@ def _over_time(comparison: Comparison, systems: Sequence[System], key: str) -> P
 
 
 def _map(system: System) -> HeatMap:
-    """Distance moved by layer and target, mean over the stages."""
+    """The distance moved by layer and target module, averaged over the stages."""
     rows: dict[str, int] = {}
     columns: dict[str, int] = {}
     sums: dict[tuple[str, str], list[float]] = {}
@@ -113,7 +113,7 @@ def _map(system: System) -> HeatMap:
     return HeatMap(
         f"anchor-moved-{system.name}".replace("/", "-").replace(" ", "-"),
         f"Distance moved by module, {system.label}",
-        "Mean distance that the adapter of each module moved in a stage, by layer and target.",
+        "Mean distance that the adapter of each module moved in a stage, by layer and target module.",
         values,
         list(rows),
         [target.removesuffix("_proj") for target in columns],
@@ -161,14 +161,14 @@ def _table(systems: Sequence[System]) -> Table:
     titles = ["Distance", "KL", "½ Var", "Weight", "Strength", "ρ̄", "± ρ̄"]
     return Table(
         "anchor",
-        "What the anchor did, stage by stage",
+        "Effect of the anchor, stage by stage",
         ["Strategy", "Stage", *COLUMNS, *titles],
         rows,
         "Gradient ratio: gradient of the penalty over that of the loss. Pull ratio: decoupled pull over the "
         "optimizer's step. Both are means over the stage. Taken back: share of an initial displacement that "
         "is gone at the end. KL: softmax-KL to the anchor, summed over groups at temperature 1. ½ Var: its "
-        "approximation for small steps. ρ̄: the weight in the loss that corresponds to strength 1, ± its "
-        "standard error.",
+        "approximation for small displacements. ρ̄: the weight in the loss that corresponds to strength 1. "
+        "± ρ̄: the standard error of ρ̄.",
     )
 
 
@@ -177,5 +177,5 @@ def _cell(value: float | None, decimals: int) -> Quantity | None:
 
 
 def _short(value: float | None) -> str | None:
-    """Figures of any size: three digits."""
+    """Three significant digits, for numbers of any size."""
     return None if value is None else f"{value:.3g}"

@@ -16,13 +16,13 @@ MIB = 2**20
 
 @section(place=110)
 def cost(comparison: Comparison) -> Section:
-    """Time, memory and disk."""
+    """Training time, memory and disk space of each system."""
     return Section(
         "cost",
         "Cost",
         [
-            "Training alone, without testing. Times are means over later stages and seeds, memory is the "
-            "maximum."
+            "Cost of training only, without testing. Times are means over later stages and seeds; memory is "
+            "the maximum."
         ],
         tables=[_cost_table(comparison)],
         folded=[_cost_by_stage_table(comparison)],
@@ -75,7 +75,7 @@ def _later(system: System) -> list[StageCost]:
 
 
 def _at_end(system: System, end: int) -> list[StageCost]:
-    """Of the first (0) or last (-1) of the later stages, in every run."""
+    """The cost of the first (0) or the last (-1) of the later stages, in every run."""
     later = [stage for stage in system.stages if stage > 0]
     return [cost for run in system.runs if later and (cost := run.stages[later[end]].cost)]
 

@@ -15,7 +15,7 @@ from peso.items import quality
 from peso.items.semantic_ids import token_name
 
 Stage = Mapping[str, Any]
-Line = tuple[str, Callable[[Stage], float | None]]  # what a line is called, and its height at a stage
+Line = tuple[str, Callable[[Stage], float | None]]  # the label of a line, and its value at a stage
 
 STATES = ("new", "continuing", "returning")
 COUNTED = (*STATES, "dormant")
@@ -23,7 +23,7 @@ COUNTED = (*STATES, "dormant")
 
 @section(place=120)
 def drift(comparison: Comparison) -> Section | None:
-    """How the stream drifts: who and what is new, who came back, how far tastes moved."""
+    """How the stream drifts: new and returning users and items, and how far tastes moved."""
     streams = distinct(comparison, lambda run: list(run.drift))
     if not streams:
         return None
@@ -31,18 +31,18 @@ def drift(comparison: Comparison) -> Section | None:
         "drift",
         "Drift of the stream",
         [
-            "New: never seen before. Continuing: seen in the stage before. Returning: seen earlier, but not "
-            "in the stage before. Dormant: known, but not seen in the stage. The Jensen-Shannon (JS) "
-            "divergence compares the events of a stage with those of the stage before, by item and by first "
-            "code of the semantic ID, in bits: 0 for equal shares, 1 for nothing in common. A target is new "
-            "if no user had its item before the stage."
+            "New: never seen before. Continuing: seen in the previous stage. Returning: seen earlier, but "
+            "not in the previous stage. Dormant: known, but not seen in the stage. The Jensen-Shannon (JS) "
+            "divergence compares the events of a stage with those of the previous stage, by item and by "
+            "first code of the semantic ID, in bits: 0 for equal shares, 1 for nothing in common. A target "
+            "is new if no user had its item before the stage."
         ],
         plots=[
             _plot("drift-users", "Users, %", [(state, _share("users", state)) for state in STATES], streams),
             _plot("drift-items", "Items, %", [(state, _share("items", state)) for state in STATES], streams),
             _plot(
                 "drift-divergence",
-                "Divergence from the stage before, bits",
+                "Divergence from the previous stage, bits",
                 [
                     ("of items", lambda stage: stage["item_divergence"]),
                     ("of first codes", lambda stage: stage["code_divergence"]),
@@ -78,8 +78,8 @@ def _plot(
     streams: Sequence[tuple[str, Sequence[Stage]]],
     first_colour: int = 0,
 ) -> Plot:
-    """Stage 0, in which all is new, is left to the tables. A line has its color in all plots of the section,
-    which share a legend."""
+    """A plot without stage 0, in which everything is new; only the tables show it. A line has the same color
+    in all plots of the section, which share a legend."""
     streams = [(label, stages[1:] or stages) for label, stages in streams]
     series = [
         Series(
@@ -122,7 +122,7 @@ def _users(label: str, place: int, stages: Sequence[Stage]) -> Table:
             ]
             for stage in stages
         ],
-        "History: how many items the users of the stage bring into it, mean and quantiles.",
+        "History: the number of items that users had before the stage, mean and quantiles.",
     )
 
 
@@ -165,7 +165,7 @@ LINES = ("codes", "used", "perplexity")
 
 @section(place=130)
 def semantic_ids(comparison: Comparison) -> Section | None:
-    """How good the semantic IDs are, and how well they fit the items that came later."""
+    """The quality of the semantic IDs, and how well they fit items that were added later."""
     indices = distinct(comparison, lambda run: dict(run.semantic_ids))
     if not indices:
         return None
@@ -178,18 +178,19 @@ def semantic_ids(comparison: Comparison) -> Section | None:
     ]
     plots = [_levels_plot(measured)] if measured else []
     if fitted:
-        plots.append(_fitness_plot("semantic-ids-error", "Error of items that came later", "error", fitted))
+        plots.append(_fitness_plot("semantic-ids-error", "Error of items added later", "error", fitted))
         plots.append(
-            _fitness_plot("semantic-ids-taken", "Items that want a taken ID, %", "wanted_taken", fitted)
+            _fitness_plot("semantic-ids-taken", "Items whose nearest ID is taken, %", "wanted_taken", fitted)
         )
     return Section(
         "semantic-ids",
         "Semantic IDs",
         [
             *warnings,
-            "A collision is an ID that several items have. Perplexity is the number of equally used codes "
-            "with the same diversity. The error is the mean squared distance between an item's vector and "
-            "its reconstruction from the codes; 1 means no better than no code at all.",
+            "A collision is an ID that several items share. Perplexity is the number of equally frequent "
+            "codes that would be as diverse. The error is the mean squared distance between an item's vector "
+            "and its reconstruction from the codes, relative to a reconstruction without codes: 1 means that "
+            "the codes do not help.",
         ],
         plots=plots,
         tables=[
@@ -206,7 +207,7 @@ def _figures(indices: Sequence[Index]) -> Table:
     names = list(dict.fromkeys(name for column in columns for name in column))
     return Table(
         "semantic-ids",
-        "The index in figures",
+        "Statistics of the index",
         ["Figure", *(label or "Value" for label, _ in indices)],
         [[name[0].upper() + name[1:], *(_cell(column.get(name)) for column in columns)] for name in names],
     )
@@ -232,7 +233,7 @@ def _sample(label: str, place: int, index: Mapping[str, Any]) -> Table:
         labelled(quality.sample_title(sample), label),
         ["Item", "Title"],
         [[entry["item"], entry["title"]] for entry in sample["items"]],
-        "The prefix of two codes that most items share.",
+        "These items share the most common prefix of two codes.",
     )
 
 
@@ -240,7 +241,7 @@ def _fitness(indices: Sequence[Index]) -> Table:
     return Table(
         "semantic-ids-fitness",
         "How well the frozen codes fit",
-        ["Items", "Number", "Error", "Want an ID that is taken", "Share an ID"],
+        ["Items", "Number", "Error", "Nearest ID is taken", "Share an ID"],
         [
             [labelled(name.capitalize(), label), *map(_cell, figures)]
             for label, index in indices
@@ -272,7 +273,7 @@ def _levels_plot(indices: Sequence[Index]) -> Plot:
 
 
 def _fitness_plot(name: str, title: str, key: str, indices: Sequence[Index]) -> Plot:
-    """New items of each stage, and the items held out of stage 0 as a level to compare with."""
+    """The new items of each stage, and the items held out of stage 0 as a reference line."""
     series, numbers = [], set[int]()
     for place, (label, index) in enumerate(indices):
         stages, held_out = index["fitness"]["stages"], index["fitness"].get("held_out")
@@ -299,5 +300,5 @@ def _letter(level: int) -> str:
 
 
 def _cell(value: float | None) -> Cell:
-    """Whole numbers are counts; the others are shares, errors and the like."""
+    """A number as a cell: integers are counts; the others are shares, errors and so on, with 3 decimals."""
     return None if value is None else Quantity(value, decimals=0 if isinstance(value, int) else 3)

@@ -1,4 +1,4 @@
-"""Section: what is in the lists, right or wrong."""
+"""Section: the variety and popularity of the recommended lists."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def lists(comparison: Comparison) -> Section | None:
                 f"Lists of {k}, mean of {stage_range(stages)}",
                 ["Strategy", *HEADS],
                 [_row(comparison, system, stages) for system in comparison.systems],
-                "± half width of the 95 % interval; coverage and Gini index are computed over all lists and "
-                "have none.",
+                "± half width of the 95 % interval. Coverage and the Gini index are computed over all lists "
+                "and have no interval.",
             )
         ],
         folded=[

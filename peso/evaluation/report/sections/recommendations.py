@@ -1,4 +1,4 @@
-"""Section: what a few users of each kind were recommended, and what they chose."""
+"""Section: recommendations for a few users of each kind, and what these users chose."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from peso.evaluation.predictions import USER_SEGMENTS, Predictions
 from peso.evaluation.report.sections.section import Answers, Section, section
 
 USERS = 2  # of each kind
-LENGTH = 5  # of a list and of a history as they are shown
+LENGTH = 5  # items to show of a list and of a history
 
 
 @section(place=20)
 def recommendations(comparison: Comparison) -> Section | None:
-    """The newest stage's lists for a few users, beside those of the model before it."""
+    """The lists of the newest model for a few users, next to those of the previous model."""
     system, stage, catalogue = comparison.subject, comparison.averaged[-1], comparison.catalogue
     if catalogue is None or catalogue.cases is None:
         return None
@@ -43,16 +43,16 @@ def recommendations(comparison: Comparison) -> Section | None:
         "recommendations",
         "Recommendations",
         [
-            f"The first {LENGTH} items for some users of stage {stage}, by {system.label}. For each kind of "
-            "user, the first case is one where a list has the item that came next (✓), if there is one; "
-            "the other is picked at random."
+            f"The first {LENGTH} items that {system.label} recommends to some users of stage {stage}. For "
+            "each kind of user, the first case is one where a list contains the item that came next (✓), if "
+            "there is one; the other is picked at random."
         ],
         answers=[answers(row) for row in rows],
     )
 
 
 def _chosen(kind: str, models: list[Predictions], new: Predictions) -> list[int]:
-    """Cases of a kind in the order of a hash of their user, the first hit ahead."""
+    """Cases of one kind of user, in the order of a hash of the user id, but with the first hit first."""
     rows = [row for row, segment in enumerate(new.user_segment) if segment == kind]
     rows.sort(key=lambda row: sha256(new.users[row].encode()).digest())
     hits = [row for row in rows if any(new.targets[row] in model.items[row][:LENGTH] for model in models)]

@@ -1,4 +1,4 @@
-"""What a report is made of, and the pieces that several sections share."""
+"""The parts of a report, and functions that several sections share."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ CODES_AND_ITEMS = (
 SECTIONS = Registry(
     "report section", "peso.evaluation.report.sections", "peso.report_sections", beside=["section"]
 )
-PLACES: dict[str, int] = {}  # on the page, by name of the function
+PLACES: dict[str, int] = {}  # the place of each section on the page, by the name of its function
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Text to be shown as it is, folded under its title."""
+    """Preformatted text, folded under its title."""
 
     title: str
     text: str
@@ -43,8 +43,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class Answers:
-    """One test case as a reader sees it: titles of the history (oldest first), of the item that came next,
-    and of each model's list, best first."""
+    """One test case with the titles of its items.
+
+    Attributes:
+        user: the heading of the case.
+        history: the titles of the history, oldest first.
+        came: the title of the item that came next.
+        lists: for each model its name and the titles of its list, best first.
+    """
 
     user: str
     history: Sequence[str]
@@ -54,12 +60,18 @@ class Answers:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page, shown in the order of the fields.
+    """One part of the page. Its contents are shown in the order of the attributes.
 
     Attributes:
         anchor: the section's address on the page.
-        notes: paragraphs on how to read the section, folded.
-        folded: further tables.
+        title: its heading.
+        paragraphs: its text.
+        plots: its plots.
+        tables: its main tables.
+        answers: test cases with recommendations.
+        notes: folded paragraphs on how to read the section.
+        folded: further tables, folded.
+        listings: preformatted texts, folded.
     """
 
     anchor: str
@@ -74,11 +86,11 @@ class Section:
 
     @property
     def first(self) -> bool:
-        """Whether it is the page's first screen, which is not folded."""
+        """Whether this is the first section of the page, which is not folded."""
         return self.anchor.endswith("summary")
 
     def without_empty_tables(self) -> Section:
-        """Tables without rows are left out, and so are columns without an entry."""
+        """The section without tables that have no rows and without columns that have no entries."""
         tables, folded = (
             [table.without_empty_columns() for table in some if table.rows]
             for some in (self.tables, self.folded)
@@ -90,10 +102,13 @@ Make = Callable[[Comparison], Section | None]
 
 
 def section(place: int) -> Callable[[Make], Make]:
-    """Show what a function makes of a comparison as a section of every report, unless it makes None.
+    """A decorator that adds the result of a function as a section to every report.
+
+    The function gets a :class:`~peso.evaluation.comparison.Comparison` and returns a :class:`Section`, or
+    None if there is nothing to show.
 
     Args:
-        place: on the page; smaller is higher.
+        place: the position on the page; sections with smaller numbers come first.
     """
 
     def register(make: Make) -> Make:
@@ -105,7 +120,7 @@ def section(place: int) -> Callable[[Make], Make]:
 
 
 def marks(comparison: Comparison, standing: Standing) -> dict[str, Mark]:
-    """The mark of each system's cell, by name of the system; none where there is nothing to compare."""
+    """The mark of each system's cell, by name of the system. Marks are empty if nothing is compared."""
     result: dict[str, Mark] = {system.name: "" for system in comparison.systems}
     alone = comparison.same_cases and not standing.tied and not standing.behind
     if len(result) > 1 and not alone:
@@ -134,9 +149,10 @@ def series(
 
 
 def distinct(comparison: Comparison, values: Callable[[RunSummary], T]) -> list[tuple[str, T]]:
-    """What runs have in common shown once: each different value with a label to tell it by.
+    """The distinct values of the systems, each with a label.
 
-    Empty values are left out. The label is that of the first system of the value, and "" where all share one.
+    Empty values are left out. The label is that of the first system with the value, or "" if all systems
+    have the same value.
     """
     found: list[tuple[str, T]] = []
     for system in comparison.systems:
@@ -147,7 +163,7 @@ def distinct(comparison: Comparison, values: Callable[[RunSummary], T]) -> list[
 
 
 def labelled(text: str, label: str) -> str:
-    """A text with the label of :func:`distinct`, where it has one."""
+    """A text followed by a label of :func:`distinct`, unless the label is empty."""
     return f"{text} · {label}" if label else text
 
 

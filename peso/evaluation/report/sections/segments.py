@@ -20,15 +20,16 @@ from peso.evaluation.run_summary import System
 
 @section(place=50)
 def segments(comparison: Comparison) -> Section:
-    """Dormant, continuing and new users; known and new items; and every other way to part the cases."""
+    """Results by kind of user and item, and by every other way to split the cases."""
     others = [s for s in comparison.segmentations if s not in (USERS, ITEMS)]
     return Section(
         "segments",
         "By kind of user and item",
         [
-            "A dormant user was seen in an earlier stage but not in the last one, a continuing user in the "
-            "last one, a new user never. A known item occurred before the stage; a new one did not. Every "
-            f"case of {stage_range(comparison.averaged)} counts the same. Bars and lines are 95 % intervals. "
+            "A dormant user was seen in an earlier stage but not in the previous one, a continuing user in "
+            "the previous one, a new user never. A known item occurred before the stage; a new one did not. "
+            f"Every case of {stage_range(comparison.averaged)} counts the same. Bars and lines are 95 % "
+            "intervals. "
             "In the plots of stability and plasticity, systems further up are better for new users, systems "
             "further right are better for dormant users.",
         ],
@@ -69,7 +70,8 @@ def _grid(
     title: str,
     with_gap: bool = False,
 ) -> Table:
-    """Case counts stand in the heads of the columns where they are the same for all systems."""
+    """A table with one column per group. A column's heading shows its number of cases if all systems have the
+    same number."""
     found = {
         (system.name, place): comparison.in_group(system, metric, part, number)
         for system in comparison.systems
@@ -99,10 +101,10 @@ def _grid(
 
 
 def _gap(estimates: list[Estimate | None]) -> Estimate | None:
-    """The largest difference between two groups' means, a figure of fairness.
+    """The largest difference between two groups' means, a measure of fairness.
 
-    Its interval takes the two groups as independent, although users may be in both in different stages, and
-    as given, although they were chosen for being the extremes.
+    Its interval treats the two groups as independent, although a user may be in both in different stages, and
+    as fixed, although they were chosen because they are the extremes.
     """
     known = [estimate for estimate in estimates if estimate is not None]
     if len(known) < 2:
@@ -130,14 +132,14 @@ def _bars(comparison: Comparison, metric: Metric) -> Plot:
         "users",
         list(zip(places, USER_SEGMENTS, strict=True)),
         connected=False,
-        bars=metric.name != LOG_PROBABILITY,  # bars start at 0, which no log-probability comes near
+        bars=metric.name != LOG_PROBABILITY,  # bars start at 0, far from any log-probability
     )
 
 
 def _plane(comparison: Comparison, metric: Metric) -> Plot:
-    kept, learnt = (USER_SEGMENTS.index(segment) for segment in (DORMANT, NEW))
+    kept, learned = (USER_SEGMENTS.index(segment) for segment in (DORMANT, NEW))
     points = [
-        _point(number, system, *(comparison.in_group(system, metric, USERS, g) for g in (kept, learnt)))
+        _point(number, system, *(comparison.in_group(system, metric, USERS, g) for g in (kept, learned)))
         for number, system in enumerate(comparison.systems)
     ]
     return Plot(
@@ -152,9 +154,9 @@ def _plane(comparison: Comparison, metric: Metric) -> Plot:
     )
 
 
-def _point(number: int, system: System, kept: Estimate | None, learnt: Estimate | None) -> Series:
-    values = [np.nan if e is None else e.value for e in (kept, learnt)]
-    widths = [np.nan if e is None else e.half_width for e in (kept, learnt)]
+def _point(number: int, system: System, kept: Estimate | None, learned: Estimate | None) -> Series:
+    values = [np.nan if e is None else e.value for e in (kept, learned)]
+    widths = [np.nan if e is None else e.half_width for e in (kept, learned)]
     return Series(
         system.label,
         number,

@@ -52,8 +52,8 @@ def _about_seeds(comparison: Comparison) -> list[str]:
     if alone:
         who = listed(alone) if len(alone) <= 5 else f"{len(alone)} systems"
         sentences.append(
-            f"A single seed of {who}: p and intervals cover other users only. Another seed of training can "
-            "change results as much."
+            f"There is a single seed of {who}, so p and intervals cover other users only. Another training "
+            "seed can change results as much."
         )
     return sentences
 

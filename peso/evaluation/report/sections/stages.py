@@ -28,8 +28,8 @@ def by_stage(comparison: Comparison) -> Section:
         "stages",
         "Stage by stage",
         [
-            "Each model is tested right after training on the stage. Bars are 95 % intervals over users "
-            "and, where there are several, seeds."
+            "Each model is tested right after training on the stage. Bars are 95 % intervals over users, and "
+            "over seeds if there are several."
         ],
         plots=[_stage_plot(comparison, metric) for metric in first],
         tables=[_stage_table(comparison, metric) for metric in first],
@@ -89,7 +89,9 @@ def _stage_table(comparison: Comparison, metric: Metric) -> Table:
         f"{metric.label} by stage",
         ["Strategy", *(f"Stage {stage}" for stage in stages), f"Mean of {_short_range(comparison.averaged)}"],
         rows,
-        f"{MARKS} Stages are corrected together, the mean by itself." if len(comparison.systems) > 1 else "",
+        f"{MARKS} The correction covers all stages together; the mean is corrected separately."
+        if len(comparison.systems) > 1
+        else "",
     )
 
 

@@ -67,7 +67,8 @@ def _ranking(comparison: Comparison, metric: Metric) -> Ranking:
 
 
 def _last_update(comparison: Comparison) -> Table:
-    """What the newest stage changed for each kind of user; no rows where the model before was not tested."""
+    """What the newest stage changed for each kind of user. The table has no rows if the previous model was
+    not tested."""
     system, stage = comparison.subject, comparison.averaged[-1]
     rows: list[list[Cell]] = []
     for who, group in [
@@ -84,13 +85,13 @@ def _last_update(comparison: Comparison) -> Table:
         f"{system.label}: what stage {stage} changed (after stage {stage} minus after stage {stage - 1})",
         ["Users", *(metric.label for metric in comparison.headline), "Cases"],
         rows,
-        f"± half width of the 95 % interval on the cases of stage {stage}. New users were never seen, "
-        "continuing users in the stage before, dormant users only earlier.",
+        f"± half width of the 95 % interval on the cases of stage {stage}. New users were never seen before, "
+        "continuing users were seen in the previous stage, dormant users only earlier.",
     )
 
 
 def averages_table(comparison: Comparison) -> Table:
-    """Every metric of every system, averaged over the later stages; unfinished runs at its end."""
+    """Every metric of every system, averaged over the later stages. Unfinished runs are at the end."""
     ordered = [*comparison.headline, *(m for m in comparison.metrics if m not in comparison.headline)]
     standings = {metric.name: marks(comparison, comparison.standing(metric)) for metric in ordered}
     rows: list[list[Cell]] = []
@@ -117,7 +118,7 @@ def averages_table(comparison: Comparison) -> Table:
 
 @section(place=1000)
 def origin(comparison: Comparison) -> Section | None:
-    """Configurations as resolved, where they differ, and the chain of manifests of every run."""
+    """The resolved configurations, where they differ, and the chain of manifests of every run."""
     systems = [system for system in comparison.systems if system.first.configuration]
     flat = {s.name: dict(_flat(yaml.safe_load(s.first.configuration))) for s in systems}
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
@@ -134,8 +135,8 @@ def origin(comparison: Comparison) -> Section | None:
     if not systems and not manifests:
         return None
     chain = (
-        "Each step wrote a manifest with the sha256 of what it read and wrote, and names the step before it, "
-        "so the chain leads from the data to the figures above. Oldest first."
+        "Each step wrote a manifest with the sha256 of the files that it read and wrote, and with the "
+        "previous step, so the chain leads from the data to the results above. Oldest first."
     )
     return Section(
         "origin",

@@ -13,7 +13,7 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.report.sections.section import Section, file_name, section
 from peso.evaluation.run_summary import System
 
-FEWEST = 3  # values of an option that make a curve
+FEWEST = 3  # an option needs at least this number of values for a curve
 Curve = list[tuple[float, System]]
 
 
@@ -32,7 +32,8 @@ def sweep(comparison: Comparison) -> Section | None:
         "Options",
         [
             "The mean over stages and seeds against the value of one option. Dashed lines are systems "
-            "without it. The best point of a curve is selected on these test cases, so it is optimistic.",
+            "without this option. The best point of a curve is selected on these test cases, so it is "
+            "optimistic.",
         ],
         plots=plots,
     )
@@ -49,7 +50,7 @@ def _number(system: System, key: str) -> float | None:
 
 
 def _curves(comparison: Comparison, key: str) -> dict[str, Curve]:
-    """By the setting of the other options, points in order of this one."""
+    """One curve for each setting of the other options, with points in the order of this option."""
     found: dict[str, Curve] = {}
     for system in comparison.systems:
         value = _number(system, key)
@@ -105,8 +106,8 @@ def _plot(comparison: Comparison, key: str, curves: dict[str, Curve], metric: Me
 
 
 def _places(values: Sequence[float]) -> dict[float, float]:
-    """Where values stand on the axis: by their logarithm if they span a factor of ten, with 0 one step to the
-    left of the smallest.
+    """The position of each value on the axis. Values that span a factor of ten are placed by their logarithm,
+    with 0 one step to the left of the smallest.
 
     >>> _places([0.0, 1.0, 10.0, 100.0])
     {0.0: -1.0, 1.0: 0.0, 10.0: 1.0, 100.0: 2.0}

@@ -1,4 +1,4 @@
-"""Section: loss and gradients along the stages."""
+"""Section: loss and gradient norms during training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.report.sections.section import Section, section
 from peso.evaluation.run_summary import TrainingCurve
 
-CURVE_POINTS = 60  # a stage's curve is drawn through the means of so many equal spans
+CURVE_POINTS = 60  # the number of points of a stage's curve; each is the mean of an equal share of the steps
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What one plot shows: columns of a TrainingCurve (steps, values), the second pair dashed."""
+    """The contents of one plot. ``columns`` has pairs of attributes of a TrainingCurve (steps, values); the
+    second pair is drawn dashed."""
 
     name: str
     title: str
@@ -40,7 +41,7 @@ PANELS = (
 
 @section(place=90)
 def training(comparison: Comparison) -> Section | None:
-    """Loss and gradients along the stages."""
+    """Loss and gradient norms during training."""
     curves = {
         system.name: {
             stage: trained.curve
@@ -54,13 +55,13 @@ def training(comparison: Comparison) -> Section | None:
     plots = [_plot(comparison, curves, panel) for panel in PANELS]
     drawn = [plot for plot in plots if any(np.isfinite(series.y).any() for series in plot.series)]
     paragraph = (
-        "Every stage is drawn equally wide, however many steps it took. A line joins the means of at most "
-        f"{CURVE_POINTS} equal spans."
+        "All stages have the same width, regardless of their number of steps. Each line connects the means "
+        f"of at most {CURVE_POINTS} equal parts of a stage."
     )
     if drawn == plots:
         paragraph += " If the penalty's gradient is far below the loss's, the anchor has little effect."
     if any(len(system.runs) > 1 for system in comparison.systems):
-        paragraph += " Of several seeds the first is shown."
+        paragraph += " If there are several seeds, only the first is shown."
     return Section("training", "Training", [paragraph], plots=drawn)
 
 
@@ -76,13 +77,13 @@ def _plot(comparison: Comparison, curves: Mapping[str, Mapping[int, TrainingCurv
             ]
             if pieces:
                 x, y = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-                # a logarithmic scale has no place for the zero of "no penalty"
+                # without a penalty the value is 0, which a logarithmic scale cannot show
                 y = np.where(y > 0, y, np.nan) if panel.logarithmic else y
                 lines.append(Series(system.label, number, x, y, dashed=dashed))
     return Plot(
         panel.name,
         panel.title,
-        f"{panel.title} of each strategy along the training of {stage_range(stages)}.",
+        f"{panel.title} of each strategy during the training of {stage_range(stages)}.",
         lines,
         "stage",
         [(place + 0.5, str(stage)) for place, stage in enumerate(stages)],
@@ -93,9 +94,17 @@ def _plot(comparison: Comparison, curves: Mapping[str, Mapping[int, TrainingCurv
 
 
 def thinned(steps: np.ndarray, values: np.ndarray, last: float, place: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over equal spans of a stage's steps, at ``place`` + the share of the stage that was done.
+    """Means over equal parts of a stage's steps.
 
-    A nan at the end keeps a line from running on into the next stage.
+    A nan at the end keeps the line from continuing into the next stage.
+
+    Args:
+        steps: int (n,), the number of each step, counted from 1.
+        values: float (n,), the value at each step.
+        last: the number of the stage's last step.
+        place: the position of the stage on the x axis.
+
+    Returns: x, which is ``place`` plus the completed share of the stage, and the means.
 
     >>> x, y = thinned(np.array([1, 2, 3, 4]), np.array([4.0, 3.0, 2.0, 1.0]), last=4, place=2)
     >>> x.tolist(), y.tolist()

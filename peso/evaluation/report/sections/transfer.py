@@ -1,4 +1,4 @@
-"""Section: what training on one stage does to the results on the others."""
+"""Section: how training on one stage changes the results on other stages."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from peso.evaluation.report.sections.section import Section, file_name, quantity
 from peso.evaluation.report.tables import Cell, Table
 from peso.evaluation.run_summary import System
 
-FEW = 6  # systems with a heat map for each of two metrics; of more, one each
+FEW = 6  # with more systems than this, each has a heat map for one metric instead of two
 
 
 @section(place=60)
 def transfer(comparison: Comparison) -> Section | None:
     """Transfer, forgetting, and the regret against retraining."""
     tested = [system for system in comparison.systems if any(run.across for run in system.runs)]
-    anew = next((s for s in comparison.systems if s.first.reference == "retraining"), None)
-    tables = [_table(comparison, metric, anew) for metric in comparison.headline]
+    retrained = next((s for s in comparison.systems if s.first.reference == "retraining"), None)
+    tables = [_table(comparison, metric, retrained) for metric in comparison.headline]
     if not any(table.rows for table in tables):
         return None
     text = (
         "Backward transfer is the mean change of the result on earlier stages caused by later training. "
-        "Forgetting is the mean loss against the best earlier result on a stage. Forward transfer is how "
-        "much the stages before stage j help on j, compared with the model of stage 0. Regret is how "
-        "much better retraining from scratch is. In the maps, rows are models, columns are test cases, and "
-        "each column has its own color scale."
+        "Forgetting is how far the last model falls below the best earlier model on a stage, on average. "
+        "Forward transfer is how much the stages before stage j help on j, compared with the model of stage "
+        "0. Regret is how much better retraining from scratch is. In the maps, rows are models, columns are "
+        "test cases, and each column has its own color scale."
     )
     ndcg, _, log_probability = comparison.headline
     shown = [ndcg, log_probability] if len(tested) <= FEW else [ndcg]
@@ -41,8 +41,11 @@ def transfer(comparison: Comparison) -> Section | None:
 
 
 def matrix(system: System, metric: Metric) -> np.ndarray:
-    """R of :mod:`peso.evaluation.metrics`, mean over the seeds that were tested on other stages; nan where
-    one of them lacks a test. Where none was, the diagonal alone, of all seeds."""
+    """The matrix R of :mod:`peso.evaluation.metrics`.
+
+    It is averaged over the seeds that were tested on other stages, with nan where one of them lacks a test.
+    If no seed was tested on other stages, only the diagonal is known, averaged over all seeds.
+    """
     last = max(system.stages)
     runs = [run for run in system.runs if run.across] or list(system.runs)
     found = np.full((len(runs), last + 1, last + 1), np.nan)
@@ -56,14 +59,14 @@ def matrix(system: System, metric: Metric) -> np.ndarray:
     return found.mean(axis=0)
 
 
-def _table(comparison: Comparison, metric: Metric, anew: System | None) -> Table:
+def _table(comparison: Comparison, metric: Metric, retrained: System | None) -> Table:
     rows: list[list[Cell]] = []
     for system in comparison.systems:
         results = matrix(system, metric)
         terms = [function(results) for function in (backward_terms, forward_terms, forgetting_terms)]
         regret: Cell = None
-        if anew is not None and system is not anew and comparison.same_cases:
-            regret = quantity(comparison.difference(anew, system, metric), metric)
+        if retrained is not None and system is not retrained and comparison.same_cases:
+            regret = quantity(comparison.difference(retrained, system, metric), metric)
         cells = [quantity(comparison.change(system, metric, some), metric) for some in terms]
         if any(cell is not None for cell in [*cells, regret]):
             rows.append([system.label, *cells, regret])
