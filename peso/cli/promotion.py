@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peso.cli.alert import Alert
 from peso.cli.display import Directory, Json, next_step_of, next_steps, say, say_json, table
 from peso.runs.workspace import Workspace
+
+if TYPE_CHECKING:
+    from peso.runs.stage import RunStage
 
 Reason = Annotated[str | None, typer.Option("--reason", help="Why, for the record.")]
 Pin = Annotated[
@@ -20,6 +24,9 @@ def promote(
     workspace: Directory,
     stage: Annotated[int, typer.Option("--stage", help="The stage that serves from now on.")],
     reason: Reason = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote a stage that did not pass its gate; this is recorded.")
+    ] = False,
     pin: Pin = False,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +40,7 @@ def promote(
     from peso.runs import served
 
     opened = Workspace.open(workspace)
-    changed = served.promote(opened, stage, reason=reason, pinned=pin)
+    changed = served.promote(opened, stage, reason=reason, force=force, pinned=pin)
     latest = served.served(opened).latest
     assert latest is not None
     if as_json:
@@ -63,7 +70,7 @@ def rollback(workspace: Directory, reason: Reason = None, pin: Pin = False, as_j
 
 
 def status(workspace: Directory, as_json: Json = False) -> None:
-    """Show the stages of a workspace, which one serves, since when and why.
+    """Show the stages of a workspace with the verdicts of the gate, which one serves, since when and why.
 
     Example: peso status -w runs/shop
     """
@@ -84,7 +91,7 @@ def _show(told: dict[str, Any]) -> None:
         shown = [name for name in metrics if name.startswith(("ndcg@", "hit@"))]
         table(
             f"{told['workspace']}: stages, each with its metrics on its own test cases",
-            ["stage", "from", "strategy", "trained", *shown, "serves"],
+            ["stage", "from", "strategy", "trained", *shown, "gate", "serves"],
             [
                 [
                     stage["stage"],
@@ -92,11 +99,19 @@ def _show(told: dict[str, Any]) -> None:
                     stage["strategy"] or "base",
                     stage["trained"] or "unknown",
                     *((stage["metrics"] or {}).get(name) for name in shown),
+                    stage["gate"]["decision"] if stage["gate"] else "",
                     "serves" if stage["serves"] else "",
                 ]
                 for stage in told["stages"]
             ],
         )
+    for stage in told["stages"]:
+        if stage["gate"] and stage["gate"]["decision"] != "passed":
+            verdict = stage["gate"]
+            say(
+                f"stage {stage['stage']} was {verdict['decision']} against stage {verdict['champion']}: "
+                f"{verdict['says']}"
+            )
     serves, waiting = told["serves"], told["waiting"]
     if serves["stage"] is None:
         say("no stage is trained yet, so none serves")
@@ -114,3 +129,32 @@ def _show(told: dict[str, Any]) -> None:
         say(f"not trained yet: stages {', '.join(map(str, waiting['stages']))}")
     if waiting["items_without_id"]:
         say(f"{waiting['items_without_id']:,} new items have no semantic ID yet")
+
+
+def show_verdict(stage: RunStage, alerts: Alert) -> None:
+    """Print what the gate decided about a stage, if it did, and send an alert where the champion stays."""
+    verdict = stage.verdict
+    if verdict is None:
+        return
+    what = f"stage {stage.number} against stage {verdict['champion']}"
+    say(f"gate: {what}: {verdict['decision']}")
+    for condition in verdict["conditions"]:
+        mark = condition["outcome"] if condition["blocks"] else f"{condition['outcome']}, does not matter"
+        say(f"- {condition['outcome'] if condition['outcome'] == 'passed' else mark}: {condition['says']}")
+    if verdict["decision"] != "passed":
+        alerts.send(
+            verdict["decision"],
+            f"{what} is {verdict['decision']}, so that stage {verdict['champion']} keeps serving: "
+            f"{verdict['says']}",
+            stage.number,
+            verdict=verdict,
+        )
+
+
+def show_drift(stage: RunStage, alerts: Alert) -> None:
+    """Say, and send as an alert, that the items of a stage differ more than ``gate.drift`` allows."""
+    from peso.runs.challenger import high_drift
+
+    if (finding := high_drift(stage)) is not None:
+        say(f"WARNING: {finding}")
+        alerts.send("drift", finding, stage.number)

@@ -26,6 +26,7 @@ from peso.cli.display import (
     table,
     watcher,
 )
+from peso.cli.promotion import show_drift, show_verdict
 from peso.config import DataConfig
 from peso.config.data import FORMATS
 from peso.errors import ConfigError, DataError, UsageError
@@ -306,22 +307,40 @@ def train(workspace: Directory, overrides: Overrides = None, trust: Trust = None
         next_steps(["evaluate", "-w", workspace], next_step_of(opened))
 
 
-def update(workspace: Directory, overrides: Overrides = None, trust: Trust = None) -> None:
+def update(
+    workspace: Directory,
+    alert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Run this program when the gate keeps the previous stage, drift is high (gate.drift), or "
+            "the update fails. It gets one JSON object on its standard input. No shell is involved.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    trust: Trust = None,
+) -> None:
     """Train the next stage, starting from the last one, and compare the new model with the previous one.
 
     Both models are tested on the new stage's test cases, and the report is updated. With
     evaluation.enabled: false, the stage is only trained.
+
+    With gate.enabled: true, the new stage serves only if it passes against the stage that serves.
 
     --set can change the settings of later stages (strategy, training.later); they apply from this stage on.
 
     Example: peso update -w runs/games
 
     Example: peso update -w runs/games --set strategy.strength=2 --set training.later.epochs=2
+
+    Example: peso update -w runs/shop --set gate.enabled=true --alert "mail -s peso ops@example.org"
     """
+    from peso.cli.alert import Alert
     from peso.runs import pipeline
     from peso.runs.report import before_and_after
 
-    with _together(workspace, overrides, trust, later=True) as opened:
+    alerts = Alert.of(alert, workspace)
+    with alerts.on_failure(), _together(workspace, overrides, trust, later=True) as opened:
         stage = pipeline.update(opened, watcher())
     if not current().is_main:
         return
@@ -331,6 +350,7 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
         next_steps(next_step_of(opened))
         return
     say(f"{opened.root}: stage {stage} is trained")
+    show_drift(opened.stage(stage), alerts)
     if not opened.config.evaluation.enabled:
         say("not tested, since evaluation.enabled is false")
         next_steps(["evaluate", "-w", opened.root])
@@ -338,6 +358,7 @@ def update(workspace: Directory, overrides: Overrides = None, trust: Trust = Non
     table(*before_and_after(opened))
     show_results("averages so far", [opened])
     say(f"report: {opened.report_directory / 'index.html'}")
+    show_verdict(opened.stage(stage), alerts)
     next_steps(["diagnose", "-w", opened.root], next_step_of(opened))
 
 

@@ -15,6 +15,7 @@ from peso.config.data import (
     SimulateConfig,
     StagesConfig,
 )
+from peso.config.gate import GateConfig
 from peso.config.model import (
     HOW,
     AdapterConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "DataConfig",
     "DecodingConfig",
     "EvaluationConfig",
+    "GateConfig",
     "HeadConfig",
     "ItemColumnsConfig",
     "ItemTableConfig",

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from peso.config.baselines import Baselines, default_baselines
 from peso.config.data import DataConfig, ItemsConfig, expand_data
+from peso.config.gate import GateConfig
 from peso.config.model import (
     AdapterConfig,
     BackboneConfig,
@@ -44,6 +45,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: Baselines = Field(default_factory=default_baselines, description="none: no baseline")
     report: ReportConfig = ReportConfig()
+    gate: GateConfig = Field(GateConfig(), exclude_if=lambda gate: gate == GateConfig())
     seed: Seed = Field(0, description="fixes all random numbers; on the same machine, all results")
     data_seed: Seed | None = Field(None, description="of simulated data and semantic IDs; none given: seed")
     base_seed: Seed | None = Field(None, description="of stage 0; none given: seed")
@@ -83,6 +85,21 @@ class Config(Section):
         if max(self.evaluation.k) > self.decoding.beams:
             raise ValueError(
                 f"evaluation.k asks for {max(self.evaluation.k)} items, but decoding.beams is "
+                f"{self.decoding.beams}; give at least as many beams"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_has_answers(self) -> Config:
+        if not self.gate.enabled:
+            return self
+        if not self.evaluation.enabled:
+            raise ValueError(
+                "gate.enabled needs tests, but evaluation.enabled is false; turn one of them off"
+            )
+        if (self.gate.k or 0) > self.decoding.beams:
+            raise ValueError(
+                f"gate.metric {self.gate.metric} looks at {self.gate.k} items, but decoding.beams is "
                 f"{self.decoding.beams}; give at least as many beams"
             )
         return self

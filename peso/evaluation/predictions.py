@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.errors import DataError
-from peso.events.histories import Cases, Stage
+from peso.events.histories import LEFT_OUT, Cases, Part, Stage
 from peso.items.semantic_ids import SemanticIds
 
 DORMANT = "dormant"  # users seen in an earlier stage, but not in the previous one
@@ -32,7 +32,7 @@ ITEM_SEGMENTS = (KNOWN, NEW)
 
 @dataclass(frozen=True)
 class CaseLabels:
-    """The segments of each test case, in the order of ``Stage.test_cases``.
+    """The segments of each case, in the order of ``Stage.cases``.
 
     ``history_length`` is int32 (n,), the number of the user's items before the target, not limited by the
     window.
@@ -67,8 +67,8 @@ def item_segments(targets: Iterable[int], known: AbstractSet[int]) -> list[str]:
     return [KNOWN if int(target) in known else NEW for target in targets]
 
 
-def label_cases(earlier: Iterable[Stage], stage: Stage) -> CaseLabels:
-    """Label the test cases of a stage by what was seen before it began.
+def label_cases(earlier: Iterable[Stage], stage: Stage, part: Part = "test") -> CaseLabels:
+    """Label the test or validation cases of a stage by what was seen before it began.
 
     A user is seen in a stage if the user has at least one event in it, even if the protocol leaves the user
     out for having fewer than three. Events that appear only in a user's ``previous`` list count as earlier.
@@ -89,8 +89,8 @@ def label_cases(earlier: Iterable[Stage], stage: Stage) -> CaseLabels:
     seen_before_last |= _with_history(stage)
     known.update(np.unique(stage.previous.values).tolist())
 
-    cases = stage.test_cases(window=1)
-    lengths = (stage.previous.lengths + stage.current.lengths - 1)[stage.eligible()]
+    cases = stage.cases(part, window=1)
+    lengths = (stage.previous.lengths + stage.current.lengths - LEFT_OUT[part])[stage.eligible()]
     return CaseLabels(
         users=cases.users,
         user_segment=user_segments(cases.users, last, seen_before_last),

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from peso.errors import DataError, UntrainableStage
 
+Part = Literal["validation", "test"]
+LEFT_OUT: dict[Part, int] = {"validation": 2, "test": 1}  # a user's last items, the first of them the target
 MIN_STAGE_ITEMS = 3  # fewer leave no training target beside the validation and the test item
 
 
@@ -113,11 +116,14 @@ class Stage:
             for i in self.eligible()
         ]
 
+    def cases(self, part: Part, window: int) -> Cases:
+        return self._cases(LEFT_OUT[part], window)
+
     def validation_cases(self, window: int) -> Cases:
-        return self._cases(2, window)
+        return self.cases("validation", window)
 
     def test_cases(self, window: int) -> Cases:
-        return self._cases(1, window)
+        return self.cases("test", window)
 
     def histories(self, window: int = 0) -> tuple[list[str], list[np.ndarray]]:
         """Everything known of each user of the stage, its last items included: what serving starts from.

@@ -24,7 +24,7 @@ from peso.runtime.progress import Observer, Silent
 
 
 def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
-    """Test the model of a stage on the test cases of a stage; returns the metrics.
+    """Test the model of a stage on the test or validation cases of a stage; returns the metrics.
 
     Writes predictions.parquet, then metrics.json, each whole or not at all. What is there already and fits
     is not computed again; if only ``evaluation.k`` changed, the predictions stay. Several processes
@@ -48,7 +48,7 @@ def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
     if not processes.on_main(lambda: wanted.is_predicted):
         _predict(wanted, observer)
     metrics: dict[str, Any] = processes.on_main(lambda: _measure(wanted))
-    for warning in metrics["warnings"]:
+    for warning in metrics["warnings"] if wanted.part == "test" else ():
         observer.note(f"warning: stage {wanted.stage.number}: {warning}")
     return metrics
 
@@ -65,10 +65,10 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
             f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalogue has "
             f"{model.semantic_ids.trie.leaves} distinct semantic IDs; ask for fewer"
         )
-    cases_of = stream.stage(on)
-    cases = cases_of.test_cases(config.prompt.window)
+    cases_of, cases = stream.stage(on), wanted.read_cases(config.prompt.window)
     seen = cases.seen if stage.leaves_out_seen else None
-    title = f"test stage {stage.number}" + (f" on the cases of stage {on}" if stage.number != on else "")
+    title = f"{'test' if wanted.part == 'test' else 'validate'} stage {stage.number}"
+    title += f" on the cases of stage {on}" if stage.number != on else ""
     observer.begin(f"{title}: search and score", len(cases), "users")
     with threads(model, config.training.threads, observer):
         found = search(
@@ -87,7 +87,7 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
     assert of_targets is not None
 
     def write() -> None:
-        labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of)
+        labels = label_cases((stream.stage(earlier) for earlier in range(on)), cases_of, wanted.part)
         predictions = make_predictions(
             cases,
             labels,
@@ -135,7 +135,7 @@ def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:
     stage, ids = wanted.stage, wanted.stage.workspace.semantic_ids
     stream, trie = stage.workspace.stream, ids.trie
     known = [stream.stage(number) for number in range(stage.number + 1)]
-    cases = stream.stage(wanted.cases).test_cases(window=1)
+    cases = wanted.read_cases(window=1)
     popular = Popularity(Setting(trie, window=1), last=1)
     popular.learn(known, Silent())
     answers = BaselineAnswers(popular, trie, repeats=not stage.leaves_out_seen)

@@ -27,6 +27,7 @@ from peso.events.stream import Stream
 from peso.items.semantic_ids import FORMAT as IDS_FORMAT
 from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
 from peso.runs.baselines import check_data
+from peso.runs.challenger import is_judged, judge, keep_serving
 from peso.runs.checks import check_configuration, rehearse
 from peso.runs.evaluate import test
 from peso.runs.report import catalogue, read_user_table, tell_found
@@ -339,7 +340,7 @@ def learn(stage: RunStage, observer: Observer) -> None:
 
 def update(workspace: Workspace, observer: Observer) -> int | None:
     """Train the next stage. Where evaluation is enabled, test it and the model before it on its test cases,
-    and renew the report; an interrupted update is finished so.
+    let the gate decide, if that is on, and renew the report; an interrupted update is finished so.
 
     Returns:
         The stage that was trained or finished; None where nothing is left to do.
@@ -348,6 +349,9 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
         WorkspaceError: stage 0 is not trained.
     """
     number, trained = current().on_main(partial(_next_stage, workspace))
+    gated = workspace.config.gate.enabled
+    if gated:
+        current().on_main(partial(keep_serving, workspace))
     if number is None:
         return None
     stage = workspace.stage(number)
@@ -357,6 +361,8 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
         for later in range(1, number + 1):
             test(workspace.stage(later).on(later), observer)
         test(stage.before.on(number), observer)
+        if gated:
+            judge(stage, observer)
         current().on_main(partial(_conclude, workspace, observer))
     return number
 
@@ -369,6 +375,9 @@ def _next_stage(workspace: Workspace) -> tuple[int | None, bool]:
             f"{workspace.root} has no base stage yet; `peso train -w {workspace.root}` first"
         )
     newest = finished[-1]
+    judged = not newest or not workspace.config.gate.enabled or is_judged(workspace.stage(newest))
+    if not judged:
+        return newest, True
     if newest + 1 < workspace.stream.stages:
         return newest + 1, False
     enabled = workspace.config.evaluation.enabled

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peso.errors import DataError, WorkspaceError
-from peso.runs.stage import LOG, METRICS, PREDICTIONS, RunStage
+from peso.runs.stage import LOG, METRICS, PREDICTIONS, VERDICT, RunStage
 from peso.runs.workspace import SERVED, SERVED_LOCK, Workspace
 from peso.runtime.failures import sentence
 from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
@@ -139,26 +139,35 @@ def promote(
     *,
     by: By = "promote",
     reason: str | None = None,
-    forced: bool = False,
+    force: bool = False,
     pinned: bool = False,
     instead_of: int | None = None,
 ) -> bool:
-    """Let a stage serve from now on. Returns False where it serves already; nothing is recorded then.
+    """Let a stage serve from now on. Returns False where nothing is to be changed; nothing is recorded then:
+    the stage serves already, or, for the gate, another stage than ``instead_of`` serves, or one is pinned.
 
     Args:
-        instead_of: the stage that served until now, where none was promoted yet; None: the newest trained.
+        force: also a stage that its gate did not pass.
 
     Raises:
-        WorkspaceError: the stage is not trained or a file of its model is damaged; ``served.json`` is
-            damaged or cannot be written. The same stage as before serves then.
+        WorkspaceError: the stage is not trained, a file of its model is damaged, or its gate did not pass it;
+            ``served.json`` is damaged or cannot be written. The same stage as before serves then.
     """
     stage = workspace.trained(number)
     _require_weights(stage)
+    missed = _missed(stage)
+    if missed and not force:
+        raise WorkspaceError(
+            f"stage {number} of {workspace.root} did not pass its gate ({missed}); to promote it all the "
+            f"same and record that: `peso promote -w {workspace.root} --stage {number} --force`"
+        )
     with in_turn(workspace.root / SERVED_LOCK):
         known = served(workspace)
         latest = known.latest
+        if by == "gate" and (latest is None or latest.pinned or latest.stage != instead_of):
+            return False
         if latest is None:
-            before = workspace.trained(instead_of).number
+            before = workspace.trained().number
         else:
             before = latest.stage
             if (number, pinned, stage.determined_by) == (before, latest.pinned, latest.determined_by):
@@ -172,12 +181,29 @@ def promote(
                 time=_now(),
                 by=by,
                 reason=reason,
-                forced=forced,
+                forced=missed is not None,
                 pinned=pinned,
                 determined_by=stage.determined_by,
             ),
         )
     return True
+
+
+def serve_from_now(workspace: Workspace, reason: str) -> None:
+    """Record the newest trained stage as the one that serves, unless one is recorded already: the stages that
+    come after it then have to pass the gate."""
+    with in_turn(workspace.root / SERVED_LOCK):
+        known, newest = served(workspace), workspace.trained()
+        if known.current is None:
+            change = Change(
+                stage=newest.number,
+                before=None,
+                time=_now(),
+                by="gate",
+                reason=reason,
+                determined_by=newest.determined_by,
+            )
+            _record(workspace, known, change)
 
 
 def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = False) -> Change:
@@ -236,11 +262,17 @@ def _is_there(workspace: Workspace, number: int, determined_by: str | None) -> b
     return stage.is_trained and determined_by in (None, stage.determined_by)
 
 
+def _missed(stage: RunStage) -> str | None:
+    """What the gate said of a stage that it did not pass; None: it passed, or was not judged."""
+    verdict = stage.verdict
+    return None if verdict is None or verdict["decision"] == "passed" else str(verdict["says"])
+
+
 def _require_weights(stage: RunStage) -> None:
     """Raise WorkspaceError if a file of the model, which has to answer from now on, is damaged."""
     manifest = stage.manifest
     for name in manifest["files"]:
-        if not name.endswith((LOG, METRICS, PREDICTIONS)):
+        if not name.endswith((LOG, METRICS, PREDICTIONS, VERDICT)):
             intact(stage.directory, name, manifest)
 
 

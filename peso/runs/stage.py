@@ -13,6 +13,7 @@ from peso.config import Config
 from peso.config.reading import with_earlier_defaults
 from peso.config.shape import moved, stage_shape
 from peso.errors import WorkspaceError
+from peso.events.histories import Cases, Part
 from peso.runtime.files import digest, read_json_lines, read_json_object
 from peso.runtime.manifest import MANIFEST, REPLACING, Manifest, intact, is_listed, read_manifest
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
     from peso.runs.workspace import Workspace
 
+VALIDATION: Part = "validation"  # also the folder of tests on validation cases
+VERDICT = "gate.json"  # of the gate (peso.runs.challenger)
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
 
@@ -150,6 +153,13 @@ class RunStage:
         return self.on(self.number).metrics
 
     @property
+    def verdict(self) -> dict[str, Any] | None:
+        """``gate.json``, what the gate decided about it (:mod:`peso.runs.challenger`); None: it was not
+        judged."""
+        path = self.file(VERDICT)
+        return None if path is None else read_json_object(path)
+
+    @property
     def training(self) -> dict[str, Any]:
         """What its metrics say of its training, {} where nothing was trained."""
         return self.metrics.get("training") or {}
@@ -165,9 +175,9 @@ class RunStage:
         path = self.file(LOG)
         return [] if path is None else read_json_lines(path)
 
-    def on(self, cases: int) -> StageTest:
-        """The test of the stage's model on the test cases of a stage."""
-        return StageTest(self, cases)
+    def on(self, cases: int, part: Part = "test") -> StageTest:
+        """The test of the stage's model on the test (or validation) cases of a stage."""
+        return StageTest(self, cases, part)
 
     @property
     def is_tested(self) -> bool:
@@ -179,12 +189,21 @@ class RunStage:
         kept for its answers alone.)"""
         for name in self.manifest["files"]:
             path = self.directory / name
-            if name.endswith((LOG, METRICS, PREDICTIONS)) and not path.is_file():
+            if (
+                VALIDATION not in name.split("/")
+                and name.endswith((LOG, METRICS, PREDICTIONS))
+                and not path.is_file()
+            ):
                 raise WorkspaceError(f"{path} is missing; {self._cure(name)}")
 
     def _cure(self, name: str) -> str:
         """What to do if a file is missing or damaged."""
         on, _, file = name.rpartition("/")
+        if name == VERDICT or VALIDATION in on.split("/"):
+            return (
+                "restore it from a copy, or remove it, and the gate decides again where this stage is the "
+                f"newest: `peso update -w {self.workspace.root}`"
+            )
         if on.startswith("on=") or file == PREDICTIONS:
             again = (
                 f"peso evaluate -w {self.workspace.root} --stage {self.number} {on.replace('on=', '--on ')}"
@@ -213,14 +232,26 @@ class RunStage:
 
 @dataclass(frozen=True)
 class StageTest:
-    """The test of a stage's model on the test cases of stage ``cases``; it need not be made yet."""
+    """The test of a stage's model on the test cases of stage ``cases``, or on its validation cases; it need
+    not be made yet."""
 
     stage: RunStage
     cases: int
+    part: Part = "test"
 
     def name(self, file: str) -> str:
         """Of one of its files, as the stage's manifest lists it."""
-        return file if self.cases == self.stage.number else f"on={self.cases}/{file}"
+        folder = "" if self.cases == self.stage.number else f"on={self.cases}/"
+        return f"{folder}{VALIDATION}/{file}" if self.part == VALIDATION else f"{folder}{file}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it shares ``metrics.json`` with the stage's training."""
+        return self.name(METRICS) == METRICS
+
+    def read_cases(self, window: int) -> Cases:
+        """The cases themselves."""
+        return self.stage.workspace.stream.stage(self.cases).cases(self.part, window)
 
     def path(self, file: str) -> Path:
         return self.stage.directory / self.name(file)
@@ -234,7 +265,7 @@ class StageTest:
     @property
     def known_metrics(self) -> dict[str, Any]:
         """As :attr:`metrics`; what a test alone has written can be missing: it is then made again."""
-        if self.cases != self.stage.number and not self.path(METRICS).is_file():
+        if not self.is_own and not self.path(METRICS).is_file():
             return {}
         return self.metrics
 
@@ -254,7 +285,8 @@ class StageTest:
         data = workspace.stream.fingerprint(self.cases)
         # earlier versions, whose answers stay, kept what users had had
         rule = ["leave-out"] if self.stage.leaves_out_seen else []
-        return digest(self.stage.determined_by, data, workspace.config.decoding.beams, *rule)
+        part = [] if self.part == "test" else [self.part]
+        return digest(self.stage.determined_by, data, workspace.config.decoding.beams, *rule, *part)
 
     @property
     def is_predicted(self) -> bool:

@@ -16,10 +16,10 @@ def status(workspace: Workspace) -> dict[str, Any]:
     """What ``peso status`` tells, as plain values.
 
     Returns:
-        ``serves``: ``stage`` (None: none is trained), ``since``, ``by`` (None: never promoted), ``reason``,
-        ``forced``, ``pinned``, ``previous`` (where a rollback leads) and ``problem`` (None, or why the
-        recorded stage cannot answer); ``stages``: the lineage, see :func:`_stage`; ``waiting``: stages that
-        are not trained yet, and items without a semantic ID.
+        ``gate``: whether it is on. ``serves``: ``stage`` (None: none is trained), ``since``, ``by`` (None:
+        never promoted), ``reason``, ``forced``, ``pinned``, ``previous`` (where a rollback leads) and
+        ``problem`` (None, or why the recorded stage cannot answer). ``stages``: the lineage, see
+        :func:`_stage`. ``waiting``: stages that are not trained yet, and items without a semantic ID.
 
     Raises:
         WorkspaceError: a file that is needed is damaged.
@@ -29,6 +29,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
     stages = workspace.stream.stages if workspace.has_stream else 0
     return {
         "workspace": str(workspace.root),
+        "gate": workspace.config.gate.enabled,
         "serves": serves,
         "stages": [{**_stage(stage), "serves": stage.number == serves["stage"]} for stage in trained],
         "waiting": {
@@ -57,10 +58,10 @@ def _serves(workspace: Workspace) -> dict[str, Any]:
 
 def _stage(stage: RunStage) -> dict[str, Any]:
     """One stage of the lineage: what it was trained from, how and when, and its metrics on its own test
-    cases (None where it is not tested)."""
+    cases (None where it is not tested), and the verdict of its gate (None where it was not judged)."""
     from peso.runs.report import strategy_label
 
-    manifest, config = stage.manifest, stage.config
+    manifest, config, verdict = stage.manifest, stage.config, stage.verdict
     parent = manifest.get("parent")
     metrics = None
     if stage.is_tested:
@@ -73,4 +74,5 @@ def _stage(stage: RunStage) -> dict[str, Any]:
         "trained": manifest.get("created"),
         "determined_by": stage.determined_by,
         "metrics": metrics,
+        "gate": verdict and {key: verdict[key] for key in ("decision", "champion", "says", "time")},
     }

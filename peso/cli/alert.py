@@ -1,0 +1,90 @@
+"""A command that is run when somebody should look: the gate keeps the champion, drift is high, or an update
+fails. It is named in the call, never by a workspace, and is started without a shell."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from peso.cli.display import say
+from peso.errors import UsageError
+from peso.runtime.failures import sentence
+from peso.runtime.processes import current
+
+Event = Literal["refused", "undecided", "drift", "failed"]
+WAIT = 60.0  # seconds that the command may take
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Where alerts go; ``command`` empty: nowhere."""
+
+    command: list[str]
+    workspace: Path
+
+    @classmethod
+    def of(cls, text: str | None, workspace: Path) -> Alert:
+        """From a command line, such as ``mail -s peso ops@example.org``.
+
+        Raises:
+            UsageError: it cannot be split into words, or there is no such program.
+        """
+        if text is None:
+            return cls([], workspace)
+        try:
+            command = shlex.split(text)
+        except ValueError as error:
+            raise UsageError(
+                f"--alert {text!r} cannot be split into words: {error}; close the quotes"
+            ) from None
+        if not command or shutil.which(command[0]) is None:
+            program = command[0] if command else ""
+            raise UsageError(
+                f"--alert: there is no program {program!r}; name one by its path, or one that is on PATH"
+            )
+        return cls(command, workspace)
+
+    def send(self, event: Event, message: str, stage: int | None = None, **figures: Any) -> None:
+        """Run the command with one JSON object on its standard input. A command that fails is reported and
+        changes nothing else."""
+        if not self.command or not current().is_main:
+            return
+        told = {
+            "event": event,
+            "workspace": str(self.workspace.absolute()),
+            "stage": stage,
+            "message": message,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **figures,
+        }
+        try:
+            done = subprocess.run(
+                self.command, input=json.dumps(told).encode(), capture_output=True, timeout=WAIT, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            say(f"WARNING: the alert was not sent: {sentence(error) or error}", error=True)
+            return
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            say(
+                f"WARNING: the alert command ended with status {done.returncode}"
+                + (f": {said[-1]}" if said else ""),
+                error=True,
+            )
+
+    @contextmanager
+    def on_failure(self) -> Iterator[None]:
+        """Send an alert where the work ends with an error, which goes on its way."""
+        try:
+            yield
+        except Exception as error:
+            self.send("failed", sentence(error) or f"unexpected {type(error).__name__}: {error}")
+            raise

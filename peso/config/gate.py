@@ -1,0 +1,131 @@
+"""When an update may go out: the section `gate`. It shapes no stage, so its keys may change at any time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from operator import eq
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from peso.config.parsing import Section
+
+METRIC = re.compile(r"(hit|ndcg|mrr)@([1-9][0-9]{0,3})|log_probability")
+Margin = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _unset(value: Any) -> bool:
+    return value is None
+
+
+def _metric(name: str) -> str:
+    if not METRIC.fullmatch(name):
+        raise ValueError("a metric is hit@K, ndcg@K, mrr@K (such as ndcg@10) or log_probability")
+    return name
+
+
+class GateSegmentsConfig(Section):
+    """Groups of cases for which the new stage must not be worse, each with its margin (relative to the stage
+    that serves). A group that is not given is not checked."""
+
+    new_users: Margin | None = Field(None, exclude_if=_unset, description="users without an earlier event")
+    dormant_users: Margin | None = Field(
+        None, exclude_if=_unset, description="users with earlier events, but none in the stage before"
+    )
+    continuing_users: Margin | None = Field(
+        None, exclude_if=_unset, description="users with events in the stage before"
+    )
+    new_items: Margin | None = Field(
+        None, exclude_if=_unset, description="cases whose target did not occur before the stage"
+    )
+    known_items: Margin | None = Field(
+        None, exclude_if=_unset, description="cases whose target occurred before the stage"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_groups(cls, tree: Any) -> Any:
+        unknown = set(tree) - set(cls.model_fields) if isinstance(tree, Mapping) else ()
+        if unknown:
+            raise ValueError(
+                f"the gate knows no group {', '.join(sorted(map(str, unknown)))}; it knows "
+                f"{', '.join(cls.model_fields)}"
+            )
+        return tree
+
+    @property
+    def margins(self) -> dict[str, float]:
+        """The margin of each group that is checked."""
+        return {name: margin for name, margin in self if margin is not None}
+
+
+class GateConfig(Section):
+    """Whether `peso update` promotes the stage that it trained: only if that is not worse than the stage that
+    serves by more than ``delta`` (docs/how-to/gate-and-promote.md)."""
+
+    enabled: bool = Field(
+        False, exclude_if=partial(eq, False), description="true: `peso update` promotes what passes, no more"
+    )
+    metric: Annotated[str, AfterValidator(_metric)] = Field(
+        "ndcg@10",
+        exclude_if=partial(eq, "ndcg@10"),
+        description="hit@K, ndcg@K, mrr@K, where K is at most decoding.beams, or log_probability",
+    )
+    delta: Margin = Field(
+        0.05,
+        exclude_if=partial(eq, 0.05),
+        description="how much worse the new stage may be, relative to the stage that serves",
+    )
+    confidence: float = Field(
+        0.95,
+        ge=0.5,
+        lt=1,
+        exclude_if=partial(eq, 0.95),
+        description="one-sided, of every comparison of the gate",
+    )
+    cases: Literal["validation", "test"] = Field(
+        "validation",
+        exclude_if=partial(eq, "validation"),
+        description="those of the new stage that decide; test cases are reported in any case",
+    )
+    segments: GateSegmentsConfig = Field(
+        GateSegmentsConfig(), exclude_if=lambda segments: segments == GateSegmentsConfig()
+    )
+    forgetting: Margin | None = Field(
+        0.1,
+        exclude_if=partial(eq, 0.1),
+        description="margin on the test cases of the stage that serves; none given: not checked",
+    )
+    guards: Literal["no-harm", "proof"] = Field(
+        "no-harm",
+        exclude_if=partial(eq, "no-harm"),
+        description="segments and forgetting refuse what is shown to be worse than the margin (no-harm), or "
+        "all that is not shown to be within it (proof)",
+    )
+    coverage: float | None = Field(
+        0.8,
+        ge=0,
+        le=1,
+        exclude_if=partial(eq, 0.8),
+        description="distinct items recommended, at least, relative to the stage that serves; none given: "
+        "not checked",
+    )
+    anchor: Literal["any", "held"] = Field(
+        "any",
+        exclude_if=partial(eq, "any"),
+        description="held: an anchor that was to restrain the update must have had a measurable effect",
+    )
+    drift: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        exclude_if=_unset,
+        description="tell, and alert, if the divergence of a stage's items from those of the stage before "
+        "is greater (Jensen-Shannon, bits; `peso diagnose` shows it); none given: never",
+    )
+
+    @property
+    def k(self) -> int | None:
+        """The length of the lists that the metric is computed on; None for the log-probability."""
+        _, at, k = self.metric.partition("@")
+        return int(k) if at else None

@@ -1,0 +1,235 @@
+"""Whether a new model may take the place of the one that serves: what the gate decides, from answers alone.
+
+Champion and challenger answer the same cases. With D the mean paired difference in the metric (challenger
+minus champion), B the champion's mean, and margin m = δ·|B|, the challenger is not worse if
+
+    D − z_c · se(D) ≥ −m        (non-inferiority at the one-sided confidence c)
+
+and worse if D + z_c · se(D) < −m; else the cases do not tell. se(D) is that of the paired interval of the
+report (:mod:`peso.evaluation.intervals`), over users; nothing else is random, since the question is about
+these two models, not about other seeds. For the log-probability m = −ln(1 − δ) nats: the (geometric) mean
+probability of the target is not lower by more than δ.
+
+All conditions have to be met, so the chance to promote a model that misses one that has to be shown is at
+most 1 − c, whatever their number: no correction is needed (intersection-union test, Berger 1982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from peso.config import GateConfig
+from peso.errors import WorkspaceError
+from peso.evaluation.intervals import Panel, spread
+from peso.evaluation.metrics import LOG_PROBABILITY, Metric, hit_at, log_probability, mrr_at, ndcg_at
+from peso.evaluation.predictions import CONTINUING, DORMANT, KNOWN, NEW, Predictions
+
+Outcome = Literal["passed", "failed", "undecided"]
+Decision = Literal["passed", "refused", "undecided"]
+FEW = 30  # cases with fewer of them the normal approximation cannot be relied on
+GROUPS = {  # name in the configuration → column of the predictions, its value
+    "new_users": ("user_segment", NEW),
+    "dormant_users": ("user_segment", DORMANT),
+    "continuing_users": ("user_segment", CONTINUING),
+    "new_items": ("item_segment", NEW),
+    "known_items": ("item_segment", KNOWN),
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One thing that the gate checks.
+
+    Attributes:
+        blocks: whether the outcome keeps the champion in place.
+        says: one sentence, with its figures.
+        figures: of a comparison: :func:`compare`; of others what they rest on.
+    """
+
+    name: str
+    outcome: Outcome
+    blocks: bool
+    says: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``passed``: every condition that matters is met; ``refused``: one is missed; ``undecided``: none is,
+    but the cases do not show that all are met."""
+
+    decision: Decision
+    conditions: Sequence[Condition]
+
+    @property
+    def says(self) -> str:
+        """The condition that decided, as one sentence."""
+        blocking = [one for one in self.conditions if one.blocks]
+        blocking.sort(key=lambda one: one.outcome != "failed")
+        return "; ".join(one.says for one in blocking) or self.conditions[0].says
+
+    def as_json(self) -> dict[str, Any]:
+        return {"decision": self.decision, "conditions": [asdict(one) for one in self.conditions]}
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The answers of two models to the same cases.
+
+    Raises:
+        WorkspaceError: they answered different cases.
+    """
+
+    champion: Predictions
+    challenger: Predictions
+
+    def __post_init__(self) -> None:
+        one, other = self.champion, self.challenger
+        if (one.users, one.targets) != (other.users, other.targets):
+            raise WorkspaceError(
+                "champion and challenger answered different cases; remove their predictions and test again"
+            )
+
+    def group(self, name: str) -> Pair:
+        """The cases of a group of ``GROUPS``."""
+        column, value = GROUPS[name]
+        rows = np.flatnonzero(np.array(getattr(self.champion, column)) == value)
+        return Pair(self.champion.take(rows), self.challenger.take(rows))
+
+
+def metric_of(settings: GateConfig) -> Metric:
+    """The metric that the gate is configured with."""
+    if settings.k is None:
+        return log_probability()
+    name = settings.metric.partition("@")[0]
+    return {"hit": hit_at, "ndcg": ndcg_at, "mrr": mrr_at}[name](settings.k)
+
+
+def decide(
+    settings: GateConfig,
+    new: Pair,
+    earlier: Pair | None,
+    list_length: int,
+    anchor: tuple[bool, str] | None = None,
+) -> Verdict:
+    """Judge a challenger.
+
+    Args:
+        new: on the cases of the new stage that decide.
+        earlier: on the test cases of the champion's own stage; None: there are none.
+        list_length: of the lists whose coverage is compared.
+        anchor: whether the anchor had an effect or was off, and a sentence; None: nothing was trained.
+    """
+    metric, proof = metric_of(settings), settings.guards == "proof"
+    conditions = [_compared(settings, metric, new, settings.metric, settings.delta, must_show=True)]
+    for name, margin in settings.segments.margins.items():
+        title = f"{settings.metric} of {name.replace('_', ' ')}"
+        conditions.append(_compared(settings, metric, new.group(name), title, margin, must_show=proof))
+    if settings.forgetting is not None and earlier is not None:
+        title = f"{settings.metric} on earlier cases"
+        conditions.append(_compared(settings, metric, earlier, title, settings.forgetting, must_show=proof))
+    if settings.coverage is not None:
+        conditions.append(_covered(new, list_length, settings.coverage))
+    if settings.anchor == "held" and anchor is not None:
+        met, says = anchor
+        conditions.append(Condition("anchor", "passed" if met else "failed", not met, says))
+    blocking = [one.outcome for one in conditions if one.blocks]
+    decision: Decision = "refused" if "failed" in blocking else "undecided" if blocking else "passed"
+    return Verdict(decision, conditions)
+
+
+def compare(pair: Pair, metric: Metric, delta: float, confidence: float) -> dict[str, Any]:
+    """The paired comparison of two models in one metric.
+
+    Returns:
+        ``cases``, ``champion`` and ``challenger`` (means), ``difference``, ``low`` and ``high`` (its
+        one-sided bounds at the confidence; None where nothing varies), ``margin`` (in units of the metric),
+        ``chance_if_equal``: how often a challenger that is exactly as good would pass with so many cases
+        (None where nothing varies).
+    """
+    from scipy import stats  # slow to load
+
+    cases = len(pair.champion)
+    if not cases:
+        return {"cases": 0}
+    champion, challenger = metric.values(pair.champion), metric.values(pair.challenger)
+    panel = Panel.of([np.array(pair.champion.users)])
+    difference = challenger - champion
+    value, base = float(difference.mean()), float(champion.mean())
+    error = spread(np.array([value]), panel.influence(difference[None])).error
+    known = error > 1e-14 * max(abs(value), abs(base))
+    z = float(stats.norm.ppf(confidence))
+    margin = -math.log1p(-delta) if metric.name == LOG_PROBABILITY else delta * abs(base)
+    return {
+        "cases": cases,
+        "champion": base,
+        "challenger": float(challenger.mean()),
+        "difference": value,
+        "low": value - z * error if known else None,
+        "high": value + z * error if known else None,
+        "margin": margin,
+        "confidence": confidence,
+        "chance_if_equal": float(stats.norm.cdf(margin / error - z)) if known else None,
+    }
+
+
+def _compared(
+    settings: GateConfig, metric: Metric, pair: Pair, title: str, delta: float, *, must_show: bool
+) -> Condition:
+    """``must_show``: what the cases do not tell keeps the champion, too."""
+    found = compare(pair, metric, delta, settings.confidence)
+    if not found["cases"]:
+        return Condition(title, "undecided", must_show, f"{title}: no cases", found)
+    outcome, reason = _outcome(found, metric)
+    says = f"{title}: {_figures(found, metric)}, margin {found['margin']:.{metric.decimals}f}: {reason}"
+    return Condition(
+        title, outcome, outcome == "failed" or (outcome == "undecided" and must_show), says, found
+    )
+
+
+def _outcome(found: dict[str, Any], metric: Metric) -> tuple[Outcome, str]:
+    if found["cases"] < FEW:
+        return "undecided", f"{found['cases']} cases are too few (fewer than {FEW})"
+    if found["low"] is None:
+        if metric.name != LOG_PROBABILITY and not found["champion"] and not found["difference"]:
+            return "undecided", "neither model has a hit, so nothing can be said"
+        same = found["difference"] >= -found["margin"]
+        return ("passed", "no case differs") if same else ("failed", "every case is worse alike")
+    if found["low"] >= -found["margin"]:
+        return "passed", "not worse than the margin"
+    if found["high"] < -found["margin"]:
+        return "failed", "worse than the margin"
+    chance = f"{100 * found['chance_if_equal']:.0f} %"
+    return "undecided", f"the cases do not tell (an equally good model would pass in {chance} of such gates)"
+
+
+def _figures(found: dict[str, Any], metric: Metric) -> str:
+    digits = metric.decimals
+    text = (
+        f"{found['champion']:.{digits}f} → {found['challenger']:.{digits}f} on {found['cases']:,} cases, "
+        f"difference {found['difference']:+.{digits}f}"
+    )
+    if found["low"] is None:
+        return text
+    return f"{text} (at least {found['low']:+.{digits}f} at {100 * found['confidence']:g} % confidence)"
+
+
+def _covered(pair: Pair, length: int, least: float) -> Condition:
+    """The ratio of the numbers of distinct items in the models' lists."""
+    counts = [
+        len({item for items in answers.items for item in items[:length]})
+        for answers in (pair.champion, pair.challenger)
+    ]
+    met = counts[1] >= least * counts[0]
+    ratio = counts[1] / counts[0] if counts[0] else None
+    says = (
+        f"coverage: {counts[0]:,} → {counts[1]:,} distinct items in lists of {length}, at least "
+        f"{100 * least:g} % required"
+    )
+    figures = {"champion": counts[0], "challenger": counts[1], "ratio": ratio, "least": least}
+    return Condition("coverage", "passed" if met else "failed", not met, says, figures)

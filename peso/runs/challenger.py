@@ -1,0 +1,159 @@
+"""The gate of an update: the new stage against the one that serves, the verdict beside it, the promotion.
+
+``gate.json`` of a stage holds the verdict with all its figures and the settings that it was made with. It is
+written before the promotion, so that a killed update finds there what is left to do. A verdict stands: other
+settings of the gate apply from the next stage on.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from peso.config import GateConfig
+from peso.evaluation.verdict import Pair, compare, decide, metric_of
+from peso.runs.diagnosis import stream_drift
+from peso.runs.evaluate import test
+from peso.runs.served import promote, serve_from_now, served, serving_stage
+from peso.runs.stage import FORMAT, VERDICT, RunStage
+from peso.runs.workspace import Workspace
+from peso.runtime.files import json_text
+from peso.runtime.manifest import replace_file
+from peso.runtime.processes import current
+from peso.runtime.progress import Observer
+
+
+def keep_serving(workspace: Workspace) -> None:
+    """Put on record which stage serves, before a newer one is trained that nobody has judged. Nothing
+    happens where that is recorded already, or where no stage is trained."""
+    if workspace.finished_stages and served(workspace).current is None:
+        serve_from_now(workspace, reason="the newest stage when the gate was turned on")
+
+
+def is_judged(stage: RunStage) -> bool:
+    """Whether the gate has nothing left to do for the newest stage."""
+    known = served(stage.workspace)
+    if known.current in (None, stage.number):
+        return True
+    verdict = stage.verdict
+    if verdict is None:
+        return False
+    acted = any(
+        change.by == "gate" and (change.stage, change.determined_by) == (stage.number, stage.determined_by)
+        for change in known.changes
+    )
+    return acted or not verdict["promote"]
+
+
+def judge(stage: RunStage, observer: Observer) -> None:
+    """Let the gate decide about the newest stage, write its verdict and promote the stage if it passed.
+    Several processes share the tests.
+
+    Raises:
+        WorkspaceError: the stage that serves is gone, or a file is damaged.
+    """
+    processes = current()
+    if processes.on_main(partial(is_judged, stage)):
+        return
+    if not processes.on_main(lambda: stage.verdict is not None):
+        champion = processes.on_main(lambda: serving_stage(stage.workspace).number)
+        _test(stage, stage.workspace.stage(champion), observer)
+        processes.on_main(partial(_decide, stage, stage.workspace.stage(champion)))
+    processes.on_main(partial(_act, stage, observer))
+
+
+def _test(challenger: RunStage, champion: RunStage, observer: Observer) -> None:
+    """All answers that the verdict rests on."""
+    gate, number = challenger.workspace.config.gate, challenger.number
+    for model in (champion, challenger):
+        test(model.on(number), observer)
+        if gate.cases == "validation":
+            test(model.on(number, "validation"), observer)
+        if gate.forgetting is not None:
+            test(model.on(champion.number), observer)
+
+
+def _decide(challenger: RunStage, champion: RunStage) -> None:
+    """Write the verdict."""
+    config, number = challenger.workspace.config, challenger.number
+    gate = config.gate
+
+    def pair(cases: int, part: Any = "test") -> Pair:
+        return Pair(champion.on(cases, part).predictions, challenger.on(cases, part).predictions)
+
+    tested, known = pair(number), served(challenger.workspace)
+    verdict = decide(
+        gate,
+        tested if gate.cases == "test" else pair(number, gate.cases),
+        None if gate.forgetting is None else pair(champion.number),
+        gate.k or max(config.evaluation.k),
+        _anchor(challenger),
+    )
+    content = {
+        "stage": number,
+        "champion": champion.number,
+        "determined_by": {"stage": challenger.determined_by, "champion": champion.determined_by},
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": _settings(gate),
+        **verdict.as_json(),
+        "says": verdict.says,
+        "promote": verdict.decision == "passed" and not known.pinned,
+        "pinned": known.pinned,
+        "test": compare(tested, metric_of(gate), gate.delta, gate.confidence),
+    }
+    with replace_file(challenger.directory, VERDICT, FORMAT) as aside:
+        aside.write_text(json_text(content), encoding="utf-8")
+
+
+def _act(stage: RunStage, observer: Observer) -> None:
+    """Promote what passed."""
+    verdict = stage.verdict
+    assert verdict is not None
+    champion = verdict["champion"]
+    if verdict["decision"] != "passed":
+        observer.note(f"gate: stage {stage.number} is {verdict['decision']}, stage {champion} keeps serving")
+    elif not verdict["promote"]:
+        observer.note(f"gate: stage {stage.number} passed, but stage {champion} is pinned and keeps serving")
+    elif promote(stage.workspace, stage.number, by="gate", reason=verdict["says"], instead_of=champion):
+        observer.note(f"gate: stage {stage.number} passed and serves now, in place of stage {champion}")
+    else:
+        observer.note(
+            f"gate: stage {stage.number} passed against stage {champion}, but another stage was promoted or "
+            "pinned meanwhile and keeps serving"
+        )
+
+
+def _anchor(stage: RunStage) -> tuple[bool, str] | None:
+    """Whether the anchor of the stage had an effect or was off on purpose; None: nothing was trained."""
+    training = stage.training
+    if not training:
+        return None
+    found, told = training.get("anchor") or {}, training.get("strategy", {})
+    if found.get("finding"):
+        return False, f"anchor: {found['finding']}"
+    if found.get("says"):
+        return True, f"anchor: {found['says']}"
+    if told.get("weight") or told.get("strength"):
+        return False, f"anchor: stage {stage.number} was to have one, but no step was restrained"
+    return True, f"anchor: stage {stage.number} was trained without one"
+
+
+def _settings(gate: GateConfig) -> dict[str, Any]:
+    """All of them, those at their defaults too."""
+    return {**dict(gate), "segments": gate.segments.margins}
+
+
+def high_drift(stage: RunStage) -> str | None:
+    """A sentence where the items of a stage differ from those of the stage before by more than
+    ``gate.drift``."""
+    most = stage.workspace.config.gate.drift
+    if most is None or not stage.number:
+        return None
+    divergence = stream_drift(stage.workspace)[stage.number]["item_divergence"]
+    if divergence is None or divergence <= most:
+        return None
+    return (
+        f"the items of stage {stage.number} diverge from those of stage {stage.number - 1} by "
+        f"{divergence:.3f} bits, more than gate.drift {most:g}"
+    )
