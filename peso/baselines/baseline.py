@@ -142,10 +142,18 @@ def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
 def repeats_occur(stages: Sequence[Stage]) -> bool:
     """Whether any user is known to have had an item twice, after training on the last of these stages."""
     *past, latest = stages
-    for stage in past:
-        if _has_repeat([np.concatenate(pair) for pair in zip(stage.previous, stage.current, strict=True)]):
-            return True
-    return _has_repeat([*latest.previous, *(one.items for one in latest.training_sequences())])
+    return any(map(has_repeats, past)) or has_repeats(latest, trained_on=True)
+
+
+def has_repeats(stage: Stage, *, trained_on: bool = False) -> bool:
+    """Whether a user of a stage is known to have had an item twice.
+
+    Args:
+        trained_on: nothing is known yet of what the stage holds back for validation and test.
+    """
+    if trained_on:
+        return _has_repeat([*stage.previous, *(one.items for one in stage.training_sequences())])
+    return _has_repeat([np.concatenate(pair) for pair in zip(stage.previous, stage.current, strict=True)])
 
 
 def _has_repeat(sequences: Sequence[np.ndarray]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from peso.cli.display import (
     say_json,
     table,
 )
+from peso.errors import UsageError
 
 
 def recommend(
@@ -30,6 +32,14 @@ def recommend(
         typer.Option("-o", "--output", help="For --all: FILE.parquet, FILE.csv or FILE.jsonl."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="For --all: only the I-th of N parts of the users, I from 1 on. Each part goes to a file of "
+            "its own, on any machine.",
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Number of items.", min=1)] = 10,
     exclude_seen: Annotated[
         bool | None,
@@ -46,20 +56,30 @@ def recommend(
 ) -> None:
     """Recommend k items, best first, with their scores (log-probabilities) and semantic IDs.
 
-    A user who has already had almost all items gets fewer than k where seen items are left out.
+    A user's history is all of the stream and the events received since; with --stage it is as it was after
+    that stage. A user who has already had almost all items gets fewer than k where seen items are left out.
+
+    --all reads users from disk. Stopped, it goes on where it was when it is called again, with the same
+    result. Users of whom the model can read no item get the most popular items of the newest stage, without
+    scores.
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
 
     Example: peso recommend -w runs/games --all -o recommendations.csv
+
+    Example: peso recommend -w runs/games --all --part 2/8 -o part_2.parquet
     """
-    from peso.errors import UsageError
-    from peso.runs.recommender import Recommender, require_output
+    from peso.runs.recommend_all import require_output
+    from peso.runs.recommender import Recommender
     from peso.runs.workspace import Workspace
 
     if [user is not None, history is not None, everyone].count(True) != 1:
         raise UsageError("give exactly one of --user U, --history ITEM,ITEM,… or --all")
     if everyone != (output is not None):
         raise UsageError("--all needs -o FILE (.parquet, .csv or .jsonl), and -o needs --all")
+    if part is not None and not everyone:
+        raise UsageError("--part I/N needs --all")
+    only = _part(part) if part else None
     if output is not None:
         require_output(output, force)
     recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
@@ -69,7 +89,7 @@ def recommend(
         seen += f" (decoding.repeats: {recommender.workspace.config.decoding.repeats})"
     if output is not None:
         users = recommender.recommend_all(
-            output, k=k, exclude_seen=left_out, force=force, observer=Terminal()
+            output, k=k, exclude_seen=left_out, force=force, part=only, observer=Terminal()
         )
         if as_json:
             say_json(
@@ -118,3 +138,11 @@ def recommend(
     )
     Terminal().note(seen)
     next_steps(["recommend", "-w", workspace, "--all", "-o", "recommendations.csv"])
+
+
+def _part(text: str) -> tuple[int, int]:
+    """``2/8`` as two numbers. Raises UsageError."""
+    found = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", text, re.ASCII)
+    if found is None or int(found[1]) > int(found[2]):
+        raise UsageError(f"--part is I/N, such as 2/8 for the second of eight parts, not {text!r}")
+    return int(found[1]), int(found[2])

@@ -169,11 +169,15 @@ class ReceivedEvents:
         """How many events are stored, whether cut or not."""
         return int(self._rows("SELECT count(*) FROM events")[0][0])
 
+    @property
+    def newest(self) -> int:
+        """Number of the event that was stored last, 0 before the first."""
+        return int(self._rows("SELECT coalesce(max(number), 0) FROM events")[0][0])
+
     def waiting(self, cuts: Sequence[str]) -> Iterator[list[ReceivedEvent]]:
         """The events that none of these cuts took, in order of receipt, some thousands at a time. Those that
         arrive meanwhile are left out."""
-        last = int(self._rows("SELECT coalesce(max(number), 0) FROM events")[0][0])
-        number = 0
+        last, number = self.newest, 0
         while number < last:
             rows = self._rows(
                 f"SELECT {_FIELDS} FROM events WHERE number > ? AND number <= ? ORDER BY number "

@@ -8,7 +8,7 @@ stream/manifest.json           format, counts of each stage, sha256 of the files
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 FORMAT = 1
 ITEMS_FILE = "items.parquet"
+PIECE = 20_000  # users of a stage that are held in memory together
 
 
 def stage_file(number: int) -> str:
@@ -159,6 +160,30 @@ class Stream:
                 first[stage.previous.values] = 0
         return np.where(first == self.stages, 0, first)
 
+    def pieces(self, number: int) -> Iterator[Stage]:
+        """One stage, some thousands of its users at a time, so that they need not all be in memory.
+
+        Raises: as :meth:`stage`.
+        """
+        self._require_stage(number)
+        path = intact(self.directory, stage_file(number), self.manifest)
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(PIECE):
+                    users = batch[columns.USER].to_pylist()
+                    yield Stage(
+                        number, users, _ragged(batch[columns.PREVIOUS]), _ragged(batch[columns.CURRENT])
+                    )
+        except (pa.ArrowException, OSError) as error:
+            raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+
+    def item_counts(self, number: int) -> np.ndarray:
+        """int64 (items,): how many events of a stage each item has. Raises: as :meth:`stage`."""
+        counts = np.zeros(int(self.manifest["items"]), dtype=np.int64)
+        for users in self.pieces(number):
+            counts += np.bincount(users.current.values, minlength=len(counts))
+        return counts
+
     def _require_stage(self, number: int) -> None:
         if not 0 <= number < self.stages:
             raise DataError(f"{self.directory} has no stage {number}; it has 0 to {self.stages - 1}")
@@ -195,8 +220,8 @@ def _list_array(ragged: Ragged) -> pa.ListArray:
     )
 
 
-def _ragged(column: pa.ChunkedArray) -> Ragged:
-    lists = column.combine_chunks()
+def _ragged(column: pa.ChunkedArray | pa.ListArray) -> Ragged:
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return Ragged(
         lists.flatten().to_numpy(zero_copy_only=False),
         # an array may be a slice of a longer buffer, whose offsets then do not start at 0

@@ -2,83 +2,54 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from peso.errors import DataError, ExportError
+from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.served import serving_stage
+from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace, require_place
-from peso.runtime.files import require_free, require_new, write_aside
+from peso.runtime.files import require_free
 from peso.runtime.machine import threads
 from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
 
-ENDINGS = (".parquet", ".csv", ".jsonl")  # of a file of `recommend_all`
-SCHEMA = pa.schema(
-    [("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
-)
-ROW_GROUP = 512  # users of `recommend_all` that are held in memory together
-
-
-def require_output(file: Path, force: bool = False) -> None:
-    """Raise ExportError if recommendations for everybody cannot be written to a file."""
-    if file.suffix.lower() not in ENDINGS:
-        raise ExportError(f"{file}: name a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
-    require_place(file)
-    require_new(file, force)
-
-
-@contextmanager
-def _rows_into(file: Path, ending: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """What writes the users' rows into a new file, in the format of an ending."""
-    if ending == ".parquet":
-        with pq.ParquetWriter(file, SCHEMA) as writer:
-            yield lambda rows: writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-        return
-    with file.open("w", encoding="utf-8", newline="") as lines:
-        if ending == ".jsonl":
-            yield lambda rows: lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            return
-        table = csv.writer(lines)
-        table.writerow(("user", "rank", "item", "score"))
-        yield lambda rows: table.writerows(
-            (row["user"], rank, item, score)
-            for row in rows
-            for rank, (item, score) in enumerate(zip(row["items"], row["scores"], strict=True), 1)
-        )
-
 
 class Recommender:
     """Answers from one stage of one workspace. The model is loaded when it is first needed.
 
     Args:
-        stage: whose model answers, with the histories up to this stage. Default: the stage that serves
-            (``peso promote``; the newest trained one where none was promoted), with the histories up to the
-            newest trained stage.
+        stage: whose model answers. Default: the stage that serves (``peso promote``; the newest trained one
+            where none was promoted).
         device: as configured by default.
+        live: whether a user's history is that of now: of all stages of the stream, and of the events that
+            were received since; else it is as it was after the stage. By default, live unless a stage is
+            named.
 
     Raises:
         WorkspaceError: the stage is not trained, or the record of what serves is damaged.
     """
 
-    def __init__(self, workspace: Workspace, stage: int | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        stage: int | None = None,
+        device: str | None = None,
+        *,
+        live: bool | None = None,
+    ) -> None:
         self.workspace = workspace
         chosen = serving_stage(workspace) if stage is None else workspace.trained(stage)
         self.stage = chosen.number
-        self.newest = workspace.finished_stages[-1] if stage is None else self.stage  # of the histories
         self.device = device
+        self.live = stage is None if live is None else live
 
     @cached_property
     def model(self) -> GenerativeModel:
@@ -134,7 +105,7 @@ class Recommender:
         if (history is None) == (user is None):
             raise DataError("give either a history or a user")
         items = list(history) if history is not None else self.history(str(user))
-        return self._search([items], k, exclude_seen=exclude_seen)[0]
+        return self.search([items], k, exclude_seen=exclude_seen)[0]
 
     def recommend_all(
         self,
@@ -143,56 +114,45 @@ class Recommender:
         k: int = 10,
         exclude_seen: bool | None = None,
         force: bool = False,
+        part: tuple[int, int] | None = None,
         observer: Observer | None = None,
     ) -> int:
-        """Write user, items and scores for every user of the log up to this stage into a file.
+        """Write user, items and scores for every user of the log into a file; with :attr:`live` off, of the
+        log up to the stage.
 
         Its ending decides: ``.parquet`` and ``.jsonl`` have a row a user (``user``, ``items``, ``scores``),
-        ``.csv`` a row an item (``user``, ``rank``, ``item``, ``score``).
+        ``.csv`` a row an item (``user``, ``rank``, ``item``, ``score``). A user of whom no item is known that
+        the model can read gets :meth:`popular`, without scores.
 
-        Returns how many users were written. The file appears whole or not at all. A user to whom
-        ``exclude_seen`` leaves fewer than ``k`` items gets those; the observer is told.
+        Users are read from disk and answered some hundreds at a time. What is answered is kept beside the
+        file, in ``.FILE.parts``, until the file is there: killed at any moment and called again with the same
+        arguments, it goes on where it was, with the same result. The file appears whole or not at all.
 
         Args:
-            exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`.
+            exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`. A user to
+                whom that leaves fewer than ``k`` items gets those; the observer is told.
             force: overwrite the file if it is there.
+            part: i and n: the i-th of n parts of the users (i from 1 on), told apart by a checksum of their
+                names, which together have every user once. None: all.
+
+        Returns how many users were written.
 
         Raises:
             ExportError: another ending, a file that is there already, or one that belongs to a workspace.
-            DataError: ``k`` larger than the catalogue.
+            DataError: ``k`` larger than the catalogue, or there is no such part.
+            WorkspaceError: another call is writing the same file.
         """
-        file, observer = Path(file), observer or Silent()
-        require_output(file, force)
-        self._require_length(k)
-        users, histories = list(self.histories), list(self.histories.values())
-        ids = np.array(self.semantic_ids.item_ids, dtype=object)
-        short: dict[str, int] = {}  # users with fewer than k items, and how many they got
-        observer.begin("recommend", len(users), "users")
-        with write_aside(file) as aside, _rows_into(aside, file.suffix.lower()) as write:
-            for start in range(0, len(users), ROW_GROUP):
-                part = slice(start, start + ROW_GROUP)
-                ranked = self._search(
-                    [ids[history].tolist() for history in histories[part]],
-                    k,
-                    exclude_seen=exclude_seen,
-                )
-                rows = [
-                    {"user": user, "items": [i for i, _ in best], "scores": [s for _, s in best]}
-                    for user, best in zip(users[part], ranked, strict=True)
-                ]
-                write(rows)
-                short |= {
-                    user: len(best) for user, best in zip(users[part], ranked, strict=True) if len(best) < k
-                }
-                observer.advance(start + len(rows))
-        observer.end()
-        if short:
-            user = min(short, key=lambda each: short[each])
-            observer.note(
-                f"{len(short):,} of {len(users):,} users got fewer than {k} items, since they have had the "
-                f"others; user {user!r} got the fewest: {short[user]}"
-            )
-        return len(users)
+        from peso.runs.recommend_all import Everybody, require_output
+
+        require_output(Path(file), force)
+        left_out = self.leaves_out_seen if exclude_seen is None else exclude_seen
+        return Everybody(self, k, left_out, part or (1, 1)).write(Path(file), observer or Silent())
+
+    def popular(self, k: int) -> list[str]:
+        """The k items with the most events in the newest stage, best first: for users of whom nothing is
+        known. Raises DataError if the catalogue has fewer."""
+        self.require_length(k)
+        return self._by_popularity[:k]
 
     # -- what is known of users and items ----------------------------------------------------------
 
@@ -203,23 +163,24 @@ class Recommender:
         return self.workspace.stage(self.stage).leaves_out_seen
 
     @cached_property
-    def histories(self) -> dict[str, np.ndarray]:
-        """Item rows of every user of the stages 0 … `newest`, oldest first: all of them, of which the model
-        reads the last `window` and ``exclude_seen`` leaves out every one."""
-        stream = self.workspace.stream
-        known: dict[str, np.ndarray] = {}
-        for number in range(min(self.newest + 1, stream.stages)):
-            known.update(zip(*stream.stage(number).histories(), strict=True))
-        return known
+    def histories(self) -> UserHistories:
+        """What each user did, looked up on disk: all of it, of which the model reads the last `window` items
+        and ``exclude_seen`` leaves out every one."""
+        return UserHistories(self.workspace, through=None if self.live else self.stage)
 
     def history(self, user: str) -> list[str]:
-        """The stored items of a user, oldest first. Raises DataError if the log does not know the user."""
-        if user not in self.histories:
-            raise DataError(
-                f"user {user!r} is in none of the stages 0 to {self.newest} of {self.workspace.root}"
-            )
-        ids = self.semantic_ids.item_ids
-        return [ids[row] for row in self.histories[user]]
+        """The items of a user that have a semantic ID, oldest first, see :attr:`live`.
+
+        Raises:
+            DataError: neither the stream nor the received events have the user.
+        """
+        known = self.histories.of(user)
+        if known is None:
+            where = f"the stages 0 to {self.stage} of {self.workspace.root}"
+            if self.live:
+                where = f"the stages of {self.workspace.root}, nor in the events received since"
+            raise DataError(f"user {user!r} is in none of {where}")
+        return known.items
 
     def export(self, directory: str | Path, format: Literal["merged", "peft", "index"] = "merged") -> Path:
         """Write the stage's model, or the semantic IDs, for other tools: as `peso export` does.
@@ -268,7 +229,7 @@ class Recommender:
         ids: list[int] = self.model.layout.prompt(self.model.item_token_ids(rows)).tolist()
         return ids
 
-    def _search(
+    def search(
         self, histories: list[list[str]], k: int, *, exclude_seen: bool | None
     ) -> list[list[tuple[str, float]]]:
         """The k best items of each history; what cannot be answered is refused before the model is loaded."""
@@ -276,13 +237,13 @@ class Recommender:
             exclude_seen = self.leaves_out_seen
         for history in histories:
             self.semantic_ids.rows(history)
-        self._require_length(k)
+        self.require_length(k)
         from peso.decoding import beam_search
 
         with threads(self._answering, self.workspace.config.training.threads):
             return beam_search(self._answering, histories, k, exclude_seen=exclude_seen)
 
-    def _require_length(self, k: int) -> None:
+    def require_length(self, k: int) -> None:
         """Raise DataError if the catalogue has fewer than k items."""
         if k > (items := len(self.semantic_ids.item_ids)):
             raise DataError(f"k = {k} is more than the {items} items of the catalogue; ask for fewer")
@@ -297,6 +258,14 @@ class Recommender:
 
         answering: GenerativeModel = for_inference(self.model)
         return answering
+
+    @cached_property
+    def _by_popularity(self) -> list[str]:
+        stream, ids = self.workspace.stream, self.semantic_ids.item_ids
+        newest = stream.stages - 1 if self.live else min(self.stage, stream.stages - 1)
+        counts = np.stack([stream.item_counts(number) for number in range(newest + 1)])[:, : len(ids)]
+        order = np.lexsort((-counts.sum(axis=0), -counts[-1]))  # the newest stage first, then all of them
+        return [ids[row] for row in order]
 
     @cached_property
     def _titles(self) -> list[str | None]:

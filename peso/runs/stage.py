@@ -318,8 +318,12 @@ class StageTest:
 @lru_cache(maxsize=64)
 def _repeats_occur(directory: Path, fingerprints: tuple[str, ...]) -> bool:
     """Of the first stages of a stream, as many as there are fingerprints."""
-    from peso.baselines.baseline import repeats_occur
+    from peso.baselines.baseline import has_repeats
     from peso.events.stream import Stream
 
-    stream = Stream.open(directory)
-    return repeats_occur([stream.stage(number) for number in range(len(fingerprints))])
+    stream, newest = Stream.open(directory), len(fingerprints) - 1
+    return any(
+        has_repeats(users, trained_on=number == newest)
+        for number in range(len(fingerprints))
+        for users in stream.pieces(number)
+    )

@@ -38,8 +38,9 @@ RESTORE = "restore it: the manifest of each trained stage (stages/*/manifest.jso
 MADE = ("stream", "semantic_ids", "stages", "baselines", "report")
 EVENTS = "events.sqlite"  # what was received since (peso.events.received)
 BESIDE_EVENTS = [f"{EVENTS}{ending}" for ending in ("-wal", "-shm")]  # SQLite's own
+HISTORIES = "histories.sqlite"  # what each user did, made of the stream (peso.events.history_index)
 SERVED, SERVED_LOCK = "served.json", ".served.lock"  # see peso.runs.served
-PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, SERVED, SERVED_LOCK, *MADE}
+PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, SERVED, SERVED_LOCK, HISTORIES, *MADE}
 
 # What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
 # RunStage.determination. Keys of evaluation, decoding and report may change at any time.
@@ -285,6 +286,11 @@ class Workspace:
     def events_file(self) -> Path:
         """Where events that are received one by one are stored (:mod:`peso.events.received`)."""
         return self.root / EVENTS
+
+    @property
+    def histories_file(self) -> Path:
+        """Where the users' histories are looked up (:mod:`peso.events.history_index`)."""
+        return self.root / HISTORIES
 
     @property
     def report_directory(self) -> Path:

@@ -1,0 +1,215 @@
+"""Recommendations for everybody, into one file: users from disk, some hundreds at a time, kept until all are
+answered, so that a call that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peso.errors import DataError, ExportError, WorkspaceError
+from peso.runs.user_histories import UserHistories
+from peso.runs.workspace import require_place
+from peso.runtime.files import digest, only_writer, read_sealed, require_new, write_aside, write_sealed
+from peso.runtime.progress import Observer
+
+if TYPE_CHECKING:
+    from peso.runs.recommender import Recommender
+
+ENDINGS = (".parquet", ".csv", ".jsonl")
+SCHEMA = pa.schema(
+    [("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
+)
+AT_ONCE = 512  # users that are held in memory together, and lost by a kill
+NOTE = "call"  # in the folder of parts: what they answer
+
+Rows = list[dict[str, Any]]
+
+
+def require_output(file: Path, force: bool = False) -> None:
+    """Raise ExportError if recommendations for everybody cannot be written to a file."""
+    if file.suffix.lower() not in ENDINGS:
+        raise ExportError(f"{file}: name a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    require_place(file)
+    require_new(file, force)
+
+
+@dataclass(frozen=True)
+class Everybody:
+    """A call of :meth:`Recommender.recommend_all`.
+
+    Attributes:
+        part: i and n; (1, 1): everybody.
+    """
+
+    recommender: Recommender
+    k: int
+    exclude_seen: bool
+    part: tuple[int, int]
+
+    def write(self, file: Path, observer: Observer) -> int:
+        """Answer whom an earlier call has not answered, and write the file; returns how many users it has."""
+        number, parts = self.part
+        if not 1 <= number <= parts:
+            raise DataError(f"part {number}/{parts} does not exist; parts are 1/{parts} to {parts}/{parts}")
+        self.recommender.require_length(self.k)
+        folder = file.with_name(f".{file.name}.parts")
+        with only_writer(folder):
+            finished = False
+            try:
+                done, until = self._begun(folder, observer)
+                self._answer(folder, done, until, observer)
+                users = self._collect(folder, file, observer)
+                finished = True
+            finally:
+                if finished or not any(folder.glob("*.parquet")):
+                    shutil.rmtree(folder, ignore_errors=True)
+        return users
+
+    def _begun(self, folder: Path, observer: Observer) -> tuple[int, int]:
+        """How many parts an earlier call like this one has left, and the last received event that counts."""
+        determined = self._determined_by
+        with suppress(OSError, ValueError, KeyError, WorkspaceError):
+            told = json.loads(read_sealed(folder / NOTE))
+            if told["determined_by"] == determined:
+                done = next(n for n in count() if not (folder / _name(n)).is_file())
+                observer.note(
+                    f"goes on after {done * AT_ONCE:,} users, whom a call that was stopped has answered"
+                )
+                return done, int(told["until"])
+        for left in folder.glob("*.parquet"):
+            left.unlink()
+        events = self.recommender.histories.received
+        until = events.newest if events is not None else 0
+        content = json.dumps({"determined_by": determined, "until": until})
+        write_sealed(folder / NOTE, content.encode())
+        return 0, until
+
+    @property
+    def _determined_by(self) -> str:
+        """Digest of what the answers depend on, received events apart."""
+        recommender = self.recommender
+        histories, ids = recommender.histories, recommender.semantic_ids
+        events = histories.received
+        return digest(
+            recommender.workspace.stage(recommender.stage).determined_by,
+            ids.fingerprint(len(ids.item_ids)),
+            histories.fingerprint,
+            None if events is None else events.id,
+            [self.k, self.exclude_seen, list(self.part), AT_ONCE],
+        )
+
+    def _answer(self, folder: Path, done: int, until: int, observer: Observer) -> None:
+        recommender = self.recommender
+        histories = UserHistories(
+            recommender.workspace, through=None if recommender.live else recommender.stage, until=until
+        )
+        observer.begin("recommend", histories.count() // self.part[1], "users")
+        answered = 0
+        for place, users in enumerate(self._users(histories)):
+            answered += len(users)
+            if place >= done:
+                rows = self._rows(users)
+                with write_aside(folder / _name(place)) as aside:
+                    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
+            observer.advance(answered)
+        observer.end()
+
+    def _users(self, histories: UserHistories) -> Iterator[list[tuple[str, list[str]]]]:
+        """The users of the part with their items, as many as are answered at once."""
+        number, parts = self.part
+        waiting: list[tuple[str, list[str]]] = []
+        for users in histories.parts(AT_ONCE):
+            waiting += [
+                (user, history.items)
+                for user, history in users
+                if zlib.crc32(user.encode()) % parts == number - 1
+            ]
+            while len(waiting) >= AT_ONCE:
+                yield waiting[:AT_ONCE]
+                waiting = waiting[AT_ONCE:]
+        if waiting:
+            yield waiting
+
+    def _rows(self, users: list[tuple[str, list[str]]]) -> Rows:
+        histories = [items for _, items in users if items]
+        found = iter(self.recommender.search(histories, self.k, exclude_seen=self.exclude_seen))
+        rows = []
+        for user, items in users:
+            best = next(found) if items else []
+            rows.append(
+                {
+                    "user": user,
+                    "items": [item for item, _ in best] if items else self._popular,
+                    "scores": [score for _, score in best] if items else None,
+                }
+            )
+        return rows
+
+    @cached_property
+    def _popular(self) -> list[str]:
+        return self.recommender.popular(self.k)
+
+    def _collect(self, folder: Path, file: Path, observer: Observer) -> int:
+        """Make one file of the parts; returns how many users it has."""
+        users = unknown = few = 0
+        fewest = ("", self.k)
+        with write_aside(file) as aside, _rows_into(aside, file.suffix.lower()) as write:
+            for part in sorted(folder.glob("*.parquet")):
+                rows: Rows = pq.read_table(part, schema=SCHEMA).to_pylist()
+                write(rows)
+                users += len(rows)
+                unknown += sum(row["scores"] is None for row in rows)
+                short = [row for row in rows if len(row["items"]) < self.k]
+                few += len(short)
+                fewest = min(
+                    [fewest, *((r["user"], len(r["items"])) for r in short)], key=lambda each: each[1]
+                )
+        if few:
+            observer.note(
+                f"{few:,} of {users:,} users got fewer than {self.k} items, since they have had the others; "
+                f"user {fewest[0]!r} got the fewest: {fewest[1]}"
+            )
+        if unknown:
+            observer.note(
+                f"{unknown:,} of {users:,} users have no item that the model can read; they got the most "
+                "popular items of the newest stage, without scores"
+            )
+        return users
+
+
+def _name(place: int) -> str:
+    return f"{place:08}.parquet"
+
+
+@contextmanager
+def _rows_into(file: Path, ending: str) -> Iterator[Callable[[Rows], None]]:
+    """What writes the users' rows into a new file, in the format of an ending."""
+    if ending == ".parquet":
+        with pq.ParquetWriter(file, SCHEMA) as writer:
+            yield lambda rows: writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+        return
+    with file.open("w", encoding="utf-8", newline="") as lines:
+        if ending == ".jsonl":
+            yield lambda rows: lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        table = csv.writer(lines)
+        table.writerow(("user", "rank", "item", "score"))
+        yield lambda rows: table.writerows(
+            (row["user"], rank, item, score)
+            for row in rows
+            for rank, (item, score) in enumerate(
+                zip(row["items"], row["scores"] or [""] * len(row["items"]), strict=True), 1
+            )
+        )
