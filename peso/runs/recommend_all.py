@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.errors import DataError, ExportError, WorkspaceError
+from peso.items.semantic_ids import SemanticIds
 from peso.runs.user_histories import UserHistories
-from peso.runs.workspace import require_place
+from peso.runs.workspace import Workspace, require_place
 from peso.runtime.files import digest, only_writer, read_sealed, require_new, write_aside, write_sealed
 from peso.runtime.progress import Observer
-
-if TYPE_CHECKING:
-    from peso.runs.recommender import Recommender
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 SCHEMA = pa.schema(
@@ -35,6 +33,28 @@ AT_ONCE = 512  # users that are held in memory together, and lost by a kill
 NOTE = "call"  # in the folder of parts: what they answer
 
 Rows = list[dict[str, Any]]
+
+
+class Answering(Protocol):
+    """What is needed of a :class:`peso.runs.recommender.Recommender`."""
+
+    workspace: Workspace
+    stage: int
+    live: bool
+
+    @property
+    def semantic_ids(self) -> SemanticIds: ...
+
+    @property
+    def histories(self) -> UserHistories: ...
+
+    def search(
+        self, histories: list[list[str]], k: int, *, exclude_seen: bool | None
+    ) -> list[list[tuple[str, float]]]: ...
+
+    def popular(self, k: int) -> list[str]: ...
+
+    def require_length(self, k: int) -> None: ...
 
 
 def require_output(file: Path, force: bool = False) -> None:
@@ -53,7 +73,7 @@ class Everybody:
         part: i and n; (1, 1): everybody.
     """
 
-    recommender: Recommender
+    recommender: Answering
     k: int
     exclude_seen: bool
     part: tuple[int, int]

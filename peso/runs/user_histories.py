@@ -20,6 +20,7 @@ from peso.runtime.manifest import MANIFEST
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
+NAMES = 1_000  # users that are held in memory together where only their names count
 RECEIVED = "received"  # in the manifest's entry of an append: which cut of which file of events it holds
 
 
@@ -80,6 +81,10 @@ class UserHistories:
         if stored is None and not waiting:
             return None
         return _merged(state, [] if stored is None else stored.items.tolist(), waiting)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all users, in the order of :meth:`parts`."""
+        return (user for users in self.parts(NAMES) for user, _ in users)
 
     def parts(self, size: int) -> Iterator[list[tuple[str, UserHistory]]]:
         """Every user, ``size`` at a time, in the order in which they first occur in the stream; at the end

@@ -331,7 +331,7 @@ def test_the_recommender_answers_for_histories_users_and_everybody(finished, tmp
     assert not seen & {item for item, _ in recommender.recommend(history=history, k=10, exclude_seen=True)}
     count = recommender.recommend_all(tmp_path / "all.parquet", k=3)
     table = pq.read_table(tmp_path / "all.parquet")
-    assert count == len(table) == len(recommender.histories)
+    assert count == len(table) == len(list(recommender.histories))
     row = table["user"].to_pylist().index(user)
     assert table["items"][row].as_py() == [item for item, _ in ranked[:3]]
     assert recommender.title(ranked[0][0])

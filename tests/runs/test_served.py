@@ -54,7 +54,7 @@ def test_a_pinned_stage_answers_with_the_histories_of_now(workspace: Workspace) 
     promote(workspace, 0)
     serving, named = Recommender(workspace), Recommender(workspace, 0)
     assert set(named.histories) < set(serving.histories)
-    assert serving.histories.keys() == Recommender(workspace, 2).histories.keys()
+    assert set(serving.histories) == set(Recommender(workspace, 2).histories)
 
 
 def test_a_promotion_of_what_serves_changes_nothing(workspace: Workspace) -> None:
