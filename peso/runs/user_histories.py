@@ -7,11 +7,13 @@ log that the stream was made of may hold it already. It comes after what the str
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peso.errors import PesoError
 from peso.events.history_index import HistoryIndex
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.events.stream import Stream
@@ -19,6 +21,8 @@ from peso.runtime.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
+
+log = logging.getLogger("peso.histories")
 
 NAMES = 1_000  # users that are held in memory together where only their names count
 RECEIVED = "received"  # in the manifest's entry of an append: which cut of which file of events it holds
@@ -65,13 +69,27 @@ class UserHistories:
             event that :meth:`ReceivedEvents.add` has returned for is in the next answer, whichever process
             stored it.
         until: of what was received only the events up to this number; None: all.
+        events: gives the received events instead of the workspace's file, which is opened as soon as it is
+            there.
+        background: whether a stream that has changed is read by a thread of its own, while answers come from
+            what was there before. Received events count at once all the same. False: the next answer waits
+            for it.
     """
 
-    def __init__(self, workspace: Workspace, *, through: int | None = None, until: int | None = None) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        *,
+        through: int | None = None,
+        until: int | None = None,
+        events: Callable[[], ReceivedEvents | None] | None = None,
+        background: bool = False,
+    ) -> None:
         self.workspace, self.through, self.until = workspace, through, until
         self._state: _State | None = None
         self._events: ReceivedEvents | None = None
-        self._renewing = threading.Lock()
+        self._given, self._background = events, background
+        self._renewing, self._opening = threading.Lock(), threading.Lock()
 
     def of(self, user: str) -> UserHistory | None:
         """What one user did; None: neither the stream nor the received events have that one."""
@@ -118,19 +136,22 @@ class UserHistories:
     @property
     def received(self) -> ReceivedEvents | None:
         """The received events; None where there are none, or where they do not count."""
-        if self._events is None and self.through is None and self.workspace.events_file.exists():
-            with self._renewing:
+        if self.through is not None:
+            return None
+        if self._given is not None:
+            return self._given()
+        if self._events is None and self.workspace.events_file.exists():
+            with self._opening:
                 self._events = self._events or ReceivedEvents(self.workspace.events_file)
         return self._events
 
     @property
     def is_current(self) -> bool:
-        """Whether the stream is still the one that was read. Answers are right either way; to read the other
-        one takes a moment (:meth:`renew`)."""
+        """Whether the stream is still the one that was read."""
         return self._state is not None and self._state.stamp == self._stamp()
 
     def renew(self) -> None:
-        """Read the stream as it is now, and its users. Others go on with what was there meanwhile.
+        """Read the stream as it is now, and its users.
 
         Raises:
             WorkspaceError: there is no stream, or a file of it is damaged.
@@ -147,9 +168,18 @@ class UserHistories:
 
     def _current(self) -> _State:
         if not self.is_current:
-            self.renew()
+            if self._state is None or not self._background:
+                self.renew()
+            elif not self._renewing.locked():
+                threading.Thread(target=self._renew_in_background, daemon=True).start()
         assert self._state is not None
         return self._state
+
+    def _renew_in_background(self) -> None:
+        try:
+            self.renew()
+        except PesoError as error:  # tried again at the next question; what was there before still holds
+            log.warning("the changed stream is not read yet", extra={"fields": {"problem": str(error)}})
 
     def _stamp(self) -> tuple[int, ...]:
         """When the manifests of the stream and of the semantic IDs were written."""

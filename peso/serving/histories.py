@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peso.errors import WorkspaceError
 from peso.events.received import ReceivedEvents
-from peso.runs.recommender import Recommender
+from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace
 
 log = logging.getLogger("peso.serving")
@@ -25,16 +25,13 @@ class LiveHistories:
         self.workspace = Workspace.open(root, trust)
         self._received = received
         self._refused = False
-        self._stored = Recommender(self.workspace)
+        self._users = UserHistories(self.workspace, events=self._open, background=True)
 
     def of(self, user: str) -> list[str] | None:
-        """Item ids, oldest first; None where neither the log nor a received event names the user."""
-        rows = self._stored.histories.get(user)
-        since = [] if (received := self._open()) is None else [each.item for each in received.of_user(user)]
-        if rows is None:
-            return since or None
-        ids = self._stored.semantic_ids.item_ids
-        return [*(ids[row] for row in rows), *since]
+        """Item ids, oldest first, those that no model can read yet before all others; None where neither the
+        log nor a received event names the user."""
+        found = self._users.of(user)
+        return None if found is None else [*found.left_out, *found.items]
 
     def _open(self) -> ReceivedEvents | None:
         if self._received is None and not self._refused and self.workspace.events_file.is_file():
