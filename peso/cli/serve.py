@@ -37,6 +37,9 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=1, help="Recommendations that may wait; more are refused with status 429.")
     ] = 256,
+    prompt_memory: Annotated[
+        int, typer.Option(min=0, help="MiB for the prompts of returning users; 0: none are kept.")
+    ] = 256,
     trust: Trust = None,
 ) -> None:
     """Serve recommendations over HTTP, until SIGTERM or Ctrl-C.
@@ -57,7 +60,15 @@ def serve(
 
     serve(
         workspace,
-        Settings(host=host, port=port, stage=stage, read_only=read_only, rate=rate, queue=queue),
+        Settings(
+            host=host,
+            port=port,
+            stage=stage,
+            read_only=read_only,
+            rate=rate,
+            queue=queue,
+            prompt_memory=prompt_memory * 2**20,
+        ),
         read_tokens(token_file),
         trust=trust or (),
         on_listening=lambda address: say(f"listening at {address}", error=True),

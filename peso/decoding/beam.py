@@ -21,7 +21,8 @@ from torch import Tensor
 
 from peso.decoding.filters import NodeFilter
 from peso.decoding.pool import Candidates, best_leaves, leaf_codes, leaf_log_probabilities, pool
-from peso.decoding.prompt import Opening, run_prompts
+from peso.decoding.prompt import Known, Prompt, run_prompts
+from peso.decoding.returning import Returning
 from peso.decoding.trie_step import Selection, TrieTensors, select
 from peso.errors import BackboneError
 from peso.items.semantic_ids import ItemTrie
@@ -66,6 +67,7 @@ def search(
     exclude: Sequence[np.ndarray] | None = None,
     allow: np.ndarray | Sequence[np.ndarray] | None = None,
     targets: np.ndarray | None = None,
+    returning: Sequence[Returning | None] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_candidates: Callable[[np.ndarray, Candidates], None] | None = None,
     processes: Processes = ALONE,
@@ -83,6 +85,8 @@ def search(
         allow: item rows that alone may come back: one array for all users, or a sequence of one per user.
         targets: int (users,), the item row of each user that is scored beside, whatever the search finds or
             may find.
+        returning: per user where its prompt is kept from one call to the next (None: nowhere). Then more
+            than ``window`` items may be read, see there.
         on_progress: called with the number of users done so far.
         on_candidates: of a model with an item head, called after each batch with the numbers of its users and
             all their candidates.
@@ -100,7 +104,7 @@ def search(
         raise ValueError(f"beams ({beams}) and batch_size ({batch_size}) must be at least 1")
     catalogue = _Catalogue.of(model.semantic_ids.trie, model.semantic_ids.codes, allow)
     own = None if allow is None or isinstance(allow, np.ndarray) else allow
-    for name, lists in (("exclude", exclude), ("allow", own), ("targets", targets)):
+    for name, lists in (("exclude", exclude), ("allow", own), ("targets", targets), ("returning", returning)):
         if lists is not None and len(lists) != len(histories):
             raise ValueError(f"{name} has {len(lists)} entries for {len(histories)} histories")
 
@@ -117,16 +121,17 @@ def search(
         return Beams(leaves, scores)
 
     window = model.layout.window
-    prompts = [
-        model.layout.prompt(model.item_token_ids(np.asarray(history[-window:], dtype=np.int64)))
-        for history in histories
+    asked = [
+        Prompt.cold(model, history[-window:]) if place is None else place.prompt(model, history)
+        for history, place in zip(histories, returning or [None] * len(histories), strict=True)
     ]
-    computed = np.zeros(len(prompts), dtype=bool)
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")[::-1]
+    computed = np.zeros(len(asked), dtype=bool)
     together = min(batch_size, max(1, BEAMS_AT_ONCE.get(device, BEAMS_AT_ONCE_ELSEWHERE) // beams))
     with _ready(model):
         # a pass of its own pays only where several users share it
-        opening = Opening.of(model) if len(prompts) > 1 else Opening(0, [])
+        opening = Known.opening(model) if len(asked) > 1 else Known.nothing()
+        asked = [each.after(opening) for each in asked]
+        order = np.argsort([each.todo for each in asked], kind="stable")[::-1]
         for number, start in enumerate(range(0, len(order), together)):
             if not processes.takes(number):
                 continue
@@ -135,16 +140,12 @@ def search(
                 None if exclude is None else [exclude[u] for u in users],
                 None if own is None else [own[u] for u in users],
             )
-            batch = [prompts[u] for u in users]
-            lengths = torch.tensor([min(len(histories[u]), window) for u in users], device=model.device)
             found = _search_batch(
                 model,
                 catalogue,
-                batch,
-                opening,
+                [asked[u] for u in users],
                 beams,
                 admitted,
-                lengths,
                 None if wanted is None else wanted[users],
             )
             width = found.leaves.shape[1]
@@ -183,16 +184,13 @@ def _ready(model: GenerativeModel) -> Iterator[None]:
 def _search_batch(
     model: GenerativeModel,
     catalogue: _Catalogue,
-    prompts: Sequence[np.ndarray],
-    opening: Opening,
+    prompts: Sequence[Prompt],
     beams: int,
     admitted: NodeFilter | None,
-    lengths: Tensor,
     targets: np.ndarray | None = None,
 ) -> _Found:
     """
     Args:
-        lengths: int64 (users,), items of each history in its prompt.
         targets: int (users,), the leaf of each user's target.
     """
     device, users = model.device, len(prompts)
@@ -201,7 +199,11 @@ def _search_batch(
     widths = [min(beams, nodes) for nodes in catalogue.trie.nodes]
     given = widths[-1] * model.has_item_head + (targets is not None)  # paths beside the beams
     room = sum(width + given for width in widths[:-1])
-    prompted = run_prompts(model, prompts, opening, room)
+    prompted = run_prompts(model, prompts, room)
+    lengths = torch.tensor([prompt.items for prompt in prompts], device=device)
+    for user, prompt in enumerate(prompts):
+        if prompt.kept:
+            prompt.keep(prompted.states(user, prompt.kept))
 
     of_items = best = None
     followed = []  # int64 (users, n) leaves of the trie of all items, whose paths are given

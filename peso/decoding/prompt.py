@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -74,22 +75,78 @@ class SharedCache(Cache):
 
 
 @dataclass(frozen=True)
-class Opening:
-    """The fixed words before every history, computed once: their keys and values per layer, (1, heads, …)."""
+class Known:
+    """The first tokens of a prompt, computed before.
+
+    ``states``: keys and values per layer, (heads, tokens, head width) each; the tokens stand at the positions
+    0, 1, …
+    """
 
     tokens: int
     states: list[tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, model: GenerativeModel) -> Opening:
+    def nothing(cls) -> Known:
+        return cls(0, [])
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(x.nbytes for states in self.states for x in states)
+
+    def first(self, tokens: int) -> Known:
+        """Of the first tokens alone."""
+        if tokens == self.tokens:
+            return self
+        return Known(tokens, [(k[:, :tokens], v[:, :tokens]) for k, v in self.states] if tokens else [])
+
+    @classmethod
+    def opening(cls, model: GenerativeModel) -> Known:
+        """The fixed words before every history."""
         # the last word is left to the prompts, so that each has a token even where nothing follows
         ids = torch.tensor([model.layout.prefix[:-1]], dtype=torch.int64, device=model.device)
         if not ids.shape[1]:
-            return cls(0, [])
+            return cls.nothing()
         cache = SharedCache(1, ids.shape[1])
         positions = torch.arange(ids.shape[1], device=model.device).unsqueeze(0)
         model.hidden(ids, _causal(0, ids.shape[1], model.device), positions, cache)
-        return cls(ids.shape[1], [(layer.keys, layer.values) for layer in cache.layers])
+        return cls(ids.shape[1], [(layer.keys[0], layer.values[0]) for layer in cache.layers])
+
+
+def _forget(known: Known) -> None:
+    """For prompts that nobody comes back to."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what is known of it.
+
+    tokens: int64 (n,) token ids, beginning with the layout's prefix.
+    items: how many items of the history it shows.
+    known: of its beginning, at most all but its last token.
+    kept: of how many of its first tokens ``keep`` is given the states, once they are computed.
+    """
+
+    tokens: np.ndarray
+    items: int
+    known: Known
+    kept: int = 0
+    keep: Callable[[Known], None] = _forget
+
+    @classmethod
+    def cold(cls, model: GenerativeModel, history: np.ndarray) -> Prompt:
+        """Of a history all of which is shown, with nothing known."""
+        ids = model.item_token_ids(np.asarray(history, dtype=np.int64))
+        return cls(model.layout.prompt(ids), len(history), Known.nothing())
+
+    def after(self, opening: Known) -> Prompt:
+        """The same, if nothing is known of it continued from the opening of all prompts."""
+        return self if self.known.tokens else replace(self, known=opening)
+
+    @property
+    def todo(self) -> int:
+        """Tokens that are to be computed."""
+        return len(self.tokens) - self.known.tokens
 
 
 @dataclass(frozen=True)
@@ -97,7 +154,7 @@ class Prompted:
     """Prompts after their pass.
 
     cache: keys and values of all prompt tokens, with room for the beams.
-    visible: bool (users, longest prompt), False behind the end of a shorter one.
+    visible: bool (users, columns of the cache so far), where each prompt's tokens are.
     lengths: int64 (users,) tokens of each prompt; the position of what comes next.
     last: (users, width) hidden state of each prompt's last token.
     """
@@ -107,40 +164,60 @@ class Prompted:
     lengths: Tensor
     last: Tensor
 
+    def states(self, user: int, tokens: int) -> Known:
+        """A copy of the states of a prompt's first tokens, to continue from another time."""
+        columns = self.visible[user].nonzero().squeeze(1)[:tokens]
+        states = [(layer.keys[user], layer.values[user]) for layer in self.cache.layers]
+        return Known(tokens, [(k.index_select(1, columns), v.index_select(1, columns)) for k, v in states])
 
-def run_prompts(
-    model: GenerativeModel, prompts: Sequence[np.ndarray], opening: Opening, room: int
-) -> Prompted:
-    """Compute every prompt once.
 
-    Prompts of like length go through the model together; all end up in one cache.
+def run_prompts(model: GenerativeModel, prompts: Sequence[Prompt], room: int) -> Prompted:
+    """Compute of every prompt once what is not known of it.
+
+    Prompts of which about as much is to be computed go through the model together; all end up in one cache,
+    what was known in its first columns, the rest behind the longest of that.
 
     Args:
-        prompts: int64 (length,) token ids each, beginning with the layout's prefix, the longest first.
-        opening: the shared first tokens; only what follows them is computed.
+        prompts: the one of which most is to be computed comes first.
         room: how many columns the cache must hold beside the prompts.
     """
     device, count = model.device, len(prompts)
-    sizes = [len(prompt) for prompt in prompts]
-    cache = SharedCache(count, sizes[0] + room)
-    for layer, states in enumerate(opening.states):
-        cache.update(*(x.expand(count, -1, -1, -1) for x in states), layer)
-    rest = [size - opening.tokens for size in sizes]
+    starts = torch.tensor([prompt.known.tokens for prompt in prompts], device=device)  # (users,)
+    rest = [prompt.todo for prompt in prompts]
+    begin = int(starts.max())
+    cache = SharedCache(count, begin + rest[0] + room)
+    _put(cache, [prompt.known for prompt in prompts])
     last = []
     for users in alike(rest, PASS_TOKENS.get(device.type, PASS_TOKENS_ELSEWHERE)):
-        start, stop = opening.tokens, sizes[users.start]
-        ids = torch.zeros(users.stop - users.start, stop - start, dtype=torch.int64)
+        length = rest[users.start]
+        ids = torch.zeros(users.stop - users.start, length, dtype=torch.int64)
         for row, prompt in zip(ids, prompts[users], strict=True):
-            row[: len(prompt) - start] = torch.from_numpy(prompt[start:])
-        positions = torch.arange(start, stop, device=device).expand(len(ids), -1)
-        cache.move(users, start)
+            row[: prompt.todo] = torch.from_numpy(prompt.tokens[prompt.known.tokens :])
+        positions = starts[users].unsqueeze(1) + torch.arange(length, device=device)
+        cache.move(users, begin)
         # padding comes last and attention looks back, so that no prompt sees any
-        hidden = model.hidden(ids.to(device), _causal(start, stop, device), positions, cache)
+        mask = _causal(begin, begin + length, device)
+        if int(starts[users].min()) < begin:  # some have less before
+            column = torch.arange(begin + length, device=device)
+            gap = (column >= starts[users].unsqueeze(1)) & (column < begin)  # (users, columns)
+            mask = mask & ~gap[:, None, None]
+        hidden = model.hidden(ids.to(device), mask, positions, cache)
         ends = torch.tensor(rest[users], device=device) - 1
         last.append(hidden[torch.arange(len(ids), device=device), ends])
-    lengths = torch.tensor(sizes, device=device)
-    visible = torch.arange(sizes[0], device=device) < lengths.unsqueeze(1)
-    return Prompted(cache, visible, lengths, torch.cat(last))
+    new = torch.tensor(rest, device=device)
+    column = torch.arange(begin + rest[0], device=device)
+    visible = (column < starts.unsqueeze(1)) | ((column >= begin) & (column - begin < new.unsqueeze(1)))
+    return Prompted(cache, visible, starts + new, torch.cat(last))
+
+
+def _put(cache: SharedCache, known: Sequence[Known]) -> None:
+    """Write what is known of each prompt into its first columns."""
+    for _, run in groupby(range(len(known)), key=lambda user: id(known[user])):
+        users = list(run)
+        states = known[users[0]].states
+        cache.move(slice(users[0], users[-1] + 1), 0)
+        for layer, (keys, values) in enumerate(states):
+            cache.update(*(x.expand(len(users), -1, -1, -1) for x in (keys, values)), layer)
 
 
 def alike(sizes: Sequence[int], pass_tokens: int) -> list[slice]:

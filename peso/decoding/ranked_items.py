@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from peso.decoding.beam import search
+from peso.decoding.returning import Returning
 from peso.errors import ConfigError, DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
@@ -26,6 +27,7 @@ def beam_search(
     allow: ItemLists | None = None,
     deny: ItemLists | None = None,
     batch_size: int | None = None,
+    returning: Sequence[Returning | None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[tuple[str, float]]]:
     """The ``k`` best next items of each history, with their log-probabilities, best first.
@@ -43,6 +45,9 @@ def beam_search(
             history.
         deny: item ids that may not come back, given like ``allow``.
         batch_size: users computed together, at most. None: 64, on a GPU 256.
+        returning: per user where its prompt is kept from one call to the next, ``memory.of(user)`` of a
+            :class:`~peso.decoding.returning.PromptMemory`; None: nowhere. Then up to twice ``window`` items
+            are read.
         on_progress: called with the number of users done so far.
 
     Returns:
@@ -78,6 +83,7 @@ def beam_search(
         batch_size=batch_size,
         exclude=[_array(o) for o in out] if any(out) else None,
         allow=_arrays(allowed),
+        returning=returning,
         on_progress=on_progress,
     )
     result = []

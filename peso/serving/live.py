@@ -27,6 +27,7 @@ class LiveStage:
     last batch that reads it.
 
     Args:
+        prompt_memory: bytes for the prompts of returning users; 0: none are kept.
         stage: pinned; None: the one that is promoted, or the newest trained one where none was promoted.
         on_change: told of every stage that begins to answer.
         on_problem: told why a stage cannot be loaded; the one before goes on.
@@ -40,12 +41,14 @@ class LiveStage:
         root: Path,
         *,
         stage: int | None = None,
+        prompt_memory: int = 0,
         trust: Iterable[str] = (),
         device: str | None = None,
         on_change: Callable[[Snapshot], None] | None = None,
         on_problem: Callable[[str], None] | None = None,
     ) -> None:
         self.root, self.pinned = root, stage
+        self._prompt_memory = prompt_memory
         self._trust, self._device = tuple(trust), device
         self._on_change, self._on_problem = on_change, on_problem
         self.problem: str | None = None
@@ -78,7 +81,14 @@ class LiveStage:
             self.problem = None
             return
         after = before if self._is(before, wanted) else Snapshot.of(wanted)
-        after = replace(after, model=wanted.answering_model(self._device), since=datetime.now(UTC))
+        from peso.decoding.returning import PromptMemory
+
+        after = replace(
+            after,
+            model=wanted.answering_model(self._device),
+            prompts=PromptMemory(self._prompt_memory) if self._prompt_memory else None,
+            since=datetime.now(UTC),
+        )
         self.current = after
         self.problem = None
         del before

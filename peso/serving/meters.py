@@ -6,6 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from peso.serving.snapshot import Snapshot
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -39,10 +41,26 @@ class Meters:
         )
         self.waiting = Gauge("peso_waiting", "Questions that wait for the model.", registry=registry)
         self.stage = Gauge("peso_stage", "The stage that answers.", registry=registry)
+        self.prompt_bytes = Gauge(
+            "peso_prompt_memory_bytes", "Memory that prompts of returning users take.", registry=registry
+        )
+        self.prompt_tokens = Gauge(
+            "peso_prompt_tokens",
+            "Tokens of users' prompts since the stage began to answer, by whether they were kept.",
+            ["how"],
+            registry=registry,
+        )
         self.changes = Counter("peso_stage_changes", "Stages that began to answer.", registry=registry)
         self.problems = Counter(
             "peso_stage_problems", "Times that a stage could not be loaded.", registry=registry
         )
+
+    def describe(self, snapshot: Snapshot) -> None:
+        self.stage.set(snapshot.stage)
+        if (prompts := snapshot.prompts) is not None:
+            self.prompt_bytes.set(prompts.used)
+            self.prompt_tokens.labels("reused").set(prompts.reused)
+            self.prompt_tokens.labels("computed").set(prompts.computed)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -198,7 +198,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     )
     async def metrics() -> Response:
         service.meters.waiting.set(service.engine.waiting)
-        service.meters.stage.set(service.live.current.stage)
+        service.meters.describe(service.live.current)
         return Response(service.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

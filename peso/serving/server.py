@@ -37,6 +37,7 @@ class Settings:
         rate: requests a second of one caller; 0: any.
         queue: recommendations that may wait for the model.
         largest_body: bytes of a request.
+        prompt_memory: bytes for the prompts of returning users; 0: none are kept.
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +47,7 @@ class Settings:
     rate: float = 1_000.0
     queue: int = 256
     largest_body: int = 4_000_000
+    prompt_memory: int = 256 * 2**20
 
 
 def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> Service:
@@ -64,7 +66,14 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
         meters.problems.inc()
         log.error("stage not loaded", extra={"fields": {"problem": problem}})
 
-    live = LiveStage(root, stage=settings.stage, trust=trust, on_change=changed, on_problem=failed)
+    live = LiveStage(
+        root,
+        stage=settings.stage,
+        prompt_memory=settings.prompt_memory,
+        trust=trust,
+        on_change=changed,
+        on_problem=failed,
+    )
     engine = Engine(lambda: live.current, most=settings.queue, on_batch=meters.on_batch)
     received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)
     return Service(live, engine, meters, LiveHistories(root, received, trust), received)

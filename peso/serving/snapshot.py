@@ -18,6 +18,7 @@ from peso.runtime.machine import threads
 from peso.serving.messages import Answer, Item, Request
 
 if TYPE_CHECKING:
+    from peso.decoding.returning import PromptMemory, Returning
     from peso.items.semantic_ids import SemanticIds
     from peso.model.generative import GenerativeModel
 
@@ -41,6 +42,7 @@ class Snapshot:
         leaves_out_seen: whether items of the history are left out unless a request says otherwise.
         threads: as configured.
         model: None as long as it is loaded.
+        prompts: those of users who return.
     """
 
     stage: int
@@ -51,6 +53,7 @@ class Snapshot:
     leaves_out_seen: bool
     threads: int | Literal["auto"]
     model: GenerativeModel | None = None
+    prompts: PromptMemory | None = None
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
@@ -142,11 +145,16 @@ class Snapshot:
                 beams=asked[0].beams,
                 allow=[each.allow for each in asked if each.allow is not None] or None,
                 deny=[each.out for each in asked],
+                returning=[self._place(each.request.user) for each in asked],
             )
         return [
             self._message(each, "model", ranked[: each.request.k])
             for each, ranked in zip(asked, found, strict=True)
         ]
+
+    def _place(self, user: str | None) -> Returning | None:
+        """Where the prompt of a user is kept; a bare history is nobody's."""
+        return None if user is None or self.prompts is None else self.prompts.of(user)
 
     def _popular(self, asked: _Resolved) -> Answer:
         """The items with the most events; those with equally many in the order of the catalog."""

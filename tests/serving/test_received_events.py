@@ -33,7 +33,8 @@ def stored(workspace, user: str) -> list[tuple[str, int]]:
         return [(event.item, event.time) for event in received.of_user(user)]
 
 
-def test_a_recommendation_sees_every_event_that_was_acknowledged_before(client, copy):
+def test_a_recommendation_sees_every_event_that_was_acknowledged_before(serving, copy):
+    client = serving(copy.root, prompt_memory=0)
     ids, recommender = copy.semantic_ids.item_ids, Recommender(copy)
     user = next(iter(recommender.histories))
     for name, known in ((user, recommender.history(user)), ("new", [])):
@@ -44,6 +45,25 @@ def test_a_recommendation_sees_every_event_that_was_acknowledged_before(client, 
             expected = recommender.recommend(history=known)
             assert [each["item"] for each in answer["items"]] == [item for item, _ in expected]
             assert answer["source"] == "model"
+
+
+def test_the_prompt_of_a_returning_user_is_continued(client, copy):
+    """As many tokens as the new item has, and the answer of the whole history."""
+    ids, recommender = copy.semantic_ids.item_ids, Recommender(copy)
+
+    def computed() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        found = [line.split()[1] for line in lines if line.startswith('peso_prompt_tokens{how="computed"}')]
+        return float(found[0])
+
+    for count in range(1, 6):
+        client.post("/v1/events", json={"user": "new", "item": ids[count], "time": count})
+        before = computed() if count > 1 else 0.0
+        answer = client.post("/v1/recommend", json={"user": "new"}).json()
+        expected = recommender.recommend(history=ids[1 : count + 1])
+        assert [each["item"] for each in answer["items"]] == [item for item, _ in expected]
+        if count > 1:
+            assert computed() - before == copy.semantic_ids.levels
 
 
 def test_events_of_one_key_are_stored_once(client, copy):

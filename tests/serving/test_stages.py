@@ -31,6 +31,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(live, "INTERVAL", 0.02)
 
 
+@pytest.mark.slow
 def test_no_request_fails_and_none_is_mixed_while_stages_change(serving, copy):
     ids = copy.semantic_ids.item_ids
     histories = [ids[start : start + 4] for start in range(6)]
