@@ -61,9 +61,8 @@ def compare(
 
     Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """
-    from peso.evaluation.report import refuse_foreign
     from peso.runs.compare.plan import make_plan
-    from peso.runs.workspace import require_place
+    from peso.runs.compare.results import require_results
 
     began = time.time()
     seconds = None if budget is None else _seconds(budget)
@@ -72,12 +71,12 @@ def compare(
     plan.check()
     if not report_only:
         plan.refuse_changes()
+        plan.check_surroundings()
     elif not plan.is_begun:
         raise WorkspaceError(f"there is nothing to report: no run in {root} is begun; omit --report-only")
     if not dry_run:
-        require_place((output or root) / "report")
-        refuse_foreign((output or root) / "report")
-    from peso.runs.compare.schedule import Machine  # loads SciPy
+        require_results(output or root)
+    from peso.runs.compare.schedule import Machine
 
     machine = Machine.of(plan.compare.workers, plan.common.training.device)
     if dry_run:

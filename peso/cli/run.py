@@ -36,7 +36,7 @@ def run(
     Example: peso run examples/video_games_scratch.yaml -w runs/games --set strategy=single
     """
     from peso.config import load_config
-    from peso.runs.checks import check_configuration
+    from peso.runs.checks import check_configuration, check_surroundings
     from peso.runs.run import run as run_all
     from peso.runs.workspace import Workspace, trusted_classes
     from peso.runtime.processes import current
@@ -47,6 +47,7 @@ def run(
     trusted = [*(trust or []), *trusted_classes(resolved, overrides or [], config)]
     if dry_run:
         preview = Workspace.preview(root, resolved, trusted)
+        check_surroundings(preview)
         from peso.runs.estimate import estimate
 
         plan = estimate(preview, observer=watcher())

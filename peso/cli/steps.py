@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from peso.cli.display import (
 from peso.cli.promotion import show_drift, show_verdict
 from peso.config import DataConfig
 from peso.config.data import FORMATS
-from peso.errors import ConfigError, DataError, UsageError
+from peso.errors import ConfigError, DataError, PesoError, UsageError
 from peso.runs.workspace import CONFIG, Workspace, require_place, trusted_classes
 from peso.runtime.processes import current
 
@@ -339,14 +339,23 @@ def update(
     from peso.runs import pipeline
     from peso.runs.report import before_and_after
 
-    alerts = Alert.of(alert, workspace)
-    with alerts.on_failure(), _together(workspace, overrides, trust, later=True) as opened:
+    alerts, stage = Alert.of(alert, workspace), None
+    with (
+        alerts.on_failure(),
+        suppress(_NothingToDo),
+        _together(workspace, overrides, trust, later=True) as opened,
+    ):
+        if overrides:
+            current().on_main(lambda: pipeline.refuse_unused(opened))
         stage = pipeline.update(opened, watcher())
+        if stage is None:
+            raise _NothingToDo
     if not current().is_main:
         return
     if stage is None:
         stages = len(opened.finished_stages)
-        say(f"{opened.root}: all {stages} stages are trained; there is nothing to do")
+        unused = "; what --set gave is not stored" if overrides else ""
+        say(f"{opened.root}: all {stages} stages are trained; there is nothing to do{unused}")
         next_steps(next_step_of(opened))
         return
     say(f"{opened.root}: stage {stage} is trained")
@@ -468,6 +477,10 @@ def report(
     show_results("averages over the later stages", opened)
     say(f"report: {directory / 'index.html'}")
     next_steps(["diagnose", "-w", opened[-1].root], ["recommend", "-w", opened[-1].root, "--user", "USER"])
+
+
+class _NothingToDo(PesoError):
+    """Raised where a workspace is held, so that its configuration is as before (:meth:`Workspace.change`)."""
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from peso.errors import ConfigError
+from peso.items.encoder_assets import find_encoder
 from peso.runtime import assets
 from peso.runtime.files import checksum
 
@@ -74,12 +75,7 @@ class _MissingLibrary(Exception):
 def _find(name: str) -> tuple[Path, str]:
     """The directory of a model, fetched from the hub if need be, and what tells this state from another."""
     if name in [*assets.names("encoder"), *assets.names("backbone")]:
-        found = assets.find(name)
-        if found is None:
-            raise ConfigError(
-                f"items.encoder {name!r} is not in the cache; fetch it with `peso pull {name}`, or use "
-                "`hashing`, which needs no model"
-            )
+        found = find_encoder(name)
         return found, _checksums(found)
     directory = Path(name).expanduser()
     if directory.is_dir():

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 from peso.config import Config, ItemsConfig, baseline_label
 from peso.config.data import FILES, HASHING
 from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
-from peso.errors import BackboneError, ConfigError
+from peso.errors import BackboneError, ConfigError, PesoError
 from peso.events.columns import ITEM_ID, ITEMS
+from peso.items.encoder_assets import find_encoder
 from peso.model.source import source_of
 from peso.runtime import assets
-from peso.runtime.machine import LAYER, TRAINED, require_memory
+from peso.runtime.downloads import Unavailable, require_reachable
+from peso.runtime.machine import LAYER, TRAINED, require_device, require_memory
 
 if TYPE_CHECKING:
+    from peso.config import DataConfig
     from peso.runs.workspace import Workspace
 
 
@@ -66,6 +69,65 @@ def check_configuration(config: Config) -> None:
     asked, sold = max(config.evaluation.k), config.data.simulate.items
     if config.evaluation.enabled and config.data.format == "simulate" and asked > sold:
         raise ConfigError(f"evaluation.k asks for {asked} items, but data.simulate.items is {sold}")
+
+
+def check_surroundings(workspace: Workspace, data: bool = True) -> None:
+    """What a run needs that is not in its configuration: device, models of the hub, and the data as far as
+    their first lines tell. Loads no library of models.
+
+    Args:
+        data: whether the workspace reads its data itself, unless it has done so.
+
+    Raises:
+        TrainingError: a GPU is asked for, and there is none.
+        BackboneError, ConfigError: a model of the hub that cannot be reached.
+        DataError: see :func:`check_data_files`.
+    """
+    config = workspace.config
+    require_device(config.training.device)
+    if data and not workspace.has_stream:
+        check_data_files(config.data)
+    if config.backbone.name not in (*BUILT_IN, *assets.names("backbone")):
+        source = source_of(config.backbone.name)
+        if not Path(source).is_dir():
+            _require_model(f"backbone {source!r}", source, BackboneError)
+    imported = config.data.format == "peso-release" or config.items.index is not None
+    if not workspace.has_semantic_ids and not imported:
+        _require_encoder(config.items.encoder)
+
+
+def _require_encoder(name: str) -> None:
+    if name in (HASHING, FILES):
+        return
+    if name in (*assets.names("encoder"), *assets.names("backbone")):
+        find_encoder(name)
+    elif not Path(name).expanduser().exists():
+        _require_model(f"items.encoder {name!r}", name, ConfigError)
+
+
+def _require_model(what: str, model: str, error: type[PesoError]) -> None:
+    try:
+        require_reachable(model)
+    except Unavailable as reason:
+        raise error(
+            f"{what} is not in the cache of the Hugging Face hub and cannot be fetched: {reason}; check the "
+            "name and the connection, or name the directory of a model"
+        ) from None
+
+
+def check_data_files(data: DataConfig) -> None:
+    """That files and columns are there; first lines are read, no more.
+
+    Raises:
+        DataError, ConfigError: a file or a column is missing, or a file is empty.
+    """
+    from peso.events.release import release_files
+    from peso.events.sources import open_source
+
+    if data.format == "peso-release":
+        release_files(str(data.path))
+    elif data.format != "simulate":
+        open_source(data)
 
 
 def _check_backbone(config: Config) -> None:
@@ -128,7 +190,7 @@ def _check_sizes(config: Config) -> None:
 
 def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     """Make everything that a workspace's stages need and that does not depend on the data: device, strategy,
-    backbone and adapter.
+    backbone and adapter. :func:`check_surroundings` comes first, since this loads PyTorch.
 
     Args:
         seen: what was loaded already, and is not loaded again; it is added to.
@@ -136,6 +198,8 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     Raises:
         ConfigError, BackboneError, TrainingError: as the stage would that comes upon it.
     """
+    config = workspace.config
+    check_configuration(config)
     from peso.adapters.lora import add_adapter
     from peso.model.backbone import load_backbone
     from peso.model.backbone_checks import check_reach
@@ -144,8 +208,6 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     from peso.runs.models import strategy_of
     from peso.runtime.device import Precision
 
-    config = workspace.config
-    check_configuration(config)
     strategy_of(workspace)
     Precision.of(config.training.precision, config.training.device)
     shape = config.model_dump_json(include={"backbone", "prompt", "adapter", "items", "data"})

@@ -17,7 +17,7 @@ from typing import Any
 
 from peso.config import DataConfig, changed_keys
 from peso.config.data import STREAMS
-from peso.config.shape import changed_shape
+from peso.config.shape import changed_shape, is_later
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import correct_items, extend_stream
 from peso.events.ingest import ingest as fill_stream
@@ -28,14 +28,14 @@ from peso.items.semantic_ids import FORMAT as IDS_FORMAT
 from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
 from peso.runs.baselines import check_data
 from peso.runs.challenger import is_judged, judge, keep_serving
-from peso.runs.checks import check_configuration, rehearse
+from peso.runs.checks import check_configuration, check_surroundings, rehearse
 from peso.runs.evaluate import test
 from peso.runs.report import catalogue, read_user_table, tell_found
 from peso.runs.stage import FORMAT, METRICS, RunStage
 from peso.runs.workspace import Workspace, require_place
 from peso.runtime import assets
 from peso.runtime.files import commit_directory, link, remove_directory
-from peso.runtime.machine import threads
+from peso.runtime.machine import require_device, threads
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
@@ -316,9 +316,10 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
 
 def rehearse_stages(workspace: Workspace, observer: Observer) -> None:
     """Fetch the backbone if need be, and find what a stage would come upon, see :mod:`peso.runs.checks`."""
+    check_configuration(workspace.config)
+    check_surroundings(workspace)
     from peso.runs.learn import pull_backbone
 
-    check_configuration(workspace.config)
     pull_backbone(workspace, observer)
     rehearse(workspace)
 
@@ -333,6 +334,7 @@ def learn(stage: RunStage, observer: Observer) -> None:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
     current().on_main(partial(require_next, stage))
+    require_device(stage.workspace.config.training.device)
     from peso.runs.learn import learn_stage
 
     learn_stage(stage, observer)
@@ -365,6 +367,21 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
             judge(stage, observer)
         current().on_main(partial(_conclude, workspace, observer))
     return number
+
+
+def refuse_unused(workspace: Workspace) -> None:
+    """Raise WorkspaceError where settings of later stages are new and :func:`update` has no stage to train
+    with them, only one to finish."""
+    number, trained = _next_stage(workspace)
+    if number is None or not trained:
+        return
+    changed = changed_shape(workspace.stage(number).config, workspace.config, number)
+    if unused := [key for key in changed if is_later(key)]:
+        raise WorkspaceError(
+            f"{', '.join(unused)}: no stage is left to train with this. Stage {number} of {workspace.root} "
+            "was trained with other settings; finish its tests and the report (`peso update -w "
+            f"{workspace.root}`), or undo its training (`peso undo -w {workspace.root}`)"
+        )
 
 
 def _next_stage(workspace: Workspace) -> tuple[int | None, bool]:

@@ -15,6 +15,7 @@ from peso.config.shape import moved, stage_shape
 from peso.errors import WorkspaceError
 from peso.events.histories import Cases, Part
 from peso.runtime.files import digest, read_json_lines, read_json_object
+from peso.runtime.machine import require_device
 from peso.runtime.manifest import MANIFEST, REPLACING, Manifest, intact, is_listed, read_manifest
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ class RunStage:
             WorkspaceError: the stage is not trained, or its files are damaged.
             BackboneError: the backbone cannot be loaded or is not the one that the stage was trained on.
         """
+        require_device(device or self.workspace.config.training.device)
         from peso.runs.models import trained_model
 
         return trained_model(self, device)

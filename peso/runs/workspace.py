@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peso.config import Config, changed_keys, dump_config, load_config
+from peso.config import Config, TrainingConfig, changed_keys, dump_config, load_config
 from peso.config.parsing import read_tree, shown
 from peso.config.reading import (
     MOST_PROBLEMS,
@@ -26,6 +26,7 @@ from peso.config.shape import Changes, changed_data, changed_items, changed_shap
 from peso.errors import ConfigError, ExportError, PesoError, WorkspaceError
 from peso.runs.stage import RunStage
 from peso.runtime.files import LOCK, only_writer, require_writable, restore, write_atomically
+from peso.runtime.machine import require_device
 from peso.runtime.manifest import MANIFEST, Manifest, read_manifest
 from peso.runtime.processes import current
 
@@ -120,6 +121,7 @@ class Workspace:
         Raises:
             WorkspaceError: another process writes there, or keys changed that finished steps depend on (says
                 which, and what to do). Nothing is written then.
+            TrainingError: another device, which this machine does not have.
         """
         with _held(Path(path)):
             return cls._configured(Path(path), config, trust, later)
@@ -176,8 +178,11 @@ class Workspace:
         if os.path.isfile(root / CONFIG):
             done = cls.open(root, anew=anew)
             done.refuse_changes(config, later=later, anew=anew)
-            if not changed_keys(done.config, config):
+            changed = changed_keys(done.config, config)
+            if not changed:
                 return cls(root, config, trust)
+            if "training.device" in changed:  # of what may change, nothing else says whether it is there
+                _require_usable(config.training)
         write_atomically(root / CONFIG, dump_config(config).encode())
         return cls(root, config, trust)
 
@@ -405,6 +410,15 @@ class Workspace:
         """Be the only writer, see :func:`writing`."""
         with writing(self.root):
             yield
+
+
+def _require_usable(training: TrainingConfig) -> None:
+    """Raise TrainingError where this machine does not have the device."""
+    require_device(training.device)
+    if training.device not in ("auto", "cpu"):
+        from peso.runtime.device import Precision
+
+        Precision.of(training.precision, training.device)
 
 
 def _read_resolved(path: Path) -> Config:

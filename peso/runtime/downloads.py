@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +86,22 @@ class Hub:
         for file in self.files:
             (into / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched / file, into / file)
+
+
+@cache
+def require_reachable(model: str) -> None:
+    """Ask whether a model of the hub is in the hub's cache, or can be fetched; nothing is fetched.
+
+    Raises:
+        Unavailable: neither, with the reason.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=TIMEOUT)
+    except Exception as error:  # without a connection, errors of the hub client's own HTTP library
+        raise Unavailable(first_line(error)) from error
 
 
 @dataclass(frozen=True)

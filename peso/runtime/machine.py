@@ -7,6 +7,7 @@ On a busy machine the wait can be much longer: one run took 50 times as long wit
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -18,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peso.errors import AssetError, ConfigError
+from peso.errors import AssetError, ConfigError, TrainingError
 from peso.runtime import assets
 from peso.runtime.failures import installed_version
 from peso.runtime.progress import Observer
@@ -34,6 +35,7 @@ OPTIONAL = {
 
 TRAINED = 16  # bytes per trained parameter: float32, its gradient, two moments of AdamW
 LAYER = 50_000  # bytes of Python objects in a decoder layer, at least
+AMD_DRIVER = Path("/dev/kfd")
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # the memory limit of a container
 
 
@@ -59,6 +61,29 @@ def require_memory(needed: float, what: str) -> None:
             f"{what} would need at least {needed / 2**30:,.0f} GiB of memory; this machine has "
             f"{there / 2**30:,.0f} GiB"
         )
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that cannot be there, without PyTorch, which takes a second to say so.
+
+    Raises:
+        TrainingError: a GPU is named, and this machine has no driver of one.
+    """
+    if name.startswith("cuda") and not (_has_nvidia_driver() or AMD_DRIVER.exists()):
+        raise TrainingError(
+            f"training.device {name!r} cannot be used: this machine has no driver of an NVIDIA or AMD GPU; "
+            "try auto or cpu"
+        )
+    if name.startswith("mps") and sys.platform != "darwin":
+        raise TrainingError(f"training.device {name!r} cannot be used: only macOS has it; try auto or cpu")
+
+
+def _has_nvidia_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def examine() -> dict[str, Any]:

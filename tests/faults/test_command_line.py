@@ -104,6 +104,30 @@ REFUSED_FOR = [  # of `peso run c.yaml -w x`
     ),
 ]
 
+REFUSED_LOG = [  # of a run, or a comparison, on a log
+    "data.columns.user=nope",
+    "data.items.columns.title=nope",
+    "data.path=log.parquet",
+    "backbone=nobody/nothing",
+    "items.encoder=nobody/nothing",
+    "items.encoder=all-minilm-l6-v2",
+    *([] if torch.cuda.is_available() else ["training.device=cuda", "training.device=cuda:1"]),
+    *([] if sys.platform == "darwin" else ["training.device=mps"]),
+]
+
+
+def a_log(folder):
+    """A log with a product table, a configuration of a run and one of a comparison."""
+    lines = [f"u{n % 9},i{n % 7},{1_700_000_000 + n}" for n in range(300)]
+    (folder / "log.csv").write_text("\n".join(["user,item,time", *lines]) + "\n")
+    (folder / "items.csv").write_text("item,title\n" + "".join(f"i{n},Cup {n}\n" for n in range(7)))
+    columns = {"item": "item", "title": "title"}
+    data = {"format": "csv", "path": "log.csv", "items": {"path": "items.csv", "columns": columns}}
+    tree = {"data": data, "backbone": "tiny", "evaluation": {"k": [5]}}
+    (folder / "log.yaml").write_text(yaml.safe_dump(tree))
+    compare = {"strategies": ["single", "none"], "workers": 1, "baselines": []}
+    (folder / "compare.yaml").write_text(yaml.safe_dump({**tree, "compare": compare}))
+
 
 def test_a_refused_call_loads_no_slow_library(peso, tmp_path):
     """Loading PyTorch and its kin costs seconds; modules are counted, since seconds depend on the machine. So
@@ -115,6 +139,12 @@ def test_a_refused_call_loads_no_slow_library(peso, tmp_path):
     assert peso("run", tmp_path / "c.yaml", "-w", tmp_path / "w")[0] == 0
     refused = [*REFUSED, *(["run", "c.yaml", "-w", "x", *options] for options in REFUSED_FOR)]
     refused += [[*call, "-w", "w"] for call in REFUSED_THERE]
+    a_log(tmp_path)
+    (tmp_path / "taken" / "results.parquet").mkdir(parents=True)
+    for call in (["run", "log.yaml"], ["run", "--dry-run", "log.yaml"], ["compare", "compare.yaml"]):
+        refused += [[*call, "-w", "x", "--set", wrong] for wrong in REFUSED_LOG]
+    refused += [["compare", "compare.yaml", "-w", "x", "-o", "taken"]]
+    before = set(tmp_path.rglob("*"))
     program = f"""
 import json, sys
 from peso.cli import app
@@ -127,10 +157,13 @@ for arguments in {[["--help"], *refused]!r}:
         loaded[" ".join(arguments)] = [stop.code, [name for name in {SLOW!r} if name in sys.modules]]
 print(json.dumps(loaded), file=sys.__stderr__)
 """
-    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PESO_CACHE": str(tmp_path / "no cache")}
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
     calls = json.loads(found.stderr.splitlines()[-1])
     assert len(calls) == len(refused) + 1
-    assert {path.name for path in tmp_path.iterdir()} == {"c.yaml", "w"}
+    assert set(tmp_path.rglob("*")) == before
     for call, (status, loaded) in calls.items():
         assert (status == 0) == (call == "--help"), call
         assert loaded == [], call

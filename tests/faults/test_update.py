@@ -122,6 +122,44 @@ def test_an_interrupted_update_is_finished(
     assert pipeline.update(workspace, Silent()) is None
 
 
+def test_settings_that_no_stage_is_trained_with_are_not_stored(
+    updated: Workspace, tmp_path: Path, peso: Call
+) -> None:
+    workspace = Workspace.open(shutil.copytree(updated.root, tmp_path / "w"))
+    pipeline.learn(workspace.stage(2), Silent())
+    root, before = workspace.root, files(workspace.root)
+    given = ("--set", "training.later.epochs=3")
+    status, _, err = peso("update", "-w", root, *given)  # all are trained, the last is not tested
+    assert status == 1
+    assert "training.later.epochs: no stage is left to train with this" in err
+    assert files(root) == before
+    status, out, _ = peso("update", "-w", root, *given, "--set", "evaluation.enabled=false")
+    assert status == 0
+    assert "there is nothing to do; what --set gave is not stored" in out
+    assert files(root) == before
+
+
+@pytest.mark.parametrize(
+    "call", ["run CONFIG", "evaluate", "update", "baseline popularity", "tokenize --append"]
+)
+def test_a_device_that_is_not_there_is_stored_by_no_command(
+    updated: Workspace, tmp_path: Path, peso: Call, call: str
+) -> None:
+    """Not by one either that would not use it, since its work is done."""
+    root = shutil.copytree(updated.root, tmp_path / "w")
+    workspace = Workspace.open(root)
+    pipeline.learn(workspace.stage(2), Silent())
+    pipeline.test(workspace.stage(2).on(2), Silent())
+    before = files(root)
+    (tmp_path / "c.yaml").write_text(json.dumps(TREE))
+    words = [str(tmp_path / "c.yaml") if word == "CONFIG" else word for word in call.split()]
+    for device in ("cuda:77", "mps:3"):
+        status, _, err = peso(*words, "-w", root, "--set", f"training.device={device}")
+        assert status == 1
+        assert f"training.device '{device}' cannot be used" in err
+        assert files(root) == before
+
+
 def test_a_stage_that_keeps_the_old_model_is_no_better(root: Path, peso: Call, reports: list) -> None:
     status, out, err = peso("update", "-w", root, "--set", "strategy=none")
     assert status == 0, err

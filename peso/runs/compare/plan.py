@@ -31,7 +31,7 @@ from peso.config.model import BUILT_IN
 from peso.config.shape import stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
-from peso.runs.checks import check_configuration, rehearse
+from peso.runs.checks import check_configuration, check_data_files, check_surroundings, rehearse
 from peso.runs.workspace import CONFIG, Workspace
 from peso.runtime.files import digest
 from peso.runtime.machine import require_memory
@@ -165,6 +165,22 @@ class Plan:
         if self.compare.workers != "auto":
             workers = min(self.compare.workers, len(self.all))
             require_memory(PROCESS * workers, f"compare.workers: {workers:,} processes at once")
+
+    def check_surroundings(self) -> None:
+        """Look at the first lines of every data set that is not read yet, and for what training needs.
+
+        Raises:
+            PesoError: a file or a column is missing, or as :func:`peso.runs.checks.check_surroundings`; says
+                of which data set or run.
+        """
+        for run in {run.task.data.root: run for run in self.runs if run.task.data is not None}.values():
+            assert run.task.data is not None
+            if not Workspace(run.task.data.root, run.task.data.config).has_stream:
+                try:
+                    check_data_files(run.task.config.data)
+                except PesoError as error:
+                    raise type(error)(f"data set {run.data}: {error}") from None
+        self._of_each(lambda task: check_surroundings(Workspace(task.root, task.config), data=False))
 
     def rehearse(self) -> None:
         """Find what is wrong with any variant before the first is begun, see :mod:`peso.runs.checks`.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from peso.config.baselines import baseline_label
 from peso.errors import WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
-from peso.evaluation.report.page import write_report
+from peso.evaluation.report import refuse_foreign
 from peso.evaluation.report.tables import csv_text
 from peso.evaluation.run_summary import RunSummary
 from peso.runs import report
@@ -23,10 +23,11 @@ from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.compare.plan import Plan, Run
 from peso.runs.compare.progress import Standing, choose, is_done, standing, validation_loss
 from peso.runs.stage import RunStage
-from peso.runs.workspace import Workspace
+from peso.runs.workspace import Workspace, require_place
 from peso.runtime.files import write_aside
 
-RESULTS = "results"  # .parquet and .csv
+RESULTS, ENDINGS = "results", (".parquet", ".csv")
+REPORT = "report"
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,36 @@ def _chosen(run: Run) -> Run:
     return run.with_choice(choose(run.candidates)) if run.candidates and _tried(run) else run
 
 
+def require_results(directory: Path) -> None:
+    """Refuse a directory that :func:`write_results` cannot write to, before the runs.
+
+    Raises:
+        WorkspaceError, ExportError: nothing can be written there, or something else is in the way.
+    """
+    for ending in ENDINGS:
+        file = directory / f"{RESULTS}{ending}"
+        require_place(file)
+        if file.is_dir():
+            raise WorkspaceError(f"{file} is a directory; remove it, or choose another directory with -o")
+    require_place(directory / REPORT)
+    refuse_foreign(directory / REPORT)
+
+
 def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
     """Write ``results.parquet``, ``results.csv`` and ``report/``; returns the report's page.
 
     Raises:
         WorkspaceError: no run has a tested stage, or runs on one data set answered different cases.
     """
+    from peso.evaluation.report.page import write_report
+
     if not collected.runs:
         raise WorkspaceError(f"nothing in {plan.root} is tested yet: {'; '.join(collected.remarks[:3])} …")
     table = results_table(collected)
     directory.mkdir(parents=True, exist_ok=True)
-    with write_aside(directory / f"{RESULTS}.parquet") as aside:
+    with write_aside(directory / f"{RESULTS}{ENDINGS[0]}") as aside:
         pq.write_table(table, aside)
-    with write_aside(directory / f"{RESULTS}.csv") as aside:
+    with write_aside(directory / f"{RESULTS}{ENDINGS[1]}") as aside:
         pyarrow.csv.write_csv(_without_formulas(table), aside)
     runs = [run_summary(run, found) for run, found in collected.runs]
     cells = {(run.data, run.backbone): run for run, _ in reversed(collected.runs)}
@@ -115,7 +133,7 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
         runs += _baselines(first, beside)
     title = plan.common.report.title or f"peso compare: {directory.name}"
     columns = plan.common.report.segments
-    return write_report(directory / "report", runs, title, plan.common.evaluation.k, columns, paired=True)
+    return write_report(directory / REPORT, runs, title, plan.common.evaluation.k, columns, paired=True)
 
 
 def _without_formulas(table: pa.Table) -> pa.Table:

@@ -1,0 +1,24 @@
+"""Text encoders in the cache of assets, found without a library of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peso.errors import ConfigError
+from peso.runtime import assets
+
+
+def find_encoder(name: str) -> Path:
+    """The directory of an asset that ``items.encoder`` names.
+
+    Raises:
+        ConfigError: it is not in the cache.
+        AssetError: it is damaged.
+    """
+    found = assets.find(name)
+    if found is None:
+        raise ConfigError(
+            f"items.encoder {name!r} is not in the cache; fetch it with `peso pull {name}`, or use "
+            "`hashing`, which needs no model"
+        )
+    return found
