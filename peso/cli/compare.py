@@ -71,7 +71,7 @@ def compare(
     plan.check()
     if not report_only:
         plan.refuse_changes()
-        plan.check_surroundings()
+        plan.check_surroundings(models=not dry_run)
     elif not plan.is_begun:
         raise WorkspaceError(f"there is nothing to report: no run in {root} is begun; omit --report-only")
     if not dry_run:

@@ -47,7 +47,7 @@ def run(
     trusted = [*(trust or []), *trusted_classes(resolved, overrides or [], config)]
     if dry_run:
         preview = Workspace.preview(root, resolved, trusted)
-        check_surroundings(preview)
+        check_surroundings(preview, models=False)
         from peso.runs.estimate import estimate
 
         plan = estimate(preview, observer=watcher())

@@ -71,12 +71,13 @@ def check_configuration(config: Config) -> None:
         raise ConfigError(f"evaluation.k asks for {asked} items, but data.simulate.items is {sold}")
 
 
-def check_surroundings(workspace: Workspace, data: bool = True) -> None:
+def check_surroundings(workspace: Workspace, data: bool = True, models: bool = True) -> None:
     """What a run needs that is not in its configuration: device, models of the hub, and the data as far as
     their first lines tell. Loads no library of models.
 
     Args:
         data: whether the workspace reads its data itself, unless it has done so.
+        models: whether to ask for models of the hub, which a plan does not need.
 
     Raises:
         TrainingError: a GPU is asked for, and there is none.
@@ -87,6 +88,12 @@ def check_surroundings(workspace: Workspace, data: bool = True) -> None:
     require_device(config.training.device)
     if data and not workspace.has_stream:
         check_data_files(config.data)
+    if models:
+        _require_models(workspace)
+
+
+def _require_models(workspace: Workspace) -> None:
+    config = workspace.config
     if config.backbone.name not in (*BUILT_IN, *assets.names("backbone")):
         source = source_of(config.backbone.name)
         if not Path(source).is_dir():

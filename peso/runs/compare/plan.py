@@ -166,7 +166,7 @@ class Plan:
             workers = min(self.compare.workers, len(self.all))
             require_memory(PROCESS * workers, f"compare.workers: {workers:,} processes at once")
 
-    def check_surroundings(self) -> None:
+    def check_surroundings(self, models: bool = True) -> None:
         """Look at the first lines of every data set that is not read yet, and for what training needs.
 
         Raises:
@@ -180,7 +180,9 @@ class Plan:
                     check_data_files(run.task.config.data)
                 except PesoError as error:
                     raise type(error)(f"data set {run.data}: {error}") from None
-        self._of_each(lambda task: check_surroundings(Workspace(task.root, task.config), data=False))
+        self._of_each(
+            lambda task: check_surroundings(Workspace(task.root, task.config), data=False, models=models)
+        )
 
     def rehearse(self) -> None:
         """Find what is wrong with any variant before the first is begun, see :mod:`peso.runs.checks`.
