@@ -19,6 +19,8 @@ Pin = Annotated[
     typer.Option("--pin", help="Keep the stage until the next promotion by hand: no gate replaces it."),
 ]
 
+REPORTED = {"test": "the test cases of the stage", "earlier": "the test cases of the stage that serves"}
+
 
 def promote(
     workspace: Directory,
@@ -139,8 +141,11 @@ def show_verdict(stage: RunStage, alerts: Alert) -> None:
     what = f"stage {stage.number} against stage {verdict['champion']}"
     say(f"gate: {what}: {verdict['decision']}")
     for condition in verdict["conditions"]:
-        mark = condition["outcome"] if condition["blocks"] else f"{condition['outcome']}, does not matter"
+        mark = condition["outcome"] if condition["blocks"] else f"{condition['outcome']} (not required)"
         say(f"- {condition['outcome'] if condition['outcome'] == 'passed' else mark}: {condition['says']}")
+    for key, cases in REPORTED.items():
+        if "difference" in verdict[key]:
+            say(f"- reported: difference {verdict[key]['difference']:+.4f} on {cases}")
     if verdict["decision"] != "passed":
         alerts.send(
             verdict["decision"],

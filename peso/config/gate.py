@@ -94,9 +94,9 @@ class GateConfig(Section):
         GateSegmentsConfig(), exclude_if=lambda segments: segments == GateSegmentsConfig()
     )
     forgetting: Margin | None = Field(
-        0.1,
-        exclude_if=partial(eq, 0.1),
-        description="margin on the test cases of the stage that serves; none given: not checked",
+        None,
+        exclude_if=_unset,
+        description="margin on the test cases of the stage that serves; none given: reported, not required",
     )
     guards: Literal["no-harm", "proof"] = Field(
         "no-harm",

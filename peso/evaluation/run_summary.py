@@ -118,6 +118,7 @@ class RunSummary:
         expected_stages: the number of stages of the finished run; 0 if it is not known.
         baseline: whether this is a baseline without a language model. Its probabilities are over items and
             sum to one over the catalog; a model's are over codes, including combinations that no item has.
+        verdicts: what the gate decided, by stage (``gate.json``).
     """
 
     name: str
@@ -137,9 +138,10 @@ class RunSummary:
     family: str = ""
     reference: str = ""
     baseline: bool = False
+    verdicts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
-UNTOLD = ("seed", "report")  # keys in which the configurations of one system may differ
+UNTOLD = ("seed", "report", "gate")  # keys in which the configurations of one system may differ
 
 
 @dataclass(frozen=True, eq=False)

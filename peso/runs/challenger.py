@@ -70,8 +70,7 @@ def _test(challenger: RunStage, champion: RunStage, observer: Observer) -> None:
         test(model.on(number), observer)
         if gate.cases == "validation":
             test(model.on(number, "validation"), observer)
-        if gate.forgetting is not None:
-            test(model.on(champion.number), observer)
+        test(model.on(champion.number), observer)
 
 
 def _decide(challenger: RunStage, champion: RunStage) -> None:
@@ -82,11 +81,14 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
     def pair(cases: int, part: Any = "test") -> Pair:
         return Pair(champion.on(cases, part).predictions, challenger.on(cases, part).predictions)
 
-    tested, known = pair(number), served(challenger.workspace)
+    def compared(given: Pair) -> dict[str, Any]:
+        return compare(given, metric_of(gate), gate.delta, gate.confidence)
+
+    tested, earlier, known = pair(number), pair(champion.number), served(challenger.workspace)
     verdict = decide(
         gate,
         tested if gate.cases == "test" else pair(number, gate.cases),
-        None if gate.forgetting is None else pair(champion.number),
+        earlier,
         gate.k or max(config.evaluation.k),
         _anchor(challenger),
     )
@@ -100,7 +102,8 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
         "says": verdict.says,
         "promote": verdict.decision == "passed" and not known.pinned,
         "pinned": known.pinned,
-        "test": compare(tested, metric_of(gate), gate.delta, gate.confidence),
+        "test": compared(tested),
+        "earlier": compared(earlier),
     }
     with replace_file(challenger.directory, VERDICT, FORMAT) as aside:
         aside.write_text(json_text(content), encoding="utf-8")

@@ -114,6 +114,7 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
             for on in tested
             if on != stage and (test := stage.on(on.number)).is_done
         },
+        verdicts={stage.number: verdict for stage in tested if (verdict := stage.verdict) is not None},
     )
 
 

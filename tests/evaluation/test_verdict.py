@@ -164,9 +164,10 @@ def test_a_group_without_cases() -> None:
 def test_forgetting_is_judged_on_earlier_cases() -> None:
     better = flip(CHAMPION, 0, 100)
     forgetful = Pair(answers(CHAMPION), answers(flip(CHAMPION, 200, 0)))
-    assert judged(CHAMPION, better, forgetful).decision == "refused"
-    assert judged(CHAMPION, better, forgetful, forgetting=None).decision == "passed"
-    assert judged(CHAMPION, better, Pair(answers(CHAMPION), answers(CHAMPION))).decision == "passed"
+    assert judged(CHAMPION, better, forgetful, forgetting=0.1).decision == "refused"
+    assert judged(CHAMPION, better, forgetful).decision == "passed"  # the world may have moved on
+    faithful = Pair(answers(CHAMPION), answers(CHAMPION))
+    assert judged(CHAMPION, better, faithful, forgetting=0.1).decision == "passed"
 
 
 def test_coverage_is_relative_to_the_champion() -> None:

@@ -111,7 +111,7 @@ def test_a_verdict_tells_all_that_it_rests_on(workspace: Workspace) -> None:
     assert verdict["settings"]["delta"] == 0.05  # also what is at its default
     assert verdict["settings"]["cases"] == "validation"
     names = [condition["name"] for condition in verdict["conditions"]]
-    assert names == ["log_probability", "log_probability on earlier cases", "coverage"]
+    assert names == ["log_probability", "coverage"]
     old, new = (workspace.stage(stage).on(1, "validation").predictions for stage in (0, 1))
     assert (old.users, old.targets) == (new.users, new.targets)
     cases = workspace.stream.stage(1).validation_cases(20)
@@ -122,12 +122,14 @@ def test_a_verdict_tells_all_that_it_rests_on(workspace: Workspace) -> None:
     assert figures["champion"] == pytest.approx(old.target_log_probability.mean())
     tested = workspace.stage(1).on(1).predictions
     assert verdict["test"]["challenger"] == pytest.approx(tested.target_log_probability.mean())
-    assert verdict["conditions"][1]["figures"]["cases"] == len(workspace.stage(0).on(0).predictions)
+    first = workspace.stage(0).on(0).predictions
+    assert verdict["earlier"]["cases"] == len(first)
+    assert verdict["earlier"]["champion"] == pytest.approx(first.target_log_probability.mean())
 
 
 def test_test_cases_decide_where_they_are_to(base: Path, tmp_path: Path) -> None:
     root = shutil.copytree(base, tmp_path / "w")
-    with Workspace.change(root, ["gate.cases=test", "gate.forgetting=null"]) as workspace:
+    with Workspace.change(root, ["gate.cases=test"]) as workspace:
         pipeline.update(workspace, Silent())
     verdict: Any = workspace.stage(1).verdict
     assert verdict["conditions"][0]["figures"] == verdict["test"]
