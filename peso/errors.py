@@ -24,6 +24,14 @@ class UntrainableStage(DataError):
     """A stage without events, or in which no user has enough of them."""
 
 
+class NothingLeft(DataError):
+    """A log of which the cleaning left no event."""
+
+
+class NothingNew(DataError):
+    """Events to append of which the stream has every one."""
+
+
 class BackboneError(PesoError):
     """A language model that cannot be loaded or that does not pass the checks at loading."""
 

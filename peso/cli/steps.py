@@ -317,6 +317,16 @@ def update(
             "the update fails. It gets one JSON object on its standard input. No shell is involved.",
         ),
     ] = None,
+    from_events: Annotated[
+        bool,
+        typer.Option(
+            "--from-events", help="First make a stage of the events that were received since the last one."
+        ),
+    ] = False,
+    items: Annotated[
+        str | None,
+        typer.Option("--items", help="With --from-events: the product table. Default: data.items.path."),
+    ] = None,
     overrides: Overrides = None,
     trust: Trust = None,
 ) -> None:
@@ -327,9 +337,15 @@ def update(
 
     With gate.enabled: true, the new stage serves only if it passes against the stage that serves.
 
+    With --from-events, what `peso serve` has received becomes a stage first, and its new items get semantic
+    IDs. Events wait where nobody has three of them yet, where an item is not in the product table, and where
+    an update that was interrupted is to be finished.
+
     --set can change the settings of later stages (strategy, training.later); they apply from this stage on.
 
     Example: peso update -w runs/games
+
+    Example: peso update -w runs/shop --from-events
 
     Example: peso update -w runs/games --set strategy.strength=2 --set training.later.epochs=2
 
@@ -339,6 +355,8 @@ def update(
     from peso.runs import pipeline
     from peso.runs.report import before_and_after
 
+    if items is not None and not from_events:
+        raise UsageError("--items needs --from-events; `peso ingest --items FILE` corrects the product table")
     alerts, stage = Alert.of(alert, workspace), None
     with (
         alerts.on_failure(),
@@ -347,6 +365,8 @@ def update(
     ):
         if overrides:
             current().on_main(lambda: pipeline.refuse_unused(opened))
+        if from_events:
+            current().on_main(lambda: _cut_received(opened, items))
         stage = pipeline.update(opened, watcher())
         if stage is None:
             raise _NothingToDo
@@ -369,6 +389,30 @@ def update(
     say(f"report: {opened.report_directory / 'index.html'}")
     show_verdict(opened.stage(stage), alerts)
     next_steps(["diagnose", "-w", opened.root], next_step_of(opened))
+
+
+def _cut_received(opened: Workspace, items: str | None) -> None:
+    from peso.runs import pipeline
+    from peso.runs.intake import cut_received
+
+    cut = cut_received(opened, watcher(), items)
+    if cut.stage is None:
+        say(f"{opened.root}: no stage was made of received events: {cut.why}")
+    else:
+        say(
+            f"stage {cut.stage}: {cut.events:,} received events of {cut.users:,} users; "
+            f"{cut.new_items:,} new items"
+        )
+    if cut.unknown_items:
+        say(
+            f"WARNING: {cut.unknown_items:,} items of received events ({cut.example!r}, for example) are not "
+            "in the product table, so that their events wait. Add rows for them, or name another table with "
+            "--items FILE"
+        )
+    if cut.waiting:
+        say(f"{cut.waiting:,} received events wait for a later stage")
+    if opened.items_without_id:
+        pipeline.tokenize_new(opened, watcher())
 
 
 def undo(

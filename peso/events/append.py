@@ -6,6 +6,7 @@ table is written again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from peso.config import DataConfig, StagesConfig
-from peso.errors import DataError
+from peso.errors import DataError, NothingNew
 from peso.events import columns
 from peso.events.cleaning import Cut, Funnel, calendar, clean, cut_at, order_by_time
 from peso.events.database import literal, scalar, temporary_database
 from peso.events.ingest import describe
 from peso.events.loading import load
-from peso.events.sources import open_source
+from peso.events.sources import Source, open_source
 from peso.events.sources.tables import ALIKE, folded
 from peso.events.sources.user_files import own_items
 from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
@@ -41,7 +42,13 @@ BEFORE = 2**40  # subtracted from the place of what a user did before: negative,
 
 
 def extend_stream(
-    data: DataConfig, earlier: str | Path, directory: Path, observer: Observer | None = None
+    data: DataConfig,
+    earlier: str | Path,
+    directory: Path,
+    observer: Observer | None = None,
+    *,
+    source: Source | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fill an existing, empty directory with the stream at ``earlier`` and further stages of new events.
 
@@ -53,6 +60,8 @@ def extend_stream(
     Args:
         data: where the new events are; cleaning and stages as for the stream.
         earlier: the stream to continue. It is only read.
+        source: log and product table to read instead of those that ``data`` names.
+        told: what else ``appended`` says of this append.
 
     Returns:
         The manifest; ``appended`` lists what each append brought.
@@ -77,7 +86,7 @@ def extend_stream(
     last = int(stream.manifest["time"]["last"])
     skip = data.on_error == "skip"
     with temporary_database(directory) as connection:
-        source = open_source(data)
+        source = source or open_source(data)
         observer.begin(f"reading {data.path}", 0, "")
         loaded = load(connection, source.log, skip, data.min_rating is not None)
         loaded.tell(observer)
@@ -143,6 +152,7 @@ def extend_stream(
         "new_items_without_text": _without_text(added),
         **of_items,
         "before": {"time": stream.manifest["time"]},
+        **(told or {}),
     }
     content = dict(stream.manifest)
     content.update(
@@ -242,7 +252,7 @@ def _without_text(items: pa.Table) -> int:
 
 def _require_new(connection: duckdb.DuckDBPyConnection, data: DataConfig, why: str) -> None:
     if not scalar(connection, "SELECT count(*) FROM events"):
-        raise DataError(f"{data.path} holds nothing new: every event {why}. Was it appended before?")
+        raise NothingNew(f"{data.path} holds nothing new: every event {why}. Was it appended before?")
 
 
 def _leave_out_older(connection: duckdb.DuckDBPyConnection, last: int, skip: bool, path: str) -> int:

@@ -18,7 +18,7 @@ import duckdb
 import numpy as np
 
 from peso.config import PERIOD, StagesConfig
-from peso.errors import DataError, UntrainableStage
+from peso.errors import DataError, NothingLeft, UntrainableStage
 from peso.events.database import scalar
 from peso.events.times import END, Clock, iso, microseconds
 
@@ -39,7 +39,7 @@ class Funnel:
         self.rows.append({"step": "readable", **left})
 
     def count(self, step: str, cure: str = "") -> None:
-        """Count what is left now. Raises DataError if nothing is; ``cure``: what to do then."""
+        """Count what is left now. Raises NothingLeft if nothing is; ``cure``: what to do then."""
         events = scalar(self.connection, "SELECT count(*) FROM events")
         if self.rows[-1]["events"] == events:
             self.rows.append({**self.rows[-1], "step": step})  # where no event went, no user did
@@ -49,7 +49,7 @@ class Funnel:
         ).fetchall()[0]
         self.rows.append({"step": step, "events": events, "users": users, "items": items})
         if not events:
-            raise DataError(f"no event is left after the step {step!r} of the cleaning; {cure}")
+            raise NothingLeft(f"no event is left after the step {step!r} of the cleaning; {cure}")
 
 
 def clean(
@@ -70,7 +70,7 @@ def clean(
        until none is left (the k-core; events count, not distinct items).
 
     Raises:
-        DataError: nothing is left.
+        NothingLeft: nothing is left.
     """
     connection = funnel.connection
     if keep:

@@ -8,7 +8,7 @@ and metrics in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,16 +173,30 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
             is then as before.
         ConfigError: as :func:`tokenize_new`. The stream is then as before.
     """
-    stream, data = workspace.stream, data or workspace.config.data
-    if data.format in STREAMS:
+    given = data or workspace.config.data
+    if given.format in STREAMS:
         raise DataError(
-            f"{data.format} data have no new events; name a log of them: "
+            f"{given.format} data have no new events; name a log of them: "
             f"`peso ingest NEW --format csv --append -w {workspace.root}`"
         )
-    observer.note(f"append: {data.format} {data.path}")
+    observer.note(f"append: {given.format} {given.path}")
+    earlier = workspace.stream.directory
+    return extend(workspace, observer, lambda place: extend_stream(given, earlier, place, observer))
+
+
+def extend(
+    workspace: Workspace, observer: Observer, fill: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Put a longer stream in the place of the workspace's; returns its manifest.
+
+    Args:
+        fill: writes it into an empty directory and returns its manifest; nothing is committed where it fails.
+
+    Raises: as :func:`append`.
+    """
     told = read_user_table(users) if (users := workspace.config.report.users) else {}
     with commit_directory(workspace.stream_directory) as directory:
-        manifest = extend_stream(data, stream.directory, directory, observer)
+        manifest = fill(directory)
         if workspace.has_semantic_ids and manifest["appended"][-1]["new_items"]:
             with TemporaryDirectory() as trial:
                 observer.note("see whether the new items can get semantic IDs")
@@ -350,7 +364,7 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
     Raises:
         WorkspaceError: stage 0 is not trained.
     """
-    number, trained = current().on_main(partial(_next_stage, workspace))
+    number, trained = current().on_main(partial(unfinished, workspace))
     gated = workspace.config.gate.enabled
     if gated:
         current().on_main(partial(keep_serving, workspace))
@@ -372,7 +386,7 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
 def refuse_unused(workspace: Workspace) -> None:
     """Raise WorkspaceError where settings of later stages are new and :func:`update` has no stage to train
     with them, only one to finish."""
-    number, trained = _next_stage(workspace)
+    number, trained = unfinished(workspace)
     if number is None or not trained:
         return
     changed = changed_shape(workspace.stage(number).config, workspace.config, number)
@@ -384,8 +398,11 @@ def refuse_unused(workspace: Workspace) -> None:
         )
 
 
-def _next_stage(workspace: Workspace) -> tuple[int | None, bool]:
-    """The stage that an update is about, and whether it is trained already."""
+def unfinished(workspace: Workspace) -> tuple[int | None, bool]:
+    """The stage that an update is about, None where nothing is left to do, and whether it is trained already.
+
+    Raises WorkspaceError where stage 0 is not trained.
+    """
     finished = workspace.finished_stages
     if not finished:
         raise WorkspaceError(

@@ -1,0 +1,261 @@
+"""Received events become a stage of the stream: `peso update --from-events`.
+
+One rename decides: that of the new stream into its place. Its manifest names the cut; the events carry that
+name already. Killed before, the cut has not taken place, and the next one takes the same events; killed
+after, it has. No event is taken twice or lost.
+
+What cannot go into a stage yet waits and counts for a later cut: events of items that the product table does
+not have, and of users and items that are rarer than ``data.min_user`` and ``data.min_item``. A late event,
+older than the stream's last one, counts as of that moment: in the user's history it comes after what the
+stream has, and only if the user never had the item, as in :mod:`peso.runs.user_histories`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peso.config import DataConfig, ItemTableConfig
+from peso.config.data import STREAMS
+from peso.errors import DataError, NothingLeft, NothingNew, UntrainableStage
+from peso.events import columns
+from peso.events.append import extend_stream
+from peso.events.database import literal, scalar, temporary_database
+from peso.events.received import ReceivedEvent, ReceivedEvents
+from peso.events.sources import ItemTable, Source, open_source
+from peso.events.sources.reading import Reading
+from peso.events.sources.user_files import own_items
+from peso.events.stream import ITEMS_FILE, Stream, stage_file
+from peso.items.semantic_ids import read_release_index
+from peso.runs import pipeline
+from peso.runs.user_histories import RECEIVED, cuts_of
+from peso.runs.workspace import Workspace
+from peso.runtime.manifest import intact
+from peso.runtime.progress import Observer
+
+WORK = ".received.writing"  # in the workspace, while a cut is made
+_SCHEMA = pa.schema([*columns.EVENTS, ("number", pa.int64())])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of the received events.
+
+    Attributes:
+        stage: the new stage; None: there is none, for the reason ``why``.
+        events, users, new_items: of the new stage.
+        waiting: received events that are in no stage yet.
+        unknown_items: as many of their items are not in the product table.
+        example: one of them.
+    """
+
+    stage: int | None = None
+    why: str = ""
+    events: int = 0
+    users: int = 0
+    new_items: int = 0
+    waiting: int = 0
+    unknown_items: int = 0
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Received events in a file, in order of time, as a log: of the items that may come into the stream."""
+
+    log: Path
+    events: int
+    unknown_items: int
+    example: str
+
+
+def cut_received(workspace: Workspace, observer: Observer, items: str | None = None) -> Cut:
+    """Append what was received since the last cut as one stage. The caller holds the workspace's lock.
+
+    An update that is not finished is to be finished first: then nothing is cut. Neither is where nobody has
+    the three events that a stage needs; the events wait.
+
+    Args:
+        items: the product table to read instead of the configured one.
+
+    Raises:
+        WorkspaceError: a damaged file of events or stream; there is no trained stage; a full disk.
+        DataError: the product table cannot be read, or new items cannot get semantic IDs.
+    """
+    number, _ = pipeline.unfinished(workspace)
+    if number is not None:
+        return Cut(why=f"stage {number} is not finished yet; what was received waits for the next update")
+    if not workspace.events_file.exists():
+        return Cut(why="no event was received yet")
+    work = workspace.root / WORK
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        with ReceivedEvents(workspace.events_file) as received:
+            received.check()
+            return _cut(workspace, received, work, observer, items)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _cut(
+    workspace: Workspace, received: ReceivedEvents, work: Path, observer: Observer, items: str | None
+) -> Cut:
+    stream, data = workspace.stream, workspace.config.data
+    written = _write(received, cuts_of(stream, received.id), work / "received.parquet")
+    if not written:
+        return Cut(why="nothing was received since the last stage")
+    table = _product_table(data, items, observer)
+    sent = _select(workspace, work, table)
+    waits = Cut(waiting=written, unknown_items=sent.unknown_items, example=sent.example)
+    if not sent.events:
+        return replace(waits, why="no received event is of an item that the stream or the product table has")
+    log = DataConfig(
+        format="parquet",
+        path=str(sent.log),
+        repeats=data.repeats,
+        min_user=data.min_user,
+        min_item=data.min_item,
+        stages=1,  # type: ignore[arg-type]  # short for fractions
+    )
+    cut, taken = uuid.uuid4().hex, 0
+
+    def fill(directory: Path) -> dict[str, Any]:
+        nonlocal taken
+        manifest = extend_stream(
+            log,
+            stream.directory,
+            directory,
+            observer,
+            source=Source(open_source(log).log, table),
+            told={"source": {"format": "received"}, RECEIVED: {"log": received.id, "cut": cut}},
+        )
+        numbers = _taken(Stream.open(directory), sent.log, work)
+        taken = len(numbers)
+        received.mark(numbers, cut)
+        return manifest
+
+    observer.note(f"append: {sent.events:,} received events")
+    try:
+        manifest = pipeline.extend(workspace, observer, fill)
+    except NothingNew:
+        return replace(waits, why="the stream has every event that was received", waiting=0)
+    except (NothingLeft, UntrainableStage):
+        return replace(
+            waits,
+            why="nobody has the three events yet that a stage needs, or the data.min_user of a new user",
+        )
+    brought = manifest["appended"][-1]
+    return replace(
+        waits,
+        stage=int(brought["first_stage"]),
+        events=int(brought["events"]),
+        users=int(brought["users"]),
+        new_items=int(brought["new_items"]),
+        waiting=written - taken,
+    )
+
+
+def _write(received: ReceivedEvents, cuts: list[str], file: Path) -> int:
+    """The events that wait, in order of receipt; returns how many."""
+    count = 0
+    with pq.ParquetWriter(file, _SCHEMA) as writer:
+        for events in received.waiting(cuts):
+            writer.write_table(_table(events))
+            count += len(events)
+    return count
+
+
+def _table(events: list[ReceivedEvent]) -> pa.Table:
+    fields = {name: [getattr(event, name) for event in events] for name in _SCHEMA.names}
+    return pa.table(fields, schema=_SCHEMA)
+
+
+def _product_table(data: DataConfig, items: str | None, observer: Observer) -> ItemTable | None:
+    """The configured product table, or that at ``items`` with the configured columns."""
+    if items is not None:
+        known = data.items.model_dump() if data.items else {}
+        table = ItemTableConfig.model_validate({**known, "path": items, "format": None})
+        return own_items(data.model_copy(update={"items": table}))
+    if data.items is not None:
+        return own_items(data)
+    if data.format in STREAMS or data.format in ("csv", "jsonl", "parquet"):
+        return None
+    try:
+        return open_source(data).items
+    except DataError as error:
+        observer.note(f"note: no product table, so that events of new items wait: {error}")
+        return None
+
+
+def _select(workspace: Workspace, work: Path, table: ItemTable | None) -> _Sent:
+    """The events of items that the stream, or else the product table, knows, as a log in order of time.
+
+    A stream without any title, text or category takes new items without a row, as any append does.
+    """
+    stream, config = workspace.stream, workspace.config
+    last = int(stream.manifest.get("time", {}).get("last", 0))  # without: the append is refused
+    known = literal(str(intact(stream.directory, ITEMS_FILE, stream.manifest)))
+    log = work / "log.parquet"
+    with temporary_database(work) as connection:
+        connection.execute(
+            f"CREATE TABLE received AS SELECT * FROM read_parquet({literal(str(work / 'received.parquet'))})"
+        )
+        connection.execute(f"CREATE TABLE known AS SELECT item_id FROM read_parquet({known})")
+        _add_products(connection, stream, table, config.items.index, config.data.on_error == "skip")
+        missing = scalar(connection, f"SELECT count(DISTINCT item) FROM received WHERE {_UNKNOWN}")
+        first = connection.execute(f"SELECT min(item) FROM received WHERE {_UNKNOWN}").fetchall()[0][0]
+        # equal times keep the order of receipt, before late ones are moved to the stream's last moment
+        connection.execute(f"""
+            COPY (
+                SELECT "user", item, make_timestamp(greatest("time", {last})) AS "time", number
+                FROM received WHERE NOT ({_UNKNOWN}) ORDER BY received."time", number
+            ) TO {literal(str(log))} (FORMAT parquet)""")
+        events = scalar(connection, f"SELECT count(*) FROM received WHERE NOT ({_UNKNOWN})")
+    return _Sent(log, events, missing, first or "")
+
+
+_UNKNOWN = "item NOT IN (SELECT item_id FROM known)"
+
+
+def _add_products(
+    connection: duckdb.DuckDBPyConnection,
+    stream: Stream,
+    table: ItemTable | None,
+    index: str | None,
+    skip: bool,
+) -> None:
+    """Add to ``known`` the items that may come into the stream."""
+    described = any(
+        stream.items[name].null_count < len(stream.items)
+        for name in (columns.TITLE, columns.TEXT, columns.CATEGORY)
+    )
+    if index is not None:
+        ids = pa.table({"item_id": read_release_index(index).item_ids})
+        connection.from_arrow(ids).insert_into("known")
+    elif table is not None:
+        reading = Reading(connection, table.table, skip, table.item)
+        reading.create("products", f"{reading.id(table.item, 'data.items.columns.item')} AS item_id")
+        connection.execute("INSERT INTO known SELECT item_id FROM products WHERE item_id IS NOT NULL")
+    elif not described:
+        connection.execute("INSERT INTO known SELECT item FROM received")
+
+
+def _taken(stream: Stream, log: Path, work: Path) -> list[int]:
+    """Numbers of the events whose user and item are in the stream now: those that are a repeat too, which the
+    stream keeps once. The others were too rare."""
+    files = ", ".join(literal(str(stream.directory / stage_file(n))) for n in range(stream.stages))
+    items = literal(str(stream.directory / ITEMS_FILE))
+    with temporary_database(work) as connection:
+        found = connection.execute(f"""
+            SELECT number FROM read_parquet({literal(str(log))})
+            WHERE "user" IN (SELECT "user" FROM read_parquet([{files}], hive_partitioning = false))
+            AND item IN (SELECT item_id FROM read_parquet({items})) ORDER BY number""").fetchall()
+    return [number for (number,) in found]
