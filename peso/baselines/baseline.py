@@ -228,7 +228,7 @@ class Answerer(Protocol):
 
 
 class Fusion(Part, Answerer):
-    """A baseline that learns nothing itself: it answers with another one and the run's own model."""
+    """A baseline that learns nothing itself: it answers with others and the run's own model."""
 
     tunes: bool
     """Whether something is left to choose on validation cases."""
@@ -238,12 +238,12 @@ class Fusion(Part, Answerer):
     def of(
         cls,
         options: Any,
-        partner: Answerer,
+        partners: Sequence[Answerer],
         model: GenerativeModel,
         settings: dict[str, Any],
         batch_size: int | None,
     ) -> Self:
-        """Both as they stand after a stage. ``settings``: what :meth:`tuned` chose then, or {}."""
+        """All as they stand after a stage. ``settings``: what :meth:`tuned` chose then, or {}."""
 
     @abstractmethod
     def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> Self:

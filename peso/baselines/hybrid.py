@@ -1,77 +1,120 @@
-"""A hybrid: the two-tower model and a language model vote by their log-probabilities.
+"""A hybrid: the run's own language model and one or more baselines vote by their log-probabilities.
 
-For a semantic ID c and a weight w:
+For a semantic ID c, the baselines m = 1 … M and their weights w_m ≥ 0, Σ w_m ≤ 1:
 
-    score(c) = w · ln p_towers(c) + (1 − w) · ln p_llm(c)
+    score(c) = Σ_m w_m · ln p_m(c) + (1 − Σ_m w_m) · ln p_llm(c)
 
-Candidates are the best of each model together, and both models score all of them, so nothing is guessed. The
-weight is the one with the highest NDCG on the validation cases. The scores are a logarithmic pool, which is
-not normalised: by Hölder's inequality Σ_c p_towers^w p_llm^(1−w) ≤ 1, so the score of the target is a lower
-bound of its log-probability under the normalised pool.
+Candidates are the best of each model together, and all models score all of them, so nothing is guessed. The
+weights are chosen by NDCG on the validation cases: for one baseline the best of a grid; for several each in
+turn on this grid, the others keeping their proportions, until none improves. The scores are a logarithmic
+pool, which is not normalised: by Hölder's inequality Σ_c Π_m p_m(c)^w_m ≤ 1, so the score of the target is a
+lower bound of its log-probability under the normalised pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from peso.baselines.baseline import Answerer, Answers, BaselineAnswers, Fusion, batches, top
 from peso.baselines.two_tower import TwoTower
-from peso.config.baselines import BASELINES, BaselineOptions
+from peso.config.baselines import BaselineConfig, BaselineOptions, baseline_label
 from peso.config.model import MOST_BEAMS
 from peso.events.histories import Cases
 from peso.runtime.machine import threads
 
 if TYPE_CHECKING:
-    from peso.decoding import Beams
     from peso.model.generative import GenerativeModel
 
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
-
-
-def _two_tower(value: Any) -> Any:
-    return BASELINES.read({"name": TwoTower.name, **value}) if isinstance(value, Mapping) else value
+MOST_ROUNDS = 5  # of choosing each weight in turn
 
 
 @dataclass(frozen=True)
 class Hybrid(Fusion):
-    """The two-tower model and the run's own language model, fused.
+    """The run's own language model and baselines, fused.
 
-    ``towers``, ``llm``: the two after a stage; ``weight``: of the towers.
+    ``partners``, ``llm``: as they stand after a stage; ``weights``: of the partners, the rest is the model's.
     """
 
     name = "hybrid"
     random = True
 
     class Options(BaselineOptions):
-        candidates: int = Field(
-            50, ge=1, le=MOST_BEAMS, description="semantic IDs that each of the two proposes"
-        )
-        weight: float | None = Field(
+        candidates: int = Field(50, ge=1, le=MOST_BEAMS, description="semantic IDs that each model proposes")
+        weight: float | list[float] | None = Field(
             None,
-            ge=0,
-            le=1,
-            description="of the two-tower's log-probability; none given: tuned on validation",
+            description="of the partner's log-probability; of several partners a list in their order; none "
+            "given: tuned on validation",
         )
-        two_tower: Annotated[TwoTower.Options, BeforeValidator(_two_tower)] = TwoTower.Options(
-            name=TwoTower.name
+        partners: list[BaselineConfig] = Field(
+            [TwoTower.Options(name=TwoTower.name)],
+            min_length=1,
+            description="baselines beside the run's own model, as under `baselines`; by default two-tower",
         )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _of_two_tower(cls, tree: Any) -> Any:
+            """The only partner there was once had a key of its own."""
+            if not isinstance(tree, Mapping) or "two_tower" not in tree:
+                return tree
+            if "partners" in tree:
+                raise ValueError("name two-tower among `partners`, with its options, and remove `two_tower`")
+            result = dict(tree)
+            options = result.pop("two_tower")
+            if not isinstance(options, Mapping):
+                raise ValueError(
+                    "two_tower takes the options of two-tower; name other partners in `partners`"
+                )
+            return {**result, "partners": [{**options, "name": TwoTower.name}]}
+
+        @field_validator("partners", mode="before")
+        @classmethod
+        def _listed(cls, value: Any) -> Any:
+            return [value] if isinstance(value, str | Mapping) else value
+
+        @model_validator(mode="after")
+        def _fits(self) -> Hybrid.Options:
+            labels = [baseline_label(partner) for partner in self.partners]
+            if any(partner.fused for partner in self.partners):
+                raise ValueError("a hybrid cannot be a partner of a hybrid; name its partners instead")
+            if len(set(labels)) < len(labels):
+                raise ValueError(f"hybrid: a partner is named twice ({', '.join(labels)}); remove one")
+            if self.weight is not None:
+                weights = self.weight if isinstance(self.weight, list) else [self.weight]
+                if len(weights) != len(labels):
+                    raise ValueError(
+                        f"hybrid: {len(weights)} weights for {len(labels)} partners ({', '.join(labels)}); "
+                        "give one for each, or none"
+                    )
+                if min(weights) < 0 or sum(weights) > 1 + 1e-9:
+                    raise ValueError("hybrid: weights are at least 0, and their sum at most 1")
+            return self
+
+        @model_serializer(mode="wrap")
+        def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+            """As earlier versions wrote it where they could, so that their results keep their digests."""
+            tree: dict[str, Any] = handler(self)
+            if "partners" in tree and [partner.name for partner in self.partners] == [TwoTower.name]:
+                tree["two_tower"] = tree.pop("partners")[0]
+            return tree
 
         @property
-        def partner(self) -> BaselineOptions:
-            return self.two_tower
+        def fused(self) -> Sequence[BaselineOptions]:
+            return self.partners
 
         def memory(self, items: int, users: int, window: int) -> int:
-            return self.two_tower.memory(items, users, window)
+            return sum(partner.memory(items, users, window) for partner in self.partners)
 
-    towers: BaselineAnswers
+    partners: Sequence[BaselineAnswers]
     llm: GenerativeModel
     candidates: int
-    weight: float
+    weights: tuple[float, ...]
     search_batch: int | None = None
     tunes: bool = False
 
@@ -79,135 +122,187 @@ class Hybrid(Fusion):
     def of(
         cls,
         options: Hybrid.Options,
-        partner: Answerer,
+        partners: Sequence[Answerer],
         model: GenerativeModel,
         settings: dict[str, Any],
         batch_size: int | None,
     ) -> Hybrid:
-        assert isinstance(partner, BaselineAnswers)
+        own = [partner for partner in partners if isinstance(partner, BaselineAnswers)]
+        assert len(own) == len(partners)
         weight = settings.get("weight", options.weight)
-        given = 0.5 if weight is None else weight
-        return cls(partner, model, options.candidates, given, batch_size, tunes=weight is None)
+        even = (1 / (len(own) + 1),) * len(own)
+        weights = even if weight is None else tuple(weight) if isinstance(weight, list) else (weight,)
+        return cls(own, model, options.candidates, weights, batch_size, tunes=weight is None)
 
     def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> Hybrid:
-        """With the weight that ranks the validation targets best."""
-        found, *_ = self._propose(validation, advance)
-        targets = self.towers.trie.leaf_of[validation.targets]
-        return replace(self, weight=best_weight(found, targets, depth)[0], tunes=False)
+        """With the weights that rank the validation targets best."""
+        found, _ = self._propose(validation, advance)
+        targets = self.partners[0].trie.leaf_of[validation.targets]
+        return replace(self, weights=best_weights(found, targets, depth)[0], tunes=False)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether items that the user has had may be answers: where all partners admit them."""
+        return all(partner.repeats for partner in self.partners)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"weight": self.weight, "repeats": self.towers.repeats}
+        weight = self.weights[0] if len(self.weights) == 1 else list(self.weights)
+        return {"weight": weight, "repeats": self.repeats}
+
+    def with_repeats(self, repeats: bool) -> Hybrid:
+        """The same with another rule for the items that a user has had."""
+        return replace(self, partners=[replace(partner, repeats=repeats) for partner in self.partners])
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
-        found, towers, llm = self._propose(cases, advance)
-        leaves, scores = pooled(found, self.weight, depth)
-        return Answers(leaves, scores, pool(towers, llm, self.weight))
+        found, of_targets = self._propose(cases, advance)
+        leaves, scores = pooled(found, self.weights, depth)
+        return Answers(leaves, scores, pool(of_targets, self.weights))
 
-    def _propose(
-        self, cases: Cases, advance: Callable[[int], None]
-    ) -> tuple[Candidates, np.ndarray, np.ndarray]:
-        """The candidates of all cases, and the log-probability of each target: the towers' and the LLM's."""
-        from peso.decoding import search
-
-        parts, of_targets, of_llm, done = [], [], [], 0
-        trie = self.towers.trie
-        count = min(self.candidates, trie.leaves)
+    def _propose(self, cases: Cases, advance: Callable[[int], None]) -> tuple[Candidates, np.ndarray]:
+        """The candidates of all cases, and the log-probabilities of the targets (models, n)."""
+        parts, of_targets, done = [], [], 0
         for part in batches(cases):
-            every = self.towers.log_probabilities(part)  # (n, leaves)
-            seen = None if self.towers.repeats else part.seen
-            mine = top(every, count)
-            # as many beams as candidates: none of them is lost on the way
-            with threads(self.llm):
-                judged = search(
-                    self.llm,
-                    part.histories,
-                    beams=count,
-                    batch_size=self.search_batch,
-                    exclude=seen,
-                    allow=[np.concatenate([trie.items_of(leaf) for leaf in row]) for row in mine],
-                )
-                theirs = search(
-                    self.llm,
-                    part.histories,
-                    beams=count,
-                    batch_size=self.search_batch,
-                    exclude=seen,
-                    targets=part.targets,
-                )
-            assert theirs.target_scores is not None
-            of_llm.append(theirs.target_scores.astype(np.float64))
-            parts.append(joined(_scored(every, theirs), _scored(every, judged)))
-            of_targets.append(every[np.arange(len(part)), trie.leaf_of[part.targets]])
+            candidates, targets = self._candidates(part)
+            parts.append(candidates)
+            of_targets.append(targets)
             done += len(part)
             advance(done)
-        columns = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("leaves", "towers", "llm")
-        }
-        return Candidates(**columns), np.concatenate(of_targets), np.concatenate(of_llm)
+        return stacked(parts), np.concatenate(of_targets, axis=1)
+
+    def _candidates(self, part: Cases) -> tuple[Candidates, np.ndarray]:
+        from peso.decoding import search
+
+        trie, targets = self.partners[0].trie, np.arange(len(part))
+        count = min(self.candidates, trie.leaves)
+        every = np.stack(
+            [partner.log_probabilities(part) for partner in self.partners]
+        )  # (partners, n, leaves)
+        mine = [np.unique(leaves) for leaves in np.concatenate([top(of, count) for of in every], axis=1)]
+        seen = None if self.repeats else part.seen
+
+        with threads(self.llm):
+            judged = search(
+                self.llm,
+                part.histories,
+                beams=max(map(len, mine)),  # as many as candidates: none of them is lost on the way
+                batch_size=self.search_batch,
+                exclude=seen,
+                allow=[np.concatenate([trie.items_of(leaf) for leaf in row]) for row in mine],
+            )
+            theirs = search(
+                self.llm,
+                part.histories,
+                beams=count,
+                batch_size=self.search_batch,
+                exclude=seen,
+                targets=part.targets,
+            )
+        assert theirs.target_scores is not None
+        of_targets = [*every[:, targets, trie.leaf_of[part.targets]], theirs.target_scores.astype(np.float64)]
+        leaves = np.concatenate([theirs.leaves, judged.leaves], axis=1)
+        of_llm = np.concatenate([theirs.scores, judged.scores], axis=1).astype(np.float64)
+        of_partners = np.take_along_axis(every, np.maximum(leaves, 0)[None], axis=2)
+        return once(leaves, np.concatenate([of_partners, of_llm[None]])), np.stack(of_targets)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """leaves: int64 (n, candidates), distinct in each row but for -1, where there is none; towers, llm:
-    float (n, candidates), log-probabilities, -inf where there is no candidate."""
+    """leaves: int64 (n, candidates), distinct in each row but for -1, where there is none; of: float (models,
+    n, candidates), log-probabilities, the language model's last, -inf where there is no candidate."""
 
     leaves: np.ndarray
-    towers: np.ndarray
-    llm: np.ndarray
+    of: np.ndarray
 
 
-def joined(first: Candidates, second: Candidates) -> Candidates:
-    """The candidates of both, each once."""
-    leaves = np.concatenate([first.leaves, second.leaves], axis=1)
+def once(leaves: np.ndarray, of: np.ndarray) -> Candidates:
+    """Candidates of which some are named twice in a row, with the same log-probabilities; -1 is none."""
     order = np.argsort(leaves, axis=1, kind="stable")
     ascending = np.take_along_axis(leaves, order, axis=1)
     again = np.zeros_like(leaves, dtype=bool)
     np.put_along_axis(again, order[:, 1:], ascending[:, 1:] == ascending[:, :-1], axis=1)
-    towers = np.concatenate([first.towers, second.towers], axis=1)
-    llm = np.concatenate([first.llm, second.llm], axis=1)
     gone = again | (leaves < 0)
+    return Candidates(np.where(gone, -1, leaves), np.where(gone, -np.inf, of))
+
+
+def stacked(parts: Sequence[Candidates]) -> Candidates:
+    """The cases of all parts, filled up with -1 where a part has fewer candidates."""
+    width = max(part.leaves.shape[1] for part in parts)
+
+    def wide(values: np.ndarray, fill: float) -> np.ndarray:
+        missing = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
+        return np.pad(values, missing, constant_values=fill)
+
     return Candidates(
-        np.where(gone, -1, leaves), np.where(gone, -np.inf, towers), np.where(gone, -np.inf, llm)
+        np.concatenate([wide(part.leaves, -1) for part in parts]),
+        np.concatenate([wide(part.of, -np.inf) for part in parts], axis=1),
     )
 
 
-def pooled(candidates: Candidates, weight: float, depth: int) -> tuple[np.ndarray, np.ndarray]:
+def pool(of: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """(models, …) → (…): the formula above; -inf where any model says so.
+
+    Args:
+        weights: of all models but the last.
+    """
+    every = np.array([*weights, max(0.0, 1 - sum(weights))])
+    impossible = np.isneginf(of).any(axis=0)
+    total = np.tensordot(every, np.where(impossible, 0.0, of), axes=1)
+    return np.where(impossible, -np.inf, total)
+
+
+def pooled(candidates: Candidates, weights: Sequence[float], depth: int) -> tuple[np.ndarray, np.ndarray]:
     """The best candidates by the formula above: leaves int64 (n, depth), -1 where there are fewer, and their
     scores float64. Of equal ones the smaller leaf comes first."""
-    scores = pool(candidates.towers, candidates.llm, weight)
+    scores = pool(candidates.of, weights)
     order = np.lexsort((candidates.leaves, -scores), axis=1)[:, :depth]
     leaves = np.take_along_axis(candidates.leaves, order, axis=1)
     return leaves, np.take_along_axis(scores, order, axis=1)
 
 
-def pool(towers: np.ndarray, llm: np.ndarray, weight: float) -> np.ndarray:
-    """The formula above; -inf where either is."""
-    if weight in (0.0, 1.0):  # 0 · (−inf) is no number
-        return np.where(np.isneginf(towers) | np.isneginf(llm), -np.inf, towers if weight else llm)
-    return weight * towers + (1 - weight) * llm
+def mean_ndcg(candidates: Candidates, targets: np.ndarray, weights: Sequence[float], depth: int) -> float:
+    """Of the targets, int (n,) leaves, in the ranking of :func:`pooled`."""
+    from peso.evaluation.metrics import ndcg
+
+    scores = pool(candidates.of, weights)
+    own = np.where(candidates.leaves == targets[:, None], scores, -np.inf).max(axis=1, keepdims=True)
+    before = (scores == own) & (candidates.leaves < targets[:, None]) & (candidates.leaves >= 0)
+    places = 1 + ((scores > own) | before).sum(axis=1)
+    return float(ndcg(np.where(np.isneginf(own[:, 0]), 0, places), depth).mean())
 
 
-def best_weight(candidates: Candidates, targets: np.ndarray, depth: int) -> tuple[float, list[float]]:
-    """The weight of ``WEIGHTS`` with the highest mean NDCG@depth, the most even one among equals, and the
-    means.
+def best_weights(
+    candidates: Candidates, targets: np.ndarray, depth: int
+) -> tuple[tuple[float, ...], list[float]]:
+    """The weights of the partners with the highest mean NDCG@depth, as the module says, and the means on the
+    way. Among equals the most even ones.
 
     Args:
         targets: int (n,), leaves.
     """
-    from peso.evaluation.metrics import ndcg
-    from peso.evaluation.predictions import semantic_id_ranks
+    partners = len(candidates.of) - 1
+    even = 1 / (partners + 1)
+    best, means = (even,) * partners, list[float]()
+    for _ in range(MOST_ROUNDS if partners > 1 else 1):
+        before = best
+        for place in range(partners):
+            line = [_moved(best, place, weight) for weight in WEIGHTS]
+            found = [mean_ndcg(candidates, targets, weights, depth) for weights in line]
+            number = max(range(len(line)), key=lambda n: (found[n], -abs(WEIGHTS[n] - even)))
+            best = line[number]
+            means += found
+        if best == before:
+            break
+    return best, means
 
-    means = []
-    for weight in WEIGHTS:
-        leaves, _ = pooled(candidates, weight, depth)
-        means.append(float(ndcg(semantic_id_ranks(leaves, targets), depth).mean()))
-    best = max(range(len(WEIGHTS)), key=lambda i: (means[i], -abs(WEIGHTS[i] - 0.5)))
-    return WEIGHTS[best], means
 
-
-def _scored(every: np.ndarray, found: Beams) -> Candidates:
-    towers = np.take_along_axis(every, np.maximum(found.leaves, 0), axis=1)
-    absent = found.leaves < 0
-    return Candidates(found.leaves, np.where(absent, -np.inf, towers), found.scores.astype(np.float64))
+def _moved(weights: tuple[float, ...], place: int, weight: float) -> tuple[float, ...]:
+    """With another weight of one partner; the other partners and the model keep their proportions, and are
+    even where they had nothing."""
+    others = 1 - weights[place]
+    if others > 1e-9:
+        shares = [value * (1 - weight) / others for value in weights]
+    else:
+        shares = [(1 - weight) / len(weights)] * len(weights)
+    shares[place] = weight
+    return tuple(round(share, 6) for share in shares)

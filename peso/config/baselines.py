@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
@@ -29,9 +29,9 @@ class BaselineOptions(Options):
     """What a configuration says of a baseline. A baseline declares its own as a nested class ``Options``."""
 
     @property
-    def partner(self) -> BaselineOptions | None:
-        """The baseline with which the run's own model is fused; None: that model is not needed."""
-        return None
+    def fused(self) -> Sequence[BaselineOptions]:
+        """The baselines with which the run's own model is fused; none: that model is not needed."""
+        return ()
 
     def memory(self, items: int, users: int, window: int) -> int:
         """Bytes that it needs at least: of the catalog's size and of how many users a stage has, 0 where the
@@ -78,8 +78,15 @@ def baseline_label(options: BaselineOptions) -> str:
             for text in (
                 words(value, f"{prefix}{key}.")
                 if isinstance(value, Mapping)
-                else [f"{prefix}{key}={value:g}" if isinstance(value, float) else f"{prefix}{key}={value}"]
+                else [f"{prefix}{key}={word(value)}"]
             )
         ]
+
+    def word(value: Any) -> str:
+        if isinstance(value, list):  # of weights, or of baselines
+            return "+".join(map(word, value))
+        if isinstance(value, Mapping):
+            return " ".join([value["name"], *words(value)])
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     return " ".join([options.name, *words(own)])

@@ -123,7 +123,7 @@ class BaselineRun:
             [self.stream.fingerprint(number) for number in range(stage + 1)],
             self.ids.fingerprint(self.stream.items_known(stage)),
         )
-        if self.config.partner is None:
+        if not self.config.fused:
             return result
         models = [self.workspace.stage(number) for number in sorted({0, stage})]
         return digest(result, [model.determined_by if model.is_trained else None for model in models])
@@ -140,7 +140,7 @@ class BaselineRun:
             self.learn_and_test(stage, observer)
 
     def prepare(self, observer: Observer) -> None:
-        """Make ready what the stages need: for the hybrid, its two-tower model.
+        """Make ready what the stages need: for the hybrid, its partners.
 
         Raises:
             ConfigError: lists longer than the catalogue, or too little memory.
@@ -153,14 +153,15 @@ class BaselineRun:
                 f"evaluation.k asks for {most} items, but the catalogue has {leaves} distinct semantic IDs; "
                 "ask for fewer"
             )
-        if self.config.partner is not None:
-            BaselineRun(self.workspace, self.config.partner).run(observer)
+        if self.config.fused:
             self.workspace.trained(0)
+            for partner in self.config.fused:
+                BaselineRun(self.workspace, partner).run(observer)
 
     def missing(self) -> Iterator[int]:
         """The stages that are not done, in order, each looked at when its turn comes."""
         for stage in self.stages:
-            if self.config.partner is not None and stage not in self.workspace.finished_stages:
+            if self.config.fused and stage not in self.workspace.finished_stages:
                 continue
             restore(self.stage_directory(stage))
             if not self.is_done(stage):
@@ -173,7 +174,7 @@ class BaselineRun:
         with threads(number=number), commit_directory(self.stage_directory(stage)) as aside:
             began = time.perf_counter()
             learnt: Answerer
-            if self.config.partner is not None:
+            if self.config.fused:
                 learnt, figures = self._fused(stage, observer), dict[str, Any]()
             else:
                 learnt, figures = self._learn(stage, aside, observer)
@@ -229,7 +230,7 @@ class BaselineRun:
         return BaselineAnswers.fitted(baseline, self.ids.trie, validation, repeats=repeats), figures
 
     def _fused(self, stage: int, observer: Observer) -> Fusion:
-        """Both models after a stage, tuned on its validation cases."""
+        """The models after a stage, tuned on its validation cases."""
         fused = self._fusion(stage, {})
         if not fused.tunes:
             return fused
@@ -245,7 +246,7 @@ class BaselineRun:
         from peso.baselines.baseline import BaselineAnswers
 
         settings = self._manifest(stage)["settings"]
-        if self.config.partner is not None:
+        if self.config.fused:
             return self._fusion(stage, settings)
         baseline = self._make()
         baseline.restore(self._model(stage), self._until(stage))
@@ -258,11 +259,10 @@ class BaselineRun:
         return directory / MODEL
 
     def _fusion(self, stage: int, settings: dict[str, Any]) -> Fusion:
-        assert self.config.partner is not None
-        partner = BaselineRun(self.workspace, self.config.partner)._restored(stage)
+        partners = [BaselineRun(self.workspace, partner)._restored(stage) for partner in self.config.fused]
         model = self.workspace.stage(stage).answering_model()
         batch = self.workspace.config.decoding.batch_size
-        fused: Fusion = BASELINES.find(self.config.name).of(self.config, partner, model, settings, batch)
+        fused: Fusion = BASELINES.find(self.config.name).of(self.config, partners, model, settings, batch)
         return fused
 
     def _make(self) -> Baseline:

@@ -14,8 +14,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from peso.baselines.baseline import BaselineAnswers, top
-from peso.baselines.hybrid import WEIGHTS, Candidates, Hybrid, best_weight, joined, pool, pooled
+from peso.baselines.hybrid import (
+    WEIGHTS,
+    Candidates,
+    Hybrid,
+    best_weights,
+    mean_ndcg,
+    once,
+    pool,
+    pooled,
+    stacked,
+)
+from peso.config import baseline_label, load_config
+from peso.config.baselines import read_baseline
 from peso.decoding import search
+from peso.errors import ConfigError
+from peso.evaluation.metrics import ndcg
+from peso.evaluation.predictions import semantic_id_ranks
 from peso.events.histories import Cases
 from peso.training.likelihood import target_log_probabilities
 
@@ -94,25 +109,23 @@ def test_the_temperature_is_the_one_that_the_targets_were_drawn_at() -> None:
     assert own.inverse_temperature == 1.0  # a model with probabilities of its own keeps them
 
 
-def some_candidates(seed: int, n: int = 40, count: int = 12) -> Candidates:
+def some_candidates(seed: int, n: int = 40, count: int = 12, models: int = 2) -> Candidates:
     generator = np.random.default_rng(seed)
     leaves = np.stack([generator.permutation(30)[:count] for _ in range(n)])
     leaves[::7, -3:] = -1
-    towers, llm = generator.normal(size=(2, n, count)) - 5
-    absent = leaves < 0
-    return Candidates(leaves, np.where(absent, -np.inf, towers), np.where(absent, -np.inf, llm))
+    of = generator.normal(size=(models, n, count)) - 5
+    return Candidates(leaves, np.where(leaves < 0, -np.inf, of))
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_the_pool_ranks_by_the_weighted_sum(weight: float) -> None:
-    candidates = some_candidates(0)
-    leaves, scores = pooled(candidates, weight, 5)
+@pytest.mark.parametrize("weights", [(0.0,), (0.3,), (1.0,), (0.2, 0.5), (0.0, 1.0), (0.1, 0.2, 0.7)])
+def test_the_pool_ranks_by_the_weighted_sum(weights: tuple[float, ...]) -> None:
+    candidates = some_candidates(0, models=len(weights) + 1)
+    leaves, scores = pooled(candidates, weights, 5)
+    every = [*weights, 1 - sum(weights)]
     for row in range(len(leaves)):
         expected = {
-            int(leaf): weight * a + (1 - weight) * b
-            for leaf, a, b in zip(
-                candidates.leaves[row], candidates.towers[row], candidates.llm[row], strict=True
-            )
+            int(leaf): sum(w * p for w, p in zip(every, candidates.of[:, row, place], strict=True))
+            for place, leaf in enumerate(candidates.leaves[row])
             if leaf >= 0
         }
         best = sorted(expected, key=lambda leaf: -expected[leaf])[:5]
@@ -120,28 +133,68 @@ def test_the_pool_ranks_by_the_weighted_sum(weight: float) -> None:
         np.testing.assert_allclose(scores[row], [expected[leaf] for leaf in best])
 
 
-def test_joined_candidates_stand_once() -> None:
-    both = joined(some_candidates(0), some_candidates(1))
+def test_equal_candidates_come_in_the_order_of_their_ids() -> None:
+    candidates = Candidates(np.array([[7, 2, -1, 5]]), np.log([[[0.2, 0.2, 1.0, 0.4]]] * 2))
+    candidates.of[:, 0, 2] = -np.inf
+    assert pooled(candidates, (0.5,), 4)[0].tolist() == [[5, 2, 7, -1]]
+
+
+def test_candidates_named_twice_stand_once() -> None:
+    first, second = (some_candidates(seed) for seed in (0, 1))
+    both = once(
+        np.concatenate([first.leaves, second.leaves], axis=1), np.concatenate([first.of, second.of], 2)
+    )
     for row in range(len(both.leaves)):
         kept = both.leaves[row][both.leaves[row] >= 0]
-        first, second = (some_candidates(seed).leaves[row] for seed in (0, 1))
-        assert sorted(kept) == sorted({*first, *second} - {-1})
-    assert (np.isneginf(both.llm) == (both.leaves < 0)).all()
+        assert sorted(kept) == sorted({*first.leaves[row], *second.leaves[row]} - {-1})
+    assert (np.isneginf(both.of) == (both.leaves < 0)).all()
+
+
+def test_parts_with_fewer_candidates_are_filled_up_with_none() -> None:
+    parts = [some_candidates(0, count=12), some_candidates(1, n=3, count=9)]
+    together = stacked(parts)
+    np.testing.assert_array_equal(together.leaves[:40], parts[0].leaves)
+    np.testing.assert_array_equal(together.of[:, 40:, :9], parts[1].of)
+    assert (together.leaves[40:, 9:] == -1).all()
+    assert np.isneginf(together.of[:, 40:, 9:]).all()
 
 
 def test_a_pool_is_a_lower_bound_of_the_normalised_one() -> None:
-    p, q = np.random.default_rng(0).dirichlet(np.ones(20), size=2)
+    p = np.log(np.random.default_rng(0).dirichlet(np.ones(20), size=3))
     for weight in WEIGHTS:
-        assert np.exp(pool(np.log(p), np.log(q), weight)).sum() <= 1 + 1e-12
+        assert np.exp(pool(p[:2], (weight,))).sum() <= 1 + 1e-12
+        assert np.exp(pool(p, (weight, (1 - weight) / 3))).sum() <= 1 + 1e-12
 
 
-def test_the_weight_goes_to_the_model_that_knows() -> None:
-    candidates = some_candidates(3)
-    best = np.take_along_axis(candidates.leaves, candidates.towers.argmax(axis=1)[:, None], axis=1)[:, 0]
-    assert best_weight(candidates, best, depth=3)[0] >= 0.9
-    best = np.take_along_axis(candidates.leaves, candidates.llm.argmax(axis=1)[:, None], axis=1)[:, 0]
-    assert best_weight(candidates, best, depth=3)[0] <= 0.1
-    assert best_weight(candidates, np.full(40, 29_000), depth=3)[0] == 0.5  # nothing is known: even
+def test_what_tuning_looks_at_is_the_ndcg_of_the_ranking() -> None:
+    candidates = some_candidates(5, models=3)
+    candidates.of[:] = np.where(np.isneginf(candidates.of), -np.inf, candidates.of.round())  # many ties
+    targets = np.array([*candidates.leaves[:30, 4], *range(10)])
+    for weights in ((0.2, 0.3), (0.0, 0.0), (1.0, 0.0)):
+        leaves, _ = pooled(candidates, weights, 6)
+        expected = ndcg(semantic_id_ranks(leaves, targets), 6).mean()
+        assert mean_ndcg(candidates, targets, weights, 6) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("models", [2, 3, 4])
+def test_the_weight_goes_to_the_model_that_knows(models: int) -> None:
+    candidates = some_candidates(3, models=models)
+    for knows in range(models):
+        best = np.take_along_axis(candidates.leaves, candidates.of[knows].argmax(axis=1)[:, None], axis=1)
+        weights, means = best_weights(candidates, best[:, 0], depth=3)
+        assert [*weights, 1 - sum(weights)][knows] >= 0.8
+        assert mean_ndcg(candidates, best[:, 0], weights, 3) == max(means)
+    unknown = best_weights(candidates, np.full(40, 29_000), depth=3)[0]
+    assert unknown == pytest.approx((1 / models,) * (models - 1), abs=0.03)  # nothing is known: even
+
+
+def test_one_partner_has_the_best_weight_of_the_grid() -> None:
+    candidates = some_candidates(4)
+    targets = candidates.leaves[:, 3]
+    ((weight,), means) = best_weights(candidates, targets, depth=5)
+    every = [mean_ndcg(candidates, targets, (weight,), 5) for weight in WEIGHTS]
+    assert means == every
+    assert every[WEIGHTS.index(weight)] == max(every)
 
 
 def test_at_its_ends_the_hybrid_is_either_model(make_model) -> None:
@@ -149,13 +202,13 @@ def test_at_its_ends_the_hybrid_is_either_model(make_model) -> None:
     model = make_model(items=ITEMS, sizes=(4, 4, 4))
     ids, cases = model.semantic_ids, some_cases(9)
     towers = BaselineAnswers(fixed(), ids.trie)
-    hybrid = Hybrid(towers, model, candidates=ids.trie.leaves, weight=1.0)
+    hybrid = Hybrid([towers], model, candidates=ids.trie.leaves, weights=(1.0,))
     alone = towers.answer(cases, 6, lambda done: None)
     found = hybrid.answer(cases, 6, lambda done: None)
     np.testing.assert_array_equal(found.leaves, alone.leaves)
     np.testing.assert_allclose(found.target_log_probability, alone.target_log_probability)
 
-    found = Hybrid(towers, model, ids.trie.leaves, 0.0).answer(cases, 6, lambda done: None)
+    found = Hybrid([towers], model, ids.trie.leaves, (0.0,)).answer(cases, 6, lambda done: None)
     beams = search(model, cases.histories, beams=ids.trie.leaves)
     np.testing.assert_array_equal(found.leaves, beams.leaves[:, :6])
     np.testing.assert_allclose(found.scores, beams.scores[:, :6], atol=1e-5)
@@ -164,18 +217,56 @@ def test_at_its_ends_the_hybrid_is_either_model(make_model) -> None:
     )
 
 
-def test_candidates_of_both_models_are_scored_by_both(make_model) -> None:
+def test_candidates_of_every_model_are_scored_by_all(make_model) -> None:
     model = make_model(items=ITEMS, sizes=(4, 4, 4))
     trie, cases = model.semantic_ids.trie, some_cases(9)
-    towers = BaselineAnswers(fixed(), trie)
-    found, *_ = Hybrid(towers, model, 4, 0.5)._propose(cases, lambda done: None)
+    partners = [BaselineAnswers(fixed(scale=scale), trie) for scale in (2.0, -1.0)]
+    found, of_targets = Hybrid(partners, model, 4, (0.3, 0.3))._propose(cases, lambda done: None)
     everything = search(model, cases.histories, beams=trie.leaves)
-    every = towers.log_probabilities(cases)
+    every = [partner.log_probabilities(cases) for partner in partners]
     for row in range(len(cases)):
         wide = dict(zip(everything.leaves[row].tolist(), everything.scores[row].tolist(), strict=True))
-        for leaf, a, b in zip(found.leaves[row], found.towers[row], found.llm[row], strict=True):
+        target = trie.leaf_of[cases.targets[row]]
+        np.testing.assert_allclose(
+            of_targets[:, row], [*(of[row, target] for of in every), wide[target]], 1e-4
+        )
+        for leaf, *scores in zip(found.leaves[row].tolist(), *found.of[:, row].tolist(), strict=True):
             if leaf >= 0:
-                assert a == pytest.approx(every[row, leaf])
-                assert b == pytest.approx(wide[int(leaf)], abs=1e-4)
-        best = set(np.argsort(-every[row])[:4].tolist())
+                np.testing.assert_allclose(scores, [*(of[row, leaf] for of in every), wide[leaf]], 1e-4)
+        best = {leaf for of in every for leaf in np.argsort(-of[row])[:4].tolist()}
         assert best <= set(found.leaves[row].tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"partners": []}, "partners"),
+        ({"partners": ["ease", "ease"]}, "named twice"),
+        ({"partners": ["hybrid"]}, "cannot be a partner of a hybrid"),
+        ({"partners": ["easy"]}, "easy"),
+        ({"partners": ["ease"], "two_tower": {"width": 8}}, "remove `two_tower`"),
+        ({"partners": ["ease", "popularity"], "weight": 0.5}, "1 weights for 2 partners"),
+        ({"weight": [0.5, 0.6], "partners": ["ease", "popularity"]}, "their sum at most 1"),
+        ({"weight": -0.1}, "at least 0"),
+    ],
+)
+def test_impossible_hybrids_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config({"data": {"format": "simulate"}, "baselines": [{"name": "hybrid", **options}]})
+
+
+def test_a_hybrid_is_called_by_its_partners() -> None:
+    def label(**options: Any) -> str:
+        return baseline_label(read_baseline({"name": "hybrid", **options}))
+
+    assert label() == label(partners="two-tower") == "hybrid"
+    assert label(two_tower={"width": 8}) == label(partners=[{"name": "two-tower", "width": 8}])
+    assert label(two_tower={"width": 8}) == "hybrid two_tower.width=8"  # as it always was
+    mixed = [{"name": "popularity", "last": 1}, "ease"]
+    assert label(partners=mixed, weight=[0.2, 0.3]) == "hybrid weight=0.2+0.3 partners=popularity last=1+ease"
+
+
+def test_options_of_a_hybrid_survive_being_written() -> None:
+    for options in ({}, {"partners": ["ease", "sasrec"]}, {"two_tower": {"width": 8}}, {"weight": 0.25}):
+        config = read_baseline({"name": "hybrid", **options})
+        assert read_baseline(config.model_dump(mode="json")) == config

@@ -329,7 +329,7 @@ def _baseline_runs(
     first = {(data, backbone): run for (data, backbone, _), run in reversed(seeded.items())}
     found = []
     for config in configs:
-        if config.partner is not None:
+        if config.fused:
             found += [_hybrid(root, run, config) for run in runs if run.strategy in fused]
         elif is_random(config):
             found += [_plain_baseline(root, run, config, run.task.config.seed) for run in seeded.values()]
