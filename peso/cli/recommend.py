@@ -50,6 +50,15 @@ def recommend(
             show_default=False,
         ),
     ] = None,
+    hybrid: Annotated[
+        str | None,
+        typer.Option(
+            "--with",
+            metavar="HYBRID",
+            help="Answer with a hybrid of model and baselines that `peso baseline` has run: its label, or "
+            "`hybrid` if there is only one.",
+        ),
+    ] = None,
     stage: ServingStage = None,
     trust: Trust = None,
     as_json: Json = False,
@@ -62,6 +71,8 @@ def recommend(
     --all reads users from disk. Stopped, it goes on where it was when it is called again, with the same
     result. Users of whom the model can read no item get the most popular items of the newest stage, without
     scores.
+
+    --with hybrid answers with a hybrid; its scores are weighted sums of log-probabilities.
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
 
@@ -82,11 +93,14 @@ def recommend(
     only = _part(part) if part else None
     if output is not None:
         require_output(output, force)
-    recommender = Recommender(Workspace.open(workspace, trust or ()), stage)
+    recommender = Recommender(Workspace.open(workspace, trust or ()), stage, hybrid=hybrid)
     left_out = recommender.leaves_out_seen if exclude_seen is None else exclude_seen
     seen = f"stage {recommender.stage}; items of the history are {'left out' if left_out else 'not left out'}"
     if exclude_seen is None:
         seen += f" (decoding.repeats: {recommender.workspace.config.decoding.repeats})"
+    answering = {"with": recommender.hybrid.label} if recommender.hybrid is not None else {}
+    if answering:
+        seen = f"{answering['with']}, {seen}"
     if output is not None:
         users = recommender.recommend_all(
             output, k=k, exclude_seen=left_out, force=force, part=only, observer=Terminal()
@@ -98,6 +112,7 @@ def recommend(
                     "users": users,
                     "file": str(output),
                     "exclude_seen": left_out,
+                    **answering,
                 }
             )
         else:
@@ -105,7 +120,7 @@ def recommend(
             next_steps(["export", "-w", workspace, "-o", "exported"])
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
-    ranked = recommender.recommend(history=items, k=k, exclude_seen=left_out)
+    (ranked,) = recommender.search([items], k, exclude_seen=left_out, users=[user])
     if len(ranked) < k:
         whose = "the history" if user is None else f"the history of user {user!r}"
         Terminal().note(f"{len(ranked)} of {k} items: {whose} contains all other items of the catalogue")
@@ -124,6 +139,7 @@ def recommend(
                 "stage": recommender.stage,
                 "history": items,
                 "exclude_seen": left_out,
+                **answering,
                 "recommendations": rows,
             }
         )

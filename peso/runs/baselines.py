@@ -181,7 +181,7 @@ class BaselineRun:
             seconds = time.perf_counter() - began
             answers = {PREDICTIONS: self._test(learnt, stage, observer)}
             if stage:
-                answers[STATIC] = self._test(self._restored(0), stage, observer)
+                answers[STATIC] = self._test(self.restored(0), stage, observer)
             metrics = default_metrics(self.workspace.config.evaluation.k)
             tests = {
                 Path(name).stem: {
@@ -241,7 +241,7 @@ class BaselineRun:
         observer.end()
         return tuned
 
-    def _restored(self, stage: int) -> Answerer:
+    def restored(self, stage: int) -> Answerer:
         """What was learnt and chosen at a stage that is done."""
         from peso.baselines.baseline import BaselineAnswers
 
@@ -259,7 +259,7 @@ class BaselineRun:
         return directory / MODEL
 
     def _fusion(self, stage: int, settings: dict[str, Any]) -> Fusion:
-        partners = [BaselineRun(self.workspace, partner)._restored(stage) for partner in self.config.fused]
+        partners = [BaselineRun(self.workspace, partner).restored(stage) for partner in self.config.fused]
         model = self.workspace.stage(stage).answering_model()
         batch = self.workspace.config.decoding.batch_size
         fused: Fusion = BASELINES.find(self.config.name).of(self.config, partners, model, settings, batch)

@@ -7,7 +7,7 @@ import csv
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,8 +48,16 @@ class Answering(Protocol):
     @property
     def histories(self) -> UserHistories: ...
 
+    @property
+    def determined_by(self) -> str: ...
+
     def search(
-        self, histories: list[list[str]], k: int, *, exclude_seen: bool | None
+        self,
+        histories: list[list[str]],
+        k: int,
+        *,
+        exclude_seen: bool | None,
+        users: Sequence[str | None] | None = None,
     ) -> list[list[tuple[str, float]]]: ...
 
     def popular(self, k: int) -> list[str]: ...
@@ -123,7 +131,7 @@ class Everybody:
         histories, ids = recommender.histories, recommender.semantic_ids
         events = histories.received
         return digest(
-            recommender.workspace.stage(recommender.stage).determined_by,
+            recommender.determined_by,
             ids.fingerprint(len(ids.item_ids)),
             histories.fingerprint,
             None if events is None else events.id,
@@ -163,8 +171,11 @@ class Everybody:
             yield waiting
 
     def _rows(self, users: list[tuple[str, list[str]]]) -> Rows:
-        histories = [items for _, items in users if items]
-        found = iter(self.recommender.search(histories, self.k, exclude_seen=self.exclude_seen))
+        known = [(user, items) for user, items in users if items]
+        histories, asking = [items for _, items in known], [user for user, _ in known]
+        found = iter(
+            self.recommender.search(histories, self.k, exclude_seen=self.exclude_seen, users=asking)
+        )
         rows = []
         for user, items in users:
             best = next(found) if items else []

@@ -11,10 +11,11 @@ import numpy as np
 
 from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.hybrids import HybridAnswers
 from peso.runs.served import serving_stage
 from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace, require_place
-from peso.runtime.files import require_free
+from peso.runtime.files import digest, require_free
 from peso.runtime.machine import threads
 from peso.runtime.progress import Observer, Silent
 
@@ -32,9 +33,13 @@ class Recommender:
         live: whether a user's history is that of now: of all stages of the stream, and of the events that
             were received since; else it is as it was after the stage. By default, live unless a stage is
             named.
+        hybrid: answers come from this hybrid of the stage's model and baselines, which ``peso baseline`` has
+            run: its label, or ``hybrid`` if there is only one.
 
     Raises:
-        WorkspaceError: the stage is not trained, or the record of what serves is damaged.
+        WorkspaceError: the stage is not trained, the record of what serves is damaged, or the hybrid was not
+            run for the stage.
+        ConfigError: there is no such hybrid.
     """
 
     def __init__(
@@ -44,12 +49,14 @@ class Recommender:
         device: str | None = None,
         *,
         live: bool | None = None,
+        hybrid: str | None = None,
     ) -> None:
         self.workspace = workspace
         chosen = serving_stage(workspace) if stage is None else workspace.trained(stage)
         self.stage = chosen.number
         self.device = device
         self.live = stage is None if live is None else live
+        self.hybrid = None if hybrid is None else HybridAnswers(workspace, hybrid, self.stage)
 
     @cached_property
     def model(self) -> GenerativeModel:
@@ -67,18 +74,20 @@ class Recommender:
         stage: int | None = None,
         device: str | None = None,
         trust: Iterable[str] = (),
+        hybrid: str | None = None,
     ) -> Recommender:
         """Load a trained stage. Default: the one that serves, or the newest where none was promoted.
 
         Args:
             trust: classes of custom strategies that may be imported, see :meth:`Workspace.open`.
+            hybrid: answers come from this hybrid, see :class:`Recommender`.
 
         Raises:
-            WorkspaceError: no workspace, or the stage is not trained.
+            WorkspaceError: no workspace, the stage is not trained, or the hybrid was not run for it.
             BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
         """
-        recommender = cls(Workspace.open(workspace, trust), stage, device)
-        _ = recommender.model
+        recommender = cls(Workspace.open(workspace, trust), stage, device, hybrid=hybrid)
+        _ = recommender.model if recommender.hybrid is None else recommender.hybrid.models
         return recommender
 
     # -- answers ---------------------------------------------------------------------------------
@@ -105,7 +114,7 @@ class Recommender:
         if (history is None) == (user is None):
             raise DataError("give either a history or a user")
         items = list(history) if history is not None else self.history(str(user))
-        return self.search([items], k, exclude_seen=exclude_seen)[0]
+        return self.search([items], k, exclude_seen=exclude_seen, users=[user])[0]
 
     def recommend_all(
         self,
@@ -161,6 +170,12 @@ class Recommender:
         """Whether items of the history are left out unless a call says otherwise, as in the tests of the
         stage: ``decoding.repeats``, under ``auto`` if no user of the stages so far had an item twice."""
         return self.workspace.stage(self.stage).leaves_out_seen
+
+    @property
+    def determined_by(self) -> str:
+        """Digest of what determines the answers to a history."""
+        own = self.workspace.stage(self.stage).determined_by
+        return own if self.hybrid is None else digest(own, self.hybrid.determined_by)
 
     @cached_property
     def histories(self) -> UserHistories:
@@ -230,14 +245,21 @@ class Recommender:
         return ids
 
     def search(
-        self, histories: list[list[str]], k: int, *, exclude_seen: bool | None
+        self,
+        histories: list[list[str]],
+        k: int,
+        *,
+        exclude_seen: bool | None,
+        users: Sequence[str | None] | None = None,
     ) -> list[list[tuple[str, float]]]:
-        """The k best items of each history; what cannot be answered is refused before the model is loaded."""
+        """The k best items of each history; what cannot be answered is refused before the model is loaded.
+        ``users``: whose they are, for a hybrid with a partner that knows users."""
         if exclude_seen is None:
             exclude_seen = self.leaves_out_seen
-        for history in histories:
-            self.semantic_ids.rows(history)
+        rows = [self.semantic_ids.rows(history) for history in histories]
         self.require_length(k)
+        if self.hybrid is not None:
+            return self.hybrid.recommend(users or [None] * len(rows), rows, k, exclude_seen=exclude_seen)
         from peso.decoding import beam_search
 
         with threads(self._answering, self.workspace.config.training.threads):

@@ -1,0 +1,113 @@
+"""A hybrid that `peso baseline` has run, ready to answer: a stage's own model and its partners together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peso.config.baselines import baseline_label
+from peso.errors import ConfigError, WorkspaceError
+from peso.events.histories import Cases
+from peso.runs.baselines import BaselineRun, found_baselines
+from peso.runs.workspace import Workspace
+
+if TYPE_CHECKING:
+    from peso.baselines.hybrid import Hybrid
+
+NOBODY = ""  # a user of whom no model knows more than the history
+
+
+class HybridAnswers:
+    """A hybrid as it was tuned at a stage. The models are loaded when they are first needed.
+
+    Args:
+        name: its label, or ``hybrid`` if the workspace has only one.
+
+    Raises:
+        ConfigError: the workspace has several and the name fits none, or more than one.
+        WorkspaceError: it has none, or this one was not run for this stage.
+    """
+
+    def __init__(self, workspace: Workspace, name: str, stage: int) -> None:
+        self.workspace, self.stage = workspace, stage
+        self._run = _find(workspace, name)
+        if not self._run.is_done(stage):
+            options = self._run.config.model_dump(mode="json", exclude_defaults=True)
+            given = json.dumps(options, ensure_ascii=False) if len(options) > 1 else options["name"]
+            raise WorkspaceError(
+                f"{self.label} was not run for stage {stage} as it is now; run it: "
+                f"peso baseline '{given}' -w {workspace.root}"
+            )
+
+    @property
+    def label(self) -> str:
+        """What reports call it, e.g. ``hybrid partners=ease``."""
+        return self._run.label
+
+    @property
+    def determined_by(self) -> str:
+        """Digest of what determines its answers."""
+        return self._run.determination(self.stage)
+
+    @cached_property
+    def models(self) -> Hybrid:
+        """Partners and model, with the weights that were tuned."""
+        from peso.baselines.hybrid import Hybrid
+
+        restored = self._run.restored(self.stage)
+        assert isinstance(restored, Hybrid)
+        return restored
+
+    def recommend(
+        self, users: Sequence[str | None], histories: Sequence[np.ndarray], k: int, *, exclude_seen: bool
+    ) -> list[list[tuple[str, float]]]:
+        """The k best items of each user with their pooled log-probabilities, best first; fewer where
+        ``exclude_seen`` leaves no more. Items that share a semantic ID come in the order of the catalog.
+
+        Args:
+            users: for the partners that know users; None: the history alone counts.
+            histories: all item rows of each, oldest first.
+        """
+        if not len(histories):
+            return []
+        ids, window = self.workspace.semantic_ids, self.workspace.config.prompt.window
+        hybrid = self.models.with_repeats(not exclude_seen)
+        hybrid = replace(hybrid, candidates=max(hybrid.candidates, k))
+        cases = Cases(
+            [NOBODY if user is None else user for user in users],
+            [history[-window:] for history in histories],
+            np.zeros(len(histories), dtype=np.int32),  # nothing is asked of targets
+            list(histories),
+        )
+        found = hybrid.answer(cases, ids.trie.leaves, lambda done: None)
+        result = []
+        for leaves, scores, history in zip(found.leaves, found.scores.tolist(), histories, strict=True):
+            seen = set(history.tolist()) if exclude_seen else set()
+            ranked = [
+                (ids.item_ids[row], score)
+                for leaf, score in zip(leaves[leaves >= 0], scores, strict=False)
+                for row in ids.trie.items_of(leaf).tolist()
+                if row not in seen
+            ]
+            result.append(ranked[:k])
+        return result
+
+
+def _find(workspace: Workspace, name: str) -> BaselineRun:
+    hybrids = {baseline_label(config): config for config in found_baselines(workspace) if config.fused}
+    if not hybrids:
+        raise WorkspaceError(
+            f"{workspace.root} has no hybrid; run one: peso baseline hybrid -w {workspace.root}"
+        )
+    fitting = [label for label in hybrids if name in (label, hybrids[label].name)]
+    if name not in hybrids and len(fitting) != 1:
+        raise ConfigError(
+            f"{workspace.root} has {'several hybrids' if fitting else f'no hybrid called {name!r}'}; "
+            f"name one of {', '.join(map(repr, hybrids))}, or run another: peso baseline"
+        )
+    return BaselineRun(workspace, hybrids[name if name in hybrids else fitting[0]])
