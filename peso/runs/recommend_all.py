@@ -173,9 +173,7 @@ class Everybody:
     def _rows(self, users: list[tuple[str, list[str]]]) -> Rows:
         known = [(user, items) for user, items in users if items]
         histories, asking = [items for _, items in known], [user for user, _ in known]
-        found = iter(
-            self.recommender.search(histories, self.k, exclude_seen=self.exclude_seen, users=asking)
-        )
+        found = iter(self.recommender.search(histories, self.k, exclude_seen=self.exclude_seen, users=asking))
         rows = []
         for user, items in users:
             best = next(found) if items else []

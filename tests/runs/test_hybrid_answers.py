@@ -146,3 +146,10 @@ def test_the_model_alone_answers_where_no_hybrid_is_asked_for(peso, root: Path) 
     status, out, _ = peso("recommend", "-w", root, "--history", "", "--json")
     assert status == 0
     assert "with" not in json.loads(out)
+
+
+def test_a_stopped_call_for_everybody_goes_on_with_the_same_models_only(root: Path) -> None:
+    labels = [path.name for path in (root / "baselines").glob("hybrid*")]
+    workspace = Workspace.open(root)
+    answering = [Recommender(workspace), *(Recommender(workspace, hybrid=label) for label in labels)]
+    assert len({recommender.determined_by for recommender in answering}) == 3
