@@ -1,7 +1,7 @@
-"""What may change in a stream: stages are added at its end and taken back, texts of items are corrected.
+"""Change an existing stream: append stages, remove the last append, or correct the texts of items.
 
-The files of the stages that stay are linked into the new directory, byte for byte the same. Only the item
-table is written again.
+The files of stages that do not change are linked into the new directory, byte for byte the same. Only the
+item table is written again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from peso.runtime.files import link
 from peso.runtime.manifest import intact, write_manifest
 from peso.runtime.progress import Observer, Silent
 
-# Who had what before, as numbers of the new log.
+# The items that each user had before, with the user and item numbers of the new log.
 _HAD = """
     SELECT users.u, items.i
     FROM (SELECT name, unnest(history) AS n FROM known_users) AS had
     JOIN users ON users.name = had.name
     JOIN known_items ON known_items.n = had.n JOIN items ON items.name = known_items.name"""
-BEFORE = 2**40  # subtracted from the place of what a user did before: negative, and still in order
+BEFORE = 2**40  # subtracted from the places of a user's earlier events: negative, but in the same order
 
 
 def extend_stream(
@@ -50,25 +50,28 @@ def extend_stream(
     source: Source | None = None,
     told: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Fill an existing, empty directory with the stream at ``earlier`` and further stages of new events.
+    """Write the stream at ``earlier``, extended by stages of new events, to an existing empty directory.
 
-    The events of ``data`` become one stage, or with ``stages.every`` or ``stages.boundaries`` as many as
-    begin among them. Users and items of the stream are never too rare; new ones have to reach ``min_user``
-    and ``min_item`` within the new events. An event at the very moment of the stream's last one is new
-    unless its user had its item already.
+    The events of ``data`` become one stage. With ``stages.every`` or ``stages.boundaries`` they become as
+    many stages as begin among them. Users and items of the stream are never removed as too rare; new ones
+    must reach ``min_user`` and ``min_item`` within the new events. An event with the same time as the
+    stream's last event is new unless its user already had its item.
 
     Args:
-        data: where the new events are; cleaning and stages as for the stream.
-        earlier: the stream to continue. It is only read.
-        source: log and product table to read instead of those that ``data`` names.
-        told: what else ``appended`` says of this append.
+        data: the configuration of the new events. Cleaning and stages should be as for the stream.
+        earlier: the directory of the stream to extend. It does not change.
+        directory: the directory to write to.
+        observer: receives progress and notes.
+        source: a log and an item table to read instead of those that ``data`` names.
+        told: further contents of the entry in ``appended``.
 
     Returns:
-        The manifest; ``appended`` lists what each append brought.
+        The manifest. Its key ``appended`` describes each append.
 
     Raises:
-        DataError: events older than the last of the stream (with ``on_error: skip`` they are left out and
-            counted), a stream without times, and whatever :func:`peso.events.ingest.ingest` refuses.
+        DataError: there are events older than the last event of the stream (with ``on_error: skip`` they are
+            left out and counted), the stream has no times, or :func:`peso.events.ingest.ingest` would refuse
+            the data.
         WorkspaceError: the earlier stream is damaged, or the disk is full.
     """
     observer = observer or Silent()
@@ -76,12 +79,12 @@ def extend_stream(
     if "time" not in stream.manifest:
         raise DataError(
             f"{stream.directory} was not made from a log with times ({stream.manifest.get('source')}), so "
-            "nothing says where new events belong; append to a stream that was ingested from a log"
+            "new events cannot be placed in it; append to a stream that was ingested from a log"
         )
     if split := stream.manifest.get("split"):
         raise DataError(
-            f"{stream.directory} was split {split}: its stages do not follow one another in time, so nothing "
-            "comes after them; ingest everything into a new workspace"
+            f"{stream.directory} was split {split}: its stages do not follow one another in time, so no "
+            "stage can come after them; ingest everything into a new workspace"
         )
     last = int(stream.manifest["time"]["last"])
     skip = data.on_error == "skip"
@@ -97,9 +100,9 @@ def extend_stream(
         _know(connection, stream)
         remarks = [*loaded.remarks, *_remarks_on_new_ids(connection, stream, observer)]
         if scalar(connection, f"SELECT count(*) FROM events WHERE time = {last}"):
-            # the one moment of which the log may hold events that the stream has: duplicates are kept once
+            # only at this time can the log have events that the stream already has; they are removed
             connection.execute(f"DELETE FROM events WHERE time = {last} AND (u, i) IN ({_HAD})")
-            _require_new(connection, data, f"is in the stream, which ends at {iso(last)}, already")
+            _require_new(connection, data, f"is already in the stream, which ends at {iso(last)}")
             funnel.count("not in the stream yet")
         if data.repeats == "drop":
             connection.execute(f"DELETE FROM events WHERE (u, i) IN ({_HAD})")
@@ -166,9 +169,13 @@ def extend_stream(
 
 
 def shorten_stream(earlier: str | Path, directory: Path) -> None:
-    """Fill an existing, empty directory with the stream at ``earlier`` as it was before its last append.
+    """Write the stream at ``earlier`` as it was before its last append to an existing empty directory.
 
-    Corrections of the item table (:func:`update_items`) stay.
+    Corrections of the item table (:func:`correct_items`) are kept.
+
+    Args:
+        earlier: the directory of the stream. It does not change.
+        directory: the directory to write to.
 
     Raises:
         WorkspaceError: the stream is damaged.
@@ -182,7 +189,7 @@ def shorten_stream(earlier: str | Path, directory: Path) -> None:
     content = dict(stream.manifest)
     if "before" in brought:
         time = brought["before"]["time"]
-    else:  # an earlier version wrote it: the stream ended at the latest where the append began
+    else:  # written by an earlier version: use the start of the append as the end of the stream
         time = {**content["time"], "last": brought["time"]["first"], "until": iso(brought["time"]["first"])}
     content.update(time=time, items=len(items), stages=stream.counts[:stages], appended=others)
     if not others:
@@ -193,18 +200,24 @@ def shorten_stream(earlier: str | Path, directory: Path) -> None:
 def correct_items(
     data: DataConfig, earlier: str | Path, directory: Path, observer: Observer | None = None
 ) -> dict[str, Any]:
-    """Fill an existing, empty directory with the stream at ``earlier``, its item table corrected.
+    """Write the stream at ``earlier`` with a corrected item table to an existing empty directory.
 
-    Title, text and category of an item become those of its first row in ``data.items``. An empty cell, and a
-    field for which ``data.items.columns`` names no column, leaves what was there.
+    The title, text and category of each item are taken from its first row in ``data.items``. Empty cells, and
+    fields for which ``data.items.columns`` names no column, do not change anything.
+
+    Args:
+        data: the configuration of the item table.
+        earlier: the directory of the stream. It does not change.
+        directory: the directory to write to.
+        observer: receives progress and notes.
 
     Returns:
-        What was done: ``rows`` (items in the table), what :func:`peso.events.stage_writer.new_items` counts,
-        ``changed`` (items), and how many ``titles``, ``texts`` and ``categories`` changed. The manifest keeps
-        it under ``item_updates``.
+        The changes: ``rows`` (items in the table), the counts of
+        :func:`peso.events.stage_writer.new_items`, ``changed`` (items), and the numbers of ``titles``,
+        ``texts`` and ``categories`` that changed. The manifest stores this under ``item_updates``.
 
     Raises:
-        DataError: an unreadable table, or one without any item of the stream.
+        DataError: the table is unreadable, or has no item of the stream.
         WorkspaceError: the stream is damaged, or the disk is full.
     """
     stream, path = Stream.open(earlier), data.items.path if data.items else None
@@ -216,8 +229,8 @@ def correct_items(
         rows = scalar(connection, "SELECT count(DISTINCT item_id) FROM catalogue")
     if not counted["items_found"]:
         raise DataError(
-            f"{path} has {rows:,} items, but none of the {len(stream.items):,} of the stream (its first is "
-            f"{stream.item_ids[0]!r}); are its ids those of the log? Set data.items.columns.item"
+            f"{path} has {rows:,} items, but none of the {len(stream.items):,} items of the stream (the "
+            f"first is {stream.item_ids[0]!r}); set data.items.columns.item to the column with the log's ids"
         )
     items, changed = stream.items, np.zeros(len(stream.items), bool)
     done: dict[str, Any] = {"path": path, "rows": rows, **counted}
@@ -237,7 +250,10 @@ def correct_items(
 
 
 def _link_stages(stream: Stream, stages: int, directory: Path) -> dict[str, str]:
-    """Everything but the item table and the stages from ``stages`` on, as it is; returns the checksums."""
+    """Link all files except the item table and the stages from number ``stages`` on.
+
+    Returns: the checksums of the linked files.
+    """
     left = {ITEMS_FILE, *(stage_file(number) for number in range(stages, stream.stages))}
     linked = {name: sha256 for name, sha256 in stream.manifest["files"].items() if name not in left}
     for name in linked:
@@ -252,7 +268,7 @@ def _without_text(items: pa.Table) -> int:
 
 def _require_new(connection: duckdb.DuckDBPyConnection, data: DataConfig, why: str) -> None:
     if not scalar(connection, "SELECT count(*) FROM events"):
-        raise NothingNew(f"{data.path} holds nothing new: every event {why}. Was it appended before?")
+        raise NothingNew(f"{data.path} has no new events: every event {why}. Was it appended before?")
 
 
 def _leave_out_older(connection: duckdb.DuckDBPyConnection, last: int, skip: bool, path: str) -> int:
@@ -262,21 +278,22 @@ def _leave_out_older(connection: duckdb.DuckDBPyConnection, last: int, skip: boo
     earliest = scalar(connection, "SELECT min(time) FROM events")
     if not skip:
         raise DataError(
-            f"{path}: {older:,} events are older than the last one of the stream ({iso(last)}; the earliest "
-            f"is of {iso(earliest)}). Earlier stages are not rewritten: append newer events only, leave the "
-            "older ones out with data.on_error: skip, or ingest everything into a new workspace"
+            f"{path}: {older:,} events are older than the last event of the stream ({iso(last)}; the "
+            f"earliest is of {iso(earliest)}). Earlier stages are not rewritten: append only newer events, "
+            "skip the older ones with data.on_error: skip, or ingest everything into a new workspace"
         )
     connection.execute(f"DELETE FROM events WHERE time < {last}")
     if not scalar(connection, "SELECT count(*) FROM events"):
         raise DataError(
-            f"{path}: all {older:,} events are older than the last one of the stream ({iso(last)}); nothing "
-            "is new. Was it appended before?"
+            f"{path}: all {older:,} events are older than the last event of the stream ({iso(last)}), so "
+            "there is nothing to append. Was it appended before?"
         )
     return older
 
 
 def _know(connection: duckdb.DuckDBPyConnection, stream: Stream) -> None:
-    """Tables ``known_users`` (name, history) and ``known_items`` (name, n); mark who and what is known."""
+    """Create the tables ``known_users`` (name, history) and ``known_items`` (name, n), and mark the users and
+    items of the new log that are known."""
     items = literal(str(intact(stream.directory, ITEMS_FILE, stream.manifest)))
     connection.execute(f"""
         CREATE TABLE known_items AS SELECT item_id AS name, file_row_number::INTEGER AS n
@@ -302,7 +319,7 @@ def _know(connection: duckdb.DuckDBPyConnection, stream: Stream) -> None:
 def _remarks_on_new_ids(
     connection: duckdb.DuckDBPyConnection, stream: Stream, observer: Observer
 ) -> list[str]:
-    """What is said of new users and items whose ids are nearly those of known ones."""
+    """Warnings about new users and items whose ids are almost the same as known ids."""
     files = ", ".join(literal(str(stream.directory / stage_file(n))) for n in range(stream.stages))
     known_users = f'SELECT "user" AS name FROM read_parquet([{files}], hive_partitioning = false)'
     remarks = []
@@ -315,8 +332,8 @@ def _remarks_on_new_ids(
             SELECT count(DISTINCT new), min(new), arg_min(old, new) FROM near""").fetchall()[0]
         if count:
             remarks.append(
-                f"{count:,} new {table} differ from {table} of the stream only in {ALIKE}: {new!r} and "
-                f"{old!r}, for example. They are taken as different; write ids in one way"
+                f"{count:,} new {table} differ from {table} of the stream only in {ALIKE}, for example "
+                f"{new!r} and {old!r}. They are treated as different; use one spelling for each id"
             )
             observer.note(f"note: {remarks[-1]}")
     return remarks

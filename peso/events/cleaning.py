@@ -1,8 +1,9 @@
-"""What is taken out of a log: low ratings, duplicates, repeats, rare users and items; and where it is cut
-into stages: by share of the events, by the calendar, at given moments.
+"""Clean a log and cut it into stages.
 
-Every step's counts go into a funnel. Users and items marked ``known`` (they are in a stream already) are
-never rare. Events of one moment stand in the order of the log, so every cut is reproducible.
+Cleaning removes low ratings, duplicates, repeats, and rare users and items; a funnel counts what each step
+leaves. Users and items marked ``known`` (they are already in a stream) are never rare. A log is cut by shares
+of its events, by the calendar, or at given times. Events with the same time are in the order of the log, so
+every cut is reproducible.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from peso.events.times import END, Clock, iso, microseconds
 
 
 class Funnel:
-    """Per step of the cleaning what is left of a log.
+    """What each step of the cleaning leaves of a log.
 
-    ``rows``: dicts of ``step``, ``events``, ``users``, ``items``; users and items of the rows as they were
-    read are not counted (None).
+    ``rows`` has one dictionary per step with ``step``, ``events``, ``users`` and ``items``. The first one is
+    for the rows as they were read, whose users and items are not counted (None).
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, read: int) -> None:
@@ -39,17 +40,25 @@ class Funnel:
         self.rows.append({"step": "readable", **left})
 
     def count(self, step: str, cure: str = "") -> None:
-        """Count what is left now. Raises NothingLeft if nothing is; ``cure``: what to do then."""
+        """Count what is left after a step.
+
+        Args:
+            step: the name of the step.
+            cure: what the user should do if nothing is left.
+
+        Raises:
+            NothingLeft: nothing is left.
+        """
         events = scalar(self.connection, "SELECT count(*) FROM events")
         if self.rows[-1]["events"] == events:
-            self.rows.append({**self.rows[-1], "step": step})  # where no event went, no user did
+            self.rows.append({**self.rows[-1], "step": step})  # no event was removed, so no user was either
             return
         users, items = self.connection.execute(
             "SELECT count(DISTINCT u), count(DISTINCT i) FROM events"
         ).fetchall()[0]
         self.rows.append({"step": step, "events": events, "users": users, "items": items})
         if not events:
-            raise NothingLeft(f"no event is left after the step {step!r} of the cleaning; {cure}")
+            raise NothingLeft(f"no event is left after the cleaning step {step!r}; {cure}")
 
 
 def clean(
@@ -60,17 +69,17 @@ def clean(
     min_user: int = 1,
     min_item: int = 1,
 ) -> None:
-    """Clean the table ``events`` in this order; every step is counted in ``funnel``.
+    """Clean the table ``events`` in these steps, which ``funnel`` counts:
 
-    1. Events of other types than those to ``keep`` go; none given: all stay.
-    2. Events rated below ``min_rating`` go.
-    3. Of events with the same user, item and time the first of the log stays.
-    4. ``repeats="drop"``: of a user's events with an item the earliest stays.
-    5. Users with fewer than ``min_user`` events and items with fewer than ``min_item`` go, again and again
-       until none is left (the k-core; events count, not distinct items).
+    1. Keep only events of the types in ``keep``; if it is empty, keep all events.
+    2. Remove events rated below ``min_rating``.
+    3. Of events with the same user, item and time, keep the first one in the log.
+    4. With ``repeats="drop"``, keep only the earliest event of each user with each item.
+    5. Remove users with fewer than ``min_user`` events and items with fewer than ``min_item`` events until
+       there are none left (the k-core; events are counted, not distinct items).
 
     Raises:
-        NothingLeft: nothing is left.
+        NothingLeft: nothing is left after a step.
     """
     connection = funnel.connection
     if keep:
@@ -78,7 +87,7 @@ def clean(
             "DELETE FROM events WHERE kind IS NULL OR NOT list_contains(?, kind)", [list(keep)]
         )
         funnel.count(
-            f"events of type {', '.join(keep)}", "check data.events: its column, and the values to keep"
+            f"events of type {', '.join(keep)}", "check data.events (the column and the values to keep)"
         )
     if min_rating is not None:
         connection.execute("DELETE FROM events WHERE rating < ?", [min_rating])
@@ -112,19 +121,21 @@ def _to_core(connection: duckdb.DuckDBPyConnection, min_user: int, min_item: int
                 SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {least}
                 EXCEPT SELECT {column} FROM {table} WHERE known)""",
         )
-        # one side holds since its own pass; if the other has nothing to take out either, both do
+        # the other side was cleaned in the pass before; if this pass removes nothing, both are clean
         if number and not gone:
             return
 
 
-MAX_STAGES = 10_000  # a calendar that gives more is a mistake in the period or in the times
+MAX_STAGES = 10_000  # more stages mean that the period or the times are wrong
 
 
 @dataclass(frozen=True)
 class Cut:
-    """``ends``: int64 (stages,), how many events, oldest first, lie before the end of each stage.
+    """Where a log is cut into stages.
 
-    ``moments``: the boundaries between the stages in microseconds, where the cut is by time.
+    Attributes:
+        ends: int64 (stages,), the number of events before the end of each stage, oldest first.
+        moments: the boundaries between the stages in microseconds; None if the cut is not by time.
     """
 
     ends: np.ndarray
@@ -132,28 +143,30 @@ class Cut:
 
 
 def order_by_time(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make ``ordered`` (u, i, time) out of ``events``; its rowid is an event's place in time."""
+    """Create the table ``ordered`` (u, i, time) from ``events``; its rowid is the order in time."""
     connection.execute("""
         CREATE TABLE ordered AS SELECT u, i, time FROM events ORDER BY time, row;
         DROP TABLE events""")
 
 
 def cut(connection: duckdb.DuckDBPyConnection, stages: StagesConfig, clock: Clock) -> Cut:
-    """Cut the table ``ordered``.
+    """Cut the table ``ordered`` as configured.
 
     Raises:
-        DataError: boundaries that do not ascend, a calendar of too many periods, or a stage without events.
+        DataError: the boundaries do not ascend, there are too many periods, or a stage has no events.
     """
     events = scalar(connection, "SELECT count(*) FROM ordered")
     if stages.fractions is not None:
         ends = np.rint(np.cumsum(stages.fractions) * events).astype(np.int64)
-        ends[-1] = events  # the shares sum to 1 but for rounding
+        ends[-1] = events  # the shares sum to 1 only up to rounding
         _require_events(ends, None, events)
         return Cut(ends, None)
     if stages.boundaries is not None:
         moments = [clock.moment(value, "data.stages.boundaries") for value in stages.boundaries]
         if any(later <= earlier for earlier, later in pairwise(moments)):
-            raise DataError(f"data.stages.boundaries do not ascend: {', '.join(map(iso, moments))}")
+            raise DataError(
+                f"data.stages.boundaries must be in ascending order, not {', '.join(map(iso, moments))}"
+            )
     else:
         assert stages.every is not None
         assert stages.start is not None
@@ -163,7 +176,7 @@ def cut(connection: duckdb.DuckDBPyConnection, stages: StagesConfig, clock: Cloc
 
 
 def cut_at(connection: duckdb.DuckDBPyConnection, moments: list[int]) -> Cut:
-    """Cut the table ``ordered`` at these moments; an event at the very moment is of the later stage."""
+    """Cut the table ``ordered`` at these times. Events at exactly such a time belong to the later stage."""
     events = scalar(connection, "SELECT count(*) FROM ordered")
     before = [scalar(connection, f"SELECT count(*) FROM ordered WHERE time < {moment}") for moment in moments]
     ends = np.array([*before, events], dtype=np.int64)
@@ -172,12 +185,17 @@ def cut_at(connection: duckdb.DuckDBPyConnection, moments: list[int]) -> Cut:
 
 
 def calendar(every: str, start: int, last: int) -> list[int]:
-    """The moments ``start``, ``start`` + 1 period, … up to ``last``, in microseconds.
+    """The times ``start``, ``start`` + 1 period, … up to ``last``, in microseconds.
 
-    A month or year later is the same day of the month, or its last day where there is no such day.
+    A month or a year later is the same day of the month, or the last day of the month if it is shorter.
+
+    Args:
+        every: the period, such as ``1 month``.
+        start: the first time, in microseconds.
+        last: the latest time, in microseconds.
 
     Raises:
-        DataError: more than ``MAX_STAGES`` of them.
+        DataError: there are more than ``MAX_STAGES`` times.
     """
     found = PERIOD.fullmatch(every)
     assert found is not None
@@ -190,7 +208,7 @@ def calendar(every: str, start: int, last: int) -> list[int]:
         moments.append(moment)
     raise DataError(
         f"data.stages.every: {every} from {iso(start)} gives more than {MAX_STAGES:,} stages up to "
-        f"{iso(last)}; take a longer period or check the times"
+        f"{iso(last)}; choose a longer period or check the times"
     )
 
 
@@ -203,7 +221,7 @@ def _later(start: int, count: int, unit: str) -> int:
         year, month = divmod(months, 12)
         day = min(when.day, monthrange(year, month + 1)[1])
         return microseconds(when.replace(year=year, month=month + 1, day=day))
-    except (ValueError, OverflowError):  # past the calendar's end, and so after every event
+    except (ValueError, OverflowError):  # beyond the last representable date, so after every event
         return END + 1
 
 
@@ -213,9 +231,11 @@ def _require_events(ends: np.ndarray, moments: list[int] | None, events: int) ->
         return
     number = int(empty[0])
     if moments is None:
-        raise UntrainableStage(f"{events} events leave stage {number} empty; cut the log into fewer stages")
+        raise UntrainableStage(
+            f"with {events} events, stage {number} is empty; cut the log into fewer stages"
+        )
     begin = iso(moments[number - 1]) if number else "the beginning"
     end = iso(moments[number]) if number < len(moments) else "the end"
     raise UntrainableStage(
-        f"stage {number}, from {begin} to {end}, has no event; choose other boundaries or a longer period"
+        f"stage {number}, from {begin} to {end}, has no events; choose other boundaries or a longer period"
     )

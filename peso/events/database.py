@@ -1,7 +1,7 @@
-"""The DuckDB that computes an ingestion: its limits, its quoting, and what its complaints mean to a user.
+"""The temporary DuckDB database in which a log is ingested: its limits, quoting, and error messages.
 
-Tables are held in memory up to a limit; what is beyond it spills to a folder beside what is being written,
-which is gone afterwards.
+Tables are kept in memory up to a limit. Beyond it they spill to a temporary folder in the directory that is
+being written.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import duckdb
 
 from peso.errors import DataError, WorkspaceError
 
-MEMORY = "2GB"  # beside it Python, Arrow and NumPy need about 0.5 GB
-THREADS = 4  # at most: each thread holds buffers of its own
+MEMORY = "2GB"  # Python, Arrow and NumPy need about 0.5 GB more
+THREADS = 4  # the maximum, because each thread has its own buffers
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def temporary_database(directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to an empty database that spills into ``directory`` and leaves nothing there.
 
     Raises:
-        DataError: an input that DuckDB cannot read; names file, line and cure.
+        DataError: DuckDB cannot read an input; the message names the file and line and says what to do.
         WorkspaceError: the disk is full.
     """
     work = directory / ".ingest"
@@ -45,22 +45,22 @@ def temporary_database(directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def identifier(name: str) -> str:
-    """A column or table name as it stands in SQL."""
+    """A column or table name, quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
-    """A text as it stands in SQL."""
+    """A text as an SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def scalar(connection: duckdb.DuckDBPyConnection, query: str) -> int:
-    """The one number that a query gives."""
+    """The single number that a query returns."""
     return int(connection.execute(query).fetchall()[0][0])
 
 
 def cores() -> int:
-    """How many threads to compute with: the cores at hand, up to ``THREADS``."""
+    """The number of threads to use: the available cores, at most ``THREADS``."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(there, THREADS)
 
@@ -69,15 +69,17 @@ def _explained(error: duckdb.Error, directory: Path) -> Exception:
     text = str(error)
     if "No space left" in text or "failed to offload" in text or "max_temp_directory_size" in text:
         return WorkspaceError(
-            f"no space left while ingesting into {directory}; nothing half-written was left behind. "
-            "Free some space and start again."
+            f"no space left while ingesting into {directory}; no partial output is left. Free some space "
+            "and run the command again."
         )
     if isinstance(error, duckdb.OutOfMemoryException):
         return DataError(
-            f"not enough memory to ingest this log: {text.splitlines()[0]}. Up to {MEMORY} of tables are "
-            "held in memory, the rest on disk; this machine, container or shell (ulimit -v) allows less. "
-            "Free some, or ingest the log in parts: the first one, then the others with --append"
+            f"not enough memory to ingest this log: {text.splitlines()[0]}. Tables use up to {MEMORY} of "
+            "memory, the rest is on disk; this machine, container or shell (ulimit -v) allows less. Free "
+            "some memory, or ingest the log in parts: the first one, then the others with --append"
         )
     if isinstance(error, duckdb.IOException | duckdb.InvalidInputException):
-        return DataError(f"the data cannot be read: {text.splitlines()[0]}; fetch or write the file again")
+        return DataError(
+            f"the data cannot be read: {text.splitlines()[0]}; download or create the file again"
+        )
     return error

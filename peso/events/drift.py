@@ -1,8 +1,8 @@
-"""How a stream drifts: per stage who and what is new, who came back, how far tastes moved.
+"""How a stream drifts: new and returning users and items in each stage, and how far tastes moved.
 
-Words as in ``peso.evaluation.predictions``: *continuing* was seen in the stage before, *new* never before.
-Who is known but does nothing in a stage is *dormant* in it; who does something again after that is
-*returning*.
+Terms are as in ``peso.evaluation.predictions``: *continuing* users were seen in the previous stage, *new*
+ones never before. Known users without events in a stage are *dormant* in it, and *returning* when they have
+events again. The same terms apply to items.
 """
 
 from __future__ import annotations
@@ -19,21 +19,25 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 
 def drift(stages: Iterable[Stage], items: int, first_codes: np.ndarray | None = None) -> list[dict[str, Any]]:
-    """Measure each stage against those before it.
+    """Compare each stage with those before it.
 
     Args:
-        stages: in order from stage 0; taken one by one.
-        items: rows of the item table.
-        first_codes: int (items,), the first-level code of each item.
+        stages: the stages in order, from stage 0; only one at a time is needed.
+        items: the number of rows of the item table.
+        first_codes: int (items,), the first-level code of each item; None if it is not known.
 
     Returns:
-        One dict a stage: ``stage``, ``events``, ``users``, ``new_users``, ``continuing_users``,
-        ``returning_users``, ``dormant_users``, and the same of ``items``; ``item_divergence`` and
-        ``code_divergence`` (:func:`jensen_shannon` of the events of this stage and those of the one before,
-        over items and over first-level codes; None in stage 0 or without codes),
-        ``new_item_targets`` (share of the targets, those for validation and test included, whose item nobody
-        had before the stage), ``history_lengths`` (over the users of the stage, of what they bring into it:
-        mean and ``QUANTILES``).
+        One dictionary per stage:
+
+        - ``stage``, ``events``, ``users``, ``new_users``, ``continuing_users``, ``returning_users``,
+          ``dormant_users``, and the same for ``items``;
+        - ``item_divergence`` and ``code_divergence``: :func:`jensen_shannon` between the events of this
+          stage and of the previous one, over items and over first-level codes; None in stage 0 or without
+          codes;
+        - ``new_item_targets``: the share of targets, including those of validation and test, whose item
+          nobody had before the stage;
+        - ``history_lengths``: the mean and the ``QUANTILES`` of the number of items that the users of the
+          stage had before it.
     """
     seen = np.zeros(items, dtype=bool)
     seen_users: set[str] = set()
@@ -44,7 +48,7 @@ def drift(stages: Iterable[Stage], items: int, first_codes: np.ndarray | None = 
         present = np.flatnonzero(stage.current.lengths)
         here = {stage.users[i] for i in present}
         brought = stage.previous.lengths[present]
-        seen[stage.previous.values] = True  # what only a history tells of counts as earlier
+        seen[stage.previous.values] = True  # items that are only in histories count as earlier
         seen_users |= {stage.users[i] for i in present[brought > 0]}
         counts = np.bincount(stage.current.values, minlength=items)
         there = counts > 0
@@ -90,7 +94,7 @@ def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
     p, q = first / first.sum(), second / second.sum()
     middle = (p + q) / 2
     nats = float(rel_entr(p, middle).sum() + rel_entr(q, middle).sum()) / 2
-    return max(0.0, nats / math.log(2))  # rounding may leave less than 0, of which SciPy's distance is nan
+    return max(0.0, nats / math.log(2))  # rounding may give less than 0, where SciPy's distance would be nan
 
 
 def _code_divergence(last: np.ndarray | None, counts: np.ndarray, codes: np.ndarray | None) -> float | None:
@@ -103,7 +107,8 @@ def _code_divergence(last: np.ndarray | None, counts: np.ndarray, codes: np.ndar
 
 
 def _new_targets(stage: Stage, seen: np.ndarray) -> float | None:
-    """All items of the eligible users in the stage are targets: of training, of validation or of test."""
+    """The share of new items among the targets: all items of eligible users, in training, validation or
+    test."""
     rows = stage.eligible()
     if not len(rows):
         return None

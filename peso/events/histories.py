@@ -1,5 +1,5 @@
-"""Ragged arrays of item sequences, the cases that the released protocol cuts from them, and the chronological
-protocol: a log cut into stages, what a stage holds, when a stage can be used."""
+"""Item sequences as ragged arrays, stages and their test cases, and the chronological protocol that cuts a
+log into stages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from peso.errors import DataError, UntrainableStage
 
 Part = Literal["validation", "test"]
 LEFT_OUT: dict[Part, int] = {"validation": 2, "test": 1}  # a user's last items, the first of them the target
-MIN_STAGE_ITEMS = 3  # fewer leave no training target beside the validation and the test item
+MIN_STAGE_ITEMS = 3  # one training target, one validation item and one test item
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Sequences of item numbers of different length, stored end to end.
+    """Sequences of item numbers with different lengths, stored one after another.
 
-    ``values``: int32 (total,); ``offsets``: int64 (n + 1,). ``ragged[i]`` is a view, no copy.
+    ``values`` is int32 (total,), ``offsets`` is int64 (n + 1,). ``ragged[i]`` is a view, not a copy.
     """
 
     values: np.ndarray
@@ -50,7 +50,7 @@ class Ragged:
 
 @dataclass(frozen=True)
 class TargetSequence:
-    """One user's items up to the last training target; ``items[first_target:]`` are the targets."""
+    """One user's items up to the last training target. ``items[first_target:]`` are the targets."""
 
     user: str
     items: np.ndarray  # int32, oldest first
@@ -63,10 +63,10 @@ class TargetSequence:
 
 @dataclass(frozen=True)
 class Cases:
-    """Prediction cases: for each a user, the history before the target (oldest first) and the target.
+    """Prediction cases. Each has a user, the history before the target (oldest first) and the target.
 
-    ``before``: all items that the user had before the target, of which the history is the last ``window``.
-    None: the histories are whole.
+    ``before`` has all items that each user had before the target; the history is the last ``window`` of them.
+    It is None if the histories are complete.
     """
 
     users: list[str]
@@ -79,7 +79,7 @@ class Cases:
 
     @property
     def seen(self) -> list[np.ndarray]:
-        """Per case the distinct items that the user had before the target, in ascending order."""
+        """For each case, the distinct items that the user had before the target, in ascending order."""
         return [np.unique(items) for items in (self.histories if self.before is None else self.before)]
 
     def take(self, rows: np.ndarray) -> Cases:
@@ -90,11 +90,12 @@ class Cases:
 
 @dataclass(frozen=True)
 class Stage:
-    """One chronological slice: per user what came before it and what the user did in it.
+    """One chronological slice of the log: each user's items before the stage and in the stage.
 
-    The protocol of the released code: with full = previous + current, the training targets are the
-    positions of ``current[:-2]``, validation is ``current[-2]``, test is ``current[-1]``; users with fewer
-    than three items in the stage are left out of all three (their events still are history later).
+    This follows the protocol of the released code. The training targets are ``current[:-2]``, the validation
+    target is ``current[-2]`` and the test target is ``current[-1]``; the history of a target is everything
+    before it in previous + current. Users with fewer than three items in the stage have no targets, but their
+    events are part of later histories.
     """
 
     number: int
@@ -126,8 +127,13 @@ class Stage:
         return self.cases("test", window)
 
     def histories(self, window: int = 0) -> tuple[list[str], list[np.ndarray]]:
-        """Everything known of each user of the stage, its last items included: what serving starts from.
-        ``window``: only the last so many; 0: all."""
+        """The histories from which the stage's model serves: all items of each user, including the last ones.
+
+        Args:
+            window: if positive, only the last ``window`` items of each user.
+
+        Returns: the users and their histories.
+        """
         full = [np.concatenate([p, c])[-window:] for p, c in zip(self.previous, self.current, strict=True)]
         return self.users, full
 
@@ -143,11 +149,11 @@ class Stage:
         )
 
 
-BASE_SHARE = 0.6  # of all events, by time; the rest is cut into equal parts
+BASE_SHARE = 0.6  # the share of the events in stage 0; the rest is cut into equal parts
 
 
 def stage_bounds(events: int, stages: int, base_share: float = BASE_SHARE) -> np.ndarray:
-    """int64 (stages,): how many of the events, oldest first, lie before the end of each stage."""
+    """int64 (stages,): the number of events before the end of each stage, oldest first."""
     share = base_share if stages > 1 else 1.0
     return np.rint(np.linspace(share, 1.0, stages) * events).astype(np.int64)
 
@@ -162,18 +168,19 @@ def cut_stages(
 ) -> list[Stage]:
     """Cut a log by time: the oldest ``base_share`` of the events, then ``stages - 1`` equal parts.
 
-    Events of one second keep the order of the log. In each stage stand the users who did something in it,
-    in the order of ``user_names``, with their whole history before the stage as ``previous``.
+    Events with the same time keep the order of the log. Each stage has the users with events in it, in the
+    order of ``user_names``, with their complete history before the stage as ``previous``.
 
     Args:
-        user_names: ids of the users.
-        users: int (events,), rows of ``user_names``.
-        items: int (events,), item numbers.
-        times: (events,), anything that sorts.
-        stages: how many, stage 0 included.
+        user_names: the ids of the users.
+        users: int (events,), the user of each event as an index into ``user_names``.
+        items: int (events,), the item number of each event.
+        times: (events,), the time of each event, in any sortable type.
+        stages: the number of stages, including stage 0.
+        base_share: the share of the events in stage 0.
 
     Raises:
-        DataError: fewer events than stages.
+        DataError: there are fewer events than stages.
     """
     events = len(users)
     if stages < 1 or events < stages:
@@ -182,7 +189,7 @@ def cut_stages(
         )
     bounds = stage_bounds(events, stages, base_share)
     by_time = np.argsort(times, kind="stable")
-    by_user = by_time[np.argsort(users[by_time], kind="stable")]  # user after user, oldest first within each
+    by_user = by_time[np.argsort(users[by_time], kind="stable")]  # grouped by user, oldest first
     stage_of = np.empty(events, dtype=np.int64)
     stage_of[by_time] = np.searchsorted(bounds, np.arange(events), side="right")
     return slice_stages(user_names, users[by_user], items[by_user], stage_of[by_user], stages)
@@ -191,17 +198,17 @@ def cut_stages(
 def slice_stages(
     user_names: list[str], users: np.ndarray, items: np.ndarray, stage_of: np.ndarray, stages: int
 ) -> list[Stage]:
-    """The stages of events that stand user after user, oldest first within each.
+    """The stages of events that are grouped by user, oldest first.
 
     Args:
-        user_names: ids of the users.
-        users: int (events,), rows of ``user_names``, ascending.
-        items: int (events,), item numbers.
-        stage_of: int (events,), ascending within each user.
-        stages: how many, stage 0 included.
+        user_names: the ids of the users.
+        users: int (events,), the user of each event as an index into ``user_names``, ascending.
+        items: int (events,), the item number of each event.
+        stage_of: int (events,), the stage of each event, ascending for each user.
+        stages: the number of stages, including stage 0.
     """
     values = items.astype(np.int32)
-    # counts[u, t]: events of user u in stage t. As (user, stage) ascends, its running sums are positions.
+    # counts[u, t]: events of user u in stage t. Because (user, stage) ascends, cumulative sums are positions.
     counts = np.bincount(users * stages + stage_of, minlength=len(user_names) * stages)
     ends = np.cumsum(counts).reshape(len(user_names), stages)
     counts = counts.reshape(ends.shape)
@@ -223,10 +230,11 @@ def slice_stages(
 
 
 def stage_counts(stage: Stage) -> dict[str, int]:
-    """What the protocol makes of a stage.
+    """The counts of a stage under the protocol.
 
-    ``users``: everyone in it; ``left_out``: those with fewer than three items, of whom nothing is learnt
-    or tested; ``validation`` and ``test``: one case for each of the others; ``events``: items of the stage.
+    ``users`` counts all users of the stage and ``events`` all their items. ``left_out`` counts the users with
+    fewer than three items, who have no targets. ``training_targets``, ``validation`` and ``test`` count the
+    targets of the others.
     """
     lengths = stage.current.lengths
     eligible = lengths[lengths >= MIN_STAGE_ITEMS]
@@ -241,39 +249,42 @@ def stage_counts(stage: Stage) -> dict[str, int]:
 
 
 def require_trainable(stage: Stage, source: str) -> None:
-    """Refuse a stage that leaves nothing to learn from.
+    """Check that a stage has training targets.
 
     Args:
+        stage: the stage.
         source: where the stage comes from, for the message.
 
     Raises:
-        UntrainableStage: nobody is in the stage, or nobody has three items in it.
+        UntrainableStage: the stage has no users, or no user has three items in it.
     """
     refuse_untrainable(stage.number, len(stage.users), int(stage.current.lengths.max(initial=0)), source)
 
 
 def refuse_untrainable(number: int, users: int, most: int, source: str) -> None:
-    """As :func:`require_trainable`, for a stage of which only this is known.
+    """The check of :func:`require_trainable` for a stage of which only counts are known.
 
     Args:
-        users: how many are in it.
-        most: the events of the user who has most.
+        number: the number of the stage.
+        users: the number of users in the stage.
+        most: the largest number of events of a user in the stage.
+        source: where the stage comes from, for the message.
     """
     if not users:
         raise UntrainableStage(
-            f"{source}: stage {number} is empty; leave it out and renumber the later ones, "
+            f"{source}: stage {number} is empty; leave it out and renumber the later stages, "
             "or cut the log into fewer stages"
         )
     if most < MIN_STAGE_ITEMS:
         raise UntrainableStage(
             f"{source}: none of the {users} users of stage {number} has "
-            f"{MIN_STAGE_ITEMS} events in it (the most is {most}), so nothing "
-            "can be trained on or tested; merge it with a neighbouring stage, or cut fewer stages"
+            f"{MIN_STAGE_ITEMS} events in it (the most is {most}), so there is nothing to train on or "
+            "to test; merge it with a neighboring stage, or cut the log into fewer stages"
         )
 
 
 def _slices(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
-    """``values[start:end]`` for every pair, end to end."""
+    """The sequences ``values[start:end]`` for every pair of start and end."""
     lengths = ends - starts
     offsets = np.zeros(len(starts) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -281,21 +292,23 @@ def _slices(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
 
 
 def user_disjoint(stages: Sequence[Stage], seed: int) -> list[Stage]:
-    """Deal the users of a stream to as many stages, whole, each at random.
+    """Assign each user of a stream to one stage at random, with all of the user's events.
 
-    A user's events all become ``current`` of one stage, in the order they had; ``previous`` holds only what
-    came before the stream. Users are shuffled and dealt until a stage has its share of the events, which is
-    the share that the stage had before (up to one user's events). Within a stage they keep their order.
+    The events become ``current`` of that stage, in their order; ``previous`` has only the items from before
+    the stream. Users are shuffled and assigned until a stage has as many events as before (up to one user's
+    events). Users of a stage keep their order.
 
     Args:
-        stages: of the natural split, all of them, in order.
-        seed: fixes the shuffle.
+        stages: all stages of the natural split, in order.
+        seed: the seed of the shuffle.
+
+    Returns: as many stages as before.
     """
     before: dict[str, np.ndarray] = {}
     events: dict[str, list[np.ndarray]] = {}
     for stage in stages:
         for user, previous, current in zip(stage.users, stage.previous, stage.current, strict=True):
-            before.setdefault(user, previous)  # of the first stage with this user: later ones repeat events
+            before.setdefault(user, previous)  # from the user's first stage; later ones repeat the events
             events.setdefault(user, []).append(current)
     users = list(events)
     counts = np.array([sum(map(len, events[user])) for user in users], dtype=np.int64)
@@ -304,7 +317,7 @@ def user_disjoint(stages: Sequence[Stage], seed: int) -> list[Stage]:
     order = np.random.default_rng([seed, len(users)]).permutation(len(users))
     ends = np.cumsum(counts[order])
     stage_of = np.empty(len(users), dtype=np.int64)
-    # a user belongs where the middle of its events lies
+    # a user belongs to the stage that contains the middle of the user's events
     stage_of[order] = np.searchsorted(bounds, ends - counts[order] / 2, side="right")
     result = []
     for number in range(len(stages)):

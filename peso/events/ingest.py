@@ -1,4 +1,4 @@
-"""From the data that a configuration names to a stream directory."""
+"""Turn the data that a configuration describes into a stream directory."""
 
 from __future__ import annotations
 
@@ -27,19 +27,24 @@ from peso.runtime.progress import Observer, Silent
 def ingest(
     data: DataConfig, directory: Path, seed: int = 0, observer: Observer | None = None
 ) -> dict[str, Any]:
-    """Fill an existing, empty directory with the stream of ``data`` (``peso.events.stream``).
+    """Write the stream of ``data`` to an existing empty directory (see ``peso.events.stream``).
 
     Args:
-        seed: of the simulator, and of the shuffle of ``split: user-disjoint``; nothing else is drawn.
+        data: the configuration of the data.
+        directory: the directory to write to.
+        seed: the seed of the simulator and of the shuffle of ``split: user-disjoint``. Nothing else is
+            random.
+        observer: receives progress and notes.
 
     Returns:
-        The manifest. Of a log it holds, beside what every stream's does: ``source``, ``time`` (what was
-        recognised; first and last event), ``funnel`` (per step of the cleaning: events, users, items left),
-        ``skipped`` (unreadable rows), ``boundaries`` (where the stages were cut, if by time); ``split``
-        unless it is the natural one.
+        The manifest. For a log it contains, in addition to the keys of every stream: ``source``; ``time``
+        (the recognized format, the first and the last event); ``funnel`` (events, users and items left after
+        each cleaning step); ``skipped`` (unreadable rows); ``boundaries`` (where the stages were cut, if by
+        time); and ``split``, unless it is the natural one.
 
     Raises:
-        DataError: names file, row, column or stage, and what to do.
+        DataError: the data cannot be used; the message names the file, row, column or stage and says what to
+            do.
         WorkspaceError: the disk is full.
     """
     observer = observer or Silent()
@@ -54,12 +59,12 @@ def ingest(
         natural = Stream.open(directory)
         dealt = user_disjoint([natural.stage(number) for number in range(natural.stages)], seed)
         replace_stages(directory, dealt, {"split": data.split, "boundaries": None})
-        observer.note("split: every user belongs to one stage")
+        observer.note("split: each user belongs to one stage")
     return dict(Stream.open(directory).manifest)
 
 
 def describe(data: DataConfig) -> dict[str, Any]:
-    """The configuration of the data for a manifest: what differs from the defaults."""
+    """The data configuration for a manifest: the format, and all settings that differ from the defaults."""
     return {"format": data.format, **data.model_dump(mode="json", exclude_defaults=True)}
 
 
@@ -87,8 +92,8 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         if opened.items is not None and not of_items["items_found"]:
             raise DataError(
                 f"none of the {len(items):,} items of the log has a row in {opened.items.table.files[0]}; "
-                f"the first of the log is {items[columns.ITEM_ID][0].as_py()!r}. Check data.columns.item and "
-                "data.items.columns.item, or leave data.items out"
+                f"the first item of the log is {items[columns.ITEM_ID][0].as_py()!r}. Check "
+                "data.columns.item and data.items.columns.item, or remove data.items"
             )
         write_items(items, directory)
         first, last = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
@@ -111,10 +116,10 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
 
 
 def _ingest_simulation(data: DataConfig, directory: Path, seed: int, observer: Observer) -> None:
-    """The long way: log and product table are written as files and read like anyone's."""
+    """Write the simulated log and item table as files, and ingest them like any other log."""
     sizes = data.simulate
     source = {"format": "simulate", **sizes.model_dump(), "seed": seed}
-    with TemporaryDirectory() as temporary:  # elsewhere: the manifest lists whatever lies in the stream's
+    with TemporaryDirectory() as temporary:  # not in the stream's directory, where the manifest lists all
         aside = Path(temporary)
         write_simulation(aside, sizes.users, sizes.items, sizes.stages, seed)
         for path in [p for p in aside.iterdir() if p.is_file() and p.name not in (ITEMS_FILE, MANIFEST)]:

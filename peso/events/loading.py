@@ -1,10 +1,10 @@
-"""A source's events into DuckDB: texts read, times understood, users and items as numbers.
+"""Load the events of a source into DuckDB, with parsed times, and with users and items as numbers.
 
-It leaves in the database:
+These tables are created:
 
-    users   name, u, known          one row a user; u counts from 0 in no particular order
-    items   name, i, known          likewise
-    events  u, i, time, row[, rating][, kind]   time in microseconds; row: the place in the log, for ties
+    users   name, u, known          one row per user; u counts from 0 in no particular order
+    items   name, i, known          one row per item; i counts from 0 in no particular order
+    events  u, i, time, row[, rating][, kind]   time in microseconds; row is the position in the log, for ties
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from peso.events.sources.tables import ALIKE, BLANKS, MISSING, folded
 from peso.events.times import Clock, iso, recognise, recognise_unit
 from peso.runtime.progress import Observer
 
-SAMPLE = 100  # values by which the form of the times is recognised
+SAMPLE = 100  # the number of values from which the format of the times is recognized
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """``rows`` of the log were read, ``skipped`` of them left out; ``first`` and ``last``: microseconds.
+    """The result of loading a log.
 
-    ``remarks``: what is odd about the ids, one sentence each.
+    Attributes:
+        clock: the format of the times.
+        rows: the number of rows that were read.
+        skipped: the number of unreadable rows, which were left out.
+        first, last: the times of the first and the last event in microseconds.
+        remarks: sentences about suspicious ids.
     """
 
     clock: Clock
@@ -50,20 +55,22 @@ class Loaded:
 
     @property
     def stated(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The times for the manifest."""
         return {"recognised": self.clock.stated, "from": iso(self.first), "until": iso(self.last)}
 
 
 def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bool = False) -> Loaded:
-    """Read a log.
+    """Load a log into the tables ``users``, ``items`` and ``events``.
 
     Args:
-        skip: leave unreadable rows out and count them, instead of refusing the log.
-        rating: keep the ratings; a row without one is unreadable then.
+        connection: the database.
+        log: the log to load.
+        skip: whether to leave out and count unreadable rows instead of refusing the log.
+        rating: whether to keep the ratings. Rows without a rating are then unreadable.
 
     Raises:
-        DataError: no event at all, times that are not understood, or (without ``skip``) a row that cannot be
-            read: names file, row and value.
+        DataError: there is no event, the times cannot be parsed, or (without ``skip``) a row cannot be read;
+            the message names the file, row and value.
     """
     table = log.table
     where = f"column {log.time!r} of {table.files[0]}"
@@ -82,7 +89,7 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
     if unread and not skip:
         raise _first_unreadable(connection, reading, log, clock, bad, rating)
     if rows == unread:
-        raise DataError(f"{table.files[0]} holds no readable event; fetch or write the file again")
+        raise DataError(f"{table.files[0]} has no readable events; download or create the file again")
     clock = _with_unit(connection, clock, bad, where)
     connection.execute(f"""
         CREATE TABLE users AS SELECT name, (row_number() OVER () - 1)::INTEGER AS u, false AS known
@@ -148,7 +155,7 @@ def _first_unreadable(
     file, number = reading.place(row)
     return DataError(
         f"{file}: row {number} (counted from 1, without a header) has {said}; correct it, "
-        "check data.columns, or leave such rows out with data.on_error: skip"
+        "check data.columns, or skip such rows with data.on_error: skip"
     )
 
 
@@ -159,10 +166,10 @@ def _remarks_on_ids(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator
                 f"name <> trim(name, {BLANKS})",
                 "with spaces around them, which count as part of the id",
             ),
-            (f"lower(name) IN {MISSING}", "that look like a missing value, which they are not taken for"),
+            (f"lower(name) IN {MISSING}", "that look like missing values but are treated as ids"),
             (
                 r"regexp_full_match(name, '-?\d(\.\d+)?[eE]\+?\d+')",
-                "in scientific notation, by which different ids may have become one",
+                "in scientific notation, which may have merged different ids",
             ),
         ):
             count, example = connection.execute(
@@ -175,8 +182,8 @@ def _remarks_on_ids(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator
             ORDER BY 1""").fetchall()
         if alike:
             yield (
-                f"column {column!r} has {len(alike):,} ids written in several ways ({ALIKE}), which are "
-                f"different ids: {' and '.join(map(repr, alike[0]))}"
+                f"column {column!r} has {len(alike):,} ids in several spellings ({ALIKE}), which are "
+                f"treated as different ids: {' and '.join(map(repr, alike[0]))}"
             )
 
 
@@ -189,6 +196,6 @@ def _remarks_on_types(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterat
     for kind in log.keep:
         if kind not in there:
             yield (
-                f"no event has {kind!r} in column {log.kind!r} (data.events.keep); it holds "
+                f"no event has {kind!r} in column {log.kind!r} (data.events.keep); its values are "
                 f"{', '.join(map(repr, there[:10]))}"
             )

@@ -27,17 +27,18 @@ _INDEX = re.compile(r".+\.index.*\.json")
 
 
 def read_release(directory: str | Path) -> tuple[pa.Table, list[Stage], SemanticIds]:
-    """Read a released stream directory.
+    """Read a directory with a released stream.
 
-    The files name neither titles nor texts nor categories, so those columns are null. Users with fewer
-    than three items in a block stay in the stage (their events are history), but give no targets.
+    The files have no titles, texts or categories, so these columns are null. Users with fewer than three
+    items in a block are part of the stage (their events are history), but have no targets.
 
     Returns:
         The item table (``peso.events.columns.ITEMS``) in the order of the index file, the stages, and the
-        semantic IDs, row by row those of the item table.
+        semantic IDs in the order of the item table.
 
     Raises:
-        DataError: a file is missing, unreadable or inconsistent; names file, key or id, and what to do.
+        DataError: a file is missing, unreadable or inconsistent; the message names the file, key or id and
+            says what to do.
     """
     blocks, index = release_files(directory)
     ids = read_release_index(index)
@@ -50,14 +51,17 @@ def read_release(directory: str | Path) -> tuple[pa.Table, list[Stage], Semantic
 
 
 def release_files(directory: str | Path) -> tuple[list[Path], Path]:
-    """The block files in order of their number, and the index file.
+    """The block files in the order of their numbers, and the index file.
 
     Raises:
-        DataError: no directory, no blocks, a gap in their numbers, no index, or more than one of either.
+        DataError: the directory does not exist, has no blocks, a gap in their numbers, no index, or more than
+            one stream or index.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise DataError(f"{directory} is not a directory; give the one that holds the released JSON files")
+        raise DataError(
+            f"{directory} is not a directory; give the directory that contains the released JSON files"
+        )
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     found: dict[int, str] = {}
     streams = set()
@@ -67,25 +71,29 @@ def release_files(directory: str | Path) -> tuple[list[Path], Path]:
             streams.add(match["name"])
     if not found:
         raise DataError(
-            f"{directory} holds no block files NAME.all.block_0.json, NAME.all.block_1.json, …; "
-            "give the directory that holds the released JSON files"
+            f"{directory} has no block files NAME.all.block_0.json, NAME.all.block_1.json, …; "
+            "give the directory that contains the released JSON files"
         )
     if len(streams) > 1:
         raise DataError(
-            f"{directory} holds blocks of several streams ({', '.join(sorted(streams))}); keep one of them"
+            f"{directory} has blocks of several streams ({', '.join(sorted(streams))}); keep only one of them"
         )
     missing = [number for number in range(max(found)) if number not in found]
     if missing:
         wanted = ", ".join(f"{next(iter(streams))}.all.block_{number}.json" for number in missing)
         raise DataError(
             f"{directory} lacks {wanted} (it has block {', '.join(map(str, sorted(found)))}); "
-            "fetch the missing file: blocks are numbered from 0 without gaps"
+            "add the missing file: blocks are numbered from 0 without gaps"
         )
     indices = [name for name in names if _INDEX.fullmatch(name) and not _BLOCK.fullmatch(name)]
     if not indices:
-        raise DataError(f"{directory} holds no semantic-ID index NAME.index*.json; put it beside the blocks")
+        raise DataError(
+            f"{directory} has no semantic-ID index NAME.index*.json; put it in the directory of the blocks"
+        )
     if len(indices) > 1:
-        raise DataError(f"{directory} holds several indices ({', '.join(indices)}); keep the one to use")
+        raise DataError(
+            f"{directory} has several indices ({', '.join(indices)}); keep only the one to be used"
+        )
     return [directory / found[number] for number in sorted(found)], directory / indices[0]
 
 
@@ -93,7 +101,7 @@ def _read_block(path: Path, number: int, ids: SemanticIds, index: Path) -> Stage
     block = read_json_object(path)
     if not block:
         raise DataError(
-            f"{path} holds no users: stage {number} is empty; fetch the file again or drop the block"
+            f"{path} has no users, so stage {number} is empty; download the file again or remove the block"
         )
     rows = {item: row for row, item in enumerate(ids.item_ids)}
     sides: dict[str, list[list[int]]] = {PREVIOUS: [], CURRENT: []}
@@ -107,8 +115,8 @@ def _read_block(path: Path, number: int, ids: SemanticIds, index: Path) -> Stage
         shown = ", ".join(f"user {user!r} item {item!r}" for user, item in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(
-            f"{path} has items that {index.name} does not know: {shown}{more}; "
-            "use the index made for these blocks, or remove those events"
+            f"{path} has items that are not in {index.name}: {shown}{more}; "
+            "use the index made for these blocks, or remove these events"
         )
     stage = Stage(number, list(block), Ragged.of(sides[PREVIOUS]), Ragged.of(sides[CURRENT]))
     require_trainable(stage, str(path))
@@ -118,22 +126,22 @@ def _read_block(path: Path, number: int, ids: SemanticIds, index: Path) -> Stage
 def _items(path: Path, user: str, entry: Any, key: str) -> list[str]:
     if not isinstance(entry, Mapping):
         raise DataError(
-            f"{path}: user {user!r} has {_short(entry)} where an object with {PREVIOUS!r} and {CURRENT!r} "
-            "belongs; write the block again"
+            f"{path}: user {user!r} has {_short(entry)} instead of an object with {PREVIOUS!r} and "
+            f"{CURRENT!r}; create the block again"
         )
     if key not in entry:
-        raise DataError(f"{path}: user {user!r} lacks {key!r} (has {sorted(entry)}); write the block again")
+        raise DataError(f"{path}: user {user!r} lacks {key!r} (has {sorted(entry)}); create the block again")
     items = entry[key]
     if not isinstance(items, list):
         raise DataError(
-            f"{path}: {key!r} of user {user!r} is {_short(items)} where a list of item ids belongs; "
-            "write the block again"
+            f"{path}: {key!r} of user {user!r} is {_short(items)} instead of a list of item ids; "
+            "create the block again"
         )
     for item in items:
         if not isinstance(item, str):
             raise DataError(
-                f"{path}: {key!r} of user {user!r} holds {_short(item)} where an item id, a text, belongs; "
-                "write ids as texts"
+                f"{path}: {key!r} of user {user!r} contains {_short(item)} instead of an item id; "
+                "write ids as strings"
             )
     return items
 

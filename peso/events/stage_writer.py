@@ -1,4 +1,4 @@
-"""From events in order of time to the files of a stream, a slice of the users at a time.
+"""Write sorted events as the files of a stream, one slice of the users at a time.
 
 Memory does not grow with the log: users are written in slices of about ``SLICE`` events.
 """
@@ -29,7 +29,7 @@ SLICE = 1_000_000  # events
 
 
 class StageWriter:
-    """Writes the Parquet files of several stages side by side, and counts what they hold."""
+    """Writes the Parquet files of several stages at the same time, and counts their contents."""
 
     def __init__(self, directory: Path, numbers: Sequence[int], stack: ExitStack) -> None:
         self.numbers = list(numbers)
@@ -43,9 +43,9 @@ class StageWriter:
             self._files.append(stack.enter_context(pq.ParquetWriter(path, columns.STAGE)))
 
     def write(self, stages: Sequence[Stage]) -> None:
-        """A slice of the users of each stage, in the order of the numbers."""
+        """Write a slice of the users of each stage, in the order of the stage numbers."""
         present = [place for place, stage in enumerate(stages) if stage.users]
-        # Arrow encodes outside of Python's lock; each stage is a file of its own
+        # Arrow releases Python's lock while encoding; each stage has its own file
         list(
             self._threads.map(
                 lambda place: self._files[place].write_table(stage_table(stages[place])), present
@@ -57,16 +57,20 @@ class StageWriter:
             self.most[place] = max(self.most[place], int(stages[place].current.lengths.max()))
 
     def require_trainable(self, source: str) -> None:
-        """Raise DataError if a stage leaves nothing to learn from."""
+        """Check that every stage has training targets.
+
+        Raises:
+            UntrainableStage: a stage has none.
+        """
         for number, counts, most in zip(self.numbers, self.counts, self.most, strict=True):
             refuse_untrainable(number, counts.get("users", 0), most, source)
 
 
 def number_by_arrival(connection: duckdb.DuckDBPyConnection, first_item: int = 0) -> None:
-    """Number users and items by their first event: tables ``user_numbers`` and ``item_numbers``.
+    """Number users and items in the order of their first events.
 
-    ``user_numbers`` (u, n, name), ``item_numbers`` (i, n, name); items from ``first_item`` on, except those
-    ``known``, whose number is in the table ``known_items`` (name, n) already.
+    Creates the tables ``user_numbers`` (u, n, name) and ``item_numbers`` (i, n, name). Items are numbered
+    from ``first_item`` on, except ``known`` ones, whose numbers are in the table ``known_items`` (name, n).
     """
     connection.execute("""
         CREATE TABLE user_numbers AS
@@ -87,24 +91,26 @@ def write_stages(
     source: str,
     advance: Callable[[int], None],
 ) -> list[dict[str, int]]:
-    """Write the stages of the table ``sorted`` (u, i, place), events user after user, oldest first.
+    """Write the stages of the table ``sorted`` (u, i, place), with events grouped by user, oldest first.
 
-    ``place`` is an event's place in time; a negative one came before the first stage to be written.
+    ``place`` is an event's position in time. It is negative for events before the first stage to write.
 
     Args:
+        connection: the database.
+        directory: the directory of the stream.
         ends: int64 (stages,), the place at which each stage ends.
-        first: number of the first of these stages.
+        first: the number of the first stage to write.
         source: where the events come from, for messages.
-        advance: told how many events are written so far.
+        advance: called with the number of events written so far.
 
     Returns:
-        Counts per stage (``peso.events.histories.stage_counts``).
+        The counts of each stage (``peso.events.histories.stage_counts``).
 
     Raises:
-        DataError: a stage in which nobody has three events.
+        DataError: no user has three events in a stage.
     """
     stages = len(ends)
-    bounds = np.concatenate([[0], ends[:-1]])  # stage 0 of the slices is what came before
+    bounds = np.concatenate([[0], ends[:-1]])  # in the slices, stage 0 has the earlier events
     events = scalar(connection, "SELECT count(*) FROM sorted")
     users = scalar(connection, "SELECT count(*) FROM user_numbers")
     starts = connection.execute(
@@ -141,15 +147,18 @@ def write_stages(
 def new_items(
     connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool, observer: Observer
 ) -> tuple[pa.Table, dict[str, int]]:
-    """The rows of the item table for ``item_numbers``, in their order, with what ``items`` says of them.
+    """The rows of the item table for the table ``item_numbers``, in their order, with the texts of ``items``.
 
     Args:
-        skip: leave rows of ``items`` that cannot be read out, instead of refusing it.
+        connection: the database.
+        items: the product table; None if there is none.
+        skip: whether to leave out rows of ``items`` that cannot be read instead of refusing the table.
+        observer: receives notes.
 
     Returns:
-        An Arrow table (``peso.events.columns.ITEMS``), and for the manifest how many rows of ``items`` repeat
-        an item (the first is taken), how many were left out as unreadable or name no item, and how many of
-        the items have a row (``items_found``).
+        An Arrow table (``peso.events.columns.ITEMS``), and counts for the manifest: rows of ``items`` that
+        repeat an item (the first one is used), rows that were left out because they are unreadable or have
+        no item, and items that have a row (``items_found``).
     """
     told = {"repeated_rows_of_items": 0, "skipped_rows_of_items": 0}
     if items is None:
@@ -174,11 +183,11 @@ def new_items(
         for remark in [*reading.remarks, *_remarks_on_texts(connection)]:
             observer.note(f"note: product table: {remark}")
         for key, what in (
-            ("skipped_rows_of_items", "name no item or cannot be read"),
-            ("repeated_rows_of_items", "repeat an item; the first row of each is taken"),
+            ("skipped_rows_of_items", "are unreadable or have no item id, and are left out"),
+            ("repeated_rows_of_items", "repeat an item; the first row of each item is used"),
         ):
             if told[key]:
-                observer.note(f"note: {told[key]:,} rows of it {what}")
+                observer.note(f"note: {told[key]:,} rows of the product table {what}")
         query = """
             SELECT name AS item_id, title, text, category
             FROM item_numbers
@@ -196,11 +205,17 @@ def _remarks_on_texts(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
             f"SELECT count(*), min({field}) FROM catalogue WHERE lower({field}) IN {MISSING}"
         ).fetchall()[0]
         if count:
-            yield f"the {field} of {count:,} rows is {example!r}, which is taken as text; empty such cells"
+            yield (
+                f"the {field} of {count:,} rows is {example!r}, which is used as text; clear these cells if "
+                "the value is missing"
+            )
 
 
 def _tell_found(connection: duckdb.DuckDBPyConnection, file: str, observer: Observer) -> int:
-    """Say how many items found a row, and which pair nearly did; the number of those that did."""
+    """Report how many items have a row, and ids that almost match.
+
+    Returns: the number of items that have a row.
+    """
     connection.execute("""
         CREATE TABLE met AS
         SELECT log.name, product.item_id
@@ -219,13 +234,13 @@ def _tell_found(connection: duckdb.DuckDBPyConnection, file: str, observer: Obse
         WHERE log.item_id IS NULL AND product.name IS NULL""").fetchall()[0]
     if near[0]:
         observer.note(
-            f"note: {near[0]:,} items of the log without a row differ from an id there only in {ALIKE}: "
-            f"{near[1]} (log, products), for example; write ids in one way"
+            f"note: {near[0]:,} items of the log without a row differ from an id in the product table only "
+            f"in {ALIKE}, for example {near[1]} (log, product table); use one spelling for each id"
         )
     return int(found)
 
 
 def write_items(table: pa.Table, directory: Path) -> None:
     """Write ``items.parquet``."""
-    # in one piece: equal tables are equal files, however their rows came together
+    # in one chunk, so that equal tables give equal files regardless of how they were built
     pq.write_table(table.combine_chunks(), directory / ITEMS_FILE)

@@ -1,8 +1,8 @@
-"""The stream on disk: one Parquet file of users a stage, one table of items, a manifest.
+"""The stream on disk: one Parquet file of users per stage, one item table, and a manifest.
 
 stream/stage=0/users.parquet   user, previous, current (item numbers, oldest first)
 stream/items.parquet           item_id, title, text, category; the row is the item number
-stream/manifest.json           format, counts of each stage, sha256 of the files
+stream/manifest.json           format version, counts of each stage, sha256 of the files
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def stage_file(number: int) -> str:
 def write_stream(
     directory: Path, items: pa.Table, stages: Iterable[Stage], manifest: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a stream into an existing, empty directory. The manifest comes last.
+    """Write a stream to an existing empty directory. The manifest is written last.
 
     Args:
-        items: the item table (``peso.events.columns.ITEMS``), one row an item, in item order.
-        stages: numbered 0, 1, … in this order; taken one by one, so that they need not all be in memory.
-        manifest: what else to record (where the data come from, say); next to it come ``format``,
-            ``items`` (how many), ``stages`` (their counts) and ``files`` (sha256).
+        directory: the directory to write to.
+        items: the item table (``peso.events.columns.ITEMS``), one row per item, in the order of the numbers.
+        stages: the stages 0, 1, … in this order. They are used one by one and need not all be in memory.
+        manifest: further contents of the manifest, such as the source of the data, in addition to
+            ``format``, ``items`` (their number), ``stages`` (their counts) and ``files`` (their sha256).
 
     Raises:
-        DataError: no stage at all, a stage that leaves nothing to learn, an item id twice.
+        DataError: there is no stage, a stage has no training targets, or an item id occurs twice.
     """
     items = items.select(columns.ITEMS.names).cast(columns.ITEMS)
     _require_distinct(items)
@@ -51,24 +52,26 @@ def write_stream(
     counts = []
     for number, stage in enumerate(stages):
         if stage.number != number:
-            raise ValueError(f"stage {stage.number} comes where stage {number} belongs")
+            raise ValueError(f"expected stage {number}, not stage {stage.number}")
         for ragged in (stage.previous, stage.current):
             if len(ragged.values) and not 0 <= ragged.values.min() <= ragged.values.max() < len(items):
                 raise ValueError(f"stage {number} has item numbers outside the table of {len(items)} items")
         counts.append(_write_stage(directory, stage, "stream"))
     if not counts:
-        raise DataError("a stream needs at least stage 0; the data hold no stage")
+        raise DataError("a stream needs at least stage 0, but the data have no stages")
     write_manifest(directory, FORMAT, {**(manifest or {}), "items": len(items), "stages": counts})
 
 
 def replace_stages(directory: Path, stages: Iterable[Stage], manifest: Mapping[str, Any]) -> None:
-    """Write other stages, as many, over those of a stream that nothing was learnt from yet.
+    """Replace the stages of a stream on which nothing was trained yet.
 
     Args:
-        manifest: what else to record, see :func:`write_stream`; the number of items stays.
+        directory: the directory of the stream.
+        stages: the new stages; their number must be the same.
+        manifest: further contents of the manifest, see :func:`write_stream`. The items do not change.
 
     Raises:
-        DataError: a stage that leaves nothing to learn.
+        DataError: a stage has no training targets.
     """
     stream = Stream.open(directory)
     counts = [_write_stage(directory, stage, str(manifest.get("split", "stream"))) for stage in stages]
@@ -79,7 +82,7 @@ def replace_stages(directory: Path, stages: Iterable[Stage], manifest: Mapping[s
 
 
 class Stream:
-    """A stream directory, opened. Files are read, and checked against their sha256, when asked for."""
+    """An open stream directory. Files are read and checked against their sha256 when they are needed."""
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self.directory = directory
@@ -87,22 +90,22 @@ class Stream:
 
     @classmethod
     def open(cls, directory: str | Path) -> Stream:
-        """Open a directory that :func:`write_stream` filled.
+        """Open a directory that :func:`write_stream` wrote.
 
         Raises:
-            WorkspaceError: no manifest, a damaged one, or one of a newer version.
+            WorkspaceError: the manifest is missing or damaged, or a newer version wrote it.
         """
         directory = Path(directory)
         return cls(directory, read_manifest(directory, FORMAT))
 
     @property
     def stages(self) -> int:
-        """How many stages, stage 0 included."""
+        """The number of stages, including stage 0."""
         return len(self.counts)
 
     @property
     def counts(self) -> list[dict[str, int]]:
-        """Per stage what :func:`peso.events.histories.stage_counts` says."""
+        """The counts of each stage, see :func:`peso.events.histories.stage_counts`."""
         return list(self.manifest["stages"])
 
     def stage(self, number: int) -> Stage:
@@ -122,7 +125,7 @@ class Stream:
         )
 
     def fingerprint(self, number: int) -> str:
-        """sha256 of the file of a stage. Raises DataError where there is no such stage."""
+        """The sha256 of the file of a stage. Raises DataError if there is no such stage."""
         self._require_stage(number)
         return str(self.manifest["files"][stage_file(number)])
 
@@ -137,26 +140,26 @@ class Stream:
 
     @cached_property
     def titles(self) -> list[str | None]:
-        """Title of each item number, None where unknown."""
+        """The title of each item, None if it is unknown."""
         return self.items[columns.TITLE].to_pylist()
 
     @cached_property
     def categories(self) -> list[str | None]:
-        """Category path of each item number, None where unknown."""
+        """The category path of each item, None if it is unknown."""
         return self.items[columns.CATEGORY].to_pylist()
 
     def items_known(self, stage: int) -> int:
-        """Rows of the item table that were there when this stage came: later appends add rows at its end."""
+        """The number of items known when this stage was added. Later appends add rows to the item table."""
         later = [brought for brought in self.manifest.get("appended", []) if brought["first_stage"] > stage]
         return int(self.manifest["items"]) - sum(brought["new_items"] for brought in later)
 
     def first_stages(self) -> np.ndarray:
-        """int64 (items,): the stage in which each item first occurs; 0 for one that occurs in none."""
+        """int64 (items,): the stage in which each item first occurs; 0 if it occurs in none."""
         first = np.full(len(self.item_ids), self.stages, dtype=np.int64)
         for number in range(self.stages):
             stage = self.stage(number)
             np.minimum.at(first, stage.current.values, number)
-            if number == 0:  # what comes before the stream is known from its beginning
+            if number == 0:  # items from before the stream are known from its beginning
                 first[stage.previous.values] = 0
         return np.where(first == self.stages, 0, first)
 
@@ -191,7 +194,7 @@ class Stream:
     def _read(self, name: str) -> pa.Table:
         path = intact(self.directory, name, self.manifest)
         try:
-            # read as one file: the `stage=0` in the path is no column
+            # read as a single file, because `stage=0` in the path is not a column
             return pq.ParquetFile(path).read()
         except (pa.ArrowException, OSError) as error:
             raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
@@ -206,7 +209,7 @@ def _write_stage(directory: Path, stage: Stage, source: str) -> dict[str, int]:
 
 
 def stage_table(stage: Stage) -> pa.Table:
-    """The rows of a stage as they are stored (``peso.events.columns.STAGE``)."""
+    """The table in which a stage is stored (``peso.events.columns.STAGE``)."""
     users = pa.array(stage.users, pa.string())
     return pa.Table.from_arrays(
         [users, _list_array(stage.previous), _list_array(stage.current)], schema=columns.STAGE
@@ -214,7 +217,7 @@ def stage_table(stage: Stage) -> pa.Table:
 
 
 def _list_array(ragged: Ragged) -> pa.ListArray:
-    # Arrow's list offsets are int32: the cast refuses a stage of more than 2 billion items
+    # Arrow's list offsets are int32, so the cast fails for a stage with more than 2 billion items
     return pa.ListArray.from_arrays(
         pa.array(ragged.offsets).cast(pa.int32()), pa.array(ragged.values, pa.int32())
     )
@@ -233,4 +236,4 @@ def _require_distinct(items: pa.Table) -> None:
     ids = items[columns.ITEM_ID].to_pylist()
     if len(set(ids)) < len(ids):
         item, times = Counter(ids).most_common(1)[0]
-        raise DataError(f"item {item!r} stands {times} times in the item table; keep one row")
+        raise DataError(f"item {item!r} occurs {times} times in the item table; keep only one row")

@@ -129,7 +129,7 @@ def test_init_takes_columns_and_settings_that_it_is_given(peso, tmp_path):
     written = tmp_path / "log.yaml"
     status, _, err = peso("init", log, "-o", written)
     assert status == 1
-    assert "which column holds the user? Name it with --user" in err
+    assert "which column is the user? Name it with --user" in err
     assert f"who ({EVENTS[0][0]})" in err
     columns = ("--user", "who", "--item", "what", "--title", "what it is")
     settings = ("--set", "data.stages=2", "--set", "evaluation.k=[3]", "--set", "strategy.strength=2")

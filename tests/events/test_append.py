@@ -161,7 +161,7 @@ def test_a_stream_without_times_takes_nothing(tmp_path: Path, stream: Stream) ->
         stream.directory, 1, {k: v for k, v in stream.manifest.items() if k not in ("time", "files")}
     )
     path = write_log(tmp_path / "new.csv", NEW)
-    with pytest.raises(DataError, match="nothing says where new events belong"):
+    with pytest.raises(DataError, match="new events cannot be placed in it"):
         appended(tmp_path / "longer", stream, format="csv", path=str(path))
 
 

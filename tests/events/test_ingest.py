@@ -280,7 +280,7 @@ def test_days_without_separators_are_not_taken_for_seconds_of_1970(tmp_path: Pat
             pa.table(dict(zip(("user", "item", "time"), zip(*log, strict=True), strict=True))), path
         )
     source = {"format": kind, "path": str(path), "stages": 1}
-    with pytest.raises(DataError, match=r"holds '20200309': a day, or .* '%Y%m%d' or seconds"):
+    with pytest.raises(DataError, match=r"has '20200309', which could be a day .* '%Y%m%d' or seconds"):
         ingested(tmp_path / "auto", **source)
     stream = ingested(tmp_path / "days", **source, time_format="%Y%m%d")
     assert histories(stream) == [{"a": ([], ["i1", "i3", "i9", "i12"])}]

@@ -48,7 +48,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_a_folder_without_logs(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    refused(tmp_path, "logs holds no jsonl file", format="jsonl", path=str(tmp_path / "logs"))
+    refused(tmp_path, "logs has no jsonl file", format="jsonl", path=str(tmp_path / "logs"))
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -66,7 +66,7 @@ def test_an_empty_file_among_others_is_named(tmp_path: Path) -> None:
 
 def test_a_file_with_a_header_only(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", [])
-    refused(tmp_path, r"log\.csv holds no readable event", format="csv", path=str(path))
+    refused(tmp_path, r"log\.csv has no readable events", format="csv", path=str(path))
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_rating_that_is_no_number(tmp_path: Path) -> None:
 def test_times_that_are_no_times(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", [(u, i, "noon") for u, i, _ in LOG])
     refused(
-        tmp_path, "holds 'noon', which is neither seconds, milliseconds nor ISO", format="csv", path=str(path)
+        tmp_path, "has 'noon', which is neither seconds, milliseconds nor ISO", format="csv", path=str(path)
     )
 
 
@@ -220,7 +220,7 @@ def test_a_broken_line_of_json(tmp_path: Path) -> None:
 
 def test_a_line_of_another_width(tmp_path: Path) -> None:
     path = bad_row(tmp_path, ("u1", "i1"))
-    refused(tmp_path, r"log\.csv: line 9 has 2 columns where 3 belong", format="csv", path=str(path))
+    refused(tmp_path, r"log\.csv: line 9 has 2 columns instead of 3", format="csv", path=str(path))
     stream = ingested(tmp_path / "s", format="csv", path=str(path), on_error="skip", stages=2)
     assert stream.manifest["skipped"] == 1
 
@@ -228,7 +228,7 @@ def test_a_line_of_another_width(tmp_path: Path) -> None:
 def test_a_gzip_file_cut_short(tmp_path: Path) -> None:
     text = "user,item,time\n" + "".join(f"u{k % 97},i{k * k % 1009},{k}\n" for k in range(20_000))
     (tmp_path / "log.csv.gz").write_bytes(gzip.compress(text.encode())[:-500])
-    refused(tmp_path, r"log\.csv\.gz is cut short", format="csv", path=str(tmp_path / "log.csv.gz"))
+    refused(tmp_path, r"log\.csv\.gz is truncated", format="csv", path=str(tmp_path / "log.csv.gz"))
 
 
 def test_a_file_that_only_claims_to_be_gzip(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
     write_log(tmp_path / "log.parquet", LOG)
     refused(
         tmp_path,
-        r"log\.parquet is not a Parquet file: set the format",
+        r"log\.parquet is not a Parquet file: set the right format",
         format="parquet",
         path=str(tmp_path / "log.parquet"),
     )
@@ -273,7 +273,7 @@ def test_boundaries_that_do_not_ascend(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", LOG)
     refused(
         tmp_path,
-        "boundaries do not ascend",
+        "boundaries must be in ascending order",
         format="csv",
         path=str(path),
         stages={"boundaries": [1_600_000_020, 1_600_000_010]},
@@ -284,7 +284,7 @@ def test_a_boundary_that_is_no_moment(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", LOG)
     refused(
         tmp_path,
-        "'tomorrow' is not a moment",
+        "'tomorrow' is not a date or time",
         format="csv",
         path=str(path),
         stages={"boundaries": ["tomorrow"]},
@@ -318,7 +318,7 @@ def test_a_core_that_leaves_nothing(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", LOG)
     refused(
         tmp_path,
-        "no event is left after the step 'core: users of 50",
+        "no event is left after the cleaning step 'core: users of 50",
         format="csv",
         path=str(path),
         min_user=50,
@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_disk_that_fills_up_with_what_is_spilt_is_named(tmp_path: Path) -> None:
     with (
-        pytest.raises(WorkspaceError, match=r"no space left while ingesting .* nothing half-written"),
+        pytest.raises(WorkspaceError, match=r"no space left while ingesting .* no partial output"),
         temporary_database(tmp_path),
     ):
         raise duckdb.IOException('IO Error: Could not write file "x.tmp": No space left on device')

@@ -108,7 +108,7 @@ def refused(release: Path, *parts: str) -> None:
 
 def test_a_gap_in_the_blocks_names_the_missing_file(release: Path) -> None:
     write(release, BLOCK.format(3), edit(release, BLOCK.format(1)))
-    refused(release, "lacks Toys.all.block_2.json", "fetch the missing file")
+    refused(release, "lacks Toys.all.block_2.json", "add the missing file")
 
 
 def test_a_missing_first_block_is_named(release: Path) -> None:
@@ -128,17 +128,17 @@ def test_no_directory(tmp_path: Path) -> None:
 
 def test_blocks_of_two_streams_in_one_directory(release: Path) -> None:
     write(release, "Books.all.block_0.json", edit(release, BLOCK.format(0)))
-    refused(release, "several streams (Books, Toys)", "keep one")
+    refused(release, "several streams (Books, Toys)", "keep only one")
 
 
 def test_a_missing_index(release: Path) -> None:
     (release / INDEX).unlink()
-    refused(release, "no semantic-ID index", "put it beside the blocks")
+    refused(release, "no semantic-ID index", "put it in the directory of the blocks")
 
 
 def test_two_indices(release: Path) -> None:
     write(release, "Toys.index.json", edit(release, INDEX))
-    refused(release, INDEX, "Toys.index.json", "keep the one to use")
+    refused(release, INDEX, "Toys.index.json", "keep only the one to be used")
 
 
 @pytest.mark.parametrize("name", [BLOCK.format(1), INDEX])
@@ -201,11 +201,11 @@ def test_a_stage_in_which_nobody_has_three_events(release: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "part"),
     [
-        (["a", "b", "c"], "where an object"),
+        (["a", "b", "c"], "instead of an object"),
         ({"current_block": ["a"]}, "lacks 'previous_block'"),
-        ({"previous_block": [], "current_block": "abc"}, "where a list of item ids belongs"),
-        ({"previous_block": None, "current_block": ["a"]}, "None where a list"),
-        ({"previous_block": [], "current_block": ["a", 7]}, "holds 7 where an item id"),
+        ({"previous_block": [], "current_block": "abc"}, "instead of a list of item ids"),
+        ({"previous_block": None, "current_block": ["a"]}, "None instead of a list"),
+        ({"previous_block": [], "current_block": ["a", 7]}, "contains 7 instead of an item id"),
     ],
 )
 def test_wrong_types_in_a_block_name_file_user_and_value(release: Path, entry: object, part: str) -> None:

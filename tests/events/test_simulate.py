@@ -102,7 +102,7 @@ def test_sizes_that_do_not_work_out_are_refused_with_the_cure(sizes: dict, messa
 
 @pytest.mark.parametrize("wrong", [{"series": 0.9}, {"trend": -0.1}, {"kinds": (0.0, 0.0, 0.0, 0.0)}])
 def test_behaviour_that_is_no_share_is_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match="not shares of"):
+    with pytest.raises(ValueError, match="must not be negative"):
         Behaviour(**wrong)
 
 

@@ -162,7 +162,7 @@ def test_no_stream_is_written_from_no_stage(tmp_path: Path) -> None:
 
 def test_an_item_id_twice_is_refused(tmp_path: Path, stages: list[Stage]) -> None:
     twice = pa.concat_tables([item_table(), item_table().slice(2, 1)])
-    with pytest.raises(DataError, match="item 'i2' stands 2 times"):
+    with pytest.raises(DataError, match="item 'i2' occurs 2 times"):
         write_stream(tmp_path, twice, stages)
 
 

@@ -310,7 +310,7 @@ def test_trained_stages_stay_valid_when_texts_change(peso, shop: Path, tmp_path:
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
-        ([("0", "x", "y")], [], "none of the 20 of the stream"),
+        ([("0", "x", "y")], [], "none of the 20 items of the stream"),
         ([("i0", "x", "y")], ["--set", "data.items.columns.title=name"], "no column 'name'"),
         ([("i0", "x", "y")], ["--set", "data.items.columns={item: item}"], "name the columns"),
     ],
@@ -604,7 +604,7 @@ def test_a_repeated_append_is_called_that(peso, shelves: Path, tmp_path: Path, r
     again = write_log(tmp_path / "again.csv", EVENTS[-1:])
     status, _, err = peso("ingest", again, "--append", "-w", shelves, "--set", f"data.repeats={repeats}")
     assert status == 1
-    assert "nothing new" in err
+    assert "no new events" in err
     assert "min_rating" not in err
 
 

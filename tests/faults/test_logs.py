@@ -121,8 +121,8 @@ def test_no_file_of_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "back").symlink_to(folder)
     assert histories(read(tmp_path / "s", folder)[0]) == expected()
     (folder / "c.csv").symlink_to(tmp_path / "gone.csv")
-    refused(tmp_path / "t", r"c\.csv is not a file, or a link to nothing", folder)
-    refused(tmp_path / "u", r"c\.csv is not a file, or a link to nothing", folder / "*.csv")
+    refused(tmp_path / "t", r"c\.csv is not a file, or is a broken link", folder)
+    refused(tmp_path / "u", r"c\.csv is not a file, or is a broken link", folder / "*.csv")
     (folder / "c.csv").unlink()
     os.mkfifo(folder / "c.csv")
     refused(tmp_path / "v", r"c\.csv is not a file", folder)
@@ -141,7 +141,7 @@ NOTED = ["user,item,time,note", *(f"{user},{item},{time},ok" for user, item, tim
 def test_one_unclosed_quote_costs_one_row(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("\n".join(quoted(NOTED, 11, f'u1,i1,{T},"half a note')) + "\n")
-    refused(tmp_path / "no", r"log\.csv: line 12 has a quote that is missing or out of place", path)
+    refused(tmp_path / "no", r"log\.csv: line 12 has a missing or misplaced quote", path)
     stream, _ = read(tmp_path / "s", path, on_error="skip")
     assert (stream.manifest["skipped"], stream.counts[0]["events"]) == (1, 59)
 
@@ -159,7 +159,7 @@ def test_two_stray_quotes_swallow_nothing(tmp_path: Path, apart: int, first: str
     path = tmp_path / "log.csv"
     lines = quoted(quoted(NOTED, 11, first.format(T)), 11 + apart, last.format(T))
     path.write_text("\n".join(lines) + "\n")
-    refused(tmp_path / "no", r"line 12 has a quote that is missing or out of place", path)
+    refused(tmp_path / "no", r"line 12 has a missing or misplaced quote", path)
     stream, _ = read(tmp_path / "s", path, on_error="skip")
     assert stream.manifest["funnel"][0]["events"] == 60
     assert stream.counts[0]["events"] + stream.manifest["skipped"] == 60
@@ -180,7 +180,7 @@ def test_notes_of_several_lines_are_notes(tmp_path: Path) -> None:
 def test_quotes_may_be_part_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("user,item,time\n" + "".join(f'{user},"{item}" x,{time}\n' for user, item, time in LOG))
-    refused(tmp_path / "no", "line 2 has a quote that is missing or out of place", path)
+    refused(tmp_path / "no", "line 2 has a missing or misplaced quote", path)
     stream, _ = read(tmp_path / "s", path, quote="")
     assert stream.item_ids[0] == '"i0" x'
 
@@ -212,7 +212,7 @@ def test_a_flipped_bit_of_a_gzip_file_is_found(tmp_path: Path, where: str) -> No
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"is damaged|is cut short|is not text|not UTF-8"):
+        with pytest.raises(DataError, match=r"is damaged|is truncated|is not text|not UTF-8"):
             use(place)
 
 
@@ -313,12 +313,12 @@ def test_ids_of_parquet_are_what_they_mean(tmp_path: Path, name: str, side: str)
 )
 def test_a_list_or_a_record_is_not_an_id(tmp_path: Path, column: Any) -> None:
     pq.write_table(pa.table({"user": ["u"] * 9, "item": column, "time": range(9)}), tmp_path / "log.parquet")
-    refused(tmp_path / "s", "column 'item' of .* which is not an id", tmp_path / "log.parquet", "parquet")
+    refused(tmp_path / "s", "column 'item' of .* but ids are text or numbers", tmp_path / "log.parquet", "parquet")
     pq.write_table(pa.table({"user_id": column, "x": range(9)}), tmp_path / "users.parquet")
-    with pytest.raises(DataError, match="which is not an id"):
+    with pytest.raises(DataError, match="but ids are text or numbers"):
         read_user_table(tmp_path / "users.parquet")
     pq.write_table(pa.table({"item_id": column, "x": range(9)}), tmp_path / "vectors.parquet")
-    with pytest.raises(DataError, match="which is not an id"):
+    with pytest.raises(DataError, match="but ids are text or numbers"):
         read_vectors(tmp_path / "vectors.parquet", ["a"])
 
 
@@ -334,7 +334,7 @@ def test_json_lines_that_are_odd_but_end_in_a_sentence(tmp_path: Path) -> None:
         read(tmp_path / "deep", path, "jsonl")
     assert len(str(caught.value)) < 500
     path.write_text("".join(json.dumps(row, indent=1) for row in ROWS))
-    refused(tmp_path / "pretty", "holds no JSON objects, one a line", path, "jsonl")
+    refused(tmp_path / "pretty", "has no JSON objects", path, "jsonl")
 
 
 def test_a_column_of_nothing_and_times_in_nanoseconds(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_column_of_nothing_and_times_in_nanoseconds(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
     refused(tmp_path / "1", "row 1 .* has no user", tmp_path / "log.parquet", "parquet")
     path = write_log(tmp_path / "log.csv", [(u, i, t * 10**9) for u, i, t in LOG])
-    refused(tmp_path / "2", "which is beyond microseconds", path)
+    refused(tmp_path / "2", "too large for microseconds", path)
 
 
 def test_ids_of_json_are_what_they_mean(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_ids_that_nearly_meet_are_told(tmp_path: Path, spoil: str) -> None:
     items = {"path": str(tmp_path / "products.csv"), "columns": {"title": "title"}}
     _, said = read(tmp_path / "s", path, items=items)
     assert "1 of 2 items of the log have a row in" in said
-    assert "differ from an id there only in leading zeros, decimals, spaces or case" in said
+    assert "differ from an id in the product table only in leading zeros, decimals, spaces or case" in said
     assert ("with spaces around them" in said) == (spoil == "{} ")
 
 
@@ -390,8 +390,8 @@ def test_products_of_another_shop_are_refused(tmp_path: Path) -> None:
 
 def test_a_text_that_looks_like_no_value_is_told(tmp_path: Path) -> None:
     _, said = read(tmp_path / "s", write_log(tmp_path / "log.csv", [*LOG, ("NaN", "null", T)]))
-    assert "column 'user' has 1 ids that look like a missing value" in said
-    assert "column 'item' has 1 ids that look like a missing value" in said
+    assert "column 'user' has 1 ids that look like missing values" in said
+    assert "column 'item' has 1 ids that look like missing values" in said
 
 
 def test_users_of_the_user_table_have_the_ids_of_the_log(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_a_table_of_users_is_read_whole_or_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two columns with the name 'age'"):
         read_user_table(path)
     path.write_text('user_id,age\nu1,"1\nu2,2\nu3,3\nu4,4\nu5,5\n')
-    with pytest.raises(DataError, match=r"line 2 has a quote .* correct the line$"):
+    with pytest.raises(DataError, match=r"line 2 has a missing or misplaced quote: .* correct the line$"):
         read_user_table(path)
     path.write_text("user_id;age\nu1;1\n")
     with pytest.raises(DataError, match=r"no column 'user_id'; it has user_id;age. [^.]*user_id$"):
@@ -454,7 +454,7 @@ def test_users_and_vectors_that_nearly_meet_are_told(tmp_path: Path) -> None:
         "note: 2 users of the log without a row differ from one there only in leading zeros, decimals, "
         "spaces or case: 'u1' and 'U1', for example; write ids in one way",
         "v.parquet: no vector for 2 of 3 items",
-        "note: 1 of them differ from an id there only in leading zeros, decimals, spaces or case: 'i1' and "
+        "note: 1 of them differ from an id in the product table only in leading zeros, decimals, spaces or case: 'i1' and "
         "'I1', for example; write ids in one way",
     ]
 
@@ -553,7 +553,7 @@ def test_moments_past_the_calendar_are_unreadable(tmp_path: Path, kind: str, giv
         )
     refused(tmp_path / "no", f"row 61 .* has the time '{far}' .* as {given}", path, kind, time_format=given)
     assert read(tmp_path / "s", path, kind, time_format=given, on_error="skip")[0].manifest["skipped"] == 1
-    refused(tmp_path / "auto", "mixes|beyond microseconds|cannot be read", path, kind)
+    refused(tmp_path / "auto", "mixes|too large for microseconds|cannot be read", path, kind)
 
 
 @pytest.mark.parametrize(
@@ -584,8 +584,8 @@ def test_boundaries_past_the_calendar_end_in_a_sentence(tmp_path: Path, stages: 
         ({"path": ""}, r"data\.path: .*at least 1 character"),
         ({"items": {"path": ""}}, r"data\.items\.path: .*at least 1 character"),
         ({"columns": {"user": "item"}}, "one column for two fields: user 'item', item 'item'"),
-        ({"time_format": "%Q"}, r"data\.time_format: '%Q' is not a pattern of times"),
-        ({"time_format": "%"}, r"data\.time_format: '%' is not a pattern of times"),
+        ({"time_format": "%Q"}, r"data\.time_format: '%Q' is not a valid time pattern"),
+        ({"time_format": "%"}, r"data\.time_format: '%' is not a valid time pattern"),
         ({"path": "~nobody_of_this_name/log.csv"}, "~ and an unknown user name"),
     ],
 )
@@ -604,7 +604,7 @@ def test_a_key_of_the_data_that_means_nothing_is_named(
 def test_a_json_array_is_named(tmp_path: Path) -> None:
     (tmp_path / "log.json").write_text(json.dumps(ROWS, indent=1))
     refused(
-        tmp_path / "s", r"log\.json is a JSON array; JSON lines are needed", tmp_path / "log.json", "jsonl"
+        tmp_path / "s", r"log\.json is a JSON array; convert it to JSON lines", tmp_path / "log.json", "jsonl"
     )
 
 
@@ -613,7 +613,7 @@ def test_a_json_array_is_named(tmp_path: Path) -> None:
     [
         (
             gzip.compress(b"user,item,time\n", mtime=0),
-            "is a gzip file: give its name the ending .gz|was packed twice with gzip: unpack it once",
+            "is a gzip file: rename it to end in .gz|was compressed twice with gzip: decompress it once",
         ),
         (b"PK\x03\x04....", "is a zip archive"),
         (b"PAR1....", "is a Parquet file"),
@@ -634,8 +634,8 @@ def test_what_is_not_text_is_named(tmp_path: Path, start: bytes, what: str, name
 @pytest.mark.parametrize(
     ("start", "what"),
     [
-        (b"user,item,time\n", "is not a Parquet file: set the format"),
-        (gzip.compress(b"PAR1"), "is a gzip file: unpack it"),
+        (b"user,item,time\n", "is not a Parquet file: set the right format"),
+        (gzip.compress(b"PAR1"), "is a gzip file: decompress it"),
         (b"PK\x03\x04....", "is a zip archive"),
     ],
     ids=["csv", "gzip", "zip"],
@@ -651,12 +651,12 @@ def test_an_unknown_ending_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"log\.xlsx is a zip archive \(or a spreadsheet\): .*export it"):
         format_of(str(tmp_path / "log.xlsx"))
     (tmp_path / "log.text").write_text("user,item,time\n")
-    with pytest.raises(ConfigError, match=r"the ending of .*log\.text does not say .*--format csv"):
+    with pytest.raises(ConfigError, match=r"the format of .*log\.text cannot be recognized .*--format csv"):
         format_of(str(tmp_path / "log.text"))
     (tmp_path / ".hidden.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match="no file or folder at"):
         format_of(str(tmp_path / "gone"))
-    with pytest.raises(ConfigError, match="no file with a known ending"):
+    with pytest.raises(ConfigError, match="no file of a known format"):
         format_of(str(tmp_path))
     write_log(tmp_path / "log.csv", LOG)
     assert format_of(str(tmp_path)) == "csv"
@@ -763,7 +763,7 @@ def test_nan_of_json_is_no_id(tmp_path: Path) -> None:
 
 def test_utf_16_without_a_mark_ends_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_bytes("user,item,time\nu,i,1\n".encode("utf-16-le"))
-    refused(tmp_path / "s", "does not begin as UTF-16", tmp_path / "log.csv", encoding="utf-16")
+    refused(tmp_path / "s", "does not begin like UTF-16", tmp_path / "log.csv", encoding="utf-16")
 
 
 @pytest.mark.parametrize("separator", ["|", r"\t"])
@@ -786,14 +786,14 @@ def test_ids_that_lost_digits_or_are_written_in_two_ways_are_told(tmp_path: Path
     table = pa.table({"user": [2.0**60] * 9, "item": [1.0] * 9, "time": range(9)})
     pq.write_table(table, tmp_path / "log.parquet")
     said = read(tmp_path / "t", tmp_path / "log.parquet", "parquet")[1]
-    assert "column 'user' are decimals beyond" in said
+    assert "column 'user' are decimals above" in said
     assert "column 'item'" not in said
 
 
 def test_decimals_of_json_that_lost_digits_are_told(tmp_path: Path) -> None:
     rows = [{"user": 2**60 + k % 3, "item": 2.0**60 + k, "time": k} for k in range(9)]
     said = read(tmp_path / "s", write_json_lines(tmp_path / "log.jsonl", rows), "jsonl")[1]
-    assert "column 'item' are decimals beyond" in said
+    assert "column 'item' are decimals above" in said
     assert "column 'user'" not in said
 
 
@@ -803,7 +803,7 @@ def test_ids_that_differ_in_how_they_are_written_are_told(tmp_path: Path, spoil:
     log = [(user, "j" if item == "i3" else item, time) for user, item, time in LOG]
     one = [*log, ("u0", "i3", LOG[-1][2] + 1), ("u0", spoil, LOG[-1][2] + 2)]
     said = read(tmp_path / "s", write_log(tmp_path / "one.csv", one))[1]
-    assert "column 'item' has 1 ids written in several ways" in said
+    assert "column 'item' has 1 ids in several spellings" in said
 
     stream, _ = read(tmp_path / "t", write_log(tmp_path / "log.csv", one[:-1]))
     known = f"U{LOG[0][0][1:]}"
@@ -813,7 +813,7 @@ def test_ids_that_differ_in_how_they_are_written_are_told(tmp_path: Path, spoil:
     notes = Notes()
     manifest = extend_stream(data, stream.directory, tmp_path / "u", notes)
     remarks = manifest["appended"][-1]["remarks"]
-    told = "differ from {} of the stream only in leading zeros, decimals, spaces or case: {!r} and {!r}"
+    told = "differ from {} of the stream only in leading zeros, decimals, spaces or case, for example {!r} and {!r}"
     for remark in (told.format("users", known, LOG[0][0]), told.format("items", spoil, "i3")):
         assert any(remark in said for said in remarks)
         assert any(remark in said for said in notes.told)
@@ -827,5 +827,5 @@ def test_a_product_table_is_of_the_kind_that_its_ending_says(tmp_path: Path) -> 
     stream, said = read(tmp_path / "s", log, items=items)
     assert stream.items["title"].null_count == 0
     assert "the title of 1 rows is 'nan'" in said
-    assert "1 rows of it repeat an item" in said
+    assert "1 rows of the product table repeat an item" in said
     refused(tmp_path / "t", "check data.items.path", log, items={**items, "path": str(tmp_path / "no.csv")})

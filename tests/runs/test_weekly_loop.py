@@ -173,7 +173,7 @@ def test_a_refused_append_leaves_everything_as_it_was(
     before = files(shop, ".")
     bad = write_log(tmp_path / "bad.csv", [("u1", "i1", "soon")])
     for arguments, words in (
-        ((started / "log.csv",), "older than the last one"),
+        ((started / "log.csv",), "older than the last event"),
         ((bad,), "'soon'"),
         ((tmp_path / "absent.csv",), "absent.csv"),
         ((started / "week.csv", "--set", "training.epochs=2"), "training.epochs"),

@@ -1,10 +1,10 @@
-"""The drift simulator: shoppers whose taste is stable, drifts, sleeps and wakes, or is new.
+"""The drift simulator: shoppers who are stable, drifting, dormant or new.
 
-What a user takes next depends on the item before it (the next number of its series, or the companion in
-the category that follows), on the user's own favourite categories, on what is trending, and on chance. In
-later stages new items come out and sell best, trends move on, some categories are followed by others than
-before, and drifting users change favourites. So a sequence model beats popularity, and one that is updated
-beats one that is not, while dormant users come back with the taste they had in stage 0.
+The next item of a user depends on the item before it (the next number of its series, or its companion in the
+category that follows), on the user's favorite categories, on trends, and on chance. In later stages new items
+are released and sell best, trends change, some categories are followed by different ones than before, and
+drifting users change their favorites. So a sequence model beats popularity, and an updated model beats one
+that is not updated, while dormant users return with the taste they had in stage 0.
 """
 
 from peso.events.simulate.market import KINDS, Behaviour

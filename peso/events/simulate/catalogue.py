@@ -1,4 +1,4 @@
-"""A made-up catalogue: a category tree of three levels, and items with titles and descriptions."""
+"""A simulated catalog: a category tree with three levels, and items with titles and descriptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peso.errors import DataError
 from peso.events import columns
 from peso.items.category_path import SEPARATOR
 
-LATE_SHARE = 0.3  # of the items come out after stage 0; each leaf has one from the start
+LATE_SHARE = 0.3  # the share of items released after stage 0; each leaf has an item from the start
 ITEMS_A_LEAF = 7
 
 # department → category → what is sold there
@@ -114,7 +114,7 @@ _TREE = {
         "Maps": ("Road Atlas", "City Guide", "Phrase Book"),
     },
 }
-# third level: line → what its descriptions say
+# third level: line → its description
 _LINES = {
     "Compact": "folds small and weighs next to nothing",
     "Professional": "built for daily work and easy to service",
@@ -135,10 +135,14 @@ _PROMISES = (
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in the order in which they come out, their leaf categories, and the tree.
+    """Items in the order of their release, their leaf categories, and the category tree.
 
-    ``leaf``: int64 (items,), each item's leaf; ``release``: int64 (items,), the stage it comes out in,
-    ascending; ``paths``: the path of each leaf; ``departments``: int64 (leaves,), the first level's number.
+    Attributes:
+        items: the item table.
+        leaf: int64 (items,), the leaf of each item.
+        release: int64 (items,), the stage in which each item is released, ascending.
+        paths: the path of each leaf.
+        departments: int64 (leaves,), the number of each leaf's department (the first level).
     """
 
     items: pa.Table
@@ -149,13 +153,18 @@ class Catalogue:
 
 
 def make_catalogue(items: int, stages: int, rng: np.random.Generator) -> Catalogue:
-    """Draw a catalogue of so many items over so many stages (stage 0 included).
+    """Draw a catalog at random.
 
-    The tree grows with the catalogue, to about seven items a leaf and at most 12 × 6 × 6 leaves. Every leaf
+    The tree grows with the catalog, to about seven items per leaf and at most 12 × 6 × 6 leaves. Every leaf
     has an item from the start.
 
+    Args:
+        items: the number of items.
+        stages: the number of stages over which they are released, including stage 0.
+        rng: the source of random numbers.
+
     Raises:
-        DataError: fewer items than the smallest tree has leaves.
+        DataError: there are fewer items than the smallest tree has leaves.
     """
     paths, departments = _tree(items)
     leaves = len(paths)
@@ -172,7 +181,7 @@ def make_catalogue(items: int, stages: int, rng: np.random.Generator) -> Catalog
 
 
 def _tree(items: int) -> tuple[list[str], np.ndarray]:
-    """Paths of the leaves, and the department of each."""
+    """The path and the department of each leaf."""
     wanted = max(items / ITEMS_A_LEAF, 8)
     side = round(wanted ** (1 / 3))
     lines = min(max(side, 2), len(_LINES))
@@ -187,7 +196,7 @@ def _tree(items: int) -> tuple[list[str], np.ndarray]:
 
 
 def _describe(leaf: np.ndarray, paths: list[str], rng: np.random.Generator) -> pa.Table:
-    """The item table. The model number counts the items of a leaf, so no two titles are the same."""
+    """The item table. Titles include a number that counts the items of a leaf, so they are all different."""
     made = np.zeros(len(paths), dtype=np.int64)
     brands, materials, promises, nouns = (
         rng.integers(0, len(words), len(leaf)) for words in (_BRANDS, _MATERIALS, _PROMISES, "abc")

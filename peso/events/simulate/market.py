@@ -1,5 +1,8 @@
-"""What all simulated users share (what is on offer and sells, what trends, what follows what), and who they
-are: their kind, their taste in each stage, and when they come."""
+"""The simulated market and its users.
+
+The market is what all users share: the items on offer and how well they sell, the trends, and which category
+follows which. Users have a kind, a taste in each stage, and times at which they are active.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,30 @@ from peso.events.simulate.catalogue import Catalogue
 KINDS = ("stable", "drifting", "dormant", "new")
 STABLE, DRIFTING, DORMANT, NEW = range(4)
 
-FAVOURITE_WEIGHTS = (0.5, 0.3, 0.2)  # how often a user turns to each of the three favourite categories
+FAVOURITE_WEIGHTS = (0.5, 0.3, 0.2)  # how often a user chooses each of the three favorite categories
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Shares and probabilities are from 0 to 1.
+    """How simulated users behave. Shares and probabilities are from 0 to 1.
 
     Args:
-        kinds: shares of users, in the order of ``KINDS``.
-        series: how often the next item is the next number of the last item's series,
-        companion: … the last item's companion in the category that follows,
-        favourite: … an item of one of the user's favourite categories,
-        trend: … an item of a trending category; what is left to 1 is drawn from everything that is out, by
-            what sells.
-        novelty: how many times better an item sells in the stage it comes out in; half of the surplus is
-            left one stage on.
-        rewired: share of the categories that another category follows from a later stage on.
-        drift: chance that a drifting user has a new first favourite at a later stage.
-        trends_kept: chance that a trending category still trends one stage on.
-        events_per_user: of the whole log, on average.
-        events_per_visitor: in a later stage, on average over the users who come at all.
+        kinds: the shares of the kinds of users, in the order of ``KINDS``.
+        series: the probability that the next item is the next number of the last item's series.
+        companion: the probability that it is the last item's companion in the category that follows.
+        favourite: the probability that it is from one of the user's favorite categories.
+        trend: the probability that it is from a trending category. With the remaining probability, it is
+            drawn from all released items by how well they sell.
+        novelty: how many times better an item sells in the stage of its release. The surplus halves with
+            every later stage.
+        rewired: the share of categories that are followed by a different category after each stage.
+        drift: the probability that a drifting user has a new first favorite at a later stage.
+        trends_kept: the probability that a trending category still trends in the next stage.
+        events_per_user: the mean number of events per user in the whole log.
+        events_per_visitor: the mean number of events per active user in a later stage.
 
     Raises:
-        ValueError: probabilities of the next item that sum to more than 1, or a negative share.
+        ValueError: the probabilities of the next item sum to more than 1, or a share is negative.
     """
 
     kinds: tuple[float, float, float, float] = (0.35, 0.25, 0.15, 0.25)
@@ -55,30 +58,32 @@ class Behaviour:
     def __post_init__(self) -> None:
         reasons = (self.series, self.companion, self.favourite, self.trend)
         if min(reasons) < 0 or sum(reasons) > 1:
-            raise ValueError(f"series, companion, favourite and trend {reasons} are not shares of one whole")
+            raise ValueError(
+                f"series, companion, favourite and trend {reasons} must not be negative or sum to more than 1"
+            )
         if min(self.kinds) < 0 or not sum(self.kinds):
-            raise ValueError(f"kinds {self.kinds} are not shares of the users")
+            raise ValueError(f"kinds {self.kinds} must not be negative or all 0")
 
 
-TREND_SHARE = 0.06  # of the leaves trend at any time
-NEAR_SHARE = 0.7  # of the leaves are followed by one of their own department
+TREND_SHARE = 0.06  # the share of leaves that trend at any time
+NEAR_SHARE = 0.7  # the share of leaves that are followed by a leaf of the same department
 
 
 @dataclass(frozen=True)
 class Market:
-    """The shelf: items leaf by leaf, within each leaf in the order in which they come out.
+    """The market. On the shelf, items are grouped by leaf and in the order of their release.
 
     Attributes:
-        leaf: int64 (items,) of each item row.
-        number: int64 (items,), place of each item row within its leaf.
-        shelf: int64 (items,), item rows in order of the shelf.
+        leaf: int64 (items,), the leaf of each item row.
+        number: int64 (items,), the position of each item row within its leaf.
+        shelf: int64 (items,), the item rows in the order of the shelf.
         first: int64 (leaves,), where each leaf begins on the shelf.
-        offered: int64 (stages, leaves), how many items of a leaf are out.
-        sales: float64 (stages · (items + 1),), ascending: weights summed along the shelf, stage after stage.
-        popularity: float64 (leaves,), sums to 1.
-        departments: int64 (leaves,), ascending.
-        trending: int64 (stages, trends), leaves.
-        followers: int64 (stages, leaves), the leaf whose items are the companions of each leaf's.
+        offered: int64 (stages, leaves), how many items of a leaf have been released.
+        sales: float64 (stages · (items + 1),), the cumulative weights along the shelf, stage after stage.
+        popularity: float64 (leaves,), the popularity of each leaf; sums to 1.
+        departments: int64 (leaves,), the department of each leaf, ascending.
+        trending: int64 (stages, trends), the trending leaves.
+        followers: int64 (stages, leaves), the leaf that follows each leaf and has its companions.
     """
 
     leaf: np.ndarray
@@ -97,11 +102,11 @@ class Market:
         return len(self.offered)
 
     def sell(self, leaf: np.ndarray, stage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """An item row of each leaf, drawn by what sells in each stage."""
+        """Draw an item row from each leaf, by how well items sell in each stage."""
         return self._sell(stage, self.first[leaf], self.offered[stage, leaf], rng)
 
     def sell_any(self, stage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """An item row for each stage, drawn from the whole shelf by what sells."""
+        """Draw an item row for each stage from the whole shelf, by how well items sell."""
         return self._sell(stage, np.zeros_like(stage), np.full_like(stage, len(self.shelf)), rng)
 
     def _sell(
@@ -111,30 +116,30 @@ class Market:
         low, high = self.sales[begin], self.sales[begin + count]
         drawn = low + rng.random(len(stage)) * (high - low)
         drawn = np.minimum(drawn, np.nextafter(high, low))  # rounding can put a draw on the upper bound
-        # an item not out yet has no width, so nothing is drawn from it
+        # items that are not released yet have weight 0, so they are never drawn
         place = np.searchsorted(self.sales, drawn, side="right") - 1 - begin
         return self.shelf[first + place]
 
     def next_of_series(self, item: np.ndarray, stage: np.ndarray) -> np.ndarray:
-        """The item with the next number of the same leaf; after the newest, the first again."""
+        """The item with the next number in the same leaf. The newest item is followed by the first one."""
         leaf = self.leaf[item]
         return self.shelf[self.first[leaf] + (self.number[item] + 1) % self.offered[stage, leaf]]
 
     def companion(self, item: np.ndarray, stage: np.ndarray) -> np.ndarray:
-        """The item of the same number, wrapped round, in the leaf that follows."""
+        """The item with the same number (modulo the size of the leaf) in the leaf that follows."""
         leaf = self.followers[stage, self.leaf[item]]
         return self.shelf[self.first[leaf] + self.number[item] % self.offered[stage, leaf]]
 
     def neighbours(self, leaf: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Another leaf of each leaf's department."""
+        """A random other leaf of each leaf's department."""
         return _neighbours(leaf, self.departments, rng)
 
 
 def make_market(catalogue: Catalogue, stages: int, behaviour: Behaviour, rng: np.random.Generator) -> Market:
-    """Draw sales, trends and followers of all stages."""
+    """Draw the sales, trends and followers of all stages."""
     leaf, release = catalogue.leaf, catalogue.release
     items, leaves = len(leaf), len(catalogue.paths)
-    shelf = np.argsort(leaf, kind="stable")  # rows stand in order of release already
+    shelf = np.argsort(leaf, kind="stable")  # rows are already in the order of release
     first = np.searchsorted(leaf[shelf], np.arange(leaves))
     number = np.empty(items, dtype=np.int64)
     number[shelf] = np.arange(items) - first[leaf[shelf]]
@@ -191,15 +196,20 @@ def _neighbours(leaf: np.ndarray, departments: np.ndarray, rng: np.random.Genera
     return start + (leaf - start + rng.integers(1, size)) % size
 
 
-EPOCH = 1_640_995_200  # 2022-01-01, where the log begins
-STAGE_SECONDS = 30 * 86_400  # a later stage is a month; stage 0 as long as its share of the events
-SITTING_SECONDS = 86_400  # no sitting lasts longer
+EPOCH = 1_640_995_200  # the log begins on 2022-01-01
+STAGE_SECONDS = 30 * 86_400  # the length of a later stage; that of stage 0 depends on its share of events
+SITTING_SECONDS = 86_400  # the maximum length of a sitting
 
 
 @dataclass(frozen=True)
 class Shoppers:
-    """``kinds``: int64 (users,), into ``KINDS``; ``favourites``: int64 (users, stages, 3), leaf categories
-    by falling weight; ``visits``: int64 (users, stages), how many events."""
+    """The simulated users.
+
+    Attributes:
+        kinds: int64 (users,), the kind of each user as an index into ``KINDS``.
+        favourites: int64 (users, stages, 3), favorite leaf categories by decreasing weight.
+        visits: int64 (users, stages), the number of events.
+    """
 
     kinds: np.ndarray
     favourites: np.ndarray
@@ -207,18 +217,18 @@ class Shoppers:
 
 
 def make_shoppers(users: int, market: Market, behaviour: Behaviour, rng: np.random.Generator) -> Shoppers:
-    """Draw users. With one stage nothing can change, and all of them are stable.
+    """Draw users at random. With a single stage nothing can change, so all users are stable.
 
     Raises:
-        DataError: so few users that a stage stays empty.
+        DataError: there are so few users that a stage is empty.
     """
     stages = market.stages
     kinds = np.zeros(users, dtype=np.int64)
     if stages > 1:
         ends = np.rint(np.cumsum(behaviour.kinds) / sum(behaviour.kinds) * users).astype(np.int64)
         kinds = rng.permutation(np.repeat(np.arange(4), np.diff(ends, prepend=0)))
-    # a new user comes for the first time, a dormant one comes back, in this stage; 0: there from the start.
-    # A dormant user is away for a whole stage at least, where there is room for one.
+    # the stage in which a new user arrives or a dormant one returns; 0 for users there from the start.
+    # Dormant users are away for at least one whole stage, if there are enough stages.
     arrival = np.where(kinds == NEW, rng.integers(1, max(stages, 2), users), 0)
     comeback = np.where(kinds == DORMANT, rng.integers(min(2, stages - 1), max(stages, 2), users), 0)
     return Shoppers(
@@ -229,12 +239,13 @@ def make_shoppers(users: int, market: Market, behaviour: Behaviour, rng: np.rand
 
 
 def make_times(shoppers: Shoppers, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users, stages and unix seconds of all events (int64 each), user after user, times ascending strictly.
+    """The users, stages and Unix times of all events (int64 each), grouped by user, with strictly ascending
+    times.
 
-    Events come in sittings of about four; dormant users are gone for the last third of stage 0.
+    Events come in sittings of about four. Dormant users are away for the last third of stage 0.
     """
     users, stages = shoppers.visits.shape
-    cell = np.repeat(np.arange(users * stages), shoppers.visits.ravel())  # (events,) user and stage in one
+    cell = np.repeat(np.arange(users * stages), shoppers.visits.ravel())  # (events,) user · stages + stage
     who, stage = cell // stages, cell % stages
     place = np.arange(len(cell)) - np.searchsorted(cell, cell)  # within the user's stage
     base = round(STAGE_SECONDS * BASE_SHARE / (1 - BASE_SHARE) * max(stages - 1, 1))
@@ -254,7 +265,7 @@ def make_times(shoppers: Shoppers, rng: np.random.Generator) -> tuple[np.ndarray
 def _favourites(
     kinds: np.ndarray, arrival: np.ndarray, market: Market, behaviour: Behaviour, rng: np.random.Generator
 ) -> np.ndarray:
-    """(users, stages, 3). A first favourite comes with neighbours of its department."""
+    """(users, stages, 3). The other favorites are from the department of the first one."""
     users = len(kinds)
 
     def draw(stage: np.ndarray, trendy: np.ndarray) -> np.ndarray:
@@ -278,7 +289,7 @@ def _favourites(
 def _visits(
     arrival: np.ndarray, comeback: np.ndarray, stages: int, behaviour: Behaviour, rng: np.random.Generator
 ) -> np.ndarray:
-    """(users, stages); the events of a stage sum to its exact share, so that the protocol cuts just there."""
+    """(users, stages). Each stage has its exact share of the events, so the protocol cuts at these places."""
     users = len(arrival)
     quotas = np.diff(stage_bounds(users * behaviour.events_per_user, stages), prepend=0)
     since = np.maximum(arrival, comeback)
@@ -288,14 +299,14 @@ def _visits(
         if stage == 0:
             present = np.flatnonzero(arrival == 0)
         else:
-            # whoever arrives or comes back now is there; of the others as many as the events go round for
+            # users who arrive or return now are active, and as many others as there are events for
             order = np.where(since == stage, -1.0, rng.random(users))
             wanted = max(1, round(quota / behaviour.events_per_visitor))
             able = np.flatnonzero(since <= stage)
             present = able[np.argsort(order[able], kind="stable")[:wanted]]
         if len(present) == 0:
             raise DataError(
-                f"{users} users are too few for {stages} stages: nobody is there in stage {stage}; "
+                f"{users} users are too few for {stages} stages: stage {stage} has no users; "
                 "simulate more users or fewer stages"
             )
         least = min(1, quota // len(present))

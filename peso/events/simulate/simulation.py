@@ -1,4 +1,4 @@
-"""The simulated log: what each user takes, event by event, and the stages cut from it."""
+"""The simulated log: the items that each user chooses, event by event, and the stages cut from it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from peso.events.simulate.market import (
 from peso.events.stream import write_stream
 from peso.runtime.files import write_json
 
-RECENT = 20  # items back, a user seldom takes the same one again
-DRAWS = 3  # to find one that is not
+RECENT = 20  # users rarely choose an item that is among their last 20
+DRAWS = 3  # how often to draw to find another item
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A log by time, and the truth behind it.
+    """A log in the order of time, and the truth behind it.
 
-    ``users``, ``item_rows``, ``times``: int64 (events,), rows of ``user_names`` and of the item table, and
-    unix seconds.
+    ``users``, ``item_rows`` and ``times`` are int64 (events,): indices into ``user_names``, rows of the item
+    table, and Unix times.
     """
 
     seed: int
@@ -53,7 +53,7 @@ class Simulation:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The log, cut by the protocol of the released stream."""
+        """The log, cut into stages by the protocol of the released stream."""
         return cut_stages(self.user_names, self.users, self.item_rows, self.times, self.market.stages)
 
     @property
@@ -75,17 +75,20 @@ def simulate(
     """Simulate a log.
 
     Args:
-        stages: how many, stage 0 included.
-        seed: the same seed, sizes and behaviour give the same log, to the last event.
+        users: the number of users.
+        items: the number of items.
+        stages: the number of stages, including stage 0.
+        seed: the same seed, sizes and behavior give exactly the same log.
+        behaviour: how users behave.
 
     Raises:
-        DataError: too few users or items for the stages asked for.
+        DataError: there are too few users or items for the number of stages.
     """
     for name, value in {"users": users, "items": items, "stages": stages}.items():
         if value < 1:
             raise DataError(f"cannot simulate {value} {name}; give at least one")
     behaviour = behaviour or Behaviour()
-    # one generator a part, so that more users do not change the catalogue
+    # one generator for each part, so that a different number of users does not change the catalog
     rng = [np.random.default_rng([seed, part]) for part in range(5)]
     catalogue = make_catalogue(items, stages, rng[0])
     market = make_market(catalogue, stages, behaviour, rng[1])
@@ -117,7 +120,7 @@ def _choose(
     behaviour: Behaviour,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """int64 (events,): item rows. Step k draws the k-th event of every user who has so many."""
+    """int64 (events,): the item row of each event. Step k draws the k-th event of every user who has one."""
     counts = np.bincount(who, minlength=len(shoppers.kinds))
     starts = np.cumsum(counts) - counts
     taken = np.full(len(who), -1, dtype=np.int64)
@@ -143,12 +146,15 @@ def _draw(
     behaviour: Behaviour,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The next item of n users.
+    """Draw the next item of n users.
 
     Args:
-        last: int64 (n,), the item before; None for the first.
-        stage: int64 (n,).
-        favourites: int64 (n, 3), leaves.
+        last: int64 (n,), the previous item of each user; None for the first event.
+        stage: int64 (n,), the stage of each event.
+        favourites: int64 (n, 3), the favorite leaves of each user.
+        market: the market.
+        behaviour: how users behave.
+        rng: the source of random numbers.
     """
     n = len(stage)
     trends = market.trending.shape[1]
@@ -157,7 +163,7 @@ def _draw(
     slot = np.searchsorted(np.cumsum(FAVOURITE_WEIGHTS)[:-1], rng.random(n), side="right")
     trend = market.trending[stage, rng.integers(0, trends, n)]
     of_leaf = market.sell(np.where(reason == 3, trend, favourites[np.arange(n), slot]), stage, rng)
-    if last is None:  # then a favourite takes the place of series and companion
+    if last is None:  # series and companion need a previous item; choose a favorite instead
         return np.where(reason <= 3, of_leaf, market.sell_any(stage, rng))
     return np.choose(
         np.minimum(reason, 4),
@@ -193,14 +199,16 @@ def write_simulation(
     seed: int = 0,
     manifest: Mapping[str, Any] | None = None,
 ) -> Simulation:
-    """Simulate into an existing, empty directory: log, truth, stream. The manifest comes last.
+    """Simulate a log and write it, the truth and the stream to an existing empty directory.
 
     Args:
-        users, items, stages, seed: see :func:`peso.events.simulate.simulate`; recorded as ``source``.
-        manifest: what else to record, see :func:`peso.events.stream.write_stream`.
+        directory: the directory to write to.
+        users, items, stages, seed: see :func:`peso.events.simulate.simulate`. The manifest records them as
+            ``source``.
+        manifest: further contents of the manifest, see :func:`peso.events.stream.write_stream`.
 
     Raises:
-        DataError: too few users or items for the stages asked for.
+        DataError: there are too few users or items for the number of stages.
     """
     simulation = simulate(users, items, stages, seed)
     pq.write_table(simulation.events, directory / EVENTS_FILE)

@@ -1,4 +1,4 @@
-"""Where events and items come from: readers of files, and the mappings of well-known data sets."""
+"""Sources of events and items: readers of files, and the columns of well-known data sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ItemTable", "Log", "Source", "open_source"]
 
 
 def open_source(data: DataConfig) -> Source:
-    """The log and the item table that the configuration names; first lines are read, no more.
+    """The log and the item table that the configuration names. Only the first lines of files are read.
 
     Raises:
         DataError: a file or a column is missing, or a file is empty.

@@ -24,10 +24,12 @@ class Amazon2023(DataSet):
 
     @staticmethod
     def open(path: str) -> Source:
-        """Reviews at ``path``: a file, or a folder with one. The metadata lie beside them under ``meta_``.
+        """Open the reviews at ``path``, a file or a folder with one file of reviews.
+
+        The metadata are in the same folder, in a file whose name begins with ``meta_``.
 
         Raises:
-            DataError: no review file, several of them, or one without the published columns.
+            DataError: there is no review file, there are several, or the published columns are missing.
         """
         log_file = _log_file(Path(path))
         require_content(log_file)
@@ -52,7 +54,7 @@ def _log_file(path: Path) -> Path:
     )
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise DataError(f"{path} should hold one file of reviews (found: {names}); name the file itself")
+        raise DataError(f"{path} should contain one file of reviews (found: {names}); name the file itself")
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Which files a path means, of which kind they are, and how they are opened."""
+"""Find the files that a path refers to, recognize their formats, and open them."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ ENDINGS = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet", ".pq"),
 }
-# First bytes of what is not text, and what to do with it.
+# The first bytes of files that are not text, and what to do with them.
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _MAGIC = {
-    _GZIP: "is a gzip file: give its name the ending .gz",
-    b"PK\x03\x04": "is a zip archive (or a spreadsheet): unpack or export it, and give the text file",
+    _GZIP: "is a gzip file: rename it to end in .gz",
+    b"PK\x03\x04": "is a zip archive (or a spreadsheet): unpack or export it, and use the text file",
     b"BZh": "is a bzip2 file: unpack it",
     b"\xfd7zXZ": "is an xz file: unpack it",
     b"\x28\xb5\x2f\xfd": "is a zstd file: unpack it",
     _PARQUET: "is a Parquet file: set the format to parquet",
-    b"\xd0\xcf\x11\xe0": "is a spreadsheet or document of Office: export the table as CSV",
-    b"ARROW1": "is an Arrow (Feather) file: write the table as Parquet",
+    b"\xd0\xcf\x11\xe0": "is an Office spreadsheet or document: export the table as CSV",
+    b"ARROW1": "is an Arrow (Feather) file: export the table as Parquet",
     b"SQLite format 3": "is an SQLite database: export the table as CSV or Parquet",
 }
 HEADER = 1 << 20  # characters; a longer first line is not the header of a table
 
 
 def find_files(path: str, kind: str, key: str = "data.path") -> list[Path]:
-    """The files that ``path`` (a file, a folder or a glob) means, in order of name.
-
-    A path that exists is that file or folder, whatever characters its name holds; only where there is none it
-    is read as a glob.
+    """The files that a path refers to, in the order of their names.
 
     Args:
-        kind: ``csv``, ``jsonl`` or ``parquet``: of a folder the files with an ending of this kind, gzipped
-            ones included, are taken, except hidden ones (they or a folder above them begin with a dot).
-        key: of the configuration, for messages.
+        path: a file, a folder or a glob pattern. An existing path is that file or folder even if its name has
+            special characters; it is a pattern only if it does not exist.
+        kind: ``csv``, ``jsonl`` or ``parquet``. In a folder, all files with an extension of this kind are
+            used, including gzipped ones, except hidden files and files in hidden folders.
+        key: the key of the configuration, for messages.
 
     Raises:
-        DataError: nothing there, or a file without a byte.
+        DataError: there are no files, or a file is empty.
     """
     if Path(path).is_dir():
         endings = ENDINGS[kind]
         found = [file for file in _shown(Path(path)) if bare_suffix(file) in endings]
         if not found:
-            raise DataError(f"the folder {path} holds no {kind} file ({', '.join(endings)}, or with .gz)")
+            raise DataError(
+                f"the folder {path} has no {kind} file ({', '.join(endings)}, or one of these with .gz)"
+            )
     elif Path(path).is_file():
         found = [Path(path)]
     else:
@@ -67,17 +68,18 @@ def find_files(path: str, kind: str, key: str = "data.path") -> list[Path]:
 
 
 def kind_of(path: str) -> str | None:
-    """``csv``, ``jsonl`` or ``parquet`` by the ending of a file (``log.csv.gz``) or glob; else None."""
+    """``csv``, ``jsonl`` or ``parquet`` by the extension of a file (``log.csv.gz``) or pattern; else None."""
     suffix = bare_suffix(Path(path))
     return next((kind for kind, endings in ENDINGS.items() if suffix in endings), None)
 
 
 def format_of(path: str) -> str:
-    """The ``data.format`` of a file by its ending, of a folder by the files in it.
+    """The ``data.format`` of a file by its extension, or of a folder by the files in it.
 
     Raises:
-        ConfigError: the ending says nothing, or the folder holds files of no kind or of several.
-        DataError: the file begins as one that is not read.
+        ConfigError: the extension is not known, or the folder has no files of a known format or files of
+            several formats.
+        DataError: the file is of a format that cannot be read.
     """
     if not Path(path).is_dir():
         if kind := kind_of(path):
@@ -87,7 +89,7 @@ def format_of(path: str) -> str:
         require_text(Path(path))
         known = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
         raise ConfigError(
-            f"the ending of {path} does not say what it holds (known are {known}); give --format, "
+            f"the format of {path} cannot be recognized from its extension (known: {known}); set --format, "
             "for example --format csv"
         )
     names = [file.name for file in Path(path).iterdir()]
@@ -96,16 +98,16 @@ def format_of(path: str) -> str:
     kinds = {kind for file in _shown(Path(path)) if (kind := kind_of(file.name))}
     if len(kinds) == 1:
         return kinds.pop()
-    held = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no file with a known ending"
-    raise ConfigError(f"the folder {path} holds {held}; give --format, for example --format csv")
+    held = f"files of several formats ({', '.join(sorted(kinds))})" if kinds else "no file of a known format"
+    raise ConfigError(f"the folder {path} has {held}; set --format, for example --format csv")
 
 
 def _shown(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, nor in a hidden folder; links are followed."""
+    """All files below a folder, except hidden files and files in hidden folders. Links are followed."""
     found: list[Path] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder that was visited
             folders.clear()
             continue
         seen.add(real)
@@ -119,39 +121,51 @@ def _raise(error: OSError) -> None:
 
 
 def require_content(file: Path, key: str = "data.path") -> Path:
-    """The file itself, which ``key`` names in the configuration. Raises DataError if missing or empty."""
+    """Check that a file, which ``key`` names in the configuration, is not empty, and return it.
+
+    Raises:
+        DataError: the file is missing or empty.
+    """
     if not file.is_file():
-        what = "is missing" if not os.path.lexists(file) else "is not a file, or a link to nothing"
-        raise DataError(f"{file} {what}; check {key}, or fetch the data again")
+        what = "is missing" if not os.path.lexists(file) else "is not a file, or is a broken link"
+        raise DataError(f"{file} {what}; check {key}, or download the data again")
     if file.stat().st_size == 0:
-        raise DataError(f"{file} is empty; fetch or write it again, or remove it")
+        raise DataError(f"{file} is empty; download or create it again, or remove it")
     return file
 
 
 def require_text(file: Path) -> Path:
-    """The file itself. Raises DataError if it is evidently not text, packed with gzip or not."""
+    """Check that a file, gzipped or not, looks like text, and return it.
+
+    Raises:
+        DataError: the file is of another format.
+    """
     start = _first_bytes(file)
     if _is_gzip(file):
         if not start.startswith(_GZIP):
             raise DataError(
-                f"{file} is not gzip, whatever its name says; give it its right ending, or fetch it again"
+                f"{file} is not a gzip file, despite its name; correct its extension, or download it again"
             )
         with open_bytes(file) as unpacked:
             start = unpacked.read(16)
         if start.startswith(_GZIP):
-            raise DataError(f"{file} was packed twice with gzip: unpack it once")
+            raise DataError(f"{file} was compressed twice with gzip: decompress it once")
     if what := _magic(start):
         raise DataError(f"{file} {what}")
     return file
 
 
 def require_parquet(file: Path) -> Path:
-    """The file itself. Raises DataError if it does not begin as a Parquet file does."""
+    """Check that a file begins like a Parquet file, and return it.
+
+    Raises:
+        DataError: the file is of another format.
+    """
     start = _first_bytes(file)
     if start.startswith(_GZIP):
-        raise DataError(f"{file} is a gzip file: unpack it; a Parquet file is compressed in itself")
+        raise DataError(f"{file} is a gzip file: decompress it; Parquet files are already compressed")
     if not start.startswith((_PARQUET, b"PARE")):
-        what = _magic(start) or "is not a Parquet file: set the format to what it is, such as csv"
+        what = _magic(start) or "is not a Parquet file: set the right format, such as csv"
         raise DataError(f"{file} {what}")
     return file
 
@@ -166,7 +180,7 @@ def _magic(start: bytes) -> str | None:
 
 
 def first_of(folder: Path, *names: str) -> Path | None:
-    """The first of these names that is a file in the folder, gzipped or not."""
+    """The first of these names that exists as a file in the folder, gzipped or not; else None."""
     for name in names:
         for candidate in (folder / name, folder / f"{name}.gz"):
             if candidate.is_file():
@@ -175,7 +189,7 @@ def first_of(folder: Path, *names: str) -> Path | None:
 
 
 def bare_suffix(file: Path) -> str:
-    """``.csv`` of ``log.csv`` and of ``log.csv.gz``."""
+    """The extension of a file without ``.gz``: ``.csv`` for ``log.csv`` and for ``log.csv.gz``."""
     return (Path(file.stem) if _is_gzip(file) else file).suffix.lower()
 
 
@@ -183,7 +197,7 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
     """The fields of a delimited file's first line.
 
     Raises:
-        DataError: the line is not text in this encoding, or there is none.
+        DataError: the line is empty or is not text in this encoding.
     """
     with open_text(file, encoding) as handle:
         line = handle.readline(HEADER).rstrip("\n")
@@ -197,10 +211,10 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
             fields = next(csv.reader([line], delimiter=separator, quotechar=quote, strict=True))
         except csv.Error as error:
             raise DataError(
-                f"the first line of {file} has a quote out of place ({error}): {line[:80]!r}"
+                f"the first line of {file} has a misplaced quote ({error}): {line[:80]!r}"
             ) from None
     if not any(fields):
-        raise DataError(f"the first line of {file} is empty; fetch or write the file again")
+        raise DataError(f"the first line of {file} is empty; download or create the file again")
     return fields
 
 
@@ -216,42 +230,46 @@ def is_utf8(file: Path) -> bool:
 
 
 def require_same(tables: Sequence[tuple[Path, list[str]]]) -> list[str]:
-    """The columns that all files have. Raises DataError naming the file that differs."""
+    """The columns of all files, which must be the same.
+
+    Raises:
+        DataError: the columns of a file differ; the message names it.
+    """
     (first, columns), *others = tables
     for file, other in others:
         if other != columns:
             raise DataError(
                 f"{file} has the columns {', '.join(other)}, but {first} has {', '.join(columns)}; "
-                "ingest files of one shape together"
+                "ingest only files with the same columns together"
             )
     return columns
 
 
 @contextmanager
 def open_bytes(file: Path) -> Iterator[BinaryIO]:
-    """A file, unpacked if its name ends in .gz; whoever reads it to its end has its checksum verified.
+    """Open a file, decompressed if its name ends in .gz. Reading a gzip file to its end checks its checksum.
 
     Raises:
-        DataError: gzip data that are cut short or damaged.
+        DataError: the gzip data are truncated or damaged.
     """
     try:
         with gzip.open(file, "rb") if _is_gzip(file) else file.open("rb") as raw:
             yield cast(BinaryIO, raw)
     except EOFError:
-        raise DataError(f"{file} is cut short; fetch the file again") from None
+        raise DataError(f"{file} is truncated; download the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file} is damaged ({error}); fetch the file again") from None
+        raise DataError(f"{file} is damaged ({error}); download the file again") from None
     except UnicodeError as error:
         if isinstance(error, UnicodeDecodeError):
             raise
-        raise DataError(f"{file} does not begin as UTF-16 text does ({error}); convert it to UTF-8") from None
+        raise DataError(f"{file} does not begin like UTF-16 text ({error}); convert it to UTF-8") from None
 
 
 @contextmanager
 def open_text(file: Path, encoding: str) -> Iterator[IO[str]]:
-    """A text file, gzipped or not, whose lines all end in a line feed.
+    """Open a text file, gzipped or not. All line ends are read as line feeds.
 
-    Bytes that are no text in this encoding come as lone surrogates (UTF-8) or as U+FFFD (UTF-16).
+    Bytes that are not text in this encoding are read as lone surrogates (UTF-8) or as U+FFFD (UTF-16).
     """
     name = "utf-8-sig" if encoding == "utf-8" else encoding
     with open_bytes(file) as raw:

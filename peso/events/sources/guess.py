@@ -1,4 +1,4 @@
-"""Guesses which columns of a user's files hold what, for `peso init`: by names, then by values."""
+"""Guess the meaning of the columns of a user's files for `peso init`, by their names and values."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parque
 from peso.events.sources.user_files import separator_of
 from peso.events.times import recognise
 
-SAMPLE = 1000  # rows by which columns are judged
+SAMPLE = 1000  # the number of rows that are examined
 SEPARATORS = (",", ";", "\t", "|", "::")
-# What a column's name says about it, in the order of preference.
+# Words in the names of columns for each role, in the order of preference.
 WORDS = {
     "user": "user customer member visitor client buyer shopper reader listener viewer reviewer account u",
     "item": "item product sku asin article movie film song track book isbn game video business content",
@@ -36,12 +36,19 @@ WORDS = {
 NEUTRAL = {"", "id", "ids", "code", "number", "no", "key", "parent", "unix", "event", "review", "main"}
 DATES = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%Y/%m/%d", "%Y%m%d")
 CLOCKS = ("", " %H:%M", " %H:%M:%S")
-MOST_KINDS = 20  # values of a column that may be the types of events
+MOST_KINDS = 20  # the maximum number of event types that a column may have
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A table, its first rows as text, and the separator where it is not what its ending says."""
+    """A table with its first rows as text.
+
+    Attributes:
+        table: the table.
+        values: for each column, the values of the first rows.
+        separator: the separator, if it is not the usual one for the file's extension.
+        header: whether the file has a header.
+    """
 
     table: FileTable
     values: dict[str, list[str]] = field(repr=False)
@@ -49,28 +56,35 @@ class Sampled:
     header: bool = True
 
     def columns(self, role: str, taken: Sequence[str] = ()) -> list[str]:
-        """The columns whose names say that they hold ``role``, the clearest first."""
+        """The columns whose names indicate a role, the clearest first.
+
+        Args:
+            role: a key of ``WORDS``.
+            taken: columns that already have a role.
+        """
         words = WORDS[role].split()
         found = []
         for place, name in enumerate(self.values):
             parts = set(_words(name))
             hits = [words.index(part) for part in parts if part in words]
             clear = parts <= {*words, *NEUTRAL}
-            # `user_city` is not the user; a time is recognized by its values too
+            # `user_city` is not the user; times are also recognized by their values
             if hits and name not in taken and (clear or role not in ("user", "item", "kind")):
                 found.append((not clear, min(hits), place, name))
         return [name for *_, name in sorted(found)]
 
 
 def sample(path: str, kind: str, separator: str | None = None, encoding: str = "utf-8") -> Sampled:
-    """The shape and the first rows of a table.
+    """Read the columns and the first rows of a table.
 
     Args:
+        path: a file, a folder or a glob pattern.
         kind: ``csv``, ``jsonl`` or ``parquet``.
-        separator: of csv; None: guessed from the first lines.
+        separator: the separator of CSV; None to guess it from the first lines.
+        encoding: the encoding of CSV.
 
     Raises:
-        DataError: no file there, or one that cannot be read.
+        DataError: there is no file, or it cannot be read.
     """
     file = find_files(path, kind)[0]
     if kind == "parquet":
@@ -94,13 +108,15 @@ def sample(path: str, kind: str, separator: str | None = None, encoding: str = "
 
 
 def guess_time(sampled: Sampled, name: str, given: str = "auto") -> str | None:
-    """The ``time_format`` of a column; None where its values are not times.
+    """The ``time_format`` of a column; None if its values are not times.
 
     Args:
-        given: as configured; a pattern is only compared with the values.
+        sampled: the table.
+        name: the column.
+        given: the configured format. A pattern is only compared with the values.
 
     Raises:
-        DataError: the values are dates whose day and month cannot be told apart.
+        DataError: the values are dates in which day and month cannot be distinguished.
     """
     values = [value for value in sampled.values[name] if value.strip()]
     column = sampled.table.columns[name]
@@ -113,7 +129,7 @@ def guess_time(sampled: Sampled, name: str, given: str = "auto") -> str | None:
         if len(fitting) > 1:
             raise DataError(
                 f"the times in column {name!r}, such as {values[0]!r}, can be read as "
-                f"{' or '.join(fitting)}; say which: --set data.time_format='{fitting[0]}'"
+                f"{' or '.join(fitting)}; choose one, for example --set data.time_format='{fitting[0]}'"
             ) from None
         return fitting[0] if fitting else None
     if clock.kind == "number" and not all(_is_epoch(value) for value in values):
@@ -122,14 +138,15 @@ def guess_time(sampled: Sampled, name: str, given: str = "auto") -> str | None:
 
 
 def guess_log(sampled: Sampled, given: dict[str, str], time_format: str = "auto") -> dict[str, str]:
-    """The columns of a log: ``user``, ``item``, ``time`` and, where there are such, ``rating``, ``kind``.
+    """Guess the columns of a log: ``user``, ``item``, ``time`` and, if there are any, ``rating``, ``kind``.
 
     Args:
-        given: columns that the user named; they are not guessed.
-        time_format: as configured.
+        sampled: the log.
+        given: the columns that the user named; they are not guessed.
+        time_format: the configured format of times.
 
     Raises:
-        DataError: a column that was named is not there, or one that is needed cannot be guessed.
+        DataError: a named column does not exist, or a required column cannot be guessed.
     """
     found = dict(given)
     for role, name in given.items():
@@ -142,7 +159,7 @@ def guess_log(sampled: Sampled, given: dict[str, str], time_format: str = "auto"
     for role in ("user", "item", "rating", "kind"):
         if role not in found and (names := sampled.columns(role, [*found.values()])):
             found[role] = names[0]
-    if not sampled.header:  # as every published log without a header has it
+    if not sampled.header:  # user before item, as in every published log without a header
         rest = [name for name in sampled.values if name not in found.values()]
         found |= {role: rest.pop(0) for role in ("user", "item") if role not in found and rest}
     if missing := [role for role in ("user", "item", "time") if role not in found]:
@@ -153,14 +170,17 @@ def guess_log(sampled: Sampled, given: dict[str, str], time_format: str = "auto"
 
 
 def guess_items(sampled: Sampled, given: dict[str, list[str]], log: str | None) -> dict[str, list[str]]:
-    """The columns of a product table: ``item`` and, where there are such, ``title``, ``category``, ``text``.
+    """Guess the columns of a product table: ``item`` and, if there are any, ``title``, ``category`` and
+    ``text``.
 
     Args:
-        given: columns that the user named; they are not guessed.
-        log: the item column of the log, which is the product table too; None if they are two files.
+        sampled: the product table.
+        given: the columns that the user named; they are not guessed.
+        log: the item column of the log if the log is also the product table; None if they are two files.
 
     Raises:
-        DataError: a column that was named is not there, the item cannot be guessed, or there is no text.
+        DataError: a named column does not exist, the item column cannot be guessed, or there is no column
+            with text.
     """
     found = dict(given)
     for role, names in given.items():
@@ -177,32 +197,32 @@ def guess_items(sampled: Sampled, given: dict[str, list[str]], log: str | None) 
             found[role] = names if role == "text" else names[:1]
     if len(found) == 1:
         raise DataError(
-            f"{sampled.table.files[0]} has no column of titles, texts or categories, from which semantic IDs "
-            "are made. Name the product table (--items FILE), or its columns (--title, --text, --category)"
+            f"{sampled.table.files[0]} has no column with titles, texts or categories, which are needed for "
+            "semantic IDs. Name the product table (--items FILE) or its columns (--title, --text, --category)"
         )
     return found
 
 
 def _which(sampled: Sampled, role: str, option: str) -> str:
-    """The message that asks for a column; it lists those there are with an example of each."""
+    """The message that asks for a column. It lists all columns with an example of each."""
     there = "; ".join(f"{name} ({examples(sampled, name, 1) or 'empty'})" for name in sampled.values)
     file = sampled.table.files[0]
-    return f"{file}: which column holds the {role}? Name it with {option}. The columns are {there}"
+    return f"{file}: which column is the {role}? Name it with {option}. The columns are {there}"
 
 
 def examples(sampled: Sampled, name: str, count: int = 3) -> str:
-    """The first different values of a column, for people."""
+    """The first distinct values of a column, for messages."""
     values = dict.fromkeys(value[:30] for value in sampled.values[name] if value)
     return ", ".join([*values][:count])
 
 
 def kinds(sampled: Sampled, name: str) -> list[str]:
-    """The values of a column among the sampled rows, the most frequent first."""
+    """The distinct values of a column in the sampled rows, the most frequent first."""
     return [value for value, _ in Counter(sampled.values[name]).most_common() if value]
 
 
 def _by_column(table: FileTable, rows: Sequence[Sequence[object]]) -> dict[str, list[str]]:
-    """Missing values are empty texts."""
+    """The values of each column as text. Missing values are empty."""
     return {
         name: ["" if row[place] is None else str(row[place]) for row in rows]
         for place, name in enumerate(table.columns)
@@ -210,13 +230,14 @@ def _by_column(table: FileTable, rows: Sequence[Sequence[object]]) -> dict[str, 
 
 
 def _words(name: str) -> list[str]:
-    """``customerId``, ``customer_id``, ``customerid`` and ``Customer ID`` begin with the same word."""
+    """The words of a column's name, without ``id``. ``customerId``, ``customer_id``, ``customerid`` and
+    ``Customer ID`` give the same first word."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
     return [word.removesuffix("id") or word for word in words]
 
 
 def _separator(file: Path, usual: str, encoding: str) -> str:
-    """The one that cuts all of the first lines into as many fields, and into most."""
+    """The separator that splits the first lines into the most fields, the same number for each line."""
     with open_text(file, encoding) as handle:
         lines = [line for _ in range(20) if (line := handle.readline(HEADER)).strip()]
 
@@ -234,7 +255,7 @@ def _is_moment_or_number(text: str) -> bool:
 
 
 def _is_epoch(text: str) -> bool:
-    """Whether a number of seconds or less that lies after 1973, as those of logs do."""
+    """Whether a text is a Unix time after 1973, in seconds or a smaller unit."""
     try:
         return 1e8 <= float(text) < 1e17
     except ValueError:

@@ -1,7 +1,7 @@
-"""Delimited text and JSON lines read one line at a time, in Python.
+"""Read delimited text and JSON lines one line at a time, in Python.
 
-DuckDB reads a plain file many times faster. This is for the rest: quotes, mixed line ends, other encodings,
-and lines that cannot be read, which are named or counted here one by one.
+DuckDB reads plain files many times faster. This module is for all other files: those with quotes, mixed line
+ends, other encodings, or unreadable lines, which are reported or counted one by one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import IO, Any
 
 from peso.events.sources.files import open_bytes, open_text
 
-LONGEST = 16 << 20  # characters of a line; with more of them the file is not a log
-LONGEST_SPAN = 1 << 20  # characters of a record that runs over several lines
+LONGEST = 16 << 20  # the maximum number of characters of a line
+LONGEST_SPAN = 1 << 20  # the maximum number of characters of a record on several lines
 BLOCK = 1 << 20
-ESCAPED_KEY = re.compile(rb'"[^"\\]*+\\[^"]*+"\s*+:')  # where escaped quotes and backslashes are taken out
+ESCAPED_KEY = re.compile(rb'"[^"\\]*+\\[^"]*+"\s*+:')  # for text without escaped quotes and backslashes
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How delimited text is written. ``quote``: empty where quotes are part of the text."""
+    """The format of delimited text. ``quote`` is empty if quotes are part of the text."""
 
     separator: str
     header: bool
@@ -36,10 +36,11 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Watch:
-    """When a quoted field is taken to have swallowed rows: a quote is missing or out of place then.
+    """When a quoted field counts as having swallowed rows because a quote is missing or misplaced.
 
-    A line within it looks like a row if it has as many fields as a row, and its field number ``key`` (the
-    time of a log, the id of a product) is written as the last row's. So many ``rows`` of them are too many.
+    A line inside the field looks like a row if it has the right number of fields and its field number
+    ``key`` (the time of a log, the id of a product) has the format of the last row's. A field with ``rows``
+    such lines or more counts as an error.
     """
 
     key: int
@@ -48,20 +49,21 @@ class Watch:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What is wrong with a line: the end of the sentence `line 3 …`."""
+    """Why a line cannot be read. ``reason`` completes the sentence "line 3 …"."""
 
     reason: str
 
 
 def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[str] = ()) -> int | None:
-    """How many rows a text file holds, its header not counted; None if one line may not be one row.
+    """The number of rows of a text file without its header, or None if a line may not be exactly one row.
 
-    Every byte is read, so a damaged gzip file does not pass.
+    Every byte is read, so damaged gzip files are detected.
 
     Args:
-        dialect: of delimited text; None for JSON lines.
-        keys: of JSON lines: a line that may have one of them twice is not one row either, nor is one with
-            a key that is written with escapes.
+        file: the file.
+        dialect: the format of delimited text; None for JSON lines.
+        keys: for JSON lines, keys that every row may have only once. The result is also None if a line may
+            have one of them twice, or a key that is written with escapes.
     """
     if dialect and dialect.encoding != "utf-8":
         return None
@@ -92,9 +94,9 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[
 def delimited_rows(
     file: Path, dialect: Dialect, width: int, watch: Watch | None = None
 ) -> Iterator[tuple[int, list[str] | Unreadable]]:
-    """The rows of delimited text below its header, each with the number of its first line.
+    """The rows of delimited text without its header, each with the number of its first line.
 
-    A record that cannot be read costs its first line only: reading goes on at the next one.
+    If a record cannot be read, only its first line is lost: reading continues with the next line.
     """
     last: list[str] | None = None
 
@@ -118,9 +120,9 @@ def delimited_rows(
                 header = False
                 continue
             if isinstance(row, list) and len(row) == width + 1 and not row[-1]:
-                row.pop()  # a separator at the end of the line; DuckDB reads such a row, too
+                row.pop()  # a separator at the end of the line; DuckDB also reads such a row
             if isinstance(row, list) and len(row) != width:
-                row = Unreadable(f"has {len(row)} columns where {width} belong ({line[:80]!r})")
+                row = Unreadable(f"has {len(row)} columns instead of {width} ({line[:80]!r})")
             if isinstance(row, list):
                 last = row
             yield number, row
@@ -129,10 +131,15 @@ def delimited_rows(
 def _quoted_record(
     first: str, lines: _Lines, dialect: Dialect, looks_like_row: Callable[[str], bool], limit: int | None
 ) -> list[str] | Unreadable:
-    """The fields of a record with quotes, which may run over further lines.
+    """The fields of a record with quotes, which may continue on further lines.
 
     Args:
-        limit: of lines that look like rows themselves; with so many the record cannot be read. None: any.
+        first: the first line of the record.
+        lines: the lines after it.
+        dialect: the format of the text.
+        looks_like_row: whether a line looks like a row.
+        limit: the number of lines inside the record that look like rows from which on the record cannot be
+            read; None for no limit.
     """
     taken: list[tuple[int, str]] = []
 
@@ -143,7 +150,7 @@ def _quoted_record(
             taken.append((number, line))
             alike += limit is not None and looks_like_row(line)
             if limit is not None and alike >= limit:
-                raise csv.Error(f"the quoted field runs on over line {number}, which looks like a row itself")
+                raise csv.Error(f"the quoted field includes line {number}, which looks like a row itself")
             size += len(line)
             if size > LONGEST_SPAN or _not_text(line, dialect.encoding):
                 raise csv.Error(f"the quoted field does not end before line {number}")
@@ -155,7 +162,7 @@ def _quoted_record(
         return next(fields)
     except csv.Error as error:
         lines.give_back(taken)
-        return Unreadable(f"has a quote that is missing or out of place: {error} ({first[:80]!r})")
+        return Unreadable(f"has a missing or misplaced quote: {error} ({first[:80]!r})")
 
 
 def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
@@ -170,7 +177,7 @@ def _json_object(line: str) -> dict[str, Any] | Unreadable:
     try:
         value = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_Object)
         if "\\u" in line:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a pair of escapes is not a character
+            json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
     except (ValueError, RecursionError) as error:
         return Unreadable(f"is not valid JSON: {error} ({line[:80]!r})")
     if not isinstance(value, _Object):
@@ -179,7 +186,7 @@ def _json_object(line: str) -> dict[str, Any] | Unreadable:
 
 
 class _Object(dict[str, Any]):
-    """An object of JSON; ``twice``: a key that it has more than once."""
+    """A JSON object. ``twice`` is a key that it has more than once, or None."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -188,9 +195,9 @@ class _Object(dict[str, Any]):
 
 
 class _Lines:
-    """The lines of a text, without their ends, each with its number; lines can be given back.
+    """The lines of a text without their ends, each with its number. Lines can be given back.
 
-    Of one that is too long the first ``LONGEST`` + 1 characters come.
+    Lines that are too long are cut after ``LONGEST`` + 1 characters.
     """
 
     def __init__(self, handle: IO[str]) -> None:
@@ -218,10 +225,10 @@ class _Lines:
 
 
 def _not_text(line: str, encoding: str) -> Unreadable | None:
-    """What is wrong with the characters of a line: bytes that are not of this encoding, or too many."""
+    """Why a line is not valid text: it is too long, or has bytes that are not valid in this encoding."""
     if len(line) > LONGEST:
         return Unreadable(
-            f"has more than {LONGEST:,} characters ({line[:40]!r}…), which is not a row of a log"
+            f"has more than {LONGEST:,} characters ({line[:40]!r}…), which is too long for a row"
         )
     if line.isascii() or encoding == "latin-1":
         return None
@@ -232,13 +239,13 @@ def _not_text(line: str, encoding: str) -> Unreadable | None:
     except UnicodeEncodeError:
         pass
     return Unreadable(
-        f"is not {encoding.upper()} ({line[:80]!r}); if the whole file has another encoding, say so (for CSV "
-        "data.encoding: latin-1), or convert it"
+        f"is not {encoding.upper()} ({line[:80]!r}); if the whole file has another encoding, set it (for "
+        "CSV, data.encoding: latin-1), or convert the file"
     )
 
 
 def _has_escaped_key(block: bytes) -> bool:
-    r"""Whether a key may be written with escapes, as ``"\u0075ser"`` for ``"user"``."""
+    r"""Whether a key may be written with escapes, such as ``"\u0075ser"`` for ``"user"``."""
     return ESCAPED_KEY.search(block.replace(rb"\\", b"").replace(rb"\"", b"")) is not None
 
 
@@ -254,5 +261,5 @@ def _refuse_constant(name: str) -> None:
 
 
 def _shape(value: str) -> str:
-    """How a value is written: runs of digits as 0, other words as a."""
+    """The format of a value: sequences of digits become 0, other words become a."""
     return re.sub(r"\w+", lambda word: "0" if word[0].isdigit() else "a", value)

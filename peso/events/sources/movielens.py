@@ -1,6 +1,6 @@
-"""MovieLens in all its shapes, as GroupLens and RecBole publish it.
+"""MovieLens in all formats in which GroupLens and RecBole publish it.
 
-100k            u.data (tabs), u.item (bars, Latin-1, a flag a genre), u.genre
+100k            u.data (tabs), u.item (vertical bars, Latin-1, one flag per genre), u.genre
 1M, 10M         ratings.dat, movies.dat (separated by ::; Latin-1 in 1M)
 latest, 20M on  ratings.csv, movies.csv (with header)
 peso pull       u.data, movies.tsv (tabs, with header: item_id, title, year, genres)
@@ -16,7 +16,7 @@ from peso.events.database import literal
 from peso.events.sources.files import first_of, is_utf8, require_content
 from peso.events.sources.tables import LIST, DataSet, FileTable, ItemTable, Log, Source, csv_table
 
-FLAGS_FROM = 6  # of u.item: the first genre's column, counted from 1
+FLAGS_FROM = 6  # the column of the first genre in u.item, counted from 1
 GENRES_100K = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
     "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
@@ -30,10 +30,10 @@ class MovieLens(DataSet):
 
     @staticmethod
     def open(path: str) -> Source:
-        """A MovieLens folder, recognised by its files.
+        """Open a MovieLens folder, whose version is recognized from its files.
 
         Raises:
-            DataError: none of the published files is there.
+            DataError: the folder has none of the published files.
         """
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if log := first_of(folder, "u.data"):
@@ -54,7 +54,7 @@ class MovieLens(DataSet):
         if found := sorted(folder.glob("*.inter")):
             return _recbole(found[0])
         raise DataError(
-            f"{folder} holds none of u.data, ratings.dat, ratings.csv or *.inter; "
+            f"{folder} has none of u.data, ratings.dat, ratings.csv or *.inter; "
             "give the folder of an unpacked MovieLens data set"
         )
 
@@ -65,18 +65,18 @@ def ratings_dat(log: Path, movies: Path | None) -> Source:
 
 
 def _numbered(log: Path, separator: str) -> Log:
-    """User, item, rating, time in this order."""
+    """A log with the columns user, item, rating and time, in this order."""
     table = csv_table([require_content(log)], separator, header=False, quote="")
     if len(table.columns) < 4:
         raise DataError(
-            f"{log} has {len(table.columns)} columns on its first line, where user, item, rating and time "
-            f"separated by {separator!r} belong; check data.format"
+            f"{log} has {len(table.columns)} columns in its first line instead of user, item, rating and "
+            f"time separated by {separator!r}; check data.format"
         )
     return Log(table, "1", "2", "4", "3", time_format="seconds")
 
 
 def _movies(table: FileTable) -> ItemTable:
-    """Number, title, genres separated by bars."""
+    """An item table with the columns number, title and genres, which are separated by vertical bars."""
     return ItemTable(
         table, "1", _at(table, "2"), category=_genres(_at(table, "3")) if "3" in table.columns else "NULL"
     )
@@ -112,7 +112,7 @@ def _pulled(movies: Path) -> ItemTable:
 
 
 def _recbole(log: Path) -> Source:
-    """Columns are named as in ``user_id:token``."""
+    """A data set of RecBole, whose columns have names such as ``user_id:token``."""
     table = csv_table([require_content(log)], "\t", header=True, quote="")
     at = {name.partition(":")[0]: name for name in table.columns}
     for name in ("user_id", "item_id", "timestamp"):
@@ -138,7 +138,7 @@ def _recbole(log: Path) -> Source:
 
 
 def _headless(file: Path, separator: str, encoding: str | None = None) -> FileTable:
-    # MovieLens 1M is Latin-1, 10M and MovieTweetings are UTF-8; nothing in the files says which
+    # MovieLens 1M is Latin-1, 10M and MovieTweetings are UTF-8; the files do not declare it
     encoding = encoding or ("utf-8" if is_utf8(require_content(file)) else "latin-1")
     return csv_table([require_content(file)], separator, header=False, encoding=encoding, quote="")
 

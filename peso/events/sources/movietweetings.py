@@ -1,4 +1,4 @@
-"""MovieTweetings, in the shape of MovieLens 1M: ratings.dat and movies.dat, separated by ::, UTF-8."""
+"""MovieTweetings, in the format of MovieLens 1M: ratings.dat and movies.dat, separated by ::, UTF-8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ class MovieTweetings(DataSet):
 
     @staticmethod
     def open(path: str) -> Source:
-        """Raises DataError if ``ratings.dat`` is missing."""
+        """Open a MovieTweetings folder.
+
+        Raises:
+            DataError: ``ratings.dat`` is missing.
+        """
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         log = require_content(folder / "ratings.dat" if Path(path).is_dir() else Path(path))
         return ratings_dat(log, first_of(folder, "movies.dat"))

@@ -1,4 +1,4 @@
-"""Reads a table of files into a database, all of it: rows read plus rows left out are those there are."""
+"""Read all rows of a table of files into a database; rows that are left out are counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peso.events.sources.lines import Unreadable, Watch, count_plain_rows, delim
 from peso.events.sources.tables import FileTable
 
 BATCH = 50_000  # rows
-SAMPLE = 100  # ids that tell whether the others are looked at
+SAMPLE = 100  # all ids are examined only if this number of ids look like decimals
 NOT_THE_FILE = (
     duckdb.OutOfMemoryException,
     duckdb.BinderException,
@@ -29,18 +29,22 @@ T = TypeVar("T")
 
 
 class Reading:
-    """A table that is read: by DuckDB where every line is a row, else line by line.
+    """Reads a table with DuckDB if every line is a row, otherwise line by line.
 
     Args:
-        skip: leave lines out that cannot be read, instead of refusing the file.
+        connection: the database.
+        table: the table to read.
+        skip: whether to leave out lines that cannot be read instead of refusing the file.
         key: the column by which a line is recognized as a row (:class:`peso.events.sources.lines.Watch`).
-        swallowed: how many such lines within a quoted field are too many.
-        cure: what to do about a line that cannot be read.
+        swallowed: the number of such lines inside a quoted field that counts as an error.
+        cure: what the user should do about a line that cannot be read.
 
-    ``left_out``: how many lines were. ``remarks``: what a user should know of the ids, one sentence each.
+    Attributes:
+        left_out: the number of lines that were left out.
+        remarks: sentences about the ids that the user should know.
 
     Raises:
-        DataError: a line that cannot be read, a damaged file.
+        DataError: a line cannot be read, or a file is damaged.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Reading:
             self._stage()
 
     def create(self, name: str, fields: str) -> int:
-        """``CREATE TABLE name AS SELECT fields``; the number of its rows."""
+        """Run ``CREATE TABLE name AS SELECT fields`` and return the number of rows."""
 
         def create(relation: str) -> int:
             self.connection.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT {fields} FROM {relation}")
@@ -77,27 +81,27 @@ class Reading:
             rows = create(self._from)
         if rows != sum(self.rows_of_files):
             raise DataError(
-                f"{self.table.files[0]} holds {sum(self.rows_of_files):,} rows, but {rows:,} were read; "
-                "write the file again, as Parquet if it can be"
+                f"{self.table.files[0]} has {sum(self.rows_of_files):,} rows, but {rows:,} were read; "
+                "create the file again, if possible as Parquet"
             )
         return rows
 
     def select(self, fields: str, further: str = "") -> list[tuple[Any, ...]]:
-        """Rows of the table; ``further``: WHERE, LIMIT and so on."""
+        """Rows of the table. ``further`` is the rest of the SQL statement: WHERE, LIMIT and so on."""
         return self._attempt(
             lambda relation: self.connection.execute(f"SELECT {fields} FROM {relation} {further}").fetchall()
         )
 
     def id(self, name: str, key: str) -> str:
-        """SQL: the ids in a column as text (:meth:`FileTable.id`), whole numbers without decimals.
+        """SQL for the ids in a column as text (:meth:`FileTable.id`), with whole numbers without decimals.
 
-        A text keeps its `.0` unless every id of the column has one, as pandas writes whole numbers in a
-        column where some are missing.
+        Ids that are text keep their `.0`, unless every id of the column has one. This is how pandas writes
+        whole numbers in a column with missing values.
         """
         text, column = self.table.id(name, key), self.table.columns[name]
         exact = {"FLOAT": 2**24, "DOUBLE": 2**53, "JSON": 2**53}.get(column.kind)
         decimal, number = "true", column.sql
-        if column.kind == "JSON":  # whole numbers of any size come as they are written
+        if column.kind == "JSON":  # whole numbers of any size are read as they are written
             decimal = (
                 rf"json_type({column.sql}) = 'DOUBLE' AND NOT regexp_full_match({column.value}, '-?\d+')"
             )
@@ -105,8 +109,8 @@ class Reading:
         beyond = f"WHERE {decimal} AND isfinite({number}) AND abs({number}) > {exact} LIMIT 1"
         if exact and self.select("1", beyond):
             self.remarks.append(
-                f"the ids in column {name!r} are decimals beyond {exact:,}, which are not exact: "
-                "different ids may have become one. Write them as integers or text"
+                f"the ids in column {name!r} are decimals above {exact:,}, which are not exact, so different "
+                "ids may have been merged. Write them as integers or text"
             )
         if column.kind != "VARCHAR":
             return text
@@ -122,7 +126,7 @@ class Reading:
         return f"split_part({text}, '.', 1)"
 
     def place(self, row: int) -> tuple[Path, int]:
-        """The file and the row in it, both as people count, of a row counted from 0."""
+        """The file, and the row in it counted from 1, of a row of the table counted from 0."""
         for file, rows in zip(self.table.files, self.rows_of_files, strict=True):
             if row < rows:
                 return file, row + 1
@@ -132,12 +136,12 @@ class Reading:
     def _rows(self, file: Path) -> int | None:
         if self.table.kind == "parquet":
             return int(pq.ParquetFile(file).metadata.num_rows)
-        plain_name = file.suffix != ".GZ" and file.suffix.lower() != ".zst"  # by which DuckDB goes
+        plain_name = file.suffix != ".GZ" and file.suffix.lower() != ".zst"  # DuckDB depends on the extension
         keys = [*self.table.columns] if self.table.kind == "jsonl" else []
         return count_plain_rows(file, self.table.dialect, keys) if plain_name else None
 
     def _attempt(self, query: Callable[[str], T]) -> T:
-        """By DuckDB's reader; where it stumbles, once more over what is read line by line."""
+        """Run a query with DuckDB's reader. If it fails, read the files line by line and run it again."""
         try:
             return query(self._from)
         except NOT_THE_FILE:
@@ -147,14 +151,14 @@ class Reading:
                 raise
             if self.table.kind == "parquet":
                 raise DataError(
-                    f"{self.table.files[0]}{' or a file beside it' * (len(self.table.files) > 1)} is damaged "
-                    f"({str(error).splitlines()[0]}); fetch or write it again"
+                    f"{self.table.files[0]}{' or another file' * (len(self.table.files) > 1)} is damaged "
+                    f"({str(error).splitlines()[0]}); download or create it again"
                 ) from None
         self._stage()
         return query(self._from)
 
     def _stage(self) -> None:
-        """Read line by line into a table of the database."""
+        """Read all files line by line into a table of the database."""
         self._staged = True
         names = [f"c{place}" for place in range(self.table.width)]
         kind = "JSON" if self.table.kind == "jsonl" else "VARCHAR"

@@ -19,38 +19,38 @@ from peso.events.database import identifier, literal
 from peso.events.sources.files import first_fields, open_text, require_parquet, require_same, require_text
 from peso.events.sources.lines import LONGEST, Dialect, json_rows
 
-# SQL: the characters that make no id by themselves: blanks, and what has no width
+# SQL: characters that are not an id by themselves: blanks and zero-width characters
 BLANKS = literal(
     " \t\n\v\f\r\x85\u00a0\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
     + "".join(map(chr, range(0x2000, 0x200E)))
 )
-MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # how programs print no value
-ALIKE = "leading zeros, decimals, spaces or case"  # what :func:`folded` leaves out of account
+MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # texts for missing values
+ALIKE = "leading zeros, decimals, spaces or case"  # the differences that :func:`folded` ignores
 _SCALARS = ("VARCHAR", "BOOLEAN", "UUID", "BLOB", "ENUM", "DATE", "TIME", "BIT", "CHAR", '"NULL"')
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column as it stands in SQL, with its DuckDB type."""
+    """A column as SQL, with its DuckDB type."""
 
     sql: str
     kind: str
 
     @property
     def is_container(self) -> bool:
-        """Whether its values are lists, structs and the like. Of JSON each value decides for itself."""
+        """Whether the values are lists, structs and so on. For JSON this depends on each value."""
         scalar = (*_SCALARS, *_INTEGERS, "FLOAT", "DOUBLE", "DECIMAL", "JSON")
         return self.kind.endswith("]") or self.kind.startswith("UNION") or not self.kind.startswith(scalar)
 
     @property
     def value(self) -> str:
-        """SQL: the value, as text where the file has no types."""
+        """SQL: the value, as text if the file has no types."""
         return f"({self.sql} ->> '$')" if self.kind == "JSON" else self.sql
 
     @property
     def text(self) -> str:
-        """SQL: one value as text. Whole floats are integers; null, NaN, infinity and blanks are null."""
+        """SQL: the value as text. Whole floats become integers; NaN, infinity and blanks become null."""
         return f"CASE WHEN trim({self._text}, {BLANKS}) <> '' THEN {self._text} END"
 
     @property
@@ -76,29 +76,38 @@ class Column:
 
 @dataclass(frozen=True)
 class FileTable:
-    """Files of one shape, read as one table.
+    """Files with the same columns, read as one table.
 
-    ``columns``: by name, as the files write it; ``width``: how many, those without a name included.
-    ``scan``: the FROM clause, by DuckDB's own reader.
-    ``dialect``: of delimited text.
+    Attributes:
+        kind: ``csv``, ``jsonl`` or ``parquet``.
+        files: the files.
+        columns: the columns by the name that they have in the files.
+        width: the number of columns, including those without a name.
+        scan: the FROM clause that uses DuckDB's reader.
+        dialect: the format of delimited text; None for others.
+        twice: names that several columns have.
     """
 
-    kind: str  # csv, jsonl or parquet
+    kind: str
     files: tuple[Path, ...]
     columns: dict[str, Column]
     width: int
     scan: str
     dialect: Dialect | None = None
-    twice: frozenset[str] = frozenset()  # names that several columns have
+    twice: frozenset[str] = frozenset()
 
     def require(self, name: str, key: str) -> Column:
-        """A column.
+        """The column with this name.
+
+        Args:
+            name: the name of the column.
+            key: the key of the configuration that names it, for the message.
 
         Raises:
-            DataError: there is none of this name, or there are two; names the columns there are, and the key.
+            DataError: there is no such column, or there are two; the message lists the columns and the key.
         """
         if name in self.twice:
-            raise DataError(f"{self.files[0]} has two columns with the name {name!r}; rename one")
+            raise DataError(f"{self.files[0]} has two columns with the name {name!r}; rename one of them")
         if name in self.columns and (self.kind != "jsonl" or self._occurs(name)):
             return self.columns[name]
         names = _json_keys(self.files) if self.kind == "jsonl" else [*self.columns]
@@ -106,26 +115,28 @@ class FileTable:
         alone = self.kind == "csv" and len(names) == 1 and key.startswith("data.")
         hint = f", or {section}.separator" if alone else ""
         if not names:
-            raise DataError(f"{self.files[0]} holds no JSON objects, one a line; write it as JSON lines")
+            raise DataError(
+                f"{self.files[0]} has no JSON objects; write it as JSON lines, with one object per line"
+            )
         there = ", ".join(name if name and name == name.strip() else repr(name) for name in names)
         raise DataError(f"{self.files[0]} has no column {name!r}; it has {there}. Set {key}{hint}")
 
     def id(self, name: str, key: str) -> str:
-        """SQL: the ids in a column as text, null where there is none.
+        """SQL for the ids in a column as text; null for missing ids.
 
         Raises:
-            DataError: as :meth:`require`, or a column of lists or structs.
+            DataError: see :meth:`require`; or the column has lists or structs.
         """
         column = self.require(name, key)
         if column.is_container:
             raise DataError(
-                f"column {name!r} of {self.files[0]} holds {column.kind}, which is not an id: an id is a "
-                f"text or a number. Set {key}, or write one row for each"
+                f"column {name!r} of {self.files[0]} has the type {column.kind}, but ids are text or "
+                f"numbers. Set {key} to another column, or write one row per id"
             )
         return column.text
 
     def _occurs(self, name: str) -> bool:
-        # broken lines are null here, and are dealt with when the table is read
+        # broken lines are null here; they are handled when the table is read
         rows = duckdb.execute(
             f"SELECT 1 FROM {_json_objects(self.files)} WHERE json_exists(json, {_pointer(name)}) LIMIT 1"
         )
@@ -139,10 +150,10 @@ def csv_table(
     encoding: str = "utf-8",
     quote: str = '"',
 ) -> FileTable:
-    """Delimited text; every column is read as text. Without a header columns are called 1, 2, ….
+    """A table of delimited text. Every column is read as text. Without a header the columns are 1, 2, ….
 
     Raises:
-        DataError: a file that is not text, an unreadable first line, or files whose columns differ.
+        DataError: a file is not text, a first line is unreadable, or the columns of the files differ.
     """
     first = [(file, first_fields(require_text(file), separator, quote, encoding)) for file in files]
     if not header:
@@ -172,21 +183,25 @@ def csv_table(
 
 
 def jsonl_table(files: Sequence[Path], wanted: Sequence[str] | None = None) -> FileTable:
-    """JSON lines, of whose objects the ``wanted`` keys are read; None: every key that occurs.
+    """A table of JSON lines.
+
+    Args:
+        files: the files.
+        wanted: the keys to read from the objects; None for every key that occurs.
 
     Raises:
-        DataError: a file that is not text, holds a JSON array, or is not UTF-8.
+        DataError: a file is not text, is a JSON array, or is not UTF-8.
     """
     for file in files:
         with open_text(require_text(file), "utf-8") as handle:
             start = handle.read(1000)
         if start.lstrip()[:1] == "[":
             raise DataError(
-                f"{file} is a JSON array; JSON lines are needed, one object a line "
-                "(for example by `jq -c '.[]' FILE > log.jsonl`)"
+                f"{file} is a JSON array; convert it to JSON lines, with one object per line "
+                "(for example with `jq -c '.[]' FILE > log.jsonl`)"
             )
         if "\0" in start[:2] or start[:2] in ("\udcff\udcfe", "\udcfe\udcff"):
-            raise DataError(f"{file} is not UTF-8 text, which JSON lines have to be; convert it")
+            raise DataError(f"{file} is not UTF-8 text, as JSON lines must be; convert it to UTF-8")
     names = list(dict.fromkeys(_json_keys(files) if wanted is None else wanted))
     fields = ", ".join(f"found[{place + 1}] AS c{place}" for place in range(len(names)))
     pointers = ", ".join(map(_pointer, names))
@@ -201,10 +216,11 @@ def jsonl_table(files: Sequence[Path], wanted: Sequence[str] | None = None) -> F
 
 
 def parquet_table(files: Sequence[Path]) -> FileTable:
-    """Parquet files with the types they have; where types differ between files, columns become text.
+    """A table of Parquet files. Columns keep their types, unless types differ between files; then they become
+    text.
 
     Raises:
-        DataError: a file that is not Parquet, or files whose columns differ.
+        DataError: a file is not Parquet, or the columns of the files differ.
     """
     shapes, kinds = [], []
     for file in files:
@@ -213,10 +229,10 @@ def parquet_table(files: Sequence[Path]) -> FileTable:
             rows = duckdb.execute(f"DESCRIBE SELECT * FROM {_parquet([file])}").fetchall()
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{file} is not readable Parquet ({str(error).splitlines()[0]}); fetch or write it again"
+                f"{file} is not readable Parquet ({str(error).splitlines()[0]}); download or create it again"
             ) from None
         shapes.append((file, names))
-        # DuckDB renames what differs in case only, and keeps the order
+        # DuckDB renames columns whose names differ only in case, and keeps the order
         kinds.append([Column(identifier(row[0]), row[1]) for row in rows])
     names = require_same(shapes)
     if all(columns == kinds[0] for columns in kinds):
@@ -252,7 +268,7 @@ def _repeated(names: Sequence[str]) -> frozenset[str]:
 
 
 def _listed(files: Sequence[Path]) -> str:
-    """Files as an argument of DuckDB, which would read their names as globs."""
+    """A list of files as a DuckDB argument, escaped because DuckDB treats names as glob patterns."""
     return f"[{', '.join(literal(glob.escape(str(file))) for file in files)}]"
 
 
@@ -268,7 +284,7 @@ def _json_objects(files: Sequence[Path], ignore_errors: bool = True) -> str:
 
 
 def _json_keys(files: Sequence[Path]) -> list[str]:
-    """Every key that occurs."""
+    """Every key that occurs in the objects."""
     keys = duckdb.execute(
         f"SELECT DISTINCT unnest(json_keys(json)) FROM {_json_objects(files)} "
         "WHERE json_type(json) = 'OBJECT'"
@@ -285,23 +301,24 @@ def _pointer(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """SQL: what is left of an id without leading zeros, decimals, spaces around it and case.
+    """SQL for an id in lower case, without leading zeros, decimals and surrounding spaces.
 
-    Different ids of which the same is left are most likely one, written in two ways.
+    Different ids with the same result are most likely two spellings of one id.
     """
     text = f"lower(trim(nfc_normalize({name}), {BLANKS}))"
     return rf"ltrim(regexp_replace({text}, '\.0+$', ''), '0')"
 
 
-PATH = " > "  # between the parts of a category path, broad to narrow
-LIST = ", "  # between texts without an order, such as genres
+PATH = " > "  # separates the parts of a category path, from broad to narrow
+LIST = ", "  # separates texts without an order, such as genres
 
 
 @dataclass(frozen=True)
 class Log:
-    """Events: a table and the names of its columns. ``time_format`` as in the configuration.
+    """Events: a table and the names of its columns.
 
-    ``kind``: the column of the event types, read where ``keep`` names those that count.
+    ``time_format`` is as in the configuration. ``kind`` is the column of the event types, and ``keep`` has
+    the types that count; it is empty if all do.
     """
 
     table: FileTable
@@ -316,10 +333,8 @@ class Log:
 
 @dataclass(frozen=True)
 class ItemTable:
-    """Items: a table, its column of ids, and for each field the SQL that gives the text or null.
-
-    ``item``: the name of the column.
-    """
+    """Items: a table, the name of its id column (``item``), and for each field the SQL that returns its text
+    or null."""
 
     table: FileTable
     item: str
@@ -330,16 +345,17 @@ class ItemTable:
 
 @dataclass(frozen=True)
 class Source:
-    """A log and, where the source has one, the table of its items."""
+    """A log and, if the source has one, its item table."""
 
     log: Log
     items: ItemTable | None = None
 
 
 class DataSet:
-    """A well-known data set: where its files are, and which of their columns mean what.
+    """A well-known data set: where its files are, and what their columns mean.
 
-    A new one is one file: a subclass with a ``name``, which `data.format` then takes, and ``open``.
+    To add one, write a file with a subclass that has a ``name``, which becomes a value of ``data.format``,
+    and a method ``open``.
     """
 
     name: ClassVar[str] = ""
@@ -351,7 +367,7 @@ class DataSet:
 
     @staticmethod
     def open(path: str) -> Source:
-        """The log and the table of its items at ``data.path``; first lines are read, no more.
+        """The log and the item table at ``data.path``. Only the first lines of files are read.
 
         Raises:
             DataError: a file or a column is missing, or a file is empty.
@@ -360,7 +376,7 @@ class DataSet:
 
 
 def plain(table: FileTable, *names: str, join: str = "\n") -> str:
-    """SQL: one text from these columns, null if all are. A list in a column is joined likewise."""
+    """SQL that joins the texts of columns; null if all are null. Lists in a column are joined, too."""
     parts = [f"nullif({_as_text(table.columns[name], join)}, '')" for name in names]
     return f"nullif(concat_ws({literal(join)}, {', '.join(parts)}), '')" if parts else "NULL"
 

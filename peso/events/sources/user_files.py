@@ -1,4 +1,4 @@
-"""A user's own files: CSV, Parquet or JSON lines, with the columns that the configuration names."""
+"""The user's files: CSV, Parquet or JSON lines, with the columns that the configuration names."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from peso.events.sources.tables import (
     plain,
 )
 
-SEPARATORS = {".tsv": "\t", ".tab": "\t", ".dat": "::"}  # by ending; a comma elsewhere
+SEPARATORS = {".tsv": "\t", ".tab": "\t", ".dat": "::"}  # by extension; others have a comma
 
 
 def own_source(data: DataConfig) -> Source:
     """The log at ``data.path`` and the product table of ``data.items``, if there is one.
 
     Raises:
-        DataError: no such file, or a column that is not there.
-        ConfigError: columns by name and by number at once, or one column for two fields.
+        DataError: a file or a column does not exist.
+        ConfigError: columns are given both by name and by number, or one column is used for two fields.
     """
     names = {key: value for key, value in data.columns if value is not None}
     events = data.events
@@ -40,7 +40,7 @@ def own_source(data: DataConfig) -> Source:
     user, item, time = (str(names[key]) for key in ("user", "item", "time"))
     if len({user, item, time}) < 3:
         raise ConfigError(
-            f"data.columns names one column for two fields: user {user!r}, item {item!r}, time {time!r}"
+            f"data.columns uses one column for two fields: user {user!r}, item {item!r}, time {time!r}"
         )
     rating = str(names["rating"]) if "rating" in names else None
     log = Log(table, user, item, time, rating, data.time_format)
@@ -51,7 +51,7 @@ def own_source(data: DataConfig) -> Source:
 
 
 def own_items(data: DataConfig) -> ItemTable:
-    """The product table of ``data.items``. Raises as :func:`own_source`."""
+    """The product table of ``data.items``. Raises the same errors as :func:`own_source`."""
     assert data.items is not None
     given = data.items
     kind = given.format or kind_of(given.path) or data.format
@@ -93,14 +93,14 @@ def _table(
     if len(numbered) > 1:
         raise ConfigError(
             f"the columns of {path} are given partly by name and partly by number; "
-            "names are for files with a header, numbers for files without"
+            "use names for files with a header and numbers for files without"
         )
     separator = separator or separator_of(files[0])
-    # the quotes in `::` files are part of the text, as in those of MovieLens
+    # quotes in files with `::` are part of the text, as in MovieLens
     quote = data.quote if len(separator) == 1 else ""
     return csv_table(files, separator, header=not numbered.pop(), encoding=data.encoding, quote=quote)
 
 
 def separator_of(file: Path) -> str:
-    """By its ending."""
+    """The separator of a file, by its extension."""
     return SEPARATORS.get(bare_suffix(file), ",")

@@ -19,16 +19,16 @@ class Yelp(DataSet):
 
     @staticmethod
     def open(path: str) -> Source:
-        """The folder with the review file and, beside it, the business file; or the review file itself.
+        """Open a folder with the review file and the business file, or the review file itself.
 
         Raises:
-            DataError: no review file, or one without the published fields.
+            DataError: there is no review file, or it lacks the published fields.
         """
         given = Path(path)
         folder = given if given.is_dir() else given.parent
         reviews = first_of(folder, *REVIEWS) if given.is_dir() else given
         if reviews is None:
-            raise DataError(f"{folder} holds no {REVIEWS[0]}; unpack the Yelp data set there")
+            raise DataError(f"{folder} has no {REVIEWS[0]}; unpack the Yelp data set there")
         table = jsonl_table([require_content(reviews)], ["user_id", "business_id", "date", "stars"])
         for name in ("user_id", "business_id", "date", "stars"):
             table.require(name, "data.format (jsonl with data.columns reads other files)")
