@@ -1,7 +1,8 @@
-"""Semantic IDs from a category path: one level per depth, the last level numbers the items of a leaf.
+"""Semantic IDs from category paths: one level for each depth, and a last level that numbers the items of a
+leaf.
 
-The numbering of the paths is frozen as a tree: neither items that come later nor categories that are
-corrected later change a code.
+The numbering of the paths is stored as a tree. New items and corrected categories do not change existing
+codes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 
 SEPARATOR = " > "
-LIMIT = 1024  # codes a level: as a row of the vocabulary must be learnt for each, more want a deeper tree
+LIMIT = 1024  # the most codes of a level: each needs a trained vocabulary row; more need a deeper tree
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """What has been numbered: ``tree``, per level the paths in the order of their codes, each written
-    ``"Kitchen > Coffee"``; ``codes``, int32 (items, levels) of the items that have an ID."""
+    """The codes that are already assigned.
+
+    Attributes:
+        tree: for each level, the paths in the order of their codes, each written as ``"Kitchen > Coffee"``.
+        codes: int32 (items, levels), the codes of the items that have an ID.
+    """
 
     tree: list[list[str]]
     codes: np.ndarray
@@ -34,26 +39,28 @@ def category_path_ids(
     limit: int = LIMIT,
     frozen: Frozen | None = None,
 ) -> SemanticIds:
-    """Codes from paths such as ``"Kitchen > Coffee > Travel"``: here three levels and the item's number.
+    """Make codes from paths such as ``"Kitchen > Coffee > Travel"``, which gives three levels and a number.
 
-    The code of level l numbers the distinct paths down to depth l + 1 over the whole tree, in the order in
-    which the catalogue brings them up; the last code numbers the items of one leaf in catalogue order. Every
-    item so has an ID of its own, and items appended to a catalogue leave all earlier codes as they were.
+    The code of level l numbers the distinct paths down to depth l + 1 in the whole tree, in the order in
+    which they occur in the catalog. The last code numbers the items of a leaf in the order of the catalog. So
+    every item has a unique ID, and appended items do not change earlier codes.
 
-    Limits: all paths have one depth, and no level has more than ``limit`` codes.
+    All paths must have the same depth, and no level may have more than ``limit`` codes.
 
     Args:
-        item_ids: the catalogue in row order.
-        categories: the path of each item, its parts joined by ``" > "``.
-        sizes: codes of each level, to leave room for categories and items to come. By default what is used.
-        limit: most codes of a level.
-        frozen: the first items have these codes, whatever their categories say now.
+        item_ids: the ids of the catalog's items in row order.
+        categories: the path of each item, with parts joined by ``" > "``.
+        sizes: the number of codes of each level, to leave room for new categories and items. By default it is
+            the number of codes in use.
+        limit: the largest number of codes of a level.
+        frozen: the codes of the first items, which are kept even if their categories have changed.
 
     Raises:
-        DataError: no items, an item without a path or with one of another depth, a level that overflows.
+        DataError: there are no items, an item has no path or a path of a different depth, or a level has too
+            many codes.
     """
     if not len(item_ids):
-        raise DataError("an empty catalogue has no semantic IDs; give at least one item")
+        raise DataError("an empty catalog has no semantic IDs; give at least one item")
     done = len(frozen.codes) if frozen else 0
     paths = [_parts(*row) for row in zip(item_ids[done:], categories[done:], strict=True)]
     depth = len(frozen.tree) if frozen else len(paths[0])
@@ -70,8 +77,8 @@ def category_path_ids(
         if len(path) != depth:
             raise DataError(
                 f"item {item_ids[row]!r} has a category path of depth {len(path)} "
-                f"({SEPARATOR.join(path)!r}), item {item_ids[0]!r} one of depth {depth}; "
-                "cut or extend the paths in the product table to one depth"
+                f"({SEPARATOR.join(path)!r}), but item {item_ids[0]!r} has one of depth {depth}; "
+                "shorten or extend the paths in the product table to the same depth"
             )
         for level, known in enumerate(numbers):
             codes[row, level] = known.setdefault(path[: level + 1], len(known))
@@ -81,7 +88,9 @@ def category_path_ids(
     used = tuple(int(largest) + 1 for largest in codes.max(axis=0))
     allowed = tuple(sizes) if sizes is not None else (limit,) * len(used)
     if len(allowed) != len(used):
-        raise DataError(f"paths of depth {depth} give {len(used)} levels; sizes are given for {len(allowed)}")
+        raise DataError(
+            f"paths of depth {depth} give {len(used)} levels, but sizes are given for {len(allowed)}"
+        )
     for level, (need, most) in enumerate(zip(used, allowed, strict=True)):
         if need > min(most, limit):
             fullest = max(filled, key=filled.__getitem__)
@@ -92,7 +101,7 @@ def category_path_ids(
             )
             cure = (
                 "give the new items other categories in the product table, or ingest everything into a new "
-                "workspace, which makes room"
+                "workspace, where there is room for more"
                 if frozen
                 else "give the items finer or other categories in the product table, or make their IDs from "
                 "their texts (items.quantizer: rq-vae)"
@@ -106,7 +115,7 @@ def category_path_ids(
 def category_tree(
     categories: Sequence[str | None], codes: np.ndarray, before: list[list[str]] | None = None
 ) -> list[list[str]]:
-    """The tree (:class:`Frozen`) of these items, in row order, continuing the one of the items before."""
+    """The tree (:class:`Frozen`) of these items in row order, which extends the tree ``before``."""
     tree = [list(level) for level in before] if before else [[] for _ in range(codes.shape[1] - 1)]
     for category, row in zip(categories, codes[:, :-1].tolist(), strict=True):
         path = _parts("", category)
@@ -120,7 +129,8 @@ def _parts(item: str, category: str | None) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in category.split(SEPARATOR.strip())) if category else ()
     if not parts or not all(parts):
         raise DataError(
-            f"item {item!r} has the category {category!r} where a path such as 'Kitchen{SEPARATOR}Coffee' "
-            "belongs; give every item a path in the product table (data.items.columns.category)"
+            f"item {item!r} has the category {category!r} instead of a path such as "
+            f"'Kitchen{SEPARATOR}Coffee'; give every item a path in the product table "
+            "(data.items.columns.category)"
         )
     return parts

@@ -1,8 +1,8 @@
-"""Residual codebooks, the frozen quantizer that every method ends in; RQ-KMeans, which fits them by k-means
-(faiss), level by level on what the levels before leave over.
+"""Residual codebooks, the frozen quantizer that all methods produce, and RQ-KMeans, which fits them with
+k-means (faiss), one level after another on the residuals of the previous levels.
 
-A vector x is taken to a latent z = encoder(x) (a small network, or the identity). Level 1 takes the code
-whose row is nearest to z, level 2 the one nearest to what is left, and so on:
+A vector x is mapped to a latent z = encoder(x) (a small network, or the identity). Level 1 chooses the code
+whose row is nearest to z, level 2 the one nearest to the residual, and so on:
 
     c_l = argmin_c ‖r_l − e_l[c]‖²,   r_1 = z,   r_{l+1} = r_l − e_l[c_l],   x̂ = decoder(Σ_l e_l[c_l])
 """
@@ -16,19 +16,20 @@ import numpy as np
 
 from peso.runtime.progress import Observer
 
-BATCH = 16_384  # vectors at a time: bounds the matrix of distances
+BATCH = 16_384  # vectors at a time, to limit the size of the distance matrix
 
 Layers = tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
 class ResidualCodebooks:
-    """Codebooks, and the network around them.
+    """Codebooks with an encoder and a decoder.
 
     Attributes:
-        codebooks: per level float32 (codes, latent width).
-        encoder: linear layers (weight (out, in), bias (out,)) with ReLU between them; none: the identity.
-        decoder: likewise.
+        codebooks: for each level, float32 (codes, latent width).
+        encoder: linear layers (weight (out, in), bias (out,)) with ReLU between them. Without layers it is
+            the identity.
+        decoder: the same for the decoder.
     """
 
     codebooks: tuple[np.ndarray, ...]
@@ -40,11 +41,12 @@ class ResidualCodebooks:
         return tuple(len(codebook) for codebook in self.codebooks)
 
     def latent(self, vectors: np.ndarray) -> np.ndarray:
-        """float32 (n, latent width) of float32 (n, width)."""
+        """Encode vectors, float32 (n, width), as latents, float32 (n, latent width)."""
         return _through(self.encoder, vectors)
 
     def nearest(self, latent: np.ndarray) -> np.ndarray:
-        """int32 (n, levels): the codes of each latent, level by level; of equally near ones the first."""
+        """int32 (n, levels): the nearest codes of each latent, level by level. Of equally near codes, the
+        first is chosen."""
         codes = np.empty((len(latent), len(self.codebooks)), np.int32)
         for start in range(0, len(latent), BATCH):
             rest = latent[start : start + BATCH].copy()
@@ -55,19 +57,19 @@ class ResidualCodebooks:
         return codes
 
     def residuals(self, latent: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """float32 (n, latent width): what the codes leave of each latent."""
+        """float32 (n, latent width): the residual of each latent after subtracting its codes."""
         rest = latent.copy()
         for level, codebook in enumerate(self.codebooks):
             rest -= codebook[codes[:, level]]
         return rest
 
     def reconstruct(self, codes: np.ndarray) -> np.ndarray:
-        """float32 (n, width): the vectors that the codes stand for."""
+        """float32 (n, width): the vectors that the codes represent."""
         total = sum(codebook[codes[:, level]] for level, codebook in enumerate(self.codebooks))
         return _through(self.decoder, np.asarray(total))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays of a ``codebooks.safetensors``."""
+        """The named arrays that are stored in ``codebooks.safetensors``."""
         named = {f"codebook.{level}": codebook for level, codebook in enumerate(self.codebooks)}
         for side, layers in (("encoder", self.encoder), ("decoder", self.decoder)):
             for number, (weight, bias) in enumerate(layers):
@@ -87,22 +89,29 @@ class ResidualCodebooks:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Fitted codebooks, and the codes of the fitted vectors: int32 (n, levels), not yet told apart."""
+    """Fitted codebooks, and the codes of the fitted vectors, int32 (n, levels), before collisions are
+    resolved."""
 
     codebooks: ResidualCodebooks
     codes: np.ndarray
 
 
 def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """float32 (n, k) of float32 (n, d) and (k, d), without the points' own ‖p‖² (the same for all k)."""
+    """Squared distances, float32 (n, k), between points (n, d) and centroids (k, d). The term ‖p‖² of each
+    point is left out, because it is the same for all centroids."""
     return np.square(centroids).sum(1) - 2 * points @ centroids.T
 
 
 def fillable(codes: int, items: int, levels: int) -> int:
-    """How many codes a level gets: those asked for, but no more than the catalogue can fill.
+    """The number of codes of a level: the configured number, but not more than the catalog can fill.
 
     A code is worth a row of the vocabulary if several items share it: at least four on average at the first
-    level. A catalogue too small for that keeps what its items need to be told apart, codes^levels ≥ items.
+    level. A smaller catalog gets as many codes as its items need for distinct IDs, codes^levels ≥ items.
+
+    Args:
+        codes: the configured number of codes.
+        items: the number of items.
+        levels: the number of levels.
     """
     enough = 1
     while enough**levels < items:
@@ -117,11 +126,11 @@ def _through(layers: Layers, values: np.ndarray) -> np.ndarray:
 
 
 ITERATIONS = 25
-POINTS_PER_CENTROID = 256  # more are sampled down: a mean is known well enough by then
+POINTS_PER_CENTROID = 256  # larger sets are sampled down, because this is enough for a good mean
 
 
 def fit_rq_kmeans(vectors: np.ndarray, sizes: Sequence[int], seed: int, observer: Observer) -> Fitted:
-    """Fit codebooks of ``sizes`` to float32 (n, width) vectors."""
+    """Fit codebooks with these numbers of codes to vectors, float32 (n, width), with k-means."""
     observer.begin("residual k-means", len(sizes), "levels")
     rest = np.ascontiguousarray(vectors, dtype=np.float32)
     codebooks = []
@@ -136,9 +145,10 @@ def fit_rq_kmeans(vectors: np.ndarray, sizes: Sequence[int], seed: int, observer
 
 
 def kmeans(points: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """float32 (size, width) centroids of float32 (n, width) points. The same for the same seed.
+    """The centroids, float32 (size, width), of points, float32 (n, width). They depend only on the points and
+    the seed.
 
-    Fewer points than centroids: they are repeated, and so are centroids.
+    If there are fewer points than centroids, points are repeated, and so are centroids.
     """
     import faiss
 
@@ -162,7 +172,7 @@ BALANCED_ITERATIONS = 10
 def fit_balanced_rq_kmeans(
     vectors: np.ndarray, sizes: Sequence[int], seed: int, observer: Observer
 ) -> Fitted:
-    """Fit codebooks of ``sizes`` to float32 (n, width) vectors."""
+    """Fit codebooks with these numbers of codes to vectors, float32 (n, width), with balanced k-means."""
     observer.begin("balanced residual k-means", len(sizes), "levels")
     rest = np.ascontiguousarray(vectors, dtype=np.float32)
     codebooks, codes = [], []
@@ -180,9 +190,10 @@ def fit_balanced_rq_kmeans(
 
 
 def balanced_assignment(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """int32 (n,): a centroid for each point, every centroid ⌊n/k⌋ or ⌈n/k⌉ times.
+    """int32 (n,): a centroid for each point, with every centroid used ⌊n/k⌋ or ⌈n/k⌉ times.
 
-    In rounds: each point left asks the nearest centroid that has room, which accepts its nearest askers.
+    In each round, every unassigned point asks the nearest centroid that has room, and each centroid accepts
+    the nearest points that ask.
     """
     points_count, size = len(points), len(centroids)
     room = np.full(size, points_count // size)

@@ -18,7 +18,7 @@ def find_encoder(name: str) -> Path:
     found = assets.find(name)
     if found is None:
         raise ConfigError(
-            f"items.encoder {name!r} is not in the cache; fetch it with `peso pull {name}`, or use "
+            f"items.encoder {name!r} is not in the cache; download it with `peso pull {name}`, or use "
             "`hashing`, which needs no model"
         )
     return found

@@ -1,7 +1,7 @@
-"""Item vectors without a model and without a network: hashed TF-IDF, reduced by truncated SVD.
+"""Item vectors without a pretrained model: hashed TF-IDF, reduced by truncated SVD.
 
-What is fitted (which features occur, their idf, the SVD) is kept, so that a text of later is encoded
-exactly as if it had been there: latent semantic analysis with a frozen space.
+The fitted parts (the features that occur, their idf, and the SVD) are stored, so that new texts are encoded
+in the same way as the fitted ones: latent semantic analysis with a frozen space.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.preprocessing import normalize
 
-FEATURES = 2**20  # hashed words and word pairs; collisions are rare up to some hundred thousand of them
-MOST_FEATURES = 32_768  # bounds the stored SVD (16 MiB at 128 dimensions) and its time
-BATCH = 16_384  # texts that are turned into counts at a time
+FEATURES = 2**20  # hashed words and word pairs; collisions are rare up to a few hundred thousand of them
+MOST_FEATURES = 32_768  # limits the size of the stored SVD (16 MiB at 128 dimensions) and its time
+BATCH = 16_384  # texts that are counted at a time
 
 
 @dataclass(frozen=True)
 class HashingEncoder:
-    """Words and word pairs, sublinear TF × idf, projected on the leading directions of the fitted texts.
+    """Words and word pairs, weighted by sublinear TF × idf and projected on the leading directions of the
+    fitted texts.
 
     Attributes:
-        features: int64 (f,), ascending: the hashed features in use, those of at least two of the fitted
-            texts, the ``MOST_FEATURES`` commonest of them.
-        idf: float32 (f,): log((1 + n) / (1 + document frequency)) + 1.
-        components: float32 (dimensions, f): right singular vectors.
+        features: int64 (f,), the hashed features in use, ascending: the ``MOST_FEATURES`` most common of
+            those that occur in at least two of the fitted texts.
+        idf: float32 (f,), log((1 + n) / (1 + document frequency)) + 1 of each feature.
+        components: float32 (dimensions, f), the right singular vectors.
     """
 
     features: np.ndarray
@@ -37,18 +38,21 @@ class HashingEncoder:
 
     @classmethod
     def fit(cls, texts: Sequence[str], dimensions: int, seed: int) -> HashingEncoder:
-        """Fit to the distinct texts: a text that many items share counts once.
+        """Fit the encoder to the distinct texts, so that a text that many items share counts once.
 
-        Fewer than ``dimensions`` directions are kept where the texts span no more.
+        Args:
+            texts: the texts.
+            dimensions: the number of directions to keep. There are fewer if the texts span fewer.
+            seed: the seed of the SVD.
         """
         counts = _counts(sorted(set(texts)) or [""])
         features = _frequent(counts)
-        if not len(features):  # not one word, or no text: every vector is zero, which stands for "no text"
+        if not len(features):  # there are no words: every vector is zero, which means "no text"
             return cls(features, np.empty(0, np.float32), np.empty((1, 0), np.float32))
         counts = counts[:, features]
         weights = TfidfTransformer(sublinear_tf=True).fit(counts)
         tfidf = weights.transform(counts)
-        if min(tfidf.shape) == 1:  # one text, or one word: scikit-learn asks for two
+        if min(tfidf.shape) == 1:  # only one text or one word, but scikit-learn needs two
             components = np.linalg.svd(tfidf.toarray(), full_matrices=False)[2]
         else:
             rank = min(dimensions, *tfidf.shape)
@@ -60,7 +64,7 @@ class HashingEncoder:
         return len(self.components)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 (texts, dimensions); zero where a text has no word that occurred in the fitted ones."""
+        """float32 (texts, dimensions): the vector of each text; zero if none of its words was fitted."""
         result = np.zeros((len(texts), self.dimensions), np.float32)
         for start in range(0, len(texts) if len(self.features) else 0, BATCH):
             counts = _counts(texts[start : start + BATCH])[:, self.features]
@@ -70,7 +74,7 @@ class HashingEncoder:
         return result
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What :meth:`from_arrays` needs to encode identically."""
+        """The named arrays from which :meth:`from_arrays` restores the encoder."""
         return {"features": self.features, "idf": self.idf, "components": self.components}
 
     @classmethod
@@ -80,14 +84,15 @@ class HashingEncoder:
 
 def _frequent(counts: sparse.csr_matrix) -> np.ndarray:
     features, texts = np.unique(counts.indices, return_counts=True)
-    if (texts > 1).any():  # a word of one text alone tells nothing of neighbours
+    if (texts > 1).any():  # a word that occurs in only one text says nothing about similar texts
         features, texts = features[texts > 1], texts[texts > 1]
     commonest = np.argsort(-texts, kind="stable")[:MOST_FEATURES]
     return np.sort(features[commonest]).astype(np.int64)
 
 
 def _counts(texts: Sequence[str]) -> sparse.csr_matrix:
-    """Sparse (texts, FEATURES) counts of words and pairs. The hash has no seed: the same everywhere."""
+    """Sparse counts of words and word pairs (texts, FEATURES). The hash has no seed, so it is the same
+    everywhere."""
     vectorizer = HashingVectorizer(
         n_features=FEATURES,
         ngram_range=(1, 2),

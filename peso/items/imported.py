@@ -1,6 +1,6 @@
-"""An index that was made elsewhere: its IDs for the items of a catalogue, measured where there are vectors.
+"""Use the semantic IDs of an index that was made elsewhere, and measure them if there are item vectors.
 
-There are no codebooks: items that come later have to stand in a later state of the index.
+There are no codebooks, so new items need an updated index.
 """
 
 from __future__ import annotations
@@ -30,23 +30,27 @@ def adopt(
     cache: Path | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Write the IDs that an index has for these items into an existing, empty directory.
+    """Write the IDs that an index has for these items to an existing empty directory.
 
-    Where items have a text, or ``config.vectors`` names files, the vectors tell how well the IDs keep
-    neighbours; nothing else depends on them.
+    If items have texts, or if ``config.vectors`` names files, the vectors are used to measure how well the
+    IDs preserve neighbors. Nothing else depends on them.
 
     Args:
         items: the item table; the row is the item number.
-        index: of these items and perhaps of others, which are left aside and counted.
-        source: where the index is from, for the manifest and for messages.
-        cache: where vectors of text encoders are kept between runs; None: nowhere.
+        index: the index. Items that are not in the item table are ignored and counted.
+        source: where the index comes from, for the manifest and for messages.
+        config: the configuration of the items.
+        directory: the directory to write to.
+        seed: the seed for measuring the IDs.
+        cache: a directory that keeps vectors of text encoders between runs; None to keep none.
+        observer: receives progress and notes.
 
     Returns:
         The manifest.
 
     Raises:
-        DataError: items without an ID (names them); bad files of vectors.
-        ConfigError: an encoder that cannot be loaded.
+        DataError: items have no ID (the message names them), or vector files are invalid.
+        ConfigError: an encoder cannot be loaded.
     """
     observer = observer or Silent()
     item_ids = items[ITEM_ID].to_pylist()
@@ -54,12 +58,12 @@ def adopt(
         rows = index.rows(item_ids)
     except DataError as error:
         raise DataError(
-            f"{source}: {error}; add them to the index, or leave items.index out to make IDs from the items' "
+            f"{source}: {error}; add them to the index, or remove items.index to make IDs from the items' "
             "texts"
         ) from None
     ids = SemanticIds(item_ids, index.codes[rows], index.sizes)
     if aside := len(index.item_ids) - len(item_ids):
-        observer.note(f"{source}: {aside:,} items that the log does not have are left aside")
+        observer.note(f"{source}: {aside:,} items that are not in the log are ignored")
     titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
     measured = {
         **quality.of_codes(ids, titles),
@@ -80,25 +84,26 @@ def adopt_more(
     observer: Observer | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """As :func:`adopt`, for an item table and an index that continue those of the directory ``earlier``.
+    """Do the same as :func:`adopt` for an item table and an index that extend those in the directory
+    ``earlier``.
 
     Raises:
-        DataError: also where an item that was there has another ID now, or stands in another row.
-        WorkspaceError: ``earlier`` is damaged or of a newer version.
+        DataError: see :func:`adopt`; or an earlier item now has another ID or another row.
+        WorkspaceError: ``earlier`` is damaged, or a newer version wrote it.
     """
     old = read_semantic_ids(earlier)
     manifest = adopt(items, index, source, config, directory, seed, cache, observer)
     new = read_semantic_ids(directory)
     count = len(old.item_ids)
     if new.item_ids[:count] != old.item_ids or new.sizes != old.sizes:
-        raise DataError(f"{source} does not continue the IDs in {earlier}; take a new workspace (-w)")
+        raise DataError(f"{source} does not extend the IDs in {earlier}; use a new workspace (-w)")
     changed = (new.codes[:count] != old.codes).any(axis=1)
     if changed.any():
         item = old.item_ids[int(changed.argmax())]
         before, now = ("".join(ids.semantic_id(item)) for ids in (old, new))
         raise DataError(
             f"{source}: {int(changed.sum())} items have another ID than before, the first is {item!r} "
-            f"({before} → {now}); IDs that were given stay: put them back, or take a new workspace (-w)"
+            f"({before} → {now}); existing IDs must not change: restore them, or use a new workspace (-w)"
         )
     return manifest
 
@@ -111,7 +116,7 @@ def _by_vectors(
     cache: Path | None,
     observer: Observer,
 ) -> dict[str, Any]:
-    """What takes vectors to measure; nothing where no item has one."""
+    """The measures that need vectors; empty if no item has a vector."""
     if not config.vectors and not any(text is not None for text in item_texts(items, config.template)):
         return {}
     vectors = ItemEncoder.fit(items, np.arange(len(items)), config, seed, cache, observer)[1]

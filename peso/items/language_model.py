@@ -1,8 +1,8 @@
 """Item vectors from a pretrained text encoder or a causal LM.
 
-A directory or repository that holds a ``modules.json`` is a sentence-transformers model and says itself how
-it pools; anything else is a Transformers model, whose last hidden states are averaged over the tokens of
-the text (for a causal LM too, as the PESO paper does).
+A directory or repository with a ``modules.json`` is a sentence-transformers model, which defines its own
+pooling. Anything else is a Transformers model, whose last hidden states are averaged over the tokens of the
+text (also for a causal LM, as in the PESO paper).
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from peso.runtime import assets
 from peso.runtime.files import checksum
 
 BATCH_TOKENS = 8_192  # padded tokens of one forward pass
-MODULES = "modules.json"  # of a sentence-transformers model
+MODULES = "modules.json"  # a file of sentence-transformers models
 _FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 Encode = Callable[[Sequence[str]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """``encode``: texts to float32 (n, width); ``identity``: JSON values that determine what it gives."""
+    """A text encoder.
+
+    Attributes:
+        encode: a function from texts to vectors, float32 (n, width).
+        identity: JSON values that determine the vectors.
+    """
 
     encode: Encode
     identity: tuple[object, ...]
@@ -40,10 +45,12 @@ def load_text_encoder(name: str, max_tokens: int) -> TextEncoder:
     """Load an encoder by asset name (``all-minilm-l6-v2``), hub name or path.
 
     Args:
-        max_tokens: a text is cut after so many tokens (or at the model's own limit, if lower).
+        name: the name or path.
+        max_tokens: the number of tokens after which texts are cut. The model's own limit applies if it is
+            lower.
 
     Raises:
-        ConfigError: it cannot be loaded; says why and what to do.
+        ConfigError: the encoder cannot be loaded; the message says why and what to do.
     """
     try:
         with _quiet():
@@ -59,11 +66,11 @@ def load_text_encoder(name: str, max_tokens: int) -> TextEncoder:
             f"items.encoder {name!r} is a sentence-transformers model; install the library with "
             "`pip install 'peso[text]'`"
         ) from error
-    except Exception as error:  # files that others wrote: there is no end to what may be wrong with them
+    except Exception as error:  # files from other sources may be wrong in many ways
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"items.encoder {name!r} cannot be loaded: {cause}; name a sentence-transformers or Transformers "
-            "model by hub name or path, or use `hashing`, which needs no model"
+            f"items.encoder {name!r} cannot be loaded: {cause}; set it to the hub name or path of a "
+            "sentence-transformers or Transformers model, or use `hashing`, which needs no model"
         ) from error
     return TextEncoder(encode, ("text encoder", revision, max_tokens))
 
@@ -73,7 +80,8 @@ class _MissingLibrary(Exception):
 
 
 def _find(name: str) -> tuple[Path, str]:
-    """The directory of a model, fetched from the hub if need be, and what tells this state from another."""
+    """The directory of a model, downloaded from the hub if necessary, and a text that identifies its
+    version."""
     if name in [*assets.names("encoder"), *assets.names("backbone")]:
         found = find_encoder(name)
         return found, _checksums(found)
@@ -96,15 +104,18 @@ def _checksums(directory: Path) -> str:
 
 
 def _require_modules(directory: Path) -> None:
-    """Raise ValueError for a list of modules that is damaged or names what is elsewhere: the library imports
-    the classes and reads the files that are named there."""
+    """Check the list of modules, because the library imports the classes and reads the files that it names.
+
+    Raises:
+        ValueError: the list is damaged, or names a class or a folder outside of the library or the model.
+    """
     modules = json.loads((directory / MODULES).read_text(encoding="utf-8"))
     if not isinstance(modules, list) or not modules or not all(isinstance(each, dict) for each in modules):
         raise ValueError(f"{MODULES} is not a list of modules")
     for module in modules:
         kind, path = (module.get(key) for key in ("type", "path"))
         if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
-            raise ValueError(f"{MODULES} names the class {kind!r}, which is not of the library")
+            raise ValueError(f"{MODULES} names the class {kind!r}, which is not part of the library")
         if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
             raise ValueError(f"{MODULES} names the folder {path!r}, which is not in the model's directory")
 
@@ -133,12 +144,13 @@ def _mean_pooling(directory: Path, max_tokens: int) -> Encode:
     model, report = AutoModel.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
-    if lacking := sorted(name for name in report["missing_keys"] if "pooler" not in name):  # that is not used
-        raise ValueError(f"{len(lacking)} weights are not in its files ({', '.join(lacking[:3])}, …)")
+    # the pooler is not used
+    if lacking := sorted(name for name in report["missing_keys"] if "pooler" not in name):
+        raise ValueError(f"{len(lacking)} weights are missing from its files ({', '.join(lacking[:3])}, …)")
     model = model.to(_device()).eval()
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     limit = min(max_tokens, positions, tokenizer.model_max_length)
-    if tokenizer.pad_token_id is None:  # padded positions are masked: any token will do
+    if tokenizer.pad_token_id is None:  # padded positions are masked, so any token works
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
 
@@ -161,7 +173,8 @@ def _pooled(model: Any, inputs: Any) -> np.ndarray:
 
 
 def _batches(lengths: Sequence[int]) -> list[np.ndarray]:
-    """Rows of like length together, ``BATCH_TOKENS`` padded tokens at most; none of length 0."""
+    """Batches of rows with similar lengths and at most ``BATCH_TOKENS`` padded tokens, without rows of length
+    0."""
     order = [row for row in np.argsort(lengths, kind="stable") if lengths[row]]
     batches: list[list[int]] = []
     for row in order:
@@ -173,7 +186,7 @@ def _batches(lengths: Sequence[int]) -> list[np.ndarray]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars that loading draws between ours."""
+    """A context in which loading a model shows no progress bars of Transformers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,14 +1,14 @@
-"""Telling apart items whose nearest codes are the same.
+"""Resolve collisions: items whose nearest codes are the same.
 
-Three rules:
+There are three rules:
 
-``reassign``: of the items that want one ID the one nearest to it keeps it. Each other one, in row order,
-    takes the nearest free code of the last level; where all of that prefix are taken, the nearest code of the
-    level above that still has room, and so on upward. Every item so has an ID of its own as long as there are
-    as many IDs as items; beyond that the rest keep the ID they wanted and share it.
-``extra-level``: one more level numbers the items that share an ID, in row order (as in TIGER); when its codes
-    run out, the rest share the last of them.
-``allow``: nothing is done; items of one ID are told apart by their row order.
+``reassign``: of the items that want the same ID, the nearest one keeps it. The others, in row order, take the
+    nearest free code of the last level. If all codes under that prefix are taken, they take the nearest code
+    of the level above that has room, and so on. So every item has a unique ID as long as there are as many
+    IDs as items; the remaining items share the ID that they want.
+``extra-level``: one more level numbers the items that share an ID, in row order (as in TIGER). When its codes
+    run out, the remaining items share the last one.
+``allow``: items may share an ID; they are ordered by their row.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ def resolve(
     taken: np.ndarray,
     extra: int = 0,
 ) -> np.ndarray:
-    """Final codes of items that arrive together. Codes that others have already are never touched.
+    """The final codes of items that are added together. The codes of other items never change.
 
     Args:
-        latent: float32 (n, width), the items in the codebooks' space.
-        wanted: int32 (n, levels), their own nearest codes.
-        taken: int32 (m, levels), final codes of the items before them; with an extra level that one too.
-        extra: codes of the extra level.
+        rule: the rule for collisions.
+        codebooks: the codebooks.
+        latent: float32 (n, width), the items in the latent space of the codebooks.
+        wanted: int32 (n, levels), the nearest codes of the items.
+        taken: int32 (m, levels), the final codes of earlier items, including an extra level.
+        extra: the number of codes of the extra level.
 
     Returns:
-        int32 (n, levels), with ``extra-level`` one level more.
+        int32 (n, levels); with ``extra-level`` there is one more level.
     """
     if rule == "reassign":
         return _reassign(codebooks, latent, wanted, taken)
@@ -55,10 +57,10 @@ def resolve(
 
 
 class Occupancy:
-    """Which IDs are taken, and which prefixes have no free ID below them.
+    """The IDs that are taken, and the prefixes that have no free IDs left.
 
-    An ID and each of its prefixes is written as one integer, the codes being its digits. ``taken[l]`` counts
-    the distinct IDs below each prefix of l + 1 codes; a prefix is full when it has ``below[l]`` of them.
+    IDs and prefixes are represented as integers whose digits are the codes. ``taken[l]`` counts the distinct
+    IDs below each prefix of l + 1 codes. A prefix is full when it has ``below[l]`` of them.
     """
 
     def __init__(self, sizes: tuple[int, ...], codes: np.ndarray) -> None:
@@ -66,7 +68,7 @@ class Occupancy:
         self.below = [math.prod(sizes[level + 1 :]) for level in range(len(sizes))]
         self.taken: list[dict[int, int]] = [defaultdict(int) for _ in sizes]
         self._full: dict[tuple[int, int], np.ndarray] = {}
-        # distinct IDs first; beyond 2^62 the numbers are Python's own
+        # from 2^62 on, use Python's integers
         number = np.int64 if math.prod(sizes) < 2**62 else object
         prefix = np.zeros(len(np.unique(codes, axis=0)), number)
         for level, column in enumerate(np.unique(codes, axis=0).T):
@@ -75,7 +77,7 @@ class Occupancy:
             self.taken[level].update(zip(keys.tolist(), counts.tolist(), strict=True))
 
     def full(self, level: int, prefix: int) -> np.ndarray:
-        """bool (codes of the level,): which codes under this prefix (of `level` codes) have no free ID."""
+        """bool (codes of the level,): the codes after this prefix (``level`` codes) that have no free ID."""
         known = self._full.get((level, prefix))
         if known is None:
             first, counts = prefix * self.sizes[level], self.taken[level]
@@ -95,9 +97,12 @@ class Occupancy:
                 self._full[level, parent][code] = self.taken[level][prefix] >= self.below[level]
 
     def nearest_free(self, codebooks: ResidualCodebooks, latent: np.ndarray, wanted: list[int]) -> list[int]:
-        """The free ID that keeps most of the wanted prefix, nearest codes first; none free: the wanted one.
+        """The free ID that shares the longest prefix with the wanted one, with the nearest codes after it.
 
-        latent: float32 (width,).
+        Args:
+            codebooks: the codebooks.
+            latent: float32 (width,), the item in the latent space.
+            wanted: the nearest codes of the item. They are returned if no ID is free.
         """
         prefixes = [0]
         for size, code in zip(self.sizes, wanted, strict=True):
@@ -137,11 +142,12 @@ def _reassign(
 def _first_choice(
     codebooks: ResidualCodebooks, latent: np.ndarray, wanted: np.ndarray, taken: np.ndarray
 ) -> np.ndarray:
-    """bool (n,): the item nearest to each wanted ID (of equally near ones the first), if it is not taken."""
+    """bool (n,): whether an item keeps the ID it wants. The nearest item does, if the ID is not taken; of
+    equally near ones, the first."""
     distance = np.square(codebooks.residuals(latent, wanted)).sum(1)
     everything = np.concatenate([taken, wanted])
     group = np.unique(everything, axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.concatenate([np.full(len(taken), -1, np.float32), distance])  # who has an ID keeps it
+    order = np.concatenate([np.full(len(taken), -1, np.float32), distance])  # earlier items come first
     by_group = np.lexsort((np.arange(len(group)), order, group))
     first = np.ones(len(group), bool)
     first[1:] = group[by_group][1:] != group[by_group][:-1]
@@ -152,7 +158,7 @@ def _first_choice(
 
 
 def _number(wanted: np.ndarray, taken: np.ndarray, extra: int) -> np.ndarray:
-    """Append to each ID its number among the items that have the same codes, items before included."""
+    """Append to each ID its number among the items with the same codes, including earlier items."""
     base = taken[:, : wanted.shape[1]]
     group = np.unique(np.concatenate([base, wanted]), axis=0, return_inverse=True)[1].reshape(-1)
     order = np.argsort(group, kind="stable")
@@ -163,16 +169,19 @@ def _number(wanted: np.ndarray, taken: np.ndarray, extra: int) -> np.ndarray:
     return np.concatenate([wanted, numbers[:, None]], axis=1)
 
 
-Group = tuple[int, np.ndarray]  # a stage, the rows of the items that it brings
+Group = tuple[int, np.ndarray]  # a stage, and the rows of its new items
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What is frozen, and what it says of every item: its vector and the codes nearest to it.
+    """The frozen codebooks, and the vector and the nearest codes of every item.
 
     Attributes:
-        extra: codes of the extra level, where the rule has one.
-        wanted: int32 (items, levels), before items are told apart.
+        codebooks: the codebooks.
+        rule: the rule for collisions.
+        extra: the number of codes of the extra level, if the rule has one.
+        vectors: the vector of every item.
+        wanted: int32 (items, levels), the nearest codes before collisions are resolved.
     """
 
     codebooks: ResidualCodebooks
@@ -182,18 +191,26 @@ class Arrival:
     wanted: np.ndarray
 
     def place(self, rows: np.ndarray, taken: np.ndarray) -> np.ndarray:
-        """Final codes, int32 (rows, levels), of items that arrive together, beside those that are there."""
+        """The final codes, int32 (rows, levels), of items that are added together.
+
+        Args:
+            rows: the rows of the items.
+            taken: int32 (m, levels), the final codes of earlier items.
+        """
         latent = self.codebooks.latent(self.vectors.vectors[rows])
         return resolve(self.rule, self.codebooks, latent, self.wanted[rows], taken, self.extra)
 
     def place_stages(
         self, groups: Sequence[Group], codes: np.ndarray, done: np.ndarray
     ) -> list[dict[str, Any]]:
-        """Place the new items of stage after stage. Returns the measures of each.
+        """Assign codes to the new items of one stage after another.
 
         Args:
-            codes: int32 (items, levels), filled here for the rows of the groups.
-            done: bool (items,), which rows of ``codes`` are final; brought up to date.
+            groups: the new items of each stage.
+            codes: int32 (items, levels); the rows of the groups are filled in.
+            done: bool (items,), which rows of ``codes`` are final; the rows of the groups are set.
+
+        Returns: the measures of each stage.
         """
         measured = []
         for stage, rows in groups:
@@ -208,8 +225,15 @@ class Arrival:
         return measured
 
     def measure(self, rows: np.ndarray, taken: np.ndarray) -> dict[str, Any]:
-        """How many items, the error with which their nearest codes write them (None: no vector is known),
-        how many want an ID that an item before them has."""
+        """Measure how well the codes fit some items.
+
+        Args:
+            rows: the rows of the items.
+            taken: int32 (m, levels), the final codes of earlier items.
+
+        Returns: the number of items, the error of their nearest codes (None if no vector is known), and how
+            many of them want an ID that an earlier item has.
+        """
         vectors, wanted = self.vectors.take(rows), self.wanted[rows]
         return {
             "items": len(rows),
@@ -219,11 +243,11 @@ class Arrival:
 
 
 def groups_of(first_stage: np.ndarray, arriving: np.ndarray) -> list[Group]:
-    """The arriving items by the stage in which they first occur, earlier stages first.
+    """Group new items by the stage in which they first occur, in the order of the stages.
 
     Args:
-        first_stage: int (items,).
-        arriving: bool (items,).
+        first_stage: int (items,), the stage in which each item first occurs.
+        arriving: bool (items,), which items are new.
     """
     numbers = np.unique(first_stage[arriving]).tolist()
     return [(stage, np.flatnonzero(arriving & (first_stage == stage))) for stage in numbers]

@@ -1,4 +1,5 @@
-"""How good an index is: are its IDs distinct, its codes used, and do its prefixes keep neighbours."""
+"""The quality of an index: whether its IDs are distinct, its codes are used, and its prefixes preserve
+neighbors."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from peso.items.codebooks import ResidualCodebooks
 from peso.items.semantic_ids import SemanticIds, token_name
 
 NEIGHBOURS = 10
-MOST_QUERIES = 5_000  # items whose neighbours are looked up; more add digits, not knowledge
-SAMPLE = 8  # titles shown under one prefix
+MOST_QUERIES = 5_000  # items whose neighbors are searched; more would hardly change the result
+SAMPLE = 8  # titles to show for one prefix
 
 
 def collisions(codes: np.ndarray) -> dict[str, Any]:
-    """Items that share an ID: ``rate`` = 1 − distinct IDs / items (0 for an empty catalogue).
+    """Items that share an ID: ``rate`` = 1 − distinct IDs / items (0 for an empty catalog).
 
     >>> collisions(np.array([[0, 1], [0, 1], [2, 0], [2, 1]]))
     {'items': 4, 'distinct_ids': 3, 'items_sharing': 2, 'rate': 0.25}
@@ -32,7 +33,7 @@ def collisions(codes: np.ndarray) -> dict[str, Any]:
 
 
 def of_codes(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
-    """What the codes alone tell, no vector needed."""
+    """The measures that need only the codes, not the vectors."""
     return {
         "collisions": collisions(ids.codes),
         "levels": codebook_use(ids.codes, ids.sizes),
@@ -41,9 +42,10 @@ def of_codes(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
 
 
 def codebook_use(codes: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Per level: codes, how many are used, and their perplexity exp(−Σ p log p), p the shares of the items.
+    """For each level, the number of codes, how many are used, and the perplexity exp(−Σ p log p), where p is
+    the share of items with each code.
 
-    Perplexity is the number of equally used codes that would be as diverse.
+    Perplexity is the number of equally frequent codes that would be as diverse.
 
     >>> codebook_use(np.array([[0], [1]]), [4])
     [{'codes': 4, 'used': 2, 'perplexity': 2.0}]
@@ -63,18 +65,20 @@ def codebook_use(codes: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]
 
 
 def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Share of each item's 10 nearest others in vector space that share its first code, its first two.
+    """The share of each item's 10 nearest neighbors that have the same first code, and the same first two
+    codes.
 
-    Exact Euclidean neighbours; for large catalogues of a seeded sample of items. Fine codes share less than
-    coarse ones: read it beside the codebook use, or against an index of the same sizes.
+    Neighbors are exact Euclidean neighbors in vector space; large catalogs are sampled. Indices with fewer
+    codes have higher shares, so compare the result with the codebook use or with an index of the same size.
 
     Args:
-        vectors: float32 (items, width).
-        codes: int (items, levels), of the same items.
+        vectors: float32 (items, width), the vectors of the items.
+        codes: int (items, levels), the codes of the same items.
+        seed: the seed of the sample.
 
     Returns:
-        ``items`` measured, ``neighbours`` of each, ``first`` and ``first_two`` (absent with one level;
-        both absent with fewer than two items).
+        ``items`` (the number measured), ``neighbours`` (the number for each item), ``first`` and
+        ``first_two`` (missing if there is one level; both are missing if there are fewer than two items).
     """
     import faiss
 
@@ -87,7 +91,7 @@ def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> di
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors, np.float32))
     found = index.search(np.ascontiguousarray(vectors[queries], np.float32), neighbours + 1)[1]
-    # the item itself goes, wherever it came among equally near ones; else the farthest
+    # remove the item itself, at whatever position it is; if it is not found, remove the farthest neighbor
     own = found == queries[:, None]
     own[~own.any(1), -1] = True
     found = found[~own].reshape(len(queries), neighbours)
@@ -100,13 +104,13 @@ def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> di
 
 
 def prefix_sample(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
-    """Items under the first two codes that most items share, with their titles.
+    """Items with the most common first two codes, and their titles.
 
-    Items without a title tell nothing: they count only where no item has one.
+    Items without a title are ignored, unless no item has one.
     """
     if not ids.item_ids:
         return {"prefix": [], "items": []}
-    depth = min(2, ids.levels - 1)  # a whole ID is no prefix
+    depth = min(2, ids.levels - 1)  # a complete ID is not a prefix
     prefixes, group, counts = np.unique(ids.codes[:, :depth], axis=0, return_inverse=True, return_counts=True)
     group = group.reshape(-1)
     telling = np.array([title is not None for title in titles])
@@ -121,9 +125,9 @@ def prefix_sample(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, A
 
 
 def figures(manifest: Mapping[str, Any]) -> list[tuple[str, int | float]]:
-    """The index as a whole in figures with their names, from the manifest of the semantic IDs.
+    """The names and values of the measures of a whole index, from the manifest of the semantic IDs.
 
-    What was not measured is left out: an index that came with the data came without vectors.
+    Measures that are not available are left out, such as those that need vectors for an imported index.
     """
     measured = manifest.get("quality", {})
     near = measured.get("neighbours", {})
@@ -143,23 +147,23 @@ def figures(manifest: Mapping[str, Any]) -> list[tuple[str, int | float]]:
 
 
 def sample_title(sample: Mapping[str, Any]) -> str:
-    """What a sample of :func:`prefix_sample` shows: ``12 items under <a_3><b_7>, the first 8 of them``."""
+    """The title of a sample of :func:`prefix_sample`: ``12 items under <a_3><b_7>, the first 8 of them``."""
     shown = len(sample["items"])
     more = f", the first {shown} of them" if sample["under_it"] > shown else ""
     return f"{sample['under_it']:,} items under {''.join(sample['prefix']) or 'no prefix'}{more}"
 
 
-HELD_OUT = 0.05  # share of the items of stage 0 that nothing is fitted to
-FEWEST = 20  # fewer items tell nothing: no part is held out, no warning is given
-WORSE = 1.25  # times the error of the held-out items
-CHANCE = 0.01  # how often a warning of collisions may come from a handful of items by luck
-MORE_COLLISIONS = 0.1  # more of the items than of the held-out ones want an ID that is taken
+HELD_OUT = 0.05  # the share of the items of stage 0 that is held out of the fit
+FEWEST = 20  # with fewer items nothing is held out and no warning is given
+WORSE = 1.25  # warn if the error exceeds that of the held-out items by this factor
+CHANCE = 0.01  # the largest probability that a warning about collisions is due to chance
+MORE_COLLISIONS = 0.1  # warn if the share of items whose nearest ID is taken is higher by more than this
 
 REFIT = "refit the codebooks: ingest and tokenize everything into a new workspace"
 
 
 def held_out(items: int, seed: int) -> np.ndarray:
-    """bool (items,): which are left out of the fit. None of a catalogue too small to spare them."""
+    """bool (items,): which items are held out of the fit. If the catalog is too small, no item is."""
     count = int(HELD_OUT * items)
     chosen = np.zeros(items, bool)
     if count >= FEWEST:
@@ -170,9 +174,10 @@ def held_out(items: int, seed: int) -> np.ndarray:
 def quantisation_error(
     codebooks: ResidualCodebooks, vectors: np.ndarray, codes: np.ndarray, known: np.ndarray
 ) -> float | None:
-    """Mean ‖x − x̂‖² over the items with a known vector; about 1 for codes that say nothing.
+    """The mean of ‖x − x̂‖² over the items with a known vector; None if there are none.
 
-    Vectors have mean square length 1 over the fitted items (:mod:`peso.items.vectors`).
+    Vectors have a mean squared length of 1 over the fitted items (:mod:`peso.items.vectors`), so the error is
+    about 1 if the codes do not help.
     """
     if not known.any():
         return None
@@ -181,7 +186,7 @@ def quantisation_error(
 
 
 def already_wanted(wanted: np.ndarray, taken: np.ndarray) -> int:
-    """How many of the items want an ID that an item before them has or wants."""
+    """How many items want an ID that an earlier item has or wants."""
     if not len(wanted):
         return 0
     before = len(np.unique(taken, axis=0))
@@ -189,10 +194,11 @@ def already_wanted(wanted: np.ndarray, taken: np.ndarray) -> int:
 
 
 def refit_warnings(fitness: Mapping[str, Any]) -> list[str]:
-    """A sentence for every stage whose items the codebooks fit too badly; none: no refit is due.
+    """A sentence for every stage whose items the codebooks do not fit well. If there are none, no refit is
+    needed.
 
     Args:
-        fitness: the entry of that name in the manifest of the semantic IDs.
+        fitness: the entry ``fitness`` in the manifest of the semantic IDs.
     """
     found = []
     expected = fitness.get("held_out")
@@ -202,20 +208,22 @@ def refit_warnings(fitness: Mapping[str, Any]) -> list[str]:
         error, usual = stage["error"], expected["error"]
         if error is not None and usual is not None and error > WORSE * usual:
             found.append(
-                f"stage {stage['stage']}: the codes write its {stage['items']:,} new items with an error of "
-                f"{error:.3f}, items of stage 0 that were held out with {usual:.3f}; {REFIT}"
+                f"stage {stage['stage']}: the error of the codes is {error:.3f} for its "
+                f"{stage['items']:,} new items, but {usual:.3f} for items held out of stage 0; {REFIT}"
             )
         share, usual = stage["wanted_taken"] / stage["items"], expected["wanted_taken"] / expected["items"]
         if share > usual + MORE_COLLISIONS and _more_often(stage, expected):
             found.append(
-                f"stage {stage['stage']}: {share:.0%} of its {stage['items']:,} new items want an ID that is "
-                f"taken ({usual:.0%} of the items held out of stage 0 do); {REFIT}"
+                f"stage {stage['stage']}: the nearest ID is already taken for {share:.0%} of its "
+                f"{stage['items']:,} new items, but only for {usual:.0%} of the items held out of stage 0; "
+                f"{REFIT}"
             )
     return found
 
 
 def _more_often(stage: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether a stage's items want taken IDs more often than chance explains (Fisher's exact test)."""
+    """Whether the nearest IDs of a stage's items are taken more often than chance explains (Fisher's exact
+    test)."""
     from scipy.stats import fisher_exact  # slow to load
 
     table = [[group["wanted_taken"], group["items"] - group["wanted_taken"]] for group in (stage, expected)]
@@ -223,8 +231,11 @@ def _more_often(stage: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
 
 
 def fitness_rows(fitness: Mapping[str, Any]) -> list[tuple[str, int, float | None, int, int | None]]:
-    """The entry of that name in the manifest, a row for each group of items: its name, how many, their error,
-    how many want an ID that is taken, how many share one. None at all where nothing was fitted."""
+    """The rows of a table of the entry ``fitness`` in the manifest, one for each group of items.
+
+    A row has the name of the group, the number of items, their error, how many want an ID that is taken, and
+    how many share an ID. There are no rows if nothing was fitted.
+    """
     groups = [("fitted", fitness.get("fit")), ("held out of stage 0", fitness.get("held_out"))]
     groups += [(f"new in stage {stage['stage']}", stage) for stage in fitness.get("stages", [])]
     return [

@@ -1,9 +1,9 @@
-"""RQ-VAE: an autoencoder whose latent is written in residual codebooks (TIGER, arXiv 2305.05065; LC-Rec).
+"""RQ-VAE: an autoencoder whose latent is quantized with residual codebooks (TIGER, arXiv 2305.05065; LC-Rec).
 
-The residual quantiser with its k-means start and its codebooks kept as moving averages is vector-quantize-
-pytorch's; what is trained here ends up as plain arrays.
+The residual quantizer, whose codebooks start from k-means and are moving averages, is that of
+vector-quantize-pytorch. The result of the training is stored as plain arrays.
 
-    loss = ‖x − decoder(ẑ)‖² + β Σ_l ‖r_l − sg(e_l[c_l])‖²,   ẑ = Σ_l e_l[c_l], gradients straight through
+    loss = ‖x − decoder(ẑ)‖² + β Σ_l ‖r_l − sg(e_l[c_l])‖²,   ẑ = Σ_l e_l[c_l], straight-through gradients
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from peso.items.codebooks import Fitted, Layers, ResidualCodebooks
 from peso.runtime.machine import threads
 from peso.runtime.progress import Observer
 
-DECAY = 0.99  # of the moving averages that the codebooks are
-UNUSED = 0.5  # a code that on average fewer items of a batch choose is moved to one of them
-START_ITEMS = 65_536  # most vectors that the k-means start sees
-SHOWN = 20  # steps between two reports
+DECAY = 0.99  # the decay of the moving averages
+UNUSED = 0.5  # a code that fewer items of a batch choose on average is moved to one of the items
+START_ITEMS = 65_536  # the largest number of vectors for the k-means start
+SHOWN = 20  # the number of steps between two progress reports
 
 
 def fit_rq_vae(
     vectors: np.ndarray, sizes: Sequence[int], config: RqVaeConfig, seed: int, observer: Observer
 ) -> Fitted:
-    """Train on float32 (n, width) vectors. The same on the same machine for the same seed."""
+    """Fit codebooks with these numbers of codes to vectors, float32 (n, width), by training an RQ-VAE.
+
+    The result is the same for the same seed on the same machine.
+    """
     from vector_quantize_pytorch import ResidualVQ
 
     with torch.random.fork_rng(devices=[]):
@@ -63,7 +66,7 @@ def _train(
     observer: Observer,
 ) -> None:
     observer.begin("RQ-VAE", config.steps, "steps")
-    with torch.no_grad():  # the k-means start happens in the first forward pass: let it see many items
+    with torch.no_grad():  # k-means runs in the first forward pass, which should have many items
         quantizer(encoder(data[torch.randperm(len(data))[:START_ITEMS]])[None])
     optimizer = torch.optim.AdamW(
         [*encoder.parameters(), *decoder.parameters()], lr=config.learning_rate, weight_decay=1e-4

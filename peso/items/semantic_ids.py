@@ -1,10 +1,10 @@
-"""Semantic IDs: which code tuple each item of the catalog has, the tokens that write it, and the trie of all
-code tuples: compressed sparse arrays in NumPy, built once, which a search takes to its device.
+"""Semantic IDs: the code tuple of each item of the catalog, its tokens, and the trie of all code tuples.
 
-On disk, and as the ``index.json`` that research code exchanges:
+The trie consists of compressed sparse arrays in NumPy. It is built once, and a search copies it to its
+device. Semantic IDs are stored in these files, or in the ``index.json`` that research code uses:
 
     semantic_ids/index.parquet   item_id, codes; the row is the item number
-    semantic_ids/manifest.json   format, sizes, the rule for shared IDs, sha256
+    semantic_ids/manifest.json   format version, sizes, the rule for shared IDs, sha256
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 @dataclass(frozen=True, eq=False)
 class ItemTrie:
-    """All semantic IDs of a catalogue, breadth first: node numbers count from 0 within each level.
+    """The trie of all semantic IDs of a catalog, breadth first. Nodes are numbered from 0 within each level.
 
-    Level l holds the nodes reached by l + 1 codes, in lexicographic order of those codes, so that the
-    children of a node are neighbours and sorted by code. The nodes of the last level are the leaves, one per
-    distinct semantic ID. Items that share an ID sit in one leaf in row order: the item that entered the
-    catalogue first comes first. That is the rule by which they are told apart.
+    Level l has the nodes that are reached by l + 1 codes, in lexicographic order of these codes. So the
+    children of a node are next to each other and sorted by code. The nodes of the last level are the leaves,
+    one for each distinct semantic ID. Items that share an ID are in one leaf in row order: the item that was
+    added to the catalog first comes first.
 
     Attributes:
-        codes: per level int32 (nodes,), the code that leads to each node.
-        starts: per level int32 (nodes of the level above + 1,): the children of node i are the nodes
-            ``starts[level][i]`` to ``starts[level][i + 1] - 1`` of this level. Above level 0 stands the root.
-        items: int32 (items,), item rows leaf by leaf.
-        item_starts: int32 (leaves + 1,): leaf i holds ``items[item_starts[i] : item_starts[i + 1]]``.
+        codes: for each level, int32 (nodes,), the code that leads to each node.
+        starts: for each level, int32 (nodes of the level above + 1,). The children of node i are the nodes
+            ``starts[level][i]`` to ``starts[level][i + 1] - 1`` of this level. The root is above level 0.
+        items: int32 (items,), the item rows, grouped by leaf.
+        item_starts: int32 (leaves + 1,). Leaf i has the items
+            ``items[item_starts[i] : item_starts[i + 1]]``.
         leaf_of: int32 (items,), the leaf of each item row.
     """
 
@@ -54,24 +55,24 @@ class ItemTrie:
 
     @classmethod
     def build(cls, codes: np.ndarray) -> ItemTrie:
-        """Sort the catalogue once; every level follows from where neighbours differ.
+        """Build the trie by sorting the catalog once. The nodes of a level begin where adjacent rows differ.
 
         Args:
-            codes: int (items, levels), non-negative.
+            codes: int (items, levels), not negative.
 
         Raises:
-            DataError: an empty catalogue, no levels, or a negative code.
+            DataError: the catalog is empty, there are no levels, or a code is negative.
         """
         if codes.ndim != 2 or 0 in codes.shape:
-            raise DataError(f"no trie over codes of shape {codes.shape}: items and levels are needed")
+            raise DataError(f"a trie needs items and levels, but the codes have shape {codes.shape}")
         if codes.min() < 0:
             row = int((codes < 0).any(axis=1).argmax())
             raise DataError(f"item row {row} has a negative code: {codes[row].tolist()}")
         # the sort is stable, so the items of one ID stay in row order
         order = np.lexsort(codes.T[::-1])
-        new = np.zeros(len(codes), dtype=bool)  # True where a node of the level at hand begins
+        new = np.zeros(len(codes), dtype=bool)  # True where a node of the current level begins
         new[0] = True
-        above = np.zeros(1, dtype=np.int64)  # where the nodes of the level above begin; first the root
+        above = np.zeros(1, dtype=np.int64)  # where the nodes of the level above begin; at first the root
         level_codes, level_starts = [], []
         for column in codes.T:
             ordered = column[order]
@@ -96,25 +97,26 @@ class ItemTrie:
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        """Number of nodes of each level."""
+        """The number of nodes of each level."""
         return tuple(len(codes) for codes in self.codes)
 
     @property
     def leaves(self) -> int:
-        """Number of distinct semantic IDs."""
+        """The number of distinct semantic IDs."""
         return len(self.codes[-1])
 
     @cached_property
     def fanout(self) -> tuple[int, ...]:
-        """Per level the most children that a node of the level above has."""
+        """For each level, the largest number of children of a node of the level above."""
         return tuple(int(np.diff(starts).max()) for starts in self.starts)
 
     def items_of(self, leaf: int) -> np.ndarray:
-        """int32 rows of the items with this semantic ID, the one that entered the catalogue first ahead."""
+        """int32: the rows of the items with this semantic ID, in the order in which they were added."""
         return self.items[self.item_starts[leaf] : self.item_starts[leaf + 1]]
 
     def parents(self, level: int, nodes: np.ndarray) -> np.ndarray:
-        """Numbers, in the level above, of the parents of these nodes (0, the root, above level 0)."""
+        """The numbers, in the level above, of the parents of these nodes. The parent of level 0 is the root,
+        0."""
         return np.searchsorted(self.starts[level], nodes, side="right") - 1
 
     def paths(self, leaves: np.ndarray) -> np.ndarray:
@@ -132,16 +134,19 @@ def _closed(starts: np.ndarray, total: int) -> np.ndarray:
 
 
 def token_name(level: int, code: int) -> str:
-    """``token_name(0, 12) == "<a_12>"``: the letter is the level."""
+    """The token of a code: ``token_name(0, 12) == "<a_12>"``. The letter is the level."""
     return f"<{ascii_lowercase[level]}_{code}>"
 
 
 @dataclass(frozen=True)
 class SemanticIds:
-    """The catalogue as code tuples. Row i belongs to the i-th item of the stream's item table.
+    """The semantic IDs of a catalog. Row i belongs to item i of the stream's item table.
 
-    ``item_ids``: the log's own ids; ``codes``: int32 (items, levels); ``sizes``: codes per level, which is
-    what the semantic vocabulary is made for (codes not in use yet keep a row, so new items need no resize).
+    Attributes:
+        item_ids: the item ids as they appear in the log.
+        codes: int32 (items, levels), the codes of each item.
+        sizes: the number of codes of each level. The semantic vocabulary has a row for each, also for codes
+            that are not in use yet, so that new items do not change its size.
     """
 
     item_ids: list[str]
@@ -151,9 +156,12 @@ class SemanticIds:
 
     def __post_init__(self) -> None:
         if self.codes.shape != (len(self.item_ids), len(self.sizes)):
-            raise ValueError(f"codes {self.codes.shape} do not fit {len(self.item_ids)} items, {self.sizes}")
+            raise ValueError(
+                f"codes of shape {self.codes.shape} do not match {len(self.item_ids)} items and the sizes "
+                f"{self.sizes}"
+            )
         if len(self.codes) and (self.codes.min() < 0 or (self.codes.max(axis=0) >= self.sizes).any()):
-            raise ValueError("a code lies outside its level")
+            raise ValueError("a code is outside the size of its level")
         object.__setattr__(self, "_rows", {item: row for row, item in enumerate(self.item_ids)})
 
     @property
@@ -162,12 +170,12 @@ class SemanticIds:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """int64 (levels,): number of the first token of each level."""
+        """int64 (levels,): the number of the first token of each level."""
         return np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).astype(np.int64)
 
     @cached_property
     def token_numbers(self) -> np.ndarray:
-        """int64 (items, levels): each item as numbers into :meth:`tokens`."""
+        """int64 (items, levels): the codes of each item as indices into :meth:`tokens`."""
         return self.codes.astype(np.int64) + self.offsets
 
     @cached_property
@@ -175,14 +183,14 @@ class SemanticIds:
         return ItemTrie.build(self.codes)
 
     def fingerprint(self, items: int) -> str:
-        """sha256 over the first ``items`` rows, ids and codes, and the sizes: what items added later at the
-        end do not change."""
+        """The sha256 of the sizes and of the ids and codes of the first ``items`` rows. Items that are added
+        later do not change it."""
         result = hashlib.sha256(json.dumps([list(self.sizes), self.item_ids[:items]]).encode())
         result.update(np.ascontiguousarray(self.codes[:items], "<i4").tobytes())
         return result.hexdigest()
 
     def tokens(self) -> list[str]:
-        """All token names, level by level: the order of the rows of the semantic vocabulary."""
+        """All token names, level by level, in the order of the rows of the semantic vocabulary."""
         return [token_name(level, code) for level, size in enumerate(self.sizes) for code in range(size)]
 
     def __contains__(self, item_id: str) -> bool:
@@ -195,7 +203,11 @@ class SemanticIds:
             raise DataError(f"item {item_id!r} is not in the semantic-ID index") from None
 
     def rows(self, item_ids: list[str]) -> np.ndarray:
-        """int32 rows of several items. Raises DataError that lists every unknown id."""
+        """int32: the rows of several items.
+
+        Raises:
+            DataError: some ids are unknown; the message lists them.
+        """
         unknown = [item for item in item_ids if item not in self._rows]
         if unknown:
             shown = ", ".join(repr(item) for item in unknown[:5]) + (" …" if len(unknown) > 5 else "")
@@ -213,19 +225,21 @@ FORMAT = 1
 INDEX_FILE = "index.parquet"
 ITEM_ID = "item_id"
 CODES = "codes"
-EARLIER = "earlier"  # key of the manifest: what it said before items were added, oldest first
+EARLIER = "earlier"  # a key of the manifest: its content before items were added, oldest first
 SHARED_IDS = "items of one ID stand in row order: the item that entered the catalogue first comes first"
-# A level of so many codes would be a vocabulary of its own; a larger number is a slip in the file.
+# No level has this many codes; a larger number is an error in the file.
 MAX_CODES = 65_536
 
 _TOKEN = re.compile(r"<([a-z])_(\d+)>", re.ASCII)
 
 
 def write_semantic_ids(ids: SemanticIds, directory: Path, manifest: Mapping[str, Any] | None = None) -> None:
-    """Write semantic IDs into an existing, empty directory. The manifest comes last.
+    """Write semantic IDs to an existing empty directory. The manifest is written last.
 
     Args:
-        manifest: what else to record (where the codes come from, say).
+        ids: the semantic IDs.
+        directory: the directory to write to.
+        manifest: further contents of the manifest, such as the source of the codes.
     """
     codes = pa.FixedSizeListArray.from_arrays(pa.array(ids.codes.ravel(), pa.int32()), ids.levels)
     table = pa.table({ITEM_ID: pa.array(ids.item_ids, pa.string()), CODES: codes})
@@ -241,10 +255,10 @@ def write_semantic_ids(ids: SemanticIds, directory: Path, manifest: Mapping[str,
 
 
 def read_semantic_ids(directory: str | Path) -> SemanticIds:
-    """Read what :func:`write_semantic_ids` wrote.
+    """Read the files that :func:`write_semantic_ids` wrote.
 
     Raises:
-        WorkspaceError: a missing or damaged file, or one of a newer version.
+        WorkspaceError: a file is missing or damaged, or a newer version wrote it.
     """
     directory = Path(directory)
     manifest = read_manifest(directory, FORMAT)
@@ -256,7 +270,7 @@ def read_semantic_ids(directory: str | Path) -> SemanticIds:
         return SemanticIds(table[ITEM_ID].to_pylist(), codes.reshape(-1, len(sizes)), sizes)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise WorkspaceError(
-            f"{path} and its manifest do not fit ({type(error).__name__}: {error}); "
+            f"{path} does not match its manifest ({type(error).__name__}: {error}); "
             f"remove {directory} and make it again"
         ) from None
 
@@ -265,18 +279,19 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
     """Read an ``index.json``: ``{item_id: ["<a_12>", "<b_7>", …]}``, items in the order of the file.
 
     Args:
-        sizes: codes of each level. By default the same for all levels: the smallest power of two that
-            holds every code of the file, since the file does not tell and quantisers of released indices
-            have one such size for all levels (256 in the PESO and MiniOneRec releases).
+        path: the file.
+        sizes: the number of codes of each level. The file does not contain it. By default it is the smallest
+            power of two that fits every code, the same for all levels, as in released indices (256 in the
+            PESO and MiniOneRec releases).
 
     Raises:
-        DataError: unreadable file, no items, tokens that are not ``<letter_number>`` in the order of the
-            levels, items with different numbers of codes, a code outside ``sizes``.
+        DataError: the file is unreadable or has no items, tokens are not ``<letter_number>`` in the order of
+            the levels, items have different numbers of codes, or a code is outside ``sizes``.
     """
     path = Path(path)
     index = read_json_object(path)
     if not index:
-        raise DataError(f"{path} holds no items; an index maps item ids to tokens such as '<a_12>'")
+        raise DataError(f"{path} has no items; an index maps item ids to tokens such as '<a_12>'")
     levels: int | None = None
     rows = []
     for item, tokens in index.items():
@@ -286,7 +301,7 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
         if len(row) != levels:
             raise DataError(
                 f"{path}: item {item!r} has {len(row)} codes {tokens}, but item {first!r} has {levels}; "
-                "all items of an index need the same number of codes: make the index again"
+                "create the index again with the same number of codes for all items"
             )
         rows.append(row)
     codes = np.array(rows, dtype=np.int32)
@@ -294,24 +309,24 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
         sizes = [1 << int(codes.max()).bit_length()] * codes.shape[1]
     if len(sizes) != codes.shape[1]:
         raise DataError(
-            f"{path} has {codes.shape[1]} codes an item, but sizes are given for {len(sizes)} levels"
+            f"{path} has {codes.shape[1]} codes per item, but sizes are given for {len(sizes)} levels"
         )
     outside = (codes >= np.asarray(sizes)).any(axis=1)
     if outside.any():
         at = int(outside.argmax())
         raise DataError(
             f"{path}: item {list(index)[at]!r} has codes {codes[at].tolist()} outside the sizes "
-            f"{list(sizes)} of the levels; write the index with smaller codes, or ingest everything into a "
-            "new workspace (-w)"
+            f"{list(sizes)} of the levels; use smaller codes in the index, or ingest everything into a new "
+            "workspace (-w)"
         )
     return SemanticIds(list(index), codes, tuple(int(size) for size in sizes))
 
 
 def write_release_index(ids: SemanticIds, path: str | Path) -> None:
-    """Write the ``index.json`` of released research code, items in row order.
+    """Write an ``index.json`` as used by released research code, with items in row order.
 
     Raises:
-        WorkspaceError: the disk is full; nothing half-written is left.
+        WorkspaceError: the disk is full. No partial output is left.
     """
     index = {
         item: [token_name(level, code) for level, code in enumerate(codes)]
@@ -323,12 +338,12 @@ def write_release_index(ids: SemanticIds, path: str | Path) -> None:
 def _parse(path: Path, item: str, tokens: Any) -> list[int]:
     if not isinstance(tokens, list) or not tokens:
         raise DataError(
-            f"{path}: item {item!r} has {tokens!r} where a list of tokens such as '<a_12>' belongs; "
-            "make the index again"
+            f"{path}: item {item!r} has {tokens!r} instead of a list of tokens such as '<a_12>'; "
+            "create the index again"
         )
     if len(tokens) > len(ascii_lowercase):
         raise DataError(
-            f"{path}: item {item!r} has {len(tokens)} codes; {len(ascii_lowercase)} are supported"
+            f"{path}: item {item!r} has {len(tokens)} codes; at most {len(ascii_lowercase)} are supported"
         )
     codes = []
     for level, token in enumerate(tokens):
@@ -336,7 +351,7 @@ def _parse(path: Path, item: str, tokens: Any) -> list[int]:
         if match is None or match[1] != ascii_lowercase[level] or int(match[2]) >= MAX_CODES:
             raise DataError(
                 f"{path}: item {item!r} has {token!r} as code {level + 1}; expected "
-                f"'<{ascii_lowercase[level]}_N>' with N from 0 to {MAX_CODES - 1}: make the index again"
+                f"'<{ascii_lowercase[level]}_N>' with N from 0 to {MAX_CODES - 1}; create the index again"
             )
         codes.append(int(match[2]))
     return codes

@@ -1,13 +1,13 @@
-"""Semantic IDs for a catalogue, and for the items that come later.
+"""Make semantic IDs for a catalog, and for items that are added later.
 
-    semantic_ids/index.parquet, manifest.json   as peso.items.semantic_ids has them; the manifest also says
-                                                how the IDs were made, how good they are and how well they fit
-    semantic_ids/codebooks.safetensors          the frozen quantiser
-    semantic_ids/encoder.safetensors            the frozen way from an item to its vector
-    semantic_ids/categories.json                instead, of category paths: per level the paths, by code
+    semantic_ids/index.parquet, manifest.json   see peso.items.semantic_ids; the manifest also records how the
+                                                IDs were made, their quality and their fit
+    semantic_ids/codebooks.safetensors          the frozen quantizer
+    semantic_ids/encoder.safetensors            the frozen encoder of items
+    semantic_ids/categories.json                for IDs from category paths: the paths of each level, by code
 
-Everything is fitted once, to the items of stage 0 (``fit: all``: to all). What comes later gets its codes
-from what is frozen, and no code of an earlier item ever changes.
+Everything is fitted once, to the items of stage 0 (with ``fit: all``, to all items). Later items get codes
+from the frozen quantizer, and the code of an existing item never changes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from peso.runtime.progress import Observer, Silent
 CODEBOOKS_FILE = "codebooks.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 CATEGORIES_FILE = "categories.json"
-# Codes that were made with other values of these cannot be continued.
+# New items can be added only if these settings have not changed.
 FROZEN_KEYS = (
     "encoder",
     "dimensions",
@@ -74,25 +74,30 @@ def tokenize(
     observer: Observer | None = None,
     first_stage: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Make semantic IDs and write them into an existing, empty directory.
+    """Make semantic IDs and write them to an existing empty directory.
 
     Args:
         items: the item table; the row is the item number.
-        cache: where vectors of text encoders are kept between runs; None: nowhere.
-        first_stage: int (items,), the stage in which each item first occurs. The codebooks are fitted to the
-            items of stage 0 (``fit: base``); those of stage 1, 2, … come after them in this order and get
-            frozen codes. None: all items are of stage 0.
+        config: the configuration of the items.
+        directory: the directory to write to.
+        seed: the seed of everything random.
+        cache: a directory that keeps vectors of text encoders between runs; None to keep none.
+        observer: receives progress and notes.
+        first_stage: int (items,), the stage in which each item first occurs. With ``fit: base`` the codebooks
+            are fitted to the items of stage 0; those of stages 1, 2, … then get codes in this order. None if
+            all items are in stage 0.
 
     Returns:
         The manifest.
 
     Raises:
-        ConfigError: an encoder that cannot be loaded.
-        DataError: no items; none with a text or a vector; bad vectors; categories that do not make IDs.
+        ConfigError: an encoder cannot be loaded.
+        DataError: there are no items, no item has a text or a vector, vectors are invalid, or IDs cannot be
+            made from the categories.
     """
     observer = observer or Silent()
     if not len(items):
-        raise DataError("an empty catalogue has no semantic IDs; give at least one item")
+        raise DataError("an empty catalog has no semantic IDs; give at least one item")
     stages = np.zeros(len(items), int) if first_stage is None else np.asarray(first_stage)
     base = np.ones(len(items), bool) if config.fit == "all" else stages == stages.min()
     if config.quantizer == "category-path":
@@ -104,12 +109,15 @@ def tokenize(
     rows = rows[vectors.known[rows]]
     if not len(rows):
         raise DataError(
-            f"not one of {int(base.sum())} items has a text or a vector to make its ID from; give a product "
-            "table (data.items), items.vectors or items.index, or use items.quantizer: category-path"
+            f"none of {int(base.sum())} items has a text or a vector to make its ID from; set data.items to "
+            "a product table, set items.vectors or items.index, or use items.quantizer: category-path"
         )
     size = fillable(config.codes, int(base.sum()), config.levels)
     if size < config.codes:
-        observer.note(f"{size} codes a level, not {config.codes}: {int(base.sum()):,} items fill no more")
+        observer.note(
+            f"{size} codes per level instead of {config.codes}, because {int(base.sum()):,} items cannot "
+            "fill more"
+        )
     fitted = _fit(vectors.vectors[rows], [size] * config.levels, config, seed, observer)
     codebooks = fitted.codebooks
     wanted = codebooks.nearest(codebooks.latent(vectors.vectors))
@@ -142,21 +150,26 @@ def extend_semantic_ids(
     observer: Observer | None = None,
     first_stage: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Give IDs to the items that an item table has gained since ``source`` was written.
+    """Give IDs to the items that were added to the item table since ``source`` was written.
 
     Args:
-        items: the whole table; its first rows are the items of ``source``.
-        source: a directory that :func:`tokenize` or this function filled.
-        directory: an existing, empty one, not ``source``; it gets all items, old codes unchanged.
-        first_stage: int (items,); None: the new items are one stage, the one after the last.
+        items: the whole item table; its first rows are the items of ``source``.
+        config: the configuration of the items.
+        source: a directory that :func:`tokenize` or this function wrote.
+        directory: another directory to write to, existing and empty. It gets all items; existing codes do
+            not change.
+        cache: a directory that keeps vectors of text encoders between runs; None to keep none.
+        observer: receives progress and notes.
+        first_stage: int (items,), the stage in which each item first occurs. None if all new items are in
+            the stage after the last one.
 
     Returns:
         The manifest.
 
     Raises:
-        ConfigError: the configuration asks for other codes than those that are frozen.
-        DataError: the table does not continue the one of then, or new vectors do not fit.
-        WorkspaceError: ``source`` is damaged or of a newer version.
+        ConfigError: the configuration does not match the frozen quantizer.
+        DataError: the table does not extend the earlier one, or new vectors have another width.
+        WorkspaceError: ``source`` is damaged, or a newer version wrote it.
     """
     observer = observer or Silent()
     old = read_semantic_ids(source)
@@ -191,8 +204,8 @@ def extend_semantic_ids(
 
 
 def remember(source: Path, directory: Path) -> None:
-    """Keep in the manifest of ``directory``, which continues ``source``, what that of ``source`` says, so
-    that :func:`shorten_semantic_ids` can restore it."""
+    """Store the manifest of ``source`` in that of ``directory``, which extends it, so that
+    :func:`shorten_semantic_ids` can restore it."""
     before, now = read_manifest(source, FORMAT), read_manifest(directory, FORMAT)
     known = before.pop(EARLIER, [])
     if before["items"] < now["items"]:
@@ -202,18 +215,19 @@ def remember(source: Path, directory: Path) -> None:
 
 
 def shorten_semantic_ids(items: pa.Table, stages: int, source: Path, directory: Path) -> None:
-    """Write the IDs of ``source`` as they were before the last items came.
+    """Write the IDs of ``source`` as they were before the last items were added.
 
-    The manifest is that of then. If there was none, because the IDs of several appends were made in one go,
-    it has no figures that need the items' vectors.
+    The earlier manifest is restored. If there is none, because the IDs of several appends were made together,
+    the new manifest lacks the measures that need the items' vectors.
 
     Args:
-        items: the item table of then; its rows are the first ones of ``source``.
-        stages: how many stages the stream had then.
-        directory: an existing, empty one.
+        items: the earlier item table; its rows are the first ones of ``source``.
+        stages: the earlier number of stages of the stream.
+        source: a directory with semantic IDs.
+        directory: the directory to write to, existing and empty.
 
     Raises:
-        WorkspaceError: ``source`` is damaged or of a newer version.
+        WorkspaceError: ``source`` is damaged, or a newer version wrote it.
     """
     now, manifest = read_semantic_ids(source), read_manifest(source, FORMAT)
     count = len(items)
@@ -237,7 +251,7 @@ def shorten_semantic_ids(items: pa.Table, stages: int, source: Path, directory: 
 
 
 def _save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    # safetensors writes the memory of an array as it lies: rows first, or it comes back scrambled
+    # safetensors writes the memory of an array unchanged, so it must be row-major
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
@@ -262,7 +276,8 @@ def _by_category(
     cache: Path | None,
     observer: Observer,
 ) -> dict[str, Any]:
-    """IDs from category paths, with room for as many categories and items again; vectors only measure."""
+    """Make IDs from category paths, with room for twice as many categories and items. Vectors are used only
+    to measure the IDs."""
     item_ids, paths = items[ITEM_ID].to_pylist(), items["category"].to_pylist()
     if sizes is None:
         used = category_path_ids(item_ids, paths).sizes
@@ -276,8 +291,8 @@ def _by_category(
 
 
 def lacks_tree(source: Path) -> bool:
-    """Whether IDs from category paths were made by a version that kept no tree, so that only the categories
-    as they were then tell which code is which."""
+    """Whether IDs from category paths were made by a version that did not store the tree. Then only the
+    categories at that time determine the meaning of the codes."""
     manifest = read_manifest(source, FORMAT)
     quantizer = (manifest.get("config") or {}).get("quantizer")
     return quantizer == "category-path" and CATEGORIES_FILE not in manifest["files"]
@@ -292,8 +307,8 @@ def _frozen_tree(
     paths = items["category"].slice(0, len(old.codes)).to_pylist()
     if (category_path_ids(old.item_ids, paths, old.sizes).codes != old.codes).any():
         raise DataError(
-            f"the categories of items in {source} have changed since their IDs were made, by an earlier "
-            "version of peso that did not keep them; put the old categories back (`peso ingest --items`)"
+            f"the categories of items in {source} have changed since their IDs were made by an earlier "
+            "version of peso, which did not store them; restore the old categories (`peso ingest --items`)"
         )
     return category_tree(paths, old.codes)
 
@@ -304,24 +319,24 @@ def _require_continues(
     made_with = manifest.get("config")
     if made_with is None:
         raise ConfigError(
-            f"{source} holds an index that was imported: there are no codebooks to give new items codes; "
-            "ingest everything into a new workspace"
+            f"{source} has an imported index, without codebooks to make codes for new items; ingest "
+            "everything into a new workspace"
         )
     now = config.model_dump(mode="json")
     changed = [key for key in FROZEN_KEYS if made_with.get(key) != now[key]]
     if changed:
         listed = ", ".join(f"items.{key} ({made_with.get(key)!r} → {now[key]!r})" for key in changed)
         raise ConfigError(
-            f"changed since the IDs in {source} were made: {listed}; set it back to give new items IDs of "
-            "the same kind, or ingest everything into a new workspace (where all IDs are new)"
+            f"settings have changed since the IDs in {source} were made: {listed}; change them back, or "
+            "ingest everything into a new workspace, where all IDs are new"
         )
     known = items[ITEM_ID].slice(0, len(old.item_ids)).to_pylist()
     if known != old.item_ids:
         pairs = zip(known, old.item_ids, strict=False)
         at = next((row for row, (given, then) in enumerate(pairs) if given != then), len(known))
         raise DataError(
-            f"the item table does not continue that of {source}: row {at} was item {old.item_ids[at]!r}; "
-            "rows may only be added at its end"
+            f"the item table does not extend that of {source}: row {at} was item {old.item_ids[at]!r}; "
+            "rows may only be added at the end"
         )
 
 
@@ -335,7 +350,7 @@ def _write(
     directory: Path,
     observer: Observer,
 ) -> dict[str, Any]:
-    """Measure, tell, and write the index and its manifest."""
+    """Measure the index, report the results, and write it with its manifest."""
     vectors, known = arrival.vectors.vectors, arrival.vectors.known
     titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
     books = arrival.codebooks
@@ -381,18 +396,18 @@ _RULES = {
 def _tell(measured: Mapping[str, Any], ids: SemanticIds, observer: Observer) -> None:
     without, same = measured["without_vector"], measured["same_vector"]
     if without:
-        observer.note(f"{without:,} items have no text or vector: they get the codes nearest to the centre")
+        observer.note(f"{without:,} items have no text or vector and get the codes nearest to the center")
     if same:
-        observer.note(f"{same:,} items have exactly the vector of another: their IDs differ by number alone")
+        observer.note(f"{same:,} items have the same vector as another item, so their IDs are arbitrary")
     before, after = measured["collisions_before"], measured["collisions"]
     if before["items_sharing"]:
         observer.note(
-            f"{before['items_sharing']:,} of {before['items']:,} items shared an ID by their nearest codes; "
-            f"{after['items_sharing']:,} do now"
+            f"{before['items_sharing']:,} of {before['items']:,} items shared their nearest ID with others; "
+            f"after resolving collisions, {after['items_sharing']:,} share an ID"
         )
     capacity = math.prod(ids.sizes)
     if after["items"] > capacity:
         observer.note(
-            f"{after['items']:,} items do not fit into {capacity:,} IDs; "
-            "more levels or codes would tell them apart"
+            f"there are {after['items']:,} items but only {capacity:,} IDs; set items.levels or items.codes "
+            "higher to give each item its own ID"
         )

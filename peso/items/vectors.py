@@ -1,16 +1,16 @@
-"""From the item table to one vector an item, by an encoder that is fitted once and then frozen.
+"""Compute one vector per item with an encoder that is fitted once and then frozen.
 
-An item without a known vector (no text at all, a text without one known word, no row in any file of vectors)
-gets the centre of the catalogue, the zero of the fused space: its codes are those nearest to the centre.
+An item without a known vector (it has no text, none of its words is known, or no vector file has it) gets the
+center of the catalog, which is zero in the fused space. Its codes are those nearest to the center.
 
-Several sources (text, images, …) give one vector, each its equal share. The rule, frozen once fitted: each
-row is scaled to length 1; of each source the mean of the fitted rows is taken off and the rest divided by its
-root mean square length, so that no source outweighs another by its scale or by how far its vectors lie from
-the origin (those of language models share a large common part); the S sources are concatenated and divided by
-√S. A fused vector so has mean 0 and mean square length 1 over the fitted items. Where an item misses a
-source, that part is 0.
+Several sources (text, images, …) are fused into one vector, with equal shares. Each row is scaled to length
+1. For each source, the mean of the fitted rows is subtracted, and the rest is divided by its root mean square
+length. So no source dominates because of its scale or because its vectors are far from the origin (those of
+language models share a large common part). The S sources are concatenated and divided by √S. So fused vectors
+have mean 0 and mean squared length 1 over the fitted items. If an item lacks a source, that part is 0. The
+means and lengths are frozen after fitting.
 
-Texts that were encoded before are found by their content:
+Vectors of texts are cached by the content of the text:
 
     cache/{digest of the encoder}/{digest of the part}.safetensors    sha256 of each text, vector of each text
 """
@@ -43,14 +43,14 @@ FIELDS = ("title", "text", "category")
 def item_texts(items: pa.Table, template: str) -> list[str | None]:
     """Fill the template for every item.
 
-    The template is read line by line. A line that names fields is dropped where all of them are empty, so
-    that no label stands without its value. An item whose every field of the template is empty has no text:
-    None (what becomes of it: :mod:`peso.items.vectors`).
+    A line of the template is dropped if all of its fields are empty, so that no label appears without a
+    value. An item for which all fields of the template are empty has no text: the result is None (see
+    :mod:`peso.items.vectors`).
 
     Args:
-        items: with the columns ``title``, ``text`` and ``category`` (string or null); a missing column
-            counts as empty.
-        template: such as ``"{title}\\n{category}\\n{text}"``.
+        items: a table with the columns ``title``, ``text`` and ``category`` (string or null). A missing
+            column counts as empty.
+        template: a text with fields, such as ``"{title}\\n{category}\\n{text}"``.
 
     >>> table = pa.table({"title": ["Tea", " ", None], "category": ["Home", "Garden", None]})
     >>> item_texts(table, "{title}\\nIn {category}")
@@ -79,7 +79,7 @@ def _fields(line: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ItemVectors:
-    """One row an item: ``vectors`` float32 (items, width), ``known`` bool (items,)."""
+    """The vectors of items, float32 (items, width), and whether each one is known, bool (items,)."""
 
     vectors: np.ndarray
     known: np.ndarray
@@ -90,7 +90,7 @@ class ItemVectors:
 
 @dataclass(frozen=True)
 class ItemEncoder:
-    """The frozen way from an item to its vector. ``hashing`` is None for any other encoder."""
+    """The frozen encoder of items. ``hashing`` is None if another text encoder is used."""
 
     hashing: HashingEncoder | None
     fusion: Fusion
@@ -105,11 +105,14 @@ class ItemEncoder:
         cache: Path | None,
         observer: Observer,
     ) -> tuple[ItemEncoder, ItemVectors]:
-        """Fit to the items of ``rows``; the vectors are those of all items.
+        """Fit the encoder to the items of ``rows``.
+
+        Returns:
+            The encoder, and the vectors of all items.
 
         Raises:
-            ConfigError: an encoder that cannot be loaded.
-            DataError: bad files of vectors.
+            ConfigError: an encoder cannot be loaded.
+            DataError: a vector file is invalid.
         """
         texts = item_texts(items, config.template)
         hashing = None
@@ -125,10 +128,10 @@ class ItemEncoder:
     def encode(
         self, items: pa.Table, config: ItemsConfig, cache: Path | None, observer: Observer
     ) -> ItemVectors:
-        """Encode items as the fitted ones were.
+        """Encode items in the same way as the fitted ones.
 
         Raises:
-            DataError: a source whose width is not the fitted one's.
+            DataError: the vectors of a source have another width than those that were fitted.
         """
         texts = item_texts(items, config.template)
         sources = _sources(items, texts, self.hashing, config, cache, observer)
@@ -136,13 +139,13 @@ class ItemEncoder:
         given = [source.shape[1] for source in sources]
         if given != fitted:
             raise DataError(
-                f"the vectors of the items are {given} wide, those the codebooks were fitted to {fitted}; "
-                "use the encoder and files of then, or ingest everything into a new workspace"
+                f"the widths of the items' vectors are {given}, but the codebooks were fitted to {fitted}; "
+                "use the same encoder and vector files as before, or ingest everything into a new workspace"
             )
         return ItemVectors(*self.fusion.apply(sources))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays of an ``encoder.safetensors``."""
+        """The named arrays that are stored in ``encoder.safetensors``."""
         named = {f"fusion.{name}": array for name, array in self.fusion.arrays().items()}
         if self.hashing is not None:
             named |= {f"hashing.{name}": array for name, array in self.hashing.arrays().items()}
@@ -166,7 +169,7 @@ def _sources(
     cache: Path | None,
     observer: Observer,
 ) -> list[np.ndarray]:
-    """The encoder's vectors, then those of each file: float32 (items, width) each, zeros where missing."""
+    """The vectors of the encoder and of each file, float32 (items, width), with zeros for missing vectors."""
     sources = []
     if config.encoder != FILES:
         present = np.array([text is not None for text in texts], bool)
@@ -200,7 +203,7 @@ def _model_vectors(
             started = True
         observer.advance(done)
 
-    # a text that is not there is never encoded; a catalogue without any still tells the width
+    # without any text, encode an empty one to find the width
     vectors = encode_cached(list(texts) or [""], encoder.encode, encoder.identity, cache, progress)
     if started:
         observer.end()
@@ -209,7 +212,7 @@ def _model_vectors(
     return vectors[: len(texts)]
 
 
-PART = 10_000  # texts encoded between two writes: what an interrupted run loses at most
+PART = 10_000  # texts encoded between two writes, the most that an interrupted run can lose
 
 
 def encode_cached(
@@ -219,26 +222,27 @@ def encode_cached(
     directory: Path | None,
     on_progress: Callable[[int, int], None],
 ) -> np.ndarray:
-    """Encode texts, each distinct one once, and none that the cache has.
+    """Encode texts. Each distinct text is encoded once, unless it is in the cache.
 
     Args:
-        encode: texts to float32 (texts, width).
-        identity: JSON values that determine what ``encode`` gives.
-        directory: the cache; None: nothing is kept.
-        on_progress: called with (encoded so far, to be encoded).
+        texts: the texts.
+        encode: a function from texts to vectors, float32 (texts, width).
+        identity: JSON values that determine the results of ``encode``.
+        directory: the cache; None to keep nothing.
+        on_progress: called with the number of texts encoded so far and the number to encode.
 
     Returns:
         float32 (texts, width).
 
     Raises:
-        WorkspaceError: no space left in the cache.
+        WorkspaceError: there is no space left for the cache.
     """
     keys = [hashlib.sha256(text.encode()).digest() for text in texts]
     distinct = dict(zip(keys, texts, strict=True))
     folder = directory / digest(*identity)[:32] if directory is not None else None
     known = _read(folder) if folder is not None else {}
     missing = [key for key in distinct if key not in known]
-    # texts of like length together, over all parts: batches with little padding
+    # sort texts by length over all parts, so that batches have little padding
     missing.sort(key=lambda key: len(distinct[key]), reverse=True)
     for start in range(0, len(missing), PART):
         part = missing[start : start + PART]
@@ -257,7 +261,7 @@ def _read(folder: Path) -> dict[bytes, np.ndarray]:
             arrays = load_file(path)
             keys, vectors = arrays["keys"], arrays["vectors"]
         except (SafetensorError, OSError, KeyError):
-            path.unlink()  # a damaged part is worth nothing: its texts are encoded again
+            path.unlink()  # the texts of a damaged part are encoded again
             continue
         known.update((key.tobytes(), vector) for key, vector in zip(keys, vectors, strict=True))
     return known
@@ -270,22 +274,24 @@ def _write(folder: Path, keys: Sequence[bytes], vectors: np.ndarray) -> None:
         save_file({"keys": rows.copy(), "vectors": np.ascontiguousarray(vectors)}, aside)
 
 
-# Shorter than this, a vector has no direction worth the name (a text without a known word gives 0).
+# A shorter vector has no meaningful direction (a text without known words gives 0).
 SHORTEST = 1e-6
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """``centres``: per source float32 (width,); ``spreads``: float (sources,), root mean square lengths."""
+    """The center of each source, float32 (width,), and the root mean square lengths, float (sources,)."""
 
     centres: tuple[np.ndarray, ...]
     spreads: np.ndarray
 
     @classmethod
     def fit(cls, sources: Sequence[np.ndarray], rows: np.ndarray) -> Fusion:
-        """Args:
-        sources: float32 (items, width) each; a row of zeros stands for a missing vector.
-        rows: the items to fit to.
+        """Fit the centers and lengths.
+
+        Args:
+            sources: the vectors of each source, float32 (items, width); a row of zeros is a missing vector.
+            rows: the rows of the items to fit to.
         """
         centres, spreads = [], []
         for source in sources:
@@ -294,12 +300,13 @@ class Fusion:
             centre = known.mean(0) if len(known) else np.zeros(source.shape[1])
             spread = np.sqrt(np.square(known - centre).sum(1).mean()) if len(known) else 0.0
             centres.append(centre.astype(np.float32))
-            # all vectors alike: nothing to scale, and nothing that differs
+            # all vectors are the same, so there is nothing to scale
             spreads.append(spread if spread > SHORTEST else 1.0)
         return cls(tuple(centres), np.array(spreads))
 
     def apply(self, sources: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Fuse. Returns the vectors, float32 (items, sum of widths), and whether an item had any source."""
+        """Fuse sources. Returns the vectors, float32 (items, sum of widths), and whether an item has any
+        source."""
         parts, known = [], np.zeros(len(sources[0]), bool)
         for source, centre, spread in zip(sources, self.centres, self.spreads, strict=True):
             directions, present = _directions(source)
@@ -310,7 +317,7 @@ class Fusion:
         return np.concatenate(parts, axis=1), known
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What :meth:`from_arrays` needs to fuse identically."""
+        """The named arrays from which :meth:`from_arrays` restores the fusion."""
         centres = {f"centre.{number}": centre for number, centre in enumerate(self.centres)}
         return {**centres, "spreads": self.spreads}
 

@@ -53,7 +53,7 @@ def test_sizes_leave_room_and_are_limits() -> None:
     assert category_path_ids(["x"], ["A > B"], sizes=(4, 4, 8)).sizes == (4, 4, 8)
     with pytest.raises(DataError, match=r"3 items in 'A > B' do not fit into the 2 codes of level 3"):
         category_path_ids(["x", "y", "z"], ["A > B"] * 3, sizes=(4, 4, 2))
-    with pytest.raises(DataError, match="give 3 levels; sizes are given for 2"):
+    with pytest.raises(DataError, match="give 3 levels, but sizes are given for 2"):
         category_path_ids(["x"], ["A > B"], sizes=(4, 4))
 
 
@@ -75,10 +75,12 @@ def test_an_item_without_a_whole_path_is_named(bad: str | None) -> None:
 
 
 def test_paths_of_different_depth_are_refused() -> None:
-    with pytest.raises(DataError, match=r"item 'i1' has a category path of depth 1 \('A'\).*to one depth"):
+    with pytest.raises(
+        DataError, match=r"item 'i1' has a category path of depth 1 \('A'\).*to the same depth"
+    ):
         category_path_ids(["i0", "i1"], ["A > B", "A"])
 
 
 def test_an_empty_catalogue_is_refused() -> None:
-    with pytest.raises(DataError, match="empty catalogue"):
+    with pytest.raises(DataError, match="empty catalog"):
         category_path_ids([], [])

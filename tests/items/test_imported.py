@@ -61,7 +61,7 @@ def test_an_index_is_taken_as_it_is_measured_and_exported_again(peso: Peso, shop
     assert status == 0, err
     assert tokens(shop / "w") == {item: INDEX[item] for item in tokens(shop / "w")}
     assert set(tokens(shop / "w")) == set(ITEMS)
-    assert f"{len(INDEX) - len(ITEMS)} items that the log does not have are left aside" in err
+    assert f"{len(INDEX) - len(ITEMS)} items that are not in the log are ignored" in err
     manifest = json.loads((shop / "w" / "semantic_ids" / "manifest.json").read_text())
     assert manifest["source"] == str(shop / "shop.index.json")
     assert 0 <= manifest["quality"]["neighbours"]["first"] <= 1  # the titles are vectors enough

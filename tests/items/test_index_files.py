@@ -110,7 +110,7 @@ def test_a_manifest_that_does_not_fit_its_file(tmp_path: Path, sizes: object) ->
     write_semantic_ids(random_semantic_ids(49, (5, 6, 7)), tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "sizes": sizes}))
-    with pytest.raises(WorkspaceError, match="do not fit"):
+    with pytest.raises(WorkspaceError, match="does not match its own sha256"):
         read_semantic_ids(tmp_path)
 
 
@@ -120,16 +120,16 @@ GOOD = {"i": ["<a_1>", "<b_2>"]}
 @pytest.mark.parametrize(
     ("index", "parts"),
     [
-        ({}, ["holds no items"]),
-        ({**GOOD, "j": ["<a_1>"]}, ["item 'j' has 1 codes", "item 'i' has 2", "make the index again"]),
+        ({}, ["has no items"]),
+        ({**GOOD, "j": ["<a_1>"]}, ["item 'j' has 1 codes", "item 'i' has 2", "create the index again"]),
         ({**GOOD, "j": ["<a_1>", "b_2"]}, ["item 'j' has 'b_2' as code 2", "'<b_N>'"]),
         ({**GOOD, "j": ["<a_1>", "<a_2>"]}, ["item 'j' has '<a_2>' as code 2", "'<b_N>'"]),
         ({**GOOD, "j": ["<a_-1>", "<b_2>"]}, ["item 'j' has '<a_-1>' as code 1"]),
         ({**GOOD, "j": ["<a_99999999999>", "<b_2>"]}, ["item 'j'", "N from 0 to 65535"]),
         ({**GOOD, "j": ["<a_1>\n", "<b_2>"]}, ["item 'j' has '<a_1>\\n' as code 1"]),
         ({**GOOD, "j": [1, 2]}, ["item 'j' has 1 as code 1"]),
-        ({**GOOD, "j": "<a_1><b_2>"}, ["item 'j'", "where a list of tokens"]),
-        ({**GOOD, "j": []}, ["item 'j' has []", "where a list of tokens"]),
+        ({**GOOD, "j": "<a_1><b_2>"}, ["item 'j'", "instead of a list of tokens"]),
+        ({**GOOD, "j": []}, ["item 'j' has []", "instead of a list of tokens"]),
         ({**GOOD, "j": None}, ["item 'j' has None"]),
     ],
 )
@@ -147,14 +147,14 @@ def test_codes_outside_given_sizes(tmp_path: Path) -> None:
     path.write_text(json.dumps(GOOD))
     with pytest.raises(DataError, match=r"item 'i' has codes \[1, 2\] outside the sizes \[2, 2\]"):
         read_release_index(path, (2, 2))
-    with pytest.raises(DataError, match="2 codes an item, but sizes are given for 3 levels"):
+    with pytest.raises(DataError, match="2 codes per item, but sizes are given for 3 levels"):
         read_release_index(path, (2, 2, 2))
 
 
 def test_an_item_twice_in_an_index(tmp_path: Path) -> None:
     path = tmp_path / "x.index.json"
     path.write_text('{"i": ["<a_1>"], "i": ["<a_2>"]}')
-    with pytest.raises(DataError, match=r"key 'i' twice.*keep one"):
+    with pytest.raises(DataError, match=r"key 'i' twice.*keep only one"):
         read_release_index(path)
 
 

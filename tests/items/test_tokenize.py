@@ -178,7 +178,7 @@ def test_codes_are_clipped_to_what_the_catalogue_can_fill_and_that_is_said(tmp_p
     notes = Notes()
     manifest = tokenize(catalogue(100), settings_for(codes=256), tmp_path, seed=0, observer=notes)
     assert manifest["sizes"] == [25, 25, 25]
-    assert "25 codes a level, not 256: 100 items fill no more" in notes.text
+    assert "25 codes per level instead of 256, because 100 items cannot fill more" in notes.text
 
 
 def test_an_item_without_text_gets_the_codes_nearest_to_the_centre(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_an_item_without_text_gets_the_codes_nearest_to_the_centre(tmp_path: Pat
     manifest = tokenize(item_table(titles), config, tmp_path, seed=0, observer=notes)
     codes = read_semantic_ids(tmp_path).codes
     assert manifest["quality"]["without_vector"] == 3
-    assert "3 items have no text or vector: they get the codes nearest to the centre" in notes.text
+    assert "3 items have no text or vector and get the codes nearest to the center" in notes.text
     assert (codes[-3:] == codes[-1]).all()
     later = extend_semantic_ids(item_table([*titles, None]), config, tmp_path, folder(tmp_path, "later"))
     assert (read_semantic_ids(tmp_path / "later").codes[-1] == codes[-1]).all()
@@ -197,9 +197,9 @@ def test_an_item_without_text_gets_the_codes_nearest_to_the_centre(tmp_path: Pat
 
 @pytest.mark.parametrize("titles", [[None, "", "..."], [None, None, None]])  # no word; no text at all
 def test_a_catalogue_without_any_text_is_refused(titles: list[str | None], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not one of 3 items has a text or a vector"):
+    with pytest.raises(DataError, match="none of 3 items has a text or a vector"):
         tokenize(item_table(titles), settings_for(), tmp_path, seed=0)
-    with pytest.raises(DataError, match="empty catalogue"):
+    with pytest.raises(DataError, match="empty catalog"):
         tokenize(item_table([]), settings_for(), tmp_path, seed=0)
     assert not list(tmp_path.iterdir())
 
@@ -215,8 +215,8 @@ def test_a_multitude_of_items_with_one_text_is_spread_over_the_ids_there_are(
     codes = read_semantic_ids(tmp_path).codes
     assert len(np.unique(codes, axis=0)) == 16 * 16
     assert manifest["quality"]["same_vector"] == 299
-    assert "299 items have exactly the vector of another" in notes.text
-    assert "300 items do not fit into 256 IDs" in notes.text
+    assert "299 items have the same vector as another item" in notes.text
+    assert "there are 300 items but only 256 IDs" in notes.text
     # three levels have room for all of them
     roomy = tokenize(item_table(["the same"] * 300), settings_for(quantizer), folder(tmp_path, "3"), seed=0)
     assert roomy["quality"]["collisions"]["distinct_ids"] == 300
@@ -286,7 +286,7 @@ def test_new_vectors_of_another_width_are_refused(vectors: Path, tmp_path: Path)
     config = settings_for(encoder="vectors", vectors=[str(vectors)])
     tokenize(catalogue(120), config, folder(tmp_path, "ids"), seed=0)
     np.save(vectors, np.ones((120, 6)))
-    with pytest.raises(DataError, match=r"\[6\] wide, those the codebooks were fitted to \[5\]"):
+    with pytest.raises(DataError, match=r"are \[6\], but the codebooks were fitted to \[5\]"):
         extend_semantic_ids(catalogue(121), config, tmp_path / "ids", folder(tmp_path, "more"))
 
 
@@ -294,14 +294,14 @@ def test_append_refuses_what_does_not_continue_the_index(tmp_path: Path) -> None
     items, config = catalogue(60), settings_for()
     tokenize(items, config, folder(tmp_path, "ids"), seed=0)
     more = folder(tmp_path, "more")
-    with pytest.raises(ConfigError, match=r"items.levels \(3 → 4\); set it back"):
+    with pytest.raises(ConfigError, match=r"items.levels \(3 → 4\); change them back"):
         extend_semantic_ids(items, settings_for(levels=4), tmp_path / "ids", more)
     with pytest.raises(DataError, match="row 0 was item 'item0'"):
         extend_semantic_ids(items.slice(1), config, tmp_path / "ids", more)
     with pytest.raises(DataError, match="row 59 was item 'item59'"):
         extend_semantic_ids(items.slice(0, 59), config, tmp_path / "ids", more)
     write_semantic_ids(read_semantic_ids(tmp_path / "ids"), folder(tmp_path, "imported"))
-    with pytest.raises(ConfigError, match="was imported: there are no codebooks"):
+    with pytest.raises(ConfigError, match="has an imported index, without codebooks"):
         extend_semantic_ids(items, config, tmp_path / "imported", more)
     (tmp_path / "ids" / "codebooks.safetensors").write_bytes(b"damaged")
     with pytest.raises(WorkspaceError, match=r"codebooks.safetensors is damaged"):
@@ -319,7 +319,7 @@ def test_items_unlike_all_before_are_a_reason_to_refit_items_alike_are_not(tmp_p
     stage = np.repeat([0, 1, 2], [600, 100, 100])
     manifest = tokenize(catalogue(800), config, folder(tmp_path, "ids"), seed=0, first_stage=stage)
     (warning,) = [text for text in manifest["fitness"]["warnings"] if "error" in text]
-    assert warning.startswith("stage 2: the codes write its 100 new items with an error of")
+    assert warning.startswith("stage 2: the error of the codes is")
     assert quality.refit_warnings(manifest["fitness"]) == manifest["fitness"]["warnings"]
 
 

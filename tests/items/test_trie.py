@@ -83,7 +83,7 @@ def test_the_released_index(release_dir) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_an_empty_catalogue_is_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(DataError, match="items and levels are needed"):
+    with pytest.raises(DataError, match="needs items and levels"):
         ItemTrie.build(np.zeros(shape, dtype=np.int32))
 
 
