@@ -52,6 +52,10 @@ class TrainingError(PesoError):
     """Training that cannot start or go on."""
 
 
+class Divergence(TrainingError):
+    """A loss or a gradient that is not finite."""
+
+
 class LostProcess(TrainingError):
     """One of several processes that train together is gone."""
 

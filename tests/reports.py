@@ -150,6 +150,18 @@ INDEX = {
 }
 
 
+TRIALS = [
+    {
+        "phase": "",
+        "learning_rate": 4e-4,
+        "rows": 3.0,
+        "trials": [
+            {"learning_rate": 4e-4, "rows": 3.0, "steps": 20, "loss": 6.4, "seconds": 1.0},
+            {"learning_rate": 1e30, "rows": 1.0, "steps": 20, "loss": None, "seconds": 1.0},
+            {"learning_rate": 4e-4, "rows": 3.0, "steps": 60, "loss": 6.2, "seconds": 3.0},
+        ],
+    }
+]
 REFERENCES = {"none": "no updates", "single": "fine-tuning", "retrain": "retraining"}
 
 
@@ -175,6 +187,7 @@ def run(
             else None,
             curve(stage, penalty, seed) if learns else None,
             moved(stage, penalty) if learns and stage else {},
+            trials=TRIALS if learns and stage else (),
         )
         for stage, n in enumerate(cases)
     }

@@ -27,6 +27,7 @@ from peso.config.model import (
     PromptConfig,
     ReportConfig,
     TrainingConfig,
+    TrialsConfig,
 )
 from peso.config.reading import changed_keys, dump_config, load_config, valid_keys
 from peso.config.strategy import STRATEGIES, StrategyOptions, strategy_options
@@ -58,6 +59,7 @@ __all__ = [
     "StagesConfig",
     "StrategyOptions",
     "TrainingConfig",
+    "TrialsConfig",
     "baseline_label",
     "changed_keys",
     "dump_config",

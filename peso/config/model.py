@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from peso.config.parsing import Repeats, Section
+from peso.errors import ConfigError
 
 Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]
@@ -134,21 +135,56 @@ def expand_backbone(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+class TrialsConfig(Section):
+    """The short trainings that choose what ``training.later`` leaves to ``auto``, stage by stage."""
+
+    scales: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.1, 0.25, 0.5, 1.0],
+        min_length=2,
+        max_length=64,
+        description="learning rates to try, relative to training.learning_rate",
+    )
+    rows: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.3, 1.0, 3.0],
+        min_length=2,
+        max_length=64,
+        description="values of rows_learning_rate_scale to try, where that is auto",
+    )
+    budget: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="steps of all trials of a stage together, relative to those of its training",
+    )
+
+
 class LaterTrainingConfig(Section):
     """What is different for the updates after stage 0. A key that is not given is as for stage 0."""
 
-    learning_rate: float | None = Field(
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         None,
-        gt=0,
         exclude_if=not_,
-        description="none given: training.learning_rate x training.later_learning_rate_scale",
+        description="auto: chosen by trials; none given: training.learning_rate x "
+        "training.later_learning_rate_scale",
     )
     epochs: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
-    rows_learning_rate_scale: float | None = Field(
-        None, gt=0, exclude_if=not_, description="none given: as stage 0"
+    rows_learning_rate_scale: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        None, exclude_if=not_, description="auto: chosen by trials; none given: as stage 0"
     )
     batch_size: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
     patience: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
+    trials: TrialsConfig | None = Field(
+        None, exclude_if=not_, description="of what is auto; unused where nothing is"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trials_where_something_is_auto(cls, tree: Any) -> Any:
+        """Written out where they are used, so that a stage is known by them."""
+        if not isinstance(tree, Mapping) or tree.get("trials") is not None:
+            return tree
+        auto = "auto" in (tree.get("learning_rate"), tree.get("rows_learning_rate_scale"))
+        return {**tree, "trials": {}} if auto else tree
 
 
 class TrainingConfig(Section):
@@ -218,13 +254,23 @@ class TrainingConfig(Section):
         return self.model_dump(mode="json", exclude={*HOW, "later"})
 
     def of_update(self) -> TrainingConfig:
-        """The settings of an update: those of ``later`` in place of stage 0's, the rate apart."""
-        given = self.later.model_dump(exclude={"learning_rate"})
+        """The settings of an update: those of ``later`` in place of stage 0's, what is ``auto`` and the rate
+        apart."""
+        given = self.later.model_dump(exclude={"learning_rate", "trials"})
+        given = {key: value for key, value in given.items() if value != "auto"}
         return self.model_copy(update={**given, "later": LaterTrainingConfig()})
 
     @property
     def rate_of_update(self) -> float:
-        """The highest learning rate of an update."""
+        """The highest learning rate of an update.
+
+        Raises:
+            ConfigError: it is ``auto``.
+        """
+        if self.later.learning_rate == "auto":
+            raise ConfigError(
+                "training.later.learning_rate is auto: each stage chooses it; give a number here"
+            )
         return self.later.learning_rate or self.learning_rate * self.later_learning_rate_scale
 
 

@@ -84,6 +84,7 @@ class StageSummary:
             empty if no adapter was trained.
         leaves_out_seen: whether items that a user has already had were left out of the answers.
         warnings: problems with the answers, see :func:`peso.evaluation.metrics.warnings`.
+        trials: what chose the learning rates of each training, see :mod:`peso.training.rate_trials`.
     """
 
     predictions: Predictions
@@ -92,6 +93,7 @@ class StageSummary:
     anchor: Mapping[str, Any] = field(default_factory=dict)
     leaves_out_seen: bool = False
     warnings: Sequence[str] = ()
+    trials: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peso.config import Config, TrainingConfig
+from peso.config import Config, TrainingConfig, TrialsConfig
 from peso.config.baselines import BaselineOptions, baseline_label
 from peso.config.data import STREAMS
 from peso.decoding import search
@@ -31,8 +31,8 @@ from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
-from peso.runs.learn import training_of
 from peso.runs.models import fresh_model, strategy_of, trains_backbone
+from peso.runs.phases import training_of
 from peso.runs.pipeline import Step
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
@@ -41,10 +41,10 @@ from peso.runtime.machine import threads
 from peso.runtime.progress import Observer, Silent
 from peso.training.likelihood import target_token_log_probabilities, validation_loss
 from peso.training.plan import StagePlan, most_targets
+from peso.training.rate_trials import trial_rounds, trial_steps
 from peso.training.strategies.strategy import Examples, StageContext
 
 TIMED_STEPS, TIMED_CASES = 4, 64
-Training = tuple[TrainingConfig, Sequence[TargetSequence]]
 BYTES_A_PREDICTION = 250  # ten items with scores, labels; compressed
 
 
@@ -57,6 +57,16 @@ class Estimate:
     memory_gib: float | None = None
     disk_mib: float | None = None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of the trainings of a stage; ``trials``: what chooses among its candidates if it has several."""
+
+    settings: TrainingConfig
+    sequences: Sequence[TargetSequence]
+    candidates: int = 1
+    trials: TrialsConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Training]
     def sequences(stage: int) -> Sequence[TargetSequence]:
         return stream.stage(stage).training_sequences()
 
-    result: dict[int, list[Training]] = {0: [(config.training, sequences(0))]}
+    result = {0: [Training(config.training, sequences(0))]}
     for number in range(1, stream.stages):
         strategy = strategy_of(workspace)
         result[number] = []
@@ -143,8 +153,15 @@ def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Training]
                 memory=memory,
             )
             chosen = strategy.choose(context) if strategy.chooses_by_data else None
-            settings, _ = training_of(config, strategy, number, phase)
-            result[number].append((settings, sequences(number) if chosen is None else chosen))
+            settings, rates = training_of(config, strategy, number, phase)
+            result[number].append(
+                Training(
+                    settings,
+                    sequences(number) if chosen is None else chosen,
+                    len(rates),
+                    config.training.later.trials,
+                )
+            )
     return result
 
 
@@ -187,15 +204,23 @@ def _stage_estimate(
         return Estimate(step, 0.1, speed.memory_gib, disk, "keeps the last state")
     seed, window = config.seed_of_stage(stage.number), config.prompt.window
     longer = strategy.relative_step_time if stage.number else 1.0
-    steps, seconds = 0, 0.0
-    for settings, sequences in trainings:
-        plan = StagePlan(sequences, window, settings, seed, stage.number, speed.most_targets)
-        validated = min(cases, settings.validation_cases or cases) * plan.epochs
-        steps += len(plan)
+    steps, in_trials, seconds = 0, 0, 0.0
+    for training in trainings:
+        settings = training.settings
+        plan = StagePlan(training.sequences, window, settings, seed, stage.number, speed.most_targets)
+        judged = min(cases, settings.validation_cases or cases)
+        validated, tried = judged * plan.epochs, 0
+        if training.candidates > 1:
+            assert training.trials is not None
+            rounds = trial_rounds(len(plan), settings, training.trials, training.candidates)
+            tried = trial_steps(rounds)
+            validated += judged * sum(size for size, _ in rounds)
+        steps, in_trials = steps + len(plan), in_trials + tried
         larger = settings.batch_size / config.training.batch_size  # than the steps that were timed
-        seconds += len(plan) * speed.step * larger * longer + validated * speed.validation
+        seconds += (len(plan) + tried) * speed.step * larger * longer + validated * speed.validation
     note = f"{steps:,} optimiser steps" + (f" in {len(trainings)} trainings" if len(trainings) > 1 else "")
-    note += ", at most" if any(settings.patience for settings, _ in trainings) else ""
+    note += ", at most" if any(training.settings.patience for training in trainings) else ""
+    note += f", and {in_trials:,} in trials of the learning rate" if in_trials else ""
     return Estimate(step, seconds / 60, speed.memory_gib, disk, note)
 
 

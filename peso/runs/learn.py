@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,49 +11,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_report
 from peso.adapters.groups import find_groups
-from peso.baselines.popularity import item_counts
-from peso.config import Config, TrainingConfig
-from peso.errors import WorkspaceError
 from peso.items.semantic_ids import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS
 from peso.runs.models import (
     backbone_fingerprint,
-    context_of,
-    inherited_memory,
-    starting_model,
     strategy_of,
     trains_backbone,
     write_memory,
 )
+from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
 from peso.runs.stage import FORMAT, LOG, METRICS, RunStage
 from peso.runs.workspace import Workspace, provenance
 from peso.runtime import assets
 from peso.runtime.files import (
     commit_directory,
     read_json_lines,
-    read_sealed,
     size_of,
     write_json,
-    write_sealed,
 )
 from peso.runtime.machine import threads
 from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
 from peso.training.loop import Progress, StageResult, StageTask, train_stage
+from peso.training.rate_trials import choose_rates, read_choice
 from peso.training.strategies.strategy import StageContext, Strategy
 
 TUNED_ON = 2048  # validation cases that choose the shares of the item head
 CANDIDATES = ("leaves", "codes", "items")
-FINISHED_PHASE = "finished.safetensors"  # what a finished phase of a stage in training left
 
 
 def learn_stage(stage: RunStage, observer: Observer) -> None:
@@ -76,15 +68,14 @@ def learn_stage(stage: RunStage, observer: Observer) -> None:
     strategy = strategy_of(workspace)  # one that cannot be made says so before stage 0 is trained
     if stage.number == 0:
         strategy = Strategy()  # the base stage is the same for all
-    memory = inherited_memory(stage)
-    model = starting_model(stage)
+    model, context = begin(stage)
     training: dict[str, Any] = {}
     if strategy.learns(stage.number):
         with threads(model, workspace.config.training.threads, observer):
-            training = _train(stage, model, strategy, memory, unfinished, observer)
+            training = _train(stage, model, strategy, context, unfinished, observer)
     else:
         observer.note(f"stage {stage.number}: strategy {workspace.config.strategy.name} keeps the last state")
-    current().on_main(partial(_commit, stage, model, memory, training, unfinished, determined_by))
+    current().on_main(partial(_commit, stage, model, context.memory, training, unfinished, determined_by))
 
 
 def _commit(
@@ -118,49 +109,57 @@ def _commit(
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "configuration": workspace.config.model_dump(mode="json"),
             "seed": workspace.config.seed_of_stage(number),
+            **_chosen_rates(training),
             **provenance(),
         }
         write_manifest(directory, FORMAT, manifest)
     shutil.rmtree(unfinished.parent, ignore_errors=True)
 
 
+def _chosen_rates(training: dict[str, Any]) -> dict[str, Any]:
+    """What trials chose, for the manifest; {} where there were none."""
+    keys = ("phase", "learning_rate", "rows")
+    chosen = [{key: choice[key] for key in keys} for choice in training.get("trials", [])]
+    return {"chosen_by_trials": chosen} if chosen else {}
+
+
 def _train(
     stage: RunStage,
     model: GenerativeModel,
     strategy: Strategy,
-    memory: dict[str, Tensor],
+    context: StageContext,
     unfinished: Path,
     observer: Observer,
 ) -> dict[str, Any]:
     """All phases of the stage; returns the figures of the last one, with the time of all."""
-    workspace, number = stage.workspace, stage.number
-    config, stream = workspace.config, workspace.stream
+    number, memory = stage.number, context.memory
     before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
-    context = context_of(stage, model, memory)
-    if (head := model.vocabulary.item_head) is not None:
-        seen = [stream.stage(earlier) for earlier in range(number + 1)]
-        head.compete(item_counts(seen, len(model.semantic_ids.item_ids)))
     *earlier, last = strategy.phases(number)
     spent = 0.0
     for phase in earlier:
-        finished = unfinished / phase / FINISHED_PHASE
+        finished = unfinished / phase / FINISHED
         if finished.is_file():
-            spent += _restore(model, memory, finished)
+            spent += restore(model, memory, finished)
             continue
         here = replace(context, phase=phase)
-        spent += _train_phase(workspace, model, strategy, here, unfinished / phase, observer).seconds
-        current().on_main(partial(_keep, model, memory, spent, finished))
-    result = _train_phase(
-        stage.workspace, model, strategy, replace(context, phase=last), unfinished, observer
-    )
+        result, _ = _train_phase(stage, model, strategy, here, unfinished, observer)
+        current().on_main(partial(keep, model, memory, result.seconds, finished))
+        spent += result.seconds
+    here = replace(context, phase=last)
+    result, task = _train_phase(stage, model, strategy, here, unfinished, observer)
     shares = None
-    if head is not None:
+    if model.vocabulary.item_head is not None:
         shares = _tune_shares(stage, model, observer)
     if not current().is_main:  # the figures are told, and written, once
         return {}
-    _, rate = training_of(config, strategy, number, last)
-    figures: dict[str, Any] = {"learning_rate": rate, **asdict(result)}
+    figures: dict[str, Any] = {"learning_rate": task.learning_rate, **asdict(result)}
     figures["seconds"] += spent
+    if (scale := task.settings.rows_learning_rate_scale) != 1:
+        figures["rows_learning_rate_scale"] = scale
+    places = {phase: directory_of(unfinished, strategy, number, phase) for phase in (*earlier, last)}
+    choices = [{"phase": phase, **(read_choice(place) or {})} for phase, place in places.items()]
+    if chosen := [choice for choice in choices if len(choice) > 1]:
+        figures["trials"] = chosen
     if shares is not None:
         figures["item_head"] = shares
     if told := strategy.figures():
@@ -174,17 +173,51 @@ def _train(
 
 
 def _train_phase(
-    workspace: Workspace,
+    stage: RunStage,
     model: GenerativeModel,
     strategy: Strategy,
     context: StageContext,
-    directory: Path,
+    unfinished: Path,
     observer: Observer,
-) -> StageResult:
-    config, stage = workspace.config, context.number
-    settings, rate = training_of(config, strategy, stage, context.phase)
-    data = workspace.stream.stage(stage)
-    title = f"learn stage {stage}" + (f", {context.phase}" if context.phase else "")
+) -> tuple[StageResult, StageTask]:
+    """Train one phase; returns what it came to, with the time of its trials, and how it was trained."""
+    config, number, phase = stage.workspace.config, stage.number, context.phase
+    settings, candidates = training_of(config, strategy, number, phase)
+    data = stage.workspace.stream.stage(number)
+    directory = directory_of(unfinished, strategy, number, phase)
+    directory.mkdir(parents=True, exist_ok=True)
+    chosen = strategy.choose(context)
+    task = StageTask(
+        data.training_sequences() if chosen is None else chosen,
+        data.validation_cases(config.prompt.window),
+        settings,
+        stage=number,
+        learning_rate=candidates[0].learning_rate,
+        strategy=strategy,
+        seed=context.seed,
+        directory=directory,
+        log=directory / LOG,
+        context=context,
+        on_progress=_shown(number, phase, strategy, observer),
+        processes=current(),
+        item_weight=0.0 if model.vocabulary.item_head is None else config.head.weight,
+    )
+    if len(candidates) == 1:
+        seconds = 0.0
+    else:
+        assert config.training.later.trials is not None
+        start = partial(begin_phase, stage, phase, unfinished)
+        task, choice = choose_rates(model, task, candidates, config.training.later.trials, start, observer)
+        observer.note(f"stage {number}{phase and ', ' + phase}: {choice}")
+        seconds = choice.seconds
+    result = train_stage(model, task)
+    observer.end()
+    return replace(result, seconds=result.seconds + seconds), task
+
+
+def _shown(stage: int, phase: str, strategy: Strategy, observer: Observer) -> Callable[[Progress], None]:
+    """Shows a training's steps, and warns of an anchor without effect."""
+    title = f"learn stage {stage}" + (f", {phase}" if phase else "")
     begun, monitor = False, AnchorMonitor(stage, 0)
 
     def show(progress: Progress) -> None:
@@ -202,28 +235,7 @@ def _train_phase(
             tokens_per_second=progress.tokens_per_second,
         )
 
-    directory.mkdir(parents=True, exist_ok=True)
-    chosen = strategy.choose(context)
-    result = train_stage(
-        model,
-        StageTask(
-            data.training_sequences() if chosen is None else chosen,
-            data.validation_cases(config.prompt.window),
-            settings,
-            stage=stage,
-            learning_rate=rate,
-            strategy=strategy,
-            seed=context.seed,
-            directory=directory,
-            log=directory / LOG,
-            context=context,
-            on_progress=show,
-            processes=current(),
-            item_weight=0.0 if model.vocabulary.item_head is None else config.head.weight,
-        ),
-    )
-    observer.end()
-    return result
+    return show
 
 
 def _tune_shares(stage: RunStage, model: GenerativeModel, observer: Observer) -> dict[str, Any]:
@@ -263,50 +275,6 @@ def _tune_shares(stage: RunStage, model: GenerativeModel, observer: Observer) ->
     head.shares.copy_(torch.tensor(chosen))
     by_length = dict(zip([*(f"to {length}" for length in LENGTHS), "longer"], chosen, strict=True))
     return {"shares": by_length, f"ndcg@{depth}": dict(zip(map(str, SHARES), means, strict=True))}
-
-
-def training_of(config: Config, strategy: Strategy, stage: int, phase: str) -> tuple[TrainingConfig, float]:
-    """Settings and highest learning rate of a training. One that begins anew is trained as stage 0 is."""
-    training = config.training
-    if stage == 0 or strategy.starts_anew(phase):
-        return training, training.learning_rate
-    return training.of_update(), training.rate_of_update
-
-
-def _keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, file: Path) -> None:
-    """Write what a phase left in model and memory, whole or not at all."""
-    kept = {f"memory.{name}": tensor for name, tensor in memory.items()}
-    kept |= {f"model.{name}": p.detach().cpu().contiguous() for name, p in _learnable(model).items()}
-    write_sealed(file, save({**kept, "seconds": torch.tensor(seconds)}))
-
-
-@torch.no_grad()
-def _restore(model: GenerativeModel, memory: dict[str, Tensor], file: Path) -> float:
-    """What :func:`_keep` wrote, into model and memory; returns the seconds.
-
-    Raises:
-        WorkspaceError: it is damaged.
-    """
-    try:
-        kept = load(read_sealed(file))
-    except (OSError, SafetensorError, WorkspaceError) as error:
-        raise WorkspaceError(
-            f"{file} is damaged ({error}); remove {file.parent} to train this phase again"
-        ) from error
-    for name, p in _learnable(model).items():
-        p.copy_(kept[f"model.{name}"])
-    memory.clear()
-    memory.update(
-        {name.removeprefix("memory."): tensor for name, tensor in kept.items() if name.startswith("memory.")}
-    )
-    return float(kept["seconds"])
-
-
-def _learnable(model: GenerativeModel) -> dict[str, Tensor]:
-    """Adapter and vocabulary, by name."""
-    return {
-        name: p for name, p in model.named_parameters() if ".lora_" in name or name.startswith("vocabulary.")
-    }
 
 
 def pull_backbone(workspace: Workspace, observer: Observer) -> None:

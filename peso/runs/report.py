@@ -218,6 +218,7 @@ def _stage(stage: RunStage) -> StageSummary:
         {**training.get("anchor", {}), **held},
         stage.metrics["test"].get("repeats") == "leave-out",
         stage.metrics["test"].get("warnings", ()),
+        training.get("trials", ()),
     )
 
 

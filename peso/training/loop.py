@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from peso.adapters.fused import fast_dropout, fused_lora
 from peso.adapters.lora import adapter_parameters
 from peso.config import TrainingConfig
-from peso.errors import TrainingError
+from peso.errors import Divergence, TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
@@ -177,68 +177,95 @@ def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
         model: on its device; what is trained requires a gradient and is float32.
 
     Raises:
-        TrainingError: no targets or nothing trainable, a loss or gradient that is not finite (the
-            parameters are then as before that step), a checkpoint of another training, or processes that
+        TrainingError: no targets or nothing trainable, a checkpoint of another training, or processes that
             do not hold the same.
+        Divergence: a loss or gradient that is not finite; the parameters are then as before that step.
     """
     training = _begin(model, task)
-    plan, state, processes = training.plan, training.state, task.processes
     was_training = model.training
-    with _records(state, task) as records, _training_mode(model, task.settings, training.precision):
-        saved_at = clock = time.monotonic()
-        passes = plan.batch(state.step, model, processes) if state.step < len(plan) else []
-        for step in range(state.step, len(plan)):
-            if _has_converged(state.validation_losses, task.settings.patience):
-                break
-            began = time.monotonic()
-            # what dropout draws from: something else on every process, which see other targets
-            ranks = [processes.rank] if processes.rank else []
-            torch.manual_seed(_number(task.seed, task.stage, step, *ranks))
-            penalty, parts = _forward_backward(model, task, training, step, passes)
-            tokens: float = sum(packed.tokens for packed in passes)
-            if step + 1 < len(plan):  # while a GPU is still at this one
-                passes = plan.batch(step + 1, model, processes)
-            loss, tokens = processes.sum_numbers(sum(map(float, parts)), tokens)
-            figures = _optimizer_step(task, training, step, loss, penalty)
-
-            now = time.monotonic()
-            state.step_seconds += now - began
-            state.count(now - clock, plan.targets(step), int(tokens), loss)
-            clock = now
-            epoch = plan.epoch(step) + 1
-            record = {
-                "epoch": epoch,
-                "step": state.step,
-                "loss": loss,
-                **figures,
-                "targets": plan.targets(step),
-                "tokens": int(tokens),
-                "tokens_per_second": int(tokens) / (now - began),
-                **training.movement.figures(),
-            }
-            records.write(**record)
-            if task.on_progress is not None:
-                speed = state.tokens / state.step_seconds
-                left = state.seconds / state.step * (len(plan) - state.step)
-                task.on_progress(
-                    Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left, record)
-                )
-
-            if plan.ends_epoch(step):
-                losses = _end_epoch(model, task, training, epoch)
-                now = time.monotonic()
-                state.seconds += now - clock
-                clock = now
-                records.write(epoch=epoch, step=state.step, **losses)
-            due = plan.ends_epoch(step) or time.monotonic() - saved_at >= task.checkpoint_seconds
-            if due and processes.is_main:
-                training.save(records)
-                saved_at = time.monotonic()
-
+    with _records(training.state, task) as records, _training_mode(model, task.settings, training.precision):
+        _advance(model, task, training, records, len(training.plan))
     _put(training.trained, training.best)
     model.train(was_training)
     task.strategy.end(training.context)
-    return state.result(peak_memory(model.device))
+    return training.state.result(peak_memory(model.device))
+
+
+def train_until(model: GenerativeModel, task: StageTask, step: int) -> tuple[float, float]:
+    """The first steps of :func:`train_stage`, which continues from the checkpoint that this leaves and ends
+    with the same bits. Called again with a later step, it continues too.
+
+    Args:
+        model: as in :func:`train_stage`; it is left in the middle of its training, of no further use.
+        step: how many steps are done at the end, unless patience ends the training before.
+
+    Returns:
+        The lowest validation loss so far (ends of epochs, and that of now), and the seconds spent.
+    """
+    training = _begin(model, task)
+    state = training.state
+    with _records(state, task) as records, _training_mode(model, task.settings, training.precision):
+        _advance(model, task, training, records, step)
+        losses = [*state.validation_losses]
+        if state.epoch_targets:  # within an epoch
+            losses.append(_validate(model, task, training, f"step {state.step}"))
+        if task.processes.is_main:
+            training.save(records)
+    return min(losses), state.seconds
+
+
+def _advance(
+    model: GenerativeModel, task: StageTask, training: _Training, records: TrainingLog, until: int
+) -> None:
+    """Take the steps that are left until so many are done."""
+    plan, state, processes = training.plan, training.state, task.processes
+    saved_at = clock = time.monotonic()
+    passes = plan.batch(state.step, model, processes) if state.step < until else []
+    for step in range(state.step, until):
+        if _has_converged(state.validation_losses, task.settings.patience):
+            break
+        began = time.monotonic()
+        # what dropout draws from: something else on every process, which see other targets
+        ranks = [processes.rank] if processes.rank else []
+        torch.manual_seed(_number(task.seed, task.stage, step, *ranks))
+        penalty, parts = _forward_backward(model, task, training, step, passes)
+        tokens: float = sum(packed.tokens for packed in passes)
+        if step + 1 < until:  # while a GPU is still at this one
+            passes = plan.batch(step + 1, model, processes)
+        loss, tokens = processes.sum_numbers(sum(map(float, parts)), tokens)
+        figures = _optimizer_step(task, training, step, loss, penalty)
+
+        now = time.monotonic()
+        state.step_seconds += now - began
+        state.count(now - clock, plan.targets(step), int(tokens), loss)
+        clock = now
+        epoch = plan.epoch(step) + 1
+        record = {
+            "epoch": epoch,
+            "step": state.step,
+            "loss": loss,
+            **figures,
+            "targets": plan.targets(step),
+            "tokens": int(tokens),
+            "tokens_per_second": int(tokens) / (now - began),
+            **training.movement.figures(),
+        }
+        records.write(**record)
+        if task.on_progress is not None:
+            speed = state.tokens / state.step_seconds
+            left = state.seconds / state.step * (len(plan) - state.step)
+            task.on_progress(Progress(epoch, plan.epochs, state.step, len(plan), loss, speed, left, record))
+
+        if plan.ends_epoch(step):
+            losses = _end_epoch(model, task, training, epoch)
+            now = time.monotonic()
+            state.seconds += now - clock
+            clock = now
+            records.write(epoch=epoch, step=state.step, **losses)
+        due = plan.ends_epoch(step) or time.monotonic() - saved_at >= task.checkpoint_seconds
+        if due and processes.is_main:
+            training.save(records)
+            saved_at = time.monotonic()
 
 
 @dataclass
@@ -403,20 +430,26 @@ def _end_epoch(model: GenerativeModel, task: StageTask, training: _Training, epo
     """Validate, and keep the parameters if they are the best so far; returns both losses of the epoch."""
     state, processes = training.state, task.processes
     processes.require_same(fingerprint(training.trained), f"what they have learned until epoch {epoch}")
-    model.eval()
-    with training.precision.products(), as_written():
-        validated = validation_loss(
-            model, training.validation, task.settings.temperature, processes, task.item_weight
-        )
-    model.train()
-    if not math.isfinite(validated):
-        raise TrainingError(f"the validation loss after epoch {epoch} is {validated}; {_CURE}")
+    validated = _validate(model, task, training, f"epoch {epoch}")
     if validated < min(state.validation_losses, default=math.inf):
         training.best = {name: p.detach().cpu().clone() for name, p in training.trained.items()}
     state.validation_losses.append(validated)
     state.training_losses.append(state.epoch_loss / state.epoch_targets)
     state.epoch_loss, state.epoch_targets = 0.0, 0
     return {"training_loss": state.training_losses[-1], "validation_loss": validated}
+
+
+def _validate(model: GenerativeModel, task: StageTask, training: _Training, after: str) -> float:
+    """The validation loss as the model stands. Raises Divergence where it is not finite."""
+    model.eval()
+    with training.precision.products(), as_written():
+        validated = validation_loss(
+            model, training.validation, task.settings.temperature, task.processes, task.item_weight
+        )
+    model.train()
+    if not math.isfinite(validated):
+        raise Divergence(f"the validation loss after {after} is {validated}; {_CURE}")
+    return validated
 
 
 def _has_converged(validation_losses: Sequence[float], patience: int | None) -> bool:
@@ -491,7 +524,7 @@ def _check_finite(step: int, loss: float, norm: Tensor, trained: Mapping[str, Te
         return
     broken = [name for name, p in trained.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
     where = f", gradient not finite in {broken[0]} and {len(broken) - 1} more" if broken else ""
-    raise TrainingError(f"step {step + 1}: the loss is {loss}{where}; {_CURE}")
+    raise Divergence(f"step {step + 1}: the loss is {loss}{where}; {_CURE}")
 
 
 def _sample(cases: Cases, most: int | None, seed: tuple[int, ...]) -> Cases:

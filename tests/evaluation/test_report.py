@@ -88,13 +88,14 @@ def test_page_has_every_section_plot_and_table(page: str, written: Path) -> None
     assert page.count("<table>") == len(list((written / "tables").glob("*.csv")))
     for text in ("learning_rate: 0.001", "strategy.weight", "adapter_model.safetensors", "Dormant users"):
         assert text in parsed.text
+    assert "0.0004 (rows × 3): 6.2000 after 60; 1e+30: not finite after 20" in parsed.text
     for text in ("Moka Pot", "Refit due: stage 4", "12 items under <a_4><b_9>, the first 2 of them"):
         assert text in parsed.text
 
 
 def test_every_table_and_plot_lies_beside_the_page_in_every_format(written: Path) -> None:
     names = {path.stem for path in (written / "tables").glob("*.csv")}
-    assert {"averages", "ndcg-10-by-stage", "hit-10-by-segment", "cost"} <= names
+    assert {"averages", "ndcg-10-by-stage", "hit-10-by-segment", "cost", "learning-rates"} <= names
     assert {"ndcg-10-to-best", "hit-10-pairs", "lists", "ndcg-10-transfer", "hit-10-by-popularity"} <= names
     for name in names:
         assert (written / "tables" / f"{name}.md").read_text().startswith("**")

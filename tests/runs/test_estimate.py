@@ -62,6 +62,30 @@ def test_strategies_that_learn_from_more_than_the_stage_take_longer(source: Work
     assert learn("retrain", 0) == learn("lsat", 0) == learn("distill", 0) == single[0]
 
 
+def test_trials_of_learning_rates_are_counted(source: Workspace) -> None:
+    def learn(later: object, strategy: str = "single") -> Estimate:
+        training = {**TREE["training"], "later": later}
+        config = load_config({**TREE, "strategy": strategy, "training": training})
+        steps = estimate.estimate(Workspace(source.root, config), {True: SPEED, False: SPEED})
+        return next(each for each in steps if (each.step.name, each.step.stage) == ("learn", 2))
+
+    def longer(budget: float, strategy: str = "single") -> float:
+        auto = learn({"learning_rate": "auto", "trials": {"budget": budget}}, strategy)
+        plain = learn({"learning_rate": 1e-3}, strategy)
+        assert auto.minutes is not None
+        assert plain.minutes
+        assert "in trials of the learning rate" in auto.note
+        assert "trials" not in plain.note
+        return auto.minutes / plain.minutes
+
+    # four candidates: three of them for an eighth of the budget, and one for two eighths more
+    assert longer(2.0) == pytest.approx(1 + 2 * 5 / 8, abs=0.1)
+    assert longer(4.0) == pytest.approx(
+        1 + (3 * 4 / 8 + 4 / 8), abs=0.1
+    )  # no longer than the training itself
+    assert longer(2.0, "retrain") == pytest.approx(1 + 2 * 5 / 8, abs=0.1)
+
+
 def test_what_answers_with_two_models_is_tested_twice_as_long(source: Workspace) -> None:
     def test(strategy: object) -> float:
         return minutes(steps_of(source, strategy), "test", 2)
@@ -75,14 +99,14 @@ def test_the_steps_are_those_that_a_run_takes(source: Workspace, tmp_path: Path)
     found = estimate._trainings(source, source.stream)
     for number in (1, 3):
         config = load_config({**TREE, "strategy": "retrain"})
-        ((_, chosen),) = estimate._trainings(Workspace(source.root, config), source.stream)[number]
+        (training,) = estimate._trainings(Workspace(source.root, config), source.stream)[number]
         model = starting_model(Workspace(source.root, config).stage(0))
         stream = source.stream
         examples = StageExamples(model, stream.stage, number, config.training, 0)
         every = [each for stage in range(number + 1) for each in examples.of(stage)]
-        assert [each.user for each in chosen] == [each.user for each in every]
-        ((_, own),) = found[number]
-        assert [each.user for each in own] == [each.user for each in examples.of(number)]
+        assert [each.user for each in training.sequences] == [each.user for each in every]
+        (own,) = found[number]
+        assert [each.user for each in own.sequences] == [each.user for each in examples.of(number)]
 
 
 def test_a_baseline_takes_for_a_stage_what_it_took_for_those_that_are_done(

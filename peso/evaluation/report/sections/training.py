@@ -11,6 +11,7 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.findings import stage_range
 from peso.evaluation.report.plots import Plot, Series
 from peso.evaluation.report.sections.section import Section, section
+from peso.evaluation.report.tables import Cell, Quantity, Table
 from peso.evaluation.run_summary import TrainingCurve
 
 CURVE_POINTS = 60  # the number of points of a stage's curve; each is the mean of an equal share of the steps
@@ -62,7 +63,40 @@ def training(comparison: Comparison) -> Section | None:
         paragraph += " If the penalty's gradient is far below the loss's, the anchor has little effect."
     if any(len(system.runs) > 1 for system in comparison.systems):
         paragraph += " If there are several seeds, only the first is shown."
-    return Section("training", "Training", [paragraph], plots=drawn)
+    return Section("training", "Training", [paragraph], plots=drawn, tables=[_rates(comparison)])
+
+
+def _rates(comparison: Comparison) -> Table:
+    """What trials chose, of the first seed."""
+    rows: list[list[Cell]] = []
+    for system in comparison.systems:
+        for stage in system.stages:
+            for choice in system.first.stages[stage].trials:
+                last = {(t["learning_rate"], t["rows"]): t for t in choice["trials"]}
+                tried = [
+                    f"{rate:g}{'' if scale == 1 else f' (rows × {scale:g})'}: "
+                    + ("not finite" if trial["loss"] is None else f"{trial['loss']:.4f}")
+                    + f" after {trial['steps']:,}"
+                    for (rate, scale), trial in last.items()
+                ]
+                chosen = [f"{choice['learning_rate']:g}", f"{choice['rows']:g}"]
+                rows.append(
+                    [system.label, Quantity(stage), choice["phase"] or None, *chosen, "; ".join(tried)]
+                )
+    return Table(
+        "learning-rates",
+        "Learning rates chosen by trials",
+        [
+            "Strategy",
+            "Stage",
+            "Phase",
+            "Learning rate",
+            "Rows ×",
+            "Tried: lowest validation loss after steps",
+        ],
+        rows,
+        "Validation losses in nats an item, of each candidate after its last round.",
+    )
 
 
 def _plot(comparison: Comparison, curves: Mapping[str, Mapping[int, TrainingCurve]], panel: Panel) -> Plot:

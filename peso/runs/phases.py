@@ -1,0 +1,114 @@
+"""The trainings of a stage (phases): what each is trained with, what it begins with, and what it left when it
+was finished, for a stage that is interrupted later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from peso.baselines.popularity import item_counts
+from peso.config import Config, TrainingConfig
+from peso.errors import WorkspaceError
+from peso.model.generative import GenerativeModel
+from peso.runs.models import context_of, inherited_memory, starting_model, strategy_of
+from peso.runs.stage import RunStage
+from peso.runtime.files import read_sealed, write_sealed
+from peso.training.rate_trials import Rates
+from peso.training.strategies.strategy import StageContext, Strategy
+
+FINISHED = "finished.safetensors"
+
+
+def training_of(
+    config: Config, strategy: Strategy, stage: int, phase: str
+) -> tuple[TrainingConfig, list[Rates]]:
+    """Settings of a training, and its rates, ascending: several where trials are to choose one.
+
+    A training that begins anew is trained as stage 0 is, at rates that are chosen for it where those of
+    updates are.
+    """
+    training, later = config.training, config.training.later
+    anew = stage == 0 or strategy.starts_anew(phase)
+    settings = training if anew else training.of_update()
+    rates, rows = [], [settings.rows_learning_rate_scale]
+    if stage and later.learning_rate == "auto":
+        assert later.trials is not None
+        rates = sorted({training.learning_rate * scale for scale in later.trials.scales})
+    else:
+        rates = [training.learning_rate if anew else training.rate_of_update]
+    if stage and later.rows_learning_rate_scale == "auto":
+        assert later.trials is not None
+        rows = sorted(set(later.trials.rows))
+    return settings, [Rates(rate, scale) for rate in rates for scale in rows]
+
+
+def directory_of(unfinished: Path, strategy: Strategy, stage: int, phase: str) -> Path:
+    """Where a training keeps its checkpoint: the stage's last one where the stage does."""
+    return unfinished if phase == strategy.phases(stage)[-1] else unfinished / phase
+
+
+def begin(stage: RunStage) -> tuple[GenerativeModel, StageContext]:
+    """The model that a stage begins with, ready to learn, and what its strategy is told of the stage.
+
+    Raises:
+        BackboneError, WorkspaceError: see :func:`peso.runs.models.starting_model`.
+    """
+    memory = inherited_memory(stage)
+    model, stream = starting_model(stage), stage.workspace.stream
+    if (head := model.vocabulary.item_head) is not None:
+        seen = [stream.stage(number) for number in range(stage.number + 1)]
+        head.compete(item_counts(seen, len(model.semantic_ids.item_ids)))
+    return model, context_of(stage, model, memory)
+
+
+def begin_phase(
+    stage: RunStage, phase: str, unfinished: Path
+) -> tuple[GenerativeModel, Strategy, StageContext]:
+    """What a phase of a stage after stage 0 begins with: the stage's start, and what earlier phases left."""
+    model, context = begin(stage)
+    strategy = strategy_of(stage.workspace)
+    phases = list(strategy.phases(stage.number))
+    for earlier in phases[: phases.index(phase)]:
+        restore(model, context.memory, unfinished / earlier / FINISHED)
+    return model, strategy, replace(context, phase=phase)
+
+
+def keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, file: Path) -> None:
+    """Write what a phase left in model and memory, whole or not at all."""
+    kept = {f"memory.{name}": tensor for name, tensor in memory.items()}
+    kept |= {f"model.{name}": p.detach().cpu().contiguous() for name, p in _learnable(model).items()}
+    write_sealed(file, save({**kept, "seconds": torch.tensor(seconds)}))
+
+
+@torch.no_grad()
+def restore(model: GenerativeModel, memory: dict[str, Tensor], file: Path) -> float:
+    """What :func:`keep` wrote, into model and memory; returns the seconds.
+
+    Raises:
+        WorkspaceError: it is damaged.
+    """
+    try:
+        kept = load(read_sealed(file))
+    except (OSError, SafetensorError, WorkspaceError) as error:
+        raise WorkspaceError(
+            f"{file} is damaged ({error}); remove {file.parent} to train this phase again"
+        ) from error
+    for name, p in _learnable(model).items():
+        p.copy_(kept[f"model.{name}"])
+    memory.clear()
+    memory.update(
+        {name.removeprefix("memory."): tensor for name, tensor in kept.items() if name.startswith("memory.")}
+    )
+    return float(kept["seconds"])
+
+
+def _learnable(model: GenerativeModel) -> dict[str, Tensor]:
+    """Adapter and vocabulary, by name."""
+    return {
+        name: p for name, p in model.named_parameters() if ".lora_" in name or name.startswith("vocabulary.")
+    }

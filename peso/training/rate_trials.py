@@ -1,0 +1,269 @@
+"""Trials that choose the learning rates of a stage: successive halving on its validation cases.
+
+Successive halving (Karnin et al. 2013; Jamieson and Talwalkar 2016): all candidates train for a while, the
+better half goes on, until one is left; every round has the same share of the budget. A trial is the beginning
+of the very training that the stage would have with these rates, judged as that is, by its lowest validation
+loss. The winner's goes on where it stopped: the stage ends with the bits that its rates would have given
+without trials.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from peso.config import TrainingConfig, TrialsConfig
+from peso.errors import Divergence, TrainingError, WorkspaceError
+from peso.model.generative import GenerativeModel
+from peso.runtime.files import read_sealed, write_atomically, write_sealed
+from peso.runtime.progress import Observer
+from peso.training.checkpoint import FILE as CHECKPOINT
+from peso.training.likelihood import tokens_of_target
+from peso.training.loop import Progress, StageTask, train_until
+from peso.training.optimizer import warmup_steps
+from peso.training.plan import StagePlan, most_targets
+from peso.training.strategies.strategy import StageContext, Strategy
+
+LEAST_STEPS = 8  # of the first round, beyond the warm-up: fewer tell rates apart by chance alone
+FILE = "trials.json"
+Start = Callable[[], tuple[GenerativeModel, Strategy, StageContext]]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """``learning_rate``: the highest of the adapter (or backbone); ``rows``: that of the vocabulary's rows
+    and the item head, relative to it."""
+
+    learning_rate: float
+    rows: float = 1.0
+
+    def __str__(self) -> str:
+        rows = "" if self.rows == 1 else f", rows × {self.rows:g}"
+        return f"{self.learning_rate:g}{rows}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate at the end of a round. ``loss``: the lowest validation loss so far, nats per item; None:
+    loss or gradient were not finite. ``steps``, ``seconds``: since the training's start."""
+
+    learning_rate: float
+    rows: float
+    steps: int
+    loss: float | None
+    seconds: float
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(self.learning_rate, self.rows)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``rates``: those of the winner; ``trials``: in the order in which they were made."""
+
+    rates: Rates
+    trials: Sequence[Trial]
+
+    @property
+    def seconds(self) -> float:
+        """What the other candidates took."""
+        spent = {trial.rates: trial.seconds for trial in self.trials}  # the last of each
+        return math.fsum(seconds for rates, seconds in spent.items() if rates != self.rates)
+
+    def __str__(self) -> str:
+        last = max(
+            (trial for trial in self.trials if trial.rates == self.rates), key=lambda trial: trial.steps
+        )
+        tried = {trial.rates for trial in self.trials}
+        return f"learning rate {self.rates}, the best of {len(tried)} after {last.steps:,} steps"
+
+    def figures(self) -> dict[str, Any]:
+        """As JSON, for the stage's metrics."""
+        return {**asdict(self.rates), "trials": [asdict(trial) for trial in self.trials]}
+
+
+def halving(candidates: int, budget: int, first: int, most: int) -> list[tuple[int, int]]:
+    """How many candidates are left in each round, and how many steps each has taken at its end.
+
+    Args:
+        budget: steps of all candidates together, an equal share for each round.
+        first: least steps of the first round, even if that takes more than the budget.
+        most: steps of the whole training.
+
+    >>> halving(4, budget=80, first=8, most=100)
+    [(4, 10), (2, 30)]
+    >>> halving(5, budget=80, first=12, most=24)
+    [(5, 12), (3, 20), (2, 24)]
+    """
+    sizes = []
+    while candidates > 1:
+        sizes.append(candidates)
+        candidates = math.ceil(candidates / 2)
+    rounds, reached = [], 0
+    for size in sizes:
+        reached = min(max(reached + budget // len(sizes) // size, first), most)
+        rounds.append((size, reached))
+    return rounds
+
+
+def trial_rounds(
+    steps: int, settings: TrainingConfig, trials: TrialsConfig, candidates: int
+) -> list[tuple[int, int]]:
+    """The rounds of :func:`halving` for a training of so many steps."""
+    first = min(warmup_steps(settings, steps) + LEAST_STEPS, steps)
+    return halving(candidates, round(trials.budget * steps), first, steps)
+
+
+def trial_steps(rounds: Sequence[tuple[int, int]]) -> int:
+    """The steps of the candidates that do not win.
+
+    >>> trial_steps([(4, 10), (2, 30)])
+    50
+    """
+    before = [0, *(reached for _, reached in rounds)]
+    return sum((size - 1) * (reached - start) for (size, reached), start in zip(rounds, before, strict=False))
+
+
+def choose_rates(
+    model: GenerativeModel,
+    task: StageTask,
+    candidates: Sequence[Rates],
+    trials: TrialsConfig,
+    start: Start,
+    observer: Observer,
+) -> tuple[StageTask, Choice]:
+    """Find the candidate with the lowest validation loss; the lower rate among equals.
+
+    Trials live in ``trials/`` in the task's directory. Interrupted, they continue at their checkpoints.
+
+    Args:
+        model: of the training to come; it is left as it is.
+        task: that training, but for its rates.
+        candidates: two or more, ascending.
+        start: makes, for each trial, what the stage begins with: a model, a strategy that has seen nothing,
+            and what it is told.
+
+    Returns:
+        The task with the rates of the winner, in whose directory its trial waits to be continued.
+
+    Raises:
+        TrainingError: no candidate has a finite loss; see also :func:`peso.training.loop.train_stage`.
+    """
+    directory, processes = task.directory / "trials", task.processes
+    most = most_targets(model.layout)
+    plan = StagePlan(task.sequences, model.layout.window, task.settings, task.seed, task.stage, most)
+    done = [Trial(**trial) for trial in processes.on_main(partial(_read, directory / FILE))["trials"]]
+    left = list(candidates)
+    for _, steps in trial_rounds(len(plan), task.settings, trials, len(candidates)):
+        known = {trial.rates: trial for trial in done if trial.steps == steps}
+        for rates in left:
+            if rates not in known:
+                title = f"stage {task.stage}: trial of learning rate {rates}"
+                bar = _bar(observer, title, steps)
+                known[rates] = _trial(_with_rates(task, rates), rates, steps, start, bar)
+                done.append(known[rates])
+                processes.on_main(partial(_write, directory / FILE, _told(done)))
+        half = math.ceil(len(left) / 2)
+        finite = [known[rates] for rates in left if known[rates].loss is not None]
+        kept = [trial.rates for trial in sorted(finite, key=attrgetter("loss"))[:half]]
+        if not kept:
+            raise TrainingError(
+                f"stage {task.stage}: no trial has a finite loss; the lowest learning rate was "
+                f"{candidates[0].learning_rate:g}. Lower training.later.trials.scales"
+            )
+        for rates in set(left) - set(kept):
+            processes.on_main(partial(shutil.rmtree, _place(task, rates), ignore_errors=True))
+        left = kept
+    choice = Choice(left[0], done)
+    processes.on_main(partial(_hand_over, task, choice))
+    return _with_rates(task, choice.rates), choice
+
+
+def read_choice(directory: Path) -> dict[str, Any] | None:
+    """What :func:`choose_rates` chose for the training of a directory, as JSON; None where there were no
+    trials."""
+    file = directory / "trials" / FILE
+    return _read(file) if file.is_file() else None
+
+
+def _with_rates(task: StageTask, rates: Rates) -> StageTask:
+    settings = task.settings.model_copy(update={"rows_learning_rate_scale": rates.rows})
+    return replace(task, settings=settings, learning_rate=rates.learning_rate)
+
+
+def _place(task: StageTask, rates: Rates) -> Path:
+    return task.directory / "trials" / f"{rates.learning_rate!r} {rates.rows!r}"
+
+
+def _trial(
+    task: StageTask, rates: Rates, steps: int, start: Start, on_progress: Callable[[Progress], None]
+) -> Trial:
+    model, strategy, context = start()
+    strategy.choose(context)  # asked before it begins, as always; the examples are those of the task
+    place = _place(task, rates)
+    began = time.monotonic()
+    task = replace(
+        task,
+        strategy=strategy,
+        context=context,
+        directory=place,
+        log=place / task.log.name,
+        on_progress=on_progress,
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        loss, seconds = train_until(model, task, steps)
+    except Divergence:
+        return Trial(rates.learning_rate, rates.rows, steps, None, time.monotonic() - began)
+    return Trial(rates.learning_rate, rates.rows, steps, loss * tokens_of_target(model), seconds)
+
+
+def _hand_over(task: StageTask, choice: Choice) -> None:
+    """Let the training begin where the winner's trial stopped, unless it has begun."""
+    _write(task.directory / "trials" / FILE, choice.figures())
+    if not (task.directory / CHECKPOINT).exists():
+        for name in (task.log.name, CHECKPOINT):  # without the second the first does not count
+            write_atomically(task.directory / name, (_place(task, choice.rates) / name).read_bytes())
+
+
+def _bar(observer: Observer, title: str, steps: int) -> Callable[[Progress], None]:
+    begun = False
+
+    def show(progress: Progress) -> None:
+        nonlocal begun
+        if not begun:
+            observer.begin(title, steps, "steps")
+            begun = True
+        observer.advance(progress.step, loss=progress.loss, tokens_per_second=progress.tokens_per_second)
+        if progress.step == steps:
+            observer.end()
+
+    return show
+
+
+def _told(trials: Sequence[Trial]) -> dict[str, Any]:
+    return {"trials": [asdict(trial) for trial in trials]}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return _told([])
+    try:
+        found: dict[str, Any] = json.loads(read_sealed(file))
+        return found
+    except (OSError, ValueError, WorkspaceError) as error:
+        raise WorkspaceError(f"{file} is damaged ({error}); remove it to make the trials again") from None
+
+
+def _write(file: Path, figures: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(file, json.dumps(figures).encode())
