@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peso.config import load_config
-from peso.runs import evaluate, pipeline
+from peso.runs import challenger, evaluate, pipeline, served
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
@@ -28,4 +28,7 @@ def make_every_file(root: Path) -> Path:
         patched.setattr("peso.runs.report.report", lambda workspaces, directory: None)  # draws plots
         pipeline.run(workspace)
     evaluate.test(workspace.stage(1).on(2), Silent())
+    served.promote(workspace, 1)
+    challenger.judge(workspace.stage(2), Silent())
+    (workspace.root / "served.json").unlink()  # the newest stage is to serve
     return workspace.root

@@ -19,15 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peso.config import GateConfig
-from peso.errors import WorkspaceError
+from peso.errors import DataError, WorkspaceError
 from peso.evaluation.intervals import Panel, spread
 from peso.evaluation.metrics import LOG_PROBABILITY, Metric, hit_at, log_probability, mrr_at, ndcg_at
 from peso.evaluation.predictions import CONTINUING, DORMANT, KNOWN, NEW, Predictions
+from peso.runtime.files import read_json_object
 
 Outcome = Literal["passed", "failed", "undecided"]
 Decision = Literal["passed", "refused", "undecided"]
@@ -75,6 +78,54 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         return {"decision": self.decision, "conditions": [asdict(one) for one in self.conditions]}
+
+
+class StoredCondition(BaseModel):
+    """A condition as ``gate.json`` has it."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    outcome: Outcome
+    blocks: bool
+    says: str
+    figures: dict[str, int | float | None]
+
+
+class StoredVerdict(BaseModel):
+    """What ``gate.json`` has to hold (docs/reference/files.md)."""
+
+    model_config = ConfigDict(strict=True)
+
+    stage: int
+    champion: int
+    determined_by: dict[str, str]
+    time: str
+    settings: dict[str, Any]
+    decision: Decision
+    conditions: list[StoredCondition]
+    says: str
+    promote: bool
+    pinned: bool
+    test: dict[str, int | float | None]
+    earlier: dict[str, int | float | None]
+
+
+def read_verdict(path: Path) -> dict[str, Any]:
+    """Read ``gate.json``.
+
+    Raises:
+        WorkspaceError: it does not hold what it has to.
+    """
+    try:
+        content = read_json_object(path)
+        StoredVerdict.model_validate(content)
+    except (DataError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise WorkspaceError(
+            f"{path} is damaged ({first}); restore it from a copy, or remove the stage and train it again"
+        ) from None
+    return content
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,8 +157,10 @@ class RunStage:
     def verdict(self) -> dict[str, Any] | None:
         """``gate.json``, what the gate decided about it (:mod:`peso.runs.challenger`); None: it was not
         judged."""
+        from peso.evaluation.verdict import read_verdict
+
         path = self.file(VERDICT)
-        return None if path is None else read_json_object(path)
+        return None if path is None else read_verdict(path)
 
     @property
     def training(self) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def results(root: Path) -> object:
         ("stages/1/log.jsonl", results),
         ("stages/1/on=2/predictions.parquet", results),
         ("stages/1/on=2/metrics.json", results),
+        ("stages/2/gate.json", results),
         ("stream/stage=1/users.parquet", results),
         ("stream/manifest.json", results),
         ("baselines/popularity/1/predictions.parquet", results),

@@ -17,6 +17,7 @@ from peso.evaluation import verdict as verdicts
 from peso.runs import pipeline
 from peso.runs.served import promote, rollback, served
 from peso.runs.workspace import Workspace
+from peso.runtime.manifest import replace_file
 from peso.runtime.progress import Silent
 
 TREE = {
@@ -238,6 +239,16 @@ def test_a_damaged_verdict_is_named(workspace: Workspace, outcome: Callable[[str
     with pytest.raises(WorkspaceError, match=r"gate\.json is damaged: .* `peso update"):
         promote(workspace, 1)
     assert served(workspace).current == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"decision": "passed"}', b"\xff"])
+def test_a_verdict_that_is_none_is_named(every_file: Path, tmp_path: Path, content: bytes) -> None:
+    """Also where the manifest was rewritten with it, as whoever made the workspace can do."""
+    workspace = Workspace.open(shutil.copytree(every_file, tmp_path / "w"))
+    with replace_file(workspace.stage(2).directory, "gate.json", 1) as aside:
+        aside.write_bytes(content)
+    with pytest.raises(WorkspaceError, match=r"stages/2/gate\.json is damaged"):
+        promote(workspace, 2)
 
 
 def test_undo_takes_the_verdict_and_its_answers_along(
