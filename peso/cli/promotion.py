@@ -88,6 +88,8 @@ def status(workspace: Directory, as_json: Json = False) -> None:
 
 
 def _show(told: dict[str, Any]) -> None:
+    from peso.runs.undo import stages_named
+
     if told["stages"]:
         metrics = list(dict.fromkeys(name for stage in told["stages"] for name in stage["metrics"] or {}))
         shown = [name for name in metrics if name.startswith(("ndcg@", "hit@"))]
@@ -127,10 +129,12 @@ def _show(told: dict[str, Any]) -> None:
             say(f"WARNING: {serves['problem']}")
         if serves["previous"] is not None:
             say(f"a rollback leads to stage {serves['previous']}")
-    if waiting["stages"]:
-        say(f"not trained yet: stages {', '.join(map(str, waiting['stages']))}")
+    if stages := waiting["stages"]:
+        say(f"not trained yet: {stages_named(range(stages[0], stages[-1] + 1))}")
     if waiting["items_without_id"]:
         say(f"{waiting['items_without_id']:,} new items have no semantic ID yet")
+    if waiting["received"]:
+        say(f"{waiting['received']:,} received events are in no stage yet")
 
 
 def show_verdict(stage: RunStage, alerts: Alert) -> None:

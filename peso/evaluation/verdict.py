@@ -250,13 +250,13 @@ def _outcome(found: dict[str, Any], metric: Metric) -> tuple[Outcome, str]:
         if metric.name != LOG_PROBABILITY and not found["champion"] and not found["difference"]:
             return "undecided", "neither model has a hit, so nothing can be said"
         same = found["difference"] >= -found["margin"]
-        return ("passed", "no case differs") if same else ("failed", "every case is worse alike")
+        return ("passed", "no case differs") if same else ("failed", "every case is worse by the same amount")
     if found["low"] >= -found["margin"]:
-        return "passed", "not worse than the margin"
+        return "passed", "within the margin"
     if found["high"] < -found["margin"]:
-        return "failed", "worse than the margin"
+        return "failed", "beyond the margin"
     chance = f"{100 * found['chance_if_equal']:.0f} %"
-    return "undecided", f"the cases do not tell (an equally good model would pass in {chance} of such gates)"
+    return "undecided", f"inconclusive (an equally good model would pass in {chance} of such comparisons)"
 
 
 def _figures(found: dict[str, Any], metric: Metric) -> str:

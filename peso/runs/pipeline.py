@@ -365,11 +365,11 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
         WorkspaceError: stage 0 is not trained.
     """
     number, trained = current().on_main(partial(unfinished, workspace))
+    if number is None:
+        return None
     gated = workspace.config.gate.enabled
     if gated:
         current().on_main(partial(keep_serving, workspace))
-    if number is None:
-        return None
     stage = workspace.stage(number)
     if not trained:
         learn(stage, observer)

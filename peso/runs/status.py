@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from peso.errors import WorkspaceError
+from peso.events.received import ReceivedEvents
 from peso.runs.served import previous, served, serving_stage
 from peso.runs.stage import RunStage
+from peso.runs.user_histories import cuts_of
 from peso.runs.workspace import Workspace
 
 NEVER_PROMOTED = "no stage was promoted yet, so the newest trained one serves"
@@ -19,7 +21,8 @@ def status(workspace: Workspace) -> dict[str, Any]:
         ``gate``: whether it is on. ``serves``: ``stage`` (None: none is trained), ``since``, ``by`` (None:
         never promoted), ``reason``, ``forced``, ``pinned``, ``previous`` (where a rollback leads) and
         ``problem`` (None, or why the recorded stage cannot answer). ``stages``: the lineage, see
-        :func:`_stage`. ``waiting``: stages that are not trained yet, and items without a semantic ID.
+        :func:`_stage`. ``waiting``: stages that are not trained yet, items without a semantic ID, and
+        received events that are in no stage (None: no event was received yet).
 
     Raises:
         WorkspaceError: a file that is needed is damaged.
@@ -35,8 +38,17 @@ def status(workspace: Workspace) -> dict[str, Any]:
         "waiting": {
             "stages": list(range(len(trained), stages)),
             "items_without_id": workspace.items_without_id,
+            "received": _received(workspace),
         },
     }
+
+
+def _received(workspace: Workspace) -> int | None:
+    if not workspace.events_file.exists():
+        return None
+    with ReceivedEvents(workspace.events_file) as received:
+        cuts = cuts_of(workspace.stream, received.id) if workspace.has_stream else []
+        return sum(map(len, received.waiting(cuts)))
 
 
 def _serves(workspace: Workspace) -> dict[str, Any]:

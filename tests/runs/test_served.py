@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from peso.errors import WorkspaceError
+from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.runs.recommender import Recommender
 from peso.runs.served import previous, promote, rollback, served, serving_stage
 from peso.runs.workspace import Workspace
@@ -261,9 +262,13 @@ def test_status_in_every_state(workspace: Workspace, peso: Call, tmp_path: Path)
     assert (second["stage"], second["by"], second["reason"]) == (1, "promote", "by hand")
     assert (second["pinned"], second["previous"]) == (True, 2)
 
+    assert first["waiting"] == {"stages": [], "items_without_id": 0, "received": None}
+    with ReceivedEvents(workspace.events_file) as received:
+        received.add([ReceivedEvent("u1", "i1", 1_600_000_000_000_000)])
+
     shutil.rmtree(workspace.root / "stages" / "2")
     third = told()
-    assert third["waiting"]["stages"] == [2]
+    assert third["waiting"] == {"stages": [2], "items_without_id": 0, "received": 1}
     assert third["serves"]["previous"] is None
 
     shutil.rmtree(workspace.root / "stages" / "1")
