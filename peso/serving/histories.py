@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from peso.errors import WorkspaceError
+from peso.errors import PesoError, WorkspaceError
 from peso.events.received import ReceivedEvents
 from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace
@@ -32,6 +32,13 @@ class LiveHistories:
         log nor a received event names the user."""
         found = self._users.of(user)
         return None if found is None else [*found.left_out, *found.items]
+
+    def prepare(self) -> None:
+        """Read the stream, which the first answer would wait for."""
+        try:
+            self._users.renew()
+        except (PesoError, OSError) as error:  # that answer will say so
+            log.error("histories cannot be read", extra={"fields": {"problem": str(error)}})
 
     def _open(self) -> ReceivedEvents | None:
         if self._received is None and not self._refused and self.workspace.events_file.is_file():

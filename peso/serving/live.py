@@ -10,10 +10,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from peso.errors import WorkspaceError
 from peso.runs.served import serving_stage
 from peso.runs.stage import RunStage
 from peso.runs.workspace import SERVED, Workspace
-from peso.serving.snapshot import Snapshot
+from peso.serving.snapshot import Snapshot, identity
 
 INTERVAL = 0.5  # seconds between two looks at which stage is to serve
 AGAIN = 30.0  # seconds after which a stage that could not be loaded is tried again
@@ -70,35 +71,36 @@ class LiveStage:
         return self.current.model is not None
 
     def refresh(self) -> None:
-        """Answer from the stage that is to serve now, if that is another one or not loaded yet."""
+        """Answer from the stage that is to serve now, if that is another one, has other items than before, or
+        is not loaded yet."""
         with self._loading:  # Transformers cannot load two models at once
             self._refresh()
 
     def _refresh(self) -> None:
         before = self.current
         wanted = self._wanted()
-        if before.model is not None and self._is(before, wanted):
+        same = before.identity == identity(wanted)
+        if before.model is not None and same:
             self.problem = None
             return
-        after = before if self._is(before, wanted) else Snapshot.of(wanted)
+        after = before if same else Snapshot.of(wanted)
         from peso.decoding.returning import PromptMemory
 
+        model = wanted.answering_model(self._device)
+        if model.semantic_ids.item_ids != after.semantic_ids.item_ids:
+            raise WorkspaceError(f"the semantic IDs of {self.root} changed while they were read")
         after = replace(
             after,
-            model=wanted.answering_model(self._device),
+            model=model,
             prompts=PromptMemory(self._prompt_memory) if self._prompt_memory else None,
             since=datetime.now(UTC),
         )
         self.current = after
         self.problem = None
-        del before
+        del before, model
         gc.collect()  # modules refer to each other in circles
         if self._on_change is not None:
             self._on_change(after)
-
-    @staticmethod
-    def _is(snapshot: Snapshot, stage: RunStage) -> bool:
-        return (snapshot.stage, snapshot.determined_by) == (stage.number, stage.determined_by)
 
     def _wanted(self) -> RunStage:
         self.workspace = Workspace.open(self.root, self._trust)
@@ -109,7 +111,7 @@ class LiveStage:
     def _traces(self) -> tuple[object, ...]:
         """What changes when another stage is to serve; cheap to ask for."""
         found: list[object] = []
-        for path in (self.root / SERVED, self.root / "stages"):
+        for path in (self.root / SERVED, self.root / "stages", self.root / "semantic_ids"):
             try:
                 state = os.stat(path)
                 found += [state.st_ino, state.st_mtime_ns, state.st_size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from peso.errors import DataError, FullDisk
+from peso.errors import DataError, FullDisk, WorkspaceError
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.runtime.failures import installed_version
 from peso.serving import messages
@@ -47,6 +48,7 @@ class Service:
 
 def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
     said = {
+        503: "The workspace cannot be used now; the server's log says why.",
         507: "No space left on the server's disk; none of the events is stored.",
         403: "The server accepts no events.",
         401: "No token, or one that the server does not know.",
@@ -64,6 +66,7 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         service.live.start()
+        threading.Thread(target=service.histories.prepare, name="peso histories", daemon=True).start()
         yield
         service.live.stop()
         await run_in_threadpool(service.engine.stop)
@@ -81,6 +84,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Overloaded, _explain_load)
     app.add_exception_handler(DataError, _explain_data)
     app.add_exception_handler(FullDisk, _explain_full_disk)
+    app.add_exception_handler(WorkspaceError, _explain_workspace)
     app.add_exception_handler(Exception, _hide_defect)
     _add_recommendations(app, service)
     _add_events(app, service)
@@ -91,7 +95,7 @@ def create_app(service: Service) -> FastAPI:
 def _add_recommendations(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/recommend",
-        responses=_refusals(401, 413, 422, 429),
+        responses=_refusals(401, 413, 422, 429, 503),
         response_model_exclude_none=True,
         summary="Recommend items to one user or to several",
     )
@@ -137,7 +141,7 @@ async def _question(service: Service, request: Request) -> Question:
 def _add_events(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/events",
-        responses=_refusals(401, 403, 413, 422, 429, 507),
+        responses=_refusals(401, 403, 413, 422, 429, 503, 507),
         summary="Store what users did",
     )
     async def events(body: Annotated[Events, Body(openapi_examples=EVENT_EXAMPLES)]) -> Received:
@@ -257,6 +261,12 @@ async def _explain_data(request: HttpRequest, error: Exception) -> Response:
 async def _explain_full_disk(request: HttpRequest, error: Exception) -> Response:
     log.error("no space left", exc_info=error)
     return _said(507, "the server has no space left on its disk; the events were not stored, send them again")
+
+
+async def _explain_workspace(request: HttpRequest, error: Exception) -> Response:
+    """A file is damaged, or somebody else writes it for too long; the message would name places here."""
+    log.error("the workspace cannot be used", exc_info=error)
+    return _said(503, "the server cannot use its workspace now; its log says why", {"retry-after": "30"})
 
 
 async def _hide_defect(request: HttpRequest, error: Exception) -> Response:

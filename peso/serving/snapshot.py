@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from peso.errors import DataError
+from peso.runs.recommender import Recommender
 from peso.runs.stage import RunStage
-from peso.runs.workspace import Workspace
 from peso.runtime.machine import threads
 from peso.serving.messages import Answer, Item, Request
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from peso.decoding.returning import PromptMemory, Returning
     from peso.items.semantic_ids import SemanticIds
     from peso.model.generative import GenerativeModel
+
+Identity = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,11 @@ class Snapshot:
     """
     Attributes:
         stage: its number.
-        determined_by: the digest of the stage.
+        identity: of the stage and the catalog, see :func:`identity`.
         titles: of each item, None where the log has none.
-        counts: int64 (items,), events of each item in the newest data that the stage knows.
+        popular: int64 (items,), item rows, those with the most events in the newest stage of the stream
+            first.
+        shares: float64 (items,), ln of each item's share of those events, one added to each count.
         leaves_out_seen: whether items of the history are left out unless a request says otherwise.
         threads: as configured.
         model: None as long as it is loaded.
@@ -46,10 +49,11 @@ class Snapshot:
     """
 
     stage: int
-    determined_by: str
+    identity: Identity
     semantic_ids: SemanticIds
     titles: Sequence[str | None]
-    counts: np.ndarray
+    popular: np.ndarray
+    shares: np.ndarray
     leaves_out_seen: bool
     threads: int | Literal["auto"]
     model: GenerativeModel | None = None
@@ -63,17 +67,19 @@ class Snapshot:
         Raises:
             WorkspaceError: the stage is not trained, or a file is missing or damaged.
         """
-        workspace: Workspace = stage.workspace
-        stream, ids = workspace.stream, workspace.semantic_ids
-        newest = min(stage.number, stream.stages - 1)
-        counts = np.bincount(stream.stage(newest).current.values, minlength=len(ids.item_ids))
+        workspace = stage.workspace
+        recommender = Recommender(workspace, stage.number, live=True)
+        stream, ids = workspace.stream, recommender.semantic_ids
+        items = len(ids.item_ids)
+        counts = stream.item_counts(stream.stages - 1)[:items]
         return cls(
             stage.number,
-            stage.determined_by,
+            identity(stage),
             ids,
-            stream.titles[: len(ids.item_ids)],
-            counts[: len(ids.item_ids)],
-            stage.leaves_out_seen,
+            stream.titles[:items],
+            ids.rows(recommender.popular(items)),
+            np.log((counts + 1) / (counts.sum() + items)),
+            recommender.leaves_out_seen,
             workspace.config.training.threads,
         )
 
@@ -157,14 +163,14 @@ class Snapshot:
         return None if user is None or self.prompts is None else self.prompts.of(user)
 
     def _popular(self, asked: _Resolved) -> Answer:
-        """The items with the most events; those with equally many in the order of the catalog."""
-        ids, admitted = self.semantic_ids, np.ones(len(self.counts), dtype=bool)
+        """The most popular items that the filters leave."""
+        ids, admitted = self.semantic_ids, np.ones(len(self.popular), dtype=bool)
         if asked.allow is not None:
             admitted[:] = False
             admitted[ids.rows(sorted(asked.allow))] = True
         admitted[ids.rows(sorted(asked.out))] = False
-        best = self._by_popularity[admitted[self._by_popularity]][: asked.request.k]
-        ranked = [(ids.item_ids[row], float(self._shares[row])) for row in best]
+        best = self.popular[admitted[self.popular]][: asked.request.k]
+        ranked = [(ids.item_ids[row], float(self.shares[row])) for row in best]
         return self._message(asked, "popularity", ranked)
 
     def _message(
@@ -185,14 +191,12 @@ class Snapshot:
     def title(self, item: str) -> str | None:
         return self.titles[self.semantic_ids.row(item)]
 
-    @cached_property
-    def _by_popularity(self) -> np.ndarray:
-        return np.argsort(-self.counts, kind="stable")
 
-    @cached_property
-    def _shares(self) -> np.ndarray:
-        """float64 (items,): ln of each item's share of the events, one added to each count."""
-        return np.log((self.counts + 1) / (self.counts.sum() + len(self.counts)))
+def identity(stage: RunStage) -> Identity:
+    """What an answer depends on: the number of the stage, its digest, and the catalog, which may have grown
+    since the stage was trained."""
+    catalog = stage.workspace.semantic_ids_manifest["files"]
+    return stage.number, stage.determined_by, str(sorted(catalog.items()))
 
 
 _Reason = Literal["loading", "unknown_user", "empty_history"] | None

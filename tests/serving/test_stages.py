@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+from event_logs import write_log
 
 from peso.errors import WorkspaceError
 from peso.runs.recommender import Recommender
@@ -124,3 +125,32 @@ def test_a_pinned_stage_stays(serving, copy):
     client.service.live.refresh()
     status = client.get("/v1/status").json()
     assert (status["stage"], status["pinned"]) == (1, True)
+
+
+def test_items_that_come_with_an_append_are_known_while_requests_go_on(serving, copy, tmp_path, peso):
+    """The stage that serves stays the same, as where a gate refuses the next one."""
+    client, (user, *_) = serving(copy.root), copy.stream.stage(1).users
+    known, last = copy.semantic_ids.item_ids[:3], int(copy.stream.manifest["time"]["last"]) // 1_000_000
+    new = write_log(tmp_path / "new.csv", [(user, item, last + 60) for item in (*known, "brand-new")])
+    stop, codes = threading.Event(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            codes.append(client.post("/v1/recommend", json={"user": user}).status_code)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        assert client.get("/v1/items/brand-new").status_code == 404
+        appended = peso("ingest", new, "--append", "--set", "data.format=csv", "-w", copy.root)
+        assert appended[0] == 0, appended
+        tokenized = peso("tokenize", "--append", "-w", copy.root)
+        assert tokenized[0] == 0, tokenized
+        wait_for(lambda: client.get("/v1/items/brand-new").status_code == 200)
+    finally:
+        stop.set()
+        asker.join()
+    assert set(codes) == {200}
+    answer = client.post("/v1/recommend", json={"user": user, "allow": ["brand-new"], "exclude_seen": False})
+    assert [each["item"] for each in answer.json()["items"]] == ["brand-new"]
+    assert answer.json()["stage"] == 1
