@@ -1,6 +1,9 @@
 """The training loop of the small networks: epochs of shuffled batches; the best epoch by validation is kept.
 
-All random numbers follow from the seed, so training a stage again gives the same weights.
+Options without a value are chosen where a network begins, at stage 0, by successive halving (Jamieson and
+Talwalkar 2016, arXiv 1502.07943): all settings learn for a few epochs, the better half goes on for as many
+again, until one is left and learns to its end. Later stages keep the choice. All random numbers follow from
+the seed, so training a stage again gives the same weights.
 """
 
 from __future__ import annotations
@@ -8,18 +11,21 @@ from __future__ import annotations
 import copy
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import Field
 
-from peso.baselines.baseline import Baseline, Setting
+from peso.baselines.baseline import Setting
+from peso.baselines.tuning import CHOSEN, Tuned, Validation, record, told
 from peso.config.model import MOST_EPOCHS, WIDEST
 from peso.events.histories import Cases, Stage
+from peso.runtime.files import read_json_object, write_json
 from peso.runtime.machine import TRAINED, threads
-from peso.runtime.progress import Observer
+from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
     import torch
@@ -27,40 +33,55 @@ if TYPE_CHECKING:
 
 MAX_GRADIENT_NORM = 1.0
 VALIDATED_AT_ONCE = 256  # cases
+SORTED_TOGETHER = 32  # batches whose examples are sorted by length
+FIRST_EPOCHS = 4  # of every setting, before the worse half is given up
+LossOf = Callable[[np.ndarray], "Tensor"]
 
 
-class Network(Baseline):
-    """A baseline with a network. Epochs are the most; the best by validation loss is kept."""
+class Network(Tuned):
+    """A baseline with a network. Epochs are the most; the one with the best ranking of validation targets is
+    kept."""
 
     random = True
-    probabilistic = True
 
-    class Options(Baseline.Options):
+    class Options(Tuned.Options):
         width: int = Field(64, ge=1, le=WIDEST, description="of every embedding")
         epochs: int = Field(
-            20, ge=1, le=MOST_EPOCHS, description="at most; the one with the lowest validation loss is kept"
+            20, ge=1, le=MOST_EPOCHS, description="at most; the one with the best NDCG on validation is kept"
         )
-        patience: int = Field(2, ge=1, description="epochs without a better validation loss that end a stage")
+        patience: int = Field(3, ge=1, description="epochs without a better NDCG that end a stage")
         batch_size: int = Field(
             256, ge=1, description="targets (two-tower) or sequences (sasrec) in one step"
         )
-        learning_rate: float = Field(1e-3, gt=0, description="of AdamW, in stage 0")
+        learning_rate: float | None = Field(
+            None, gt=0, description="of AdamW, in stage 0; none given: chosen on validation"
+        )
         later_learning_rate_scale: float = Field(
             1.0, gt=0, description="of later stages, relative to stage 0"
         )
         weight_decay: float = Field(0.01, ge=0, description="of AdamW")
-        dropout: float = Field(0.2, ge=0, lt=1, description="in training")
+        dropout: float | None = Field(
+            None, ge=0, lt=1, description="in training; none given: chosen on validation"
+        )
 
         def memory(self, items: int, users: int, window: int) -> int:
             return TRAINED * items * self.width + 4 * min(self.batch_size, users) * items
 
     network: Any  # an nn.Module, on the device
+    options: Any
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         import torch
 
         super().__init__(setting, **options)
         self.seed, self.device = setting.seed, torch.device(setting.device)
+        self.chosen: dict[str, Any] | None = None  # once it has learned something
+        self.used = self.options.model_copy(update=self.settings()[0])
+        """The options with a value for each."""
+
+    @abstractmethod
+    def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
+        """The mean loss over the examples of a stage with given numbers, and the length of each of them."""
 
     @abstractmethod
     def log_probabilities(self, cases: Cases) -> Tensor:
@@ -72,78 +93,159 @@ class Network(Baseline):
         with no_grad(), threads(self.network):
             return self.log_probabilities(cases).cpu().numpy()
 
-    def fit(
-        self, stage: Stage, loss_of: Callable[[np.ndarray], Tensor], examples: int, observer: Observer
-    ) -> dict[str, Any]:
-        """AdamW on minibatches; stops early, and leaves the network in its best state, in evaluation mode.
+    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+        stage, validation, tried = stages[-1], self.validation(stages), list[dict[str, Any]]()
+        if self.chosen is None and len(settings := self.settings()) > 1:
+            training, tried = self._best_of(settings, stage, validation, observer)
+            # the winner's state: its options in use, its network, and what else it has learned
+            vars(self).update(
+                {name: value for name, value in vars(training.model).items() if name != "options"}
+            )
+            training.model = self
+        else:
+            training = Training(self, stage, validation)
+        self.chosen = {name: getattr(self.used, name) for name in self.SETTINGS[0]}
+        training.run(self.used.epochs, observer)
+        training.finish()
+        return {**asdict(training.fit), **record(self.chosen, tried)}
 
-        Args:
-            loss_of: the mean loss over the examples with these numbers.
-            examples: how many there are.
+    def save(self, directory: Path) -> None:
+        write_json(directory / CHOSEN, self.chosen)
 
-        Returns: the figures of :class:`Fit`.
-        """
+    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        """The options in use, as saved; an earlier version, which tuned nothing, saved no file."""
+        file = directory / CHOSEN
+        self.chosen = dict(read_json_object(file)) if file.exists() else self.settings()[0]
+        self.used = self.options.model_copy(update=self.chosen)
+
+    def _best_of(
+        self, settings: Sequence[dict[str, Any]], stage: Stage, validation: Validation, observer: Observer
+    ) -> tuple[Training, list[dict[str, Any]]]:
+        """The training of the best setting, begun, and what came of each."""
+        running = [Training(self._with(setting), stage, validation) for setting in settings]
+        tried: dict[int, dict[str, Any]] = {}
+        epochs = min(FIRST_EPOCHS, self.options.epochs)
+        observer.begin(f"{self.name}: tune on validation of stage {stage.number}", 0, "")
+        while len(running) > 1:
+            for training in running:
+                training.run(epochs, Silent())
+                tried[id(training)] = {**training.setting, **training.result}
+            ranked = sorted(running, key=lambda training: -training.result["ndcg"])  # stable
+            running = ranked[: (len(ranked) + 1) // 2]
+            epochs = min(2 * epochs, self.options.epochs)
+        observer.end()
+        observer.note(f"{self.name}: {told(running[0].setting)}, the best of {len(settings)} on validation")
+        return running[0], list(tried.values())
+
+    def _with(self, setting: dict[str, Any]) -> Self:
+        given = {name: value for name, value in self.options.given().items() if value is not None}
+        return type(self)(self.setting, **{**given, **setting})
+
+
+class Training:
+    """A network in training on a stage. Stopped after any epoch, it goes on as if it had not been."""
+
+    def __init__(self, model: Network, stage: Stage, validation: Validation) -> None:
+        import torch
+
+        self.model, self.validation = model, validation
+        self.setting = {name: getattr(model.used, name) for name in model.SETTINGS[0]}
+        self.loss_of, self.lengths = model.examples(stage)
+        used = model.used
+        rate = used.learning_rate * (used.later_learning_rate_scale if stage.number else 1.0)
+        self.optimizer = torch.optim.AdamW(
+            model.network.parameters(), lr=rate, weight_decay=used.weight_decay
+        )
+        self.generator = np.random.default_rng([model.seed, stage.number])
+        self.fit = Fit(0, [], [], len(self.lengths), 0.0)
+        self.best = copy.deepcopy(model.network.state_dict())
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Of the best epoch so far."""
+        return {"ndcg": max(self.fit.validation_ndcg), "epochs": len(self.fit.validation_ndcg)}
+
+    def run(self, until: int, observer: Observer) -> None:
+        """Train until so many epochs are done, or none has been better for ``patience`` of them."""
         import torch
 
         from peso.runtime.device import reproducible
 
-        network, options, later = self.network, self.options, stage.number > 0
-        rate = options.learning_rate * (options.later_learning_rate_scale if later else 1.0)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=options.weight_decay)
-        generator = np.random.default_rng([self.seed, stage.number])
-        steps, cases = -(-examples // options.batch_size), stage.validation_cases(self.window)
-        observer.begin(f"learn stage {stage.number}", steps * options.epochs, "steps")
-        began, losses = time.perf_counter(), list[float]()
-        best = copy.deepcopy(network.state_dict())
+        model, fit, batch = self.model, self.fit, self.model.used.batch_size
+        steps, began = -(-fit.examples // batch), time.perf_counter()
+        observer.begin("learn", steps * until, "steps")
         with (
-            torch.random.fork_rng(devices=_devices(self.device)),
-            reproducible(self.device),
-            threads(network),
+            torch.random.fork_rng(devices=_devices(model.device)),
+            reproducible(model.device),
+            threads(model.network),
         ):
-            torch.manual_seed(int(generator.integers(2**31)))  # dropout
-            for epoch in range(options.epochs):
-                network.train()
-                order = generator.permutation(examples)
-                for step, begin in enumerate(range(0, examples, options.batch_size), 1):
-                    optimizer.zero_grad()
-                    loss = loss_of(order[begin : begin + options.batch_size])
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-                    optimizer.step()
-                    observer.advance(epoch * steps + step, epoch=epoch + 1, loss=float(loss.detach()))
-                network.eval()
-                losses.append(self._target_loss(cases))
-                if losses[-1] == min(losses):
-                    best = copy.deepcopy(network.state_dict())
-                if epoch - int(np.argmin(losses)) >= options.patience:
+            for epoch in range(len(fit.validation_loss), until):
+                if epoch - fit.best_epoch >= model.used.patience:
                     break
+                torch.manual_seed(int(self.generator.integers(2**31)))  # dropout and negatives
+                model.network.train()
+                for step, rows in enumerate(shuffled(self.lengths, batch, self.generator), 1):
+                    self.optimizer.zero_grad()
+                    loss = self.loss_of(rows)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(model.network.parameters(), MAX_GRADIENT_NORM)
+                    self.optimizer.step()
+                    observer.advance(epoch * steps + step, epoch=epoch + 1, loss=float(loss.detach()))
+                model.network.eval()
+                self._validate()
         observer.end()
-        network.load_state_dict(best)
-        network.eval()
-        return asdict(Fit(int(np.argmin(losses)) + 1, losses, examples, time.perf_counter() - began))
+        fit.seconds += time.perf_counter() - began
 
-    def _target_loss(self, cases: Cases) -> float:
-        """Minus the mean log-probability of the targets."""
-        from torch import from_numpy, no_grad
+    def _validate(self) -> None:
+        """Keep the network if its NDCG is the best so far, among equals if its loss is."""
+        fit = self.fit
+        fit.validation_loss.append(_target_loss(self.model, self.validation.cases))
+        fit.validation_ndcg.append(self.validation.ndcg_of(self.model))
+        results = list(zip(fit.validation_ndcg, (-loss for loss in fit.validation_loss), strict=True))
+        if max(range(len(results)), key=results.__getitem__) == len(results) - 1:
+            fit.best_epoch = len(results)
+            self.best = copy.deepcopy(self.model.network.state_dict())
 
-        total = 0.0
-        for begin in range(0, len(cases), VALIDATED_AT_ONCE):
-            some = cases.take(np.arange(begin, min(begin + VALIDATED_AT_ONCE, len(cases))))
-            with no_grad():
-                scores = self.log_probabilities(some)
-            own = from_numpy(some.targets.astype(np.int64)).to(scores.device)
-            total -= float(scores.gather(1, own[:, None]).double().sum())
-        return total / len(cases)
+    def finish(self) -> None:
+        """Leave the network in its best state, in evaluation mode."""
+        self.model.network.load_state_dict(self.best)
+        self.model.network.eval()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fit:
-    """``validation_loss``: of each epoch, in nats per target. ``best_epoch`` counts from 1."""
+    """``validation_loss`` of each epoch, in nats per target, and ``validation_ndcg``. ``best_epoch`` counts
+    from 1."""
 
     best_epoch: int
     validation_loss: list[float]
+    validation_ndcg: list[float]
     examples: int
     seconds: float
+
+
+def shuffled(lengths: np.ndarray, batch: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """The numbers of all examples, in random batches of similar length, which saves padding."""
+    order = generator.permutation(len(lengths))
+    together = batch * SORTED_TOGETHER
+    groups = [order[begin : begin + together] for begin in range(0, len(order), together)]
+    groups = [group[np.argsort(lengths[group], kind="stable")] for group in groups]
+    batches = [group[begin : begin + batch] for group in groups for begin in range(0, len(group), batch)]
+    return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def _target_loss(model: Network, cases: Cases) -> float:
+    """Minus the mean log-probability of the targets; 0 where there are none."""
+    from torch import from_numpy, no_grad
+
+    total = 0.0
+    for begin in range(0, len(cases), VALIDATED_AT_ONCE):
+        some = cases.take(np.arange(begin, min(begin + VALIDATED_AT_ONCE, len(cases))))
+        with no_grad():
+            scores = model.log_probabilities(some)
+        own = from_numpy(some.targets.astype(np.int64)).to(scores.device)
+        total -= float(scores.gather(1, own[:, None]).double().sum())
+    return total / max(1, len(cases))
 
 
 def _devices(device: torch.device) -> list[int]:

@@ -68,6 +68,22 @@ class CausalItems(nn.Module):
         """(n, width) → (n, items)."""
         return torch.addmm(self.bias, states, self.item.weight[:-1].T).log_softmax(-1)
 
+    def sampled_log_probabilities(
+        self, states: Tensor, targets: Tensor, proposal: Tensor, count: int
+    ) -> Tensor:
+        """Of each target among itself and ``count`` items drawn with the probabilities ``proposal`` (items,),
+        shared by all rows, whose scores are corrected by -log(count · p) (logQ; Bengio and Senécal 2008). It
+        approaches the exact one as the count grows.
+
+        states: (n, width), targets: int64 (n,) → (n,).
+        """
+        drawn = torch.multinomial(proposal, count, replacement=True)
+        own = (states * self.item.weight[targets]).sum(-1) + self.bias[targets]
+        others = torch.addmm(self.bias[drawn], states, self.item.weight[drawn].T)  # (n, count)
+        others = others - (count * proposal[drawn]).log()
+        others = others.masked_fill(drawn == targets[:, None], -torch.inf)  # counted as the target
+        return own - torch.cat([own[:, None], others], dim=-1).logsumexp(-1)
+
 
 def seeded(seed: Sequence[int], make: Callable[[], nn.Module]) -> nn.Module:
     """A module whose initial weights follow from the seed alone."""

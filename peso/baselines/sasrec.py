@@ -4,9 +4,10 @@ The last ``window`` items, each the sum of its item vector and a position vector
 pre-norm layers of masked self-attention. The state after item n scores item n + 1 by its product with the
 item vectors, which input and output share.
 
-Trained by cross-entropy over the whole catalog, which sampled negatives only approximate and which is
-feasible for tens of thousands of items (Klenitskiy and Vasilev 2023, arXiv 2309.07602). A later stage starts
-from the weights of the stage before; items that the catalog gains later get fresh rows.
+Trained by cross-entropy over the whole catalog, which decides how good SASRec is (Klenitskiy and Vasilev
+2023, arXiv 2309.07602), or for large catalogs by a sampled softmax with logQ correction, which approximates
+it. A later stage starts from the weights of the stage before; items that the catalog gains later get fresh
+rows.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from peso.baselines.baseline import Setting, padded
-from peso.baselines.fitting import Network
+from peso.baselines.fitting import LossOf, Network
+from peso.config.model import MOST_EPOCHS
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import LAYER, TRAINED
-from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,14 +32,33 @@ if TYPE_CHECKING:
 
 WEIGHTS = "sasrec.safetensors"
 NO_TARGET = -1
+EXACT, NEGATIVES = 5_000, 512  # items up to which all compete; how many are drawn beyond
+MOST_NEGATIVES = 100_000
 
 
 class SasRec(Network):
     """A small causal Transformer over items."""
 
     name = "sasrec"
+    SETTINGS = tuple(
+        {"learning_rate": rate, "dropout": dropout}
+        for rate in (1e-3, 3e-3)
+        for dropout in (0.2, 0.1, 0.3, 0.5)
+    )
 
     class Options(Network.Options):
+        epochs: int = Field(
+            100, ge=1, le=MOST_EPOCHS, description="at most; the one with the best NDCG on validation is kept"
+        )
+        patience: int = Field(5, ge=1, description="epochs without a better NDCG that end a stage")
+        negatives: int | None = Field(
+            None,
+            ge=0,
+            le=MOST_NEGATIVES,
+            exclude_if=lambda negatives: negatives is None,
+            description="items drawn for each step that compete with the targets, corrected for how often "
+            "they are drawn (logQ); 0: all items compete; none given: all of up to 5,000, else 512",
+        )
         layers: int = Field(2, ge=1, description="attention blocks")
         heads: int = Field(2, ge=1, description="of attention")
         batch_size: int = Field(64, ge=1, description="sequences in one step")
@@ -51,8 +71,14 @@ class SasRec(Network):
                 )
             return self
 
+        def drawn(self, items: int) -> int:
+            """How many negatives are drawn for each step from a catalog of this size; 0: all compete."""
+            if self.negatives is None:
+                return 0 if items <= EXACT else NEGATIVES
+            return self.negatives
+
         def memory(self, items: int, users: int, window: int) -> int:
-            scores = 4 * min(self.batch_size, users) * window * items
+            scores = 4 * min(self.batch_size, users) * window * (self.drawn(items) or items)
             layers = self.layers * (LAYER + TRAINED * 12 * self.width**2)
             return TRAINED * items * self.width + scores + layers
 
@@ -62,25 +88,33 @@ class SasRec(Network):
         super().__init__(setting, **options)
         self.network = self._fresh()
 
-    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+    def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
         from torch import from_numpy
         from torch.nn.functional import nll_loss
 
-        stage = stages[-1]
         inputs, targets = training_rows(stage.training_sequences(), self.window, self.items)
         inputs_tensor, targets_tensor = from_numpy(inputs), from_numpy(targets)
+        lengths = (inputs != self.items).sum(axis=1)
+        counts = 1 + np.bincount(targets[targets != NO_TARGET], minlength=self.items)
+        proposal = from_numpy((counts / counts.sum()).astype(np.float32)).to(self.device)
+        negatives = self.used.drawn(self.items)
 
         def loss_of(rows: np.ndarray) -> Tensor:
-            expected = targets_tensor[rows].to(self.device)
-            states = self.network(inputs_tensor[rows].to(self.device))
+            longest = int(lengths[rows].max(initial=1))
+            expected = targets_tensor[rows, :longest].to(self.device)
+            states = self.network(inputs_tensor[rows, :longest].to(self.device))
             asked = expected != NO_TARGET
-            return nll_loss(self.network.log_probabilities(states[asked]), expected[asked])
+            states, expected = states[asked], expected[asked]
+            if negatives:
+                return -self.network.sampled_log_probabilities(states, expected, proposal, negatives).mean()
+            return nll_loss(self.network.log_probabilities(states), expected)
 
-        return self.fit(stage, loss_of, len(inputs), observer)
+        return loss_of, lengths
 
     def save(self, directory: Path) -> None:
         from safetensors.torch import save_file
 
+        super().save(directory)
         state = self.network.state_dict()
         save_file({**state, "item.weight": state["item.weight"][:-1].contiguous()}, directory / WEIGHTS)
 
@@ -88,6 +122,7 @@ class SasRec(Network):
         from safetensors.torch import load_file
         from torch import no_grad
 
+        super().restore(directory, stages)
         saved = load_file(directory / WEIGHTS, device=str(self.device))
         self.network = self._fresh()
         with no_grad():
@@ -98,7 +133,7 @@ class SasRec(Network):
     def _fresh(self) -> CausalItems:
         from peso.baselines.networks import CausalItems, seeded
 
-        chosen = self.options
+        chosen = self.used
 
         def make() -> CausalItems:
             return CausalItems(

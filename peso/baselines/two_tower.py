@@ -23,10 +23,9 @@ import numpy as np
 from pydantic import Field
 
 from peso.baselines.baseline import Setting, padded
-from peso.baselines.fitting import Network
+from peso.baselines.fitting import LossOf, Network
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import TRAINED
-from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +39,20 @@ class TwoTower(Network):
     """An explicit vector for each user and item."""
 
     name = "two-tower"
+    SETTINGS = tuple(
+        {"learning_rate": rate, "dropout": dropout, "user_dropout": of_users}
+        for of_users in (0.5, 0.8)
+        for rate in (1e-3, 3e-3)
+        for dropout in (0.2, 0.5)
+    )
 
     class Options(Network.Options):
-        user_dropout: float = Field(
-            0.5, ge=0, lt=1, description="share of training cases answered from the history alone"
+        user_dropout: float | None = Field(
+            None,
+            ge=0,
+            lt=1,
+            description="share of training cases answered from the history alone; none given: chosen on "
+            "validation",
         )
 
         def memory(self, items: int, users: int, window: int) -> int:
@@ -56,11 +65,10 @@ class TwoTower(Network):
         self.users: dict[str, int] = {}  # to rows of the table, from 1
         self.network = self._fresh(0)
 
-    def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
+    def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
         from torch import from_numpy
         from torch.nn.functional import nll_loss
 
-        stage = stages[-1]
         sequences = stage.training_sequences()
         self._make_room([sequence.user for sequence in sequences])
         rows = np.array([self.users[sequence.user] for sequence in sequences])
@@ -69,21 +77,23 @@ class TwoTower(Network):
 
         def loss_of(numbers: np.ndarray) -> Tensor:
             of_sequence, histories, targets = examples.take(numbers)
-            known = generator.random(len(numbers)) >= self.options.user_dropout
+            known = generator.random(len(numbers)) >= self.used.user_dropout
             scores = self._forward(rows[of_sequence] * known, histories)
             return nll_loss(scores, from_numpy(targets).to(self.device))
 
-        return self.fit(stage, loss_of, len(examples), observer)
+        return loss_of, np.ones(len(examples), dtype=np.int64)
 
     def save(self, directory: Path) -> None:
         from safetensors.torch import save_file
 
+        super().save(directory)
         save_file({name: tensor.contiguous() for name, tensor in self._state().items()}, directory / WEIGHTS)
         (directory / USERS).write_text(json.dumps(list(self.users), ensure_ascii=False), encoding="utf-8")
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
         from safetensors.torch import load_file
 
+        super().restore(directory, stages)
         users = json.loads((directory / USERS).read_text(encoding="utf-8"))
         self.users = {user: row for row, user in enumerate(users, 1)}
         self._take(load_file(directory / WEIGHTS, device=str(self.device)))
@@ -116,7 +126,7 @@ class TwoTower(Network):
         from peso.baselines.networks import Towers, seeded
 
         def make() -> Towers:
-            return Towers(users, self.items, self.options.width, self.options.dropout)
+            return Towers(users, self.items, self.used.width, self.used.dropout)
 
         return cast(Towers, seeded([self.seed, self.items, 2], make)).to(self.device)
 

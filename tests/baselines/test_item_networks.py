@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peso.baselines.baseline import Baseline
+from peso.baselines.fitting import Network, shuffled
 from peso.baselines.sasrec import NO_TARGET, SasRec, training_rows
 from peso.baselines.two_tower import Examples, TwoTower
 from peso.errors import ConfigError
@@ -23,7 +24,8 @@ ITEMS, WINDOW, CPU = 12, 6, torch.device("cpu")
 
 
 def two_tower(seed: int = 0, items: int = ITEMS, **options) -> TwoTower:
-    options = {"width": 8, "epochs": 30, "learning_rate": 0.02, "batch_size": 16, "dropout": 0.0, **options}
+    given = {"width": 8, "epochs": 30, "learning_rate": 0.02, "batch_size": 16, "dropout": 0.0}
+    options = {**given, "user_dropout": 0.5, **options}
     return TwoTower(setting(items, WINDOW, seed), **options)
 
 
@@ -203,15 +205,108 @@ def test_the_seed_fixes_everything(make: Callable[..., Baseline]) -> None:
 
 
 @MAKERS
-def test_the_best_epoch_is_kept(make: Callable[..., Baseline]) -> None:
+def test_the_best_epoch_is_kept(make: Callable[..., Network]) -> None:
     stage = clubs(0, range(8))
     model = make(epochs=12, patience=12, learning_rate=0.05)  # few users: it soon learns them by heart
     figures = model.learn([stage], Silent())
-    cases = stage.validation_cases(WINDOW)
-    losses = figures["validation_loss"]
-    assert figures["best_epoch"] == int(np.argmin(losses)) + 1 < len(losses)
+    results = list(zip(figures["validation_ndcg"], (-x for x in figures["validation_loss"]), strict=True))
+    assert len(results) == 12
+    assert results[figures["best_epoch"] - 1] == max(results)
+    assert figures["best_epoch"] < 12
+    validation = model.validation([stage])
+    assert validation.ndcg_of(model) == max(figures["validation_ndcg"])
+    cases = validation.cases
     found = -np.take_along_axis(model.scores(cases), cases.targets[:, None], axis=1).mean()
-    assert found == pytest.approx(min(losses), rel=1e-5)
+    assert found == pytest.approx(-max(results)[1], rel=1e-5)
+
+
+def test_patience_ends_a_stage() -> None:
+    stage = clubs(0, range(8))
+    long = sasrec(epochs=12, patience=12, learning_rate=0.05).learn([stage], Silent())
+    figures = sasrec(epochs=12, patience=2, learning_rate=0.05).learn([stage], Silent())
+    done = len(figures["validation_ndcg"])
+    assert done == figures["best_epoch"] + 2 < 12
+    assert figures["validation_ndcg"] == long["validation_ndcg"][:done]
+
+
+@MAKERS
+def test_what_is_open_is_chosen_by_halving_and_learned_as_if_it_had_been_given(
+    make: Callable[..., Network], tmp_path: Path
+) -> None:
+    stages = [cycles(0, 30), cycles(1, 30, step=5)]
+    open_options = dict.fromkeys(make().SETTINGS[0])
+    model = make(epochs=9, patience=9, **open_options)
+    figures = model.learn(stages[:1], Silent())
+    assert sorted(trial["epochs"] for trial in figures["tried"]) == [4] * 4 + [8] * 2 + [9] * 2
+    (best,) = [each for each in figures["tried"] if figures["chosen"].items() <= each.items()]
+    assert best["epochs"] == 9
+    assert best["ndcg"] == max(each["ndcg"] for each in figures["tried"] if each["epochs"] == 9)
+
+    alone = make(epochs=9, patience=9, **figures["chosen"])
+    assert alone.learn(stages[:1], Silent())["validation_loss"] == figures["validation_loss"]
+    cases = stages[0].test_cases(WINDOW)
+    np.testing.assert_array_equal(alone.scores(cases), model.scores(cases))
+
+    model.save(tmp_path)
+    restored = make(epochs=9, patience=9, **open_options)
+    restored.restore(tmp_path, stages[:1])
+    np.testing.assert_array_equal(restored.scores(cases), model.scores(cases))
+    later = restored.learn(stages, Silent())  # keeps the choice
+    assert later["chosen"] == figures["chosen"]
+    assert later["tried"] == []
+
+
+def test_batches_hold_every_example_once_and_are_of_similar_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 999)
+    batches = shuffled(lengths, 16, np.random.default_rng(1))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(999))
+    assert max(len(batch) for batch in batches) == 16
+    assert np.mean([np.ptp(lengths[batch]) for batch in batches]) < 8
+    other = shuffled(lengths, 16, np.random.default_rng(2))
+    assert [batch.tolist() for batch in batches] != [batch.tolist() for batch in other]
+
+
+def test_padding_is_no_part_of_the_loss() -> None:
+    stage = clubs(0, range(6), length=5)
+    losses = []
+    for window in (4, 9):
+        model = SasRec(setting(ITEMS, window), width=16, learning_rate=0.01, dropout=0.0)
+        with torch.no_grad():
+            places = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+            for name, tensor in sasrec().network.state_dict().items():
+                model.network.state_dict()[name].copy_(places[:window] if name == "place.weight" else tensor)
+        loss_of, lengths = model.examples(stage)
+        losses.append(float(loss_of(np.arange(len(lengths))).detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_sampled_softmax_approaches_the_exact_one() -> None:
+    network = sasrec().network
+    generator = torch.Generator().manual_seed(0)
+    states = 3 * torch.randn(40, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, ITEMS, (40,), generator=generator)
+    proposal = torch.arange(1.0, ITEMS + 1) / sum(range(1, ITEMS + 1))
+    exact = network.log_probabilities(states).gather(1, targets[:, None])[:, 0]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        far, near = (
+            network.sampled_log_probabilities(states, targets, proposal, count) for count in (20, 200_000)
+        )
+    torch.testing.assert_close(near, exact, atol=0.02, rtol=0)
+    assert (far - exact).abs().max() > 0.05
+    (expected,) = torch.autograd.grad(exact.sum(), states)
+    (found,) = torch.autograd.grad(near.sum(), states)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+
+
+def test_negatives_are_drawn_from_large_catalogs_or_as_many_as_are_asked_for() -> None:
+    options = sasrec().options
+    assert (options.drawn(5_000), options.drawn(5_001)) == (0, 512)
+    assert [SasRec.Options(name="sasrec", negatives=n).drawn(9_000) for n in (0, 7)] == [0, 7]
+    model = sasrec(negatives=8)
+    model.learn([cycles(0, 60)], Silent())
+    found = model.scores(asked(["u"] * 3, [[3, 4, 5], [9, 10, 11], [2]])).argmax(axis=1)
+    assert found.tolist() == [6, 0, 3]
 
 
 @MAKERS

@@ -21,7 +21,7 @@ from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # whole runs
 
-SMALL = {"width": 8, "epochs": 2}
+SMALL = {"width": 8, "epochs": 2, "trials": 2}
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
     "backbone": {"name": "tiny"},
