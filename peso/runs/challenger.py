@@ -39,8 +39,10 @@ def is_judged(stage: RunStage) -> bool:
     verdict = stage.verdict
     if verdict is None:
         return False
-    acted = any(
-        change.by == "gate" and (change.stage, change.determined_by) == (stage.number, stage.determined_by)
+    acted = any(  # not on an earlier verdict, about a stage that was undone and trained again alike
+        change.by == "gate"
+        and (change.stage, change.determined_by) == (stage.number, stage.determined_by)
+        and change.time >= verdict["time"]
         for change in known.changes
     )
     return acted or not verdict["promote"]

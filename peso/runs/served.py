@@ -154,14 +154,19 @@ def promote(
             ``served.json`` is damaged or cannot be written. The same stage as before serves then.
     """
     stage = workspace.trained(number)
+    determined_by, missed = stage.determined_by, _missed(stage)
     _require_weights(stage)
-    missed = _missed(stage)
     if missed and not force:
         raise WorkspaceError(
             f"stage {number} of {workspace.root} did not pass its gate ({missed}); to promote it all the "
             f"same and record that: `peso promote -w {workspace.root} --stage {number} --force`"
         )
     with in_turn(workspace.root / SERVED_LOCK):
+        if not _is_there(workspace, number, determined_by):
+            raise WorkspaceError(
+                f"stage {number} of {workspace.root} was removed meanwhile; name one that is left: "
+                f"`peso status -w {workspace.root}` shows them"
+            )
         known = served(workspace)
         latest = known.latest
         if by == "gate" and (latest is None or latest.pinned or latest.stage != instead_of):
@@ -170,7 +175,7 @@ def promote(
             before = workspace.trained().number
         else:
             before = latest.stage
-            if (number, pinned, stage.determined_by) == (before, latest.pinned, latest.determined_by):
+            if (number, pinned, determined_by) == (before, latest.pinned, latest.determined_by):
                 return False
         _record(
             workspace,
@@ -183,7 +188,7 @@ def promote(
                 reason=reason,
                 forced=missed is not None,
                 pinned=pinned,
-                determined_by=stage.determined_by,
+                determined_by=determined_by,
             ),
         )
     return True

@@ -14,9 +14,10 @@ import pytest
 from peso.config import load_config
 from peso.errors import WorkspaceError
 from peso.evaluation import verdict as verdicts
-from peso.runs import pipeline
+from peso.runs import challenger, pipeline
 from peso.runs.served import promote, rollback, served
 from peso.runs.workspace import Workspace
+from peso.runtime.files import digest
 from peso.runtime.manifest import replace_file
 from peso.runtime.progress import Silent
 
@@ -55,6 +56,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(base: Path, tmp_path: Path) -> Workspace:
     return Workspace.open(shutil.copytree(base, tmp_path / "w"))
+
+
+@pytest.fixture(scope="module")
+def tested(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 0 serves, stage 1 is trained, and all is tested that the gate needs."""
+    workspace = Workspace.open(shutil.copytree(base, tmp_path_factory.mktemp("tested") / "w"))
+    challenger.keep_serving(workspace)
+    pipeline.learn(workspace.stage(1), Silent())
+    challenger._test(workspace.stage(1), workspace.stage(0), Silent())
+    return workspace.root
+
+
+@pytest.fixture
+def unjudged(tested: Path, tmp_path: Path) -> Workspace:
+    return Workspace.open(shutil.copytree(tested, tmp_path / "w"))
 
 
 @pytest.fixture
@@ -104,26 +120,26 @@ def test_what_passes_serves_and_what_does_not_leaves_the_champion(
     assert served(workspace).current == 1
 
 
-def test_a_verdict_tells_all_that_it_rests_on(workspace: Workspace) -> None:
+def test_a_verdict_tells_all_that_it_rests_on(unjudged: Workspace) -> None:
     """Of the same cases for both models: validation decides, test is reported."""
-    pipeline.update(workspace, Silent())
-    verdict: Any = workspace.stage(1).verdict
+    pipeline.update(unjudged, Silent())
+    verdict: Any = unjudged.stage(1).verdict
     assert {"settings", "conditions", "test", "time", "says"} <= verdict.keys()
     assert verdict["settings"]["delta"] == 0.05  # also what is at its default
     assert verdict["settings"]["cases"] == "validation"
     names = [condition["name"] for condition in verdict["conditions"]]
     assert names == ["log_probability", "coverage"]
-    old, new = (workspace.stage(stage).on(1, "validation").predictions for stage in (0, 1))
+    old, new = (unjudged.stage(stage).on(1, "validation").predictions for stage in (0, 1))
     assert (old.users, old.targets) == (new.users, new.targets)
-    cases = workspace.stream.stage(1).validation_cases(20)
-    ids = workspace.semantic_ids.item_ids
+    cases = unjudged.stream.stage(1).validation_cases(20)
+    ids = unjudged.semantic_ids.item_ids
     assert new.targets == [ids[target] for target in cases.targets]
     figures = verdict["conditions"][0]["figures"]
     assert figures["challenger"] == pytest.approx(new.target_log_probability.mean())
     assert figures["champion"] == pytest.approx(old.target_log_probability.mean())
-    tested = workspace.stage(1).on(1).predictions
+    tested = unjudged.stage(1).on(1).predictions
     assert verdict["test"]["challenger"] == pytest.approx(tested.target_log_probability.mean())
-    first = workspace.stage(0).on(0).predictions
+    first = unjudged.stage(0).on(0).predictions
     assert verdict["earlier"]["cases"] == len(first)
     assert verdict["earlier"]["champion"] == pytest.approx(first.target_log_probability.mean())
 
@@ -152,41 +168,40 @@ def test_without_a_gate_nothing_is_judged_or_recorded(base: Path, tmp_path: Path
 
 
 def test_a_stage_that_missed_its_gate_is_promoted_by_force_alone(
-    workspace: Workspace, outcome: Callable[[str], None], peso: Call
+    unjudged: Workspace, outcome: Callable[[str], None], peso: Call
 ) -> None:
     outcome("failed")
-    pipeline.update(workspace, Silent())
-    status, _, err = peso("promote", "-w", workspace.root, "--stage", "1")
+    pipeline.update(unjudged, Silent())
+    status, _, err = peso("promote", "-w", unjudged.root, "--stage", "1")
     assert status == 1
     assert "did not pass its gate" in err
     assert "--force" in err
-    assert served(workspace).current == 0
-    assert peso("promote", "-w", workspace.root, "--stage", "1", "--force", "--reason", "new shop")[0] == 0
-    latest = served(workspace).latest
+    assert served(unjudged).current == 0
+    assert peso("promote", "-w", unjudged.root, "--stage", "1", "--force", "--reason", "new shop")[0] == 0
+    latest = served(unjudged).latest
     assert latest is not None
     assert (latest.stage, latest.forced, latest.reason) == (1, True, "new shop")
-    status, out, _ = peso("status", "-w", workspace.root)
+    status, out, _ = peso("status", "-w", unjudged.root)
     assert "forced: its gate had refused it" in out
     assert "stage 1 was refused against stage 0" in out
-    assert json.loads(peso("status", "-w", workspace.root, "--json")[1])["serves"]["forced"] is True
-    rollback(workspace)
-    promote(workspace, 0, force=True)
-    latest = served(workspace).latest
+    assert json.loads(peso("status", "-w", unjudged.root, "--json")[1])["serves"]["forced"] is True
+    rollback(unjudged)
+    promote(unjudged, 0, force=True)
+    latest = served(unjudged).latest
     assert latest is not None
     assert not latest.forced  # nothing had to be forced
 
 
-@pytest.mark.slow
-def test_no_gate_replaces_a_pinned_stage(workspace: Workspace, outcome: Callable[[str], None]) -> None:
+def test_no_gate_replaces_a_pinned_stage(unjudged: Workspace, outcome: Callable[[str], None]) -> None:
     outcome("passed")
-    promote(workspace, 0, pinned=True)
-    pipeline.update(workspace, Silent())
-    verdict: Any = workspace.stage(1).verdict
+    promote(unjudged, 0, pinned=True)
+    pipeline.update(unjudged, Silent())
+    verdict: Any = unjudged.stage(1).verdict
     assert (verdict["decision"], verdict["promote"], verdict["pinned"]) == ("passed", False, True)
-    assert served(workspace).current == 0
-    promote(workspace, 0)  # no longer pinned; what was decided stays decided
-    assert pipeline.update(workspace, Silent()) == 2
-    assert served(workspace).current == 2
+    assert served(unjudged).current == 0
+    promote(unjudged, 0)  # no longer pinned; what was decided stays decided
+    assert pipeline.update(unjudged, Silent()) == 2
+    assert served(unjudged).current == 2
 
 
 class Killed(BaseException):
@@ -213,32 +228,53 @@ def test_an_update_that_was_killed_is_finished_and_nothing_unjudged_serves(
     assert [change.stage for change in served(workspace).changes] == [0, 1]
 
 
-def test_a_change_by_hand_wins_over_a_gate_that_is_deciding(
-    workspace: Workspace, outcome: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+def test_a_verdict_on_a_stage_that_was_undone_is_not_taken_for_that_on_the_next(
+    unjudged: Workspace, outcome: Callable[[str], None], peso: Call
 ) -> None:
-    from peso.runs import challenger
-
+    """Trained again alike and judged, but killed before the promotion: the earlier one does not count."""
     outcome("passed")
-    pipeline.update(workspace, Silent())
+    pipeline.update(unjudged, Silent())
+    rollback(unjudged)
+    assert peso("undo", "--yes", "-w", unjudged.root)[0] == 0
+    path = unjudged.root / "served.json"
+    aged = json.loads(path.read_text())
+    for change in aged["changes"]:
+        change["time"] = "2026-01-01T00:00:00+00:00"
+    aged["sha256"] = digest({"changes": aged["changes"]})
+    path.write_text(json.dumps(aged))
+    before = path.read_bytes()
+    pipeline.update(unjudged, Silent())
+    assert served(unjudged).current == 1
+    path.write_bytes(before)  # as if killed just before
+    assert served(unjudged).current == 0
+    assert pipeline.update(unjudged, Silent()) == 1
+    assert served(unjudged).current == 1
+
+
+def test_a_change_by_hand_wins_over_a_gate_that_is_deciding(
+    unjudged: Workspace, outcome: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome("passed")
+    pipeline.update(unjudged, Silent())
     decide = challenger._decide
 
     def meanwhile(*arguments: Any) -> None:
         decide(*arguments)
-        rollback(workspace)
+        rollback(unjudged)
 
     monkeypatch.setattr(challenger, "_decide", meanwhile)
-    pipeline.update(workspace, Silent())
-    assert served(workspace).current == 0
+    pipeline.update(unjudged, Silent())
+    assert served(unjudged).current == 0
 
 
-def test_a_damaged_verdict_is_named(workspace: Workspace, outcome: Callable[[str], None]) -> None:
+def test_a_damaged_verdict_is_named(unjudged: Workspace, outcome: Callable[[str], None]) -> None:
     outcome("failed")
-    pipeline.update(workspace, Silent())
-    path = workspace.root / "stages" / "1" / "gate.json"
+    pipeline.update(unjudged, Silent())
+    path = unjudged.root / "stages" / "1" / "gate.json"
     path.write_text(path.read_text().replace("refused", "passed"))
     with pytest.raises(WorkspaceError, match=r"gate\.json is damaged: .* `peso update"):
-        promote(workspace, 1)
-    assert served(workspace).current == 0
+        promote(unjudged, 1)
+    assert served(unjudged).current == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"decision": "passed"}', b"\xff"])
@@ -310,11 +346,11 @@ def test_an_alert_is_sent_where_the_champion_stays_or_the_update_fails(
 
 
 def test_an_alert_that_fails_changes_nothing_else(
-    workspace: Workspace, outcome: Callable[[str], None], peso: Call, alert
+    unjudged: Workspace, outcome: Callable[[str], None], peso: Call, alert
 ) -> None:
     command, told = alert
     outcome("failed")
-    status, _, err = peso("update", "-w", workspace.root, "--alert", f"{command} 3")
+    status, _, err = peso("update", "-w", unjudged.root, "--alert", f"{command} 3")
     assert status == 0
     assert "WARNING: the alert command ended with status 3" in err
     assert len(told()) == 1

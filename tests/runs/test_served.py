@@ -106,6 +106,16 @@ def test_what_cannot_serve_is_not_promoted(workspace: Workspace, peso: Call) -> 
     assert served(workspace).current is None
 
 
+def test_a_stage_that_is_removed_meanwhile_is_not_promoted(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An undo may come between the check of the weights and the change."""
+    monkeypatch.setattr("peso.runs.served._require_weights", lambda stage: shutil.rmtree(stage.directory))
+    with pytest.raises(WorkspaceError, match="removed meanwhile"):
+        promote(workspace, 2)
+    assert served(workspace).current is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
