@@ -19,6 +19,7 @@ from peso.cli.baseline import baseline
 from peso.cli.compare import compare
 from peso.cli.diagnose import diagnose
 from peso.cli.display import called, clear_bars
+from peso.cli.forget import forget
 from peso.cli.models import export, pull
 from peso.cli.promotion import promote, rollback, status
 from peso.cli.recommend import recommend
@@ -64,7 +65,7 @@ app = typer.Typer(
 STEPS = (steps.ingest, steps.tokenize, steps.train, steps.update, steps.undo, steps.evaluate, steps.report)
 SERVING = (serve, status, promote, rollback)
 OTHERS = (recommend, baseline, diagnose, pull, export)
-for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS):
+for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget):
     app.command()(command)
 
 

@@ -24,6 +24,7 @@ from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 FORMAT = 1
 ITEMS_FILE = "items.parquet"
+ERASED = "erased"  # in the manifest: per erasure of a user, the checksums of files from before it
 PIECE = 20_000  # users of a stage that are held in memory together
 
 
@@ -116,18 +117,26 @@ class Stream:
             WorkspaceError: its file is missing or damaged.
         """
         self._require_stage(number)
-        table = self._read(stage_file(number))
-        return Stage(
-            number,
-            table[columns.USER].to_pylist(),
-            _ragged(table[columns.PREVIOUS]),
-            _ragged(table[columns.CURRENT]),
-        )
+        return as_stage(number, self._read(stage_file(number)))
 
-    def fingerprint(self, number: int) -> str:
-        """The sha256 of the file of a stage. Raises DataError if there is no such stage."""
+    @property
+    def erasures(self) -> int:
+        """How often a user was erased (:mod:`peso.events.erase`)."""
+        return len(self.manifest.get(ERASED, []))
+
+    def fingerprint(self, number: int, erasures: int | None = None) -> str:
+        """The sha256 of the file of a stage. Raises DataError if there is no such stage.
+
+        Args:
+            erasures: as it was after the first so many erasures of users; None: as it is.
+        """
         self._require_stage(number)
-        return str(self.manifest["files"][stage_file(number)])
+        name = stage_file(number)
+        if erasures is not None:
+            for erased in self.manifest.get(ERASED, [])[erasures:]:
+                if name in erased["before"]:
+                    return str(erased["before"][name])
+        return str(self.manifest["files"][name])
 
     @cached_property
     def items(self) -> pa.Table:
@@ -173,10 +182,7 @@ class Stream:
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(PIECE):
-                    users = batch[columns.USER].to_pylist()
-                    yield Stage(
-                        number, users, _ragged(batch[columns.PREVIOUS]), _ragged(batch[columns.CURRENT])
-                    )
+                    yield as_stage(number, batch)
         except (pa.ArrowException, OSError) as error:
             raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
 
@@ -221,6 +227,12 @@ def _list_array(ragged: Ragged) -> pa.ListArray:
     return pa.ListArray.from_arrays(
         pa.array(ragged.offsets).cast(pa.int32()), pa.array(ragged.values, pa.int32())
     )
+
+
+def as_stage(number: int, rows: pa.Table | pa.RecordBatch) -> Stage:
+    """A stage from the rows that :func:`stage_table` made."""
+    users = rows[columns.USER].to_pylist()
+    return Stage(number, users, _ragged(rows[columns.PREVIOUS]), _ragged(rows[columns.CURRENT]))
 
 
 def _ragged(column: pa.ChunkedArray | pa.ListArray) -> Ragged:

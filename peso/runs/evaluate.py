@@ -47,7 +47,7 @@ def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
         )
     if not processes.on_main(lambda: wanted.is_predicted):
         _predict(wanted, observer)
-    metrics: dict[str, Any] = processes.on_main(lambda: _measure(wanted))
+    metrics: dict[str, Any] = processes.on_main(lambda: measure(wanted))
     for warning in metrics["warnings"] if wanted.part == "test" else ():
         observer.note(f"warning: stage {wanted.stage.number}: {warning}")
     return metrics
@@ -104,8 +104,8 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
     processes.on_main(write)
 
 
-def _measure(wanted: StageTest) -> dict[str, Any]:
-    """metrics.json, from the predictions."""
+def measure(wanted: StageTest) -> dict[str, Any]:
+    """Write metrics.json, from the predictions that are there."""
     stage, config, known = wanted.stage, wanted.stage.workspace.config, wanted.known_metrics
     predictions = wanted.predictions
     estimates = stage_metrics(

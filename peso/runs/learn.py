@@ -26,7 +26,7 @@ from peso.runs.models import (
     write_memory,
 )
 from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
-from peso.runs.stage import FORMAT, LOG, METRICS, RunStage
+from peso.runs.stage import ERASURES, FORMAT, LOG, METRICS, RunStage
 from peso.runs.workspace import Workspace, provenance
 from peso.runtime import assets
 from peso.runtime.files import (
@@ -108,6 +108,7 @@ def _commit(
             "bytes_on_disk": served,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "configuration": workspace.config.model_dump(mode="json"),
+            **({ERASURES: erasures} if (erasures := workspace.stream.erasures) else {}),
             "seed": workspace.config.seed_of_stage(number),
             **_chosen_rates(training),
             **provenance(),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 VALIDATION: Part = "validation"  # also the folder of tests on validation cases
 VERDICT = "gate.json"  # of the gate (peso.runs.challenger)
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"
+ERASURES = "erasures"  # in the manifest: how many users had been erased when the stage was trained
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
 
 
@@ -118,7 +119,10 @@ class RunStage:
         codes = self.workspace.semantic_ids.fingerprint(stream.items_known(self.number))
         config = self.workspace.config
         shape = stage_shape(moved(config, like or config), self.number)
-        return digest(shape, stream.fingerprint(self.number), codes, before)
+        # users who were erased after the stage was trained do not make it another one
+        erasures = int(self.manifest.get(ERASURES, 0)) if self.is_trained else stream.erasures
+        less = [[stream.fingerprint(n, erasures) for n in range(self.number + 1)]] if erasures else []
+        return digest(shape, stream.fingerprint(self.number, erasures), codes, before, *less)
 
     def require_as_determined(self) -> None:
         """Raise WorkspaceError if data, semantic IDs, configuration or stage before are not those that the

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
@@ -239,16 +240,26 @@ def _kind(path: Path) -> int | None:
 
 
 def _aside(target: Path) -> Path:
-    """A temporary path next to ``target`` that no other process uses.
-
-    Temporary files of processes of this machine that were killed are removed.
-    """
+    """Where what becomes ``target`` is written: beside it, under a name that no other process uses. What
+    processes of this machine left there when they were killed is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     whose = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}.{platform.node()}."
-    for left in target.parent.iterdir():
-        if left.name.startswith(whose) and not _runs(int(left.name.removeprefix(whose).split(".")[0])):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    remove_left(target.parent, whose)
     return target.with_name(f"{whose}{os.getpid()}.{next(_count)}.writing")
+
+
+def remove_left(directory: Path, whose: str | None = None) -> None:
+    """Remove what processes of this machine were writing into a directory when they were killed.
+
+    Args:
+        whose: how the names begin; None: whatever they were writing.
+    """
+    for left in directory.iterdir():
+        found = re.fullmatch(r"(\.[0-9a-f]{8}\.(.+)\.)(\d+)\.\d+\.writing", left.name)
+        if found is None or found[2] != platform.node() or whose not in (None, found[1]):
+            continue
+        if not _runs(int(found[3])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:

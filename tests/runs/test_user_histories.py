@@ -118,7 +118,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Answers with a user's own last items instead of a model's; the histories that were asked for."""
     asked: list[list[str]] = []
 
-    def search(self: Recommender, histories, k, *, exclude_seen):
+    def search(self: Recommender, histories, k, *, exclude_seen, users):
         asked.extend(histories)
         return [[(item, -float(n)) for n, item in enumerate(items[-k:])] for items in histories]
 

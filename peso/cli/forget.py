@@ -1,0 +1,64 @@
+"""`peso forget`: take one person out of a workspace."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peso.cli.display import Directory, Json, Terminal, say, say_json
+from peso.errors import UsageError
+
+
+def forget(
+    workspace: Directory,
+    user: Annotated[str, typer.Option(help="The user's id in the log.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Erase one user from the workspace: stream, predictions, received events, histories, caches.
+
+    Tests are measured again without the user's cases, the report is written again, and baselines are removed
+    (`peso run` makes them again). Stages stay trained and can be updated. The command names your own files
+    that still have the user, and the trained stages that may reflect the user's events: only training anew
+    (strategy retrain, or a new workspace) removes that. An interrupted call can be repeated.
+
+    Example: peso forget -w runs/shop --user 4711
+    """
+    from dataclasses import asdict
+
+    from peso.runs.forget import forget as erase
+    from peso.runs.forget import holdings
+    from peso.runs.workspace import Workspace
+
+    opened = Workspace.open(workspace)
+    with opened.lock():
+        held = holdings(opened, user)
+        where = (
+            f"stages {held.stages} of the stream, {held.received:,} received events, "
+            f"{len(held.tests)} files of predictions"
+        )
+        try:
+            go = (
+                yes or not held.anything or typer.confirm(f"{workspace}: erase {user!r} ({where})?", err=True)
+            )
+        except typer.Abort:
+            say("", error=True)  # end the line of the prompt
+            raise UsageError("no answer: nothing was erased; use --yes to erase without asking") from None
+        if go:
+            erase(opened, user, Terminal())
+    if as_json:
+        say_json({**asdict(held), "erased": go})
+        return
+    if not go:
+        say("nothing was erased")
+        return
+    say(f"{workspace}: erased user {user!r} ({where})")
+    for file in held.own_files:
+        say(f"WARNING: {file} still has the user, or cannot be read; peso does not change your files")
+    if held.trained:
+        say(
+            f"WARNING: stages {held.trained} were trained with the user's events, and their weights may "
+            "reflect them. To remove that, train from scratch on what is left: as soon as there is a further "
+            f"stage, `peso update -w {workspace} --set strategy.name=retrain`"
+        )

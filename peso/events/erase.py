@@ -1,0 +1,120 @@
+"""One user taken out of a stream, and out of the log that lies in it where it was simulated.
+
+Stages that were trained before stay what they are: their digests rest on the checksums of the files from
+before, which the manifest keeps under ``erased``. Stages that are trained later rest on the files of now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from peso.errors import WorkspaceError
+from peso.events import columns
+from peso.events.histories import Stage, stage_counts
+from peso.events.stream import ERASED, FORMAT, Stream, as_stage, stage_file
+from peso.runtime.files import link
+from peso.runtime.manifest import intact, write_manifest
+
+
+def files_with(stream: Stream, user: str) -> list[str]:
+    """Names of the files of a stream that have rows of a user.
+
+    Raises:
+        WorkspaceError: a damaged file.
+    """
+    return [name for name in stream.manifest["files"] if _has(_checked(stream, name), user)]
+
+
+def stages_with(stream: Stream, user: str) -> list[int]:
+    """The stages in which a user is."""
+    held = files_with(stream, user)
+    return [number for number in range(stream.stages) if stage_file(number) in held]
+
+
+def erase_user(earlier: str | Path, directory: Path, user: str) -> None:
+    """Fill an existing, empty directory with the stream at ``earlier`` without a user.
+
+    Items stay, also those that only this user had. Counts of what was read and cleaned stay in the manifest.
+
+    Raises:
+        WorkspaceError: the stream is damaged, or the disk is full.
+    """
+    stream = Stream.open(earlier)
+    known, before, counts = dict[str, str](), dict[str, str](), stream.counts
+    held = files_with(stream, user)
+    for name, sha256 in stream.manifest["files"].items():
+        path = _checked(stream, name)
+        if name in held:
+            before[name] = sha256
+            (directory / name).parent.mkdir(exist_ok=True)
+            write_without(path, directory / name, user)
+        else:
+            known[name] = sha256
+            link(path, directory / name)
+    for number in range(stream.stages):
+        if stage_file(number) in held:
+            own = stage_counts(_only(stream, number, user))
+            counts[number] = {key: count - own.get(key, 0) for key, count in counts[number].items()}
+    erased = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "before": before}
+    content = {
+        **_without_name(stream.manifest, user),
+        "stages": counts,
+        ERASED: [*stream.manifest.get(ERASED, []), erased],
+    }
+    if "appended" in content:
+        content["appended"] = [_without_name(brought, user) for brought in content["appended"]]
+    write_manifest(directory, FORMAT, content, known)
+
+
+def has_user(path: Path, user: str) -> bool:
+    """Whether a Parquet file has a row of a user in its column ``user``.
+
+    Raises:
+        WorkspaceError: it cannot be read.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            if columns.USER not in file.schema_arrow.names:
+                return False
+            batches = file.iter_batches(columns=[columns.USER])
+            return any(pc.any(pc.equal(batch[columns.USER], user)).as_py() for batch in batches)
+    except (pa.ArrowException, OSError) as error:
+        raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+
+
+def write_without(path: Path, new: Path, user: str) -> None:
+    """Write a Parquet file without the rows of a user."""
+    with pq.ParquetFile(path) as file, pq.ParquetWriter(new, file.schema_arrow) as writer:
+        for batch in file.iter_batches():
+            writer.write_batch(batch.filter(pc.not_equal(batch[columns.USER], user)))
+
+
+def _only(stream: Stream, number: int, user: str) -> Stage:
+    """A stage with one of its users."""
+    path = _checked(stream, stage_file(number))
+    with pq.ParquetFile(path) as file:
+        rows = [batch.filter(pc.equal(batch[columns.USER], user)) for batch in file.iter_batches()]
+    return as_stage(number, pa.Table.from_batches(rows, columns.STAGE))
+
+
+def _checked(stream: Stream, name: str) -> Path:
+    return intact(stream.directory, name, stream.manifest)
+
+
+def _has(path: Path, user: str) -> bool:
+    return path.suffix == ".parquet" and has_user(path, user)
+
+
+def _without_name(told: Mapping[str, Any], user: str) -> dict[str, Any]:
+    """What a manifest says, without remarks that name a user as an example."""
+    if "remarks" not in told:
+        return dict(told)
+    kept = [text for text in told["remarks"] if repr(user) not in text]
+    return {**told, "remarks": kept}

@@ -1,0 +1,271 @@
+"""One person taken out of a workspace: `peso forget`.
+
+What can be made again goes first (the index of histories, baselines, the report, checkpoints), then what was
+received, then the rows in predictions, then the stream, in one rename. Interrupted anywhere, the call is
+repeated: it looks for what still holds the person. Tests whose cases changed are measured again from their
+predictions; no model is needed, and stages keep their digests (:mod:`peso.events.erase`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from peso.config import DataConfig
+from peso.config.data import STREAMS
+from peso.errors import DataError, PesoError, WorkspaceError
+from peso.events.database import literal, scalar, temporary_database
+from peso.events.erase import erase_user, files_with, has_user, stages_with, write_without
+from peso.events.histories import Part
+from peso.events.received import ReceivedEvents
+from peso.events.sources import open_source
+from peso.events.sources.reading import Reading
+from peso.runs.evaluate import measure
+from peso.runs.intake import WORK
+from peso.runs.report import read_user_table
+from peso.runs.stage import FORMAT, PREDICTIONS, RunStage, StageTest
+from peso.runs.workspace import Workspace
+from peso.runtime.files import commit_directory, read_sealed, remove_directory, remove_left, write_sealed
+from peso.runtime.manifest import replace_file
+from peso.runtime.progress import Observer
+
+NOTE = ".forget"  # tests to be measured again; without a name
+PARTS: tuple[Part, ...] = ("test", "validation")
+Test = tuple[int, int, Part]  # stage, cases and part
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Where a person is in a workspace.
+
+    Attributes:
+        stages: of the stream, in which the person is.
+        received: how many received events.
+        tests: whose predictions have the person, as stage, cases and part.
+        trained: stages whose model was trained on events of the person, which it may still reflect.
+        samples: stages that keep training sequences of the person (strategy ``replay``).
+        own_files: files of the user's own that have the person; `peso` does not change them.
+    """
+
+    stages: list[int] = field(default_factory=list)
+    received: int = 0
+    tests: list[Test] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    own_files: list[str] = field(default_factory=list)
+
+    @property
+    def anything(self) -> bool:
+        return bool(self.stages or self.received or self.tests)
+
+
+def holdings(workspace: Workspace, user: str) -> Holdings:
+    """Look for a person.
+
+    Raises:
+        WorkspaceError: a damaged file.
+    """
+    stream = workspace.stream
+    stages = stages_with(stream, user)
+    first = min(stages, default=stream.stages)
+    tests = [_named(test) for test in predicted_tests(workspace) if has_user(test.path(PREDICTIONS), user)]
+    return Holdings(
+        stages=stages,
+        received=_received(workspace, user),
+        tests=tests,
+        trained=[number for number in workspace.finished_stages if number >= first],
+        samples=[stage.number for stage in workspace.stages if stages and _keeps_samples(stage)],
+        own_files=own_files_with(workspace, user),
+    )
+
+
+def forget(workspace: Workspace, user: str, observer: Observer) -> Holdings:
+    """Take a person out of the workspace; returns where the person was. The caller holds its lock.
+
+    Raises:
+        DataError: nothing in the workspace has the user.
+        WorkspaceError: a damaged file, or a full disk; repeated, the call goes on.
+    """
+    held = holdings(workspace, user)
+    if not held.anything and not (workspace.root / NOTE).is_file():
+        raise DataError(
+            f"no stage, prediction or received event of {workspace.root} has the user {user!r}; check the id"
+        )
+    left = _note(workspace, held)
+    for directory in (workspace.report_directory, workspace.root / "baselines"):
+        remove_directory(directory)
+    for unfinished in workspace.root.glob("stages/.*.unfinished"):
+        remove_directory(unfinished)
+    shutil.rmtree(workspace.root / WORK, ignore_errors=True)
+    if workspace.events_file.exists():
+        with ReceivedEvents(workspace.events_file) as received:
+            received.forget(user)
+    for number, cases, part in held.tests:
+        test = StageTest(workspace.stage(number), cases, part)
+        with replace_file(test.stage.directory, test.name(PREDICTIONS), FORMAT) as aside:
+            write_without(test.path(PREDICTIONS), aside, user)
+    _erase_samples(workspace, user, held)
+    if files_with(workspace.stream, user):
+        with commit_directory(workspace.stream_directory) as directory:
+            erase_user(workspace.stream_directory, directory, user)
+    workspace.histories_file.unlink(missing_ok=True)
+    for directory in (workspace.root, *workspace.root.glob("stages/*")):
+        remove_left(directory)
+    _conclude(workspace, left, observer)
+    return held
+
+
+def predicted_tests(workspace: Workspace) -> Iterator[StageTest]:
+    """The tests of a workspace that have predictions."""
+    for stage in workspace.stages:
+        for cases in range(workspace.stream.stages):
+            for part in PARTS:
+                test = StageTest(stage, cases, part)
+                if test.path(PREDICTIONS).is_file():
+                    yield test
+
+
+def _named(test: StageTest) -> Test:
+    return test.stage.number, test.cases, test.part
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What is to be made again at the end: tests that were up to date and whose cases change, the report."""
+
+    tests: list[Test]
+    report: bool
+
+
+def _note(workspace: Workspace, held: Holdings) -> _Left:
+    """What is to be made again, on disk before anything is changed."""
+    path = workspace.root / NOTE
+    earlier = _Left([], False)
+    with suppress(OSError, ValueError, WorkspaceError):  # none, or a damaged one: `peso evaluate` repairs
+        told = json.loads(read_sealed(path))
+        earlier = _Left([(number, cases, part) for number, cases, part in told["tests"]], told["report"])
+    tests = list(earlier.tests)
+    for test in predicted_tests(workspace):
+        changes = _named(test) in held.tests or test.cases in held.stages
+        if changes and _named(test) not in tests and test.is_predicted:
+            tests.append(_named(test))
+    left = _Left(tests, earlier.report or workspace.report_directory.is_dir())
+    write_sealed(path, json.dumps({"tests": left.tests, "report": left.report}).encode())
+    return left
+
+
+def _conclude(workspace: Workspace, left: _Left, observer: Observer) -> None:
+    """Measure tests again and write the report again, then the note goes."""
+    for number, cases, part in left.tests:
+        test = StageTest(workspace.stage(number), cases, part)
+        if not test.stage.is_trained or not test.path(PREDICTIONS).is_file():
+            continue
+        if len(test.predictions):
+            measure(test)
+        else:
+            observer.note(f"no test case of stage {cases} is left for the model of stage {number}")
+    if left.report and any(stage.is_tested for stage in workspace.stages):
+        from peso.runs.report import report  # draws plots: slow to import
+
+        observer.begin("writing the report", 0, "")
+        try:
+            report([workspace], workspace.report_directory)
+        except WorkspaceError as error:  # of a part that has nothing to do with what was erased
+            observer.note(f"the report was not written again: {error}")
+        observer.end()
+    (workspace.root / NOTE).unlink()
+
+
+def _received(workspace: Workspace, user: str) -> int:
+    if not workspace.events_file.exists():
+        return 0
+    with ReceivedEvents(workspace.events_file) as received:
+        return len(received.of_user(user))
+
+
+# -- samples that a strategy keeps -------------------------------------------------------------------
+
+
+def _keeps_samples(stage: RunStage) -> bool:
+    from peso.runs.models import stored_memory
+
+    return any(name.startswith("replay.") for name in stored_memory(stage))
+
+
+def _erase_samples(workspace: Workspace, user: str, held: Holdings) -> None:
+    """Take the person's sequences out of what ``replay`` keeps for the next stage."""
+    if not held.samples:
+        return
+    from safetensors.torch import save_file
+
+    from peso.runs.models import MEMORY, stored_memory
+    from peso.training.strategies.replay import as_tensors, stored, trimmed
+
+    window = workspace.config.prompt.window
+    own = [
+        trimmed(sequence, window)
+        for number in held.stages
+        for sequence in workspace.stream.stage(number).training_sequences()
+        if sequence.user == user
+    ]
+    for number in held.samples:
+        stage = workspace.stage(number)
+        memory = stored_memory(stage)
+        kept, seen = stored(memory)
+        left = [
+            sample
+            for sample in kept
+            if not any(
+                sample.first_target == mine.first_target and np.array_equal(sample.items, mine.items)
+                for mine in own
+            )
+        ]
+        if len(left) < len(kept):
+            with replace_file(stage.directory, MEMORY, FORMAT) as aside:
+                save_file({**memory, **as_tensors(left, seen)}, aside)
+
+
+# -- files that are not the workspace's ---------------------------------------------------------------
+
+
+def own_files_with(workspace: Workspace, user: str) -> list[str]:
+    """The configured log, the appended ones and the table of users, as far as they are there and have the
+    person; one that cannot be read is named as well."""
+    stream, found = workspace.stream, []
+    logs = [workspace.config.data]
+    for brought in stream.manifest.get("appended", []):
+        with suppress(ValueError):  # received events, or written by an earlier version
+            logs.append(DataConfig.model_validate(brought["source"]))
+    for data in logs:
+        if data.format in STREAMS or data.path is None or not Path(data.path).exists():
+            continue
+        if str(data.path) not in found and _log_has(data, user):
+            found.append(str(data.path))
+    table = workspace.config.report.users
+    if table and Path(table).exists():
+        try:
+            values = read_user_table(table)
+        except DataError:
+            return [*found, f"{table} (not readable)"]
+        if any(user in column for column in values.values()):
+            found.append(str(table))
+    return found
+
+
+def _log_has(data: DataConfig, user: str) -> bool:
+    """Whether a log has the person; True also where it cannot be read, so that somebody looks."""
+    try:
+        with TemporaryDirectory() as aside, temporary_database(Path(aside)) as connection:
+            log = open_source(data).log
+            reading = Reading(connection, log.table, True, log.time)
+            reading.create("people", f"{reading.id(log.user, 'data.columns.user')} AS name")
+            return bool(scalar(connection, f"SELECT count(*) FROM people WHERE name = {literal(user)}"))
+    except PesoError:
+        return True
