@@ -89,13 +89,15 @@ class Registry:
 
         Raises:
             KeyError: there is none.
-            ConfigError: it is offered by a distribution, and cannot be imported, or two offer it.
+            ConfigError: it is offered by a distribution, and cannot be imported, or two offer it; or it lacks
+                a method.
         """
         if name not in self._known:
             if module := self._built_in().get(name):
                 import_module(module)
             elif offers := entry_points(group=self.group, name=name):
                 self._known[name] = self._load(name, offers)
+        require_whole(f"{self.what} {name!r}", self._known[name])
         return self._known[name]
 
     def built_in(self) -> list[str]:
@@ -195,6 +197,15 @@ class Registry:
         if self.base and not found.name:
             found.name = name
         return found
+
+
+def require_whole(what: str, part: Any) -> None:
+    """Raise ConfigError if a class leaves out a method that its base class asks for."""
+    if missing := sorted(getattr(part, "__abstractmethods__", ())):
+        raise ConfigError(
+            f"{what} is {part.__module__}.{part.__qualname__}, which does not define {', '.join(missing)}; "
+            "correct that class"
+        )
 
 
 def typed(registry: Registry) -> BeforeValidator:

@@ -220,11 +220,11 @@ def update_items(workspace: Workspace, data: DataConfig, observer: Observer) -> 
         WorkspaceError: there is no stream, or it is damaged.
         DataError: see :func:`peso.events.append.correct_items`. The stream is then as before.
     """
-    from peso.items.tokenize import extend_semantic_ids, lacks_tree
-
     stream, ids = workspace.stream, workspace.semantic_ids_directory
     with commit_directory(workspace.stream_directory) as directory:
         done = correct_items(data, stream.directory, directory, observer)
+        from peso.items.tokenize import extend_semantic_ids, lacks_tree
+
         if workspace.has_semantic_ids and lacks_tree(ids):  # the categories of now are the only record of it
             known = stream.items.slice(0, len(workspace.semantic_ids.item_ids))
             with commit_directory(ids) as kept:

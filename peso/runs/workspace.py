@@ -505,6 +505,12 @@ def _content(root: Path) -> set[str]:
     return {name for name in os.listdir(root) if name != LOCK and not name.endswith(".writing")}
 
 
+def _is_workspace(root: Path) -> bool:
+    """Whether more is there than a file of somebody's that is called config.yaml, with a report beside it."""
+    begun = ("stream", "semantic_ids", "stages", LOCK)
+    return os.path.isfile(root / CONFIG) and any(os.path.lexists(root / name) for name in begun)
+
+
 def require_place(path: Path) -> None:
     """Check a path that output is to go to, before what is to be written there is made.
 
@@ -514,7 +520,7 @@ def require_place(path: Path) -> None:
     """
     place = Path(os.path.realpath(path))
     for root in place.parents:
-        if place.relative_to(root).parts[0] in PARTS and os.path.isfile(root / CONFIG):
+        if place.relative_to(root).parts[0] in PARTS and _is_workspace(root):
             raise ExportError(f"{path} belongs to the workspace {root}; name another place")
     require_writable(path)
 

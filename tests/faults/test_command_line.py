@@ -50,7 +50,10 @@ REFUSED = [
     ["pull", "gpt-9"],
     *(
         [*command.split(), "-w", "nowhere"]
-        for command in ("tokenize", "train", "update", "evaluate", "report", "diagnose", "baseline ease")
+        for command in (
+            *("tokenize", "train", "update", "evaluate", "report", "diagnose", "baseline ease", "serve"),
+            *("status", "rollback", "promote --stage 0", "undo --yes"),
+        )
     ),
     ["recommend", "-w", "nowhere", "--user", "u"],
     ["export", "-w", "nowhere", "-o", "x"],
@@ -83,6 +86,15 @@ REFUSED_THERE = [  # in a workspace whose stages are trained
     ["evaluate", "--set", "decoding.beams=1000000"],
     ["baseline", "ease", "--set", "baselines=[frob]"],
     ["ingest", "--items", "absent.csv"],
+    ["ingest", "--items", "items.csv", "--set", "data.items.columns.title=nope"],
+    ["ingest", "log.csv", "--append", "--set", "data.columns.user=nope"],
+    ["serve", "--stage", "9"],
+    ["serve", "--port", "abc"],
+    ["promote", "--stage", "9"],
+    ["rollback"],
+    ["update", "--alert", "no-such-program"],
+    ["export", "--stage", "9", "-o", "x"],
+    ["recommend", "--all", "-o", "x.csv", "--stage", "9"],
 ]
 
 REFUSED_FOR = [  # of `peso run c.yaml -w x`

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from event_logs import write_log
+from plugins import Install
 from strategy_runs import TREE, Runs, check_same_results
 
 from peso.config import TrainingConfig, load_config
@@ -632,3 +633,49 @@ def test_what_an_import_raises_is_said(tmp_path: Path, monkeypatch: pytest.Monke
         config = load_config({**TREE, "strategy": {"name": "custom", "module": f"{module}.Mine"}})
         with pytest.raises(ConfigError, match=f"cannot be imported.*{cause}"):
             strategy_of(Workspace(tmp_path, config))
+
+
+# -- parts of other distributions ------------------------------------------------------------------------
+
+HALVES = """
+from peso.adapters.proximal import DistanceTerm
+from peso.baselines.baseline import Baseline
+from peso.events.sources.tables import DataSet
+
+class Tape(DataSet): pass
+class Hollow(DataSet):
+    @staticmethod
+    def open(path): return None
+class Euclid(DistanceTerm): pass
+class Newest(Baseline): pass
+"""
+HALF_ENTRIES = [
+    "peso.data_sets tape = halves:Tape",
+    "peso.data_sets hollow = halves:Hollow",
+    "peso.proximal_terms euclid = halves:Euclid",
+    "peso.baselines newest = halves:Newest",
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data={format: tape, path: .}", "data set 'tape' is halves.Tape, which does not define open"),
+        ("data={format: hollow, path: .}", "'hollow': halves.Hollow.open gave NoneType, not a Source"),
+        (
+            "strategy={proximal: euclid}",
+            "term 'euclid' is halves.Euclid, which does not define metric; correct that class",
+        ),
+        ("baselines=[newest]", "baseline 'newest' is halves.Newest, which does not define learn, scores"),
+    ],
+)
+def test_a_part_that_lacks_a_method_is_refused_before_anything_is_done(
+    install: Install, tmp_path: Path, peso: Any, override: str, said: str
+) -> None:
+    install("halves", HALVES, *HALF_ENTRIES)
+    (tmp_path / "c.yaml").write_text("data: {format: simulate}\nbackbone: tiny\n")
+    status, _, err = peso("run", tmp_path / "c.yaml", "-w", tmp_path / "w", "--set", override)
+    assert status == 1
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "w").exists()

@@ -18,12 +18,12 @@ import yaml
 from every_file import EVERY_FILE
 
 from peso.config import load_config
-from peso.errors import PesoError, TrainingError, WorkspaceError
+from peso.errors import ExportError, PesoError, TrainingError, WorkspaceError
 from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import baseline_summaries, found_baselines
 from peso.runs.recommender import Recommender
 from peso.runs.stage import FORMAT
-from peso.runs.workspace import Workspace
+from peso.runs.workspace import Workspace, require_place
 from peso.runtime.files import checksum, commit_directory, only_writer, write_aside
 from peso.runtime.manifest import KINDS, NULL, Manifest, intact, read_manifest, replace_file, write_manifest
 from peso.runtime.progress import Silent
@@ -566,3 +566,13 @@ def test_output_never_goes_into_a_workspace(
     assert status == 1
     assert "workspace" in error or "not part of a report" in error
     assert everything(root) == before
+
+
+def test_a_file_called_config_yaml_makes_no_workspace(root: Path, tmp_path: Path) -> None:
+    """A report may lie beside it, and replace the one of before."""
+    (tmp_path / "config.yaml").write_text("data: {format: simulate}\n")
+    require_place(tmp_path / "report")
+    (tmp_path / "report").mkdir()
+    require_place(tmp_path / "report")
+    with pytest.raises(ExportError, match="belongs to the workspace"):
+        require_place(root / "report")

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from peso.adapters.proximal.term import TERMS, DistanceTerm, Term
+from peso.config.registry import require_whole
 from peso.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,4 +80,5 @@ def find_term(name: str) -> type[Term]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise ConfigError(f"{name} is not a subclass of peso.adapters.proximal.Term")
+    require_whole(f"strategy.proximal {name!r}", found)
     return found

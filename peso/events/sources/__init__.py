@@ -6,6 +6,7 @@ from typing import get_args
 
 from peso.config import DataConfig
 from peso.config.data import DATA_SETS, LogFormat
+from peso.errors import ConfigError
 from peso.events.sources.tables import ItemTable, Log, Source
 from peso.events.sources.user_files import own_source
 
@@ -17,8 +18,15 @@ def open_source(data: DataConfig) -> Source:
 
     Raises:
         DataError: a file or a column is missing, or a file is empty.
+        ConfigError: a data set of another distribution that opens to something else.
     """
     if data.format in get_args(LogFormat):
         return own_source(data)
-    source: Source = DATA_SETS.find(data.format).open(str(data.path))
+    data_set = DATA_SETS.find(data.format)
+    source = data_set.open(str(data.path))
+    if not isinstance(source, Source):
+        raise ConfigError(
+            f"data.format {data.format!r}: {data_set.__module__}.{data_set.__qualname__}.open gave "
+            f"{type(source).__name__}, not a Source; correct that class"
+        )
     return source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -351,7 +352,7 @@ class Source:
     items: ItemTable | None = None
 
 
-class DataSet:
+class DataSet(ABC):
     """A well-known data set: where its files are, and what their columns mean.
 
     To add one, write a file with a subclass that has a ``name``, which becomes a value of ``data.format``,
@@ -366,13 +367,13 @@ class DataSet:
             DATA_SETS.add(name, cls)
 
     @staticmethod
+    @abstractmethod
     def open(path: str) -> Source:
         """The log and the item table at ``data.path``. Only the first lines of files are read.
 
         Raises:
             DataError: a file or a column is missing, or a file is empty.
         """
-        raise NotImplementedError
 
 
 def plain(table: FileTable, *names: str, join: str = "\n") -> str:
