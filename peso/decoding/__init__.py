@@ -1,4 +1,4 @@
-"""Trie-constrained beam search: which items a model would recommend next (docs/explanation/decoding.md)."""
+"""Trie-constrained beam search for the items that a model recommends (docs/explanation/decoding.md)."""
 
 from peso.decoding.beam import Beams, search
 from peso.decoding.ranked_items import beam_search

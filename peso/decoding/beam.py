@@ -1,12 +1,13 @@
 """Trie-constrained beam search over item numbers.
 
-The prompt of a user is computed once. Beams are extra positions after it, each of which sees the prompt, its
-own ancestors and itself, so nothing is copied or reordered when a beam splits or ends. An item is complete
-with its last code, so there is no end token and no step after the last code. A path that is given, such as a
-target's, is one more beam that no other sees, which scores it without a second prompt.
+The prompt of a user is computed once. Beams are extra positions after it. Each beam attends to the prompt,
+its own ancestors and itself, so nothing is copied or reordered when a beam splits or ends. An item is
+complete after its last code, so there is no end token and no step after the last code. A given path, such as
+that of a target, is one more beam that no other beam sees; this scores the path without a second pass over
+the prompt.
 
-A model with an item head answers from both: candidates are the beams' semantic IDs and as many that the head
-finds best, whose paths are given. See :mod:`peso.decoding.pool`.
+If the model has an item head, both contribute: the candidates are the semantic IDs that the beams find and
+the same number that the head ranks best, which are scored as given paths. See :mod:`peso.decoding.pool`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from peso.model.head import level_log_probabilities
 from peso.model.shared_keys import shared_keys
 from peso.runtime.processes import ALONE, Processes
 
-# Users computed together, where nobody says how many: a GPU waits for its host until there are hundreds.
+# The default number of users in a batch. On a GPU, small batches are limited by the host.
 TOGETHER = {"cpu": 64}
 TOGETHER_ELSEWHERE = 256
-# Beams over all users of a batch: bounds the memory of searches with hundreds of beams.
+# The total number of beams in a batch, to limit the memory of searches with hundreds of beams.
 BEAMS_AT_ONCE = {"cpu": 4096}
 BEAMS_AT_ONCE_ELSEWHERE = 16384
 
@@ -43,12 +44,15 @@ BEAMS_AT_ONCE_ELSEWHERE = 16384
 class Beams:
     """The best semantic IDs of each user, best first.
 
-    leaves: int64 (users, beams), leaves of the catalog's trie, -1 where fewer exist.
-    scores: float32 (users, beams), log-probability of the codes under the model's ``loss_vocabulary``; of a
-        model with an item head that of the pool (:mod:`peso.decoding.pool`); -inf where there is no leaf.
-    targets: float32 (users, levels), ln p(c_l | history, c_1 … c_{l-1}) of each code of each user's target,
-        normalized alike; None where no targets were given.
-    target_scores: float32 (users,), of each user's target what ``scores`` are of the leaves; None likewise.
+    Attributes:
+        leaves: int64 (users, beams), leaves of the catalog's trie, -1 if fewer exist.
+        scores: float32 (users, beams), the log-probability of the codes under the model's
+            ``loss_vocabulary``, or that of the pool if the model has an item head
+            (:mod:`peso.decoding.pool`); -inf if there is no leaf.
+        targets: float32 (users, levels), ln p(c_l | history, c_1 … c_{l-1}) of each code of each user's
+            target, with the same normalization; None if no targets were given.
+        target_scores: float32 (users,), the score of each user's target, computed like ``scores``; None if no
+            targets were given.
     """
 
     leaves: np.ndarray
@@ -72,30 +76,34 @@ def search(
     on_candidates: Callable[[np.ndarray, Candidates], None] | None = None,
     processes: Processes = ALONE,
 ) -> Beams:
-    """The ``beams`` best semantic IDs that may follow each history.
+    """Find the ``beams`` best semantic IDs after each history.
 
-    Equal to Transformers' constrained beam search on the same model (docs/explanation/decoding.md). Users
-    are computed together in the order of their prompts' lengths, which changes no result but the rounding.
+    The result is that of Transformers' constrained beam search on the same model
+    (docs/explanation/decoding.md). Users are batched by the lengths of their prompts, which affects results
+    only by rounding.
 
     Args:
-        histories: int item rows of each user, oldest first (may be none); the last ``window`` are read.
-        beams: how many partial IDs of a user survive each level.
-        batch_size: how many users are computed together, at most. None: 64, on a GPU 256.
-        exclude: per user item rows that may not come back.
-        allow: item rows that alone may come back: one array for all users, or a sequence of one per user.
-        targets: int (users,), the item row of each user that is scored beside, whatever the search finds or
-            may find.
-        returning: per user where its prompt is kept from one call to the next (None: nowhere). Then more
-            than ``window`` items may be read, see there.
+        model: the model.
+        histories: for each user, the int item rows of the history, oldest first. It may be empty; the last
+            ``window`` items are used.
+        beams: the number of partial IDs to keep for each user at each level.
+        batch_size: the largest number of users in a batch. By default 64, or 256 on a GPU.
+        exclude: for each user, item rows that must not be returned.
+        allow: the only item rows that may be returned: one array for all users, or a sequence with one array
+            for each user.
+        targets: int (users,), an item row to score for each user, regardless of ``exclude`` and ``allow``.
+        returning: for each user, where the prompt is kept between calls, or None. With it, more than
+            ``window`` items may be used, see :mod:`peso.decoding.returning`.
         on_progress: called with the number of users done so far.
-        on_candidates: of a model with an item head, called after each batch with the numbers of its users and
+        on_candidates: for models with an item head, called after each batch with the numbers of its users and
             all their candidates.
-        processes: each computes its share of the batches, which are those of a single process, so that not
-            even the rounding differs; every one gets the result of all.
+        processes: the processes that share the batches. The batches are the same as for a single process, so
+            the rounding does not differ; every process gets the whole result.
 
     Raises:
-        BackboneError: the model's log-probabilities are not numbers.
-        ValueError: arguments of different length, no beams, or targets and nothing that may be found.
+        BackboneError: the model's log-probabilities are not finite.
+        ValueError: arguments have different lengths, ``beams`` or ``batch_size`` is less than 1, or targets
+            are given but no items are allowed.
     """
     device = model.device.type
     if batch_size is None:
@@ -117,7 +125,7 @@ def search(
         return Beams(leaves, scores, *(() if targets is None else (of_targets, of_pool)))
     if catalogue is None:
         if targets is not None:
-            raise ValueError("targets cannot be scored beside a search of nothing")
+            raise ValueError("targets cannot be scored if no items are allowed")
         return Beams(leaves, scores)
 
     window = model.layout.window
@@ -128,7 +136,7 @@ def search(
     computed = np.zeros(len(asked), dtype=bool)
     together = min(batch_size, max(1, BEAMS_AT_ONCE.get(device, BEAMS_AT_ONCE_ELSEWHERE) // beams))
     with _ready(model):
-        # a pass of its own pays only where several users share it
+        # a separate pass is worthwhile only if several users share it
         opening = Known.opening(model) if len(asked) > 1 else Known.nothing()
         asked = [each.after(opening) for each in asked]
         order = np.argsort([each.todo for each in asked], kind="stable")[::-1]
@@ -169,9 +177,9 @@ def search(
 
 @contextmanager
 def _ready(model: GenerativeModel) -> Iterator[None]:
-    """Without dropout and with the attention that suits beams; afterwards as it was."""
+    """A context in which the model is in evaluation mode and uses the attention that suits beams."""
     was_training = model.training
-    if was_training:  # switching walks through all modules, which a single request would feel
+    if was_training:  # switching visits all modules, which would slow down a single request
         model.eval()
     try:
         with shared_keys(model.causal_lm):
@@ -189,7 +197,8 @@ def _search_batch(
     admitted: NodeFilter | None,
     targets: np.ndarray | None = None,
 ) -> _Found:
-    """
+    """Search one batch of users.
+
     Args:
         targets: int (users,), the leaf of each user's target.
     """
@@ -197,7 +206,7 @@ def _search_batch(
     trie = TrieTensors.of(catalogue.trie, device)
     admitted = None if admitted is None else admitted.to(device)
     widths = [min(beams, nodes) for nodes in catalogue.trie.nodes]
-    given = widths[-1] * model.has_item_head + (targets is not None)  # paths beside the beams
+    given = widths[-1] * model.has_item_head + (targets is not None)  # paths in addition to the beams
     room = sum(width + given for width in widths[:-1])
     prompted = run_prompts(model, prompts, room)
     lengths = torch.tensor([prompt.items for prompt in prompts], device=device)
@@ -206,7 +215,7 @@ def _search_batch(
             prompt.keep(prompted.states(user, prompt.kept))
 
     of_items = best = None
-    followed = []  # int64 (users, n) leaves of the trie of all items, whose paths are given
+    followed = []  # int64 (users, n) leaves of the trie of all items whose paths are scored
     if model.has_item_head:
         of_items = leaf_log_probabilities(model, prompted.last)
         best = best_leaves(of_items, catalogue.full_leaves(device), widths[-1], admitted)
@@ -224,7 +233,7 @@ def _search_batch(
         if level:
             prompted.cache.move(everyone, seen.shape[-1])
             codes, parents = step.codes, step.parents
-            if paths is not None:  # behind the beams; at first each continues the prompt, then itself
+            if paths is not None:  # after the beams; each path first continues the prompt, then itself
                 codes = torch.cat([codes, paths[:, :, level - 1]], dim=1)
                 last = torch.arange(seen.shape[1] - given, seen.shape[1], device=device)
                 own = last if level > 1 else torch.zeros_like(last)
@@ -262,7 +271,7 @@ def _search_batch(
 
 @dataclass(frozen=True)
 class _Found:
-    """As :class:`Beams`, on the device, with the candidates of a model that has an item head."""
+    """The same as :class:`Beams`, on the device, with the candidates if the model has an item head."""
 
     leaves: Tensor
     scores: Tensor
@@ -272,7 +281,7 @@ class _Found:
 
 
 def _extend(seen: Tensor, parents: Tensor) -> Tensor:
-    """What new beams see: what their parents saw, and themselves. bool (users, beams, tokens + beams)."""
+    """bool (users, beams, tokens + beams): new beams see what their parents see, and themselves."""
     ancestors = seen.gather(1, parents.unsqueeze(-1).expand(-1, -1, seen.shape[-1]))
     itself = torch.eye(parents.shape[1], dtype=torch.bool, device=seen.device)
     return torch.cat([ancestors, itself.expand(len(seen), -1, -1)], dim=-1)
@@ -280,37 +289,37 @@ def _extend(seen: Tensor, parents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Catalogue:
-    """The trie that is searched: all items, or those that all users are confined to."""
+    """The trie that is searched: that of all items, or of those that are allowed for all users."""
 
     trie: ItemTrie
-    rows: np.ndarray | None  # int64, sorted: item rows of a confined catalog; None for all
-    leaf_of: np.ndarray  # int32: leaf of each item row in the trie of all items
+    rows: np.ndarray | None  # int64, sorted: the item rows of a restricted catalog; None for all
+    leaf_of: np.ndarray  # int32: the leaf of each item row in the trie of all items
 
     @classmethod
     def of(
         cls, full: ItemTrie, codes: np.ndarray, allow: np.ndarray | Sequence[np.ndarray] | None
     ) -> _Catalogue | None:
-        """None where all users are confined to nothing."""
+        """Build the trie to search; None if no items are allowed."""
         if not isinstance(allow, np.ndarray):
             return cls(full, None, full.leaf_of)
         rows = np.unique(allow)
-        # rows stay sorted, so the rule for shared IDs holds in the confined trie too
+        # rows stay sorted, so items that share an ID have the same order in the restricted trie
         return cls(ItemTrie.build(codes[rows]), rows, full.leaf_of) if len(rows) else None
 
     def full_leaves(self, device: torch.device) -> Tensor:
-        """int64 (leaves,): each leaf of this trie as a leaf of the trie of all items."""
+        """int64 (leaves,): the leaf of the trie of all items for each leaf of this trie."""
         first_items = self.trie.items[self.trie.item_starts[:-1]]
         rows = first_items if self.rows is None else self.rows[first_items]
         return torch.from_numpy(self.leaf_of[rows].astype(np.int64)).to(device)
 
     def leaves(self, found: Tensor) -> Tensor:
-        """Leaves of this trie as leaves of the trie of all items, -1 kept."""
+        """Convert leaves of this trie to leaves of the trie of all items, leaving -1 unchanged."""
         if self.rows is None:
             return found
         return torch.where(found < 0, -1, self.full_leaves(found.device)[found.clamp_min(0)])
 
     def filter(self, exclude: list[np.ndarray] | None, allow: list[np.ndarray] | None) -> NodeFilter | None:
-        """What each user of a batch may enter."""
+        """The nodes that each user of a batch may enter; None if there is no restriction."""
         if allow is not None:
             if exclude is not None:
                 allow = [np.setdiff1d(a, e) for a, e in zip(allow, exclude, strict=True)]
@@ -323,7 +332,7 @@ class _Catalogue:
 
 
 def _places(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Where in a sorted array those of these rows stand that occur in it."""
+    """The positions in a sorted array of those rows that occur in it."""
     place = np.searchsorted(among, rows)
     place, rows = place[place < len(among)], rows[place < len(among)]
     return place[among[place] == rows]

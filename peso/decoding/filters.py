@@ -1,6 +1,6 @@
-"""Which nodes of the trie each user may enter, given the items that the user may or may not get.
+"""The nodes of the trie that each user may enter, given the items that are allowed or excluded.
 
-A filter stores only the nodes that its items touch, so its size does not depend on the catalog.
+A filter stores only the nodes on the paths of its items, so its size does not depend on the catalog.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from peso.items.semantic_ids import ItemTrie
 
 @dataclass(frozen=True)
 class NodeFilter:
-    """Per level the sorted keys ``user · nodes of the level + node`` of the nodes it names.
+    """A set of nodes for each user, which may be entered or must not be entered.
 
-    A node is blocked where all leaves below it are, a leaf where all its items are; it is admitted where at
-    least one item below it is. So no search runs into a dead end, and k items come back whenever k exist.
+    A leaf is blocked if all its items are, and a node is blocked if all leaves below it are. A node may be
+    entered if at least one item below it is allowed. So a search never reaches a dead end, and it returns k
+    items whenever k exist.
 
     Attributes:
-        keys: per level int64 (n,), sorted.
-        nodes: number of nodes of each level.
-        admits_named: whether the named nodes are those that may be entered (else those that may not).
+        keys: for each level, int64 (n,), the sorted keys ``user · nodes of the level + node``.
+        nodes: the number of nodes of each level.
+        admits_named: whether these nodes may be entered (otherwise, they must not).
     """
 
     keys: tuple[Tensor, ...]
@@ -34,19 +35,19 @@ class NodeFilter:
 
     @classmethod
     def without(cls, trie: ItemTrie, items: Sequence[np.ndarray]) -> NodeFilter:
-        """Everything but these item rows of each user."""
+        """A filter that excludes the given item rows for each user."""
         return cls(_touched(trie, items, whole=True), trie.nodes, False)
 
     @classmethod
     def only(cls, trie: ItemTrie, items: Sequence[np.ndarray]) -> NodeFilter:
-        """Nothing but these item rows of each user."""
+        """A filter that allows only the given item rows for each user."""
         return cls(_touched(trie, items, whole=False), trie.nodes, True)
 
     def to(self, device: torch.device) -> NodeFilter:
         return NodeFilter(tuple(keys.to(device) for keys in self.keys), self.nodes, self.admits_named)
 
     def admits(self, level: int, nodes: Tensor) -> Tensor:
-        """int64 (users, …) nodes of a level → bool (users, …), whether each user may enter them."""
+        """Whether each user may enter nodes of a level: int64 (users, …) → bool (users, …)."""
         keys = self.keys[level]
         if not len(keys):
             return torch.full_like(nodes, not self.admits_named, dtype=torch.bool)
@@ -57,11 +58,12 @@ class NodeFilter:
 
 
 def _touched(trie: ItemTrie, items: Sequence[np.ndarray], *, whole: bool) -> tuple[Tensor, ...]:
-    """Keys of the nodes that hold some of each user's items (``whole``: nothing but them), level by level."""
+    """The keys, for each level, of the nodes that have any of each user's items below them. With ``whole``,
+    only nodes that have no other items."""
     catalogue = len(trie.items)
     users = np.repeat(np.arange(len(items), dtype=np.int64), [len(rows) for rows in items])
     rows = np.concatenate([np.empty(0, dtype=np.int64), *items]).astype(np.int64)
-    owner, row = np.divmod(np.unique(users * catalogue + rows), catalogue)  # an item named twice counts once
+    owner, row = np.divmod(np.unique(users * catalogue + rows), catalogue)  # without duplicates
     below, node = trie.item_starts, trie.leaf_of[row]
     levels = []
     for level in reversed(range(trie.levels)):

@@ -1,12 +1,13 @@
-"""One answer from two: the semantic IDs that a model generates, and those that its item head finds best.
+"""Combine the semantic IDs that a model generates with those that its item head ranks best.
 
-With p_codes, the probability of an ID's codes, and p_items, that of the ID's items together under the head:
+Let p_codes be the probability of an ID's codes, and p_items the total probability of the ID's items under the
+head. The result is a mixture:
 
     p(ID) = s · p_items(ID) + (1 - s) · p_codes(ID)
 
-A mixture, so that the probabilities of all IDs sum to at most one as p_codes do (to one where these do), and
-likelihoods compare with those of other models. The share s of the head is tuned on validation cases, by the
-length of the history.
+So the probabilities of all IDs sum to at most one, as those of p_codes do, and likelihoods are comparable
+with those of other models. The share s of the head is tuned on validation cases, separately by the length of
+the history.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS, groups_of
 
-FEWEST = 200  # validation cases of a group that has a share of its own
+FEWEST = 200  # the smallest number of validation cases for which a group has its own share
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 
 
 def pool(items: Tensor, codes: Tensor, share: Tensor) -> Tensor:
-    """ln p(ID) from ln p_items and ln p_codes, (users, n) each; ``share``: (users,)."""
+    """ln p(ID) from ln p_items and ln p_codes, both (users, n), and the share of the head, (users,)."""
     s = share.unsqueeze(1)
     return torch.logaddexp(items + s.log(), codes + (1 - s).log())
 
 
 def leaf_log_probabilities(model: GenerativeModel, hidden: Tensor) -> Tensor:
-    """hidden (users, width), after the prompt → float32 (users, leaves): ln p_items of every semantic ID."""
+    """ln p_items of every semantic ID, from the hidden states after the prompts: (users, width) → float32
+    (users, leaves)."""
     of_items = model.item_log_probabilities(hidden)
     trie = model.semantic_ids.trie
     result = of_items[:, torch.from_numpy(trie.items[trie.item_starts[:-1]]).to(hidden.device)]
@@ -47,22 +49,23 @@ def leaf_log_probabilities(model: GenerativeModel, hidden: Tensor) -> Tensor:
 
 
 def best_leaves(log_probabilities: Tensor, leaves: Tensor, count: int, admitted: NodeFilter | None) -> Tensor:
-    """The ``count`` likeliest admitted leaves of each user, equal ones in the order of the trie.
+    """The ``count`` most likely leaves that each user may enter. Ties are in the order of the trie.
 
     Args:
-        log_probabilities: float32 (users, all leaves).
-        leaves: int64 (n,), those of the trie that is searched, as leaves of the trie of all items.
-        admitted: what each user may enter of the n.
+        log_probabilities: float32 (users, all leaves), the log-probability of every leaf.
+        leaves: int64 (n,), the leaves of the trie that is searched, as leaves of the trie of all items.
+        count: the number of leaves to return.
+        admitted: which of the n leaves each user may enter; None for all.
 
     Returns:
-        int64 (users, count) leaves of the trie of all items, best first; -1 where fewer are admitted.
+        int64 (users, count), leaves of the trie of all items, best first; -1 if there are fewer.
     """
     costs = -log_probabilities[:, leaves]
     costs.clamp_min_(0)
     if admitted is not None:
         places = torch.arange(len(leaves), device=leaves.device).expand(len(costs), -1)
         costs = costs.masked_fill(~admitted.admits(len(admitted.nodes) - 1, places), torch.inf)
-    # the bits of floats that are not negative compare as integers; the place beside them breaks ties
+    # the bits of non-negative floats compare like integers; the position in the lower bits breaks ties
     keys = costs.view(torch.int32).long().bitwise_left_shift_(32)
     keys.bitwise_or_(torch.arange(len(leaves), device=leaves.device))
     best = keys.topk(count, largest=False).indices
@@ -70,16 +73,18 @@ def best_leaves(log_probabilities: Tensor, leaves: Tensor, count: int, admitted:
 
 
 def leaf_codes(ids: SemanticIds, leaves: Tensor) -> Tensor:
-    """leaves int64 (users, n) → int64 (users, n, levels): the codes on the way to each."""
+    """The codes of leaves: int64 (users, n) → int64 (users, n, levels)."""
     rows = ids.trie.items[ids.trie.item_starts[leaves.cpu().numpy()]]
     return torch.from_numpy(ids.codes[rows].astype(np.int64)).to(leaves.device)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What both propose for each user, once each. All (users, n).
+    """The distinct candidates of each user, from the beams and from the item head. All are (users, n).
 
-    leaves: int64, -1 where there is no candidate. codes, items: float32, ln p_codes and ln p_items.
+    Attributes:
+        leaves: int64, the leaf of each candidate, -1 if there is none.
+        codes, items: float32, ln p_codes and ln p_items.
     """
 
     leaves: Tensor
@@ -88,10 +93,12 @@ class Candidates:
 
     @classmethod
     def of(cls, leaves: Tensor, codes: Tensor, items: Tensor) -> Candidates:
-        """
+        """Merge candidates that occur twice.
+
         Args:
-            leaves: int64 (users, n), some of them twice. codes: float32 (users, n), theirs.
-            items: float32 (users, all leaves).
+            leaves: int64 (users, n), the leaves of the candidates, possibly with duplicates.
+            codes: float32 (users, n), ln p_codes of these leaves.
+            items: float32 (users, all leaves), ln p_items of all leaves.
         """
         leaves, order = leaves.sort(dim=1, stable=True)
         again = torch.zeros_like(leaves, dtype=torch.bool)
@@ -101,10 +108,14 @@ class Candidates:
         )
 
     def best(self, share: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The best ``count`` by the pool: leaves, best first, equal ones in the order of the trie, -1 where
-        there are fewer; and their ln p, -inf there.
+        """The ``count`` best candidates by the mixture.
 
-        share: float32 (users,).
+        Args:
+            share: float32 (users,), the share of the head for each user.
+            count: the number of candidates.
+
+        Returns: their leaves, best first, with ties in the order of the trie and -1 if there are fewer; and
+            their ln p, which is -inf if there are fewer.
         """
         scores = pool(self.items, self.codes, share).masked_fill(self.leaves < 0, -torch.inf)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -115,13 +126,16 @@ class Candidates:
 def best_shares(
     candidates: Candidates, targets: Tensor, lengths: Tensor, depth: int
 ) -> tuple[list[float], list[float]]:
-    """The shares of ``SHARES`` with the highest mean NDCG@depth, one for each group of ``LENGTHS``.
+    """The shares in ``SHARES`` with the highest mean NDCG@depth, one for each group of ``LENGTHS``.
 
-    A group of fewer than ``FEWEST`` cases has the share that is best for all. Among equals the most even one.
+    A group with fewer than ``FEWEST`` cases gets the share that is best for all cases. Ties are resolved in
+    favor of the share nearest to 0.5.
 
     Args:
-        targets: int64 (users,), leaves.
-        lengths: int64 (users,), items in each prompt.
+        candidates: the candidates of the validation cases.
+        targets: int64 (users,), the leaf of each target.
+        lengths: int64 (users,), the number of items in each prompt.
+        depth: the number of candidates that NDCG takes into account.
 
     Returns:
         The shares, and the mean NDCG of all cases at each of ``SHARES``.

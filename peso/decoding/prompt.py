@@ -1,4 +1,4 @@
-"""One pass over each prompt, and the cache that all beams then share."""
+"""Compute each prompt once, in a cache that all beams share."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from peso.model.generative import GenerativeModel
 
-# What one more pass costs beside its tokens, in tokens: reading all weights, or launching all kernels.
+# The fixed cost of a pass in tokens, for reading all weights or launching all kernels.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ELSEWHERE = 8192
 
 
 @dataclass
 class Place:
-    """Where the next keys and values go: which users, from which column on."""
+    """The users and the first column to which the next keys and values are written."""
 
     users: slice
     column: int
 
 
 class ReservedLayer(DynamicLayer):
-    """Keys and values of one layer for a whole search, in memory reserved once: appending moves nothing.
+    """Keys and values of one layer for a whole search, in memory that is allocated once.
 
-    A plain full-attention layer whatever the backbone's configuration says: what may see what is the
-    business of the mask alone. (Transformers' own grows by copying, or cuts at a sliding window.)
+    This is a plain full-attention layer regardless of the backbone's configuration, because only the mask
+    determines what is visible. Transformers' own layers copy when they grow, or cut at a sliding window.
     """
 
     def __init__(self, place: Place, users: int, columns: int) -> None:
@@ -41,7 +41,7 @@ class ReservedLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        # zeros, since columns that nobody may see are multiplied by 0 all the same
+        # zeros, because columns that are not visible are still multiplied by 0
         self.keys, self.values = (
             x.new_zeros(self.users, x.shape[1], self.columns, x.shape[3]) for x in (key_states, value_states)
         )
@@ -50,7 +50,8 @@ class ReservedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write (users, heads, new, head width) each at the place; returns the columns so far as views."""
+        """Write keys and values (users, heads, new, head width) to the place, and return views of all columns
+        so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         users, start, stop = self.place.users, self.place.column, self.place.column + key_states.shape[2]
@@ -63,23 +64,26 @@ class ReservedLayer(DynamicLayer):
 
 
 class SharedCache(Cache):
-    """One block of columns per user: the prompt, then the beams of each level. Move, then call the model."""
+    """A cache with one block of columns per user: the prompt, then the beams of each level.
+
+    Call :meth:`move` before each call of the model.
+    """
 
     def __init__(self, users: int, columns: int) -> None:
         self.place = Place(slice(0, users), 0)
         super().__init__(layer_class_to_replicate=partial(ReservedLayer, self.place, users, columns))
 
     def move(self, users: slice, column: int) -> None:
-        """What the model appends next belongs to these users and begins at this column."""
+        """Set the users and the first column to which the model appends next."""
         self.place.users, self.place.column = users, column
 
 
 @dataclass(frozen=True)
 class Known:
-    """The first tokens of a prompt, computed before.
+    """The states of the first tokens of a prompt, which have already been computed.
 
-    ``states``: keys and values per layer, (heads, tokens, head width) each; the tokens stand at the positions
-    0, 1, …
+    ``states`` has the keys and values of each layer, (heads, tokens, head width). The tokens have the
+    positions 0, 1, …
     """
 
     tokens: int
@@ -91,19 +95,19 @@ class Known:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size of the states in bytes."""
         return sum(x.nbytes for states in self.states for x in states)
 
     def first(self, tokens: int) -> Known:
-        """Of the first tokens alone."""
+        """The states of only the first tokens."""
         if tokens == self.tokens:
             return self
         return Known(tokens, [(k[:, :tokens], v[:, :tokens]) for k, v in self.states] if tokens else [])
 
     @classmethod
     def opening(cls, model: GenerativeModel) -> Known:
-        """The fixed words before every history."""
-        # the last word is left to the prompts, so that each has a token even where nothing follows
+        """The states of the fixed words before every history."""
+        # the last word belongs to the prompts, so that a prompt has a token even for an empty history
         ids = torch.tensor([model.layout.prefix[:-1]], dtype=torch.int64, device=model.device)
         if not ids.shape[1]:
             return cls.nothing()
@@ -114,17 +118,19 @@ class Known:
 
 
 def _forget(known: Known) -> None:
-    """For prompts that nobody comes back to."""
+    """Keep nothing, for prompts that are not used again."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what is known of it.
+    """A prompt, with the states of its first tokens if they are known.
 
-    tokens: int64 (n,) token ids, beginning with the layout's prefix.
-    items: how many items of the history it shows.
-    known: of its beginning, at most all but its last token.
-    kept: of how many of its first tokens ``keep`` is given the states, once they are computed.
+    Attributes:
+        tokens: int64 (n,), the token ids, beginning with the layout's prefix.
+        items: the number of items of the history in the prompt.
+        known: the states of its first tokens, at most of all but the last token.
+        kept: the number of first tokens whose states are passed to ``keep`` after they are computed.
+        keep: a function that gets these states.
     """
 
     tokens: np.ndarray
@@ -135,28 +141,29 @@ class Prompt:
 
     @classmethod
     def cold(cls, model: GenerativeModel, history: np.ndarray) -> Prompt:
-        """Of a history all of which is shown, with nothing known."""
+        """The prompt of a whole history, without known states."""
         ids = model.item_token_ids(np.asarray(history, dtype=np.int64))
         return cls(model.layout.prompt(ids), len(history), Known.nothing())
 
     def after(self, opening: Known) -> Prompt:
-        """The same, if nothing is known of it continued from the opening of all prompts."""
+        """The same prompt; if none of its states are known, those of the opening of all prompts are used."""
         return self if self.known.tokens else replace(self, known=opening)
 
     @property
     def todo(self) -> int:
-        """Tokens that are to be computed."""
+        """The number of tokens whose states must be computed."""
         return len(self.tokens) - self.known.tokens
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """Prompts after their pass.
+    """Prompts that have been computed.
 
-    cache: keys and values of all prompt tokens, with room for the beams.
-    visible: bool (users, columns of the cache so far), where each prompt's tokens are.
-    lengths: int64 (users,) tokens of each prompt; the position of what comes next.
-    last: (users, width) hidden state of each prompt's last token.
+    Attributes:
+        cache: the keys and values of all prompt tokens, with room for the beams.
+        visible: bool (users, columns of the cache so far), where each prompt's tokens are.
+        lengths: int64 (users,), the number of tokens of each prompt, which is the position of the next token.
+        last: (users, width), the hidden state of each prompt's last token.
     """
 
     cache: SharedCache
@@ -165,21 +172,22 @@ class Prompted:
     last: Tensor
 
     def states(self, user: int, tokens: int) -> Known:
-        """A copy of the states of a prompt's first tokens, to continue from another time."""
+        """A copy of the states of a prompt's first tokens, from which later prompts can continue."""
         columns = self.visible[user].nonzero().squeeze(1)[:tokens]
         states = [(layer.keys[user], layer.values[user]) for layer in self.cache.layers]
         return Known(tokens, [(k.index_select(1, columns), v.index_select(1, columns)) for k, v in states])
 
 
 def run_prompts(model: GenerativeModel, prompts: Sequence[Prompt], room: int) -> Prompted:
-    """Compute of every prompt once what is not known of it.
+    """Compute the states of prompts that are not known yet.
 
-    Prompts of which about as much is to be computed go through the model together; all end up in one cache,
-    what was known in its first columns, the rest behind the longest of that.
+    Prompts with a similar number of tokens to compute are batched. All states are stored in one cache: the
+    known ones in its first columns, and the others after the longest of these.
 
     Args:
-        prompts: the one of which most is to be computed comes first.
-        room: how many columns the cache must hold beside the prompts.
+        model: the model.
+        prompts: the prompts, in descending order of the number of tokens to compute.
+        room: the number of columns that the cache needs in addition to the prompts.
     """
     device, count = model.device, len(prompts)
     starts = torch.tensor([prompt.known.tokens for prompt in prompts], device=device)  # (users,)
@@ -195,9 +203,9 @@ def run_prompts(model: GenerativeModel, prompts: Sequence[Prompt], room: int) ->
             row[: prompt.todo] = torch.from_numpy(prompt.tokens[prompt.known.tokens :])
         positions = starts[users].unsqueeze(1) + torch.arange(length, device=device)
         cache.move(users, begin)
-        # padding comes last and attention looks back, so that no prompt sees any
+        # padding comes last and attention is causal, so no prompt sees padding
         mask = _causal(begin, begin + length, device)
-        if int(starts[users].min()) < begin:  # some have less before
+        if int(starts[users].min()) < begin:  # some prompts have fewer known tokens
             column = torch.arange(begin + length, device=device)
             gap = (column >= starts[users].unsqueeze(1)) & (column < begin)  # (users, columns)
             mask = mask & ~gap[:, None, None]
@@ -211,7 +219,7 @@ def run_prompts(model: GenerativeModel, prompts: Sequence[Prompt], room: int) ->
 
 
 def _put(cache: SharedCache, known: Sequence[Known]) -> None:
-    """Write what is known of each prompt into its first columns."""
+    """Write the known states of each prompt into its first columns."""
     for _, run in groupby(range(len(known)), key=lambda user: id(known[user])):
         users = list(run)
         states = known[users[0]].states
@@ -221,17 +229,18 @@ def _put(cache: SharedCache, known: Sequence[Known]) -> None:
 
 
 def alike(sizes: Sequence[int], pass_tokens: int) -> list[slice]:
-    """Split sequences into runs that are padded together, at the least total cost.
+    """Split sequences into runs that are padded together, with the smallest total cost.
 
-    A run costs its padded tokens plus ``pass_tokens``; the cheapest split is found exactly, by the cost of
-    the first n sequences for growing n.
+    A run costs its padded tokens plus ``pass_tokens``. The cheapest split is found exactly by dynamic
+    programming over the first n sequences.
 
     Args:
-        sizes: tokens of each sequence, the longest first.
+        sizes: the number of tokens of each sequence, the longest first.
+        pass_tokens: the fixed cost of a run, in tokens.
     """
-    # sequences of one size stay together
+    # sequences of the same size stay together
     bounds = [i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]] + [len(sizes)]
-    cheapest = {0: (0, 0)}  # of the first n sequences: cost, where the last run begins
+    cheapest = {0: (0, 0)}  # for the first n sequences: the cost, and where the last run begins
     for stop in bounds:
         cheapest[stop] = min(
             (cost + (stop - begin) * sizes[begin] + pass_tokens, begin)
@@ -246,6 +255,6 @@ def alike(sizes: Sequence[int], pass_tokens: int) -> list[slice]:
 
 
 def _causal(start: int, stop: int, device: torch.device) -> Tensor:
-    """bool (1, 1, stop - start, stop): tokens start … stop - 1 see everything up to themselves."""
+    """bool (1, 1, stop - start, stop): a causal mask for the tokens start … stop - 1."""
     place = torch.arange(stop, device=device)
     return (place <= place[start:].unsqueeze(1))[None, None]

@@ -1,4 +1,4 @@
-"""Ranked items for histories, with item ids in and out."""
+"""Rank items for histories that are given as item ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peso.errors import ConfigError, DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.model.generative import GenerativeModel
 
-MIN_BEAMS = 10  # the published protocol; fewer would make short lists worse than the head of long ones
+MIN_BEAMS = 10  # as in the paper; with fewer, a short list would be worse than the start of a long one
 
 ItemLists = Collection[str] | Sequence[Collection[str]]
 
@@ -30,43 +30,45 @@ def beam_search(
     returning: Sequence[Returning | None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[tuple[str, float]]]:
-    """The ``k`` best next items of each history, with their log-probabilities, best first.
+    """The ``k`` best next items of each history with their log-probabilities, best first.
 
-    Items that share a semantic ID share its log-probability and come in the order in which they entered the
-    catalog; IDs of equal log-probability come in the order of their codes.
+    Items that share a semantic ID have the same log-probability and are in the order in which they were added
+    to the catalog. IDs with equal log-probabilities are in the order of their codes.
 
     Args:
-        histories: item ids of each user, oldest first; may be empty. The last ``window`` are read.
-        k: items to return, at most as many as the catalog has. Where the filters leave fewer to a user,
-            all of those come back.
-        beams: width of the search, at least ``k``; default max(10, k).
-        exclude_seen: leave out every item of the history, also those before the window.
-        allow: the only item ids that may come back: one collection for all users, or a sequence of one per
-            history.
-        deny: item ids that may not come back, given like ``allow``.
-        batch_size: users computed together, at most. None: 64, on a GPU 256.
-        returning: per user where its prompt is kept from one call to the next, ``memory.of(user)`` of a
-            :class:`~peso.decoding.returning.PromptMemory`; None: nowhere. Then up to twice ``window`` items
-            are read.
+        model: the model.
+        histories: for each user, the item ids of the history, oldest first. It may be empty; the last
+            ``window`` items are used.
+        k: the number of items to return, at most the size of the catalog. If the filters leave fewer items
+            for a user, all of those are returned.
+        beams: the width of the search, at least ``k``; by default max(10, k).
+        exclude_seen: whether to leave out every item of the history, including those before the window.
+        allow: the only item ids that may be returned: one collection for all users, or a sequence with one
+            collection for each history.
+        deny: item ids that must not be returned, in the same form as ``allow``.
+        batch_size: the largest number of users in a batch. By default 64, or 256 on a GPU.
+        returning: for each user, where the prompt is kept between calls (``memory.of(user)`` of a
+            :class:`~peso.decoding.returning.PromptMemory`), or None. With it, up to twice ``window`` items
+            are used.
         on_progress: called with the number of users done so far.
 
     Returns:
-        Per history ``k`` pairs (item id, log-probability under the model's ``loss_vocabulary``), or as many
-        as the filters leave.
+        For each history, ``k`` pairs (item id, log-probability under the model's ``loss_vocabulary``), or as
+        many as the filters leave.
 
     Raises:
-        DataError: an unknown item id (told which), or ``k`` larger than the catalog.
-        ConfigError: ``k`` below 1, or fewer beams than ``k``.
+        DataError: an item id is unknown (the message names it), or ``k`` is larger than the catalog.
+        ConfigError: ``k`` is less than 1, or there are fewer beams than ``k``.
     """
     if k < 1:
-        raise ConfigError(f"k is {k}; at least one item must be asked for")
+        raise ConfigError(f"k is {k}, but must be at least 1")
     if beams is None:
         beams = max(MIN_BEAMS, k)
     if beams < k:
-        raise ConfigError(f"{beams} beams cannot give {k} items; use at least k beams, or leave them out")
+        raise ConfigError(f"{beams} beams cannot give {k} items; use at least {k} beams, or the default")
     ids = model.semantic_ids
     if k > len(ids.item_ids):
-        raise DataError(f"k = {k} is more than the {len(ids.item_ids)} items of the catalog; ask for fewer")
+        raise DataError(f"k = {k} is more than the {len(ids.item_ids)} items of the catalog; use a smaller k")
     rows = [_rows(ids, history, "a history") for history in histories]
     users = range(len(rows))
     allowed = _sets(ids, allow, len(rows), "allow")
@@ -98,9 +100,9 @@ def beam_search(
 
 
 def _rows(ids: SemanticIds, items: Collection[str], what: str) -> np.ndarray:
-    # a string is a collection of strings too, and its letters may well be item ids
+    # a string is also a collection of strings, and its letters could be item ids
     if isinstance(items, str):
-        raise DataError(f"{what} is a list of item ids, not the single string {items!r}")
+        raise DataError(f"{what} must be a list of item ids, not the single string {items!r}")
     return ids.rows(list(items))
 
 
@@ -109,7 +111,7 @@ _Sets = frozenset[int] | list[frozenset[int]] | None
 
 
 def _sets(ids: SemanticIds, lists: ItemLists | None, users: int, name: str) -> _Sets:
-    """Rows of one list for all users, or of one list per user."""
+    """The rows of one list for all users, or of one list per user."""
     if lists is None:
         return None
     if isinstance(lists, str) or all(isinstance(entry, str) for entry in lists):

@@ -1,8 +1,10 @@
-"""Prompts of users who return: a new event costs the tokens of one item, not those of the whole history.
+"""Keep the prompts of returning users, so that a new event costs the tokens of one item instead of those of
+the whole history.
 
-A history that ends with the items of the last prompt and new ones behind them continues that prompt, which so
-grows beyond the window, up to twice its length; then it is made again from the last ``window`` items. So the
-model reads between one and two windows of such a user's history, where it was trained on at most one.
+If a history ends with the items of the user's last prompt followed by new items, it continues that prompt.
+The prompt grows beyond the window, up to twice its length; then it is rebuilt from the last ``window`` items.
+So the model uses between one and two windows of such a user's history, although it was trained on at most
+one.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import numpy as np
 from peso.decoding.prompt import Known, Prompt
 from peso.model.generative import GenerativeModel
 
-GROWTH = 2  # windows that a prompt may have before it is made again
+GROWTH = 2  # the largest length of a prompt, in windows, before it is rebuilt
 
 
 @dataclass(frozen=True)
 class _Kept:
-    items: np.ndarray  # int64 rows that the prompt showed
-    tokens: np.ndarray  # int64 ids of which the states are kept
+    items: np.ndarray  # int64, the item rows in the prompt
+    tokens: np.ndarray  # int64, the token ids whose states are kept
     known: Known
 
     @property
@@ -33,10 +35,10 @@ class _Kept:
 
 
 class PromptMemory:
-    """The states of the prompts of one model's users, the most recently asked ones. For several threads.
+    """The states of the prompts of one model's most recent users. It can be used by several threads.
 
     Args:
-        size: bytes that they may take.
+        size: the largest total size of the states in bytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -50,7 +52,7 @@ class PromptMemory:
         return len(self._kept)
 
     def of(self, user: Hashable) -> Returning:
-        """The place of a user, who need not be known yet."""
+        """The place for a user's prompt. The user may be new."""
         return Returning(self, user)
 
     def get(self, user: Hashable) -> _Kept | None:
@@ -76,15 +78,16 @@ class PromptMemory:
 
 @dataclass(frozen=True)
 class Returning:
-    """Where one user's prompt is kept."""
+    """The place where one user's prompt is kept."""
 
     memory: PromptMemory
     user: Hashable
 
     def prompt(self, model: GenerativeModel, history: np.ndarray) -> Prompt:
-        """The prompt of a history, continued from the last one where it can be.
+        """The prompt of a history, which continues the user's last prompt if possible.
 
         Args:
+            model: the model.
             history: int item rows, oldest first.
         """
         history, window = np.asarray(history, dtype=np.int64), model.layout.window
@@ -102,8 +105,10 @@ class Returning:
 
 
 def _continued(before: np.ndarray, history: np.ndarray, window: int) -> np.ndarray:
-    """The end of a history that begins with the items of the prompt before; where there is none that is as
-    long as the window and at most ``GROWTH`` windows, the last ``window`` items."""
+    """The end of a history that begins with the items of the previous prompt.
+
+    If none has a length between one window and ``GROWTH`` windows, the last ``window`` items are used.
+    """
     least, most = min(window, len(history)), min(GROWTH * window, len(history))
     for length in range(max(least, len(before)), most + 1):
         shown = history[-length:] if length else history
@@ -113,7 +118,7 @@ def _continued(before: np.ndarray, history: np.ndarray, window: int) -> np.ndarr
 
 
 def _common(last: _Kept, tokens: np.ndarray) -> Known:
-    """What is known of the tokens that both begin with; the last of them is always computed."""
+    """The known states of the first tokens that both prompts share. The last token is always computed."""
     most = min(len(last.tokens), len(tokens) - 1)
     differ = np.flatnonzero(last.tokens[:most] != tokens[:most])
     return last.known.first(int(differ[0]) if len(differ) else most)

@@ -1,4 +1,4 @@
-"""One step of the search: from the beams of one level to the best beams of the next."""
+"""One step of the search: from the beams of one level to the best beams of the next level."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch.nn import functional as F
 from peso.decoding.filters import NodeFilter
 from peso.items.semantic_ids import ItemTrie
 
-NONE = torch.iinfo(torch.int64).max  # key of what is no candidate
+NONE = torch.iinfo(torch.int64).max  # the key of missing candidates
 
 
 @dataclass(frozen=True)
 class TrieTensors:
     """The arrays of an :class:`ItemTrie` on a device.
 
-    codes: per level int32 (nodes, fan-out), a view of the flat codes: row i holds the codes of node i and of
-        those after it, so that one row fetches all children of a node, and what follows the last of them.
-    starts: per level int32 (nodes of the level above + 1,), where the children of each node begin.
-    fanout: per level the most children of a node.
+    Attributes:
+        codes: for each level, int32 (nodes, fan-out), a view of the flat codes. Row i has the codes of node i
+            and of the nodes after it, so that one row contains all children of a node (and possibly more).
+        starts: for each level, int32 (nodes of the level above + 1,), where the children of each node begin.
+        fanout: for each level, the largest number of children of a node.
     """
 
     codes: tuple[Tensor, ...]
@@ -31,7 +32,7 @@ class TrieTensors:
 
     @classmethod
     def of(cls, trie: ItemTrie, device: torch.device) -> TrieTensors:
-        """Made once per trie and device, kept as long as the trie."""
+        """The arrays for a trie and a device. They are created once and kept as long as the trie."""
         copies = _ON_DEVICE.setdefault(trie, {})
         if device not in copies:
             copies[device] = cls(
@@ -50,12 +51,13 @@ _ON_DEVICE: WeakKeyDictionary[ItemTrie, dict[torch.device, TrieTensors]] = WeakK
 
 @dataclass(frozen=True)
 class Selection:
-    """The beams after a step, in the order of the trie. All (users, beams).
+    """The beams after a step, in the order of the trie. All are (users, beams).
 
-    nodes: int64 numbers within the level, -1 where there is no beam.
-    costs: float32 negative log-probabilities, inf where there is no beam.
-    codes: int64, the code that led here.
-    parents: int64, which beam of the step before was continued.
+    Attributes:
+        nodes: int64, the node numbers within the level, -1 if there is no beam.
+        costs: float32, the negative log-probabilities, inf if there is no beam.
+        codes: int64, the last code of each beam.
+        parents: int64, the beam of the previous step that was continued.
     """
 
     nodes: Tensor
@@ -65,12 +67,12 @@ class Selection:
 
     @classmethod
     def root(cls, users: int, device: torch.device) -> Selection:
-        """One beam each, before the first code: node 0 is the root."""
+        """One beam per user before the first code, at the root (node 0)."""
         zero = torch.zeros(users, 1, dtype=torch.int64, device=device)
         return cls(zero, zero.float(), zero, zero)
 
     def ranked(self) -> tuple[Tensor, Tensor]:
-        """(nodes, log-probabilities), best first; equal ones in the order of the trie."""
+        """The nodes and log-probabilities, best first, with ties in the order of the trie."""
         costs, order = self.costs.sort(stable=True)
         return self.nodes.gather(1, order), 0.0 - costs
 
@@ -83,29 +85,32 @@ def select(
     width: int,
     admitted: NodeFilter | None = None,
 ) -> Selection:
-    """Extend every beam by all its children and keep the ``width`` best of each user.
+    """Extend every beam by all its children, and keep the ``width`` best beams of each user.
 
-    Among equals the lower semantic ID (the lower code tuple) is kept. That is exact on every device: beams
-    stand in the order of the trie, so candidates do too, and the cost of a candidate and its place are joined
-    into one integer key, of which no two are equal. Costs are never negative, and the bits of such floats
+    Ties are resolved in favor of the lower semantic ID (the lower code tuple), exactly on every device: beams
+    are in the order of the trie, and so are candidates. The cost and the position of a candidate are combined
+    into one integer key, so all keys are different. Costs are never negative, and the bits of such floats
     compare like integers (IEEE 754).
 
     Args:
-        level: whose codes are chosen; the beams lie on the level above.
+        trie: the trie.
+        level: the level of the codes to choose; the beams are on the level above.
+        beams: the beams to extend.
         log_probabilities: float32 (users, beams, codes of the level).
-        width: beams to keep, at most as many as there are candidates.
+        width: the number of beams to keep, at most the number of candidates.
+        admitted: the nodes that each user may enter; None for all.
     """
     starts, most = trie.starts[level], trie.fanout[level]
     above = beams.nodes.clamp_min(0)
     first = starts[above]  # (users, beams)
     count = torch.where(beams.nodes < 0, 0, starts[above + 1] - first)
     place = torch.arange(most, dtype=torch.int32, device=first.device)
-    missing = place >= count.unsqueeze(-1)  # (users, beams, fan-out), as all that follows
+    missing = place >= count.unsqueeze(-1)  # (users, beams, fan-out), like everything below
     if admitted is not None:
         missing |= ~admitted.admits(level, first.unsqueeze(-1).long() + place)
     codes = trie.codes[level][first].long()
     costs = beams.costs.unsqueeze(-1) - log_probabilities.gather(-1, codes)
-    costs.clamp_min_(0)  # a log-probability may be rounded to a little above 0
+    costs.clamp_min_(0)  # rounding can make a log-probability slightly larger than 0
 
     key = costs.view(torch.int32).long()
     key.bitwise_left_shift_(32).masked_fill_(missing, NONE)

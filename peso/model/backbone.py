@@ -1,4 +1,4 @@
-"""Loads or builds the frozen language model and checks that it works (:mod:`peso.model.backbone_checks`)."""
+"""Load or build the frozen language model, and check that it works (:mod:`peso.model.backbone_checks`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BEGIN, END = "<|begin|>", "<|end|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Two special tokens and the 256 bytes: any text, no vocabulary to learn."""
+    """A tokenizer for any text, with two special tokens and the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([BEGIN, END, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -44,8 +44,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def add_dropout(causal_lm: Any, p: float) -> None:
-    """Drop a share p of the embeddings, and of what attention and feed-forward add to the residual stream of
-    each layer, in training mode; nothing is saved of it."""
+    """Apply dropout with probability p to the embeddings and to the outputs of attention and feed-forward in
+    each layer, in training mode. This does not affect the saved weights."""
     decoder = causal_lm.get_decoder()
     decoder.add_module("dropout", nn.Dropout(p))
     decoder.register_forward_pre_hook(_drop_embeddings, with_kwargs=True)
@@ -56,20 +56,27 @@ def add_dropout(causal_lm: Any, p: float) -> None:
 
 
 def _drop_embeddings(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    embeddings = kwargs.get("inputs_embeds")  # none where a check calls with ids
+    embeddings = kwargs.get("inputs_embeds")  # None if a check passes ids
     return args, kwargs if embeddings is None else {**kwargs, "inputs_embeds": decoder.dropout(embeddings)}
 
 
 def _drop_output(part: Any, args: Any, output: Any) -> Any:
-    if isinstance(output, tuple):  # attention: with its weights
+    if isinstance(output, tuple):  # attention also returns its weights
         return part.dropout(output[0]), *output[1:]
     return part.dropout(output)
 
 
 def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> LlamaForCausalLM:
-    """A randomly initialized Llama for the byte tokenizer: heads of 32 (16 below width 64), MLP 8/3 × width.
+    """A randomly initialized Llama for the byte tokenizer.
 
-    The caller's random state is left as it was. Same seed, same weights.
+    Heads have 32 dimensions (16 if the width is less than 64), and the MLP is 8/3 times as wide as the model.
+    The same seed gives the same weights, and the caller's random state does not change.
+
+    Args:
+        width: the hidden width.
+        layers: the number of layers.
+        seed: the seed of the weights.
+        tied: whether the input embedding and the output head share their weights.
     """
     head = head_size(width)
     if width % head:
@@ -101,24 +108,27 @@ def load_backbone(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
-    """A checked causal LM and its tokenizer.
+    """Load or build a causal LM with its tokenizer, and check it.
 
-    Attention is scaled-dot-product attention, or eager where Transformers has no other for the family.
+    Attention is scaled-dot-product attention, or eager if Transformers has no other for the family.
 
     Args:
         name: ``scratch``, ``tiny``, an asset that was pulled, the path of a Transformers directory, or a name
             on the Hugging Face hub.
-        layers: keep the first n decoder layers; for ``scratch`` and ``tiny`` the depth.
-        width: hidden width, ``scratch`` and ``tiny`` only.
-        dropout: see :func:`add_dropout`, ``scratch`` and ``tiny`` only; None: none.
-        seed: of the random weights of ``scratch`` and ``tiny``.
-        dtype: precision of the weights.
+        layers: the number of decoder layers to keep, from the first one on. For ``scratch`` and ``tiny``, the
+            number of layers to build.
+        width: the hidden width, for ``scratch`` and ``tiny`` only.
+        dropout: see :func:`add_dropout`, for ``scratch`` and ``tiny`` only. None for no dropout.
+        seed: the seed of the random weights of ``scratch`` and ``tiny``.
+        dtype: the precision of the weights.
 
     Returns:
-        (causal LM, tokenizer): on the CPU, in evaluation mode, every parameter frozen.
+        The causal LM and its tokenizer. The model is on the CPU, in evaluation mode, with all parameters
+        frozen.
 
     Raises:
-        BackboneError: it cannot be found or read, has fewer layers, is incomplete, or fails a check.
+        BackboneError: the backbone cannot be found or read, has fewer layers, is incomplete, or fails a
+            check.
     """
     if name in BUILT_IN:
         default_width, default_layers = BUILT_IN[name]
@@ -132,10 +142,10 @@ def load_backbone(
     else:
         if width is not None:
             raise BackboneError(
-                f"backbone.width is for {' and '.join(BUILT_IN)} only; {name!r} brings its own width"
+                f"backbone.width is for {' and '.join(BUILT_IN)} only; {name!r} has a fixed width"
             )
         causal_lm, tokenizer = _pretrained(name, source_of(name), layers, dtype)
-    # PEFT writes this into its files: the name that was configured, not a place on this machine
+    # PEFT writes this to its files; use the configured name instead of a local path
     causal_lm.name_or_path = causal_lm.config._name_or_path = name
     causal_lm.eval().requires_grad_(False)
     try:
@@ -147,7 +157,7 @@ def load_backbone(
 
 def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
-        with quiet_transformers():  # silent about the weights that `layers` leaves out
+        with quiet_transformers():  # no warnings about weights that are left out because of `layers`
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if layers is not None:
                 _keep_layers(config, layers, name)
@@ -158,41 +168,47 @@ def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) 
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except BackboneError:
         raise
-    except Exception as error:  # files that others wrote: there is no end to what may be wrong with them
+    except Exception as error:  # files from other sources may be wrong in many ways
         cause = " ".join(str(error).split()[:40])
-        if " " not in cause:  # a key, or nothing
+        if " " not in cause:  # only a key, or an empty message
             cause = f"{type(error).__name__} {cause}".strip()
         if "trust_remote_code" in str(error):
-            cause = "it needs code that comes with it, which peso does not run"
+            cause = "it needs its own code, which peso does not run"
         if isinstance(error, pickle.UnpicklingError):
-            cause = "its weights are a pickle that holds more than tensors; convert it to safetensors"
+            cause = "its weights are a pickle with more than tensors; convert it to safetensors"
         raise BackboneError(f"backbone {name!r} cannot be loaded from {source}: {cause}") from error
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise BackboneError(
-            f"backbone {name!r} is incomplete: {len(report['missing_keys'])} weights are not in its files "
-            f"({some}, …); name a directory that holds a whole causal LM"
+            f"backbone {name!r} is incomplete: {len(report['missing_keys'])} weights are missing from its "
+            f"files ({some}, …); use a directory with a complete causal LM"
         )
     return causal_lm, tokenizer
 
 
 def _check_depth(config: Any, source: str) -> None:
-    """Before layers are made: refuse a directory that says it has more of them than its weights can fill."""
+    """Check, before any layer is built, that a directory's weights can fill the configured number of layers.
+
+    Raises:
+        BackboneError: there are no layers, or more than the weights can fill.
+    """
     text = config.get_text_config()
     layers, width = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "hidden_size"))
     if layers < 1:
-        raise BackboneError(f"backbone {source!r} has {layers} layers in its config.json; it needs one")
+        raise BackboneError(
+            f"backbone {source!r} has {layers} layers in its config.json; it needs at least one"
+        )
     files = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]
     held = sum(path.stat().st_size for path in files)
     if files and layers * width > held:
         raise BackboneError(
-            f"backbone {source!r} is incomplete: {layers:,} layers {width:,} wide in its config.json, "
-            f"{held:,} bytes of weights; name a directory that holds a whole causal LM"
+            f"backbone {source!r} is incomplete: its config.json has {layers:,} layers of width {width:,}, "
+            f"but there are only {held:,} bytes of weights; use a directory with a complete causal LM"
         )
 
 
 def _keep_layers(config: Any, layers: int, name: str) -> None:
-    """Shorten a configuration to its first layers; lists with one entry a layer are shortened with it."""
+    """Shorten a configuration to its first layers, including lists with one entry per layer."""
     text = config.get_text_config()
     total = text.num_hidden_layers
     if layers > total:
@@ -204,13 +220,13 @@ def _keep_layers(config: Any, layers: int, name: str) -> None:
 
 
 def embedding_scale(causal_lm: Any) -> float:
-    """The factor between a row of the input embedding and what the module gives for its token.
+    """The factor between a row of the input embedding and the module's output for its token.
 
-    Gemma's module multiplies by √width. Our input rows stand beside the module, so they are kept as it gives
-    them; an export divides them by this factor.
+    Gemma's module multiplies by √width. Our input rows are outside of the module, so they include this
+    factor; an export divides them by it.
 
     Raises:
-        BackboneError: the module does something else than look up a row and scale it.
+        BackboneError: the module does something other than look up a row and scale it.
     """
     module = causal_lm.get_input_embeddings()
     with torch.no_grad():

@@ -28,14 +28,18 @@ from peso.model.layout import make_layout
 from peso.model.tree_attention import REFUSES
 from peso.model.vocabulary import SemanticVocabulary
 
-TRUNK, BRANCH = 10, 3  # tokens of the trial
-# Relative to the largest value. Half precision says less, but a mask that is ignored shows all the same.
+TRUNK, BRANCH = 10, 3  # the numbers of tokens for the checks
+# Relative to the largest value. Half precision is less exact, but still shows if a mask is ignored.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 @torch.no_grad()
 def check_backbone(causal_lm: Any, tokenizer: Any) -> None:
-    """Raise BackboneError with the reason if the causal LM cannot serve as a backbone."""
+    """Check that a causal LM can be used as a backbone.
+
+    Raises:
+        BackboneError: it cannot be used; the message gives the reason.
+    """
     _check_ids(causal_lm, tokenizer)
     device, words = causal_lm.device, len(tokenizer)
     ids = (
@@ -48,9 +52,7 @@ def check_backbone(causal_lm: Any, tokenizer: Any) -> None:
     try:
         own = causal_lm(input_ids=apart, use_cache=False).logits[..., :words].float()
         embedded = causal_lm(inputs_embeds=model.embed(apart), use_cache=False).logits[..., :words].float()
-        _compare(
-            embedded, own, model.dtype, "called with embeddings it answers otherwise than with token ids"
-        )
+        _compare(embedded, own, model.dtype, "embeddings as input give another result than token ids")
         hidden = model.hidden(apart, None, positions)
         _compare(
             model.word_logits(hidden),
@@ -74,15 +76,18 @@ def check_backbone(causal_lm: Any, tokenizer: Any) -> None:
         NotImplementedError,
     ) as e:
         raise BackboneError(
-            f"it does not take embeddings, a four-dimensional mask and positions ({type(e).__name__}: {e})"
+            f"it does not accept embeddings, a four-dimensional mask and positions ({type(e).__name__}: {e})"
         ) from e
 
 
 def check_reach(causal_lm: Any, length: int) -> None:
-    """Raise BackboneError if a sequence of ``length`` tokens is more than every layer of the backbone sees.
+    """Check that every layer of a backbone sees all of a sequence of ``length`` tokens.
 
-    Beyond a sliding window our masks, which show a target its whole history, and the backbone's own attention
-    would differ; beyond its context it was never trained.
+    Beyond a sliding window, our masks, which let a target see its whole history, would differ from the
+    backbone's own attention. Beyond its context, the backbone was never trained.
+
+    Raises:
+        BackboneError: the sequence is too long.
     """
     config = causal_lm.config.get_text_config()
     limits = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
@@ -94,7 +99,7 @@ def check_reach(causal_lm: Any, length: int) -> None:
         if isinstance(limit, int) and 0 < limit < length:
             raise BackboneError(
                 f"prompts reach {length} tokens, but the backbone's {key} is {limit}; "
-                "lower prompt.window or choose another backbone"
+                "reduce prompt.window or choose another backbone"
             )
 
 
@@ -113,16 +118,20 @@ def _check_ids(causal_lm: Any, tokenizer: Any) -> None:
     ):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise BackboneError(f"it has no {side} with one row a token")
+            raise BackboneError(f"it has no {side} with one row per token")
         if len(weight) < words:
-            raise BackboneError(f"its tokenizer has {words} tokens, but its {side} only {len(weight)} rows")
+            raise BackboneError(
+                f"its tokenizer has {words} tokens, but its {side} has only {len(weight)} rows"
+            )
         shapes.append(weight.shape[1])
     if shapes[0] != shapes[1]:
-        raise BackboneError(f"its input embedding is {shapes[0]} wide, its output head {shapes[1]}")
+        raise BackboneError(
+            f"its input embedding has the width {shapes[0]}, but its output head has {shapes[1]}"
+        )
 
 
 def _trial_model(causal_lm: Any, tokenizer: Any) -> GenerativeModel:
-    """The model as everyone uses it, with one semantic token that is never asked for."""
+    """The model as it is normally used, with one semantic token that is never needed."""
     width = causal_lm.get_input_embeddings().weight.shape[1]
     vocabulary = SemanticVocabulary(len(tokenizer), (1,), width).to(causal_lm.device)
     catalogue = SemanticIds(["an item"], np.zeros((1, 1), dtype=np.int32), (1,))
@@ -131,7 +140,7 @@ def _trial_model(causal_lm: Any, tokenizer: Any) -> GenerativeModel:
 
 
 def _branch_visibility() -> tuple[Tensor, Tensor]:
-    """Visible keys (n, n) and positions (n,) of a trunk and two branches that do not see each other."""
+    """The visibility (n, n) and positions (n,) of a trunk and two branches that do not see each other."""
     n = TRUNK + 2 * BRANCH
     visible = torch.ones(n, n, dtype=torch.bool).tril()
     visible[TRUNK + BRANCH :, TRUNK : TRUNK + BRANCH] = False
@@ -157,7 +166,8 @@ def _on_a_cache(model: GenerativeModel, ids: Tensor) -> Tensor:
 
 
 def _same_along_a_tree(model: GenerativeModel, ids: Tensor, expected: Tensor) -> bool:
-    """The trunk as root, the branches as trunks of two sequences."""
+    """Whether attention along a tree gives the expected result. Here the trunk is the root, and the branches
+    are the trunks of two sequences."""
     _, positions = (x.to(ids.device) for x in _branch_visibility())
     number = torch.arange(3, device=ids.device).repeat_interleave(
         torch.tensor([TRUNK, BRANCH, BRANCH], device=ids.device)
@@ -167,9 +177,9 @@ def _same_along_a_tree(model: GenerativeModel, ids: Tensor, expected: Tensor) ->
     tree = visibility.Tree(*(x[None] for x in (number, branch, order, order)))
     try:
         found = model.hidden(ids[None], tree, positions[None])[0]
-    except Exception:  # whatever a backbone does that was not made for it
+    except Exception:  # a backbone that does not support it may fail in any way
         return False
-    return _error(found, expected) <= TOLERANCE[model.dtype]  # a NaN is not
+    return _error(found, expected) <= TOLERANCE[model.dtype]  # False for NaN
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Builds a generative model from its configuration, and reads and writes its weights as a stage's files.
+"""Build a generative model from its configuration, and read and write its weights as a stage's files.
 
 The files of a stage are ``vocabulary.safetensors``, ``adapter/`` if there is one, and ``backbone/`` if its
 weights were trained.
@@ -40,18 +40,23 @@ def build_model(
     seed: int,
     head: HeadConfig | None = None,
 ) -> GenerativeModel:
-    """Load the backbone and set semantic vocabulary, adapter and layout beside it, in float32 on the CPU.
+    """Build a model from a backbone, a semantic vocabulary, an adapter and a layout, in float32 on the CPU.
 
-    Vocabulary rows and adapter are trainable. Same arguments, same weights.
+    The vocabulary rows and the adapter are trainable. The same arguments give the same weights.
 
     Args:
-        adapter: None: no adapter, the backbone itself is to be trained.
-        seed: of everything drawn: backbone, vocabulary, adapter and head draw from streams of their own.
-        head: None: codes alone.
+        backbone: the configuration of the backbone.
+        prompt: the configuration of the prompt.
+        adapter: the configuration of the adapter; None to train the backbone itself.
+        loss_vocabulary: the normalization of probabilities, see :class:`GenerativeModel`.
+        semantic_ids: the catalog.
+        seed: the seed of everything random. Backbone, vocabulary, adapter and head have separate random
+            streams.
+        head: the configuration of the head; None to use only codes.
 
     Raises:
-        BackboneError: the backbone cannot be loaded, is refused by a check, is too short for the prompts, or
-            its tokenizer has semantic tokens already.
+        BackboneError: the backbone cannot be loaded, fails a check, has too short a context for the prompts,
+            or its tokenizer already has semantic tokens.
     """
     seeds = [int(state) for state in np.random.SeedSequence(seed).generate_state(4)]
     causal_lm, tokenizer = load_backbone(
@@ -66,8 +71,8 @@ def build_model(
     taken = sorted(set(semantic_ids.tokens()) & tokenizer.get_vocab().keys())
     if taken:
         raise BackboneError(
-            f"the tokenizer of {backbone.name} has semantic tokens already ({taken[0]}, …); "
-            "name the backbone it was exported from"
+            f"the tokenizer of {backbone.name} already has semantic tokens ({taken[0]}, …); "
+            "use the backbone that it was exported from"
         )
     first_id = len(tokenizer)
     embedding = causal_lm.get_input_embeddings().weight[:first_id]
@@ -91,18 +96,19 @@ def build_model(
 
 
 def longest_sequence(layout: PromptLayout, levels: int) -> int:
-    """Tokens of the longest sequence there is: two windows (training packs so much) and a target."""
+    """The number of tokens of the longest sequence: two windows, which training packs, and a target."""
     item = levels + len(layout.separator)
     return len(layout.prefix) + 2 * layout.window * item + len(layout.suffix) + levels + len(layout.end)
 
 
 def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_backbone: bool) -> None:
-    """Write what a stage has learned.
+    """Write the trained weights of a stage.
 
     Args:
-        directory: made if missing.
-        whole_backbone: the backbone was trained (then it has no adapter): write its weights too, as a
-            directory that Transformers loads.
+        model: the model.
+        directory: the directory to write to; it is created if it is missing.
+        whole_backbone: whether the backbone itself was trained (it then has no adapter). Its weights are
+            also written, as a directory that Transformers can load.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,12 +124,13 @@ def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_b
 
 @torch.no_grad()
 def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
-    """Read what is there of :func:`save_stage_weights`, bit for bit; what is not there stays as it is.
+    """Read the weights that :func:`save_stage_weights` wrote, bit for bit. Other weights do not change.
 
-    A backbone that was trained whole at stage 0 is only written there: read stage 0 first, then the stage.
+    A backbone that was trained at stage 0 is stored only there, so read stage 0 first, then the stage.
 
     Raises:
-        WorkspaceError: no vocabulary, a damaged file, or weights of another shape than the model's.
+        WorkspaceError: the vocabulary is missing, a file is damaged, or weights have other shapes than those
+            of the model.
     """
     folder = Path(directory)
     try:
@@ -134,7 +141,7 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
         raise WorkspaceError(f"{folder / VOCABULARY} is damaged ({error}); train the stage again") from error
     into = model.vocabulary.state_dict()
     for name in (f"item_head.{part}" for part in OF_ITEMS):
-        if name in into and name in rows:  # items that the catalog gained since keep what they begin with
+        if name in into and name in rows:  # items that were added later keep their initial values
             rows[name] = torch.cat([rows[name], into[name][len(rows[name]) :].cpu()])
     _copy(into, rows, folder / VOCABULARY)
     if (folder / BACKBONE).is_dir():
@@ -153,8 +160,8 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
 
 
 def round_frozen(model: GenerativeModel, dtype: torch.dtype) -> None:
-    """Hold the weights of a frozen backbone in another precision; adapters, vocabulary and buffers (such as
-    the frequencies of rotary positions) stay as they are."""
+    """Convert the weights of a frozen backbone to another precision. Adapters, vocabulary and buffers (such
+    as the frequencies of rotary positions) do not change."""
     for name, p in model.causal_lm.named_parameters():
         if not p.requires_grad and "lora_" not in name:
             p.data = p.data.to(dtype)
@@ -169,8 +176,8 @@ def _copy(into: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], source
     if wrong:
         name = min(wrong)
         raise WorkspaceError(
-            f"{source} does not fit the model: {name} is {_shape(stored, name)} there, "
-            f"{_shape(into, name)} here; it was written with another configuration"
+            f"{source} does not match the model: {name} has the shape {_shape(stored, name)} in the file and "
+            f"{_shape(into, name)} in the model; the file was written with another configuration"
         )
     for name, tensor in into.items():
         tensor.copy_(stored[name])

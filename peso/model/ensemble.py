@@ -1,7 +1,7 @@
-"""Two models that answer as one by averaging their logits.
+"""Two models that are combined by averaging their logits.
 
-Averaged logits, normalized, are the product of the models' distributions, p ∝ p_1^w · p_2^(1-w): high where
-both models find a token likely.
+After normalization, averaged logits are the product of the models' distributions, p ∝ p_1^w · p_2^(1-w). It
+is high for tokens that are likely under both models.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from peso.model.visibility import Tree
 
 
 class Ensemble(nn.Module):
-    """What search and likelihood ask of a :class:`GenerativeModel`, answered by two of them on one backbone.
+    """Two models on one backbone with the interface of a :class:`GenerativeModel` for search and likelihood.
 
         logits = share · logits of the first + (1 - share) · logits of the second
 
-    each as its model gives them, scaled and capped where its family does that. A hidden state is those of
-    both, one behind the other; so is a cache's list of layers. Answers are all it is for: it has no adapter
-    of its own and cannot be trained.
+    The logits of each model include scaling and capping if its family uses them. Hidden states and the layers
+    of a cache are those of both models, concatenated. An ensemble is for inference only: it has no adapter
+    and cannot be trained.
 
     Args:
-        first, second: of the same ids, layout, catalog and loss vocabulary.
-        share: weight of the first.
+        first, second: two models with the same token ids, layout, catalog and loss vocabulary.
+        share: the weight of the first model.
     """
 
     def __init__(self, first: GenerativeModel, second: GenerativeModel, share: float) -> None:
@@ -35,7 +35,7 @@ class Ensemble(nn.Module):
         self.members: Any = nn.ModuleList([first, second])
         self.shares = (share, 1 - share)
         self.tokenizer = first.tokenizer
-        self.vocabulary = first.vocabulary  # for ids and sizes: rows are each member's own
+        self.vocabulary = first.vocabulary  # for ids and sizes only; each member has its own rows
         self.layout = first.layout
         self.semantic_ids = first.semantic_ids
         self.loss_vocabulary = first.loss_vocabulary
@@ -43,7 +43,7 @@ class Ensemble(nn.Module):
 
     @property
     def causal_lm(self) -> Any:
-        """The first member's: for its configuration, which both share."""
+        """The causal LM of the first model, for its configuration, which both share."""
         return self.members[0].causal_lm
 
     @property
@@ -57,7 +57,7 @@ class Ensemble(nn.Module):
     def hidden(
         self, ids: Tensor, visible: Tensor | Tree | None, positions: Tensor, cache: Any = None
     ) -> Tensor:
-        """As :meth:`GenerativeModel.hidden`: (rows, length, 2 · width)."""
+        """The hidden states of both models, (rows, length, 2 · width); see :meth:`GenerativeModel.hidden`."""
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
         caches = [None if cache is None else _Layers(cache, number * layers) for number in (0, 1)]
         states = [
@@ -91,7 +91,7 @@ class Ensemble(nn.Module):
 
 
 class _Layers:
-    """A cache seen from a model whose layers are those from ``first`` on; all else is the cache's."""
+    """A view of a cache for a model whose layers begin at ``first``."""
 
     def __init__(self, cache: Any, first: int) -> None:
         self._cache = cache
@@ -111,12 +111,12 @@ class _Layers:
 
 
 def twin(model: GenerativeModel) -> GenerativeModel:
-    """A model with adapter and rows of its own on the same backbone, of which nothing is copied."""
+    """A copy of a model with its own adapter and vocabulary rows, which shares the backbone."""
     own = {
         id(p) for name, p in model.named_parameters() if ".lora_" in name or name.startswith("vocabulary.")
     }
     shared: list[Any] = [p for p in model.parameters() if id(p) not in own]
     shared += [model.tokenizer, model.layout, model.semantic_ids]
-    # one configuration, so that who changes how attention is computed changes it for both
+    # share the configuration, so that a change of the attention implementation applies to both
     shared += [module.config for module in model.modules() if hasattr(module, "config")]
     return deepcopy(model, {id(each): each for each in shared})

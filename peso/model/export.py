@@ -1,7 +1,7 @@
-"""Exports a model in formats that other tools load: plain Transformers, or PEFT on an extended backbone.
+"""Export a model in formats that other tools can load: plain Transformers, or PEFT on an extended backbone.
 
-The model in memory does not change, and the export appears whole or not at all. Input and output rows of the
-semantic tokens differ, so an exported model never ties its embeddings, even if the backbone did.
+The model in memory does not change, and an export is written completely or not at all. The input and output
+rows of the semantic tokens differ, so an exported model never ties its embeddings, even if the backbone did.
 """
 
 from __future__ import annotations
@@ -36,37 +36,43 @@ ITEM_HEAD = "item_head.safetensors"
 
 @dataclass(frozen=True)
 class PromptText:
-    """A layout as text: before, item, between, item, …, after; an item is its tokens without a gap."""
+    """A layout as text: before, item, between, item, …, after. An item is its tokens without spaces."""
 
     before: str
     between: str
     after: str
-    window: int  # most items of a history
+    window: int  # the largest number of items of a history
 
     @classmethod
     def of(cls, model: GenerativeModel) -> PromptText:
         layout, tokenizer = model.layout, model.tokenizer
         if layout.name == "instruct":
             return cls(*INSTRUCTION, layout.window)
-        # the begin token is written out where the tokenizer does not put it there itself
+        # include the begin token if the tokenizer does not add it
         opens = tokenizer.encode("a")[:1] == list(layout.prefix)
         return cls("" if opens else tokenizer.convert_ids_to_tokens(layout.prefix[0]), "", "", layout.window)
 
     def prompt(self, items: list[str]) -> str:
-        """The text of a history; each item as its tokens in one string."""
+        """The text of a history. Each item is given as its tokens in one string."""
         return self.before + self.between.join(items[-self.window :]) + self.after
 
 
 def export_merged(model: GenerativeModel, directory: str | Path, *, leaves_out_seen: bool = False) -> None:
-    """Write one plain Transformers model: adapter merged, semantic tokens in embedding, head and tokenizer.
+    """Write a plain Transformers model with the adapter merged and the semantic tokens added to embedding,
+    head and tokenizer.
 
-    In float32, whatever the backbone's precision: rounded to bfloat16, a weight loses what its last digit
-    cannot hold, which is most of what a stage learns. ``prompt.json`` beside it says how a history is written
-    as text, and whether items of the history are to be left out of the answers (``leaves_out_seen``).
+    The model is always in float32, because rounding to bfloat16 would lose most of what a stage learns. The
+    file ``prompt.json`` describes how a history is written as text, and whether items of the history must be
+    left out of the answers (``leaves_out_seen``).
+
+    Args:
+        model: the model.
+        directory: the directory to write to, missing or empty.
+        leaves_out_seen: whether items of the history are left out of the answers.
 
     Raises:
-        ExportError: the place is taken, the tokenizer would not read prompts as the model does, or the model
-            is an ensemble.
+        ExportError: the directory is not empty, the tokenizer would not encode prompts as the model does, or
+            the model is an ensemble.
     """
     _require_one(model)
     with commit_directory(require_free(directory)) as aside:
@@ -76,20 +82,25 @@ def export_merged(model: GenerativeModel, directory: str | Path, *, leaves_out_s
 
 
 def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_seen: bool = False) -> None:
-    """Write ``backbone/``, extended by neutral rows and untied, and ``adapter/`` for it in PEFT's format.
+    """Write ``backbone/``, extended by neutral rows and untied, and ``adapter/`` in PEFT's format.
 
-    Adapters of earlier stages that act beside the trained one are in the same adapter, whose rank is the sum
-    of theirs. It also holds the rows of the semantic tokens (``trainable_token_indices`` of embedding and
-    head). PEFT forgets a head's bias when it replaces rows, so the rows of a head that has one are in the
-    backbone instead.
+    Adapters of earlier stages that are active with the trained one become part of the same adapter, whose
+    rank is the sum of theirs. The adapter also has the rows of the semantic tokens
+    (``trainable_token_indices`` of embedding and head). PEFT drops a head's bias when it replaces rows, so if
+    the head has a bias, its rows are in the backbone instead.
+
+    Args:
+        model: the model.
+        directory: the directory to write to, missing or empty.
+        leaves_out_seen: whether items of the history are left out of the answers.
 
     Raises:
-        ExportError: as :func:`export_merged`, or the model has no adapter: its backbone was trained whole.
+        ExportError: see :func:`export_merged`; or the model has no adapter because its backbone was trained.
     """
     _require_one(model)
     if not has_adapter(model):
         raise ExportError(
-            "the model has no adapter, its backbone was trained whole; export it with --format merged"
+            "the model has no adapter because its backbone was trained; export it with --format merged"
         )
     causal_lm, first, rows = model.causal_lm, model.vocabulary.first_id, model.vocabulary
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
@@ -107,7 +118,7 @@ def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_see
     adapter, matrices = as_one_adapter(model.backbone)
     config = {
         **adapter,
-        "base_model_name_or_path": "backbone",  # which lies beside it
+        "base_model_name_or_path": "backbone",  # the directory next to the adapter
         "trainable_token_indices": dict.fromkeys(in_adapter, ids),
     }
     with commit_directory(require_free(directory)) as aside:
@@ -120,19 +131,20 @@ def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_see
 def _require_one(model: Any) -> None:
     if isinstance(model, Ensemble):
         raise ExportError(
-            "this stage answers with the averaged logits of two models, which no single model gives; "
-            "strategy lsat with fusion: arithmetic adds their weights up instead, and that can be exported"
+            "this stage averages the logits of two models, which no single model can do; strategy lsat with "
+            "fusion: arithmetic adds their weights instead, and can be exported"
         )
 
 
 @torch.no_grad()
 def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, merged: bool) -> nn.Module:
-    """The backbone without PEFT and with the semantic rows, on the CPU; what does not change is not copied.
+    """The backbone without PEFT and with the semantic rows, on the CPU. Unchanged weights are not copied.
 
     Args:
-        input_rows: (tokens, width), into the table of the embedding module.
-        output_rows: (tokens, width), into the head.
-        merged: add the active adapters to the weights they belong to, all in float32.
+        model: the model.
+        input_rows: (tokens, width), rows to append to the embedding.
+        output_rows: (tokens, width), rows to append to the head.
+        merged: whether to add the active adapters to their weights, in float32.
     """
     causal_lm, words, tokens = model.causal_lm, model.vocabulary.first_id, len(model.vocabulary)
     weights = weights_without_adapter(causal_lm)
@@ -140,7 +152,7 @@ def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, m
         weights = {name: _exact(tensor) for name, tensor in weights.items()} | _merged_weights(causal_lm)
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     for module, rows in ((embedding, input_rows), (head, output_rows)):
-        # some backbones pad their vocabulary: rows beyond the tokenizer's words make way for ours
+        # some backbones pad their vocabulary; our rows replace rows beyond the tokenizer's words
         kept = _exact(module.weight[:words]) if merged else module.weight[:words]
         weights[f"{_name(causal_lm, module)}.weight"] = torch.cat([kept, rows.to(kept)])
     if getattr(head, "bias", None) is not None:
@@ -149,7 +161,7 @@ def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, m
     config = deepcopy(causal_lm.config)
     for part in (config, config.get_text_config()):
         part.vocab_size = words + tokens
-        part.tie_word_embeddings = False  # else Transformers drops the head in silence
+        part.tie_word_embeddings = False  # otherwise Transformers silently drops the head
     with torch.device("meta"):
         plain = type(causal_lm)(config)
     plain.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
@@ -163,8 +175,10 @@ def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, m
 
 
 def _merged_weights(causal_lm: nn.Module) -> dict[str, Tensor]:
-    """W + (alpha / rank) · B A of every layer that has an active adapter, in float32 (PEFT's own would round
-    to the precision of W); the layers stay as they are."""
+    """W + (alpha / rank) · B A of every layer with an active adapter, in float32. The layers do not change.
+
+    PEFT's own merge would round to the precision of W.
+    """
     result = {}
     for name, layer in lora_layers(causal_lm).items():
         deltas = [layer.get_delta_weight(a).float() for a in layer.active_adapters if a in layer.lora_A]
@@ -173,7 +187,7 @@ def _merged_weights(causal_lm: nn.Module) -> dict[str, Tensor]:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """Number formats that hold less than float32, in it; no copy of others."""
+    """Convert tensors of lower precision to float32; others are not copied."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
@@ -188,9 +202,12 @@ def _save(plain: Any, model: GenerativeModel, directory: Path, leaves_out_seen: 
 
 @torch.no_grad()
 def _save_item_head(model: GenerativeModel, directory: Path) -> None:
-    """``item_head.safetensors``, where the model has an item head: ``vectors`` (items, width), ``biases``
-    (items,), ``query`` (width, width) and ``shares`` by the number of items in the prompt; the items' ids in
-    the order of the vectors, and the groups of the shares, are in its metadata (docs/how-to/export.md)."""
+    """Write ``item_head.safetensors`` if the model has an item head.
+
+    It has ``vectors`` (items, width), ``biases`` (items,), ``query`` (width, width) and ``shares``, by the
+    number of items in the prompt. The ids of the items in the order of the vectors, and the groups of the
+    shares, are in its metadata (docs/how-to/export.md).
+    """
     head = model.vocabulary.item_head
     if head is None:
         return
@@ -209,7 +226,7 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
 
 def _extended_tokenizer(model: GenerativeModel) -> Any:
     tokenizer = deepcopy(model.tokenizer)
-    # content, not control: decoding keeps them; and taken literally wherever they stand
+    # not special, so that decoding keeps them; not normalized, so that they are recognized anywhere
     tokenizer.add_tokens(
         [AddedToken(name, normalized=False, special=False) for name in model.semantic_ids.tokens()]
     )
@@ -217,7 +234,11 @@ def _extended_tokenizer(model: GenerativeModel) -> Any:
 
 
 def _check_reading(model: GenerativeModel, text: PromptText, tokenizer: Any) -> None:
-    """Raise ExportError unless the written tokenizer reads prompts as the model does."""
+    """Check that the exported tokenizer encodes prompts as the model does.
+
+    Raises:
+        ExportError: it does not.
+    """
     catalogue = model.semantic_ids
     history = np.arange(min(2, len(catalogue.item_ids)))
     prompt = text.prompt(["".join(catalogue.semantic_id(catalogue.item_ids[row])) for row in history])
@@ -231,13 +252,13 @@ def _check_reading(model: GenerativeModel, text: PromptText, tokenizer: Any) -> 
         or len(tokenizer) != first + len(model.vocabulary)
     ):
         raise ExportError(
-            "this backbone's tokenizer, extended and saved, does not read prompts as the model does: "
-            "what was exported would be given other ids than it was trained on"
+            "after extending and saving, this backbone's tokenizer does not encode prompts as the model "
+            "does: the exported model would get other token ids than those it was trained on"
         )
 
 
 def _table_rows(model: GenerativeModel) -> Tensor:
-    """Input rows, which stand beside the embedding module, as rows of its table."""
+    """The input rows as rows of the embedding module's table."""
     return model.vocabulary.input_rows.detach() / embedding_scale(model.causal_lm)
 
 

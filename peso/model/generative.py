@@ -23,7 +23,8 @@ from peso.model.vocabulary import SemanticVocabulary
 @dataclass(frozen=True)
 class LogitTransform:
     """logits ← cap · tanh(scale · logits / cap): Cohere's ``logit_scale``, Granite's ``logits_scaling``
-    (a divisor), Gemma's ``final_logit_softcapping``. The check at loading compares with the model's own."""
+    (a divisor) and Gemma's ``final_logit_softcapping``. When a backbone is loaded, a check compares the
+    result with the model's own logits."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -41,15 +42,18 @@ class LogitTransform:
 
 
 class GenerativeModel(nn.Module):
-    """One id space over the backbone's words and the semantic tokens.
+    """A backbone with semantic tokens, in one space of token ids.
 
-    Ids below ``vocabulary.first_id`` are the tokenizer's words, the rest rows of the vocabulary. The
-    backbone is called with embeddings and returns hidden states; logits are computed only where asked.
+    Ids below ``vocabulary.first_id`` are the tokenizer's words; the others are rows of the vocabulary. The
+    backbone gets embeddings and returns hidden states. Logits are computed only where they are needed.
 
     Args:
         backbone: a Transformers causal LM, plain or wrapped by PEFT.
         tokenizer: its tokenizer, without the semantic tokens.
-        loss_vocabulary: normalization of every probability: ``full``, ``semantic`` or ``level``.
+        vocabulary: the rows of the semantic tokens.
+        layout: the prompt layout.
+        semantic_ids: the catalog.
+        loss_vocabulary: the normalization of all probabilities: ``full``, ``semantic`` or ``level``.
     """
 
     def __init__(
@@ -63,25 +67,25 @@ class GenerativeModel(nn.Module):
     ) -> None:
         super().__init__()
         if loss_vocabulary not in ("full", "semantic", "level"):
-            raise ValueError(f"loss_vocabulary {loss_vocabulary!r} is none of full, semantic, level")
+            raise ValueError(f"loss_vocabulary {loss_vocabulary!r} must be full, semantic or level")
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.layout = layout
         self.semantic_ids = semantic_ids
         self.loss_vocabulary = loss_vocabulary
-        self.backbone_sha256: str | None = None  # of its weights before they were rounded, where they were
+        self.backbone_sha256: str | None = None  # of the weights before rounding, if they were rounded
         self.logit_transform = LogitTransform.of(self.causal_lm.config)
 
     @property
     def causal_lm(self) -> Any:
-        """The Transformers model itself, adapters injected in place."""
+        """The Transformers model, with adapters injected in place."""
         backbone: Any = self.backbone
         return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
     def merged(self) -> GenerativeModel:
-        """The model with its active adapters added to the backbone's weights for good, in float32; all
-        of them require a gradient."""
+        """The model with its active adapters merged into the backbone's weights, in float32. All weights then
+        require gradients."""
         backbone: Any = self.backbone
         causal_lm = backbone.float().merge_and_unload().requires_grad_(True)
         return GenerativeModel(
@@ -94,15 +98,15 @@ class GenerativeModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The backbone's own precision; vocabulary rows and adapters may be kept in a higher one."""
+        """The precision of the backbone. Vocabulary rows and adapters may have a higher one."""
         return self.causal_lm.get_input_embeddings().weight.dtype
 
     def item_token_ids(self, items: Any) -> Any:
-        """int64 (n, levels) token ids of item rows (NumPy in, NumPy out)."""
+        """The token ids of item rows: int (n,) → int64 (n, levels), as NumPy arrays."""
         return self.semantic_ids.token_numbers[items] + self.vocabulary.first_id
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (…) → embeddings (…, width) in the backbone's precision."""
+        """The embeddings of token ids in the backbone's precision: (…) → (…, width)."""
         first = self.vocabulary.first_id
         semantic = ids >= first
         words = self.causal_lm.get_input_embeddings()(ids.masked_fill(semantic, 0))
@@ -112,15 +116,16 @@ class GenerativeModel(nn.Module):
     def hidden(
         self, ids: Tensor, visible: Tensor | Tree | None, positions: Tensor, cache: Any = None
     ) -> Tensor:
-        """Last hidden states.
+        """The last hidden states.
 
         Args:
-            ids: (rows, length) token ids.
-            visible: bool (rows, 1, length, past + length), who may attend to whom; every position must see
-                something. Or a tree that says so of the rows (no cache then): attention then costs what is
-                seen, where the backbone and the machine allow it. None: plain causal attention (no cache).
-            positions: (rows, length) position ids.
-            cache: a Transformers cache; it is extended by ``length`` entries.
+            ids: (rows, length), token ids.
+            visible: bool (rows, 1, length, past + length), which positions each position may attend to (at
+                least one). Or a tree, without a cache: if the backbone and the machine support it, the cost
+                of attention then depends only on what is visible. Or None for causal attention without a
+                cache.
+            positions: (rows, length), position ids.
+            cache: a Transformers cache, which is extended by ``length`` entries.
 
         Returns:
             (rows, length, width) in the backbone's precision.
@@ -141,7 +146,7 @@ class GenerativeModel(nn.Module):
         return output.last_hidden_state
 
     def _hidden_along(self, ids: Tensor, tree: Tree, positions: Tensor) -> Tensor:
-        # whoever took this for a mask would get no numbers
+        # a layer that used this as a mask would return NaN
         no_mask = torch.full((1, 1, 1, 1), torch.nan, dtype=self.dtype, device=ids.device)
         with along_trees(self.causal_lm):
             output = self.causal_lm.get_decoder()(
@@ -154,14 +159,15 @@ class GenerativeModel(nn.Module):
         return output.last_hidden_state
 
     def word_logits(self, hidden: Tensor) -> Tensor:
-        """hidden (…, width) → float32 logits (…, first_id) of the backbone's own words."""
+        """The logits of the backbone's words: hidden states (…, width) → float32 (…, first_id)."""
         words = self.causal_lm.get_output_embeddings().weight[: self.vocabulary.first_id]
         bias = getattr(self.causal_lm.get_output_embeddings(), "bias", None)
         logits = F.linear(hidden, words, None if bias is None else bias[: self.vocabulary.first_id])
         return self.logit_transform(logits.float())
 
     def semantic_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
-        """hidden (…, width) → float32 logits (…, tokens) of one level's codes, or of all semantic tokens."""
+        """The logits of one level's codes, or of all semantic tokens: hidden states (…, width) → float32
+        (…, tokens)."""
         rows = self.vocabulary.output_rows if level is None else self.vocabulary.level_rows(level)
         return self.logit_transform(F.linear(hidden, rows.to(hidden.dtype)).float())
 
@@ -170,22 +176,25 @@ class GenerativeModel(nn.Module):
         return self.vocabulary.item_head is not None
 
     def item_share(self, lengths: Tensor) -> Tensor:
-        """Share of the item head in the pool with the codes, by the number of items in the prompt: int64 (n,)
-        → float32 (n,)."""
+        """The share of the item head in the mixture with the codes, by the number of items in the prompt:
+        int64 (n,) → float32 (n,)."""
         assert self.vocabulary.item_head is not None
         return self.vocabulary.item_head.share_of(lengths)
 
     def item_log_probabilities(self, hidden: Tensor) -> Tensor:
-        """hidden (n, width), the states that predict an item's first code → float32 (n, items), of every item
-        of the catalog under the item head."""
+        """The log-probability of every item under the item head: hidden states (n, width) that predict an
+        item's first code → float32 (n, items)."""
         assert self.vocabulary.item_head is not None
         scores: Tensor = self.vocabulary.item_head(hidden)
         return scores.log_softmax(-1)
 
 
 def _without_plans(device: torch.device) -> AbstractContextManager[None]:
-    """Attention that needs no planning: prompts, beams and cases come in many shapes, and cuDNN plans for
-    each new one for longer than the pass takes. (The rows of training come in few.)"""
+    """A context in which attention does not use cuDNN.
+
+    Prompts, beams and cases have many shapes, and planning for a new shape takes cuDNN longer than the pass
+    itself. Training has only a few shapes.
+    """
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

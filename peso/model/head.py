@@ -12,22 +12,24 @@ from torch.autograd.function import once_differentiable
 
 from peso.model.generative import GenerativeModel
 
-CHUNK_VALUES = 2**20  # logits that are normalized at once: what a cache holds
-MASKED = -1e4  # of a token that does not compete: finite, so that 0 · it is 0
+CHUNK_VALUES = 2**20  # logits that are normalized at once; they fit in a cache
+MASKED = -1e4  # the logit of a token that does not compete; finite, so that 0 · MASKED is 0
 
 
 def log_probabilities(
     model: GenerativeModel, hidden: Tensor, target_ids: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probabilities of all tokens that compete with each target token under ``loss_vocabulary``.
+    """The log-probabilities of all tokens that compete with each target token under ``loss_vocabulary``.
 
     Args:
+        model: the model.
         hidden: (n, width), the state that predicts each token.
-        target_ids: int64 (n,): under ``level`` they say which level's codes compete; the other levels'
-            tokens get ``MASKED``.
+        target_ids: int64 (n,), the target tokens. With ``level`` they determine the level whose codes
+            compete; tokens of other levels get ``MASKED``.
+        temperature: the logits are divided by it.
 
     Returns:
-        float32 (n, tokens): under ``full`` all words and semantic tokens, else the semantic tokens.
+        float32 (n, tokens): all words and semantic tokens with ``full``, otherwise the semantic tokens.
     """
     logits = model.semantic_logits(hidden)
     if model.loss_vocabulary == "full":
@@ -44,16 +46,18 @@ def log_probabilities(
 def token_log_probabilities(
     model: GenerativeModel, hidden: Tensor, target_ids: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probability of each target token under the model's ``loss_vocabulary``.
+    """The log-probability of each target token under the model's ``loss_vocabulary``.
 
-    ``full``: softmax over all words and semantic tokens (the paper's). ``semantic``: over the semantic
-    tokens. ``level``: over the codes of the target's own level. The end token of a layout is a word: it
-    counts under ``full`` only, elsewhere its log-probability is 0 (it is certain after the last level).
+    The softmax is over all words and semantic tokens with ``full`` (as in the paper), over the semantic
+    tokens with ``semantic``, and over the codes of the target's level with ``level``. The end token of a
+    layout is a word. It counts only with ``full``; otherwise its log-probability is 0, because it is certain
+    after the last level.
 
     Args:
+        model: the model.
         hidden: (n, width), the state that predicts each token.
-        target_ids: int64 (n,) ids in the model's id space.
-        temperature: logits are divided by it.
+        target_ids: int64 (n,), the target tokens.
+        temperature: the logits are divided by it.
 
     Returns:
         float32 (n,).
@@ -80,20 +84,23 @@ def token_log_probabilities(
 
 
 def _normalised(temperature: float, targets: Tensor, *parts: Tensor) -> Tensor:
-    """float32 (n,): log-probability of each target under the softmax over all columns of the parts.
+    """float32 (n,): the log-probability of each target under the softmax over the columns of all parts.
 
     Args:
         temperature: the logits are divided by it.
-        targets: int64 (n,) columns, counted over the parts one behind the other.
-        parts: float32 (n, columns) logits each.
+        targets: int64 (n,), the column of each target in the concatenated parts.
+        parts: logits, each float32 (n, columns).
     """
     result: Tensor = _Normalised.apply(temperature, targets, *parts)
     return result
 
 
 class _Normalised(torch.autograd.Function):
-    """See :func:`_normalised`. A few rows at a time, so that nothing as large as the logits is written but
-    their gradient; the usual chain of operations writes seven."""
+    """The function of :func:`_normalised`.
+
+    It computes a few rows at a time, so that the gradient is the only tensor as large as the logits that is
+    written; the usual sequence of operations writes seven.
+    """
 
     @staticmethod
     def forward(ctx: Any, temperature: float, targets: Tensor, *parts: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """g/T · (1 at the target - softmax)."""
+        """The gradient of the logits, g/T · (1 at the target - softmax)."""
         targets, total, *parts = ctx.saved_tensors
         above = (gradient / ctx.temperature).unsqueeze(-1)  # (n, 1)
         results: list[Tensor | None] = []
@@ -130,8 +137,8 @@ class _Normalised(torch.autograd.Function):
 
 
 def _columns(targets: Tensor, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each part int64 (n, 1), the column of each target in it (some column where it is not there), and
-    bool (n,), whether it is."""
+    """For each part, the column of each target in it, int64 (n, 1), and whether the target is in it, bool
+    (n,). If it is not, the column is arbitrary."""
     starts = accumulate((part.shape[-1] for part in parts), initial=0)
     for start, part in zip(starts, parts, strict=False):
         column = targets - start
@@ -140,21 +147,21 @@ def _columns(targets: Tensor, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor,
 
 
 def _rows(part: Tensor) -> int:
-    """Rows that are normalized at once. A GPU gains nothing from few."""
+    """The number of rows to normalize at once. On a GPU there is no benefit in few rows."""
     return max(1, CHUNK_VALUES // part.shape[-1]) if part.device.type == "cpu" else max(1, len(part))
 
 
-# Logits over the words that exist at once: 64 MB, what a CPU's cache still helps with; 512 MB.
+# The number of logits of words to compute at once: 64 MB on a CPU, where the cache helps; otherwise 512 MB.
 HEAD_VALUES = {"cpu": 2**24}
 HEAD_VALUES_ELSEWHERE = 2**27
 
 
 def level_log_probabilities(model: GenerativeModel, hidden: Tensor, level: int) -> Tensor:
-    """hidden (…, width) → float32 (…, codes of the level).
+    """The log-probabilities of a level's codes: hidden states (…, width) → float32 (…, codes of the level).
 
-    The codes a valid item can continue with are a part of what is normalized over: ``level`` all codes of
-    the level, ``semantic`` all semantic tokens, ``full`` these and all words. Only the sum over the words is
-    kept, a slice of rows at a time, never the logits.
+    The softmax is over all codes of the level with ``level``, over all semantic tokens with ``semantic``, and
+    over these and all words with ``full``. The logits of the words are computed a few rows at a time, and
+    only their sum is kept.
     """
     if model.loss_vocabulary == "level":
         return model.semantic_logits(hidden, level).log_softmax(-1)
@@ -167,7 +174,7 @@ def level_log_probabilities(model: GenerativeModel, hidden: Tensor, level: int) 
 
 
 def _words_total(model: GenerativeModel, hidden: Tensor) -> Tensor:
-    """log Σ exp of the logits of all words, (…, width) → (…)."""
+    """log Σ exp of the logits of all words: hidden states (…, width) → (…)."""
     values = HEAD_VALUES.get(hidden.device.type, HEAD_VALUES_ELSEWHERE)
     rows = max(1, values // model.vocabulary.first_id)
     slices = hidden.flatten(0, -2).split(rows)

@@ -1,8 +1,9 @@
-"""A model prepared for inference: adapters are merged into the weights, or cost one extra product per layer.
+"""Prepare a model for inference: merge adapters into the weights, or compute them with two small products per
+layer.
 
-PEFT computes an adapter in half a dozen operations per linear layer, and Transformers computes a norm in
-eight. A single request has small operations, so launching them dominates. Inference needs nothing that only
-training uses, and PyTorch has a norm in one operation.
+PEFT uses about six operations per linear layer for an adapter, and Transformers uses eight for a norm. For a
+single request, the operations are so small that launching them dominates. Inference does not need what only
+training uses, and PyTorch has a norm as a single operation.
 """
 
 from __future__ import annotations
@@ -19,22 +20,21 @@ from peso.adapters.groups import lora_layers
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
 
-# formats whose rounding loses nothing of an update that was learned in float32
+# number formats in which no part of an update that was trained in float32 is lost
 _EXACT = (torch.float32, torch.float64)
 
 
 @torch.no_grad()
 def for_inference(model: GenerativeModel | Ensemble) -> Any:
-    """The same model to answer with: a copy without adapters that gives the same logits but for rounding.
+    """A copy of a model for inference, in evaluation mode, that gives the same logits up to rounding.
 
-    In float32 PEFT adds the active adapters to the weights, W + scale · B A. In bfloat16 that sum would lose
-    whatever is smaller than the last digit of W, which is much of an update: there x → W x + (scale · B)(A x)
-    is kept, in two small products in the precision of W. Layers that are adapted otherwise stay PEFT's. Norms
-    that divide by the root of the mean square are :class:`torch.nn.RMSNorm`.
+    In float32, PEFT adds the active adapters to the weights, W + scale · B A. In bfloat16, this sum would
+    lose much of an update, so x → W x + (scale · B)(A x) is computed instead, with two small products in the
+    precision of W. Layers with other kinds of adapters remain PEFT layers. Norms that divide by the root mean
+    square become :class:`torch.nn.RMSNorm`.
 
-    What is not adapted is shared with ``model``, whose own weights and adapters stay as they are: so the copy
-    needs the memory of the adapted float32 weights once more, and later changes of adapters do not show in
-    it. In evaluation mode.
+    Weights without adapters are shared with ``model``, which does not change. So the copy needs additional
+    memory for the adapted float32 weights, and later changes of the adapters do not affect it.
     """
     if isinstance(model, Ensemble):
         first, second = (for_inference(member) for member in model.members)
@@ -47,7 +47,7 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
     shared: list[Any] = [
         x for x in (*model.causal_lm.parameters(), *model.causal_lm.buffers()) if id(x) not in own
     ]
-    # one configuration, so that who changes how attention is computed changes it for both of an ensemble
+    # share the configuration, so that a change of the attention implementation applies to both of an ensemble
     shared += [module.config for module in model.backbone.modules() if hasattr(module, "config")]
     backbone: Any = deepcopy(model.backbone, {id(each): each for each in shared})
     if layers and exact:
@@ -71,7 +71,7 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
 
 
 def _beside(layer: LoraLayer) -> nn.Module | None:
-    """A LoRA layer as two products beside its weight; None where it is not a matter of B A alone."""
+    """A LoRA layer as two products in addition to its weight; None if the layer is not a plain LoRA layer."""
     base = layer.get_base_layer()
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     special = layer.merged or layer.disable_adapters or layer.lora_variant
@@ -83,13 +83,13 @@ def _beside(layer: LoraLayer) -> nn.Module | None:
 
 
 def _norm(module: nn.Module) -> nn.Module | None:
-    """PyTorch's own norm with the weight of one of Transformers'; None where that computes something else."""
+    """PyTorch's norm with the weight of a Transformers norm; None if the module computes something else."""
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if weight is None or epsilon is None or weight.dim() != 1:
         return None
     plain = nn.RMSNorm(weight.shape, eps=epsilon, device="meta")
     plain.weight = weight
-    # families differ in what a layer of this form computes: it is tried
+    # model families differ in what such a layer computes, so compare the results
     tried = torch.linspace(-2, 3, 3 * weight.numel(), dtype=weight.dtype, device=weight.device).view(3, -1)
     expected, found = module(tried), plain(tried)
     near = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
@@ -98,7 +98,7 @@ def _norm(module: nn.Module) -> nn.Module | None:
 
 
 class LowRankBeside(nn.Module):
-    """x (…, in) → W x + b + U D x (…, out). down: D (rank, in); up: U (out, rank)."""
+    """x (…, in) → W x + b + U D x (…, out), where ``down`` is D (rank, in) and ``up`` is U (out, rank)."""
 
     down: Tensor
     up: Tensor

@@ -1,4 +1,4 @@
-"""The item head: every item has a vector, and the state after a history scores all of them at once."""
+"""The item head: every item has a vector, and the hidden state after a history scores all items at once."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from torch.nn import functional as F
 
 from peso.items.semantic_ids import SemanticIds
 
-OF_ITEMS = ("rows", "bias")  # what has an entry for each item
-EXACT = 100_000  # items up to which the softmax is over all of them
-NEGATIVES = 8192  # drawn for each pass beyond
-# Histories of at most so many items share a weight of the head in the pool with the codes; the last is open.
+OF_ITEMS = ("rows", "bias")  # the parameters with an entry for each item
+EXACT = 100_000  # up to this number of items, the softmax is over all of them
+NEGATIVES = 8192  # with more items, the number of negatives for each pass
+# Groups of history lengths, by their upper limits; the last group has no limit. Each group has its own share
+# of the head in the mixture with the codes.
 LENGTHS = (2, 5, 10)
 
 
 class ItemHead(nn.Module):
-    """Scores of items for the state h that predicts an item's first code:
+    """Scores items, given the state h that predicts an item's first code:
 
         score_i(h) = ⟨Q · h / rms(h), e_i⟩ + b_i,   e_i = r_i + Σ_l u(c_l),   b_i = β_i + Σ_l γ(c_l)
 
-    with an own row r_i and bias β_i of each item and shared ones, u and γ, of each code c_l of its semantic
-    ID. Own rows begin at zero, so an item without an event is scored by its codes, as items that share them
-    are. Dense vectors beside generated IDs: LIGER (arXiv 2411.18814).
+    Each item has its own row r_i and bias β_i, and shares the rows u and biases γ of the codes c_l of its
+    semantic ID. The items' own rows are initially zero, so an item without events is scored by its codes
+    alone. The combination of dense vectors with generated IDs is from LIGER (arXiv 2411.18814).
 
-    Rows and biases follow the catalog's order; a catalog that grew has more of them.
+    Rows and biases are in the order of the catalog. When the catalog grows, there are more of them.
 
     Args:
-        semantic_ids: the catalog, of n items and t semantic tokens.
-        width: of the states.
-        negatives: items drawn for each pass of training; None: all of up to ``EXACT``, beyond ``NEGATIVES``.
+        semantic_ids: the catalog.
+        width: the width of the states.
+        negatives: the number of items to draw for each training pass. By default all items are used, or
+            ``NEGATIVES`` if there are more than ``EXACT``.
     """
 
     tokens: Tensor
@@ -54,47 +56,51 @@ class ItemHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw the rows of the codes such that scores begin with a spread of about a half."""
+        """Draw the rows of the codes at random, so that initial scores have a standard deviation of about
+        0.5."""
         width, levels = self.code_rows.shape[1], self.tokens.shape[1]
         noise = torch.randn(self.code_rows.shape, generator=torch.Generator().manual_seed(seed))
         self.code_rows.copy_(noise * 0.5 / (width * levels) ** 0.5)
 
     def compete(self, counts: np.ndarray) -> None:
-        """Which items training sets against the targets: those with a count, in proportion to which negatives
-        are drawn where not all compete. Others are left to what their codes say.
+        """Set the items that compete with the targets in training.
 
-        counts: (items,), events of each item that training may know of.
+        These are the items with a positive count. If negatives are drawn, it is in proportion to the counts.
+        Other items are trained only through their codes.
+
+        Args:
+            counts: (items,), the number of events of each item that training may use.
         """
         self.counts = torch.from_numpy(counts).to(self.counts)
 
     def vectors(self) -> Tensor:
-        """float32 (items, width)."""
+        """The vectors e_i of all items, float32 (items, width)."""
         return self.rows + F.embedding_bag(self.tokens, self.code_rows, mode="sum")
 
     def biases(self) -> Tensor:
-        """float32 (items,)."""
+        """The biases b_i of all items, float32 (items,)."""
         return self.bias + self.code_bias[self.tokens].sum(-1)
 
     def queries(self, hidden: Tensor) -> Tensor:
-        """hidden (n, width) → float32 (n, width)."""
+        """Q · h / rms(h) of states: (n, width) → float32 (n, width)."""
         states = hidden.float()
         return F.rms_norm(states, states.shape[-1:], eps=1e-6) @ self.query.t()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (n, width) → float32 (n, items) scores of all items of the catalog."""
+        """The scores of all items of the catalog: states (n, width) → float32 (n, items)."""
         with torch.autocast(hidden.device.type, enabled=False):
             return torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
 
     def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Of each target among the items that compete (:meth:`compete`) and itself.
+        """The log-probability of each target among the competing items (:meth:`compete`) and itself.
 
-        With negatives a softmax over the target and n items drawn with probability p_i, shared by all rows,
-        whose scores are corrected by -log(n · p_i) (logQ; Bengio and Senécal 2008). It approaches the exact
-        one as their number grows.
+        With negatives, the softmax is over the target and n items, drawn with probability p_i and shared by
+        all rows, whose scores are corrected by -log(n · p_i) (logQ; Bengio and Senécal 2008). It approaches
+        the exact softmax as n grows.
 
         Args:
-            hidden: (n, width).
-            targets: int64 (n,), item rows.
+            hidden: (n, width), the states.
+            targets: int64 (n,), the item row of each target.
 
         Returns:
             float32 (n,).
@@ -105,7 +111,7 @@ class ItemHead(nn.Module):
                 return self._sampled(self.queries(hidden), targets, negatives)
             scores = torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
             own = scores.gather(-1, targets.unsqueeze(-1))
-            # a validation target may be an item that training has not met
+            # a validation target may be an item that does not compete in training
             rivals = scores.masked_fill(self.counts == 0, -torch.inf).scatter(-1, targets.unsqueeze(-1), own)
             return own.squeeze(-1) - rivals.logsumexp(-1)
 
@@ -122,7 +128,7 @@ class ItemHead(nn.Module):
         return own - torch.cat([own.unsqueeze(-1), others], dim=-1).logsumexp(-1)
 
     def share_of(self, lengths: Tensor) -> Tensor:
-        """Weight of the head for histories of these lengths: int64 (n,) → float32 (n,)."""
+        """The share of the head for histories of these lengths: int64 (n,) → float32 (n,)."""
         return self.shares[groups_of(lengths)]
 
 

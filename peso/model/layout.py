@@ -1,9 +1,9 @@
 """Prompt layouts: how a history becomes token ids, and where the next item is predicted.
 
-A layout is a value, not a class tree: four runs of fixed token ids around the items. Prompt of a history
-h_1 … h_n:  prefix h_1 separator h_2 … separator h_n suffix;  then the target's tokens and ``end``.
-``stream`` has no separator, suffix or end, so one causal pass predicts every next item; any layout with a
-suffix predicts each target on a branch of its own.
+A layout is four sequences of fixed token ids around the items. The prompt of a history h_1 … h_n is
+``prefix h_1 separator h_2 … separator h_n suffix``, followed by the target's tokens and ``end``. The layout
+``stream`` has no separator, suffix or end, so one causal pass predicts every next item. A layout with a
+suffix predicts each target on a separate branch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INSTRUCTION = (
 
 
 class Tokenizer(Protocol):
-    """What a layout needs of a Transformers tokenizer."""
+    """The part of a Transformers tokenizer that a layout needs."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """Fixed token ids around the items (``window``: most items of a history that a prompt shows)."""
+    """Fixed token ids around the items. ``window`` is the largest number of items in a prompt."""
 
     name: str
     prefix: tuple[int, ...]
@@ -54,13 +54,16 @@ class PromptLayout:
 
     @property
     def branches(self) -> bool:
-        """Whether a target needs tokens of its own after the history (else it sits in the trunk)."""
+        """Whether a target needs separate tokens after the history; otherwise it is part of the trunk."""
         return bool(self.suffix or self.end)
 
     def prompt(self, items: np.ndarray) -> np.ndarray:
-        """Token ids of the prompt of one history.
+        """The token ids of the prompt of one history.
 
-        items: int64 (n, levels) token ids of the last n ≤ window items. Returns int64 (length,).
+        Args:
+            items: int64 (n, levels), the token ids of the last n ≤ window items.
+
+        Returns: int64 (length,).
         """
         pieces: list[tuple[int, ...] | np.ndarray] = [self.prefix]
         for i, item in enumerate(items):
@@ -69,11 +72,13 @@ class PromptLayout:
 
 
 def make_layout(name: str, tokenizer: Tokenizer, window: int) -> PromptLayout:
-    """The layout `stream` or `instruct` in the ids of a tokenizer.
+    """The layout ``stream`` or ``instruct`` with the ids of a tokenizer.
 
-    ``stream`` opens with one token (the tokenizer's begin, else its end token): causal attention needs a
-    first position from which the first item of an empty history is predicted.
-    Raises BackboneError where the tokenizer has no begin or end token.
+    ``stream`` begins with one token (the tokenizer's begin token, or its end token if it has none), because
+    causal attention needs a first position to predict the first item of an empty history.
+
+    Raises:
+        BackboneError: the tokenizer has no end token.
     """
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if end is None:
@@ -81,17 +86,17 @@ def make_layout(name: str, tokenizer: Tokenizer, window: int) -> PromptLayout:
     if name == "stream":
         return PromptLayout(name, (end if start is None else start,), (), (), (), window)
     before, between, after = _pieces(tokenizer)
-    # a begin token only where the tokenizer itself puts one (Llama 3 does, SmolLM2 does not)
+    # use a begin token only if the tokenizer adds one (Llama 3 does, SmolLM2 does not)
     with_specials = tokenizer.encode(INSTRUCTION[0], add_special_tokens=True)
     opening = (start,) if start is not None and with_specials[:1] == [start] else ()
     return PromptLayout(name, opening + before, between, after, (end,), window)
 
 
 def _pieces(tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """The ids of the three texts of the instruction as they are around added tokens.
+    """The ids of the three texts of the instruction as they are next to added tokens.
 
-    Encoded one by one they may differ: some tokenizers (Mistral, Phi-3) put a word mark before the first
-    piece of a text only. So the whole instruction is encoded, with an added token in the place of the items.
+    If they were encoded separately, they could differ: some tokenizers (Mistral, Phi-3) put a word mark only
+    before the first piece of a text. So the whole instruction is encoded, with an added token for the items.
     """
     marked, mark = deepcopy(tokenizer), "<|item|>"
     marked.add_tokens([AddedToken(mark, normalized=False, special=False)])

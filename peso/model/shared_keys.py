@@ -1,9 +1,9 @@
 """Grouped-query attention without a copy of the keys for each query head.
 
-Where several query heads read one key head and a mask is given, Transformers repeats keys and values once per
-query head, in every layer of every pass. For a few beams behind a long prompt, the copies take longer than
-the attention itself. Here the queries of a group are stacked as queries of their one key head, which gives
-the same product.
+If several query heads share one key head and there is a mask, Transformers repeats keys and values once per
+query head, in every layer of every pass. For a few beams after a long prompt, the copies take longer than the
+attention itself. Here the queries of a group are stacked as queries of their key head, which gives the same
+product.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ def shared_keys_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled-dot-product attention; equal to Transformers' ``sdpa``, to which all special cases go.
+    """Scaled-dot-product attention with the same result as Transformers' ``sdpa``, which handles all special
+    cases.
 
     Args:
         query: (rows, heads, queries, width).
         key, value: (rows, key heads, keys, width).
-        attention_mask: additive, (rows or 1, 1, queries, keys).
+        attention_mask: an additive mask, (rows or 1, 1, queries, keys).
 
     Returns:
-        (rows, queries, heads, width), and no weights.
+        The output (rows, queries, heads, width), and None instead of weights.
     """
     rows, heads, queries, width = query.shape
     group = heads // key.shape[1]
@@ -58,7 +59,8 @@ AttentionInterface.register(NAME, shared_keys_attention)
 
 @contextmanager
 def shared_keys(causal_lm: Any) -> Iterator[None]:
-    """Within this context a backbone whose attention is ``sdpa`` computes it so; others are left alone."""
+    """A context in which a backbone with ``sdpa`` attention uses :func:`shared_keys_attention`. Other
+    backbones do not change."""
     config = causal_lm.get_decoder().config
     before = config._attn_implementation
     if before == "sdpa":

@@ -1,4 +1,4 @@
-"""Where the files of a backbone are, found without a library of models."""
+"""Find the files of a backbone, without importing Transformers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from peso.runtime import assets
 
 
 def source_of(name: str) -> str:
-    """What Transformers is given for a name: a directory, or the name itself for the hub.
+    """The directory or the hub name to pass to Transformers for a backbone's name.
 
     Raises:
-        BackboneError: there is no such directory, no such asset in the cache, or it cannot be a name.
+        BackboneError: there is no such directory, the asset is not in the cache, or the name is not valid.
     """
     if name in assets.names("backbone"):
         found = assets.find(name)
         if found is None:
-            raise BackboneError(f"backbone {name!r} is not in the cache; fetch it with `peso pull {name}`")
+            raise BackboneError(f"backbone {name!r} is not in the cache; download it with `peso pull {name}`")
         return str(found)
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise BackboneError(f"backbone {name!r} is a file; name the directory of a Transformers model")
-    # owner/model is how the hub names things; everything else was meant as one of ours or as a path
+        raise BackboneError(f"backbone {name!r} is a file; use the directory of a Transformers model")
+    # names on the hub are owner/model; anything else is meant as a known name or a path
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         known = ", ".join([*BUILT_IN, *assets.names("backbone")])
         raise BackboneError(
-            f"backbone {name!r} is not a directory and no known name ({known}); a hub name is written "
-            "owner/model. If it was moved, change backbone.name (of a workspace: in its config.yaml)"
+            f"backbone {name!r} is neither a directory nor a known name ({known}), and names on the hub have "
+            "the form owner/model. If the directory was moved, change backbone.name (in a workspace, in its "
+            "config.yaml)"
         )
     return name

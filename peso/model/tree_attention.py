@@ -1,8 +1,8 @@
-"""Attention along a :class:`~peso.model.visibility.Tree`, whose cost grows with the visible tokens only.
+"""Attention along a :class:`~peso.model.visibility.Tree`, whose cost depends only on the visible tokens.
 
-Under a dense mask, every token of a row is scored against every other, and most scores are discarded. Here
-each tile of the tree is a batch of small attentions, so neither users nor the branches of one trunk add cost
-to each other. Query heads that read one key head are stacked as its queries. The backward pass is written by
+With a dense mask, every token of a row is scored against every other, and most scores are discarded. Here
+each tile of the tree is a batch of small attentions, so that users, or branches of one trunk, do not add cost
+to each other. Query heads that share a key head are stacked as its queries. The backward pass is written by
 hand and keeps the attention weights: on a CPU in bfloat16 it is several times faster than PyTorch's own.
 """
 
@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 from peso.model.visibility import Tree, additive
 
 NAME = "peso_tree"
-REFUSES = "peso_refuses_trees"  # attribute of a causal LM, set where trees were tried and gave something else
+REFUSES = "peso_refuses_trees"  # an attribute of a causal LM for which trees give another result
 
 
 def tree_attention(
@@ -36,15 +36,16 @@ def tree_attention(
     peso_tree: TreePlaces | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled-dot-product attention along the tree; without one, Transformers' ``sdpa``.
+    """Scaled-dot-product attention along a tree; without a tree, Transformers' ``sdpa``.
 
     Args:
         query: (rows, heads, length, width).
         key, value: (rows, key heads, length, width).
-        attention_mask: read only where there is no tree.
+        attention_mask: an additive mask, used only if there is no tree.
+        peso_tree: the tree.
 
     Returns:
-        (rows, length, heads, width), and no weights.
+        The output (rows, length, heads, width), and None instead of weights.
     """
     special = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
     if peso_tree is None or special:
@@ -66,13 +67,15 @@ AttentionInterface.register(NAME, tree_attention)
 
 
 def serves(causal_lm: Any) -> bool:
-    """Whether a backbone's attention can be computed along trees: plain scaled-dot-product attention through
-    Transformers' interface, on a CPU, not compiled, and under its own name if layers are computed again for
-    the gradient (see :func:`along_trees`)."""
+    """Whether a backbone's attention can be computed along trees.
+
+    It must be plain scaled-dot-product attention through Transformers' interface, on a CPU, and not compiled.
+    With gradient checkpointing, :func:`along_trees` must be active already.
+    """
     if causal_lm.device.type != "cpu" or not getattr(causal_lm, "_supports_attention_backend", False):
         return False
     decoder = causal_lm.get_decoder()
-    # asked in every step, so of the layers and not of the thousands of modules within them
+    # this is called in every step, so check only the layers, not the thousands of modules inside them
     parts = [decoder, *getattr(decoder, "layers", ())]
     again = causal_lm.training and any(getattr(part, "gradient_checkpointing", False) for part in parts)
     return (
@@ -84,8 +87,10 @@ def serves(causal_lm: Any) -> bool:
 
 @contextmanager
 def along_trees(causal_lm: Any) -> Iterator[None]:
-    """Within this context a backbone whose attention is ``sdpa`` computes it along trees where it is given
-    one; afterwards as before. Where layers are computed again for the gradient, hold it until then."""
+    """A context in which a backbone with ``sdpa`` attention computes it along a tree if it gets one.
+
+    With gradient checkpointing, the context must include the backward pass.
+    """
     config = causal_lm.get_decoder().config
     before = config._attn_implementation
     if before == "sdpa":
@@ -97,7 +102,7 @@ def along_trees(causal_lm: Any) -> Iterator[None]:
 
 
 class TreePlaces:
-    """A tree on its way through a model: where its tiles find their tokens, found once for all layers."""
+    """A tree, with the indices of the tokens of its tiles, which are computed once for all layers."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
@@ -112,26 +117,33 @@ class TreePlaces:
 
 @dataclass(frozen=True)
 class _TilePlaces:
-    """A tile for one number of heads.
+    """The indices of a tile for a given number of heads.
 
-    Tensors are flattened to (tokens of all rows · key heads, …), so that one index takes tokens and sorts
-    them by head. queries: int64 (key heads · n · q,) and keys: int64 (key heads · n · k,), rows of those;
-    mask: additive (key heads · n, q · group, k); filled_up: int64, which of the queries only fill up.
+    Tensors are flattened to (tokens of all rows · key heads, …), so that one index selects tokens and sorts
+    them by head.
+
+    Attributes:
+        queries: int64 (key heads · n · q,), the rows of the queries.
+        keys: int64 (key heads · n · k,), the rows of the keys.
+        mask: an additive mask, (key heads · n, q · group, k).
+        filled_up: int64, the positions of queries that are only padding.
+        of_queries: the slice of this tile in the outputs of all tiles.
+        of_keys: the slice of this tile in the keys of all tiles.
     """
 
     queries: Tensor
     keys: Tensor
     mask: Tensor
     filled_up: Tensor
-    of_queries: slice  # of the outputs of all tiles
-    of_keys: slice  # of the keys of all tiles
+    of_queries: slice
+    of_keys: slice
 
     def take_queries(self, x: Tensor) -> Tensor:
         """(tokens · key heads, group · width) → (key heads · n, q · group, width)."""
         return self.shape_queries(x.index_select(0, self.queries))
 
     def take_gradient(self, x: Tensor) -> Tensor:
-        """As :meth:`take_queries`, 0 for what only fills up."""
+        """The same as :meth:`take_queries`, but 0 for padding."""
         return self.shape_queries(x.index_select(0, self.queries).index_fill_(0, self.filled_up, 0))
 
     def take_keys(self, x: Tensor) -> Tensor:
@@ -147,10 +159,14 @@ class _TilePlaces:
 
 @dataclass(frozen=True)
 class _Places:
-    """All tiles for one number of heads.
+    """The indices of all tiles for a given number of heads.
 
-    keys: int64, those of all tiles; answers: int64 (tokens · key heads,), where each token's answer lies in
-    the outputs of all tiles; unanswered: int64, the tokens that are no one's query.
+    Attributes:
+        tiles: the tiles.
+        queries: the total number of queries.
+        keys: int64, the keys of all tiles.
+        answers: int64 (tokens · key heads,), the position of each token's output in the outputs of all tiles.
+        unanswered: int64, the tokens that are not a query of any tile.
     """
 
     tiles: tuple[_TilePlaces, ...]
@@ -193,12 +209,12 @@ class _Places:
         )
 
     def by_token(self, x: Tensor) -> Tensor:
-        """Outputs of all tiles → (tokens · key heads, …), 0 for padding."""
+        """The output of each token: outputs of all tiles → (tokens · key heads, …), 0 for padding."""
         return x.index_select(0, self.answers).index_fill_(0, self.unanswered, 0)
 
     def added_up(self, x: Tensor) -> Tensor:
-        """What each key of each tile got → (tokens · key heads, width), what all of them got of it."""
-        # the gradient of a look-up: a plain loop in the order of the rows; a root gets it from many
+        """Sum gradients by token: gradients of the keys of all tiles → (tokens · key heads, width)."""
+        # the gradient of a lookup, a plain loop over the rows; a root gets gradients from many tiles
         total: Tensor = torch.ops.aten.embedding_dense_backward(
             x.float(), self.keys, len(self.answers), -1, False
         )
@@ -206,7 +222,8 @@ class _Places:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """(rows, heads, length, width) each → (rows, length, heads, width)."""
+    """Attention along a tree: queries, keys and values (rows, heads, length, width) → (rows, length, heads,
+    width)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, places: _Places, scale: float) -> Tensor:
@@ -256,5 +273,5 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _flat(x: Tensor, key_heads: int) -> Tensor:
-    """(rows, heads, length, width) → (tokens of all rows · key heads, heads of each · width)."""
+    """(rows, heads, length, width) → (tokens of all rows · key heads, heads per key head · width)."""
     return x.transpose(1, 2).reshape(-1, x.shape[1] // key_heads * x.shape[-1])

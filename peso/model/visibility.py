@@ -1,7 +1,7 @@
-"""Which tokens may attend to which when several prompts share one row.
+"""Determine which tokens may attend to which others if several prompts share one row.
 
-A row holds a *root* (the fixed opening tokens of the layout, computed once), then *sequences*. A sequence is
-a *trunk* with *branches*:
+A row has a *root* (the fixed opening tokens of the layout, computed once), followed by *sequences*. A
+sequence is a *trunk* with *branches*:
 
     root ── h1 h2 h3 h4 h5           trunk of sequence 1 (branch 0)
               │     └── b b b b      branch 2 of sequence 1, limit 3: sees the root, h1…h4 and itself
@@ -20,28 +20,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = 0  # sequence number of the shared opening
-PADDING = -1  # sequence number of what only fills the row up
-TRUNK = 0  # branch number of a trunk
-TILE_COST = 16_000  # what one more tile costs, in pairs of tokens
+ROOT = 0  # the sequence number of the shared opening
+PADDING = -1  # the sequence number of padding
+TRUNK = 0  # the branch number of a trunk
+TILE_COST = 16_000  # the fixed cost of a tile, in pairs of tokens
 
 
 def visibility(sequence: Tensor, branch: Tensor, order: Tensor, limit: Tensor) -> Tensor:
     """The attention mask of packed rows.
 
-    Query q sees key k where k is in the root and q in a sequence, or both are of the same sequence and k
-    either lies in the trunk at ``order_k <= limit_q`` or in q's own branch at ``order_k <= order_q``.
-    Padding sees padding, since attention over nothing is not a number.
+    Query q sees key k if k is in the root and q is in a sequence; or if both are in the same sequence, and k
+    is in the trunk with ``order_k <= limit_q`` or in the same branch as q with ``order_k <= order_q``.
+    Padding sees padding, because attention over nothing would be NaN.
 
     Args:
-        sequence: int (rows, length): 0 the root, 1… the sequences, -1 padding.
-        branch: int (rows, length): 0 in root, trunk and padding, 1… in the branches of a sequence.
-        order: int (rows, length): place within root, trunk or branch.
-        limit: int (rows, length): the last place of its trunk that a token sees; a trunk token's own place,
-            -1 for a branch that leaves the root itself.
+        sequence: int (rows, length): 0 for the root, 1, 2, … for the sequences, -1 for padding.
+        branch: int (rows, length): 0 for root, trunk and padding, 1, 2, … for the branches of a sequence.
+        order: int (rows, length): the position within the root, trunk or branch.
+        limit: int (rows, length): the last position of its trunk that a token sees. For a trunk token it is
+            its own position, and for a branch directly at the root it is -1.
 
     Returns:
-        bool (rows, 1, length, length), query before key, as :meth:`GenerativeModel.hidden` takes it.
+        bool (rows, 1, length, length), queries before keys, as :meth:`GenerativeModel.hidden` needs it.
     """
     return _sees((sequence, branch, order, limit), (sequence, branch, order, limit)).unsqueeze(1)
 
@@ -50,7 +50,7 @@ _Numbers = Sequence[Tensor]  # sequence, branch, order, limit
 
 
 def _sees(queries: _Numbers, keys: _Numbers) -> Tensor:
-    """The rule, for queries (n, q) and keys (n, k): bool (n, q, k)."""
+    """The rule of :func:`visibility` for queries (n, q) and keys (n, k): bool (n, q, k)."""
     sequence_q, branch_q, order_q, limit_q = (x.unsqueeze(2) for x in queries)
     sequence_k, branch_k, order_k, _ = (x.unsqueeze(1) for x in keys)
     in_trunk = (branch_k == TRUNK) & (order_k <= limit_q)
@@ -60,16 +60,19 @@ def _sees(queries: _Numbers, keys: _Numbers) -> Tensor:
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, the most negative number elsewhere: what is added to scores."""
+    """An additive mask: 0 for visible keys, the most negative number for others."""
     zero = torch.zeros((), dtype=dtype, device=visible.device)
     return torch.where(visible, zero, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A batch of small attentions of like size, between tokens of the flattened rows.
+    """A batch of small attentions of similar size between tokens of the flattened rows.
 
-    queries: int64 (n, q), keys: int64 (n, k), -1 where shorter ones are filled up; visible: bool (n, q, k).
+    Attributes:
+        queries: int64 (n, q), the tokens that are queries, padded with -1.
+        keys: int64 (n, k), the tokens that are keys, padded with -1.
+        visible: bool (n, q, k), which keys each query sees.
     """
 
     queries: Tensor
@@ -79,10 +82,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tree:
-    """Who sees whom in packed rows: four int64 (rows, length) tensors, see :func:`visibility`.
+    """The visibility in packed rows, as four int64 (rows, length) tensors; see :func:`visibility`.
 
-    Two forms of the same rule: :meth:`dense`, a mask over all pairs of a row, and :attr:`tiles`, which leave
-    out most of what is not seen.
+    It has two forms: :meth:`dense`, a mask over all pairs of a row, and :attr:`tiles`, which leave out most
+    of the pairs that are not visible.
     """
 
     sequence: Tensor
@@ -98,16 +101,16 @@ class Tree:
         return self.sequence, self.branch, self.order, self.limit
 
     def dense(self) -> Tensor:
-        """bool (rows, 1, length, length)."""
+        """The attention mask, bool (rows, 1, length, length)."""
         return visibility(*self._numbers)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        """Every token is a query of exactly one tile, with all keys that it sees, unless it is padding.
+        """The tiles. Every token, except padding, is a query of exactly one tile, with all keys that it sees.
 
-        Root, trunks and branches are runs of tokens. The keys of a run are the root, the trunk it leaves and
-        itself; runs whose keys and lengths are alike, up to a factor of two, make a tile. Where rows are so
-        small that this saves nothing, each row is one tile.
+        Roots, trunks and branches are runs of tokens. The keys of a run are the root, its part of the trunk
+        and the run itself. Runs with similar lengths and numbers of keys, up to a factor of two, form a tile.
+        If rows are so small that this saves nothing, each row is one tile.
         """
         rows, length = self.sequence.shape
         alike: dict[tuple[int, int], list[_Run]] = {}
@@ -138,7 +141,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class _Run:
-    """Tokens of the flattened rows: those of a root, trunk or branch, and those before it that it may see."""
+    """The tokens of a root, trunk or branch, and those before it that it may see, in the flattened rows."""
 
     own: np.ndarray
     before: np.ndarray
@@ -147,7 +150,7 @@ class _Run:
 def _runs(
     offset: int, sequence: np.ndarray, branch: np.ndarray, order: np.ndarray, limit: np.ndarray
 ) -> Iterator[_Run]:
-    """Of one row that begins at ``offset`` of the flattened rows; all arrays (length,)."""
+    """The runs of one row, which begins at ``offset`` in the flattened rows. All arrays are (length,)."""
     ends = np.flatnonzero((np.diff(sequence) != 0) | (np.diff(branch) != 0)) + 1
     root = trunk = np.empty(0, dtype=np.int64)
     for start, stop in pairwise([0, *ends.tolist(), len(sequence)]):

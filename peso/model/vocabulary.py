@@ -1,4 +1,4 @@
-"""The semantic vocabulary: the added token rows, kept outside a frozen backbone that is never resized."""
+"""The semantic vocabulary: the rows of the added tokens, which are stored outside of the frozen backbone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from peso.model.item_head import ItemHead
 
 
 class SemanticVocabulary(nn.Module):
-    """Input and output rows of the semantic tokens.
+    """The input and output rows of the semantic tokens.
 
-    Token ids run from ``first_id`` (the tokenizer's length, so that an exported tokenizer gives the same
-    ids) level by level. Both row sets are trained; they are not tied to each other.
+    Token ids start at ``first_id`` (the tokenizer's length, so that an exported tokenizer has the same ids)
+    and are numbered level by level. Input and output rows are both trained and are not tied to each other.
 
     Args:
-        first_id: id of the first semantic token.
-        sizes: codes per level.
-        width: the backbone's embedding width.
+        first_id: the id of the first semantic token.
+        sizes: the number of codes of each level.
+        width: the width of the backbone's embeddings.
     """
 
     offsets: Tensor
@@ -30,9 +30,8 @@ class SemanticVocabulary(nn.Module):
         self.register_buffer("offsets", starts, persistent=False)  # (levels,) row of each level's first code
         self.input_rows = nn.Parameter(torch.zeros(sum(sizes), width))
         self.output_rows = nn.Parameter(torch.zeros(sum(sizes), width))
-        self.item_head: ItemHead | None = (
-            None  # learned with the rows, and kept, anchored, averaged as they are
-        )
+        # trained, stored, anchored and averaged together with the rows
+        self.item_head: ItemHead | None = None
 
     def __len__(self) -> int:
         return len(self.input_rows)
@@ -43,18 +42,19 @@ class SemanticVocabulary(nn.Module):
 
     @torch.no_grad()
     def initialise(self, input_weight: Tensor, output_weight: Tensor, seed: int) -> None:
-        """Draw fresh rows around the backbone's own: mean + its per-coordinate spread × N(0, 1) / 2.
+        """Draw new rows around those of the backbone: mean + standard deviation per coordinate × N(0, 1) / 2.
 
-        Centring on the mean bounds the divergence that new rows cause in the backbone's predictions
-        (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); the noise makes
-        codes distinguishable from the first step on; half the spread keeps a fresh row shorter than a
-        learned one, so that at the start no new token outbids the words. Input and output rows share the
-        draw, as on a backbone with tied embeddings. Generated on the CPU from ``seed``: the same rows on
-        every device.
+        Centering on the mean limits the divergence that new rows cause in the backbone's predictions (Hewitt
+        2021, "Initializing New Word Embeddings for Pretrained Language Models"). The noise makes codes
+        distinguishable from the first step on. Half the standard deviation keeps new rows shorter than
+        trained ones, so that initially no new token is more likely than the words. Input and output rows use
+        the same noise, as in a backbone with tied embeddings. It is generated on the CPU, so the rows are the
+        same on every device.
 
         Args:
-            input_weight: (words, width) embedding rows of the backbone.
-            output_weight: (words, width) head rows of the backbone.
+            input_weight: (words, width), the embedding rows of the backbone.
+            output_weight: (words, width), the head rows of the backbone.
+            seed: the seed of the noise.
         """
         noise = torch.randn(self.input_rows.shape, generator=torch.Generator().manual_seed(seed))
         for rows, weight in ((self.input_rows, input_weight), (self.output_rows, output_weight)):
@@ -62,6 +62,6 @@ class SemanticVocabulary(nn.Module):
             rows.copy_(base.mean(0) + 0.5 * base.std(0) * noise)
 
     def level_rows(self, level: int) -> Tensor:
-        """(codes of the level, width) output rows."""
+        """The output rows of a level, (codes of the level, width)."""
         start = int(self.offsets[level])
         return self.output_rows[start : start + self.sizes[level]]

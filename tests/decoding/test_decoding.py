@@ -403,7 +403,7 @@ def test_progress_counts_users(make_model: MakeModel) -> None:
     [
         ({"histories": [["item1", "nosuch"]]}, DataError, "'nosuch'"),
         ({"histories": ["item1"]}, DataError, "not the single string 'item1'"),
-        ({"k": 51}, DataError, "k = 51 is more than the 50 items of the catalog; ask for fewer"),
+        ({"k": 51}, DataError, "k = 51 is more than the 50 items of the catalog; use a smaller k"),
         ({"allow": ["item1", "other"]}, DataError, "'other'"),
         ({"allow": "item1"}, DataError, "not the single string"),
         ({"deny": [["item1"], ["item2"]]}, DataError, "deny has 2 lists for 1 histories"),
@@ -436,7 +436,7 @@ def test_targets_must_be_one_a_history_and_something_to_find(make_model: MakeMod
     model = make_model()
     with pytest.raises(ValueError, match="targets has 2 entries for 1 histories"):
         search(model, random_histories(model, [3]), targets=np.array([1, 2]))
-    with pytest.raises(ValueError, match="a search of nothing"):
+    with pytest.raises(ValueError, match="no items are allowed"):
         search(model, random_histories(model, [3]), allow=np.array([], dtype=np.int64), targets=np.array([1]))
 
 

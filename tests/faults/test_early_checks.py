@@ -63,7 +63,7 @@ def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("items.index=nothing.json", "items.index: there is nothing at"),
         ("items.encoder=./nothing", "items.encoder: there is nothing at"),
         ("report.users=nothing.csv", "nothing.csv"),
-        ("backbone=no-such-model", "not a directory and no known name"),
+        ("backbone=no-such-model", "neither a directory nor a known name"),
         ("backbone={name: tiny, width: 50}", "multiple of the head size"),
         ("backbone={name: owner/model, width: 64}", "brings its own width"),
         ("adapter.targets=[q_porj]", "no linear layer named q_porj; it has: .*q_proj"),
@@ -184,7 +184,7 @@ def test_a_comparison_refuses_a_wrong_variant_before_the_first_run(tmp_path: Pat
     comparison = {"strategies": {"single": "single", "wrong": {"strategy": "single", "set": {}}}}
     for wrong, message in (
         ({"adapter.targets": ["nothing"]}, "no linear layer named nothing"),
-        ({"backbone.name": "nothing"}, "no known name"),
+        ({"backbone.name": "nothing"}, "nor a known name"),
         ({"strategy": {"name": "custom", "module": "no.such"}}, "cannot be imported"),
         ({"backbone.layers": 1_000_000}, "GiB"),
     ):
@@ -263,16 +263,16 @@ def own_code(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (pickled(torch.save), "pickle that holds more than tensors"),
+        (pickled(torch.save), "pickle with more than tensors"),
         (pickled(lambda content, file: file.write_bytes(pickle.dumps(content))), "pickle"),
-        (own_code, "code that comes with it"),
+        (own_code, "its own code"),
         (headless, "incomplete"),
         (configured(hidden_size="wide"), "hidden_size"),
         (configured(num_attention_heads=0), "cannot be loaded"),
         (configured(hidden_act="nonsense"), "nonsense"),
         (configured(num_hidden_layers=10**9), "1,000,000,000 layers"),
         (configured(num_hidden_layers=-1), "-1 layers"),
-        (configured(hidden_size=10**9), "1,000,000,000 wide"),
+        (configured(hidden_size=10**9), "of width 1,000,000,000"),
         (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 99), "cannot be loaded"),
         (lambda model: (model / "config.json").write_text("[1]"), "cannot be loaded"),
         (lambda model: (model / "tokenizer.json").write_text("{}"), "cannot be loaded"),

@@ -16,11 +16,11 @@ from peso.runtime import assets
 
 ROOT = Path(__file__).resolve().parents[2]
 REFUSED = {
-    "bloom": ({"n_layer": 3, "n_head": 4}, "does not take"),
+    "bloom": ({"n_layer": 3, "n_head": 4}, "does not accept"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 3}, "a branch"),
     "rwkv": ({"attention_hidden_size": 32}, "a branch"),
     "qwen3_next": ({"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}, "a branch"),
-    "mamba": ({"state_size": 4}, "does not take"),
+    "mamba": ({"state_size": 4}, "does not accept"),
     "bert": ({}, "logits"),
 }
 
@@ -109,7 +109,7 @@ def test_embeddings_that_are_treated_otherwise_than_ids_are_refused(llama, monke
         return forward(self, inputs_embeds=inputs_embeds, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", scaling)
-    with pytest.raises(BackboneError, match="called with embeddings"):
+    with pytest.raises(BackboneError, match="embeddings as input give"):
         load_backbone(llama)
 
 
@@ -181,7 +181,7 @@ def test_dropout_acts_in_training_alone_and_changes_no_file(tmp_path) -> None:
     [
         ("scratch", {"width": 100}, "backbone.width"),
         ("no-such-model", {}, "known name"),
-        ("./nowhere", {}, "not a directory"),
+        ("./nowhere", {}, "neither a directory nor a known name"),
         (__file__, {}, "is a file"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_name_that_means_nothing_is_an_error(name, options, message) -> None:
 
 
 def test_width_is_for_random_backbones_only(llama) -> None:
-    with pytest.raises(BackboneError, match="brings its own width"):
+    with pytest.raises(BackboneError, match="has a fixed width"):
         load_backbone(llama, width=64)
 
 
@@ -221,7 +221,7 @@ def test_missing_weights_are_an_error(llama) -> None:
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path) -> None:
     name = build("llama", {"vocab_size": 200}, tmp_path)
-    with pytest.raises(BackboneError, match="258 tokens, but its input embedding only 200 rows"):
+    with pytest.raises(BackboneError, match="258 tokens, but its input embedding has only 200 rows"):
         load_backbone(name)
 
 

@@ -274,7 +274,7 @@ def test_a_tokenizer_that_would_read_other_ids_is_refused(tmp_path: Path, monkey
         return tokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", without_tokens)
-    with pytest.raises(ExportError, match="does not read prompts as the model does"):
+    with pytest.raises(ExportError, match="does not encode prompts as the model does"):
         export_merged(model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
