@@ -46,7 +46,7 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
     nested = [
         (f"{path}{name}", *section)
         for name, field in model.model_fields.items()
-        for section in sections(field.annotation, field.metadata)
+        for section in sections(field.annotation, field.metadata, within=model)
     ]
     for where, named, part, section in nested:
         yield from ("", f"### `{where}: {named}`" if named else f"### `{where}`")

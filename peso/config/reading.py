@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from peso.config.data import expand_data
 from peso.config.model import BUILT_IN, expand_backbone
 from peso.config.parsing import DEEPEST, parse, read_tree, shown
-from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, registry_of
+from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, Options, registry_of
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
 from peso.errors import ConfigError
@@ -162,21 +162,30 @@ def _expand(key: str, short: Any) -> dict[str, Any]:
 
 
 def sections(
-    annotation: Any, metadata: Sequence[Any] = (), parts: bool = True
+    annotation: Any,
+    metadata: Sequence[Any] = (),
+    parts: bool = True,
+    within: type[BaseModel] | None = None,
 ) -> list[tuple[str, Any, type[BaseModel]]]:
     """The section types that an annotation allows, several for a union, each after "" and None.
 
     A key that takes a part of :mod:`peso.config.registry` allows the options of all parts of its kind, each
     after the part's name and the part. They are imported for it; where not ``parts``, what all have.
+
+    Args:
+        within: the section that has the key. A part that takes parts itself (a hybrid its partners) has no
+            sections for them: they are those of the key that takes such parts first.
     """
     if parts and (registry := registry_of(metadata)):
+        if within is not None and issubclass(within, Options):
+            return []
         return [(name, part, part.Options) for name, part in registry.everything().items()]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [("", None, annotation)]
     inner, *more = (get_args(annotation) if get_origin(annotation) is not Literal else ()) or (None,)
     if get_origin(annotation) is Annotated:
-        return sections(inner, more, parts)
-    return [section for each in (inner, *more) for section in sections(each, (), parts)] if inner else []
+        return sections(inner, more, parts, within)
+    return [section for each in (inner, *more) if inner for section in sections(each, (), parts, within)]
 
 
 def valid_keys(parts: bool = True) -> list[str]:
@@ -185,7 +194,7 @@ def valid_keys(parts: bool = True) -> list[str]:
     def below(section: type[BaseModel], prefix: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
             yield prefix + name
-            for _, _, inner in sections(field.annotation, field.metadata, parts):
+            for _, _, inner in sections(field.annotation, field.metadata, parts, section):
                 yield from below(inner, f"{prefix}{name}.")
 
     return list(dict.fromkeys(below(Config, "")))

@@ -156,7 +156,7 @@ def test_every_key_says_in_the_reference_what_it_means():
     def unexplained(model, path: str) -> list[str]:
         missing = []
         for name, field in model.model_fields.items():
-            inner = sections(field.annotation, field.metadata)
+            inner = sections(field.annotation, field.metadata, within=model)
             named = name == "name" and issubclass(model, Options)
             missing += [] if field.description or inner or named else [f"{path}{name}"]
             for part, _, section in inner:
