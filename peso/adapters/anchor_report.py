@@ -1,8 +1,8 @@
-"""Whether an anchor had an effect: how far the adapter moved, and how strongly the penalty pulled it back.
+"""Report the effect of an anchor: how far the adapter moved, and how strongly the penalty pulled it back.
 
-In the loss an anchor pulls by its gradient, which is compared with the gradient of the loss. The decoupled
-form has no gradient: after each optimizer step it moves the adapter back by a share of the displacement, and
-what these shares add up to over the stage counts.
+An anchor in the loss acts through its gradient, which is compared with the gradient of the loss. A decoupled
+anchor has no gradient: after each optimizer step it removes a share of the displacement. Its effect is
+measured by what these shares add up to over the stage.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from peso.adapters.groups import Group, check_same_groups, layouts, placement, shapes, stack_anchors
 from peso.adapters.proximal.metrics import SoftmaxMetric, second_order, softmax_kl
 
-NO_EFFECT = 0.01  # of the loss's gradient: below, a penalty is lost in the noise between two batches
-SUGGESTED = 0.7  # the strength that the finding suggests
+NO_EFFECT = 0.01  # below this share of the loss's gradient, a penalty is lost in the noise between batches
+SUGGESTED = 0.7  # the strength that a finding suggests
 QUARTERS = 4
-CHECKED_AFTER = 0.1  # of a stage's steps; before that the monitor says nothing
-LEAST_STEPS = 10  # movements are measured at steps 1, 9, 17, …, and at 1 a warm-up has hardly begun
+CHECKED_AFTER = 0.1  # the share of a stage's steps after which the monitor reports
+LEAST_STEPS = 10  # movements are measured at steps 1, 9, 17, …; at step 1 the warm-up has hardly begun
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -30,19 +30,20 @@ Records = Sequence[Mapping[str, Any]]
 def anchor_report(
     before: Sequence[Group], after: Sequence[Group], temperature: float | Literal["auto"] = 1.0
 ) -> dict[str, Any]:
-    """Distance moved, overall and by module. ::
+    """How far an adapter moved, in total and for each module. ::
 
         before = [group.snapshot() for group in find_groups(model)]     # then a stage is trained
         metrics["anchor"] = anchor_report(before, find_groups(model))
 
     Args:
-        before: copies of the groups at the start of the stage; after: the same groups at its end.
+        before: copies of the groups at the start of the stage.
+        after: the same groups at its end.
         temperature: τ of the softmax, or ``auto``, see :class:`peso.SoftmaxKL`.
 
     Returns:
         ``distance`` (the L2 norm of v − a), ``kl`` (Σ_g KL(softmax(v/τ) ‖ softmax(a/τ))) and
-        ``second_order`` (Σ_g ½·Var_p((v − a)/τ), which the KL approaches for small steps), and under
-        ``modules`` the same three by name of the module.
+        ``second_order`` (Σ_g ½·Var_p((v − a)/τ), which the KL approaches for small displacements); and the
+        same for each module under ``modules``.
 
     Raises:
         TrainingError: the two states have different modules or shapes.
@@ -76,18 +77,24 @@ def _named(figures: torch.Tensor) -> dict[str, float]:
 def anchor_effect(
     stage: int, records: Iterable[Mapping[str, Any]], rho: float | None = None
 ) -> dict[str, Any]:
-    """
+    """The effect of the anchor during a stage.
+
     Args:
-        records: of the stage's ``log.jsonl``, in order.
+        stage: the number of the stage.
+        records: the records of the stage's ``log.jsonl``, in order.
         rho: ρ̄ of the term, if it was measured.
 
     Returns:
-        ``gradient_ratio`` and, by quarter of the stage, ``gradient_ratios`` (None without a penalty);
-        ``pull_ratio`` and ``pull_ratios``: length of the decoupled pull over that of the optimizer's step
-        (None without one); ``taken_back``: the share of a displacement present at the start that the pulls
-        had removed at the end; ``distances``: from the start, at the end of each quarter (None without an
-        adapter); ``says``: one sentence (None where nothing was anchored); ``finding``: a sentence where the
-        anchor had no measurable effect, else None.
+        A dictionary with these keys:
+
+        - ``gradient_ratio`` and, for each quarter of the stage, ``gradient_ratios``; None without a penalty;
+        - ``pull_ratio`` and ``pull_ratios``, the length of the decoupled pull relative to that of the
+          optimizer's step; None without a pull;
+        - ``taken_back``, the share of a displacement present at the start that the pulls have removed by the
+          end;
+        - ``distances``, the distance from the start at the end of each quarter; None without an adapter;
+        - ``says``, one sentence; None if there was no anchor;
+        - ``finding``, a sentence if the anchor had no measurable effect, else None.
 
     >>> step = {"gradient_norm": 1.0, "penalty_gradient_norm": 0.0, "learning_rate": 0.1}
     >>> pulled = {**step, "step": 1, "step_norm": 2.0, "pull_norm": 0.5, "distance": 1.5}
@@ -121,13 +128,13 @@ def anchor_effect(
 
 
 def gradient_ratio(records: Iterable[Mapping[str, Any]]) -> float | None:
-    """Mean over the steps of ‖∇ penalty‖ / ‖∇ loss‖, each norm over the parameters it moves.
+    """The mean of ‖∇ penalty‖ / ‖∇ loss‖ over the steps, with each norm over the parameters that it affects.
 
     Args:
-        records: of ``log.jsonl``; those without a ``penalty_gradient_norm`` are skipped.
+        records: the records of ``log.jsonl``. Those without a ``penalty_gradient_norm`` are skipped.
 
     Returns:
-        None if there was no penalty in any step.
+        The mean ratio; None if there was no penalty in any step.
 
     >>> step = {"gradient_norm": 0.5, "penalty_gradient_norm": 0.0}
     >>> gradient_ratio([step, {**step, "penalty_gradient_norm": 0.1}, {"validation_loss": 3.2}])
@@ -140,11 +147,11 @@ def gradient_ratio(records: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def gradient_ratios(records: Iterable[Mapping[str, Any]], parts: int = QUARTERS) -> list[float] | None:
-    """:func:`gradient_ratio` over time: of each quarter of the stage's steps.
+    """:func:`gradient_ratio` for each part of a stage.
 
     Args:
-        records: of ``log.jsonl``, in order.
-        parts: how many; with fewer steps than that, one value per step.
+        records: the records of ``log.jsonl``, in order.
+        parts: the number of parts. If there are fewer steps, each step is a part.
 
     >>> steps = [{"gradient_norm": 0.5, "penalty_gradient_norm": 0.1 * step} for step in range(5)]
     >>> [round(ratio, 3) for ratio in gradient_ratios(steps, parts=2)]
@@ -165,13 +172,14 @@ def gradient_ratios(records: Iterable[Mapping[str, Any]], parts: int = QUARTERS)
 def taken_back(steps: Records, total_rate: float | None = None) -> float | None:
     """1 − exp(−κ·Σ lr): the share of a displacement present at the start that is gone at the end.
 
-    A pull shrinks the displacement to exp(−lr·κ) of it; κ is estimated from the steps that were measured.
+    A pull multiplies the displacement by exp(−lr·κ). κ is estimated from the steps that were measured.
 
     Args:
-        total_rate: Σ of the learning rates of the stage; None: that of the steps.
+        steps: the records of the steps.
+        total_rate: the sum of the learning rates of the stage; by default that of the given steps.
 
     Returns:
-        None without pulls.
+        The share; None without pulls.
     """
     measured = [record for record in _measured(steps) if record["distance"] + record["pull_norm"] > 0]
     if not any(record["pull_norm"] for record in measured):
@@ -184,10 +192,12 @@ def taken_back(steps: Records, total_rate: float | None = None) -> float | None:
 
 
 def anchor_finding(stage: int, ratio: float | None, rho: float | None = None) -> str | None:
-    """A sentence on a gradient ratio below ``NO_EFFECT``; None where there is nothing to say.
+    """A sentence if the gradient ratio is below ``NO_EFFECT``, else None.
 
     Args:
-        rho: ρ̄ of the term, if it was measured; then the sentence names the weight that a strength would be.
+        stage: the number of the stage.
+        ratio: the gradient ratio; None without a penalty.
+        rho: ρ̄ of the term, if it was measured. The sentence then gives the weight of a suggested strength.
 
     >>> anchor_finding(1, 0.0003, rho=4.4e4).split("; ")[1]
     'strength 0.7 would be weight 3.1e4'
@@ -201,7 +211,8 @@ def anchor_finding(stage: int, ratio: float | None, rho: float | None = None) ->
 
 
 def _pull_finding(stage: int, shrunk: float | None, steps: Records, ahead: float = 1.0) -> str | None:
-    """As :func:`anchor_finding`, of a decoupled anchor; the stage is ``ahead`` times as long as the steps."""
+    """The same as :func:`anchor_finding` for a decoupled anchor. The stage is ``ahead`` times as long as the
+    given steps."""
     if shrunk is None or shrunk >= NO_EFFECT:
         return None
     suggestion = _suggestion(SUGGESTED / (_total_rate(steps) * ahead))
@@ -209,11 +220,13 @@ def _pull_finding(stage: int, shrunk: float | None, steps: Records, ahead: float
 
 
 class AnchorMonitor:
-    """Reads each record of a stage in training, and reports once, after a tenth of it, an anchor without
-    effect.
+    """Watches the records of a stage during training. After a tenth of the stage, it reports once if the
+    anchor has no effect.
 
     Args:
-        steps: of the whole stage; rho: see :func:`anchor_effect`.
+        stage: the number of the stage.
+        steps: the number of steps of the whole stage.
+        rho: see :func:`anchor_effect`.
     """
 
     def __init__(self, stage: int, steps: int, rho: float | None = None) -> None:
@@ -224,7 +237,7 @@ class AnchorMonitor:
         self._done = False
 
     def add(self, record: Mapping[str, Any]) -> str | None:
-        """A sentence, at most once."""
+        """Add a record. Returns a sentence at most once, else None."""
         if self._done:
             return None
         self._records.append(record)
@@ -232,7 +245,7 @@ class AnchorMonitor:
         if len(records) < max(LEAST_STEPS, CHECKED_AFTER * self._steps):
             return None
         self._done, self._records = True, []
-        # as if the stage went on at the rates so far: they only fall, so this errs towards silence
+        # assume that learning rates stay as they are; they can only fall, so this avoids false reports
         ahead = self._steps / len(records)
         shrunk = taken_back(records, _total_rate(records) * ahead)
         finding = anchor_finding(self._stage, gradient_ratio(records), self._rho)
@@ -252,13 +265,13 @@ def _pull_sentence(stage: int, shrunk: float) -> str:
 
 
 def _suggestion(weight: float) -> str:
-    """The weight with two digits, as a configuration takes it: 3.1e4, 0.31."""
+    """The weight with two digits, as written in a configuration: 3.1e4, 0.31."""
     short = f"{weight:.2g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
     return f"strength {SUGGESTED:g} would be weight {short}"
 
 
 def _pull_ratio(measured: Records) -> float | None:
-    """Mean over the measured steps of ‖pull‖ / ‖optimizer step‖; None where nothing was pulled."""
+    """The mean of ‖pull‖ / ‖optimizer step‖ over the measured steps; None if there were no pulls."""
     pairs = [(record["pull_norm"], record["step_norm"]) for record in measured if record["step_norm"]]
     return sum(pull / step for pull, step in pairs) / len(pairs) if any(pull for pull, _ in pairs) else None
 
@@ -272,7 +285,7 @@ def _total_rate(steps: Records) -> float:
 
 
 def _quarters(measured: Records, steps: Records) -> list[Records]:
-    """The measured steps of each quarter of the stage; quarters without any are left out."""
+    """The measured steps of each quarter of the stage. Quarters without measured steps are left out."""
     last = [len(steps) * part // QUARTERS - 1 for part in range(1, QUARTERS + 1)]
     ends = [steps[number]["step"] for number in last] if measured else []
     parts = [[r for r in measured if a < r["step"] <= b] for a, b in pairwise([0, *ends])]

@@ -1,19 +1,20 @@
-"""The directions q of an adapter that the data support most for what they cost: Σq = ρHq, from a sample.
+"""The directions q of an adapter with the most support in the data relative to their cost, Σq = ρHq, from a
+sample.
 
-Σ is the second moment of the data's gradients, H the Hessian of a proximal term at its anchor. Everything is
-float64, and nothing is larger than the sample (examples × values).
+Σ is the second moment of the data's gradients, and H is the Hessian of a proximal term at its anchor.
+Everything is float64, and no tensor is larger than the sample (examples × values).
 
-Σ = (tokens/n) Σ_i g_i g_iᵀ has rank n at most, so its eigendirections lie in the span of H⁺g_1 … H⁺g_n, and
-the eigenproblem of the values' size is one of the examples' size:
+Σ = (tokens/n) Σ_i g_i g_iᵀ has at most rank n, so its eigendirections are in the span of H⁺g_1 … H⁺g_n, and
+the eigenproblem has the size of the number of examples instead of the number of values:
 
     K_ij = g_iᵀ H⁺ g_j,   K u = κ u   ⇒   q = Σ_i u_i H⁺g_i / √κ,   qᵀHq = 1,   Σq = ρHq,   ρ = tokens·κ/n
 
-For softmax-KL a group's block of H is s·(diag(p) − p·pᵀ), s = 1/τ² (times 1/modules), which ignores a shift
-common to the group: H·1 = 0. The gauge pᵀd = 0 picks one of the steps d + c·1 that cost the same. A gradient
-g acts on such steps as its dual t = g − p·Σg does (tᵀd = gᵀd), whose values sum to 0; x = t/(s·p) is the step
-with Hx = t, pᵀx = 0. So x = H⁺g in this gauge, and K_ij = Σ t_i·t_j/(s·p). The shifts are fixed there,
-while in the limit of endless training they follow freely. A diagonal H = s·diag(w) is the same without the
-gauge.
+For softmax-KL, the block of H of a group is s·(diag(p) − p·pᵀ), s = 1/τ² (times 1/modules), which ignores a
+shift common to the group: H·1 = 0. The gauge pᵀd = 0 selects one of the steps d + c·1, which all cost the
+same. A gradient g acts on such steps like its dual t = g − p·Σg (tᵀd = gᵀd), whose values sum to 0;
+x = t/(s·p) is the step with Hx = t, pᵀx = 0. So x = H⁺g in this gauge, and K_ij = Σ t_i·t_j/(s·p). Shifts are
+fixed in this gauge, whereas in the limit of endless training they are free. For a diagonal H = s·diag(w), the
+same holds without the gauge.
 """
 
 from __future__ import annotations
@@ -30,29 +31,38 @@ from peso.adapters.proximal.metrics import Hessian
 from peso.adapters.proximal.term import DistanceTerm, check_trained
 from peso.errors import TrainingError
 
-RANK = 1e-10  # eigenvalues below this share of the largest are rounding
-BLOCK = 1 << 14  # values at a time in float64
+RANK = 1e-10  # eigenvalues below this share of the largest are rounding errors
+BLOCK = 1 << 14  # the number of values to convert to float64 at a time
 ON_CPU = (torch.device("cpu"), torch.float32)
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The strongest directions of a sample. ``support``: ρ (k,), descending; of the sample, so that the first
-    ones are too large; ``coefficients``: (n, k), q_k = Σ_i coefficients_ik · H⁺g_i."""
+    """The strongest directions of a sample.
+
+    Attributes:
+        support: ρ (k,), descending. It is measured on the sample, so the first values are too large.
+        coefficients: (n, k), where q_k = Σ_i coefficients_ik · H⁺g_i.
+    """
 
     support: Tensor
     coefficients: Tensor
 
     def along(self, products: Tensor) -> Tensor:
-        """⟨w, q_k⟩_H of a step w, from its products g_iᵀw in the gauge (= t_iᵀw): (n,) → (k,)."""
+        """⟨w, q_k⟩_H of a step w, from the products g_iᵀw in the gauge (= t_iᵀw): (n,) → (k,)."""
         return self.coefficients.T @ products
 
 
 def strongest(gram: Tensor, count: int, tokens: float = 1.0) -> Directions:
-    """The ``count`` strongest directions of K (n, n), fewer where its rank is lower.
+    """The ``count`` strongest directions.
+
+    Args:
+        gram: K (n, n).
+        count: the number of directions; there are fewer if the rank of K is lower.
+        tokens: the number of tokens per example.
 
     Raises:
-        TrainingError: K is not finite, or 0: no gradient acts on what is anchored.
+        TrainingError: K is not finite, or it is 0 because no gradient acts on the anchored parameters.
     """
     if not bool(gram.isfinite().all()):
         raise TrainingError("the gradients of the examples are not finite")
@@ -60,16 +70,23 @@ def strongest(gram: Tensor, count: int, tokens: float = 1.0) -> Directions:
     kappa, u = kappa.flip(0), u.flip(1)
     kept = kappa > RANK * kappa[0].clamp_min(0)
     if not bool(kept.any()) or float(kappa[0]) <= 0:
-        raise TrainingError("no gradient of the examples acts on what is anchored: there are no directions")
+        raise TrainingError(
+            "no gradient of the examples acts on the anchored parameters, so there are no directions"
+        )
     count = min(count, int(kept.sum()))
     return Directions(tokens * kappa[:count] / len(gram), u[:, :count] / kappa[:count].sqrt())
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Directions judged by examples that were not used to find them: ``support`` (k,), its
-    ``standard_error``, and ``mean_share`` (k,): how much of it is the mean gradient, a pull that all examples
-    share."""
+    """Directions evaluated on examples that were not used to find them.
+
+    Attributes:
+        support: (k,), the support of each direction.
+        standard_error: (k,), its standard error.
+        mean_share: (k,), the share of the support that is due to the mean gradient, which all examples have
+            in common.
+    """
 
     support: Tensor
     standard_error: Tensor
@@ -77,13 +94,20 @@ class HeldOut:
 
 
 def held_out(gram: Tensor, count: int, tokens: float = 1.0, folds: int = 10, seed: int = 0) -> HeldOut:
-    """Cross-validation: direction k of all folds but one, its support from the one left out.
+    """Cross-validation: find direction k on all folds but one, and measure its support on that one.
 
-    A direction that is found is never stronger than the strongest there is, so that in expectation the sums
-    of the first k obey  held out ≤ true ≤ sample  (Ky Fan). The k-th of each fold counts as the k-th.
+    No direction is stronger than the true strongest one, so in expectation the sums of the first k satisfy
+    held out ≤ true ≤ sample (Ky Fan). Results of the folds are combined by the rank k of the directions.
+
+    Args:
+        gram: K (n, n).
+        count: the number of directions.
+        tokens: the number of tokens per example.
+        folds: the number of folds.
+        seed: the seed of the assignment to folds.
 
     Raises:
-        TrainingError: fewer than two examples a fold.
+        TrainingError: there are fewer than two examples per fold.
     """
     n = len(gram)
     if n < 2 * folds:
@@ -96,8 +120,8 @@ def held_out(gram: Tensor, count: int, tokens: float = 1.0, folds: int = 10, see
         found = strongest(gram[seen][:, seen], count)
         products[fold, : len(found.support)] = gram[fold][:, seen] @ found.coefficients
     squares = products.square()
-    # a fold's directions have signs of their own, so means are taken within folds; the error of a mean of m
-    # examples, variance/m, is subtracted from its square
+    # the signs of directions differ between folds, so means are taken within folds; the variance of the mean
+    # of m examples, variance/m, is subtracted from its square
     mean_squares = []
     for fold in order.chunk(folds):
         mean, variance = products[fold].mean(0), products[fold].var(0)
@@ -115,19 +139,23 @@ def limit_weight(support: Tensor, weight: float | Tensor) -> Tensor:
 def stage_weight(
     support: Tensor, weight: float | Tensor, inertia: Tensor, time: float, free_time: float | None = None
 ) -> Tensor:
-    """How far an anchored stage gets along each direction, relative to a free stage of the same length.
+    """How far an anchored stage moves along each direction, relative to a stage without an anchor.
 
     Training for a time T = Σ learning rates with an optimizer that divides gradients by D moves along q as
-    D·Δ' = −Σ(Δ − Δ*) − λHΔ. With the inertia δ = qᵀDq (for H-orthonormal q), y = Tρ/δ and s = Tλ/δ
+    D·Δ' = −Σ(Δ − Δ*) − λHΔ. With the inertia δ = qᵀDq (for H-orthonormal q), y = Tρ/δ and s = Tλ/δ,
 
-        Δ(T) = Δ*·y/(y+s)·(1 − e^−(y+s)),   free: Δ*·(1 − e^−y)
+        Δ(T) = Δ*·y/(y+s)·(1 − e^−(y+s)),   without an anchor: Δ*·(1 − e^−y)
 
-    and the ratio of the two is returned. It is ρ/(ρ+λ) in the limit of long stages, (1 − e^−s)/s for a
-    direction without support. It assumes that q is an eigendirection of (Σ, D) too: that D is alike in all
-    values with a share in q.
+    and the ratio of the two is returned. It is ρ/(ρ+λ) in the limit of long stages, and (1 − e^−s)/s for a
+    direction without support. This assumes that q is also an eigendirection of (Σ, D), that is, that D is
+    similar for all values with a share in q.
 
     Args:
-        free_time: T of the free stage, if it differs.
+        support: ρ of each direction.
+        weight: λ.
+        inertia: δ of each direction.
+        time: T.
+        free_time: T of the stage without an anchor, if it is different.
     """
     support = support.clamp_min(torch.finfo(support.dtype).eps * float(support.max()))  # the limit, not 0/0
     y, s = time * support / inertia, time * torch.as_tensor(weight) / inertia
@@ -141,15 +169,15 @@ def stage_weight(
 
 @dataclass(frozen=True)
 class _Part:
-    """Groups of one size. ``hessian``: float64, with the term's reduction; ``gradients``: float32 (examples,
-    groups, n)."""
+    """Groups of the same size, with their Hessian in float64, including the term's reduction, and the
+    gradients, float32 (examples, groups, n)."""
 
     stack: Stack
     hessian: Hessian
     gradients: Tensor
 
     def blocks(self) -> Iterator[tuple[slice, Hessian, Tensor]]:
-        """Some groups at a time: their place, Hessian and duals, float64."""
+        """Iterate over blocks of groups: their slice, their Hessian and their duals, in float64."""
         _, groups, size = self.gradients.shape
         step = max(1, BLOCK // size)
         for start in range(0, groups, step):
@@ -160,8 +188,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class Composition:
-    """Of each direction: ``shares`` (k, tensors) of ‖q‖²_H = 1; ``inertia``: qᵀDq (k,), D what Adam divides
-    gradients by; ``pull``: qᵀDWq (k,), W the weights of the decoupled form."""
+    """The composition of each direction.
+
+    Attributes:
+        shares: (k, tensors), the share of each tensor in ‖q‖²_H = 1.
+        inertia: (k,), qᵀDq, where D is the divisor of gradients in Adam.
+        pull: (k,), qᵀDWq, where W are the weights of the decoupled form.
+    """
 
     shares: Tensor
     inertia: Tensor
@@ -169,17 +202,21 @@ class Composition:
 
 
 class ExampleGradients:
-    """Gradients of ``examples`` losses, each of one target of ``tokens`` tokens, laid out as the anchor of a
-    term. ``groups``: the anchor.
+    """The gradients of the losses of single targets, in the layout of a term's anchor.
 
     Args:
-        term: anchored.
-        source: as given to its ``anchor``; gradients are taken where its parameters are now.
+        term: the term, which must have an anchor.
+        source: the source that was given to ``term.anchor``. Gradients are taken at the current parameters.
         losses: see :meth:`peso.adapters.proximal.term.Term.calibrate`.
-        anchors: where the term is anchored; None: where the parameters are now.
+        tokens: the number of tokens per target.
+        anchors: the values of the anchor; by default the current parameters.
+
+    Attributes:
+        examples: the number of losses.
+        groups: the groups of the anchor.
 
     Raises:
-        TrainingError: a frozen group, or no losses.
+        TrainingError: a group is frozen, or there are no losses.
     """
 
     def __init__(
@@ -205,7 +242,7 @@ class ExampleGradients:
             for place, stack in zip(rows, stacks, strict=True):
                 place.append(stack.gather(gradients).float().clone())
         if not rows[0]:
-            raise TrainingError("there are no examples to take gradients of")
+            raise TrainingError("there are no examples to compute gradients from")
         self.tokens = tokens
         self.examples = len(rows[0])
         self.groups = [
@@ -232,7 +269,7 @@ class ExampleGradients:
         return self.tokens * squares / self.examples / trace
 
     def step(self, after: Sequence[Tensor]) -> list[Tensor]:
-        """The movement from the anchor to ``after``, laid out: float64 (groups, n) each."""
+        """The displacement from the anchor to ``after``, float64 (groups, n) for each stack."""
         before = [group.tensor for group in self.groups]
         return [
             (part.stack.gather(after).float() - part.stack.gather(before).float()).double()
@@ -240,7 +277,7 @@ class ExampleGradients:
         ]
 
     def products(self, step: Sequence[Tensor]) -> Tensor:
-        """Each example's gradient times the step in the gauge: (examples,)."""
+        """The product of each example's gradient and the step in the gauge: (examples,)."""
         total = torch.zeros(self.examples, dtype=torch.float64)
         for part, moved in zip(self._parts, step, strict=True):
             for place, _, duals in part.blocks():
@@ -253,9 +290,11 @@ class ExampleGradients:
         return sum(float(part.hessian.inner(a, b)) for part, a, b in parts)
 
     def composition(self, directions: Directions, batch: int) -> Composition:
-        """
+        """The composition of directions.
+
         Args:
-            batch: targets whose gradients are averaged in a step: D² = ḡ² + Var(g)/batch.
+            directions: the directions.
+            batch: the number of targets whose gradients are averaged in a step: D² = ḡ² + Var(g)/batch.
         """
         count = directions.coefficients.shape[1]
         shares = torch.zeros(count, len(self.groups), dtype=torch.float64)

@@ -1,12 +1,12 @@
 """A LoRA layer as one operation with its own backward pass, for training.
 
-PEFT composes a layer of ten operations, and autograd keeps and rescales their intermediate results:
+PEFT uses ten operations per layer, and autograd stores and rescales their intermediate results:
 
     y = W x + b + B A drop(x) · alpha / rank [+ D C x · scale, of a second, frozen adapter]
 
-Here the low-rank parts are added within the product that computes them, the factors of dropout and alpha /
-rank are part of that product, and the backward pass keeps drop(x), its mask and the rank values between A and
-B. Results equal PEFT's up to the order of rounding, with the same random draws.
+Here the low-rank parts are added by the product that computes them, which includes the factors of dropout and
+alpha / rank. Only drop(x), its mask and the values between A and B are stored for the backward pass. With the
+same random numbers, the results are those of PEFT up to rounding.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_STEPS = 2**16  # values that 16 random bits take
-_WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a float → whole numbers of that size
+_STEPS = 2**16  # the number of values of 16 random bits
+_WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a float → an integer of the same size
 
 
 class BitDropout(nn.Module):
     """``nn.Dropout`` with the probability rounded to a multiple of 2⁻¹⁶.
 
-    Each value is zero with probability p and else divided by 1 - p. The same state of torch's default
-    generator draws the same. Compiled it is ``nn.Dropout``: that fuses its numbers with what uses them.
+    Each value is zero with probability p, otherwise it is divided by 1 - p. Results depend only on the state
+    of PyTorch's default generator. When compiled, it is ``nn.Dropout``, which fuses random numbers with the
+    operations that use them.
     """
 
     def __init__(self, p: float) -> None:
@@ -45,17 +46,20 @@ class BitDropout(nn.Module):
 
 
 def bit_mask(x: Tensor, p: float) -> Tensor:
-    """int16 of the shape of ``x``: 0 with probability p (a multiple of 2⁻¹⁶, at least one), else -1."""
+    """A random mask, int16 with the shape of ``x``: 0 with probability p (rounded to a positive multiple of
+    2⁻¹⁶), else -1."""
     seed = int(torch.randint(2**63 - 1, ()))
     words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-x.numel() // 4), dtype=np.uint64)
     bits = torch.from_numpy(words.view(np.int16)[: x.numel()]).view(x.shape)  # uniform on -2¹⁵ … 2¹⁵ - 1
-    stop = _STEPS // 2 - max(1, round(p * _STEPS))  # a share 1 - p lies below
+    stop = _STEPS // 2 - max(1, round(p * _STEPS))  # a share 1 - p is below it
     return bits.clamp_(stop - 1, stop).sub_(stop)  # several times faster than a comparison
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask is -1, 0 where it is 0: one bitwise operation on whole words, several times faster on
-    a CPU than a selection by booleans."""
+    """x where the mask is -1, and 0 where it is 0.
+
+    This is one bitwise operation on whole words, several times faster on a CPU than a boolean selection.
+    """
     word = _WORD[x.element_size()]
     return x.contiguous().view(word).bitwise_and(mask.to(word)).view(x.dtype)
 
@@ -77,7 +81,7 @@ class _Masked(torch.autograd.Function):
 
 @contextmanager
 def fast_dropout(model: nn.Module) -> Iterator[None]:
-    """Within the context every ``nn.Dropout`` of the model is a :class:`BitDropout`; afterwards as before."""
+    """A context in which every ``nn.Dropout`` of the model is replaced by a :class:`BitDropout`."""
     replaced = [
         (parent, name, child)
         for parent in model.modules()
@@ -96,8 +100,8 @@ def fast_dropout(model: nn.Module) -> Iterator[None]:
 class _LowRankLinear(torch.autograd.Function):
     """x (…, in) → W x + b + scale · B A drop(x) [+ scale_beside · D C x] (…, out), in the precision of W.
 
-    ``down`` A (rank, in), ``up`` B (out, rank) and ``down_beside`` C (rank, in) get gradients in their own
-    precision; W, b and ``up_beside`` D (out, rank) none.
+    A is ``down`` (rank, in), B is ``up`` (out, rank), C is ``down_beside`` (rank, in) and D is ``up_beside``
+    (out, rank). A, B and C get gradients in their own precision; W, b and D get none.
     """
 
     @staticmethod
@@ -158,14 +162,14 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _plus(y: Tensor, inner: Tensor, up: Tensor, scale: float) -> Tensor:
-    """y + scale · inner upᵀ, into y where nothing is compiled."""
-    if torch.compiler.is_compiling():  # fuses the sum with what comes next; in place it would copy y
+    """y + scale · inner upᵀ, in place unless it is compiled."""
+    if torch.compiler.is_compiling():  # the compiler fuses the sum; an in-place sum would copy y
         return y + scale * (inner @ up.to(y.dtype).t())
     return y.addmm_(inner, up.to(y.dtype).t(), alpha=scale)
 
 
 def _drop(rows: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor | None, float]:
-    """What dropout keeps of the rows, the mask, and the scale that is left to be multiplied with."""
+    """Apply dropout to rows. Returns the rows, the mask, and the scale that remains to be applied."""
     if p == 0:
         return rows, None, scale
     if _bits(rows):
@@ -176,20 +180,20 @@ def _drop(rows: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor | None, 
 
 
 def _drop_again(rows: Tensor, mask: Tensor, p: float) -> Tensor:
-    """The same selection, for a gradient that holds the scale that :func:`_drop` returned."""
+    """Apply the same mask to a gradient that already includes the scale that :func:`_drop` returned."""
     if mask.dtype == torch.int16:
         return masked(rows, mask)
     return torch.ops.aten.native_dropout_backward(rows, mask, 1 / (1 - p))
 
 
 def _bits(rows: Tensor) -> bool:
-    """Whether a mask is drawn bit by bit (:mod:`peso.adapters.fused`): that pays on a CPU, not compiled."""
+    """Whether to draw masks from random bits, which is faster on a CPU if nothing is compiled."""
     return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class FusedLinear(Linear):
-    """PEFT's LoRA layer over ``nn.Linear``, computed at once while one adapter is active, or one and a frozen
-    one without dropout beside it."""
+    """PEFT's LoRA layer over ``nn.Linear``, computed in one operation. At most two adapters may be active, of
+    which the second must be frozen and without dropout; otherwise PEFT computes the layer."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = _adapters(self)
@@ -214,7 +218,7 @@ class FusedLinear(Linear):
 
 
 def _adapters(layer: Linear) -> list[str]:
-    """The one or two adapters that act in a layer and can be computed at once; else none of them."""
+    """The active adapters of a layer if they can be computed in one operation, otherwise an empty list."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = not (layer.lora_variant or layer.disable_adapters or layer.merged)
     if not plain or len(names) not in (1, 2) or layer.base_layer.weight.requires_grad:
@@ -225,19 +229,19 @@ def _adapters(layer: Linear) -> list[str]:
 
 
 def _frozen_beside(layer: Linear, name: str) -> bool:
-    """Whether an adapter may act beside the trained one: nothing dropped, B frozen (A may be a product that
-    learns: magnitudes of past adapters)."""
+    """Whether an adapter can be the second one: it has no dropout, and its B is frozen. A may be trained, for
+    the magnitudes of past adapters."""
     return isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_B[name].weight.requires_grad
 
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """Within the context PEFT's LoRA layers over ``nn.Linear`` in ``model`` are :class:`FusedLinear`."""
+    """A context in which PEFT's LoRA layers over ``nn.Linear`` in a model are :class:`FusedLinear` layers."""
     fused: list[Any] = [
         layer for layer in model.modules() if type(layer) is Linear and type(layer.base_layer) is nn.Linear
     ]
     try:
-        # the class, not an attribute: what is compiled for one layer then serves all
+        # change the class, not an attribute, so that code compiled for one layer serves all layers
         for layer in fused:
             layer.__class__ = FusedLinear
         yield

@@ -1,6 +1,6 @@
-"""The tensors of an adapter that PEFT attached to a model, and which of their values form a group.
+"""The tensors of a model's PEFT adapter, and the groups that their values form.
 
-Groups of one size are stacked into one matrix, so that a step takes a few fused operations.
+Groups of the same size are stacked into one matrix, so that a step needs only a few fused operations.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from peso.errors import TrainingError
 
-PAST = "past"  # the adapter that holds the frozen adapters of earlier stages; it is never trained
+PAST = "past"  # the adapter with the frozen adapters of earlier stages; it is never trained
 
 
 @dataclass(frozen=True)
 class Group:
     """A or B of one module.
 
-    ``module``: name of the module in the model without its wrappers, e.g. ``model.layers.0.mlp.up_proj``;
-    ``factor``: ``A`` or ``B``, empty for a plain tensor; ``tensor``: the parameter itself, in its own shape.
+    Attributes:
+        module: the name of the module in the model without its wrappers, e.g. ``model.layers.0.mlp.up_proj``.
+        factor: ``A`` or ``B``; empty for a plain tensor.
+        tensor: the parameter itself, with its original shape.
     """
 
     module: str
@@ -47,23 +49,26 @@ Source = nn.Module | Iterable[nn.Module | Tensor | Group]
 def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
     """The groups of a model in the order of ``named_modules``, A before B.
 
-    Walking over the modules costs more than most penalties. A loop finds the groups once per stage and gives
-    them in the model's place; they stay valid as long as the model keeps its adapter and parameters::
+    Visiting all modules costs more than most penalties. So a training loop should find the groups once per
+    stage and pass them instead of the model. They stay valid as long as the model keeps its adapter and
+    parameters::
 
         groups = find_groups(model)
         loss = loss + term(groups)    # in every step
 
     Args:
-        source: a model with LoRA layers of PEFT anywhere in it (wrapped by DDP or ``torch.compile`` or
-            not), or several tensors, or both: ``[model, vocabulary.input_rows]``. Each plain tensor is a
-            group, and a module of its own. Groups that were found before are returned as they are.
-        adapter: which adapter; None: the active one. One named ``past`` may be active beside it.
+        source: a model with PEFT LoRA layers anywhere in it (it may be wrapped by DDP or ``torch.compile``),
+            a list of tensors, or a list of both, such as ``[model, vocabulary.input_rows]``. Each plain
+            tensor is a group and a module by itself. Groups that were already found are returned unchanged.
+        adapter: the name of the adapter; by default the active one. An adapter named ``past`` may also be
+            active.
 
     Raises:
-        TrainingError: no LoRA layer, no such adapter, several active at once, or an empty tensor.
+        TrainingError: there is no LoRA layer or no such adapter, several adapters are active, or a tensor is
+            empty.
     """
     if isinstance(source, list) and source and all(isinstance(part, Group) for part in source):
-        return list(source)  # in every step, so no more is checked
+        return list(source)  # this happens in every step, so nothing else is checked
     groups: list[Group] = []
     tensors = 0
     for part in _parts(source):
@@ -84,10 +89,10 @@ def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
 
 
 def find_layers(model: nn.Module, adapter: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Name of the adapter, and the PEFT layers that have it, by name of the module.
+    """The name of the adapter, and the PEFT layers that have it, by the name of their module.
 
     Raises:
-        TrainingError: no LoRA layer, no such adapter, or several active at once.
+        TrainingError: there is no LoRA layer or no such adapter, or several adapters are active.
     """
     layers = lora_layers(model)
     if not layers:
@@ -106,19 +111,27 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> tuple[str, dict
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The LoRA layers of PEFT in a model, by the name of their module without wrappers."""
+    """The PEFT LoRA layers of a model, by the name of their module without wrappers."""
     from peft.tuners.lora import LoraLayer  # PEFT is loaded only for models
 
     return {_plain(path): layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every group, in order. An anchor and a model must agree in them."""
+    """The name and shape of every group, in order. They must be the same for an anchor and a model."""
     return {group.name: tuple(group.tensor.shape) for group in groups}
 
 
 def check_same_groups(anchored: dict[str, tuple[int, ...]], groups: Sequence[Group]) -> None:
-    """Raise a TrainingError that names the first difference from :func:`shapes` of the anchor."""
+    """Check that groups have the names and shapes of the anchor.
+
+    Args:
+        anchored: the :func:`shapes` of the anchor.
+        groups: the current groups.
+
+    Raises:
+        TrainingError: they differ; the message names the first difference.
+    """
     current = shapes(groups)
     if list(current.items()) == list(anchored.items()):
         return
@@ -127,19 +140,19 @@ def check_same_groups(anchored: dict[str, tuple[int, ...]], groups: Sequence[Gro
     if missing or added:
         raise TrainingError(
             "the anchor was taken from other modules: "
-            f"it has {len(anchored)} groups, the model {len(current)}; "
+            f"it has {len(anchored)} groups, but the model has {len(current)}; "
             f"{_first('only in the anchor', missing)}{_first('only in the model', added)}"
             "call anchor(model) with the adapter that is trained now"
         )
     for name, shape in anchored.items():
         if shape != current[name]:
             raise TrainingError(
-                f"the anchor of {name} has shape {shape}, the model's is {current[name]}: "
-                "an adapter of another rank or backbone. Keep both over the stages, or call anchor(model) "
-                "with the adapter that is trained now"
+                f"the anchor of {name} has shape {shape}, but the model's has {current[name]}, because the "
+                "rank or the backbone is different. Keep both for all stages, or call anchor(model) with the "
+                "adapter that is trained now"
             )
     raise TrainingError(
-        "the anchor's modules come in another order than the model's: call anchor(model) again"
+        "the anchor's modules are in another order than the model's: call anchor(model) again"
     )
 
 
@@ -184,8 +197,8 @@ def _active(layers: Iterable[Any]) -> str:
 
 
 def _plain(path: str) -> str:
-    """The path without the wrappers of PEFT, DDP and ``torch.compile``, so that an anchor taken before
-    wrapping fits after it."""
+    """The path without the wrappers of PEFT, DDP and ``torch.compile``, so that an anchor that was taken
+    before wrapping is still valid."""
     return path.rpartition("base_model.model.")[2].replace("_orig_mod.", "").removeprefix("module.")
 
 
@@ -196,10 +209,12 @@ Grouping = Literal["factor", "module", "rank", "all"]
 
 @dataclass(frozen=True)
 class Piece:
-    """The share of one tensor in the rows of a matrix.
+    """The part of the rows of a matrix that belongs to one tensor.
 
-    ``tensor``: its number in the list of all tensors; ``rank_axis``: the axis along which it is cut into one
-    row per rank; None: it is one row.
+    Attributes:
+        tensor: the index of the tensor in the list of all tensors.
+        shape: its shape.
+        rank_axis: the axis along which it is split into one row per rank; None if it is a single row.
     """
 
     tensor: int
@@ -215,7 +230,7 @@ class Piece:
         return math.prod(self.shape) // self.height
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """(height, width), a view where the layout allows it."""
+        """The tensor as rows (height, width), as a view if possible."""
         if self.rank_axis is None:
             return tensor.reshape(1, -1)
         return tensor.movedim(self.rank_axis, 0).flatten(1)
@@ -229,22 +244,27 @@ class Piece:
 
 
 Layout = tuple[Piece, ...]
-"""Tensors whose rows, side by side, are groups of a penalty: one group, or one per rank."""
+"""Tensors whose rows, concatenated, are the groups of a penalty: one group, or one per rank."""
 
 
 def layouts(groups: Sequence[Group], grouping: Grouping) -> list[Layout]:
-    """How the tensors form the groups of a penalty.
+    """How tensors form the groups of a penalty.
 
-    ``factor``: each tensor is one group; ``module``: A and B of a module flattened together; ``rank``: row i
-    of A with column i of B, for every rank i of every module; ``all``: all values together. Tensors outside
-    LoRA modules (rows of a vocabulary, for example) are modules of their own, without ranks.
+    Tensors outside of LoRA modules, such as the rows of a vocabulary, are modules by themselves, without
+    ranks.
+
+    Args:
+        groups: the tensors.
+        grouping: ``factor``: each tensor is a group. ``module``: A and B of a module are one group. ``rank``:
+            row i of A and column i of B are a group, for every rank i of every module. ``all``: all values
+            are one group.
 
     Raises:
-        TrainingError: ``rank`` where no tensor belongs to a LoRA module.
+        TrainingError: the grouping is ``rank``, but no tensor belongs to a LoRA module.
     """
     if grouping == "rank" and not any(group.factor for group in groups):
         raise TrainingError("groups='rank' needs a model with LoRA modules: plain tensors have no ranks")
-    # A is (rank, in, …), B (out, rank, …), of linear, embedding and convolution layers alike
+    # A is (rank, in, …) and B is (out, rank, …), for linear, embedding and convolution layers
     axes = {"A": 0, "B": 1} if grouping == "rank" else {}
     members: dict[Any, list[Piece]] = defaultdict(list)
     for number, group in enumerate(groups):
@@ -253,24 +273,24 @@ def layouts(groups: Sequence[Group], grouping: Grouping) -> list[Layout]:
     return [tuple(pieces) for pieces in members.values()]
 
 
-# On a CPU a stack is no larger than its caches hold (0.5 MB a matrix): 1.5 times faster than one for all.
+# On a CPU a stack fits in its caches (0.5 MB per matrix), which is 1.5 times faster than one stack for all.
 CPU_VALUES = 1 << 17
 
 Placement = tuple[torch.device, torch.dtype]
 
 
 def placement(tensor: Tensor) -> Placement:
-    """Where a group is computed: on its own device, in float32 or better whatever its own dtype."""
+    """The device and dtype in which a group is computed: its own device, and at least float32."""
     return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Stack:
-    """Groups of one size as the rows of one matrix, and a copy of their anchor: (groups, n).
+    """Groups of the same size as the rows of one matrix, with a copy of their anchor (groups, n).
 
     Args:
-        layouts: how the tensors fill the rows; all of one form.
-        place: device and dtype of the matrix.
-        anchors: one of each tensor.
+        layouts: the layout of each row; all have the same form.
+        place: the device and dtype of the matrix.
+        anchors: the anchor of each tensor.
     """
 
     def __init__(self, layouts: Sequence[Layout], place: Placement, anchors: Sequence[Tensor]) -> None:
@@ -283,7 +303,7 @@ class Stack:
         return {**self.__dict__, "_buffer": None}
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors as rows (groups, n), in their own precision. Possibly a view."""
+        """The tensors as rows (groups, n), in their own precision, possibly as a view."""
         columns = []
         for position in range(len(self.layouts[0])):
             parts = [layout[position] for layout in self.layouts]
@@ -292,7 +312,8 @@ class Stack:
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
     def scatter(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The inverse of :meth:`gather`, of contiguous rows: number of a tensor, its values in its shape."""
+        """The inverse of :meth:`gather` for contiguous rows: the index of each tensor, and its values in its
+        shape."""
         _, numbers, views = self._laid_out()
         start = rows.storage_offset()
         for number, view in zip(numbers, views, strict=True):
@@ -300,24 +321,24 @@ class Stack:
             yield number, part.contiguous()
 
     def lay_out(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As :meth:`gather` in one operation, at the stack's precision, into memory that the next call
-        overwrites."""
+        """The same as :meth:`gather` in one operation and in the precision of the stack. The next call
+        overwrites the result."""
         rows, numbers, views = self._laid_out()
         torch._foreach_copy_(views, [tensors[number] for number in numbers])
         return rows
 
     def put_back(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with what was laid out."""
+        """Overwrite the tensors with the values in the memory of :meth:`lay_out`."""
         _, numbers, views = self._laid_out()
         torch._foreach_copy_([tensors[number] for number in numbers], views)
 
     @torch.no_grad()
     def displacement(self, tensors: Sequence[Tensor]) -> Tensor:
-        """v − a, a fresh (groups, n). Exact for small steps: float32 or better."""
+        """v − a in new memory, (groups, n). It is exact for small steps, in float32 or better."""
         return self.lay_out(tensors) - self.anchor
 
     def _laid_out(self) -> tuple[Tensor, list[int], list[Tensor]]:
-        """A matrix, and of each tensor its number and its view of the matrix: made once."""
+        """A matrix, with the index and the view of each tensor in it. It is created once."""
         if self._buffer is None:
             rows = torch.empty_like(self.anchor)
             columns = rows.split([part.width for part in self.layouts[0]], dim=-1)
@@ -334,11 +355,13 @@ class Stack:
 def stack_anchors(
     anchors: Sequence[Tensor], layouts: Sequence[Layout], places: Sequence[Placement]
 ) -> list[Stack]:
-    """Copies of the anchors, stacked by size and by where their groups are computed.
+    """Copy the anchors, stacked by the size and placement of their groups.
 
     Args:
-        places: of each tensor. Tensors that share groups are computed where the first is, in the best
-            precision.
+        anchors: the anchor of each tensor.
+        layouts: the groups.
+        places: the placement of each tensor. Groups of several tensors are computed on the device of the
+            first tensor, in the highest precision.
     """
     alike: dict[Any, list[Layout]] = defaultdict(list)
     for layout in layouts:
@@ -355,6 +378,6 @@ def stack_anchors(
 
 
 def unstack_anchors(stacks: Sequence[Stack]) -> list[Tensor]:
-    """The anchors in the order of the tensors, each in its shape."""
+    """The anchors in the order of the tensors, with their shapes."""
     found = dict(pair for stack in stacks for pair in stack.scatter(stack.anchor))
     return [found[number] for number in range(len(found))]

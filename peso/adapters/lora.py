@@ -1,8 +1,8 @@
-"""PEFT's LoRA adapter in a causal LM: initialized from a seed, saved in PEFT's format.
+"""PEFT's LoRA adapter in a causal LM, initialized from a seed and saved in PEFT's format.
 
-Frozen adapters of earlier stages can be active together with the one that is trained. They form one more PEFT
-adapter, whose rank is the sum of theirs: a forward pass costs two products for all of them together, and the
-result can be merged and exported like any adapter.
+Frozen adapters of earlier stages can be active together with the trained one. They form a second PEFT
+adapter, whose rank is the sum of theirs. So a forward pass needs two products for all of them, and the result
+can be merged and exported like any adapter.
 """
 
 from __future__ import annotations
@@ -34,16 +34,23 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's o
 def add_adapter(
     causal_lm: Any, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int
 ) -> PeftModel:
-    """Put a fresh adapter into the causal LM (in place) and freeze everything else.
+    """Add a new adapter to a causal LM in place, and freeze everything else.
 
-    A (rank, in) is drawn as PEFT draws it, from ``seed`` and without touching the caller's random state;
-    B (out, rank) is zero, so the model answers as before. Both are float32 whatever the backbone's precision.
+    A (rank, in) is drawn as in PEFT, from ``seed``, without changing the caller's random state. B (out, rank)
+    is zero, so the outputs of the model do not change. Both are float32 regardless of the backbone's
+    precision.
 
     Args:
-        targets: names of linear layers, such as ``q_proj``; every layer so named gets its own A and B.
+        causal_lm: the model.
+        rank: the rank of the adapter.
+        alpha: the scale of the adapter; its output is multiplied by alpha / rank.
+        dropout: the dropout probability of the adapter's input.
+        targets: the names of linear layers, such as ``q_proj``. Every layer with such a name gets its own A
+            and B.
+        seed: the seed of A.
 
     Raises:
-        BackboneError: a target that the backbone does not have; says which it has.
+        BackboneError: the backbone does not have a target; the message lists its layers.
     """
     linear = _linear_layers(causal_lm)
     missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
@@ -54,23 +61,23 @@ def add_adapter(
         )
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # as it is written most often
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # usually written as an integer
         lora_dropout=dropout,
         target_modules=list(targets),
-        # GPT-2's layers hold their weight transposed
+        # GPT-2's layers have transposed weights
         fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in linear),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT asks Transformers for a property under the name that it had before
+        # PEFT uses the old name of a property of Transformers
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
-        # in the mode of the model: dropout in a model that answers would go unnoticed
+        # keep the mode of the model, because dropout during inference would go unnoticed
         return get_peft_model(causal_lm, config).train(causal_lm.training)
 
 
 def redraw_adapter(peft_model: PeftModel, seed: Sequence[int]) -> None:
-    """Draw the trained adapter anew, as :func:`add_adapter` does: A from ``seed``, B zero."""
+    """Reinitialize the trained adapter as in :func:`add_adapter`: A from ``seed``, B zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
         for layer in lora_layers(peft_model).values():
@@ -80,7 +87,7 @@ def redraw_adapter(peft_model: PeftModel, seed: Sequence[int]) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every A and B of the LoRA layers in ``model``, by full name, in the order of the layers."""
+    """Every A and B of the LoRA layers of a model, by full name, in the order of the layers."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -91,31 +98,31 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_adapter(peft_model: PeftModel, directory: str | Path) -> None:
     """Write the two files that ``PeftModel.from_pretrained`` reads.
 
-    Same adapter, same bytes: PEFT's own writer lists the targets in the order of a set.
+    The same adapter gives the same bytes, unlike PEFT's own writer, which lists the targets in random order.
     """
     write_adapter(peft_model.peft_config["default"].to_dict(), adapter_state(peft_model), Path(directory))
 
 
 def write_adapter(config: dict[str, Any], state: dict[str, Tensor], directory: Path) -> None:
-    """The two files of PEFT's format from their content."""
+    """Write the two files of PEFT's format from their contents."""
     directory.mkdir(parents=True, exist_ok=True)
-    # inference mode as PEFT itself writes it: whoever wants to train on asks for that when loading
+    # PEFT also writes inference mode; to continue training, set the mode when loading
     write_json(directory / CONFIG, _as_json({**config, "inference_mode": True}))
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors on the CPU, under the names of PEFT's files."""
-    # never the embedding layers: to find out whether they were resized PEFT would ask the hub
+    """The adapter's tensors on the CPU, with the names in PEFT's files."""
+    # without embedding layers; to find out whether they were resized, PEFT would contact the hub
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def load_adapter(peft_model: PeftModel, directory: str | Path) -> None:
-    """Read the values of an adapter of the same shape into ``peft_model``.
+    """Load the values of a saved adapter with the same shape into ``peft_model``.
 
     Raises:
-        WorkspaceError: files that are missing or damaged, or an adapter of another rank, scale or targets.
+        WorkspaceError: files are missing or damaged, or the adapter has another rank, scale or targets.
     """
     folder = Path(directory)
     try:
@@ -134,16 +141,16 @@ def load_adapter(peft_model: PeftModel, directory: str | Path) -> None:
     for key in ("r", "lora_alpha", "target_modules"):
         if stored.get(key) != config[key]:
             raise WorkspaceError(
-                f"the adapter in {folder} has {key} {stored.get(key)}, the configuration says {config[key]}"
+                f"the adapter in {folder} has {key} {stored.get(key)}, but the configuration {config[key]}"
             )
     expected = {name: tensor.shape for name, tensor in adapter_state(peft_model).items()}
     if expected != {name: tensor.shape for name, tensor in state.items()}:
-        raise WorkspaceError(f"the adapter in {folder} was made for another backbone: its layers differ")
+        raise WorkspaceError(f"the adapter in {folder} was made for another backbone, with other layers")
     set_peft_model_state_dict(peft_model, state)
 
 
 def weights_without_adapter(causal_lm: nn.Module) -> dict[str, Tensor]:
-    """The causal LM's weights, no copies, under the names that they have without PEFT (adapters left out)."""
+    """The weights of a causal LM without adapters, not copied, with the names that they have without PEFT."""
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in causal_lm.state_dict().items()
@@ -152,7 +159,7 @@ def weights_without_adapter(causal_lm: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
-    """In a fixed order, where PEFT holds the targets as a set."""
+    """The configuration in a fixed order, with the targets as a list instead of a set."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
 
 
@@ -170,13 +177,16 @@ TRAINED = "default"
 
 @dataclass(frozen=True)
 class Past:
-    """Low-rank changes of the weights of named modules, adapter after adapter along the rank.
-
-    ``down``: module → float32 (Σ ranks, in), A; ``up``: module → float32 (out, Σ ranks), B; ``ranks``: of
-    each adapter; ``magnitudes``: float32 (adapters,), what each is multiplied by: alpha / rank of an adapter
-    that acts as it was learned.
+    """Low-rank changes of the weights of modules, with several adapters concatenated along the rank:
 
         change of a module's weight = Σ_i magnitudes_i · up_i · down_i
+
+    Attributes:
+        down: for each module, A, float32 (Σ ranks, in).
+        up: for each module, B, float32 (out, Σ ranks).
+        ranks: the rank of each adapter.
+        magnitudes: float32 (adapters,), the factor of each adapter. For an adapter that is applied as it was
+            trained, it is alpha / rank.
     """
 
     down: dict[str, Tensor]
@@ -190,7 +200,7 @@ class Past:
 
     def __add__(self, other: Past) -> Past:
         if self.down.keys() != other.down.keys():
-            raise ValueError("adapters of other modules")
+            raise ValueError("the adapters belong to different modules")
         return Past(
             {name: torch.cat([self.down[name], other.down[name]]) for name in self.down},
             {name: torch.cat([self.up[name], other.up[name]], dim=1) for name in self.up},
@@ -199,7 +209,7 @@ class Past:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by name, for a file."""
+        """The tensors by name, to be saved in a file."""
         return {
             **{f"{PAST}.{name}.down": tensor.contiguous() for name, tensor in self.down.items()},
             **{f"{PAST}.{name}.up": tensor.contiguous() for name, tensor in self.up.items()},
@@ -209,12 +219,13 @@ class Past:
 
     @property
     def acts(self) -> bool:
-        """Whether it changes any weight: a fresh adapter, whose B is zero, does not."""
+        """Whether any weight changes. This is not the case for a new adapter, whose B is zero."""
         return any(bool(up.any()) for up in self.up.values())
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> Past | None:
-        """From :meth:`state`, other tensors beside it or not; None where no adapters are in it."""
+        """Restore from the tensors of :meth:`state`, which may be mixed with others; None if there are no
+        adapters."""
         if f"{PAST}.ranks" not in state:
             return None
 
@@ -231,10 +242,10 @@ class Past:
 
 
 class Magnitudes(nn.Module):
-    """Multiplies the rows of each adapter by its magnitude; one for all modules of a model."""
+    """Multiplies the rows of each adapter by its magnitude. All modules of a model share one instance."""
 
     ranks: Tensor
-    owners: Tensor  # int64 (Σ ranks,): which adapter a row belongs to
+    owners: Tensor  # int64 (Σ ranks,): the adapter that each row belongs to
 
     def __init__(self, past: Past, *, trainable: bool) -> None:
         super().__init__()
@@ -249,7 +260,7 @@ class Magnitudes(nn.Module):
 
 @torch.no_grad()
 def read_adapter(backbone: nn.Module) -> Past:
-    """The trained adapter as it stands: a copy on the CPU. One rank and one alpha for all modules."""
+    """A copy of the trained adapter on the CPU. All modules must have the same rank and alpha."""
     layers = lora_layers(backbone)
     down = {
         name: layer.lora_A[TRAINED].weight.detach().float().cpu().clone() for name, layer in layers.items()
@@ -261,7 +272,7 @@ def read_adapter(backbone: nn.Module) -> Past:
 
 @torch.no_grad()
 def put_adapter(backbone: nn.Module, adapter: Past) -> None:
-    """Give the trained adapter the values that :func:`read_adapter` read of one like it."""
+    """Set the trained adapter to the values of :func:`read_adapter`."""
     for name, layer in lora_layers(backbone).items():
         layer.lora_A[TRAINED].weight.copy_(adapter.down[name])
         layer.lora_B[TRAINED].weight.copy_(adapter.up[name])
@@ -269,17 +280,19 @@ def put_adapter(backbone: nn.Module, adapter: Past) -> None:
 
 @torch.no_grad()
 def put_past(backbone: PeftModel, past: Past, *, train_magnitudes: bool = False) -> None:
-    """Make the adapters of the past act beside the trained one, frozen; an earlier past is replaced.
+    """Activate frozen past adapters together with the trained one. They replace earlier past adapters.
 
     Args:
-        train_magnitudes: their magnitudes (one number an adapter) require a gradient.
+        backbone: the model.
+        past: the past adapters.
+        train_magnitudes: whether to train their magnitudes (one number per adapter).
     """
     remove_past(backbone)
     trained = backbone.peft_config[TRAINED]
     fan_in_fan_out = getattr(trained, "fan_in_fan_out", False)
     config = LoraConfig(
         r=past.rank,
-        lora_alpha=past.rank,  # scaled as they are
+        lora_alpha=past.rank,  # so that the scale is 1
         lora_dropout=0.0,
         target_modules=trained.target_modules,
         fan_in_fan_out=fan_in_fan_out,
@@ -291,14 +304,14 @@ def put_past(backbone: PeftModel, past: Past, *, train_magnitudes: bool = False)
     magnitudes = Magnitudes(past, trainable=train_magnitudes)
     for name, layer in lora_layers(backbone).items():
         down, up = layer.lora_A[PAST], layer.lora_B[PAST]
-        # as the trained adapter: float32, whatever the backbone's precision
+        # float32 regardless of the backbone's precision, like the trained adapter
         down.weight = nn.Parameter(past.down[name].to(down.weight.device), requires_grad=False)
         up.weight = nn.Parameter(past.up[name].to(up.weight.device), requires_grad=False)
         parametrize.register_parametrization(down, "weight", magnitudes.to(down.weight.device), unsafe=True)
 
 
 def remove_past(backbone: PeftModel) -> None:
-    """The trained adapter alone acts again."""
+    """Remove the past adapters, so that only the trained adapter is active."""
     if PAST in backbone.peft_config:
         backbone.delete_adapter(PAST)
         backbone.base_model.set_adapter(TRAINED)
@@ -306,7 +319,7 @@ def remove_past(backbone: PeftModel) -> None:
 
 @torch.no_grad()
 def read_past(backbone: nn.Module) -> Past | None:
-    """The past as it stands, magnitudes included: copies on the CPU; None where there is none."""
+    """A copy of the past adapters and their magnitudes on the CPU; None if there are none."""
     if PAST not in getattr(backbone, "peft_config", {}):
         return None
     down, up = {}, {}
@@ -321,10 +334,10 @@ def read_past(backbone: nn.Module) -> Past | None:
 
 @torch.no_grad()
 def as_one_adapter(backbone: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """All that acts as one adapter of PEFT's format: its configuration, and tensors by the names in its file.
+    """All active adapters as one adapter in PEFT's format: its configuration, and its tensors by name.
 
-    The trained adapter itself where it has no past, else the ranks of both concatenated, alpha = rank, and
-    what multiplies each adapter worked into its rows of A.
+    Without past adapters, this is the trained adapter itself. Otherwise all adapters are concatenated along
+    the rank, alpha is the rank, and the factor of each adapter is included in its rows of A.
     """
     config, past = backbone.peft_config[TRAINED].to_dict(), read_past(backbone)
     if past is None:

@@ -168,7 +168,7 @@ def test_an_automatic_temperature_has_a_floor_and_never_lets_a_weight_vanish() -
     assert peso.SoftmaxKL.value(moved, outlier, "auto").item() == pytest.approx(
         peso.SoftmaxKL.value(moved, outlier, 3.0 / WIDEST).item(), rel=1e-4
     )
-    with pytest.raises(ConfigError, match="temperature automatic must be above 0, or 'auto'"):
+    with pytest.raises(ConfigError, match="temperature automatic must be greater than 0, or 'auto'"):
         peso.SoftmaxKL(temperature="automatic")
 
 
@@ -259,12 +259,12 @@ def test_fisher_weighs_each_value_and_its_decoupled_form_pulls_in_proportion() -
 
 def test_fisher_without_information_or_with_another_s_is_an_error() -> None:
     model, term = adapted(), peso.Fisher(weight=1.0)
-    with pytest.raises(TrainingError, match=r"what mattered to the last stage: anchor\(model, losses\)"):
+    with pytest.raises(TrainingError, match=r"needs data of the last stage: call anchor\(model, losses\)"):
         term.anchor(model)
     with pytest.raises(TrainingError, match="no losses to estimate"):
         term.anchor(model, [])
     fisher = term.estimate(model, target_losses(model))
-    with pytest.raises(TrainingError, match=r"of other groups: .*has shape \(8, 32\).*has \(4, 32\)"):
+    with pytest.raises(TrainingError, match=r"belongs to other groups: .*has shape \(8, 32\).*has \(4, 32\)"):
         term.anchor(adapted(rank=8), fisher=fisher)
     with pytest.raises(TrainingError, match="is missing"):
         term.anchor([torch.zeros(3)], fisher=fisher)
@@ -479,14 +479,14 @@ def test_output_kl_must_see_the_passes_it_is_calibrated_on() -> None:
     with pytest.raises(TrainingError, match="depends on the data"):
         term.metric_trace()
     losses = [model(input_ids=IDS, labels=IDS).loss for _ in range(2)]
-    with pytest.raises(TrainingError, match="give calibrate an iterator"):
+    with pytest.raises(TrainingError, match="pass an iterator to calibrate"):
         term.calibrate(model, losses)
     with pytest.raises(TrainingError, match="strength 1 has no weight yet"):
         term(model)
 
 
 def test_output_kl_is_for_linear_layers() -> None:
-    with pytest.raises(TrainingError, match=r"for linear layers, which model\.embed_tokens is not"):
+    with pytest.raises(TrainingError, match=r"needs linear layers, but model\.embed_tokens is not linear"):
         peso.OutputKL().anchor(adapted(targets=["embed_tokens"]))
 
 

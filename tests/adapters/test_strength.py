@@ -173,7 +173,7 @@ def test_what_cannot_be_calibrated_says_why() -> None:
         ({"weight": 1.0, "strength": 1.0}, "weight 1.0 and strength 1.0 exclude each other"),
         ({"strength": -1.0}, "strength -1.0 must be 0 or more"),
         ({"strength": math.inf}, "strength inf"),
-        ({"coupling": "tight"}, "coupling 'tight' is neither 'loss' nor 'decoupled'"),
+        ({"coupling": "tight"}, "coupling 'tight' is not one of loss, decoupled"),
     ],
 )
 def test_impossible_options_are_refused(options: dict, message: str) -> None:
@@ -183,7 +183,7 @@ def test_impossible_options_are_refused(options: dict, message: str) -> None:
 
 
 def test_other_groups_than_there_are_are_refused() -> None:
-    with pytest.raises(ConfigError, match="groups 'layer' is none of factor, module, rank, all"):
+    with pytest.raises(ConfigError, match="groups 'layer' is not one of factor, module, rank, all"):
         peso.SoftmaxKL(groups="layer")
 
 

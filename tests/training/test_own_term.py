@@ -108,7 +108,7 @@ def test_a_class_that_cannot_be_used_is_refused(proximal: str, message: str) -> 
 @pytest.mark.parametrize(
     ("proximal", "message"),
     [
-        ("l3", r"strategy\.proximal: 'l3' is not a proximal term; known are fisher, l2, .*MyTerm"),
+        ("l3", r"strategy\.proximal: 'l3' is not a proximal term; use one of fisher, l2, .*MyTerm"),
         (3, r"strategy\.proximal"),
     ],
 )

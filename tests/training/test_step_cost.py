@@ -77,7 +77,7 @@ def test_groups_found_before_give_the_same_bits(coupling: str, dtype: torch.dtyp
 
 def test_groups_found_in_another_model_are_refused() -> None:
     term = anchored(peso.L2(weight=1.0), adapted())
-    with pytest.raises(TrainingError, match="another rank or backbone"):
+    with pytest.raises(TrainingError, match="rank or the backbone is different"):
         term(find_groups(adapted(rank=2)))
 
 

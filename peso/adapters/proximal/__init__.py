@@ -1,6 +1,6 @@
-"""Proximal terms for any training loop: an anchor, and the penalty on moving away from it.
+"""Proximal terms for any training loop: an anchor, and a penalty on moving away from it.
 
-A name below is loaded when it is first used: a configuration that names a term does not wait for PyTorch.
+The names below are loaded when they are first used, so that reading a configuration does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # or a type checker would take any name
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _HOMES:
@@ -56,27 +56,27 @@ if not TYPE_CHECKING:  # or a type checker would take any name
 
 
 def find_term(name: str) -> type[Term]:
-    """The term that a configuration names.
+    """Find a proximal term by its name in a configuration.
 
     Args:
-        name: of a term in this folder, of one that is imported already, or of one that an installed
-            distribution offers (entry points ``peso.proximal_terms``); or a class that Python can import,
-            such as ``my_package.my_term.MyTerm``.
+        name: the name of a term in this folder, of a term that is already imported, or of a term that an
+            installed distribution offers (entry points ``peso.proximal_terms``); or a class that Python can
+            import, such as ``my_package.my_term.MyTerm``.
 
     Raises:
-        ConfigError: there is no such term, or what is named is not one.
+        ConfigError: there is no such term, or the class is not a proximal term.
     """
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute) if module else TERMS.find(name)
     except KeyError:
         raise ConfigError(
-            f"{name!r} is not a proximal term; known are {', '.join(TERMS.names())}, and any class that "
+            f"{name!r} is not a proximal term; use one of {', '.join(TERMS.names())}, or any class that "
             "Python can import, such as my_package.my_term.MyTerm"
         ) from None
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{name} cannot be imported ({error}); name a class that Python can import from here (PYTHONPATH)"
+            f"{name} cannot be imported ({error}); use a class that Python can import from here (PYTHONPATH)"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise ConfigError(f"{name} is not a subclass of peso.adapters.proximal.Term")

@@ -1,4 +1,4 @@
-"""``fisher``: the squared distance to the anchor, each value weighted by its effect on the last stage."""
+"""``fisher``: the squared distance to the anchor, with values weighted by their effect on the last stage."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 
 
 def diagonal_fisher(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list[Tensor]:
-    """E[(∇ loss)²] of every value, over the losses: float32 or better, in the tensors' shapes.
+    """The empirical Fisher information: the mean of (∇ loss)² over the losses for every value.
 
-    The empirical Fisher information: gradients of the data's own targets, one example each, averaged after
-    squaring. Gradients of the parameters (``.grad``) do not change.
+    The gradients are those of single targets of the data. The gradients of the parameters (``.grad``) do not
+    change.
 
     Args:
-        losses: 0-d with their graphs. An iterator is advanced only when the last loss is done with.
+        tensors: the parameters.
+        losses: losses of single targets, 0-d with their graphs. If it is an iterator, the next loss is
+            requested only after the gradient of the previous one was computed.
+
+    Returns:
+        One tensor for each parameter, with its shape, in float32 or better.
 
     Raises:
-        TrainingError: no loss, or a gradient that is not finite.
+        TrainingError: there are no losses, or a gradient is not finite.
     """
     import torch
 
@@ -47,17 +52,18 @@ def diagonal_fisher(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list
 
 
 class Fisher(DistanceTerm):
-    """λ · ½ · Σ_i F_i·(v_i − a_i)², F the diagonal Fisher information of the previous stage's data at a.
+    """λ · ½ · Σ_i F_i·(v_i − a_i)², where F is the diagonal Fisher information of the previous stage's data
+    at the anchor a.
 
-    The Laplace approximation of elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796):
-    H = diag(F). The decoupled form shrinks by w = F / mean(F), the mean over everything that is anchored: the
-    information also says which modules matter, and a mean over each group would divide that out. It has long
-    tails: most values are far below the mean, and at strength 1 are hardly pulled. ::
+    This is the Laplace approximation of elastic weight consolidation (Kirkpatrick et al. 2017, arXiv
+    1612.00796), with H = diag(F). The weights of the decoupled form are w = F / mean(F). The mean is over all
+    anchored values, because a mean over each group would remove the information on which modules matter. F
+    has long tails: most values are far below the mean, and are hardly pulled at strength 1. ::
 
         term = peso.Fisher(strength=1.0, coupling="decoupled")
-        term.anchor(model, losses)            # of single targets of the stage that ends
+        term.anchor(model, losses)            # losses of single targets of the stage that ends
 
-    For the arguments see :class:`~peso.adapters.proximal.term.Term`.
+    See :class:`~peso.adapters.proximal.term.Term` for the arguments.
     """
 
     name = "fisher"
@@ -67,10 +73,14 @@ class Fisher(DistanceTerm):
     _mean = 1.0
 
     def estimate(self, source: Source, losses: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The Fisher information of every group by its name, as :meth:`anchor` takes it: for a file.
+        """Compute the Fisher information of every group, by name, to be saved and passed to :meth:`anchor`.
+
+        Args:
+            source: see :meth:`anchor`.
+            losses: see :func:`diagonal_fisher`.
 
         Raises:
-            TrainingError: a frozen group, no loss, or gradients that are not finite.
+            TrainingError: a group is frozen, there are no losses, or a gradient is not finite.
         """
         groups = self.select(source)
         check_trained(groups)
@@ -84,19 +94,21 @@ class Fisher(DistanceTerm):
         *,
         fisher: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """As :meth:`Term.anchor`, with one of
+        """Set the anchor, see :meth:`Term.anchor`. Either ``losses`` or ``fisher`` must be given.
 
         Args:
-            losses: each the loss of one target of the stage that ends, 0-d with its graph.
+            source: a model or tensors, see :meth:`Term.anchor`.
+            losses: losses of single targets of the stage that ends, 0-d with their graphs.
             fisher: the result of :meth:`estimate`.
 
         Raises:
-            TrainingError: neither or both of the two, a frozen group, information of other groups, or all 0.
+            TrainingError: neither or both of the two are given, a group is frozen, or the Fisher information
+                belongs to other groups or is 0 everywhere.
         """
         if (losses is None) == (fisher is None):
             raise TrainingError(
-                "Fisher needs to know what mattered to the last stage: anchor(model, losses) with the losses "
-                "of some of its single targets, or anchor(model, fisher=term.estimate(model, losses))"
+                "Fisher needs data of the last stage: call anchor(model, losses) with losses of single "
+                "targets, or anchor(model, fisher=term.estimate(model, losses))"
             )
         known = self.estimate(source, losses) if losses is not None else fisher or {}
         groups = self.select(source)
@@ -104,8 +116,8 @@ class Fisher(DistanceTerm):
             values = known.get(group.name)
             if values is None or values.shape != group.tensor.shape:
                 raise TrainingError(
-                    f"the Fisher information is of other groups: {group.name} has shape "
-                    f"{tuple(group.tensor.shape)}, its information "
+                    f"the Fisher information belongs to other groups: {group.name} has shape "
+                    f"{tuple(group.tensor.shape)}, but its information "
                     f"{'is missing' if values is None else f'has {tuple(values.shape)}'}"
                 )
         self._fisher = [known[group.name].detach().clone() for group in groups]

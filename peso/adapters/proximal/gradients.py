@@ -1,4 +1,4 @@
-"""Penalties whose gradients are computed with their values: functions of PyTorch's autograd."""
+"""Autograd functions for penalties whose gradients are computed together with their values."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ from peso.errors import TrainingError
 def stacked_penalty(
     stacks: Sequence[tuple[Stack, Metric]], scale: float, tensors: Sequence[Tensor]
 ) -> Tensor:
-    """scale · Σ_g penalty of the metrics at these tensors: 0-d, differentiable once."""
+    """scale · Σ_g penalty, 0-d, differentiable once.
+
+    Args:
+        stacks: the stacks of groups with their metrics.
+        scale: a factor.
+        tensors: the current tensors.
+    """
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     value: Tensor = _StackedPenalty.apply(stacks, scale, wanted, *tensors)  # type: ignore[no-untyped-call]
     return value
 
 
 class _StackedPenalty(torch.autograd.Function):
-    """scale · Σ_g penalty, on the device of the first tensor. Forward computes value and gradient together;
-    backward only scales the saved gradient."""
+    """scale · Σ_g penalty, on the device of the first tensor. The forward pass computes value and gradient
+    together, and the backward pass only scales the saved gradient."""
 
     @staticmethod
     def forward(
@@ -47,7 +53,7 @@ class _StackedPenalty(torch.autograd.Function):
         check_first_derivative()
         gradients: list[Tensor | None] = [None] * len(ctx.places)
         for (stack, _), saved in zip(ctx.stacks, ctx.saved_tensors, strict=True):
-            # not in place: a graph that is kept may be run backward again
+            # not in place, because a retained graph may be used again
             rows = saved * (outer * ctx.scale).to(saved)
             here = (rows.device, rows.dtype)
             for number, value in stack.scatter(rows):
@@ -59,18 +65,21 @@ class _StackedPenalty(torch.autograd.Function):
 def output_kl(
     current: tuple[Tensor, Tensor], anchor: tuple[Tensor, Tensor], x: Tensor, scaling: float
 ) -> Tensor:
-    """Σ_tokens KL(softmax(s·B·A·x) ‖ softmax(s·B_a·A_a·x)) of one module: 0-d, differentiable once.
+    """Σ_tokens KL(softmax(s·B·A·x) ‖ softmax(s·B_a·A_a·x)) of one module, 0-d, differentiable once.
 
     Args:
-        current, anchor: A (rank, in) and B (out, rank).
-        x: (tokens, in), a constant.
+        current: the current A (rank, in) and B (out, rank).
+        anchor: A and B of the anchor.
+        x: (tokens, in), the inputs, which count as constant.
+        scaling: s.
     """
     value: Tensor = _OutputKL.apply(*current, *anchor, x, scaling)  # type: ignore[no-untyped-call]
     return value
 
 
 class _OutputKL(torch.autograd.Function):
-    """Σ over tokens of one module's KL. Forward computes value and gradients; backward only scales them."""
+    """The KL of one module, summed over tokens. The forward pass computes value and gradients, and the
+    backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -80,7 +89,7 @@ class _OutputKL(torch.autograd.Function):
             dtype = a_anchor.dtype
             wide_a, wide_b, x = a.to(dtype), b.to(dtype), x.to(dtype)
             inner = x @ wide_a.T  # (tokens, rank)
-            # s·(B·A − B_a·A_a)·x without the difference of two nearly equal outputs
+            # s·(B·A − B_a·A_a)·x, without a difference of two nearly equal outputs
             moved = inner @ (wide_b - b_anchor).T + (x @ (wide_a - a_anchor).T) @ b_anchor.T
             prior = torch.softmax(scaling * ((x @ a_anchor.T) @ b_anchor.T), -1)  # (tokens, out)
             kl, outer = softmax_kl(moved.mul_(scaling), Prior(prior, prior.sum(-1, keepdim=True)))
@@ -98,10 +107,10 @@ class _OutputKL(torch.autograd.Function):
 
 @torch.no_grad()
 def output_trace(a: Tensor, b: Tensor, x: Tensor, scaling: float) -> Tensor:
-    """Σ_tokens of the trace of the Hessian of KL(softmax(s·B·A·x) ‖ ·) at A, B: 0-d.
+    """The trace of the Hessian of KL(softmax(s·B·A·x) ‖ ·) at A and B, summed over the tokens, 0-d.
 
-    With p = softmax(s·B·A·x), F = diag(p) − p·pᵀ is the Hessian in the output, JᵀFJ that in the parameters:
-    s²·‖A·x‖²·tr(F) for B, s²·‖x‖²·Σ_k B_kᵀ·F·B_k over the columns of B for A.
+    With p = softmax(s·B·A·x), the Hessian in the output is F = diag(p) − p·pᵀ, and that in the parameters is
+    JᵀFJ. Its trace is s²·‖A·x‖²·tr(F) for B, and s²·‖x‖²·Σ_k B_kᵀ·F·B_k over the columns of B for A.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(a.dtype)
@@ -113,8 +122,13 @@ def output_trace(a: Tensor, b: Tensor, x: Tensor, scaling: float) -> Tensor:
 
 
 def check_first_derivative() -> None:
-    """In a backward pass: a saved gradient counts as constant, so that a second derivative would be 0."""
+    """Check, in a backward pass, that no second derivative is needed. It would be wrong (0), because the
+    saved gradient counts as constant.
+
+    Raises:
+        TrainingError: a second derivative is needed.
+    """
     if torch.is_grad_enabled():
         raise TrainingError(
-            "a proximal term has a first derivative only: take its gradient without create_graph=True"
+            "a proximal term has only a first derivative: compute its gradient without create_graph=True"
         )

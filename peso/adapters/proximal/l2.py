@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 class L2(DistanceTerm):
-    """λ · ½ · Σ_g ‖v⁽ᵍ⁾ − a⁽ᵍ⁾‖², H = I: with the ½, so that λ is that of the general form (λ/2)·‖·‖²_H.
+    """λ · ½ · Σ_g ‖v⁽ᵍ⁾ − a⁽ᵍ⁾‖², with H = I. The factor ½ makes λ the same as in the general form
+    (λ/2)·‖·‖²_H.
 
-    The decoupled form is Δ ← Δ·exp(−lr·κ). How values are grouped makes no difference. For the arguments see
-    :class:`~peso.adapters.proximal.term.Term`.
+    The decoupled form is Δ ← Δ·exp(−lr·κ). The grouping of values makes no difference. See
+    :class:`~peso.adapters.proximal.term.Term` for the arguments.
     """
 
     name = "l2"

@@ -1,15 +1,15 @@
-"""What a displacement from the anchor costs, its curvature there, and how the decoupled form shrinks it.
+"""The cost of a displacement from the anchor, its curvature at the anchor, and the decoupled form.
 
-Everything is a plain matrix (groups, n). The softmax-KL is exact: value and gradient in closed form, nothing
-lost to cancellation. With d = (v − a)/τ, p = softmax(a/τ) and s = softmax(v/τ) of a group v with anchor a:
+Everything is a plain matrix (groups, n). Softmax-KL is exact: value and gradient are in closed form, without
+cancellation. With d = (v − a)/τ, p = softmax(a/τ) and s = softmax(v/τ) for a group v with anchor a:
 
     ℓ = log s − log p = d − log Σ p·eᵈ
     KL(s ‖ p) = Σ p·φ(ℓ),   φ(x) = x·eˣ − (eˣ − 1) = x²/2 + x³/3 + x⁴/8 + … ≥ 0
     ∂KL/∂d = s·(ℓ − KL)
 
-The first line follows from s = p·eᵈ / Σ p·eᵈ, the second from Σ s·ℓ and Σ p·(e^ℓ − 1) = Σ s − Σ p = 0. This
-is the formula of the paper (arXiv 2510.25093) without a difference of two nearly equal sums: every term of
-the sum is positive, so its relative error is that of a single term.
+The first line follows from s = p·eᵈ / Σ p·eᵈ, the second from KL = Σ s·ℓ and Σ p·(e^ℓ − 1) = Σ s − Σ p = 0.
+This is the formula of the paper (arXiv 2510.25093) without a difference of two nearly equal sums. Every term
+of the sum is positive, so its relative error is that of a single term.
 
 ρ̄ = tr(Σ)/tr(H), the weight of strength 1, is estimated from gradients of single examples. Near the optimum
 v* of the data the loss is ½(v − v*)ᵀΣ(v − v*), where Σ is the second moment of the gradients of single
@@ -29,22 +29,25 @@ from torch import Tensor
 
 from peso.errors import TrainingError
 
-# φ(x) / x² = Σ_{k ≥ 2} (k − 1)/k! · x^(k−2), highest power first. Below SERIES the seventh order and the
-# closed form (which cancels: x·eˣ and eˣ − 1 agree to first order) are both good to about 1e-6 in float32.
+# φ(x) / x² = Σ_{k ≥ 2} (k − 1)/k! · x^(k−2), highest power first. The closed form cancels near 0, because
+# x·eˣ and eˣ − 1 agree to first order. At SERIES, it and the series of seventh order are both accurate to
+# about 1e-6 in float32.
 SERIES = 0.1
 COEFFICIENTS = (1 / 840, 1 / 144, 1 / 30, 1 / 8, 1 / 3, 1 / 2)
-CONCENTRATED = 1.0  # a KL from which ℓ and KL may agree so closely that ℓ − KL cancels
+CONCENTRATED = 1.0  # for a larger KL, ℓ and KL may be so close that ℓ − KL cancels
 
 LEAST_TEMPERATURE = 1e-2
-WIDEST = 60.0  # span of a group over its temperature: e⁻⁶⁰ / n is still a normal float32
+WIDEST = 60.0  # the largest span of a group over its temperature: e⁻⁶⁰ / n is still a normal float32
 
 
 @dataclass(frozen=True)
 class Prior:
     """p = softmax(anchor / τ) of each group, computed once per stage.
 
-    ``weights``: (groups, n). ``total``: (groups, 1), the sum of a group's rounded weights; dividing by it
-    instead of by 1 makes a group that has not moved exactly zero.
+    Attributes:
+        weights: p, (groups, n).
+        total: (groups, 1), the sum of each group's rounded weights. Dividing by it instead of by 1 makes the
+            KL of a group that has not moved exactly zero.
     """
 
     weights: Tensor
@@ -52,12 +55,14 @@ class Prior:
 
     @classmethod
     def of(cls, anchor: Tensor, temperature: float | Tensor = 1.0) -> Prior:
-        """anchor: (groups, n) float32 or float64; temperature: one for all, or (groups, 1).
+        """Compute p in float64, because a float32 sum over a million values has an error of 1e-5.
 
-        The softmax is taken in float64: a float32 sum over a million values is itself off by 1e-5.
+        Args:
+            anchor: (groups, n), float32 or float64.
+            temperature: τ, one for all groups or (groups, 1).
 
         Raises:
-            TrainingError: a weight vanishes in the dtype, which would silently drop its value.
+            TrainingError: a weight underflows in the dtype, so that its value would be ignored.
         """
         wide = _wide(anchor)
         scaled = wide / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
@@ -67,21 +72,21 @@ class Prior:
             shown = float(temperature.min()) if isinstance(temperature, Tensor) else temperature
             raise TrainingError(
                 f"temperature {shown:g} is too small for an anchor group whose values span {spread:g}: "
-                f"its softmax weights vanish in {anchor.dtype}. Use a temperature above "
+                f"some of its softmax weights underflow in {anchor.dtype}. Use a temperature above "
                 f"{spread / WIDEST:.2g}"
             )
         return cls(weights, weights.sum(-1, keepdim=True))
 
     def centered(self, displacement: Tensor) -> Tensor:
-        """Δ − μ, μ = Σ p·Δ of each group: (groups, n)."""
+        """Δ − μ with μ = Σ p·Δ of each group: (groups, n)."""
         return displacement - (self.weights * displacement).sum(-1, keepdim=True) / self.total
 
 
 def automatic_temperature(anchor: Tensor) -> Tensor:
-    """Standard deviation of each anchor group, at least 1e-2: (groups, n) → (groups, 1).
+    """The standard deviation of each anchor group, at least 1e-2: (groups, n) → (groups, 1).
 
-    The floor is for a fresh B, which is all zeros. A group with outliers gets the smallest temperature at
-    which none of its weights vanishes, if that is higher.
+    The minimum is needed for a new B, which is zero. A group with outliers gets the smallest temperature at
+    which none of its weights underflows, if that is higher.
     """
     wide = _wide(anchor)
     spread = wide.std(-1, correction=0, keepdim=True).clamp_min(LEAST_TEMPERATURE)
@@ -90,30 +95,30 @@ def automatic_temperature(anchor: Tensor) -> Tensor:
 
 
 def _wide(anchor: Tensor) -> Tensor:
-    """In float64, on the CPU where the device is MPS, which has no float64."""
+    """The anchor in float64. MPS has no float64, so its tensors are copied to the CPU."""
     return (anchor.cpu() if anchor.device.type == "mps" else anchor).double()
 
 
 def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """KL(softmax(a/τ + d) ‖ softmax(a/τ)) of every group, and its gradient with respect to d.
 
-    The relative error in float32 is about 1e-7 to 1e-6 (value, and gradient in norm) for any d: from 1e-6,
-    where KL is 5e-13, to displacements that move all of the mass. The gradient with respect to v is that
-    divided by τ.
+    In float32, the relative error of the value and of the norm of the gradient is about 1e-7 to 1e-6 for any
+    d, from 1e-6, where the KL is 5e-13, to displacements that move all of the mass. The gradient with respect
+    to v is the gradient with respect to d divided by τ.
 
     Args:
-        displacement: (groups, n) d, float32 or float64. It is overwritten.
-        prior: of the same shape.
+        displacement: d (groups, n), float32 or float64. It is overwritten.
+        prior: the prior of the same groups.
 
     Returns:
         KL (groups,) and its gradient (groups, n).
     """
     p, total = prior.weights, prior.total
     on_cpu = displacement.device.type == "cpu"
-    # where no value has moved far, a CPU skips a third of what follows; a GPU would have to wait to know
+    # if no value has moved far, a CPU skips a third of the computation; on a GPU the check would cost a sync
     near = on_cpu and float(displacement.abs().amax()) < SERIES / 2
-    # log Σ p·eᵈ in two passes. The first subtracts the maximum, so nothing overflows, and is good to 1e-7
-    # absolute, which is useless where d is 1e-6 (near the anchor Σ p·d is as good a guess) ...
+    # log Σ p·eᵈ in two passes. The first subtracts the maximum, so that nothing overflows. Its absolute error
+    # of 1e-7 is too large if d is 1e-6 (near the anchor, Σ p·d is an equally good estimate) ...
     if near:
         scratch = p * displacement
         log_ratio = displacement.sub_(scratch.sum(-1, keepdim=True) / total)  # |ℓ| < SERIES from here on
@@ -121,7 +126,7 @@ def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
         top = displacement.amax(-1, keepdim=True)
         scratch = torch.sub(displacement, top).exp_().mul_(p)
         log_ratio = displacement.sub_(top + (scratch.sum(-1, keepdim=True) / total).log())
-    # ... the second corrects what is left, to 1e-7 relative: Σ p·(e^ℓ − 1) must be 0.
+    # ... the second corrects the remainder to a relative error of 1e-7: Σ p·(e^ℓ − 1) must be 0.
     growth = torch.expm1(log_ratio)  # e^ℓ − 1
     left = torch.mul(p, growth, out=scratch).sum(-1, keepdim=True) / total
     log_ratio.sub_(left.log1p())
@@ -133,14 +138,14 @@ def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
         series.add_(coefficient).mul_(log_ratio)
     terms = series.mul_(log_ratio).mul_(p)
     if not near:
-        # p·φ(ℓ) as ℓ·(s − p) − (s − p) + p·ℓ: the product p·(e^ℓ − 1) never overflows, e^ℓ·ℓ might
+        # p·φ(ℓ) as ℓ·(s − p) − (s − p) + p·ℓ: the product p·(e^ℓ − 1) never overflows, but e^ℓ·ℓ could
         closed = torch.mul(log_ratio, moved, out=scratch).sub_(moved).addcmul_(p, log_ratio)
         terms = torch.where(log_ratio.abs() < SERIES, series, closed)
     kl = terms.sum(-1)
     if near or (on_cpu and float(kl.amax()) < CONCENTRATED):
         return kl, moved.add_(p).mul_(log_ratio.sub_(kl.unsqueeze(-1)))
-    # Where one value holds nearly all of the mass, s·(ℓ − KL) is that of two nearly equal numbers for it, and
-    # s = (s − p) + p cancels for the others. Seen from that value, nothing cancels: its own ℓ becomes 0.
+    # If one value has nearly all of the mass, ℓ and KL are nearly equal for it, and s = (s − p) + p cancels
+    # for the others. Relative to that value, whose own ℓ becomes 0, nothing cancels.
     shares = torch.exp(log_ratio, out=moved).mul_(p)
     seen = log_ratio.sub_(log_ratio.gather(-1, shares.argmax(-1, keepdim=True)))
     mean = torch.mul(shares, seen, out=scratch).sum(-1, keepdim=True) / shares.sum(-1, keepdim=True)
@@ -148,23 +153,23 @@ def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
 
 
 def second_order(displacement: Tensor, prior: Prior) -> Tensor:
-    """½·Var_p(d) of every group: what the KL tends to as d shrinks. (groups, n) → (groups,)."""
-    centered = prior.centered(prior.centered(displacement))  # a common shift may dwarf the rest
+    """½·Var_p(d) of every group, which the KL approaches for small d: (groups, n) → (groups,)."""
+    centered = prior.centered(prior.centered(displacement))  # twice, because a common shift may be large
     return 0.5 * (prior.weights * centered.square()).sum(-1)
 
 
 def shrink(
     displacement: Tensor, weights: Tensor | float, rate: float, centered: Tensor | None = None
 ) -> None:
-    """The decoupled pull, in place: Δ ← Δ + (Δ − μ)·(exp(−rate·w) − 1), which is μ + (Δ − μ)·exp(−rate·w).
+    """The decoupled pull in place: Δ ← Δ + (Δ − μ)·(exp(−rate·w) − 1), which is μ + (Δ − μ)·exp(−rate·w).
 
-    As a change to Δ: where the rate is small, exp(−rate·w) itself would lose it in rounding.
+    It is computed as a change of Δ, because exp(−rate·w) would lose a small rate by rounding.
 
     Args:
         displacement: Δ (groups, n).
-        weights: w of the same shape, or one for all.
-        rate: lr · κ, divided by the mean of the weights.
-        centered: Δ − μ; None: μ is 0.
+        weights: w, of the same shape or one value for all.
+        rate: lr · κ divided by the mean of the weights.
+        centered: Δ − μ; None if μ is 0.
     """
     if isinstance(weights, Tensor):
         displacement.addcmul_(
@@ -176,11 +181,16 @@ def shrink(
 
 @dataclass(frozen=True)
 class Hessian:
-    """H of groups of one size at the anchor: s·diag(w), or s·(diag(w) − w·wᵀ) where ``centered``.
+    """The Hessian H of groups of the same size at the anchor: s·diag(w), or s·(diag(w) − w·wᵀ) if
+    ``centered``.
 
-    ``weights``: w (groups, n), summing to 1 in a centered group; ``scale``: s (groups, 1) or one for all;
-    ``mean``: of w over all that is anchored, so that w / mean are the weights of the decoupled form. Values
-    whose w is 0 are free, and left out.
+    Values with w = 0 are not restrained and are left out.
+
+    Attributes:
+        weights: w (groups, n). In a centered group it sums to 1.
+        scale: s, (groups, 1) or one value for all.
+        centered: which of the two forms H has.
+        mean: the mean of w over all anchored values, so that w / mean are the weights of the decoupled form.
     """
 
     weights: Tensor
@@ -189,7 +199,8 @@ class Hessian:
     mean: float = 1.0
 
     def double(self, divisor: int) -> Hessian:
-        """H / divisor, in float64: scale (groups, 1), centered weights that sum to 1 in float64 too."""
+        """H / divisor in float64, with scale (groups, 1) and with centered weights that sum to 1 in
+        float64."""
         weights = self.weights.double()
         if self.centered:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -206,18 +217,18 @@ class Hessian:
         return (self.scale * restrained).sum(-1)
 
     def dual(self, gradients: Tensor) -> Tensor:
-        """t of gradients (…, groups, n): how they act on steps with wᵀd = 0 where ``centered``."""
+        """The duals t of gradients (…, groups, n). If ``centered``, they act on steps with wᵀd = 0."""
         if not self.centered:
             return torch.where(self.weights > 0, gradients, 0.0)
         return gradients - self.weights * gradients.sum(-1, keepdim=True)
 
     def step(self, duals: Tensor) -> Tensor:
-        """x with Hx = t, and wᵀx = 0 where ``centered``: (…, groups, n)."""
+        """The steps x with Hx = t, and with wᵀx = 0 if ``centered``: (…, groups, n)."""
         diagonal = self.scale * self.weights
         return torch.where(diagonal > 0, duals / diagonal, 0.0)
 
     def inner(self, one: Tensor, other: Tensor) -> Tensor:
-        """⟨one, other⟩_H of two steps (groups, n): 0-d."""
+        """⟨one, other⟩_H of two steps (groups, n), 0-d."""
         if self.centered:
             one = one - (self.weights * one).sum(-1, keepdim=True)
             other = other - (self.weights * other).sum(-1, keepdim=True)
@@ -225,24 +236,26 @@ class Hessian:
 
 
 class Metric(Protocol):
-    """What it costs the groups of one stack to be away from their anchor."""
+    """The penalty of the groups of one stack for a displacement from their anchor."""
 
     def penalty(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
-        """Of v − a (groups, n), which may be overwritten: the penalty (groups,), its gradient (groups, n)."""
+        """The penalty (groups,) and its gradient (groups, n), given v − a (groups, n), which may be
+        overwritten."""
         ...
 
     def hessian(self) -> Hessian:
-        """Of the penalty, at the anchor."""
+        """The Hessian of the penalty at the anchor."""
         ...
 
     def shrink(self, displacement: Tensor, rate: float) -> None:
-        """The decoupled pull on v − a (groups, n), in place, for ``rate`` = lr · κ."""
+        """Apply the decoupled pull to v − a (groups, n) in place, with ``rate`` = lr · κ."""
         ...
 
 
 @dataclass(frozen=True)
 class SoftmaxMetric:
-    """KL(softmax(v/τ) ‖ softmax(a/τ)); H = (diag(p) − p·pᵀ)/τ². ``temperature``: τ, or (groups, 1)."""
+    """KL(softmax(v/τ) ‖ softmax(a/τ)), with H = (diag(p) − p·pᵀ)/τ². ``temperature`` is τ, one value or
+    (groups, 1)."""
 
     prior: Prior
     temperature: float | Tensor
@@ -273,9 +286,12 @@ class SoftmaxMetric:
 
 @dataclass(frozen=True)
 class DiagonalMetric:
-    """½·Σ h_i·Δ_i²; H = diag(h). ``curvature``: h (groups, n), or 1 for all, broadcast over ``size``.
+    """½·Σ h_i·Δ_i², with H = diag(h).
 
-    ``mean``: of h over everything that is anchored, so that w = h / mean has mean 1.
+    Attributes:
+        size: (groups, n).
+        curvature: h (groups, n); None if it is 1 for all values.
+        mean: the mean of h over all anchored values, so that w = h / mean has mean 1.
     """
 
     size: torch.Size
@@ -296,7 +312,7 @@ class DiagonalMetric:
 
 @dataclass(frozen=True)
 class Calibration:
-    """``rho``: ρ̄; ``standard_error``: its standard error over the ``examples``."""
+    """ρ̄ (``rho``), with its standard error over the ``examples``."""
 
     rho: float
     standard_error: float
@@ -306,21 +322,23 @@ class Calibration:
 def second_moment(
     tensors: Sequence[Tensor], losses: Iterable[Tensor], tokens: float = 1.0
 ) -> tuple[float, float, int]:
-    """tr(Σ) = tokens · E‖∇ loss‖², each norm over ``tensors`` together.
+    """Estimate tr(Σ) = tokens · E‖∇ loss‖², where the norm is over all ``tensors``.
 
     Args:
-        losses: of one target each, 0-d with their graphs. An iterator is advanced only after the gradient of
-            the previous loss was taken.
-        tokens: how many tokens each loss is the mean of. Where the gradients g of a target's L tokens are
-            uncorrelated with mean 0, ‖(1/L) Σ g‖² is on average 1/L of ‖g‖², and the factor L corrects for
-            it. If they all agree, 1 is right, and the estimate with 1 is otherwise too small by up to L.
+        tensors: the parameters.
+        losses: losses of single targets, 0-d with their graphs. If it is an iterator, the next loss is
+            requested only after the gradient of the previous one was computed.
+        tokens: the number of tokens that each loss is the mean of. If the gradients g of a target's L tokens
+            are uncorrelated with mean 0, ‖(1/L) Σ g‖² is on average 1/L of ‖g‖², and the factor L corrects
+            for this. If they are all equal, 1 is correct. Otherwise, the estimate with 1 is too small by a
+            factor of up to L.
 
     Returns:
-        The estimate, its standard error and the number of losses.
+        The estimate, its standard error, and the number of losses.
 
     Raises:
-        TrainingError: fewer than two losses, one that does not depend on the tensors, or gradients that are
-            all 0 or not finite.
+        TrainingError: there are fewer than two losses, a loss does not depend on the tensors, or gradients
+            are all 0 or not finite.
     """
     squares = []
     for loss in losses:
@@ -335,7 +353,9 @@ def second_moment(
             )
         squares.append(sum(float(norm) ** 2 for norm in torch._foreach_norm(gradients)))
     if len(squares) < 2:
-        raise TrainingError(f"{len(squares)} losses for the calibration: a standard error needs two or more")
+        raise TrainingError(
+            f"there are {len(squares)} losses for the calibration, but a standard error needs two or more"
+        )
     mean = math.fsum(squares) / len(squares)
     if not (math.isfinite(mean) and mean > 0):
         raise TrainingError(f"the mean squared gradient of the losses for the calibration is {mean}")

@@ -1,4 +1,4 @@
-"""``orthogonal``: the adapter shall not use the directions that the anchor reads."""
+"""``orthogonal``: a penalty on using the same input directions as the anchor."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Orthogonal(Term):
-    """λ · Σ_modules ‖A·Âᵀ‖_F², Â the anchor's A with rows of length 1.
+    """λ · Σ_modules ‖A·Âᵀ‖_F², where Â is the anchor's A with rows of length 1.
 
-    The penalty of O-LoRA (Wang et al. 2023, arXiv 2310.14152; there Â is not normalized and belongs to
-    another, frozen adapter) on the one evolving adapter, as in the ablation of PESO (arXiv 2510.25093). It is
-    not a distance to the anchor: it is not 0 there, and descending it leads away. Only A matters; B and
-    tensors outside LoRA modules are left alone. It has no decoupled form.
+    This is the penalty of O-LoRA (Wang et al. 2023, arXiv 2310.14152), applied to the single evolving adapter
+    as in the ablation of PESO (arXiv 2510.25093). In O-LoRA, Â is not normalized and belongs to another,
+    frozen adapter. The penalty is not a distance to the anchor: it is not 0 there, and its gradient points
+    away from it. It affects only A, not B or tensors outside of LoRA modules. It has no decoupled form.
 
     Args:
-        weight: λ; 0.5, O-LoRA's, if neither it nor a strength is given.
-        strength: λ = strength · ρ̄ with tr(H) = Σ_modules 2·r·‖Â‖_F²: it sets the scale, but there is no
-            interpolation to the anchor.
+        weight: λ. By default 0.5, as in O-LoRA, unless a strength is given.
+        strength: λ = strength · ρ̄ with tr(H) = Σ_modules 2·r·‖Â‖_F². It sets the scale, but there is no
+            interpolation with the anchor.
         reduction, adapter, coupling: see :class:`~peso.adapters.proximal.term.Term`.
     """
 
@@ -34,7 +34,7 @@ class Orthogonal(Term):
     default_weight = 0.5
     is_distance = False
 
-    _directions: Sequence[Tensor] = ()  # (rank, in) each, rows of length 1, or 0 where A has none
+    _directions: Sequence[Tensor] = ()  # (rank, in) each, with rows of length 1, or 0 if the row of A is 0
 
     def select(self, source: Source) -> list[Group]:
         groups = [group for group in super().select(source) if group.factor == "A"]
@@ -52,7 +52,7 @@ class Orthogonal(Term):
 
         from peso.adapters.groups import placement
 
-        alike = defaultdict(list)  # one product for all modules of a size
+        alike = defaultdict(list)  # one product for all modules of the same size
         for group, directions in zip(groups, self._directions, strict=True):
             rows = _rows(group.tensor)
             alike[rows.shape, placement(rows)].append((rows, directions.to(rows)))
@@ -68,7 +68,7 @@ class Orthogonal(Term):
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """(rank, in) in float32 or better."""
+    """The matrix as (rank, in), in float32 or better."""
     from peso.adapters.groups import placement
 
     return matrix.flatten(1).to(placement(matrix)[1])

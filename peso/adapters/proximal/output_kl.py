@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class OutputKL(Term):
-    """λ · Σ_modules mean_tokens KL( softmax(s·B·A·x) ‖ softmax(s·B_a·A_a·x) ), s the adapter's scaling.
+    """λ · Σ_modules mean_tokens KL( softmax(s·B·A·x) ‖ softmax(s·B_a·A_a·x) ), where s is the adapter's
+    scaling.
 
-    The ablation of PESO (arXiv 2510.25093) that anchors the outputs of the adapter instead of its values. x
-    is the input of the module in this forward pass, without dropout, and counts as constant. The forward pass
-    has to be watched::
+    This is the ablation of PESO (arXiv 2510.25093) that anchors the outputs of the adapter instead of its
+    values. x is the input of the module in the current forward pass, without dropout, and counts as constant.
+    The term must watch the forward pass::
 
         term = peso.OutputKL(weight=1.0)
         term.anchor(model)
@@ -33,12 +34,13 @@ class OutputKL(Term):
             loss = model(**batch).loss
         (loss + term(model)).backward()
 
-    Passes without gradients are ignored. Value and gradient are computed as a module runs: for that moment it
-    holds about five matrices (tokens, out) of the module in float32; until backward, only a gradient of the
-    size of A and B. Not with gradient checkpointing, which runs modules twice. There is no decoupled form.
+    Passes without gradients are ignored. Value and gradient are computed when a module runs. At that time,
+    the term needs about five float32 matrices (tokens, out); until the backward pass, it needs only a
+    gradient of the size of A and B. It does not work with gradient checkpointing, which runs modules twice.
+    There is no decoupled form.
 
     Args:
-        weight: λ; 1.0 if neither it nor a strength is given.
+        weight: λ. By default 1.0, unless a strength is given.
         strength: λ = strength · ρ̄. tr(H) depends on the tokens, so :meth:`calibrate` watches the passes that
             compute its losses, which must come from an iterator.
         reduction, adapter, coupling: see :class:`~peso.adapters.proximal.term.Term`.
@@ -54,7 +56,7 @@ class OutputKL(Term):
     _hooks: Sequence[Any] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks, which belong to a model, and without what was seen, which has a graph."""
+        """The state without hooks, which belong to a model, and without watched passes, which have graphs."""
         return {**self.__dict__, "_hooks": (), "_seen": defaultdict(list)}
 
     def select(self, source: Source) -> list[Group]:
@@ -64,13 +66,17 @@ class OutputKL(Term):
         return groups
 
     def anchor(self, source: Source, losses: Iterable[Tensor] | None = None) -> None:
-        """As :meth:`Term.anchor`. Raises TrainingError for an adapter on other than linear layers too."""
+        """Set the anchor, see :meth:`Term.anchor`.
+
+        Raises:
+            TrainingError: see :meth:`Term.anchor`; or a layer with an adapter is not linear.
+        """
         from torch import nn
 
         self.select(source)
         for name, module, layer in self._layers(source):
             if name not in layer.lora_A or not isinstance(layer.lora_A[name], nn.Linear):
-                raise TrainingError(f"OutputKL is for linear layers, which {module} is not")
+                raise TrainingError(f"OutputKL needs linear layers, but {module} is not linear")
         super().anchor(source)
 
     def keep(self, groups: Sequence[Group]) -> None:
@@ -84,10 +90,11 @@ class OutputKL(Term):
 
     @contextmanager
     def watch(self, source: Source, mask: Tensor | None = None) -> Iterator[None]:
-        """Forward passes inside are watched; what was seen before is dropped.
+        """A context in which forward passes are watched. Passes that were watched before are dropped.
 
         Args:
-            mask: bool, of the shape of the token ids: which tokens count, where a batch is padded.
+            source: the model.
+            mask: bool, with the shape of the token ids: the tokens that count, if a batch is padded.
         """
         self.attach(source, mask)
         try:
@@ -96,7 +103,7 @@ class OutputKL(Term):
             self.detach()
 
     def attach(self, source: Source, mask: Tensor | None = None) -> None:
-        """As :meth:`watch`, until :meth:`detach`: for loops whose forward pass is out of reach."""
+        """Watch forward passes until :meth:`detach`, for loops in which :meth:`watch` cannot be used."""
 
         from peso.adapters.proximal.gradients import output_kl
 
@@ -108,17 +115,17 @@ class OutputKL(Term):
         self._seen.clear()
 
     def detach(self) -> None:
-        """Stop watching; the term of what was seen can still be computed."""
+        """Stop watching. The term of the watched passes can still be computed."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
 
     def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
-        """Of the passes seen since the last call."""
+        """The penalty of the passes watched since the last call."""
         if not self._seen:
             raise TrainingError(
                 "no forward pass with gradients was watched: run it inside `with term.watch(model):`, "
-                "or call term.attach(model) before it"
+                "or call term.attach(model) first"
             )
         total: Tensor | None = None
         for passes in self._seen.values():
@@ -130,7 +137,7 @@ class OutputKL(Term):
         return total * scale
 
     def trace(self) -> float:
-        """Of the tokens that :meth:`calibrate` saw, whose mean it is."""
+        """tr(H), as the mean over the tokens that :meth:`calibrate` watched."""
         if self._trace is None:
             raise TrainingError("the curvature of OutputKL depends on the data: call calibrate first")
         return self._trace
@@ -149,8 +156,8 @@ class OutputKL(Term):
             yield from losses
             if not sums:
                 raise TrainingError(
-                    "OutputKL measures its curvature in the passes that compute the losses: give calibrate "
-                    "an iterator that computes each loss when it is asked for it"
+                    "OutputKL measures its curvature in the passes that compute the losses: pass an iterator "
+                    "to calibrate that computes each loss when it is requested"
                 )
             self._trace = sum(total / count for total, count in sums.values())
 
@@ -161,7 +168,7 @@ class OutputKL(Term):
             self.detach()
 
     def _layers(self, source: Source) -> Iterator[tuple[str, str, Any]]:
-        """Of every model in the source: name of its adapter, and each layer with its module's name."""
+        """For every model in the source, the name of its adapter, and each layer with its module's name."""
         from peso.adapters.groups import find_layers
 
         for model in _models(source):
@@ -173,7 +180,7 @@ class OutputKL(Term):
         self.detach()
         if any(getattr(model, "is_activation_checkpointing", False) for model in _models(source)):
             raise TrainingError(
-                "OutputKL observes every pass of a module, and gradient checkpointing runs each twice: "
+                "OutputKL watches every pass of a module, but gradient checkpointing runs each pass twice: "
                 "turn it off, or choose another term"
             )
         self._hooks = [
@@ -191,7 +198,7 @@ class OutputKL(Term):
                 weights = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 place = placement(weights[0])
                 a, b = self._anchors[module]
-                anchors = self._anchors[module] = (a.to(*place), b.to(*place))  # it follows the parameters
+                anchors = self._anchors[module] = (a.to(*place), b.to(*place))  # where the parameters are
                 observe(module, weights, anchors, arguments[0].detach(), float(layer.scaling[adapter]))
 
         return hook
@@ -204,5 +211,5 @@ def _models(source: Source) -> list[nn.Module]:
 
     parts = [source] if isinstance(source, nn.Module) else list(source)
     if any(isinstance(part, Group) for part in parts):
-        raise TypeError("OutputKL observes forward passes: give it the model, not the groups found in it")
+        raise TypeError("OutputKL watches forward passes: pass the model instead of its groups")
     return [part for part in parts if isinstance(part, nn.Module)]

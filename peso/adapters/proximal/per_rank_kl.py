@@ -1,4 +1,4 @@
-"""``per_rank_kl``: softmax-KL with a group for each rank."""
+"""``per_rank_kl``: softmax-KL with one group per rank."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from peso.adapters.proximal.softmax_kl import SoftmaxKL
 
 
 class PerRankKL(SoftmaxKL):
-    """:class:`SoftmaxKL` with ``groups="rank"``: row i of A with column i of B; the other arguments are its.
+    """:class:`SoftmaxKL` with ``groups="rank"``: row i of A and column i of B are a group.
 
-    The ablation of the paper (arXiv 2510.25093) that asks whether mass may move between ranks.
+    This is the ablation of the paper (arXiv 2510.25093) on whether mass may move between ranks. The other
+    arguments are those of :class:`SoftmaxKL`.
     """
 
     name = "per_rank_kl"

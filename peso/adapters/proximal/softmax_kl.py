@@ -1,4 +1,4 @@
-"""``softmax_kl``: the distance between groups read as distributions."""
+"""``softmax_kl``: the KL divergence between groups, interpreted as distributions."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 class SoftmaxKL(DistanceTerm):
     """λ · Σ_g KL( softmax(v⁽ᵍ⁾/τ) ‖ softmax(a⁽ᵍ⁾/τ) ): the proximal term of PESO (arXiv 2510.25093).
 
-    A group is the flattened A, or the flattened B, of one module. Value and gradient are exact to 1e-5
-    relative at any distance and for any dtype of the parameters (``proximal/metrics.py``). ::
+    A group is the flattened A, or the flattened B, of one module. The relative error of value and gradient is
+    at most 1e-5 at any distance and for any dtype of the parameters (``proximal/metrics.py``). ::
 
         term = peso.SoftmaxKL(weight=2.0)
-        term.anchor(model)                    # as it is now: the end of the previous stage
-        loss = outputs.loss + term(model)     # 0 at the anchor
+        term.anchor(model)                    # the current state: the end of the previous stage
+        loss = outputs.loss + term(model)     # the term is 0 at the anchor
 
-    To second order it is (λ/2)·Σ_g ‖v − a‖²_H with H = (diag(p) − p·pᵀ)/τ², p = softmax(a/τ). The decoupled
-    form shrinks around μ = Σ p·Δ with weights w = n·p: a shift common to a group stays, as it does in the KL.
-    (μ itself moves a little as the rest shrinks where p is not uniform; what a shrinking displacement
-    conserves is, to first order in the rate, its plain mean.)
+    To second order it is (λ/2)·Σ_g ‖v − a‖²_H with H = (diag(p) − p·pᵀ)/τ² and p = softmax(a/τ). The
+    decoupled form shrinks around μ = Σ p·Δ with the weights w = n·p, so a shift common to a group is not
+    penalized, as in the KL. (If p is not uniform, μ itself changes slightly during shrinking; to first order
+    in the rate, the plain mean of the displacement is conserved.)
 
     Args:
-        weight: λ; 2.0, the paper's, with ``loss`` if neither it nor a strength is given.
-        reduction: ``mean``, the paper's released code: A and B of one module added, then divided by the
-            number of modules; or ``sum`` over the groups, the paper's formula.
-        temperature: τ. At 1 the prior of a real adapter is nearly uniform. ``auto``: the standard deviation
-            of each anchor group, at least 1e-2.
-        groups: ``factor``: A and B of each module apart; ``module``: together; ``rank``: row i of A with
-            column i of B; ``all``: everything one group.
+        weight: λ. With ``loss`` it is 2.0 by default, as in the paper, unless a strength is given.
+        reduction: ``mean``, as in the paper's released code: A and B of a module are added, and the sum is
+            divided by the number of modules. Or ``sum`` over the groups, as in the paper's formula.
+        temperature: τ. At 1, the prior of a real adapter is nearly uniform. With ``auto``, it is the standard
+            deviation of each anchor group, at least 1e-2.
+        groups: the values that form a group. ``factor``: A and B of each module separately. ``module``: A and
+            B together. ``rank``: row i of A and column i of B. ``all``: all values.
         adapter, strength, coupling: see :class:`~peso.adapters.proximal.term.Term`.
 
     Raises:
-        ConfigError: an impossible argument.
+        ConfigError: an argument is not valid.
     """
 
     name = "softmax_kl"
@@ -61,7 +61,7 @@ class SoftmaxKL(DistanceTerm):
     ) -> None:
         super().__init__(weight, reduction, adapter, strength=strength, coupling=coupling, groups=groups)
         if temperature != "auto" and (isinstance(temperature, str) or not temperature > 0):
-            raise ConfigError(f"temperature {temperature} must be above 0, or 'auto'")
+            raise ConfigError(f"temperature {temperature} must be greater than 0, or 'auto'")
         self.temperature = temperature
 
     def metric(self, stack: Stack) -> SoftmaxMetric:
@@ -73,9 +73,14 @@ class SoftmaxKL(DistanceTerm):
     def value(
         current: Sequence[Tensor], anchor: Sequence[Tensor], temperature: float | Literal["auto"] = 1.0
     ) -> Tensor:
-        """Σ_g KL(softmax(current/τ) ‖ softmax(anchor/τ)) over two lists of tensors, unweighted.
+        """Σ_g KL(softmax(current/τ) ‖ softmax(anchor/τ)) for two lists of tensors, without a weight.
 
-        Differentiable once with respect to ``current``; the anchor counts as constant.
+        It can be differentiated once with respect to ``current``. The anchor counts as constant.
+
+        Args:
+            current: the current tensors; each is a group.
+            anchor: the anchor of each tensor.
+            temperature: τ, or ``auto``.
         """
         term = SoftmaxKL(1.0, "sum", temperature)
         term.anchor(anchor)

@@ -1,4 +1,4 @@
-"""What all proximal terms have in common: weight or strength, the two couplings, and the anchor.
+"""The base classes of proximal terms: weight or strength, the two couplings, and the anchor.
 
 Commands that only read a configuration import this module and the terms, so PyTorch is not imported here.
 """
@@ -31,40 +31,43 @@ Reduction = Literal["mean", "sum"]
 
 
 class Term(ABC):
-    """A penalty on leaving an anchor.
+    """A penalty on moving away from an anchor.
 
-    A new term is one file: a subclass with ``keep``, ``penalty`` and ``trace``, or a subclass of
-    :class:`DistanceTerm` with ``metric``. With a class attribute ``name`` a configuration can name it, see
-    :func:`peso.adapters.proximal.find_term`.
+    To add a term, write a subclass with ``keep``, ``penalty`` and ``trace``, or a subclass of
+    :class:`DistanceTerm` with ``metric``. If it has a class attribute ``name``, configurations can use it,
+    see :func:`peso.adapters.proximal.find_term`.
 
     Args:
-        weight: λ, raw: (λ/2)·‖v − a‖²_H to second order. With ``decoupled`` κ, the rate per learning rate.
-        strength: dimensionless, instead of a weight. With ``loss`` λ = strength · ρ̄, once :meth:`calibrate`
-            has measured ρ̄; with ``decoupled`` κ = strength / Σ learning rates. Without weight and strength:
-            the term's own weight with ``loss`` if it has one, else strength 1.
-        coupling: ``loss``: the caller adds the term to the loss. ``decoupled``: :meth:`after_step` shrinks
-            the displacement after each optimizer step, as AdamW does with weights.
-        reduction: ``sum`` over the groups, or ``mean``: the sum divided by the number of modules. Each tensor
-            outside LoRA modules counts as a module.
-        adapter: name of the PEFT adapter; None: the one that is active when the term is called.
+        weight: the raw weight λ: the term is (λ/2)·‖v − a‖²_H to second order. With ``decoupled`` it is κ,
+            the rate per learning rate.
+        reduction: ``sum`` over the groups; or ``mean``, the sum divided by the number of modules. Each tensor
+            outside of LoRA modules counts as a module.
+        adapter: the name of the PEFT adapter; by default the one that is active when the term is called.
+        strength: a dimensionless alternative to the weight. With ``loss``, λ = strength · ρ̄ after
+            :meth:`calibrate` has measured ρ̄; with ``decoupled``, κ = strength / Σ learning rates. If neither
+            is given, the default weight of the term is used with ``loss``, if it has one, and otherwise
+            strength 1.
+        coupling: ``loss`` if the caller adds the term to the loss; ``decoupled`` if :meth:`after_step`
+            shrinks the displacement after each optimizer step, as AdamW does with weights.
 
     Raises:
-        ConfigError: an impossible argument.
+        ConfigError: an argument is not valid.
     """
 
     name: ClassVar[str] = ""
-    """In a configuration; empty: not offered there."""
+    """The name in configurations; empty if configurations cannot use the term."""
     options: ClassVar[tuple[str, ...]] = ()
-    """Further arguments of the constructor that a configuration sets: ``temperature``, ``groups``."""
+    """Further arguments of the constructor that configurations can set: ``temperature``, ``groups``."""
     default_weight: ClassVar[float | None] = None
-    """λ with ``loss`` where neither weight nor strength is given; None: strength 1."""
+    """λ with ``loss`` if neither weight nor strength is given; None for strength 1."""
     has_decoupled_form: ClassVar[bool] = False
+    """Whether ``coupling="decoupled"`` is supported."""
     is_distance: ClassVar[bool] = True
-    """Whether it is 0 at the anchor and grows away from it."""
+    """Whether the term is 0 at the anchor and grows away from it."""
     needs_losses: ClassVar[bool] = False
     """Whether :meth:`anchor` needs losses of the stage that ends."""
     watches_outputs: ClassVar[bool] = False
-    """Whether it has to see the forward pass, between :meth:`attach` and :meth:`detach`."""
+    """Whether the term must watch forward passes, between :meth:`attach` and :meth:`detach`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -88,7 +91,7 @@ class Term(ABC):
                 "from its anchor. Use coupling='loss'"
             )
         if weight is not None and strength is not None:
-            raise ConfigError(f"weight {weight} and strength {strength} exclude each other: give one")
+            raise ConfigError(f"weight {weight} and strength {strength} exclude each other: give only one")
         for name, value in (("weight", weight), ("strength", strength)):
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} {value} must be 0 or more, and finite")
@@ -100,18 +103,18 @@ class Term(ABC):
         self.coupling = coupling
         self.reduction = reduction
         self.adapter = adapter
-        self._anchored: dict[str, tuple[int, ...]] = {}  # name and shape of every group
+        self._anchored: dict[str, tuple[int, ...]] = {}  # the name and shape of every group
         self._modules = 0
         self._calibration: Calibration | None = None
 
     @property
     def calibration(self) -> Calibration | None:
-        """What :meth:`calibrate` found at this anchor."""
+        """The result of :meth:`calibrate` at this anchor; None before it."""
         return self._calibration
 
     @property
     def weight(self) -> float | None:
-        """λ (κ if decoupled): as given, or computed from the strength; None while that is not known."""
+        """λ (κ if decoupled), as given or computed from the strength; None if it is not known yet."""
         if self.raw_weight is not None or self.strength is None:
             return self.raw_weight
         if self.strength == 0:
@@ -124,18 +127,18 @@ class Term(ABC):
 
     @abstractmethod
     def keep(self, groups: Sequence[Group]) -> None:
-        """Store what the term needs of the groups' values: they are the anchor."""
+        """Store what the term needs of the groups' values, which are the anchor."""
 
     @abstractmethod
     def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
-        """scale · the term, summed over the groups: 0-d, differentiable once."""
+        """The term summed over the groups and multiplied by ``scale``: 0-d, differentiable once."""
 
     @abstractmethod
     def trace(self) -> float:
-        """tr(H): the trace of the Hessian of the sum over the groups, at the anchor."""
+        """tr(H), the trace of the Hessian of the sum over the groups at the anchor."""
 
     def select(self, source: Source) -> list[Group]:
-        """The groups of the source that the term acts on: all."""
+        """The groups of the source that the term applies to; by default all."""
         from peso.adapters.groups import find_groups
 
         return find_groups(source, self.adapter)
@@ -143,15 +146,15 @@ class Term(ABC):
     # --- what all terms share ---------------------------------------------------------------------------
 
     def anchor(self, source: Source, losses: Iterable[Tensor] | None = None) -> None:
-        """Take the current parameters as the anchor. An earlier anchor and its calibration are dropped.
+        """Use the current parameters as the anchor. An earlier anchor and its calibration are dropped.
 
         Args:
             source: a model with a PEFT LoRA adapter, a list of tensors, or a list of both, such as
                 ``[model, vocabulary.input_rows]``; or groups that :func:`find_groups` returned.
-            losses: for terms that need them, see :class:`Fisher`.
+            losses: losses of the stage that ends, for terms that need them, see :class:`Fisher`.
 
         Raises:
-            TrainingError: no LoRA adapter in the model, or several active ones.
+            TrainingError: the model has no LoRA adapter, or several active ones.
         """
         from peso.adapters.groups import shapes
 
@@ -162,7 +165,7 @@ class Term(ABC):
         self._calibration = None
 
     def groups_of(self, source: Source) -> list[Group]:
-        """The groups the term acts on, checked against the anchor."""
+        """The groups that the term applies to, after checking that they match the anchor."""
         from peso.adapters.groups import check_same_groups
 
         self._check_anchored()
@@ -171,17 +174,17 @@ class Term(ABC):
         return groups
 
     def attach(self, source: Source) -> None:  # noqa: B027 - most terms watch nothing
-        """Start to watch forward passes, if the term ``watches_outputs``."""
+        """Start watching forward passes, if the term ``watches_outputs``."""
 
     def detach(self) -> None:  # noqa: B027
-        """Stop watching."""
+        """Stop watching forward passes."""
 
     def __call__(self, source: Source) -> Tensor:
         """The weighted term, to be added to the loss: 0-d, float32 or better, differentiable once.
 
         Raises:
-            TrainingError: before :meth:`anchor`, for an adapter of other modules or another rank, before
-                :meth:`calibrate` if a strength was given, or for a decoupled term.
+            TrainingError: there is no anchor yet; the adapter has other modules or another rank than the
+                anchor; a strength was given, but :meth:`calibrate` was not called; or the term is decoupled.
         """
         if self.coupling != "loss":
             raise TrainingError(
@@ -191,39 +194,41 @@ class Term(ABC):
         if self.weight is None:
             raise TrainingError(
                 f"strength {self.strength:g} has no weight yet: call calibrate(model, losses) after "
-                "anchor(model), with the losses of some single targets; or give a weight, or "
+                "anchor(model), with the losses of some single targets; or set a weight, or use "
                 "coupling='decoupled'"
             )
         return self.value_at(source, self.weight)
 
     def value_at(self, source: Source, weight: float) -> Tensor:
-        """The term times ``weight``, whatever its own weight and coupling."""
+        """The term with this weight, regardless of its own weight and coupling."""
         return self.penalty(self.groups_of(source), weight / self.divisor)
 
     def metric_trace(self) -> float:
-        """tr(H) of the unweighted term at the anchor, reduction included."""
+        """tr(H) of the unweighted term at the anchor, including the reduction."""
         self._check_anchored()
         return self.trace() / self.divisor
 
     @property
     def divisor(self) -> int:
-        """What the sum over the groups is divided by: 1, or the number of modules."""
+        """The divisor of the sum over the groups: 1, or the number of modules."""
         return self._modules if self.reduction == "mean" else 1
 
     def calibrate(self, source: Source, losses: Iterable[Tensor], tokens: float = 1.0) -> Calibration:
-        """Measure ρ̄ = tr(Σ)/tr(H) at the anchor; from then on a strength is the weight strength · ρ̄.
+        """Measure ρ̄ = tr(Σ)/tr(H) at the anchor. Afterwards the weight of a strength is strength · ρ̄.
 
-        Norms are over the anchored groups alone. Gradients of the parameters (``.grad``) do not change. A
-        term with a raw weight can be calibrated too, and keeps its weight.
+        Norms are only over the anchored groups. The gradients of the parameters (``.grad``) do not change. A
+        term with a raw weight can also be calibrated, but keeps its weight.
 
         Args:
-            source: as given to :meth:`anchor`.
-            losses: each the training loss of one target (mean over its tokens), 0-d with its graph,
-                preferably without dropout. An iterator is advanced only when the last loss is done with.
-            tokens: tokens per target, see :func:`peso.adapters.proximal.metrics.second_moment`.
+            source: the source that was given to :meth:`anchor`.
+            losses: training losses of single targets (means over their tokens), 0-d with their graphs,
+                preferably without dropout. If it is an iterator, the next loss is requested only after the
+                gradient of the previous one was computed.
+            tokens: the number of tokens per target, see
+                :func:`peso.adapters.proximal.metrics.second_moment`.
 
         Raises:
-            TrainingError: no anchor, a frozen group, or losses that cannot be used.
+            TrainingError: there is no anchor, a group is frozen, or the losses cannot be used.
         """
         from peso.adapters.proximal.metrics import Calibration, second_moment
 
@@ -237,7 +242,7 @@ class Term(ABC):
         return self._calibration
 
     def decay(self, total_learning_rate: float | None) -> float:
-        """κ of a decoupled term. Raises TrainingError for a strength without the total."""
+        """κ of a decoupled term. Raises TrainingError if a strength needs the total, but it is not given."""
         if self.strength is None:
             return self.raw_weight or 0.0
         if not (total_learning_rate is not None and total_learning_rate > 0):
@@ -250,18 +255,20 @@ class Term(ABC):
     def after_step(
         self, source: Source, learning_rate: float, total_learning_rate: float | None = None
     ) -> None:
-        """The decoupled form: Δ_i ← μ + (Δ_i − μ)·exp(−lr·κ·w_i), in place; Δ = v − a.
+        """Apply the decoupled form in place: Δ_i ← μ + (Δ_i − μ)·exp(−lr·κ·w_i), where Δ = v − a.
 
-        w has mean 1, and μ is 0 except for softmax-KL. The reduction has no effect. At strength or weight 0
-        nothing is touched.
+        w has mean 1, and μ is 0 except for softmax-KL. The reduction has no effect. With strength or weight
+        0, nothing changes.
 
         Args:
-            learning_rate: of the step just made.
-            total_learning_rate: Σ of the learning rates over the whole stage: κ = strength / Σ lr. Needed
-                for a strength; a raw weight is κ itself.
+            source: the source that was given to :meth:`anchor`.
+            learning_rate: the learning rate of the last step.
+            total_learning_rate: the sum of the learning rates over the whole stage, for
+                κ = strength / Σ lr. It is required for a strength; a raw weight is κ itself.
 
         Raises:
-            TrainingError: no anchor, another adapter, a frozen group, or a total that is missing.
+            TrainingError: there is no anchor, the adapter is a different one, a group is frozen, or the total
+                is missing.
         """
         raise TrainingError("coupling='loss': add term(model) to the loss instead of calling after_step")
 
@@ -271,14 +278,15 @@ class Term(ABC):
 
 
 class DistanceTerm(Term):
-    """Σ_g of a metric of v⁽ᵍ⁾ − a⁽ᵍ⁾. A new term of this kind defines ``metric`` only.
+    """A term that is the sum over groups of a metric of v⁽ᵍ⁾ − a⁽ᵍ⁾. A new term of this kind only defines
+    ``metric``.
 
-    The anchor is a copy on the device of the parameters and follows them when they are moved. The object can
-    be pickled, anchor included.
+    The anchor is a copy on the device of the parameters and moves with them. The object can be pickled,
+    including its anchor.
 
     Args:
-        groups: which values form a group, see :func:`peso.adapters.groups.layouts`; the other arguments are
-            those of :class:`Term`.
+        groups: the values that form a group, see :func:`peso.adapters.groups.layouts`. The other arguments
+            are those of :class:`Term`.
     """
 
     has_decoupled_form = True
@@ -304,7 +312,8 @@ class DistanceTerm(Term):
 
     @abstractmethod
     def metric(self, stack: Stack) -> Metric:
-        """The metric around ``stack.anchor`` (groups, n); ``stack.gather`` lays other tensors out like it."""
+        """The metric around ``stack.anchor`` (groups, n). ``stack.gather`` converts other tensors to the same
+        layout."""
 
     def keep(self, groups: Sequence[Group]) -> None:
         self._stack(groups, [group.tensor for group in groups])
@@ -338,7 +347,7 @@ class DistanceTerm(Term):
                 stack.put_back(tensors)
 
     def _placed(self, groups: Sequence[Group]) -> list[Tensor]:
-        """The groups' tensors, once the stacks are where they are."""
+        """The groups' tensors, after moving the stacks to the same device and precision if necessary."""
         from peso.adapters.groups import placement, unstack_anchors
 
         tensors = [group.tensor for group in groups]
@@ -356,15 +365,18 @@ class DistanceTerm(Term):
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
-        said = f"neither {known[0]!r} nor {known[1]!r}" if len(known) == 2 else f"none of {', '.join(known)}"
-        raise ConfigError(f"{name} {value!r} is {said}")
+        raise ConfigError(f"{name} {value!r} is not one of {', '.join(known)}")
 
 
 def check_trained(groups: Iterable[Group]) -> None:
-    """Raise a TrainingError that names the first group that is frozen."""
+    """Check that all groups are trained.
+
+    Raises:
+        TrainingError: a group is frozen; the message names the first one.
+    """
     for group in groups:
         if not group.tensor.requires_grad:
             raise TrainingError(
                 f"{group.name} is anchored but frozen (requires_grad is False): "
-                "train it, or anchor only what is trained"
+                "train it, or anchor only trained parameters"
             )
