@@ -124,15 +124,18 @@ class Network(Tuned):
         """The training of the best setting, begun, and what came of each."""
         running = [Training(self._with(setting), stage, validation) for setting in settings]
         tried: dict[int, dict[str, Any]] = {}
-        epochs = min(FIRST_EPOCHS, self.options.epochs)
-        observer.begin(f"{self.name}: tune on validation of stage {stage.number}", 0, "")
+        before, epochs, done = 0, min(FIRST_EPOCHS, self.options.epochs), 0
+        total = planned_epochs(len(settings), self.options.epochs)
+        observer.begin(f"{self.name}: tune on validation of stage {stage.number}", total, "epochs")
         while len(running) > 1:
             for training in running:
                 training.run(epochs, Silent())
+                done += epochs - before  # also where patience ended sooner
+                observer.advance(done)
                 tried[id(training)] = {**training.setting, **training.result}
             ranked = sorted(running, key=lambda training: -training.result["ndcg"])  # stable
             running = ranked[: (len(ranked) + 1) // 2]
-            epochs = min(2 * epochs, self.options.epochs)
+            before, epochs = epochs, min(2 * epochs, self.options.epochs)
         observer.end()
         observer.note(f"{self.name}: {told(running[0].setting)}, the best of {len(settings)} on validation")
         return running[0], list(tried.values())
@@ -222,6 +225,19 @@ class Fit:
     validation_ndcg: list[float]
     examples: int
     seconds: float
+
+
+def planned_epochs(settings: int, most: int) -> int:
+    """Of successive halving, all settings together.
+
+    >>> planned_epochs(8, most=100), planned_epochs(8, most=4), planned_epochs(1, most=4)
+    (64, 32, 0)
+    """
+    total, done, epochs = 0, 0, min(FIRST_EPOCHS, most)
+    while settings > 1:
+        total += settings * (epochs - done)
+        settings, done, epochs = (settings + 1) // 2, epochs, min(2 * epochs, most)
+    return total
 
 
 def shuffled(lengths: np.ndarray, batch: int, generator: np.random.Generator) -> list[np.ndarray]:

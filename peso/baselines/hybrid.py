@@ -18,11 +18,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from peso.baselines.baseline import Answerer, Answers, BaselineAnswers, Fusion, batches, top
 from peso.baselines.two_tower import TwoTower
-from peso.config.baselines import BaselineConfig, BaselineOptions, baseline_label
+from peso.config.baselines import BASELINES, BaselineOptions, baseline_label
 from peso.config.model import MOST_BEAMS
 from peso.events.histories import Cases
 from peso.runtime.machine import threads
@@ -51,7 +58,8 @@ class Hybrid(Fusion):
             description="of the partner's log-probability; of several partners a list in their order; none "
             "given: tuned on validation",
         )
-        partners: list[BaselineConfig] = Field(
+        # read here and not by their type: the hybrid is a baseline too, and a list of all keys would not end
+        partners: list[SerializeAsAny[BaselineOptions]] = Field(
             [TwoTower.Options(name=TwoTower.name)],
             min_length=1,
             description="baselines beside the run's own model, as under `baselines`; by default two-tower",
@@ -75,8 +83,9 @@ class Hybrid(Fusion):
 
         @field_validator("partners", mode="before")
         @classmethod
-        def _listed(cls, value: Any) -> Any:
-            return [value] if isinstance(value, str | Mapping) else value
+        def _read(cls, value: Any) -> Any:
+            listed = [value] if isinstance(value, str | Mapping) else value
+            return [BASELINES.read(each) for each in listed] if isinstance(listed, list) else listed
 
         @model_validator(mode="after")
         def _fits(self) -> Hybrid.Options:

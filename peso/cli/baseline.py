@@ -26,8 +26,8 @@ def baseline(
     """Train and test baselines on every stage. Finished stages are not repeated.
 
     Each baseline is tested twice: updated at every stage, and static as trained on stage 0. The workspace
-    needs a stream and semantic IDs; `hybrid` also needs the trained stages. `peso report` shows the baselines
-    beside the run.
+    needs a stream and semantic IDs; `hybrid` also needs the trained stages. Options without a value are
+    chosen on validation cases. `peso report` shows the baselines beside the run.
 
     Example: peso baseline popularity ease sasrec -w runs/games
     """

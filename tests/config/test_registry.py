@@ -9,6 +9,7 @@ from plugins import Install
 
 from peso.config import BASELINES, STRATEGIES, load_config
 from peso.config.data import DATA_SETS
+from peso.config.reading import valid_keys
 from peso.errors import ConfigError
 from peso.training.strategies.strategy import make_strategy
 
@@ -93,3 +94,9 @@ def test_every_built_in_name_is_a_part_of_that_name() -> None:
             name for name, part in registry.everything().items() if part.__module__.startswith("peso.")
         }
         assert all(registry.find(name).name == name for name in registry.built_in())
+
+
+def test_the_list_of_all_keys_ends_although_a_hybrid_takes_baselines() -> None:
+    keys = valid_keys()
+    assert {"baselines.partners", "baselines.candidates", "baselines.regularisation"} <= set(keys)
+    assert not any(key.startswith("baselines.partners.partners") for key in keys)
