@@ -1,17 +1,17 @@
-"""Whether a new model may take the place of the one that serves: what the gate decides, from answers alone.
+"""The decision of the gate: whether a new model may replace the one that serves, based on their answers.
 
-Champion and challenger answer the same cases. With D the mean paired difference in the metric (challenger
-minus champion), B the champion's mean, and margin m = δ·|B|, the challenger is not worse if
+The champion and the challenger answer the same cases. Let D be the mean paired difference in the metric
+(challenger minus champion), B the champion's mean, and m = δ·|B| the margin. The challenger is not worse if
 
     D − z_c · se(D) ≥ −m        (non-inferiority at the one-sided confidence c)
 
-and worse if D + z_c · se(D) < −m; else the cases do not tell. se(D) is that of the paired interval of the
-report (:mod:`peso.evaluation.intervals`), over users; nothing else is random, since the question is about
-these two models, not about other seeds. For the log-probability m = −ln(1 − δ) nats: the (geometric) mean
-probability of the target is not lower by more than δ.
+and worse if D + z_c · se(D) < −m. Otherwise the cases are inconclusive. se(D) is the standard error of the
+report's paired interval (:mod:`peso.evaluation.intervals`), over users. Nothing else is random, because the
+question is about these two models, not about other seeds. For log-probability, m = −ln(1 − δ) nats: the
+geometric mean of the target's probability is not lower by more than δ.
 
-All conditions have to be met, so the chance to promote a model that misses one that has to be shown is at
-most 1 − c, whatever their number: no correction is needed (intersection-union test, Berger 1982).
+All conditions must be met. So the probability of promoting a model that does not meet a required condition is
+at most 1 − c, regardless of their number, and no correction is needed (intersection-union test, Berger 1982).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from peso.runtime.files import read_json_object
 
 Outcome = Literal["passed", "failed", "undecided"]
 Decision = Literal["passed", "refused", "undecided"]
-FEW = 30  # cases with fewer of them the normal approximation cannot be relied on
-GROUPS = {  # name in the configuration → column of the predictions, its value
+FEW = 30  # with fewer cases, the normal approximation is not reliable
+GROUPS = {  # name in the configuration → column of the predictions and its value
     "new_users": ("user_segment", NEW),
     "dormant_users": ("user_segment", DORMANT),
     "continuing_users": ("user_segment", CONTINUING),
@@ -46,12 +46,14 @@ GROUPS = {  # name in the configuration → column of the predictions, its value
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing that the gate checks.
+    """One condition of the gate.
 
     Attributes:
-        blocks: whether the outcome keeps the champion in place.
-        says: one sentence, with its figures.
-        figures: of a comparison: :func:`compare`; of others what they rest on.
+        name: the name of the condition.
+        outcome: whether it is met.
+        blocks: whether the outcome prevents the promotion of the challenger.
+        says: one sentence with the values.
+        figures: the values that the outcome is based on; for a comparison, the result of :func:`compare`.
     """
 
     name: str
@@ -63,15 +65,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``passed``: every condition that matters is met; ``refused``: one is missed; ``undecided``: none is,
-    but the cases do not show that all are met."""
+    """The decision of the gate.
+
+    It is ``passed`` if every required condition is met, ``refused`` if one is not met, and ``undecided`` if
+    the cases do not show that all are met, but none is known not to be met.
+    """
 
     decision: Decision
     conditions: Sequence[Condition]
 
     @property
     def says(self) -> str:
-        """The condition that decided, as one sentence."""
+        """The conditions that decided, as one sentence."""
         blocking = [one for one in self.conditions if one.blocks]
         blocking.sort(key=lambda one: one.outcome != "failed")
         return "; ".join(one.says for one in blocking) or self.conditions[0].says
@@ -81,7 +86,7 @@ class Verdict:
 
 
 class StoredCondition(BaseModel):
-    """A condition as ``gate.json`` has it."""
+    """A condition in ``gate.json``."""
 
     model_config = ConfigDict(strict=True)
 
@@ -93,7 +98,7 @@ class StoredCondition(BaseModel):
 
 
 class StoredVerdict(BaseModel):
-    """What ``gate.json`` has to hold (docs/reference/files.md)."""
+    """The contents of ``gate.json`` (docs/reference/files.md)."""
 
     model_config = ConfigDict(strict=True)
 
@@ -115,7 +120,7 @@ def read_verdict(path: Path) -> dict[str, Any]:
     """Read ``gate.json``.
 
     Raises:
-        WorkspaceError: it does not hold what it has to.
+        WorkspaceError: the file is damaged.
     """
     try:
         content = read_json_object(path)
@@ -133,7 +138,7 @@ class Pair:
     """The answers of two models to the same cases.
 
     Raises:
-        WorkspaceError: they answered different cases.
+        WorkspaceError: the models answered different cases.
     """
 
     champion: Predictions
@@ -147,7 +152,7 @@ class Pair:
             )
 
     def group(self, name: str) -> Pair:
-        """The cases of a group of ``GROUPS``."""
+        """The cases of one of the groups in ``GROUPS``."""
         column, value = GROUPS[name]
         rows = np.flatnonzero(np.array(getattr(self.champion, column)) == value)
         return Pair(self.champion.take(rows), self.challenger.take(rows))
@@ -168,13 +173,14 @@ def decide(
     list_length: int,
     anchor: tuple[bool, str] | None = None,
 ) -> Verdict:
-    """Judge a challenger.
+    """Decide whether a challenger may replace the champion.
 
     Args:
-        new: on the cases of the new stage that decide.
-        earlier: on the test cases of the champion's own stage; None: there are none.
-        list_length: of the lists whose coverage is compared.
-        anchor: whether the anchor had an effect or was off, and a sentence; None: nothing was trained.
+        settings: the configuration of the gate.
+        new: the answers to the cases of the new stage that decide.
+        earlier: the answers to the test cases of the champion's stage; None if there are none.
+        list_length: the length of the lists whose coverage is compared.
+        anchor: whether the anchor had an effect or was off, and a sentence; None if nothing was trained.
     """
     metric, proof = metric_of(settings), settings.guards == "proof"
     conditions = [_compared(settings, metric, new, settings.metric, settings.delta, must_show=True)]
@@ -197,11 +203,17 @@ def decide(
 def compare(pair: Pair, metric: Metric, delta: float, confidence: float) -> dict[str, Any]:
     """The paired comparison of two models in one metric.
 
+    Args:
+        pair: the answers of the two models.
+        metric: the metric.
+        delta: the relative margin δ.
+        confidence: the one-sided confidence c.
+
     Returns:
         ``cases``, ``champion`` and ``challenger`` (means), ``difference``, ``low`` and ``high`` (its
-        one-sided bounds at the confidence; None where nothing varies), ``margin`` (in units of the metric),
-        ``chance_if_equal``: how often a challenger that is exactly as good would pass with so many cases
-        (None where nothing varies).
+        one-sided bounds at the confidence; None if nothing varies), ``margin`` (in units of the metric), and
+        ``chance_if_equal``, the probability that an equally good challenger passes with this number of cases
+        (None if nothing varies).
     """
     from scipy import stats  # slow to load
 
@@ -232,7 +244,8 @@ def compare(pair: Pair, metric: Metric, delta: float, confidence: float) -> dict
 def _compared(
     settings: GateConfig, metric: Metric, pair: Pair, title: str, delta: float, *, must_show: bool
 ) -> Condition:
-    """``must_show``: what the cases do not tell keeps the champion, too."""
+    """The condition that a metric is not worse. With ``must_show``, inconclusive cases also keep the
+    champion."""
     found = compare(pair, metric, delta, settings.confidence)
     if not found["cases"]:
         return Condition(title, "undecided", must_show, f"{title}: no cases", found)
@@ -248,7 +261,7 @@ def _outcome(found: dict[str, Any], metric: Metric) -> tuple[Outcome, str]:
         return "undecided", f"{found['cases']} cases are too few (fewer than {FEW})"
     if found["low"] is None:
         if metric.name != LOG_PROBABILITY and not found["champion"] and not found["difference"]:
-            return "undecided", "neither model has a hit, so nothing can be said"
+            return "undecided", "neither model has a hit, so they cannot be compared"
         same = found["difference"] >= -found["margin"]
         return ("passed", "no case differs") if same else ("failed", "every case is worse by the same amount")
     if found["low"] >= -found["margin"]:
@@ -271,7 +284,7 @@ def _figures(found: dict[str, Any], metric: Metric) -> str:
 
 
 def _covered(pair: Pair, length: int, least: float) -> Condition:
-    """The ratio of the numbers of distinct items in the models' lists."""
+    """The condition on the ratio of the numbers of distinct items in the models' lists."""
     counts = [
         len({item for items in answers.items for item in items[:length]})
         for answers in (pair.champion, pair.challenger)

@@ -1,8 +1,8 @@
-"""What each user of a stream did, looked up on disk: an SQLite file made of the Parquet files of its stages.
+"""The histories of a stream's users in an SQLite file, which is built from the Parquet files of its stages.
 
-Memory does not grow with the number of users, neither while the file is made nor while it is read. It can be
-made again at any time, and is made again as soon as the stream has other files. It is never written in place:
-whoever has it open goes on reading what it was.
+Memory does not grow with the number of users, neither when the file is built nor when it is read. The file
+is rebuilt when the stream changes. It is never modified in place, so processes that have it open continue to
+read the old version.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SCHEMA = f"""
     PRAGMA user_version = {FORMAT};
     CREATE TABLE made_of (place INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL);
     CREATE TABLE users (number INTEGER PRIMARY KEY, name TEXT NOT NULL, items BLOB NOT NULL);"""
-# A user of several stages keeps the place of the first, and has the history that the last one tells.
+# A user in several stages has the position of the first stage and the history of the last one.
 _BY_NAME = "CREATE UNIQUE INDEX IF NOT EXISTS users_by_name ON users (name)"
 _PUT = """
     INSERT INTO users (name, items) VALUES (?, ?)
@@ -42,7 +42,8 @@ _PUT = """
 
 @dataclass(frozen=True)
 class IndexedUser:
-    """``number``: ascends in the order in which users first occur; ``items``: int32, oldest first."""
+    """A user with its history, ``items`` (int32, oldest first). Numbers are in the order in which users first
+    occur."""
 
     number: int
     name: str
@@ -50,7 +51,7 @@ class IndexedUser:
 
 
 class HistoryIndex:
-    """The users of the first stages of a stream. For several threads.
+    """The users of the first stages of a stream. It can be used by several threads.
 
     ::
 
@@ -65,15 +66,17 @@ class HistoryIndex:
 
     @classmethod
     def open(cls, stream: Stream, path: Path, through: int | None = None) -> HistoryIndex:
-        """The index of a stream, made or continued where ``path`` does not hold it.
+        """Open the index of a stream. It is built or extended if ``path`` is missing or out of date.
 
         Args:
-            path: where it is kept. Where nothing can be written there, it is made in the folder for temporary
-                files, for this call alone.
-            through: of the stages up to this one; None: of all. Not kept unless it is of all.
+            stream: the stream.
+            path: the file of the index. If its folder cannot be written, a temporary index is built for this
+                call.
+            through: the last stage to include; by default all stages. An index of only some stages is
+                temporary.
 
         Raises:
-            WorkspaceError: a damaged file of the stream; :class:`FullDisk` for want of space.
+            WorkspaceError: a file of the stream is damaged; :class:`FullDisk` if there is no space left.
         """
         last = stream.stages - 1 if through is None else min(through, stream.stages - 1)
         wanted = [stream.fingerprint(number) for number in range(last + 1)]
@@ -90,16 +93,16 @@ class HistoryIndex:
         self._connection.close()
 
     def of(self, user: str) -> IndexedUser | None:
-        """One user, None where the stages do not have that one."""
+        """One user; None if the stages do not have this user."""
         rows = self._rows("SELECT number, name, items FROM users WHERE name = ?", user)
         return _indexed(*rows[0]) if rows else None
 
     def count(self) -> int:
-        """How many users there are."""
+        """The number of users."""
         return int(self._rows("SELECT count(*) FROM users")[0][0])
 
     def parts(self, size: int) -> Iterator[list[IndexedUser]]:
-        """Every user, ``size`` at a time, in the order in which they first occur."""
+        """All users, ``size`` at a time, in the order in which they first occur."""
         number = 0
         while rows := self._rows(
             "SELECT number, name, items FROM users WHERE number > ? ORDER BY number LIMIT ?", number, size
@@ -114,7 +117,7 @@ class HistoryIndex:
                 return rows
         except sqlite3.DatabaseError as error:
             raise WorkspaceError(
-                f"{self._path} is damaged ({error}); remove it, and it is made again from the stream"
+                f"{self._path} is damaged ({error}); remove it, and it will be rebuilt from the stream"
             ) from error
 
 
@@ -123,7 +126,7 @@ def _indexed(number: int, name: str, items: bytes) -> IndexedUser:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # nobody writes to the file, so that it can be read from where nothing can be written
+    # the file never changes, so it can also be read in a read-only folder
     address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     connection = sqlite3.connect(address, uri=True, check_same_thread=False)
     connection.execute("SELECT count(*) FROM made_of").fetchone()
@@ -131,7 +134,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _made_of(path: Path) -> list[str]:
-    """Fingerprints of the stages that a file was made of; [] where it is not an index that can be read."""
+    """The fingerprints of the stages that a file was built from; [] if it is not a readable index."""
     try:
         with closing(_connect(path)) as connection:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -145,7 +148,7 @@ def _made_of(path: Path) -> list[str]:
 
 
 def _make(stream: Stream, wanted: list[str], new: Path, earlier: Path) -> None:
-    """Fill an empty file with the index; an earlier one that only lacks the last stages is continued."""
+    """Build the index in an empty file. An earlier index that lacks only the last stages is extended."""
     known = _made_of(earlier)
     known = known if known == wanted[: len(known)] else []
     if known:
@@ -156,14 +159,14 @@ def _make(stream: Stream, wanted: list[str], new: Path, earlier: Path) -> None:
         if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
             raise_if_full(OSError(28, "No space left on device"), earlier)
         if not known:
-            raise WorkspaceError(f"{earlier} cannot be made: {error}; repeat this") from error
-        new.write_bytes(b"")  # what was there is damaged: it is made of everything again
+            raise WorkspaceError(f"{earlier} cannot be built: {error}; run the command again") from error
+        new.write_bytes(b"")  # the earlier index is damaged, so build it from all stages
         _fill(stream, wanted, 0, new)
 
 
 def _fill(stream: Stream, fingerprints: list[str], first: int, new: Path) -> None:
     with closing(sqlite3.connect(new, isolation_level=None)) as connection:
-        # whoever asked for the file makes it durable, or throws it away
+        # the caller makes the file durable, or discards it
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
         if not first:
             connection.executescript(_SCHEMA)
@@ -173,7 +176,7 @@ def _fill(stream: Stream, fingerprints: list[str], first: int, new: Path) -> Non
             if number:
                 connection.execute(_BY_NAME)
                 connection.executemany(_PUT, users)
-            else:  # in one stage nobody occurs twice; the names are sorted once, afterwards
+            else:  # no user occurs twice in a stage; the index of names is built once, afterwards
                 connection.executemany("INSERT INTO users (name, items) VALUES (?, ?)", users)
             connection.execute("INSERT INTO made_of VALUES (?, ?)", (number, fingerprints[number]))
         connection.execute(_BY_NAME)
@@ -181,7 +184,7 @@ def _fill(stream: Stream, fingerprints: list[str], first: int, new: Path) -> Non
 
 
 def _users_of(stream: Stream, number: int) -> Iterator[tuple[str, memoryview]]:
-    """Name and items, as bytes, of each user of a stage."""
+    """The name and the items (as bytes) of each user of a stage."""
     for users in stream.pieces(number):
         items, ends = _joined(users.previous, users.current)
         content, start = memoryview(items.tobytes()), 0
@@ -191,7 +194,7 @@ def _users_of(stream: Stream, number: int) -> Iterator[tuple[str, memoryview]]:
 
 
 def _joined(previous: Ragged, current: Ragged) -> tuple[np.ndarray, np.ndarray]:
-    """Both lists of each row end to end: int32 (items,), and where each row ends, int64 (rows,)."""
+    """The concatenated lists of each row, int32 (items,), and where each row ends, int64 (rows,)."""
     lengths = np.stack([previous.lengths, current.lengths], axis=1)  # (rows, 2)
     ends = lengths.ravel().cumsum().reshape(lengths.shape)
     items = np.empty(int(lengths.sum()), dtype="<i4")
@@ -203,7 +206,7 @@ def _joined(previous: Ragged, current: Ragged) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _passing(stream: Stream, wanted: list[str], path: Path) -> sqlite3.Connection:
-    """An index that is gone with its connection."""
+    """A temporary index that is deleted when its connection is closed."""
     beside = path.parent if os.access(path.parent, os.W_OK) else None
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".writing", dir=beside)
     os.close(descriptor)

@@ -1,10 +1,10 @@
-"""Events that were received one by one since the stream was made: an SQLite file that loses none of them.
+"""Events that were received one by one since the stream was made, in an SQLite file that does not lose any.
 
-SQLite writes its log ahead (WAL) and flushes it at every commit (``synchronous=FULL``), so that what
-:meth:`ReceivedEvents.add` has returned for survives a kill and a power cut, and others read meanwhile.
+SQLite uses a write-ahead log (WAL) and flushes it at every commit (``synchronous=FULL``). So events survive a
+kill or a power failure after :meth:`ReceivedEvents.add` has returned, and others can read at the same time.
 
-An event carries the name of the cut that took it into a stage. Whether that cut took place says the manifest
-of the stream alone: the name is written before the stream is, and means nothing until the stream lists it.
+An event has the name of the cut that moved it into a stage. The name is written before the stream is, so it
+counts only if the manifest of the stream lists the cut.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 from peso.errors import DataError, FullDisk, WorkspaceError
 from peso.events.times import END, iso
 
-FORMAT = 1  # of the file; a higher number was written by a newer version
+FORMAT = 1  # the version of the file format
 APPLICATION = 0x7065736F  # "peso", in the header of the file
-WAIT = 30.0  # seconds for another writer to finish
-AHEAD = 86_400_000_000  # microseconds by which a clock may be fast; a later event would end the stream there
-CHUNK = 10_000  # events that are held in memory together
+WAIT = 30.0  # how many seconds to wait for another writer
+AHEAD = 86_400_000_000  # microseconds that a clock may be ahead; later events would block all others
+CHUNK = 10_000  # the number of events in memory at the same time
 
 _SCHEMA = f"""
     PRAGMA application_id = {APPLICATION};
@@ -52,13 +52,16 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 @dataclass(frozen=True)
 class ReceivedEvent:
-    """One user did something with one item.
+    """An event of one user with one item.
 
     Attributes:
+        user: the user id.
+        item: the item id.
         time: microseconds since 1970 (UTC).
-        key: by which an event that is sent again is recognised; "": by user, item and time.
-        number: as stored, in order of receipt, from 1 on.
-        cut: as stored, the name of the cut that took it into a stage, if that took place.
+        key: a key that identifies an event that is sent again. If it is empty, an event is identified by
+            user, item and time.
+        number: the number of a stored event, in the order of receipt, from 1 on.
+        cut: the name of the cut that moves a stored event into a stage; None if there is none.
     """
 
     user: str
@@ -70,7 +73,7 @@ class ReceivedEvent:
 
     @property
     def stored_key(self) -> str:
-        """Keys that a sender chose and those made here cannot meet."""
+        """The key in the file. Keys of senders and keys made here have different prefixes."""
         if self.key:
             return f"sent:{self.key}"
         content = json.dumps([self.user, self.item, self.time]).encode()
@@ -78,14 +81,15 @@ class ReceivedEvent:
 
 
 class ReceivedEvents:
-    """The events in a file, which is made if it is not there. For several threads, and several processes.
+    """The events in a file, which is created if it does not exist. It can be used by several threads and
+    processes.
 
     Args:
-        path: its name ends in ``.sqlite``; SQLite keeps two files of its own beside it.
+        path: a file whose name ends in ``.sqlite``. SQLite creates two more files next to it.
 
     Raises:
-        WorkspaceError: it is damaged, of a newer version, something else, or cannot be written;
-            :class:`FullDisk` for want of space.
+        WorkspaceError: the file is damaged, of a newer version or of another kind, or cannot be written;
+            :class:`FullDisk` if there is no space left.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -113,15 +117,16 @@ class ReceivedEvents:
     # -- writing -----------------------------------------------------------------------------------
 
     def add(self, events: Iterable[ReceivedEvent]) -> list[bool]:
-        """Store events; all of them are on the disk when this returns, or none is.
+        """Store events. When this returns, all of them are on the disk; if it fails, none is.
 
         Returns:
-            For each event whether it is new; False: one of its key is there already, which stays as it is.
+            For each event, whether it is new. If there is already an event with its key, that event is kept.
 
         Raises:
-            DataError: an id that is empty or not text, a time that is negative or more than a day ahead.
-            FullDisk: no space left.
-            WorkspaceError: another process writes for longer than half a minute, or the file is damaged.
+            DataError: an id is empty or not text, or a time is negative or more than a day ahead.
+            FullDisk: there is no space left.
+            WorkspaceError: another process has been writing for more than half a minute, or the file is
+                damaged.
         """
         given = list(events)
         latest = min(int(time.time() * 1e6) + AHEAD, END)
@@ -133,31 +138,31 @@ class ReceivedEvents:
             return [connection.execute(insert, row).rowcount == 1 for row in rows]
 
     def mark(self, numbers: Sequence[int], cut: str) -> None:
-        """Write on stored events which cut takes them."""
+        """Record the cut that moves stored events into a stage."""
         with self._transaction() as connection:
             connection.executemany(
                 "UPDATE events SET cut = ? WHERE number = ?", ((cut, int(number)) for number in numbers)
             )
 
     def forget(self, user: str) -> int:
-        """Erase a user's events from the file, their bytes included; returns how many there were."""
+        """Erase all data of a user's events from the file. Returns the number of events."""
         with self._transaction() as connection:
             gone = connection.execute("DELETE FROM events WHERE user = ?", [user]).rowcount
         with self._writing, _explained(self.path):
-            # the file is written again without them, and the log that still holds them is emptied
+            # rewrite the file without them, and empty the write-ahead log, which still contains them
             self._writer.execute("VACUUM")
             busy = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         if busy:
             raise WorkspaceError(
-                f"{self.path} is in use by another process, so that erased events may still be in its log; "
-                "repeat this"
+                f"{self.path} is in use by another process, so erased events may still be in its log; run "
+                "the command again"
             )
         return gone
 
     # -- reading -----------------------------------------------------------------------------------
 
     def of_user(self, user: str) -> list[ReceivedEvent]:
-        """A user's events, oldest first; those of one moment in the order in which they were received."""
+        """A user's events, oldest first. Events with the same time are in the order of receipt."""
         return [
             ReceivedEvent(*row)
             for row in self._rows(
@@ -166,17 +171,17 @@ class ReceivedEvents:
         ]
 
     def count(self) -> int:
-        """How many events are stored, whether cut or not."""
+        """The number of stored events, including those in stages."""
         return int(self._rows("SELECT count(*) FROM events")[0][0])
 
     @property
     def newest(self) -> int:
-        """Number of the event that was stored last, 0 before the first."""
+        """The number of the event that was stored last; 0 if there are none."""
         return int(self._rows("SELECT coalesce(max(number), 0) FROM events")[0][0])
 
     def waiting(self, cuts: Sequence[str]) -> Iterator[list[ReceivedEvent]]:
-        """The events that none of these cuts took, in order of receipt, some thousands at a time. Those that
-        arrive meanwhile are left out."""
+        """The events that are not in any of these cuts, in the order of receipt, several thousand at a time.
+        Events that arrive during the iteration are left out."""
         last, number = self.newest, 0
         while number < last:
             rows = self._rows(
@@ -191,14 +196,14 @@ class ReceivedEvents:
                 yield found
 
     def users_after(self, user: str, limit: int = CHUNK) -> list[str]:
-        """The next users who have events, in the order of their names; "": from the first on."""
+        """The next users with events after ``user``, in the order of their names; "" for the first ones."""
         rows = self._rows(
             "SELECT DISTINCT user FROM events WHERE user > ? ORDER BY user LIMIT ?", [user, limit]
         )
         return [name for (name,) in rows]
 
     def check(self) -> None:
-        """Read the whole file. Raises WorkspaceError if it is damaged."""
+        """Check the whole file. Raises WorkspaceError if it is damaged."""
         problems = [text for (text,) in self._rows("PRAGMA integrity_check(1)")]
         if problems != ["ok"]:
             raise _damaged(self.path, problems[0])
@@ -218,7 +223,7 @@ class ReceivedEvents:
                 yield self._writer
                 self._writer.execute("COMMIT")
             except BaseException:
-                if self._writer.in_transaction:  # SQLite has ended it itself where the disk is full
+                if self._writer.in_transaction:  # SQLite ends it automatically if the disk is full
                     self._writer.execute("ROLLBACK")
                 raise
 
@@ -238,26 +243,26 @@ class ReceivedEvents:
 def _require_sound(event: ReceivedEvent, latest: int) -> None:
     for name, value in (("user", event.user), ("item", event.item), ("key", event.key)):
         if not isinstance(value, str) or (not value and name != "key"):
-            raise DataError(f"an event's {name} is a text that is not empty, not {value!r}")
+            raise DataError(f"an event's {name} must be text that is not empty, not {value!r}")
         if "\0" in value or value.encode("utf-8", "ignore").decode() != value:
             raise DataError(f"an event's {name} is not text that can be stored: {value!r}; send valid UTF-8")
     if type(event.time) is not int or event.time < 0:
-        raise DataError(f"an event's time is microseconds since 1970, not {event.time!r}")
+        raise DataError(f"an event's time must be microseconds since 1970, not {event.time!r}")
     if event.time > latest:
         when = iso(min(event.time, END))
         raise DataError(
-            f"the event of user {event.user!r} with item {event.item!r} is of {when}, more than a day ahead; "
-            "set the sender's clock, and check the unit of its times"
+            f"the event of user {event.user!r} with item {event.item!r} has the time {when}, more than a day "
+            "ahead; check the sender's clock and the unit of its times"
         )
 
 
 def _create(path: Path) -> None:
-    """Make an empty file, whole or not at all; of several processes one makes it."""
+    """Create an empty file atomically. If several processes do this, only one file is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".writing") as aside:
         new = Path(aside) / path.name
         with closing(_connect(new)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
+            connection.execute("PRAGMA journal_mode = WAL")  # a permanent property of the file
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO log VALUES (?)", [uuid.uuid4().hex])
         try:
@@ -272,17 +277,17 @@ def _create(path: Path) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # transactions are begun and ended here alone, and locks keep threads apart
+    # transactions are started and ended explicitly, and locks synchronize threads
     connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA fullfsync = ON")  # macOS: through the drive's own cache
+    connection.execute("PRAGMA fullfsync = ON")  # on macOS, also flush the cache of the drive
     connection.execute("PRAGMA secure_delete = ON")
     return connection
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """What SQLite complains about as an error that says what to do."""
+    """Turn SQLite's errors into errors that say what to do."""
     try:
         yield
     except sqlite3.Error as error:
@@ -296,19 +301,20 @@ def _explained(path: Path) -> Iterator[None]:
             raise _damaged(path, str(error)) from error
         if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise WorkspaceError(
-                f"{path} is being written by another process for more than {WAIT:.0f} s; wait for it "
-                "or stop it"
+                f"{path} has been locked by another process for more than {WAIT:.0f} s; wait for it or stop "
+                "it"
             ) from error
-        raise WorkspaceError(f"{path} cannot be used: {error}; check the place and its rights") from error
+        raise WorkspaceError(
+            f"{path} cannot be used: {error}; check the location and its permissions"
+        ) from error
     except OSError as error:
         raise WorkspaceError(
-            f"{path} cannot be written: {error.strerror or error}; change what is there, or choose another "
-            "place"
+            f"{path} cannot be written: {error.strerror or error}; check that location, or choose another one"
         ) from error
 
 
 def _damaged(path: Path, why: str) -> WorkspaceError:
     return WorkspaceError(
-        f"{path} is damaged ({why}); restore it from a copy, or move it away: events that were received "
-        "since the last stage are lost then"
+        f"{path} is damaged ({why}); restore it from a copy, or move it away (events that were received "
+        "since the last stage are then lost)"
     )

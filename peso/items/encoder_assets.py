@@ -1,4 +1,4 @@
-"""Text encoders in the cache of assets, found without a library of models."""
+"""Find text encoders in the cache of assets, without importing a model library."""
 
 from __future__ import annotations
 

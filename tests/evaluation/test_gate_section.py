@@ -51,8 +51,8 @@ def test_every_condition_has_a_row_and_every_verdict_a_sentence() -> None:
     found = gate(Comparison([judged(stage_1=0.9, stage_2=0.3), run("single", "single", 0.5)], [5, 10]))
     assert found is not None
     _, first, second = found.paragraphs
-    assert first.startswith("Stage 1 was compared with stage 0, which served: passed.")
-    assert second.startswith("Stage 2 was compared with stage 0, which served: refused.")
+    assert first.startswith("Stage 1 was compared with stage 0, which was serving: passed.")
+    assert second.startswith("Stage 2 was compared with stage 0, which was serving: refused.")
     (table,) = found.tables
     names = [row[table.columns.index("Condition")] for row in table.rows]
     assert names == 2 * [

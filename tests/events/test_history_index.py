@@ -138,7 +138,7 @@ def test_damage_that_shows_while_reading_says_what_to_do(tmp_path: Path) -> None
     HistoryIndex.open(stream, path).close()
     good = path.read_bytes()
     path.write_bytes(good[:8192] + b"\xff" * (len(good) - 8192))
-    with pytest.raises(WorkspaceError, match=r"h\.sqlite is damaged .*remove it, and it is made again"):
+    with pytest.raises(WorkspaceError, match=r"h\.sqlite is damaged .*remove it, and it will be rebuilt"):
         everybody(HistoryIndex.open(stream, path))
 
 

@@ -201,13 +201,16 @@ def test_a_file_of_a_newer_version_is_refused(events) -> None:
 @pytest.mark.parametrize(
     ("event", "message"),
     [
-        (ReceivedEvent("", "i", 1), "user is a text that is not empty"),
-        (ReceivedEvent("u", 7, 1), "item is a text that is not empty, not 7"),  # type: ignore[arg-type]
+        (ReceivedEvent("", "i", 1), "user must be text that is not empty"),
+        (ReceivedEvent("u", 7, 1), "item must be text that is not empty, not 7"),  # type: ignore[arg-type]
         (ReceivedEvent("u\0", "i", 1), "user is not text that can be stored"),
         (ReceivedEvent("u", "\ud800", 1), "item is not text that can be stored"),
-        (ReceivedEvent("u", "i", -1), "time is microseconds since 1970, not -1"),
-        (ReceivedEvent("u", "i", 1.5), "time is microseconds since 1970, not 1.5"),  # type: ignore[arg-type]
-        (ReceivedEvent("u", "i", NOW + 2 * 86_400_000_000), "more than a day ahead; set the sender's clock"),
+        (ReceivedEvent("u", "i", -1), "time must be microseconds since 1970, not -1"),
+        (ReceivedEvent("u", "i", 1.5), "time must be microseconds since 1970, not 1.5"),  # type: ignore[arg-type]
+        (
+            ReceivedEvent("u", "i", NOW + 2 * 86_400_000_000),
+            "more than a day ahead; check the sender's clock",
+        ),
         (ReceivedEvent("u", "i", 10**19), "9999-.*more than a day ahead"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Section: which updates passed the gate, and on which figures it decided."""
+"""Section: which updates passed the gate, and the values that its decisions are based on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIGURES = ("champion", "challenger", "difference", "low", "margin")
 
 @section(place=15)
 def gate(comparison: Comparison) -> Section | None:
-    """The verdict of each stage that was judged, with every condition."""
+    """The verdict of the gate on each stage, with all conditions."""
     judged = [system for system in comparison.systems if system.first.verdicts]
     if not judged:
         return None
@@ -24,8 +24,8 @@ def gate(comparison: Comparison) -> Section | None:
         for stage, verdict in sorted(system.first.verdicts.items()):
             who = f"{system.label}, stage {stage}" if several else f"Stage {stage}"
             says.append(
-                f"{who} was compared with stage {verdict['champion']}, which served: {verdict['decision']}. "
-                f"{verdict['says']}."
+                f"{who} was compared with stage {verdict['champion']}, which was serving: "
+                f"{verdict['decision']}. {verdict['says']}."
             )
             rows += [
                 [system.label, Quantity(stage), Quantity(verdict["champion"]), *_row(condition)]
@@ -48,15 +48,16 @@ def gate(comparison: Comparison) -> Section | None:
                 "Conditions of the gate",
                 [*heads, "Champion", "Challenger", "Difference", "At least", "Margin", "Chance if equal"],
                 rows,
-                "Chance if equal: how often an equally good model would meet the condition on so many "
-                "cases. Test cases are reported only, unless the gate was told to decide on them.",
+                "Chance if equal: the probability that an equally good model meets the condition with this "
+                "number of cases. Test cases are only reported, unless the gate is configured to decide on "
+                "them.",
             )
         ],
     )
 
 
 def _reported(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Comparisons that decide nothing, as rows of their own."""
+    """Comparisons that are only reported, as further rows."""
     metric = verdict["settings"]["metric"]
     return [
         {"name": f"{metric} on {cases}", "outcome": "reported", "blocks": False, "figures": verdict[key]}
@@ -65,7 +66,7 @@ def _reported(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(condition: Mapping[str, Any]) -> list[Cell]:
-    """Of a condition without a paired comparison (coverage, anchor) the values alone."""
+    """The cells of a condition. One without a paired comparison (coverage, anchor) has only values."""
     figures, outcome = condition["figures"], condition["outcome"]
     if outcome not in ("passed", "reported") and not condition["blocks"]:
         outcome += " (not required)"
