@@ -22,6 +22,7 @@ from peso.cli.display import called, clear_bars
 from peso.cli.forget import forget
 from peso.cli.models import export, pull
 from peso.cli.promotion import promote, rollback, status
+from peso.cli.prune import prune
 from peso.cli.recommend import recommend
 from peso.cli.run import run
 from peso.cli.serve import serve
@@ -65,7 +66,7 @@ app = typer.Typer(
 STEPS = (steps.ingest, steps.tokenize, steps.train, steps.update, steps.undo, steps.evaluate, steps.report)
 SERVING = (serve, status, promote, rollback)
 OTHERS = (recommend, baseline, diagnose, pull, export)
-for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget):
+for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget, prune):
     app.command()(command)
 
 

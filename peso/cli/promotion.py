@@ -104,7 +104,7 @@ def _show(told: dict[str, Any]) -> None:
                     stage["trained"] or "unknown",
                     *((stage["metrics"] or {}).get(name) for name in shown),
                     stage["gate"]["decision"] if stage["gate"] else "",
-                    "serves" if stage["serves"] else "",
+                    "serves" if stage["serves"] else "no weights (pruned)" if stage["pruned"] else "",
                 ]
                 for stage in told["stages"]
             ],

@@ -161,7 +161,8 @@ class BaselineRun:
     def missing(self) -> Iterator[int]:
         """The stages that are not done, in order, each looked at when its turn comes."""
         for stage in self.stages:
-            if self.config.fused and stage not in self.workspace.finished_stages:
+            model = self.workspace.stage(stage)
+            if self.config.fused and (not model.is_trained or model.pruned is not None):
                 continue
             restore(self.stage_directory(stage))
             if not self.is_done(stage):

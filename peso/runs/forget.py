@@ -194,6 +194,8 @@ def _received(workspace: Workspace, user: str) -> int:
 
 
 def _keeps_samples(stage: RunStage) -> bool:
+    if stage.pruned is not None:
+        return False
     from peso.runs.models import stored_memory
 
     return any(name.startswith("replay.") for name in stored_memory(stage))

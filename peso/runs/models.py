@@ -126,6 +126,7 @@ def load_stage(stage: RunStage, model: GenerativeModel) -> None:
     Raises:
         WorkspaceError: a file is missing, damaged or not listed, or has weights of another shape.
     """
+    stage.require_weights()
     all_intact(stage.directory, WEIGHTS, stage.manifest)
     load_stage_weights(model, stage.directory)
 
@@ -136,6 +137,7 @@ def stored_memory(stage: RunStage) -> dict[str, Tensor]:
     Raises:
         WorkspaceError: the file is missing, damaged or not listed.
     """
+    stage.require_weights()
     path = stage.directory / MEMORY
     all_intact(stage.directory, (MEMORY,), stage.manifest)
     try:

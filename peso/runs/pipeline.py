@@ -64,7 +64,8 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
         stage = workspace.stage(number)
         if not stage.is_trained:
             yield Step("learn", number)
-        if workspace.config.evaluation.enabled and not stage.is_tested:
+        pruned = stage.is_trained and stage.pruned is not None
+        if workspace.config.evaluation.enabled and not pruned and not stage.is_tested:
             yield Step("test", number)
 
 
@@ -375,8 +376,11 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
         learn(stage, observer)
     if workspace.config.evaluation.enabled:
         for later in range(1, number + 1):
-            test(workspace.stage(later).on(later), observer)
-        test(stage.before.on(number), observer)
+            own = workspace.stage(later)
+            if own.pruned is None:  # else its test stays as it is
+                test(own.on(later), observer)
+        if stage.before.pruned is None:
+            test(stage.before.on(number), observer)
         if gated:
             judge(stage, observer)
         current().on_main(partial(_conclude, workspace, observer))
@@ -420,11 +424,13 @@ def unfinished(workspace: Workspace) -> tuple[int | None, bool]:
 
 
 def _is_reported(stage: RunStage) -> bool:
-    """Whether a stage is tested, the model before it as well, and the report newer than the tests."""
+    """Whether a stage is tested, the model before it as well unless its weights were pruned, and the report
+    newer than the tests."""
     page = stage.workspace.report_directory / "index.html"
+    due = [stage.on(stage.number)]
+    due += [stage.before.on(stage.number)] if stage.before.pruned is None else []
     return page.is_file() and all(
-        tested.is_done and page.stat().st_mtime >= tested.path(METRICS).stat().st_mtime
-        for tested in (stage.before.on(stage.number), stage.on(stage.number))
+        tested.is_done and page.stat().st_mtime >= tested.path(METRICS).stat().st_mtime for tested in due
     )
 
 
@@ -459,14 +465,20 @@ def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None
         theirs, ours = base.stage(number), workspace.stage(number)
         if ours.is_trained:
             continue
-        if not theirs.is_trained or theirs.determined_by != ours.determination(like=theirs.config):
+        if (
+            not theirs.is_trained
+            or theirs.pruned
+            or theirs.determined_by != ours.determination(like=theirs.config)
+        ):
             break
         _take_over(theirs.directory, ours.directory, FORMAT)
         observer.note(f"stage {number}: taken over from {base.root}")
 
 
 def _refuse_base(workspace: Workspace, base: Workspace) -> None:
-    """Raise WorkspaceError where configurations and data show that stage 0 of ``base`` is another one."""
+    """Raise WorkspaceError where configurations and data show that stage 0 of ``base`` is another one, or
+    where its weights were pruned."""
+    base.trained(0).require_weights()
     if changed := changed_shape(base.trained(0).config, workspace.config, 0):
         told = (f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
         raise _other_base(base, ", ".join(told))

@@ -202,7 +202,7 @@ def stage_cost(stage: RunStage) -> StageCost:
         trained_parameters=manifest["trained_parameters"] if training else 0,
         bytes_on_disk=(
             manifest.get("bytes_on_disk") or sum(path.stat().st_size for path in served)
-            if all(path.is_file() for path in served)
+            if stage.pruned is None and all(path.is_file() for path in served)
             else None
         ),
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peso.errors import DataError, WorkspaceError
-from peso.runs.stage import LOG, METRICS, PREDICTIONS, VERDICT, RunStage
+from peso.runs.stage import RunStage
 from peso.runs.workspace import SERVED, SERVED_LOCK, Workspace
 from peso.runtime.failures import sentence
 from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
@@ -213,7 +213,7 @@ def serve_from_now(workspace: Workspace, reason: str) -> None:
 
 def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = False) -> Change:
     """Let the stage serve again that served before the current one; returns the recorded change. Called
-    again, it goes back further. Stages that were removed or trained again meanwhile are passed over.
+    again, it goes back further. Stages that were removed, pruned or trained again meanwhile are passed over.
 
     Raises:
         WorkspaceError: no other stage served before; as :func:`promote`.
@@ -264,7 +264,7 @@ def refuse_removal(workspace: Workspace, numbers: range) -> None:
 
 def _is_there(workspace: Workspace, number: int, determined_by: str | None) -> bool:
     stage = workspace.stage(number)
-    return stage.is_trained and determined_by in (None, stage.determined_by)
+    return stage.is_trained and stage.pruned is None and determined_by in (None, stage.determined_by)
 
 
 def _missed(stage: RunStage) -> str | None:
@@ -275,10 +275,10 @@ def _missed(stage: RunStage) -> str | None:
 
 def _require_weights(stage: RunStage) -> None:
     """Raise WorkspaceError if a file of the model, which has to answer from now on, is damaged."""
+    stage.require_weights()
     manifest = stage.manifest
-    for name in manifest["files"]:
-        if not name.endswith((LOG, METRICS, PREDICTIONS, VERDICT)):
-            intact(stage.directory, name, manifest)
+    for name in stage.weight_files:
+        intact(stage.directory, name, manifest)
 
 
 def _record(workspace: Workspace, known: Served, change: Change) -> None:

@@ -27,6 +27,7 @@ VALIDATION: Part = "validation"  # also the folder of tests on validation cases
 VERDICT = "gate.json"  # of the gate (peso.runs.challenger)
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"
 ERASURES = "erasures"  # in the manifest: how many users had been erased when the stage was trained
+PRUNED = "pruned"  # in the manifest: when the weights were removed, and their checksums
 FORMAT = 1  # of a stage directory; a higher number was written by a newer version
 
 
@@ -89,6 +90,27 @@ class RunStage:
                 f"{self.directory / MANIFEST} is damaged: it does not hold the configuration of the stage; "
                 f"remove {self.directory} and the stages after it, and train again"
             ) from None
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files of its model, and of what its strategy keeps."""
+        others = (LOG, METRICS, PREDICTIONS, VERDICT)
+        return [name for name in self.manifest["files"] if not name.endswith(others)]
+
+    @property
+    def pruned(self) -> dict[str, Any] | None:
+        """Of a stage whose weights `peso prune` has removed: ``time`` and ``files``."""
+        pruned: dict[str, Any] | None = self.manifest.get(PRUNED)
+        return pruned
+
+    def require_weights(self) -> None:
+        """Raise WorkspaceError if the weights were pruned."""
+        if (pruned := self.pruned) is not None:
+            raise WorkspaceError(
+                f"the weights of stage {self.number} of {self.workspace.root} were removed by `peso prune` "
+                f"({pruned['time']}); take a stage that has its weights (`peso status -w "
+                f"{self.workspace.root}`), or restore {self.directory} from a copy"
+            )
 
     @property
     def as_trained(self) -> RunStage:

@@ -69,8 +69,9 @@ def _serves(workspace: Workspace) -> dict[str, Any]:
 
 
 def _stage(stage: RunStage) -> dict[str, Any]:
-    """One stage of the lineage: what it was trained from, how and when, and its metrics on its own test
-    cases (None where it is not tested), and the verdict of its gate (None where it was not judged)."""
+    """One stage of the lineage: what it was trained from, how and when, when its weights were pruned (None:
+    they are there), its metrics on its own test cases (None where it is not tested), and the verdict of its
+    gate (None where it was not judged)."""
     from peso.runs.report import strategy_label
 
     manifest, config, verdict = stage.manifest, stage.config, stage.verdict
@@ -85,6 +86,7 @@ def _stage(stage: RunStage) -> dict[str, Any]:
         "strategy": strategy_label(config) if stage.number else None,
         "trained": manifest.get("created"),
         "determined_by": stage.determined_by,
+        "pruned": None if stage.pruned is None else stage.pruned["time"],
         "metrics": metrics,
         "gate": verdict and {key: verdict[key] for key in ("decision", "champion", "says", "time")},
     }

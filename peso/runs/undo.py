@@ -68,7 +68,7 @@ def last_step(workspace: Workspace) -> LastStep:
 
     Raises:
         WorkspaceError: there is no stream, or only stage 0 and the stream as it was ingested are left, or
-            the stage is recorded as the one that serves.
+            the stage is recorded as the one that serves, or the weights of the one before it were pruned.
     """
     if not workspace.has_stream:
         raise WorkspaceError(f"{workspace.root} has no stream yet: there is nothing to undo")
@@ -92,6 +92,12 @@ def last_step(workspace: Workspace) -> LastStep:
         return replace(step, semantic_ids=ids["items"] - known)
     if newest > 0:
         refuse_removal(workspace, range(newest, newest + 1))
+        if workspace.stage(newest - 1).pruned is not None:
+            raise WorkspaceError(
+                f"stage {newest} of {workspace.root} stays: the weights of stage {newest - 1}, from which it "
+                "would be trained again, were removed by `peso prune`. To go back, take a copy of the "
+                "workspace from before, or a new one (-w)"
+            )
         return LastStep(range(newest, newest + 1), False)
     what = "stage 0 and the stream that was ingested" if trained else "the stream that was ingested"
     raise WorkspaceError(

@@ -99,6 +99,24 @@ def remove_folder(directory: Path, name: str, number: int) -> None:
     shutil.rmtree(directory / name, ignore_errors=True)
 
 
+def take_out(
+    directory: Path, names: Sequence[str], number: int, told: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Take files out of the manifest of a finished directory, before they are removed.
+
+    Args:
+        told: what else the manifest says from now on: one key, whose value gets the checksums as ``files``.
+            What a call that was interrupted has taken out stays there.
+    """
+    manifest = read_manifest(directory, number)
+    gone = {name: sha256 for name, sha256 in manifest[FILES].items() if name in names}
+    kept = {name: sha256 for name, sha256 in manifest[FILES].items() if name not in names}
+    extra = {
+        key: {**value, FILES: {**manifest.get(key, {}).get(FILES, {}), **gone}} for key, value in told.items()
+    }
+    _write(directory, {**manifest, **extra, FILES: kept})
+
+
 def _write(directory: Path, content: Mapping[str, Any]) -> None:
     content = {key: value for key, value in content.items() if key != OWN and (key, value) != (REPLACING, {})}
     write_atomically(directory / MANIFEST, json_text({**content, OWN: _own(content)}).encode())

@@ -1,0 +1,55 @@
+"""`peso prune`: remove the weights of old stages."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peso.cli.display import Directory, Json, say, say_json
+from peso.errors import UsageError
+
+
+def prune(
+    workspace: Directory,
+    keep: Annotated[int, typer.Option(help="The newest stages that keep their weights.", min=1)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove the weights of old stages from the disk.
+
+    Their configuration, tests and logs stay: reports, `peso status` and further updates work as before. Never
+    removed are the weights of the stage that serves, of the one that a rollback leads to, and of a stage 0
+    that trained the backbone. A stage without weights can answer no more, and `peso undo` does not lead back
+    to it.
+
+    Example: peso prune -w runs/shop --keep 3
+    """
+    from dataclasses import asdict
+
+    from peso.runs.prune import prune as remove
+    from peso.runs.prune import pruning
+    from peso.runs.workspace import Workspace
+
+    opened = Workspace.open(workspace)
+    with opened.lock():
+        wanted = pruning(opened, keep)
+        what = f"the weights of stages {wanted.stages} ({wanted.bytes / 1e6:,.1f} MB)"
+        try:
+            go = bool(wanted.stages) and (
+                yes or typer.confirm(f"{workspace}: remove {what}? They cannot be restored", err=True)
+            )
+        except typer.Abort:
+            say("", error=True)  # end the line of the prompt
+            raise UsageError("no answer: nothing was removed; use --yes to remove without asking") from None
+        if go:
+            wanted = remove(opened, keep)
+    if as_json:
+        say_json({**asdict(wanted), "removed": go})
+        return
+    if go:
+        say(f"{workspace}: removed {what}")
+    else:
+        say("nothing was removed" if wanted.stages else f"{workspace}: no older stage has weights to remove")
+    for number, why in wanted.kept.items():
+        say(f"stage {number} keeps its weights: {why}")
