@@ -17,7 +17,7 @@ from peso.baselines.ease import Ease
 from peso.baselines.item_graph import ItemGraph
 from peso.baselines.item_knn import ItemKnn
 from peso.baselines.tuning import MOST_TRIALS, Counted, target_ranks
-from peso.config.baselines import BASELINES
+from peso.config.baselines import BASELINES, read_baseline
 from peso.evaluation.metrics import ndcg
 from peso.evaluation.predictions import semantic_id_ranks
 from peso.events.histories import Cases, Ragged, Stage
@@ -124,3 +124,51 @@ def test_items_that_a_user_has_had_take_no_place_from_a_target() -> None:
     assert validation.ndcg_of(model) == 1.0
     validation.repeats = True
     assert validation.ndcg_of(model) == pytest.approx(1 / np.log2(5))
+
+
+FORMER = [  # as version 0.1.0 recorded them: all options, since it chose none
+    {"name": "ease", "repeats": "auto", "items": 5000, "regularisation": 50.0},
+    {"name": "item-knn", "repeats": "auto", "neighbours": 100, "shrinkage": 10.0},
+    {
+        "name": "sasrec",
+        "repeats": "auto",
+        "width": 64,
+        "epochs": 20,
+        "patience": 2,
+        "batch_size": 64,
+        "learning_rate": 0.001,
+        "later_learning_rate_scale": 1.0,
+        "weight_decay": 0.01,
+        "dropout": 0.2,
+        "layers": 2,
+        "heads": 2,
+    },
+    {
+        "name": "hybrid",
+        "candidates": 50,
+        "weight": None,
+        "two_tower": {
+            "name": "two-tower",
+            "repeats": "auto",
+            "width": 64,
+            "epochs": 20,
+            "patience": 2,
+            "batch_size": 256,
+            "learning_rate": 0.001,
+            "later_learning_rate_scale": 1.0,
+            "weight_decay": 0.01,
+            "dropout": 0.2,
+            "user_dropout": 0.5,
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("options", FORMER, ids=[options["name"] for options in FORMER])
+def test_options_of_an_earlier_version_keep_their_digest_and_nothing_is_tuned(
+    options: dict[str, Any],
+) -> None:
+    config = read_baseline(options)
+    assert config.model_dump(mode="json") == options
+    for each in config.fused or [config]:  # nothing is chosen
+        assert len(BASELINES.find(each.name).of(each, setting(ITEMS, WINDOW)).settings()) == 1
