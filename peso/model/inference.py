@@ -25,7 +25,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 @torch.no_grad()
-def for_inference(model: GenerativeModel | Ensemble) -> Any:
+def for_inference(model: GenerativeModel | Ensemble, *, packed: bool = False) -> Any:
     """A copy of a model for inference, in evaluation mode, that gives the same logits up to rounding.
 
     In float32, PEFT adds the active adapters to the weights, W + scale · B A. In bfloat16, this sum would
@@ -35,9 +35,13 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
 
     Weights without adapters are shared with ``model``, which does not change. So the copy needs additional
     memory for the adapted float32 weights, and later changes of the adapters do not affect it.
+
+    Args:
+        packed: on a CPU, store the weights of linear layers as oneDNN reads them (:class:`PackedLinear`).
+            This needs their memory again, unless ``model`` is deleted. The result cannot be copied or saved.
     """
     if isinstance(model, Ensemble):
-        first, second = (for_inference(member) for member in model.members)
+        first, second = (for_inference(member, packed=packed) for member in model.members)
         return Ensemble(first, second, model.shares[0]).eval()
     layers = lora_layers(model.causal_lm)
     exact = model.dtype in _EXACT
@@ -60,6 +64,8 @@ def for_inference(model: GenerativeModel | Ensemble) -> Any:
     for name, module in list(answering.named_modules()):
         if (norm := _norm(module)) is not None:
             answering.set_submodule(name, norm)
+    if packed and model.device.type == "cpu":
+        _pack(answering.get_decoder())
     return GenerativeModel(
         answering,
         model.tokenizer,
@@ -97,6 +103,41 @@ def _norm(module: nn.Module) -> nn.Module | None:
     return plain if same else None
 
 
+def _pack(decoder: nn.Module) -> None:
+    """Replace the linear layers that can be packed, which is tried."""
+    for name, module in list(decoder.named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        tried = torch.linspace(-1, 1, 3 * module.in_features, dtype=module.weight.dtype).view(3, -1)
+        try:
+            new = PackedLinear(module)
+            same = torch.allclose(new(tried).float(), module(tried).float(), rtol=1e-2, atol=1e-3)
+        except (AttributeError, RuntimeError):  # this build of PyTorch, or this processor, lacks it
+            return
+        if same:
+            decoder.set_submodule(name, new)
+
+
+class PackedLinear(nn.Module):
+    """x (…, in) → W x + b, with W in the order in which oneDNN reads it.
+
+    PyTorch computes float32 products with MKL and reads W as it is stored. Packed by oneDNN the layers of
+    SmolLM2-135M took 0.4 to 0.5 of the time for 4 to 1,280 rows, on one core of an AMD EPYC
+    (``benchmarks/packed_layers.py``).
+    """
+
+    packed: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+
 class LowRankBeside(nn.Module):
     """x (…, in) → W x + b + U D x (…, out), where ``down`` is D (rank, in) and ``up`` is U (out, rank)."""
 
@@ -110,7 +151,7 @@ class LowRankBeside(nn.Module):
         self.register_buffer("up", up)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = F.linear(x, self.base.weight, self.base.bias)
+        y: Tensor = self.base(x)
         inner = F.linear(x, self.down).flatten(0, -2)
         y.view(-1, y.shape[-1]).addmm_(inner, self.up.t())
         return y

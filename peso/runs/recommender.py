@@ -278,7 +278,7 @@ class Recommender:
     def _answering(self) -> GenerativeModel:
         from peso.model.inference import for_inference
 
-        answering: GenerativeModel = for_inference(self.model)
+        answering: GenerativeModel = for_inference(self.model, packed=True)
         return answering
 
     @cached_property

@@ -85,8 +85,9 @@ class LiveStage:
             return
         after = before if same else Snapshot.of(wanted)
         from peso.decoding.returning import PromptMemory
+        from peso.model.inference import for_inference
 
-        model = wanted.answering_model(self._device)
+        model = for_inference(wanted.model(self._device), packed=True)
         if model.semantic_ids.item_ids != after.semantic_ids.item_ids:
             raise WorkspaceError(f"the semantic IDs of {self.root} changed while they were read")
         after = replace(

@@ -8,7 +8,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 MOST_REQUESTS = 64  # recommendations that one request may ask for
 MOST_EVENTS = 1_000
@@ -16,6 +25,7 @@ MOST_ITEMS = 1_000  # of a history
 MOST_LISTED = 10_000  # of allow and deny
 MOST_K = 100
 AHEAD = 86_400.0  # seconds that the clock of a caller may be ahead
+ISO = {"type": "string", "format": "date-time"}
 ID_LENGTH = 256  # characters of an id of a user or an item, and of an event key
 
 EXAMPLE: dict[str, Any] = {"history": ["25", "311"], "k": 3, "titles": True}
@@ -54,10 +64,20 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _describe_request(schema: dict[str, Any]) -> None:
+    """Exactly one of two keys is there, and it is not null."""
+    schema["examples"] = [EXAMPLE]
+    schema["oneOf"] = [{"required": ["user"]}, {"required": ["history"]}]
+    for name in ("user", "history"):
+        described = schema["properties"][name]
+        described.pop("default")
+        described.update(next(kind for kind in described.pop("anyOf") if kind != {"type": "null"}))
+
+
 class Request(Message):
     """Recommendations for a user or after a history."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra=_describe_request)
 
     user: Id | None = Field(
         None, description="A user, whose history is that of the log and the events received since."
@@ -120,7 +140,7 @@ class Event(Message):
 
     user: Id
     item: Id
-    time: Annotated[float | str, AfterValidator(_moment)] | None = Field(
+    time: Annotated[float | Annotated[str, WithJsonSchema(ISO)], AfterValidator(_moment)] | None = Field(
         None,
         description="When: ISO 8601 (UTC where it names no zone) or seconds since 1970, at most a day from "
         "now. Default: now, and then two equal events are two events unless they have a key.",

@@ -48,6 +48,7 @@ class Service:
 
 def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
     said = {
+        400: "The body is not JSON.",
         503: "The workspace cannot be used now; the server's log says why.",
         507: "No space left on the server's disk; none of the events is stored.",
         403: "The server accepts no events.",
@@ -95,7 +96,7 @@ def create_app(service: Service) -> FastAPI:
 def _add_recommendations(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/recommend",
-        responses=_refusals(401, 413, 422, 429, 503),
+        responses=_refusals(400, 401, 413, 422, 429, 503),
         response_model_exclude_none=True,
         summary="Recommend items to one user or to several",
     )
@@ -117,7 +118,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/v1/items/{item:path}",
-        responses=_refusals(401, 404, 429),
+        responses=_refusals(401, 404, 422, 429),
         summary="An item's title and semantic ID",
     )
     async def item(item: Annotated[messages.Id, Path(examples=["25"])]) -> ItemDetails:
@@ -141,7 +142,7 @@ async def _question(service: Service, request: Request) -> Question:
 def _add_events(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/events",
-        responses=_refusals(401, 403, 413, 422, 429, 503, 507),
+        responses=_refusals(400, 401, 403, 413, 422, 429, 503, 507),
         summary="Store what users did",
     )
     async def events(body: Annotated[Events, Body(openapi_examples=EVENT_EXAMPLES)]) -> Received:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peso.adapters.lora import add_adapter
 from peso.decoding import search
 from peso.model.generative import GenerativeModel
-from peso.model.inference import LowRankBeside, for_inference
+from peso.model.inference import LowRankBeside, PackedLinear, for_inference
 
 IDS = torch.tensor([[0, 70, 71, 260, 268, 261, 270, 259]])  # words and codes
 STRATEGIES: dict[str, Any] = {
@@ -150,3 +150,19 @@ def test_what_is_more_than_a_product_is_left_to_peft(
     assert left == (dtype == torch.bfloat16)
     near = 0.05 if left else 1e-4
     torch.testing.assert_close(logits(answering), logits(model), atol=near * 10, rtol=near)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_packed_layers_answer_the_same(make_model: Callable[..., GenerativeModel], precision) -> None:
+    model = adapted(make_model, 0.1)
+    model = in_bfloat16(model) if precision == torch.bfloat16 else model
+    plain, packed = for_inference(model), for_inference(model, packed=True)
+    kinds = [type(module) for module in packed.modules()]
+    if PackedLinear not in kinds:
+        pytest.skip("this build of PyTorch, or this processor, has no packed layers")
+    assert nn.Linear not in {type(module) for module in packed.causal_lm.get_decoder().modules()}
+    near = 1e-5 if precision == torch.float32 else 5e-2
+    torch.testing.assert_close(logits(packed), logits(plain), atol=near, rtol=near)
+    histories = [np.array([3, 1, 4, 1, 5]), np.array([], dtype=np.int64), np.array([9, 2])]
+    found, expected = search(packed, histories), search(plain, histories)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=near * 10)

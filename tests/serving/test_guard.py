@@ -122,7 +122,7 @@ def test_a_body_that_is_too_long_is_not_read(serving, shop):
 def malformed(seed: int) -> bytes:
     """A body that is broken in one of many ways, or happens to be right."""
     draw = random.Random(seed)
-    values = [None, True, -1, 10**400, 1e308, "", "i1", "\ud800", "\0", [], {}, ["i1", None], "i" * 300]
+    values = [None, None, True, -1, 10**400, 1e308, "", "i1", "\ud800", "\0", [], {}, ["i1", None], "i" * 300]
     keys = [
         "user",
         "history",
