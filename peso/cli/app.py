@@ -43,6 +43,7 @@ from peso.runtime.machine import check_environment
 from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
 
 DISTRIBUTED = ("run", "train", "update", "evaluate")  # commands that several processes can share
+MAY_BE_EMPTY = ("history", "user")  # of a newcomer; an id, which no log has
 
 
 class Commands(typer.core.TyperGroup):
@@ -53,6 +54,27 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except EOFError as error:
             raise DataError(sentence(error)) from error
+
+
+class Command(typer.core.TyperCommand):
+    """Refuses empty arguments: with a shell variable that is not set, ``-w "$RUN"`` would otherwise mean the
+    current directory."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            for parameter in self.params:
+                values = given.get(parameter.name)
+                if "" in (values if isinstance(values, list | tuple) else [values]):
+                    self._refuse_empty(parameter)
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def _refuse_empty(parameter: Any) -> None:
+        if parameter.name not in MAY_BE_EMPTY:
+            is_option = parameter.param_type_name == "option"
+            name = "/".join(parameter.opts) if is_option else str(parameter.metavar).strip("[].")
+            raise UsageError(f"{name} is empty; give a value, or leave it out")
 
 
 app = typer.Typer(
@@ -67,7 +89,7 @@ STEPS = (steps.ingest, steps.tokenize, steps.train, steps.update, steps.undo, st
 SERVING = (serve, status, promote, rollback)
 OTHERS = (recommend, baseline, diagnose, pull, export)
 for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget, prune):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _show_version(requested: bool) -> None:

@@ -197,6 +197,32 @@ def test_wrong_use_is_exit_status_2(peso, call):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("ingest | -w w", "SOURCE"),
+        ("ingest log.csv -w |", "-w/--workspace"),
+        ("ingest --items | -w w", "--items"),
+        ("run | -w w", "CONFIG"),
+        ("run c.yaml -w |", "-w/--workspace"),
+        ("run c.yaml --base | -w w", "--base"),
+        ("report -w w -w |", "-w/--workspace"),
+        ("report -w w -o |", "-o/--output"),
+        ("recommend --all -o | -w w", "-o/--output"),
+        ("compare c.yaml --workspace=", "-w/--workspace"),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_directory(peso, tmp_path, monkeypatch, call, name):
+    """As a shell gives it for a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log.csv").write_text("user,item,time\n")
+    (tmp_path / "c.yaml").write_text("data: {format: simulate}\n")
+    before = set(tmp_path.iterdir())
+    status, _, err = peso(*(word.replace("|", "") for word in call.split()))
+    assert (status, err) == (2, f"error: {name} is empty; give a value, or leave it out\n")
+    assert set(tmp_path.iterdir()) == before
+
+
 class ArrowInvalid(ValueError):
     """Recognized by its name, as the libraries' own classes are."""
 

@@ -608,6 +608,9 @@ def test_a_json_array_is_named(tmp_path: Path) -> None:
     refused(
         tmp_path / "s", r"log\.json is a JSON array; convert it to JSON lines", tmp_path / "log.json", "jsonl"
     )
+    for name, start in (("a.csv", "["), ("b.csv", "")):  # under the name of another format
+        (tmp_path / name).write_text(start + "\n".join(map(json.dumps, ROWS)))
+        refused(tmp_path / name[0], "looks like JSON.* set --format jsonl", tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,13 @@ def test_the_section_compare_is_as_strict(tmp_path: Path, section: dict[str, Any
     )
     with pytest.raises(ConfigError, match=rf"compare\.{key}"):
         load_comparison(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [1]])
+@pytest.mark.parametrize("key", ["training", "training.later", "items", "adapter", "data.columns"])
+def test_a_value_in_place_of_a_section_is_told_in_plain_words(key: str, value: Any) -> None:
+    tree: dict[str, Any] = {"data": {"format": "csv", "path": "x"}, "training": {}}
+    *above, last = key.split(".")
+    (tree[above[0]] if above else tree)[last] = value
+    with pytest.raises(ConfigError, match=rf"^{key} is a section: write its keys below it, or leave it out"):
+        load_config(tree)
