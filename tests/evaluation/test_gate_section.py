@@ -62,7 +62,7 @@ def test_every_condition_has_a_row_and_every_verdict_a_sentence() -> None:
         "coverage",
         "anchor",
         "log_probability on test cases",
-        "log_probability on test cases of the champion's stage",
+        "log_probability on earlier test cases",
     ]
     told = verdict(0.9)["conditions"][0]["figures"]
     row = table.rows[0]

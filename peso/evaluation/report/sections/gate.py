@@ -28,7 +28,12 @@ def gate(comparison: Comparison) -> Section | None:
                 f"{verdict['decision']}. {verdict['says']}."
             )
             rows += [
-                [system.label, Quantity(stage), Quantity(verdict["champion"]), *_row(condition)]
+                [
+                    system.label if several else None,
+                    Quantity(stage),
+                    Quantity(verdict["champion"]),
+                    *_row(condition),
+                ]
                 for condition in [*verdict["conditions"], *_reported(verdict)]
             ]
     heads = ["Strategy", "Stage", "Against", "Condition", "Outcome", "Cases"]
@@ -50,7 +55,7 @@ def gate(comparison: Comparison) -> Section | None:
                 rows,
                 "Chance if equal: the probability that an equally good model meets the condition with this "
                 "number of cases. Test cases are only reported, unless the gate is configured to decide on "
-                "them.",
+                "them. Earlier test cases are those of the stage that was serving.",
             )
         ],
     )
@@ -61,7 +66,7 @@ def _reported(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
     metric = verdict["settings"]["metric"]
     return [
         {"name": f"{metric} on {cases}", "outcome": "reported", "blocks": False, "figures": verdict[key]}
-        for key, cases in (("test", "test cases"), ("earlier", "test cases of the champion's stage"))
+        for key, cases in (("test", "test cases"), ("earlier", "earlier test cases"))
     ]
 
 
