@@ -139,7 +139,7 @@ class TrialsConfig(Section):
     """The short trainings that choose what ``training.later`` leaves to ``auto``, stage by stage."""
 
     scales: list[Annotated[float, Field(gt=0)]] = Field(
-        [0.1, 0.25, 0.5, 1.0],
+        [0.1, 0.3, 1.0, 3.0],
         min_length=2,
         max_length=64,
         description="learning rates to try, relative to training.learning_rate",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from peso.model.item_head import ItemHead
@@ -61,7 +63,69 @@ class SemanticVocabulary(nn.Module):
             base = weight.detach().float().cpu()
             rows.copy_(base.mean(0) + 0.5 * base.std(0) * noise)
 
+    @torch.no_grad()
+    def begin_new_codes(self, tokens: np.ndarray, known: np.ndarray, arriving: np.ndarray) -> int:
+        """Let codes that only arriving items have begin with what is known, not with noise.
+
+        The rows of such a code, those of the item head included, become the mean over the codes of its level
+        that its neighbors have: the known items that share the longest prefix with an item of this code.
+        Semantic IDs are made from texts, so these are neighbors by text.
+
+        Args:
+            tokens: int (items, levels), numbers of the semantic tokens of each item, level by level.
+            known: bool (items,), items that the rows were trained on; arriving: those that come now.
+
+        Returns:
+            How many codes have begun so.
+        """
+        head = self.item_head
+        rows = [self.input_rows, self.output_rows, *([head.code_rows, head.code_bias] if head else [])]
+        begun = 0
+        for level in range(tokens.shape[1] if known.any() else 0):
+            new = np.setdiff1d(tokens[arriving & ~known, level], tokens[known, level])
+            if not len(new):
+                continue
+            shares = _shares(tokens, level, known, arriving, new)
+            for values in rows:
+                # by SciPy, whose sums do not depend on the number of threads
+                means = shares @ values[: shares.shape[1]].cpu().double().numpy()
+                values[torch.from_numpy(new).to(values.device)] = torch.from_numpy(means).to(values)
+            begun += len(new)
+        return begun
+
     def level_rows(self, level: int) -> Tensor:
         """The output rows of a level, (codes of the level, width)."""
         start = int(self.offsets[level])
         return self.output_rows[start : start + self.sizes[level]]
+
+
+def _shares(
+    tokens: np.ndarray, level: int, known: np.ndarray, arriving: np.ndarray, new: np.ndarray
+) -> sparse.csr_array:
+    """What each token counts in the first rows of new ones, see :meth:`SemanticVocabulary.begin_new_codes`.
+
+    Returns:
+        float64 (new tokens, tokens up to this level); each row sums to one.
+    """
+    items = np.flatnonzero(arriving & np.isin(tokens[:, level], new))
+    neighbors = np.flatnonzero(known)
+    size = int(tokens[:, level].max()) + 1
+    of_items, left = np.zeros((len(items), size)), np.ones(len(items), dtype=bool)
+    for length in range(level, -1, -1):
+        groups = _groups(tokens[:, :length])
+        ones = np.ones(len(neighbors))
+        places = groups[neighbors], tokens[neighbors, level]
+        counts = sparse.csr_array((ones, places), shape=(int(groups.max()) + 1, size))
+        mine = counts[groups[items]].toarray()
+        found = left & (mine.sum(1) > 0)
+        of_items[found] = mine[found] / mine[found].sum(1, keepdims=True)
+        left &= ~found
+    codes = tokens[items, level]
+    return sparse.csr_array(np.stack([of_items[codes == code].mean(0) for code in new]))
+
+
+def _groups(prefixes: np.ndarray) -> np.ndarray:
+    """int64 (items,): a number for each distinct prefix (items, codes); all the same where it has none."""
+    if not prefixes.shape[1]:
+        return np.zeros(len(prefixes), dtype=np.int64)
+    return np.unique(prefixes, axis=0, return_inverse=True)[1].reshape(-1)

@@ -29,7 +29,14 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.model.build import has_adapter
 from peso.model.generative import GenerativeModel
 from peso.runs.diagnosis import require_later_stage
-from peso.runs.models import context_of, load_stage, starting_model, stored_memory, strategy_of
+from peso.runs.models import (
+    begin_new_codes,
+    context_of,
+    load_stage,
+    starting_model,
+    stored_memory,
+    strategy_of,
+)
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.machine import threads
@@ -143,6 +150,7 @@ def _example_gradients(
     workspace, number = stage.workspace, stage.number
     config = workspace.config
     model = starting_model(stage)
+    begin_new_codes(stage, model, learned=number)
     if not has_adapter(model):
         raise ConfigError(f"stage {number} of {workspace.root} has no adapter")
     context = context_of(stage, model, stored_memory(stage.before))

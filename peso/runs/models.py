@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -98,10 +99,36 @@ def put_back(stage: RunStage, model: GenerativeModel) -> None:
     fresh, base = _build(stage, whole=False), stage.workspace.stage(0)
     if trains_backbone(base):
         load_stage(base, fresh)
+        begin_new_codes(stage, fresh, learned=1)
     values = dict(fresh.named_parameters())
     for name, p in model.named_parameters():
         if name in values and (".lora_" in name or name.startswith("vocabulary.")):
             p.copy_(values[name])
+
+
+def begin_new_codes(stage: RunStage, model: GenerativeModel, learned: int) -> None:
+    """Give codes that the stage brings their first rows, see
+    :meth:`peso.model.vocabulary.SemanticVocabulary.begin_new_codes`.
+
+    learned: the number of stages that the vocabulary was trained on.
+    """
+    stream, ids = stage.workspace.stream, stage.workspace.semantic_ids
+    # items that are appended later must not change the stage
+    tokens = ids.token_numbers[: stream.items_known(stage.number)]
+
+    def met(stages: Iterable[int]) -> np.ndarray:
+        result = np.zeros(len(tokens), dtype=bool)
+        for number in stages:
+            for sequence in stream.stage(number).training_sequences():
+                result[sequence.items] = True
+        return result
+
+    arriving, known = met(range(learned, stage.number + 1)), met([])
+    for number in range(learned):
+        known |= met([number])
+        if not len(np.setdiff1d(tokens[arriving], tokens[known])):
+            return  # as in most streams, after stage 0 alone
+    model.vocabulary.begin_new_codes(tokens, known, arriving)
 
 
 def context_of(stage: RunStage, model: GenerativeModel, memory: dict[str, Tensor]) -> StageContext:

@@ -15,7 +15,7 @@ from peso.baselines.popularity import item_counts
 from peso.config import Config, TrainingConfig
 from peso.errors import WorkspaceError
 from peso.model.generative import GenerativeModel
-from peso.runs.models import context_of, inherited_memory, starting_model, strategy_of
+from peso.runs.models import begin_new_codes, context_of, inherited_memory, starting_model, strategy_of
 from peso.runs.stage import RunStage
 from peso.runtime.files import read_sealed, write_sealed
 from peso.training.rate_trials import Rates
@@ -60,6 +60,8 @@ def begin(stage: RunStage) -> tuple[GenerativeModel, StageContext]:
     """
     memory = inherited_memory(stage)
     model, stream = starting_model(stage), stage.workspace.stream
+    if stage.number:
+        begin_new_codes(stage, model, learned=stage.number)
     if (head := model.vocabulary.item_head) is not None:
         seen = [stream.stage(number) for number in range(stage.number + 1)]
         head.compete(item_counts(seen, len(model.semantic_ids.item_ids)))

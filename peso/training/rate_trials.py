@@ -80,11 +80,19 @@ class Choice:
         return math.fsum(seconds for rates, seconds in spent.items() if rates != self.rates)
 
     def __str__(self) -> str:
-        last = max(
-            (trial for trial in self.trials if trial.rates == self.rates), key=lambda trial: trial.steps
-        )
         tried = {trial.rates for trial in self.trials}
-        return f"learning rate {self.rates}, the best of {len(tried)} after {last.steps:,} steps"
+        steps = max(trial.steps for trial in self.trials)
+        best = f"learning rate {self.rates}, the best of {len(tried)}"
+        return f"{best} in trials of up to {steps:,} steps{self.edge}"
+
+    @property
+    def edge(self) -> str:
+        """A hint where no rate beyond the chosen one was tried; empty otherwise."""
+        rates = [trial.learning_rate for trial in self.trials]
+        if min(rates) == max(rates) or min(rates) < self.rates.learning_rate < max(rates):
+            return ""
+        which = "lower" if self.rates.learning_rate == min(rates) else "higher"
+        return f"; no {which} one was tried (training.later.trials.scales)"
 
     def figures(self) -> dict[str, Any]:
         """As JSON, for the stage's metrics."""

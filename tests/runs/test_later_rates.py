@@ -82,7 +82,9 @@ def test_a_stage_chooses_its_rate_and_says_so(base: Path, tmp_path: Path) -> Non
     best = min(choice["trials"], key=lambda trial: trial["loss"])
     assert training(auto)["learning_rate"] == choice["learning_rate"] == best["learning_rate"]
     (said,) = [note for note in heard.notes if "learning rate" in note]
-    assert said.startswith(f"stage 1: learning rate {best['learning_rate']:g}, the best of 2 after ")
+    begins = f"stage 1: learning rate {best['learning_rate']:g}, the best of 2 in trials of up to "
+    assert said.startswith(begins)
+    assert said.endswith(" one was tried (training.later.trials.scales)")
     assert [title for title in heard.titles if "trial" in title] == [
         "stage 1: trial of learning rate 0.0001",
         "stage 1: trial of learning rate 0.01",
@@ -159,7 +161,7 @@ def test_what_is_tried_determines_later_stages_and_not_the_base() -> None:
     # what was tried is written out, defaults included
     tree = load_config(TREE, ["training.later={learning_rate: auto}"]).model_dump(mode="json")
     assert tree["training"]["later"]["trials"] == {
-        "scales": [0.1, 0.25, 0.5, 1.0],
+        "scales": [0.1, 0.3, 1.0, 3.0],
         "rows": [0.3, 1.0, 3.0],
         "budget": 1.0,
     }
