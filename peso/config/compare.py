@@ -18,6 +18,7 @@ from peso.config.data import expand_data
 from peso.config.model import expand_backbone
 from peso.config.parsing import Section, read_tree, shown
 from peso.config.reading import explained, nearest, override, place
+from peso.config.registry import UNKNOWN_NAME
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config, Seed
 from peso.errors import ConfigError
@@ -206,4 +207,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         names = [f"compare.{name}" for name in CompareConfig.model_fields]
         return f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, names)!r}"
+    if problem["type"] == UNKNOWN_NAME:
+        name, known = shown(problem["ctx"]["name"]), problem["ctx"]["known"]
+        return f"{key}: {name} is unknown; known are {known}"
     return f"{key[:80]}: {problem['msg'].removeprefix('Value error, ')}; got {value}"

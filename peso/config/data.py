@@ -72,6 +72,7 @@ DATA_SETS = Registry(
 )
 FORMATS = [*get_args(LogFormat), *DATA_SETS.built_in(), *STREAMS]
 TIME_FORMATS = ("auto", "seconds", "milliseconds", "microseconds", "iso")
+DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 PERIOD = re.compile(r"([1-9]\d*) (hour|day|week|month|year)s?")
 
 
@@ -99,6 +100,10 @@ class StagesConfig(Section):
             )
         if self.fractions is not None and abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"fractions sum to {sum(self.fractions):g}; they have to sum to 1")
+        if self.boundaries is not None and not _ascend(self.boundaries):
+            raise ValueError(
+                f"boundaries must be in ascending order, not {', '.join(map(str, self.boundaries))}"
+            )
         if self.every is not None and not PERIOD.fullmatch(self.every):
             raise ValueError(
                 f"every is a number and hours, days, weeks, months or years, such as '1 week', "
@@ -107,6 +112,15 @@ class StagesConfig(Section):
         if (self.every is None) != (self.start is None):
             raise ValueError("every and from (where stage 1 begins) go together")
         return self
+
+
+def _ascend(moments: list[Moment]) -> bool:
+    """Whether moments are in order, as far as that is known without a log."""
+    numbers = [moment for moment in moments if not isinstance(moment, str)]
+    days = [moment[:10] for moment in moments if isinstance(moment, str) and DAY.match(moment)]
+    if len(numbers) == len(moments):
+        return numbers == sorted(numbers)
+    return len(days) < len(moments) or days == sorted(days)
 
 
 def _stages(value: Any) -> Any:

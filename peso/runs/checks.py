@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from peso.config import Config, ItemsConfig, baseline_label
-from peso.config.data import FILES, HASHING
+from peso.config.data import FILES, HASHING, LogFormat
 from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.events.columns import ITEM_ID, ITEMS
@@ -19,7 +19,6 @@ from peso.runtime.downloads import Unavailable, require_reachable
 from peso.runtime.machine import LAYER, TRAINED, require_device, require_memory
 
 if TYPE_CHECKING:
-    from peso.config import DataConfig
     from peso.runs.workspace import Workspace
 
 
@@ -82,14 +81,32 @@ def check_surroundings(workspace: Workspace, data: bool = True, models: bool = T
     Raises:
         TrainingError: a GPU is asked for, and there is none.
         BackboneError, ConfigError: a model of the hub that cannot be reached.
-        DataError: see :func:`check_data_files`.
+        DataError: see :func:`check_sources`.
     """
     config = workspace.config
     require_device(config.training.device)
     if data and not workspace.has_stream:
-        check_data_files(config.data)
+        check_sources(config)
     if models:
         _require_models(workspace)
+
+
+def _require_item_content(config: Config) -> None:
+    """That the configuration names what semantic IDs are made of."""
+    table, items = config.data.items, config.items
+    if config.data.format not in get_args(LogFormat) or items.index is not None:
+        return
+    if items.quantizer == "category-path":
+        if table is None or table.columns.category is None:
+            raise ConfigError(
+                "items.quantizer: category-path needs data.items.columns.category, the column with the path "
+                "of each item's category"
+            )
+    elif table is None and not items.vectors:
+        raise ConfigError(
+            "no item has a text or a vector to make its semantic ID from; set data.items to a product table, "
+            "set items.vectors or items.index, or read the log alone with `peso ingest`"
+        )
 
 
 def _require_models(workspace: Workspace) -> None:
@@ -109,21 +126,21 @@ def _require_encoder(name: str) -> None:
     if name in (*assets.names("encoder"), *assets.names("backbone")):
         find_encoder(name)
     elif not Path(name).expanduser().exists():
-        _require_model(f"items.encoder {name!r}", name, ConfigError)
+        _require_model(f"items.encoder {name!r}", name, ConfigError, ", or use `hashing`, which needs none")
 
 
-def _require_model(what: str, model: str, error: type[PesoError]) -> None:
+def _require_model(what: str, model: str, error: type[PesoError], otherwise: str = "") -> None:
     try:
         require_reachable(model)
     except Unavailable as reason:
         raise error(
             f"{what} is not in the cache of the Hugging Face hub and cannot be fetched: {reason}; check the "
-            "name and the connection, or name the directory of a model"
+            f"name and the connection, or name the directory of a model{otherwise}"
         ) from None
 
 
-def check_data_files(data: DataConfig) -> None:
-    """That files and columns are there; first lines are read, no more.
+def check_sources(config: Config) -> None:
+    """That files and columns are there, and what semantic IDs are made of; first lines are read, no more.
 
     Raises:
         DataError, ConfigError: a file or a column is missing, or a file is empty.
@@ -131,10 +148,11 @@ def check_data_files(data: DataConfig) -> None:
     from peso.events.release import release_files
     from peso.events.sources import open_source
 
-    if data.format == "peso-release":
-        release_files(str(data.path))
-    elif data.format != "simulate":
-        open_source(data)
+    if config.data.format == "peso-release":
+        release_files(str(config.data.path))
+    elif config.data.format != "simulate":
+        open_source(config.data)
+    _require_item_content(config)
 
 
 def _check_backbone(config: Config) -> None:

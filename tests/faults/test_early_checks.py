@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -140,7 +141,10 @@ def test_what_the_log_is_too_small_or_too_large_for_is_refused_before_semantic_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = [(f"u{n % 9}", f"i{n % 7}", 1_700_000_000 + n) for n in range(200)]
-    data = {"format": "csv", "path": str(write_log(tmp_path / "log.csv", events)), "stages": 2}
+    table = write_log(tmp_path / "items.csv", [(f"i{n}", f"Cup {n}") for n in range(7)], "item,title")
+    items = {"path": str(table), "columns": {"item": "item", "title": "title"}}
+    log = str(write_log(tmp_path / "log.csv", events))
+    data = {"format": "csv", "path": log, "stages": 2, "items": items}
     refused = {
         "evaluation={k: [8]}": "asks for 8 items.*has 7",
         "baselines=[{name: two-tower, width: 16384}]": "two-tower width=16384.*GiB",
@@ -178,6 +182,32 @@ def test_a_run_refuses_before_it_reads_data(tmp_path: Path, override: str, messa
     with pytest.raises(PesoError, match=message):
         pipeline.run(workspace)
     assert not workspace.has_stream
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("items.quantizer=rq-kmeans", "no item has a text or a vector"),
+        ("items.quantizer=category-path", r"category-path needs data\.items\.columns\.category"),
+        ("data.stages={boundaries: [2024-01-02, 2024-01-01]}", "boundaries must be in ascending order"),
+        ("data.stages={boundaries: [9, 8.5]}", "boundaries must be in ascending order"),
+        ("data.columns.user=customer", "no column 'customer'"),
+        ("data.events={column: kind, keep: [buy]}", r"no column 'kind'.*data\.events\.column"),
+    ],
+)
+@pytest.mark.parametrize("call", ["run", "compare"])
+def test_data_of_which_no_ids_can_be_made_are_refused_before_they_are_read(
+    tmp_path: Path, peso: Any, call: str, override: str, message: str
+) -> None:
+    log = write_log(tmp_path / "log.csv", [(f"u{n % 9}", f"i{n % 7}", n + 1) for n in range(200)])
+    tree: dict[str, Any] = {**TINY, "data": {"format": "csv", "path": str(log)}, "items": {}}
+    if call == "compare":
+        tree["compare"] = {"strategies": ["single"]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    status, _, err = peso(call, tmp_path / "c.yaml", "-w", tmp_path / "w", "--set", override)
+    assert status == 1
+    assert re.search(message, err), err
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_comparison_refuses_a_wrong_variant_before_the_first_run(tmp_path: Path, peso: Any) -> None:

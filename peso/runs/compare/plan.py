@@ -31,7 +31,7 @@ from peso.config.model import BUILT_IN
 from peso.config.shape import stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
-from peso.runs.checks import check_configuration, check_data_files, check_surroundings, rehearse
+from peso.runs.checks import check_configuration, check_sources, check_surroundings, rehearse
 from peso.runs.workspace import CONFIG, Workspace
 from peso.runtime.files import digest
 from peso.runtime.machine import require_memory
@@ -177,7 +177,7 @@ class Plan:
             assert run.task.data is not None
             if not Workspace(run.task.data.root, run.task.data.config).has_stream:
                 try:
-                    check_data_files(run.task.config.data)
+                    check_sources(run.task.config)
                 except PesoError as error:
                     raise type(error)(f"data set {run.data}: {error}") from None
         self._of_each(
