@@ -296,6 +296,14 @@ def test_status_in_every_state(workspace: Workspace, peso: Call, tmp_path: Path)
     assert "is not a workspace" in err
 
 
+def test_every_answer_names_the_stage_that_gave_it(workspace: Workspace, peso: Call) -> None:
+    promote(workspace, 1)
+    for options, stage in (((), 1), (("--stage", "2"), 2)):
+        status, out, err = peso("recommend", "-w", workspace.root, "--history", "i1,i2", "--json", *options)
+        assert status == 0, err
+        assert json.loads(out)["stage"] == stage
+
+
 def test_output_does_not_overwrite_the_record(workspace: Workspace, peso: Call) -> None:
     status, _, err = peso("export", "-w", workspace.root, "-o", workspace.root / "served.json")
     assert status == 1
