@@ -1,5 +1,5 @@
-"""A command that is run when somebody should look: the gate keeps the champion, drift is high, or an update
-fails. It is named in the call, never by a workspace, and is started without a shell."""
+"""A command that is run when someone should be alerted: the gate keeps the champion, drift is high, or an
+update fails. It is taken only from the command line, never from a workspace, and runs without a shell."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from peso.runtime.failures import sentence
 from peso.runtime.processes import current
 
 Event = Literal["refused", "undecided", "drift", "failed"]
-WAIT = 60.0  # seconds that the command may take
+WAIT = 60.0  # seconds before the command is stopped
 
 
 @dataclass(frozen=True)
 class Alert:
-    """Where alerts go; ``command`` empty: nowhere."""
+    """Sends alerts to a command. If ``command`` is empty, nothing is sent."""
 
     command: list[str]
     workspace: Path
 
     @classmethod
     def of(cls, text: str | None, workspace: Path) -> Alert:
-        """From a command line, such as ``mail -s peso ops@example.org``.
+        """Parse a command line such as ``mail -s peso ops@example.org``.
 
         Raises:
-            UsageError: it cannot be split into words, or there is no such program.
+            UsageError: if the command line cannot be split into words, or the program does not exist.
         """
         if text is None:
             return cls([], workspace)
@@ -48,13 +48,13 @@ class Alert:
         if not command or shutil.which(command[0]) is None:
             program = command[0] if command else ""
             raise UsageError(
-                f"--alert: there is no program {program!r}; name one by its path, or one that is on PATH"
+                f"--alert: the program {program!r} was not found; give its path, or a program on PATH"
             )
         return cls(command, workspace)
 
     def send(self, event: Event, message: str, stage: int | None = None, **figures: Any) -> None:
-        """Run the command with one JSON object on its standard input. A command that fails is reported and
-        changes nothing else."""
+        """Run the command with one JSON object on its standard input. If the command fails, a warning is
+        printed and the work continues."""
         if not self.command or not current().is_main:
             return
         told = {
@@ -82,7 +82,7 @@ class Alert:
 
     @contextmanager
     def on_failure(self) -> Iterator[None]:
-        """Send an alert where the work ends with an error, which goes on its way."""
+        """Send an alert if the work fails, and raise its error again."""
         try:
             yield
         except Exception as error:

@@ -1,6 +1,7 @@
 """The `peso` command: its list of commands, and how errors and interruptions are shown.
 
-Heavy libraries are imported inside the commands, so that `peso --help` and a refused command answer at once.
+Heavy libraries are imported inside the commands, so `peso --help` and commands with wrong options return
+at once.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ MAY_BE_EMPTY = ("history", "user")  # of a newcomer; an id, which no log has
 
 
 class Commands(typer.core.TyperGroup):
-    """Typer treats an EOFError as Ctrl-D at a prompt; here it means that a file is truncated."""
+    """Report an EOFError as a truncated file. Typer would treat it as Ctrl-D at a prompt."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -82,8 +83,8 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    epilog="Exit status: 0 done, 1 failed, 2 wrong use of the command line, 130 interrupted (Ctrl-C), "
-    "143 terminated (SIGTERM).",
+    epilog="Exit status: 0 success, 1 failure, 2 incorrect use of the command line, 130 interrupted "
+    "(Ctrl-C), 143 terminated (SIGTERM).",
 )
 STEPS = (steps.ingest, steps.tokenize, steps.train, steps.update, steps.undo, steps.evaluate, steps.report)
 SERVING = (serve, status, promote, rollback)
@@ -109,7 +110,7 @@ def peso(
     ] = False,
 ) -> None:
     """Continual learning for LLM-based generative recommenders: one LoRA adapter, updated stage by stage and
-    restrained by a proximal anchor."""
+    held close to its previous state by a proximal anchor."""
     if context.invoked_subcommand is None:
         _welcome()
         return
@@ -124,21 +125,23 @@ def peso(
 
 
 def _welcome() -> None:
-    """What `peso` without arguments prints."""
+    """Print the text of `peso` without arguments."""
     peso = shlex.join(called())
     print(
         f"peso {installed_version()} keeps an LLM-based generative recommender up to date: one LoRA\n"
-        "adapter, updated as the log of events grows, and restrained by a proximal anchor.\n\n"
+        "adapter, updated as the log of events grows, and held close to its previous state by a\n"
+        "proximal anchor.\n\n"
         "Three commands to try:\n"
-        f"  {peso} demo      the whole loop on simulated data: minutes, no network, ends with a report\n"
-        f"  {peso} init LOG  write a configuration for a log of your own\n"
-        f"  {peso} doctor    what this machine has, and what peso will use\n\n"
-        f"All commands: {peso} --help. Completion in your shell: {peso} --install-completion"
+        f"  {peso} demo      run everything on simulated data, in minutes and without a network\n"
+        f"  {peso} init LOG  write a configuration for your own log\n"
+        f"  {peso} doctor    show what this machine has and what peso will use\n\n"
+        f"All commands: {peso} --help. Shell completion: {peso} --install-completion"
     )
 
 
 def _print_error(error: Exception) -> None:
-    """Each process prints its own errors; an error raised on the main process for all is printed once."""
+    """Print an error. Each process prints its own errors, and one that the main process raised for all of
+    them is printed only once."""
     if ON_MAIN in getattr(error, "__notes__", ()):
         return
     who = f"process {current().rank} of {current().count}: " if current().count > 1 else ""
@@ -154,12 +157,12 @@ def _print_to_stderr(text: str) -> None:
 
 
 def _close(stream: object) -> None:
-    """Discard what is still buffered: Python flushes once more at exit."""
+    """Discard buffered output, because Python flushes once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
 
 
 def _prepare_streams() -> None:
-    """Escape characters that the terminal cannot show, and discard output where a stream is closed."""
+    """Escape characters that the terminal cannot show, and discard output to closed streams."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

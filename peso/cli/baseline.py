@@ -16,8 +16,9 @@ def baseline(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help=f"{', '.join(BASELINES.built_in())}, or one with options as in the "
-            "configuration: '{name: ease, items: 8000}'. Default: the baselines in the configuration.",
+            help=f"Baselines to run: {', '.join(BASELINES.built_in())}, or one with options as in the "
+            "configuration, such as '{name: ease, items: 8000}'. Default: the baselines in the "
+            "configuration.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -25,9 +26,9 @@ def baseline(
 ) -> None:
     """Train and test baselines on every stage. Finished stages are not repeated.
 
-    Each baseline is tested twice: updated at every stage, and static as trained on stage 0. The workspace
+    Each baseline is tested in two ways: updated at every stage, and trained on stage 0 only. The workspace
     needs a stream and semantic IDs; `hybrid` also needs the trained stages. Options without a value are
-    chosen on validation cases. `peso report` shows the baselines beside the run.
+    chosen on validation cases. `peso report` compares the baselines with the run.
 
     Example: peso baseline popularity ease sasrec -w runs/games
     """
@@ -48,7 +49,7 @@ def baseline(
         check_configuration(config)
         configured = config.baselines
     if not configured:
-        raise UsageError(f"no baseline is given: name one, or list some under `baselines` in {path}")
+        raise UsageError(f"no baseline was given: name one, or list some under `baselines` in {path}")
     with Workspace.change(workspace, overrides or [], trust=trust or ()) as opened:
         baselines.run_baselines(opened, configured, Terminal())
     runs = baselines.baseline_summaries(opened, configured)

@@ -49,15 +49,15 @@ def compare(
         bool, typer.Option("--report-only", help="Start no runs; report the results so far.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the runs and the time they will take.")
+        bool, typer.Option("--dry-run", help="Only list the runs and the time that they will take.")
     ] = False,
 ) -> None:
-    """Do all runs in CONFIG that are not finished, several at once, and write one report on all of them.
+    """Carry out all unfinished runs in CONFIG, several at a time, and write one report on all runs.
 
-    Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S. Data and base stages are made
-    once and shared. Baselines are included. Finally, the first seed's models are tested on the test cases of
-    every stage to measure forgetting and transfer. The command can be interrupted at any time or limited with
-    --budget; run it again to continue.
+    Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S. Data and base stages are
+    created once and shared. Baselines are included. At the end, the first seed's models are tested on the
+    test cases of every stage to measure forgetting and transfer. The command can be interrupted at any time
+    or limited with --budget; run it again to continue.
 
     Example: peso compare examples/experiment/strategies.yaml -w runs/strategies --budget 90m
     """
@@ -73,7 +73,7 @@ def compare(
         plan.refuse_changes()
         plan.check_surroundings(models=not dry_run)
     elif not plan.is_begun:
-        raise WorkspaceError(f"there is nothing to report: no run in {root} is begun; omit --report-only")
+        raise WorkspaceError(f"there is nothing to report: no run in {root} has started; omit --report-only")
     if not dry_run:
         require_results(output or root)
     from peso.runs.compare.schedule import Machine
@@ -108,7 +108,7 @@ def compare(
         say(f"report: {page}")
         say(f"table:  {(output or root) / 'results.parquet'}")
     else:
-        say("no report was written: no run has a tested stage yet")
+        say("no report was written, because no run has a tested stage yet")
     if not rows or any(row.state != "done" for row in rows):
         next_steps(["compare", config, "-w", root])
     else:
@@ -119,7 +119,7 @@ def compare(
 
 
 class Display:
-    """The table of runs, redrawn in a terminal; elsewhere one line for each change."""
+    """Shows the runs as a table that is redrawn in a terminal; without a terminal, as one line per change."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -154,7 +154,7 @@ class Display:
 
 
 def _drawn(rows: Sequence[Row]) -> Table:
-    """If not all rows fit, running and finished ones come first; the caption counts all."""
+    """The table of runs. If not all fit, running and finished ones come first. The caption counts all."""
     order = ["running", "failed", "done", "stopped", "waiting"]
     shown = list(rows)
     if len(shown) > SHOWN_ROWS:

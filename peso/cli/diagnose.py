@@ -18,7 +18,7 @@ def diagnose(
     directions: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Instead, show this many of the directions that a stage's data support most."
+            min=1, help="Instead, show this number of the directions that a stage's data support most."
         ),
     ] = None,
     stage: Annotated[
@@ -26,11 +26,11 @@ def diagnose(
     ] = None,
     examples: Annotated[
         int,
-        typer.Option(min=20, help="With --directions: number of targets used to estimate the supports."),
+        typer.Option(min=20, help="With --directions: the number of targets used to estimate the support."),
     ] = 256,
     free: Annotated[
         Path | None,
-        typer.Option(help="With --directions: a workspace that trained the stage with strategy `single`."),
+        typer.Option(help="With --directions: a workspace in which the strategy `single` trained the stage."),
     ] = None,
     at: Annotated[
         Literal["start", "end"],
@@ -38,17 +38,17 @@ def diagnose(
     ] = "start",
     plot: Annotated[
         Path | None,
-        typer.Option(help="With --directions: plot predicted and measured weights to FILE.svg or FILE.png."),
+        typer.Option(help="With --directions: plot predicted and measured weights in FILE.svg or FILE.png."),
     ] = None,
     trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Show how the stream drifts, whether the codes still fit new items, and what the anchor does.
 
-    Shows what is available: the drift after `peso ingest`, the codes after `peso tokenize`, the anchor after
-    each trained stage. Warnings come last. With --directions: the directions of the adapter that the new data
-    support, how much of each the anchor is predicted to keep, and, with --free, how much was kept
-    (docs/how-to/diagnose.md).
+    The drift is available after `peso ingest`, the fit of the codes after `peso tokenize`, and the anchor
+    after each trained stage. Warnings come last. With --directions, show the directions of the adapter that
+    the new data support, how much of each the anchor is predicted to keep and, with --free, how much was
+    kept (docs/how-to/diagnose.md).
 
     Example: peso diagnose -w runs/shop
 
@@ -102,8 +102,8 @@ def _directions(
 
     if plot is not None and free is None and strategy_of(trained).term is None:
         raise UsageError(
-            f"--plot {plot}: there is nothing to plot, since strategy {trained.config.strategy.name} has no "
-            "anchor; choose a workspace whose strategy has one, or name one to compare with (--free)"
+            f"--plot {plot}: there is nothing to plot, because the strategy {trained.config.strategy.name} "
+            "has no anchor; choose a workspace whose strategy has one, or give one to compare with (--free)"
         )
 
     from peso.evaluation.report.plots import png_file, svg_file

@@ -42,7 +42,8 @@ SECONDS_BETWEEN_LINES = 30  # of progress in a log file, where no bar can be dra
 
 
 class Terminal:
-    """An Observer (peso/runtime/progress.py) that draws a bar, or prints lines without a terminal."""
+    """An Observer (peso/runtime/progress.py) that draws a progress bar, or prints lines if there is no
+    terminal."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -58,7 +59,7 @@ class Terminal:
         self._title, self._total, self._unit = title, total, unit
         self._started = self._spoke = time.monotonic()
         self._first: int | None = None
-        if sys.stderr.isatty():  # FORCE_COLOR, which notebooks set, lets rich take a pipe for a terminal
+        if sys.stderr.isatty():  # rich would treat a pipe as a terminal with FORCE_COLOR, which notebooks set
             parts: list[ProgressColumn] = [
                 MofNCompleteColumn(),
                 TextColumn(unit, markup=False),
@@ -79,7 +80,7 @@ class Terminal:
 
     def advance(self, done: int, **figures: Any) -> None:
         if self._first is None:
-            self._first = max(done - 1, 0)  # resumed work starts in the middle
+            self._first = max(done - 1, 0)  # resumed work does not start at 0
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._started, 1e-9)
         shown = "  ".join([f"{rate:.3g} {self._unit}/s", *(f"{k} {_short(v)}" for k, v in figures.items())])
@@ -103,13 +104,13 @@ _drawn: list[Progress] = []
 
 
 def clear_bars() -> None:
-    """Remove bars of work that has failed, so that the message stays and the cursor comes back."""
+    """Remove the progress bars of failed work, so that the message stays and the cursor is visible again."""
     while _drawn:
         _drawn.pop().stop()
 
 
 def watcher() -> Observer:
-    """The observer of a command: of several processes, only the main one prints."""
+    """The observer of a command. If there are several processes, only the main one prints."""
     return Terminal() if current().is_main else Silent()
 
 
@@ -133,9 +134,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         drawn.add_column(escape(_short(column)), justify="right" if numeric else "left")
     for row in rows:
         drawn.add_row(*(escape(_short(value)) for value in row))  # `l2[weight=3]` is not markup
-    # in a file or pipe, do not cut cells to the width of a terminal
+    # in a file or pipe, cells are not cut to the width of a terminal
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
-    if title:  # above the table: a narrow table would wrap its own title
+    if title:  # printed separately, because a narrow table would wrap its own title
         console.print(printable(title, one_line=True), markup=False, style="bold")
     console.print(drawn)
 
@@ -159,7 +160,7 @@ def _short(value: Any) -> str:
 
 
 def called() -> list[str]:
-    """The command that starts this program again; ``peso`` only where the shell finds it."""
+    """The command that starts this program again. It is ``peso`` if the shell finds that."""
     if shutil.which("peso"):
         return ["peso"]
     return [sys.argv[0]] if Path(sys.argv[0]).name == "peso" else [sys.executable, "-m", "peso"]
@@ -205,14 +206,14 @@ ServingStage = Annotated[
     int | None,
     typer.Option(
         "--stage",
-        help="Use the model of this stage. Default: the one that serves (peso status), or the newest where "
-        "none was promoted.",
+        help="Use the model of this stage. Default: the one that serves (peso status), or the newest if none "
+        "was promoted.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 OnError = Annotated[
     Literal["fail", "skip"] | None,
-    typer.Option(help="What to do with unreadable rows. skip: leave out and count; fail: stop."),
+    typer.Option(help="What to do with unreadable rows. skip: skip and count them; fail: stop."),
 ]
 Trust = Annotated[
     list[str] | None,

@@ -1,4 +1,4 @@
-"""`peso forget`: take one person out of a workspace."""
+"""`peso forget`: erase one user from a workspace."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def forget(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Erase one user from the workspace: stream, predictions, received events, histories, caches.
+    """Erase one user from the workspace: stream, predictions, received events, histories and caches.
 
-    Tests are measured again without the user's cases, the report is written again, and baselines are removed
-    (`peso run` makes them again). Stages stay trained and can be updated. The command names your own files
-    that still have the user, and the trained stages that may reflect the user's events: only training anew
-    (strategy retrain, or a new workspace) removes that. An interrupted call can be repeated.
+    Metrics are computed again without the user's cases, the report is written again, and baselines are
+    removed (`peso run` runs them again). Stages stay trained and can be updated. The command lists your own
+    files that still contain the user, and the trained stages that may reflect the user's events. Only
+    training from scratch (strategy retrain, or a new workspace) removes these traces. An interrupted call
+    can be repeated.
 
     Example: peso forget -w runs/shop --user 4711
     """
@@ -44,7 +45,9 @@ def forget(
             )
         except typer.Abort:
             say("", error=True)  # end the line of the prompt
-            raise UsageError("no answer: nothing was erased; use --yes to erase without asking") from None
+            raise UsageError(
+                "no answer: nothing was erased; use --yes to erase without confirmation"
+            ) from None
         if go:
             erase(opened, user, Terminal())
     if as_json:
@@ -55,10 +58,10 @@ def forget(
         return
     say(f"{workspace}: erased user {user!r} ({where})")
     for file in held.own_files:
-        say(f"WARNING: {file} still has the user, or cannot be read; peso does not change your files")
+        say(f"WARNING: {file} still contains the user, or cannot be read; peso does not change your files")
     if held.trained:
         say(
             f"WARNING: stages {held.trained} were trained with the user's events, and their weights may "
-            "reflect them. To remove that, train from scratch on what is left: as soon as there is a further "
-            f"stage, `peso update -w {workspace} --set strategy.name=retrain`"
+            "reflect them. To remove these traces, train from scratch on the remaining events: when there is "
+            f"a new stage, run `peso update -w {workspace} --set strategy.name=retrain`"
         )

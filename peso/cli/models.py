@@ -11,7 +11,9 @@ from peso.cli.display import Directory, ServingStage, Terminal, Trust, next_step
 
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, all-minilm-l6-v2 or ml-100k.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="One of smollm2-135m, all-minilm-l6-v2 and ml-100k.")
+    ],
 ) -> None:
     """Download a known model or data set into the cache and check its sha256.
 
@@ -39,13 +41,15 @@ def pull(
 
 def export(
     workspace: Directory,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A new directory (with index: a new file).")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A new directory, or for the index a new file.")
+    ],
     form: Annotated[
         Literal["merged", "peft", "index"],
         typer.Option(
             "--format",
             help="merged: one plain Transformers model; peft: backbone and adapter; index: semantic IDs as "
-            "an index.json file, as research code reads them.",
+            "an index.json file, the format that research code reads.",
         ),
     ] = "merged",
     stage: ServingStage = None,
@@ -78,4 +82,4 @@ def export(
     if form == "index":
         next_steps(["run", "CONFIG", "--set", f"items.index={output}"])
     else:
-        say("next: load it with Transformers or PEFT, see docs/how-to/export.md", error=True)
+        say("next: load it with Transformers or PEFT (see docs/how-to/export.md)", error=True)

@@ -13,10 +13,12 @@ from peso.runs.workspace import Workspace
 if TYPE_CHECKING:
     from peso.runs.stage import RunStage
 
-Reason = Annotated[str | None, typer.Option("--reason", help="Why, for the record.")]
+Reason = Annotated[str | None, typer.Option("--reason", help="The reason, which is recorded.")]
 Pin = Annotated[
     bool,
-    typer.Option("--pin", help="Keep the stage until the next promotion by hand: no gate replaces it."),
+    typer.Option(
+        "--pin", help="Keep the stage until the next manual promotion: the gate does not replace it."
+    ),
 ]
 
 REPORTED = {"test": "the test cases of the stage", "earlier": "the test cases of the stage that serves"}
@@ -24,7 +26,7 @@ REPORTED = {"test": "the test cases of the stage", "earlier": "the test cases of
 
 def promote(
     workspace: Directory,
-    stage: Annotated[int, typer.Option("--stage", help="The stage that serves from now on.")],
+    stage: Annotated[int, typer.Option("--stage", help="The stage to serve from now on.")],
     reason: Reason = None,
     force: Annotated[
         bool, typer.Option("--force", help="Promote a stage that did not pass its gate; this is recorded.")
@@ -32,10 +34,10 @@ def promote(
     pin: Pin = False,
     as_json: Json = False,
 ) -> None:
-    """Let a stage serve: `peso recommend`, `peso export` and servers use it from now on.
+    """Make a stage the one that serves: `peso recommend`, `peso export` and servers use it from now on.
 
-    The change is atomic and recorded in served.json with its time and reason. It does not wait for an update
-    that is running.
+    The change is atomic and is recorded in served.json with its time and reason. It does not wait for a
+    running update.
 
     Example: peso promote -w runs/shop --stage 3 --reason "checked by hand"
     """
@@ -48,16 +50,16 @@ def promote(
     if as_json:
         say_json({**latest.model_dump(by_alias=True), "changed": changed})
     elif not changed:
-        say(f"{workspace}: stage {stage} serves already, since {latest.time}; nothing was changed")
+        say(f"{workspace}: stage {stage} has been serving since {latest.time}; nothing was changed")
     else:
-        say(f"{workspace}: stage {stage} serves now, in place of stage {latest.before}")
+        say(f"{workspace}: stage {stage} now serves instead of stage {latest.before}")
     next_steps(["status", "-w", workspace])
 
 
 def rollback(workspace: Directory, reason: Reason = None, pin: Pin = False, as_json: Json = False) -> None:
-    """Let the stage serve again that served before the current one.
+    """Return to the stage that served before the current one.
 
-    Repeat it to go back further. No stage is removed. The change is recorded in served.json.
+    Repeat the command to go back further. No stage is removed. The change is recorded in served.json.
 
     Example: peso rollback -w runs/shop --reason "complaints since Monday"
     """
@@ -67,12 +69,12 @@ def rollback(workspace: Directory, reason: Reason = None, pin: Pin = False, as_j
     if as_json:
         say_json(change.model_dump(by_alias=True))
     else:
-        say(f"{workspace}: stage {change.stage} serves again, in place of stage {change.before}")
+        say(f"{workspace}: stage {change.stage} serves again instead of stage {change.before}")
     next_steps(["status", "-w", workspace])
 
 
 def status(workspace: Directory, as_json: Json = False) -> None:
-    """Show the stages of a workspace with the verdicts of the gate, which one serves, since when and why.
+    """Show the stages of a workspace, the verdicts of the gate, and which stage serves, since when and why.
 
     Example: peso status -w runs/shop
     """
@@ -94,7 +96,7 @@ def _show(told: dict[str, Any]) -> None:
         metrics = list(dict.fromkeys(name for stage in told["stages"] for name in stage["metrics"] or {}))
         shown = [name for name in metrics if name.startswith(("ndcg@", "hit@"))]
         table(
-            f"{told['workspace']}: stages, each with its metrics on its own test cases",
+            f"{told['workspace']}: stages, with their metrics on their own test cases",
             ["stage", "from", "strategy", "trained", *shown, "gate", "serves"],
             [
                 [
@@ -118,27 +120,27 @@ def _show(told: dict[str, Any]) -> None:
             )
     serves, waiting = told["serves"], told["waiting"]
     if serves["stage"] is None:
-        say("no stage is trained yet, so none serves")
+        say("no stage serves, because none is trained yet")
     else:
         how = f", by {serves['by']}" if serves["by"] else ""
         how += " (forced: its gate had refused it)" if serves["forced"] else ""
         how += ", pinned" if serves["pinned"] else ""
         why = f": {serves['reason']}" if serves["reason"] else ""
-        say(f"stage {serves['stage']} serves since {serves['since'] or 'its training'}{how}{why}")
+        say(f"stage {serves['stage']} has been serving since {serves['since'] or 'its training'}{how}{why}")
         if serves["problem"]:
             say(f"WARNING: {serves['problem']}")
         if serves["previous"] is not None:
-            say(f"a rollback leads to stage {serves['previous']}")
+            say(f"a rollback would return to stage {serves['previous']}")
     if stages := waiting["stages"]:
         say(f"not trained yet: {stages_named(range(stages[0], stages[-1] + 1))}")
     if waiting["items_without_id"]:
         say(f"{waiting['items_without_id']:,} new items have no semantic ID yet")
     if waiting["received"]:
-        say(f"{waiting['received']:,} received events are in no stage yet")
+        say(f"{waiting['received']:,} received events are not in a stage yet")
 
 
 def show_verdict(stage: RunStage, alerts: Alert) -> None:
-    """Print what the gate decided about a stage, if it did, and send an alert where the champion stays."""
+    """Print the gate's verdict on a stage, if there is one, and send an alert if the champion stays."""
     verdict = stage.verdict
     if verdict is None:
         return
@@ -153,7 +155,7 @@ def show_verdict(stage: RunStage, alerts: Alert) -> None:
     if verdict["decision"] != "passed":
         alerts.send(
             verdict["decision"],
-            f"{what} is {verdict['decision']}, so that stage {verdict['champion']} keeps serving: "
+            f"{what} is {verdict['decision']}, so stage {verdict['champion']} continues to serve: "
             f"{verdict['says']}",
             stage.number,
             verdict=verdict,
@@ -161,7 +163,7 @@ def show_verdict(stage: RunStage, alerts: Alert) -> None:
 
 
 def show_drift(stage: RunStage, alerts: Alert) -> None:
-    """Say, and send as an alert, that the items of a stage differ more than ``gate.drift`` allows."""
+    """Print a warning and send an alert if the items of a stage drift more than ``gate.drift`` allows."""
     from peso.runs.challenger import high_drift
 
     if (finding := high_drift(stage)) is not None:

@@ -36,8 +36,8 @@ def recommend(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="For --all: only the I-th of N parts of the users, I from 1 on. Each part goes to a file of "
-            "its own, on any machine.",
+            help="For --all: only the I-th of N parts of the users, where I starts at 1. Each part is "
+            "written to its own file; the parts can run on different machines.",
         ),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Number of items.", min=1)] = 10,
@@ -45,8 +45,8 @@ def recommend(
         bool | None,
         typer.Option(
             "--exclude-seen/--include-seen",
-            help="Whether to leave out the items of the history. By default as `decoding.repeats` says: left "
-            "out where no user of the log had an item twice.",
+            help="Whether to leave out the items of the history. Default: as set in `decoding.repeats`, "
+            "which by default leaves them out if no user of the log had an item twice.",
             show_default=False,
         ),
     ] = None,
@@ -55,7 +55,7 @@ def recommend(
         typer.Option(
             "--with",
             metavar="HYBRID",
-            help="Answer with a hybrid of model and baselines that `peso baseline` has run: its label, or "
+            help="Use a hybrid of the model and baselines that `peso baseline` has run: its label, or "
             "`hybrid` if there is only one.",
         ),
     ] = None,
@@ -65,14 +65,15 @@ def recommend(
 ) -> None:
     """Recommend k items, best first, with their scores (log-probabilities) and semantic IDs.
 
-    A user's history is all of the stream and the events received since; with --stage it is as it was after
-    that stage. A user who has already had almost all items gets fewer than k where seen items are left out.
+    A user's history contains the user's events in the stream and the events received since; with --stage, it
+    is the history after that stage. If seen items are left out, a user who has had almost all items gets
+    fewer than k.
 
-    --all reads users from disk. Stopped, it goes on where it was when it is called again, with the same
-    result. Users of whom the model can read no item get the most popular items of the newest stage, without
+    --all reads users from disk. If it is interrupted, run it again to continue, with the same result. If the
+    model knows no item of a user's history, the user gets the most popular items of the newest stage, without
     scores.
 
-    --with hybrid answers with a hybrid; its scores are weighted sums of log-probabilities.
+    With --with, the scores are weighted sums of log-probabilities.
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
 

@@ -19,7 +19,7 @@ def run(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Reuse stage 0 of this workspace; everything that determines stage 0 must be equal."
+            help="Reuse stage 0 of this workspace. All settings that determine stage 0 must be equal."
         ),
     ] = None,
     dry_run: Annotated[
@@ -27,7 +27,7 @@ def run(
     ] = False,
     trust: Trust = None,
 ) -> None:
-    """Do everything in CONFIG that is not done yet: ingest, tokenize, train and test the stages, report.
+    """Do all steps of CONFIG that are not done yet: ingest, tokenize, train and test the stages, report.
 
     The command can be interrupted at any time: run it again to continue, with the same result. Several
     processes can work together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W
@@ -73,7 +73,7 @@ def run(
     if not resolved.evaluation.enabled:
         say(
             f"{root}: {len(opened.finished_stages)} stages are trained. Nothing was tested and no report was "
-            "written, since evaluation.enabled is false; to do both, run again with --set "
+            "written, because evaluation.enabled is false; to do both, run the command again with --set "
             "evaluation.enabled=true"
         )
         return

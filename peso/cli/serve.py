@@ -1,4 +1,4 @@
-"""`peso serve`: answer over HTTP."""
+"""`peso serve`: serve recommendations over HTTP."""
 
 from __future__ import annotations
 
@@ -16,36 +16,44 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 def serve(
     workspace: Directory,
     host: Annotated[
-        str, typer.Option(help="Address to listen at. Other machines reach 0.0.0.0, which needs tokens.")
+        str,
+        typer.Option(
+            help="Address to listen on. With 0.0.0.0, other machines can connect; this requires tokens."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: one that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free port.")] = 8000,
     stage: Annotated[
-        int | None, typer.Option(min=0, help="Always answer from this stage. Default: the promoted one.")
+        int | None, typer.Option(min=0, help="Always use this stage. Default: the promoted stage.")
     ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
-            help="File of bearer tokens, one a line, each as it is or as sha256:DIGEST. Default: those in "
-            "the environment variable PESO_TOKENS, separated by commas.",
+            help="File of bearer tokens, one per line, in plain text or as sha256:DIGEST. Default: the "
+            "tokens in the environment variable PESO_TOKENS, separated by commas.",
         ),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Accept no events.")] = False,
     rate: Annotated[
         float,
-        typer.Option(min=0, help="Requests a second of one token, or without tokens of one address; 0: any."),
+        typer.Option(
+            min=0, help="Most requests per second of a token (without tokens: of an address); 0: no limit."
+        ),
     ] = 1_000,
     queue: Annotated[
-        int, typer.Option(min=1, help="Recommendations that may wait; more are refused with status 429.")
+        int,
+        typer.Option(
+            min=1, help="Most recommendations that may wait; further requests are refused with status 429."
+        ),
     ] = 256,
     prompt_memory: Annotated[
-        int, typer.Option(min=0, help="MiB for the prompts of returning users; 0: none are kept.")
+        int, typer.Option(min=0, help="MiB of memory for the prompts of returning users; 0: keep none.")
     ] = 256,
     trust: Trust = None,
 ) -> None:
-    """Serve recommendations over HTTP, until SIGTERM or Ctrl-C.
+    """Serve recommendations over HTTP until SIGTERM or Ctrl-C.
 
-    Listens at once; until the model is loaded it answers with popular items. When another stage is promoted,
-    it is loaded and takes over without a failed request.
+    The server listens at once and answers with popular items until the model is loaded. When another stage is
+    promoted, the server loads it and switches to it without failing a request.
 
     Example: peso serve -w runs/games
 

@@ -30,13 +30,13 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed for all random numbers.")] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A smaller shop and model: only to see that everything works.")
+        bool, typer.Option("--quick", help="Use a smaller shop and model, only to see that everything works.")
     ] = False,
 ) -> None:
-    """Run the whole loop on simulated data in minutes, and write a report. Needs no network and no files.
+    """Run all steps on simulated data in minutes, and write a report. Needs no network and no files.
 
-    The data are the log of a simulated shop: tastes change, and users arrive, pause and return. The log is
-    split into stages, product texts become semantic IDs, and the model is updated in three ways: none
+    The data are the log of a simulated shop whose customers change their tastes, arrive, pause and return.
+    The log is split into stages, the products get semantic IDs, and three strategies are compared: none
     (trained on stage 0 only), single (fine-tuned at each stage) and peso (fine-tuned with an anchor).
     Popularity is the baseline.
 
@@ -73,35 +73,35 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
     data_format: Annotated[
-        str | None, typer.Option("--format", help="As in `peso ingest`. Default: by the files.")
+        str | None, typer.Option("--format", help="As in `peso ingest`. Default: guessed from the files.")
     ] = None,
-    user: Annotated[str | None, typer.Option(metavar="COLUMN", help="The user.")] = None,
-    item: Annotated[str | None, typer.Option(metavar="COLUMN", help="The item.")] = None,
-    time: Annotated[str | None, typer.Option(metavar="COLUMN", help="The time.")] = None,
-    rating: Annotated[str | None, typer.Option(metavar="COLUMN", help="The rating.")] = None,
+    user: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the user.")] = None,
+    item: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the item.")] = None,
+    time: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the time.")] = None,
+    rating: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the rating.")] = None,
     items: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The product table. Default: the log itself, if it has titles."),
+        typer.Option(metavar="FILE", help="The product table. Default: the log, if it has titles."),
     ] = None,
     item_id: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Of the product table: the item.")
+        str | None, typer.Option(metavar="COLUMN", help="Column of the item in the product table.")
     ] = None,
     title: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Of the product table: the title.")
+        str | None, typer.Option(metavar="COLUMN", help="Column of the title in the product table.")
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="COLUMN", help="Of the product table: a text. Can be repeated."),
+        typer.Option(metavar="COLUMN", help="Column of a text in the product table. Can be repeated."),
     ] = None,
     category: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Of the product table: the category.")
+        str | None, typer.Option(metavar="COLUMN", help="Column of the category in the product table.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a configuration with comments for a log. Columns are guessed; options correct the guess.
+    """Write a configuration with comments for a log. Columns are guessed; use the options to correct them.
 
-    A column is its name, or its number where a CSV file has no header. The log is read once, as `peso ingest`
-    reads it, so that the written configuration runs.
+    Give a column by its name or, if a CSV file has no header, by its number. The log is read once, in the
+    same way as by `peso ingest`, to make sure that the configuration works.
 
     Example: peso init shop.csv --items products.csv
 
@@ -115,9 +115,9 @@ def init(
     name = Path(log).name.split(".")[0] or "log"
     target = output or Path(f"{name}.yaml")
     if target.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"{target}: the name of a configuration ends in .yaml")
+        raise UsageError(f"{target}: the name of a configuration must end in .yaml")
     if target.exists() and not force:
-        raise UsageError(f"{target} is there already; use --force to overwrite it, or -o for another name")
+        raise UsageError(f"{target} already exists; use --force to overwrite it, or -o for another name")
     require_place(target)
     columns = {"user": user, "item": item, "time": time, "rating": rating}
     of_items = {"item": item_id, "title": title, "category": category}
@@ -134,17 +134,17 @@ def init(
     )
     write_atomically(target, made.text.encode())
     if made.columns:
-        table("columns", ["file", "holds", "column", "for example"], made.columns)
+        table("columns", ["file", "field", "column", "example"], made.columns)
     stages = made.manifest["stages"]
     say(
         f"{target}: {sum(stage['events'] for stage in stages):,} events, {made.manifest['items']:,} items, "
-        f"{len(stages)} stages. A wrong column? Name the right one (`peso init --help`) with --force"
+        f"{len(stages)} stages. If a column is wrong, give the right one (`peso init --help`) with --force"
     )
     next_steps(["run", target, "--dry-run"], ["run", target])
 
 
 def doctor(as_json: Json = False) -> None:
-    """Show what this machine has (cores, memory, GPU, cache, optional packages) and what peso will use.
+    """Show the resources of this machine (cores, memory, GPU, cache, optional packages) and what peso uses.
 
     Example: peso doctor
     """

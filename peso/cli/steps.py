@@ -38,7 +38,7 @@ def ingest(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SOURCE]", help="The data: a file, a directory, or a CONFIG.yaml that names them."
+            metavar="[SOURCE]", help="The data: a file, a directory, or a CONFIG.yaml that gives their path."
         ),
     ] = None,
     data_format: Annotated[
@@ -59,8 +59,8 @@ def ingest(
         str | None,
         typer.Option(
             "--items",
-            help="The product table (data.items.path). Without SOURCE: correct titles, texts and categories "
-            "of the items in the stream of -w.",
+            help="The product table (data.items.path). Without SOURCE: correct the titles, texts and "
+            "categories of the items in the stream of -w.",
         ),
     ] = None,
     on_error: OnError = None,
@@ -70,8 +70,9 @@ def ingest(
     """Read the data and split them into stages; print what each cleaning step kept and the stage sizes.
 
     With SOURCE, create a new workspace; without it, read the data that the workspace -w is configured with.
-    With --append, read new events from SOURCE, of any format, or again from the configured path; the other
-    `data` settings also apply, unless --set changes them for this call. With --items alone, read no events.
+    With --append, read new events from SOURCE, in any format, or from the configured path; the other `data`
+    settings also apply, unless --set changes them for this call. With --items and without SOURCE, read only
+    the product table.
 
     Example: peso ingest shop.csv --set data.columns.item=sku -w runs/shop
 
@@ -125,7 +126,7 @@ def ingest(
     _show_stream(opened, manifest, manifest)
     if not opened.config.data.items and manifest.get("items_without_title") == manifest["items"]:
         say(
-            "no item has a title or text, since there is no product table. Add one: "
+            "no item has a title or text, because there is no product table. Add one: "
             f"`peso ingest --items FILE --set data.items.columns.title=… -w {opened.root}`"
         )
     next_steps(next_step_of(opened))
@@ -167,16 +168,16 @@ def _append(
         why = f"{table.path} has none for them" if table else "there is no product table"
         say(
             f"WARNING: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
-            f"will carry little information. Before the next step: peso ingest --items FILE -w {path}"
+            f"will carry little information. Before the next step, run: peso ingest --items FILE -w {path}"
         )
     next_steps(shlex.split(command)[1:])
 
 
 def _keys_of_format(data: DataConfig, source: str | None, data_format: str | None) -> list[str]:
-    """What to change in the data section for new events of another format, as ``--set`` does.
+    """The changes to the data section, as texts for ``--set``, for new events in another format.
 
-    Of a user's own files the extension says the format, of a folder the files in it, where it holds none of
-    the format of before.
+    The format of a user's own file is that of its extension. The format of a folder is the previous one if
+    the folder contains such files, else that of the files in it.
     """
     from peso.events.sources.files import find_files, format_of, kind_of
 
@@ -191,7 +192,7 @@ def _keys_of_format(data: DataConfig, source: str | None, data_format: str | Non
     if wanted is None or wanted == data.format:
         return []
     keys = [f"data.format={wanted}"]
-    if data.format == "csv":  # what only CSV has; the table of products stays what it was
+    if data.format == "csv":  # keys that only CSV has; the product table keeps its format
         keys += ["data.separator=null", "data.encoding=utf-8", "data.quote='\"'"]
     if data.items and wanted in own and data.items.format is None and kind_of(data.items.path) is None:
         keys += [f"data.items.format={data.format}"]
@@ -199,7 +200,8 @@ def _keys_of_format(data: DataConfig, source: str | None, data_format: str | Non
 
 
 def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
-    """Read the columns that the workspace's product table has, unless --set names others."""
+    """Update the items from a product table that has the same columns as the workspace's one, unless --set
+    names other columns."""
 
     from peso.config import load_config
     from peso.events.sources.files import find_files, kind_of
@@ -222,7 +224,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     named = given.items.columns
     if named.title is None and named.category is None and not named.text:
         raise ConfigError(
-            f"name the columns of {items}: --set data.items.columns.title=… (or .category=…, .text=…)"
+            f"give the columns of {items}: --set data.items.columns.title=… (or .category=…, .text=…)"
         )
     with opened.lock():
         done = pipeline.update_items(opened, given, Terminal())
@@ -247,7 +249,13 @@ def _quoted(path: str) -> str:
 
 
 def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, Any]) -> None:
-    """``read``: the manifest's entry for the log that was just read."""
+    """Print the cleaning steps and the stages of a stream.
+
+    Args:
+        opened: the workspace.
+        manifest: the stream's manifest.
+        read: the manifest's entry for the log that was just read.
+    """
     if "funnel" in read:
         when = read["time"]
         title = f"times read as {when['recognised']}: {when['from']} to {when['until']}"
@@ -314,13 +322,13 @@ def update(
         typer.Option(
             metavar="COMMAND",
             help="Run this program when the gate keeps the previous stage, drift is high (gate.drift), or "
-            "the update fails. It gets one JSON object on its standard input. No shell is involved.",
+            "the update fails. It gets one JSON object on its standard input, and runs without a shell.",
         ),
     ] = None,
     from_events: Annotated[
         bool,
         typer.Option(
-            "--from-events", help="First make a stage of the events that were received since the last one."
+            "--from-events", help="First make a stage from the events that were received since the last one."
         ),
     ] = False,
     items: Annotated[
@@ -337,9 +345,9 @@ def update(
 
     With gate.enabled: true, the new stage serves only if it passes against the stage that serves.
 
-    With --from-events, what `peso serve` has received becomes a stage first, and its new items get semantic
-    IDs. Events wait where nobody has three of them yet, where an item is not in the product table, and where
-    an update that was interrupted is to be finished.
+    With --from-events, the events that `peso serve` has received become a stage first, and its new items get
+    semantic IDs. Events wait for a later stage if no user has three of them yet, if their item is not in the
+    product table, or if an interrupted update must be finished first.
 
     --set can change the settings of later stages (strategy, training.later); they apply from this stage on.
 
@@ -374,14 +382,14 @@ def update(
         return
     if stage is None:
         stages = len(opened.finished_stages)
-        unused = "; what --set gave is not stored" if overrides else ""
+        unused = "; the values of --set are not stored" if overrides else ""
         say(f"{opened.root}: all {stages} stages are trained; there is nothing to do{unused}")
         next_steps(next_step_of(opened))
         return
     say(f"{opened.root}: stage {stage} is trained")
     show_drift(opened.stage(stage), alerts)
     if not opened.config.evaluation.enabled:
-        say("not tested, since evaluation.enabled is false")
+        say("not tested, because evaluation.enabled is false")
         next_steps(["evaluate", "-w", opened.root])
         return
     table(*before_and_after(opened))
@@ -397,7 +405,7 @@ def _cut_received(opened: Workspace, items: str | None) -> None:
 
     cut = cut_received(opened, watcher(), items)
     if cut.stage is None:
-        say(f"{opened.root}: no stage was made of received events: {cut.why}")
+        say(f"{opened.root}: no stage was made from received events: {cut.why}")
     else:
         say(
             f"stage {cut.stage}: {cut.events:,} received events of {cut.users:,} users; "
@@ -405,8 +413,8 @@ def _cut_received(opened: Workspace, items: str | None) -> None:
         )
     if cut.unknown_items:
         say(
-            f"WARNING: {cut.unknown_items:,} items of received events ({cut.example!r}, for example) are not "
-            "in the product table, so that their events wait. Add rows for them, or name another table with "
+            f"WARNING: {cut.unknown_items:,} items of received events (such as {cut.example!r}) are not in "
+            "the product table, so their events wait. Add rows for them, or give another table with "
             "--items FILE"
         )
     if cut.waiting:
@@ -422,10 +430,10 @@ def undo(
 ) -> None:
     """Undo the last step: the training of the last stage, or the last append if it is not trained yet.
 
-    Undoing a training removes the stage's model and its tests; the events stay, and `peso update` trains the
-    stage again. Undoing an append removes its events, its new items and their semantic IDs. The report is
-    updated. Stage 0 and the stream as first ingested are never removed. An undo that was interrupted can be
-    repeated: it finishes what it began and removes nothing else.
+    Undoing the training of a stage removes its model and its tests; the events stay, and `peso update` trains
+    the stage again. Undoing an append removes its events, its new items and their semantic IDs. The report is
+    updated. Stage 0 and the first ingested stream are never removed. If the command is interrupted, run it
+    again: it finishes the removal and removes nothing else.
 
     Example: peso undo -w runs/shop
     """
@@ -441,7 +449,9 @@ def undo(
             go = yes or step.gone or typer.confirm(f"{workspace}: remove {step}?", err=True)
         except typer.Abort:
             say("", error=True)  # end the line of the prompt
-            raise UsageError("no answer: nothing was removed; use --yes to remove without asking") from None
+            raise UsageError(
+                "no answer: nothing was removed; use --yes to remove without confirmation"
+            ) from None
         if go:
             remove(opened, step, Terminal())
     if as_json:
@@ -465,7 +475,7 @@ def evaluate(
     trust: Trust = None,
     as_json: Json = False,
 ) -> None:
-    """Test a stage's model on a stage's test cases: hits, NDCG, MRR, log-probability of the target.
+    """Test a stage's model on a stage's test cases: hits, NDCG, MRR and the log-probability of the target.
 
     Example: peso evaluate -w runs/games --stage 0 --on 4
     """
@@ -513,7 +523,7 @@ def report(
         with opened[0].lock():
             run_cheap_baselines(opened[0], watcher())
     except WorkspaceError as reason:  # for example, a run holds the lock
-        watcher().note(f"the report shows only the baselines that are finished: {reason}")
+        watcher().note(f"the report shows only the finished baselines: {reason}")
     observer = watcher()
     observer.begin("writing the report", 0, "")
     write_report(opened, directory)
@@ -524,14 +534,14 @@ def report(
 
 
 class _NothingToDo(PesoError):
-    """Raised where a workspace is held, so that its configuration is as before (:meth:`Workspace.change`)."""
+    """Raised within :meth:`Workspace.change`, so that the configuration of the workspace does not change."""
 
 
 @contextmanager
 def _together(
     path: Path, overrides: list[str] | None, trust: list[str] | None, *, later: bool = False
 ) -> Iterator[Workspace]:
-    """:meth:`Workspace.change` for commands that several processes can share."""
+    """:meth:`Workspace.change` for commands that can run in several processes."""
     from peso.config import load_config
     from peso.runs.checks import check_configuration
     from peso.runtime.processes import join

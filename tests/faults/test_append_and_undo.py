@@ -312,7 +312,7 @@ def test_trained_stages_stay_valid_when_texts_change(peso, shop: Path, tmp_path:
     [
         ([("0", "x", "y")], [], "none of the 20 items of the stream"),
         ([("i0", "x", "y")], ["--set", "data.items.columns.title=name"], "no column 'name'"),
-        ([("i0", "x", "y")], ["--set", "data.items.columns={item: item}"], "name the columns"),
+        ([("i0", "x", "y")], ["--set", "data.items.columns={item: item}"], "give the columns"),
     ],
 )
 def test_a_product_table_that_corrects_nothing_is_refused(

@@ -187,7 +187,7 @@ def test_version_and_exit_statuses_are_told(peso):
     status, out, _ = peso("--version")
     assert (status, out.strip()) == (0, f"peso {version('peso')}")
     _, out, _ = peso("--help")
-    assert "Exit status: 0 done, 1 failed, 2 wrong use" in " ".join(out.replace("│", " ").split())
+    assert "Exit status: 0 success, 1 failure, 2 incorrect use" in " ".join(out.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("call", ["frob", "run", "run --nope", "train --set", "diagnose -k", "compare"])

@@ -135,7 +135,7 @@ def test_settings_that_no_stage_is_trained_with_are_not_stored(
     assert files(root) == before
     status, out, _ = peso("update", "-w", root, *given, "--set", "evaluation.enabled=false")
     assert status == 0
-    assert "there is nothing to do; what --set gave is not stored" in out
+    assert "there is nothing to do; the values of --set are not stored" in out
     assert files(root) == before
 
 
@@ -172,7 +172,7 @@ def test_without_evaluation_a_run_and_an_update_end_well(
     off = ("--set", "evaluation.enabled=false")
     status, out, err = peso("update", "-w", root, *off)
     assert status == 0, err
-    assert "not tested, since evaluation.enabled is false" in out
+    assert "not tested, because evaluation.enabled is false" in out
     config = tmp_path / "c.yaml"
     config.write_text(json.dumps(TREE))
     status, out, err = peso("run", config, "-w", root, *off)

@@ -160,7 +160,7 @@ def test_without_a_name_or_a_learnt_model_it_says_what_is_missing(peso, tmp_path
     workspace = Workspace.create_or_open(tmp_path / "bare", load_config({**TREE, "baselines": []}))
     status, _, error = peso("baseline", "-w", workspace.root)
     assert status == 2
-    assert "no baseline is given" in error
+    assert "no baseline was given" in error
     with pytest.raises(WorkspaceError, match="peso ingest"):
         run_baselines(workspace, load_config(TREE).baselines[:1], Silent())
     with pytest.raises(WorkspaceError, match="no trained stage"):

@@ -219,7 +219,7 @@ def test_a_plot_of_nothing_is_refused_before_anything_is_computed(peso, free, tm
     file = tmp_path / "d.svg"
     status, _, err = peso("diagnose", "-w", free.root, "--directions", "3", "--plot", file)
     assert status == 2
-    assert "there is nothing to plot, since strategy single has no anchor" in err
+    assert "there is nothing to plot, because the strategy single has no anchor" in err
     assert not file.exists()
 
 

@@ -256,7 +256,7 @@ def test_status_in_every_state(workspace: Workspace, peso: Call, tmp_path: Path)
         answer: dict = json.loads(out)
         status, text, _ = peso("status", "-w", workspace.root)
         assert status == 0
-        assert f"stage {answer['serves']['stage']} serves since" in text
+        assert f"stage {answer['serves']['stage']} has been serving since" in text
         return answer
 
     first = told()
@@ -290,7 +290,7 @@ def test_status_in_every_state(workspace: Workspace, peso: Call, tmp_path: Path)
     shutil.rmtree(workspace.root / "stages")
     status, out, _ = peso("status", "-w", workspace.root)
     assert status == 0
-    assert "no stage is trained yet" in out
+    assert "no stage serves, because none is trained yet" in out
     status, _, err = peso("status", "-w", tmp_path / "nothing")
     assert status == 1
     assert "is not a workspace" in err
