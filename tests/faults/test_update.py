@@ -195,8 +195,11 @@ def test_without_evaluation_a_run_and_an_update_end_well(
 def test_a_dry_run_reads_the_log(tmp_path: Path, peso: Call) -> None:
     """What is not ingested yet is read for its counts, and nothing is written."""
     events = [(f"u{n % 20}", f"i{n * 7 % 30}", 1_700_000_000 + 3600 * n) for n in range(400)]
+    table = write_log(tmp_path / "items.csv", [(f"i{n}", f"Cup {n}") for n in range(30)], "item,title")
+    items = {"path": str(table), "columns": {"item": "item", "title": "title"}}
+    log = str(write_log(tmp_path / "log.csv", events))
     tree = {
-        "data": {"format": "csv", "path": str(write_log(tmp_path / "log.csv", events)), "stages": 3},
+        "data": {"format": "csv", "path": log, "stages": 3, "items": items},
         "items": {"encoder": "nobody/has-this-encoder", "codes": 8, "levels": 2},
         "backbone": {"name": "tiny", "layers": 1},
         "training": {"epochs": 1, "batch_size": 8},

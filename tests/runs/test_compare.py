@@ -489,8 +489,10 @@ def test_a_budget_that_is_over_starts_nothing_and_the_command_still_says_what_is
 def test_the_dry_run_reads_a_log_that_is_not_ingested(tmp_path, peso):
     events = [(f"u{n % 40}", f"i{n * 7 % 30}", 1_700_000_000 + 60 * n) for n in range(1500)]
     log = str(write_log(tmp_path / "log.csv", events))
+    table = write_log(tmp_path / "items.csv", [(f"i{n}", f"Cup {n}") for n in range(30)], "item,title")
+    items = {"path": str(table), "columns": {"item": "item", "title": "title"}}
     tree = {
-        "data": {"format": "csv", "path": log, "stages": 2},
+        "data": {"format": "csv", "path": log, "stages": 2, "items": items},
         "backbone": "tiny",
         "training": {"epochs": 1, "max_steps": 1},
         "compare": {"strategies": ["none", "peso"], "baselines": ["ease"]},
