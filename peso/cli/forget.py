@@ -35,10 +35,8 @@ def forget(
     opened = Workspace.open(workspace)
     with opened.lock():
         held = holdings(opened, user)
-        where = (
-            f"stages {held.stages} of the stream, {held.received:,} received events, "
-            f"{len(held.tests)} files of predictions"
-        )
+        stream = "the stream, as too rare for a stage" if held.rare else f"stages {held.stages} of the stream"
+        where = f"{stream}, {held.received:,} received events, {len(held.tests)} files of predictions"
         try:
             go = (
                 yes or not held.anything or typer.confirm(f"{workspace}: erase {user!r} ({where})?", err=True)

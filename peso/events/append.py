@@ -25,8 +25,8 @@ from peso.events.loading import load
 from peso.events.sources import Source, open_source
 from peso.events.sources.tables import ALIKE, folded
 from peso.events.sources.user_files import own_items
-from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
-from peso.events.stream import FORMAT, ITEMS_FILE, Stream, stage_file
+from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_rare, write_stages
+from peso.events.stream import FORMAT, ITEMS_FILE, Stream, rare_file, stage_file
 from peso.events.times import Clock, iso
 from peso.runtime.files import link
 from peso.runtime.manifest import intact, write_manifest
@@ -89,6 +89,7 @@ def extend_stream(
     last = int(stream.manifest["time"]["last"])
     skip = data.on_error == "skip"
     with temporary_database(directory) as connection:
+        keeps_rare = source is None
         source = source or open_source(data)
         observer.begin(f"reading {data.path}", 0, "")
         loaded = load(connection, source.log, skip, data.min_rating is not None)
@@ -127,6 +128,7 @@ def extend_stream(
             connection, directory, stages.ends, stream.stages, str(data.path), observer.advance
         )
         observer.end()
+        rare = write_rare(connection, directory, stream.stages) if keeps_rare else 0
         added, of_items = new_items(connection, source.items, skip, observer)
         items = pa.concat_tables([stream.items, added])
         write_items(items, directory)
@@ -145,6 +147,7 @@ def extend_stream(
         "events": events,
         "users": users,
         "new_users": users - known,
+        **({"rare_users": rare} if rare else {}),
         "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first_new, "last": last_new},
         "skipped": loaded.skipped,
         "remarks": remarks,
@@ -254,7 +257,9 @@ def _link_stages(stream: Stream, stages: int, directory: Path) -> dict[str, str]
 
     Returns: the checksums of the linked files.
     """
-    left = {ITEMS_FILE, *(stage_file(number) for number in range(stages, stream.stages))}
+    left = {ITEMS_FILE}
+    for number in range(stages, stream.stages):
+        left |= {stage_file(number), rare_file(number)}
     linked = {name: sha256 for name, sha256 in stream.manifest["files"].items() if name not in left}
     for name in linked:
         link(intact(stream.directory, name, stream.manifest), directory / name)

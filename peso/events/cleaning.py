@@ -113,14 +113,15 @@ def clean(
 
 
 def _to_core(connection: duckdb.DuckDBPyConnection, min_user: int, min_item: int) -> None:
+    """Step 5 of :func:`clean`. The removed events go into the table ``rare`` (u, i, time, row)."""
     sides = cycle([("u", "users", min_user), ("i", "items", min_item)])
+    connection.execute("CREATE TABLE rare AS SELECT u, i, time, row FROM events LIMIT 0")
     for number, (column, table, least) in enumerate(sides):
-        gone = scalar(
-            connection,
-            f"""DELETE FROM events WHERE {column} IN (
-                SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {least}
-                EXCEPT SELECT {column} FROM {table} WHERE known)""",
-        )
+        where = f"""{column} IN (
+            SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {least}
+            EXCEPT SELECT {column} FROM {table} WHERE known)"""
+        connection.execute(f"INSERT INTO rare SELECT u, i, time, row FROM events WHERE {where}")
+        gone = scalar(connection, f"DELETE FROM events WHERE {where}")
         # the other side was cleaned in the pass before; if this pass removes nothing, both are clean
         if number and not gone:
             return

@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from peso.errors import WorkspaceError
-from peso.events.histories import Ragged
-from peso.events.stream import Stream
+from peso.events.histories import Ragged, Stage
+from peso.events.stream import Stream, rare_file
 from peso.runtime.files import is_full, raise_if_full, write_aside
 
 FORMAT = 1
@@ -78,9 +78,8 @@ class HistoryIndex:
         Raises:
             WorkspaceError: a file of the stream is damaged; :class:`FullDisk` if there is no space left.
         """
-        last = stream.stages - 1 if through is None else min(through, stream.stages - 1)
-        wanted = [stream.fingerprint(number) for number in range(last + 1)]
-        kept = last == stream.stages - 1
+        wanted = rests_on(stream, through)
+        kept = len(wanted) == stream.stages
         if kept and _made_of(path) == wanted:
             return cls(_connect(path), path)
         if kept and os.access(path.parent, os.W_OK):
@@ -123,6 +122,21 @@ class HistoryIndex:
 
 def _indexed(number: int, name: str, items: bytes) -> IndexedUser:
     return IndexedUser(number, name, np.frombuffer(items, dtype="<i4"))
+
+
+def rests_on(stream: Stream, through: int | None = None) -> list[str]:
+    """Per stage what its part of an index is made of: equal lists, equal histories.
+
+    Users who are too rare for a stage are in the index of all stages only: it is not known which of their
+    events came before the end of an earlier one.
+    """
+    if through is not None and through < stream.stages - 1:
+        return [stream.fingerprint(number) for number in range(through + 1)]
+    files = stream.manifest["files"]
+    return [
+        f"{stream.fingerprint(number)} {files.get(rare_file(number), '')}".rstrip()
+        for number in range(stream.stages)
+    ]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -172,20 +186,23 @@ def _fill(stream: Stream, fingerprints: list[str], first: int, new: Path) -> Non
             connection.executescript(_SCHEMA)
         connection.execute("BEGIN")
         for number in range(first, len(fingerprints)):
-            users = _users_of(stream, number)
+            users = _users_of(stream.pieces(number))
+            rare = _users_of(stream.rare_pieces(number)) if " " in fingerprints[number] else ()
             if number:
                 connection.execute(_BY_NAME)
                 connection.executemany(_PUT, users)
             else:  # no user occurs twice in a stage; the index of names is built once, afterwards
                 connection.executemany("INSERT INTO users (name, items) VALUES (?, ?)", users)
+                connection.execute(_BY_NAME)
+            connection.executemany(_PUT, rare)
             connection.execute("INSERT INTO made_of VALUES (?, ?)", (number, fingerprints[number]))
         connection.execute(_BY_NAME)
         connection.execute("COMMIT")
 
 
-def _users_of(stream: Stream, number: int) -> Iterator[tuple[str, memoryview]]:
-    """The name and the items (as bytes) of each user of a stage."""
-    for users in stream.pieces(number):
+def _users_of(pieces: Iterable[Stage]) -> Iterator[tuple[str, memoryview]]:
+    """Name and items, as bytes, of each user of a stage."""
+    for users in pieces:
         items, ends = _joined(users.previous, users.current)
         content, start = memoryview(items.tobytes()), 0
         for name, end in zip(users.users, (ends * 4).tolist(), strict=True):

@@ -17,7 +17,7 @@ from peso.events.loading import load
 from peso.events.release import read_release
 from peso.events.simulate import EVENTS_FILE, write_simulation
 from peso.events.sources import open_source
-from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_stages
+from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_rare, write_stages
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, replace_stages, write_stream
 from peso.events.times import iso
 from peso.runtime.manifest import MANIFEST, write_manifest
@@ -88,6 +88,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         observer.begin("writing the stages", scalar(connection, "SELECT count(*) FROM sorted"), "events")
         counts = write_stages(connection, directory, stages.ends, 0, str(data.path), observer.advance)
         observer.end()
+        rare = write_rare(connection, directory, 0)
         items, of_items = new_items(connection, opened.items, data.on_error == "skip", observer)
         if opened.items is not None and not of_items["items_found"]:
             raise DataError(
@@ -107,6 +108,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
             "remarks": loaded.remarks,
             "funnel": funnel.rows,
             "boundaries": [iso(moment) for moment in stages.moments] if stages.moments is not None else None,
+            **({"rare_users": rare} if rare else {}),
             "items": len(items),
             "items_without_title": items[columns.TITLE].null_count,
             **of_items,

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.events import columns
-from peso.events.database import cores, scalar
+from peso.events.database import cores, literal, scalar
 from peso.events.histories import Stage, refuse_untrainable, slice_stages, stage_counts
 from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import ALIKE, MISSING, folded
-from peso.events.stream import ITEMS_FILE, stage_file, stage_table
+from peso.events.stream import ITEMS_FILE, rare_file, stage_file, stage_table
 from peso.runtime.progress import Observer
 
 SLICE = 1_000_000  # events
@@ -142,6 +142,37 @@ def write_stages(
         writer.require_trainable(source)
     assert done == events, "every event belongs to a slice"
     return writer.counts
+
+
+def write_rare(connection: duckdb.DuckDBPyConnection, directory: Path, first: int) -> int:
+    """Write the users whom the k-core left out (:func:`peso.events.stream.rare_file`), oldest first, if there
+    are any; returns how many.
+
+    Args:
+        first: number of the first stage of the log.
+    """
+    core = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'rare'"
+    if not scalar(connection, core):
+        return 0
+    known = "SELECT n, name FROM item_numbers"
+    if scalar(connection, "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'known_items'"):
+        known += " UNION ALL SELECT n, name FROM known_items"
+    connection.execute(f"""
+        CREATE TABLE rare_users AS
+        WITH had AS (
+            SELECT u, users.name AS name, numbers.n AS n, time, row
+            FROM rare JOIN users USING (u) JOIN items USING (i)
+            LEFT JOIN ({known}) AS numbers ON numbers.name = items.name
+            WHERE NOT users.known AND u NOT IN (SELECT u FROM user_numbers))
+        SELECT name AS "user",
+            coalesce(list(n ORDER BY time, row) FILTER (n IS NOT NULL), [])::INTEGER[] AS previous,
+            []::INTEGER[] AS "current"
+        FROM had GROUP BY u, name ORDER BY min(time), min(row)""")
+    users = scalar(connection, "SELECT count(*) FROM rare_users")
+    if users:
+        file = literal(str(directory / rare_file(first)))
+        connection.execute(f"COPY rare_users TO {file} (FORMAT parquet)")
+    return users
 
 
 def new_items(

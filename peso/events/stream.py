@@ -1,6 +1,7 @@
 """The stream on disk: one Parquet file of users per stage, one item table, and a manifest.
 
 stream/stage=0/users.parquet   user, previous, current (item numbers, oldest first)
+stream/stage=0/rare.parquet    the same of users who are too rare for any stage of a log, see rare_file
 stream/items.parquet           item_id, title, text, category; the row is the item number
 stream/manifest.json           format version, counts of each stage, sha256 of the files
 """
@@ -30,6 +31,12 @@ PIECE = 20_000  # users of a stage that are held in memory together
 
 def stage_file(number: int) -> str:
     return f"stage={number}/users.parquet"
+
+
+def rare_file(number: int) -> str:
+    """The users of a log whom the cleaning left out as too rare, with their items that are in the stream as
+    ``previous``; ``number`` is the log's first stage. Nothing is learned from them, but they get answers."""
+    return f"stage={number}/rare.parquet"
 
 
 def write_stream(
@@ -178,7 +185,15 @@ class Stream:
         Raises: as :meth:`stage`.
         """
         self._require_stage(number)
-        path = intact(self.directory, stage_file(number), self.manifest)
+        yield from self._pieces(stage_file(number), number)
+
+    def rare_pieces(self, number: int) -> Iterator[Stage]:
+        """The users of :func:`rare_file`, in the same way; nothing where there is no such file."""
+        if rare_file(number) in self.manifest["files"]:
+            yield from self._pieces(rare_file(number), number)
+
+    def _pieces(self, name: str, number: int) -> Iterator[Stage]:
+        path = intact(self.directory, name, self.manifest)
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(PIECE):

@@ -47,6 +47,7 @@ class Holdings:
 
     Attributes:
         stages: of the stream, in which the person is.
+        rare: whether the stream has the person as too rare for a stage.
         received: how many received events.
         tests: whose predictions have the person, as stage, cases and part.
         trained: stages whose model was trained on events of the person, which it may still reflect.
@@ -55,6 +56,7 @@ class Holdings:
     """
 
     stages: list[int] = field(default_factory=list)
+    rare: bool = False
     received: int = 0
     tests: list[Test] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Holdings:
 
     @property
     def anything(self) -> bool:
-        return bool(self.stages or self.received or self.tests)
+        return bool(self.stages or self.rare or self.received or self.tests)
 
 
 def holdings(workspace: Workspace, user: str) -> Holdings:
@@ -78,6 +80,7 @@ def holdings(workspace: Workspace, user: str) -> Holdings:
     tests = [_named(test) for test in predicted_tests(workspace) if has_user(test.path(PREDICTIONS), user)]
     return Holdings(
         stages=stages,
+        rare=not stages and bool(files_with(stream, user)),
         received=_received(workspace, user),
         tests=tests,
         trained=[number for number in workspace.finished_stages if number >= first],

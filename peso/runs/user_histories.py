@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peso.errors import PesoError
-from peso.events.history_index import HistoryIndex
+from peso.events.history_index import HistoryIndex, rests_on
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.events.stream import Stream
 from peso.runtime.manifest import MANIFEST
@@ -129,9 +129,7 @@ class UserHistories:
     @property
     def fingerprint(self) -> list[str]:
         """What the histories of the stream rest on: equal lists, equal histories."""
-        stream = self._current().stream
-        last = stream.stages - 1 if self.through is None else min(self.through, stream.stages - 1)
-        return [stream.fingerprint(number) for number in range(last + 1)]
+        return rests_on(self._current().stream, self.through)
 
     @property
     def received(self) -> ReceivedEvents | None:

@@ -99,9 +99,9 @@ def test_only_the_index_of_the_whole_stream_is_kept(tmp_path: Path) -> None:
 def test_an_index_is_made_once_and_continued_where_the_stream_gains_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, users_of = [], history_index._users_of
+    read, pieces = [], Stream.pieces
     monkeypatch.setattr(
-        history_index, "_users_of", lambda stream, number: read.append(number) or users_of(stream, number)
+        Stream, "pieces", lambda stream, number: read.append(number) or pieces(stream, number)
     )
     first: list[Users] = [{"anna": ([], [1, 2, 3])}, {"ben": ([], [4, 5, 6])}]
     HistoryIndex.open(a_stream(tmp_path / "short", first), tmp_path / "h.sqlite")

@@ -220,6 +220,20 @@ def test_files_of_the_users_own_are_named(tmp_path: Path) -> None:
     assert own_files_with(workspace, "u0") == [str(more)], "they are not changed"
 
 
+def test_a_person_who_is_too_rare_for_a_stage_can_be_forgotten(tmp_path: Path) -> None:
+    events = [(f"u{k % 5}", f"i{k % 7}", 1_600_000_000 + k) for k in range(60)]
+    log = write_log(tmp_path / "log.csv", [*events, ("seldom", "i1", 1_600_000_009)])
+    tree = {"data": {"format": "csv", "path": str(log), "stages": 2, "min_user": 3}, "backbone": "tiny"}
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree))
+    with workspace.lock():
+        pipeline.ingest(workspace, Silent())
+    assert files_naming(workspace, "seldom") == ["stream/stage=0/rare.parquet"]
+    erase(workspace, "seldom")
+    assert files_naming(workspace, "seldom") == []
+    with pytest.raises(DataError, match="has the user 'seldom'"):
+        erase(workspace, "seldom")
+
+
 def test_the_command_asks_and_says_what_is_left(
     peso: Callable[..., tuple[int, str, str]], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
