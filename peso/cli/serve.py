@@ -32,6 +32,16 @@ def serve(
             "tokens in the environment variable PESO_TOKENS, separated by commas.",
         ),
     ] = None,
+    allow_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the only items that may be recommended, such as those in stock: one id a line. "
+            "Read again when it changes."
+        ),
+    ] = None,
+    deny_file: Annotated[
+        Path | None, typer.Option(help="File of items that may not be recommended, likewise.")
+    ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Accept no events.")] = False,
     rate: Annotated[
         float,
@@ -76,6 +86,8 @@ def serve(
             rate=rate,
             queue=queue,
             prompt_memory=prompt_memory * 2**20,
+            allow_file=allow_file,
+            deny_file=deny_file,
         ),
         read_tokens(token_file),
         trust=trust or (),

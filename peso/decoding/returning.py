@@ -70,6 +70,18 @@ class PromptMemory:
             while self.used > self.size:
                 self.used -= self._kept.popitem(last=False)[1].size
 
+    def forget(self, user: Hashable) -> None:
+        """Drop what is kept for a user."""
+        with self._lock:
+            if (old := self._kept.pop(user, None)) is not None:
+                self.used -= old.size
+
+    def clear(self) -> None:
+        """Drop what is kept for all users."""
+        with self._lock:
+            self._kept.clear()
+            self.used = 0
+
     def count(self, prompt: Prompt) -> None:
         with self._lock:
             self.reused += prompt.known.tokens

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from peso.errors import DataError, PesoError
 from peso.serving.messages import Answer
-from peso.serving.snapshot import Question, Snapshot
+from peso.serving.snapshot import Question
 
 Answers = list[Answer | DataError]
 RECENT = 0.2  # weight of the newest batch in the time that a question takes
@@ -42,7 +42,7 @@ class _Group:
 class Engine:
     """
     Args:
-        current: the snapshot that answers now; asked once a batch.
+        answer: answers a batch, all of it from one snapshot.
         wait: seconds that a question waits for others to come along, at most.
         together: questions of a batch, as soon as which nobody is waited for.
         most: questions that may wait; further ones are refused.
@@ -51,14 +51,14 @@ class Engine:
 
     def __init__(
         self,
-        current: Callable[[], Snapshot],
+        answer: Callable[[Sequence[Question]], Answers],
         *,
         wait: float = 0.005,
         together: int = 32,
         most: int = 256,
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
-        self._current, self._on_batch = current, on_batch
+        self._answer, self._on_batch = answer, on_batch
         self._wait, self._together, self._most = wait, together, most
         self._groups: deque[_Group] = deque()
         self._questions = 0  # in the groups
@@ -99,7 +99,7 @@ class Engine:
         while batch := self._next():
             started, count = time.monotonic(), sum(len(group.questions) for group in batch)
             try:
-                answers = self._current().answer([each for group in batch for each in group.questions])
+                answers = self._answer([each for group in batch for each in group.questions])
             except Exception as error:
                 for group in batch:
                     group.future.set_exception(error)

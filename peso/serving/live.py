@@ -82,6 +82,8 @@ class LiveStage:
         same = before.identity == identity(wanted)
         if before.model is not None and same:
             self.problem = None
+            if before.prompts is not None:  # the stream has changed: a user may have been erased from it
+                before.prompts.clear()
             return
         after = before if same else Snapshot.of(wanted)
         from peso.decoding.returning import PromptMemory
@@ -112,9 +114,9 @@ class LiveStage:
     def _traces(self) -> tuple[object, ...]:
         """What changes when another stage is to serve; cheap to ask for."""
         found: list[object] = []
-        for path in (self.root / SERVED, self.root / "stages", self.root / "semantic_ids"):
+        for name in (SERVED, "stages", "semantic_ids", "stream"):
             try:
-                state = os.stat(path)
+                state = os.stat(self.root / name)
                 found += [state.st_ino, state.st_mtime_ns, state.st_size]
             except OSError:
                 found.append(None)

@@ -23,6 +23,7 @@ from peso.serving.live import LiveStage
 from peso.serving.meters import Meters
 from peso.serving.routes import Service, create_app
 from peso.serving.snapshot import Snapshot
+from peso.serving.stock import StockFiles
 from peso.serving.tokens import Tokens, require_tokens
 
 log = logging.getLogger("peso.serving")
@@ -38,6 +39,7 @@ class Settings:
         queue: recommendations that may wait for the model.
         largest_body: bytes of a request.
         prompt_memory: bytes for the prompts of returning users; 0: none are kept.
+        allow_file, deny_file: of the items that may be recommended at all, and of those that may not.
     """
 
     host: str = "127.0.0.1"
@@ -48,6 +50,8 @@ class Settings:
     queue: int = 256
     largest_body: int = 4_000_000
     prompt_memory: int = 256 * 2**20
+    allow_file: Path | None = None
+    deny_file: Path | None = None
 
 
 def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> Service:
@@ -74,7 +78,12 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
         on_change=changed,
         on_problem=failed,
     )
-    engine = Engine(lambda: live.current, most=settings.queue, on_batch=meters.on_batch)
+    stock = StockFiles(settings.allow_file, settings.deny_file)
+    engine = Engine(
+        lambda questions: live.current.answer(questions, stock.current()),
+        most=settings.queue,
+        on_batch=meters.on_batch,
+    )
     received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)
     return Service(live, engine, meters, LiveHistories(root, received, trust), received)
 

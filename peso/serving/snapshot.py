@@ -15,6 +15,7 @@ from peso.runs.recommender import Recommender
 from peso.runs.stage import RunStage
 from peso.runtime.machine import threads
 from peso.serving.messages import Answer, Item, Request
+from peso.serving.stock import Stock
 
 if TYPE_CHECKING:
     from peso.decoding.returning import PromptMemory, Returning
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
 
 Identity = tuple[int, str, str]
+EVERYTHING = Stock()
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,30 @@ class Snapshot:
         others = dict.fromkeys(item for item in items if item not in self.semantic_ids)
         return known, list(others)
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer | DataError]:
-        """The answer to each question, or why there is none."""
+    def answer(self, questions: Sequence[Question], stock: Stock = EVERYTHING) -> list[Answer | DataError]:
+        """The answer to each question, or why there is none.
+
+        stock: what may be recommended at all.
+        """
+        stocked = stock.among(self.semantic_ids.item_ids)
         result: dict[int, Answer | DataError] = {}
         asked: dict[tuple[int, bool], dict[int, _Resolved]] = {}
         for place, question in enumerate(questions):
             try:
-                resolved = self._resolve(question)
+                resolved = self._resolve(question, stocked)
             except DataError as refusal:
                 result[place] = refusal
                 continue
             if resolved.reason is not None:
-                result[place] = self._popular(resolved)
+                result[place] = self._popular(resolved, stocked)
             else:  # searched with its own number of beams: no answer depends on who asks at the same time
                 key = resolved.beams, resolved.allow is None
                 asked.setdefault(key, {})[place] = resolved
         for group in asked.values():
-            result.update(zip(group, self._search(list(group.values())), strict=True))
+            result.update(zip(group, self._search(list(group.values()), stocked), strict=True))
         return [result[place] for place in range(len(questions))]
 
-    def _resolve(self, question: Question) -> _Resolved:
+    def _resolve(self, question: Question, stocked: frozenset[str] | None) -> _Resolved:
         request = question.request
         if request.k > (items := len(self.semantic_ids.item_ids)):
             raise DataError(f"k = {request.k} is more than the {items} items of the catalog; ask for fewer")
@@ -124,6 +130,8 @@ class Snapshot:
             )
         leave_out = self.leaves_out_seen if request.exclude_seen is None else request.exclude_seen
         reason: _Reason = None
+        if question.history is None and self.prompts is not None:
+            self.prompts.forget(request.user)  # who may have been erased
         if question.history is None:
             reason = "unknown_user"
         elif not history:
@@ -134,12 +142,12 @@ class Snapshot:
             request,
             history,
             frozenset(deny) | (frozenset(history) if leave_out else frozenset()),
-            None if request.allow is None else frozenset(allow),
+            None if request.allow is None else frozenset(allow if stocked is None else stocked & set(allow)),
             reason,
             list(dict.fromkeys([*unknown, *unknown_allowed, *unknown_denied])),
         )
 
-    def _search(self, asked: Sequence[_Resolved]) -> list[Answer]:
+    def _search(self, asked: Sequence[_Resolved], stocked: frozenset[str] | None) -> list[Answer]:
         from peso.decoding import beam_search
 
         assert self.model is not None
@@ -149,7 +157,7 @@ class Snapshot:
                 [each.history for each in asked],
                 min(asked[0].beams, len(self.semantic_ids.item_ids)),
                 beams=asked[0].beams,
-                allow=[each.allow for each in asked if each.allow is not None] or None,
+                allow=[each.allow for each in asked if each.allow is not None] or stocked,
                 deny=[each.out for each in asked],
                 returning=[self._place(each.request.user) for each in asked],
             )
@@ -162,12 +170,12 @@ class Snapshot:
         """Where the prompt of a user is kept; a bare history is nobody's."""
         return None if user is None or self.prompts is None else self.prompts.of(user)
 
-    def _popular(self, asked: _Resolved) -> Answer:
+    def _popular(self, asked: _Resolved, stocked: frozenset[str] | None) -> Answer:
         """The most popular items that the filters leave."""
         ids, admitted = self.semantic_ids, np.ones(len(self.popular), dtype=bool)
-        if asked.allow is not None:
+        if (allowed := stocked if asked.allow is None else asked.allow) is not None:
             admitted[:] = False
-            admitted[ids.rows(sorted(asked.allow))] = True
+            admitted[ids.rows(sorted(allowed))] = True
         admitted[ids.rows(sorted(asked.out))] = False
         best = self.popular[admitted[self.popular]][: asked.request.k]
         ranked = [(ids.item_ids[row], float(self.shares[row])) for row in best]

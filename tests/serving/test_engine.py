@@ -32,7 +32,7 @@ def recorder() -> Recorder:
 
 
 def test_what_arrives_within_the_window_is_one_batch(recorder):
-    engine = Engine(lambda: recorder, wait=0.2)
+    engine = Engine(recorder.answer, wait=0.2)
     futures = [engine.ask([f"{number}", f"{number}b"]) for number in range(5)]
     for number, future in enumerate(futures):
         assert future.result(10) == [(f"{number}", "a"), (f"{number}b", "a")]
@@ -41,7 +41,7 @@ def test_what_arrives_within_the_window_is_one_batch(recorder):
 
 
 def test_a_full_batch_waits_for_nobody_and_a_request_stays_whole(recorder):
-    engine = Engine(lambda: recorder, wait=60, together=4)
+    engine = Engine(recorder.answer, wait=60, together=4)
     futures = [engine.ask(["a", "b", "c"]), engine.ask(["d", "e"]), engine.ask(["f", "g", "h"])]
     assert [len(future.result(10)) for future in futures[:2]] == [3, 2]
     engine.stop()
@@ -51,7 +51,7 @@ def test_a_full_batch_waits_for_nobody_and_a_request_stays_whole(recorder):
 
 def test_more_than_the_queue_holds_is_refused_with_a_time(recorder):
     recorder.open.clear()
-    engine = Engine(lambda: recorder, wait=0, most=3)
+    engine = Engine(recorder.answer, wait=0, most=3)
     first = engine.ask(["first"])
     while engine.waiting:
         time.sleep(0.001)
@@ -69,7 +69,7 @@ def test_more_than_the_queue_holds_is_refused_with_a_time(recorder):
 
 def test_a_question_that_nobody_waits_for_is_not_computed(recorder):
     recorder.open.clear()
-    engine = Engine(lambda: recorder, wait=0)
+    engine = Engine(recorder.answer, wait=0)
     first = engine.ask(["first"])
     while engine.waiting:
         time.sleep(0.001)
@@ -89,7 +89,7 @@ def test_a_failure_is_that_of_its_batch_alone(recorder):
             raise RuntimeError("broken")
 
     current: list[Recorder] = [Broken()]
-    engine = Engine(lambda: current[0], wait=0)
+    engine = Engine(lambda questions: current[0].answer(questions), wait=0)
     with pytest.raises(RuntimeError, match="broken"):
         engine.ask(["a"]).result(10)
     current[0] = recorder
@@ -100,7 +100,7 @@ def test_a_failure_is_that_of_its_batch_alone(recorder):
 def test_every_request_is_answered_by_one_snapshot_while_they_change():
     """Many threads ask while the snapshot changes all the time."""
     current, stop = [Recorder("0")], threading.Event()
-    engine = Engine(lambda: current[0], wait=0.001, together=8, most=10_000)
+    engine = Engine(lambda questions: current[0].answer(questions), wait=0.001, together=8, most=10_000)
 
     def change() -> None:
         number = 0

@@ -154,3 +154,21 @@ def test_items_that_come_with_an_append_are_known_while_requests_go_on(serving, 
     answer = client.post("/v1/recommend", json={"user": user, "allow": ["brand-new"], "exclude_seen": False})
     assert [each["item"] for each in answer.json()["items"]] == ["brand-new"]
     assert answer.json()["stage"] == 1
+
+
+def test_prompts_of_users_are_dropped_when_the_stream_changes_or_the_user_is_gone(serving, copy):
+    client = serving(copy.root)
+    user, prompts = copy.stream.stage(1).users[0], client.service.live.current.prompts
+    client.post("/v1/recommend", json={"user": user})
+    assert len(prompts) == 1
+    manifest = copy.root / "stream" / "manifest.json"
+    shutil.copy2(manifest, copy.root / "other")
+    (copy.root / "other").rename(manifest)
+    wait_for(lambda: len(prompts) == 0)
+    assert prompts.used == 0
+    client.post("/v1/recommend", json={"user": user})
+    assert client.service.live.current.prompts is prompts
+    prompts._kept["gone"] = prompts._kept[user]
+    prompts.used *= 2
+    client.post("/v1/recommend", json={"user": "gone"})
+    assert list(prompts._kept) == [user]

@@ -1,0 +1,90 @@
+"""Items that may be recommended at all, such as those in stock: files that are read again when they
+change."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from peso.errors import UsageError
+
+log = logging.getLogger("peso.serving")
+
+
+@dataclass(frozen=True)
+class Stock:
+    """``allow``: the only items that may come back, None: all; ``deny``: items that may not."""
+
+    allow: frozenset[str] | None = None
+    deny: frozenset[str] = frozenset()
+
+    def among(self, items: Collection[str]) -> frozenset[str] | None:
+        """Those of the items that may come back; None: all of them."""
+        if self.allow is None and not self.deny:
+            return None
+        return frozenset(items if self.allow is None else self.allow.intersection(items)) - self.deny
+
+
+class StockFiles:
+    """
+    Args:
+        allow, deny: files of item ids, one a line; None: none.
+
+    Raises:
+        UsageError: a file cannot be read, or the one to allow has no item.
+    """
+
+    def __init__(self, allow: Path | None = None, deny: Path | None = None) -> None:
+        self._files = {"--allow-file": allow, "--deny-file": deny}
+        self._seen = self._traces()
+        self._stock = self._read()
+
+    def current(self) -> Stock:
+        """As the files say now; as they said before where they cannot be read, which the log tells."""
+        if (traces := self._traces()) != self._seen:
+            self._seen = traces
+            try:
+                self._stock = self._read()
+            except UsageError as error:
+                log.error("filters stay as they were", extra={"fields": {"problem": str(error)}})
+            else:
+                log.info("filters read", extra={"fields": self._counts()})
+        return self._stock
+
+    def _counts(self) -> dict[str, int | None]:
+        allow, deny = self._stock.allow, self._stock.deny
+        return {"allow": None if allow is None else len(allow), "deny": len(deny)}
+
+    def _traces(self) -> list[tuple[int, int, int] | None]:
+        """What changes when a file does."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in filter(None, self._files.values()):
+            try:
+                state = os.stat(path)
+                found.append((state.st_ino, state.st_mtime_ns, state.st_size))
+            except OSError:
+                found.append(None)
+        return found
+
+    def _read(self) -> Stock:
+        read = {option: self._items(option, path) for option, path in self._files.items()}
+        return Stock(read["--allow-file"], read["--deny-file"] or frozenset())
+
+    @staticmethod
+    def _items(option: str, path: Path | None) -> frozenset[str] | None:
+        if path is None:
+            return None
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UsageError(f"{option} {path} cannot be read: {reason}") from None
+        items = frozenset(line.strip() for line in lines) - {""}
+        if option == "--allow-file" and not items:
+            raise UsageError(
+                f"{option} {path} has no item, so nothing could be recommended; write one id a line"
+            )
+        return items
