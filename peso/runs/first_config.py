@@ -35,7 +35,7 @@ COMMENTS = {
     "strategy": "How later stages are trained: docs/reference/strategies.md",
     "training": "A quick look first: --set training.max_steps=20",
     "training.epochs": "at most; the epoch with the lowest validation loss is kept",
-    "training.later_learning_rate_scale": "learning rate of later stages, relative to that of stage 0",
+    "training.later_learning_rate_scale": "later stages, relative to this; or later: {learning_rate: auto}",
     "seed": "fixes everything on the same machine",
 }
 

@@ -35,10 +35,11 @@ def training_of(
     training, later = config.training, config.training.later
     anew = stage == 0 or strategy.starts_anew(phase)
     settings = training if anew else training.of_update()
-    rates, rows = [], [settings.rows_learning_rate_scale]
+    rows = [settings.rows_learning_rate_scale]
     if stage and later.learning_rate == "auto":
         assert later.trials is not None
-        rates = sorted({training.learning_rate * scale for scale in later.trials.scales})
+        products = [training.learning_rate * scale for scale in later.trials.scales]
+        rates = sorted({float(f"{rate:.6g}") for rate in products})  # as one would write them
     else:
         rates = [training.learning_rate if anew else training.rate_of_update]
     if stage and later.rows_learning_rate_scale == "auto":

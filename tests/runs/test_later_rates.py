@@ -11,10 +11,13 @@ from peso.config import load_config
 from peso.config.shape import stage_shape
 from peso.errors import ConfigError
 from peso.runs import pipeline
+from peso.runs.phases import training_of
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 from peso.runtime.manifest import read_manifest
 from peso.runtime.progress import Silent
+from peso.training.strategies.retrain import Retrain
+from peso.training.strategies.strategy import Strategy
 
 TREE: dict[str, Any] = {
     "data": {"simulate": {"users": 60, "items": 40, "stages": 2}},
@@ -152,6 +155,18 @@ def test_rows_may_be_tried_too(base: Path, tmp_path: Path) -> None:
     (choice,) = training(auto)["trials"]
     assert {(t["learning_rate"], t["rows"]) for t in choice["trials"]} == {(1e-3, 0.001), (1e-3, 9)}
     assert training(auto)["rows_learning_rate_scale"] == choice["rows"]
+
+
+def test_candidates_are_the_numbers_that_one_would_write() -> None:
+    training = {**TREE["training"], "learning_rate": 3e-3, "later": {"learning_rate": "auto"}}
+    config = load_config({**TREE, "training": training})
+    for phase, strategy in (("", Strategy()), ("", Retrain())):
+        settings, rates = training_of(config, strategy, 1, phase)
+        assert [each.learning_rate for each in rates] == [3e-4, 9e-4, 3e-3, 9e-3]
+        assert {each.rows for each in rates} == {1.0}
+        assert settings.epochs == 1
+    _, rates = training_of(config, Strategy(), 0, "")
+    assert [each.learning_rate for each in rates] == [3e-3]
 
 
 def test_what_is_tried_determines_later_stages_and_not_the_base() -> None:
