@@ -51,7 +51,7 @@ BEAMS, ITEMS, CLIENTS, TOGETHER = 10, 20, 32, 500
 NEAR = 2e-3  # by which a score may differ between batches
 FULL = {
     "backbone": {"name": "smollm2-135m", "layers": 8},
-    "training": {"epochs": 1, "max_steps": 1},
+    "training": {"epochs": 1, "max_steps": 1, "validation_cases": 8},
     "evaluation": {"enabled": False},
     "baselines": [],
 }

@@ -100,9 +100,10 @@ class Engine:
             started, count = time.monotonic(), sum(len(group.questions) for group in batch)
             try:
                 answers = self._answer([each for group in batch for each in group.questions])
-            except Exception as error:
-                for group in batch:
-                    group.future.set_exception(error)
+            except Exception:
+                for group in batch:  # one of them may be the reason
+                    self._answer_alone(group)
+                del group, batch
                 continue
             took = time.monotonic() - started
             self._seconds += RECENT * (took / count - self._seconds)
@@ -114,6 +115,12 @@ class Engine:
                 answers = answers[size:]
             # the thread sleeps next, and a snapshot must not outlive its time in a variable
             del answers, group, batch
+
+    def _answer_alone(self, group: _Group) -> None:
+        try:
+            group.future.set_result(self._answer(group.questions))
+        except Exception as error:
+            group.future.set_exception(error)
 
     def _take(self) -> list[_Group]:
         """Whole groups, in the order of their arrival; the caller holds the lock."""

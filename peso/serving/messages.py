@@ -169,6 +169,15 @@ class ItemDetails(Message):
     semantic_id: list[str]
 
 
+class Promotion(Message):
+    """The last change of the stage that serves: by `peso promote`, `peso rollback` or a gate."""
+
+    stage: int
+    time: datetime
+    by: str
+    reason: str | None = None
+
+
 class Status(Message):
     version: str
     stage: int = Field(description="The stage that answers.")
@@ -176,7 +185,10 @@ class Status(Message):
     pinned: bool = Field(description="Whether --stage fixes the stage.")
     model: Literal["loading", "ready"]
     problem: str | None = Field(None, description="Why another stage could not be loaded.")
-    newest_stage: int = Field(description="The newest trained stage.")
+    newest_stage: int | None = Field(description="The newest trained stage; null where it cannot be read.")
+    promotion: Promotion | None = Field(
+        None, description="Why the workspace's stage serves; none where no stage was promoted yet."
+    )
     read_only: bool
     items: int
     waiting: int = Field(description="Recommendations that wait for the model.")

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Path
@@ -19,12 +20,23 @@ from starlette.exceptions import HTTPException
 
 from peso.errors import DataError, FullDisk, WorkspaceError
 from peso.events.received import ReceivedEvent, ReceivedEvents
+from peso.runs.served import served
 from peso.runtime.failures import installed_version
 from peso.serving import messages
 from peso.serving.engine import Engine, Overloaded
 from peso.serving.histories import LiveHistories
 from peso.serving.live import LiveStage
-from peso.serving.messages import Answer, Events, ItemDetails, Problem, Received, Request, Requests, Status
+from peso.serving.messages import (
+    Answer,
+    Events,
+    ItemDetails,
+    Problem,
+    Promotion,
+    Received,
+    Request,
+    Requests,
+    Status,
+)
 from peso.serving.meters import Meters
 from peso.serving.snapshot import Question
 
@@ -163,11 +175,11 @@ def _add_events(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/status", responses=_refusals(401, 429), summary="The stage that answers, and since when")
+    @app.get("/v1/status", responses=_refusals(401, 429, 503), summary="The stage that answers, and why")
     async def status() -> Status:
         live = service.live
         snapshot = live.current
-        newest = await run_in_threadpool(lambda: live.workspace.finished_stages[-1])
+        newest, promotion = await run_in_threadpool(_stages, live)
         return Status(
             version=installed_version(),
             stage=snapshot.stage,
@@ -176,6 +188,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             model="loading" if snapshot.model is None else "ready",
             problem=live.problem,
             newest_stage=newest,
+            promotion=promotion,
             read_only=service.received is None,
             items=len(snapshot.semantic_ids.item_ids),
             waiting=service.engine.waiting,
@@ -205,6 +218,19 @@ def _add_state(app: FastAPI, service: Service) -> None:
         service.meters.waiting.set(service.engine.waiting)
         service.meters.describe(service.live.current)
         return Response(service.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _stages(live: LiveStage) -> tuple[int | None, Promotion | None]:
+    """The newest trained stage, and the last promotion; neither where they cannot be read, of which
+    :attr:`LiveStage.problem` tells."""
+    try:
+        newest, latest = live.workspace.finished_stages[-1], served(live.workspace).latest
+    except (WorkspaceError, IndexError):
+        return None, None
+    if latest is None:
+        return newest, None
+    time = datetime.fromisoformat(latest.time)
+    return newest, Promotion(stage=latest.stage, time=time, by=latest.by, reason=latest.reason)
 
 
 EXAMPLES: Any = {

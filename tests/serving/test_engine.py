@@ -83,16 +83,17 @@ def test_a_question_that_nobody_waits_for_is_not_computed(recorder):
         gone.result(10)
 
 
-def test_a_failure_is_that_of_its_batch_alone(recorder):
-    class Broken(Recorder):
-        def answer(self, questions):
+def test_a_failure_is_that_of_its_request_alone(recorder):
+    def answer(questions):
+        if "broken" in questions:
             raise RuntimeError("broken")
+        return recorder.answer(questions)
 
-    current: list[Recorder] = [Broken()]
-    engine = Engine(lambda questions: current[0].answer(questions), wait=0)
+    engine = Engine(answer, wait=0.2)
+    futures = [engine.ask([name]) for name in ("a", "broken", "c")]
+    assert [futures[place].result(10) for place in (0, 2)] == [[("a", "a")], [("c", "a")]]
     with pytest.raises(RuntimeError, match="broken"):
-        engine.ask(["a"]).result(10)
-    current[0] = recorder
+        futures[1].result(10)
     assert engine.ask(["b"]).result(10) == [("b", "a")]
     engine.stop()
 

@@ -43,7 +43,8 @@ def test_no_request_fails_and_none_is_mixed_while_stages_change(serving, copy):
     promote(copy, 0)
     client = serving(copy.root)
     old = weakref.ref(client.service.live.current.model)
-    assert client.get("/v1/status").json()["stage"] == 0
+    status = client.get("/v1/status").json()
+    assert (status["stage"], status["promotion"]["by"], status["newest_stage"]) == (0, "promote", 1)
     stop, seen, failures = threading.Event(), set(), []
 
     def ask() -> None:
