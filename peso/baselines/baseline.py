@@ -59,6 +59,8 @@ class Part:
     """
 
     name: ClassVar[str] = ""
+    revision: ClassVar[int] = 0
+    """Raised when the same options come to mean other answers, so that older ones are made again."""
     random: ClassVar[bool] = False
     """Whether what it learns depends on the seed."""
 

@@ -8,8 +8,7 @@ For X (users, items) of zeros and ones:
 P is dense: 25,935 items would take 5.4 GB and 17·10¹² multiplications in float64. So only the ``items`` with
 the most users take part (5,000: 0.2 GB, seconds); for items with a handful of users P is mostly regularizer.
 λ is chosen on validation cases with at most 2,500 of them, which takes an eighth of the time.
-The other items, and items on which the history has no bearing, are ordered by popularity: each score includes
-a millionth of the item's share of users.
+The other items, and items for which the history does not speak, are ordered by popularity.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ import numpy as np
 from pydantic import Field
 
 from peso.baselines.baseline import Matrix, interactions, known_histories
-from peso.baselines.tuning import Counted
+from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
 from peso.runtime.progress import Observer
 
-LEAST = 1e-6  # weight of popularity
 TRIED_WITH = 2500  # items, when settings are compared
 COPIES = 3  # of the matrix, held at once
 
@@ -86,13 +84,13 @@ class Ease(Counted):
         self.rows = np.sort(np.argsort(-users_of, kind="stable")[: min(items, supported)])
         own = had[:, self.rows]
         self.weights = ease_weights((own.T @ own).toarray(), setting["regularisation"]).astype(np.float32)
-        self.popularity = (LEAST * users_of / had.shape[0]).astype(np.float32)
+        self.popularity = least(users_of)
         return users_of
 
-    def scores(self, cases: Cases) -> np.ndarray:
+    def sums(self, cases: Cases) -> np.ndarray:
         had = interactions([history[-self.window :] for history in cases.histories], self.items)
-        result = np.tile(self.popularity, (len(cases), 1))
-        result[:, self.rows] += had[:, self.rows].astype(np.float32) @ self.weights
+        result = np.zeros((len(cases), self.items))
+        result[:, self.rows] = had[:, self.rows].astype(np.float32) @ self.weights
         return result
 
 

@@ -11,8 +11,7 @@ With a pair x before y, at most ``reach`` places apart, in the sequence of a use
     score(history, j) = Σ_n recency^n · edge(h_n, j)
 
 with a how many stages ago the later of the two came, h_0 the newest item of the history, h_1 the one before.
-Items that no edge leads to are ordered by popularity: each score includes a millionth of the item's share of
-events, with the same weights by age.
+Items that no edge leads to are ordered by popularity, with the same weights by age.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ import numpy as np
 from pydantic import Field
 
 from peso.baselines.baseline import Matrix, padded
-from peso.baselines.tuning import Counted
+from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
-
-LEAST = 1e-6  # weight of popularity
 
 
 class ItemGraph(Counted):
@@ -89,10 +86,10 @@ class ItemGraph(Counted):
         age, backward = setting["age"], setting["backward"]
         self.edges = edges(counts, self.items, self.options.reach, self.options.distance, age, backward)
         recent = np.bincount(counts.items, weights=age**counts.ages, minlength=self.items)
-        self.popularity = LEAST * recent / max(1.0, recent.sum())
+        self.popularity = least(recent)
         return {"events": len(counts.items), "edges": int(self.edges.nnz)}
 
-    def scores(self, cases: Cases) -> np.ndarray:
+    def sums(self, cases: Cases) -> np.ndarray:
         from scipy import sparse
 
         newest_first = padded(
@@ -102,7 +99,7 @@ class ItemGraph(Counted):
         weights = self.recency ** place.astype(np.float64)
         shape = (len(cases), self.items)
         had = sparse.csr_array((weights, (row, newest_first[row, place])), shape=shape)
-        return ((had @ self.edges).toarray() + self.popularity).astype(np.float32)
+        return (had @ self.edges).toarray()
 
 
 @dataclass(frozen=True)

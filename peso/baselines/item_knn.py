@@ -5,8 +5,7 @@ With c_ij the number of users who had both i and j:
     similarity(i, j) = c_ij / (√(c_ii · c_jj) + shrinkage),   j among the ``neighbours`` most similar to i
     score(history, j) = Σ_{i ∈ history} similarity(i, j)
 
-The order of a history does not matter. Items without any similarity to the history are ordered by popularity:
-each score includes a millionth of the item's share of users.
+The order of a history does not matter. Items without any similarity to the history are ordered by popularity.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from peso.baselines.baseline import Matrix, interactions, known_histories
-from peso.baselines.tuning import Counted
+from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
 
-LEAST = 1e-6  # weight of popularity
 ROWS = 2048  # of similarities computed at once, which bounds memory before only neighbors are kept
 
 
@@ -56,12 +54,12 @@ class ItemKnn(Counted):
 
     def fit(self, counts: Matrix, setting: Mapping[str, Any]) -> dict[str, Any]:
         self.similarities = similarities(counts, setting["neighbours"], setting["shrinkage"])
-        self.popularity = LEAST * counts.sum(axis=0) / counts.shape[0]
+        self.popularity = least(np.asarray(counts.sum(axis=0)))
         return {"users": counts.shape[0], "similarities": int(self.similarities.nnz)}
 
-    def scores(self, cases: Cases) -> np.ndarray:
+    def sums(self, cases: Cases) -> np.ndarray:
         had = interactions([history[-self.window :] for history in cases.histories], self.items)
-        return ((had @ self.similarities).toarray() + self.popularity).astype(np.float32)
+        return (had @ self.similarities).toarray()
 
 
 def similarities(had: Matrix, neighbours: int, shrinkage: float) -> Matrix:

@@ -24,6 +24,7 @@ from peso.runtime.progress import Observer
 
 MOST_TRIALS = 8  # settings of every baseline, so that the budget is the same
 TUNED_ON = 2048  # validation cases of a stage, evenly spaced, if it has more
+LEAST = 1e-6  # weight of popularity beside evidence
 CHOSEN = "chosen.json"
 
 
@@ -63,9 +64,24 @@ class Tuned(Baseline):
 
 
 class Counted(Tuned):
-    """A tuned baseline that learns from all stages at once, in seconds. It saves what it chose."""
+    """A tuned baseline that learns from all stages at once, in seconds. It saves what it chose.
 
-    continues = False
+    It adds up evidence for each item, and scores an item by the logarithm of its sum: softmax at temperature
+    τ gives P(j) ∝ (sum_j + least_j)^(1/τ). With plain sums thousands of items without evidence would share
+    nearly all of the probability, and a semantic ID of two such items would rank above all others.
+    """
+
+    continues, revision = False, 1
+
+    popularity: np.ndarray
+    """float64 (items,): ``least_j``, by which items without evidence are ordered (:func:`least`)."""
+
+    @abstractmethod
+    def sums(self, cases: Cases) -> np.ndarray:
+        """float (n, items): the evidence for each item; what is negative speaks against it."""
+
+    def scores(self, cases: Cases) -> np.ndarray:
+        return np.log(np.maximum(self.sums(cases), 0.0) + self.popularity).astype(np.float32)
 
     @abstractmethod
     def counts(self, stages: Sequence[Stage]) -> Any:
@@ -126,6 +142,11 @@ class Validation:
             for row, seen in zip(scores, part.seen, strict=True):
                 row[seen] = -np.inf
         return target_ranks(scores, part.targets)
+
+
+def least(counts: np.ndarray) -> np.ndarray:
+    """float64 (items,): a millionth of each item's share of the counts, to all of which one is added."""
+    return LEAST * (counts + 1) / (counts.sum() + len(counts))
 
 
 def target_ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:

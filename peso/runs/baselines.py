@@ -123,6 +123,9 @@ class BaselineRun:
             [self.stream.fingerprint(number) for number in range(stage + 1)],
             self.ids.fingerprint(self.stream.items_known(stage)),
         )
+        revisions = [BASELINES.find(each.name).revision for each in (self.config, *self.config.fused)]
+        if any(revisions):
+            result = digest(result, revisions)
         if not self.config.fused:
             return result
         models = [self.workspace.stage(number) for number in sorted({0, stage})]

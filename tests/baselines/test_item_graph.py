@@ -56,9 +56,11 @@ def test_scores_add_up_the_edges_of_the_history_newest_first() -> None:
     model = ItemGraph(setting(ITEMS, 3), **GIVEN)
     model.learn([stage(0, {"a": ([], [0, 1, 2, 3, 9, 9]), "b": ([], [1, 2, 0, 9, 9])})], Silent())
     graph = model.edges.toarray()
-    expected = graph[2] + 0.5 * graph[1] + 0.25 * graph[0] + model.popularity
-    np.testing.assert_allclose(model.scores(cases([4, 5, 0, 1, 2]))[0], expected, rtol=1e-6)
-    np.testing.assert_allclose(model.scores(cases([]))[0], model.popularity, rtol=1e-6)
+    expected = graph[2] + 0.5 * graph[1] + 0.25 * graph[0]
+    np.testing.assert_allclose(model.sums(cases([4, 5, 0, 1, 2]))[0], expected)
+    scores = model.scores(cases([4, 5, 0, 1, 2], []))
+    np.testing.assert_allclose(scores[0], np.log(expected + model.popularity), rtol=1e-6)
+    np.testing.assert_allclose(scores[1], np.log(model.popularity), rtol=1e-6)
 
 
 def test_what_no_edge_leads_to_is_ordered_by_recent_popularity() -> None:
@@ -66,7 +68,7 @@ def test_what_no_edge_leads_to_is_ordered_by_recent_popularity() -> None:
     old = stage(0, {name: ([], [4, 9 % ITEMS, 9 % ITEMS]) for name in "abc"})
     model.learn([old, stage(1, {name: ([], [5, 0, 0]) for name in "de"})], Silent())
     scores = model.scores(cases([1]))[0]
-    assert scores[5] > scores[4] > scores[2] == 0  # two new events weigh more than three old ones
+    assert scores[5] > scores[4] > scores[2] == scores[0]  # two new events weigh more than three old ones
 
 
 def test_events_are_as_old_as_their_stage() -> None:

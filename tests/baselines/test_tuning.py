@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from peso.baselines.baseline import BaselineAnswers
+from peso.baselines.baseline import BaselineAnswers, Setting
 from peso.baselines.ease import Ease
 from peso.baselines.item_graph import ItemGraph
 from peso.baselines.item_knn import ItemKnn
@@ -21,6 +21,7 @@ from peso.config.baselines import BASELINES, read_baseline
 from peso.evaluation.metrics import ndcg
 from peso.evaluation.predictions import semantic_id_ranks
 from peso.events.histories import Cases, Ragged, Stage
+from peso.items.semantic_ids import SemanticIds
 from peso.runtime.progress import Silent
 
 ITEMS, WINDOW = 15, 5
@@ -124,6 +125,20 @@ def test_items_that_a_user_has_had_take_no_place_from_a_target() -> None:
     assert validation.ndcg_of(model) == 1.0
     validation.repeats = True
     assert validation.ndcg_of(model) == pytest.approx(1 / np.log2(5))
+
+
+@COUNTED
+def test_a_shared_id_of_items_without_evidence_does_not_outrank_evidence(kind: type[Counted]) -> None:
+    """The probability of an ID is that of its items together, so flat probabilities would put it first."""
+    codes = np.array([0, 1, 2, 3, *np.repeat(np.arange(4, 100), 2)], dtype=np.int32)[:, None]
+    trie = SemanticIds([str(item) for item in range(len(codes))], codes, (100,)).trie
+    rows = [[0, 1, 2, 2], [0, 1, 3, 3]]  # the last two are held back
+    stage = Stage(0, ["a", "b"], Ragged.of([[], []]), Ragged.of(rows))
+    model = kind(Setting(trie, WINDOW), trials=1)
+    model.learn([stage], Silent())
+    asked = Cases(["c"], [np.array([0], dtype=np.int32)], np.array([1], dtype=np.int32))
+    found = BaselineAnswers(model, trie, repeats=False).answer(asked, 1, lambda done: None)
+    assert found.leaves.tolist() == [[1]]
 
 
 FORMER = [  # as version 0.1.0 recorded them: all options, since it chose none

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from peso.baselines.ease import Ease
 from peso.config import baseline_label, load_config
 from peso.config.baselines import read_baseline
 from peso.errors import ConfigError, WorkspaceError
@@ -219,3 +220,16 @@ def test_what_was_chosen_is_recorded_and_printed(peso, finished: Workspace) -> N
     assert {**learned["chosen"], "ndcg": best} in learned["tried"]
     chosen = json.loads((finished.root / "baselines/item-graph/1/model/chosen.json").read_text())
     assert chosen == learned["chosen"]
+
+
+def test_answers_are_made_again_where_the_same_options_mean_others(
+    finished: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ease,) = [config for config in finished.config.baselines if config.name == "ease"]
+    assert BaselineRun(finished, ease).is_done(1)
+    monkeypatch.setattr(Ease, "revision", Ease.revision + 1)
+    assert not BaselineRun(finished, ease).is_done(1)
+    mixed = BaselineRun(finished, read_baseline({"name": "hybrid", "partners": ["ease"]}))
+    before = mixed.determination(1)
+    monkeypatch.setattr(Ease, "revision", 0)
+    assert mixed.determination(1) != before
