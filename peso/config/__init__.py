@@ -1,6 +1,7 @@
-"""The one typed, validated configuration tree.
+"""The typed, validated configuration tree.
 
-A configuration is read from YAML, changed by ``--set a.b=value`` and written back as resolved.
+A configuration is read from YAML and changed by ``--set a.b=value``. The result, with all defaults, is
+written to the workspace.
 """
 
 from peso.config.baselines import BASELINES, BaselineOptions, baseline_label

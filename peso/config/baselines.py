@@ -1,4 +1,4 @@
-"""The recommenders that a run is compared with: the section `baselines`, names and their options."""
+"""The section `baselines`: the names and options of the recommenders that a run is compared with."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ DEFAULT: list[dict[str, Any]] = [
 
 
 class BaselineOptions(Options):
-    """What a configuration says of a baseline. A baseline declares its own as a nested class ``Options``."""
+    """The options of a baseline. A baseline declares its own as a nested class ``Options``."""
 
     @property
     def fused(self) -> Sequence[BaselineOptions]:
-        """The baselines with which the run's own model is fused; none: that model is not needed."""
+        """The baselines that are fused with the run's own model. Empty if that model is not needed."""
         return ()
 
     def memory(self, items: int, users: int, window: int) -> int:
-        """Bytes that it needs at least: of the catalog's size and of how many users a stage has, 0 where the
-        log is not read yet, and the items of a history that are used."""
+        """The least memory that the baseline needs, in bytes.
+
+        Args:
+            items: the number of items in the catalog, or 0 if the log was not read yet.
+            users: the number of users of a stage, or 0 if the log was not read yet.
+            window: the number of items of a history that are used.
+        """
         return 0
 
 
@@ -43,7 +48,7 @@ BaselineConfig = Annotated[SerializeAsAny[BaselineOptions], typed(BASELINES)]
 
 
 def default_baselines() -> list[BaselineOptions]:
-    """Those of a run that names none; each takes seconds."""
+    """The baselines of a configuration that does not list any. Each takes seconds."""
     return [BASELINES.read(options) for options in DEFAULT]
 
 
@@ -57,17 +62,18 @@ Baselines = Annotated[list[BaselineConfig], BeforeValidator(_listed)]
 
 
 def read_baseline(options: Mapping[str, Any]) -> BaselineOptions:
-    """A baseline from its options as they were dumped, the name among them."""
+    """The options of a baseline from dumped options, which include the name."""
     return TypeAdapter[BaselineOptions](BaselineConfig).validate_python(options)
 
 
 def is_random(options: BaselineOptions) -> bool:
-    """Whether what it learns depends on a seed: the networks do, what is counted or solved does not."""
+    """Whether a baseline depends on a seed. Networks do; those that count or solve do not."""
     return bool(BASELINES.find(options.name).random)
 
 
 def baseline_label(options: BaselineOptions) -> str:
-    """``popularity``, or with options that are not the defaults ``popularity last=1``; tells them apart."""
+    """A unique label of a baseline: its name and the options that are not defaults, as in
+    ``popularity last=1``."""
     own = options.model_dump(mode="json", exclude_defaults=True)
 
     def words(some: Mapping[str, Any], prefix: str = "") -> list[str]:

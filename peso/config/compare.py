@@ -1,4 +1,4 @@
-"""What is compared: the section `compare` beside an ordinary configuration."""
+"""The section `compare`: the runs that `peso compare` makes from an ordinary configuration."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from peso.errors import ConfigError
 
 Axis = Literal["data", "backbone", "strategy"]
 EXPAND = {"data": expand_data, "backbone": expand_backbone, "strategy": expand_strategy}
-MOST_VARIANTS = 10_000  # of one grid: a run each
-NAME = re.compile(r"[\w+-][\w.+-]*")  # part of a path, so nothing that a shell or a file system minds
+MOST_VARIANTS = 10_000  # the most runs of one grid
+NAME = re.compile(r"[\w+-][\w.+-]*")  # names are parts of paths, so only characters that are safe there
 
 
 def _listed(value: Any) -> Any:
     """``[none, single]`` is short for ``{none: none, single: single}``."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         if len(set(value)) < len(value):
-            raise ValueError(f"two variants of one name in {value}")
+            raise ValueError(f"two variants have the same name in {value}")
         return {name: name for name in value}
     return value
 
@@ -42,25 +42,30 @@ Variants = Annotated[dict[str, Any], BeforeValidator(_listed)]
 
 
 class CompareConfig(Section):
-    """Data sets × backbones × strategies × seeds. A variant is the axis' own section (``{name: peso, …}``) or
-    any sections of the configuration with keys under ``set``: ``{strategy: single, set: {adapter.rank: 4}}``.
-    """
+    """Data sets × backbones × strategies × seeds. A variant is either the section of its axis, such as
+    ``{name: peso, …}``, or several sections, with further keys under ``set``, such as
+    ``{strategy: single, set: {adapter.rank: 4}}``."""
 
-    data: Variants = Field({}, description="none given: the common data alone")
-    backbones: Variants = Field({}, description="none given: the common backbone alone")
+    data: Variants = Field({}, description="the data sets; none given: only the common `data`")
+    backbones: Variants = Field({}, description="the backbones; none given: only the common `backbone`")
     strategies: Variants = Field(
-        {}, description="by name; `[none, single]` is short for `{none: none, single: single}`"
+        {},
+        description="the strategies by name; `[none, single]` is short for `{none: none, single: single}`",
     )
-    grid: dict[str, Any] = Field({}, description="strategies whose lists of values become a run each")
-    tune: dict[str, Any] = Field({}, description="strategies whose lists are chosen from on validation loss")
-    baselines: Baselines | None = Field(None, description="not given: those of the common `baselines`")
+    grid: dict[str, Any] = Field(
+        {}, description="strategies with lists of values; each combination becomes a run"
+    )
+    tune: dict[str, Any] = Field(
+        {}, description="strategies with lists of values, from which the validation loss chooses"
+    )
+    baselines: Baselines | None = Field(None, description="none given: those of the common `baselines`")
     hybrid_with: list[str] = Field(
-        [], description="strategies whose model the baseline hybrid is fused with; none given: the first"
+        [], description="strategies whose models the baseline hybrid is fused with; none given: the first"
     )
     transfer: bool | list[str] = Field(
         True,
-        description="test every stage's model of the first seed on the cases of all other stages; true: of "
-        "every strategy outside of grid, or those named",
+        description="test the models of all stages of the first seed on the cases of all other stages; true: "
+        "for every strategy not in grid; a list: for these strategies",
     )
     seeds: list[Seed] = Field([0], min_length=1, description="each strategy runs once per seed")
     share_base: bool = Field(True, description="one stage 0 for all seeds; false: trained again for each")
@@ -71,9 +76,13 @@ class CompareConfig(Section):
 
 @dataclass(frozen=True)
 class Variant:
-    """One value of an axis: ``sections`` and dotted keys ``changes`` that it sets in the common tree.
+    """One value of an axis.
 
-    ``options``: of an option grid, all that it sets, by dotted key.
+    Attributes:
+        name: the name of the variant.
+        sections: the sections that it sets in the common tree.
+        changes: the values of dotted keys that it sets in the common tree.
+        options: for a variant of a grid, all values that it sets, by dotted key.
     """
 
     name: str
@@ -82,8 +91,9 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """The tree changed. ``data``, ``backbone`` and ``strategy`` are replaced whole: the options of one
-        strategy mean nothing to another. Other sections are changed key by key."""
+        """A copy of the tree with the changes of this variant. ``data``, ``backbone`` and ``strategy`` are
+        replaced as a whole, because the options of one strategy have no meaning for another. Other sections
+        are changed key by key."""
         result = dict(tree)
         for name, section in self.sections.items():
             below = result.get(name)
@@ -95,16 +105,17 @@ class Variant:
 
 
 def load_comparison(source: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], CompareConfig]:
-    """The common tree of a comparison's file, as it stands, and its section ``compare``, validated.
+    """The common tree of a comparison's file, not validated, and its validated section ``compare``.
 
     Raises:
-        ConfigError: names the key, the value and the nearest valid key.
+        ConfigError: if the section is missing or not valid. The message names the key, the value and the
+            nearest valid key.
     """
     tree = read_tree(source)
     for text in overrides:
         override(tree, text)
     if "compare" not in tree:
-        raise ConfigError(f"{source} has no section compare; for a single run there is `peso run`")
+        raise ConfigError(f"{source} has no section compare; use `peso run` for a single run")
     section = tree.pop("compare")
     try:
         compare = CompareConfig.model_validate(section)
@@ -113,36 +124,43 @@ def load_comparison(source: Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     if not (compare.strategies or compare.grid or compare.tune):
         raise ConfigError("nothing to compare: give compare.strategies, compare.grid or compare.tune")
     if len(set(compare.seeds)) < len(compare.seeds):
-        raise ConfigError(f"compare.seeds: {compare.seeds} names a seed twice")
+        raise ConfigError(f"compare.seeds: {compare.seeds} contains a seed twice")
     return tree, compare
 
 
 def variants(named: Mapping[str, Any], axis: Axis, key: str) -> list[Variant]:
-    """The variants of an axis in the order of the file. ``key``: where they stand, for messages.
+    """The variants of an axis, in the order of the file.
+
+    Args:
+        named: the values of the variants by their names.
+        axis: the axis that the variants belong to.
+        key: the key that contains the variants, for messages.
 
     Raises:
-        ConfigError: a name that cannot be part of a path, or a value that is no variant.
+        ConfigError: if a name cannot be part of a path, or a value is not a variant.
     """
     return [_variant(name, value, axis, f"{key}.{name}") for name, value in named.items()]
 
 
 def grid(variant: Variant, key: str) -> list[Variant]:
-    """One variant for every combination of the values in its lists, the last list varying fastest.
+    """One variant for every combination of the values in the lists. The last list varies fastest.
 
     Raises:
-        ConfigError: there is no list, or an empty one.
+        ConfigError: if there is no list, or a list is empty.
     """
     leaves = [*_leaves(variant.sections), *variant.changes.items()]
     lists = {name: values for name, values in leaves if isinstance(values, list)}
     if not lists:
         raise ConfigError(
-            f"{key}: no option is a list, so there is nothing to vary; a single strategy goes "
-            "under compare.strategies"
+            f"{key}: no option is a list, so there is nothing to vary; move a single strategy to "
+            "compare.strategies"
         )
     if empty := [name for name, values in lists.items() if not values]:
         raise ConfigError(f"{key}: {empty[0]} is an empty list")
     if (count := math.prod(map(len, lists.values()))) > MOST_VARIANTS:
-        raise ConfigError(f"{key} is {count:,} combinations; at most {MOST_VARIANTS:,} are compared at once")
+        raise ConfigError(
+            f"{key} has {count:,} combinations; at most {MOST_VARIANTS:,} can be compared at once"
+        )
     last = [name.rpartition(".")[2] for name in lists]
     shown = last if len(set(last)) == len(last) else list(lists)
     result = []
@@ -162,7 +180,7 @@ def grid(variant: Variant, key: str) -> list[Variant]:
 
 def _variant(name: str, value: Any, axis: Axis, key: str) -> Variant:
     if not NAME.fullmatch(name):
-        raise ConfigError(f"{key}: a name is made of letters, digits and . _ + -; got {shown(name)}")
+        raise ConfigError(f"{key}: a name must consist of letters, digits and . _ + -; got {shown(name)}")
     sections: dict[str, Any] = {axis: value}
     changes: Mapping[str, Any] = {}
     if isinstance(value, Mapping) and (axis in value or {*value} <= {*Config.model_fields, "set"}):
@@ -172,7 +190,7 @@ def _variant(name: str, value: Any, axis: Axis, key: str) -> Variant:
         raise ConfigError(
             f"{key}: expected {axis} options, sections or set: {{key: value}}; got {shown(value)}"
         )
-    for section in EXPAND.keys() & sections.keys():  # short forms written out: options may be set in them
+    for section in EXPAND.keys() & sections.keys():  # expand short forms, so that options can be set in them
         sections[section] = EXPAND[section](sections[section])
     return Variant(name, sections, dict(changes))
 

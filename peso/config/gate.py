@@ -1,4 +1,5 @@
-"""When an update may go out: the section `gate`. It shapes no stage, so its keys may change at any time."""
+"""The section `gate`: the conditions under which an update may serve. Its keys do not affect the training of
+a stage, so they may change at any time."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ def _unset(value: Any) -> bool:
 
 def _metric(name: str) -> str:
     if not METRIC.fullmatch(name):
-        raise ValueError("a metric is hit@K, ndcg@K, mrr@K (such as ndcg@10) or log_probability")
+        raise ValueError("a metric must be hit@K, ndcg@K, mrr@K (such as ndcg@10) or log_probability")
     return name
 
 
 class GateSegmentsConfig(Section):
-    """Groups of cases for which the new stage must not be worse, each with its margin (relative to the stage
-    that serves). A group that is not given is not checked."""
+    """The groups of cases for which the new stage must not be worse, and the margin of each (relative to the
+    stage that serves). A group that is not given is not checked."""
 
     new_users: Margin | None = Field(None, exclude_if=_unset, description="users without an earlier event")
     dormant_users: Margin | None = Field(
@@ -50,7 +51,7 @@ class GateSegmentsConfig(Section):
         unknown = set(tree) - set(cls.model_fields) if isinstance(tree, Mapping) else ()
         if unknown:
             raise ValueError(
-                f"the gate knows no group {', '.join(sorted(map(str, unknown)))}; it knows "
+                f"unknown groups of the gate: {', '.join(sorted(map(str, unknown)))}; known groups are "
                 f"{', '.join(cls.model_fields)}"
             )
         return tree
@@ -62,11 +63,14 @@ class GateSegmentsConfig(Section):
 
 
 class GateConfig(Section):
-    """Whether `peso update` promotes the stage that it trained: only if that is not worse than the stage that
-    serves by more than ``delta`` (docs/how-to/gate-and-promote.md)."""
+    """The conditions under which `peso update` promotes the stage that it trained. The main one is that the
+    new stage is not worse than the stage that serves by more than ``delta``
+    (docs/how-to/gate-and-promote.md)."""
 
     enabled: bool = Field(
-        False, exclude_if=partial(eq, False), description="true: `peso update` promotes what passes, no more"
+        False,
+        exclude_if=partial(eq, False),
+        description="true: `peso update` promotes a stage only if it passes the gate",
     )
     metric: Annotated[str, AfterValidator(_metric)] = Field(
         "ndcg@10",
@@ -83,12 +87,12 @@ class GateConfig(Section):
         ge=0.5,
         lt=1,
         exclude_if=partial(eq, 0.95),
-        description="one-sided, of every comparison of the gate",
+        description="one-sided confidence of every comparison of the gate",
     )
     cases: Literal["validation", "test"] = Field(
         "validation",
         exclude_if=partial(eq, "validation"),
-        description="those of the new stage that decide; test cases are reported in any case",
+        description="the cases of the new stage that decide; results on test cases are always reported",
     )
     segments: GateSegmentsConfig = Field(
         GateSegmentsConfig(), exclude_if=lambda segments: segments == GateSegmentsConfig()
@@ -96,36 +100,36 @@ class GateConfig(Section):
     forgetting: Margin | None = Field(
         None,
         exclude_if=_unset,
-        description="margin on the test cases of the stage that serves; none given: reported, not required",
+        description="margin on the test cases of the stage that serves; none given: only reported",
     )
     guards: Literal["no-harm", "proof"] = Field(
         "no-harm",
         exclude_if=partial(eq, "no-harm"),
-        description="segments and forgetting refuse what is shown to be worse than the margin (no-harm), or "
-        "all that is not shown to be within it (proof)",
+        description="segments and forgetting refuse a stage if it is shown to be worse than the margin "
+        "(no-harm), or if it is not shown to be within the margin (proof)",
     )
     coverage: float | None = Field(
         0.8,
         ge=0,
         le=1,
         exclude_if=partial(eq, 0.8),
-        description="distinct items recommended, at least, relative to the stage that serves; none given: "
-        "not checked",
+        description="smallest number of distinct recommended items, relative to the stage that serves; none "
+        "given: not checked",
     )
     anchor: Literal["any", "held"] = Field(
         "any",
         exclude_if=partial(eq, "any"),
-        description="held: an anchor that was to restrain the update must have had a measurable effect",
+        description="held: the update's anchor, if it has one, must have had a measurable effect",
     )
     drift: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
         exclude_if=_unset,
-        description="tell, and alert, if the divergence of a stage's items from those of the stage before "
-        "is greater (Jensen-Shannon, bits; `peso diagnose` shows it); none given: never",
+        description="warn, and alert, if the divergence of a stage's items from those of the previous stage "
+        "is greater (Jensen-Shannon, in bits; `peso diagnose` shows it); none given: never",
     )
 
     @property
     def k(self) -> int | None:
-        """The length of the lists that the metric is computed on; None for the log-probability."""
+        """The length of the lists that the metric is computed on, or None for the log-probability."""
         _, at, k = self.metric.partition("@")
         return int(k) if at else None

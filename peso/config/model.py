@@ -1,4 +1,4 @@
-"""What is learnt and how it is used: backbone, prompt, adapter, training, decoding, evaluation, report."""
+"""The sections `backbone`, `prompt`, `adapter`, `head`, `training`, `decoding`, `evaluation` and `report`."""
 
 from __future__ import annotations
 
@@ -17,37 +17,42 @@ Layout = Literal["stream", "instruct"]
 LossVocabulary = Literal["full", "semantic", "level"]
 STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
 Precision = Literal["auto", "float32", "bfloat16"]
-# Backbones built in code, randomly initialized, trained whole at stage 0: name → default (width, layers).
+# Backbones that are built in code, randomly initialized and fully trained at stage 0: name → default
+# (width, layers).
 BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
-CONTEXT = 4096  # tokens that these see
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of these
+CONTEXT = 4096  # the context of these backbones in tokens
+# the linear layers of these backbones
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_BEAMS, MOST_EPOCHS = 500, 100_000
-WIDEST = 16_384  # of a layer of one's own
+WIDEST = 16_384  # the largest width of a layer that is built in code
 DEVICE = re.compile(r"auto|cpu|(cuda|xpu|hpu|mps)(:\d{1,3})?")
 SCRATCH_DROPOUT = 0.2
 HOW = (
     "gradient_checkpointing",
     "compile",
     "threads",
-)  # keys of training that change what a step costs, no more
+)  # keys of training that change only the cost of a step
 
 
 class BackboneConfig(Section):
-    """``name``: a hub name, a path, an asset of ``peso pull``, ``scratch`` or ``tiny``."""
+    """The language model. ``name`` is a name on the hub, a path, an asset of ``peso pull``, ``scratch`` or
+    ``tiny``."""
 
     name: str = Field(
         "smollm2-135m",
-        description="a hub name, a path, an asset of `peso pull`; scratch and tiny are built in",
+        description="a name on the hub, a path, an asset of `peso pull`, or scratch or tiny (built in)",
     )
-    layers: int | None = Field(None, ge=1, description="keep the first n layers; for scratch: its depth")
-    width: int | None = Field(None, ge=8, description="scratch and tiny only: hidden width")
+    layers: int | None = Field(
+        None, ge=1, description="use only the first n layers; for scratch and tiny: the number of layers"
+    )
+    width: int | None = Field(None, ge=8, description="scratch and tiny only: the hidden width")
     dropout: float | None = Field(
         None,
         ge=0,
         lt=1,
         exclude_if=lambda dropout: dropout is None,
-        description="scratch and tiny only: of embeddings and of the outputs of attention and feed-forward; "
-        f"none given: {SCRATCH_DROPOUT} for scratch, 0 for tiny",
+        description="scratch and tiny only: dropout of the embeddings and of the outputs of attention and "
+        f"feed-forward layers; none given: {SCRATCH_DROPOUT} for scratch, 0 for tiny",
     )
 
     @model_validator(mode="before")
@@ -70,7 +75,7 @@ class BackboneConfig(Section):
     def _has_whole_heads(self) -> BackboneConfig:
         if self.width is not None and self.name not in BUILT_IN:
             raise ValueError(
-                f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} brings its own width"
+                f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} has a fixed width"
             )
         if self.width is not None and self.width % (head := head_size(self.width)):
             raise ValueError(f"backbone.width {self.width} is not a multiple of the head size {head}")
@@ -78,65 +83,69 @@ class BackboneConfig(Section):
 
 
 def head_size(width: int) -> int:
-    """Of a backbone that is built in code."""
+    """The size of an attention head in a backbone that is built in code."""
     return 32 if width >= 64 else 16
 
 
 def _device(name: str) -> str:
     if not DEVICE.fullmatch(name):
-        raise ValueError("a device is auto, cpu, cuda or one of several, such as cuda:1 (also mps, xpu, hpu)")
+        raise ValueError(
+            "a device must be auto, cpu or cuda, or one of several such as cuda:1 (or mps, xpu, hpu)"
+        )
     return name
 
 
 class PromptConfig(Section):
     layout: Layout = Field(
-        "stream", description="stream: the items alone; instruct: an instruction around them, as in the paper"
+        "stream", description="stream: only the items; instruct: items within an instruction, as in the paper"
     )
-    window: int = Field(20, ge=1, description="the newest items of a history that the model reads")
+    window: int = Field(
+        20, ge=1, description="number of items, the newest of a history, that the model reads"
+    )
 
 
 class AdapterConfig(Section):
-    rank: int = Field(8, ge=1, le=8192, description="columns of A and B")
+    rank: int = Field(8, ge=1, le=8192, description="the rank of the adapter matrices A and B")
     alpha: float = Field(16.0, gt=0, description="B·A is scaled by alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1, description="of the adapter's input, in training")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout of the adapter's input in training")
     targets: list[str] = Field(
         [*LINEAR_LAYERS],
         min_length=1,
-        description="the linear layers that get an adapter; all seven projections",
+        description="the linear layers that get an adapter; by default all seven projections",
     )
 
 
 class HeadConfig(Section):
-    """What an answer is made of: ``codes``, the semantic IDs that the model generates; ``items``, these and
-    an item head (docs/explanation/item-head.md)."""
+    """How items are scored: with ``codes``, by the semantic IDs that the model generates; with ``items``,
+    also by an item head (docs/explanation/item-head.md)."""
 
     name: Literal["codes", "items"] = Field(
-        "codes", description="codes: semantic IDs alone; items: these and a vector for each item"
+        "codes", description="codes: semantic IDs only; items: semantic IDs and a vector for each item"
     )
     weight: float = Field(
-        1.0, gt=0, description="items only: of an item's loss, beside that of all its codes together"
+        1.0, gt=0, description="items only: weight of an item's loss relative to the loss of all its codes"
     )
     negatives: int | None = Field(
         None,
         ge=1,
         le=1_000_000,
-        description="items only: drawn for each pass of training, with a correction for how they were drawn, "
-        "instead of a softmax over all items; none given: all items up to 100,000, beyond that 8,192",
+        description="items only: number of negative items sampled for each forward pass, with a correction "
+        "for the sampling; none given: a softmax over all items up to 100,000 items, beyond that 8,192",
     )
 
 
 def expand_head(value: Any) -> Any:
-    """The short form of the section, a name alone, written out."""
+    """Expand the short form of the section, a name alone."""
     return {"name": value} if isinstance(value, str) else value
 
 
 def expand_backbone(value: Any) -> Any:
-    """The short form of the section, a name alone, written out."""
+    """Expand the short form of the section, a name alone."""
     return {"name": value} if isinstance(value, str) else value
 
 
 class TrialsConfig(Section):
-    """The short trainings that choose what ``training.later`` leaves to ``auto``, stage by stage."""
+    """The short training runs that choose, at each stage, the values of ``training.later`` that are auto."""
 
     scales: list[Annotated[float, Field(gt=0)]] = Field(
         [0.1, 0.3, 1.0, 3.0],
@@ -148,18 +157,18 @@ class TrialsConfig(Section):
         [0.3, 1.0, 3.0],
         min_length=2,
         max_length=64,
-        description="values of rows_learning_rate_scale to try, where that is auto",
+        description="values of rows_learning_rate_scale to try if that is auto",
     )
     budget: float = Field(
         1.0,
         gt=0,
         le=1000,
-        description="steps of all trials of a stage together, relative to those of its training",
+        description="total steps of all trials of a stage, relative to those of its training",
     )
 
 
 class LaterTrainingConfig(Section):
-    """What is different for the updates after stage 0. A key that is not given is as for stage 0."""
+    """The settings of the updates after stage 0. A key that is not given has the value of stage 0."""
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         None,
@@ -174,13 +183,13 @@ class LaterTrainingConfig(Section):
     batch_size: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
     patience: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
     trials: TrialsConfig | None = Field(
-        None, exclude_if=not_, description="of what is auto; unused where nothing is"
+        None, exclude_if=not_, description="the trials for the values that are auto; unused if none is"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _trials_where_something_is_auto(cls, tree: Any) -> Any:
-        """Written out where they are used, so that a stage is known by them."""
+        """Add the defaults of the trials if they are used, because they determine the stage."""
         if not isinstance(tree, Mapping) or tree.get("trials") is not None:
             return tree
         auto = "auto" in (tree.get("learning_rate"), tree.get("rows_learning_rate_scale"))
@@ -195,37 +204,40 @@ class TrainingConfig(Section):
     later_learning_rate_scale: float = Field(
         0.1, gt=0, description="the learning rate of later stages, relative to that of stage 0"
     )
-    batch_size: int = Field(32, ge=1, description="targets in one optimiser step, in every layout")
+    batch_size: int = Field(32, ge=1, description="targets in one optimizer step, in every layout")
     max_steps: int | None = Field(
-        None, ge=1, description="ends each stage after so many steps; none given: no limit"
+        None, ge=1, description="the largest number of steps in each stage; none given: no limit"
     )
     loss_vocabulary: LossVocabulary = Field(
-        STREAM_LOSS_VOCABULARY, description="the paper's preset and `instruct` have another default: full"
+        STREAM_LOSS_VOCABULARY,
+        description="the tokens that compete with a target; the default of the paper's preset and of "
+        "`instruct` is full",
     )
-    temperature: float = Field(
-        0.8, gt=0, description="logits are divided by it in training; decoding is at 1"
+    temperature: float = Field(0.8, gt=0, description="logits are divided by it in training; decoding uses 1")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="gradients with a larger norm are scaled to this norm"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
     warmup: float = Field(0.01, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the learning rate falls after that"
+        "cosine", description="how the learning rate decreases after the warmup"
     )
     precision: Precision = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 for frozen weights and products on a GPU"
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
-        "auto", description="auto: the GPU if there is one; or a name of PyTorch such as cpu or cuda:1"
+        "auto", description="auto: the GPU if there is one; or a PyTorch device such as cpu or cuda:1"
     )
     validation_cases: int | None = Field(
-        None, ge=1, description="validate on a seeded sample of so many cases; none given: on all"
+        None, ge=1, description="validate on a random sample of this number of cases; none given: on all"
     )
-    # not written where not used, so that what earlier versions wrote and read stays the same
+    # not written if not used, so that the files of earlier versions stay the same
     patience: int | None = Field(
         None,
         ge=1,
         exclude_if=not_,
-        description="epochs without a lower validation loss that end a stage; none given: all are trained",
+        description="end a stage after this number of epochs without a lower validation loss; none given: "
+        "train all epochs",
     )
     rows_learning_rate_scale: float = Field(
         1.0,
@@ -238,24 +250,27 @@ class TrainingConfig(Section):
         LaterTrainingConfig(), exclude_if=lambda later: later == LaterTrainingConfig()
     )
     gradient_checkpointing: bool = Field(
-        False, exclude_if=not_, description="less memory for a third more computation; no number changes"
+        False, exclude_if=not_, description="use less memory for a third more computation; same results"
     )
     compile: bool | Literal["auto"] = Field(
-        False, exclude_if=not_, description="torch.compile; auto: on a GPU; rounding alone changes"
+        False,
+        exclude_if=not_,
+        description="use torch.compile; auto: only on a GPU; results differ only by rounding",
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         "auto",
         exclude_if=partial(eq, "auto"),
-        description="of PyTorch on a CPU; auto: OMP_NUM_THREADS, else by the size of the model",
+        description="PyTorch threads on a CPU; auto: OMP_NUM_THREADS, else by the size of the model",
     )
 
     def determining(self) -> dict[str, Any]:
-        """What a training's result depends on: all but how its steps are computed, and other stages."""
+        """The keys that determine the result of training: all except those that change only the cost of a
+        step, and those of other stages."""
         return self.model_dump(mode="json", exclude={*HOW, "later"})
 
     def of_update(self) -> TrainingConfig:
-        """The settings of an update: those of ``later`` in place of stage 0's, what is ``auto`` and the rate
-        apart."""
+        """The settings of an update: those of stage 0, replaced by those of ``later``, except for the
+        learning rate and values that are ``auto``."""
         given = self.later.model_dump(exclude={"learning_rate", "trials"})
         given = {key: value for key, value in given.items() if value != "auto"}
         return self.model_copy(update={**given, "later": LaterTrainingConfig()})
@@ -265,34 +280,34 @@ class TrainingConfig(Section):
         """The highest learning rate of an update.
 
         Raises:
-            ConfigError: it is ``auto``.
+            ConfigError: if it is ``auto``.
         """
         if self.later.learning_rate == "auto":
             raise ConfigError(
-                "training.later.learning_rate is auto: each stage chooses it; give a number here"
+                "training.later.learning_rate is auto, which each stage chooses; give a number here"
             )
         return self.later.learning_rate or self.learning_rate * self.later_learning_rate_scale
 
 
 class DecodingConfig(Section):
     beams: int = Field(
-        10, ge=1, le=MOST_BEAMS, description="width of the search: the most semantic IDs in a ranked list"
+        10, ge=1, le=MOST_BEAMS, description="width of the beam search, and the most items in a ranked list"
     )
-    # not written where not given, as above
+    # not written if not given, as above
     batch_size: int | None = Field(
-        None, ge=1, exclude_if=not_, description="users decoded together; none given: 64, on a GPU 256"
+        None, ge=1, exclude_if=not_, description="users decoded together; none given: 64, or 256 on a GPU"
     )
     repeats: Repeats = Field(
         "auto",
         exclude_if=partial(eq, "auto"),
-        description="items that a user has had, as answers; auto: left out where no training target was one "
-        "(the paper's preset: keep)",
+        description="whether items of the history may be recommended; auto: only if some training target was "
+        "one (the paper's preset: keep)",
     )
 
 
 class EvaluationConfig(Section):
     enabled: bool = Field(
-        True, description="false: stages are trained only; nothing is tested, and no report is written"
+        True, description="false: stages are only trained; nothing is tested, and no report is written"
     )
     k: list[Annotated[int, Field(ge=1)]] = Field(
         [5, 10], min_length=1, description="lengths of the lists that Hit, NDCG and MRR are computed on"
@@ -301,5 +316,9 @@ class EvaluationConfig(Section):
 
 class ReportConfig(Section):
     title: str | None = Field(None, description="none given: the names of the runs")
-    segments: list[str] = Field([], description="columns of the item or user table that part the cases too")
-    users: str | None = Field(None, description="the user table: CSV, Parquet or JSON lines with user_id")
+    segments: list[str] = Field(
+        [], description="columns of the item or user table by which the cases are also divided"
+    )
+    users: str | None = Field(
+        None, description="the user table: CSV, Parquet or JSON lines with a column user_id"
+    )

@@ -1,5 +1,8 @@
-"""YAML as a plain tree (every key once, numbers as they look, bounded in size, depth and aliases), and what
-every part of the configuration is: typed, immutable, without unknown keys."""
+"""Read YAML as a plain tree, and the base class of all sections of the configuration.
+
+Duplicate keys are refused. Size, depth and aliases are limited. Sections are typed and immutable, and do not
+accept unknown keys.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from peso.errors import ConfigError
 
 MOST_BYTES = 1_000_000
-MOST_VALUES = 50_000  # aliases written out
+MOST_VALUES = 50_000  # with aliases expanded
 DEEPEST = 40
 INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
@@ -24,12 +27,12 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only. Octal (010) and base-60 numbers (1:30) of YAML 1.1 are text."""
+    """A loader of plain values. The octal (010) and base-60 numbers (1:30) of YAML 1.1 are read as text."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._values = 0
-        self._sizes: dict[yaml.Node, int] = {}  # of the nodes that are complete, aliases written out
+        self._sizes: dict[yaml.Node, int] = {}  # the sizes of complete nodes, with aliases expanded
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         alias, before = self.check_event(yaml.AliasEvent), self._values
@@ -41,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         assert node is not None
         self._depth -= 1
         if alias and node not in self._sizes:
-            raise _Refused(problem="an alias inside of what it stands for", problem_mark=mark)
+            raise _Refused(problem="an alias that refers to a value that contains it", problem_mark=mark)
         if alias:
             self._values += self._sizes[node]
         if self._values > MOST_VALUES:
@@ -63,7 +66,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if (seen := first.setdefault((key.tag, key.value), key.start_mark)) is not key.start_mark:
-                problem = f"the key {shown(key.value)} is there twice (first in line {seen.line + 1})"
+                problem = f"the key {shown(key.value)} occurs twice (first in line {seen.line + 1})"
                 raise _Refused(problem=f"{problem}; keep one of them", problem_mark=key.start_mark)
         return node
 
@@ -86,14 +89,15 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str, where: str) -> Any:
-    """The value that a YAML text holds.
+    """The value of a YAML text.
 
     Args:
-        where: what the text is, for messages.
+        text: the YAML text.
+        where: a description of the text for messages, such as the name of its file.
 
     Raises:
-        ConfigError: not valid YAML, a key twice in one section, too large, too deep, or with an alias inside
-            of itself; names the line.
+        ConfigError: if the text is not valid YAML, has a key twice in one section, is too large or too deeply
+            nested, or has an alias that refers to a value that contains it. The message names the line.
     """
     loader = None
     try:
@@ -112,17 +116,17 @@ def parse(text: str, where: str) -> Any:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file as they stand.
+    """The tree of keys and values in a YAML file, not validated.
 
     Raises:
-        ConfigError: there is no such file, it cannot be read (see :func:`parse`), or it holds no keys.
+        ConfigError: if there is no such file, it cannot be read (see :func:`parse`), or it has no keys.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"no configuration at {path}") from None
+        raise ConfigError(f"there is no configuration at {path}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -131,31 +135,34 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes, so it is not a configuration")
     tree = parse(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no configuration (expected keys such as data, backbone, strategy)")
+        raise ConfigError(
+            f"{path} contains no configuration (expected keys such as data, backbone and strategy)"
+        )
     return tree
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value as a message shows it: long ones cut."""
+    """A value as text for a message. Long values are cut."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
-# items that a user has had, as answers; auto: left out where no training target was a repeat
+# whether items of the history may be recommended; auto: only if a training target was one
 Repeats = Literal["auto", "keep", "leave-out"]
-LARGEST = 2**31 - 1  # of a count: what arrays are indexed with
+LARGEST = 2**31 - 1  # the largest count, because arrays are indexed with int32
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class Section(BaseModel):
-    """A part of the tree: immutable, no unknown keys, values of exactly the type that a key takes."""
+    """A section of the configuration. It is immutable, accepts no unknown keys, and does not convert values
+    to other types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, tree: Any) -> Any:
-        """YAML 1.1 reads 2e-4 as text."""
+        """Read numbers such as 2e-4, which are text in YAML 1.1, and refuse counts that are too large."""
         if not isinstance(tree, Mapping):
             return tree
         result = dict(tree)
@@ -166,7 +173,7 @@ class Section(BaseModel):
             counts = value if isinstance(value, list) else [value]
             too_large = any(isinstance(count, int) and count > LARGEST for count in counts)
             if too_large and int in kinds and not {float, str} & kinds:
-                raise ValueError(f"{key} is too large: a count is at most {LARGEST:,}")
+                raise ValueError(f"{key} is too large: the largest allowed count is {LARGEST:,}")
         return result
 
 
@@ -175,5 +182,5 @@ def _number(value: Any) -> Any:
 
 
 def plain_types(annotation: Any) -> frozenset[Any]:
-    """The plain types that an annotation allows, those within lists and unions included."""
+    """The plain types that an annotation allows, including those within lists and unions."""
     return frozenset([annotation]).union(*map(plain_types, get_args(annotation)))

@@ -1,4 +1,4 @@
-"""A configuration read from YAML, changed from the command line, validated, compared and written back."""
+"""Read a configuration from YAML, change it from the command line, validate, compare and write it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
 from peso.errors import ConfigError
 
-# what pydantic names beside the keys: the member of a union of plain values
+# parts of pydantic's locations that are not keys: the member of a union of plain values
 MEMBER = re.compile(r"(constrained-)?(int|float|bool|str)$|(literal|list)\[|function-")
-MOST_PROBLEMS = 5  # of a configuration that one message names
+MOST_PROBLEMS = 5  # problems of a configuration that one message lists
 
 
 def load_config(
@@ -31,13 +31,14 @@ def load_config(
     """Read, override and validate a configuration.
 
     Args:
-        source: a YAML file, or an already read tree.
-        overrides: ``a.b=value`` texts, the value in YAML; later ones win.
-        base: relative ``data.path`` is taken from here; by default from the file's own folder if it exists
-            there, else from the working directory.
+        source: a YAML file, or a tree that was already read.
+        overrides: texts of the form ``a.b=value`` with the value in YAML. Later ones take precedence.
+        base: the folder that relative paths refer to. A path that does not exist there refers to the working
+            directory. By default the folder of the file.
 
     Raises:
-        ConfigError: names the key, the value and the nearest valid key.
+        ConfigError: if the configuration is not valid. The message names the key, the value and the nearest
+            valid key.
     """
     if isinstance(source, Mapping):
         tree = dict(source)
@@ -46,7 +47,7 @@ def load_config(
     for text in overrides:
         override(tree, text)
     if "compare" in tree:
-        raise ConfigError("the section compare describes several runs: use `peso compare`, or leave it out")
+        raise ConfigError("the section compare describes several runs: use `peso compare`, or remove it")
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -55,13 +56,13 @@ def load_config(
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the work."""
+    """The resolved configuration as YAML, with the sections in the order in which they are used."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved configuration as read from a workspace, with what earlier versions did not write: the values
-    that they trained with, where those are not the defaults of today."""
+    """Complete a resolved configuration that was read from a workspace. Keys that earlier versions did not
+    write get the values that these versions trained with, if they differ from today's defaults."""
     backbone = tree.get("backbone")
     if not isinstance(backbone, Mapping) or backbone.get("name") not in BUILT_IN or "dropout" in backbone:
         return dict(tree)
@@ -69,7 +70,7 @@ def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """Dotted names of the keys whose values differ, in the order of the tree."""
+    """The dotted names of the keys whose values differ, in the order of the tree."""
     before, after = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]
 
@@ -78,7 +79,7 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
     items = config.items.model_copy(
         update={"vectors": [_absolute(path, base) for path in config.items.vectors]}
     )
-    if items.encoder.startswith((".", "~", "/")):  # everything else may be a name of the hub
+    if items.encoder.startswith((".", "~", "/")):  # anything else may be a name on the hub
         items = items.model_copy(update={"encoder": _absolute(items.encoder, base)})
     if items.index is not None:
         items = items.model_copy(update={"index": _absolute(items.index, base)})
@@ -100,7 +101,7 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
 
 
 def _is_backbone(name: str, base: Path | None) -> bool:
-    """Whether a name is the path of a backbone: everything else may be one of the hub or of ``peso pull``."""
+    """Whether a name is the path of a backbone. Any other name may be one on the hub or of ``peso pull``."""
     if name.startswith((".", "~", "/")):
         return True
     return any((folder / name / "config.json").is_file() for folder in (base or Path(), Path()))
@@ -115,13 +116,13 @@ def _absolute(text: str, base: Path | None) -> str:
 
 
 def missing_keys(tree: Mapping[str, Any], config: Config) -> list[str]:
-    """Keys that the resolved configuration has and a tree read from a file has not."""
+    """The keys of the resolved configuration that a tree read from a file does not have."""
     there = {key for key, _ in leaves(tree)}
     return [key for key, _ in leaves(config.model_dump(mode="json")) if key not in there]
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is not a section, by its dotted key."""
+    """The dotted key and the value of every entry that is not a section."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -130,21 +131,21 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def override(tree: dict[str, Any], text: str) -> None:
-    """Change a tree by ``a.b=value``, the value in YAML. Raises ConfigError if it is not of that form."""
+    """Change a tree by a text ``a.b=value`` with the value in YAML. Raises ConfigError for any other form."""
     key, equals, value = text.partition("=")
     if not equals or not key or key.count(".") >= DEEPEST:
         raise ConfigError(f"--set takes key=value, for example --set training.epochs=2; got {shown(text)}")
-    # a pattern of times (%d/%m/%Y) or a separator (|) is a text; YAML itself would ask for quotes
+    # a time format (%d/%m/%Y) and a separator (|) are text, for which YAML would require quotes
     parsed = value if value.startswith(("%", "|")) else parse(value, f"--set {shown(key)}")
     place(tree, key.strip(), parsed)
 
 
 def place(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; what stands above it is copied, not changed, so that trees may share it."""
+    """Set a dotted key. The sections that contain it are copied, because other trees may share them."""
     *parents, last = key.split(".")
     for parent in parents:
         below = tree.get(parent)
-        # a short form (`strategy: peso`, `backbone: tiny`) makes room for its options
+        # a short form (`strategy: peso`, `backbone: tiny`) is expanded to a section
         tree[parent] = (
             dict(below) if isinstance(below, Mapping) else {} if below is None else _expand(parent, below)
         )
@@ -157,7 +158,7 @@ def _expand(key: str, short: Any) -> dict[str, Any]:
         key, lambda v: v
     )(short)
     if not isinstance(expanded, dict):
-        raise ConfigError(f"{key} is {shown(short)}, which has no keys below it")
+        raise ConfigError(f"{key} is {shown(short)}, which is not a section with keys")
     return dict(expanded)
 
 
@@ -167,14 +168,17 @@ def sections(
     parts: bool = True,
     within: type[BaseModel] | None = None,
 ) -> list[tuple[str, Any, type[BaseModel]]]:
-    """The section types that an annotation allows, several for a union, each after "" and None.
+    """The section types that an annotation allows, as tuples of a part's name, the part and the type.
 
-    A key that takes a part of :mod:`peso.config.registry` allows the options of all parts of its kind, each
-    after the part's name and the part. They are imported for it; where not ``parts``, what all have.
+    An ordinary section has "" and None for the part. A union has several sections. A key that takes a part of
+    :mod:`peso.config.registry` has the options of all parts of its kind, which are imported.
 
     Args:
-        within: the section that has the key. A part that takes parts itself (a hybrid its partners) has no
-            sections for them: they are those of the key that takes such parts first.
+        annotation: the type of the key.
+        metadata: the metadata of the key's field, which tells whether the key takes a part.
+        parts: whether to list the options of each part; if not, only those that all parts have.
+        within: the section that has the key. If this is the options of a part (such as a hybrid, whose
+            partners are parts too), the sections of its parts are not listed again.
     """
     if parts and (registry := registry_of(metadata)):
         if within is not None and issubclass(within, Options):
@@ -189,7 +193,8 @@ def sections(
 
 
 def valid_keys(parts: bool = True) -> list[str]:
-    """Every dotted key that a configuration may hold. ``parts``: options of strategies and so on included."""
+    """All dotted keys of a configuration. With ``parts``, including the options of strategies, baselines and
+    so on."""
 
     def below(section: type[BaseModel], prefix: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
@@ -201,7 +206,7 @@ def valid_keys(parts: bool = True) -> list[str]:
 
 
 def explained(error: ValidationError, explain: Callable[[Any], str]) -> str:
-    """The first few problems, one sentence each."""
+    """A message with the first few problems, one sentence for each."""
     problems: list[Any] = error.errors(include_url=False)
     for problem in problems:
         problem["loc"] = tuple(part for part in problem["loc"] if not MEMBER.match(str(part)))
@@ -230,8 +235,8 @@ def _explain(problem: Any) -> str:
         return f"unknown key {shown(key)}: {why}; {cure}"
     if problem["type"] == UNKNOWN_NAME:
         return (
-            f"{key}.name: {shown(context['name'])} is unknown; known are {context['known']}. Others come "
-            "with a distribution that has to be installed"
+            f"{key}.name: {shown(context['name'])} is unknown; known names are {context['known']}. Other "
+            "names require the distribution that provides them to be installed"
         )
     if problem["type"] == "missing":
         hint = "; a configuration needs at least data.format (and data.path)" if parts[0] == "data" else ""
@@ -240,6 +245,6 @@ def _explain(problem: Any) -> str:
         return f"{key} is a section: write its keys below it, or leave it out; got {value}"
     message: str = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and (not parts or message.startswith(f"{parts[0]}.")):
-        # raised by a section's own check, which names its keys
+        # raised by a check of a section, whose message names the keys
         return message
     return f"{key[:80]}: {message}; got {value}"

@@ -1,8 +1,8 @@
-"""The parts that a name stands for: strategies, proximal terms, baselines, data formats, report sections.
+"""Parts with names: strategies, proximal terms, baselines, data formats and report sections.
 
-A kind of part has a folder with one file a part, named like the part; other distributions add to it by
-entry points. A part's module is imported when its name is asked for, not before. The modules of peso's own
-parts import PyTorch and SciPy inside functions, so that a refused call does not wait for them.
+Each kind of part has a folder with one file per part, named like the part. Other distributions add parts
+through entry points. The module of a part is imported when its name is first used. peso's own modules import
+PyTorch and SciPy inside functions, so that errors in a configuration are reported without waiting for them.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from peso.config.parsing import Section, shown
 from peso.errors import ConfigError
 
-UNKNOWN_NAME, UNKNOWN_OPTION = "unknown_name", "unknown_option"  # types of problems, for pydantic
+UNKNOWN_NAME, UNKNOWN_OPTION = "unknown_name", "unknown_option"  # error types for pydantic
 
 
 class Options(Section):
-    """What a configuration says of a part: its name and its options."""
+    """A part in a configuration: its name and its options."""
 
     name: str = Field("", min_length=1)
 
     @classmethod
     def checked(cls, name: str, options: Mapping[str, Any]) -> Self:
-        """Those of a part that is made in Python.
+        """The options of a part that is created in Python.
 
         Raises:
-            ConfigError: an unknown option or an impossible value.
+            ConfigError: if an option is unknown or has an invalid value.
         """
         try:
             return cls(**{"name": name, **options})
@@ -44,11 +44,11 @@ class Options(Section):
             raise ConfigError(f"{name}: {'; '.join(told)}") from None
 
     def given(self) -> dict[str, Any]:
-        """All options but the name."""
+        """All options except the name."""
         return self.model_dump(exclude={"name"})
 
     def usual(self) -> dict[str, Any]:
-        """What the name alone means: all options at their defaults; {} where some have none."""
+        """The options of the name alone, at their defaults. If an option has no default, only the name."""
         has_all = not any(field.is_required() for field in type(self).model_fields.values())
         return type(self)(name=self.name).model_dump() if has_all else {"name": self.name}
 
@@ -58,11 +58,13 @@ class Registry:
     """The parts of one kind.
 
     Args:
-        what: such a part in words, for messages.
-        folder: the package whose modules are the built-in ones, but for those in ``beside``.
-        group: of the entry points by which an installed distribution offers another.
-        base: what those have to be subclasses of, ``module:Class``; empty: functions.
-        hyphens: whether names have hyphens where file names have underscores.
+        what: a word for such a part, used in messages.
+        folder: the package whose modules are the built-in parts, except for the modules in ``beside``.
+        group: the group of entry points through which installed distributions provide parts.
+        base: the class that provided parts must be subclasses of, as ``module:Class``. If empty, parts are
+            functions.
+        beside: modules in the folder that are not parts.
+        hyphens: whether the names of parts have hyphens in place of the underscores in file names.
     """
 
     what: str
@@ -74,10 +76,10 @@ class Registry:
     _known: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, part: Any) -> None:
-        """Make a part known by its name, in this process.
+        """Register a part under its name, in this process.
 
         Raises:
-            TypeError: another one has this name.
+            TypeError: if another part has this name.
         """
         known = self._known.setdefault(name, part)
         if (known.__module__, known.__qualname__) != (part.__module__, part.__qualname__):
@@ -85,12 +87,12 @@ class Registry:
         self._known[name] = part
 
     def find(self, name: str) -> Any:
-        """The part with this name: a built-in one first, then one that was added, then an entry point.
+        """The part with this name: a built-in part if there is one, else an added one, else an entry point.
 
         Raises:
-            KeyError: there is none.
-            ConfigError: it is offered by a distribution, and cannot be imported, or two offer it; or it lacks
-                a method.
+            KeyError: if there is no such part.
+            ConfigError: if the part of a distribution cannot be imported, if several distributions provide
+                it, or if it lacks a method.
         """
         if name not in self._known:
             if module := self._built_in().get(name):
@@ -105,14 +107,14 @@ class Registry:
         return sorted(self._built_in())
 
     def names(self) -> list[str]:
-        """Every name that :meth:`find` knows, without importing the parts."""
+        """All names that :meth:`find` accepts, without importing the parts."""
         return sorted({*self._built_in(), *self._known, *entry_points(group=self.group).names})
 
     def everything(self) -> dict[str, Any]:
-        """Every part by its name. They are imported for it.
+        """All parts by their names. This imports all of them.
 
         Raises:
-            ConfigError: as :meth:`find`.
+            ConfigError: as for :meth:`find`.
         """
         for module in self._built_in().values():
             import_module(module)
@@ -121,11 +123,15 @@ class Registry:
         return dict(sorted(self._known.items()))
 
     def options(self, name: Any, given: Mapping[str, Any]) -> Any:
-        """The options of a part, typed and with their defaults: an instance of its class ``Options``.
+        """The typed options of a part with their defaults, as an instance of its class ``Options``.
+
+        Args:
+            name: the name of the part.
+            given: the options that a configuration gives.
 
         Raises:
-            PydanticCustomError: there is no such part.
-            pydantic.ValidationError: an option that it does not have, or an impossible value.
+            PydanticCustomError: if there is no such part.
+            pydantic.ValidationError: if the part does not have an option, or an option has an invalid value.
         """
         try:
             part = self.find(str(name))
@@ -139,14 +145,14 @@ class Registry:
             raise ValidationError.from_exception_data(error.title, problems) from None
 
     def read(self, value: Any) -> Any:
-        """What a key of the configuration that takes a part is given: a name, or options with a name."""
+        """The options of a part from the value of a key: a name, or options that include a name."""
         if isinstance(value, str):
             return self.options(value, {})
         if isinstance(value, Mapping):
             return self.options(value.get("name"), value)
         if isinstance(value, Options):
             return value
-        raise ValueError(f"a {self.what} is its name, or its options with the name among them")
+        raise ValueError(f"a {self.what} must be a name, or options that include a name")
 
     def _told(self, name: str, options: type[Options], problem: Any) -> InitErrorDetails:
         kind = problem["type"]
@@ -155,7 +161,7 @@ class Registry:
             kind = PydanticCustomError(
                 UNKNOWN_OPTION, "{part}", {"part": f"{self.what} {name!r}", "there": there}
             )
-        elif kind in (UNKNOWN_NAME, UNKNOWN_OPTION):  # of a part within this one
+        elif kind in (UNKNOWN_NAME, UNKNOWN_OPTION):  # a problem of a part within this one
             kind = PydanticCustomError(kind, problem["msg"], problem["ctx"])
         details = InitErrorDetails(type=kind, loc=problem["loc"], input=problem["input"])
         if "ctx" in problem:
@@ -163,7 +169,7 @@ class Registry:
         return details
 
     def _built_in(self) -> dict[str, str]:
-        """Name → module."""
+        """The module of each built-in part, by name."""
         spec = find_spec(self.folder)
         assert spec is not None
         files = [file.name for file in iter_modules(spec.submodule_search_locations)]
@@ -176,7 +182,7 @@ class Registry:
     def _load(self, name: str, offers: Any) -> Any:
         if len({offer.value for offer in offers}) > 1:
             raise ConfigError(
-                f"{self.what} {name!r} is offered by several distributions "
+                f"{self.what} {name!r} is provided by several distributions "
                 f"({', '.join(sorted(offer.dist.name for offer in offers))}); uninstall all but one"
             )
         offer = next(iter(offers))
@@ -185,7 +191,7 @@ class Registry:
         except Exception as error:  # whatever a module does when it is imported
             raise ConfigError(
                 f"{self.what} {name!r} cannot be imported ({type(error).__name__}: {error}); it is "
-                f"{offer.value} of the distribution {offer.dist.name}: correct or uninstall that"
+                f"{offer.value} of the distribution {offer.dist.name}: correct or uninstall that distribution"
             ) from error
         wanted = f"subclass of {self.base.replace(':', '.')}" if self.base else "function"
         base = EntryPoint("", self.base, "").load() if self.base else object
@@ -200,7 +206,7 @@ class Registry:
 
 
 def require_whole(what: str, part: Any) -> None:
-    """Raise ConfigError if a class leaves out a method that its base class asks for."""
+    """Raise ConfigError if a class does not define a method that its base class requires."""
     if missing := sorted(getattr(part, "__abstractmethods__", ())):
         raise ConfigError(
             f"{what} is {part.__module__}.{part.__qualname__}, which does not define {', '.join(missing)}; "
@@ -209,11 +215,11 @@ def require_whole(what: str, part: Any) -> None:
 
 
 def typed(registry: Registry) -> BeforeValidator:
-    """For the type of a key of the configuration that takes a part of this kind."""
+    """The validator for the type of a key in the configuration that takes a part of this kind."""
     return BeforeValidator(registry.read)
 
 
 def registry_of(metadata: Sequence[Any]) -> Registry | None:
-    """The kind of parts that an annotated type takes (:func:`typed`)."""
+    """The registry of the parts that an annotated type takes (see :func:`typed`), or None."""
     readers = [getattr(each.func, "__self__", None) for each in metadata if isinstance(each, BeforeValidator)]
     return next((reader for reader in readers if isinstance(reader, Registry)), None)

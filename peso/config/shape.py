@@ -1,4 +1,4 @@
-"""The part of a configuration that shapes one stage: what its files depend on."""
+"""The part of a configuration that determines a stage, and the changes that its files do not fit."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from peso.config.reading import leaves
 from peso.config.tree import Config
 
 SHAPES_A_STAGE = ("backbone", "prompt", "adapter", "training")
-FOR_NEW_ITEMS = ("vectors", "index")  # keys of items that name files, which may grow or move
-Changes = dict[str, tuple[Any, Any]]  # dotted keys that differ: the value then, and now
+FOR_NEW_ITEMS = ("vectors", "index")  # keys of `items` with names of files, which may grow or be moved
+Changes = dict[str, tuple[Any, Any]]  # the earlier and the current value of each dotted key that differs
 
 
 def is_later(key: str) -> bool:
-    """Whether a key is about the stages after stage 0 alone."""
+    """Whether a key affects only the stages after stage 0."""
     return key == "training.later_learning_rate_scale" or key.startswith(("strategy.", "training.later."))
 
 
 def stage_shape(config: Config, stage: int) -> dict[str, Any]:
-    """The part of a configuration that shapes one stage, the data apart, as plain values.
+    """The part of a configuration that determines one stage, except for the data, as plain values.
 
-    The base stage is trained alike by every strategy, at the unscaled learning rate; where it trains a whole
-    backbone it has no adapter.
+    Stage 0 is trained in the same way for every strategy, with the unscaled learning rate. If it trains a
+    whole backbone, it has no adapter.
     """
     tree = config.model_dump(mode="json")
     tree["training"] = config.training.determining()
     shape: dict[str, Any] = {key: tree[key] for key in SHAPES_A_STAGE} | {"seed": config.seed_of_stage(stage)}
-    if not shape["backbone"].get("dropout"):  # earlier versions had none
+    if not shape["backbone"].get("dropout"):  # earlier versions did not have this key
         shape["backbone"].pop("dropout", None)
     if config.head.name == "items":
         shape["head"] = tree["head"]
@@ -46,8 +46,8 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
 
 
 def moved(config: Config, now: Config) -> Config:
-    """A configuration with the device of ``now``, and its backbone where that is a directory: these say where
-    something is, not what it is. (The weights that are found there are compared when they are loaded.)"""
+    """A configuration with the device of ``now`` and, if it is a directory, the backbone of ``now``. Both are
+    locations, which may change. (Weights are compared when they are loaded.)"""
     names = config.backbone.name, now.backbone.name
     a_path = any(map(_is_path, names)) and not set(names) & set(BUILT_IN)
     backbone = config.backbone.model_copy(update={"name": names[a_path]})
@@ -56,12 +56,12 @@ def moved(config: Config, now: Config) -> Config:
 
 
 def changed_shape(before: Config, now: Config, stage: int) -> Changes:
-    """What shapes a stage and differs, wherever backbone and device are."""
+    """The changes that affect a stage. A new location of the backbone and another device do not count."""
     return _changes(stage_shape(before, stage), stage_shape(moved(now, before), stage))
 
 
 def changed_data(stream: Mapping[str, Any], config: Config) -> Changes:
-    """What of ``data`` differs from what the manifest of a stream says that it was made from, if it does."""
+    """The changes of ``data`` since a stream was made, according to the manifest of the stream."""
     if not isinstance(stream.get("source"), Mapping):
         return {}
     source = dict(stream["source"])
@@ -80,9 +80,9 @@ def changed_data(stream: Mapping[str, Any], config: Config) -> Changes:
 
 
 def changed_items(ids: Mapping[str, Any], config: Config) -> Changes:
-    """What of ``items`` differs from what the manifest of semantic IDs says that they were made with."""
+    """The changes of ``items`` since semantic IDs were made, according to the manifest of the IDs."""
     made_with = ids.get("config")
-    if made_with is None:  # they were imported: from a file, if not with the data
+    if made_with is None:  # imported, either from a file or with the data
         imported = ids.get("made_by") == "import" and config.data.format != "peso-release"
         return {"items.index": (ids["source"], None)} if imported and config.items.index is None else {}
     now = config.items.model_dump(mode="json", include=set(made_with))

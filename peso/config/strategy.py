@@ -1,4 +1,4 @@
-"""How later stages are learned: the section `strategy`, a name and the options of that strategy."""
+"""The section `strategy`, which selects how later stages are trained: a name and the strategy's options."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ STRATEGIES = Registry(
     "peso.training.strategies.strategy:Strategy",
     beside=["strategy"],
 )
-DEFAULT, UNCHANGED = "peso", "none"  # where none is given; where no later stage is learned
+DEFAULT, UNCHANGED = "peso", "none"  # the default, and the strategy that does not train later stages
 
 
 class StrategyOptions(Options):
-    """What a configuration says of a strategy. A strategy declares its own as a nested class ``Options``."""
+    """The options of a strategy. A strategy declares its own as a nested class ``Options``."""
 
     @property
     def foreign(self) -> list[str]:
-        """Classes that these options name by where Python finds them: importing them runs their code."""
+        """The classes that these options refer to by import path. Importing them runs their code."""
         return []
 
     @property
     def keeper(self) -> str:
-        """By what name a stage's memory is known to be this strategy's own."""
+        """The name that identifies a stage's memory as belonging to this strategy."""
         return self.name
 
     @property
     def observing(self) -> str:
-        """The option by which every forward pass is observed, so that no module may run twice; or ""."""
+        """The option that requires every forward pass to be observed, so that no module may run twice; "" if
+        there is none."""
         return ""
 
 
@@ -52,7 +53,7 @@ def strategy_options(name: str) -> StrategyOptions:
 
 
 def expand_strategy(value: Any) -> Any:
-    """The short forms of the section written out: a name, or `paper`."""
+    """Expand the short forms of the section: a name, or `paper`."""
     if value == "paper":
         return {"name": "peso", "weight": 2.0, "reduction": "mean"}
     if isinstance(value, str):

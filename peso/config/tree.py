@@ -1,4 +1,4 @@
-"""The configuration as a whole: its sections in the order of the work, and what they demand of each other."""
+"""The whole configuration: its sections, in the order in which they are used, and checks across sections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Config(Section):
-    """Everything a run is determined by. Field order is the order of the work."""
+    """Everything that determines a run. The fields are in the order in which they are used."""
 
     data: Annotated[DataConfig, BeforeValidator(expand_data)]
     items: ItemsConfig = ItemsConfig()
@@ -47,22 +47,24 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     gate: GateConfig = Field(GateConfig(), exclude_if=lambda gate: gate == GateConfig())
     seed: Seed = Field(0, description="fixes all random numbers; on the same machine, all results")
-    data_seed: Seed | None = Field(None, description="of simulated data and semantic IDs; none given: seed")
-    base_seed: Seed | None = Field(None, description="of stage 0; none given: seed")
+    data_seed: Seed | None = Field(
+        None, description="seed of simulated data and semantic IDs; none given: seed"
+    )
+    base_seed: Seed | None = Field(None, description="seed of stage 0; none given: seed")
 
     @property
     def seed_of_data(self) -> int:
-        """Of what stands before any stage: simulated data and semantic IDs."""
+        """The seed of what is made before any stage is trained: simulated data and semantic IDs."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def seed_of_stage(self, stage: int) -> int:
-        """Runs that share their base stage differ in the seed of the later ones only."""
+        """The seed of a stage. Runs that share stage 0 differ only in the seed of the later stages."""
         return self.seed if stage or self.base_seed is None else self.base_seed
 
     @model_validator(mode="before")
     @classmethod
     def _default_quantizer(cls, tree: Any) -> Any:
-        """The simulator's items come with a category tree, whose path is their ID unless told otherwise."""
+        """Use the category path of simulated items as their semantic ID, unless a quantizer is given."""
         if not isinstance(tree, Mapping) or not isinstance(tree.get("items") or {}, Mapping):
             return tree
         data = expand_data(tree.get("data"))
@@ -76,7 +78,7 @@ class Config(Section):
         if self.training.gradient_checkpointing and self.strategy.observing:
             raise ValueError(
                 f"training.gradient_checkpointing runs every module twice, but {self.strategy.observing} "
-                "observes each pass; turn one of them off"
+                "observes every forward pass; turn one of them off"
             )
         return self
 
@@ -99,7 +101,7 @@ class Config(Section):
             )
         if (self.gate.k or 0) > self.decoding.beams:
             raise ValueError(
-                f"gate.metric {self.gate.metric} looks at {self.gate.k} items, but decoding.beams is "
+                f"gate.metric {self.gate.metric} needs {self.gate.k} items, but decoding.beams is "
                 f"{self.decoding.beams}; give at least as many beams"
             )
         return self
@@ -107,7 +109,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_repeats(cls, tree: Any) -> Any:
-        """The paper's preset recommends and counts items that the user has had."""
+        """Allow items of the history as recommendations in the paper's preset."""
         if not isinstance(tree, Mapping) or tree.get("strategy") != "paper":
             return tree
         decoding = tree.get("decoding") or {}
@@ -118,14 +120,14 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_loss_vocabulary(cls, tree: Any) -> Any:
-        """``full`` for `instruct` and for the paper's preset; the default of `stream` is measured on real
-        data (docs/reference/training.md)."""
+        """Use ``full`` for `instruct` and for the paper's preset. The default for `stream` was chosen by
+        experiments on real data (docs/reference/training.md)."""
         if not isinstance(tree, Mapping):
             return tree
         training = tree.get("training") or {}
         prompt = tree.get("prompt") or {}
         if not isinstance(training, Mapping) or not isinstance(prompt, Mapping):
-            return tree  # the types are refused further on
+            return tree  # wrong types are refused by pydantic
         paper = tree.get("strategy") == "paper" or prompt.get("layout") == "instruct"
         if training.get("loss_vocabulary") is not None or not paper:
             return tree

@@ -65,20 +65,23 @@ def test_the_product_tables_path_is_taken_from_beside_the_configuration(tmp_path
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"stages": 0}, "data.stages: there is at least one stage; got 0"),
-        ({"stages": {}}, "data.stages: takes one of"),
+        ({"stages": 0}, "data.stages: there must be at least one stage; got 0"),
+        ({"stages": {}}, "data.stages: give exactly one of"),
         ({"stages": {"fractions": [0.5, 0.4]}}, "fractions sum to 0.9"),
         ({"stages": {"every": "1 wek", "from": 0}}, "not '1 wek'"),
         ({"stages": {"every": "1 week"}}, "every and from"),
         ({"stages": {"boundaries": [1], "fractions": [1.0]}}, "given: fractions, boundaries"),
-        ({"stages": {"boundaries": [True]}}, "a moment is ISO text"),
-        ({"columns": {"user": 0}}, "data.columns.user: a column is its name, or its number counted from 1"),
+        ({"stages": {"boundaries": [True]}}, "a time must be ISO text"),
+        (
+            {"columns": {"user": 0}},
+            "data.columns.user: a column must be a name or, if a CSV file has no header, a number",
+        ),
         (
             {"columns": {"usr": "u"}},
             "unknown key 'data.columns.usr'.*nearest valid key is 'data.columns.user'",
         ),
         ({"min_rating": 3}, "data.min_rating needs data.columns.rating"),
-        ({"time_format": "fortnights"}, "data.time_format is one of auto, seconds"),
+        ({"time_format": "fortnights"}, "data.time_format must be one of auto, seconds"),
         ({"format": "yelp", "separator": ","}, "data.separator has no meaning for data.format: yelp"),
         ({"format": "peso-release", "min_user": 5}, "data.min_user has no meaning"),
         ({"format": "jsonl", "encoding": "latin-1"}, "data.encoding has no meaning"),

@@ -30,8 +30,11 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ({"template": "{titel}"}, "takes the fields {title}, {text} and {category}; got '{titel}'"),
-        ({"template": "no field"}, "takes the fields"),
+        (
+            {"template": "{titel}"},
+            "only the fields {title}, {text} and {category}, and needs at least one; got '{titel}'",
+        ),
+        ({"template": "no field"}, "can contain only the fields"),
         ({"template": "{title"}, "'{title' is not a template"),
         ({"encoder": "vectors"}, "items.encoder: vectors needs files in items.vectors"),
         ({"quantiser": "rq-vae"}, "the nearest valid key is 'items.quantizer'"),

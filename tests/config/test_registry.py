@@ -43,7 +43,7 @@ def test_a_part_is_found_by_the_name_of_its_entry_point_and_its_options_are_type
 def test_it_is_imported_when_a_configuration_names_it_and_not_before(install: Install) -> None:
     install("halves", MODULE, "peso.strategies halfway = halves:Halfway")
     strategy(name="single")
-    with pytest.raises(ConfigError, match=r"known are .*'halfway'.*'single'"):
+    with pytest.raises(ConfigError, match=r"known names are .*'halfway'.*'single'"):
         strategy(name="halfwy")
     assert "halves" not in sys.modules
     strategy(name="halfway")
@@ -84,7 +84,7 @@ def test_a_module_that_fails_is_refused_with_its_reason(install: Install) -> Non
 def test_two_distributions_with_one_name_are_refused(install: Install) -> None:
     install("halves", MODULE, "peso.strategies halfway = halves:Halfway")
     install("parts", MODULE, "peso.strategies halfway = parts:Halfway")
-    with pytest.raises(ConfigError, match=r"offered by several distributions \(halves, parts\)"):
+    with pytest.raises(ConfigError, match=r"provided by several distributions \(halves, parts\)"):
         strategy(name="halfway")
 
 

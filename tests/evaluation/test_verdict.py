@@ -221,12 +221,12 @@ def test_answers_to_different_cases_are_not_compared() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("gate.metric=auc", r"gate\.metric: a metric is hit@K, ndcg@K, mrr@K"),
-        ("gate.metric=ndcg@0", r"gate\.metric: a metric is"),
-        ("gate.metric=ndcg@50", r"gate\.metric ndcg@50 looks at 50 items, but decoding\.beams is 10"),
+        ("gate.metric=auc", r"gate\.metric: a metric must be hit@K, ndcg@K, mrr@K"),
+        ("gate.metric=ndcg@0", r"gate\.metric: a metric must be"),
+        ("gate.metric=ndcg@50", r"gate\.metric ndcg@50 needs 50 items, but decoding\.beams is 10"),
         (
             "gate.segments.vip_users=0.1",
-            "no group vip_users; it knows new_users, dormant_users, .*known_items",
+            "unknown groups of the gate: vip_users; known groups are new_users, dormant_users, .*known_items",
         ),
         ("gate.delta=1", r"gate\.delta"),
         ("gate.confidence=0.2", r"gate\.confidence"),

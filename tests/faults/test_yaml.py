@@ -23,7 +23,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         (
             "data: simulate\nseed: 1\nseed: 2\n",
-            r"line 3.*'seed' is there twice \(first in line 2\)",
+            r"line 3.*'seed' occurs twice \(first in line 2\)",
         ),
         ("data: simulate\ntraining: {epochs: 1}\ntraining: {epochs: 2}\n", "line 3.*'training'.*line 2"),
         ("data: simulate\ntraining: {epochs: 1, epochs: 1}\n", "line 2.*'epochs'"),
@@ -31,15 +31,15 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (LAUGHS, "50,000 values"),
         ("a: " + "[" * 100_000, "levels deep"),
         ("a: " + "{b: " * 1_000, "levels deep"),
-        ("a: &a [*a]", "alias inside"),
-        ("a: &a {<<: *a}", "alias inside"),
+        ("a: &a [*a]", "an alias that refers to a value that contains it"),
+        ("a: &a {<<: *a}", "an alias that refers to a value that contains it"),
         ("data: simulate\na: 2013-13-45", r"line 2.*'2013-13-45' is not a date \(month"),
         ("a: !!python/object/apply:os.system [ls]", "constructor"),
         ("? [a]\n: b", "unhashable"),
         ("a: \x1b[31m", "character"),
         ("#" * 2_000_000, "larger than"),
-        ("- a", "holds no configuration"),
-        ("", "holds no configuration"),
+        ("- a", "contains no configuration"),
+        ("", "contains no configuration"),
     ],
 )
 def test_a_file_that_means_nothing_certain_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -103,7 +103,7 @@ def test_a_value_of_another_type_is_refused_in_a_short_sentence(tmp_path: Path, 
     [
         ("training.epochs=true", "training.epochs"),
         ("training.epochs='2'", "training.epochs"),
-        ("strategy={name: peso, name: single}", "--set 'strategy' .*'name' is there twice"),
+        ("strategy={name: peso, name: single}", "--set 'strategy' .*'name' occurs twice"),
         ("strategy.weight=.inf", "strategy.weight"),
         ("report.title=" + "[" * 50_000, "--set 'report.title'.*levels deep"),
         (".".join(["a"] * 50_000) + "=1", "--set takes"),
