@@ -35,7 +35,7 @@ def forget(
     opened = Workspace.open(workspace)
     with opened.lock():
         held = holdings(opened, user)
-        stream = "the stream, as too rare for a stage" if held.rare else f"stages {held.stages} of the stream"
+        stream = "the rare users of the stream" if held.rare else f"stages {held.stages} of the stream"
         where = f"{stream}, {held.received:,} received events, {len(held.tests)} files of predictions"
         try:
             go = (

@@ -35,12 +35,12 @@ def serve(
     allow_file: Annotated[
         Path | None,
         typer.Option(
-            help="File of the only items that may be recommended, such as those in stock: one id a line. "
-            "Read again when it changes."
+            help="File of the only items that may be recommended, such as those in stock, with one id per "
+            "line. The server reads it again when it changes."
         ),
     ] = None,
     deny_file: Annotated[
-        Path | None, typer.Option(help="File of items that may not be recommended, likewise.")
+        Path | None, typer.Option(help="File of items that may not be recommended, in the same format.")
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Accept no events.")] = False,
     rate: Annotated[

@@ -71,13 +71,13 @@ class PromptMemory:
                 self.used -= self._kept.popitem(last=False)[1].size
 
     def forget(self, user: Hashable) -> None:
-        """Drop what is kept for a user."""
+        """Remove the prompt of a user."""
         with self._lock:
             if (old := self._kept.pop(user, None)) is not None:
                 self.used -= old.size
 
     def clear(self) -> None:
-        """Drop what is kept for all users."""
+        """Remove the prompts of all users."""
         with self._lock:
             self._kept.clear()
             self.used = 0

@@ -125,10 +125,15 @@ def _indexed(number: int, name: str, items: bytes) -> IndexedUser:
 
 
 def rests_on(stream: Stream, through: int | None = None) -> list[str]:
-    """Per stage what its part of an index is made of: equal lists, equal histories.
+    """A text for each stage that identifies the files which its part of an index is built from. If these
+    lists are equal, the histories are equal.
 
-    Users who are too rare for a stage are in the index of all stages only: it is not known which of their
-    events came before the end of an earlier one.
+    Rare users are only in the index of all stages, because the order of their events relative to the ends of
+    stages is not known.
+
+    Args:
+        stream: the stream of the index.
+        through: the last stage of the index; by default the last stage of the stream.
     """
     if through is not None and through < stream.stages - 1:
         return [stream.fingerprint(number) for number in range(through + 1)]
@@ -201,7 +206,7 @@ def _fill(stream: Stream, fingerprints: list[str], first: int, new: Path) -> Non
 
 
 def _users_of(pieces: Iterable[Stage]) -> Iterator[tuple[str, memoryview]]:
-    """Name and items, as bytes, of each user of a stage."""
+    """The name and the items (as bytes) of each user of a stage."""
     for users in pieces:
         items, ends = _joined(users.previous, users.current)
         content, start = memoryview(items.tobytes()), 0

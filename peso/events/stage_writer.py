@@ -145,11 +145,16 @@ def write_stages(
 
 
 def write_rare(connection: duckdb.DuckDBPyConnection, directory: Path, first: int) -> int:
-    """Write the users whom the k-core left out (:func:`peso.events.stream.rare_file`), oldest first, if there
-    are any; returns how many.
+    """Write the users whom the k-core left out (:func:`peso.events.stream.rare_file`), oldest first. If there
+    are none, no file is written.
 
     Args:
-        first: number of the first stage of the log.
+        connection: the database with the cleaned log.
+        directory: the directory of the stream.
+        first: the number of the first stage of the log.
+
+    Returns:
+        The number of these users.
     """
     core = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'rare'"
     if not scalar(connection, core):

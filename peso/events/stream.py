@@ -1,7 +1,7 @@
 """The stream on disk: one Parquet file of users per stage, one item table, and a manifest.
 
 stream/stage=0/users.parquet   user, previous, current (item numbers, oldest first)
-stream/stage=0/rare.parquet    the same of users who are too rare for any stage of a log, see rare_file
+stream/stage=0/rare.parquet    the same for users with too few events for any stage of a log, see rare_file
 stream/items.parquet           item_id, title, text, category; the row is the item number
 stream/manifest.json           format version, counts of each stage, sha256 of the files
 """
@@ -34,8 +34,9 @@ def stage_file(number: int) -> str:
 
 
 def rare_file(number: int) -> str:
-    """The users of a log whom the cleaning left out as too rare, with their items that are in the stream as
-    ``previous``; ``number`` is the log's first stage. Nothing is learned from them, but they get answers."""
+    """The file of the users of a log whom the cleaning left out because they have too few events. Their items
+    that are in the stream are in ``previous``. Nothing is learned from these users, but they get
+    recommendations. ``number`` is the first stage of the log."""
     return f"stage={number}/rare.parquet"
 
 
@@ -188,7 +189,7 @@ class Stream:
         yield from self._pieces(stage_file(number), number)
 
     def rare_pieces(self, number: int) -> Iterator[Stage]:
-        """The users of :func:`rare_file`, in the same way; nothing where there is no such file."""
+        """The users of :func:`rare_file`, in the same way. If there is no such file, there are none."""
         if rare_file(number) in self.manifest["files"]:
             yield from self._pieces(rare_file(number), number)
 

@@ -54,7 +54,7 @@ class Reading:
         skip: bool,
         key: str | None = None,
         swallowed: int = 3,
-        cure: str = "correct the line, or leave such lines out with data.on_error: skip",
+        cure: str = "correct the line, or skip such lines with data.on_error: skip",
     ) -> None:
         self.connection, self.table, self.skip, self.cure = connection, table, skip, cure
         self.left_out = 0
