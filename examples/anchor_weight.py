@@ -1,10 +1,11 @@
-"""How heavy may the anchor be? `none`, `single` and `peso` at several weights, side by side.
+"""How large can the weight of the anchor be? Compare `none`, `single` and `peso` with several weights.
 
     python examples/anchor_weight.py examples/video_games_scratch.yaml runs/scratch mean:2 sum:1 sum:5 sum:20
 
-Stage 0 is learnt once and shared. Resumable: what is finished is not learnt again. Prints, per run, the mean
-over the later stages of the best validation loss (with its difference to `single`), of the share that the
-anchor's gradient has of the loss's, and of the distance moved, and writes one report over all runs.
+Stage 0 is trained once and shared. Run the script again to resume; finished work is not repeated. For each
+run, it prints the means over the later stages of the best validation loss (and its difference from
+`single`), of the ratio of the anchor's gradient to the loss's gradient, and of the distance moved. It writes
+one report on all runs.
 """
 
 from __future__ import annotations

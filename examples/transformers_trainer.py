@@ -1,7 +1,7 @@
-"""The proximal term in a loop that is not ours: Transformers' ``Trainer``, on any PEFT LoRA model.
+"""Use a proximal term with Transformers' ``Trainer``, on any PEFT LoRA model.
 
-A tiny Llama (random, frozen) with a LoRA adapter learns to count up; then the world changes and it is
-trained to count down, once for each weight of the term, always from the same anchored adapter:
+A tiny Llama with frozen random weights and a LoRA adapter learns to count up. It is then trained to count
+down, once for each weight of the term, always from the same anchored adapter:
 
     python examples/transformers_trainer.py
 
@@ -34,9 +34,9 @@ class AnchoredTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:  # what Trainer evaluates stays the plain loss
-            # Given the number of items, Trainer sums the micro-batches of one optimiser step instead of
-            # averaging them; the term must count once in either case.
+        if model.training:  # evaluation uses the plain loss
+            # If the number of items is given, Trainer sums the micro-batches of an optimizer step instead of
+            # averaging them. The term must count once in both cases.
             parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.term(model) / parts
         return (loss, outputs) if return_outputs else loss

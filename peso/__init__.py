@@ -1,7 +1,7 @@
-"""Keeps an LLM-based generative recommender fresh: one evolving LoRA adapter, held by a proximal anchor.
+"""Keep an LLM-based generative recommender up to date with one LoRA adapter and a proximal anchor.
 
-The names below are public; anything else may change between versions. ``import peso`` is quick: a name is
-loaded when it is first used, so that ``peso --help`` does not wait for PyTorch.
+The names below are public; anything else may change between versions. ``import peso`` is fast, because each
+name is loaded when it is first used. ``peso --help`` therefore does not wait for PyTorch.
 """
 
 import os
@@ -37,8 +37,8 @@ __all__ = [
     "run",
 ]
 
-# Threads that wait sleep instead of spinning: on a machine with other work, spinning takes the time of the
-# thread that is waited for. OpenMP reads this when PyTorch, faiss or scikit-learn is loaded.
+# Let waiting threads sleep instead of spin: on a busy machine, spinning takes CPU time from the threads that
+# they wait for. OpenMP reads this variable when PyTorch, faiss or scikit-learn is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
@@ -52,7 +52,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # or a type checker would take any name
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         for home, names in _HOMES.items():

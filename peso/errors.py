@@ -1,39 +1,39 @@
-"""Errors that a user can cause and cure. Each message names the cause and what to do.
+"""Errors that a user can cause and fix. Each message names the cause and the fix.
 
-The command line prints these without a traceback; everything else is a defect of ours.
+The command line prints these errors without a traceback. Any other exception is a defect of peso.
 """
 
 
 class PesoError(Exception):
-    """Base of all errors with a cause outside the program."""
+    """The base class of all errors whose cause is outside the program."""
 
 
 class ConfigError(PesoError):
-    """An unknown key, a wrong type or an impossible value in a configuration."""
+    """An unknown key, a wrong type or an invalid value in a configuration."""
 
 
 class UsageError(PesoError):
-    """Options of a command that are missing, exclude each other or have an impossible value."""
+    """Options of a command that are missing, exclude each other or have an invalid value."""
 
 
 class DataError(PesoError):
-    """Unreadable, incomplete or inconsistent input: names file, row, key or id."""
+    """Unreadable, incomplete or inconsistent input. The message names the file, row, key or id."""
 
 
 class UntrainableStage(DataError):
-    """A stage without events, or in which no user has enough of them."""
+    """A stage without events, or in which no user has enough events."""
 
 
 class NothingLeft(DataError):
-    """A log of which the cleaning left no event."""
+    """A log without any events after cleaning."""
 
 
 class NothingNew(DataError):
-    """Events to append of which the stream has every one."""
+    """Events to append that are all in the stream already."""
 
 
 class BackboneError(PesoError):
-    """A language model that cannot be loaded or that does not pass the checks at loading."""
+    """A language model that cannot be loaded, or that does not pass the checks when it is loaded."""
 
 
 class AssetError(PesoError):
@@ -45,11 +45,11 @@ class WorkspaceError(PesoError):
 
 
 class FullDisk(WorkspaceError):
-    """Something that could not be written for want of space; what was there before stays."""
+    """A file that could not be written because the disk is full. Existing files do not change."""
 
 
 class TrainingError(PesoError):
-    """Training that cannot start or go on."""
+    """Training that cannot start or continue."""
 
 
 class Divergence(TrainingError):
@@ -57,8 +57,8 @@ class Divergence(TrainingError):
 
 
 class LostProcess(TrainingError):
-    """One of several processes that train together is gone."""
+    """One of several processes that train together has ended."""
 
 
 class ExportError(PesoError):
-    """A model that cannot be written in the form asked for, or not where it was asked for."""
+    """A model that cannot be written in the requested form, or to the requested path."""
