@@ -98,7 +98,7 @@ def _directions(
     trained = later.as_trained.workspace
     unanchored = None if free is None else Workspace.open(free)
 
-    from peso.runs.models import strategy_of
+    from peso.runs.trust import strategy_of
 
     if plot is not None and free is None and strategy_of(trained).term is None:
         raise UsageError(

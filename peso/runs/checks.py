@@ -14,6 +14,7 @@ from peso.errors import BackboneError, ConfigError, PesoError
 from peso.events.columns import ITEM_ID, ITEMS
 from peso.items.encoder_assets import find_encoder
 from peso.model.source import source_of
+from peso.runs.trust import strategy_of
 from peso.runtime import assets
 from peso.runtime.downloads import Unavailable, require_reachable
 from peso.runtime.machine import LAYER, TRAINED, require_device, require_memory
@@ -80,11 +81,14 @@ def check_surroundings(workspace: Workspace, data: bool = True, models: bool = T
 
     Raises:
         TrainingError: a GPU is asked for, and there is none.
+        ConfigError: a class of the user's own that cannot be made, or that nobody has named in this call.
         BackboneError, ConfigError: a model of the hub that cannot be reached.
         DataError: see :func:`check_sources`.
     """
     config = workspace.config
     require_device(config.training.device)
+    if config.strategy.foreign:  # the others were checked with the configuration
+        strategy_of(workspace)
     if data and not workspace.has_stream:
         check_sources(config)
     if models:
@@ -230,7 +234,6 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     from peso.model.backbone_checks import check_reach
     from peso.model.build import longest_sequence
     from peso.model.layout import make_layout
-    from peso.runs.models import strategy_of
     from peso.runtime.device import Precision
 
     strategy_of(workspace)

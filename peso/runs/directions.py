@@ -35,9 +35,9 @@ from peso.runs.models import (
     load_stage,
     starting_model,
     stored_memory,
-    strategy_of,
 )
 from peso.runs.stage import RunStage
+from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime.machine import threads
 from peso.training.strategies.strategy import strategies

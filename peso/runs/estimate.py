@@ -31,9 +31,10 @@ from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
-from peso.runs.models import fresh_model, strategy_of, trains_backbone
+from peso.runs.models import fresh_model, trains_backbone
 from peso.runs.phases import training_of
 from peso.runs.pipeline import Step
+from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
 from peso.runtime.device import peak_memory

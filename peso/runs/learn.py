@@ -21,12 +21,12 @@ from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS
 from peso.runs.models import (
     backbone_fingerprint,
-    strategy_of,
     trains_backbone,
     write_memory,
 )
 from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
 from peso.runs.stage import ERASURES, FORMAT, LOG, METRICS, RunStage
+from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace, provenance
 from peso.runtime import assets
 from peso.runtime.files import (

@@ -14,32 +14,19 @@ from torch import Tensor
 
 from peso.adapters.lora import Past, put_past, weights_without_adapter
 from peso.config.model import BUILT_IN
-from peso.errors import BackboneError, ConfigError, WorkspaceError
+from peso.errors import BackboneError, WorkspaceError
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
 from peso.runs.stage import RunStage
+from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime.device import Precision
 from peso.runtime.manifest import all_intact
 from peso.training.plan import StageExamples
-from peso.training.strategies.strategy import StageContext, Strategy, make_strategy
+from peso.training.strategies.strategy import StageContext
 
 MEMORY = "state.safetensors"
 AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on
-
-
-def strategy_of(workspace: Workspace) -> Strategy:
-    """A fresh strategy, as configured.
-
-    Raises:
-        ConfigError: a class of somebody's own that nobody has named in this call, or that cannot be made.
-    """
-    for module in set(workspace.config.strategy.foreign) - workspace.trusted:
-        raise ConfigError(
-            f"strategy: {workspace.root} names the class {module}, and importing it runs its code. If "
-            f"you trust it, name it: --trust {module} (in Python: trust=[{module!r}])"
-        )
-    return make_strategy(workspace.config.strategy)
 
 
 def trains_backbone(stage: RunStage) -> bool:

@@ -15,8 +15,9 @@ from peso.baselines.popularity import item_counts
 from peso.config import Config, TrainingConfig
 from peso.errors import WorkspaceError
 from peso.model.generative import GenerativeModel
-from peso.runs.models import begin_new_codes, context_of, inherited_memory, starting_model, strategy_of
+from peso.runs.models import begin_new_codes, context_of, inherited_memory, starting_model
 from peso.runs.stage import RunStage
+from peso.runs.trust import strategy_of
 from peso.runtime.files import read_sealed, write_sealed
 from peso.training.rate_trials import Rates
 from peso.training.strategies.strategy import StageContext, Strategy

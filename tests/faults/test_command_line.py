@@ -105,6 +105,9 @@ REFUSED_FOR = [  # of `peso run c.yaml -w x`
     ["--set", "prompt.window=100000"],
     ["--set", "training.device=nope"],
     ["--set", "strategy={name: custom, module: no.such}"],
+    ["--set", "strategy={name: custom, module: json.nothing}"],
+    ["--set", "strategy={name: custom, module: os.getcwd}"],
+    ["--set", "strategy={proximal: json.nothing}"],
     ["--dry-run", "-w", "c.yaml"],
     ["--set", "strategy={proximal: nope}"],
     *(

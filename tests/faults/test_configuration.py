@@ -19,8 +19,8 @@ from peso.config.shape import stage_shape
 from peso.errors import ConfigError, PesoError, WorkspaceError
 from peso.model.backbone import small_llama
 from peso.runs import pipeline
-from peso.runs.models import strategy_of
 from peso.runs.recommender import Recommender
+from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 from peso.runtime.progress import Silent

@@ -18,7 +18,7 @@ from peso.adapters.proximal.term import TERMS
 from peso.config import load_config
 from peso.errors import ConfigError
 from peso.runs import pipeline
-from peso.runs.models import strategy_of
+from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.training.strategies.strategy import make_strategy
 
