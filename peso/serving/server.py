@@ -169,9 +169,12 @@ def _ended_by_signals() -> Iterator[None]:
     """uvicorn ends at SIGTERM and SIGINT and then raises them again for whoever handled them before: here
     nobody, since a server that was told to end has ended well."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    # the command line ends a process that has not ended some seconds after the signal: here requests may last
+    told = signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(told)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -6,15 +6,20 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+
+from peso.runtime.processes import NATIVE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,13 +58,19 @@ def test_sigterm_ends_a_server_that_answers_what_was_asked(copy):
         first = httpx2.post(f"{address}/v1/recommend", json={"history": ["i1"]}, timeout=60).json()
         assert first["source"] in ("model", "popularity")
         assert httpx2.post(f"{address}/v1/events", json={"user": "a", "item": "i1"}, timeout=60).json()["new"]
-        server.send_signal(signal.SIGTERM)
+        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as connection:
+            body = json.dumps({"history": ["i1"]}).encode()
+            head = f"POST /v1/recommend HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+            connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body[:5])
+            time.sleep(0.5)
+            server.send_signal(signal.SIGTERM)
+            time.sleep(NATIVE_SECONDS + 1)  # after which other commands are ended the hard way
+            connection.sendall(body[5:])
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         assert server.wait(60) == 0
     logged = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [line["route"] for line in logged if line["message"] == "request"] == [
-        "/v1/recommend",
-        "/v1/events",
-    ]
+    routes = [line["route"] for line in logged if line["message"] == "request"]
+    assert routes == ["/v1/recommend", "/v1/events", "/v1/recommend"]
     assert not any("Traceback" in line for line in lines)
 
 
