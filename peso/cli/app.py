@@ -44,7 +44,7 @@ from peso.runtime.machine import check_environment
 from peso.runtime.processes import ON_MAIN, current, ended_by_sigterm, launched
 
 DISTRIBUTED = ("run", "train", "update", "evaluate")  # commands that several processes can share
-MAY_BE_EMPTY = ("history", "user")  # of a newcomer; an id, which no log has
+MAY_BE_EMPTY = ("history", "user")  # the history of a new user; a user's id, which is then unknown
 
 
 class Commands(typer.core.TyperGroup):
@@ -75,7 +75,7 @@ class Command(typer.core.TyperCommand):
         if parameter.name not in MAY_BE_EMPTY:
             is_option = parameter.param_type_name == "option"
             name = "/".join(parameter.opts) if is_option else str(parameter.metavar).strip("[].")
-            raise UsageError(f"{name} is empty; give a value, or leave it out")
+            raise UsageError(f"{name} is empty; give a value, or omit it")
 
 
 app = typer.Typer(

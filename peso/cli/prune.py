@@ -12,16 +12,16 @@ from peso.errors import UsageError
 
 def prune(
     workspace: Directory,
-    keep: Annotated[int, typer.Option(help="The newest stages that keep their weights.", min=1)],
+    keep: Annotated[int, typer.Option(help="Number of newest stages that keep their weights.", min=1)],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove the weights of old stages from the disk.
 
-    Their configuration, tests and logs stay: reports, `peso status` and further updates work as before. Never
-    removed are the weights of the stage that serves, of the one that a rollback leads to, and of a stage 0
-    that trained the backbone. A stage without weights can answer no more, and `peso undo` does not lead back
-    to it.
+    Their configuration, tests and logs stay, so reports, `peso status` and further updates work as before.
+    The weights of the stage that serves, of the stage that a rollback would return to, and of a stage 0 that
+    trained the backbone are never removed. A stage without weights cannot make recommendations, and
+    `peso undo` cannot return to it.
 
     Example: peso prune -w runs/shop --keep 3
     """
@@ -41,7 +41,9 @@ def prune(
             )
         except typer.Abort:
             say("", error=True)  # end the line of the prompt
-            raise UsageError("no answer: nothing was removed; use --yes to remove without asking") from None
+            raise UsageError(
+                "no answer: nothing was removed; use --yes to remove without confirmation"
+            ) from None
         if go:
             wanted = remove(opened, keep)
     if as_json:

@@ -124,7 +124,7 @@ def recommend(
     (ranked,) = recommender.search([items], k, exclude_seen=left_out, users=[user])
     if len(ranked) < k:
         whose = "the history" if user is None else f"the history of user {user!r}"
-        Terminal().note(f"{len(ranked)} of {k} items: {whose} contains all other items of the catalogue")
+        Terminal().note(f"{len(ranked)} of {k} items: {whose} contains all other items of the catalog")
     if as_json:
         rows = [
             {

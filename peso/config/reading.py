@@ -242,7 +242,7 @@ def _explain(problem: Any) -> str:
         hint = "; a configuration needs at least data.format (and data.path)" if parts[0] == "data" else ""
         return f"{key} is missing{hint}"
     if problem["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is a section: write its keys below it, or leave it out; got {value}"
+        return f"{key} is a section: give its keys below it, or remove it; got {value}"
     message: str = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and (not parts or message.startswith(f"{parts[0]}.")):
         # raised by a check of a section, whose message names the keys

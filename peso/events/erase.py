@@ -1,7 +1,7 @@
-"""One user taken out of a stream, and out of the log that lies in it where it was simulated.
+"""Erase a user from a stream, including a simulated log in it.
 
-Stages that were trained before stay what they are: their digests rest on the checksums of the files from
-before, which the manifest keeps under ``erased``. Stages that are trained later rest on the files of now.
+Stages that were already trained do not change: their digests are based on the checksums of the earlier files,
+which the manifest keeps under ``erased``. Stages that are trained later are based on the new files.
 """
 
 from __future__ import annotations
@@ -24,27 +24,32 @@ from peso.runtime.manifest import intact, write_manifest
 
 
 def files_with(stream: Stream, user: str) -> list[str]:
-    """Names of the files of a stream that have rows of a user.
+    """The names of the files of a stream that have rows of a user.
 
     Raises:
-        WorkspaceError: a damaged file.
+        WorkspaceError: if a file is damaged.
     """
     return [name for name in stream.manifest["files"] if _has(_checked(stream, name), user)]
 
 
 def stages_with(stream: Stream, user: str) -> list[int]:
-    """The stages in which a user is."""
+    """The stages in which a user has events."""
     held = files_with(stream, user)
     return [number for number in range(stream.stages) if stage_file(number) in held]
 
 
 def erase_user(earlier: str | Path, directory: Path, user: str) -> None:
-    """Fill an existing, empty directory with the stream at ``earlier`` without a user.
+    """Write a stream without one user to an existing, empty directory.
 
-    Items stay, also those that only this user had. Counts of what was read and cleaned stay in the manifest.
+    Items stay, even those that only this user had. The counts of reading and cleaning stay in the manifest.
+
+    Args:
+        earlier: the directory of the stream.
+        directory: the empty directory.
+        user: the user's id.
 
     Raises:
-        WorkspaceError: the stream is damaged, or the disk is full.
+        WorkspaceError: if the stream is damaged, or the disk is full.
     """
     stream = Stream.open(earlier)
     known, before, counts = dict[str, str](), dict[str, str](), stream.counts
@@ -74,10 +79,10 @@ def erase_user(earlier: str | Path, directory: Path, user: str) -> None:
 
 
 def has_user(path: Path, user: str) -> bool:
-    """Whether a Parquet file has a row of a user in its column ``user``.
+    """Whether a Parquet file has a row with a user in its column ``user``.
 
     Raises:
-        WorkspaceError: it cannot be read.
+        WorkspaceError: if the file cannot be read.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -97,7 +102,7 @@ def write_without(path: Path, new: Path, user: str) -> None:
 
 
 def _only(stream: Stream, number: int, user: str) -> Stage:
-    """A stage with one of its users."""
+    """A stage with only one of its users."""
     path = _checked(stream, stage_file(number))
     with pq.ParquetFile(path) as file:
         rows = [batch.filter(pc.equal(batch[columns.USER], user)) for batch in file.iter_batches()]
@@ -113,7 +118,7 @@ def _has(path: Path, user: str) -> bool:
 
 
 def _without_name(told: Mapping[str, Any], user: str) -> dict[str, Any]:
-    """What a manifest says, without remarks that name a user as an example."""
+    """The contents of a manifest without remarks that name a user as an example."""
     if "remarks" not in told:
         return dict(told)
     kept = [text for text in told["remarks"] if repr(user) not in text]

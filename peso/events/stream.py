@@ -129,14 +129,15 @@ class Stream:
 
     @property
     def erasures(self) -> int:
-        """How often a user was erased (:mod:`peso.events.erase`)."""
+        """The number of erasures of users (see :mod:`peso.events.erase`)."""
         return len(self.manifest.get(ERASED, []))
 
     def fingerprint(self, number: int, erasures: int | None = None) -> str:
         """The sha256 of the file of a stage. Raises DataError if there is no such stage.
 
         Args:
-            erasures: as it was after the first so many erasures of users; None: as it is.
+            number: the number of the stage.
+            erasures: return the sha256 after this number of erasures of users; None for the current one.
         """
         self._require_stage(number)
         name = stage_file(number)

@@ -104,7 +104,7 @@ def _norm(module: nn.Module) -> nn.Module | None:
 
 
 def _pack(decoder: nn.Module) -> None:
-    """Replace the linear layers that can be packed, which is tried."""
+    """Replace the linear layers that can be packed. For each layer, this is tested with an example."""
     for name, module in list(decoder.named_modules()):
         if type(module) is not nn.Linear:
             continue
@@ -112,17 +112,17 @@ def _pack(decoder: nn.Module) -> None:
         try:
             new = PackedLinear(module)
             same = torch.allclose(new(tried).float(), module(tried).float(), rtol=1e-2, atol=1e-3)
-        except (AttributeError, RuntimeError):  # this build of PyTorch, or this processor, lacks it
+        except (AttributeError, RuntimeError):  # not available in this build of PyTorch or on this processor
             return
         if same:
             decoder.set_submodule(name, new)
 
 
 class PackedLinear(nn.Module):
-    """x (…, in) → W x + b, with W in the order in which oneDNN reads it.
+    """x (…, in) → W x + b, with W stored in the memory layout of oneDNN.
 
-    PyTorch computes float32 products with MKL and reads W as it is stored. Packed by oneDNN the layers of
-    SmolLM2-135M took 0.4 to 0.5 of the time for 4 to 1,280 rows, on one core of an AMD EPYC
+    PyTorch computes float32 products with MKL, which reads W in its usual layout. With W packed by oneDNN,
+    the layers of SmolLM2-135M took 0.4 to 0.5 of the time for 4 to 1,280 rows, on one core of an AMD EPYC
     (``benchmarks/packed_layers.py``).
     """
 

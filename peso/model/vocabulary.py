@@ -65,18 +65,19 @@ class SemanticVocabulary(nn.Module):
 
     @torch.no_grad()
     def begin_new_codes(self, tokens: np.ndarray, known: np.ndarray, arriving: np.ndarray) -> int:
-        """Let codes that only arriving items have begin with what is known, not with noise.
+        """Initialize the rows of codes that only arriving items have from the rows of known codes.
 
-        The rows of such a code, those of the item head included, become the mean over the codes of its level
-        that its neighbors have: the known items that share the longest prefix with an item of this code.
-        Semantic IDs are made from texts, so these are neighbors by text.
+        The rows of such a code, including those of the item head, become the mean of the rows of its
+        neighbors' codes on the same level. The neighbors are the known items that share the longest prefix
+        with an item of this code. Semantic IDs are made from texts, so neighbors have similar texts.
 
         Args:
-            tokens: int (items, levels), numbers of the semantic tokens of each item, level by level.
-            known: bool (items,), items that the rows were trained on; arriving: those that come now.
+            tokens: int (items, levels), the numbers of the semantic tokens of each item, level by level.
+            known: bool (items,), whether the rows were trained on the item.
+            arriving: bool (items,), whether the item is new.
 
         Returns:
-            How many codes have begun so.
+            The number of initialized codes.
         """
         head = self.item_head
         rows = [self.input_rows, self.output_rows, *([head.code_rows, head.code_bias] if head else [])]
@@ -87,7 +88,7 @@ class SemanticVocabulary(nn.Module):
                 continue
             shares = _shares(tokens, level, known, arriving, new)
             for values in rows:
-                # by SciPy, whose sums do not depend on the number of threads
+                # use SciPy, because its sums do not depend on the number of threads
                 means = shares @ values[: shares.shape[1]].cpu().double().numpy()
                 values[torch.from_numpy(new).to(values.device)] = torch.from_numpy(means).to(values)
             begun += len(new)
@@ -102,7 +103,8 @@ class SemanticVocabulary(nn.Module):
 def _shares(
     tokens: np.ndarray, level: int, known: np.ndarray, arriving: np.ndarray, new: np.ndarray
 ) -> sparse.csr_array:
-    """What each token counts in the first rows of new ones, see :meth:`SemanticVocabulary.begin_new_codes`.
+    """The weights of known tokens in the initial rows of new tokens (see
+    :meth:`SemanticVocabulary.begin_new_codes`).
 
     Returns:
         float64 (new tokens, tokens up to this level); each row sums to one.
@@ -125,7 +127,7 @@ def _shares(
 
 
 def _groups(prefixes: np.ndarray) -> np.ndarray:
-    """int64 (items,): a number for each distinct prefix (items, codes); all the same where it has none."""
+    """A number for each distinct prefix of codes, int64 (items,). Empty prefixes all have the same number."""
     if not prefixes.shape[1]:
         return np.zeros(len(prefixes), dtype=np.int64)
     return np.unique(prefixes, axis=0, return_inverse=True)[1].reshape(-1)

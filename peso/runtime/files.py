@@ -130,10 +130,14 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def in_turn(path: Path, seconds: float = 10.0) -> Iterator[None]:
-    """Hold a lock file for a change of moments, after waiting for whoever holds it; it is gone afterwards.
+    """Hold a lock file for a short change, after waiting until it is free. The file is removed afterwards.
+
+    Args:
+        path: the lock file.
+        seconds: the longest time to wait.
 
     Raises:
-        WorkspaceError: it is held for longer than ``seconds``, or cannot be written.
+        WorkspaceError: if another process holds the file for longer, or it cannot be written.
     """
     lock = FileLock(path)
     with _explained(path):
@@ -147,7 +151,7 @@ def in_turn(path: Path, seconds: float = 10.0) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # whoever has opened it meanwhile notices, see filelock
+            path.unlink(missing_ok=True)  # filelock notices this in processes that have opened the file
         lock.release()
 
 
@@ -240,8 +244,8 @@ def _kind(path: Path) -> int | None:
 
 
 def _aside(target: Path) -> Path:
-    """Where what becomes ``target`` is written: beside it, under a name that no other process uses. What
-    processes of this machine left there when they were killed is removed."""
+    """The temporary path under which ``target`` is written: in the same directory, with a name that no other
+    process uses. Temporary files of killed processes of this machine are removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     whose = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}.{platform.node()}."
     remove_left(target.parent, whose)
@@ -249,10 +253,11 @@ def _aside(target: Path) -> Path:
 
 
 def remove_left(directory: Path, whose: str | None = None) -> None:
-    """Remove what processes of this machine were writing into a directory when they were killed.
+    """Remove the temporary files that killed processes of this machine left in a directory.
 
     Args:
-        whose: how the names begin; None: whatever they were writing.
+        directory: the directory.
+        whose: the prefix of the names of the files to remove; None for all temporary files.
     """
     for left in directory.iterdir():
         found = re.fullmatch(r"(\.[0-9a-f]{8}\.(.+)\.)(\d+)\.\d+\.writing", left.name)

@@ -102,11 +102,14 @@ def remove_folder(directory: Path, name: str, number: int) -> None:
 def take_out(
     directory: Path, names: Sequence[str], number: int, told: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Take files out of the manifest of a finished directory, before they are removed.
+    """Remove files from the manifest of a finished directory, before the files are removed.
 
     Args:
-        told: what else the manifest says from now on: one key, whose value gets the checksums as ``files``.
-            What a call that was interrupted has taken out stays there.
+        directory: the directory.
+        names: the names of the files.
+        number: the version of the format.
+        told: an entry to add to the manifest: one key, whose value gets the checksums of the files as
+            ``files``, in addition to those from an interrupted call.
     """
     manifest = read_manifest(directory, number)
     gone = {name: sha256 for name, sha256 in manifest[FILES].items() if name in names}

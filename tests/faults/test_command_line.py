@@ -222,7 +222,7 @@ def test_an_empty_argument_is_not_the_current_directory(peso, tmp_path, monkeypa
     (tmp_path / "c.yaml").write_text("data: {format: simulate}\n")
     before = set(tmp_path.iterdir())
     status, _, err = peso(*(word.replace("|", "") for word in call.split()))
-    assert (status, err) == (2, f"error: {name} is empty; give a value, or leave it out\n")
+    assert (status, err) == (2, f"error: {name} is empty; give a value, or omit it\n")
     assert set(tmp_path.iterdir()) == before
 
 

@@ -114,8 +114,8 @@ class FileTable:
         names = _json_keys(self.files) if self.kind == "jsonl" else [*self.columns]
         if self.kind == "csv" and names and names[0].startswith(("{", "[")):
             raise DataError(
-                f"{self.files[0]} looks like JSON, not like delimited text; write one object a line, and set "
-                "--format jsonl (data.format, or data.items.format)"
+                f"{self.files[0]} looks like JSON, not like delimited text; write one object per line, and "
+                "set --format jsonl (data.format, or data.items.format)"
             )
         section = "data.items" if key.startswith("data.items.") else "data"
         alone = self.kind == "csv" and len(names) == 1 and key.startswith("data.")
