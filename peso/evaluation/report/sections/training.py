@@ -67,7 +67,7 @@ def training(comparison: Comparison) -> Section | None:
 
 
 def _rates(comparison: Comparison) -> Table:
-    """What trials chose, of the first seed."""
+    """The learning rates that trials chose, for the first seed."""
     rows: list[list[Cell]] = []
     for system in comparison.systems:
         for stage in system.stages:
@@ -95,7 +95,7 @@ def _rates(comparison: Comparison) -> Table:
             "Tried: lowest validation loss after steps",
         ],
         rows,
-        "Validation losses in nats an item, of each candidate after its last round.",
+        "Validation losses in nats per item, for each candidate after its last round.",
     )
 
 
