@@ -346,8 +346,8 @@ def update(
     With gate.enabled: true, the new stage serves only if it passes against the stage that serves.
 
     With --from-events, the events that `peso serve` has received become a stage first, and its new items get
-    semantic IDs. Events wait for a later stage if no user has three of them yet, if their item is not in the
-    product table, or if an interrupted update must be finished first.
+    semantic IDs. What an interrupted update has left is finished before. Events wait for a later stage if no
+    user has three of them yet, or if their item is not in the product table.
 
     --set can change the settings of later stages (strategy, training.later); they apply from this stage on.
 
@@ -374,8 +374,10 @@ def update(
         if overrides:
             current().on_main(lambda: pipeline.refuse_unused(opened))
         if from_events:
+            current().on_main(lambda: _give_new_ids(opened))
+            stage = _finish(opened)
             current().on_main(lambda: _cut_received(opened, items))
-        stage = pipeline.update(opened, watcher())
+        stage = pipeline.update(opened, watcher()) or stage
         if stage is None:
             raise _NothingToDo
     if not current().is_main:
@@ -399,8 +401,28 @@ def update(
     next_steps(["diagnose", "-w", opened.root], next_step_of(opened))
 
 
-def _cut_received(opened: Workspace, items: str | None) -> None:
+def _give_new_ids(opened: Workspace) -> None:
+    """As `peso tokenize --append`, if there are items without a semantic ID."""
     from peso.runs import pipeline
+
+    if opened.items_without_id:
+        pipeline.tokenize_new(opened, watcher())
+
+
+def _finish(opened: Workspace) -> int | None:
+    """Finish what earlier updates have left, so that received events become the stage after it.
+
+    Returns: the newest stage that was trained or finished, None if nothing was left.
+    """
+    from peso.runs import pipeline
+
+    done = None
+    while (left := current().on_main(lambda: pipeline.unfinished(opened)[0])) is not None and left != done:
+        done = pipeline.update(opened, watcher())
+    return done
+
+
+def _cut_received(opened: Workspace, items: str | None) -> None:
     from peso.runs.intake import cut_received
 
     cut = cut_received(opened, watcher(), items)
@@ -419,8 +441,7 @@ def _cut_received(opened: Workspace, items: str | None) -> None:
         )
     if cut.waiting:
         say(f"{cut.waiting:,} received events wait for a later stage")
-    if opened.items_without_id:
-        pipeline.tokenize_new(opened, watcher())
+    _give_new_ids(opened)
 
 
 def undo(

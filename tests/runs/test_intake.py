@@ -305,6 +305,32 @@ def test_kills_at_random_moments_cut_each_event_once(shop: Workspace) -> None:
     assert not (shop.root / intake.WORK).exists()
 
 
+def test_the_command_finishes_what_is_left_before_it_cuts(
+    peso: Callable[..., tuple[int, str, str]], shop: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also items of an append, or of a cut that was killed, that have no semantic ID yet."""
+    left, done = [1, 2], []
+
+    def update(workspace: Workspace, observer: object) -> int | None:
+        done.append((workspace.stream.stages, workspace.items_without_id))
+        return left.pop(0) if left else None
+
+    receive(shop, *NEW)
+    cut(shop)  # as if it was killed here
+    assert shop.items_without_id == 1
+    monkeypatch.setattr(pipeline, "_continue_ids", CONTINUE)
+    monkeypatch.setattr(pipeline, "unfinished", lambda workspace: (left[0] if left else None, False))
+    monkeypatch.setattr(pipeline, "update", update)
+    monkeypatch.setattr("peso.runs.report.before_and_after", lambda workspace: ("", ["a"], []))
+    for shown in ("show_drift", "show_results", "show_verdict"):
+        monkeypatch.setattr(f"peso.cli.steps.{shown}", lambda *given: None)
+    receive(shop, *[sent("u1", f"i{n}", 40 + n) for n in range(3)])
+    status, out, error = peso("update", "-w", shop.root, "--from-events")
+    assert status == 0, error
+    assert "stage 3: 3 received events of 1 users" in out
+    assert done == [(3, 0), (3, 0), (4, 0)], "twice what was left, then the new stage"
+
+
 def test_the_command_says_what_became_of_the_events(
     peso: Callable[..., tuple[int, str, str]], shop: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
 from peso.errors import DataError, WorkspaceError
+from peso.events.erase import erase_user
+from peso.events.history_index import HistoryIndex
 from peso.events.received import ReceivedEvent, ReceivedEvents
-from peso.runs import recommend_all
+from peso.runs import recommend_all, user_histories
 from peso.runs.recommender import Recommender
 from peso.runs.user_histories import UserHistories, UserHistory
 from peso.runs.workspace import Workspace
+from peso.runtime.files import commit_directory
 from peso.runtime.progress import Silent
 
 DAY = 86_400_000_000
@@ -251,3 +257,41 @@ def test_a_part_that_does_not_exist_is_refused(
     assert status == 2
     assert f"--part is I/N, such as 2/8 for the second of eight parts, not {part!r}" in error
     assert {path.name for path in tmp_path.iterdir()} == {"w"}
+
+
+def test_a_changed_stream_is_read_beside_the_answers(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers come at once from what was there, received events included, and then from what is there now."""
+    user, items = a_user(workspace)
+    histories = UserHistories(workspace, background=True)
+    assert histories.of(user) == UserHistory(items, [], 0)
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(*given: object, **also: object) -> HistoryIndex:
+        begun.set()
+        assert go.wait(30)
+        return HistoryIndex.open(*given, **also)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(user_histories, "HistoryIndex", SimpleNamespace(open=slow))
+    with workspace.lock(), commit_directory(workspace.stream_directory) as directory:
+        erase_user(workspace.stream_directory, directory, user)
+    receive(workspace, (user, items[0], 1))
+    assert histories.of(user) == UserHistory([*items, items[0]], [], 1)
+    assert begun.wait(30)
+    assert histories.of(user) == UserHistory([*items, items[0]], [], 1), "nobody waits"
+    go.set()
+    while not histories.is_current:
+        time.sleep(0.01)
+    assert histories.of(user) == UserHistory([items[0]], [], 1)
+
+
+def test_events_may_come_from_elsewhere(workspace: Workspace, tmp_path: Path) -> None:
+    user, items = a_user(workspace)
+    receive(workspace, (user, items[0], 1))
+    with ReceivedEvents(tmp_path / "other.sqlite") as other:
+        other.add([ReceivedEvent(user, items[1], last_of(workspace) + 1)])
+        assert UserHistories(workspace, events=lambda: other).of(user) == UserHistory(
+            [*items, items[1]], [], 1
+        )
+    assert UserHistories(workspace, events=lambda: None).of(user) == UserHistory(items, [], 0)
