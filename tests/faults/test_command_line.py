@@ -145,6 +145,7 @@ def a_log(folder):
     (folder / "compare.yaml").write_text(yaml.safe_dump({**tree, "compare": compare}))
 
 
+@pytest.mark.slow
 def test_a_refused_call_loads_no_slow_library(peso, tmp_path):
     """Loading PyTorch and its kin costs seconds; modules are counted, since seconds depend on the machine. So
     it is whatever part of peso a configuration names."""
