@@ -1,22 +1,23 @@
-"""Evaluation speed: our search beside Transformers' `generate`, same model, same prompts, same top-10.
+"""Evaluation speed: our search compared with Transformers' `generate` (same model, prompts and top 10).
 
     python benchmarks/decoding.py [--quick] [--json] [--layers N | --scratch] [--threads N]
 
 The usual way is `generate` with 10 beams and `prefix_allowed_tokens_fn` on a model whose embedding and head
-hold the semantic tokens, prompt layout `instruct`, left-padded batches, at batch size 1 as released and at
-the batch size that is fastest here. The expert's way: users of like length together and the catalog as
-arrays, at its own fastest batch size. Ours runs on the same weights, with the same layout and with `stream`,
-in float32 and bfloat16. Contestants take turns in one process; a ratio is taken within each turn, and its
-median and range are given. `…_ratio` is ours in float32 over the usual way, `…_expert_ratio` over the
-expert's, `…_best` ours in its fastest precision over the same (both others stay in float32). The rankings of
-`instruct` in float32 are compared in every turn: the run fails if they are not the same.
+contain the semantic tokens, with prompt layout `instruct` and left-padded batches, at batch size 1 as
+released and at the batch size that is fastest here. The expert's way batches users with histories of similar
+length and stores the catalog in arrays; it also uses its fastest batch size. Ours runs on the same weights,
+with the same layout and with `stream`, in float32 and bfloat16. The contestants take turns in one process.
+Ratios are computed within each turn, and their median and range are printed. `…_ratio` is the ratio of ours
+in float32 to the usual way, `…_expert_ratio` to the expert's way, and `…_best` that of ours in its fastest
+precision (the others stay in float32). The rankings of `instruct` in float32 are compared in every turn, and
+the run fails if they differ.
 
-Prompts are test cases of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random histories
-over a random catalog of the same size. These weights have no adapter; `stage_cost` says what one of rank 8
-on seven projections adds to the time of ours (`instruct`), in answering all or one and in testing, which
-scores the targets too: as a stage does it, and with PEFT's layers and a pass of its own. SmolLM2-135M comes
-from `peso pull smollm2-135m`. The semantic tokens' rows are freshly initialized: what is measured does not
-depend on their values.
+The prompts are the test cases of `Video_Games` stage 1 if the data are available (PESO_DATA), else random
+histories over a random catalog of the same size. These weights have no adapter. `stage_cost` is the time
+that an adapter of rank 8 on seven projections adds to ours (`instruct`), when answering all users or one,
+and in testing, where the targets are scored too: as a stage does it, and with PEFT's layers and a separate
+pass. SmolLM2-135M comes from `peso pull smollm2-135m`. The rows of the semantic tokens are newly
+initialized, because the measurements do not depend on their values.
 """
 
 from __future__ import annotations
@@ -162,9 +163,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer users and turns")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--users", type=int, help="how many are answered in a turn (64; 8 with --quick)")
-    parser.add_argument("--layers", type=int, help="keep the first N layers of SmolLM2-135M")
-    parser.add_argument("--scratch", action="store_true", help="the small Llama of `backbone: scratch`")
+    parser.add_argument("--users", type=int, help="number of users in a turn (64; 8 with --quick)")
+    parser.add_argument("--layers", type=int, help="use only the first N layers of SmolLM2-135M")
+    parser.add_argument("--scratch", action="store_true", help="use the small Llama of `backbone: scratch`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,27 +1,28 @@
-"""Training, decoding and memory on one GPU, ours beside the usual ways: one JSON object.
+"""Training, decoding and memory on one GPU, compared with the usual ways, as one JSON object.
 
     python benchmarks/gpu.py [--quick] [--device cuda] [--peak-tflops T] [--model NAME] [--part training]
 
-Each figure is also told on stderr as soon as it is measured.
+Each figure is also printed to stderr as soon as it is measured.
 
-Two models: SmolLM2-135M (where it was pulled, else random weights of its shape) and random weights of
+There are two models: SmolLM2-135M (if it was pulled, else random weights of its shape) and random weights of
 Llama-3.2-1B's shape. Training: optimizer steps of the same targets, LoRA on seven projections, loss
 vocabulary `full`, products in bfloat16 (`training.precision: auto`, layers compiled or not); the usual way
 and the expert's way of `benchmarks/usual_training.py` (float32 weights under bfloat16 autocast, as
 `Trainer(bf16=True)` has them) at the batch size that is their fastest. Decoding: 10 beams, weights in
 bfloat16; `generate` with `prefix_allowed_tokens_fn` at its fastest batch size, and one request at a time.
 
-`--quick` tries the usual ways of training at 64 examples at once alone (at 8, as released, they were several
-times slower).
+With `--quick`, the usual ways of training run only with 64 examples at once (with 8, as released, they were
+several times slower).
 
-Model FLOP utilisation counts what a step needs: per token 4 FLOPs for each frozen weight of the layers
-(forward, and backward to the activations), per predicted position 4 for each value of the head (6 where the
-head is trained); attention's scores, adapters and recomputation are not counted. It is null where the peak of
-the GPU is not known: give --peak-tflops. `gpu_time` says where the device's time of one step goes; for
-decoding `profile` says so of one batch and of one request, beside the seconds on the clock and the number of
-kernels: what the clock shows beyond the device's time is waiting for the host that launches them.
+Model FLOP utilization counts the operations that a step needs: per token, 4 FLOPs for each frozen weight of
+the layers (forward, and backward to the activations); per predicted position, 4 FLOPs for each value of the
+head (6 if the head is trained). The scores of attention, adapters and recomputation are not counted. The
+utilization is null if the peak of the GPU is not known; in this case, give --peak-tflops. `gpu_time` divides
+the device's time of one step by kind. For decoding, `profile` does this for one batch and one request, and
+gives the elapsed time and the number of kernels: elapsed time beyond the device's time is spent waiting for
+the host, which launches them.
 
-`--device cpu` is for trying the script out: toy shapes, float32, figures that mean nothing.
+`--device cpu` is for testing the script, with toy shapes and float32; the figures have no meaning.
 """
 
 from __future__ import annotations
@@ -446,11 +447,13 @@ def toy_data() -> tuple[SemanticIds, list[TargetSequence], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps and users")
-    parser.add_argument("--json", action="store_true", help="as always: one JSON object")
+    parser.add_argument(
+        "--json", action="store_true", help="accepted for consistency; the output is always JSON"
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 of this GPU")
-    parser.add_argument("--model", choices=["smollm2-135m", "llama-3.2-1b-shape"], help="this one alone")
-    parser.add_argument("--part", choices=PARTS, help="this one alone")
+    parser.add_argument("--peak-tflops", type=float, help="peak of this GPU for dense bfloat16")
+    parser.add_argument("--model", choices=["smollm2-135m", "llama-3.2-1b-shape"], help="run only this one")
+    parser.add_argument("--part", choices=PARTS, help="run only this one")
     arguments = parser.parse_args()
     parts = [arguments.part] if arguments.part else PARTS
     warnings.simplefilter("ignore")

@@ -1,14 +1,14 @@
-"""Looking up one user's history among many: what the index in SQLite saves, and what it costs to make.
+"""The time to look up one user's history, with the index in SQLite and with other formats.
 
     python benchmarks/histories.py [--quick] [--json]
 
-Made-up users with 3 to 39 events at random, in two stages, in random order of their names. Each way runs in a
-process of its own: time of one lookup (mean over random users), and resident memory at the end beyond that of
-the process before it began. `index`: peso.events.history_index. `duckdb`: a query over the Parquet files of
-the stages for each user. `parquet`: one Parquet file in the order of the names, its row groups of 5,000 users
-found by their least name, one decoded for each lookup. `dictionary`: everything in memory, as
-earlier versions of peso did. `lookup_ratio` is that of `duckdb` to `index`, `memory_ratio` of `dictionary` to
-`index`.
+The data are random users with 3 to 39 events in two stages, in random order of their names. Each format is
+measured in a separate process: the time of one lookup (mean over random users), and the increase of resident
+memory. `index` is peso.events.history_index. `duckdb` is a query over the Parquet files of the stages for
+each user. `parquet` is one Parquet file that is sorted by name; its row groups of 5,000 users are found by
+their first name, and one is decoded for each lookup. `dictionary` keeps everything in memory, as earlier
+versions of peso did. `lookup_ratio` is the ratio of `duckdb` to `index`, and `memory_ratio` that of
+`dictionary` to `index`.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def with_index_once(root: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="100,000 users instead of a million")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--quick", action="store_true", help="use 100,000 users instead of a million")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args()
     users = 100_000 if asked.quick else 1_000_000
     with TemporaryDirectory() as temporary:

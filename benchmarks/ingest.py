@@ -1,13 +1,13 @@
-"""Ingestion of a raw log: time, memory and growth of `peso ingest`, against the same steps in pandas.
+"""Ingestion of a raw log: time, memory and growth of `peso ingest`, compared with the same steps in pandas.
 
     python benchmarks/ingest.py [--quick] [--json] [--directory DIR]
 
-A synthetic CSV of 20 million events (1 million users, 200 thousand items; 2 million events before that for
-the growth) is read, duplicates are dropped, users and items of fewer than 5 events go until none is left, the
-events are ordered by time, cut into 60 % and four times 10 %, and each stage's users are written to Parquet
-with all their items before the stage and in it. Each measurement is a process of its own; memory is its peak
-resident size. CPU seconds are given too, since on a busy machine they say more than the clock. `--quick`: a
-twentieth of the events. Needs pandas.
+The input is a synthetic CSV file of 20 million events (1 million users, 200 thousand items); for the growth,
+a file of 2 million events is read before. Duplicates are removed, users and items with fewer than 5 events
+are removed until none is left, the events are sorted by time and split into 60 % and four times 10 %, and
+each stage's users are written to Parquet with all their items before and in the stage. Each measurement runs
+in a separate process, whose peak resident size is its memory. CPU seconds are given too, because they are
+more reliable than elapsed time on a busy machine. `--quick` uses a twentieth of the events. Needs pandas.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an item head costs: a training step and an answer, with and without it.
+"""The cost of an item head: a training step and an answer, with and without it.
 
     python benchmarks/item_head.py [--quick] [--json]
 

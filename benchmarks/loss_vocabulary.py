@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--only", choices=VOCABULARIES, help="learn this one and compare nothing")
+    parser.add_argument("--only", choices=VOCABULARIES, help="train only this one, without a comparison")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

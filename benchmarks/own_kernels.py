@@ -1,15 +1,15 @@
-"""What each of our own kernels saves of a training step on a CPU: each switched off in turn, in one run.
+"""The time that each of our own kernels saves in a training step on a CPU.
 
     python benchmarks/own_kernels.py [--quick] [--json]
 
 Three kernels replace what PEFT, PyTorch and Transformers do: a LoRA layer as one operation (`fused_lora`),
 dropout from random bits (`dropout_bits`) and attention along the tree of shared histories
 (`tree_attention`). Two models with LoRA r = 8 and dropout 0.05 on all seven projections, `stream` and
-`instruct`, in float32 and bfloat16: `scratch` (width 128, 4 layers) and the first 4 layers of
-SmolLM2-135M's shape (random weights). Steps of 32 targets on random histories of 20 items; turns alternate
-between all kernels and all but one, one thread, and a figure is the ratio of the medians of the steps: 1.10
-is a step that takes 10 % longer without the kernel. A kernel that brings less than that everywhere is not
-worth its code.
+`instruct`, in float32 and bfloat16: `scratch` (width 128, 4 layers) and the first 4 layers of SmolLM2-135M's
+shape (random weights). Steps have 32 targets with random histories of 20 items. Turns alternate between all
+kernels and all kernels except one, with one thread. Each figure is the ratio of the medians of the steps:
+1.10 means that a step takes 10 % longer without the kernel. A kernel that never saves that much is not worth
+its code.
 """
 
 from __future__ import annotations

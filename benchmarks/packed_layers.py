@@ -1,10 +1,11 @@
-"""Linear layers as oneDNN reads them beside PyTorch's own, on a CPU, in the shapes of SmolLM2-135M.
+"""Linear layers packed by oneDNN, compared with PyTorch's own, on a CPU, in the shapes of SmolLM2-135M.
 
     python benchmarks/packed_layers.py [--quick] [--json] [--threads N]
 
-`ratio`: CPU time of the seven products of a layer with packed weights (`peso.model.inference.PackedLinear`)
-over that with plain ones, by precision and number of rows: 4 are the new item of a returning user, 10 the
-beams of a request, 1,280 the prompts of a batch. The two take turns; medians.
+`ratio` is the CPU time of the seven products of a layer with packed weights
+(`peso.model.inference.PackedLinear`), divided by that with plain weights, by precision and number of rows: 4
+rows are the new item of a returning user, 10 are the beams of a request, and 1,280 are the prompts of a
+batch. The two take turns, and the figures are medians.
 """
 
 from __future__ import annotations

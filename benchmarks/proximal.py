@@ -1,20 +1,22 @@
-"""The softmax-KL term: what it costs beside a training step, and how exact it is beside the textbook form.
+"""The softmax-KL term: its cost in a training step, and its accuracy compared with the textbook form.
 
     python benchmarks/proximal.py [--quick] [--json] [--device cpu|cuda]
 
-Cost: a model of SmolLM2-135M's shape (random weights) with LoRA r = 8 on the seven linear targets, batch
-8 × 128 tokens. A step is forward, backward and AdamW, with Transformers and PEFT alone. The term is its
-value, its backward and the addition to the gradients that are there; `step_share` is the term over the step,
-`naive_share` the same for a loop over the modules that writes the textbook form in autograd. The other shares
-are those of the rest of the family: in the loss, decoupled (`after_step`), and of `output_kl` what a watched
-step takes more. On a small adapter (56 groups, 77,312 values, as `scratch` has) what counts is how many
-operations there are: `small`, the best of many, with the groups found once as `peso` does,
-beside the walk over the modules that is spared.
+Cost: a model of SmolLM2-135M's shape (random weights) with LoRA r = 8 on the seven linear targets, batch 8 ×
+128 tokens. A step consists of forward pass, backward pass and AdamW, with Transformers and PEFT only. The
+time of the term includes its value, its backward pass and the addition to the existing gradients.
+`step_share` is this time divided by that of a step, and `naive_share` the same for a loop over the modules
+with the textbook form in autograd. The other shares are for the other terms: in the loss, decoupled
+(`after_step`), and for `output_kl` the additional time of an observed step. On a small adapter (56 groups,
+77,312 values, as for `scratch`), the number of operations determines the time: `small` is the best of many
+runs, with the groups found once as in `peso`, together with the time of the search over the modules that
+this saves.
 
-Accuracy: relative error of value and gradient (in norm) against float64 for groups of 16,384 values, an
-anchor of N(0, 0.02²), steps of N(0, step²). Textbook: softmax, 1e-8 added, logarithm of the ratio, in the
-parameters' dtype. A bfloat16 parameter only takes the steps that its grid allows: the error is against the
-KL of the values as they are. What autograd hands on is rounded to the parameter's dtype (bfloat16: 3 digits).
+Accuracy is the relative error of value and gradient (in norm) compared with float64, for groups of 16,384
+values, an anchor of N(0, 0.02²) and steps of N(0, step²). The textbook form computes the softmax, adds 1e-8
+and takes the logarithm of the ratio, in the parameters' dtype. A bfloat16 parameter can only take steps on
+its grid, so the error is relative to the KL of the rounded values. Gradients from autograd are rounded to
+the parameter's dtype (bfloat16: 3 digits).
 """
 
 from __future__ import annotations

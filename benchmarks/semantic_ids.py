@@ -1,10 +1,11 @@
-"""Semantic IDs of a real catalog: time, collisions and neighbors kept, beside a released index.
+"""Semantic IDs of a real catalog: time, collisions and kept neighbors, compared with a released index.
 
     python benchmarks/semantic_ids.py [--quick] [--json]
 
 The catalog is "Industrial and Scientific" as released with MiniOneRec (3,686 items; PESO_DATA names the
-folder that holds `industrial`). Every index, the released one included, is measured with the same vectors:
-hashed TF-IDF of title, brand and description. `seconds` is the whole of `tokenize`, text to written index.
+folder that contains `industrial`). Every index, including the released one, is measured with the same
+vectors: hashed TF-IDF of title, brand and description. `seconds` is the time of `tokenize`, from text to
+written index.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ QUANTIZERS = ("rq-kmeans", "balanced-rq-kmeans", "rq-vae")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="RQ-VAE for 50 steps only")
+    parser.add_argument("--quick", action="store_true", help="train RQ-VAE for only 50 steps")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 

@@ -1,22 +1,26 @@
-"""What each strategy costs beside `single`: time and memory of a step, passes, parameters, bytes kept.
+"""The cost of each strategy relative to `single`: time and memory of a step, passes, stored bytes.
 
     python benchmarks/strategies.py [--quick] [--json] [--only "NAME;NAME"] [--width N] [--layers N]
 
-A `scratch` backbone on a simulated stream: stage 0 once for all, then three short stages by each strategy, as
-`peso run` learns them. In the last stage the strategy and `single` take turns step by step, each in a process
-of its own; a ratio of CPU times (one thread) is taken within the turn (median and quartiles), so that
-whatever else the machine does weighs little, and on both. `share`: what the strategy's hooks and the addition
-of their gradients take of its own steps;
-`watch`: what it takes to measure whether the anchor holds (one step in eight). `passes`: forward passes of
-the backbone in a step over those of `single`, and how many more before the first step; `steps`: optimizer
-steps of the last stage if nothing limits them, over those of `single`. `kept`: what a stage leaves to serve
-and to go on from, the backbone of stage 0 and figures apart, after each of the three stages. `memory`: bytes
-of the tensors that the last stage allocates (backbone, adapter, optimizer, what the strategy holds,
-activations, gradients), at the highest point of its steps 2 to 6, over that of `single`; `standing`: the same
-between two steps, without activations. It is read from the profiler's record of every allocation, in a run of
-its own after the turns; code and libraries, most of what a process of this size takes, are not in it. `none`
-learns nothing and is left out. `lsat`, `replay` and `retrain` learn from other examples too, so their steps
-are of other lengths; of `lsat` the turns are those of its long-term training.
+The backbone is `scratch` on a simulated stream: stage 0 is trained once for all strategies, and then each
+strategy trains three short stages, as `peso run` does. In the last stage, the strategy and `single` take
+turns step by step, each in a separate process. The ratio of CPU times (one thread) is computed within a turn
+(median and quartiles), so that other work on the machine has little effect, and affects both.
+
+- `share`: the part of its steps that the strategy's hooks and the addition of their gradients take.
+- `watch`: the part that measuring the effect of the anchor takes (in one of eight steps).
+- `passes`: forward passes of the backbone in a step relative to `single`, and those before the first step.
+- `steps`: optimizer steps of the last stage relative to `single`, without a limit on steps.
+- `kept`: bytes that a stage stores for serving and for the next stage, without the backbone of stage 0 and
+  metrics, after each of the three stages.
+- `memory`: bytes of the tensors that the last stage allocates (backbone, adapter, optimizer, values of the
+  strategy, activations, gradients), at the highest point of steps 2 to 6, relative to `single`.
+- `standing`: the same between two steps, without activations.
+
+The memory is read from the profiler's record of allocations, in a separate run after the turns. It does not
+include code and libraries, which are most of a process of this size. `none` trains nothing and is left out.
+`lsat`, `replay` and `retrain` learn from other examples too, so their steps have other lengths; for `lsat`,
+the turns are those of its long-term training.
 """
 
 from __future__ import annotations
@@ -285,7 +289,7 @@ def steps_of_a_stage(base: Path, strategy: dict[str, Any], arguments: argparse.N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="12 steps a stage instead of 60")
+    parser.add_argument("--quick", action="store_true", help="12 steps per stage instead of 60")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--only", help="names of strategies, separated by semicolons")
     parser.add_argument("--width", type=int, default=128)

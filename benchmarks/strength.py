@@ -1,15 +1,16 @@
-"""How far a stage moves at a strength, and whether that carries over to other shapes and settings.
+"""The distance that a stage moves at a strength, and whether it is the same for other shapes and settings.
 
     python benchmarks/strength.py WORKSPACE [--steps N] [--settings NAME;NAME] [--terms NAME,NAME]
                                   [--cells FILE] [--quick] [--json]
 
-Stage 1 of a workspace whose stage 0 is learned is trained again and again: with `single`, with an anchor of
-strength 0.3, 1 and 3 in both couplings, and with one raw weight; as configured, and with rank, batch size or
-learning rate doubled, or with two of the seven modules (another width is another workspace). Reported is the
-distance moved from where the stage began, over that of `single` in the same setting ("shortening"), beside
-two predictions: 1 / (1 + s), the interpolation at the optimum with λ = s · ρ̄; and (1 - e^-s) / s, what is
-left of a steady drift that shrinks all the while (the decoupled form). Nothing is tested and the workspace
-stays as it is. What is measured is kept in FILE (JSON lines), so that a second call goes on.
+In a workspace with a trained stage 0, stage 1 is trained repeatedly: with `single`, with an anchor of
+strength 0.3, 1 and 3 in both couplings, and with one raw weight; as configured, with doubled rank, batch
+size or learning rate, and with two of the seven modules (another width needs another workspace). The output
+is the distance from the beginning of the stage, divided by that of `single` with the same settings
+("shortening"), together with two predictions: 1 / (1 + s), the interpolation at the optimum with λ = s · ρ̄;
+and (1 - e^-s) / s, the remainder of a steady drift that is shrunk in every step (the decoupled form).
+Nothing is tested, and the workspace does not change. Results are stored in FILE (JSON lines), so that
+another call continues.
 """
 
 from __future__ import annotations
@@ -144,11 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--steps", type=int, help="optimizer steps; none given: all epochs")
-    parser.add_argument("--weight", type=float, default=5.0, help="the raw weight that is tried too")
-    parser.add_argument("--cells", type=Path, help="what is measured goes here, and is not measured again")
+    parser.add_argument("--weight", type=float, default=5.0, help="a raw weight to test in addition")
+    parser.add_argument("--cells", type=Path, help="file of results, which are not measured again")
     parser.add_argument("--settings", help="names, separated by semicolons; none given: all")
     parser.add_argument("--terms", default="softmax_kl,l2", help="proximal terms, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="as configured alone")
+    parser.add_argument("--quick", action="store_true", help="only the configured settings")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     workspace = Workspace.open(arguments.workspace)

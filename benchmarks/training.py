@@ -1,4 +1,4 @@
-"""Training speed and memory: ours beside Transformers + PEFT, same model, same targets, same losses.
+"""Training speed and memory, compared with Transformers + PEFT (same model, targets and losses).
 
     python benchmarks/training.py [--quick] [--json] [--layers N] [--threads N]
 
@@ -8,17 +8,17 @@ expert's way: PEFT's trainable token rows, batches of similar length, logits at 
 (`benchmarks/usual_training.py`). Ours: `peso.training.loop.train_stage` itself, `instruct` and `stream`,
 float32 and bfloat16, loss vocabulary `full`, LoRA dropout 0.05 everywhere.
 
-Each contestant is a process of its own, so that its peak memory is its own; they take turns, one optimizer
-step of 32 targets each, and a ratio is taken within the turn: median and range. `…_ratio` is ours in float32
-over the usual way, `…_expert_ratio` over the expert's, `…_best` ours in its fastest precision over the same
-(both others stay in float32), `memory_ratio` the peak memory of ours (`instruct`, float32) over that of the
-usual way, `storage_ratio` the bytes of the files that ours keeps of stage 1 over those of the released layout
-(embedding, head and adapter in float32, and the adapter of stage 0). Before the turns the float32 losses of
-32 targets, dropout off, must agree.
+Each contestant runs in a separate process, so that its peak memory can be measured. They take turns with one
+optimizer step of 32 targets each; ratios are computed within a turn, with median and range. `…_ratio` is the
+ratio of ours in float32 to the usual way, `…_expert_ratio` to the expert's way, and `…_best` that of ours in
+its fastest precision (the others stay in float32). `memory_ratio` is the peak memory of ours (`instruct`,
+float32) divided by that of the usual way. `storage_ratio` is the size of the files that ours stores for
+stage 1, divided by that of the released layout (embedding, head and adapter in float32, and the adapter of
+stage 0). Before the turns, the float32 losses of 32 targets without dropout must agree.
 
-Targets are those of `Video_Games` stage 1 where the data are at hand (PESO_DATA), else random. The backbone
-is SmolLM2-135M where it was pulled (`peso pull smollm2-135m`), else random weights of its shape. All six
-processes together take about 12 GiB.
+The targets are those of `Video_Games` stage 1 if the data are available (PESO_DATA), else random. The
+backbone is SmolLM2-135M if it was pulled (`peso pull smollm2-135m`), else random weights of its shape. The
+six processes together take about 12 GiB.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one turn instead of five")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--layers", type=int, help="keep the first N layers")
+    parser.add_argument("--layers", type=int, help="use only the first N layers")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     turns = 1 if arguments.quick else 5

@@ -1,14 +1,14 @@
-"""The trie at scale: how long it takes to build, how much memory, and what a step of the search costs.
+"""The trie of large catalogs: the time and memory to build it, and the cost of a step of the search.
 
     python benchmarks/trie.py [--quick] [--json]
 
-Random catalogs of 4 levels × 256 codes. Building is measured in a process of its own, whose peak resident
-memory counts in full (interpreter, libraries and the input codes too). A step takes the logits of a level's
-codes for 64 users × 10 beams to the 10 best continuations of each user: log-softmax, mask, select; also with
-20 seen items of each user excluded. `select_growth` is for mask and select alone, whose work follows the
-number of children that exist. Times are the best of many runs (what is slower was disturbed), added up over
-the levels of a search. `step_share` sets the mean step beside one decoding pass of a model of SmolLM2-135M's
-shape (random weights) over the same beams.
+The catalogs are random, with 4 levels × 256 codes. Building is measured in a separate process, whose total
+peak resident memory counts (including interpreter, libraries and the input codes). A step computes the 10
+best continuations of each user from the logits of a level's codes for 64 users × 10 beams: log-softmax, mask
+and select; also with 20 seen items per user excluded. `select_growth` is for mask and select only, whose
+work depends on the number of existing children. Times are the best of many runs (slower ones were
+disturbed), added up over the levels of a search. `step_share` is the time of a mean step divided by that of
+one decoding pass of a model of SmolLM2-135M's shape (random weights) over the same beams.
 """
 
 from __future__ import annotations

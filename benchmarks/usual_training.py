@@ -1,8 +1,9 @@
-"""Training as users of Transformers and PEFT write it: what ``benchmarks/training.py`` compares with.
+"""Training as users of Transformers and PEFT write it, for comparison in ``benchmarks/training.py``.
 
-Knows our model only to start from the same weights and prompts; from there on plain Transformers and PEFT.
-One example per target, the history's prompt and the target after it, loss on the target alone, padded batches
-(of 8), gradients accumulated to 32 targets, AdamW, cosine schedule, clipping: what `Trainer` does with them.
+Our model is used only to start from the same weights and prompts; everything else is plain Transformers and
+PEFT. There is one example per target, with the history's prompt followed by the target, the loss is on the
+target only, batches (of 8) are padded, gradients are accumulated over 32 targets, and AdamW, the cosine
+schedule and clipping are those of `Trainer`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What it costs in quality that long histories are trained in overlapping chunks.
+"""The effect on quality of training long histories in overlapping chunks.
 
     python benchmarks/windows.py [--epochs N] [--steps N] [--seeds N] [--quick] [--json]
 
@@ -88,9 +88,9 @@ def scores(model: GenerativeModel, cases: Cases) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="at most so many a stage")
-    parser.add_argument("--seeds", type=int, default=3, help="of stage 1")
-    parser.add_argument("--quick", action="store_true", help="100 steps a stage, one seed")
+    parser.add_argument("--steps", type=int, help="largest number of steps per stage")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of stage 1")
+    parser.add_argument("--quick", action="store_true", help="100 steps per stage, one seed")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args()
     steps, seeds = (100, 1) if arguments.quick else (arguments.steps, arguments.seeds)
