@@ -24,7 +24,7 @@ from peso.runtime.progress import Observer
 
 MOST_TRIALS = 8  # settings of every baseline, so that the budget is the same
 TUNED_ON = 2048  # validation cases of a stage, evenly spaced, if it has more
-LEAST = 1e-6  # weight of popularity beside evidence
+LEAST = 1e-2  # weight of popularity beside evidence: with less, the temperature is that of what has none
 CHOSEN = "chosen.json"
 
 
@@ -145,7 +145,7 @@ class Validation:
 
 
 def least(counts: np.ndarray) -> np.ndarray:
-    """float64 (items,): a millionth of each item's share of the counts, to all of which one is added."""
+    """float64 (items,): a hundredth of each item's share of the counts, to all of which one is added."""
     return LEAST * (counts + 1) / (counts.sum() + len(counts))
 
 
