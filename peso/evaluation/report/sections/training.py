@@ -95,7 +95,8 @@ def _rates(comparison: Comparison) -> Table:
             "Tried: lowest validation loss after steps",
         ],
         rows,
-        "Validation losses in nats per item, for each candidate after its last round.",
+        "Validation losses in nats per item, for each candidate after its last round. If the lowest or the "
+        "highest candidate is chosen, try others beyond it (training.later.trials.scales).",
     )
 
 
