@@ -83,6 +83,8 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.live.stop()
         await run_in_threadpool(service.engine.stop)
+        if service.received is not None:
+            service.received.close()  # SQLite then tidies up its write-ahead log
 
     app = FastAPI(
         title="peso",

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from peso.decoding import search
 from peso.decoding.returning import GROWTH, PromptMemory, _continued
+from peso.model.ensemble import Ensemble, twin
 
 WINDOW = 5
 LARGE = 2**30
@@ -115,3 +117,17 @@ def test_filters_and_a_wrong_number_of_places(make_model):
     assert_same(found, search(model, [grown], exclude=[grown]))
     with pytest.raises(ValueError, match="returning has 1 entries for 2 histories"):
         search(model, [history, history], returning=[None])
+
+
+def test_two_models_that_answer_as_one_continue_both_prompts(make_model):
+    first = make_model(window=WINDOW)
+    other = twin(first)
+    with torch.no_grad():
+        for rows in (other.vocabulary.input_rows, other.vocabulary.output_rows):
+            rows.add_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)) * rows.std())
+    model, memory = Ensemble(first, other, 0.5).eval(), PromptMemory(LARGE)
+    for count in range(3, WINDOW + 1):
+        history = np.arange(count)
+        found = search(model, [history], returning=[memory.of("a")])
+        assert_same(found, search(model, [history]))
+    assert memory.reused > 0

@@ -68,6 +68,8 @@ def test_sigterm_ends_a_server_that_answers_what_was_asked(copy):
             connection.sendall(body[5:])
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         assert server.wait(60) == 0
+    assert copy.events_file.is_file()
+    assert not copy.events_file.with_name(f"{copy.events_file.name}-wal").exists()
     logged = [json.loads(line) for line in lines if line.startswith("{")]
     routes = [line["route"] for line in logged if line["message"] == "request"]
     assert routes == ["/v1/recommend", "/v1/events", "/v1/recommend"]
