@@ -132,6 +132,13 @@ class HeadConfig(Section):
         description="items only: number of negative items sampled for each forward pass, with a correction "
         "for the sampling; none given: a softmax over all items up to 100,000 items, beyond that 8,192",
     )
+    learning_rate_scale: float = Field(
+        1.0,
+        gt=0,
+        exclude_if=partial(eq, 1.0),
+        description="items only: the learning rate of the item head, relative to that of the other rows of "
+        "the vocabulary; below 1 where the head overfits before the codes are learned",
+    )
 
 
 def expand_head(value: Any) -> Any:

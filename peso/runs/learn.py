@@ -202,6 +202,7 @@ def _train_phase(
         on_progress=_shown(number, phase, strategy, observer),
         processes=current(),
         item_weight=0.0 if model.vocabulary.item_head is None else config.head.weight,
+        head_scale=config.head.learning_rate_scale,
     )
     if len(candidates) == 1:
         seconds = 0.0

@@ -146,6 +146,7 @@ class StageTask:
             every step and the validation cases, and take the same steps. The main one writes.
         item_weight: of the item head's loss: of an item's log-probability beside that of all its codes
             together. 0: the model has no item head.
+        head_scale: learning rate of the item head, relative to that of the vocabulary's rows.
     """
 
     sequences: Sequence[TargetSequence]
@@ -162,6 +163,7 @@ class StageTask:
     checkpoint_seconds: float = 60.0
     processes: Processes = ALONE
     item_weight: float = 0.0
+    head_scale: float = 1.0
 
 
 def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
@@ -319,7 +321,7 @@ def _begin(model: GenerativeModel, task: StageTask) -> _Training:
     if not trained:
         raise TrainingError("no parameter of the model requires a gradient: there is nothing to train")
     adapter = [p for p in adapter_parameters(model.backbone).values() if p.requires_grad]
-    optimizer = make_optimizer(trained, settings, task.learning_rate)
+    optimizer = make_optimizer(trained, settings, task.learning_rate, task.head_scale)
     schedule = Schedule(optimizer, settings, task.learning_rate, len(plan))
     determined_by = digest(
         settings.determining(),
@@ -329,6 +331,7 @@ def _begin(model: GenerativeModel, task: StageTask) -> _Training:
             task.stage,
             options,
             *([task.item_weight] if task.item_weight else []),
+            *([{"head_scale": task.head_scale}] if task.head_scale != 1 else []),
         ),
         asdict(model.layout),
         model.loss_vocabulary,

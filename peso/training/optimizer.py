@@ -12,19 +12,27 @@ from transformers import get_scheduler
 
 from peso.config import TrainingConfig
 
-ROWS = "vocabulary."  # how the names of what has a learning rate of its own begin: token rows and item head
+# How the names of what has a learning rate of its own begin: token rows and item head; the item head.
+ROWS, HEAD = "vocabulary.", "vocabulary.item_head."
 
 
 def make_optimizer(
-    trained: Mapping[str, nn.Parameter], settings: TrainingConfig, learning_rate: float
+    trained: Mapping[str, nn.Parameter],
+    settings: TrainingConfig,
+    learning_rate: float,
+    head_scale: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the parameters of a model, by their names.
 
     Matrices decay; biases and the scales of norms do not, as usual for AdamW. The rows of the vocabulary and
-    the item head learn at ``settings.rows_learning_rate_scale`` times the rate of everything else.
+    the item head learn at ``settings.rows_learning_rate_scale`` times the rate of everything else, and the
+    item head at ``head_scale`` times that of the rows.
     """
-    scale = settings.rows_learning_rate_scale
-    rates = {name: learning_rate * (scale if name.startswith(ROWS) else 1.0) for name in trained}
+    scales = {ROWS: settings.rows_learning_rate_scale, HEAD: head_scale}
+    rates = {
+        name: learning_rate * math.prod(scale for part, scale in scales.items() if name.startswith(part))
+        for name in trained
+    }
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for decays in (True, False):
         for name, p in trained.items():

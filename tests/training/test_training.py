@@ -22,12 +22,14 @@ from peso.config import TrainingConfig
 from peso.errors import TrainingError
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
+from peso.model.item_head import ItemHead
 from peso.model.layout import PromptLayout
 from peso.runtime.device import reproducible
 from peso.training import loop
 from peso.training import plan as plan_module
 from peso.training.likelihood import tokens_of_target, validation_loss
 from peso.training.loop import Progress, StageResult, StageTask, train_stage
+from peso.training.optimizer import make_optimizer
 from peso.training.plan import StagePlan
 from peso.training.strategies.strategy import StageContext, Strategy
 
@@ -180,6 +182,19 @@ def test_rows_learn_at_a_rate_of_their_own(
     start = dict(with_adapter(make_model("stream", "semantic")).named_parameters())
     for name, rate in (("vocabulary.input_rows", 3e-2), (next(n for n in plain if "lora_A" in n), 1e-2)):
         assert torch.allclose(decayed[name] - fast[name], -rate * 0.5 * start[name], atol=1e-6), name
+
+
+def test_the_item_head_learns_at_a_rate_of_its_own(make_model: Callable[..., GenerativeModel]) -> None:
+    model = with_adapter(make_model("stream", "semantic"))
+    model.vocabulary.item_head = ItemHead(model.semantic_ids, model.vocabulary.input_rows.shape[1])
+    settings = TrainingConfig(rows_learning_rate_scale=0.5)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = make_optimizer(trained, settings, 1e-2, head_scale=0.1).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, p in trained.items():
+        expected = 5e-4 if ".item_head." in name else 5e-3 if name.startswith("vocabulary.") else 1e-2
+        assert rates[id(p)] == pytest.approx(expected), name
+    assert len(rates) == len(trained)
 
 
 def test_transformers_gives_the_same_schedule(
