@@ -132,6 +132,12 @@ class HeadConfig(Section):
         description="items only: number of negative items sampled for each forward pass, with a correction "
         "for the sampling; none given: a softmax over all items up to 100,000 items, beyond that 8,192",
     )
+    reads: bool | None = Field(
+        None,
+        exclude_if=lambda reads: reads is None,
+        description="items only: whether the history's items are read by their vectors, too, added to the "
+        "embedding of their last code; none given: true",
+    )
     learning_rate_scale: float = Field(
         1.0,
         gt=0,
@@ -139,6 +145,19 @@ class HeadConfig(Section):
         description="items only: the learning rate of the item head, relative to that of the other rows of "
         "the vocabulary; below 1 where the head overfits before the codes are learned",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_reads(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping) and tree.get("reads") is None and tree.get("name") == "items":
+            return {**tree, "reads": True}
+        return tree
+
+    @model_validator(mode="after")
+    def _reads_with_a_head(self) -> HeadConfig:
+        if self.reads and self.name != "items":
+            raise ValueError("head.reads needs the item head: set head.name=items")
+        return self
 
 
 def expand_head(value: Any) -> Any:

@@ -63,10 +63,13 @@ def dump_config(config: Config) -> str:
 def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a resolved configuration that was read from a workspace. Keys that earlier versions did not
     write get the values that these versions trained with, if they differ from today's defaults."""
-    backbone = tree.get("backbone")
-    if not isinstance(backbone, Mapping) or backbone.get("name") not in BUILT_IN or "dropout" in backbone:
-        return dict(tree)
-    return {**tree, "backbone": {**backbone, "dropout": 0.0}}
+    earlier = dict(tree)
+    backbone, head = tree.get("backbone"), tree.get("head")
+    if isinstance(backbone, Mapping) and backbone.get("name") in BUILT_IN and "dropout" not in backbone:
+        earlier["backbone"] = {**backbone, "dropout": 0.0}
+    if isinstance(head, Mapping) and head.get("name") == "items" and "reads" not in head:
+        earlier["head"] = {**head, "reads": False}
+    return earlier
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

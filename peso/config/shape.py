@@ -36,6 +36,8 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
         shape["backbone"].pop("dropout", None)
     if config.head.name == "items":
         shape["head"] = tree["head"]
+        if not shape["head"]["reads"]:  # as above
+            del shape["head"]["reads"]
     if stage:
         later = config.model_dump(mode="json", include={"training": {"later"}})["training"]
         return shape | {"training": shape["training"] | later, "strategy": tree["strategy"]}

@@ -106,7 +106,7 @@ class Returning:
         last = self.memory.get(self.user)
         shown = history[-window:] if last is None else _continued(last.items, history, window)
         tokens = model.layout.prompt(model.item_token_ids(shown))
-        known = Known.nothing() if last is None else _common(last, tokens)
+        known = Known.nothing() if last is None else _common(last, tokens, model)
         kept = len(tokens) - len(model.layout.suffix)
         prompt = Prompt(tokens, len(shown), known, kept, partial(self._keep, shown, tokens[:kept]))
         self.memory.count(prompt)
@@ -129,8 +129,12 @@ def _continued(before: np.ndarray, history: np.ndarray, window: int) -> np.ndarr
     return history[-window:]
 
 
-def _common(last: _Kept, tokens: np.ndarray) -> Known:
-    """The known states of the first tokens that both prompts share. The last token is always computed."""
+def _common(last: _Kept, tokens: np.ndarray, model: GenerativeModel) -> Known:
+    """The known states of the first tokens that both prompts share, as far as these are whole items: the codes
+    of an item are embedded together (:meth:`GenerativeModel.embed`). The last token is always computed."""
     most = min(len(last.tokens), len(tokens) - 1)
     differ = np.flatnonzero(last.tokens[:most] != tokens[:most])
-    return last.known.first(int(differ[0]) if len(differ) else most)
+    common, layout, levels = int(differ[0]) if len(differ) else most, model.layout, model.semantic_ids.levels
+    inside = (common - len(layout.prefix)) % (levels + len(layout.separator))  # tokens since an item began
+    whole = common < len(layout.prefix) or inside >= levels
+    return last.known.first(common if whole else common - inside)

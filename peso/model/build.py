@@ -84,8 +84,10 @@ def build_model(
         seeds[1],
     )
     if head is not None and head.name == "items":
-        vocabulary.item_head = ItemHead(semantic_ids, embedding.shape[1], head.negatives)
-        vocabulary.item_head.initialise(seeds[3])
+        vocabulary.item_head = ItemHead(
+            semantic_ids, embedding.shape[1], head.negatives, reads=bool(head.reads)
+        )
+        vocabulary.item_head.initialise(seeds[3], float(embedding.std()) * scale)
     if adapter is None:
         model = causal_lm.requires_grad_(True)
     else:

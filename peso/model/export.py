@@ -205,8 +205,9 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
     """Write ``item_head.safetensors`` if the model has an item head.
 
     It has ``vectors`` (items, width), ``biases`` (items,), ``query`` (width, width) and ``shares``, by the
-    number of items in the prompt. The ids of the items in the order of the vectors, and the groups of the
-    shares, are in its metadata (docs/how-to/export.md).
+    number of items in the prompt. If the model reads the vectors, it also has ``inputs`` (items, width), which
+    are added to the embeddings of the last codes. The ids and semantic IDs of the items in the order of the
+    vectors, and the groups of the shares, are in its metadata (docs/how-to/export.md).
     """
     head = model.vocabulary.item_head
     if head is None:
@@ -217,8 +218,13 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
         "query": head.query,
         "shares": head.shares,
     }
+    ids = model.semantic_ids
+    if head.reads:  # items that share a semantic ID are read as the first of them
+        first = ids.trie.items[ids.trie.item_starts[:-1]][ids.trie.leaf_of]
+        tensors["inputs"] = head.input_scale * head.vectors()[torch.from_numpy(first.astype(np.int64))]
     metadata = {
-        "items": json.dumps(model.semantic_ids.item_ids),
+        "items": json.dumps(ids.item_ids),
+        "semantic_ids": json.dumps(["".join(ids.semantic_id(item)) for item in ids.item_ids]),
         "shares_up_to": json.dumps(list(LENGTHS)),
     }
     save_file({name: _stored(x) for name, x in tensors.items()}, directory / ITEM_HEAD, metadata)

@@ -106,12 +106,20 @@ class GenerativeModel(nn.Module):
         return self.semantic_ids.token_numbers[items] + self.vocabulary.first_id
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The embeddings of token ids in the backbone's precision: (…) → (…, width)."""
+        """The embeddings of token ids in the backbone's precision: (…, length) → (…, length, width).
+
+        If the item head reads, an item's vector is part of the embedding of its last code. A call must then
+        have all codes of an item.
+        """
         first = self.vocabulary.first_id
         semantic = ids >= first
         words = self.causal_lm.get_input_embeddings()(ids.masked_fill(semantic, 0))
         rows = F.embedding((ids - first).clamp_min(0), self.vocabulary.input_rows).to(words.dtype)
-        return torch.where(semantic.unsqueeze(-1), rows, words)
+        embedded = torch.where(semantic.unsqueeze(-1), rows, words)
+        head = self.vocabulary.item_head
+        if head is None or not head.reads:
+            return embedded
+        return embedded + head.inputs(ids - first).to(words.dtype)
 
     def hidden(
         self, ids: Tensor, visible: Tensor | Tree | None, positions: Tensor, cache: Any = None

@@ -28,19 +28,26 @@ class ItemHead(nn.Module):
 
     Rows and biases are in the order of the catalog. When the catalog grows, there are more of them.
 
+    If ``reads``, the model also reads the vectors: γ · e_i is added to the input embedding of the last code of
+    every item of the history. Input and output then share what they learn about an item, as in SASRec.
+
     Args:
         semantic_ids: the catalog.
         width: the width of the states.
         negatives: the number of items to draw for each training pass. By default all items are used, or
             ``NEGATIVES`` if there are more than ``EXACT``.
+        reads: whether the model also reads the items of a history by their vectors.
     """
 
     tokens: Tensor
     known: Tensor
     counts: Tensor
     shares: Tensor
+    first_items: Tensor
 
-    def __init__(self, semantic_ids: SemanticIds, width: int, negatives: int | None = None) -> None:
+    def __init__(
+        self, semantic_ids: SemanticIds, width: int, negatives: int | None = None, *, reads: bool = False
+    ) -> None:
         super().__init__()
         self.negatives = negatives
         items, tokens = len(semantic_ids.item_ids), sum(semantic_ids.sizes)
@@ -53,14 +60,30 @@ class ItemHead(nn.Module):
         self.register_buffer("tokens", numbers, persistent=False)
         self.register_buffer("counts", torch.ones(items), persistent=False)
         self.register_buffer("shares", torch.full((len(LENGTHS) + 1,), 0.5))
+        self.reads = reads
+        if reads:
+            self.input_scale = nn.Parameter(torch.ones(()))
+            self.sizes = semantic_ids.sizes
+            for level, keys in enumerate(_trie_keys(semantic_ids)):
+                self.register_buffer(f"keys_{level}", keys, persistent=False)
+            first = semantic_ids.trie.items[semantic_ids.trie.item_starts[:-1]]
+            self.register_buffer("first_items", torch.from_numpy(first.astype(np.int64)), persistent=False)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, embedding_spread: float = 0.02) -> None:
         """Draw the rows of the codes at random, so that initial scores have a standard deviation of about
-        0.5."""
+        0.5.
+
+        Args:
+            embedding_spread: the standard deviation of the backbone's word embeddings. The contribution of
+                each code to an item's input vector starts with the same.
+        """
         width, levels = self.code_rows.shape[1], self.tokens.shape[1]
         noise = torch.randn(self.code_rows.shape, generator=torch.Generator().manual_seed(seed))
-        self.code_rows.copy_(noise * 0.5 / (width * levels) ** 0.5)
+        spread = 0.5 / (width * levels) ** 0.5
+        self.code_rows.copy_(noise * spread)
+        if self.reads:
+            self.input_scale.fill_(embedding_spread / spread)
 
     def compete(self, counts: np.ndarray) -> None:
         """Set the items that compete with the targets in training.
@@ -75,7 +98,40 @@ class ItemHead(nn.Module):
 
     def vectors(self) -> Tensor:
         """The vectors e_i of all items, float32 (items, width)."""
-        return self.rows + F.embedding_bag(self.tokens, self.code_rows, mode="sum")
+        return self.rows + self._of_codes()
+
+    def _of_codes(self, items: Tensor | None = None) -> Tensor:
+        """The sum of the code rows, Σ_l u(c_l), of these items or of all: (n, width)."""
+        tokens = self.tokens if items is None else self.tokens[items]
+        return F.embedding_bag(tokens, self.code_rows, mode="sum")
+
+    def inputs(self, numbers: Tensor) -> Tensor:
+        """The vectors to add to the embeddings of a sequence: γ · e_i at the last code of each item, zero
+        elsewhere.
+
+        An item is recognized by all of its codes in direct succession. Items that share a semantic ID cannot
+        be told apart in a prompt, so all of them are read as the first one in the catalog.
+
+        Args:
+            numbers: int64 (…, length), rows of the semantic vocabulary; negative for words.
+
+        Returns:
+            float32 (…, length, width).
+        """
+        levels = len(self.sizes)
+        offset, node, whole = 0, torch.zeros_like(numbers), torch.ones_like(numbers, dtype=torch.bool)
+        padded = F.pad(numbers, (levels - 1, 0), value=-1)
+        for level, size in enumerate(self.sizes):  # down the trie, for the last codes of all places at once
+            code = padded[..., level : level + numbers.shape[-1]] - offset
+            keys: Tensor = getattr(self, f"keys_{level}")
+            wanted = node * size + code
+            node = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+            whole &= (code >= 0) & (code < size) & (keys[node] == wanted)
+            offset += size
+        items = self.first_items[node[whole]]
+        vectors = F.embedding(items, self.rows) + self._of_codes(items)
+        result = vectors.new_zeros(*numbers.shape, vectors.shape[-1])
+        return result.masked_scatter(whole.unsqueeze(-1), self.input_scale * vectors)
 
     def biases(self) -> Tensor:
         """The biases b_i of all items, float32 (items,)."""
@@ -119,7 +175,7 @@ class ItemHead(nn.Module):
         proposal = self.counts / self.counts.sum()
         drawn = torch.multinomial(proposal, negatives, replacement=True)
         rows = torch.cat([targets, drawn])
-        vectors = self.rows[rows] + F.embedding_bag(self.tokens[rows], self.code_rows, mode="sum")
+        vectors = self.rows[rows] + self._of_codes(rows)
         biases = self.bias[rows] + self.code_bias[self.tokens[rows]].sum(-1)
         own = (queries * vectors[: len(targets)]).sum(-1) + biases[: len(targets)]  # (n,)
         others = torch.addmm(biases[len(targets) :], queries, vectors[len(targets) :].t())  # (n, negatives)
@@ -130,6 +186,15 @@ class ItemHead(nn.Module):
     def share_of(self, lengths: Tensor) -> Tensor:
         """The share of the head for histories of these lengths: int64 (n,) → float32 (n,)."""
         return self.shares[groups_of(lengths)]
+
+
+def _trie_keys(semantic_ids: SemanticIds) -> list[Tensor]:
+    """For each level int64 (nodes,), ascending: (node above) · (codes of the level) + code, of each node."""
+    trie, result = semantic_ids.trie, []
+    for size, codes, starts in zip(semantic_ids.sizes, trie.codes, trie.starts, strict=True):
+        above = np.repeat(np.arange(len(starts) - 1, dtype=np.int64), np.diff(starts))
+        result.append(torch.from_numpy(above * size + codes))
+    return result
 
 
 def groups_of(lengths: Tensor) -> Tensor:

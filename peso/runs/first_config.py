@@ -118,9 +118,7 @@ def first_config(
     tree: dict[str, Any] = {
         "data": data,
         "items": {"encoder": "hashing", "quantizer": "rq-kmeans"},
-        "backbone": {"name": "scratch", "width": 128, "layers": 4},
         "strategy": "peso",
-        "training": {"epochs": 5, "learning_rate": 1e-3, "later_learning_rate_scale": 1.0},
         "seed": 0,
     }
     if form in STREAMS:  # with semantic IDs, and stages, of their own

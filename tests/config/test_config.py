@@ -152,6 +152,22 @@ def test_a_workspace_of_the_first_version_had_no_dropout_and_keeps_its_digests()
     assert stage_shape(now, 0)["backbone"]["dropout"] == 0.2
 
 
+def test_an_item_head_reads_unless_told_otherwise_or_trained_before_it_could():
+    def head(value):
+        return load_config({"data": DATA, "backbone": "tiny", "head": value})
+
+    assert head("items").head.reads is head({"name": "items", "weight": 2.0}).head.reads is True
+    assert head("codes").head.reads is None
+    with pytest.raises(ConfigError, match=r"head\.reads needs the item head"):
+        head({"name": "codes", "reads": True})
+    written = head({"name": "items", "reads": False}).model_dump(mode="json")
+    earlier = {**written, "head": {k: v for k, v in written["head"].items() if k != "reads"}}
+    read = load_config(with_earlier_defaults(earlier))
+    assert read.head.reads is False
+    assert "reads" not in stage_shape(read, 0)["head"]
+    assert stage_shape(head("items"), 0)["head"]["reads"] is True
+
+
 def test_every_key_says_in_the_reference_what_it_means():
     def unexplained(model, path: str) -> list[str]:
         missing = []

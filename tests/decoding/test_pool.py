@@ -18,18 +18,18 @@ from peso.training.likelihood import target_log_probabilities
 ITEMS, SIZES = 30, (4, 5)
 
 
-@pytest.fixture(scope="module", params=["stream", "instruct"])
+@pytest.fixture(scope="module", params=[("stream", True), ("instruct", True), ("stream", False)])
 def model(request: pytest.FixtureRequest) -> GenerativeModel:
     """30 items on 20 semantic IDs, of which 10 are shared by two."""
     codes = np.stack([np.arange(ITEMS) % 20 % SIZES[0], np.arange(ITEMS) % 20 // SIZES[0]], axis=1)
     made = build_model(
         BackboneConfig(name="tiny", layers=2),
-        PromptConfig(layout=request.param, window=6),
+        PromptConfig(layout=request.param[0], window=6),
         AdapterConfig(rank=2),
         "semantic",
         SemanticIds([f"i{n}" for n in range(ITEMS)], codes.astype(np.int32), SIZES),
         seed=3,
-        head=HeadConfig(name="items"),
+        head=HeadConfig(name="items", reads=request.param[1]),
     ).eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -87,14 +87,16 @@ def test_fewer_beams_give_the_best_of_what_both_propose(model: GenerativeModel) 
 
 def test_a_share_of_zero_is_the_search_of_codes_alone(model: GenerativeModel) -> None:
     head = model.vocabulary.item_head
-    shares = head.shares.clone()
+    shares, reads = head.shares.clone(), head.reads
     try:
+        head.reads = False  # what is read of the head stays when its share is zero
         head.shares.zero_()
         pooled = search(model, HISTORIES, beams=6, targets=np.arange(5))
         model.vocabulary.item_head = None
         alone = search(model, HISTORIES, beams=6, targets=np.arange(5))
     finally:
         model.vocabulary.item_head = head
+        head.reads = reads
         head.shares.copy_(shares)
     assert (pooled.leaves == alone.leaves).all()
     np.testing.assert_allclose(pooled.scores, alone.scores, atol=1e-5)

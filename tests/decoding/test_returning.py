@@ -11,6 +11,7 @@ import torch
 from peso.decoding import search
 from peso.decoding.returning import GROWTH, PromptMemory, _continued
 from peso.model.ensemble import Ensemble, twin
+from peso.model.item_head import ItemHead
 
 WINDOW = 5
 LARGE = 2**30
@@ -34,10 +35,14 @@ def assert_same(found, expected) -> None:
     np.testing.assert_allclose(found.scores, expected.scores, atol=2e-4)
 
 
-@pytest.mark.parametrize("layout", ["stream", "instruct"])
-def test_answers_are_those_of_the_prompts_that_grew(make_model, layout):
+@pytest.mark.parametrize(("layout", "head"), [("stream", False), ("instruct", False), ("stream", True)])
+def test_answers_are_those_of_the_prompts_that_grew(make_model, layout, head):
     """Users who come back after up to three new items, in one batch with others who are there first."""
     model, draw = make_model(layout, window=WINDOW), np.random.default_rng(0)
+    if head:
+        width = model.vocabulary.input_rows.shape[1]
+        model.vocabulary.item_head = ItemHead(model.semantic_ids, width, reads=True)
+        model.vocabulary.item_head.initialise(0, embedding_spread=0.5)
     memory, shown = PromptMemory(LARGE), {}
     histories = {user: draw.integers(0, 50, draw.integers(0, 9)) for user in range(6)}
     for step in range(6):
@@ -69,7 +74,7 @@ def test_a_new_event_costs_the_tokens_of_an_item(make_model):
         return memory.computed - before
 
     assert computed(history) == len(model.layout.prefix) + WINDOW * levels
-    assert computed(history) == 1  # its last state predicts what comes next
+    assert computed(history) == levels  # the state after the last item predicts what comes next
     for new in range(WINDOW, GROWTH * WINDOW):
         assert computed(np.arange(new + 1)) == levels
     rebuilt = len(model.layout.prefix) + WINDOW * levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -330,3 +331,10 @@ def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         written.append(done.stdout)
     assert "<a_1><b_2><c_3>" in written[0]
+    tokens = torch.from_numpy(model.layout.prompt(model.item_token_ids(np.arange(2))))[None]
+    with torch.no_grad():
+        state = model.hidden(tokens, None, torch.arange(tokens.shape[1])[None])[:, -1]
+        best = model.item_log_probabilities(state)[0].topk(10)
+    found = ast.literal_eval(written[2])
+    assert [item for item, _ in found] == [CATALOGUE.item_ids[row] for row in best.indices]
+    assert [score for _, score in found] == pytest.approx(best.values.tolist(), abs=1e-4)

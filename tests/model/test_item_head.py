@@ -157,5 +157,43 @@ def test_it_is_kept_with_the_vocabulary_and_grows_with_the_catalogue(tmp_path: P
     torch.testing.assert_close(same.item_log_probabilities(hidden), first.item_log_probabilities(hidden))
 
 
+@pytest.mark.parametrize("layout", ["stream", "instruct"])
+def test_an_item_is_read_by_its_vector_at_its_last_code(layout: str) -> None:
+    ids = catalogue()  # items 30 to 39 have the semantic IDs of items 0 to 9
+    model = build_model(
+        BackboneConfig(name="tiny", layers=1),
+        PromptConfig(layout=layout),
+        AdapterConfig(rank=2),
+        "semantic",
+        ids,
+        seed=0,
+        head=HeadConfig(name="items"),
+    )
+    head = model.vocabulary.item_head
+    with torch.no_grad():
+        head.rows.normal_()
+    history = np.array([3, 17, 35])
+    tokens = torch.from_numpy(model.layout.prompt(model.item_token_ids(history)))
+    found = model.embed(tokens[None])[0]
+    head.reads = False
+    added = found - model.embed(tokens[None])[0]
+    last = [place for place, id in enumerate(tokens.tolist()) if id >= model.vocabulary.first_id + SIZES[0]]
+    expected = torch.zeros_like(added)
+    expected[last] = head.input_scale * head.vectors()[[3, 17, 5]]  # 5: the first that has the ID of 35
+    torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
+    spread = (head.input_scale * head.code_rows).std() / model.causal_lm.get_input_embeddings().weight.std()
+    assert spread.item() == pytest.approx(1.0, abs=0.2)
+
+
+def test_codes_that_are_no_item_are_read_as_codes_alone() -> None:
+    head = ItemHead(catalogue(ITEMS - 12), WIDTH, reads=True)
+    head.initialise(0)
+    first = SIZES[0]
+    cut, turned, unknown, words = [first], [first, 0], [4, first + 5], [-7, first]
+    for numbers in (cut, turned, unknown, words, [0, -3, first]):
+        assert not head.inputs(torch.tensor([numbers])).any()
+    assert head.inputs(torch.tensor([[0, first]])).any()
+
+
 def test_groups_of_history_lengths() -> None:
     assert groups_of(torch.tensor([0, 2, 3, 5, 6, 10, 11, 400])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
