@@ -130,8 +130,8 @@ def _continued(before: np.ndarray, history: np.ndarray, window: int) -> np.ndarr
 
 
 def _common(last: _Kept, tokens: np.ndarray, model: GenerativeModel) -> Known:
-    """The known states of the first tokens that both prompts share, as far as these are whole items: the codes
-    of an item are embedded together (:meth:`GenerativeModel.embed`). The last token is always computed."""
+    """The known states of the first tokens that both prompts share, as far as these are whole items, whose
+    codes are embedded together (:meth:`GenerativeModel.embed`). The last token is always computed."""
     most = min(len(last.tokens), len(tokens) - 1)
     differ = np.flatnonzero(last.tokens[:most] != tokens[:most])
     common, layout, levels = int(differ[0]) if len(differ) else most, model.layout, model.semantic_ids.levels

@@ -205,8 +205,8 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
     """Write ``item_head.safetensors`` if the model has an item head.
 
     It has ``vectors`` (items, width), ``biases`` (items,), ``query`` (width, width) and ``shares``, by the
-    number of items in the prompt. If the model reads the vectors, it also has ``inputs`` (items, width), which
-    are added to the embeddings of the last codes. The ids and semantic IDs of the items in the order of the
+    number of items in the prompt. If the model reads the vectors, it also has ``inputs`` (items, width), to
+    add to the embeddings of the last codes. The ids and semantic IDs of the items in the order of the
     vectors, and the groups of the shares, are in its metadata (docs/how-to/export.md).
     """
     head = model.vocabulary.item_head

@@ -28,8 +28,8 @@ class ItemHead(nn.Module):
 
     Rows and biases are in the order of the catalog. When the catalog grows, there are more of them.
 
-    If ``reads``, the model also reads the vectors: γ · e_i is added to the input embedding of the last code of
-    every item of the history. Input and output then share what they learn about an item, as in SASRec.
+    If ``reads``, the model also reads the vectors: γ · e_i is added to the input embedding of the last code
+    of every item of the history. Input and output then share what they learn about an item, as in SASRec.
 
     Args:
         semantic_ids: the catalog.

@@ -13,6 +13,7 @@ import yaml
 from peso.config import Config, load_config
 from peso.config.data import DATA_SETS, STREAMS, LogFormat
 from peso.config.reading import override
+from peso.config.recipe import from_scratch
 from peso.errors import DataError, UntrainableStage
 from peso.events.ingest import ingest
 from peso.events.sources.files import format_of, kind_of
@@ -31,11 +32,13 @@ COMMENTS = {
     "items": "How items get semantic IDs: docs/reference/items.md",
     "items.encoder": "no download; better: all-minilm-l6-v2, after `peso pull all-minilm-l6-v2`",
     "backbone": "The language model. scratch: a small Llama, trained whole at stage 0, no download.",
-    "backbone.name": "pretrained, better with a GPU: smollm2-135m (then learning_rate 2e-4)",
+    "backbone.name": "pretrained, for a GPU: smollm2-135m (then learning_rate 2e-4, batch_size 32)",
+    "head": "How items are scored: docs/explanation/item-head.md",
     "strategy": "How later stages are trained: docs/reference/strategies.md",
     "training": "A quick look first: --set training.max_steps=20",
     "training.epochs": "at most; the epoch with the lowest validation loss is kept",
-    "training.later_learning_rate_scale": "later stages, relative to this; or later: {learning_rate: auto}",
+    "training.patience": "epochs without a lower validation loss that end a stage",
+    "training.later": "of the updates; auto: rates are chosen by short trials on validation",
     "seed": "fixes everything on the same machine",
 }
 
@@ -118,7 +121,10 @@ def first_config(
     tree: dict[str, Any] = {
         "data": data,
         "items": {"encoder": "hashing", "quantizer": "rq-kmeans"},
+        "backbone": "scratch",
+        "head": "items",
         "strategy": "peso",
+        "training": {},
         "seed": 0,
     }
     if form in STREAMS:  # with semantic IDs, and stages, of their own
@@ -126,12 +132,17 @@ def first_config(
     for text in overrides:
         override(tree, text)
     config, manifest = _tried(tree, target.parent, observer)
+    sections, reason = from_scratch(manifest["stages"][0]["training_targets"], manifest["items"])
+    if config.backbone.name == "scratch":
+        tree |= sections
+        for text in overrides:  # these win
+            override(tree, text)
     if (asked := max(config.evaluation.k)) > manifest["items"]:
         raise DataError(
             f"the log has {manifest['items']} items, fewer than evaluation.k asks for ({asked}); "
             "--set evaluation.k=[1] asks for fewer"
         )
-    return FirstConfig(_text(tree, hint, log), guessed, manifest)
+    return FirstConfig(_text(tree, hint, log, reason), guessed, manifest)
 
 
 def _tried(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any]]:
@@ -173,19 +184,24 @@ def _relative(path: str, target: Path) -> str:
     return str(whole.relative_to(folder)) if whole.is_relative_to(folder) else str(whole)
 
 
-def _text(tree: Mapping[str, Any], hint: str, log: str) -> str:
-    """The tree as YAML, a line a key, each with its comment."""
+def _text(tree: Mapping[str, Any], hint: str, log: str, reason: str) -> str:
+    """The tree as YAML, a line a key, each with its comment.
+
+    Args:
+        reason: for the size of the model.
+    """
+    comments = {**COMMENTS, "backbone.width": reason}
     lines = [
         f"# A first configuration for {Path(log).name}, written by `peso init`.",
         "# Every key has a default; they are listed in docs/reference/configuration.md.",
     ]
     for section, value in tree.items():
-        lines += ["", *([f"# {COMMENTS[section]}"] if section in COMMENTS else [])]
+        lines += ["", *([f"# {comments[section]}"] if section in comments else [])]
         lines.append(f"{section}:" if isinstance(value, Mapping) else _flow({section: value}))
         if not isinstance(value, Mapping):
             continue
         for key, below in value.items():
-            about, entry = COMMENTS.get(f"{section}.{key}"), f"  {_flow({key: below})}"
+            about, entry = comments.get(f"{section}.{key}"), f"  {_flow({key: below})}"
             if about and len(entry) + len(about) < WIDTH:
                 entry += f"  # {about}"
             elif about:
