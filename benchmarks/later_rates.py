@@ -66,6 +66,7 @@ def task_of(stage: RunStage, directory: Path) -> tuple[GenerativeModel, StageTas
         log=directory / "log.jsonl",
         context=context,
         item_weight=0.0 if model.vocabulary.item_head is None else config.head.weight,
+        head_scale=config.head.learning_rate_scale,
     )
     return model, task, candidates
 

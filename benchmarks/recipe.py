@@ -1,0 +1,140 @@
+"""How a small model is trained from scratch: the search that led to the settings of `peso init`.
+
+    python benchmarks/recipe.py CONFIG DIR [--settings "NAME;…"] [--quick] [--json]
+
+CONFIG names a log. For each setting stage 0 is trained in a workspace of its own below DIR, from the same
+stream and semantic IDs, and its model is tested on the validation cases, with the items that users have had
+left out: by the codes alone, by the item head alone, and by both with the tuned shares. Test cases play no
+part. A run that was stopped goes on where it was. `--quick` trains two epochs of 20 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peso.config import load_config
+from peso.decoding import search
+from peso.runs import pipeline
+from peso.runs.workspace import Workspace
+from peso.runtime.machine import threads
+from peso.runtime.progress import Silent
+
+BEST = {
+    "backbone": {"name": "scratch", "width": 64, "layers": 2},
+    "head": {"name": "items", "learning_rate_scale": 0.1},
+    "training.epochs": 12,
+    "training.patience": 3,
+    "training.batch_size": 256,
+    "training.learning_rate": 4e-3,
+    "training.warmup": 0.05,
+    "training.temperature": 1.0,
+    "baselines": [],
+    "strategy": "single",
+}
+WIDE = {"backbone": {"name": "scratch", "width": 128, "layers": 4}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "items not read": {"head": {"name": "items", "learning_rate_scale": 0.1, "reads": False}},
+    "head at the rate of the codes": {"head": "items"},
+    "no head": {"head": "codes"},
+    "no dropout": {"backbone": {**BEST["backbone"], "dropout": 0.0}},
+    "dropout 0.3": {"backbone": {**BEST["backbone"], "dropout": 0.3}},
+    "128 wide, 4 layers": {**WIDE, "training.learning_rate": 2e-3},
+    "batches of 64 at 1e-3": {"training.batch_size": 64, "training.learning_rate": 1e-3},
+    "as it was: wide, head at the rate of the codes, batches of 64 at 1e-3": {
+        **WIDE,
+        "head": {"name": "items", "reads": False},
+        "training.batch_size": 64,
+        "training.learning_rate": 1e-3,
+        "training.warmup": 0.01,
+        "training.temperature": 0.8,
+    },
+}
+QUICK = {"training.epochs": 2, "training.max_steps": 40, "training.validation_cases": 64}
+
+
+def train(config: str, root: Path, changes: dict[str, Any], source: Workspace | None) -> Workspace:
+    """Stage 0 of a workspace, trained."""
+    texts = [f"{key}={json.dumps(value)}" for key, value in {**BEST, **changes}.items()]
+    workspace = Workspace.create_or_open(root, load_config(config, texts))
+    with workspace.lock():
+        if not workspace.has_semantic_ids:
+            if source is not None:
+                pipeline.take_data(workspace, source, Silent())
+            else:
+                pipeline.ingest(workspace, Silent())
+                pipeline.tokenize(workspace, Silent())
+        if not workspace.stage(0).is_trained:
+            pipeline.rehearse_stages(workspace, Silent())
+            pipeline.learn(workspace.stage(0), Silent())
+    return workspace
+
+
+def measure(workspace: Workspace) -> dict[str, Any]:
+    """NDCG@10 on the validation cases of stage 0 by each part of the model, and how it was trained."""
+    stage, config = workspace.stage(0), workspace.config
+    training, model = stage.metrics["training"], stage.answering_model()
+    cases = workspace.stream.stage(0).validation_cases(config.prompt.window)
+    leaves = model.semantic_ids.trie.leaf_of[cases.targets]
+    head = model.vocabulary.item_head
+    tuned = None if head is None else head.shares.clone()
+    found = {}
+    for part, share in {"codes": 0.0, "head": 1.0, "both": None}.items():
+        if head is None and share != 0.0:
+            continue
+        if head is not None:
+            head.shares.copy_(tuned if share is None else tuned.new_full(tuned.shape, share))
+        with threads(model, config.training.threads):
+            lists = search(model, cases.histories, beams=20, exclude=cases.seen)
+        hits = lists.leaves[:, :10] == leaves[:, None]
+        found[part] = float((hits / np.log2(np.arange(10) + 2)).sum(1).mean())
+    return {
+        "ndcg@10": found,
+        "cases": len(cases),
+        "best_epoch": training["best_epoch"],
+        "epochs": len(training["validation_losses"]),
+        "validation_loss": min(training["validation_losses"]),
+        "minutes": training["seconds"] / 60,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a configuration; its section `data` is used")
+    parser.add_argument("directory", type=Path, help="where the workspaces are kept")
+    parser.add_argument("--settings", help=f"some of: {'; '.join(SETTINGS)} (separated by semicolons)")
+    parser.add_argument("--quick", action="store_true", help="a few steps: to see that it works")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    names = [name for name in SETTINGS if not options.settings or name in options.settings.split(";")]
+    if not names:
+        parser.error(f"--settings names none of: {'; '.join(SETTINGS)}")
+    results: dict[str, Any] = {}
+    source: Workspace | None = None
+    for name in names:
+        root = options.directory / name.replace(" ", "_").replace(":", "").replace(",", "")
+        changes = {**SETTINGS[name], **(QUICK if options.quick else {})}
+        workspace = train(options.config, root, changes, source)
+        source = source or workspace
+        results[name] = measure(workspace)
+        if not options.json:
+            row = results[name]
+            parts = ", ".join(f"{part} {value:.4f}" for part, value in row["ndcg@10"].items())
+            print(
+                f"{name}: NDCG@10 {parts}; epoch {row['best_epoch']} of {row['epochs']}, "
+                f"{row['minutes']:.1f} min",
+                flush=True,
+            )
+    if options.json:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
