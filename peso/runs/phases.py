@@ -62,7 +62,7 @@ def begin(stage: RunStage) -> tuple[GenerativeModel, StageContext]:
     """
     memory = inherited_memory(stage)
     model, stream = starting_model(stage), stage.workspace.stream
-    if stage.number:
+    if stage.number and strategy_of(stage.workspace).learns(stage.number):
         begin_new_codes(stage, model, learned=stage.number)
     if (head := model.vocabulary.item_head) is not None:
         seen = [stream.stage(number) for number in range(stage.number + 1)]

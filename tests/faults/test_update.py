@@ -163,8 +163,7 @@ def test_a_device_that_is_not_there_is_stored_by_no_command(
 def test_a_stage_that_keeps_the_old_model_is_no_better(root: Path, peso: Call, reports: list) -> None:
     status, out, err = peso("update", "-w", root, "--set", "strategy=none")
     assert status == 0, err
-    # codes that only new items have get rows, which moves log-probabilities, and no answer
-    assert re.search(r"is as good as the model after stage 0 .*: NDCG@10 .*, no difference in any case", out)
+    assert "Log-probability: no difference in any case." in out
 
 
 def test_without_evaluation_a_run_and_an_update_end_well(

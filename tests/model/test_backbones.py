@@ -44,7 +44,7 @@ def test_a_family_that_cannot_is_refused_with_the_reason(family: str, tmp_path: 
 def test_the_documentation_lists_the_families_that_were_tried() -> None:
     text = (ROOT / "docs" / "reference" / "models.md").read_text(encoding="utf-8")
     for heading, families in (("Pass", SERVES), ("Refused", REFUSED)):
-        line = re.search(rf"^- \*\*{heading}\*\*: (.*)$", text, re.MULTILINE)
+        line = re.search(rf"^- \*\*{heading}\*\*: (.*?)\n(?! )", text, re.MULTILINE | re.DOTALL)
         assert line is not None
         assert re.findall(r"`(.*?)`", line[1]) == list(families)
 
