@@ -337,11 +337,14 @@ class BaselineRun:
                     read_predictions(self._file(stage, STATIC)), leaves_out_seen=static[0].leaves_out_seen
                 )
         seed = self.workspace.config.seed if is_random(self.config) else None
-        runs = [RunSummary(self.label, self.label, continual, seed=seed, baseline=True)] if continual else []
-        if any(static):
-            frozen = f"{self.label} (static)"
-            runs.append(RunSummary(frozen, frozen, static, seed=seed, baseline=True))
-        return runs
+        frozen = f"{self.label} (static)"
+        answers = {self.label: continual, **({frozen: static} if any(static) else {})}
+        contains = bool(self.config.fused)
+        return [
+            RunSummary(name, name, stages, seed=seed, baseline=True, contains_model=contains)
+            for name, stages in answers.items()
+            if stages
+        ]
 
 
 def _directory(workspace: Workspace, config: BaselineOptions) -> Path:

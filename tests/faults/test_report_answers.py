@@ -87,6 +87,10 @@ def test_a_baseline_that_wins_is_named_first_and_one_that_does_not_is_not() -> N
     assert "“ease” (1.0000" in first
     assert "“popularity”" not in first
     assert not any("baseline" in text.lower() for text in findings(Comparison([model, weak], [10])))
+    fused = replace(strong, name="h", strategy="hybrid", contains_model=True)
+    told = findings(Comparison([model, weak, fused], [10]))
+    assert told[0].startswith("The model together with a baseline beats the model, “peso”, alone in NDCG@10")
+    assert not any("without a language model" in text for text in told)
     equal = replace(model, name="b", strategy="ease", baseline=True)
     assert not any("baseline" in text.lower() for text in findings(Comparison([model, equal], [10])))
 

@@ -95,30 +95,32 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def winning_baselines(comparison: Comparison) -> list[str]:
-    """A sentence if a baseline is significantly better than the best model in the first metric."""
+    """Sentences if baselines, or hybrids that contain the model, are significantly better than the best model
+    in the first metric."""
     metric = comparison.headline[0]
     models = [system for system in comparison.systems if not system.first.baseline]
     if not models or len(models) == len(comparison.systems) or not comparison.same_cases:
         return []
     model = max(models, key=lambda system: comparison.average(system, metric).value)
-    better = [
-        f"{_name(system)} ({_mean(comparison, system, metric)}, {_difference(found, metric)})"
-        for system in comparison.systems
-        if system.first.baseline
-        and (found := comparison.contrasts(metric).contrast(metric.name, system.name, model.name)).value > 0
-        and found.p_adjusted <= LEVEL
-    ]
-    if not better:
-        return []
+    better: dict[bool, list[str]] = {False: [], True: []}  # by whether the model is a part of it
+    for system in comparison.systems:
+        if not system.first.baseline:
+            continue
+        found = comparison.contrasts(metric).contrast(metric.name, system.name, model.name)
+        if found.value > 0 and found.p_adjusted <= LEVEL:
+            told = f"{_name(system)} ({_mean(comparison, system, metric)}, {_difference(found, metric)})"
+            better[system.first.contains_model].append(told)
     what = f"{'the best' if len(models) > 1 else 'the'} model, {_name(model)},"
-    verb = (
-        "A baseline without a language model beats"
-        if len(better) == 1
-        else "Baselines without a language model beat"
-    )
+    verbs = {
+        False: ("A baseline without a language model beats", "Baselines without a language model beat"),
+        True: ("The model together with a baseline beats", "The model together with baselines beats"),
+    }
     return [
-        f"{verb} {what} in {metric.label} ({_mean(comparison, model, metric)}): {_some(better)}. "
+        f"{verbs[contains][len(names) > 1]} {what}{' alone' * contains} in "
+        f"{metric.label} ({_mean(comparison, model, metric)}): {_some(names)}. "
         "The difference is significant on the same cases."
+        for contains, names in better.items()
+        if names
     ]
 
 
