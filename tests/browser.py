@@ -16,8 +16,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SECONDS = 60
+# What sticks out of the window, boxes that scroll by themselves and what is in them left out
+STICKS_OUT = """
+[...document.querySelectorAll('body *')].filter(element => {
+  const box = element.getBoundingClientRect();
+  return box.width && (box.right > innerWidth + 1 || box.left < -1) && !element.closest('.scroll, pre, svg');
+}).map(element => element.outerHTML.slice(0, 80))
+"""
+# Contrast of the text with what lies behind it (WCAG 2, relative luminance), the worst of the page
+CONTRAST = """
+(() => {
+  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => {
+    const [r, g, b] = parts(colour).slice(0, 3).map(v => v / 255)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = getComputedStyle(e).backgroundColor;
+      if ((parts(colour)[3] ?? 1) > 0.99) return colour;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  let worst = [21, ''];
+  const text =
+    'h1, h2, h3, p, a, th, td, dt, dd, span, figcaption, summary, li, label, legend, small, code, button';
+  for (const element of document.querySelectorAll(text)) {
+    const [a, b] = [light(getComputedStyle(element).color), light(ground(element))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < worst[0]) worst = [ratio, element.outerHTML.slice(0, 80)];
+  }
+  return worst;
+})()
+"""
 # the browser expects its pipe as file descriptors 3 and 4
 CONNECT = """
 import fcntl, os, sys
@@ -34,12 +70,14 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page at a time. ``problems``: what the page's scripts and the browser complained about."""
+    """One page at a time. ``problems``: what the page's scripts and the browser complained about, and
+    requests for addresses that do not begin with ``allowed``."""
 
     def __init__(self, process: subprocess.Popen[bytes], to: Any, back: Any) -> None:
         self.process, self._to, self._back = process, to, back
         self._number = 0
         self.problems: list[str] = []
+        self.allowed = "file:"
         self._events: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -75,12 +113,12 @@ class Browser:
             self.problems.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
         elif method == "Runtime.consoleAPICalled" and told["type"] in ("error", "assert"):
             self.problems.append(f"console: {told['args']}")
-        elif method == "Network.requestWillBeSent" and not told["request"]["url"].startswith("file:"):
+        elif method == "Network.requestWillBeSent" and not told["request"]["url"].startswith(self.allowed):
             self.problems.append(f"asked for {told['request']['url']}")
         return message
 
-    def open(self, page: Path, width: int, height: int, scheme: str, *, phone: bool = False) -> None:
-        """Show a file in a window of this size, in the light or dark scheme."""
+    def open(self, page: Path | str, width: int, height: int, scheme: str, *, phone: bool = False) -> None:
+        """Show a file or an address in a window of this size, in the light or dark scheme."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -90,7 +128,7 @@ class Browser:
         )
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._events.clear()
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._read()
 
@@ -124,7 +162,7 @@ def chromium(program: str, profile: Path) -> Iterator[Browser]:
             "--disable-extensions",
             "--no-first-run",
             "--hide-scrollbars",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={profile}",
         ],
         stdin=subprocess.DEVNULL,
@@ -145,3 +183,15 @@ def chromium(program: str, profile: Path) -> Iterator[Browser]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        missing = "no Chromium: install the Debian package chromium, or name one in $PESO_BROWSER"
+        if os.environ.get("PESO_REQUIRE_BROWSER"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with chromium(program, tmp_path_factory.mktemp("profile")) as started:
+        yield started

@@ -13,6 +13,7 @@ from peso.cli import app as cli  # before PyTorch: peso decides how threads wait
 import numpy as np
 import pytest
 import torch
+from browser import browser  # noqa: F401 - a fixture
 from every_file import make_every_file
 from hypothesis import HealthCheck, settings
 from plugins import install  # noqa: F401 - a fixture

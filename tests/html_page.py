@@ -11,6 +11,7 @@ from peso.evaluation.report.page import render_page
 from peso.evaluation.report.sections import sections_of
 from peso.evaluation.run_summary import RunSummary
 
+BOOLEAN = {"open", "defer", "hidden", "required", "checked"}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -33,7 +34,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         for name, value in attrs:
-            assert value is not None or name == "open"
+            assert value is not None or name in BOOLEAN
             if name == "id":
                 self.ids.append(str(value))
             if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):

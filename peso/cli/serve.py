@@ -42,7 +42,9 @@ def serve(
     deny_file: Annotated[
         Path | None, typer.Option(help="File of items that may not be recommended, in the same format.")
     ] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="Accept no events.")] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Accept no events and no changes of the stage.")
+    ] = False,
     rate: Annotated[
         float,
         typer.Option(

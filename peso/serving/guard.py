@@ -64,6 +64,7 @@ class Guard:
             own (DNS rebinding); None: any.
         rate: see :class:`Rates`, by token, or by address where there are no tokens.
         largest_body: bytes.
+        open_paths: need no token, as :data:`OPEN`.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class Guard:
         hosts: Iterable[str] | None,
         rate: float,
         largest_body: int,
+        open_paths: Iterable[str] = (),
     ) -> None:
         self.app, self.meters, self.tokens = app, meters, tokens
         self.hosts = None if hosts is None else frozenset(hosts)
         self.rates, self.largest_body = Rates(rate), largest_body
+        self.open = frozenset((*OPEN, *open_paths))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -114,7 +117,7 @@ class Guard:
         headers, path = Headers(scope=scope), scope["path"]
         if self.hosts is not None and _name(headers.get("host", "")) not in self.hosts:
             return _problem(421, f"this server is called by one of the names {', '.join(sorted(self.hosts))}")
-        if path in OPEN:
+        if path in self.open:
             return None
         caller: object = (scope.get("client") or ("",))[0]
         if self.tokens is not None:
@@ -124,6 +127,7 @@ class Guard:
                 problem = _problem(401, "send a token that this server knows: Authorization: Bearer TOKEN")
                 problem.headers["www-authenticate"] = "Bearer"
                 return problem
+            scope.setdefault("state", {})["token"] = caller
         if wait := self.rates.wait(caller, time.monotonic()):
             problem = _problem(429, f"more than {self.rates.rate:g} requests a second; send fewer")
             problem.headers["retry-after"] = str(math.ceil(wait))

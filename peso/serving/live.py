@@ -85,25 +85,37 @@ class LiveStage:
             if before.prompts is not None:  # the stream has changed: a user may have been erased from it
                 before.prompts.clear()
             return
-        after = before if same else Snapshot.of(wanted)
         from peso.decoding.returning import PromptMemory
-        from peso.model.inference import for_inference
 
-        model = for_inference(wanted.model(self._device), packed=True)
-        if model.semantic_ids.item_ids != after.semantic_ids.item_ids:
-            raise WorkspaceError(f"the semantic IDs of {self.root} changed while they were read")
+        after = self._with_model(wanted, before if same else Snapshot.of(wanted))
         after = replace(
             after,
-            model=model,
             prompts=PromptMemory(self._prompt_memory) if self._prompt_memory else None,
             since=datetime.now(UTC),
         )
         self.current = after
         self.problem = None
-        del before, model
+        del before
         gc.collect()  # modules refer to each other in circles
         if self._on_change is not None:
             self._on_change(after)
+
+    def another(self, stage: RunStage) -> Snapshot:
+        """A snapshot of another stage, with its model, which answers nothing here.
+
+        Raises:
+            PesoError: the stage cannot be loaded.
+        """
+        with self._loading:
+            return self._with_model(stage, Snapshot.of(stage))
+
+    def _with_model(self, stage: RunStage, snapshot: Snapshot) -> Snapshot:
+        from peso.model.inference import for_inference
+
+        model = for_inference(stage.model(self._device), packed=True)
+        if model.semantic_ids.item_ids != snapshot.semantic_ids.item_ids:
+            raise WorkspaceError(f"the semantic IDs of {self.root} changed while they were read")
+        return replace(snapshot, model=model)
 
     def _wanted(self) -> RunStage:
         self.workspace = Workspace.open(self.root, self._trust)

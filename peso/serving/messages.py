@@ -194,6 +194,92 @@ class Status(Message):
     waiting: int = Field(description="Recommendations that wait for the model.")
 
 
+class ShownItem(Message):
+    """An item as the explorer shows it."""
+
+    item: str
+    title: str | None = None
+    semantic_id: list[str] | None = Field(None, description="null: the stage does not know the item.")
+    score: float | None = None
+
+
+class ShownList(Message):
+    stage: int
+    source: Literal["model", "popularity"]
+    reason: Literal["loading", "unknown_user", "empty_history"] | None
+    items: list[ShownItem]
+
+
+class Comparison(Message):
+    """What the serving stage and the one before it recommend, from the same history."""
+
+    history: list[ShownItem] = Field(description="The last items, newest last.")
+    history_length: int
+    serving: ShownList
+    before: ShownList | None
+    before_stage: int | None = Field(
+        description="The stage that served before, or the parent of the serving one; null: there is none."
+    )
+    before_state: Literal["ready", "loading", "failed", "none"]
+
+
+class StageState(Message):
+    """One stage of the lineage."""
+
+    stage: int
+    serves: bool
+    parent: int | None
+    strategy: str | None
+    trained: str | None
+    pruned: str | None = Field(description="When its weights were removed.")
+    metrics: dict[str, float] | None = Field(description="On its own test cases; null: it was not tested.")
+    gate: dict[str, Any] | None = Field(description="`decision`, `champion`, `says` and `time`; null: none.")
+
+
+class Lineage(Message):
+    gate: bool = Field(description="Whether an update must pass a gate.")
+    previous: int | None = Field(description="Where a rollback leads.")
+    since: str | None
+    by: str | None
+    reason: str | None
+    stages: list[StageState] = Field(description="Oldest first.")
+    refusal: str | None = Field(description="Why this caller may not change the stage; null: it may.")
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable() or not text.strip():
+        raise ValueError("must be one line of visible text")
+    return text.strip()
+
+
+Reason = Annotated[
+    str,
+    Field(min_length=1, max_length=300, description="Recorded with the change."),
+    AfterValidator(_one_line),
+]
+
+
+class Promote(Message):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"stage": 2, "reason": "better on new items"}]})
+
+    stage: int = Field(ge=0)
+    reason: Reason
+    force: bool = Field(False, description="Also a stage that its gate did not pass; this is recorded.")
+
+
+class Rollback(Message):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "complaints since noon"}]})
+
+    reason: Reason
+    stage: int | None = Field(None, ge=0, description="Refuse if the rollback leads to another stage.")
+
+
+class Changed(Message):
+    stage: int = Field(description="The stage that serves; this server answers from it once it is loaded.")
+    changed: bool = Field(description="false: the stage served already, and nothing was recorded.")
+    reason: str = Field(description="As recorded, with the token that made the change.")
+
+
 class Problem(Message):
     detail: str = Field(description="What is wrong and what to do.")
 

@@ -23,6 +23,7 @@ from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.runs.served import served
 from peso.runtime.failures import installed_version
 from peso.serving import messages
+from peso.serving.before import StageBefore
 from peso.serving.engine import Engine, Overloaded
 from peso.serving.histories import LiveHistories
 from peso.serving.live import LiveStage
@@ -48,7 +49,7 @@ SHOWN = 5  # mistakes of a body that an answer names
 class Service:
     """What answers: the stage, the engine, the histories of users, and where events go.
 
-    ``received``: None where the server accepts no events.
+    ``received``: None where the server accepts no events. ``before``: the stage to compare with.
     """
 
     live: LiveStage
@@ -56,16 +57,18 @@ class Service:
     meters: Meters
     histories: LiveHistories
     received: ReceivedEvents | None
+    before: StageBefore
 
 
-def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
+def refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
     said = {
         400: "The body is not JSON.",
         503: "The workspace cannot be used now; the server's log says why.",
         507: "No space left on the server's disk; none of the events is stored.",
-        403: "The server accepts no events.",
+        403: "The server accepts no events, or no change of the stage.",
         401: "No token, or one that the server does not know.",
         404: "There is no such thing.",
+        409: "The workspace does not allow this change; `detail` says why.",
         413: "The body is too long.",
         422: "The body is not as described, or cannot be answered.",
         429: "Too many requests; `Retry-After` says after how many seconds to try again.",
@@ -82,6 +85,7 @@ def create_app(service: Service) -> FastAPI:
         threading.Thread(target=service.histories.prepare, name="peso histories", daemon=True).start()
         yield
         service.live.stop()
+        service.before.stop()
         await run_in_threadpool(service.engine.stop)
         if service.received is not None:
             service.received.close()  # SQLite then tidies up its write-ahead log
@@ -110,7 +114,7 @@ def create_app(service: Service) -> FastAPI:
 def _add_recommendations(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/recommend",
-        responses=_refusals(400, 401, 413, 422, 429, 503),
+        responses=refusals(400, 401, 413, 422, 429, 503),
         response_model_exclude_none=True,
         summary="Recommend items to one user or to several",
     )
@@ -119,7 +123,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
     ) -> Answer | list[Answer]:
         """A list of requests gives the list of their answers, all from one stage."""
         requests = body if isinstance(body, list) else [body]
-        questions = [await _question(service, request) for request in requests]
+        questions = [await question_of(service, request) for request in requests]
         answers = await asyncio.wrap_future(service.engine.ask(questions))
         given: list[Answer] = []
         for place, answer in enumerate(answers):
@@ -132,7 +136,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/v1/items/{item:path}",
-        responses=_refusals(401, 404, 422, 429),
+        responses=refusals(401, 404, 422, 429),
         summary="An item's title and semantic ID",
     )
     async def item(item: Annotated[messages.Id, Path(examples=["25"])]) -> ItemDetails:
@@ -147,7 +151,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
         )
 
 
-async def _question(service: Service, request: Request) -> Question:
+async def question_of(service: Service, request: Request) -> Question:
     if request.user is None:
         return Question(request, request.history)
     return Question(request, await run_in_threadpool(service.histories.of, request.user))
@@ -156,7 +160,7 @@ async def _question(service: Service, request: Request) -> Question:
 def _add_events(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/events",
-        responses=_refusals(400, 401, 403, 413, 422, 429, 503, 507),
+        responses=refusals(400, 401, 403, 413, 422, 429, 503, 507),
         summary="Store what users did",
     )
     async def events(body: Annotated[Events, Body(openapi_examples=EVENT_EXAMPLES)]) -> Received:
@@ -177,7 +181,7 @@ def _add_events(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/status", responses=_refusals(401, 429, 503), summary="The stage that answers, and why")
+    @app.get("/v1/status", responses=refusals(401, 429, 503), summary="The stage that answers, and why")
     async def status() -> Status:
         live = service.live
         snapshot = live.current
@@ -213,7 +217,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get(
         "/metrics",
         response_class=PlainTextResponse,
-        responses=_refusals(401, 429),
+        responses=refusals(401, 429),
         summary="Figures for Prometheus",
     )
     async def metrics() -> Response:
@@ -289,7 +293,7 @@ async def _explain_data(request: HttpRequest, error: Exception) -> Response:
 
 async def _explain_full_disk(request: HttpRequest, error: Exception) -> Response:
     log.error("no space left", exc_info=error)
-    return _said(507, "the server has no space left on its disk; the events were not stored, send them again")
+    return _said(507, "the server has no space left on its disk; nothing was stored, send it again")
 
 
 async def _explain_workspace(request: HttpRequest, error: Exception) -> Response:

@@ -16,13 +16,15 @@ from starlette.types import ASGIApp
 
 from peso.errors import UsageError
 from peso.events.received import ReceivedEvents
+from peso.serving.before import StageBefore
 from peso.serving.engine import Engine
+from peso.serving.explorer import PAGE, add_explorer
 from peso.serving.guard import Guard, JsonLines
 from peso.serving.histories import LiveHistories
 from peso.serving.live import LiveStage
 from peso.serving.meters import Meters
 from peso.serving.routes import Service, create_app
-from peso.serving.snapshot import Snapshot
+from peso.serving.snapshot import Snapshot, answer_all
 from peso.serving.stock import StockFiles
 from peso.serving.tokens import Tokens, require_tokens
 
@@ -80,12 +82,13 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
     )
     stock = StockFiles(settings.allow_file, settings.deny_file)
     engine = Engine(
-        lambda questions: live.current.answer(questions, stock.current()),
+        lambda questions: answer_all(live.current, questions, stock.current()),
         most=settings.queue,
         on_batch=meters.on_batch,
     )
     received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)
-    return Service(live, engine, meters, LiveHistories(root, received, trust), received)
+    histories = LiveHistories(root, received, trust)
+    return Service(live, engine, meters, histories, received, StageBefore(live))
 
 
 def guarded(service: Service, settings: Settings, tokens: Tokens | None) -> ASGIApp:
@@ -97,13 +100,16 @@ def guarded(service: Service, settings: Settings, tokens: Tokens | None) -> ASGI
     require_tokens(settings.host, tokens)
     # whoever may call from this machine without a token must not be a web page in its browser
     names = {"localhost", "127.0.0.1", "[::1]", settings.host} if tokens is None else None
+    app = create_app(service)
+    add_explorer(app, service)
     return Guard(
-        create_app(service),
+        app,
         meters=service.meters,
         tokens=tokens,
         hosts=names,
         rate=settings.rate,
         largest_body=settings.largest_body,
+        open_paths=PAGE,
     )
 
 

@@ -28,10 +28,14 @@ EVERYTHING = Stock()
 
 @dataclass(frozen=True)
 class Question:
-    """A request with the history that belongs to it; None where the user is unknown."""
+    """A request with the history that belongs to it; None where the user is unknown.
+
+    ``snapshot``: of a stage that is to answer instead of the serving one.
+    """
 
     request: Request
     history: Sequence[str] | None
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +202,19 @@ class Snapshot:
 
     def title(self, item: str) -> str | None:
         return self.titles[self.semantic_ids.row(item)]
+
+
+def answer_all(
+    current: Snapshot, questions: Sequence[Question], stock: Stock = EVERYTHING
+) -> list[Answer | DataError]:
+    """The answer to each question from the current snapshot, or from the one that the question names."""
+    groups: dict[Snapshot, list[int]] = {}
+    for place, question in enumerate(questions):
+        groups.setdefault(question.snapshot or current, []).append(place)
+    found: dict[int, Answer | DataError] = {}
+    for snapshot, places in groups.items():
+        found.update(zip(places, snapshot.answer([questions[p] for p in places], stock), strict=True))
+    return [found[place] for place in range(len(questions))]
 
 
 def identity(stage: RunStage) -> Identity:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, chromium, find_chromium
+from browser import CONTRAST, STICKS_OUT, Browser
 from reports import CASES, example_runs, many_runs
 
 from peso.evaluation.comparison import Comparison
@@ -16,53 +14,9 @@ from peso.evaluation.report.sections import sections_of
 
 pytestmark = pytest.mark.browser
 WINDOWS = {"desktop": (1280, 900, False), "phone": (390, 844, True), "small phone": (320, 568, True)}
-# What sticks out of the window, boxes that scroll by themselves and what is in them left out
-STICKS_OUT = """
-[...document.querySelectorAll('body *')].filter(element => {
-  const box = element.getBoundingClientRect();
-  return box.width && (box.right > innerWidth + 1 || box.left < -1) && !element.closest('.scroll, pre, svg');
-}).map(element => element.outerHTML.slice(0, 80))
-"""
-# Contrast of the text with what lies behind it (WCAG 2, relative luminance), the worst of the page
-CONTRAST = """
-(() => {
-  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
-  const light = colour => {
-    const [r, g, b] = parts(colour).slice(0, 3).map(v => v / 255)
-      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ground = element => {
-    for (let e = element; e; e = e.parentElement) {
-      const colour = getComputedStyle(e).backgroundColor;
-      if ((parts(colour)[3] ?? 1) > 0.99) return colour;
-    }
-    return 'rgb(255, 255, 255)';
-  };
-  let worst = [21, ''];
-  for (const element of document.querySelectorAll('h1, h2, p, a, th, td, span, figcaption, summary, li')) {
-    const [a, b] = [light(getComputedStyle(element).color), light(ground(element))].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < worst[0]) worst = [ratio, element.outerHTML.slice(0, 80)];
-  }
-  return worst;
-})()
-"""
 DRAWN = """
 [...document.querySelectorAll('.plots svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height])
 """
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        missing = "no Chromium: install the Debian package chromium, or name one in $PESO_BROWSER"
-        if os.environ.get("PESO_REQUIRE_BROWSER"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with chromium(program, tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
