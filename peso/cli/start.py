@@ -14,7 +14,16 @@ CONFIG = {
     "data": {"format": "simulate", "simulate": {"users": 600, "items": 300, "stages": 4}},
     "items": {"encoder": "hashing", "quantizer": "rq-kmeans", "levels": 3, "codes": 16},
     "backbone": {"name": "scratch", "width": 64, "layers": 2},
-    "training": {"epochs": 5, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
+    "head": {"name": "items", "learning_rate_scale": 0.1},
+    "training": {
+        "epochs": 20,
+        "patience": 3,
+        "batch_size": 128,
+        "learning_rate": 4e-3,
+        "warmup": 0.05,
+        "temperature": 1.0,
+        "later": {"epochs": 6, "patience": 2, "learning_rate": "auto"},
+    },
     "report": {"title": "peso demo: a simulated shop"},
 }
 QUICK = [

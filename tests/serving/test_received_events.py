@@ -116,7 +116,7 @@ def test_a_full_disk_refuses_events_and_recommendations_go_on(client, copy):
     events = [{"user": "a", "item": "i2", "key": f"{number}"} for number in range(1000)]
     refused = client.post("/v1/events", json=events)
     assert refused.status_code == 507
-    assert "not stored" in refused.json()["detail"]
+    assert "nothing was stored" in refused.json()["detail"]
     answer = client.post("/v1/recommend", json={"user": "a"})
     assert answer.json()["source"] == "model"
     assert len(stored(copy, "a")) == 1
