@@ -29,6 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from peso.errors import UsageError
 from peso.runtime.failures import printable
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
@@ -117,6 +118,23 @@ def watcher() -> Observer:
 def say(text: object, *, error: bool = False) -> None:
     """Print to stdout (``error``: stderr), with control characters escaped."""
     print(printable(str(text)), file=sys.stderr if error else sys.stdout)
+
+
+def confirm(question: str, nothing: str) -> bool:
+    """Ask a question on stderr.
+
+    Args:
+        question: the question.
+        nothing: what did not happen, for the message if nobody answers.
+
+    Raises:
+        UsageError: the input ended, or the question was interrupted.
+    """
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        say("", error=True)  # end the line of the prompt
+        raise UsageError(f"no answer: {nothing}; use --yes to continue without confirmation") from None
 
 
 def say_json(value: Any) -> None:

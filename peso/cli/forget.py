@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Directory, Json, Terminal, say, say_json
-from peso.errors import UsageError
+from peso.cli.display import Directory, Json, Terminal, confirm, say, say_json
 
 
 def forget(
@@ -37,15 +36,8 @@ def forget(
         held = holdings(opened, user)
         stream = "the rare users of the stream" if held.rare else f"stages {held.stages} of the stream"
         where = f"{stream}, {held.received:,} received events, {len(held.tests)} files of predictions"
-        try:
-            go = (
-                yes or not held.anything or typer.confirm(f"{workspace}: erase {user!r} ({where})?", err=True)
-            )
-        except typer.Abort:
-            say("", error=True)  # end the line of the prompt
-            raise UsageError(
-                "no answer: nothing was erased; use --yes to erase without confirmation"
-            ) from None
+        sure = yes or not held.anything
+        go = sure or confirm(f"{workspace}: erase {user!r} ({where})?", "nothing was erased")
         if go:
             erase(opened, user, Terminal())
     if as_json:

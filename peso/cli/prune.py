@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Directory, Json, say, say_json
-from peso.errors import UsageError
+from peso.cli.display import Directory, Json, confirm, say, say_json
 
 
 def prune(
@@ -35,15 +34,8 @@ def prune(
     with opened.lock():
         wanted = pruning(opened, keep)
         what = f"the weights of stages {wanted.stages} ({wanted.bytes / 1e6:,.1f} MB)"
-        try:
-            go = bool(wanted.stages) and (
-                yes or typer.confirm(f"{workspace}: remove {what}? They cannot be restored", err=True)
-            )
-        except typer.Abort:
-            say("", error=True)  # end the line of the prompt
-            raise UsageError(
-                "no answer: nothing was removed; use --yes to remove without confirmation"
-            ) from None
+        question = f"{workspace}: remove {what}? They cannot be restored"
+        go = bool(wanted.stages) and (yes or confirm(question, "nothing was removed"))
         if go:
             wanted = remove(opened, keep)
     if as_json:

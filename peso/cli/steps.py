@@ -18,6 +18,7 @@ from peso.cli.display import (
     Stage,
     Terminal,
     Trust,
+    confirm,
     next_step_of,
     next_steps,
     say,
@@ -466,13 +467,7 @@ def undo(
     opened = Workspace.open(workspace)
     with opened.lock():
         step = last_step(opened)
-        try:
-            go = yes or step.gone or typer.confirm(f"{workspace}: remove {step}?", err=True)
-        except typer.Abort:
-            say("", error=True)  # end the line of the prompt
-            raise UsageError(
-                "no answer: nothing was removed; use --yes to remove without confirmation"
-            ) from None
+        go = yes or step.gone or confirm(f"{workspace}: remove {step}?", "nothing was removed")
         if go:
             remove(opened, step, Terminal())
     if as_json:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-EXACT_ITEMS = 10_000  # beyond, a softmax over all items costs more than the rest of a step
+# At 25,000 items, a softmax over all of them takes half of a step or more (docs/reference/benchmarks.md).
+EXACT_ITEMS = 10_000
 NEGATIVES = 2048
-STEPS_PER_EPOCH = 40  # at least; fewer are too few to learn the codes in the epochs there are
+STEPS_PER_EPOCH = 40  # the fewest, as far as batches of 32 allow
 
 
 def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
     """Sections ``backbone``, ``head`` and ``training`` for a log, and the reason for them in a sentence.
 
-    The values were found on MovieTweetings by validation (docs/results/recipe.md). Width and depth grow with
-    the number of events, since a small log overfits a wide model within few epochs. The item head learns at a
-    tenth of the rate of the codes, whose rows need many more steps. Epochs are an upper bound: patience ends
-    the training where validation does.
+    The values of the smallest size were found by validation (docs/results/recipe.md). Larger logs get wider
+    and deeper models, at sizes set by judgment. The item head learns at a tenth of the rate of the codes,
+    which need many more steps. ``epochs`` is an upper bound, because ``patience`` ends the training when the
+    validation loss no longer falls.
 
     Args:
-        events: training events of stage 0.
-        items: of the catalog.
+        events: the number of training targets of stage 0.
+        items: the number of items in the catalog.
     """
     width, layers = (64, 2) if events < 200_000 else (128, 3) if events < 2_000_000 else (256, 4)
     batch = 2 ** round(math.log2(min(max(events / STEPS_PER_EPOCH, 32), 256)))
@@ -41,7 +42,7 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
         },
     }
     reason = (
-        f"{events:,} events in stage 0 and {items:,} items: {layers} layers {width} wide, "
+        f"{events:,} training targets in stage 0 and {items:,} items: {layers} layers {width} wide, "
         f"batches of {batch} targets"
     )
     return sections, reason

@@ -16,7 +16,7 @@ def test_every_log_gets_a_valid_configuration_and_its_reason(events: int, items:
     assert config.head.reads
     assert 32 <= config.training.batch_size <= 256
     assert (config.head.negatives is None) == (items <= EXACT_ITEMS)
-    assert f"{events:,} events" in reason
+    assert f"{events:,} training targets" in reason
     assert f"{config.backbone.layers} layers {config.backbone.width} wide" in reason
 
 

@@ -42,6 +42,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace.root
 
 
+def test_a_report_knows_that_a_hybrid_contains_the_model(root: Path) -> None:
+    workspace = Workspace.open(root)
+    for baseline, contains in ((MIXED, True), ({"name": "popularity", "last": 1}, False)):
+        found = BaselineRun(workspace, read_baseline(baseline)).summaries()
+        assert found, baseline
+        assert {run.contains_model for run in found} == {contains}
+
+
 def test_answers_are_the_best_of_the_whole_catalog_by_the_weighted_sum(root: Path) -> None:
     recommender = Recommender.load(root, hybrid=LABEL)
     workspace, ids = recommender.workspace, recommender.semantic_ids

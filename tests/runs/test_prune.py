@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -220,3 +221,28 @@ def test_the_command_asks_and_says_what_stays(
     assert "no older stage has weights to remove" in out
     code, out, _ = peso("status", "-w", workspace.root)
     assert "no weights (pruned)" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "nothing"),
+    [
+        (("prune", "--keep", "1"), "nothing was removed"),
+        (("undo",), "nothing was removed"),
+        (("forget", "--user"), "nothing was erased"),
+    ],
+)
+def test_without_an_answer_to_its_question_a_command_changes_nothing(
+    workspace: Workspace,
+    peso: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    nothing: str,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # as with </dev/null
+    users = workspace.stream.stage(0).users
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    asked = (*command, *users[:1]) if command[-1] == "--user" else command
+    status, _, err = peso(*asked, "-w", workspace.root)
+    assert status == 2
+    assert f"no answer: {nothing}; use --yes" in err
+    assert {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()} == before
