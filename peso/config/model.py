@@ -52,15 +52,36 @@ class BackboneConfig(Section):
         lt=1,
         exclude_if=lambda dropout: dropout is None,
         description="scratch and tiny only: dropout of the embeddings and of the outputs of attention and "
-        f"feed-forward layers; none given: {SCRATCH_DROPOUT} for scratch, 0 for tiny",
+        f"feed-forward layers; none given: {SCRATCH_DROPOUT} for scratch, 0 for tiny and with pretrained",
     )
+    pretrained: str | None = Field(
+        None,
+        exclude_if=lambda path: path is None,
+        description="scratch and tiny only: a workspace whose stage 0 trained such a backbone, usually on "
+        "another stream; the backbone is used as it is, frozen, and stage 0 trains an adapter",
+    )
+
+    @property
+    def trained_at_base(self) -> bool:
+        """Whether stage 0 trains all weights of the backbone instead of an adapter."""
+        return self.name in BUILT_IN and self.pretrained is None
 
     @model_validator(mode="before")
     @classmethod
     def _default_dropout(cls, tree: Any) -> Any:
         if isinstance(tree, Mapping) and tree.get("dropout") is None and tree.get("name") in BUILT_IN:
-            return {**tree, "dropout": SCRATCH_DROPOUT if tree["name"] == "scratch" else 0.0}
+            trained = tree["name"] == "scratch" and tree.get("pretrained") is None
+            return {**tree, "dropout": SCRATCH_DROPOUT if trained else 0.0}
         return tree
+
+    @model_validator(mode="after")
+    def _has_pretrained_weights(self) -> BackboneConfig:
+        if self.pretrained is not None and self.name not in BUILT_IN:
+            raise ValueError(
+                f"backbone.pretrained is for {' and '.join(BUILT_IN)} only; {self.name!r} is pretrained "
+                "already, so leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_dropout_of_its_own(self) -> BackboneConfig:

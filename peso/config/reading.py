@@ -90,6 +90,10 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
     if (name := config.backbone.name) not in BUILT_IN and _is_backbone(name, base):
         backbone = config.backbone.model_copy(update={"name": _absolute(name, base)})
         config = config.model_copy(update={"backbone": backbone})
+    if config.backbone.pretrained is not None:
+        path = _absolute(config.backbone.pretrained, base)
+        backbone = config.backbone.model_copy(update={"pretrained": path})
+        config = config.model_copy(update={"backbone": backbone})
     if config.report.users is not None:
         users = _absolute(config.report.users, base)
         config = config.model_copy(update={"report": config.report.model_copy(update={"users": users})})

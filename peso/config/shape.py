@@ -42,7 +42,7 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
         later = config.model_dump(mode="json", include={"training": {"later"}})["training"]
         return shape | {"training": shape["training"] | later, "strategy": tree["strategy"]}
     del shape["training"]["later_learning_rate_scale"]
-    if config.backbone.name in BUILT_IN:
+    if config.backbone.trained_at_base:
         del shape["adapter"]
     return shape
 
@@ -50,9 +50,11 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
 def moved(config: Config, now: Config) -> Config:
     """A configuration with the device of ``now`` and, if it is a directory, the backbone of ``now``. Both are
     locations, which may change. (Weights are compared when they are loaded.)"""
+    places = config.backbone.pretrained, now.backbone.pretrained
     names = config.backbone.name, now.backbone.name
     a_path = any(map(_is_path, names)) and not set(names) & set(BUILT_IN)
-    backbone = config.backbone.model_copy(update={"name": names[a_path]})
+    pretrained = places[all(places)]
+    backbone = config.backbone.model_copy(update={"name": names[a_path], "pretrained": pretrained})
     training = config.training.model_copy(update={"device": now.training.device})
     return config.model_copy(update={"backbone": backbone, "training": training})
 

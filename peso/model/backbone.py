@@ -21,7 +21,7 @@ from transformers import (
 from peso.config.model import BUILT_IN, CONTEXT, head_size
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
-from peso.model.source import source_of
+from peso.model.source import source_of, source_of_pretrained
 from peso.runtime.hugging_face import quiet_transformers
 
 BEGIN, END = "<|begin|>", "<|end|>"
@@ -105,6 +105,7 @@ def load_backbone(
     layers: int | None = None,
     width: int | None = None,
     dropout: float | None = None,
+    pretrained: str | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
@@ -119,6 +120,8 @@ def load_backbone(
             number of layers to build.
         width: the hidden width, for ``scratch`` and ``tiny`` only.
         dropout: see :func:`add_dropout`, for ``scratch`` and ``tiny`` only. None for no dropout.
+        pretrained: for ``scratch`` and ``tiny`` only, where their weights are, see
+            :func:`peso.model.source.source_of_pretrained`. None for random weights.
         seed: the seed of the random weights of ``scratch`` and ``tiny``.
         dtype: the precision of the weights.
 
@@ -130,21 +133,30 @@ def load_backbone(
         BackboneError: the backbone cannot be found or read, has fewer layers, is incomplete, or fails a
             check.
     """
-    if name in BUILT_IN:
+    causal_lm: Any
+    tokenizer: Any
+    if name in BUILT_IN and pretrained is None:
         default_width, default_layers = BUILT_IN[name]
         try:
-            causal_lm: Any = small_llama(width or default_width, layers or default_layers, seed).to(dtype)
+            causal_lm = small_llama(width or default_width, layers or default_layers, seed).to(dtype)
         except ValueError as error:
             raise BackboneError(f"backbone {name!r}: {error}; set backbone.width") from None
-        if dropout:
-            add_dropout(causal_lm, dropout)
-        tokenizer: Any = byte_tokenizer()
+        tokenizer = byte_tokenizer()
+    elif pretrained is not None:
+        causal_lm, tokenizer = _pretrained(name, source_of_pretrained(pretrained), layers, dtype)
+        if width not in (None, causal_lm.config.hidden_size):
+            raise BackboneError(
+                f"backbone.width is {width}, but the backbone in {pretrained} has a width of "
+                f"{causal_lm.config.hidden_size}; leave backbone.width out, or use another one"
+            )
     else:
         if width is not None:
             raise BackboneError(
                 f"backbone.width is for {' and '.join(BUILT_IN)} only; {name!r} has a fixed width"
             )
         causal_lm, tokenizer = _pretrained(name, source_of(name), layers, dtype)
+    if name in BUILT_IN and dropout:
+        add_dropout(causal_lm, dropout)
     # PEFT writes this to its files; use the configured name instead of a local path
     causal_lm.name_or_path = causal_lm.config._name_or_path = name
     causal_lm.eval().requires_grad_(False)

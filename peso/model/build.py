@@ -64,6 +64,7 @@ def build_model(
         layers=backbone.layers,
         width=backbone.width,
         dropout=backbone.dropout,
+        pretrained=backbone.pretrained,
         seed=seeds[0],
     )
     layout = make_layout(prompt.layout, tokenizer, prompt.window)

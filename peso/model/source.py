@@ -34,3 +34,24 @@ def source_of(name: str) -> str:
             "config.yaml)"
         )
     return name
+
+
+def source_of_pretrained(path: str) -> str:
+    """The directory of the weights that ``backbone.pretrained`` names: those that stage 0 of a workspace
+    trained, or a directory that ``save_pretrained`` wrote.
+
+    Raises:
+        BackboneError: there is neither.
+    """
+    folder = Path(path).expanduser()
+    of_stage = folder / "stages" / "0" / "backbone"
+    for directory in (of_stage, folder):
+        if (directory / "config.json").is_file():
+            return str(directory)
+    why = "does not exist"
+    if folder.is_dir():
+        why = "is neither a workspace whose stage 0 trained a backbone nor the directory of a model"
+    raise BackboneError(
+        f"backbone.pretrained: {path} {why}; train one first, with backbone.name=scratch in a workspace "
+        "of its own"
+    )

@@ -13,7 +13,7 @@ from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.events.columns import ITEM_ID, ITEMS
 from peso.items.encoder_assets import find_encoder
-from peso.model.source import source_of
+from peso.model.source import source_of, source_of_pretrained
 from peso.runs.trust import strategy_of
 from peso.runtime import assets
 from peso.runtime.downloads import Unavailable, require_reachable
@@ -115,6 +115,8 @@ def _require_item_content(config: Config) -> None:
 
 def _require_models(workspace: Workspace) -> None:
     config = workspace.config
+    if config.backbone.pretrained is not None:
+        source_of_pretrained(config.backbone.pretrained)
     if config.backbone.name not in (*BUILT_IN, *assets.names("backbone")):
         source = source_of(config.backbone.name)
         if not Path(source).is_dir():
@@ -165,6 +167,8 @@ def _check_backbone(config: Config) -> None:
         if config.backbone.name not in assets.names("backbone"):  # a run fetches these
             source_of(config.backbone.name)
         return
+    if config.backbone.pretrained is not None:
+        source_of_pretrained(config.backbone.pretrained)
     if missing := [t for t in config.adapter.targets if t.rpartition(".")[2] not in LINEAR_LAYERS]:
         raise BackboneError(
             f"adapter.targets: the backbone has no linear layer named {', '.join(missing)}; it has: "
@@ -246,7 +250,9 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     if not workspace.has_semantic_ids and config.data.format != "peso-release":
         _rehearse_items(config.items)
     backbone, adapter = config.backbone, config.adapter
-    causal_lm, tokenizer = load_backbone(backbone.name, layers=backbone.layers, width=backbone.width)
+    causal_lm, tokenizer = load_backbone(
+        backbone.name, layers=backbone.layers, width=backbone.width, pretrained=backbone.pretrained
+    )
     layout = make_layout(config.prompt.layout, tokenizer, config.prompt.window)
     check_reach(causal_lm, longest_sequence(layout, _least_levels(config)))
     layers = [m for name, m in causal_lm.named_modules() if name.endswith(tuple(adapter.targets))]

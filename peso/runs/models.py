@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peso.adapters.lora import Past, put_past, weights_without_adapter
-from peso.config.model import BUILT_IN
 from peso.errors import BackboneError, WorkspaceError
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
@@ -30,10 +29,10 @@ AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer 
 
 
 def trains_backbone(stage: RunStage) -> bool:
-    """A backbone built in code knows nothing yet: at stage 0 all of its weights are trained. Later it is the
-    strategy's choice."""
+    """A backbone built in code knows nothing yet: at stage 0 all of its weights are trained, unless it was
+    trained before. Later it is the strategy's choice."""
     if stage.number == 0:
-        return stage.workspace.config.backbone.name in BUILT_IN
+        return stage.workspace.config.backbone.trained_at_base
     return strategy_of(stage.workspace).trains_backbone(stage.number)
 
 
@@ -225,16 +224,16 @@ def _build(stage: RunStage, *, whole: bool) -> GenerativeModel:
 
 def _load(stage: RunStage, model: GenerativeModel) -> None:
     stage.require_as_determined()
-    name = stage.workspace.config.backbone.name
-    if stage.number and name in BUILT_IN:
+    backbone = stage.workspace.config.backbone
+    if stage.number and backbone.trained_at_base:
         load_stage(stage.workspace.stage(0), model)  # the backbone's weights are there alone
     load_stage(stage, model)
     known = stage.manifest.get("backbone_sha256")
     # earlier versions took it in the precision of the training
     if not any(known == backbone_fingerprint(model, dtype) for dtype in (torch.float32, torch.bfloat16)):
         raise BackboneError(
-            f"the backbone {name!r} has other weights than the one that {stage.directory} was trained on; "
-            "fetch that one again, or use a new workspace"
+            f"the backbone {backbone.name!r} has other weights than the one that {stage.directory} was "
+            "trained on; fetch that one again, or use a new workspace"
         )
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peso.config.model import BUILT_IN
 from peso.errors import DataError
 from peso.runs.baselines import found_baselines
 from peso.runs.served import previous, serving_stage
@@ -85,7 +84,7 @@ def _needed(workspace: Workspace) -> dict[int, str]:
     needed = {}
     if (back := previous(workspace)) is not None:
         needed[back] = "a rollback leads to it"
-    if workspace.config.backbone.name in BUILT_IN:
+    if workspace.config.backbone.trained_at_base:
         needed[0] = "the backbone was trained there"
     elif any(baseline.fused for baseline in [*workspace.config.baselines, *found_baselines(workspace)]):
         needed[0] = "a hybrid is tested as it stood then"

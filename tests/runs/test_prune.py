@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from every_file import EVERY_FILE
 
-from peso.config import load_config
+from peso.config import BackboneConfig, load_config
 from peso.errors import DataError, WorkspaceError
 from peso.runs import pipeline
 from peso.runs import prune as pruning_of
@@ -175,7 +175,7 @@ def test_a_base_without_weights_is_refused(workspace: Workspace, tmp_path: Path)
         pipeline.take_base(other, base, Silent())
     assert other.finished_stages == [0], "stage 1 cannot be taken over, nor what comes after it"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruning_of, "BUILT_IN", ())  # as with a backbone from elsewhere
+        patch.setattr(BackboneConfig, "trained_at_base", False)  # as with a backbone from elsewhere
         pruned(base, 1)
     third = Workspace.create_or_open(tmp_path / "third", base.config)
     with third.lock():

@@ -27,7 +27,6 @@ from peso.config import (
 )
 from peso.config.baselines import BaselineOptions, baseline_label, is_random
 from peso.config.compare import MOST_VARIANTS, CompareConfig, Variant, grid, load_comparison, variants
-from peso.config.model import BUILT_IN
 from peso.config.shape import stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
@@ -400,7 +399,7 @@ def _base_config(config: Config) -> Config:
     }
     return config.model_copy(
         update={
-            "adapter": AdapterConfig() if config.backbone.name in BUILT_IN else config.adapter,
+            "adapter": AdapterConfig() if config.backbone.trained_at_base else config.adapter,
             "strategy": strategy_options(UNCHANGED),
             "training": config.training.model_copy(update=later),
             "evaluation": EvaluationConfig(k=config.evaluation.k),
