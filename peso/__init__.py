@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peso import decoding
-    from peso.adapters.proximal import L2, Fisher, Orthogonal, OutputKL, PerRankKL, SoftmaxKL
+    from peso.adapters.proximal import (
+        L2,
+        Fisher,
+        Orthogonal,
+        OutputKL,
+        PerRankKL,
+        ReleasedL2,
+        ReleasedOrthogonal,
+        SoftmaxKL,
+    )
     from peso.config import load_config
     from peso.errors import PesoError
     from peso.runs.recommender import Recommender
@@ -27,6 +36,8 @@ __all__ = [
     "PerRankKL",
     "PesoError",
     "Recommender",
+    "ReleasedL2",
+    "ReleasedOrthogonal",
     "SoftmaxKL",
     "StageContext",
     "Strategy",
@@ -42,7 +53,10 @@ __all__ = [
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
-    "peso.adapters.proximal": ("L2", "Fisher", "Orthogonal", "OutputKL", "PerRankKL", "SoftmaxKL"),
+    "peso.adapters.proximal": (
+        *("L2", "Fisher", "Orthogonal", "OutputKL", "PerRankKL", "SoftmaxKL"),
+        *("ReleasedL2", "ReleasedOrthogonal"),
+    ),
     "peso.config": ("load_config",),
     "peso.errors": ("PesoError",),
     "peso.runs.recommender": ("Recommender",),

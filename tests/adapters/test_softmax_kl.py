@@ -133,6 +133,35 @@ def test_the_gradient_is_exact_where_one_value_holds_nearly_all_mass(step: float
         assert max(relative_errors(ours(current, anchor), mpmath_reference(current, anchor))) < TOLERANCE
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize("moved", [-30.0, -20.0, -10.0, -5.0, 5.0, 10.0, 20.0, 30.0])
+@pytest.mark.parametrize("count", [1, 4, 100])
+def test_the_error_is_bounded_where_values_move_far_together(count: int, moved: float, noise: float) -> None:
+    """By 1e-5, plus what rounding the displacement itself does: 2⁻²³·max|d|·‖s‖."""
+    current, anchor = group(200, noise, torch.float32, 1)
+    current[0, :count] += moved
+    kl, gradient = ours(current, anchor)
+    true_kl, true_gradient = mpmath_reference(current, anchor)
+    assert float(kl) == pytest.approx(true_kl, rel=TOLERANCE)
+    shares = torch.softmax(current.double(), -1)
+    rounding = 2**-23 * float((current - anchor).abs().max()) * float(shares.norm())
+    error = np.linalg.norm(gradient.double().numpy().ravel() - true_gradient)
+    assert error <= TOLERANCE * np.linalg.norm(true_gradient) + rounding
+
+
+@pytest.mark.parametrize("moved", [-30.0, -20.0, -10.0, -5.0, -3.0, -1.0])
+def test_a_few_values_that_lose_their_mass_have_an_exact_gradient(moved: float) -> None:
+    """The others, which hold it, do not move: their ℓ and the KL agree in nearly all digits."""
+    for count in (1, 10):
+        current, anchor = group(400, 0.0, torch.float32, 1)
+        current[0, :count] += moved
+        kl, gradient = ours(current, anchor)
+        # the displacement is what float32 makes of it, which is what the gradient is asked at
+        exact = anchor.double() + (current - anchor).double()
+        true = mpmath_reference(exact, anchor)
+        assert max(relative_errors((kl, gradient), true)) < TOLERANCE
+
+
 def test_a_near_and_a_far_group_of_one_stack_are_both_exact() -> None:
     pairs = [group(1_000, step, torch.float32, 1) for step in (1e-5, 1e-2, 1.0, 20.0)]
     current, anchor = (torch.cat(side) for side in zip(*pairs, strict=True))

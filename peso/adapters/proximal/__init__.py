@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from peso.adapters.proximal.orthogonal import Orthogonal
     from peso.adapters.proximal.output_kl import OutputKL
     from peso.adapters.proximal.per_rank_kl import PerRankKL
+    from peso.adapters.proximal.released_l2 import ReleasedL2
+    from peso.adapters.proximal.released_orthogonal import ReleasedOrthogonal
     from peso.adapters.proximal.softmax_kl import SoftmaxKL
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "Orthogonal",
     "OutputKL",
     "PerRankKL",
+    "ReleasedL2",
+    "ReleasedOrthogonal",
     "SoftmaxKL",
     "Term",
     "diagonal_fisher",
@@ -42,6 +46,8 @@ _HOMES = {
     "Orthogonal": "orthogonal",
     "OutputKL": "output_kl",
     "PerRankKL": "per_rank_kl",
+    "ReleasedL2": "released_l2",
+    "ReleasedOrthogonal": "released_orthogonal",
     "SoftmaxKL": "softmax_kl",
     "diagonal_fisher": "fisher",
 }

@@ -34,7 +34,8 @@ from peso.errors import TrainingError
 # about 1e-6 in float32.
 SERIES = 0.1
 COEFFICIENTS = (1 / 840, 1 / 144, 1 / 30, 1 / 8, 1 / 3, 1 / 2)
-CONCENTRATED = 1.0  # for a larger KL, ℓ and KL may be so close that ℓ − KL cancels
+# Up to these, ℓ − KL does not cancel: KL is at most about the standard deviation of ℓ under s.
+FLAT_KL, FLAT_RATIO = 0.5, 2.0
 
 LEAST_TEMPERATURE = 1e-2
 WIDEST = 60.0  # the largest span of a group over its temperature: e⁻⁶⁰ / n is still a normal float32
@@ -102,8 +103,11 @@ def _wide(anchor: Tensor) -> Tensor:
 def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """KL(softmax(a/τ + d) ‖ softmax(a/τ)) of every group, and its gradient with respect to d.
 
-    In float32, the relative error of the value and of the norm of the gradient is about 1e-7 to 1e-6 for any
-    d, from 1e-6, where the KL is 5e-13, to displacements that move all of the mass. The gradient with respect
+    In float32, the relative error of the value is about 1e-7 to 1e-6 for any d, from 1e-6, where the KL is
+    5e-13, to displacements that move all of the mass. The error of the gradient (in norm) is at most 1e-5 of
+    the gradient plus 2⁻²³·max|d|·‖s‖. The second part is the rounding of d itself. It matters where many
+    values have moved by about the same large amount, for instance half of a group by 20 τ: the KL is then
+    nearly flat, and its gradient depends on differences that float32 does not hold. The gradient with respect
     to v is the gradient with respect to d divided by τ.
 
     Args:
@@ -131,6 +135,7 @@ def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     left = torch.mul(p, growth, out=scratch).sum(-1, keepdim=True) / total
     log_ratio.sub_(left.log1p())
     growth.sub_(left).div_(1 + left)
+    far = not near and (not on_cpu or float(torch.linalg.vector_norm(log_ratio, math.inf)) > FLAT_RATIO)
 
     moved = growth.mul_(p)  # s − p
     series = log_ratio * COEFFICIENTS[0]
@@ -142,10 +147,10 @@ def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
         closed = torch.mul(log_ratio, moved, out=scratch).sub_(moved).addcmul_(p, log_ratio)
         terms = torch.where(log_ratio.abs() < SERIES, series, closed)
     kl = terms.sum(-1)
-    if near or (on_cpu and float(kl.amax()) < CONCENTRATED):
+    if near or (not far and float(kl.amax()) < FLAT_KL):
         return kl, moved.add_(p).mul_(log_ratio.sub_(kl.unsqueeze(-1)))
-    # If one value has nearly all of the mass, ℓ and KL are nearly equal for it, and s = (s − p) + p cancels
-    # for the others. Relative to that value, whose own ℓ becomes 0, nothing cancels.
+    # If the values that have nearly all of the mass moved alike, ℓ and KL are nearly equal for them, and
+    # s = (s − p) + p cancels for the others. Relative to the largest, whose own ℓ becomes 0, nothing cancels.
     shares = torch.exp(log_ratio, out=moved).mul_(p)
     seen = log_ratio.sub_(log_ratio.gather(-1, shares.argmax(-1, keepdim=True)))
     mean = torch.mul(shares, seen, out=scratch).sum(-1, keepdim=True) / shares.sum(-1, keepdim=True)
@@ -308,6 +313,22 @@ class DiagonalMetric:
     def shrink(self, displacement: Tensor, rate: float) -> None:
         """w = h / mean, μ = 0."""
         shrink(displacement, 1.0 if self.curvature is None else self.curvature, rate / self.mean)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """‖Δ‖ of each group. It is not smooth at the anchor, so it has neither a Hessian nor a decoupled form."""
+
+    def penalty(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
+        distance = torch.linalg.vector_norm(displacement, dim=-1)
+        # 0 at the anchor, as autograd has it
+        return distance, displacement / distance.clamp_min(torch.finfo(distance.dtype).tiny).unsqueeze(-1)
+
+    def hessian(self) -> Hessian:
+        raise TrainingError("a distance that is not squared has no curvature at the anchor")
+
+    def shrink(self, displacement: Tensor, rate: float) -> None:
+        raise TrainingError("a distance that is not squared has no decoupled form")
 
 
 @dataclass(frozen=True)

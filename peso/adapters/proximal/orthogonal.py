@@ -48,23 +48,27 @@ class Orthogonal(Term):
         self._directions = [normalize(_rows(group.tensor.detach()), dim=-1) for group in groups]
 
     def penalty(self, groups: Sequence[Group], scale: float) -> Tensor:
-        import torch
-
-        from peso.adapters.groups import placement
-
-        alike = defaultdict(list)  # one product for all modules of the same size
-        for group, directions in zip(groups, self._directions, strict=True):
-            rows = _rows(group.tensor)
-            alike[rows.shape, placement(rows)].append((rows, directions.to(rows)))
-        parts = []
-        for pairs in alike.values():
-            rows, directions = (torch.stack(side) for side in zip(*pairs, strict=True))
-            with torch.autocast(rows.device.type, enabled=False):
-                parts.append(torch.bmm(rows, directions.mT).square().sum())
-        return sum((part.to(parts[0].device) for part in parts[1:]), parts[0]) * scale
+        return overlap([_rows(group.tensor) for group in groups], self._directions) * scale
 
     def trace(self) -> float:
         return sum(2 * len(rows) * float(rows.square().sum()) for rows in self._directions)
+
+
+def overlap(current: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
+    """Σ ‖X·X̂ᵀ‖_F² over pairs of matrices (rank, width) each, 0-d, differentiable with respect to X."""
+    import torch
+
+    from peso.adapters.groups import placement
+
+    alike = defaultdict(list)  # one product for all modules of the same size
+    for rows, directions in zip(current, anchors, strict=True):
+        alike[rows.shape, placement(rows)].append((rows, directions.to(rows)))
+    parts = []
+    for pairs in alike.values():
+        rows, directions = (torch.stack(side) for side in zip(*pairs, strict=True))
+        with torch.autocast(rows.device.type, enabled=False):
+            parts.append(torch.bmm(rows, directions.mT).square().sum())
+    return sum((part.to(parts[0].device) for part in parts[1:]), parts[0])
 
 
 def _rows(matrix: Tensor) -> Tensor:

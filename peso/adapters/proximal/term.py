@@ -64,6 +64,8 @@ class Term(ABC):
     """Whether ``coupling="decoupled"`` is supported."""
     is_distance: ClassVar[bool] = True
     """Whether the term is 0 at the anchor and grows away from it."""
+    has_curvature: ClassVar[bool] = True
+    """Whether the term has a Hessian at the anchor. Without one, a strength has no meaning."""
     needs_losses: ClassVar[bool] = False
     """Whether :meth:`anchor` needs losses of the stage that ends."""
     watches_outputs: ClassVar[bool] = False
@@ -92,6 +94,11 @@ class Term(ABC):
             )
         if weight is not None and strength is not None:
             raise ConfigError(f"weight {weight} and strength {strength} exclude each other: give only one")
+        if strength is not None and not self.has_curvature:
+            raise ConfigError(
+                f"{type(self).__name__} has no curvature at the anchor to compare the data's with, so a "
+                "strength has no meaning; give a weight"
+            )
         for name, value in (("weight", weight), ("strength", strength)):
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} {value} must be 0 or more, and finite")

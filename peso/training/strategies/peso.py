@@ -56,11 +56,13 @@ class Peso(Strategy):
             """``peso`` alone means strength 1; a strength is decoupled, a weight in the loss."""
             if not isinstance(tree, Mapping):
                 return tree
-            result = dict(tree)
+            result, term = dict(tree), _built_in(tree.get("proximal"))
             if result.get("strength") is None and result.get("weight") is None:
-                result["strength"] = 1.0
+                if term and not term.has_curvature:
+                    result["weight"] = term.default_weight
+                else:
+                    result["strength"] = 1.0
             if result.get("coupling") is None:
-                term = _built_in(result.get("proximal"))
                 in_loss = result.get("weight") is not None or (term and not term.has_decoupled_form)
                 result["coupling"] = "loss" if in_loss else "decoupled"
             return result
@@ -70,6 +72,8 @@ class Peso(Strategy):
             if self.strength is not None and self.weight is not None:
                 raise ValueError("strength and weight are two ways to say the same: give one of them")
             term = _built_in(self.proximal)
+            if term and not term.has_curvature and self.strength is not None:
+                raise ValueError(f"strength: {self.proximal} has no curvature at the anchor; give a weight")
             if term and not term.has_decoupled_form and self.coupling == "decoupled":
                 raise ValueError(f"coupling: {self.proximal} has no decoupled form; use coupling: loss")
             if self.temperature != "auto" and not self.temperature > 0:
@@ -114,7 +118,7 @@ class Peso(Strategy):
         else:
             term.anchor(source)
         # a penalty that is not a distance to the anchor is calibrated only if a strength is asked for
-        if examples is not None and (term.is_distance or term.strength is not None):
+        if examples is not None and ((term.is_distance and term.has_curvature) or term.strength is not None):
             term.calibrate(source, examples.losses(context.number, self.options.examples), examples.tokens)
         if term.weight != 0:
             term.attach(source)

@@ -61,7 +61,12 @@ def test_rows_of_the_vocabulary_are_anchored_where_asked_for(runs: Runs, couplin
         assert distance < (1e-5 if coupling == "decoupled" else 0.9) * moved[False][name]
 
 
-@pytest.mark.parametrize("proximal", ["softmax_kl", "per_rank_kl", "l2", "fisher", "output_kl", "orthogonal"])
+OVERLAPS = ("orthogonal", "released_orthogonal")
+
+
+@pytest.mark.parametrize(
+    "proximal", ["softmax_kl", "per_rank_kl", "l2", "fisher", "output_kl", "released_l2", *OVERLAPS]
+)
 def test_every_term_acts_in_a_run(runs: Runs, proximal: str) -> None:
     """A distance is 0 in the first step and not afterwards; what it adds changes what is learnt."""
     workspace = runs({"name": "peso", "proximal": proximal, "weight": 100.0, "reduction": "sum"})
@@ -69,11 +74,11 @@ def test_every_term_acts_in_a_run(runs: Runs, proximal: str) -> None:
         lines = (workspace.stage(stage).directory / "log.jsonl").read_text().splitlines()
         steps = [record for record in map(json.loads, lines) if "loss" in record]
         first, *others = [record["penalty"] for record in steps]
-        assert (first > 1e-3) if proximal == "orthogonal" else (abs(first) < 1e-9)
+        assert (first > 1e-3) if proximal in OVERLAPS else (abs(first) < 1e-9)
         assert others
         assert min(others) > 1e-6
     told = workspace.stage(1).metrics["training"]
-    assert ("rho" in told.get("strategy", {})) == (proximal != "orthogonal")
+    assert ("rho" in told.get("strategy", {})) == (proximal not in (*OVERLAPS, "released_l2"))
     single = factors(runs("single"), 1)
     assert any(not torch.equal(a, single[module][0]) for module, (a, _) in factors(workspace, 1).items())
 
