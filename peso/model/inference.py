@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from peso.adapters.groups import lora_layers
 from peso.model.ensemble import Ensemble
 from peso.model.generative import GenerativeModel
+from peso.model.plain_decoder import plain
+from peso.model.tree_attention import REFUSES
 
 # number formats in which no part of an update that was trained in float32 is lost
 _EXACT = (torch.float32, torch.float64)
@@ -37,8 +39,10 @@ def for_inference(model: GenerativeModel | Ensemble, *, packed: bool = False) ->
     memory for the adapted float32 weights, and later changes of the adapters do not affect it.
 
     Args:
-        packed: on a CPU, store the weights of linear layers as oneDNN reads them (:class:`PackedLinear`).
-            This needs their memory again, unless ``model`` is deleted. The result cannot be copied or saved.
+        packed: on a CPU, store the weights of linear layers as oneDNN reads them (:class:`PackedLinear`),
+            and compute a decoder of the Llama shape with fewer operations
+            (:class:`~peso.model.plain_decoder.PlainDecoder`). This needs the memory of the weights again,
+            unless ``model`` is deleted. The result cannot be copied or saved.
     """
     if isinstance(model, Ensemble):
         first, second = (for_inference(member, packed=packed) for member in model.members)
@@ -65,7 +69,7 @@ def for_inference(model: GenerativeModel | Ensemble, *, packed: bool = False) ->
         if (norm := _norm(module)) is not None:
             answering.set_submodule(name, norm)
     if packed and model.device.type == "cpu":
-        _pack(answering.get_decoder())
+        _pack(answering)
     return GenerativeModel(
         answering,
         model.tokenizer,
@@ -103,19 +107,29 @@ def _norm(module: nn.Module) -> nn.Module | None:
     return plain if same else None
 
 
-def _pack(decoder: nn.Module) -> None:
-    """Replace the linear layers that can be packed. For each layer, this is tested with an example."""
+def _pack(causal_lm: Any) -> None:
+    """Replace the decoder of a causal LM by a :class:`PlainDecoder` with packed products, or, if it computes
+    something else, its linear layers that can be packed."""
+    decoder = causal_lm.get_decoder()
+    if (ours := plain(decoder, _packed)) is not None:
+        name = next(name for name, module in causal_lm.named_modules() if module is decoder)
+        causal_lm.set_submodule(name, ours)
+        setattr(causal_lm, REFUSES, True)  # it has no attention along trees
+        return
     for name, module in list(decoder.named_modules()):
-        if type(module) is not nn.Linear:
-            continue
-        tried = torch.linspace(-1, 1, 3 * module.in_features, dtype=module.weight.dtype).view(3, -1)
-        try:
-            new = PackedLinear(module)
-            same = torch.allclose(new(tried).float(), module(tried).float(), rtol=1e-2, atol=1e-3)
-        except (AttributeError, RuntimeError):  # not available in this build of PyTorch or on this processor
-            return
-        if same:
-            decoder.set_submodule(name, new)
+        if type(module) is nn.Linear:
+            decoder.set_submodule(name, _packed(module))
+
+
+def _packed(linear: nn.Linear) -> nn.Module:
+    """A linear layer with packed weights; itself if it cannot be packed, which is tested with an example."""
+    tried = torch.linspace(-1, 1, 3 * linear.in_features, dtype=linear.weight.dtype).view(3, -1)
+    try:
+        new = PackedLinear(linear)
+        same = torch.allclose(new(tried).float(), linear(tried).float(), rtol=1e-2, atol=1e-3)
+    except (AttributeError, RuntimeError):  # not available in this build of PyTorch or on this processor
+        return linear
+    return new if same else linear
 
 
 class PackedLinear(nn.Module):

@@ -1,4 +1,9 @@
-"""Questions that arrive within a few milliseconds are answered together, by one thread, from one snapshot."""
+"""Questions that arrive together are answered together, by one thread, from one snapshot.
+
+What arrives while a batch is computed is the next batch. After a batch of several requests the engine also
+waits a few milliseconds, since their senders probably ask again. A request that comes alone, after one that
+came alone, waits for nobody.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,8 @@ class Engine:
     """
     Args:
         answer: answers a batch, all of it from one snapshot.
-        wait: seconds that a question waits for others to come along, at most.
+        wait: seconds that a question waits for others to come along, at most, if several requests were
+            answered together before.
         together: questions of a batch, as soon as which nobody is waited for.
         most: questions that may wait; further ones are refused.
         on_batch: told of every batch the number of questions and the seconds it took.
@@ -65,6 +71,7 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self._seconds = 0.02  # that a question takes
+        self._busy = False  # whether the last batch had several requests
         self._thread = threading.Thread(target=self._run, name="peso engine", daemon=True)
         self._thread.start()
 
@@ -139,11 +146,13 @@ class Engine:
                 self._changed.wait_for(lambda: self._groups or self._stopping)
                 if not self._groups:
                     return []
-                until = self._groups[0].arrived + self._wait
-                self._changed.wait_for(
-                    lambda: self._questions >= self._together or self._stopping,
-                    max(0.0, until - time.monotonic()),
-                )
+                if self._busy or len(self._groups) > 1:
+                    until = self._groups[0].arrived + self._wait
+                    self._changed.wait_for(
+                        lambda: self._questions >= self._together or self._stopping,
+                        max(0.0, until - time.monotonic()),
+                    )
                 batch = self._take()
+                self._busy = len(batch) > 1
             if wanted := [group for group in batch if group.future.set_running_or_notify_cancel()]:
                 return wanted

@@ -31,8 +31,23 @@ def recorder() -> Recorder:
     return Recorder()
 
 
-def test_what_arrives_within_the_window_is_one_batch(recorder):
-    engine = Engine(recorder.answer, wait=0.2)
+def busy(engine: Engine, recorder: Recorder) -> None:
+    """Have the engine answer two requests together, and forget that."""
+    recorder.open.clear()
+    first = engine.ask(["first"])
+    while engine.waiting:
+        time.sleep(0.001)
+    others = [engine.ask([name]) for name in ("second", "third")]
+    recorder.open.set()
+    for future in (first, *others):
+        future.result(100)
+    assert recorder.batches == [["first"], ["second", "third"]]
+    recorder.batches.clear()
+
+
+def test_after_a_batch_of_several_what_arrives_within_the_window_is_one_batch(recorder):
+    engine = Engine(recorder.answer, wait=0.5)
+    busy(engine, recorder)
     futures = [engine.ask([f"{number}", f"{number}b"]) for number in range(5)]
     for number, future in enumerate(futures):
         assert future.result(10) == [(f"{number}", "a"), (f"{number}b", "a")]
@@ -40,8 +55,17 @@ def test_what_arrives_within_the_window_is_one_batch(recorder):
     engine.stop()
 
 
+def test_who_comes_alone_waits_for_nobody(recorder):
+    engine = Engine(recorder.answer, wait=600)
+    for name in "abc":
+        assert engine.ask([name]).result(100) == [(name, "a")]
+    engine.stop()
+
+
 def test_a_full_batch_waits_for_nobody_and_a_request_stays_whole(recorder):
-    engine = Engine(recorder.answer, wait=60, together=4)
+    engine = Engine(recorder.answer, wait=0.5, together=4)
+    busy(engine, recorder)
+    engine._wait = 60  # from here on only a full batch, or the end
     futures = [engine.ask(["a", "b", "c"]), engine.ask(["d", "e"]), engine.ask(["f", "g", "h"])]
     assert [len(future.result(10)) for future in futures[:2]] == [3, 2]
     engine.stop()
@@ -90,6 +114,7 @@ def test_a_failure_is_that_of_its_request_alone(recorder):
         return recorder.answer(questions)
 
     engine = Engine(answer, wait=0.2)
+    busy(engine, recorder)
     futures = [engine.ask([name]) for name in ("a", "broken", "c")]
     assert [futures[place].result(10) for place in (0, 2)] == [[("a", "a")], [("c", "a")]]
     with pytest.raises(RuntimeError, match="broken"):
