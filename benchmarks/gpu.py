@@ -60,9 +60,10 @@ from peso.model.vocabulary import SemanticVocabulary
 from peso.runtime import assets
 from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
-from peso.training.loop import Progress, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import Strategy
+from peso.training.task import Progress, StageTask
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import transformers_reference as generation

@@ -29,9 +29,10 @@ from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 from peso.training.likelihood import tokens_of_target
-from peso.training.loop import StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.rate_trials import Rates, choose_rates, trial_rounds, trial_steps
 from peso.training.strategies.strategy import StageContext, Strategy
+from peso.training.task import StageTask
 
 
 def with_auto(config: Config, strategy: str) -> Config:

@@ -13,8 +13,9 @@ import numpy as np
 from peso.config import TrainingConfig
 from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
-from peso.training.loop import StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.strategies.strategy import Strategy
+from peso.training.task import StageTask
 
 
 def median_step(

@@ -29,11 +29,12 @@ from peso.adapters.groups import Group, find_groups
 from peso.config import Config
 from peso.runs.models import starting_model
 from peso.runs.workspace import Workspace
-from peso.training.loop import StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.plan import StageExamples
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.single import SingleAdapter
 from peso.training.strategies.strategy import StageContext, Strategy
+from peso.training.task import StageTask
 
 STRENGTHS = (0.3, 1.0, 3.0)
 STAGE = 1

@@ -55,9 +55,10 @@ from peso.model.vocabulary import SemanticVocabulary
 from peso.runtime import assets
 from peso.runtime.device import Precision, peak_memory
 from peso.training.likelihood import validation_loss
-from peso.training.loop import Progress, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import Strategy
+from peso.training.task import Progress, StageTask
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DROPOUT, RATE, SEED = 20, 0.05, 2e-5, 0

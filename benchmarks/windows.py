@@ -31,8 +31,9 @@ from peso.events.release import read_release
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
 from peso.training.likelihood import target_log_probabilities
-from peso.training.loop import StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.strategies.strategy import Strategy
+from peso.training.task import StageTask
 
 WINDOW = 20
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

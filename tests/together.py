@@ -20,9 +20,10 @@ from peso.events.histories import TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.runtime.processes import ALONE, Processes, join
 from peso.training.likelihood import target_log_probabilities
-from peso.training.loop import Progress, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
+from peso.training.task import Progress, StageTask
 
 MANY = random_sequences(0, count=12, longest=8)
 ONE = [

@@ -39,9 +39,10 @@ from peso.runtime.machine import threads
 from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
-from peso.training.loop import Progress, StageResult, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.rate_trials import choose_rates, read_choice
 from peso.training.strategies.strategy import StageContext, Strategy
+from peso.training.task import Progress, StageResult, StageTask
 
 TUNED_ON = 2048  # validation cases that choose the shares of the item head
 CANDIDATES = ("leaves", "codes", "items")

@@ -1,4 +1,4 @@
-"""Options that change the cost of a training step but not its result."""
+"""Gradient checkpointing and compilation: they change the cost of a training step, not its result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peso.model.tree_attention import along_trees
 
 @contextmanager
 def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[None]:
-    """Within the context layers keep only their inputs and are computed again for the gradient: less memory,
-    about a third more computation. In training mode alone.
+    """Within the context, layers in training mode store only their inputs and are recomputed in the backward
+    pass: less memory, about a third more computation.
 
     Raises:
-        TrainingError: Transformers cannot do it for this backbone.
+        TrainingError: Transformers does not support it for this backbone.
     """
     causal_lm = model.causal_lm
     if not wanted:
@@ -27,12 +27,12 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
         return
     if not causal_lm.supports_gradient_checkpointing:
         raise TrainingError(
-            f"{type(causal_lm).__name__} has no gradient checkpointing; "
-            "leave training.gradient_checkpointing out"
+            f"{type(causal_lm).__name__} does not support gradient checkpointing; "
+            "remove training.gradient_checkpointing"
         )
     causal_lm.activation_checkpointing_enable()
     try:
-        with along_trees(causal_lm):  # until the gradient is taken
+        with along_trees(causal_lm):  # the recomputation needs it too
             yield
     finally:
         causal_lm.activation_checkpointing_disable()
@@ -40,11 +40,13 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
 
 @contextmanager
 def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator[None]:
-    """Within the context the decoder's layers are compiled, for any number of rows and tokens; ``auto``: on a
-    GPU.
+    """Within the context, the decoder's layers are compiled with dynamic shapes; ``auto``: only on a GPU.
 
-    Layer by layer: they are alike, so one compilation serves them all, where the whole decoder would take
-    many times as long.
+    Layers are compiled one by one, not the whole decoder: they have the same code, so one compilation serves
+    them all.
+
+    Raises:
+        TrainingError: the backbone cannot be compiled.
     """
     if not wanted or (wanted == "auto" and model.device.type != "cuda"):
         yield
@@ -54,7 +56,7 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     before = [region._compiled_call_impl for region in regions]
     for region in regions:
         region.compile(dynamic=True)
-    # two sizes that happen to be equal once are two sizes all the same: else they are compiled once more
+    # without this, two sizes that are equal in the first call are taken for one, and compiled again later
     sizes: Any = torch.fx.experimental._config
     try:
         with sizes.patch(use_duck_shape=False):
@@ -69,7 +71,7 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
             region._compiled_call_impl = implementation
 
 
-def as_written() -> AbstractContextManager[object]:
-    """Within the context nothing that is compiled runs so: a validation, whose passes are few, would first
-    have the layers compiled once more, without dropout and gradients."""
+def not_compiled() -> AbstractContextManager[object]:
+    """Within the context, compiled layers run uncompiled: validation takes few passes and would first compile
+    them again, for evaluation mode."""
     return torch.compiler.set_stance("force_eager")

@@ -1,7 +1,7 @@
-"""Turns target sequences into token batches in which a user's targets share one pass over their history.
+"""Token batches in which a user's targets share one forward pass over their history.
 
-There are three steps, each a plain function: :func:`cut` splits sequences into chunks, :func:`plan_epoch`
-groups chunks into batches, and :func:`pack` arranges the tokens of a batch in rows.
+:func:`cut` splits sequences into chunks, :func:`plan_epoch` groups chunks into batches, :func:`lay_out` turns
+a chunk into tokens, and :func:`pack` arranges the tokens of a batch in rows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from peso.events.histories import TargetSequence
 from peso.model.layout import PromptLayout
 from peso.model.visibility import PADDING, ROOT, TRUNK, Tree
 
-LOOK_AHEAD = 64  # chunks at least that compete for the free places of a batch
+LOOK_AHEAD = 64  # minimum number of chunks considered for the free places of a batch
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Items ``start:stop`` of a sequence as one pass; items ``first:stop`` are its targets."""
+    """Items ``start:stop`` of sequence number ``sequence``; items ``first:stop`` are the targets."""
 
     sequence: int
     start: int
@@ -37,11 +37,11 @@ class Chunk:
 
 
 def cut(sequences: Sequence[TargetSequence], window: int, most: int) -> list[Chunk]:
-    """Chunks of at most ``most`` targets in which every target of every sequence occurs once.
+    """Chunks of at most ``most`` targets that contain every target of every sequence once.
 
-    A target with at most ``window`` items before it sees all of them, as in a prompt of its own. A later one
-    sees between ``window`` and 2·``window`` - 1 of the items before it: a chunk opens ``window`` items before
-    its first target and ends where the history would reach two windows.
+    A target with at most ``window`` items before it sees all of them, as in a separate prompt. A later one
+    sees between ``window`` and 2·``window`` - 1 items: a chunk starts ``window`` items before its first
+    target and ends before the history exceeds this limit.
     """
     chunks = []
     for number, sequence in enumerate(sequences):
@@ -55,20 +55,19 @@ def cut(sequences: Sequence[TargetSequence], window: int, most: int) -> list[Chu
 
 
 def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
-    """Which chunks make up each batch of an epoch: whole chunks of ``batch_size`` targets together.
+    """Group the chunks of an epoch into batches of ``batch_size`` targets.
 
-    The rule: shuffle; a batch opens with the first chunk left and, of the ``LOOK_AHEAD`` that follow (of as
-    many as it has places, where those are more: chunks of one target must be able to fill it), adds those
-    that fill it best: their targets sum to as many of the free places as any choice can, and among
-    equal choices the earliest chunks win. So a batch never holds more than ``batch_size`` targets (unless
-    one chunk alone does), and all but the last few of an epoch hold exactly that many.
+    The chunks are shuffled. A batch takes the first remaining chunk, and of the following
+    max(``LOOK_AHEAD``, ``batch_size``) the subset whose targets fill the free places best (among equal
+    subsets, the earliest chunks). So a batch never has more than ``batch_size`` targets, unless a single
+    chunk does, and all but the last few of an epoch have exactly that many.
 
     Args:
-        targets: int (chunks,) targets of each chunk.
-        seed: whole numbers that fix the shuffle, e.g. (seed, stage, epoch).
+        targets: int (chunks,), number of targets of each chunk.
+        seed: integers that determine the shuffle, for example (seed, stage, epoch).
 
     Returns:
-        Chunk numbers of each batch; every chunk occurs once.
+        Indices of the chunks of each batch; every chunk occurs once.
     """
     order = np.random.default_rng(list(seed)).permutation(len(targets))
     if batch_size >= targets.sum():
@@ -81,7 +80,7 @@ def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> lis
     while pool := [*pool, *islice(upcoming, ahead + 1 - len(pool))]:
         batch = [pool.pop(0)]
         free = max(0, batch_size - size[batch[0]])
-        # bit s of sums[-1 - i] is set if some choice of pool[i:] has s targets, s <= free
+        # subset sums: bit s of sums[-1 - i] is set if a subset of pool[i:] has s targets, s <= free
         sums = [1]
         for chunk in reversed(pool):
             sums.append((sums[-1] | sums[-1] << size[chunk]) & ((2 << free) - 1))
@@ -101,12 +100,12 @@ def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> lis
 
 @dataclass(frozen=True)
 class Piece:
-    """One chunk as tokens, without the root that it shares with others.
+    """The tokens of one chunk, without the root that it shares with others.
 
     ``ids``, ``positions``, ``branch``, ``order``, ``limit``: int64 (length,), see
-    :class:`~peso.model.visibility.Tree`. ``targets``: int64 (target tokens,) ids; ``states``: int64
-    (target tokens,) the place whose hidden state predicts each, counted from the root's first token.
-    ``items``: int64 (targets,) item rows, for models that score items; may be empty.
+    :class:`~peso.model.visibility.Tree`. ``targets``: int64 (target tokens,), token ids. ``states``: int64
+    (target tokens,), the index of the hidden state that predicts each, counted from the root's first token.
+    ``items``: int64 (targets,), item rows, for models with an item head; may be empty.
     """
 
     ids: np.ndarray
@@ -130,18 +129,21 @@ def lay_out(
     predict_end: bool,
     rows: np.ndarray | None = None,
 ) -> Piece:
-    """The tokens of a history and its targets, such that each target is predicted as in its own prompt.
+    """The tokens of a history and its targets, such that each target is predicted as in a separate prompt.
 
-    A layout without separator, suffix and end needs the trunk alone: the state before each target token
-    predicts it. Any other has one branch per target: suffix, target tokens, end, leaving the trunk at the
-    last item before the target, at the positions it would have in the separate prompt. The last token
-    predicts nothing and is left out.
+    With a layout without separator, suffix and end, the trunk is enough: the state before each target token
+    predicts it. Any other layout has one branch per target, which consists of suffix, target tokens and end;
+    it leaves the trunk after the last item before the target and has the positions of a separate prompt. The
+    last token of a branch predicts nothing and is omitted.
 
     Args:
-        items: int64 (n, levels) token ids of a chunk's items, oldest first.
+        items: int64 (n, levels), token ids of a chunk's items, oldest first.
         first: ``items[first:]`` are the targets.
         predict_end: whether the layout's end token is a target too.
-        rows: int (n,), the item rows of ``items``; needed by models that score items.
+        rows: int (n,), the item rows of ``items``; required by models with an item head.
+
+    Raises:
+        ValueError: the layout has no prefix.
     """
     of_targets = np.empty(0, dtype=np.int64) if rows is None else rows[first:].astype(np.int64)
     if not layout.prefix:
@@ -163,7 +165,7 @@ def lay_out(
         )
     separator = np.tile(np.array(layout.separator, dtype=np.int64), (count, 1))
     step = levels + separator.shape[1]
-    # the trunk ends with the last item of the last target's history, no separator after it
+    # the trunk ends with the last item before the last target, without a separator
     trunk = np.concatenate([items, separator], axis=1)[:-1].reshape(-1)
     trunk = trunk[: max(0, len(trunk) - separator.shape[1])]
     place = np.arange(len(trunk))
@@ -177,8 +179,8 @@ def lay_out(
     order = np.tile(np.arange(length), (len(targets), 1))
     number = np.arange(1, len(targets) + 1).repeat(length)
     limits = limit.repeat(length)
-    # the state before the first token of a branch is the trunk's at the limit (the root's last at -1)
-    before = np.arange(suffix.shape[1], text.shape[1]) - 1  # (target tokens,) place within the branch
+    # the state before the first token of a branch is that of the trunk at the limit (of the root at -1)
+    before = np.arange(suffix.shape[1], text.shape[1]) - 1  # (target tokens,) index within the branch
     in_branch = root + len(trunk) + np.arange(len(targets))[:, None] * length + before
     states = np.where(before >= 0, in_branch, root + limit[:, None])
     return Piece(
@@ -195,12 +197,12 @@ def lay_out(
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of tokens for one forward pass and where in them the target tokens are predicted.
+    """The tokens of one forward pass, and the indices of the hidden states that predict target tokens.
 
-    ``ids``, ``positions``: int64 (rows, length). ``visible``: who sees whom in them.
-    ``states``: int64 (n,) places in the flattened rows; ``targets``: int64 (n,) the token each predicts;
-    ``owners``: int64 (n,) the piece each belongs to. ``items``: int64 (targets,) item rows, empty where the
-    pieces have none. ``tokens``: how many are not padding.
+    ``ids``, ``positions``: int64 (rows, length). ``visible``: the attention mask as a tree. ``states``: int64
+    (n,), indices into the flattened rows; ``targets``: int64 (n,), the token that each predicts; ``owners``:
+    int64 (n,), the index of the piece it belongs to. ``items``: int64 (targets,), item rows, empty if the
+    pieces have none. ``tokens``: number of tokens without padding.
     """
 
     ids: Tensor
@@ -221,22 +223,27 @@ class Packed:
 def pack(
     pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int, digits: int = 64
 ) -> list[Packed]:
-    """Put pieces into few rows of at most ``row_tokens``, the root once per row.
+    """Pack pieces into rows of at most ``row_tokens`` tokens with the root once per row, and rows into
+    passes.
 
-    Longest first into the fullest row that has room, then the same into rows as short as so many can be: few
-    rows end up nearly equal, many nearly full, and padding is small. A row is longer than ``row_tokens`` only
-    where a single piece is. Rows are dealt evenly to as few passes as have at most ``pass_tokens`` tokens
-    each, padding counted (at least one row a pass). Their length is rounded up to a number that has zeros
-    behind its first ``digits`` binary digits. What is computed for a target depends on none of the three:
-    attention costs grow with the first, memory with the second, and how many different shapes there are with
-    the third.
+    The number of rows comes from best-fit decreasing bin packing; then the pieces are packed again into as
+    many rows of minimum length, which keeps padding small. A row exceeds ``row_tokens`` only if a single
+    piece does. The result for a target depends on none of the limits.
+
+    Args:
+        prefix: token ids of the root.
+        row_tokens: maximum length of a row; the cost of attention grows with it.
+        pass_tokens: maximum tokens of a pass, padding included, but at least one row; memory grows with it.
+            Rows are spread evenly over as few passes as possible.
+        digits: the length of a row is rounded up to this many significant binary digits; the number of
+            different shapes grows with it.
     """
     root = len(prefix)
     sizes = np.array([len(piece) for piece in pieces])
     room = max(row_tokens - root, int(sizes.max(initial=1)), 1)
     rows = _few(np.argsort(-sizes, kind="stable").tolist(), sizes.tolist(), room)
     rows.sort(key=lambda row: -int(sizes[row].sum()))
-    if not rows:  # of several processes one may have no share of a batch
+    if not rows:  # a process may have no share of a batch
         return []
     longest = _up(root + int(sizes[rows[0]].sum()), digits)
     fewest = -(-len(rows) // max(1, pass_tokens // longest))
@@ -246,29 +253,20 @@ def pack(
 
 
 def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """Which of the things of these sizes each of ``hands`` gets, as even as longest-first makes it; with
-    fewer things than hands some get none."""
-    order = np.argsort(-np.array(sizes), kind="stable")
-    dealt = _spread(order, np.array(sizes), hands, sum(sizes))
-    assert dealt is not None  # there is room for all in one hand
-    return dealt + [[] for _ in range(hands - len(dealt))]
-
-
-def _spread(longest_first: np.ndarray, sizes: np.ndarray, count: int, room: int) -> list[list[int]] | None:
-    """Pieces of each of ``count`` rows, or None where that many rows do not hold them."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    filled = np.zeros(count, dtype=np.int64)
-    for piece in longest_first.tolist():
-        row = int(filled.argmin())
-        filled[row] += sizes[piece]
-        if filled[row] > room:
-            return None
-        rows[row].append(piece)
-    return [row for row in rows if row]
+    """Distribute items of these sizes over ``hands`` lists of about equal sum: longest first, each to the
+    smallest. Returns their indices; a list may be empty."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    filled = np.zeros(hands, dtype=np.int64)
+    for number in np.argsort(-np.array(sizes), kind="stable").tolist():
+        hand = int(filled.argmin())
+        filled[hand] += sizes[number]
+        dealt[hand].append(number)
+    return dealt
 
 
 def _few(longest_first: list[int], sizes: list[int], room: int) -> list[list[int]]:
-    """Pieces of each of few rows, which are as short as so many can be, within a sixty-fourth of ``room``."""
+    """Pieces of each row: as few rows as :func:`_fill` finds for ``room``, and as short as possible for that
+    number, within ``room`` / 64."""
     rows = _fill(longest_first, sizes, room)
     if not rows:
         return []
@@ -285,7 +283,7 @@ def _few(longest_first: list[int], sizes: list[int], room: int) -> list[list[int
 
 
 def _fill(longest_first: list[int], sizes: list[int], room: int) -> list[list[int]]:
-    """Pieces of each row, where each goes into the fullest that has room for it, or else opens another."""
+    """Pieces of each row: each piece goes into the fullest row with room for it, or into a new one."""
     rows: list[list[int]] = []
     left: list[int] = []
     for piece in longest_first:
@@ -322,7 +320,7 @@ def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[
             sequence[r, span] = number
             ids[r, span], positions[r, span], branch[r, span] = piece.ids, piece.positions, piece.branch
             order[r, span], limit[r, span] = piece.order, piece.limit
-            # a state in the root is the row's one root; the others moved with their piece
+            # states in the root are shared by the row; the others are shifted with their piece
             moved = np.where(piece.states < root, piece.states, piece.states - root + start)
             states.append(r * length + moved)
             targets.append(piece.targets)

@@ -1,6 +1,6 @@
-"""Saves and restores a stage in training, so that an interrupted run continues bit for bit.
+"""Checkpoint and log of a stage in training: an interrupted run continues with bit-identical results.
 
-Every random number in training is a function of seed, stage and position, so a checkpoint holds only
+Every random number in training is a function of seed, stage and position, so a checkpoint contains only
 positions and tensors.
 """
 
@@ -25,10 +25,10 @@ FILE = "checkpoint.pt"
 
 
 class Checkpoint:
-    """The newest state of one stage in training, in one file of a directory.
+    """The newest state of one stage in training, in one file.
 
     Args:
-        directory: made if absent.
+        directory: created if absent.
         digest: of everything that determines the training; a state with another digest is refused.
     """
 
@@ -38,20 +38,21 @@ class Checkpoint:
         self.digest = digest
 
     def save(self, **state: Any) -> None:
-        """Replace the file: after a crash there is the old state or the new one, never a mixture."""
+        """Replace the file atomically: after a crash it contains the old state or the new one."""
         buffer = io.BytesIO()
         torch.save({"digest": self.digest, **state}, buffer)
         write_sealed(self.path, buffer.getvalue())
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, tensors on the CPU; None where there is none.
+        """The saved state, with tensors on the CPU; None if there is no file.
 
         Raises:
-            TrainingError: a damaged file, or one from a training with other settings, data or start.
+            TrainingError: the file is damaged, or belongs to a training with other settings, data or starting
+                weights.
         """
         if not self.path.exists():
             return None
-        again = f"remove {self.path} to train this stage from its start"
+        again = f"remove {self.path} to train this stage from the beginning"
         try:
             content = io.BytesIO(read_sealed(self.path))
             state = torch.load(content, map_location="cpu", weights_only=True)
@@ -60,34 +61,34 @@ class Checkpoint:
         if state.pop("digest", None) != self.digest:
             raise TrainingError(
                 f"{self.path} is from a training with other settings, data or starting weights; {again}, "
-                "or put the old settings back"
+                "or restore the old settings"
             )
         return state
 
 
 class TrainingLog:
-    """``log.jsonl``: one JSON object a line, each on disk's way as soon as it is written.
+    """``log.jsonl``: one JSON object per line, flushed after each.
 
     Args:
-        keep: bytes to keep of an existing file: what was logged up to the checkpoint.
-        sha256: of these bytes; "" where the checkpoint does not say.
+        keep: number of bytes to keep of an existing file: its length at the checkpoint.
+        sha256: of these bytes; "": not checked.
 
     Raises:
-        TrainingError: the file is shorter than the checkpoint says, or has changed.
+        TrainingError: the file is shorter than ``keep``, or has changed.
     """
 
     def __init__(self, path: Path, keep: int, sha256: str = "") -> None:
         size = path.stat().st_size if path.exists() else 0
         if size < keep:
             raise TrainingError(
-                f"{path} holds {size} bytes, but training went on for {keep}: it was cut or removed. "
-                "Remove the stage's checkpoint to train it from its start"
+                f"{path} has {size} bytes, but had {keep} at the last checkpoint: it was truncated or "
+                "removed. Remove the stage's checkpoint to train it from the beginning"
             )
         self._hash = hashlib.sha256(path.read_bytes()[:keep] if keep else b"")
         if sha256 and self.sha256 != sha256:
             raise TrainingError(
-                f"{path} is damaged: it is not what training had logged. Remove the stage's checkpoint to "
-                "train it from its start"
+                f"{path} is damaged: it differs from what training has logged. Remove the stage's checkpoint "
+                "to train it from the beginning"
             )
         self._file = path.open("ab")
         if size > keep:
@@ -95,7 +96,7 @@ class TrainingLog:
 
     @property
     def sha256(self) -> str:
-        """Of all that the log holds."""
+        """Digest of the whole log."""
         return self._hash.hexdigest()
 
     def write(self, **record: Any) -> None:
@@ -117,7 +118,7 @@ class TrainingLog:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, formats, shapes and contents."""
+    """sha256 of names, dtypes, shapes and values."""
     result = hashlib.sha256()
     for name, tensor in tensors.items():
         result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

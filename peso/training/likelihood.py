@@ -1,4 +1,4 @@
-"""The training loss, and the log-probabilities of the next items that users chose."""
+"""The validation loss, and the log-probabilities of target items."""
 
 from __future__ import annotations
 
@@ -16,43 +16,41 @@ from peso.runtime.processes import ALONE, Processes
 from peso.training.batches import Packed, Piece, lay_out, pack
 
 SCORING_ROW_TOKENS = 512
-SCORING_PASS_TOKENS = 4096  # no gradients are kept, so passes may be larger than in training
+SCORING_PASS_TOKENS = 4096  # without gradients, passes can be larger than in training
 
 
 def predicts_end(model: GenerativeModel) -> bool:
-    """Whether the layout's end token is a target: under ``full`` it competes, elsewhere it is certain."""
+    """Whether the layout's end token is a target: only under the loss vocabulary ``full``; otherwise its
+    probability is 1."""
     return model.loss_vocabulary == "full"
 
 
 def tokens_of_target(model: GenerativeModel) -> int:
-    """How many target tokens a target has: one a level, and the layout's end where it is predicted."""
+    """Target tokens per target: one per level, and the layout's end where it is predicted."""
     return model.semantic_ids.levels + (len(model.layout.end) if predicts_end(model) else 0)
 
 
 def target_states(model: GenerativeModel, packed: Packed) -> Tensor:
     """(target tokens, width): the hidden state that predicts each target token of packed rows."""
     hidden = model.hidden(packed.ids, packed.visible, packed.positions)
-    # index_select rather than indexing: several targets may share a state (the root's), and the gradient of
-    # index_select adds those up in a fixed order
+    # index_select instead of indexing: several targets may share a state (the root's), and the backward of
+    # index_select adds their gradients in a fixed order
     return hidden.flatten(0, 1).index_select(0, packed.states)
 
 
 def target_token_log_probabilities(
     model: GenerativeModel, packed: Packed, temperature: float = 1.0
 ) -> Tensor:
-    """float32 (target tokens,): log-probability of each target token of packed rows.
-
-    The loss of a training step is minus their mean over the batch, as the ``Trainer`` of Transformers
-    averages: over target tokens, the end token among them where it is predicted.
-    """
+    """float32 (target tokens,): log-probability of each target token of packed rows."""
     return token_log_probabilities(model, target_states(model, packed), packed.targets, temperature)
 
 
 def item_log_probabilities(model: GenerativeModel, packed: Packed, states: Tensor) -> Tensor:
-    """float32 (targets,): log-probability of each target of packed rows under the model's item head, from the
-    state that predicts its first code.
+    """float32 (targets,): log-probability of each target of packed rows under the model's item head, computed
+    from the state that predicts its first code.
 
-    states: (target tokens, width), see :func:`target_states`.
+    Args:
+        states: (target tokens, width), see :func:`target_states`.
     """
     assert model.vocabulary.item_head is not None
     first = states.unflatten(0, (len(packed.items), -1))[:, 0]
@@ -67,8 +65,8 @@ def validation_loss(
     processes: Processes = ALONE,
     item_weight: float = 0.0,
 ) -> float:
-    """The training loss over all cases at once: minus the mean log-probability of their target tokens, with
-    ``item_weight`` times that of the items under the item head among them."""
+    """The training loss over all cases: the negative sum of the target tokens' log-probabilities and of
+    ``item_weight`` times the items' under the item head, divided by the number of target tokens."""
     total, tokens = 0.0, 0.0
     ends = predicts_end(model)
     for _, packed in _passes(model, cases, SCORING_PASS_TOKENS, processes, predict_end=ends):
@@ -106,14 +104,14 @@ def target_level_log_probabilities(
     on_progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
 ) -> np.ndarray:
-    """ln p(c_l | history, c_1 … c_{l-1}) of each code c_l of each case's target, end token left out.
+    """ln p(c_l | history, c_1 … c_{l-1}) of each code c_l of each case's target, without the end token.
 
-    Temperature 1, normalized as the model's ``loss_vocabulary`` says.
+    At temperature 1, normalized over the tokens of the model's ``loss_vocabulary``.
 
     Args:
-        batch_tokens: tokens in one forward pass.
-        on_progress: called with the number of cases done.
-        processes: each takes its share of the passes and gets the result of all.
+        batch_tokens: tokens per forward pass.
+        on_progress: called with the number of completed cases.
+        processes: they share the passes; each gets the whole result.
 
     Returns:
         float32 (cases, levels).
@@ -132,11 +130,14 @@ def trie_log_likelihood(
     batch_tokens: int = SCORING_PASS_TOKENS,
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Log-probability of each case's target among the items that exist.
+    """Log-probability of each case's target among the items of the catalog.
 
-    At every level the probabilities of the codes that continue the target's path to some item of the
-    catalog are renormalized to one, at temperature 1. What other tokens would have got plays no part, so
-    models trained with different ``loss_vocabulary`` compare.
+    At every level, the probabilities of the codes that continue the target's path to some item are
+    renormalized to sum to one, at temperature 1. Other tokens are excluded, so models trained with different
+    ``loss_vocabulary`` are comparable.
+
+    Args:
+        batch_tokens, on_progress: as in :func:`target_level_log_probabilities`.
 
     Returns:
         float32 (cases,).
@@ -159,11 +160,12 @@ def trie_log_likelihood(
 
 
 def _continuations(trie: ItemTrie, codes: np.ndarray, sizes: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Level by level bool (n, codes of the level): which codes continue each path to some item.
+    """For each level, bool (n, codes of the level): which codes continue each path to some item.
 
-    codes: int (n, levels), paths that exist.
+    Args:
+        codes: int (n, levels), semantic IDs of existing items.
     """
-    node = np.zeros(len(codes), dtype=np.int64)  # the root, from which every path starts
+    node = np.zeros(len(codes), dtype=np.int64)  # the root
     for level, size in enumerate(sizes):
         begin, stop = trie.starts[level][node], trie.starts[level][node + 1]
         counts = stop - begin
@@ -173,7 +175,7 @@ def _continuations(trie: ItemTrie, codes: np.ndarray, sizes: tuple[int, ...]) ->
         allowed = np.zeros((len(codes), size), dtype=bool)
         allowed[path, trie.codes[level][child]] = True
         yield allowed
-        node = child[trie.codes[level][child] == codes[path, level]]  # one child of each path
+        node = child[trie.codes[level][child] == codes[path, level]]  # exactly one child per path
 
 
 def _per_level(
@@ -184,28 +186,28 @@ def _per_level(
     score: Callable[[Packed], Tensor],
     processes: Processes = ALONE,
 ) -> np.ndarray:
-    """float32 (cases, levels), from the scores of the target tokens of a pass, case by case."""
+    """float32 (cases, levels): ``score`` of every target token, in the order of the cases."""
     levels = model.semantic_ids.levels
     result, own = np.zeros((len(cases), levels), dtype=np.float32), np.zeros(len(cases), dtype=bool)
     done = 0
     for rows, packed in _passes(model, cases, batch_tokens, processes, predict_end=False):
-        # (tokens of the pass,) → (cases, levels); the tokens of one case stand together, in order
+        # (tokens of the pass,) → (cases, levels); the tokens of one case are adjacent and in order
         found = score(packed).float().view(-1, levels)
         scored = rows[packed.owners[::levels].cpu().numpy()]
         result[scored], own[scored] = found.cpu().numpy(), True
         done += len(found)
         if on_progress is not None:
-            on_progress(min(done * processes.count, len(cases)))  # the others are about as far
+            on_progress(min(done * processes.count, len(cases)))  # assumes the other processes are as fast
     return processes.merge(result, own)
 
 
 def _passes(
     model: GenerativeModel, cases: Cases, pass_tokens: int, processes: Processes, *, predict_end: bool
 ) -> Iterator[tuple[np.ndarray, Packed]]:
-    """Cases of similar length together, at most about ``pass_tokens`` a pass: their numbers and tokens.
+    """Forward passes of about ``pass_tokens`` tokens, each of cases of similar length: the indices of the
+    cases, and their tokens.
 
-    Several processes take whole passes in turn, so that what is computed together does not depend on how
-    many there are.
+    Processes take whole passes in turn, so the composition of a pass does not depend on their number.
     """
     layout = model.layout
     groups = 0

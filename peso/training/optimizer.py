@@ -1,4 +1,4 @@
-"""AdamW and its learning rate: the parameter groups, the schedule, and what a stage's rates add up to."""
+"""AdamW: the parameter groups and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from peso.config import TrainingConfig
 
-# How the names of what has a learning rate of its own begin: token rows and item head; the item head.
+# Name prefixes of the parameters with their own learning rate: vocabulary rows (and item head); item head.
 ROWS, HEAD = "vocabulary.", "vocabulary.item_head."
 
 
@@ -22,11 +22,11 @@ def make_optimizer(
     learning_rate: float,
     head_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters of a model, by their names.
+    """AdamW over named parameters.
 
-    Matrices decay; biases and the scales of norms do not, as usual for AdamW. The rows of the vocabulary and
-    the item head learn at ``settings.rows_learning_rate_scale`` times the rate of everything else, and the
-    item head at ``head_scale`` times that of the rows.
+    Weight decay applies to matrices, not to biases and norm scales. The learning rate of the vocabulary rows
+    and the item head is multiplied by ``settings.rows_learning_rate_scale``, that of the item head also by
+    ``head_scale``.
     """
     scales = {ROWS: settings.rows_learning_rate_scale, HEAD: head_scale}
     rates = {
@@ -38,7 +38,7 @@ def make_optimizer(
         for name, p in trained.items():
             if (p.ndim > 1) == decays:
                 groups.setdefault((decays, rates[name]), []).append(p)
-    # fused: one pass over each parameter; the loop of single operations costs a small model a fifth of a step
+    # fused: one pass over each parameter; unfused, the update takes a fifth of a small model's step
     return torch.optim.AdamW(
         [
             {"params": group, "weight_decay": settings.weight_decay if decays else 0.0, "lr": rate}
@@ -50,12 +50,12 @@ def make_optimizer(
 
 
 class Schedule:
-    """The learning rate along the steps of a training.
+    """The learning-rate schedule of a training.
 
     Args:
-        learning_rate: the highest, of the adapter (of all that is not a row); each parameter group follows in
-            proportion.
-        steps: of the whole training.
+        learning_rate: the peak rate of all parameters without a scale of their own; every parameter group
+            follows the same curve.
+        steps: total number of steps.
     """
 
     def __init__(
@@ -96,5 +96,5 @@ def _scheduler(settings: TrainingConfig, optimizer: torch.optim.Optimizer, steps
 
 
 def warmup_steps(settings: TrainingConfig, steps: int) -> int:
-    """How many of the first steps the learning rate rises in; the first of them has rate 0."""
+    """Number of warm-up steps; the first has learning rate 0."""
     return math.ceil(settings.warmup * steps)

@@ -1,5 +1,5 @@
-"""The penalty that a strategy adds to the loss of a step, and how far each step moves the adapter: the
-optimizer's part, and the part that ``after_step`` takes back."""
+"""The penalty that a strategy adds to the loss of a step, and measurements of how far a step moves the
+adapter."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from peso.runtime.processes import Processes
 from peso.training.batches import Packed
 from peso.training.likelihood import target_states
 
-# One step out of so many measures the gradient of a penalty on outputs apart from the loss's: it takes one
-# more backward pass.
+# Every how many steps the gradient of a penalty on outputs is computed separately from that of the loss; this
+# takes one more backward pass.
 MEASURED_EVERY = 8
 
 
 class Penalty:
     """The penalties of one step.
 
-    ``value``: their sum. ``separate``: whether the parameters' gradients so far are those of the loss alone.
+    ``value``: their sum. ``separate``: whether the parameters' gradients so far are of the loss only.
 
     Args:
-        parameters: what is trained.
-        adapter: those of them whose gradients are measured, for the penalty and for the loss: a ratio of two
-            norms over different parameters would mean nothing. Empty: all.
-        measured: keep the gradient of penalties on outputs apart from the loss's.
+        parameters: the trained parameters.
+        adapter: the subset whose gradient norms are reported, for the penalty as for the loss. Empty: all.
+        measured: compute the gradient of penalties on outputs separately from that of the loss.
     """
 
     def __init__(
@@ -42,10 +41,11 @@ class Penalty:
         self._parameters = parameters
         self._adapter = {id(p) for p in adapter}
         self._measured = measured
-        self._gradients: dict[int, Tensor] = {}  # number of a parameter → gradient
+        self._gradients: dict[int, Tensor] = {}  # index of a parameter → gradient
 
     def with_loss(self, loss: Tensor, penalty: Tensor) -> Tensor:
-        """What remains to be differentiated of a pass whose outputs are penalized: the loss, or both."""
+        """Add a penalty on the outputs of one forward pass. Returns what is still to be differentiated: the
+        loss if the penalty is measured separately, else their sum."""
         if self._measured:
             self.add(penalty, retain_graph=True)
             return loss
@@ -54,8 +54,8 @@ class Penalty:
         return loss + penalty
 
     def gather(self, processes: Processes) -> None:
-        """Sum the penalties on outputs over the passes of all processes. Before penalties that every process
-        computes for itself."""
+        """Sum the penalties on outputs over all processes. Call it before adding penalties on parameters,
+        which every process computes in full."""
         value, mixed, apart = processes.sum_numbers(self.value, not self.separate, bool(self._gradients))
         self.value, self.separate = value, not mixed
         if apart:
@@ -64,13 +64,13 @@ class Penalty:
             self._gradients = {number: g for number, g in enumerate(found) if g is not None}
 
     def add(self, penalty: Tensor | None, *, retain_graph: bool = False) -> None:
-        """Take value and gradient of a penalty. Raises TrainingError if it depends on nothing trained."""
+        """Add value and gradient of a penalty. Raises TrainingError if it depends on no trained parameter."""
         if penalty is None:
             return
         if not penalty.requires_grad:
             raise TrainingError(
-                "the strategy's penalty depends on nothing that is trained: what it anchors is frozen. "
-                "Let it require a gradient in `begin`, or return no penalty"
+                "the strategy's penalty depends on no trained parameter: the parameters it penalizes are "
+                "frozen. Let them require a gradient in `begin`, or return no penalty"
             )
         found = torch.autograd.grad(penalty, self._parameters, allow_unused=True, retain_graph=retain_graph)
         self.value += float(penalty.detach())
@@ -80,8 +80,8 @@ class Penalty:
                 self._gradients[number] = gradient if known is None else known + gradient
 
     def apply(self) -> float | None:
-        """Add the gradients to those of the parameters; returns their norm over the adapter, None if it was
-        not measured apart."""
+        """Add the gradients to ``p.grad`` of the parameters. Returns their norm over the adapter; None if it
+        was not measured separately."""
         gradients = list(self._gradients.values())
         if gradients:
             totals = []
@@ -102,24 +102,24 @@ class TrainingPass:
 
     def __init__(self, model: GenerativeModel, packed: Packed, states: Tensor, temperature: float) -> None:
         self.targets = packed.targets
-        self._scored = _Scored(model, packed, temperature)
+        self._pass = _OnePass(model, packed, temperature)
         self._states = states
 
     def log_probabilities(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
         if values is None:
-            return self._scored.of_states(self._states)
-        training = self._scored.model.training
-        self._scored.eval()
+            return self._pass.of_states(self._states)
+        training = self._pass.model.training
+        self._pass.eval()
         try:
             with torch.no_grad():
                 named = {f"model.{name}": tensor for name, tensor in values.items()}
-                return functional_call(self._scored, named)
+                return functional_call(self._pass, named)
         finally:
-            self._scored.train(training)
+            self._pass.train(training)
 
 
-class _Scored(nn.Module):
-    """The model and one pass's tokens as one function of the parameters."""
+class _OnePass(nn.Module):
+    """The log-probabilities of one pass as a function of the model's parameters, for ``functional_call``."""
 
     def __init__(self, model: GenerativeModel, packed: Packed, temperature: float) -> None:
         super().__init__()
@@ -135,17 +135,19 @@ class _Scored(nn.Module):
 
 
 class Movement:
-    """Measures one step out of ``MEASURED_EVERY`` (three copies of the adapter); the others cost nothing.
+    """Measures how far a step moves the adapter: the optimizer's update and the pull of ``after_step``.
 
-        movement = Movement(adapter)          # as the training began
+    One step in ``MEASURED_EVERY`` is measured. Memory: three copies of the adapter. ::
+
+        movement = Movement(adapter)          # before training
         movement.begin(step)
         optimizer.step()
         movement.stepped()
         strategy.after_step(context, rate)
-        movement.figures()                    # {} where the step was not measured
+        movement.figures()                    # {} if the step is not measured
 
     Args:
-        parameters: of the adapter, at the values that the training starts from.
+        parameters: of the adapter, at their values before training.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -164,8 +166,8 @@ class Movement:
             self._other.take()
 
     def figures(self) -> dict[str, float]:
-        """``step_norm``: length of the optimizer's step; ``pull_norm``: of what came after it, 0 for most
-        strategies; ``distance``: from the start, after both."""
+        """Norms of displacements: ``step_norm``: of the optimizer's update; ``pull_norm``: of ``after_step``,
+        0 for most strategies; ``distance``: from the start of training, after both."""
         if not self._measured:
             return {}
         stepped = self._other.distance(self._one)
@@ -178,8 +180,8 @@ class Movement:
 
 
 class _Snapshot:
-    """Values of many tensors, one behind the other, so that a distance takes two operations and not two a
-    tensor. Float32 or better, where the first tensor is."""
+    """A copy of many tensors in one flat tensor, so that a distance takes two operations in total. At least
+    float32, on the device of the first tensor."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
@@ -191,7 +193,7 @@ class _Snapshot:
         self._parts = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
     def take(self) -> None:
-        """As the tensors stand now."""
+        """Copy the current values."""
         if self._parts:
             torch._foreach_copy_(self._parts, self._parameters)
 

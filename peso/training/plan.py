@@ -1,4 +1,4 @@
-"""All batches of a stage, fixed before training starts; its single examples, for strategies that ask."""
+"""The batches of a stage, determined before training starts, and the examples that strategies may read."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from peso.training.likelihood import (
     tokens_of_target,
 )
 
-# Tokens of a row, of a forward pass, and how many binary digits of a row's length are kept. A CPU is as fast
-# with one row at a time, whose activations are all that it then keeps. Where attention costs what is seen,
-# rows may be longer than where it is computed between all tokens of a row, seen or not. A GPU wants much work
-# at once, since its host launches every layer of every pass, and few shapes: for each new one its attention
-# is planned anew, which takes longer than a pass.
+# Limits of `pack`: tokens of a row, tokens of a pass, significant binary digits of a row's length. On a CPU,
+# one row per pass is as fast as many and needs the least memory. Tree attention computes only visible pairs
+# of tokens, so its rows may be longer than those of dense attention. A GPU needs large passes, because
+# launching kernels dominates small ones, and few shapes, because planning attention for a new shape takes
+# longer than a pass.
 ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (1152, 1152, 64), (384, 384, 64), (768, 32768, 6)
-SHARE_OF_MEMORY = 0.7  # of a GPU, for what a pass keeps for its gradient
-MOST_BRANCHES = 16  # targets of one chunk where each has a branch: beyond, attention costs more than it saves
+SHARE_OF_MEMORY = 0.7  # of a GPU, for the activations that a pass stores for its backward
+MOST_BRANCHES = 16  # targets of a chunk with branches: with more, attention costs more than sharing saves
 
 
 def budget(model: GenerativeModel) -> tuple[int, int, int]:
-    """Tokens of a row, of a pass, and binary digits of a row's length, as suits a model where it is."""
+    """The limits of :func:`~peso.training.batches.pack` for a model on its device: tokens of a row, tokens of
+    a pass, binary digits of a row's length."""
     if model.device.type != "cpu":
         row, most, digits = ELSEWHERE
         return row, min(most, _tokens_that_fit(model)), digits
@@ -47,36 +48,38 @@ def budget(model: GenerativeModel) -> tuple[int, int, int]:
 
 
 def _tokens_that_fit(model: GenerativeModel) -> int:
-    """How many tokens' activations a GPU holds: of all its memory, so that it is the same in every run."""
+    """For how many tokens a GPU can store activations. Uses its total memory, not the free memory, so that
+    the result is the same in every run."""
     if model.device.type != "cuda":
         return ELSEWHERE[1] // 2
     config = model.causal_lm.config.get_text_config()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    # measured within a tenth, bfloat16 with LoRA and dropout on seven projections: in front of each what
-    # dropout keeps and its mask, 3 bytes a value, and 2 bytes a value of what lies between them
+    # within 10 % of measurements in bfloat16 with LoRA and dropout on seven projections: 3 bytes per value
+    # for the input of each projection after dropout and its mask, 2 bytes per value for activations between
+    # them
     each = config.num_hidden_layers * (34 * width + 11 * inner) * model.dtype.itemsize // 2
     return int(SHARE_OF_MEMORY * torch.cuda.get_device_properties(model.device).total_memory) // each
 
 
 def most_targets(layout: PromptLayout) -> int | None:
-    """The greatest number of targets worth putting into one chunk; None: as many as there are."""
+    """The largest useful number of targets in one chunk; None: no limit."""
     return MOST_BRANCHES if layout.branches else None
 
 
 class StagePlan:
-    """The batches of a stage, step by step. ``len(plan)`` is the number of optimizer steps.
+    """The batches of a stage. ``len(plan)`` is the number of optimizer steps.
 
     Args:
-        sequences: the stage's training targets with what came before them.
-        window: of the layout.
-        settings: epochs, batch size and greatest number of steps.
-        seed, stage: fix the order of every epoch.
-        most: greatest number of targets in one chunk, beside the batch size; see :func:`most_targets`.
+        sequences: the stage's training targets and the items before them.
+        window: of the prompt layout.
+        settings: epochs, batch size and maximum number of steps.
+        seed, stage: determine the order of every epoch.
+        most: maximum number of targets in one chunk (besides the batch size); see :func:`most_targets`.
 
     Raises:
-        TrainingError: no targets.
-        ConfigError: more epochs than the plan has memory for.
+        TrainingError: there are no targets.
+        ConfigError: the plan of so many epochs does not fit in memory.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class StagePlan:
                 "Leave the stage out, or use fewer stages"
             )
         targets = np.array([chunk.targets for chunk in self.chunks])
-        planned = min(settings.epochs, settings.max_steps or settings.epochs)  # an epoch is a step at least
+        planned = min(
+            settings.epochs, settings.max_steps or settings.epochs
+        )  # an epoch has at least one step
         require_memory(
             8 * planned * len(targets), f"training.epochs {settings.epochs:,}: the plan of stage {stage}"
         )
@@ -109,22 +114,22 @@ class StagePlan:
         return len(self._steps)
 
     def epoch(self, step: int) -> int:
-        """The epoch of a step, both from 0."""
+        """The epoch of a step; both count from 0."""
         return self._steps[step][0]
 
     def ends_epoch(self, step: int) -> bool:
         return step + 1 == len(self) or self.epoch(step + 1) != self.epoch(step)
 
     def members(self, step: int) -> list[Chunk]:
-        """The chunks whose targets make up the batch of a step."""
+        """The chunks in the batch of a step."""
         return [self.chunks[i] for i in self._steps[step][1]]
 
     def targets(self, step: int) -> int:
         return sum(chunk.targets for chunk in self.members(step))
 
     def batch(self, step: int, model: GenerativeModel, processes: Processes = ALONE) -> list[Packed]:
-        """The tokens of a step, one entry a forward pass, on the model's device: of several processes this
-        one's share, whole chunks, which may be none."""
+        """The forward passes of a step, on the model's device. With several processes, those of this process'
+        share of the chunks, which may be empty."""
         pieces = []
         for chunk in self.members(step):
             rows = self.sequences[chunk.sequence].items[chunk.start : chunk.stop]
@@ -137,11 +142,12 @@ class StagePlan:
 
 
 class StageExamples:
-    """See :class:`peso.training.strategies.strategy.Examples`.
+    """Implements :class:`peso.training.strategies.strategy.Examples`.
 
     Args:
-        stage: the stage of a number.
-        learning: the number of the stage that is learned: later ones are not to be seen.
+        stage: returns the stage with a given number.
+        learning: number of the stage being trained; later stages are refused.
+        seed: determines the samples.
     """
 
     def __init__(
@@ -160,26 +166,26 @@ class StageExamples:
         self._settings = settings
         self._seed = seed
         self._precision = Precision.of(settings.precision, str(model.device))
-        self._known: dict[int, list[TargetSequence]] = {}
+        self._sequences: dict[int, list[TargetSequence]] = {}
 
     def of(self, stage: int) -> Sequence[TargetSequence]:
         if stage < 0:
             raise TrainingError(
-                f"there is no stage {stage}: this strategy looks at the stage before the one being trained, "
-                "and stage 0 has none. Learn stage 0 with the defaults, as every run does"
+                f"there is no stage {stage}: this strategy reads the stage before the one being trained, and "
+                "stage 0 has none. Train stage 0 with the default strategy, as every run does"
             )
         if stage > self._learning:
-            raise TrainingError(f"stage {stage} cannot be looked at while stage {self._learning} is trained")
-        if stage not in self._known:
-            self._known[stage] = self._stage(stage).training_sequences()
-        return self._known[stage]
+            raise TrainingError(f"stage {stage} cannot be read while stage {self._learning} is being trained")
+        if stage not in self._sequences:
+            self._sequences[stage] = self._stage(stage).training_sequences()
+        return self._sequences[stage]
 
     def losses(self, stage: int, count: int) -> Iterator[Tensor]:
         model, layout = self._model, self._model.layout
         for history, target in self._single_targets(stage, count):
             items = model.item_token_ids(np.append(history, target))
             piece = lay_out(layout, items, len(history), predict_end=predicts_end(model))
-            with self._still():
+            with self._without_dropout():
                 (packed,) = pack([piece], layout.prefix, len(piece), len(piece) + len(layout.prefix))
                 scores = target_token_log_probabilities(
                     model, packed.to(model.device), self._settings.temperature
@@ -199,13 +205,13 @@ class StageExamples:
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, ids, first, predict_end=predicts_end(model)))
         row_tokens, *_ = budget(model)
-        with self._still():
-            # one row a pass: there is no padding for a hook to take for examples
+        with self._without_dropout():
+            # one row per pass: without padding, hooks see only tokens of examples
             for packed in pack(pieces, model.layout.prefix, row_tokens, 1):
                 target_states(model, packed.to(model.device))
 
     def _single_targets(self, stage: int, count: int) -> Iterator[tuple[np.ndarray, int]]:
-        """A target and its history: of all the stage's targets each is as likely as any other."""
+        """``count`` pairs of history and target, sampled uniformly from all targets of the stage."""
         sequences = self.of(stage)
         ends = np.cumsum([sequence.targets for sequence in sequences])
         for number in self._draw(int(ends[-1]), count, stage):
@@ -219,8 +225,8 @@ class StageExamples:
         return np.sort(rng.choice(size, min(count, size), replace=False)).tolist()
 
     @contextmanager
-    def _still(self) -> Iterator[None]:
-        """The model without dropout, in the precision of training."""
+    def _without_dropout(self) -> Iterator[None]:
+        """Within the context, the model is in evaluation mode and in the precision of training."""
         training = self._model.training
         self._model.eval()
         try:

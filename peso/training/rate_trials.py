@@ -1,10 +1,9 @@
 """Trials that choose the learning rates of a stage: successive halving on its validation cases.
 
-Successive halving (Karnin et al. 2013; Jamieson and Talwalkar 2016): all candidates train for a while, the
-better half goes on, until one is left; every round has the same share of the budget. A trial is the beginning
-of the very training that the stage would have with these rates, judged as that is, by its lowest validation
-loss. The winner's goes on where it stopped: the stage ends with the bits that its rates would have given
-without trials.
+Successive halving (Karnin et al. 2013; Jamieson and Talwalkar 2016): all candidates train for some steps, the
+better half continues, until one is left; every round has the same share of the budget. A trial is the
+beginning of the stage's training with these rates, rated by its lowest validation loss. The training of the
+winner is continued, so the result is bit-identical to a training with its rates without trials.
 """
 
 from __future__ import annotations
@@ -27,20 +26,21 @@ from peso.runtime.files import read_sealed, write_atomically, write_sealed
 from peso.runtime.progress import Observer
 from peso.training.checkpoint import FILE as CHECKPOINT
 from peso.training.likelihood import tokens_of_target
-from peso.training.loop import Progress, StageTask, train_until
+from peso.training.loop import train_until
 from peso.training.optimizer import warmup_steps
 from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import StageContext, Strategy
+from peso.training.task import Progress, StageTask
 
-LEAST_STEPS = 8  # of the first round, beyond the warm-up: fewer tell rates apart by chance alone
+LEAST_STEPS = 8  # of the first round after the warm-up: with fewer, the ranking is random
 FILE = "trials.json"
 Start = Callable[[], tuple[GenerativeModel, Strategy, StageContext]]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """``learning_rate``: the highest of the adapter (or backbone); ``rows``: that of the vocabulary's rows
-    and the item head, relative to it."""
+    """``learning_rate``: the peak rate of the adapter (or backbone); ``rows``: the rate of the vocabulary's
+    rows and the item head, relative to it."""
 
     learning_rate: float
     rows: float = 1.0
@@ -53,7 +53,7 @@ class Rates:
 @dataclass(frozen=True)
 class Trial:
     """A candidate at the end of a round. ``loss``: the lowest validation loss so far, nats per item; None:
-    loss or gradient were not finite. ``steps``, ``seconds``: since the training's start."""
+    loss or gradient were not finite. ``steps``, ``seconds``: since the start of the trial."""
 
     learning_rate: float
     rows: float
@@ -68,15 +68,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """``rates``: those of the winner; ``trials``: in the order in which they were made."""
+    """``rates``: those of the winner; ``trials``: in the order in which they ran."""
 
     rates: Rates
     trials: Sequence[Trial]
 
     @property
     def seconds(self) -> float:
-        """What the other candidates took."""
-        spent = {trial.rates: trial.seconds for trial in self.trials}  # the last of each
+        """Computing time of the other candidates."""
+        spent = {trial.rates: trial.seconds for trial in self.trials}  # of the last trial of each
         return math.fsum(seconds for rates, seconds in spent.items() if rates != self.rates)
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Choice:
 
     @property
     def edge(self) -> str:
-        """A hint where no rate beyond the chosen one was tried; empty otherwise."""
+        """A hint if the chosen rate is the lowest or highest that was tried; empty otherwise."""
         rates = [trial.learning_rate for trial in self.trials]
         if min(rates) == max(rates) or min(rates) < self.rates.learning_rate < max(rates):
             return ""
@@ -95,16 +95,17 @@ class Choice:
         return f"; no {which} one was tried (training.later.trials.scales)"
 
     def figures(self) -> dict[str, Any]:
-        """As JSON, for the stage's metrics."""
+        """JSON-serializable values for the stage's metrics."""
         return {**asdict(self.rates), "trials": [asdict(trial) for trial in self.trials]}
 
 
 def halving(candidates: int, budget: int, first: int, most: int) -> list[tuple[int, int]]:
-    """How many candidates are left in each round, and how many steps each has taken at its end.
+    """The rounds of successive halving: the number of candidates, and the steps each has completed at the
+    end.
 
     Args:
-        budget: steps of all candidates together, an equal share for each round.
-        first: least steps of the first round, even if that takes more than the budget.
+        budget: total steps of all candidates, split equally over the rounds.
+        first: minimum steps of the first round, even if this exceeds the budget.
         most: steps of the whole training.
 
     >>> halving(4, budget=80, first=8, most=100)
@@ -126,13 +127,13 @@ def halving(candidates: int, budget: int, first: int, most: int) -> list[tuple[i
 def trial_rounds(
     steps: int, settings: TrainingConfig, trials: TrialsConfig, candidates: int
 ) -> list[tuple[int, int]]:
-    """The rounds of :func:`halving` for a training of so many steps."""
+    """The rounds of :func:`halving` for a training of ``steps`` steps."""
     first = min(warmup_steps(settings, steps) + LEAST_STEPS, steps)
     return halving(candidates, round(trials.budget * steps), first, steps)
 
 
 def trial_steps(rounds: Sequence[tuple[int, int]]) -> int:
-    """The steps of the candidates that do not win.
+    """Total steps of the candidates that do not win.
 
     >>> trial_steps([(4, 10), (2, 30)])
     50
@@ -149,19 +150,20 @@ def choose_rates(
     start: Start,
     observer: Observer,
 ) -> tuple[StageTask, Choice]:
-    """Find the candidate with the lowest validation loss; the lower rate among equals.
+    """Find the candidate with the lowest validation loss; of equal ones, the lower rate.
 
-    Trials live in ``trials/`` in the task's directory. Interrupted, they continue at their checkpoints.
+    Trials are stored under ``trials/`` in the task's directory; if interrupted, they continue at their
+    checkpoints.
 
     Args:
-        model: of the training to come; it is left as it is.
-        task: that training, but for its rates.
+        model: the model to train; it is not changed.
+        task: the training, with any rates.
         candidates: two or more, ascending.
-        start: makes, for each trial, what the stage begins with: a model, a strategy that has seen nothing,
-            and what it is told.
+        start: creates model, strategy and context as at the start of the stage, for each trial.
 
     Returns:
-        The task with the rates of the winner, in whose directory its trial waits to be continued.
+        The task with the rates of the winner; its directory contains the checkpoint and log of the winning
+        trial.
 
     Raises:
         TrainingError: no candidate has a finite loss; see also :func:`peso.training.loop.train_stage`.
@@ -179,7 +181,7 @@ def choose_rates(
                 bar = _bar(observer, title, steps)
                 known[rates] = _trial(_with_rates(task, rates), rates, steps, start, bar)
                 done.append(known[rates])
-                processes.on_main(partial(_write, directory / FILE, _told(done)))
+                processes.on_main(partial(_write, directory / FILE, _as_json(done)))
         half = math.ceil(len(left) / 2)
         finite = [known[rates] for rates in left if known[rates].loss is not None]
         kept = [trial.rates for trial in sorted(finite, key=attrgetter("loss"))[:half]]
@@ -189,16 +191,15 @@ def choose_rates(
                 f"{candidates[0].learning_rate:g}. Lower training.later.trials.scales"
             )
         for rates in set(left) - set(kept):
-            processes.on_main(partial(shutil.rmtree, _place(task, rates), ignore_errors=True))
+            processes.on_main(partial(shutil.rmtree, _trial_directory(task, rates), ignore_errors=True))
         left = kept
     choice = Choice(left[0], done)
-    processes.on_main(partial(_hand_over, task, choice))
+    processes.on_main(partial(_adopt_winner, task, choice))
     return _with_rates(task, choice.rates), choice
 
 
 def read_choice(directory: Path) -> dict[str, Any] | None:
-    """What :func:`choose_rates` chose for the training of a directory, as JSON; None where there were no
-    trials."""
+    """The choice that :func:`choose_rates` stored in a training's directory, as JSON; None without trials."""
     file = directory / "trials" / FILE
     return _read(file) if file.is_file() else None
 
@@ -208,7 +209,7 @@ def _with_rates(task: StageTask, rates: Rates) -> StageTask:
     return replace(task, settings=settings, learning_rate=rates.learning_rate)
 
 
-def _place(task: StageTask, rates: Rates) -> Path:
+def _trial_directory(task: StageTask, rates: Rates) -> Path:
     return task.directory / "trials" / f"{rates.learning_rate!r} {rates.rows!r}"
 
 
@@ -216,18 +217,18 @@ def _trial(
     task: StageTask, rates: Rates, steps: int, start: Start, on_progress: Callable[[Progress], None]
 ) -> Trial:
     model, strategy, context = start()
-    strategy.choose(context)  # asked before it begins, as always; the examples are those of the task
-    place = _place(task, rates)
+    strategy.choose(context)  # hooks are called in the usual order; the task already has the examples
+    directory = _trial_directory(task, rates)
     began = time.monotonic()
     task = replace(
         task,
         strategy=strategy,
         context=context,
-        directory=place,
-        log=place / task.log.name,
+        directory=directory,
+        log=directory / task.log.name,
         on_progress=on_progress,
     )
-    place.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         loss, seconds = train_until(model, task, steps)
     except Divergence:
@@ -235,12 +236,14 @@ def _trial(
     return Trial(rates.learning_rate, rates.rows, steps, loss * tokens_of_target(model), seconds)
 
 
-def _hand_over(task: StageTask, choice: Choice) -> None:
-    """Let the training begin where the winner's trial stopped, unless it has begun."""
+def _adopt_winner(task: StageTask, choice: Choice) -> None:
+    """Copy the winner's checkpoint and log into the task's directory, unless training has begun there."""
     _write(task.directory / "trials" / FILE, choice.figures())
     if not (task.directory / CHECKPOINT).exists():
-        for name in (task.log.name, CHECKPOINT):  # without the second the first does not count
-            write_atomically(task.directory / name, (_place(task, choice.rates) / name).read_bytes())
+        for name in (task.log.name, CHECKPOINT):  # the log is ignored until the checkpoint exists
+            write_atomically(
+                task.directory / name, (_trial_directory(task, choice.rates) / name).read_bytes()
+            )
 
 
 def _bar(observer: Observer, title: str, steps: int) -> Callable[[Progress], None]:
@@ -258,18 +261,18 @@ def _bar(observer: Observer, title: str, steps: int) -> Callable[[Progress], Non
     return show
 
 
-def _told(trials: Sequence[Trial]) -> dict[str, Any]:
+def _as_json(trials: Sequence[Trial]) -> dict[str, Any]:
     return {"trials": [asdict(trial) for trial in trials]}
 
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        return _told([])
+        return _as_json([])
     try:
         found: dict[str, Any] = json.loads(read_sealed(file))
         return found
     except (OSError, ValueError, WorkspaceError) as error:
-        raise WorkspaceError(f"{file} is damaged ({error}); remove it to make the trials again") from None
+        raise WorkspaceError(f"{file} is damaged ({error}); remove it to repeat the trials") from None
 
 
 def _write(file: Path, figures: dict[str, Any]) -> None:

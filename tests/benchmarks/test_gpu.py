@@ -16,8 +16,9 @@ from peso.decoding import search
 from peso.model.generative import GenerativeModel
 from peso.training.acceleration import compiled, gradient_checkpointing
 from peso.training.likelihood import target_log_probabilities
-from peso.training.loop import StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.strategies.peso import Peso
+from peso.training.task import StageTask
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,8 +13,9 @@ from peso.config import TrainingConfig
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.runtime.device import Precision
-from peso.training.loop import StageResult, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.strategies.strategy import Strategy
+from peso.training.task import StageResult, StageTask
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,10 @@ from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
 from peso.runtime.manifest import write_manifest
 from peso.training.acceleration import gradient_checkpointing
-from peso.training.loop import StageResult, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import Strategy
+from peso.training.task import StageResult, StageTask
 
 SEQUENCES = random_sequences(0, count=8, longest=8)
 TREE: dict[str, Any] = {"data": "simulate", "backbone": "tiny"}

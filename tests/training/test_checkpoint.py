@@ -19,8 +19,9 @@ from peso.config import TrainingConfig
 from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.training.checkpoint import Checkpoint, TrainingLog, fingerprint
-from peso.training.loop import Progress, StageResult, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.strategies.peso import Peso
+from peso.training.task import Progress, StageResult, StageTask
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 EVERY_STEP, EPOCH_ENDS = 0.0, 1e9  # checkpoint_seconds

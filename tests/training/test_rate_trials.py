@@ -16,10 +16,11 @@ from peso.errors import TrainingError
 from peso.model.generative import GenerativeModel
 from peso.runtime.progress import Silent
 from peso.training.likelihood import tokens_of_target
-from peso.training.loop import StageResult, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.rate_trials import Rates, choose_rates, halving, read_choice, trial_steps
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import StageContext, Strategy
+from peso.training.task import StageResult, StageTask
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 CANDIDATES = [Rates(rate, rows) for rate in (1e-5, 1e-2) for rows in (0.3, 3.0)]

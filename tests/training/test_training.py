@@ -24,14 +24,15 @@ from peso.events.histories import Cases, TargetSequence
 from peso.model.generative import GenerativeModel
 from peso.model.item_head import ItemHead
 from peso.model.layout import PromptLayout
-from peso.runtime.device import reproducible
-from peso.training import loop
+from peso.runtime.device import Precision, reproducible
 from peso.training import plan as plan_module
 from peso.training.likelihood import tokens_of_target, validation_loss
-from peso.training.loop import Progress, StageResult, StageTask, train_stage
+from peso.training.loop import train_stage
 from peso.training.optimizer import make_optimizer
 from peso.training.plan import StagePlan
+from peso.training.step import backward
 from peso.training.strategies.strategy import StageContext, Strategy
+from peso.training.task import Progress, StageResult, StageTask
 
 SEQUENCES = random_sequences(0, count=12, longest=8)
 
@@ -108,13 +109,13 @@ def test_a_batch_in_many_passes_has_the_gradient_of_one(
 ) -> None:
     model = with_adapter(make_model("instruct", "full"))
     plan = StagePlan(SEQUENCES, 20, TrainingConfig(batch_size=1000, epochs=1), 0, 0)
-    precision = loop.Precision.of("float32", "cpu")
+    precision = Precision.of("float32", "cpu")
     found = []
     for tokens in (100_000, 1):
         monkeypatch.setattr(plan_module, "budget", lambda _, tokens=tokens: (tokens, tokens))
         passes = plan.batch(0, model)
         count = plan.targets(0) * tokens_of_target(model)
-        loss = sum(map(float, loop._backward(model, passes, count, 0.8, precision)))
+        loss = sum(map(float, backward(model, passes, count, 0.8, precision)))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         found.append((len(passes), loss, torch.cat([g.flatten() for g in gradients])))
         model.zero_grad()

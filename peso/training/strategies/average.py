@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Average(Strategy):
-    """``single``, each stage's result averaged with what came before it.
+    """``single``, with each stage's result averaged into the running average of the earlier ones.
 
-    v̄_t = v̄_{t-1} + share · (v_t - v̄_{t-1}), v_t learned from v̄_{t-1} on. Everything trained is averaged,
-    semantic vocabulary included, since adapter and rows fit each other. A factor is averaged, not the product
-    B A, so that one adapter of the same rank is all that is kept.
+    v̄_t = v̄_{t-1} + share · (v_t - v̄_{t-1}), where v_t is trained starting from v̄_{t-1}. All trained
+    parameters are averaged, including the semantic vocabulary, because adapter and rows depend on each other.
+    The factors A and B are averaged, not their product, so that the result is one adapter of the same rank.
     """
 
     name = "average"

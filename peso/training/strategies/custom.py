@@ -1,4 +1,4 @@
-"""``custom``: a class that Python can import, without being installed as a part of peso."""
+"""``custom``: a strategy class of your own, given by its import path."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from peso.training.strategies.strategy import Strategy
 
 
 class Custom(Strategy):
-    """A strategy of your own: ``module`` is a class that Python can import, made with ``arguments``."""
+    """A strategy of your own: the class at the import path ``module``, created with ``arguments``."""
 
     name = "custom"
 
     class Options(Strategy.Options):
-        module: str = Field(description="e.g. my_package.my_strategy.MyStrategy")
-        arguments: dict[str, Any] = Field(default={}, description="given to it as keyword arguments")
+        module: str = Field(
+            description="import path of the class, for example my_package.my_strategy.MyStrategy"
+        )
+        arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the class")
 
         @property
         def foreign(self) -> list[str]:
@@ -31,28 +33,29 @@ class Custom(Strategy):
 
     @classmethod
     def of(cls, options: Any) -> Strategy:
-        """
+        """Create an instance of the class that the options name.
+
         Raises:
-            ConfigError: a class that cannot be imported, is not a strategy, or takes other arguments.
+            ConfigError: the class cannot be imported, is not a strategy, or does not accept the arguments.
         """
         module, _, name = options.module.rpartition(".")
         try:
             found = getattr(import_module(module or name), name)
-        except Exception as error:  # whatever a module does when it is imported
+        except Exception as error:  # importing a module can raise anything
             raise _refused(options, f"cannot be imported ({_cause(error)})") from error
         if not (isinstance(found, type) and issubclass(found, Strategy)):
             raise _refused(options, "is not a subclass of peso.training.strategies.strategy.Strategy")
         try:
             return found(**options.arguments)
         except Exception as error:
-            why = f"cannot be made with {shown(options.arguments)} ({_cause(error)})"
+            why = f"cannot be created with {shown(options.arguments)} ({_cause(error)})"
             raise _refused(options, why) from error
 
 
 def _refused(options: Any, why: str) -> ConfigError:
     return ConfigError(
-        f"strategy.module: {options.module} {why}; name a strategy class that Python can import from here "
-        "(PYTHONPATH), and in strategy.arguments the keyword arguments that it takes"
+        f"strategy.module: {options.module} {why}; give the import path of a strategy class (PYTHONPATH "
+        "applies), and its keyword arguments in strategy.arguments"
     )
 
 

@@ -1,4 +1,4 @@
-"""``distill``: the previous stage's model as teacher on the new data (learning without forgetting)."""
+"""``distill``: knowledge distillation from the previous stage's model (learning without forgetting)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Distill(Strategy):
-    """``single`` with the model of the previous stage as teacher on the new data.
+    """``single``, with knowledge distillation from the previous stage's model on the new data.
 
-    Adds weight · T² · KL(teacher ‖ student) at every target token of the new data, both softened by T
-    (Hinton et al. 2015; Li & Hoiem 2016). One more pass forward a step; the teacher is a copy of what is
-    trained, the backbone is shared.
+    Adds weight · T² · KL(teacher ‖ student), averaged over the target tokens, with both distributions
+    softened by T (Hinton et al. 2015; Li & Hoiem 2016). Each step takes one more forward pass. The teacher is
+    a copy of the trained parameters only; the frozen backbone is shared.
     """
 
     name = "distill"

@@ -1,4 +1,4 @@
-"""``full``: every weight of the backbone fine-tuned, stage after stage. What an adapter is spared."""
+"""``full``: full fine-tuning of the backbone at every stage."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from peso.training.strategies.strategy import Strategy
 class FullFineTuning(Strategy):
     """All weights of the backbone, fine-tuned on every stage.
 
-    ``single`` without an adapter: from stage 1 on all weights move; the base stage's adapter is merged into
-    them first. Each stage stores a whole backbone.
+    ``single`` without an adapter: stage 1 merges the base stage's adapter into the backbone and trains all
+    weights from there. Each stage stores a whole backbone.
     """
 
     name = "full"

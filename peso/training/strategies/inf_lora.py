@@ -1,6 +1,6 @@
-"""``inf_lora``: new adapters learn where inputs of earlier stages have no component (arXiv 2404.00228).
+"""``inf_lora``: new adapters act on directions that inputs of earlier stages do not use (arXiv 2404.00228).
 
-InfLoRA (Liang & Li, CVPR 2024). The memory of earlier inputs is DualGPM's, of every stage up to the last.
+InfLoRA (Liang & Li, CVPR 2024). The inputs of earlier stages are stored as in DualGPM.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROUNDING = 1e-10  # of all energy: directions with less of it are rounding
+ROUNDING = 1e-10  # share of the total energy below which a direction is rounding error
 
 
 @dataclass(frozen=True)
 class Protected:
-    """A subspace of inputs, kept by a basis of itself or of what is left over, whichever is smaller.
+    """A protected subspace of a layer's inputs, stored as a basis of itself or of its orthogonal complement,
+    whichever is smaller.
 
-    ``basis``: (width, directions), orthonormal columns; ``dual``: they span what is free instead.
+    ``basis``: (width, directions), orthonormal columns; ``dual``: they span the complement (the free
+    directions).
     """
 
     basis: Tensor
@@ -40,15 +42,21 @@ class Protected:
 
     @property
     def free(self) -> int:
-        """Dimensions that are not protected."""
+        """Dimension of the complement."""
         width, directions = self.basis.shape
         return directions if self.dual else width - directions
 
     def strongest_free(self, moment: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies (free,) of these inputs in what is free, strongest first; the directions, (width, free).
+        """Principal directions of some inputs within the complement, strongest first.
 
-        In coordinates of the free space, so that nothing of a direction leaks into what is protected, however
-        much stronger the inputs are there. float64, on the moment's device.
+        Computed in coordinates of the complement, so that no direction has a protected component, however
+        much stronger the inputs are there.
+
+        Args:
+            moment: (width, width), second moment Σ x xᵀ of the inputs.
+
+        Returns:
+            Energies (free,) and directions (width, free), float64 on the moment's device.
         """
         from torch.linalg import eigh
 
@@ -57,17 +65,21 @@ class Protected:
         return energies.flip(0).clamp_min(0), inside @ directions.flip(1)
 
     def _free_basis(self) -> Tensor:
-        """(width, free) orthonormal columns, float64; the stored float32 ones are so to 1e-7 only."""
+        """(width, free) orthonormal columns in float64; the stored ones are orthonormal in float32 only."""
         basis = self.basis.double()
         return _orthonormal(basis) if self.dual else _complement(basis)
 
     def grown(self, moment: Tensor, threshold: float) -> Protected:
-        """With as many further directions, strongest first, as it takes for the share ``threshold`` of the
-        energy of these inputs (the trace of their second moment) to lie in what is protected."""
+        """The subspace, extended by the strongest free directions of some inputs until it contains the share
+        ``threshold`` of their energy.
+
+        Args:
+            moment: (width, width), second moment Σ x xᵀ of the inputs; their energy is its trace.
+        """
         from torch import cat
 
         energies, directions = self.strongest_free(moment)
-        free_energy = energies.flip(0).cumsum(0).flip(0)  # left free if all before are protected
+        free_energy = energies.flip(0).cumsum(0).flip(0)  # left outside if all earlier ones are protected
         allowed = (1 - threshold) * float(moment.double().trace())
         count = int((free_energy > allowed + ROUNDING * float(moment.double().trace())).sum())
         if count == 0:
@@ -75,7 +87,7 @@ class Protected:
         new = directions[:, :count].cpu()
         basis = self.basis.double()
         if self.dual:
-            # the free part is what is left of it: its own coordinates, the new directions taken out
+            # in coordinates of the old complement: the complement of the new directions
             left = _complement(basis.T @ new)
             return Protected((basis @ left).float(), dual=True)
         basis = cat([basis, new], dim=1)
@@ -84,8 +96,8 @@ class Protected:
         return Protected(_complement(basis).float(), dual=True)
 
     def free_directions(self, moment: Tensor, count: int) -> Tensor:
-        """(count, width) orthonormal rows: the free directions in which these inputs have most energy. Rows
-        beyond those in which they have any are zero: nothing could be learnt along them."""
+        """(count, width) float32 orthonormal rows: the free directions in which the inputs with second moment
+        ``moment`` have most energy. Rows without energy are zero: no gradient would reach them."""
         from torch import float32
 
         energies, directions = self.strongest_free(moment)
@@ -96,7 +108,7 @@ class Protected:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """The same span; a chain of many stages would let rounding grow."""
+    """Orthonormal columns with the same span; without this, rounding would accumulate over the stages."""
     from torch.linalg import qr
 
     orthonormal: Tensor = qr(columns)[0]
@@ -104,7 +116,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _complement(columns: Tensor) -> Tensor:
-    """Orthonormal columns that span what is orthogonal to these, which are linearly independent."""
+    """Orthonormal columns that span the orthogonal complement of linearly independent columns."""
     from torch.linalg import qr
 
     whole: Tensor = qr(columns, mode="complete")[0]
@@ -112,18 +124,18 @@ def _complement(columns: Tensor) -> Tensor:
 
 
 PREFIX = "inputs."
-ROW_NORM = 1 / math.sqrt(3)  # of a row of A: the authors', and what a row as PEFT draws it has
+ROW_NORM = 1 / math.sqrt(3)  # norm of a row of A, as in the authors' code and in PEFT's initialization
 
 
 class InfLora(Strategy):
-    """A new adapter whose A spans directions free of earlier inputs, B alone trained (InfLoRA).
+    """A new adapter with a fixed A that spans directions free of earlier inputs; only B is trained (InfLoRA).
 
-    W + s Σ_{i<t} B_i A_i + s B_t A_t, of which B_t alone is learned, from zero.
+    W + s Σ_{i<t} B_i A_i + s B_t A_t, where only B_t is trained, starting from zero.
 
-    The rows of A_t are the strongest directions of the new stage's inputs (of each layer) among those that
-    the inputs of the stages before hardly use, so W x stays what it was for them: A_t x ≈ 0. ``threshold``
-    of their energy is protected; ``examples`` target sequences of a stage are looked at. Stage 0 is learnt
-    like any strategy's; its inputs are looked at when stage 1 begins.
+    For each layer, the rows of A_t are the strongest directions of the new stage's inputs outside the
+    protected subspace, which holds the share ``threshold`` of the energy of earlier stages' inputs. For those
+    inputs A_t x ≈ 0, so the layer's output does not change. Inputs are measured on ``examples`` target
+    sequences per stage; those of stage 0 when stage 1 begins.
     """
 
     name = "inf_lora"
@@ -134,7 +146,7 @@ class InfLora(Strategy):
         threshold: float = Field(
             0.95, gt=0, le=1, description="share of the inputs' energy that is protected"
         )
-        examples: int = Field(512, ge=1, description="target sequences whose inputs are looked at")
+        examples: int = Field(512, ge=1, description="number of target sequences whose inputs are measured")
 
     options: Options
 
@@ -143,13 +155,13 @@ class InfLora(Strategy):
         from peso.adapters.lora import TRAINED, Past, put_past, read_adapter, redraw_adapter
 
         past, last = Past.of_state(context.memory), read_adapter(context.backbone)
-        if last.acts:  # else the last stage trained the backbone itself
+        if last.acts:  # otherwise the last stage trained the backbone itself
             past = last if past is None else past + last
         redraw_adapter(context.backbone, (context.seed, context.number))
         if past is not None:
             put_past(context.backbone, past)
             context.memory.update(past.state())
-        # with B zero, the model answers as the last stage left it, for both
+        # B is zero, so both are measured with the model of the last stage
         before, same = self._moments(context, context.number - 1)
         now, _ = self._moments(context, context.number)
         known = protected(context.memory)
@@ -158,7 +170,7 @@ class InfLora(Strategy):
             for name, moment in before.items()
         }
         for key in [key for key in context.memory if key.startswith(PREFIX)]:
-            del context.memory[key]  # a basis may have changed its kind, and its name with it
+            del context.memory[key]  # a basis that became dual has another name
         context.memory.update(as_tensors(spaces))
         layers = lora_layers(context.backbone)
         for name, layer in layers.items():
@@ -180,19 +192,19 @@ class InfLora(Strategy):
 
 @contextmanager
 def second_moments(backbone: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
-    """What goes into LoRA layers within this context, as Σ x xᵀ, float32 (width, width).
+    """Collect the second moments Σ x xᵀ of the inputs of all LoRA layers within the context.
 
     Yields:
-        Σ x xᵀ by layer, once for layers that read the same tensor (as q, k and v do); and for each layer the
-        one under whose name it is.
+        Two dictionaries that fill as the model runs: name of a layer → Σ x xᵀ, float32 (width, width), once
+        for layers that read the same tensor (as q, k and v do); name of each layer → key in the first.
     """
     from peso.adapters.groups import lora_layers
 
     moments: dict[str, Tensor] = {}
     same: dict[str, str] = {}
-    newest: list[tuple[Tensor, str]] = []  # the tensor that was read last, and who read it first
+    newest: list[tuple[Tensor, str]] = []  # the last input tensor, and the layer that read it first
 
-    def look(name: str, inputs: tuple[Tensor, ...]) -> None:
+    def record(name: str, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         if newest and newest[0][0] is x:
             same[name] = newest[0][1]
@@ -203,7 +215,7 @@ def second_moments(backbone: nn.Module) -> Iterator[tuple[dict[str, Tensor], dic
         moments[name] = moments[name] + rows.T @ rows if name in moments else rows.T @ rows
 
     def hook(name: str) -> object:
-        return lambda _, inputs: look(name, inputs)
+        return lambda _, inputs: record(name, inputs)
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in lora_layers(backbone).items()]
     try:
@@ -214,7 +226,7 @@ def second_moments(backbone: nn.Module) -> Iterator[tuple[dict[str, Tensor], dic
 
 
 def as_tensors(spaces: Mapping[str, Protected]) -> dict[str, Tensor]:
-    """By name, for a file."""
+    """The bases by name, for storage in :attr:`StageContext.memory`."""
     return {
         f"{PREFIX}{name}.{'free' if space.dual else 'protected'}": space.basis.contiguous()
         for name, space in spaces.items()
@@ -222,7 +234,7 @@ def as_tensors(spaces: Mapping[str, Protected]) -> dict[str, Tensor]:
 
 
 def protected(memory: Mapping[str, Tensor]) -> dict[str, Protected]:
-    """From :func:`as_tensors`, other tensors beside it or not."""
+    """The subspaces that :func:`as_tensors` stored; other tensors are ignored."""
     result = {}
     for key, basis in memory.items():
         if key.startswith(PREFIX):

@@ -1,7 +1,5 @@
-"""``lsat``: a long-term adapter on all data so far and a short-term one on the new stage (arXiv 2312.15599).
-
-LSAT (Shi et al. 2023), with both of its ways to answer with the two.
-"""
+"""``lsat``: a long-term adapter on all data so far and a short-term one on the new stage (Shi et al. 2023,
+arXiv 2312.15599)."""
 
 from __future__ import annotations
 
@@ -25,11 +23,13 @@ PREFIX, ROWS = "lsat.", "lsat.vocabulary."
 class Lsat(Strategy):
     """A long-term adapter on all data so far and a short-term one on the new stage, fused (LSAT).
 
-    Two trainings a stage. Long-term: adapter and vocabulary learnt anew on the stages 0 … t. Short-term: a
-    fresh adapter on stage t, with the vocabulary going on from there. With w = ``long_share``, they answer by
+    A stage t trains twice. Long-term: adapter and vocabulary are reset and trained on stages 0 … t.
+    Short-term: a new adapter is trained on stage t, and the vocabulary is trained further. With
+    w = ``long_share``, predictions combine the two:
 
-    - fusion ``outputs``: logits w · long + (1 - w) · short, each with its own vocabulary; two passes;
-    - fusion ``arithmetic``: weights W + w ΔW_long + (1 - w) ΔW_short, vocabulary rows averaged alike.
+    - fusion ``outputs``: logits w · long + (1 - w) · short, each with its own vocabulary; two forward passes;
+    - fusion ``arithmetic``: weights W + w ΔW_long + (1 - w) ΔW_short; vocabulary rows are averaged with the
+      same weights.
     """
 
     name = "lsat"
@@ -62,7 +62,7 @@ class Lsat(Strategy):
         if context.phase == LONG:
             assert context.reset is not None
             context.reset()
-            context.memory.clear()  # of the last stage's two nothing is needed
+            context.memory.clear()  # neither adapter of the last stage is needed
         else:
             redraw_adapter(context.backbone, (context.seed, context.number))
 
@@ -73,10 +73,10 @@ class Lsat(Strategy):
             adapter = {f"{PREFIX}{name}": t for name, t in read_adapter(context.backbone).state().items()}
             context.memory.update(adapter | _rows(context.vocabulary))
         elif self.options.fusion == "arithmetic":
-            self._add_up(context)
+            self._fuse_weights(context)
 
-    def _add_up(self, context: StageContext) -> None:
-        """Make the model the fused one: the long-term adapter as its past, the short-term one scaled."""
+    def _fuse_weights(self, context: StageContext) -> None:
+        """Fuse in place: the long-term adapter becomes a frozen past one, the trained one is scaled."""
         from torch import no_grad
 
         from peso.adapters.groups import lora_layers
@@ -111,7 +111,7 @@ def _rows(vocabulary: Any) -> dict[str, Tensor]:
 
 
 def _long(memory: Mapping[str, Tensor]) -> tuple[Past, dict[str, Tensor]]:
-    """Adapter and vocabulary rows of the long-term training."""
+    """Adapter and vocabulary parameters of the long-term training."""
     from peso.adapters.lora import Past
 
     kept = {name.removeprefix(PREFIX): t for name, t in memory.items() if name.startswith(PREFIX)}

@@ -1,4 +1,4 @@
-"""``none``: the base stage alone is learned; its model answers for ever after, as stale as it gets."""
+"""``none``: no updates; the model of the base stage serves all later stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peso.training.strategies.strategy import Strategy
 class NoUpdates(Strategy):
     """Only stage 0 is learned; later stages inherit it unchanged.
 
-    The lower end of every comparison: what updating is worth is measured against it.
+    The lower reference of a comparison: the benefit of updates is measured against it.
     """
 
     name = "none"

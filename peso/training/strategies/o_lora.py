@@ -1,4 +1,4 @@
-"""``o_lora``: a new adapter each stage, kept from the subspaces of earlier ones (arXiv 2310.14152)."""
+"""``o_lora``: a new adapter per stage, penalized for overlap with earlier ones (arXiv 2310.14152)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OLora(Strategy):
     """A new adapter, penalized for overlapping with the A of earlier ones (O-LoRA).
 
     W + s Σ_{i<t} B_i A_i + s B_t A_t, with the penalty weight · Σ_modules Σ_{i<t} ‖A_i A_tᵀ‖₁ (the sum of
-    absolute values, as in the authors' code; 0.5 is their weight). A_t, B_t begin fresh.
+    absolute values; norm and default weight follow the authors' code). A_t and B_t are newly initialized.
     """
 
     name = "o_lora"
@@ -26,7 +26,7 @@ class OLora(Strategy):
         weight: float = Field(0.5, ge=0, description="factor of the orthogonality penalty")
 
     options: Options
-    # of each module A of all earlier adapters (Σ ranks, in), and the one that is trained (rank, in)
+    # per module: A of all earlier adapters (Σ ranks, in), and the trained A (rank, in)
     _pairs: list[tuple[Tensor, Tensor]]
 
     def begin(self, context: StageContext) -> None:

@@ -1,4 +1,4 @@
-"""``peso``: one evolving adapter, kept near its last state by a proximal term (arXiv 2510.25093)."""
+"""``peso``: one evolving adapter with a proximal term to its previous state (arXiv 2510.25093)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Coupling = Literal["loss", "decoupled"]
 
 
 class Peso(Strategy):
-    """``single``, kept near its last state by a proximal term.
+    """``single``, with a proximal term that penalizes the distance to the previous state.
 
-    The anchor is the adapter that each stage from stage 1 on starts with.
+    From stage 1 on, the anchor is the adapter at the start of the stage.
     """
 
     name = "peso"
@@ -31,29 +31,35 @@ class Peso(Strategy):
     class Options(Strategy.Options):
         proximal: str = Field(
             "softmax_kl",
-            description="name of a proximal term (docs/reference/proximal.md), or a class of your own that "
-            "Python can import: my_package.my_term.MyTerm",
+            description="name of a proximal term (docs/reference/proximal.md), or the import path of "
+            "your own class: my_package.my_term.MyTerm",
         )
         strength: float | None = Field(None, ge=0, description="dimensionless; 1 unless a weight is given")
-        weight: float | None = Field(None, ge=0, description="raw: what it does depends on sizes and rates")
+        weight: float | None = Field(
+            None, ge=0, description="raw factor; its effect depends on model size and learning rate"
+        )
         coupling: Coupling | None = Field(
-            None, description="unless given: decoupled for a strength, loss for a weight"
+            None, description="default: decoupled for a strength, loss for a weight"
         )
         reduction: Literal["sum", "mean"] = Field(
-            "mean", description="sum: over all groups; mean: over modules, as in the released code"
+            "mean", description="sum over all groups, or mean over modules as in the released code"
         )
-        temperature: float | Literal["auto"] = Field(1.0, description="of softmax_kl and per_rank_kl")
+        temperature: float | Literal["auto"] = Field(
+            1.0, description="softmax temperature of softmax_kl and per_rank_kl"
+        )
         groups: Literal["factor", "module", "rank", "all"] = Field(
             "factor",
-            description="values that share one softmax: A and B of a module apart, together, or all at once",
+            description="values that share one softmax: each factor of a module, a module, each rank, "
+            "or all modules",
         )
         vocabulary: bool = Field(False, description="anchor the rows of the semantic vocabulary too")
-        examples: int = Field(64, ge=2, description="single targets that ρ̄ and fisher are estimated from")
+        examples: int = Field(64, ge=2, description="number of targets used to estimate ρ̄ and fisher")
 
         @model_validator(mode="before")
         @classmethod
         def _strength_is_default(cls, tree: Any) -> Any:
-            """``peso`` alone means strength 1; a strength is decoupled, a weight in the loss."""
+            """Without strength and weight, set strength 1, or the default weight of a term without curvature;
+            without a coupling, decouple a strength and add a weight to the loss."""
             if not isinstance(tree, Mapping):
                 return tree
             result, term = dict(tree), _built_in(tree.get("proximal"))
@@ -70,7 +76,7 @@ class Peso(Strategy):
         @model_validator(mode="after")
         def _possible(self) -> Peso.Options:
             if self.strength is not None and self.weight is not None:
-                raise ValueError("strength and weight are two ways to say the same: give one of them")
+                raise ValueError("strength and weight both set the size of the penalty: give one of them")
             term = _built_in(self.proximal)
             if term and not term.has_curvature and self.strength is not None:
                 raise ValueError(f"strength: {self.proximal} has no curvature at the anchor; give a weight")
@@ -110,14 +116,14 @@ class Peso(Strategy):
         if context.number == 0:
             return
         source, term, examples = self.anchored(context), self.term, context.examples
-        self._groups = find_groups(source)  # once per stage: their values change, they do not
+        self._groups = find_groups(source)
         if term.needs_losses:
-            # the adapter is as the last stage left it: what mattered to that stage is measured now
+            # measured now, while the adapter still has the values of the last stage
             assert examples is not None
             term.anchor(source, examples.losses(context.number - 1, self.options.examples))
         else:
             term.anchor(source)
-        # a penalty that is not a distance to the anchor is calibrated only if a strength is asked for
+        # a penalty that is not a distance to the anchor is calibrated only for a strength
         if examples is not None and ((term.is_distance and term.has_curvature) or term.strength is not None):
             term.calibrate(source, examples.losses(context.number, self.options.examples), examples.tokens)
         if term.weight != 0:
@@ -134,7 +140,7 @@ class Peso(Strategy):
         return self.term(self._groups) if acts else None
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
-        # a stage of a single step is all warm-up: at rate 0 nothing moves
+        # in warm-up the rate can be 0; then nothing moves
         if context.number > 0 and self.term.coupling == "decoupled" and learning_rate > 0:
             self.term.after_step(self._groups, learning_rate, context.total_rate)
 
@@ -142,7 +148,7 @@ class Peso(Strategy):
         self.term.detach()
 
     def anchored(self, context: StageContext) -> Source:
-        """The adapter, and the vocabulary's rows where the options say so."""
+        """The adapter, and with the option ``vocabulary`` the vocabulary's parameters."""
         if not self.options.vocabulary:
             return context.backbone
         assert context.vocabulary is not None
@@ -163,8 +169,8 @@ class Peso(Strategy):
 
 
 def _built_in(name: Any) -> type[Term] | None:
-    """The class of a proximal term; None for a class of somebody's own: reading a configuration must not run
-    its code."""
+    """The class of a built-in proximal term; None for an import path: reading a configuration must not run
+    foreign code."""
     if not isinstance(name, str) or "." in name:
         return None
     from peso.adapters.proximal import find_term

@@ -1,4 +1,4 @@
-"""``replay``: the new stage and a sample of the old ones, of fixed size whatever the log has grown to."""
+"""``replay``: each stage is trained together with a fixed-size sample of earlier data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ VALUES, OFFSETS, FIRST, SEEN = "replay.items", "replay.offsets", "replay.first_t
 
 
 class Replay(Strategy):
-    """``single`` on the new stage and a sample of earlier ones of fixed size (reservoir).
+    """``single`` on the new stage and a fixed-size sample of earlier ones.
 
-    Each stage is learned together with ``budget`` target sequences of all stages before it, a uniform sample
-    kept by reservoir sampling (Vitter 1985, algorithm R): the log of earlier stages may be gone.
+    The sample is a uniform one of ``budget`` target sequences, maintained by reservoir sampling (Vitter 1985,
+    algorithm R) and stored with the stage, so the log of earlier stages is not needed.
     """
 
     name = "replay"
@@ -30,14 +30,14 @@ class Replay(Strategy):
     chooses_by_data = True
 
     class Options(Strategy.Options):
-        budget: int = Field(1000, ge=1, description="target sequences of earlier stages that are kept")
+        budget: int = Field(1000, ge=1, description="number of target sequences kept from earlier stages")
 
     options: Options
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
         assert context.examples is not None
         kept, seen = stored(context.memory)
-        # what the memory does not know yet: the stage before this one
+        # the previous stage is the only one not yet in the reservoir
         rng = np.random.default_rng((context.seed, context.number))
         for sequence in context.examples.of(context.number - 1):
             seen += 1
@@ -51,13 +51,15 @@ class Replay(Strategy):
 
 
 def trimmed(sequence: TargetSequence, window: int) -> TargetSequence:
-    """Without the items that no target sees: training looks back one window from the first."""
+    """The sequence without the items more than one window before its first target: training does not read
+    them."""
     start = max(0, sequence.first_target - window)
     return TargetSequence(sequence.user, sequence.items[start:], sequence.first_target - start)
 
 
 def as_tensors(kept: Sequence[TargetSequence], seen: int) -> dict[str, Tensor]:
-    """The reservoir as tensors: item numbers end to end; ``seen``: sequences that came by."""
+    """The reservoir as tensors: the sequences' items concatenated, and ``seen``, how many sequences were
+    offered so far."""
     import torch
 
     lengths = [len(sequence.items) for sequence in kept]
@@ -70,7 +72,7 @@ def as_tensors(kept: Sequence[TargetSequence], seen: int) -> dict[str, Tensor]:
 
 
 def stored(memory: dict[str, Tensor]) -> tuple[list[TargetSequence], int]:
-    """The reservoir of :func:`as_tensors`, without the users' names, which training does not need."""
+    """The reservoir and ``seen`` from :func:`as_tensors`; the users' names, unused in training, are empty."""
     if SEEN not in memory:
         return [], 0
     values, offsets = memory[VALUES].numpy(), memory[OFFSETS].tolist()

@@ -1,4 +1,4 @@
-"""``retrain``: one adapter on all data so far, learned anew at every stage. What forgetting nothing costs."""
+"""``retrain``: at every stage, a new adapter trained on all data so far."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Retrain(Strategy):
-    """One adapter, learned anew at every stage on all data so far.
+    """At every stage t, a new adapter trained on stages 0 … t together.
 
-    The upper end in data and in cost: stages 0 … t together, from a fresh adapter. Where stage 0 trained the
-    backbone itself, that backbone stays and the adapter is learned on top of it.
+    The upper reference of a comparison, in data and in cost. If stage 0 trained the backbone itself, that
+    backbone is kept and the adapter is trained on top of it.
     """
 
     name = "retrain"

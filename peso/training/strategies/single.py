@@ -1,4 +1,4 @@
-"""``single``: one evolving adapter, fine-tuned on each stage from where the last one left it."""
+"""``single``: sequential fine-tuning of one adapter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from peso.training.strategies.strategy import Strategy
 
 
 class SingleAdapter(Strategy):
-    """One adapter, fine-tuned on every stage from where the last one left it.
+    """One adapter, fine-tuned on every stage, starting from the state after the previous one.
 
-    The defaults of every hook: all plasticity, no anchor.
+    Uses the default of every hook; nothing restrains the update.
     """
 
     name = "single"

@@ -1,4 +1,4 @@
-"""What a strategy is asked in the course of a stage, and what it is told about the stage.
+"""The base class of strategies, and the context that its hooks receive.
 
 Commands that only read a configuration import this module, so PyTorch is not imported here.
 """
@@ -20,58 +20,65 @@ if TYPE_CHECKING:
 
 
 class ForwardPass(Protocol):
-    """One forward pass of a step, as :meth:`Strategy.output_penalty` sees it."""
+    """One forward pass of a training step, passed to :meth:`Strategy.output_penalty`."""
 
     targets: Tensor  # int64 (target tokens,)
 
     def log_probabilities(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """float32 (target tokens, tokens that compete): log-probabilities at each target token.
+        """float32 (target tokens, candidate tokens): log-probabilities at each target token.
 
         Args:
-            values: parameters to compute with instead of the model's own, by the names of
-                :func:`trainable`: one more pass, in evaluation mode, without a graph. None: what the step
-                itself computed, differentiable.
+            values: parameters to use instead of the model's own, by the names of
+                :meth:`StageContext.trainable`: one more forward pass, in evaluation mode, without a graph.
+                None: the result of the step's own pass, differentiable.
         """
         ...
 
 
 class Examples(Protocol):
-    """Training examples of the stages up to the one being trained, and what the model makes of them.
+    """Training examples of all stages up to the current one, and the model's losses on them.
 
-    ``tokens``: target tokens of one target; ``window``: how many items before the first target of a
-    sequence are looked at.
+    ``tokens``: target tokens per target; ``window``: number of items before the first target of a sequence
+    that training reads.
     """
 
     tokens: int
     window: int
 
     def of(self, stage: int) -> Sequence[TargetSequence]:
-        """The training targets of a stage, each user's with what came before them."""
+        """The training targets of a stage, one sequence per user, with the items before them."""
         ...
 
     def losses(self, stage: int, count: int) -> Iterator[Tensor]:
-        """The training loss of ``count`` single targets of a stage, chosen by the seed: 0-d each, with its
-        graph, dropout off; mean over the target's tokens."""
+        """The training losses of ``count`` single targets of a stage, sampled with the seed: each 0-d, the
+        mean over the target's tokens, differentiable, without dropout."""
         ...
 
     def show(self, stage: int, count: int) -> None:
-        """Run the model over ``count`` target sequences of a stage, chosen by the seed, without a graph and
-        without dropout: for hooks that look at what goes through it."""
+        """Run the model on ``count`` target sequences of a stage, sampled with the seed, without gradients or
+        dropout, for hooks that record activations."""
         ...
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """The stage that is being learned.
+    """The stage that is being trained.
 
-    ``number``: 0 is the base stage; ``backbone``: the backbone with the adapter that is trained (a PEFT
-    model; a plain one where all of its weights are trained); ``vocabulary``: the semantic vocabulary;
-    ``total_steps``: optimiser steps; ``total_rate``: Σ of the learning rates over them; ``seed``: of the run;
-    ``phase``: which of :meth:`Strategy.phases`; ``examples``: of this stage and those before; ``memory``:
-    tensors that the strategy kept at the end of the last stage, by name, stored with the stage: what is in it
-    at the end of this one is kept in turn; ``reset``: puts adapter and vocabulary to what they were before
-    anything was learned (where stage 0 trained the backbone itself: vocabulary as stage 0 left it, adapter
-    fresh).
+    Args:
+        number: 0 is the base stage.
+        backbone: the backbone with the trained adapter (a PEFT model), or a plain model if all of its weights
+            are trained.
+        total_steps: number of optimizer steps.
+        total_rate: sum of the learning rates over these steps.
+        seed: of the run.
+        phase: the current one of :meth:`Strategy.phases`.
+        vocabulary: the semantic vocabulary.
+        examples: of this stage and the earlier ones.
+        memory: tensors by name, stored with each stage: at the start, what the strategy left there in the
+            last stage; its content at the end of this stage is passed to the next.
+        reset: resets adapter and vocabulary to their values before any training. If stage 0 trained the
+            backbone itself, the adapter is newly initialized and the vocabulary reset to its values after
+            stage 0.
     """
 
     number: int
@@ -86,7 +93,7 @@ class StageContext:
     reset: Callable[[], None] | None = None
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is learned, of backbone and vocabulary, by name."""
+        """The parameters of backbone and vocabulary that require a gradient, by name."""
         parts = {"backbone": self.backbone, "vocabulary": self.vocabulary}
         return {
             f"{part}.{name}": parameter
@@ -97,21 +104,22 @@ class StageContext:
         }
 
     def everything(self) -> list[TargetSequence]:
-        """The training targets of all stages up to this one."""
+        """The training targets of all stages up to and including this one."""
         assert self.examples is not None
         return [each for stage in range(self.number + 1) for each in self.examples.of(stage)]
 
 
 class Strategy:
-    """How a stage is learned. The defaults: every stage is learned, from the adapter of the last, freely.
+    """How a stage is trained. By default, every stage trains the adapter of the previous one, unrestrained.
 
-    A strategy overrides what it does differently; one object serves one stage. The order in a stage is
-    ``learns``, for each of its ``phases``: ``choose``, ``begin``, for every step ``output_penalty`` (once a
-    forward pass), ``penalty`` and ``after_step``, then ``end``; and whenever the stage answers, ``answer``.
-    Stage 0 is the same for all strategies: it is learned by the defaults, and no strategy is asked there.
+    A subclass overrides the hooks in which it differs; one object serves one stage. The hooks are called in
+    this order: ``learns``; for each of the ``phases``: ``choose``, ``begin``, in every step
+    ``output_penalty`` (once per forward pass), ``penalty`` and ``after_step``, then ``end``; and ``answer``
+    whenever the stage is loaded for predictions. Stage 0 is the same for all strategies: it is trained with
+    the defaults.
 
-    The options of a strategy are the fields of its nested class ``Options``: their types, bounds and defaults
-    hold for a configuration and for the constructor alike. ::
+    The options of a strategy are the fields of its nested class ``Options``, whose types, bounds and defaults
+    apply to both the configuration and the constructor. ::
 
         class Average(Strategy):
             name = "average"
@@ -124,35 +132,35 @@ class Strategy:
     Then ``strategy: {name: average, share: 0.3}`` in a configuration is ``Average(share=0.3)`` in Python.
 
     Args:
-        options: of this strategy, as keywords.
+        options: the fields of ``Options``, as keywords.
 
     Raises:
-        ConfigError: an unknown or impossible option.
+        ConfigError: an unknown option or an invalid value.
     """
 
     name: ClassVar[str] = ""
-    """In a configuration; empty: only ``custom`` can name it."""
+    """The name in a configuration; empty: the strategy is only available through ``custom``."""
     reference: ClassVar[Literal["", "no updates", "fine-tuning", "retraining"]] = ""
-    """What reports measure other strategies against it for: what updates bring, what an anchor changes and a
-    strategy costs, what is lost by not retraining."""
+    """What a report compares other strategies with this one for: ``no updates``: the benefit of updates;
+    ``fine-tuning``: the effect of an anchor and the cost; ``retraining``: the loss from not retraining."""
     moves_one_adapter: ClassVar[bool] = False
-    """Whether each stage moves the same adapter on, so that its way can be followed from stage to stage."""
+    """Whether every stage trains the same adapter further, so that distances between stages are defined."""
     chooses_by_data: ClassVar[bool] = False
-    """Whether :meth:`choose` looks at the examples alone, so that an estimate can ask it without a model."""
+    """Whether :meth:`choose` uses only the examples, so that ``peso estimate`` needs no model to call it."""
     relative_step_time: ClassVar[float] = 1.0
-    """Seconds of a step, relative to plain fine-tuning of one adapter."""
+    """Time of a training step, relative to ``single``."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What it understands of what another strategy kept in the stage before: the first parts of names in
-    :attr:`StageContext.memory`, and ``backbone`` for a trained backbone."""
+    """What this strategy can take over from a previous stage that another strategy trained: first parts of
+    names in :attr:`StageContext.memory`, and ``backbone`` for a trained backbone."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What of that it cannot do without."""
+    """The part of ``reads`` that must be present."""
 
     class Options(StrategyOptions):
         pass
 
     options: Any
     term: Term | None = None
-    """The proximal term that holds the adapter to an anchor; None: there is no anchor."""
+    """The proximal term; None: the strategy has no anchor."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -164,20 +172,20 @@ class Strategy:
 
     @classmethod
     def of(cls, options: Any) -> Strategy:
-        """The strategy with these options."""
+        """Create the strategy with these options."""
         return cls(**options.given())
 
     @property
     def passes_per_answer(self) -> int:
-        """Passes of a model that an answer takes."""
+        """Forward passes per prediction."""
         return 1
 
     def anchored(self, context: StageContext) -> Source:
-        """What the anchor holds."""
+        """The parameters that the proximal term penalizes."""
         return context.backbone
 
     def learns(self, stage: int) -> bool:
-        """Whether the stage is trained on at all; where not, the last state answers for it too."""
+        """Whether the stage is trained; if not, it inherits the previous model unchanged."""
         return True
 
     def trains_backbone(self, stage: int) -> bool:
@@ -185,53 +193,54 @@ class Strategy:
         return False
 
     def phases(self, stage: int) -> Sequence[str]:
-        """Names of the trainings that the stage takes, one after another on the same model."""
+        """Names of the trainings of a stage, which run one after another on the same model."""
         return ("",)
 
     def starts_anew(self, phase: str) -> bool:
-        """Whether a phase begins from nothing (:attr:`StageContext.reset`), so that it learns at the rate of
-        the base stage and not at that of an update."""
+        """Whether a phase starts from scratch (:attr:`StageContext.reset`), so that it uses the learning rate
+        of the base stage."""
         return False
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
-        """The examples to learn from; None: those of the stage. ``total_steps`` is not known yet."""
+        """The training examples; None: those of the stage. ``context.total_steps`` is not yet set."""
         return None
 
     def begin(self, context: StageContext) -> None:
-        """Before the first step. The backbone holds the adapter that the stage inherits: of a stage that
-        was interrupted too, whose own progress is restored afterwards. What requires a gradient when this
-        hook returns is what is learned."""
+        """Called before the first step. The backbone has the inherited adapter, also when an interrupted
+        stage is resumed (its progress is restored afterwards). The parameters that require a gradient when
+        this hook returns are trained."""
 
     def penalty(self, context: StageContext) -> Tensor | None:
-        """Called once in every step: what is added to the loss, weighted: 0-d, differentiable with respect
-        to trained parameters. None: nothing."""
+        """Called once per step. Returns the weighted penalty that is added to the loss: 0-d, differentiable
+        with respect to trained parameters; or None."""
         return None
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
-        """Called in every forward pass of a step, before its gradients: as :meth:`penalty`, of what the
-        model makes of the pass. A step's passes are weighted by their target tokens."""
+        """Called once per forward pass of a step, before its backward pass. Returns a penalty on the outputs
+        of this pass, like :meth:`penalty`; passes are weighted by their number of target tokens."""
         return None
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
-        """After the optimiser moved the parameters at this learning rate."""
+        """Called after each optimizer step, with the learning rate of that step."""
 
     def end(self, context: StageContext) -> None:
-        """After the last step. The backbone holds the state that the stage keeps, which may be changed."""
+        """Called after the last step, with the weights of the best epoch in place; it may change them before
+        they are stored."""
 
     def figures(self) -> dict[str, Any]:
-        """What there is to tell of the stage that was learned, as JSON: for its metrics.json."""
+        """Additional values for the stage's metrics.json, JSON-serializable."""
         return {}
 
     def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
-        """The model that answers for a stage: the stored one, or one made of it and of what was kept."""
+        """The model that predicts for a stage: the stored one, or one built from it and ``memory``."""
         return model
 
 
 def make_strategy(options: StrategyOptions) -> Strategy:
-    """A fresh strategy for one stage.
+    """Create the strategy object of one stage.
 
     Raises:
-        ConfigError: a strategy of your own that cannot be imported or made.
+        ConfigError: a custom strategy class that cannot be imported or created.
     """
     strategy: Strategy = STRATEGIES.find(options.name).of(options)
     return strategy

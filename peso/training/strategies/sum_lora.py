@@ -1,4 +1,4 @@
-"""``sum_lora``: frozen adapters of earlier stages, normalized and summed, beside the one that learns.
+"""``sum_lora``: the frozen adapters of earlier stages, normalized and summed, plus a trained one.
 
 The cumulative designs of Table 1 of arXiv 2510.25093: ``history`` all or latest, with or without ``inherit``.
 """
@@ -14,15 +14,15 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from peso.adapters.lora import Past
 
-TINY = 1e-30  # a norm to divide by where there is none
+TINY = 1e-30  # keeps the division by a zero norm finite
 
 
 class SumLora(Strategy):
-    """A new adapter beside the frozen ones of earlier stages, each factor of these divided by its norm.
+    """A new adapter, added to the frozen and normalized adapters of earlier stages.
 
-    Stage t answers with W + s Σ_{i<t} B̄_i Ā_i + s B_t A_t, each factor of the past divided by its Frobenius
-    norm, s = alpha / rank; with history ``latest`` the sum holds the last stage's alone. A_t, B_t begin
-    fresh, or with ``inherit`` where the last stage left them.
+    The weights of stage t are W + s Σ_{i<t} B̄_i Ā_i + s B_t A_t, with s = alpha / rank and each factor of an
+    earlier stage divided by its Frobenius norm; with history ``latest``, only i = t-1 is summed. A_t and B_t
+    are newly initialized, or with ``inherit`` start at the values of the last stage.
     """
 
     name = "sum_lora"
@@ -33,7 +33,7 @@ class SumLora(Strategy):
         history: Literal["all", "latest"] = Field(
             "all", description="which earlier adapters are added: all, or the latest"
         )
-        inherit: bool = Field(False, description="begin at the last adapter instead of a fresh one")
+        inherit: bool = Field(False, description="start from the last adapter instead of a new one")
 
     options: Options
 
@@ -41,7 +41,7 @@ class SumLora(Strategy):
         from peso.adapters.lora import Past, put_past, read_adapter, redraw_adapter
 
         last, past = read_adapter(context.backbone), Past.of_state(context.memory)
-        if last.acts:  # else the last stage trained the backbone itself
+        if last.acts:  # otherwise the last stage trained the backbone itself
             last = normalized(last)
             past = last if past is None or self.options.history == "latest" else past + last
         if past is not None:
@@ -57,7 +57,7 @@ class SumLora(Strategy):
 
 
 def normalized(adapter: Past) -> Past:
-    """Each factor divided by its Frobenius norm. A factor that is zero stays zero."""
+    """The adapter with each factor divided by its Frobenius norm. A zero factor stays zero."""
     from peso.adapters.lora import Past
 
     return Past(

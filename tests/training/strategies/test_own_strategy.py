@@ -78,8 +78,8 @@ def test_the_page_names_every_hook_and_member() -> None:
     [
         ({"module": "back_to_base.Nothing"}, "cannot be imported"),
         ({"module": "no_such_module.Strategy"}, "cannot be imported.*No module named 'no_such_module'"),
-        ({"arguments": {"strengths": 1.0}}, "cannot be made.*strengths"),
-        ({"arguments": {"strength": -1.0}}, "cannot be made.*greater than or equal to 0"),
+        ({"arguments": {"strengths": 1.0}}, "cannot be created.*strengths"),
+        ({"arguments": {"strength": -1.0}}, "cannot be created.*greater than or equal to 0"),
         (
             {"module": "fractions.Fraction", "arguments": {}},
             "is not a subclass of peso.training",
@@ -116,7 +116,7 @@ class HoldsWhatIsFrozen(Strategy):
 def test_a_frozen_parameter_that_is_asked_to_move_stops_the_run(runs: Runs, tmp_path: Path) -> None:
     own = {"name": "custom", "module": f"{__name__}.HoldsWhatIsFrozen"}
     workspace = runs.start(tmp_path / "frozen", own)
-    with pytest.raises(TrainingError, match=r"depends on nothing that is trained.*require a gradient"):
+    with pytest.raises(TrainingError, match=r"depends on no trained parameter.*require a gradient"):
         pipeline.run(workspace, base=runs("none").root)
     assert workspace.finished_stages == [0]
     assert not workspace.stage(1).directory.exists()
@@ -172,7 +172,7 @@ class LooksAhead(Strategy):
 def test_a_strategy_that_looks_ahead_is_stopped(runs: Runs, tmp_path: Path) -> None:
     own = {"name": "custom", "module": f"{__name__}.LooksAhead"}
     workspace = runs.start(tmp_path / "ahead", own)
-    with pytest.raises(TrainingError, match="stage 2 cannot be looked at while stage 1 is trained"):
+    with pytest.raises(TrainingError, match="stage 2 cannot be read while stage 1 is being trained"):
         pipeline.run(workspace, base=runs("none").root)
 
 

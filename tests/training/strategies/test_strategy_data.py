@@ -170,7 +170,7 @@ def learn_two_stages(workspace: Workspace, base: Path) -> None:
 
 def test_no_stage_but_those_up_to_the_one_that_is_learnt_can_be_looked_at(runs: Runs) -> None:
     examples = examples_at(runs("none"), 1)
-    for stage, message in ((2, "stage 2 cannot be looked at while stage 1"), (-1, "there is no stage -1")):
+    for stage, message in ((2, "stage 2 cannot be read while stage 1"), (-1, "there is no stage -1")):
         with pytest.raises(TrainingError, match=message):
             examples.of(stage)
         with pytest.raises(TrainingError, match=message):

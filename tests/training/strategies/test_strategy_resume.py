@@ -12,7 +12,8 @@ from strategy_runs import Runs, check_same_results
 from peso.model.generative import GenerativeModel
 from peso.runs import learn, pipeline
 from peso.runtime.progress import Silent
-from peso.training.loop import StageResult, StageTask, train_stage
+from peso.training.loop import train_stage
+from peso.training.task import StageResult, StageTask
 
 
 class Interrupted(Silent):

@@ -1,0 +1,146 @@
+"""One optimizer step: the gradient of the loss over some forward passes, the penalties, clipping, the
+update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from peso.errors import Divergence
+from peso.model.generative import GenerativeModel
+from peso.model.head import token_log_probabilities
+from peso.runtime.device import Precision
+from peso.runtime.processes import Processes
+from peso.training.acceleration import gradient_checkpointing
+from peso.training.batches import Packed
+from peso.training.likelihood import item_log_probabilities, target_states, tokens_of_target
+from peso.training.penalty import MEASURED_EVERY, Penalty, TrainingPass
+from peso.training.state import TrainingState
+from peso.training.strategies.strategy import StageContext, Strategy
+from peso.training.task import StageTask
+
+DIVERGENCE_FIX = "lower training.learning_rate, or set training.precision: float32"
+
+
+def forward_backward(
+    model: GenerativeModel, task: StageTask, state: TrainingState, step: int, passes: list[Packed]
+) -> tuple[Penalty, list[Tensor]]:
+    """Accumulate the gradients of the loss and of penalties on outputs.
+
+    Returns:
+        The penalties so far, and the loss of each pass as in :func:`backward`.
+    """
+    count = state.plan.targets(step) * tokens_of_target(model)
+    penalty = Penalty(state.parameters, state.adapter, measured=step % MEASURED_EVERY == 0)
+    penalized = partial(_penalized, task.strategy, state.context, penalty)
+    with gradient_checkpointing(model, task.settings.gradient_checkpointing):
+        return penalty, backward(
+            model, passes, count, task.settings.temperature, state.precision, task.item_weight, penalized
+        )
+
+
+def backward(
+    model: GenerativeModel,
+    passes: list[Packed],
+    count: int,
+    temperature: float,
+    precision: Precision,
+    item_weight: float = 0.0,
+    penalized: Callable[[Tensor, TrainingPass, float], Tensor] | None = None,
+) -> list[Tensor]:
+    """Accumulate the gradients of the part of a batch's loss that these passes contribute.
+
+    Args:
+        count: target tokens of the whole batch.
+        item_weight: weight of the items' log-probabilities under the item head; 0: the model has none.
+        penalized: called with the loss of a pass, the pass and its share of the batch's targets; returns what
+            is differentiated instead of the loss.
+
+    Returns:
+        The loss of each pass, 0-d on the device: reading one waits for the device.
+    """
+    losses = []
+    for packed in passes:
+        with precision.products():
+            states = target_states(model, packed)
+            scores = token_log_probabilities(model, states, packed.targets, temperature)
+            loss = -scores.sum() / count
+            if item_weight:
+                loss = loss - item_weight * item_log_probabilities(model, packed, states).sum() / count
+            losses.append(loss.detach())
+            if penalized is not None:
+                outputs = TrainingPass(model, packed, states, temperature)
+                loss = penalized(loss, outputs, len(packed.targets) / count)
+        loss.backward()
+    return losses
+
+
+def optimizer_step(
+    task: StageTask, state: TrainingState, step: int, loss: float, penalty: Penalty
+) -> dict[str, float | None]:
+    """Sum the gradients of all processes, add those of the strategy's penalty, clip, and update the
+    parameters.
+
+    Returns:
+        The values that are logged with the step.
+
+    Raises:
+        Divergence: the loss or a gradient is not finite; the parameters are unchanged.
+    """
+    parameters, optimizer, strategy = state.parameters, state.optimizer, task.strategy
+    _sum_gradients(parameters, task.processes)
+    penalty.gather(task.processes)
+    gradient_norm = _norm(state.adapter) if penalty.separate else None
+    penalty.add(strategy.penalty(state.context))
+    penalty_norm = penalty.apply()
+    whole_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    _check_finite(step, loss + penalty.value, whole_norm, state.trained)
+    clip_grads_with_norm_(parameters, task.settings.max_grad_norm, whole_norm)
+    rate = state.schedule.rate
+    state.movement.begin(step)
+    optimizer.step()
+    state.movement.stepped()
+    strategy.after_step(state.context, rate)
+    state.schedule.step()
+    optimizer.zero_grad()
+    return {
+        "penalty": penalty.value,
+        "gradient_norm": gradient_norm,
+        "penalty_gradient_norm": penalty_norm,
+        "learning_rate": rate,
+    }
+
+
+def _penalized(
+    strategy: Strategy,
+    context: StageContext,
+    penalty: Penalty,
+    loss: Tensor,
+    outputs: TrainingPass,
+    share: float,
+) -> Tensor:
+    extra = strategy.output_penalty(context, outputs)
+    return loss if extra is None else penalty.with_loss(loss, extra * share)
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:
+    summed = processes.sum_tensors([p.grad for p in parameters], parameters)
+    for p, gradient in zip(parameters, summed, strict=True):
+        p.grad = gradient
+
+
+def _norm(parameters: list[nn.Parameter]) -> float | None:
+    """Norm of the gradients; None if there are no parameters."""
+    return float(get_total_norm([p.grad for p in parameters if p.grad is not None])) if parameters else None
+
+
+def _check_finite(step: int, loss: float, norm: Tensor, trained: Mapping[str, Tensor]) -> None:
+    if math.isfinite(loss) and bool(norm.isfinite()):
+        return
+    broken = [name for name, p in trained.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    where = f", gradient not finite in {broken[0]} and {len(broken) - 1} more" if broken else ""
+    raise Divergence(f"step {step + 1}: the loss is {loss}{where}; {DIVERGENCE_FIX}")
