@@ -1,1 +1,2 @@
-"""Recommenders without a language model, on the same stages and test cases: one file a baseline."""
+"""Recommenders without a language model, evaluated on the same stages and test cases. One file per
+baseline."""

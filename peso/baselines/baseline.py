@@ -1,10 +1,9 @@
 """The interface of a baseline: it learns stage after stage and scores every item for a user.
 
-Scores are turned into ranked semantic IDs, as a model of the protocol gives them. They become probabilities
-of items, p(i) = softmax(s_i / τ). τ is 1 for a model whose softmax is its own distribution; otherwise it
-maximizes the likelihood of the validation targets. A semantic ID is ranked by the total probability of its
-items, and items that share an ID keep the order of the catalog, as in every model's answer. So ranks and
-log-probabilities of baselines and models mean the same.
+Scores are converted to item probabilities, p(i) = softmax(s_i / τ). τ is 1 for a model whose softmax is its
+own distribution; otherwise it maximizes the likelihood of the validation targets. A semantic ID is ranked by
+the total probability of its items; items that share an ID keep the order of the catalog. So ranks and
+log-probabilities of baselines are comparable with those of the language model.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a baseline is made for.
+    """The data and environment of a baseline.
 
-    ``trie``: the catalog; ``window``: how many items of a history are used; ``device``: for the networks, the
-    other baselines use NumPy; ``depth``: length of the lists by which settings are compared.
+    ``trie``: the catalog; ``window``: number of items of a history that are used; ``device``: of the networks
+    (the other baselines use NumPy); ``depth``: length of the lists by which option values are compared.
     """
 
     trie: ItemTrie
@@ -51,18 +50,17 @@ class Setting:
 
 
 class Part:
-    """What a configuration can name under `baselines`: a :class:`Baseline` or a
-    :class:`~peso.baselines.baseline.Fusion`.
+    """An entry of the section `baselines`: a :class:`Baseline` or a :class:`Fusion`.
 
-    The options are the fields of the nested class ``Options``: their types, bounds and defaults hold for a
-    configuration and for the constructor alike.
+    The options are the fields of the nested class ``Options``, whose types, bounds and defaults apply to both
+    the configuration and the constructor.
     """
 
     name: ClassVar[str] = ""
     revision: ClassVar[int] = 0
-    """Raised when the same options come to mean other answers, so that older ones are made again."""
+    """Increased when the same options give other results, so that stored ones are computed again."""
     random: ClassVar[bool] = False
-    """Whether what it learns depends on the seed."""
+    """Whether the result depends on the seed."""
 
     class Options(BaselineOptions):
         pass
@@ -77,24 +75,24 @@ class Baseline(Part, ABC):
     """A recommender in its state after some stage.
 
     Args:
-        setting: what it is made for.
-        options: of this baseline, as keywords.
+        setting: catalog, window and device.
+        options: the fields of ``Options``, as keywords.
 
     Raises:
-        ConfigError: an unknown or impossible option.
+        ConfigError: an unknown option or an invalid value.
     """
 
     probabilistic: ClassVar[bool] = False
     """Whether softmax over the scores is the model's own distribution over the next item. If not, a
     temperature is fitted to the validation cases."""
     continues: ClassVar[bool] = True
-    """Whether a stage is learned from the state after the stage before it, which has to be restored then."""
+    """Whether learning a stage starts from the state after the previous one, which is restored first."""
 
     class Options(BaselineOptions):
         repeats: Repeats = Field(
             "auto",
-            description="items that a user has had, as answers; auto: left out where no training target was "
-            "one",
+            description="whether items that a user has had are recommended; auto: only if training targets "
+            "repeat",
         )
 
     options: Any
@@ -106,30 +104,30 @@ class Baseline(Part, ABC):
 
     @classmethod
     def of(cls, options: BaselineOptions, setting: Setting) -> Self:
-        """One with these options that has not learned anything yet."""
+        """Create an untrained baseline with these options."""
         return cls(setting, **options.given())
 
     @abstractmethod
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
-        """Learn the last of these stages, after the others. Returns figures to record."""
+        """Learn the last of these stages, after the others. Returns values to record, JSON-serializable."""
 
     @abstractmethod
     def scores(self, cases: Cases) -> np.ndarray:
-        """float32 (n, items): larger is better. Reads users and histories, never targets."""
+        """float32 (n, items): larger is better. Uses users and histories of the cases, not their targets."""
 
     def save(self, directory: Path) -> None:
-        """Write to an empty directory what cannot be recomputed from the stages in seconds."""
+        """Write to an empty directory the state that :meth:`restore` cannot recompute in seconds."""
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        """Restore the state saved here, after learning these stages."""
+        """Restore the state that was saved after learning these stages."""
         self.learn(stages, Silent())
 
 
 def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
-    """The items that each user is known to have had after training on the last of these stages, oldest first.
+    """The items of each user, oldest first, that may be used when training on the last of these stages.
 
-    Of the last stage only what models train on counts: ``current[:-2]`` of the users who take part. All other
-    events of it become known with the next stage.
+    Of the last stage, these are the training items: ``current[:-2]`` of participating users. Its other events
+    may be used from the next stage on.
     """
     *past, latest = stages
     known: dict[str, np.ndarray] = {}
@@ -142,16 +140,16 @@ def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
 
 
 def repeats_occur(stages: Sequence[Stage]) -> bool:
-    """Whether any user is known to have had an item twice, after training on the last of these stages."""
+    """Whether any user has an item twice in the data for training on the last of these stages."""
     *past, latest = stages
     return any(map(has_repeats, past)) or has_repeats(latest, trained_on=True)
 
 
 def has_repeats(stage: Stage, *, trained_on: bool = False) -> bool:
-    """Whether a user of a stage is known to have had an item twice.
+    """Whether a user of a stage has an item twice.
 
     Args:
-        trained_on: nothing is known yet of what the stage holds back for validation and test.
+        trained_on: ignore the events that the stage holds out for validation and test.
     """
     if trained_on:
         return _has_repeat([*stage.previous, *(one.items for one in stage.training_sequences())])
@@ -159,7 +157,7 @@ def has_repeats(stage: Stage, *, trained_on: bool = False) -> bool:
 
 
 def _has_repeat(sequences: Sequence[np.ndarray]) -> bool:
-    """Whether some item is twice in one of the sequences."""
+    """Whether any of the sequences contains an item twice."""
     owners = np.repeat(np.arange(len(sequences)), [len(items) for items in sequences])
     items = np.concatenate([np.empty(0, dtype=np.int64), *sequences])
     keys = owners * (items.max(initial=0) + 1) + items
@@ -195,8 +193,8 @@ def interactions(histories: Sequence[np.ndarray], items: int) -> Matrix:
     return matrix
 
 
-BATCH = 64  # cases scored together: 13 MB in float64 with 26,000 items, small enough for a cache
-# added to ln p of items that the user has had where items never repeat; finite, since a repeat may still come
+BATCH = 64  # cases scored together: 13 MB in float64 with 26,000 items, which fits in a cache
+# added to ln p of items that the user has had if items do not repeat; finite, because a target may repeat
 REPEAT = np.log(1e-6)
 FITTED_ON = 1024  # validation cases for fitting the temperature
 INVERSE_TEMPERATURES = (1e-3, 1e6)  # search range of 1 / τ
@@ -216,24 +214,24 @@ class Answers:
 
 
 class Answerer(Protocol):
-    """What can be tested: a baseline after a stage, or a fusion of models."""
+    """A baseline after a stage, or a fusion of models, that ranks semantic IDs."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was chosen on the validation cases, for the record."""
+        """The values chosen on the validation cases, JSON-serializable."""
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
-        """Rank ``depth`` semantic IDs for each case, or all where the catalog has fewer.
+        """Rank ``depth`` semantic IDs for each case, or all if the catalog has fewer.
 
-        ``advance`` is called with the number of cases done.
+        ``advance`` is called with the number of completed cases.
         """
 
 
 class Fusion(Part, Answerer):
-    """A baseline that learns nothing itself: it answers with others and the run's own model."""
+    """A combination of the language model with baselines, without parameters of its own to train."""
 
     tunes: bool
-    """Whether something is left to choose on validation cases."""
+    """Whether options are still to be chosen on validation cases."""
 
     @classmethod
     @abstractmethod
@@ -245,16 +243,16 @@ class Fusion(Part, Answerer):
         settings: dict[str, Any],
         batch_size: int | None,
     ) -> Self:
-        """All as they stand after a stage. ``settings``: what :meth:`tuned` chose then, or {}."""
+        """Combine models as they are after a stage. ``settings``: those that :meth:`tuned` chose, or {}."""
 
     @abstractmethod
     def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> Self:
-        """With what ranks the validation targets best."""
+        """The combination with the options that rank the validation targets best."""
 
 
 @dataclass(frozen=True)
 class BaselineAnswers:
-    """A baseline, and how its scores become probabilities.
+    """A baseline, and the parameters that convert its scores to probabilities.
 
     ``inverse_temperature``: 1 / τ. ``repeats``: whether items that the user has had are recommended like
     others.
@@ -269,7 +267,7 @@ class BaselineAnswers:
     def fitted(
         cls, baseline: Baseline, trie: ItemTrie, validation: Cases, *, repeats: bool
     ) -> BaselineAnswers:
-        """With the temperature that maximizes the likelihood of the validation targets, if one is needed."""
+        """Fit the temperature by maximum likelihood of the validation targets, if the baseline needs one."""
         from scipy.optimize import minimize_scalar
 
         plain = cls(baseline, trie, repeats=repeats)
@@ -330,7 +328,7 @@ def batches(cases: Cases) -> Iterator[Cases]:
 
 
 def top(scores: np.ndarray, depth: int) -> np.ndarray:
-    """int64 (n, depth): columns of the largest scores, best first; ties go to the smaller column.
+    """int64 (n, depth): columns of the largest scores, best first; on ties, the smaller column first.
 
     >>> top(np.array([[1.0, 3.0, 3.0, 2.0]]), depth=3).tolist()
     [[1, 2, 3]]
@@ -345,7 +343,7 @@ def top(scores: np.ndarray, depth: int) -> np.ndarray:
 
 
 def _of_leaves(items: np.ndarray, trie: ItemTrie) -> np.ndarray:
-    """(n, leaves): log of the total probability of each leaf's items. Few leaves have more than one."""
+    """(n, leaves): log of the total probability of each leaf's items."""
     result = items[:, trie.items[trie.item_starts[:-1]]]
     counts = np.diff(trie.item_starts)
     for place in range(1, counts.max()):

@@ -5,10 +5,10 @@ For X (users, items) of zeros and ones:
     min_B ‖X − X B‖² + λ ‖B‖²,  diag(B) = 0   ⟹   B_ij = −P_ij / P_jj (i ≠ j),  P = (XᵀX + λI)⁻¹
     score(history, j) = Σ_{i ∈ history} B_ij
 
-P is dense: 25,935 items would take 5.4 GB and 17·10¹² multiplications in float64. So only the ``items`` with
-the most users take part (5,000: 0.2 GB, seconds); for items with a handful of users P is mostly regularizer.
-λ is chosen on validation cases with at most 2,500 of them, which takes an eighth of the time.
-The other items, and items for which the history does not speak, are ordered by popularity.
+P is dense: with 25,935 items it would take 5.4 GB and 17·10¹² multiplications in float64. So the model
+includes only the ``items`` with the most users (5,000: 0.2 GB, seconds); for items with few users P is mostly
+regularizer. λ is chosen on validation cases with at most 2,500 items, which takes an eighth of the time.
+Items outside the model, and items with a score of zero or less, are ordered by popularity.
 """
 
 from __future__ import annotations
@@ -24,25 +24,22 @@ from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
 from peso.runtime.progress import Observer
 
-TRIED_WITH = 2500  # items, when settings are compared
-COPIES = 3  # of the matrix, held at once
+TRIED_WITH = 2500  # number of items when settings are compared
+COPIES = 3  # of the dense matrix in memory at the same time
 
 
 class Ease(Counted):
-    """A linear model of items on items in closed form.
-
-    Solved again at every stage over all known events.
-    """
+    """A linear item-to-item model with a closed-form solution, solved at every stage on all events so far."""
 
     name = "ease"
     SETTINGS = tuple({"regularisation": x} for x in (50.0, 5.0, 10.0, 20.0, 100.0, 200.0, 500.0, 1000.0))
 
     class Options(Counted.Options):
         items: int = Field(
-            5000, ge=1, description="that take part: those with most users; memory grows squared"
+            5000, ge=1, description="number of items in the model, by users; memory grows quadratically"
         )
         regularisation: float | None = Field(
-            None, gt=0, description="added to the diagonal; none given: chosen on validation"
+            None, gt=0, description="added to the diagonal; default: chosen on validation"
         )
 
         def memory(self, items: int, users: int, window: int) -> int:
@@ -54,9 +51,9 @@ class Ease(Counted):
         figures = super().learn(stages, observer)
         if figures["items_taking_part"] < figures["items_known"]:
             observer.note(
-                f"{self.name}: the {figures['items_taking_part']:,} items with the most users take part, of "
+                f"{self.name}: uses the {figures['items_taking_part']:,} items with the most users, of "
                 f"{figures['items_known']:,} ({figures['events_covered']:.0%} of all events); the option "
-                "`items` sets how many"
+                "`items` sets this number"
             )
         return figures
 
@@ -74,11 +71,11 @@ class Ease(Counted):
         }
 
     def try_out(self, counts: Matrix, setting: Mapping[str, Any]) -> None:
-        """With fewer items: the time grows with their cube."""
+        """Solve with fewer items; the time grows with the cube of their number."""
         self._solve(counts, setting, min(self.options.items, TRIED_WITH))
 
     def _solve(self, had: Matrix, setting: Mapping[str, Any], items: int) -> np.ndarray:
-        """With so many items. Returns the number of users of every item."""
+        """Solve with the ``items`` items with the most users. Returns the number of users of every item."""
         users_of = np.asarray(had.sum(axis=0))
         supported = int((users_of > 0).sum())
         self.rows = np.sort(np.argsort(-users_of, kind="stable")[: min(items, supported)])
@@ -100,7 +97,7 @@ def ease_weights(gram: np.ndarray, regularisation: float) -> np.ndarray:
 
     gram[np.diag_indices_from(gram)] += regularisation
     factor, _ = linalg.lapack.dpotrf(gram, lower=True, overwrite_a=True)
-    inverse, _ = linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)  # its lower triangle
+    inverse, _ = linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)  # lower triangle only
     inverse = np.tril(inverse) + np.tril(inverse, -1).T
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0.0)

@@ -1,9 +1,9 @@
 """The training loop of the small networks: epochs of shuffled batches; the best epoch by validation is kept.
 
-Options without a value are chosen where a network begins, at stage 0, by successive halving (Jamieson and
-Talwalkar 2016, arXiv 1502.07943): all settings learn for a few epochs, the better half goes on for as many
-again, until one is left and learns to its end. Later stages keep the choice. All random numbers follow from
-the seed, so training a stage again gives the same weights.
+Options without a value are chosen at stage 0 by successive halving (Jamieson and Talwalkar 2016, arXiv
+1502.07943): all settings are trained for a few epochs, then the better half for as many again, until one is
+left and is trained to the end. Later stages keep the choice. All random numbers depend only on the seed, so
+training a stage again gives the same weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from peso.baselines.baseline import Setting
-from peso.baselines.tuning import CHOSEN, Tuned, Validation, record, told
+from peso.baselines.tuning import CHOSEN, Tuned, Validation, described, record
 from peso.config.model import MOST_EPOCHS, WIDEST
 from peso.events.histories import Cases, Stage
 from peso.runtime.files import read_json_object, write_json
@@ -33,35 +33,37 @@ if TYPE_CHECKING:
 
 MAX_GRADIENT_NORM = 1.0
 VALIDATED_AT_ONCE = 256  # cases
-SORTED_TOGETHER = 32  # batches whose examples are sorted by length
-FIRST_EPOCHS = 4  # of every setting, before the worse half is given up
+SORTED_TOGETHER = 32  # number of batches whose examples are sorted by length together
+FIRST_EPOCHS = 4  # of every setting, before the worse half is dropped
 LossOf = Callable[[np.ndarray], "Tensor"]
 
 
 class Network(Tuned):
-    """A baseline with a network. Epochs are the most; the one with the best ranking of validation targets is
-    kept."""
+    """A baseline with a network, trained with early stopping by the NDCG of validation targets."""
 
     random = True
 
     class Options(Tuned.Options):
-        width: int = Field(64, ge=1, le=WIDEST, description="of every embedding")
+        width: int = Field(64, ge=1, le=WIDEST, description="embedding width")
         epochs: int = Field(
-            20, ge=1, le=MOST_EPOCHS, description="at most; the one with the best NDCG on validation is kept"
+            20,
+            ge=1,
+            le=MOST_EPOCHS,
+            description="maximum; the epoch with the best NDCG on validation is kept",
         )
-        patience: int = Field(3, ge=1, description="epochs without a better NDCG that end a stage")
-        batch_size: int = Field(
-            256, ge=1, description="targets (two-tower) or sequences (sasrec) in one step"
+        patience: int = Field(
+            3, ge=1, description="training stops after this many epochs without a better NDCG"
         )
+        batch_size: int = Field(256, ge=1, description="targets (two-tower) or sequences (sasrec) per step")
         learning_rate: float | None = Field(
-            None, gt=0, description="of AdamW, in stage 0; none given: chosen on validation"
+            None, gt=0, description="of AdamW, in stage 0; default: chosen on validation"
         )
         later_learning_rate_scale: float = Field(
-            1.0, gt=0, description="of later stages, relative to stage 0"
+            1.0, gt=0, description="learning rate of later stages, relative to stage 0"
         )
         weight_decay: float = Field(0.01, ge=0, description="of AdamW")
         dropout: float | None = Field(
-            None, ge=0, lt=1, description="in training; none given: chosen on validation"
+            None, ge=0, lt=1, description="dropout rate; default: chosen on validation"
         )
 
         def memory(self, items: int, users: int, window: int) -> int:
@@ -75,17 +77,18 @@ class Network(Tuned):
 
         super().__init__(setting, **options)
         self.seed, self.device = setting.seed, torch.device(setting.device)
-        self.chosen: dict[str, Any] | None = None  # once it has learned something
+        self.chosen: dict[str, Any] | None = None  # None until stage 0 is learned
         self.used = self.options.model_copy(update=self.settings()[0])
-        """The options with a value for each."""
+        """The options, with a value for each open one."""
 
     @abstractmethod
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
-        """The mean loss over the examples of a stage with given numbers, and the length of each of them."""
+        """The training examples of a stage: a function from their indices to the mean loss, and the length of
+        each example."""
 
     @abstractmethod
     def log_probabilities(self, cases: Cases) -> Tensor:
-        """(n, items): of every item as the next one of each case."""
+        """(n, items): log-probability of every item as the next one of each case."""
 
     def scores(self, cases: Cases) -> np.ndarray:
         from torch import no_grad
@@ -97,7 +100,7 @@ class Network(Tuned):
         stage, validation, tried = stages[-1], self.validation(stages), list[dict[str, Any]]()
         if self.chosen is None and len(settings := self.settings()) > 1:
             training, tried = self._best_of(settings, stage, validation, observer)
-            # the winner's state: its options in use, its network, and what else it has learned
+            # take over the winner's options, network and other state
             vars(self).update(
                 {name: value for name, value in vars(training.model).items() if name != "options"}
             )
@@ -113,7 +116,7 @@ class Network(Tuned):
         write_json(directory / CHOSEN, self.chosen)
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        """The options in use, as saved; an earlier version, which tuned nothing, saved no file."""
+        """Restore the options in use. Versions without tuning saved no file."""
         file = directory / CHOSEN
         self.chosen = dict(read_json_object(file)) if file.exists() else self.settings()[0]
         self.used = self.options.model_copy(update=self.chosen)
@@ -121,7 +124,7 @@ class Network(Tuned):
     def _best_of(
         self, settings: Sequence[dict[str, Any]], stage: Stage, validation: Validation, observer: Observer
     ) -> tuple[Training, list[dict[str, Any]]]:
-        """The training of the best setting, begun, and what came of each."""
+        """Successive halving. Returns the unfinished training of the best setting, and the results of all."""
         running = [Training(self._with(setting), stage, validation) for setting in settings]
         tried: dict[int, dict[str, Any]] = {}
         before, epochs, done = 0, min(FIRST_EPOCHS, self.options.epochs), 0
@@ -130,14 +133,15 @@ class Network(Tuned):
         while len(running) > 1:
             for training in running:
                 training.run(epochs, Silent())
-                done += epochs - before  # also where patience ended sooner
+                done += epochs - before  # also if patience ended it earlier
                 observer.advance(done)
                 tried[id(training)] = {**training.setting, **training.result}
             ranked = sorted(running, key=lambda training: -training.result["ndcg"])  # stable
             running = ranked[: (len(ranked) + 1) // 2]
             before, epochs = epochs, min(2 * epochs, self.options.epochs)
         observer.end()
-        observer.note(f"{self.name}: {told(running[0].setting)}, the best of {len(settings)} on validation")
+        best = described(running[0].setting)
+        observer.note(f"{self.name}: {best}, the best of {len(settings)} on validation")
         return running[0], list(tried.values())
 
     def _with(self, setting: dict[str, Any]) -> Self:
@@ -146,7 +150,8 @@ class Network(Tuned):
 
 
 class Training:
-    """A network in training on a stage. Stopped after any epoch, it goes on as if it had not been."""
+    """The training of a network on a stage. It can be stopped after any epoch and continued with the same
+    result."""
 
     def __init__(self, model: Network, stage: Stage, validation: Validation) -> None:
         import torch
@@ -165,11 +170,11 @@ class Training:
 
     @property
     def result(self) -> dict[str, Any]:
-        """Of the best epoch so far."""
+        """NDCG of the best epoch so far, and the number of epochs."""
         return {"ndcg": max(self.fit.validation_ndcg), "epochs": len(self.fit.validation_ndcg)}
 
     def run(self, until: int, observer: Observer) -> None:
-        """Train until so many epochs are done, or none has been better for ``patience`` of them."""
+        """Train until ``until`` epochs are completed, or ``patience`` epochs brought no improvement."""
         import torch
 
         from peso.runtime.device import reproducible
@@ -185,7 +190,7 @@ class Training:
             for epoch in range(len(fit.validation_loss), until):
                 if epoch - fit.best_epoch >= model.used.patience:
                     break
-                torch.manual_seed(int(self.generator.integers(2**31)))  # dropout and negatives
+                torch.manual_seed(int(self.generator.integers(2**31)))  # of dropout and negative samples
                 model.network.train()
                 for step, rows in enumerate(shuffled(self.lengths, batch, self.generator), 1):
                     self.optimizer.zero_grad()
@@ -200,7 +205,7 @@ class Training:
         fit.seconds += time.perf_counter() - began
 
     def _validate(self) -> None:
-        """Keep the network if its NDCG is the best so far, among equals if its loss is."""
+        """Validate, and keep the weights if their NDCG is the best so far; of equal ones, the lower loss."""
         fit = self.fit
         fit.validation_loss.append(_target_loss(self.model, self.validation.cases))
         fit.validation_ndcg.append(self.validation.ndcg_of(self.model))
@@ -210,15 +215,15 @@ class Training:
             self.best = copy.deepcopy(self.model.network.state_dict())
 
     def finish(self) -> None:
-        """Leave the network in its best state, in evaluation mode."""
+        """Load the weights of the best epoch and set evaluation mode."""
         self.model.network.load_state_dict(self.best)
         self.model.network.eval()
 
 
 @dataclass
 class Fit:
-    """``validation_loss`` of each epoch, in nats per target, and ``validation_ndcg``. ``best_epoch`` counts
-    from 1."""
+    """``validation_loss`` (nats per target) and ``validation_ndcg`` have one value per epoch. ``best_epoch``
+    counts from 1."""
 
     best_epoch: int
     validation_loss: list[float]
@@ -228,7 +233,7 @@ class Fit:
 
 
 def planned_epochs(settings: int, most: int) -> int:
-    """Of successive halving, all settings together.
+    """Total epochs that successive halving takes for this number of settings.
 
     >>> planned_epochs(8, most=100), planned_epochs(8, most=4), planned_epochs(1, most=4)
     (64, 32, 0)
@@ -241,7 +246,7 @@ def planned_epochs(settings: int, most: int) -> int:
 
 
 def shuffled(lengths: np.ndarray, batch: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """The numbers of all examples, in random batches of similar length, which saves padding."""
+    """The indices of all examples, in random batches of similar length, which reduces padding."""
     order = generator.permutation(len(lengths))
     together = batch * SORTED_TOGETHER
     groups = [order[begin : begin + together] for begin in range(0, len(order), together)]
@@ -251,7 +256,7 @@ def shuffled(lengths: np.ndarray, batch: int, generator: np.random.Generator) ->
 
 
 def _target_loss(model: Network, cases: Cases) -> float:
-    """Minus the mean log-probability of the targets; 0 where there are none."""
+    """Mean negative log-probability of the targets; 0 if there are none."""
     from torch import from_numpy, no_grad
 
     total = 0.0

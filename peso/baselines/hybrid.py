@@ -1,14 +1,14 @@
-"""A hybrid: the run's own language model and one or more baselines vote by their log-probabilities.
+"""A hybrid: the weighted mean of the log-probabilities of the run's language model and one or more baselines.
 
-For a semantic ID c, the baselines m = 1 … M and their weights w_m ≥ 0, Σ w_m ≤ 1:
+For a semantic ID c and baselines m = 1 … M with weights w_m ≥ 0, Σ w_m ≤ 1:
 
     score(c) = Σ_m w_m · ln p_m(c) + (1 − Σ_m w_m) · ln p_llm(c)
 
-Candidates are the best of each model together, and all models score all of them, so nothing is guessed. The
-weights are chosen by NDCG on the validation cases: for one baseline the best of a grid; for several each in
-turn on this grid, the others keeping their proportions, until none improves. The scores are a logarithmic
-pool, which is not normalised: by Hölder's inequality Σ_c Π_m p_m(c)^w_m ≤ 1, so the score of the target is a
-lower bound of its log-probability under the normalised pool.
+The candidates are the union of each model's best, and every model scores all of them. The weights maximize
+NDCG on the validation cases: for one baseline by grid search; for several by coordinate descent on this grid,
+with the other weights rescaled in proportion, until none improves. The scores are a logarithmic opinion pool
+without normalization: by Hölder's inequality Σ_c Π_m p_m(c)^w_m ≤ 1, so the score of the target is a lower
+bound of its log-probability under the normalized pool.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
 
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
-MOST_ROUNDS = 5  # of choosing each weight in turn
+MOST_ROUNDS = 5  # of coordinate descent
 
 
 @dataclass(frozen=True)
 class Hybrid(Fusion):
-    """The run's own language model and baselines, fused.
+    """The run's language model and baselines, combined.
 
-    ``partners``, ``llm``: as they stand after a stage; ``weights``: of the partners, the rest is the model's.
+    ``partners``, ``llm``: in their state after a stage; ``weights``: of the partners; the language model has
+    the rest.
     """
 
     name = "hybrid"
@@ -55,20 +56,21 @@ class Hybrid(Fusion):
         candidates: int = Field(50, ge=1, le=MOST_BEAMS, description="semantic IDs that each model proposes")
         weight: float | list[float] | None = Field(
             None,
-            description="of the partner's log-probability; of several partners a list in their order; none "
-            "given: tuned on validation",
+            description="weight of the partner's log-probability; for several partners a list in their order; "
+            "default: tuned on validation",
         )
-        # read here and not by their type: the hybrid is a baseline too, and a list of all keys would not end
+        # parsed by _read, not by type: a hybrid is itself a baseline, so a schema of all keys would be
+        # endless
         partners: list[SerializeAsAny[BaselineOptions]] = Field(
             [TwoTower.Options(name=TwoTower.name)],
             min_length=1,
-            description="baselines beside the run's own model, as under `baselines`; by default two-tower",
+            description="baselines to combine with the model, as under `baselines`; default: two-tower",
         )
 
         @model_validator(mode="before")
         @classmethod
-        def _of_two_tower(cls, tree: Any) -> Any:
-            """The only partner there was once had a key of its own."""
+        def _accept_two_tower(cls, tree: Any) -> Any:
+            """Accept the older key ``two_tower``."""
             if not isinstance(tree, Mapping) or "two_tower" not in tree:
                 return tree
             if "partners" in tree:
@@ -106,8 +108,8 @@ class Hybrid(Fusion):
             return self
 
         @model_serializer(mode="wrap")
-        def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-            """As earlier versions wrote it where they could, so that their results keep their digests."""
+        def _write_two_tower(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+            """Write the older key ``two_tower`` where possible, so that stored results keep their digests."""
             tree: dict[str, Any] = handler(self)
             if "partners" in tree and [partner.name for partner in self.partners] == [TwoTower.name]:
                 tree["two_tower"] = tree.pop("partners")[0]
@@ -151,7 +153,7 @@ class Hybrid(Fusion):
 
     @property
     def repeats(self) -> bool:
-        """Whether items that the user has had may be answers: where all partners admit them."""
+        """Whether items that the user has had are recommended: only if all partners recommend them."""
         return all(partner.repeats for partner in self.partners)
 
     @property
@@ -160,7 +162,7 @@ class Hybrid(Fusion):
         return {"weight": weight, "repeats": self.repeats}
 
     def with_repeats(self, repeats: bool) -> Hybrid:
-        """The same with another rule for the items that a user has had."""
+        """A copy with another value of ``repeats``."""
         return replace(self, partners=[replace(partner, repeats=repeats) for partner in self.partners])
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
@@ -169,7 +171,7 @@ class Hybrid(Fusion):
         return Answers(leaves, scores, pool(of_targets, self.weights))
 
     def _propose(self, cases: Cases, advance: Callable[[int], None]) -> tuple[Candidates, np.ndarray]:
-        """The candidates of all cases, and the log-probabilities of the targets (models, n)."""
+        """The candidates of all cases, and the targets' log-probabilities, (models, n)."""
         parts, of_targets, done = [], [], 0
         for part in batches(cases):
             candidates, targets = self._candidates(part)
@@ -194,7 +196,7 @@ class Hybrid(Fusion):
             judged = search(
                 self.llm,
                 part.histories,
-                beams=max(map(len, mine)),  # as many as candidates: none of them is lost on the way
+                beams=max(map(len, mine)),  # one per candidate, so that none is pruned
                 batch_size=self.search_batch,
                 exclude=seen,
                 allow=[np.concatenate([trie.items_of(leaf) for leaf in row]) for row in mine],
@@ -212,20 +214,24 @@ class Hybrid(Fusion):
         leaves = np.concatenate([theirs.leaves, judged.leaves], axis=1)
         of_llm = np.concatenate([theirs.scores, judged.scores], axis=1).astype(np.float64)
         of_partners = np.take_along_axis(every, np.maximum(leaves, 0)[None], axis=2)
-        return once(leaves, np.concatenate([of_partners, of_llm[None]])), np.stack(of_targets)
+        return distinct(leaves, np.concatenate([of_partners, of_llm[None]])), np.stack(of_targets)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """leaves: int64 (n, candidates), distinct in each row but for -1, where there is none; of: float (models,
-    n, candidates), log-probabilities, the language model's last, -inf where there is no candidate."""
+    """``leaves``: int64 (n, candidates), distinct in each row, padded with -1. ``of``: float (models, n,
+    candidates), log-probabilities, the language model's last, -inf where there is no candidate."""
 
     leaves: np.ndarray
     of: np.ndarray
 
 
-def once(leaves: np.ndarray, of: np.ndarray) -> Candidates:
-    """Candidates of which some are named twice in a row, with the same log-probabilities; -1 is none."""
+def distinct(leaves: np.ndarray, of: np.ndarray) -> Candidates:
+    """Candidates without duplicates: of equal leaves in a row, all but the first become -1.
+
+    Args:
+        leaves, of: as in :class:`Candidates`, with possible duplicates.
+    """
     order = np.argsort(leaves, axis=1, kind="stable")
     ascending = np.take_along_axis(leaves, order, axis=1)
     again = np.zeros_like(leaves, dtype=bool)
@@ -235,7 +241,7 @@ def once(leaves: np.ndarray, of: np.ndarray) -> Candidates:
 
 
 def stacked(parts: Sequence[Candidates]) -> Candidates:
-    """The cases of all parts, filled up with -1 where a part has fewer candidates."""
+    """The concatenated cases of all parts, padded to the largest number of candidates."""
     width = max(part.leaves.shape[1] for part in parts)
 
     def wide(values: np.ndarray, fill: float) -> np.ndarray:
@@ -249,7 +255,7 @@ def stacked(parts: Sequence[Candidates]) -> Candidates:
 
 
 def pool(of: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """(models, …) → (…): the formula above; -inf where any model says so.
+    """The score of the module's formula, (models, …) → (…); -inf where it is -inf for any model.
 
     Args:
         weights: of all models but the last.
@@ -261,8 +267,8 @@ def pool(of: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def pooled(candidates: Candidates, weights: Sequence[float], depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best candidates by the formula above: leaves int64 (n, depth), -1 where there are fewer, and their
-    scores float64. Of equal ones the smaller leaf comes first."""
+    """The best candidates: leaves int64 (n, depth), padded with -1, and their scores, float64. On ties, the
+    smaller leaf comes first."""
     scores = pool(candidates.of, weights)
     order = np.lexsort((candidates.leaves, -scores), axis=1)[:, :depth]
     leaves = np.take_along_axis(candidates.leaves, order, axis=1)
@@ -270,7 +276,7 @@ def pooled(candidates: Candidates, weights: Sequence[float], depth: int) -> tupl
 
 
 def mean_ndcg(candidates: Candidates, targets: np.ndarray, weights: Sequence[float], depth: int) -> float:
-    """Of the targets, int (n,) leaves, in the ranking of :func:`pooled`."""
+    """Mean NDCG@depth of the targets, int (n,) leaves, in the ranking of :func:`pooled`."""
     from peso.evaluation.metrics import ndcg
 
     scores = pool(candidates.of, weights)
@@ -283,8 +289,8 @@ def mean_ndcg(candidates: Candidates, targets: np.ndarray, weights: Sequence[flo
 def best_weights(
     candidates: Candidates, targets: np.ndarray, depth: int
 ) -> tuple[tuple[float, ...], list[float]]:
-    """The weights of the partners with the highest mean NDCG@depth, as the module says, and the means on the
-    way. Among equals the most even ones.
+    """The weights of the partners with the highest mean NDCG@depth, by the module's search; of equal ones,
+    the most even. Also returns the means of all weights tried.
 
     Args:
         targets: int (n,), leaves.
@@ -295,7 +301,7 @@ def best_weights(
     for _ in range(MOST_ROUNDS if partners > 1 else 1):
         before = best
         for place in range(partners):
-            line = [_moved(best, place, weight) for weight in WEIGHTS]
+            line = [_rescaled(best, place, weight) for weight in WEIGHTS]
             found = [mean_ndcg(candidates, targets, weights, depth) for weights in line]
             number = max(range(len(line)), key=lambda n: (found[n], -abs(WEIGHTS[n] - even)))
             best = line[number]
@@ -305,9 +311,9 @@ def best_weights(
     return best, means
 
 
-def _moved(weights: tuple[float, ...], place: int, weight: float) -> tuple[float, ...]:
-    """With another weight of one partner; the other partners and the model keep their proportions, and are
-    even where they had nothing."""
+def _rescaled(weights: tuple[float, ...], place: int, weight: float) -> tuple[float, ...]:
+    """The weights with that of one partner changed. The others and the language model keep their proportions,
+    or become even if they were all zero."""
     others = 1 - weights[place]
     if others > 1e-9:
         shares = [value * (1 - weight) / others for value in weights]

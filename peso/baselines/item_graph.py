@@ -1,17 +1,17 @@
-"""A graph of the items that follow each other: a session heuristic without training.
+"""Item graph: counts of transitions between items, with decay; no training.
 
-Recommends what other users did soon after the newest items of the history, most of all lately. The three
-decays are those of STAN (Garg et al. 2019, SIGIR, "Sequence and Time Aware Neighborhood for Session-based
-Recommendations"). Where STAN sums over the nearest sessions, this sums over all of them, so that everything
-known fits into a sparse matrix of items, as in the sequential rules (SR) of Ludewig and Jannach 2018 (arXiv
-1803.09587).
-With a pair x before y, at most ``reach`` places apart, in the sequence of a user:
+Recommends the items that followed the newest items of the history in other users' sequences. The three decays
+are those of STAN (Garg et al. 2019, SIGIR, "Sequence and Time Aware Neighborhood for Session-based
+Recommendations"). STAN sums over the nearest sessions; here the sum is over all sequences, so it is a sparse
+item-to-item matrix, as in the sequential rules (SR) of Ludewig and Jannach 2018 (arXiv 1803.09587).
+
+For all pairs (x, y) with x at most ``reach`` places before y in the sequence of a user:
 
     edge(i, j) = Σ_{pairs} age^a · distance^(places apart − 1) · ([x = i, y = j] + backward · [x = j, y = i])
     score(history, j) = Σ_n recency^n · edge(h_n, j)
 
-with a how many stages ago the later of the two came, h_0 the newest item of the history, h_1 the one before.
-Items that no edge leads to are ordered by popularity, with the same weights by age.
+where a is the number of stages since the event y, h_0 the newest item of the history, and h_1 the one before.
+Items without an edge from the history are ordered by popularity, with the same decay by age.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ from peso.events.histories import Cases, Stage
 
 
 class ItemGraph(Counted):
-    """Transitions between items, newer ones counting more.
-
-    Counted again at every stage over all known events, in seconds.
-    """
+    """Transitions between items, weighted by recency, computed at every stage on all events so far."""
 
     name = "item-graph"
     SETTINGS = tuple(
@@ -50,30 +47,27 @@ class ItemGraph(Counted):
     )
 
     class Options(Counted.Options):
-        reach: int = Field(10, ge=1, description="places between two items of a sequence, at most")
-        distance: float = Field(
-            0.9, gt=0, le=1, description="weight of a pair against one whose items are one place closer"
-        )
+        reach: int = Field(10, ge=1, description="maximum distance of two items in a sequence")
+        distance: float = Field(0.9, gt=0, le=1, description="decay of a pair's weight per place of distance")
         recency: float | None = Field(
             None,
             gt=0,
             le=1,
-            description="weight of an item of the history against the next newer one; none given: chosen on "
+            description="decay of an item's weight per newer item in the history; default: chosen on "
             "validation",
         )
         age: float | None = Field(
             None,
             gt=0,
             le=1,
-            description="weight of a stage's events against those of the next stage; none given: chosen on "
-            "validation",
+            description="decay of an event's weight per stage of age; default: chosen on validation",
         )
         backward: float | None = Field(
             None,
             ge=0,
             le=1,
-            description="weight of the step from the later item of a pair to the earlier; none given: chosen "
-            "on validation",
+            description="weight of the reverse edge, from the later item of a pair to the earlier; default: "
+            "chosen on validation",
         )
 
     options: Options
@@ -104,9 +98,9 @@ class ItemGraph(Counted):
 
 @dataclass(frozen=True)
 class Sequences:
-    """What every user is known to have had, end to end, oldest first.
+    """The events of all users, concatenated, oldest first per user.
 
-    ``items``; ``owners``: whose an event is; ``ages``: how many stages ago it was. All int64 (events,).
+    ``items``: item rows; ``owners``: index of the user; ``ages``: number of stages ago. All int64 (events,).
     """
 
     items: np.ndarray
@@ -115,10 +109,10 @@ class Sequences:
 
 
 def known_sequences(stages: Sequence[Stage]) -> Sequences:
-    """The events that are known after training on the last of these stages.
+    """The events that may be used when training on the last of these stages.
 
-    Of the last stage only what models train on counts, of the users who take part. Events that only a
-    ``previous`` list reports are as old as the first stage given.
+    Of the last stage, these are the training items of participating users. Events that occur only in a
+    ``previous`` list have the age of the first given stage.
     """
     *past, latest = stages
     parts: dict[str, list[tuple[np.ndarray, int]]] = {}
@@ -146,7 +140,7 @@ def known_sequences(stages: Sequence[Stage]) -> Sequences:
 
 
 def edges(known: Sequences, items: int, reach: int, distance: float, age: float, backward: float) -> Matrix:
-    """Sparse (items, items): the formula above; an item has no edge to itself."""
+    """Sparse (items, items): the edges of the module's formula; an item has no edge to itself."""
     from scipy import sparse
 
     result = sparse.csr_array((items, items))

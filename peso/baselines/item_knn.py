@@ -1,11 +1,11 @@
-"""Item-kNN: recommends items that the users of the history's items also had (Deshpande and Karypis 2004).
+"""Item-kNN: item-based collaborative filtering with cosine similarity (Deshpande and Karypis 2004).
 
 With c_ij the number of users who had both i and j:
 
     similarity(i, j) = c_ij / (√(c_ii · c_jj) + shrinkage),   j among the ``neighbours`` most similar to i
     score(history, j) = Σ_{i ∈ history} similarity(i, j)
 
-The order of a history does not matter. Items without any similarity to the history are ordered by popularity.
+The order of a history is ignored. Items without any similarity to the history are ordered by popularity.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from peso.baselines.baseline import Matrix, interactions, known_histories
 from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
 
-ROWS = 2048  # of similarities computed at once, which bounds memory before only neighbors are kept
+ROWS = 2048  # rows of similarities computed at once, which limits memory
 
 
 class ItemKnn(Counted):
-    """Cosine similarity of items by the users that they share.
-
-    Counted again at every stage over all known events, in seconds.
-    """
+    """Cosine similarity of items by their users, computed at every stage on all events so far."""
 
     name = "item-knn"
     SETTINGS = (
@@ -38,12 +35,14 @@ class ItemKnn(Counted):
 
     class Options(Counted.Options):
         neighbours: int | None = Field(
-            None, ge=1, description="of an item that are kept; none given: chosen on validation"
+            None,
+            ge=1,
+            description="number of most similar items kept per item; default: chosen on validation",
         )
         shrinkage: float | None = Field(
             None,
             ge=0,
-            description="added to the denominator: shrinks similarities that rest on few users; none given: "
+            description="added to the denominator: shrinks similarities that rest on few users; default: "
             "chosen on validation",
         )
 
@@ -63,9 +62,9 @@ class ItemKnn(Counted):
 
 
 def similarities(had: Matrix, neighbours: int, shrinkage: float) -> Matrix:
-    """Sparse (items, items): row i holds the similarities of the neighbors of i, i itself excluded.
+    """Sparse (items, items): row i has the similarities of the nearest neighbors of i, without i itself.
 
-    Ties go to the item with the smaller number.
+    On ties, the item with the smaller number is kept.
 
     Args:
         had: sparse (users, items) of ones.

@@ -1,4 +1,4 @@
-"""The networks of the two-tower model and of SASRec. They need PyTorch, which the options of these do not."""
+"""The networks of the two-tower model and of SASRec, apart from their options, which do not need PyTorch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 
 class Towers(nn.Module):
-    """The formula of :mod:`peso.baselines.two_tower`.
-
-    User row 0 is for users without a vector, item row ``items`` for padding.
-    """
+    """The network of :mod:`peso.baselines.two_tower`. User row 0 is the zero vector of users without their
+    own; item row ``items`` is padding."""
 
     def __init__(self, users: int, items: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -37,10 +35,8 @@ class Towers(nn.Module):
 
 
 class CausalItems(nn.Module):
-    """The Transformer of :mod:`peso.baselines.sasrec`.
-
-    Item row ``items`` is padding, which follows all items and so needs no mask.
-    """
+    """The Transformer of :mod:`peso.baselines.sasrec`. Item row ``items`` is padding; it follows all items,
+    so the causal mask hides it."""
 
     def __init__(self, items: int, window: int, width: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -58,35 +54,41 @@ class CausalItems(nn.Module):
             self.item.weight[items] = 0
 
     def forward(self, items: Tensor) -> Tensor:
-        """(n, length) item rows → (n, length, width): the state after each of them."""
+        """(n, length) item rows → (n, length, width) states after each item."""
         length = items.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=items.device)
         states = self.dropout(self.item(items) + self.place.weight[:length])
         return self.layers(states, mask=mask, is_causal=True)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """(n, width) → (n, items)."""
+        """(n, width) states → (n, items)."""
         return torch.addmm(self.bias, states, self.item.weight[:-1].T).log_softmax(-1)
 
     def sampled_log_probabilities(
         self, states: Tensor, targets: Tensor, proposal: Tensor, count: int
     ) -> Tensor:
-        """Of each target among itself and ``count`` items drawn with the probabilities ``proposal`` (items,),
-        shared by all rows, whose scores are corrected by -log(count · p) (logQ; Bengio and Senécal 2008). It
-        approaches the exact one as the count grows.
+        """Sampled softmax with logQ correction (Bengio and Senécal 2008): the log-probability of each target
+        among itself and ``count`` sampled items, whose scores are corrected by -log(count · p).
 
-        states: (n, width), targets: int64 (n,) → (n,).
+        Args:
+            states: (n, width).
+            targets: int64 (n,).
+            proposal: (items,), sampling probabilities p.
+            count: number of samples, shared by all rows.
+
+        Returns:
+            (n,); converges to the exact value as ``count`` grows.
         """
         drawn = torch.multinomial(proposal, count, replacement=True)
         own = (states * self.item.weight[targets]).sum(-1) + self.bias[targets]
         others = torch.addmm(self.bias[drawn], states, self.item.weight[drawn].T)  # (n, count)
         others = others - (count * proposal[drawn]).log()
-        others = others.masked_fill(drawn == targets[:, None], -torch.inf)  # counted as the target
+        others = others.masked_fill(drawn == targets[:, None], -torch.inf)  # already counted as target
         return own - torch.cat([own[:, None], others], dim=-1).logsumexp(-1)
 
 
 def seeded(seed: Sequence[int], make: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose initial weights follow from the seed alone."""
+    """Create a module whose initial weights depend only on ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.default_rng(list(seed)).integers(2**31)))
         return make()

@@ -1,12 +1,9 @@
 """Popularity: the same list for every user, the items with the most events.
 
-A list made at stage t counts every event of the stages before t and, of stage t, the part that models train
-on: the items of ``current[:-2]`` of users with at least three items in the stage. Events that stage t holds
-back for validation and test are not counted, nor are those of users whom the protocol leaves out. With
-``last`` = n, only stages t - n + 1 … t count: a recent window, or stage t alone with 1.
-
-An event that only a ``previous`` list reports counts for the first stage given only, because later
-``previous`` lists repeat what earlier stages hold.
+At stage t, all events of earlier stages and the training items of stage t are counted: ``current[:-2]`` of
+users with at least three items in the stage. With ``last`` = n, only stages t - n + 1 … t are counted. Events
+that occur only in ``previous`` lists are counted for the first given stage only, because later ``previous``
+lists repeat the events of earlier stages.
 """
 
 from __future__ import annotations
@@ -23,9 +20,9 @@ from peso.runtime.progress import Observer
 
 
 class Popularity(Baseline):
-    """The items that most events were about.
+    """The items with the most events.
 
-    Smoothing adds one to the count of every semantic ID, shared evenly by the items that have it.
+    Smoothing adds one to the count of every semantic ID, divided evenly among its items.
     """
 
     name = "popularity"
@@ -33,7 +30,7 @@ class Popularity(Baseline):
 
     class Options(Baseline.Options):
         last: int | None = Field(
-            None, ge=1, description="count the newest so many stages only; none given: everything so far"
+            None, ge=1, description="number of newest stages that are counted; default: all"
         )
 
     options: Options
@@ -41,12 +38,12 @@ class Popularity(Baseline):
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
         leaf_of = setting.trie.leaf_of
-        self.added = (1 / np.bincount(leaf_of))[leaf_of]
-        self.weights = self.added
+        self.smoothing = (1 / np.bincount(leaf_of))[leaf_of]
+        self.weights = self.smoothing
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
-        counts = item_counts(stages, len(self.added), self.options.last)
-        self.weights = counts + self.added
+        counts = item_counts(stages, len(self.smoothing), self.options.last)
+        self.weights = counts + self.smoothing
         return {"events": int(counts.sum())}
 
     def scores(self, cases: Cases) -> np.ndarray:
@@ -54,14 +51,15 @@ class Popularity(Baseline):
 
 
 def item_counts(stages: Sequence[Stage], items: int, last: int | None = None) -> np.ndarray:
-    """How many events each item is known to have had after training on the last of these stages.
+    """Number of events per item that may be used when training on the last of these stages.
 
     Args:
-        stages: consecutive; the list is made at the last one.
+        stages: consecutive.
         items: size of the catalog.
         last: count only the newest ``last`` stages; None: all.
 
-    Returns: int64 (items,).
+    Returns:
+        int64 (items,).
     """
     *past, latest = stages
     seen = [sequence.items[sequence.first_target :] for sequence in latest.training_sequences()]

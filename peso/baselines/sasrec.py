@@ -1,13 +1,12 @@
 """SASRec: a small causal Transformer over items (Kang and McAuley 2018, arXiv 1808.09781).
 
-The last ``window`` items, each the sum of its item vector and a position vector, go through ``layers``
-pre-norm layers of masked self-attention. The state after item n scores item n + 1 by its product with the
-item vectors, which input and output share.
+The last ``window`` items, each the sum of an item and a position embedding, are processed by ``layers``
+pre-norm layers of causal self-attention. The state at item n scores item n + 1 by its product with the item
+embeddings, which input and output share.
 
-Trained by cross-entropy over the whole catalog, which decides how good SASRec is (Klenitskiy and Vasilev
-2023, arXiv 2309.07602), or for large catalogs by a sampled softmax with logQ correction, which approximates
-it. A later stage starts from the weights of the stage before; items that the catalog gains later get fresh
-rows.
+Trained by cross-entropy over the whole catalog, on which the quality of SASRec depends (Klenitskiy and
+Vasilev 2023, arXiv 2309.07602), or for large catalogs by its approximation with a sampled softmax (logQ
+correction). A later stage starts from the weights of the previous one; new items get newly initialized rows.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "sasrec.safetensors"
 NO_TARGET = -1
-EXACT, NEGATIVES = 5_000, 512  # items up to which all compete; how many are drawn beyond
+EXACT, NEGATIVES = 5_000, 512  # largest catalog with full softmax; number of negatives for larger ones
 MOST_NEGATIVES = 100_000
 
 
@@ -48,31 +47,36 @@ class SasRec(Network):
 
     class Options(Network.Options):
         epochs: int = Field(
-            100, ge=1, le=MOST_EPOCHS, description="at most; the one with the best NDCG on validation is kept"
+            100,
+            ge=1,
+            le=MOST_EPOCHS,
+            description="maximum; the epoch with the best NDCG on validation is kept",
         )
-        patience: int = Field(5, ge=1, description="epochs without a better NDCG that end a stage")
+        patience: int = Field(
+            5, ge=1, description="training stops after this many epochs without a better NDCG"
+        )
         negatives: int | None = Field(
             None,
             ge=0,
             le=MOST_NEGATIVES,
             exclude_if=lambda negatives: negatives is None,
-            description="items drawn for each step that compete with the targets, corrected for how often "
-            "they are drawn (logQ); 0: all items compete; none given: all of up to 5,000, else 512",
+            description="sampled negative items per step, with logQ correction; 0: full softmax over all "
+            "items; default: 0 for catalogs of up to 5,000 items, 512 for larger ones",
         )
         layers: int = Field(2, ge=1, description="attention blocks")
-        heads: int = Field(2, ge=1, description="of attention")
-        batch_size: int = Field(64, ge=1, description="sequences in one step")
+        heads: int = Field(2, ge=1, description="attention heads")
+        batch_size: int = Field(64, ge=1, description="sequences per step")
 
         @model_validator(mode="after")
         def _shares_its_width(self) -> SasRec.Options:
             if self.width % self.heads:
                 raise ValueError(
-                    f"sasrec: width {self.width} cannot be shared by {self.heads} heads; choose a multiple"
+                    f"sasrec: width {self.width} is not a multiple of heads {self.heads}; change one of them"
                 )
             return self
 
         def drawn(self, items: int) -> int:
-            """How many negatives are drawn for each step from a catalog of this size; 0: all compete."""
+            """Number of negatives per step for a catalog of this size; 0: full softmax."""
             if self.negatives is None:
                 return 0 if items <= EXACT else NEGATIVES
             return self.negatives
@@ -86,7 +90,7 @@ class SasRec(Network):
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
-        self.network = self._fresh()
+        self.network = self._initialized()
 
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
         from torch import from_numpy
@@ -124,13 +128,13 @@ class SasRec(Network):
 
         super().restore(directory, stages)
         saved = load_file(directory / WEIGHTS, device=str(self.device))
-        self.network = self._fresh()
+        self.network = self._initialized()
         with no_grad():
             for name, tensor in self.network.state_dict().items():
                 tensor[: len(saved[name])] = saved[name]
             self.network.item.weight[self.items] = 0
 
-    def _fresh(self) -> CausalItems:
+    def _initialized(self) -> CausalItems:
         from peso.baselines.networks import CausalItems, seeded
 
         chosen = self.used
@@ -147,7 +151,7 @@ class SasRec(Network):
 
         rows = torch.from_numpy(padded(cases.histories, self.window, self.items)).to(self.device)
         lengths = torch.tensor([min(len(history), self.window) for history in cases.histories])
-        last = lengths.clamp(min=1).to(self.device) - 1  # an empty history: the state after padding
+        last = lengths.clamp(min=1).to(self.device) - 1  # empty history: the state at a padding item
         states = self.network(rows)
         return self.network.log_probabilities(states[torch.arange(len(rows), device=self.device), last])
 
@@ -155,13 +159,13 @@ class SasRec(Network):
 def training_rows(
     sequences: Sequence[TargetSequence], window: int, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut sequences into rows in which every target, except a first item, occurs once.
+    """Cut sequences into rows that contain every target once, except those without an item before them.
 
-    A sequence that fits the window is one row. A longer one is cut so that its later targets see more than
-    half a window of items.
+    A sequence that fits in the window is one row. A longer one is cut so that later targets have more than
+    half a window of items before them.
 
-    Returns: inputs, padded, and for each input the target that follows, or NO_TARGET; both int64 (rows,
-        window).
+    Returns:
+        Padded inputs, and the target that follows each input, or NO_TARGET; both int64 (rows, window).
     """
     inputs, targets = [], []
     for sequence in sequences:

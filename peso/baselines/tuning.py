@@ -1,8 +1,8 @@
-"""Options that a configuration leaves open, chosen on validation cases, with one budget for all baselines.
+"""Hyperparameter search on validation cases, with the same budget for every baseline.
 
-A baseline lists settings that it tries (``SETTINGS``), the usual one first. Given options hold in all
-of them. The one with the highest mean NDCG of the validation targets is taken, the first among equals. What
-was tried and what was chosen is recorded with the stage.
+Options that the configuration leaves open are taken from ``SETTINGS``, a list of candidate settings of the
+baseline with the default first. The setting with the highest mean NDCG of the validation targets is chosen,
+the first of equal ones. All results are recorded with the stage.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from peso.events.histories import Cases, Stage
 from peso.runtime.files import read_json_object, write_json
 from peso.runtime.progress import Observer
 
-MOST_TRIALS = 8  # settings of every baseline, so that the budget is the same
-TUNED_ON = 2048  # validation cases of a stage, evenly spaced, if it has more
-LEAST = 1e-2  # weight of popularity beside evidence: with less, the temperature is that of what has none
+MOST_TRIALS = 8  # settings per baseline
+TUNED_ON = 2048  # maximum number of validation cases of a stage, evenly spaced
+LEAST = 1e-2  # weight of popularity; with less, items without evidence alone would determine the temperature
 CHOSEN = "chosen.json"
 
 
 class Tuned(Baseline):
-    """A baseline whose open options are chosen on validation cases."""
+    """A baseline whose options without a value are chosen on validation cases."""
 
     SETTINGS: ClassVar[Sequence[Mapping[str, Any]]]
-    """At most ``MOST_TRIALS``, each with a value for every option that may be left open."""
+    """At most ``MOST_TRIALS``, each with a value for every option that can be left open."""
 
     class Options(Baseline.Options):
         trials: int = Field(
@@ -40,12 +40,12 @@ class Tuned(Baseline):
             ge=1,
             le=MOST_TRIALS,
             exclude_if=lambda trials: trials == MOST_TRIALS,
-            description="settings of the options without a value that are compared on validation; 1: the "
-            "usual one is taken",
+            description="number of settings compared on validation for options without a value; 1: use "
+            "the defaults",
         )
 
     def settings(self) -> list[dict[str, Any]]:
-        """The settings to try: those of ``SETTINGS`` with the options that are given, each once."""
+        """The settings to compare: those of ``SETTINGS``, overridden by given options, without duplicates."""
         given = {name: value for name, value in self.options.given().items() if value is not None}
         found: list[dict[str, Any]] = []
         for setting in self.SETTINGS[: self.options.trials]:
@@ -55,44 +55,44 @@ class Tuned(Baseline):
         return found
 
     def validation(self, stages: Sequence[Stage]) -> Validation:
-        """The cases on which settings for the last of these stages are compared."""
+        """The validation cases on which settings for the last of these stages are compared."""
         cases = stages[-1].validation_cases(self.window)
         rows = np.unique(np.linspace(0, len(cases) - 1, min(len(cases), TUNED_ON)).astype(np.int64))
-        asked = self.options.repeats
-        repeats = repeats_occur(stages) if asked == "auto" else asked == "keep"
+        option = self.options.repeats
+        repeats = repeats_occur(stages) if option == "auto" else option == "keep"
         return Validation(cases.take(rows), self.setting.depth, repeats)
 
 
 class Counted(Tuned):
-    """A tuned baseline that learns from all stages at once, in seconds. It saves what it chose.
+    """A tuned baseline that is computed from all stages at once, in seconds. Only its setting is saved.
 
-    It adds up evidence for each item, and scores an item by the logarithm of its sum: softmax at temperature
-    τ gives P(j) ∝ (sum_j + least_j)^(1/τ). With plain sums thousands of items without evidence would share
-    nearly all of the probability, and a semantic ID of two such items would rank above all others.
+    It sums evidence for each item and scores it by the logarithm: softmax at temperature τ gives
+    P(j) ∝ (sum_j + least_j)^(1/τ). With plain sums, the thousands of items without evidence would have nearly
+    all of the probability, and a semantic ID of two such items would rank above all others.
     """
 
     continues, revision = False, 1
 
     popularity: np.ndarray
-    """float64 (items,): ``least_j``, by which items without evidence are ordered (:func:`least`)."""
+    """float64 (items,): ``least_j``, which orders items without evidence (:func:`least`)."""
 
     @abstractmethod
     def sums(self, cases: Cases) -> np.ndarray:
-        """float (n, items): the evidence for each item; what is negative speaks against it."""
+        """float (n, items): the evidence for each item; negative values count as 0."""
 
     def scores(self, cases: Cases) -> np.ndarray:
         return np.log(np.maximum(self.sums(cases), 0.0) + self.popularity).astype(np.float32)
 
     @abstractmethod
     def counts(self, stages: Sequence[Stage]) -> Any:
-        """What every setting starts from."""
+        """The statistics that are the same for all settings."""
 
     @abstractmethod
     def fit(self, counts: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
-        """Take a setting. Returns figures to record. Does not change ``counts``."""
+        """Compute the model for a setting, without changing ``counts``. Returns values to record."""
 
     def try_out(self, counts: Any, setting: Mapping[str, Any]) -> None:
-        """Take a setting to compare it with others, where this can be done faster."""
+        """Compute the model for a comparison of settings; a subclass may use a faster approximation."""
         self.fit(counts, setting)
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
@@ -107,21 +107,22 @@ class Counted(Tuned):
                 observer.advance(done)
             observer.end()
             self.chosen = settings[best_of(tried)]
-            observer.note(f"{self.name}: {told(self.chosen)}, the best of {len(settings)} on validation")
+            best = described(self.chosen)
+            observer.note(f"{self.name}: {best}, the best of {len(settings)} on validation")
         return {**self.fit(counts, self.chosen), **record(self.chosen, tried)}
 
     def save(self, directory: Path) -> None:
         write_json(directory / CHOSEN, self.chosen)
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        """As it was saved; by an earlier version, which tuned nothing, without a file."""
+        """Restore the setting and compute the model again. Versions without tuning saved no file."""
         file = directory / CHOSEN
         self.chosen = dict(read_json_object(file)) if file.exists() else self.settings()[0]
         self.fit(self.counts(stages), self.chosen)
 
 
 class Validation:
-    """Cases on which settings are compared: the mean NDCG@depth of their targets.
+    """The validation cases of a stage, and the metric by which settings are compared.
 
     Args:
         repeats: whether items that a user has had are ranked like others.
@@ -131,7 +132,7 @@ class Validation:
         self.cases, self.depth, self.repeats = cases, depth, repeats
 
     def ndcg_of(self, baseline: Baseline) -> float:
-        """0 where there are no cases."""
+        """Mean NDCG@depth of the targets; 0 if there are no cases."""
         if not len(self.cases):
             return 0.0
         ranks = [self._ranks(baseline.scores(part), part) for part in batches(self.cases)]
@@ -145,12 +146,12 @@ class Validation:
 
 
 def least(counts: np.ndarray) -> np.ndarray:
-    """float64 (items,): a hundredth of each item's share of the counts, to all of which one is added."""
+    """float64 (items,): each item's share of the counts after add-one smoothing, times ``LEAST``."""
     return LEAST * (counts + 1) / (counts.sum() + len(counts))
 
 
 def target_ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """int64 (n,): place of each target by its score among all items, from 1; ties go to the smaller item.
+    """int64 (n,): rank of each target's score among all items, from 1; on ties, the smaller item first.
 
     >>> target_ranks(np.array([[1.0, 3.0, 3.0, 2.0]] * 2), np.array([2, 0])).tolist()
     [2, 4]
@@ -161,15 +162,15 @@ def target_ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def best_of(tried: Sequence[Mapping[str, Any]]) -> int:
-    """The number of the one with the highest ``ndcg``, the first among equals."""
+    """The index of the entry with the highest ``ndcg``, the first of equal ones."""
     return max(range(len(tried)), key=lambda number: (tried[number]["ndcg"], -number))
 
 
-def told(setting: Mapping[str, Any]) -> str:
+def described(setting: Mapping[str, Any]) -> str:
     """``neighbours 100, shrinkage 10``"""
     return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
 def record(chosen: Mapping[str, Any], tried: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of a choice."""
+    """The chosen setting and the results of all, JSON-serializable."""
     return {"chosen": dict(chosen), "tried": json.loads(json.dumps(list(tried)))}

@@ -1,15 +1,14 @@
-"""Two towers: a vector for a user with a history, a vector for an item, and their product as the score.
+"""Two-tower model: the score is the product of a vector of user and history and a vector of the item.
 
     x(u, h) = e_u + 1/|h| Σ_{i ∈ h} p_i,    score(u, h, j) = x · q_j + b_j,    P(j | u, h) = softmax_j score
 
-with e_u the user's own vector, p_i an item's vector in a history and q_j its vector as an answer (as in FISM,
-Kabbur et al. 2013). Trained by cross-entropy over the whole catalog, on every target with the last ``window``
-items before it. Neither text nor codes of items are used.
+with e_u the embedding of the user, p_i that of an item in the history and q_j that of the scored item (as in
+FISM, Kabbur et al. 2013). Trained by cross-entropy over the whole catalog, on every target with the last
+``window`` items before it. Text and codes of items are not used.
 
-A user gets a vector e_u with the first training target in a trained stage. All others have e_u = 0, so the
-mean of the history alone describes them. To prepare the model for them, a share ``user_dropout`` of the
-training cases uses e_u = 0. Items that the catalog gains later get fresh rows; a later stage starts from the
-weights of the stage before.
+Users with a training target in any stage so far have an embedding e_u; for all others e_u = 0, so only the
+mean of the history is used. To train this case, e_u = 0 in a share ``user_dropout`` of the training cases.
+New items get newly initialized rows; a later stage starts from the weights of the previous one.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ WEIGHTS, USERS = "two_tower.safetensors", "users.json"
 
 
 class TwoTower(Network):
-    """An explicit vector for each user and item."""
+    """An embedding per user and item, with the mean of the items in the history."""
 
     name = "two-tower"
     SETTINGS = tuple(
@@ -51,8 +50,7 @@ class TwoTower(Network):
             None,
             ge=0,
             lt=1,
-            description="share of training cases answered from the history alone; none given: chosen on "
-            "validation",
+            description="share of training cases without the user's embedding; default: chosen on validation",
         )
 
         def memory(self, items: int, users: int, window: int) -> int:
@@ -62,15 +60,15 @@ class TwoTower(Network):
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
-        self.users: dict[str, int] = {}  # to rows of the table, from 1
-        self.network = self._fresh(0)
+        self.users: dict[str, int] = {}  # row of each user in the embedding table, from 1
+        self.network = self._initialized(0)
 
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
         from torch import from_numpy
         from torch.nn.functional import nll_loss
 
         sequences = stage.training_sequences()
-        self._make_room([sequence.user for sequence in sequences])
+        self._add_users([sequence.user for sequence in sequences])
         rows = np.array([self.users[sequence.user] for sequence in sequences])
         examples = Examples(sequences, self.window, self.items)
         generator = np.random.default_rng([self.seed, stage.number, 1])
@@ -96,20 +94,20 @@ class TwoTower(Network):
         super().restore(directory, stages)
         users = json.loads((directory / USERS).read_text(encoding="utf-8"))
         self.users = {user: row for row, user in enumerate(users, 1)}
-        self._take(load_file(directory / WEIGHTS, device=str(self.device)))
+        self._load(load_file(directory / WEIGHTS, device=str(self.device)))
 
-    def _make_room(self, users: Sequence[str]) -> None:
+    def _add_users(self, users: Sequence[str]) -> None:
         known = len(self.users)
         for user in users:
             self.users.setdefault(user, len(self.users) + 1)
         if len(self.users) > known:
-            self._take(self._state())
+            self._load(self._state())
 
-    def _take(self, state: dict[str, Tensor]) -> None:
-        """Load the weights of a model with as many users and items or fewer; the rest get fresh rows."""
+    def _load(self, state: dict[str, Tensor]) -> None:
+        """Load the weights of a model with at most as many users and items; new rows are initialized."""
         from torch import no_grad
 
-        towers = self._fresh(len(self.users))
+        towers = self._initialized(len(self.users))
         with no_grad():
             for name, tensor in towers.state_dict().items():
                 rows = state[name].to(tensor.device)
@@ -118,11 +116,11 @@ class TwoTower(Network):
         self.network = towers.eval()
 
     def _state(self) -> dict[str, Tensor]:
-        """Without the padding row, which follows the last item."""
+        """The weights without the padding row, whose index depends on the size of the catalog."""
         state = self.network.state_dict()
         return {**state, "history.weight": state["history.weight"][:-1]}
 
-    def _fresh(self, users: int) -> Towers:
+    def _initialized(self, users: int) -> Towers:
         from peso.baselines.networks import Towers, seeded
 
         def make() -> Towers:
@@ -141,7 +139,7 @@ class TwoTower(Network):
 
 
 class Examples:
-    """Every training target with the items before it, extracted on demand."""
+    """The training targets with the items before them; padded rows are made on demand."""
 
     def __init__(self, sequences: Sequence[TargetSequence], window: int, padding: int) -> None:
         self.window, self.padding = window, padding
@@ -162,7 +160,7 @@ class Examples:
         return len(self.place)
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Number of the sequence (n,), padded history (n, window), target (n,), all int64."""
+        """Sequence index (n,), padded history (n, window) and target (n,) of these examples, all int64."""
         places = self.place[numbers][:, None] + np.arange(-self.window, 0)
         inside = places >= self.start[numbers][:, None]
         histories = np.where(inside, self.values[np.maximum(places, 0)], self.padding)

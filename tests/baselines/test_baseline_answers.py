@@ -20,7 +20,6 @@ from peso.baselines.hybrid import (
     Hybrid,
     best_weights,
     mean_ndcg,
-    once,
     pool,
     pooled,
     stacked,
@@ -141,7 +140,7 @@ def test_equal_candidates_come_in_the_order_of_their_ids() -> None:
 
 def test_candidates_named_twice_stand_once() -> None:
     first, second = (some_candidates(seed) for seed in (0, 1))
-    both = once(
+    both = distinct(
         np.concatenate([first.leaves, second.leaves], axis=1), np.concatenate([first.of, second.of], 2)
     )
     for row in range(len(both.leaves)):

@@ -324,5 +324,5 @@ def test_a_catalogue_that_grew_keeps_what_was_learnt(make: Callable[..., Baselin
 
 
 def test_heads_that_do_not_share_the_width_are_refused() -> None:
-    with pytest.raises(ConfigError, match="width 16 cannot be shared by 3 heads"):
+    with pytest.raises(ConfigError, match="width 16 is not a multiple of heads 3"):
         sasrec(heads=3)

@@ -54,7 +54,7 @@ def test_held_back_events_cannot_change_the_list(current: list[list[int]], data:
 
 def test_log_probabilities_are_smoothed_frequencies_of_semantic_ids() -> None:
     popularity = Popularity(Setting(IDS.trie, window=1))
-    popularity.weights = popularity.added + np.array([3, 2, 1, 2, 0])
+    popularity.weights = popularity.smoothing + np.array([3, 2, 1, 2, 0])
     p, same = np.exp(BaselineAnswers(popularity, IDS.trie).log_probabilities(STAGES[1].test_cases(1)))
     np.testing.assert_array_equal(p, same)
     np.testing.assert_allclose(p, np.array([4, 4, 3, 1]) / 12)

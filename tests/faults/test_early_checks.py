@@ -74,7 +74,7 @@ def _a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("training={epochs: 1000000}", r"training\.epochs 1,000,000: at most 100,000"),
         ("training={later: {epochs: 1000000}}", r"training\.epochs 1,000,000: at most 100,000"),
         ("baselines=[{name: two-tower, epochs: 1000000}]", "100000"),
-        ("baselines=[{name: sasrec, heads: 3}]", "cannot be shared by 3 heads"),
+        ("baselines=[{name: sasrec, heads: 3}]", "is not a multiple of heads 3"),
         ("baselines=[{name: hybrid, candidates: 1000000}]", "candidates.*500"),
         ("items.rq_vae.steps=1000000", "steps.*100000"),
         ("strategy={name: custom, module: no.such.Class}", "there is no module 'no'"),
@@ -169,7 +169,7 @@ def test_what_the_log_is_too_small_or_too_large_for_is_refused_before_semantic_i
         ("strategy={name: custom, module: os.system}", "not a subclass"),
         (
             "strategy={name: custom, module: peso.training.strategies.peso.Peso, arguments: {x: 1}}",
-            "cannot be made",
+            "cannot be created",
         ),
         (
             "strategy={name: custom, module: peso.training.strategies.peso.Peso, arguments: {proximal: l3}}",
