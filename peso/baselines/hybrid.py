@@ -56,7 +56,7 @@ class Hybrid(Fusion):
         candidates: int = Field(50, ge=1, le=MOST_BEAMS, description="semantic IDs that each model proposes")
         weight: float | list[float] | None = Field(
             None,
-            description="weight of the partner's log-probability; for several partners a list in their order; "
+            description="weight of the partner's log-probability; several partners: a list in their order; "
             "default: tuned on validation",
         )
         # parsed by _read, not by type: a hybrid is itself a baseline, so a schema of all keys would be
@@ -64,7 +64,7 @@ class Hybrid(Fusion):
         partners: list[SerializeAsAny[BaselineOptions]] = Field(
             [TwoTower.Options(name=TwoTower.name)],
             min_length=1,
-            description="baselines to combine with the model, as under `baselines`; default: two-tower",
+            description="baselines to combine with the model, as under `baselines` (default: two-tower)",
         )
 
         @model_validator(mode="before")

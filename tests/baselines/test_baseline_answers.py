@@ -19,6 +19,7 @@ from peso.baselines.hybrid import (
     Candidates,
     Hybrid,
     best_weights,
+    distinct,
     mean_ndcg,
     pool,
     pooled,

@@ -219,7 +219,7 @@ def test_a_log_that_lost_lines_is_an_error(tmp_path: Path) -> None:
     with TrainingLog(path, keep=kept) as log:
         log.write(step=3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
-    with pytest.raises(TrainingError, match="cut or removed"):
+    with pytest.raises(TrainingError, match="truncated or removed"):
         TrainingLog(path, keep=1000)
 
 
