@@ -47,7 +47,8 @@ def ingest(
         typer.Option(
             "--format",
             help=f"{', '.join(FORMATS)}. "
-            "Default: by the extension of the file, or of the files in the directory.",
+            "Default: a published data set that its files show, which is then named; else by the extension "
+            "of the file, or of the files in the directory.",
         ),
     ] = None,
     workspace: Annotated[
@@ -87,7 +88,7 @@ def ingest(
     """
 
     from peso.config import load_config
-    from peso.events.sources.files import format_of
+    from peso.events.sources import format_at
     from peso.runs import pipeline
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
@@ -111,7 +112,11 @@ def ingest(
             if is_config:
                 config = load_config(str(source), overrides)
             else:
-                data = {"format": data_format or format_of(source or ""), "path": source}
+                named = any(text.startswith("data.columns") for text in overrides)
+                data = {
+                    "format": data_format or format_at(source or "", Terminal(), columns_given=named),
+                    "path": source,
+                }
                 config = load_config({"data": data}, overrides, base=Path())
             name = Path(source or "simulated").resolve()
             root = workspace or Path("runs") / (name.stem if is_config else name.name)
@@ -258,8 +263,9 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
         read: the manifest's entry for the log that was just read.
     """
     if "funnel" in read:
-        when = read["time"]
-        title = f"times read as {when['recognised']}: {when['from']} to {when['until']}"
+        title = "no times: events in the order of the files"
+        if when := read.get("time"):
+            title = f"times read as {when['recognised']}: {when['from']} to {when['until']}"
         left_out = [
             f"{read[key]:,} {words}"
             for key, words in (("skipped", "unreadable rows"), ("older", "events older than the stream"))

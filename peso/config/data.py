@@ -57,6 +57,10 @@ def _types(value: Any) -> Any:
     return scalars
 
 
+def _quote(value: Any) -> Any:
+    return "" if value in (None, "none") else value
+
+
 Moment = Annotated[int | float | str, BeforeValidator(_moment)]
 Column = Annotated[int | str, BeforeValidator(_column)]
 Separator = Annotated[
@@ -154,6 +158,10 @@ class ColumnsConfig(Section):
     item: Column = Field("item", description="the item's id")
     time: Column = Field("time", description="the time of the event")
     rating: Column | None = Field(None, description="the rating; needed only for min_rating")
+    # like `events`, not written if it is the default
+    history: Column | None = Field(
+        None, exclude_if=partial(eq, None), description="sequences only: the list of items before `item`"
+    )
 
 
 class EventsConfig(Section):
@@ -210,15 +218,17 @@ class DataConfig(Section):
     )
     encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="csv only")
     # like `events`, not written if it is the default, because earlier versions do not have this key
-    quote: Literal['"', "'", ""] = Field(
-        '"', exclude_if=partial(eq, '"'), description="csv only; '' if quotes are part of the text"
+    quote: Annotated[Literal['"', "'", ""], BeforeValidator(_quote)] = Field(
+        '"', exclude_if=partial(eq, '"'), description="csv only; none: quotes are part of the text"
     )
     time_format: str = Field(
         "auto", description="auto, seconds, milliseconds, microseconds, iso, or a pattern such as %d/%m/%Y"
     )
-    items: ItemTableConfig | None = Field(None, description="csv, parquet and jsonl: the product table")
+    items: ItemTableConfig | None = Field(
+        None, description="the product table, instead of that of the data set"
+    )
     events: EventsConfig | None = Field(
-        None, exclude_if=not_, description="csv, parquet and jsonl: the types of events that are used"
+        None, exclude_if=not_, description="the types of events that are used; by default, all"
     )
     min_rating: float | None = Field(None, description="leave out events with a lower rating")
     repeats: Literal["keep", "drop"] = Field(
@@ -243,19 +253,29 @@ class DataConfig(Section):
         if self.format != "simulate" and self.path is None:
             raise ValueError(f"data.path is required for data.format: {self.format}")
         own = self.format in get_args(LogFormat)
-        unused = (
-            {"columns", "separator", "encoding", "quote", "time_format", "items", "events"}
-            if not own
-            else set()
-        )
+        unused = set() if own else {"columns", "separator", "encoding", "quote", "time_format"}
         if own and self.format != "csv":
             unused |= {"separator", "encoding", "quote"}
         if self.format in STREAMS:
-            unused |= {"min_rating", "repeats", "min_user", "min_item", "stages", "on_error"}
+            unused |= {
+                "items",
+                "events",
+                "min_rating",
+                "repeats",
+                "min_user",
+                "min_item",
+                "stages",
+                "on_error",
+            }
         fields = type(self).model_fields
+        given = {name for name in unused if getattr(self, name) != fields[name].default}
+        if given and not own and self.format not in STREAMS:
+            given -= DATA_SETS.find(self.format).takes
         for name in fields:
-            if name in unused and getattr(self, name) != fields[name].default:
+            if name in given:
                 raise ValueError(f"data.{name} has no meaning for data.format: {self.format}; remove it")
+        if own and self.columns.history is not None:
+            raise ValueError("data.columns.history has a meaning only for data.format: sequences; remove it")
         if self.min_rating is not None and own and self.columns.rating is None:
             raise ValueError("data.min_rating needs data.columns.rating, the column of the ratings")
         if self.time_format not in TIME_FORMATS and "%" not in self.time_format:

@@ -71,7 +71,7 @@ def extend_stream(
     Raises:
         DataError: there are events older than the last event of the stream (with ``on_error: skip`` they are
             left out and counted), the stream has no times, or :func:`peso.events.ingest.ingest` would refuse
-            the data.
+            the data, or the data have no times.
         WorkspaceError: the earlier stream is damaged, or the disk is full.
     """
     observer = observer or Silent()
@@ -91,6 +91,11 @@ def extend_stream(
     with temporary_database(directory) as connection:
         keeps_rare = source is None
         source = source or open_source(data)
+        if not source.log.timed:
+            raise DataError(
+                f"{data.path} has no times, so its events cannot be placed after those of the stream; append "
+                "a log with times"
+            )
         observer.begin(f"reading {data.path}", 0, "")
         loaded = load(connection, source.log, skip, data.min_rating is not None)
         loaded.tell(observer)

@@ -38,9 +38,9 @@ def ingest(
 
     Returns:
         The manifest. For a log it contains, in addition to the keys of every stream: ``source``; ``time``
-        (the recognized format, the first and the last event); ``funnel`` (events, users and items left after
-        each cleaning step); ``skipped`` (unreadable rows); ``boundaries`` (where the stages were cut, if by
-        time); and ``split``, unless it is the natural one.
+        (the recognized format, the first and the last event; missing if the log has no times); ``funnel``
+        (events, users and items left after each cleaning step); ``skipped`` (unreadable rows); ``boundaries``
+        (where the stages were cut, if by time); and ``split``, unless it is the natural one.
 
     Raises:
         DataError: the data cannot be used; the message names the file, row, column or stage and says what to
@@ -76,6 +76,11 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         observer.begin(f"reading {what}", 0, "")
         loaded = load(connection, opened.log, data.on_error == "skip", data.min_rating is not None)
         loaded.tell(observer)
+        if not opened.log.timed and data.stages.fractions is None:
+            raise DataError(
+                f"{what} has no times, so it cannot be cut by time; set data.stages to a number of stages, "
+                "or to fractions"
+            )
         funnel = Funnel(connection, loaded.rows)
         clean(funnel, opened.log.keep, data.min_rating, data.repeats, data.min_user, data.min_item)
         order_by_time(connection)
@@ -103,7 +108,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         FORMAT,
         {
             "source": source,
-            "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first, "last": last},
+            **loaded.in_manifest(first, last),
             "skipped": loaded.skipped,
             "remarks": loaded.remarks,
             "funnel": funnel.rows,

@@ -23,6 +23,7 @@ from peso.events.sources.tables import ALIKE, BLANKS, MISSING, folded
 from peso.events.times import Clock, iso, recognise, recognise_unit
 from peso.runtime.progress import Observer
 
+UNTIMED = "there are no times: events are in the order of the files"
 SAMPLE = 100  # the number of values from which the format of the times is recognized
 
 
@@ -36,6 +37,7 @@ class Loaded:
         skipped: the number of unreadable rows, which were left out.
         first, last: the times of the first and the last event in microseconds.
         remarks: sentences about suspicious ids.
+        timed: whether the log has times; if not, the events are in the order of the files.
     """
 
     clock: Clock
@@ -44,10 +46,12 @@ class Loaded:
     first: int
     last: int
     remarks: list[str]
+    timed: bool = True
 
     def tell(self, observer: Observer) -> None:
+        times = f"times are {self.clock.stated}: {iso(self.first)} to {iso(self.last)}"
         observer.note(
-            f"times are {self.clock.stated}: {iso(self.first)} to {iso(self.last)}; {self.rows:,} rows, "
+            f"{times if self.timed else UNTIMED}; {self.rows:,} rows, "
             f"{self.skipped:,} of them unreadable and left out"
         )
         for remark in self.remarks:
@@ -57,6 +61,16 @@ class Loaded:
     def stated(self) -> dict[str, Any]:
         """The times for the manifest."""
         return {"recognised": self.clock.stated, "from": iso(self.first), "until": iso(self.last)}
+
+    def in_manifest(self, first: int, last: int) -> dict[str, Any]:
+        """The entry ``time`` of a manifest; nothing if there are no times.
+
+        Args:
+            first, last: the times of the first and the last event that were kept, in microseconds.
+        """
+        if not self.timed:
+            return {}
+        return {"time": {**self.stated, "unit": self.clock.unit, "first": first, "last": last}}
 
 
 def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bool = False) -> Loaded:
@@ -107,7 +121,7 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
     first, last = connection.execute("SELECT min(time), max(time) FROM events").fetchall()[0]
     remarks = [*reading.remarks, *_remarks_on_ids(connection, log), *_remarks_on_types(connection, log)]
     left_out = reading.left_out
-    return Loaded(clock, rows + left_out, unread + left_out, first, last, remarks)
+    return Loaded(clock, rows + left_out, unread + left_out, first, last, remarks, log.timed)
 
 
 def _fields(reading: Reading, log: Log, clock: Clock, rating: bool) -> list[str]:

@@ -11,12 +11,13 @@ from typing import Any, get_args
 import yaml
 
 from peso.config import Config, load_config
-from peso.config.data import DATA_SETS, STREAMS, LogFormat
+from peso.config.data import STREAMS, LogFormat
 from peso.config.reading import override
 from peso.config.recipe import from_scratch
 from peso.errors import DataError, UntrainableStage
 from peso.events.ingest import ingest
-from peso.events.sources.files import format_of, kind_of
+from peso.events.sources import format_at
+from peso.events.sources.files import kind_of
 from peso.events.sources.guess import Sampled, examples, guess_items, guess_log, guess_time, kinds, sample
 from peso.runs.checks import check_configuration
 from peso.runtime.progress import Observer
@@ -78,7 +79,7 @@ def first_config(
         DataError: no file there, a column that cannot be guessed, or data that cannot be ingested.
         ConfigError: an unknown format or a wrong override.
     """
-    form = form or _known_set(log) or format_of(log)
+    form = form or format_at(log, observer, columns_given=bool(columns))
     data: dict[str, Any] = {"format": form, "path": _relative(log, target)}
     guessed: list[tuple[str, str, str, str]] = []
     hint = ""
@@ -161,17 +162,6 @@ def _tried(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config
                 raise
             observer.note(f"{stages} stages are too many: {error}")
     raise AssertionError
-
-
-def _known_set(path: str) -> str | None:
-    """The published data set that a folder holds."""
-    for name, known in DATA_SETS.everything().items() if Path(path).is_dir() else ():
-        try:
-            known.open(path)
-        except DataError:
-            continue
-        return name
-    return None
 
 
 def _column(sampled: Sampled, name: str) -> str | int:

@@ -214,3 +214,23 @@ def test_an_interruption_says_how_to_go_on(peso, monkeypatch, config_file, tmp_p
     status, _, err = peso("run", config_file, "-w", tmp_path / "w")
     assert status == 130
     assert "run the same command again to continue" in err
+
+
+def test_a_data_set_is_recognized_named_and_can_be_overridden(peso, tmp_path):
+    rows = [f"u{k % 3}\ti{k % 4}\t{1_600_000_000 + k}\n" for k in range(36)]
+    data = tmp_path / "shop"
+    data.mkdir()
+    (data / "shop.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + "".join(rows))
+    status, _, err = peso("ingest", data, "--set", "data.stages=2", "-w", tmp_path / "a")
+    assert status == 0
+    assert "format: recbole, recognized from the files of" in err
+    assert "--format FORMAT overrides it" in err
+    named = [
+        f"data.columns.{key}={name}"
+        for key, name in (("user", "user_id:token"), ("item", "item_id:token"), ("time", "timestamp:float"))
+    ]
+    own = [part for text in [*named, "data.separator=\\t", "data.stages=2"] for part in ("--set", text)]
+    status, _, err = peso("ingest", data, "--format", "csv", *own, "-w", tmp_path / "b")
+    assert (status, "recognized from" in err) == (0, False)
+    status, out, _ = peso("ingest", data, "--set", "data.stages=2", "-w", tmp_path / "c", "--json")
+    assert json.loads(out)["source"]["format"] == "recbole"

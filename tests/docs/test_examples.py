@@ -178,11 +178,11 @@ def last_items(page: Any) -> None:
     assert np.argsort(-scores).tolist() == [1, 0, 3, 2]
 
 
-def steam(page: Any) -> None:
+def arcade(page: Any) -> None:
     rows = [f"u{n % 2},g{n % 4},2024-01-{n + 1:02},{n}" for n in range(25)]
     Path("reviews.csv").write_text("\n".join(["user,game,date,hours", *rows]))
     Path("games.tsv").write_text("".join(f"g{n}\tGame {n}\tfun\n" for n in range(4)))
-    data = peso.load_config({"data": {"format": "steam", "path": ".", "min_rating": 1, "stages": 2}}).data
+    data = peso.load_config({"data": {"format": "arcade", "path": ".", "min_rating": 1, "stages": 2}}).data
     from peso.events.ingest import ingest
 
     Path("stream").mkdir()
@@ -207,7 +207,7 @@ def log_cosh(page: Any) -> None:
 CHECKS: dict[str, Callable[[Any], None]] = {
     "docs/how-to/add-a-strategy.md": back_to_base,
     "docs/how-to/add-a-baseline.md": last_items,
-    "docs/how-to/add-a-data-set.md": steam,
+    "docs/how-to/add-a-data-set.md": arcade,
     "docs/how-to/add-a-report-section.md": gap,
     "docs/how-to/use-a-proximal-term.md": log_cosh,
 }

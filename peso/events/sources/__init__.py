@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 from peso.config import DataConfig
 from peso.config.data import DATA_SETS, LogFormat
-from peso.errors import ConfigError
+from peso.errors import ConfigError, DataError
+from peso.events.sources.files import format_of
 from peso.events.sources.tables import ItemTable, Log, Source
-from peso.events.sources.user_files import own_source
+from peso.events.sources.user_files import own_items, own_source
+from peso.runtime.progress import Observer
 
-__all__ = ["ItemTable", "Log", "Source", "open_source"]
+__all__ = ["ItemTable", "Log", "Source", "format_at", "open_source", "recognized"]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -23,10 +28,59 @@ def open_source(data: DataConfig) -> Source:
     if data.format in get_args(LogFormat):
         return own_source(data)
     data_set = DATA_SETS.find(data.format)
-    source = data_set.open(str(data.path))
+    source = data_set.read(data)
     if not isinstance(source, Source):
         raise ConfigError(
             f"data.format {data.format!r}: {data_set.__module__}.{data_set.__qualname__}.open gave "
             f"{type(source).__name__}, not a Source; correct that class"
         )
-    return source
+    if data.min_rating is not None and source.log.rating is None:
+        raise ConfigError(f"data.min_rating: {data.format} has no ratings; remove it")
+    if data.items is not None:
+        source = replace(source, items=own_items(data))
+    if data.events is None:
+        return source
+    source.log.table.require(str(data.events.column), "data.events.column")
+    return replace(
+        source, log=replace(source.log, kind=str(data.events.column), keep=tuple(data.events.keep))
+    )
+
+
+def format_at(path: str, observer: Observer, columns_given: bool = False) -> str:
+    """The ``data.format`` of a path: a published data set by its files, else by the extension of the files.
+
+    Args:
+        path: a file or a folder.
+        observer: receives a note that names a data set that was recognized.
+        columns_given: whether the user names columns, so that the files are the user's own.
+
+    Raises:
+        ConfigError: the format cannot be recognized.
+        DataError: the file is of a format that cannot be read.
+    """
+    if not columns_given and (name := recognized(path)):
+        observer.note(f"format: {name}, recognized from the files of {path}; --format FORMAT overrides it")
+        return name
+    return format_of(path)
+
+
+def recognized(path: str) -> str | None:
+    """The name of the published data set at a path, by its files; None if it is none that is known.
+
+    A built-in data set must have one of its ``signs``, so that no other folder is opened.
+    """
+    for name, known in DATA_SETS.everything().items() if Path(path).exists() else ():
+        whole = Path(path).is_dir() if known.signs is None else any(_has(Path(path), s) for s in known.signs)
+        if not whole:
+            continue
+        with suppress(DataError):
+            known.open(path)
+            return name
+    return None
+
+
+def _has(path: Path, sign: str) -> bool:
+    """Whether a file has a name, gzipped or not, or a folder has a file of that name."""
+    if path.is_dir():
+        return any(any(path.glob(pattern)) for pattern in (sign, f"{sign}.gz"))
+    return any(path.match(pattern) for pattern in (sign, f"{sign}.gz"))

@@ -4,6 +4,9 @@ Published at https://amazon-reviews-2023.github.io:
 
 Video_Games.jsonl.gz, meta_Video_Games.jsonl.gz          reviews (times in milliseconds) and products
 Video_Games.csv.gz: user_id,parent_asin,rating,timestamp the rating-only logs, 0-core and 5-core
+
+or on the hub: raw/review_categories/Video_Games.jsonl, benchmark/5core/rating_only/Video_Games.csv, and
+raw/meta_categories/meta_Video_Games.jsonl or raw_meta_Video_Games/full-*.parquet.
 """
 
 from __future__ import annotations
@@ -12,7 +15,18 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.sources.files import bare_suffix, first_of, require_content
-from peso.events.sources.tables import PATH, DataSet, ItemTable, Log, Source, csv_table, jsonl_table, plain
+from peso.events.sources.lines import first_object
+from peso.events.sources.tables import (
+    PATH,
+    DataSet,
+    ItemTable,
+    Log,
+    Source,
+    csv_table,
+    jsonl_table,
+    parquet_table,
+    plain,
+)
 
 USER, ITEM, TIME, RATING = "user_id", "parent_asin", "timestamp", "rating"
 
@@ -21,12 +35,15 @@ class Amazon2023(DataSet):
     """Amazon Reviews 2023."""
 
     name = "amazon-2023"
+    signs = ("meta_*.jsonl", "*.csv", "*.jsonl")
 
     @staticmethod
     def open(path: str) -> Source:
         """Open the reviews at ``path``, a file or a folder with one file of reviews.
 
-        The metadata are in the same folder, in a file whose name begins with ``meta_``.
+        The metadata are in the same folder, in a file whose name begins with ``meta_``, or where the hub has
+        them: in ``raw/meta_categories/`` or ``raw_meta_NAME/``, beside ``raw/review_categories/`` or
+        ``benchmark/``.
 
         Raises:
             DataError: there is no review file, there are several, or the published columns are missing.
@@ -36,12 +53,30 @@ class Amazon2023(DataSet):
         if bare_suffix(log_file) == ".csv":
             table = csv_table([log_file], ",", header=True)
         else:
+            if ITEM not in (first_object(log_file) or {ITEM}):  # without reading the whole file
+                raise DataError(
+                    f"{log_file} has no {ITEM!r} in its first line; set data.format to jsonl, with "
+                    "data.columns"
+                )
             table = jsonl_table([log_file], [USER, ITEM, TIME, RATING])
         for column in (USER, ITEM, TIME, RATING):
             table.require(column, "data.format (csv or jsonl with data.columns reads other files)")
         category = log_file.name.split(".")[0]
-        meta = first_of(log_file.parent, f"meta_{category}.jsonl")
+        meta = _meta_files(log_file.absolute().parent, category)
         return Source(Log(table, USER, ITEM, TIME, RATING), _items(meta) if meta else None)
+
+
+def _meta_files(folder: Path, category: str) -> list[Path]:
+    """The metadata beside the reviews, or in the folders of the hub's layout above them."""
+    name = f"meta_{category}.jsonl"
+    if found := first_of(folder, name):
+        return [found]
+    for above in folder.parents[:3]:  # benchmark/5core/rating_only is three levels below
+        if found := first_of(above, f"raw/meta_categories/{name}", f"meta_categories/{name}"):
+            return [found]
+        if parts := sorted(above.glob(f"raw_meta_{category}/*.parquet")):
+            return parts
+    return []
 
 
 def _log_file(path: Path) -> Path:
@@ -58,10 +93,13 @@ def _log_file(path: Path) -> Path:
     return found[0]
 
 
-def _items(file: Path) -> ItemTable:
+def _items(files: list[Path]) -> ItemTable:
     documents = ["title", "features", "description", "categories"]
-    table = jsonl_table([require_content(file)], [ITEM, *documents])
-    table.require(ITEM, "data.format")
+    found = [require_content(file) for file in files]
+    parquet = bare_suffix(files[0]) == ".parquet"
+    table = parquet_table(found) if parquet else jsonl_table(found, [ITEM, *documents])
+    for name in [ITEM, *(documents if parquet else [])]:
+        table.require(name, "data.format")
     return ItemTable(
         table,
         ITEM,

@@ -92,8 +92,7 @@ def format_of(path: str) -> str:
             f"the format of {path} cannot be recognized from its extension (known: {known}); set --format, "
             "for example --format csv"
         )
-    names = [file.name for file in Path(path).iterdir()]
-    if any(".all.block_" in name for name in names):
+    if any(Path(path).glob("*.all.block_*.json")):
         return "peso-release"
     kinds = {kind for file in _shown(Path(path)) if (kind := kind_of(file.name))}
     if len(kinds) == 1:
@@ -186,6 +185,22 @@ def first_of(folder: Path, *names: str) -> Path | None:
             if candidate.is_file():
                 return candidate
     return None
+
+
+def find_named(path: str, name: str) -> list[Path]:
+    """The files of this name, gzipped or not, in a folder or in the folders in it; or the file itself.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    given = Path(path)
+    if not given.is_dir():
+        return [given]
+    folders = [given, *sorted(each for each in given.iterdir() if each.is_dir())]
+    found = [file for folder in folders if (file := first_of(folder, name))]
+    if not found:
+        raise DataError(f"{given} has no {name}; give the folder of the unpacked data set")
+    return found
 
 
 def bare_suffix(file: Path) -> str:

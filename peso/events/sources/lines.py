@@ -6,9 +6,11 @@ ends, other encodings, or unreadable lines, which are reported or counted one by
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import re
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,12 +167,43 @@ def _quoted_record(
         return Unreadable(f"has a missing or misplaced quote: {error} ({first[:80]!r})")
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    """The objects of JSON lines, each with the number of its line."""
+def json_rows(
+    file: Path, read_line: Callable[[str], dict[str, Any] | Unreadable] | None = None
+) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
+    """The objects of JSON lines, each with the number of its line.
+
+    Args:
+        file: the file.
+        read_line: reads a line that is not JSON; None for JSON.
+    """
+    read_line = read_line or _json_object
     with open_text(file, "utf-8") as handle:
         for number, line in _Lines(handle):
             if line.strip():
-                yield number, _not_text(line, "utf-8") or _json_object(line)
+                yield number, _not_text(line, "utf-8") or read_line(line)
+
+
+def first_object(
+    file: Path, read_line: Callable[[str], dict[str, Any] | Unreadable] | None = None
+) -> dict[str, Any] | None:
+    """The object in the first line that is not blank; None if that line cannot be read, or there is none."""
+    for _, row in json_rows(file, read_line):
+        return row if isinstance(row, dict) else None
+    return None
+
+
+def dictionary(line: str) -> dict[str, Any] | Unreadable:
+    """A line that is a Python dictionary of literals, which is evaluated without executing anything."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # a backslash in a text
+            value = ast.literal_eval(line.strip())
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # fails for what JSON cannot hold
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        return Unreadable(f"is neither JSON nor a Python dictionary: {error} ({line[:80]!r})")
+    if not isinstance(value, dict):
+        return Unreadable(f"is not a dictionary ({line[:80]!r})")
+    return value
 
 
 def _json_object(line: str) -> dict[str, Any] | Unreadable:

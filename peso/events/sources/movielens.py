@@ -14,6 +14,7 @@ from pathlib import Path
 from peso.errors import DataError
 from peso.events.database import literal
 from peso.events.sources.files import first_of, is_utf8, require_content
+from peso.events.sources.recbole import RecBole
 from peso.events.sources.tables import LIST, DataSet, FileTable, ItemTable, Log, Source, csv_table
 
 FLAGS_FROM = 6  # the column of the first genre in u.item, counted from 1
@@ -27,6 +28,7 @@ class MovieLens(DataSet):
     """MovieLens, recognized by its files."""
 
     name = "movielens"
+    signs = ("u.data", "ratings.dat", "ratings.csv")
 
     @staticmethod
     def open(path: str) -> Source:
@@ -51,8 +53,8 @@ class MovieLens(DataSet):
                 Log(table, "userId", "movieId", "timestamp", "rating"),
                 _latest(first_of(folder, "movies.csv")),
             )
-        if found := sorted(folder.glob("*.inter")):
-            return _recbole(found[0])
+        if any(folder.glob("*.inter")):
+            return RecBole.open(str(folder))
         raise DataError(
             f"{folder} has none of u.data, ratings.dat, ratings.csv or *.inter; "
             "give the folder of an unpacked MovieLens data set"
@@ -109,32 +111,6 @@ def _pulled(movies: Path) -> ItemTable:
     title, year, genres = (table.require(name, "data.format").sql for name in ("title", "year", "genres"))
     name = f"concat({title}, ' (' || nullif({year}, '') || ')')"
     return ItemTable(table, "item_id", name, category=_genres(genres))
-
-
-def _recbole(log: Path) -> Source:
-    """A data set of RecBole, whose columns have names such as ``user_id:token``."""
-    table = csv_table([require_content(log)], "\t", header=True, quote="")
-    at = {name.partition(":")[0]: name for name in table.columns}
-    for name in ("user_id", "item_id", "timestamp"):
-        table.require(at.get(name, name), "data.format")
-    events = Log(table, at["user_id"], at["item_id"], at["timestamp"], at.get("rating"))
-    file = first_of(log.parent, f"{log.stem}.item")
-    if file is None:
-        return Source(events)
-    items = csv_table([require_content(file)], "\t", header=True, quote="")
-    of = {name.partition(":")[0]: column.sql for name, column in items.columns.items()}
-    genres = of.get("class", of.get("genre"))
-    item = next((name for name in items.columns if name.partition(":")[0] == "item_id"), "item_id")
-    items.require(item, "data.format")
-    return Source(
-        events,
-        ItemTable(
-            items,
-            item,
-            of.get("movie_title", of.get("title", "NULL")),
-            category=f"replace({genres}, ' ', {literal(LIST)})" if genres else "NULL",
-        ),
-    )
 
 
 def _headless(file: Path, separator: str, encoding: str | None = None) -> FileTable:

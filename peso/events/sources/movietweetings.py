@@ -13,6 +13,7 @@ class MovieTweetings(DataSet):
     """A MovieTweetings folder."""
 
     name = "movietweetings"
+    signs = ("ratings.dat",)
 
     @staticmethod
     def open(path: str) -> Source:

@@ -57,12 +57,16 @@ class Reading:
         cure: str = "correct the line, or skip such lines with data.on_error: skip",
     ) -> None:
         self.connection, self.table, self.skip, self.cure = connection, table, skip, cure
+        self._files = table.of or table  # the table as it is in the files
         self.left_out = 0
         self.remarks: list[str] = []
-        place = table.columns[key].sql if table.kind == "csv" and key in table.columns else None
+        plain_csv = table.kind == "csv" and table.of is None
+        place = table.columns[key].sql if plain_csv and key in table.columns else None
         self._watch = Watch(int(place[1:]), swallowed) if place else None
         self._from = table.scan
         self._staged = False
+        if table.arrow is not None:
+            connection.register(table.scan, table.arrow)
         rows = [self._rows(file) for file in table.files]
         self.rows_of_files = [count or 0 for count in rows]
         if None in rows:
@@ -72,8 +76,10 @@ class Reading:
         """Run ``CREATE TABLE name AS SELECT fields`` and return the number of rows."""
 
         def create(relation: str) -> int:
-            self.connection.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT {fields} FROM {relation}")
-            return scalar(self.connection, f"SELECT count(*) FROM {name}")
+            self.connection.execute(
+                f"CREATE OR REPLACE TABLE {name} AS SELECT {fields} FROM {self._shaped(relation)}"
+            )
+            return scalar(self.connection, f"SELECT count(*) FROM {relation if self.table.of else name}")
 
         rows = self._attempt(create)
         if not self._staged and rows != sum(self.rows_of_files):
@@ -84,12 +90,14 @@ class Reading:
                 f"{self.table.files[0]} has {sum(self.rows_of_files):,} rows, but {rows:,} were read; "
                 "create the file again, if possible as Parquet"
             )
-        return rows
+        return scalar(self.connection, f"SELECT count(*) FROM {name}") if self.table.of else rows
 
     def select(self, fields: str, further: str = "") -> list[tuple[Any, ...]]:
         """Rows of the table. ``further`` is the rest of the SQL statement: WHERE, LIMIT and so on."""
         return self._attempt(
-            lambda relation: self.connection.execute(f"SELECT {fields} FROM {relation} {further}").fetchall()
+            lambda relation: self.connection.execute(
+                f"SELECT {fields} FROM {self._shaped(relation)} {further}"
+            ).fetchall()
         )
 
     def id(self, name: str, key: str) -> str:
@@ -127,17 +135,30 @@ class Reading:
 
     def place(self, row: int) -> tuple[Path, int]:
         """The file, and the row in it counted from 1, of a row of the table counted from 0."""
+        if self.table.of:
+            row = int(self.select("row_of_files", f"LIMIT 1 OFFSET {row}")[0][0]) - 1
         for file, rows in zip(self.table.files, self.rows_of_files, strict=True):
             if row < rows:
                 return file, row + 1
             row -= rows
         raise IndexError(row)
 
+    def _shaped(self, relation: str) -> str:
+        """The table as a relation, from that with the rows of the files."""
+        if not self.table.of:
+            return relation
+        numbered = f"(SELECT *, row_number() OVER () AS row_of_files FROM {relation})"
+        return f"({self.table.shape.replace('{rows}', numbered)})"
+
     def _rows(self, file: Path) -> int | None:
         if self.table.kind == "parquet":
             return int(pq.ParquetFile(file).metadata.num_rows)
+        if self.table.kind == "arrow":
+            return int(pa.ipc.open_stream(pa.memory_map(str(file))).read_all().num_rows)
+        if self.table.read_line:
+            return None
         plain_name = file.suffix != ".GZ" and file.suffix.lower() != ".zst"  # DuckDB depends on the extension
-        keys = [*self.table.columns] if self.table.kind == "jsonl" else []
+        keys = [*self._files.columns] if self.table.kind == "jsonl" else []
         return count_plain_rows(file, self.table.dialect, keys) if plain_name else None
 
     def _attempt(self, query: Callable[[str], T]) -> T:
@@ -149,7 +170,7 @@ class Reading:
         except duckdb.Error as error:
             if self._staged or "No space left" in str(error):
                 raise
-            if self.table.kind == "parquet":
+            if self.table.kind in ("parquet", "arrow"):
                 raise DataError(
                     f"{self.table.files[0]}{' or another file' * (len(self.table.files) > 1)} is damaged "
                     f"({str(error).splitlines()[0]}); download or create it again"
@@ -182,12 +203,14 @@ class Reading:
     def _readable(self, file: Path) -> Iterator[Sequence[str | None]]:
         rows: Iterator[tuple[int, Any]]
         if self.table.dialect is None:
-            rows = json_rows(file)
+            rows = json_rows(file, self.table.read_line)
         else:
             rows = delimited_rows(file, self.table.dialect, self.table.width, self._watch)
         for number, row in rows:
             if not isinstance(row, Unreadable):
-                yield row if isinstance(row, list) else [_json_text(row, name) for name in self.table.columns]
+                yield (
+                    row if isinstance(row, list) else [_json_text(row, name) for name in self._files.columns]
+                )
             elif self.skip:
                 self.left_out += 1
             else:

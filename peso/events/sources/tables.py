@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +14,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from peso.config.data import DATA_SETS
+from peso.config.data import DATA_SETS, DataConfig
 from peso.errors import DataError
 from peso.events.database import identifier, literal
 from peso.events.sources.files import first_fields, open_text, require_parquet, require_same, require_text
-from peso.events.sources.lines import LONGEST, Dialect, json_rows
+from peso.events.sources.lines import LONGEST, Dialect, Unreadable, dictionary, first_object, json_rows
 
 # SQL: characters that are not an id by themselves: blanks and zero-width characters
 BLANKS = literal(
@@ -80,13 +80,17 @@ class FileTable:
     """Files with the same columns, read as one table.
 
     Attributes:
-        kind: ``csv``, ``jsonl`` or ``parquet``.
+        kind: ``csv``, ``jsonl``, ``parquet`` or ``arrow``.
         files: the files.
         columns: the columns by the name that they have in the files.
         width: the number of columns, including those without a name.
         scan: the FROM clause that uses DuckDB's reader.
         dialect: the format of delimited text; None for others.
         twice: names that several columns have.
+        read_line: reads a line of ``jsonl`` that is not JSON, such as a Python dictionary.
+        arrow: the rows of ``arrow``, which a reader registers under the name in ``scan``.
+        of: the table of the files, if this one is made from its rows (:func:`reshaped`).
+        shape: the SQL that makes the rows; ``{rows}`` is the table of the files with the number of the row.
     """
 
     kind: str
@@ -96,6 +100,10 @@ class FileTable:
     scan: str
     dialect: Dialect | None = None
     twice: frozenset[str] = frozenset()
+    read_line: Callable[[str], dict[str, Any] | Unreadable] | None = None
+    arrow: pa.Table | None = None
+    of: FileTable | None = None
+    shape: str = ""
 
     def require(self, name: str, key: str) -> Column:
         """The column with this name.
@@ -109,9 +117,9 @@ class FileTable:
         """
         if name in self.twice:
             raise DataError(f"{self.files[0]} has two columns with the name {name!r}; rename one of them")
-        if name in self.columns and (self.kind != "jsonl" or self._occurs(name)):
+        if name in self.columns and (self.kind != "jsonl" or self.of or self._occurs(name)):
             return self.columns[name]
-        names = _json_keys(self.files) if self.kind == "jsonl" else [*self.columns]
+        names = _json_keys(self.files, self.read_line) if self.kind == "jsonl" else [*self.columns]
         if self.kind == "csv" and names and names[0].startswith(("{", "[")):
             raise DataError(
                 f"{self.files[0]} looks like JSON, not like delimited text; write one object per line, and "
@@ -142,6 +150,8 @@ class FileTable:
         return column.text
 
     def _occurs(self, name: str) -> bool:
+        if self.read_line:
+            return name in _json_keys(self.files, self.read_line)
         # broken lines are null here; they are handled when the table is read
         rows = duckdb.execute(
             f"SELECT 1 FROM {_json_objects(self.files)} WHERE json_exists(json, {_pointer(name)}) LIMIT 1"
@@ -221,6 +231,31 @@ def jsonl_table(files: Sequence[Path], wanted: Sequence[str] | None = None) -> F
     )
 
 
+def dictionary_table(files: Sequence[Path], wanted: Sequence[str]) -> FileTable:
+    """A table of lines that are JSON objects or Python dictionaries, as the first line of the first file is.
+
+    Dictionaries are read as literals: nothing in them is executed.
+
+    Raises:
+        DataError: as for :func:`jsonl_table`.
+    """
+    table = jsonl_table(files, wanted)
+    return table if first_object(files[0]) is not None else replace(table, read_line=dictionary)
+
+
+def reshaped(table: FileTable, shape: str, columns: Mapping[str, str]) -> FileTable:
+    """A table whose rows are made from those of another one, such as one row for each item of a list.
+
+    Args:
+        table: the table of the files.
+        shape: a SELECT from ``{rows}``, which has the columns of ``table`` and ``row_of_files``, the number
+            of the row. It must return this number too, and its rows in an order that depends on nothing else.
+        columns: the names of the other columns that it returns, with their DuckDB types.
+    """
+    made = {name: Column(identifier(name), kind) for name, kind in columns.items()}
+    return replace(table, columns=made, twice=frozenset(), of=table, shape=shape)
+
+
 def parquet_table(files: Sequence[Path]) -> FileTable:
     """A table of Parquet files. Columns keep their types, unless types differ between files; then they become
     text.
@@ -289,8 +324,10 @@ def _json_objects(files: Sequence[Path], ignore_errors: bool = True) -> str:
     )
 
 
-def _json_keys(files: Sequence[Path]) -> list[str]:
-    """Every key that occurs in the objects."""
+def _json_keys(files: Sequence[Path], read_line: Callable[[str], Any] | None = None) -> list[str]:
+    """Every key that occurs in the objects; with ``read_line``, in the first one of each file."""
+    if read_line:
+        return sorted({key for file in files for key in first_object(file, read_line) or ()})
     keys = duckdb.execute(
         f"SELECT DISTINCT unnest(json_keys(json)) FROM {_json_objects(files)} "
         "WHERE json_type(json) = 'OBJECT'"
@@ -324,7 +361,8 @@ class Log:
     """Events: a table and the names of its columns.
 
     ``time_format`` is as in the configuration. ``kind`` is the column of the event types, and ``keep`` has
-    the types that count; it is empty if all do.
+    the types that count; it is empty if all do. Without ``timed``, the files have no times, and the column
+    ``time`` has numbers that only give the order of the events.
     """
 
     table: FileTable
@@ -335,6 +373,7 @@ class Log:
     time_format: str = "auto"
     kind: str | None = None
     keep: tuple[str, ...] = ()
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -362,9 +401,18 @@ class DataSet(ABC):
 
     To add one, write a file with a subclass that has a ``name``, which becomes a value of ``data.format``,
     and a method ``open``.
+
+    Attributes:
+        signs: patterns of file names, such as ``*.inter`` or ``raw/*.jsonl``. A file of such a name, or a
+            folder with one, is taken for this data set where no format is given and ``open`` succeeds. None:
+            any folder that ``open`` accepts. Empty: nothing is taken for it.
+        takes: the further settings of the section `data` that have a meaning for this data set, which then
+            reads them in ``read``.
     """
 
     name: ClassVar[str] = ""
+    signs: ClassVar[tuple[str, ...] | None] = None
+    takes: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -379,6 +427,15 @@ class DataSet(ABC):
         Raises:
             DataError: a file or a column is missing, or a file is empty.
         """
+
+    @classmethod
+    def read(cls, data: DataConfig) -> Source:
+        """The source that a configuration names: ``open``, unless there are settings of its own (``takes``).
+
+        Raises:
+            DataError: as for ``open``.
+        """
+        return cls.open(str(data.path))
 
 
 def plain(table: FileTable, *names: str, join: str = "\n") -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from peso.config import DataConfig
+from peso.config.data import LogFormat
 from peso.errors import ConfigError
 from peso.events.sources.files import bare_suffix, find_files, kind_of
 from peso.events.sources.tables import (
@@ -35,6 +37,12 @@ def own_source(data: DataConfig) -> Source:
     events = data.events
     asked = [*names.values(), *([events.column] if events else [])]
     table = _table(data, str(data.path), data.format, data.separator, asked, "data.path")
+    return Source(log_of(table, data), own_items(data) if data.items else None)
+
+
+def log_of(table: FileTable, data: DataConfig) -> Log:
+    """The log in a table, with the columns that the configuration names. Raises as :func:`own_source`."""
+    names = {key: value for key, value in data.columns if value is not None}
     for key, value in names.items():
         table.require(str(value), f"data.columns.{key}")
     user, item, time = (str(names[key]) for key in ("user", "item", "time"))
@@ -44,10 +52,10 @@ def own_source(data: DataConfig) -> Source:
         )
     rating = str(names["rating"]) if "rating" in names else None
     log = Log(table, user, item, time, rating, data.time_format)
-    if events:
-        table.require(str(events.column), "data.events.column")
-        log = replace(log, kind=str(events.column), keep=tuple(events.keep))
-    return Source(log, own_items(data) if data.items else None)
+    if data.events:
+        table.require(str(data.events.column), "data.events.column")
+        log = replace(log, kind=str(data.events.column), keep=tuple(data.events.keep))
+    return log
 
 
 def own_items(data: DataConfig) -> ItemTable:
@@ -55,6 +63,10 @@ def own_items(data: DataConfig) -> ItemTable:
     assert data.items is not None
     given = data.items
     kind = given.format or kind_of(given.path) or data.format
+    if kind not in get_args(LogFormat):
+        raise ConfigError(
+            f"the format of {given.path} cannot be recognized from its extension; set data.items.format"
+        )
     fields: dict[str, list[str | int]] = {
         "title": [given.columns.title] if given.columns.title is not None else [],
         "text": list(given.columns.text),

@@ -16,6 +16,7 @@ class Yelp(DataSet):
     """The Yelp open data set."""
 
     name = "yelp"
+    signs = ("yelp_academic_dataset_review.json",)
 
     @staticmethod
     def open(path: str) -> Source:

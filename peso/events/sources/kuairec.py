@@ -1,0 +1,50 @@
+"""KuaiRec: big_matrix.csv or small_matrix.csv, and the captions and categories of the videos.
+
+user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio     big_matrix.csv
+video_id,manual_cover_text,caption,topic_tag,first_level_category_id,…            kuairec_caption_category.csv
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peso.events.sources.files import find_named, first_of, require_content
+from peso.events.sources.tables import PATH, DataSet, ItemTable, Log, Source, csv_table, plain
+
+
+class KuaiRec(DataSet):
+    """KuaiRec."""
+
+    name = "kuairec"
+    signs = ("big_matrix.csv", "data/big_matrix.csv")
+
+    @staticmethod
+    def open(path: str) -> Source:
+        """Open the unpacked folder, or one of the two matrices. A folder means ``big_matrix.csv``.
+
+        The rating of ``data.min_rating`` is the share of the video that was watched.
+
+        Raises:
+            DataError: there is no matrix, or it lacks the published columns.
+        """
+        logs = find_named(path, "big_matrix.csv")
+        table = csv_table([require_content(file) for file in logs], ",", header=True)
+        for name in ("user_id", "video_id", "timestamp", "watch_ratio"):
+            table.require(name, "data.format (csv with data.columns reads other files)")
+        captions = first_of(logs[0].parent, "kuairec_caption_category.csv")
+        log = Log(table, "user_id", "video_id", "timestamp", "watch_ratio", time_format="seconds")
+        return Source(log, _items(captions) if captions else None)
+
+
+def _items(file: Path) -> ItemTable:
+    table = csv_table([require_content(file)], ",", header=True)
+    path = [f"{level}_level_category_name" for level in ("first", "second", "third")]
+    for name in ("video_id", "caption", "manual_cover_text", "topic_tag", *path):
+        table.require(name, "data.format")
+    return ItemTable(
+        table,
+        "video_id",
+        plain(table, "caption"),
+        plain(table, "manual_cover_text", "topic_tag"),
+        plain(table, *path, join=PATH),
+    )

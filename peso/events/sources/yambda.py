@@ -1,0 +1,42 @@
+"""Yambda: flat Parquet files of one size, such as flat/50m/multi_event.parquet or …/listens.parquet.
+
+uid, timestamp (seconds from the start), item_id, is_organic, event_type, played_ratio_pct, …
+
+The files in ``sequential/`` are read with ``data.format: sequences``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peso.errors import DataError
+from peso.events.sources.files import first_of, require_content
+from peso.events.sources.tables import DataSet, Log, Source, parquet_table
+
+FILES = ("multi_event.parquet", "listens.parquet", "likes.parquet")
+
+
+class Yambda(DataSet):
+    """The plays and likes of Yambda, with the column ``event_type`` for ``data.events`` in multi_event."""
+
+    name = "yambda"
+    signs = ("multi_event.parquet", "listens.parquet")
+
+    @staticmethod
+    def open(path: str) -> Source:
+        """Open one of the flat files. A folder means the first of multi_event, listens and likes in it.
+
+        The rating of ``data.min_rating`` is the percentage of the track that was played.
+
+        Raises:
+            DataError: there is no such file, or it lacks the published columns.
+        """
+        given = Path(path)
+        log = first_of(given, *FILES) if given.is_dir() else given
+        if log is None:
+            raise DataError(f"{given} has none of {', '.join(FILES)}; give a folder such as flat/50m")
+        table = parquet_table([require_content(log)])
+        for name in ("uid", "item_id", "timestamp"):
+            table.require(name, "data.format (parquet with data.columns reads other files)")
+        rating = "played_ratio_pct" if "played_ratio_pct" in table.columns else None
+        return Source(Log(table, "uid", "item_id", "timestamp", rating, time_format="seconds"))
