@@ -9,6 +9,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,7 +52,7 @@ def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
         _run_steps(model, task, state, log, len(state.plan))
     state.put(state.best)
     model.train(was_training)
-    task.strategy.end(state.context)
+    task.strategy.end(replace(state.context, validate=partial(_loss_of_current_weights, model, task, state)))
     return state.counters.result(peak_memory(model.device))
 
 
@@ -73,7 +75,8 @@ def train_until(model: GenerativeModel, task: StageTask, step: int) -> tuple[flo
         _run_steps(model, task, state, log, step)
         losses = [*counters.validation_losses]
         if counters.epoch_targets:  # within an epoch
-            losses.append(_validate(model, task, state, f"step {counters.step}"))
+            with state.values_to_keep():
+                losses.append(_validate(model, task, state, f"step {counters.step}"))
         if task.processes.is_main:
             state.save(log)
     return min(losses), counters.seconds
@@ -156,13 +159,23 @@ def _end_epoch(model: GenerativeModel, task: StageTask, state: TrainingState, ep
     """Validate and keep the weights if they are the best so far; returns both losses of the epoch."""
     counters = state.counters
     task.processes.require_same(fingerprint(state.trained), f"the trained weights after epoch {epoch}")
-    validated = _validate(model, task, state, f"epoch {epoch}")
-    if validated < min(counters.validation_losses, default=math.inf):
-        state.best = {name: p.detach().cpu().clone() for name, p in state.trained.items()}
+    with state.values_to_keep():
+        validated = _validate(model, task, state, f"epoch {epoch}")
+        if validated < min(counters.validation_losses, default=math.inf):
+            state.best = {name: p.detach().cpu().clone() for name, p in state.trained.items()}
     counters.validation_losses.append(validated)
     counters.training_losses.append(counters.epoch_loss / counters.epoch_targets)
     counters.epoch_loss, counters.epoch_targets = 0.0, 0
     return {"training_loss": counters.training_losses[-1], "validation_loss": validated}
+
+
+def _loss_of_current_weights(model: GenerativeModel, task: StageTask, state: TrainingState) -> float:
+    """The validation loss after training, for :attr:`StageContext.validate`."""
+    was_training = model.training
+    with _training_mode(model, task.settings, state.precision):
+        loss = _validate(model, task, state, "the stage")
+    model.train(was_training)
+    return loss
 
 
 def _validate(model: GenerativeModel, task: StageTask, state: TrainingState, after: str) -> float:

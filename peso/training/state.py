@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ class Counters:
 @dataclass
 class TrainingState:
     """A training in progress. ``trained``: the trained parameters by name; ``adapter``: those of them that
-    belong to the adapter; ``best``: values of ``trained`` after the best epoch so far, on the CPU."""
+    belong to the adapter; ``running``: the values that the strategy keeps instead of ``trained``
+    (:meth:`Strategy.running`), empty for most; ``best``: the values to keep after the best epoch so far, on
+    the CPU."""
 
     plan: StagePlan
     validation: Cases
@@ -84,6 +87,7 @@ class TrainingState:
     checkpoint: Checkpoint
     movement: Movement
     counters: Counters
+    running: Mapping[str, Tensor]
     best: dict[str, Tensor]
 
     @property
@@ -96,6 +100,7 @@ class TrainingState:
         self.checkpoint.save(
             state=asdict(self.counters),
             trained=self.trained,
+            running=dict(self.running),
             best=self.best,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
@@ -106,6 +111,19 @@ class TrainingState:
         """Set the trained parameters to these values."""
         for name, p in self.trained.items():
             p.copy_(values[name])
+
+    @contextmanager
+    def values_to_keep(self) -> Iterator[None]:
+        """Within the context, the model has the values that would be kept now."""
+        if not self.running:
+            yield
+            return
+        own = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.put(self.running)
+        try:
+            yield
+        finally:
+            self.put(own)
 
 
 def begin_training(model: GenerativeModel, task: StageTask) -> TrainingState:
@@ -161,6 +179,7 @@ def begin_training(model: GenerativeModel, task: StageTask) -> TrainingState:
         checkpoint=Checkpoint(task.directory, determined_by),
         movement=Movement(adapter),  # before a checkpoint is restored: distances are from the stage's start
         counters=Counters(),
+        running=strategy.running(),
         best={},
     )
     if (saved := state.checkpoint.load()) is not None:
@@ -168,6 +187,8 @@ def begin_training(model: GenerativeModel, task: StageTask) -> TrainingState:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         state.put(saved["trained"])
+        for name, value in state.running.items():
+            value.copy_(saved["running"][name])
     return state
 
 

@@ -79,6 +79,7 @@ class StageContext:
         reset: resets adapter and vocabulary to their values before any training. If stage 0 trained the
             backbone itself, the adapter is newly initialized and the vocabulary reset to its values after
             stage 0.
+        validate: in :meth:`Strategy.end`, returns the validation loss of the current weights.
     """
 
     number: int
@@ -91,6 +92,7 @@ class StageContext:
     examples: Examples | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     reset: Callable[[], None] | None = None
+    validate: Callable[[], float] | None = None
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of backbone and vocabulary that require a gradient, by name."""
@@ -222,6 +224,12 @@ class Strategy:
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
         """Called after each optimizer step, with the learning rate of that step."""
+
+    def running(self) -> Mapping[str, Tensor]:
+        """Called after ``begin``. Tensors that ``after_step`` updates in place, and that are validated and
+        kept instead of the trained parameters, one for each name of :meth:`StageContext.trainable`.
+        Checkpoints contain them. Empty: the trained parameters are kept."""
+        return {}
 
     def end(self, context: StageContext) -> None:
         """Called after the last step, with the weights of the best epoch in place; it may change them before

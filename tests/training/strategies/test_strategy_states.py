@@ -32,6 +32,8 @@ pytestmark = pytest.mark.slow  # whole runs
     [
         {"name": "average", "share": 1.0},
         {"name": "distill", "weight": 0.0},
+        {"name": "ema", "horizon": 1e-9},
+        {"name": "sa_caisr", "weight": 0.0},
         {"name": "peso", "weight": 0.0},
         {"name": "peso", "strength": 0.0},
         {"name": "peso", "strength": 0.0, "coupling": "loss"},
