@@ -1,19 +1,32 @@
-"""The HTTP server under load, beside the same model behind Transformers' `generate`.
+"""The HTTP server: its speed beside Transformers' `generate`, and what must not break it.
 
-    python benchmarks/serving.py [--quick] [--json] [--workspace W] [--seconds S] [--promotions N]
+    python benchmarks/serving.py [--quick] [--json] [--part NAME …] [--workspace W]
 
-`throughput_ratio`: answers per second of `peso serve` to 32 clients that each send the next request when they
-have the answer, over those of `generate` (10 beams, `prefix_allowed_tokens_fn`), called for one request at a
-time on the same weights and the same histories in the same run, while the server has nothing to do.
-`returning_ratio`: the latency of a user's request after one new event over that of the first request of a
-user, 20 items of history each, one client; medians. `promotions`: two stages take turns under the load of 8
-clients; an answer is mixed if it is not that of the stage that it names. `events_per_second`: lists of 500.
-`ready_seconds`: from the start of the process until the model is loaded.
+Parts; without `--part`, all of them:
 
-The workspace has two stages of SmolLM2-135M with 8 layers (`peso pull smollm2-135m`) on `Video_Games`
-(PESO_DATA), trained for one step, since nothing that is measured depends on what was learned; it is made in a
-temporary directory, or taken from `--workspace`, whose stages are promoted and whose events are added to.
-`--quick`: a tiny model on simulated data, and a few seconds of each.
+- `throughput`: `throughput_ratio`, answers per second of `peso serve` to 32 clients that each send the next
+  request when they have the answer, over those of `generate` (10 beams, `prefix_allowed_tokens_fn`), called
+  for one request at a time on the same weights and the same histories in the same run, while the server has
+  nothing to do. Also `ready_seconds`, from the start of the process until the model is loaded.
+- `returning`: `returning_ratio`, the latency of a user's request after one new event over that of the first
+  request of a user, 20 items of history each, one client; medians. `products_ratio` is the same ratio if
+  nothing but the matrix products of the backbone took time, measured one after the other in the same run: a
+  lower bound as long as every level of the beam search is one pass.
+- `events`: `events_per_second`, in lists of 500.
+- `promotions`: two stages take turns under the load of 32 clients for `--seconds`; an answer is mixed if it
+  is not that of the stage that it names.
+- `kills`: the server is killed (SIGKILL) at random moments while 4 clients send events, see
+  serving_faults.py.
+- `generated`, `malformed`: requests that schemathesis makes from the OpenAPI description, and malformed
+  bodies: statuses, stack traces, growth of memory after the first fifth.
+- `users`: a server with a million users in its stream: resident memory, seconds to index the histories, and
+  the time of a request.
+
+The first four use two stages of SmolLM2-135M with 8 layers (`peso pull smollm2-135m`) on `Video_Games`
+(PESO_DATA), trained for one step, since nothing that is measured depends on what was learned; the others a
+tiny model on simulated data. Workspaces are made in a temporary directory; `--workspace` names one for the
+first four, whose stages are promoted and whose events are added to. `--quick`: the tiny model for all, and a
+few seconds or tries of each.
 """
 
 from __future__ import annotations
@@ -21,138 +34,66 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from serving_faults import bodies, generated, kills
+from serving_process import ROOT, TINY, Client, load, make_workspace, served, together, video_games
+from serving_users import users
 
-from peso.config import load_config
-from peso.runs import pipeline
+from peso.model.inference import PackedLinear
 from peso.runs.served import promote
 from peso.runs.workspace import Workspace
-from peso.runtime.progress import Silent
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
-from transformers_reference import UsualWay  # noqa: E402
+from transformers_reference import UsualWay
 
 BEAMS, ITEMS, CLIENTS, TOGETHER = 10, 20, 32, 500
 NEAR = 2e-3  # by which a score may differ between batches
-FULL = {
-    "backbone": {"name": "smollm2-135m", "layers": 8},
-    "training": {"epochs": 1, "max_steps": 1, "validation_cases": 8},
-    "evaluation": {"enabled": False},
-    "baselines": [],
-}
-QUICK = {
-    **FULL,
-    "data": {"simulate": {"users": 200, "items": 300, "stages": 2}},
-    "items": {"quantizer": "rq-kmeans", "levels": 3},
-    "backbone": "tiny",
-}
+SPEED = ("throughput", "returning", "events", "promotions")
+FAULTS = ("kills", "generated", "malformed", "users")
+NUMBERS = {"seconds": (60, 3), "promotions": (10, 2), "kills": (50, 2), "generated": (2000, 200),
+           "malformed": (5000, 300), "users": (1_000_000, 2000)}  # fmt: skip
 
 
-def make_workspace(root: Path, quick: bool) -> Workspace:
-    """Two trained stages."""
-    tree: dict[str, Any] = QUICK
-    if not quick:
-        data = Path(os.environ.get("PESO_DATA", ROOT.parent / "shared" / "data"))
-        path = data / "peso_release" / "Video_Games_cl_0.6_0_5_3_0"
-        tree = {**FULL, "data": {"format": "peso-release", "path": str(path)}}
-    workspace = Workspace.create_or_open(root, load_config(tree))
-    with workspace.lock():
-        pipeline.ingest(workspace, Silent())
-        pipeline.tokenize(workspace, Silent())
-        for stage in range(2):
-            pipeline.learn(workspace.stage(stage), Silent())
-    return workspace
+def random_histories(workspace: Workspace, number: int) -> list[list[str]]:
+    items, draw = workspace.semantic_ids.item_ids, np.random.default_rng(1)
+    return [[items[row] for row in draw.choice(len(items), ITEMS)] for _ in range(number)]
 
 
-class Client:
-    """One connection, which stays open."""
+def throughput(workspace: Workspace, seconds: float) -> dict[str, float]:
+    histories = random_histories(workspace, 64)
 
-    def __init__(self, port: int) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-
-    def post(self, path: str, body: Any) -> Any:
-        content = json.dumps(body).encode()
-        self.connection.request("POST", path, content, {"content-type": "application/json"})
-        response = self.connection.getresponse()
-        text = response.read()
-        if response.status != 200:
-            raise RuntimeError(f"{path}: {response.status} {text[:200]!r}")
-        return json.loads(text)
-
-    def get(self, path: str) -> Any:
-        self.connection.request("GET", path)
-        return json.loads(self.connection.getresponse().read())
-
-
-@contextmanager
-def served(workspace: Workspace, *options: str) -> Iterator[tuple[int, int, float]]:
-    """Port and process id of a server whose model is loaded, and the seconds until then."""
-    command = [sys.executable, "-m", "peso", "serve", "-w", str(workspace.root), "--port", "0", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stderr is not None
-        for line in server.stderr:
-            if address := re.search(r"listening at http://127\.0\.0\.1:(\d+)", line):
-                break
-        else:
-            raise SystemExit("the server did not start")
-        threading.Thread(target=server.stderr.read, daemon=True).start()
-        port = int(address[1])
-        client = Client(port)
-        while client.get("/v1/status")["model"] != "ready":
-            time.sleep(0.05)
-        yield port, server.pid, time.perf_counter() - started
-        server.terminate()
-        server.wait()
-
-
-def load(port: int, clients: int, seconds: float, ask: Callable[[Client, int], None]) -> list[float]:
-    """Latencies of what many clients ask, each one thing after the other; ``ask`` gets a number."""
-    latencies: list[float] = []
-    until = time.perf_counter() + seconds
-
-    def work(number: int) -> None:
-        client = Client(port)
-        while (started := time.perf_counter()) < until:
-            ask(client, number)
-            latencies.append(time.perf_counter() - started)
-            number += clients
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return latencies
-
-
-def throughput(port: int, histories: list[list[str]], seconds: float) -> dict[str, float]:
     def ask(client: Client, number: int) -> None:
         answer = client.post("/v1/recommend", {"history": histories[number % len(histories)]})
         assert answer["source"] == "model"
 
-    load(port, CLIENTS, 1, ask)  # warms up
-    started = time.perf_counter()
-    latencies = load(port, CLIENTS, seconds, ask)
-    rate = len(latencies) / (time.perf_counter() - started)
-    p50, p99 = np.quantile(latencies, [0.5, 0.99])
-    return {"answers_per_second": rate, "p50_ms": 1000 * p50, "p99_ms": 1000 * p99}
+    with served(workspace) as server:
+        generate = by_generate(workspace, histories, seconds / 3)
+        load(server.port, CLIENTS, 1, ask)  # warms up
+        started = time.perf_counter()
+        latencies = load(server.port, CLIENTS, seconds, ask)
+        rate = len(latencies) / (time.perf_counter() - started)
+        generate = (generate + by_generate(workspace, histories, seconds / 3)) / 2
+        p50, p99 = np.quantile(latencies, [0.5, 0.99])
+        return {
+            "throughput_ratio": rate / generate,
+            "answers_per_second": rate,
+            "p50_ms": 1000 * p50,
+            "p99_ms": 1000 * p99,
+            "generate_per_second": generate,
+            "memory_mib": server.memory / 2**20,
+            "ready_seconds": server.ready or 0.0,
+        }
 
 
 def by_generate(workspace: Workspace, histories: list[list[str]], seconds: float) -> float:
@@ -168,122 +109,180 @@ def by_generate(workspace: Workspace, histories: list[list[str]], seconds: float
     return done / (time.perf_counter() - started)
 
 
-def returning(port: int, items: list[str], users: int) -> dict[str, float]:
+def returning(workspace: Workspace, number: int) -> dict[str, float]:
     """Seconds of the first request of each user, and of the one after a new event."""
-    client, draw = Client(port), np.random.default_rng(0)
+    items, draw = workspace.semantic_ids.item_ids, np.random.default_rng(0)
     cold, again = [], []
-    for user in range(users):
-        name = f"benchmark {time.time_ns()} {user}"
-        had = [items[row] for row in draw.choice(len(items), ITEMS + 1, replace=False)]
-        events = [{"user": name, "item": item, "time": place} for place, item in enumerate(had)]
-        for part, seconds in ((events[:ITEMS], cold), (events[ITEMS:], again)):
-            client.post("/v1/events", part)
-            started = time.perf_counter()
-            client.post("/v1/recommend", {"user": name})
-            seconds.append(time.perf_counter() - started)
+    with served(workspace) as server:
+        client = Client(server.port)
+        for user in range(number):
+            name = f"benchmark {time.time_ns()} {user}"
+            had = [items[row] for row in draw.choice(len(items), ITEMS + 1, replace=False)]
+            events = [{"user": name, "item": item, "time": place} for place, item in enumerate(had)]
+            for part, seconds in ((events[:ITEMS], cold), (events[ITEMS:], again)):
+                client.post("/v1/events", part)
+                started = time.perf_counter()
+                client.post("/v1/recommend", {"user": name})
+                seconds.append(time.perf_counter() - started)
     first, second = statistics.median(cold), statistics.median(again)
-    return {"returning_ratio": second / first, "cold_ms": 1000 * first, "returning_ms": 1000 * second}
+    timed = {"returning_ratio": second / first, "cold_ms": 1000 * first, "returning_ms": 1000 * second}
+    return timed | products(workspace, number)
 
 
-def promotions(port: int, workspace: Workspace, histories: list[list[str]], number: int) -> dict[str, int]:
-    """Stages take turns while 8 clients ask."""
-    client, expected, counted = Client(port), {}, {"answers": 0, "failed": 0, "mixed": 0}
+@torch.no_grad()
+def products(workspace: Workspace, turns: int) -> dict[str, float]:
+    """Milliseconds of the matrix products of the passes of both requests: the prompt or its new item, then
+    the beams of each further level."""
+    from peso.model.inference import for_inference
+    from peso.runtime.machine import threads
 
-    def wait_for(stage: int) -> None:
-        promote(workspace, stage)
-        while client.get("/v1/status")["stage"] != stage:
-            time.sleep(0.05)
+    model = for_inference(workspace.trained(1).model("cpu"), packed=True)
+    decoder, levels = model.causal_lm.get_decoder(), model.semantic_ids.levels
+    layers = [module for module in decoder.modules() if isinstance(module, PackedLinear)]
+    prompt = len(model.layout.prompt(model.item_token_ids(np.arange(ITEMS))))
+    beams = [BEAMS] * (levels - 1)
+    sizes = {"cold": [prompt, *beams], "returning": [levels + len(model.layout.separator), *beams]}
+    taken: dict[str, list[float]] = {name: [] for name in sizes}
+    with threads(model, workspace.config.training.threads):
+        inputs = {
+            (rows, layer.packed.shape[1]): torch.randn(rows, layer.packed.shape[1])
+            for rows in {*sizes["cold"], *sizes["returning"]}
+            for layer in layers
+        }
+        for _ in range(turns):
+            for name, passes in sizes.items():
+                started = time.perf_counter()
+                for rows in passes:
+                    for layer in layers:
+                        layer(inputs[rows, layer.packed.shape[1]])
+                taken[name].append(time.perf_counter() - started)
+    cold, again = (statistics.median(taken[name]) for name in sizes)
+    if not layers:  # this build of PyTorch, or this processor, has no packed layers
+        return {}
+    return {
+        "products_ratio": again / cold,
+        "products_cold_ms": 1000 * cold,
+        "products_returning_ms": 1000 * again,
+    }
 
-    for stage in (0, 1):
-        wait_for(stage)
-        expected[stage] = [client.post("/v1/recommend", {"history": each})["items"] for each in histories]
+
+def promotions(workspace: Workspace, number: int, seconds: float) -> dict[str, float]:
+    """Stages take turns, evenly spread over the time, while clients ask."""
+    histories, expected = random_histories(workspace, 16), {}
+    counted, changes, latencies = {"answers": 0, "failed": 0, "mixed": 0}, list[float](), list[float]()
     finished = threading.Event()
-
-    def ask(number: int) -> None:
-        own = Client(port)
-        while not finished.is_set():
-            place = number = (number + 1) % len(histories)
-            try:
-                answer = own.post("/v1/recommend", {"history": histories[place]})
-            except (OSError, RuntimeError, http.client.HTTPException):
-                counted["failed"] += 1
-                own = Client(port)
-                continue
-            wanted = [item["score"] for item in expected[answer["stage"]][place]]
-            found = [item["score"] for item in answer["items"]]
-            counted["answers"] += 1
-            counted["mixed"] += not np.allclose(found, wanted, rtol=0, atol=NEAR)
-
-    threads = [threading.Thread(target=ask, args=(start,)) for start in range(8)]
-    for thread in threads:
-        thread.start()
-    for change in range(number):
-        wait_for(change % 2)
-    finished.set()
-    for thread in threads:
-        thread.join()
-    return {"promotions": number, **counted}
-
-
-def events_per_second(port: int, seconds: float) -> float:
-    client, sent, run = Client(port), 0, time.time_ns()
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        part = [{"user": f"u{n}", "item": "x", "key": f"{run} {n}"} for n in range(sent, sent + TOGETHER)]
-        assert client.post("/v1/events", part)["new"] == TOGETHER
-        sent += TOGETHER
-    return sent / (time.perf_counter() - started)
-
-
-def measured(workspace: Workspace, quick: bool, seconds: float, changes: int) -> dict[str, Any]:
     promote(workspace, 1)
-    items, draw = workspace.semantic_ids.item_ids, np.random.default_rng(1)
-    histories = [[items[row] for row in draw.choice(len(items), ITEMS)] for _ in range(64)]
-    result: dict[str, Any] = {}
-    with served(workspace) as (port, pid, ready):
-        generated = by_generate(workspace, histories, seconds / 3)
-        result |= throughput(port, histories, seconds)
-        generated = (generated + by_generate(workspace, histories, seconds / 3)) / 2
-        result["generate_per_second"] = generated
-        result["throughput_ratio"] = result["answers_per_second"] / generated
-        result |= returning(port, items, 10 if quick else 40)
-        result["events_per_second"] = events_per_second(port, seconds / 10)
-        result |= promotions(port, workspace, histories[:16], changes)
-        result["memory_mib"] = resident(pid) / 2**20
-    result["ready_seconds"] = ready
-    return result
+    with served(workspace) as server:
+        client = Client(server.port)
+
+        def wait_for(stage: int) -> None:
+            started = time.perf_counter()
+            promote(workspace, stage)
+            while client.get("/v1/status")["stage"] != stage:
+                time.sleep(0.05)
+            changes.append(time.perf_counter() - started)
+
+        for stage in (0, 1):
+            wait_for(stage)
+            expected[stage] = [client.post("/v1/recommend", {"history": each})["items"] for each in histories]
+
+        def ask(number: int) -> None:
+            own = Client(server.port)
+            while not finished.is_set():
+                place = number = (number + 1) % len(histories)
+                started = time.perf_counter()
+                try:
+                    answer = own.post("/v1/recommend", {"history": histories[place]})
+                except (OSError, RuntimeError, http.client.HTTPException):
+                    counted["failed"] += 1
+                    own = Client(server.port)
+                    continue
+                latencies.append(time.perf_counter() - started)
+                wanted = [item["score"] for item in expected[answer["stage"]][place]]
+                found = [item["score"] for item in answer["items"]]
+                counted["answers"] += 1
+                counted["mixed"] += not np.allclose(found, wanted, rtol=0, atol=NEAR)
+
+        def change() -> None:
+            started = time.perf_counter()
+            changes.clear()
+            for turn in range(number):
+                wait_for(turn % 2)
+                time.sleep(max(0.0, started + (turn + 1) * seconds / number - time.perf_counter()))
+            finished.set()
+
+        works: list[Callable[[], None]] = [lambda start=start: ask(start) for start in range(CLIENTS)]  # type: ignore[misc]
+        together([*works, change])
+        return {
+            "promotions": number,
+            **{f"promotions_{name}": count for name, count in counted.items()},
+            "promotions_seconds_of_a_change": statistics.median(changes),
+            "promotions_p99_ms": 1000 * float(np.quantile(latencies, 0.99)),
+            "promotions_memory_mib": server.memory / 2**20,
+        }
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory of a process."""
-    text = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout
-    return int(text) * 1024
+def events(workspace: Workspace, seconds: float) -> dict[str, float]:
+    with served(workspace, ready=False) as server:
+        client, sent, run = Client(server.port), 0, time.time_ns()
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            part = [{"user": f"u{n}", "item": "x", "key": f"{run} {n}"} for n in range(sent, sent + TOGETHER)]
+            assert client.post("/v1/events", part)["new"] == TOGETHER
+            sent += TOGETHER
+        return {"events_per_second": sent / (time.perf_counter() - started)}
+
+
+def measure(part: str, workspace: Workspace, number: dict[str, int], quick: bool) -> dict[str, Any]:
+    if part == "promotions":
+        return promotions(workspace, number["promotions"], number["seconds"])
+    promote(workspace, 1)
+    if part == "throughput":
+        return throughput(workspace, number["seconds"])
+    if part == "returning":
+        return returning(workspace, 10 if quick else 40)
+    if part == "events":
+        return events(workspace, number["seconds"] / 6)
+    run = {"kills": kills, "generated": generated, "malformed": bodies, "users": users}[part]
+    return run(workspace, number[part])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--part", choices=[*SPEED, *FAULTS], action="append", help="default: all")
     parser.add_argument("--workspace", type=Path, help="two trained stages to serve")
-    parser.add_argument("--seconds", type=float, help="of the load (60; 3 with --quick)")
-    parser.add_argument("--promotions", type=int, help="how many (10; 2 with --quick)")
+    for name, (full, short) in NUMBERS.items():
+        told = "of the load" if name == "seconds" else "how many"
+        parser.add_argument(f"--{name}", type=int, help=f"{told} ({full}; {short} with --quick)")
     arguments = parser.parse_args()
-    seconds = arguments.seconds or (3 if arguments.quick else 60)
-    changes = arguments.promotions or (2 if arguments.quick else 10)
+    number = {
+        name: getattr(arguments, name) or (short if arguments.quick else full)
+        for name, (full, short) in NUMBERS.items()
+    }
+    parts = arguments.part or [*SPEED, *FAULTS]
+    result: dict[str, Any] = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as place:
-        if arguments.workspace is not None:
-            workspace = Workspace.open(arguments.workspace)
-        else:
-            workspace = make_workspace(Path(place) / "w", arguments.quick)
-        result = measured(workspace, arguments.quick, seconds, changes)
-    result["threads"] = torch.get_num_threads()
-    result["backbone"] = workspace.config.backbone.name
+        made: dict[str, Workspace] = {}
+        for part in parts:
+            kind = "tiny" if part in FAULTS or arguments.quick else "video_games"
+            if kind not in made:
+                if kind == "video_games" and arguments.workspace is not None:
+                    made[kind] = Workspace.open(arguments.workspace)
+                else:
+                    tree = TINY if kind == "tiny" else video_games()
+                    made[kind] = make_workspace(Path(place) / kind, tree)
+            told = measure(part, made[kind], number, arguments.quick)
+            result |= told
+            if not arguments.json:
+                for name, value in told.items():
+                    shown = f"{value:.3g}" if isinstance(value, float) else value
+                    print(f"{name:>32} {shown}", flush=True)
     if arguments.json:
         print(json.dumps(result))
-        return
-    for name, value in result.items():
-        print(f"{name:>22} {value:.3g}" if isinstance(value, float) else f"{name:>22} {value}")
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(KeyboardInterrupt):
+        main()

@@ -11,6 +11,9 @@ from peso.cli.display import Directory, Json, next_step_of, next_steps, say, say
 from peso.runs.workspace import Workspace
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peso.runs.served import Change
     from peso.runs.stage import RunStage
 
 Reason = Annotated[str | None, typer.Option("--reason", help="The reason, which is recorded.")]
@@ -52,8 +55,22 @@ def promote(
     elif not changed:
         say(f"{workspace}: stage {stage} has been serving since {latest.time}; nothing was changed")
     else:
-        say(f"{workspace}: stage {stage} now serves instead of stage {latest.before}")
+        say(f"{workspace}: {_promoted(served.served(opened).changes)}")
     next_steps(["status", "-w", workspace])
+
+
+def _promoted(changes: Sequence[Change]) -> str:
+    """What the last change did."""
+    latest, earlier = changes[-1], changes[:-1]
+    if latest.before != latest.stage:
+        return f"stage {latest.stage} now serves instead of stage {latest.before}"
+    if not earlier:
+        return (
+            f"stage {latest.stage}, which has served as the newest one, now serves until another is promoted"
+        )
+    if earlier[-1].determined_by != latest.determined_by:
+        return f"stage {latest.stage} was trained again and now serves as it is"
+    return f"stage {latest.stage} still serves and is now {'pinned' if latest.pinned else 'not pinned'}"
 
 
 def rollback(workspace: Directory, reason: Reason = None, pin: Pin = False, as_json: Json = False) -> None:

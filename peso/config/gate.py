@@ -125,7 +125,8 @@ class GateConfig(Section):
         None,
         exclude_if=_unset,
         description="warn, and alert, if the divergence of a stage's items from those of the previous stage "
-        "is greater (Jensen-Shannon, in bits; `peso diagnose` shows it); none given: never",
+        "is greater (Jensen-Shannon, in bits; set it above the values that `peso diagnose` shows for usual "
+        "stages); none given: never",
     )
 
     @property

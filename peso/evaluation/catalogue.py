@@ -62,7 +62,9 @@ class Catalogue:
             stage = stream.stage(number)
             if number == 0:  # events from before the stream
                 before += np.bincount(stage.previous.values, minlength=len(before))
-            learned = np.concatenate([stage.current[row][:-2] for row in stage.eligible()])
+            learned = np.concatenate(
+                [np.empty(0, dtype=np.int64), *(stage.current[row][:-2] for row in stage.eligible())]
+            ).astype(np.int64)
             now = before + np.bincount(learned, minlength=len(before))
             seen[number] = now[: stream.items_known(number)]
             before += np.bincount(stage.current.values, minlength=len(before))
@@ -146,7 +148,7 @@ def coverage(lists: np.ndarray, items: int) -> float:
 
 def gini(lists: np.ndarray, items: int) -> float:
     """Gini index of how often each item of the catalog is listed: 0 if all items are listed equally often,
-    near 1 if only one item is listed.
+    near 1 if only one item is listed, NaN if none is.
 
         G = Σ_i (2 i − n − 1) e_(i) / (n Σ_i e_i)        e_(1) ≤ … ≤ e_(n): how often each item is listed
 
@@ -155,6 +157,8 @@ def gini(lists: np.ndarray, items: int) -> float:
     """
     times = np.sort(np.bincount(lists[lists >= 0], minlength=items))
     place = np.arange(1, items + 1)
+    if not times.sum():
+        return float("nan")
     return float((2 * place - items - 1) @ times / (items * times.sum()))
 
 
@@ -229,7 +233,9 @@ class ListFigures:
 
     def mean(self, name: str) -> float:
         """A statistic as one number: the mean over the cases, without empty lists, if it has one per case."""
-        return float(np.nanmean(getattr(self, name)))
+        values = np.atleast_1d(getattr(self, name))
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if len(values) else float("nan")
 
 
 def list_figures(predictions: Predictions, catalogue: Catalogue, stage: int, k: int) -> ListFigures:

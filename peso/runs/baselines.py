@@ -74,7 +74,11 @@ class BaselineRun:
         self.directory = _directory(workspace, config)
         self.stream, self.ids = workspace.stream, workspace.semantic_ids
         known = len(self.ids.item_ids)
-        self.stages = [n for n in range(self.stream.stages) if self.stream.items_known(n) <= known]
+        self.stages = [
+            number
+            for number, counts in enumerate(self.stream.counts)
+            if self.stream.items_known(number) <= known and counts["test"]
+        ]
 
     def stage_directory(self, stage: int) -> Path:
         return self.directory / str(stage)
@@ -222,8 +226,9 @@ class BaselineRun:
 
         stages = self._until(stage)
         baseline = self._make()
-        if stage and aside is not None and baseline.continues:
-            baseline.restore(self._model(stage - 1), stages[:-1])
+        if stage != self.stages[0] and aside is not None and baseline.continues:
+            before = max(number for number in self.stages if number < stage)
+            baseline.restore(self._model(before), stages[: before + 1])
         figures = baseline.learn(stages, observer)
         if aside is not None:
             (aside / MODEL).mkdir()

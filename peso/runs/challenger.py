@@ -72,7 +72,8 @@ def _test(challenger: RunStage, champion: RunStage, observer: Observer) -> None:
         test(model.on(number), observer)
         if gate.cases == "validation":
             test(model.on(number, "validation"), observer)
-        test(model.on(champion.number), observer)
+        if model.on(champion.number).has_cases:
+            test(model.on(champion.number), observer)
 
 
 def _decide(challenger: RunStage, champion: RunStage) -> None:
@@ -86,7 +87,8 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
     def compared(given: Pair) -> dict[str, Any]:
         return compare(given, metric_of(gate), gate.delta, gate.confidence)
 
-    tested, earlier, known = pair(number), pair(champion.number), served(challenger.workspace)
+    tested, known = pair(number), served(challenger.workspace)
+    earlier = pair(champion.number) if champion.on(champion.number).has_cases else None
     verdict = decide(
         gate,
         tested if gate.cases == "test" else pair(number, gate.cases),
@@ -105,7 +107,7 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
         "promote": verdict.decision == "passed" and not known.pinned,
         "pinned": known.pinned,
         "test": compared(tested),
-        "earlier": compared(earlier),
+        "earlier": {"cases": 0} if earlier is None else compared(earlier),
     }
     with replace_file(challenger.directory, VERDICT, FORMAT) as aside:
         aside.write_text(json_text(content), encoding="utf-8")

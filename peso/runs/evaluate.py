@@ -18,7 +18,7 @@ from peso.evaluation.predictions import (
 from peso.runs.stage import FORMAT, METRICS, PREDICTIONS, StageTest
 from peso.runtime.files import json_text
 from peso.runtime.machine import threads
-from peso.runtime.manifest import replace_file
+from peso.runtime.manifest import replace_file, take_out
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
 
@@ -44,6 +44,11 @@ def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
         raise WorkspaceError(
             f"items of stage {wanted.cases} of {workspace.root} have no semantic ID yet; "
             f"`peso tokenize --append -w {workspace.root}` comes first"
+        )
+    if not wanted.has_cases:
+        raise DataError(
+            f"no {wanted.part} case of stage {wanted.cases} of {workspace.root} is left, because the users "
+            "were erased; test on the cases of another stage: `peso evaluate --on STAGE`"
         )
     if not processes.on_main(lambda: wanted.is_predicted):
         _predict(wanted, observer)
@@ -125,6 +130,20 @@ def measure(wanted: StageTest) -> dict[str, Any]:
     with replace_file(stage.directory, wanted.name(METRICS), FORMAT) as aside:
         aside.write_text(json_text({**known, "test": metrics}), encoding="utf-8")
     return metrics
+
+
+def remove_test(gone: StageTest) -> None:
+    """Remove a test that no case is left of: its metrics and its predictions."""
+    directory, names = gone.stage.directory, [gone.name(PREDICTIONS)]
+    if gone.is_own:  # the figures of training stay
+        left = {key: value for key, value in gone.known_metrics.items() if key != "test"}
+        with replace_file(directory, gone.name(METRICS), FORMAT) as aside:
+            aside.write_text(json_text(left), encoding="utf-8")
+    else:
+        names.append(gone.name(METRICS))
+    take_out(directory, names, FORMAT, {})
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:

@@ -27,7 +27,7 @@ from peso.events.histories import Part
 from peso.events.received import ReceivedEvents
 from peso.events.sources import open_source
 from peso.events.sources.reading import Reading
-from peso.runs.evaluate import measure
+from peso.runs.evaluate import measure, remove_test
 from peso.runs.intake import WORK
 from peso.runs.report import read_user_table
 from peso.runs.stage import FORMAT, PREDICTIONS, RunStage, StageTest
@@ -170,10 +170,13 @@ def _conclude(workspace: Workspace, left: _Left, observer: Observer) -> None:
         test = StageTest(workspace.stage(number), cases, part)
         if not test.stage.is_trained or not test.path(PREDICTIONS).is_file():
             continue
-        if len(test.predictions):
+        if test.has_cases:
             measure(test)
         else:
-            observer.note(f"no test case of stage {cases} is left for the model of stage {number}")
+            remove_test(test)
+            observer.note(
+                f"no {part} case of stage {cases} is left, so the model of stage {number} is not tested on it"
+            )
     if left.report and any(stage.is_tested for stage in workspace.stages):
         from peso.runs.report import report  # draws plots: slow to import
 

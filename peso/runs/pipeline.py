@@ -66,6 +66,8 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
             yield Step("learn", number)
         pruned = stage.is_trained and stage.pruned is not None
         if workspace.config.evaluation.enabled and not pruned and not stage.is_tested:
+            if workspace.has_stream and not stage.on(number).has_cases:
+                continue
             yield Step("test", number)
 
 
@@ -377,9 +379,9 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
     if workspace.config.evaluation.enabled:
         for later in range(1, number + 1):
             own = workspace.stage(later)
-            if own.pruned is None:  # else its test stays as it is
+            if own.pruned is None and own.on(later).has_cases:  # else its test stays as it is
                 test(own.on(later), observer)
-        if stage.before.pruned is None:
+        if stage.before.pruned is None and stage.on(number).has_cases:
             test(stage.before.on(number), observer)
         if gated:
             judge(stage, observer)
@@ -430,7 +432,9 @@ def _is_reported(stage: RunStage) -> bool:
     due = [stage.on(stage.number)]
     due += [stage.before.on(stage.number)] if stage.before.pruned is None else []
     return page.is_file() and all(
-        tested.is_done and page.stat().st_mtime >= tested.path(METRICS).stat().st_mtime for tested in due
+        tested.is_done and page.stat().st_mtime >= tested.path(METRICS).stat().st_mtime
+        for tested in due
+        if tested.has_cases
     )
 
 

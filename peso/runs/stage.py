@@ -279,6 +279,11 @@ class StageTest:
         """Whether it shares ``metrics.json`` with the stage's training."""
         return self.name(METRICS) == METRICS
 
+    @property
+    def has_cases(self) -> bool:
+        """Whether there are cases to test on; :mod:`peso.runs.forget` may have erased all of a stage."""
+        return self.stage.workspace.stream.counts[self.cases][self.part] > 0
+
     def read_cases(self, window: int) -> Cases:
         """The cases themselves."""
         return self.stage.workspace.stream.stage(self.cases).cases(self.part, window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,14 +14,17 @@ from event_logs import histories, write_log
 from every_file import EVERY_FILE
 
 from peso.config import load_config
+from peso.config.baselines import read_baseline
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.events.histories import stage_counts
 from peso.events.received import ReceivedEvent, ReceivedEvents
+from peso.runs import evaluate, pipeline
 from peso.runs import forget as forgetting
-from peso.runs import pipeline
+from peso.runs.baselines import BaselineRun
 from peso.runs.forget import forget, holdings, own_files_with, predicted_tests
 from peso.runs.recommender import Recommender
+from peso.runs.report import runs_of
 from peso.runs.undo import last_step, undo
 from peso.runs.workspace import Workspace
 from peso.runtime.manifest import MANIFEST, read_manifest
@@ -232,6 +236,60 @@ def test_a_person_who_is_too_rare_for_a_stage_can_be_forgotten(tmp_path: Path) -
     assert files_naming(workspace, "seldom") == []
     with pytest.raises(DataError, match="has the user 'seldom'"):
         erase(workspace, "seldom")
+
+
+def test_a_stage_whose_only_test_case_is_forgotten_is_not_tested_any_more(
+    tmp_path: Path, peso: Callable[..., tuple[int, str, str]]
+) -> None:
+    events = [(f"u{k % 8}", f"i{k * 7 % 11}", 1_600_000_000 + k) for k in range(100)]
+    later = [("only", f"i{k}", 1_600_001_000 + k) for k in range(5)] + [("u1", "i2", 1_600_001_010)]
+    log = write_log(tmp_path / "log.csv", [*events, *later])
+    table = [(f"i{k}", f"thing number {k} of kind {k % 3}") for k in range(11)]
+    items = write_log(tmp_path / "items.csv", table, "item,title")
+    tree = {
+        "data": {
+            "format": "csv",
+            "path": str(log),
+            "items": {"path": str(items), "columns": {"title": "title"}},
+            "stages": {"fractions": [100 / 106, 6 / 106]},
+        },
+        "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
+        "backbone": "tiny",
+        "training": {"epochs": 1, "max_steps": 2},
+        "evaluation": {"k": [2]},
+        "baselines": [],
+    }
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree))
+    with workspace.lock():
+        pipeline.run(workspace)
+        evaluate.test(workspace.stage(0).on(1), Silent())
+    assert {(test.stage.number, test.cases) for test in predicted_tests(workspace)} == {
+        (0, 0),
+        (0, 1),
+        (1, 1),
+    }
+    erase(workspace, "only")
+    workspace = Workspace.open(workspace.root)
+    (left,) = predicted_tests(workspace)
+    assert (left.stage.number, left.cases, left.is_done) == (0, 0, True)
+    assert "test" not in workspace.stage(1).metrics
+    assert workspace.stage(1).metrics["training"]
+    for stage in workspace.stages:
+        stage.require_answers()
+    status, _, error = peso("evaluate", "-w", workspace.root)
+    assert status == 1
+    assert "no test case of stage 1" in error
+    assert "peso evaluate --on STAGE" in error
+    assert [step.name for step in pipeline.missing_steps(workspace, 2)] == []
+    with workspace.lock():
+        pipeline.run(workspace)
+    runs = runs_of([workspace])  # all that the report shows
+    assert [list(run.stages) for run in runs] == [[0], [0]]
+    assert runs[0].catalogue.percentiles(1).shape == (11,)
+    baseline = BaselineRun(workspace, read_baseline({"name": "two-tower", "epochs": 1}))
+    baseline.run(Silent())
+    assert [baseline.stage_directory(stage).exists() for stage in (0, 1)] == [True, False]
+    assert json.loads(peso("status", "-w", workspace.root, "--json")[1])["stages"][1]["metrics"] is None
 
 
 def test_the_command_asks_and_says_what_is_left(

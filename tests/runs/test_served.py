@@ -249,6 +249,19 @@ def test_promotions_at_once_are_all_recorded(workspace: Workspace) -> None:
     assert not (workspace.root / ".served.lock").exists()
 
 
+def test_a_promotion_says_what_it_changed(workspace: Workspace, peso: Call) -> None:
+    def told(stage: int, *more: str) -> str:
+        return (
+            peso("promote", "-w", workspace.root, "--stage", stage, *more)[1].splitlines()[0].split(": ")[1]
+        )
+
+    assert told(2) == "stage 2, which has served as the newest one, now serves until another is promoted"
+    assert told(2).startswith("stage 2 has been serving since")
+    assert told(1) == "stage 1 now serves instead of stage 2"
+    assert told(1, "--pin") == "stage 1 still serves and is now pinned"
+    assert told(1) == "stage 1 still serves and is now not pinned"
+
+
 def test_status_in_every_state(workspace: Workspace, peso: Call, tmp_path: Path) -> None:
     def told() -> dict:
         status, out, err = peso("status", "-w", workspace.root, "--json")

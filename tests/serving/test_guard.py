@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 
 import pytest
+from malformed_bodies import malformed
 
 from peso.errors import UsageError
 from peso.serving.guard import JsonLines, Rates
@@ -117,37 +117,6 @@ def test_a_body_that_is_too_long_is_not_read(serving, shop):
         refused = client.post("/v1/recommend", content=content, headers={"content-type": "application/json"})
         assert refused.status_code == 413
     assert client.post("/v1/recommend", json={"user": "a"}).status_code == 200
-
-
-def malformed(seed: int) -> bytes:
-    """A body that is broken in one of many ways, or happens to be right."""
-    draw = random.Random(seed)
-    values = [None, None, True, -1, 10**400, 1e308, "", "i1", "\ud800", "\0", [], {}, ["i1", None], "i" * 300]
-    keys = [
-        "user",
-        "history",
-        "k",
-        "allow",
-        "deny",
-        "titles",
-        "unknown",
-        "item",
-        "time",
-        "key",
-        "\ud800",
-        "x",
-    ]
-    if draw.random() < 0.3:
-        return draw.randbytes(draw.randrange(60))
-    body = {key: draw.choice(values) for key in draw.sample(keys, draw.randrange(1, 5))}
-    text = json.dumps([body] * draw.randrange(3) if draw.random() < 0.3 else body)
-    text = text.replace("1e+308", draw.choice(["NaN", "Infinity", "1e999", "1e308"]))
-    if draw.random() < 0.4:
-        place = draw.randrange(len(text))
-        text = (
-            text[:place] + draw.choice(['"', "[" * 5000, "}", "\\u", ""]) + text[place + draw.randrange(3) :]
-        )
-    return text.encode("utf-8", "surrogatepass")
 
 
 @pytest.mark.parametrize("path", ["/v1/recommend", "/v1/events"])
