@@ -42,11 +42,6 @@ def users(_: Workspace, number: int) -> dict[str, Any]:
             "items": {"path": str(items), "columns": {"title": "title"}},
             "stages": {"fractions": [0.8, 0.2]},
         }
-            "format": "parquet",
-            "path": str(log),
-            "items": {"path": str(items), "columns": {"title": "title"}},
-            "stages": {"fractions": [0.8, 0.2]},
-        }
         started = time.perf_counter()
         workspace = make_workspace(Path(place) / "w", {**TINY, "data": data})
         made = time.perf_counter() - started
