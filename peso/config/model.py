@@ -293,6 +293,12 @@ class TrainingConfig(Section):
         description="the learning rate of the vocabulary's rows and the item head, relative to that of the "
         "adapter (or of the backbone where its weights are trained)",
     )
+    rows: Literal["semantic", "all"] = Field(
+        "semantic",
+        exclude_if=partial(eq, "semantic"),
+        description="which rows of embedding and head are trained beside the adapter: those of the semantic "
+        "tokens, or all, words included, as in the paper's released code (the paper's preset: all)",
+    )
     later: LaterTrainingConfig = Field(
         LaterTrainingConfig(), exclude_if=lambda later: later == LaterTrainingConfig()
     )

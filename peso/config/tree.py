@@ -25,6 +25,8 @@ from peso.config.model import (
 from peso.config.parsing import Section
 from peso.config.strategy import DEFAULT, StrategyConfig, strategy_options
 
+# what `strategy: paper` sets in other sections (with training.loss_vocabulary, which `instruct` sets, too)
+PAPER = (("prompt", "layout", "instruct"), ("training", "rows", "all"), ("decoding", "repeats", "keep"))
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -108,14 +110,17 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_repeats(cls, tree: Any) -> Any:
-        """Allow items of the history as recommendations in the paper's preset."""
+    def _default_protocol(cls, tree: Any) -> Any:
+        """Use the protocol of the paper's released code in its preset, as far as other values are not given:
+        instructions as prompts, embedding and head trained whole, items of the history recommended."""
         if not isinstance(tree, Mapping) or tree.get("strategy") != "paper":
             return tree
-        decoding = tree.get("decoding") or {}
-        if not isinstance(decoding, Mapping) or "repeats" in decoding:
-            return tree
-        return {**tree, "decoding": {**decoding, "repeats": "keep"}}
+        result = dict(tree)
+        for name, key, value in PAPER:
+            section = result.get(name) or {}
+            if isinstance(section, Mapping) and section.get(key) is None:  # wrong types are refused later
+                result[name] = {**section, key: value}
+        return result
 
     @model_validator(mode="before")
     @classmethod

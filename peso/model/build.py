@@ -20,7 +20,7 @@ from peso.errors import BackboneError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds
 from peso.model.backbone import embedding_scale, load_backbone
 from peso.model.backbone_checks import check_reach
-from peso.model.generative import GenerativeModel
+from peso.model.generative import GenerativeModel, trained_whole
 from peso.model.item_head import OF_ITEMS, ItemHead
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.vocabulary import SemanticVocabulary
@@ -39,6 +39,7 @@ def build_model(
     *,
     seed: int,
     head: HeadConfig | None = None,
+    train_words: bool = False,
 ) -> GenerativeModel:
     """Build a model from a backbone, a semantic vocabulary, an adapter and a layout, in float32 on the CPU.
 
@@ -53,6 +54,7 @@ def build_model(
         seed: the seed of everything random. Backbone, vocabulary, adapter and head have separate random
             streams.
         head: the configuration of the head; None to use only codes.
+        train_words: whether to train the words' rows of embedding and head, too.
 
     Raises:
         BackboneError: the backbone cannot be loaded, fails a check, has too short a context for the prompts,
@@ -84,13 +86,15 @@ def build_model(
         causal_lm.get_output_embeddings().weight[:first_id],
         seeds[1],
     )
+    if train_words:
+        vocabulary.train_words(embedding * scale, causal_lm.get_output_embeddings().weight[:first_id])
     if head is not None and head.name == "items":
         vocabulary.item_head = ItemHead(
             semantic_ids, embedding.shape[1], head.negatives, reads=bool(head.reads)
         )
         vocabulary.item_head.initialise(seeds[3], float(embedding.std()) * scale)
     if adapter is None:
-        model = causal_lm.requires_grad_(True)
+        model = trained_whole(causal_lm, vocabulary)
     else:
         model = add_adapter(
             causal_lm, adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, seed=seeds[2]

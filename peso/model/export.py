@@ -151,9 +151,10 @@ def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, m
     if merged:
         weights = {name: _exact(tensor) for name, tensor in weights.items()} | _merged_weights(causal_lm)
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    for module, rows in ((embedding, input_rows), (head, output_rows)):
+    tables = ((embedding, _input_words(model), input_rows), (head, _output_words(model), output_rows))
+    for module, of_words, rows in tables:
         # some backbones pad their vocabulary; our rows replace rows beyond the tokenizer's words
-        kept = _exact(module.weight[:words]) if merged else module.weight[:words]
+        kept = _exact(of_words) if merged else of_words.to(module.weight)
         weights[f"{_name(causal_lm, module)}.weight"] = torch.cat([kept, rows.to(kept)])
     if getattr(head, "bias", None) is not None:
         kept = _exact(head.bias[:words]) if merged else head.bias[:words]
@@ -266,6 +267,21 @@ def _check_reading(model: GenerativeModel, text: PromptText, tokenizer: Any) -> 
 def _table_rows(model: GenerativeModel) -> Tensor:
     """The input rows as rows of the embedding module's table."""
     return model.vocabulary.input_rows.detach() / embedding_scale(model.causal_lm)
+
+
+def _input_words(model: GenerativeModel) -> Tensor:
+    """The rows of the words in the embedding module's table, trained or not: (words, width)."""
+    own, causal_lm = model.vocabulary.input_words, model.causal_lm
+    if own is None:
+        table: Tensor = causal_lm.get_input_embeddings().weight[: model.vocabulary.first_id]
+        return table
+    return own.detach() / embedding_scale(causal_lm)
+
+
+def _output_words(model: GenerativeModel) -> Tensor:
+    own = model.vocabulary.output_words
+    head: Tensor = model.causal_lm.get_output_embeddings().weight
+    return head[: model.vocabulary.first_id] if own is None else own.detach()
 
 
 def _neutral(weight: Tensor, count: int) -> Tensor:

@@ -87,7 +87,7 @@ class GenerativeModel(nn.Module):
         """The model with its active adapters merged into the backbone's weights, in float32. All weights then
         require gradients."""
         backbone: Any = self.backbone
-        causal_lm = backbone.float().merge_and_unload().requires_grad_(True)
+        causal_lm = trained_whole(backbone.float().merge_and_unload(), self.vocabulary)
         return GenerativeModel(
             causal_lm, self.tokenizer, self.vocabulary, self.layout, self.semantic_ids, self.loss_vocabulary
         )
@@ -113,13 +113,22 @@ class GenerativeModel(nn.Module):
         """
         first = self.vocabulary.first_id
         semantic = ids >= first
-        words = self.causal_lm.get_input_embeddings()(ids.masked_fill(semantic, 0))
+        words = self._embed_words(ids.masked_fill(semantic, 0))
         rows = F.embedding((ids - first).clamp_min(0), self.vocabulary.input_rows).to(words.dtype)
         embedded = torch.where(semantic.unsqueeze(-1), rows, words)
         head = self.vocabulary.item_head
         if head is None or not head.reads:
             return embedded
         return embedded + head.inputs(ids - first).to(words.dtype)
+
+    def _embed_words(self, ids: Tensor) -> Tensor:
+        own = self.vocabulary.input_words
+        words: Tensor = (
+            self.causal_lm.get_input_embeddings()(ids)
+            if own is None
+            else F.embedding(ids, own).to(self.dtype)
+        )
+        return words
 
     def hidden(
         self, ids: Tensor, visible: Tensor | Tree | None, positions: Tensor, cache: Any = None
@@ -167,8 +176,12 @@ class GenerativeModel(nn.Module):
         return output.last_hidden_state
 
     def word_logits(self, hidden: Tensor) -> Tensor:
-        """The logits of the backbone's words: hidden states (…, width) → float32 (…, first_id)."""
-        words = self.causal_lm.get_output_embeddings().weight[: self.vocabulary.first_id]
+        """The logits of the words: hidden states (…, width) → float32 (…, first_id)."""
+        own = self.vocabulary.output_words
+        if own is None:
+            words = self.causal_lm.get_output_embeddings().weight[: self.vocabulary.first_id]
+        else:
+            words = own.to(hidden.dtype)
         bias = getattr(self.causal_lm.get_output_embeddings(), "bias", None)
         logits = F.linear(hidden, words, None if bias is None else bias[: self.vocabulary.first_id])
         return self.logit_transform(logits.float())
@@ -195,6 +208,16 @@ class GenerativeModel(nn.Module):
         assert self.vocabulary.item_head is not None
         scores: Tensor = self.vocabulary.item_head(hidden)
         return scores.log_softmax(-1)
+
+
+def trained_whole(causal_lm: Any, vocabulary: SemanticVocabulary) -> Any:
+    """A causal LM all of whose weights require gradients, except embedding and head if the vocabulary trains
+    the words' rows instead."""
+    causal_lm.requires_grad_(True)
+    if vocabulary.input_words is not None:
+        for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()):
+            module.weight.requires_grad_(False)
+    return causal_lm
 
 
 def _without_plans(device: torch.device) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from peso.model.item_head import ItemHead
 
 
 class SemanticVocabulary(nn.Module):
-    """The input and output rows of the semantic tokens.
+    """The input and output rows of the semantic tokens, and those of the words if they are trained, too.
 
     Token ids start at ``first_id`` (the tokenizer's length, so that an exported tokenizer has the same ids)
     and are numbered level by level. Input and output rows are both trained and are not tied to each other.
@@ -32,6 +32,9 @@ class SemanticVocabulary(nn.Module):
         self.register_buffer("offsets", starts, persistent=False)  # (levels,) row of each level's first code
         self.input_rows = nn.Parameter(torch.zeros(sum(sizes), width))
         self.output_rows = nn.Parameter(torch.zeros(sum(sizes), width))
+        # (first_id, width) each; None: the words' rows are those of the frozen backbone
+        self.input_words: nn.Parameter | None = None
+        self.output_words: nn.Parameter | None = None
         # trained, stored, anchored and averaged together with the rows
         self.item_head: ItemHead | None = None
 
@@ -62,6 +65,13 @@ class SemanticVocabulary(nn.Module):
         for rows, weight in ((self.input_rows, input_weight), (self.output_rows, output_weight)):
             base = weight.detach().float().cpu()
             rows.copy_(base.mean(0) + 0.5 * base.std(0) * noise)
+
+    def train_words(self, input_weight: Tensor, output_weight: Tensor) -> None:
+        """Train rows for all words, starting from these (words, width). They are copies, not tied to the
+        backbone's rows or to each other, as PEFT copies modules that it trains whole."""
+        self.input_words, self.output_words = (
+            nn.Parameter(weight.detach().float().clone()) for weight in (input_weight, output_weight)
+        )
 
     @torch.no_grad()
     def begin_new_codes(self, tokens: np.ndarray, known: np.ndarray, arriving: np.ndarray) -> int:

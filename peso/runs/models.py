@@ -219,6 +219,7 @@ def _build(stage: RunStage, *, whole: bool) -> GenerativeModel:
         stage.workspace.semantic_ids,
         seed=config.seed_of_stage(stage.number),
         head=config.head,
+        train_words=config.training.rows == "all",
     )
 
 
