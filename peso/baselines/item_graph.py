@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from peso.baselines.baseline import Matrix, padded
+from peso.baselines.baseline import Matrix
 from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
+from peso.model.transitions import weighted
 
 
 class ItemGraph(Counted):
@@ -84,16 +85,10 @@ class ItemGraph(Counted):
         return {"events": len(counts.items), "edges": int(self.edges.nnz)}
 
     def sums(self, cases: Cases) -> np.ndarray:
-        from scipy import sparse
-
-        newest_first = padded(
-            [history[: -self.window - 1 : -1] for history in cases.histories], self.window, -1
-        )
-        row, place = np.nonzero(newest_first >= 0)
-        weights = self.recency ** place.astype(np.float64)
-        shape = (len(cases), self.items)
-        had = sparse.csr_array((weights, (row, newest_first[row, place])), shape=shape)
-        return (had @ self.edges).toarray()
+        result: np.ndarray = (
+            weighted(cases.histories, self.recency, self.window, self.items) @ self.edges
+        ).toarray()
+        return result
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,9 @@ class AdapterConfig(Section):
     )
 
 
+OF_ITEMS = ("reads", "transitions")  # true by default with an item head
+
+
 class HeadConfig(Section):
     """How items are scored: with ``codes``, by the semantic IDs that the model generates; with ``items``,
     also by an item head (docs/explanation/item-head.md)."""
@@ -159,6 +162,12 @@ class HeadConfig(Section):
         description="items only: whether the history's items are read by their vectors, too, added to the "
         "embedding of their last code; none given: true",
     )
+    transitions: bool | None = Field(
+        None,
+        exclude_if=lambda transitions: transitions is None,
+        description="items only: whether counts of the transitions between items are used in addition to "
+        "what the model has learned; none given: true",
+    )
     learning_rate_scale: float = Field(
         1.0,
         gt=0,
@@ -169,15 +178,16 @@ class HeadConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_reads(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and tree.get("reads") is None and tree.get("name") == "items":
-            return {**tree, "reads": True}
-        return tree
+    def _defaults_of_items(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or tree.get("name") != "items":
+            return tree
+        return {**tree, **{key: True for key in OF_ITEMS if tree.get(key) is None}}
 
     @model_validator(mode="after")
-    def _reads_with_a_head(self) -> HeadConfig:
-        if self.reads and self.name != "items":
-            raise ValueError("head.reads needs the item head: set head.name=items")
+    def _with_a_head(self) -> HeadConfig:
+        for key in OF_ITEMS:
+            if getattr(self, key) and self.name != "items":
+                raise ValueError(f"head.{key} needs the item head: set head.name=items")
         return self
 
 

@@ -67,8 +67,8 @@ def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     backbone, head = tree.get("backbone"), tree.get("head")
     if isinstance(backbone, Mapping) and backbone.get("name") in BUILT_IN and "dropout" not in backbone:
         earlier["backbone"] = {**backbone, "dropout": 0.0}
-    if isinstance(head, Mapping) and head.get("name") == "items" and "reads" not in head:
-        earlier["head"] = {**head, "reads": False}
+    if isinstance(head, Mapping) and head.get("name") == "items":
+        earlier["head"] = {"reads": False, "transitions": False, **head}
     return earlier
 
 

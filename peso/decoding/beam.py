@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from peso.decoding.filters import NodeFilter
-from peso.decoding.pool import Candidates, best_leaves, leaf_codes, leaf_log_probabilities, pool
+from peso.decoding.pool import (
+    Candidates,
+    Evidence,
+    best_leaves,
+    leaf_codes,
+    leaf_log_probabilities,
+    pool,
+    without_codes,
+)
 from peso.decoding.prompt import Known, Prompt, run_prompts
 from peso.decoding.returning import Returning
 from peso.decoding.trie_step import Selection, TrieTensors, select
@@ -152,6 +160,7 @@ def search(
                 model,
                 catalogue,
                 [asked[u] for u in users],
+                [histories[u] for u in users],
                 beams,
                 admitted,
                 None if wanted is None else wanted[users],
@@ -193,6 +202,7 @@ def _search_batch(
     model: GenerativeModel,
     catalogue: _Catalogue,
     prompts: Sequence[Prompt],
+    histories: Sequence[np.ndarray],
     beams: int,
     admitted: NodeFilter | None,
     targets: np.ndarray | None = None,
@@ -200,6 +210,7 @@ def _search_batch(
     """Search one batch of users.
 
     Args:
+        histories: int (n,) each, the users' item rows, oldest first.
         targets: int (users,), the leaf of each user's target.
     """
     device, users = model.device, len(prompts)
@@ -214,11 +225,15 @@ def _search_batch(
         if prompt.kept:
             prompt.keep(prompted.states(user, prompt.kept))
 
-    of_items = best = None
+    of_items = best = evidence = None
     followed = []  # int64 (users, n) leaves of the trie of all items whose paths are scored
     if model.has_item_head:
-        of_items = leaf_log_probabilities(model, prompted.last)
-        best = best_leaves(of_items, catalogue.full_leaves(device), widths[-1], admitted)
+        of_items, share = leaf_log_probabilities(model, prompted.last), model.item_share(lengths)
+        proposed = of_items
+        if model.transitions is not None:
+            evidence = Evidence.of(model.transitions, model.semantic_ids.trie, histories, device)
+            proposed = without_codes(of_items, share, evidence)
+        best = best_leaves(proposed, catalogue.full_leaves(device), widths[-1], admitted)
         followed.append(best.clamp_min(0))
     if targets is not None:
         followed.append(torch.from_numpy(targets).long().to(device).unsqueeze(1))
@@ -254,8 +269,8 @@ def _search_batch(
     candidates = None
     if of_items is not None and best is not None and by_level is not None:
         generated = torch.cat([scores, by_level[:, : best.shape[1]].sum(-1)], dim=1)
-        candidates = Candidates.of(torch.cat([leaves, best], dim=1), generated, of_items)
-        leaves, scores = candidates.best(model.item_share(lengths), widths[-1])
+        candidates = Candidates.of(torch.cat([leaves, best], dim=1), generated, of_items, evidence)
+        leaves, scores = candidates.best(share, widths[-1])
     if not bool(scores[leaves >= 0].isfinite().all()):
         raise BackboneError(
             "the model's log-probabilities are not finite: its weights or precision are broken"
@@ -265,7 +280,8 @@ def _search_batch(
         target_levels, target_scores = by_level[:, -1], by_level[:, -1].sum(-1)
         if of_items is not None:
             of_target = of_items.gather(1, followed[-1])
-            target_scores = pool(of_target, target_scores.unsqueeze(1), model.item_share(lengths)).squeeze(1)
+            of_counts = None if evidence is None else evidence.at(followed[-1])
+            target_scores = pool(of_target, target_scores.unsqueeze(1), share, of_counts).squeeze(1)
     return _Found(leaves, scores, target_levels, target_scores, candidates)
 
 

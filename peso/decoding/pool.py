@@ -5,32 +5,87 @@ head. The result is a mixture:
 
     p(ID) = s · p_items(ID) + (1 - s) · p_codes(ID)
 
+If the model counts transitions (:mod:`peso.model.transitions`), the mixture is the prior of these counts:
+
+    p(ID) = (G(ID) + μ · (s · p_items(ID) + (1 - s) · p_codes(ID))) / (Σ G + μ)
+
 So the probabilities of all IDs sum to at most one, as those of p_codes do, and likelihoods are comparable
 with those of other models. The share s of the head is tuned on validation cases, separately by the length of
-the history.
+the history, and so is the weight μ of the prior, for all cases together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from peso.decoding.filters import NodeFilter
-from peso.items.semantic_ids import SemanticIds
+from peso.items.semantic_ids import ItemTrie, SemanticIds
 from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS, groups_of
+from peso.model.transitions import PRIOR, Transitions
 
 FEWEST = 200  # the smallest number of validation cases for which a group has its own share
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
+PRIORS = (10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
-def pool(items: Tensor, codes: Tensor, share: Tensor) -> Tensor:
-    """ln p(ID) from ln p_items and ln p_codes, both (users, n), and the share of the head, (users,)."""
+@dataclass(frozen=True)
+class Evidence:
+    """What counts of transitions say of semantic IDs.
+
+    Attributes:
+        counts: float32 (users, n), G of each ID.
+        totals: float32 (users, 1), Σ G over all IDs.
+        prior: μ.
+    """
+
+    counts: Tensor
+    totals: Tensor
+    prior: float
+
+    @classmethod
+    def of(
+        cls, transitions: Transitions, trie: ItemTrie, histories: Sequence[np.ndarray], device: torch.device
+    ) -> Evidence:
+        """The evidence after these histories of item rows, for every leaf of the trie."""
+        of_items = transitions.evidence(histories)
+        # the items of a leaf are in succession
+        of_leaves = np.add.reduceat(of_items[:, trie.items], trie.item_starts[:-1], axis=1)
+        counts = torch.from_numpy(of_leaves).to(device)
+        return cls(counts, counts.sum(1, keepdim=True), transitions.prior)
+
+    def at(self, leaves: Tensor) -> Evidence:
+        """The evidence for these leaves of each user, int64 (users, n)."""
+        return replace(self, counts=self.counts.gather(1, leaves))
+
+    def posterior(self, log_prior: Tensor) -> Tensor:
+        """ln p(ID) from the logarithm of the mixture, float32 (users, n)."""
+        both = torch.logaddexp(log_prior + math.log(self.prior), self.counts.log())
+        return both - (self.totals + self.prior).log()
+
+
+def pool(items: Tensor, codes: Tensor, share: Tensor, evidence: Evidence | None = None) -> Tensor:
+    """ln p(ID) of semantic IDs.
+
+    Args:
+        items, codes: (users, n), ln p_items and ln p_codes.
+        share: (users,), the share of the head.
+        evidence: counts for the same IDs; None if the model does not count.
+    """
     s = share.unsqueeze(1)
-    return torch.logaddexp(items + s.log(), codes + (1 - s).log())
+    mixture = torch.logaddexp(items + s.log(), codes + (1 - s).log())
+    return mixture if evidence is None else evidence.posterior(mixture)
+
+
+def without_codes(items: Tensor, share: Tensor, evidence: Evidence) -> Tensor:
+    """The part of ln p(ID) that does not depend on the codes, to find candidates by: float32 (users, n)."""
+    return evidence.posterior(items + share.clamp_min(SHARES[1]).log().unsqueeze(1))
 
 
 def leaf_log_probabilities(model: GenerativeModel, hidden: Tensor) -> Tensor:
@@ -85,27 +140,59 @@ class Candidates:
     Attributes:
         leaves: int64, the leaf of each candidate, -1 if there is none.
         codes, items: float32, ln p_codes and ln p_items.
+        evidence: counts of transitions; None if the model does not count.
     """
 
     leaves: Tensor
     codes: Tensor
     items: Tensor
+    evidence: Evidence | None = None
 
     @classmethod
-    def of(cls, leaves: Tensor, codes: Tensor, items: Tensor) -> Candidates:
+    def of(cls, leaves: Tensor, codes: Tensor, items: Tensor, evidence: Evidence | None = None) -> Candidates:
         """Merge candidates that occur twice.
 
         Args:
             leaves: int64 (users, n), the leaves of the candidates, possibly with duplicates.
             codes: float32 (users, n), ln p_codes of these leaves.
             items: float32 (users, all leaves), ln p_items of all leaves.
+            evidence: the counts of all leaves.
         """
         leaves, order = leaves.sort(dim=1, stable=True)
         again = torch.zeros_like(leaves, dtype=torch.bool)
         again[:, 1:] = leaves[:, 1:] == leaves[:, :-1]
+        places = leaves.clamp_min(0)
         return cls(
-            leaves.masked_fill(again, -1), codes.gather(1, order), items.gather(1, leaves.clamp_min(0))
+            leaves.masked_fill(again, -1),
+            codes.gather(1, order),
+            items.gather(1, places),
+            None if evidence is None else evidence.at(places),
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates]) -> Candidates:
+        """The candidates of several batches of users, on the CPU."""
+
+        def all_of(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat([tensor.cpu() for tensor in tensors])
+
+        evidence = [part.evidence for part in parts if part.evidence is not None]
+        return cls(
+            all_of(part.leaves for part in parts),
+            all_of(part.codes for part in parts),
+            all_of(part.items for part in parts),
+            Evidence(
+                all_of(each.counts for each in evidence),
+                all_of(each.totals for each in evidence),
+                evidence[0].prior,
+            )
+            if evidence
+            else None,
+        )
+
+    def with_prior(self, prior: float) -> Candidates:
+        """The same with another weight of the prior."""
+        return self if self.evidence is None else replace(self, evidence=replace(self.evidence, prior=prior))
 
     def best(self, share: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` best candidates by the mixture.
@@ -117,40 +204,64 @@ class Candidates:
         Returns: their leaves, best first, with ties in the order of the trie and -1 if there are fewer; and
             their ln p, which is -inf if there are fewer.
         """
-        scores = pool(self.items, self.codes, share).masked_fill(self.leaves < 0, -torch.inf)
+        scores = pool(self.items, self.codes, share, self.evidence).masked_fill(self.leaves < 0, -torch.inf)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         leaves = torch.where(scores.isneginf(), -1, self.leaves.gather(1, order))
         return leaves[:, :count], scores[:, :count]
 
 
-def best_shares(
-    candidates: Candidates, targets: Tensor, lengths: Tensor, depth: int
-) -> tuple[list[float], list[float]]:
-    """The shares in ``SHARES`` with the highest mean NDCG@depth, one for each group of ``LENGTHS``.
+@dataclass(frozen=True)
+class PoolWeights:
+    """What was chosen on validation cases.
+
+    Attributes:
+        shares: the share of the head for each group of ``LENGTHS``.
+        prior: the weight of the prior; None if the model does not count transitions.
+        means: the mean NDCG of all cases at each of ``SHARES``, with this prior.
+    """
+
+    shares: list[float]
+    prior: float | None
+    means: list[float]
+
+
+def best_weights(candidates: Candidates, targets: Tensor, lengths: Tensor, depth: int) -> PoolWeights:
+    """Choose the weights with the highest mean NDCG@depth.
+
+    First the prior is chosen from ``PRIORS``, each with the share that is best for all cases; then a share
+    from ``SHARES`` for each group of ``LENGTHS``.
 
     A group with fewer than ``FEWEST`` cases gets the share that is best for all cases. Ties are resolved in
-    favor of the share nearest to 0.5.
+    favor of the share nearest to 0.5, and of the prior nearest to ``PRIOR``.
 
     Args:
         candidates: the candidates of the validation cases.
         targets: int64 (users,), the leaf of each target.
         lengths: int64 (users,), the number of items in each prompt.
         depth: the number of candidates that NDCG takes into account.
-
-    Returns:
-        The shares, and the mean NDCG of all cases at each of ``SHARES``.
     """
-    gains = []  # (shares, users)
-    for share in SHARES:
-        leaves, _ = candidates.best(torch.full(targets.shape, share, device=targets.device), depth)
-        place = (leaves == targets.unsqueeze(1)).float()  # (users, depth)
-        gains.append(place @ (torch.arange(depth, device=place.device) + 2).float().log2().reciprocal())
-    gain, groups = torch.stack(gains), groups_of(lengths)
+    groups = groups_of(lengths)
+    everyone = torch.ones_like(groups, dtype=torch.bool)
 
-    def best(cases: Tensor) -> float:
+    def best(gain: Tensor, cases: Tensor) -> float:
         means = gain[:, cases].mean(1).tolist()
         return max(SHARES, key=lambda share: (means[SHARES.index(share)], -abs(share - 0.5)))
 
-    every = best(torch.ones_like(groups, dtype=torch.bool))
+    priors = PRIORS if candidates.evidence is not None else (PRIOR,)
+    gains = {prior: _gains(candidates.with_prior(prior), targets, depth) for prior in priors}
+    prior = max(priors, key=lambda prior: (float(gains[prior].mean(1).max()), -abs(math.log(prior / PRIOR))))
+    gain = gains[prior]
+    every = best(gain, everyone)
     members = [groups == number for number in range(len(LENGTHS) + 1)]
-    return [best(own) if int(own.sum()) >= FEWEST else every for own in members], gain.mean(1).tolist()
+    shares = [best(gain, own) if int(own.sum()) >= FEWEST else every for own in members]
+    return PoolWeights(shares, None if candidates.evidence is None else prior, gain.mean(1).tolist())
+
+
+def _gains(candidates: Candidates, targets: Tensor, depth: int) -> Tensor:
+    """NDCG@depth of each case at each of ``SHARES``: float32 (shares, users)."""
+    result = []
+    for share in SHARES:
+        leaves, _ = candidates.best(torch.full(targets.shape, share, device=targets.device), depth)
+        place = (leaves == targets.unsqueeze(1)).float()  # (users, depth)
+        result.append(place @ (torch.arange(depth, device=place.device) + 2).float().log2().reciprocal())
+    return torch.stack(result)

@@ -1,7 +1,7 @@
 """Build a generative model from its configuration, and read and write its weights as a stage's files.
 
-The files of a stage are ``vocabulary.safetensors``, ``adapter/`` if there is one, and ``backbone/`` if its
-weights were trained.
+The files of a stage are ``vocabulary.safetensors``, ``transitions.safetensors`` if the item head counts
+transitions, ``adapter/`` if there is one, and ``backbone/`` if its weights were trained.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from peso.model.backbone_checks import check_reach
 from peso.model.generative import GenerativeModel, trained_whole
 from peso.model.item_head import OF_ITEMS, ItemHead
 from peso.model.layout import PromptLayout, make_layout
+from peso.model.transitions import FILE, Transitions
 from peso.model.vocabulary import SemanticVocabulary
 from peso.runtime.hugging_face import quiet_transformers
 
 VOCABULARY, ADAPTER, BACKBONE = "vocabulary.safetensors", "adapter", "backbone"
-WEIGHTS = (VOCABULARY, ADAPTER, BACKBONE)  # files and folders of a stage that make up its model
+WEIGHTS = (VOCABULARY, FILE, ADAPTER, BACKBONE)  # files and folders of a stage that make up its model
 
 
 def build_model(
@@ -121,6 +122,8 @@ def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_b
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: rows.detach().cpu().contiguous() for name, rows in model.vocabulary.state_dict().items()}
     save_file(rows, folder / VOCABULARY)
+    if model.transitions is not None:
+        model.transitions.save(folder)
     if whole_backbone:
         with quiet_transformers():
             model.causal_lm.save_pretrained(folder / BACKBONE)
@@ -151,6 +154,7 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
         if name in into and name in rows:  # items that were added later keep their initial values
             rows[name] = torch.cat([rows[name], into[name][len(rows[name]) :].cpu()])
     _copy(into, rows, folder / VOCABULARY)
+    model.transitions = Transitions.load(folder, len(model.semantic_ids.item_ids))
     if (folder / BACKBONE).is_dir():
         try:
             with quiet_transformers():

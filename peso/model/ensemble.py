@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peso.model.generative import GenerativeModel
+from peso.model.transitions import Transitions
 from peso.model.visibility import Tree
 
 
@@ -79,6 +80,12 @@ class Ensemble(nn.Module):
     def item_share(self, lengths: Tensor) -> Tensor:
         return self.members[1].item_share(lengths)
 
+    @property
+    def transitions(self) -> Transitions | None:
+        """The counts of the second model, which are the newer ones."""
+        counted: Transitions | None = self.members[1].transitions
+        return counted
+
     def item_log_probabilities(self, hidden: Tensor) -> Tensor:
         return self._average(hidden, lambda member, own: member.item_log_probabilities(own)).log_softmax(-1)
 
@@ -116,7 +123,7 @@ def twin(model: GenerativeModel) -> GenerativeModel:
         id(p) for name, p in model.named_parameters() if ".lora_" in name or name.startswith("vocabulary.")
     }
     shared: list[Any] = [p for p in model.parameters() if id(p) not in own]
-    shared += [model.tokenizer, model.layout, model.semantic_ids]
+    shared += [model.tokenizer, model.layout, model.semantic_ids, model.transitions]
     # share the configuration, so that a change of the attention implementation applies to both
     shared += [module.config for module in model.modules() if hasattr(module, "config")]
     return deepcopy(model, {id(each): each for each in shared})

@@ -208,7 +208,8 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
     It has ``vectors`` (items, width), ``biases`` (items,), ``query`` (width, width) and ``shares``, by the
     number of items in the prompt. If the model reads the vectors, it also has ``inputs`` (items, width), to
     add to the embeddings of the last codes. The ids and semantic IDs of the items in the order of the
-    vectors, and the groups of the shares, are in its metadata (docs/how-to/export.md).
+    vectors, and the groups of the shares, are in its metadata (docs/how-to/export.md). If the model counts
+    transitions, ``transitions.safetensors`` is written as well.
     """
     head = model.vocabulary.item_head
     if head is None:
@@ -229,6 +230,8 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
         "shares_up_to": json.dumps(list(LENGTHS)),
     }
     save_file({name: _stored(x) for name, x in tensors.items()}, directory / ITEM_HEAD, metadata)
+    if model.transitions is not None:
+        model.transitions.save(directory)
 
 
 def _extended_tokenizer(model: GenerativeModel) -> Any:

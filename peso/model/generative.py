@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peso.items.semantic_ids import SemanticIds
 from peso.model.layout import PromptLayout
+from peso.model.transitions import Transitions
 from peso.model.tree_attention import TreePlaces, along_trees, serves
 from peso.model.visibility import Tree, additive
 from peso.model.vocabulary import SemanticVocabulary
@@ -75,6 +76,7 @@ class GenerativeModel(nn.Module):
         self.semantic_ids = semantic_ids
         self.loss_vocabulary = loss_vocabulary
         self.backbone_sha256: str | None = None  # of the weights before rounding, if they were rounded
+        self.transitions: Transitions | None = None  # counted after each stage, if the head uses them
         self.logit_transform = LogitTransform.of(self.causal_lm.config)
 
     @property
@@ -87,10 +89,15 @@ class GenerativeModel(nn.Module):
         """The model with its active adapters merged into the backbone's weights, in float32. All weights then
         require gradients."""
         backbone: Any = self.backbone
-        causal_lm = trained_whole(backbone.float().merge_and_unload(), self.vocabulary)
-        return GenerativeModel(
-            causal_lm, self.tokenizer, self.vocabulary, self.layout, self.semantic_ids, self.loss_vocabulary
+        return self.on(trained_whole(backbone.float().merge_and_unload(), self.vocabulary))
+
+    def on(self, backbone: nn.Module) -> GenerativeModel:
+        """The model with another backbone; everything else is shared."""
+        model = GenerativeModel(
+            backbone, self.tokenizer, self.vocabulary, self.layout, self.semantic_ids, self.loss_vocabulary
         )
+        model.transitions = self.transitions
+        return model
 
     @property
     def device(self) -> torch.device:

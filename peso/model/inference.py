@@ -70,14 +70,7 @@ def for_inference(model: GenerativeModel | Ensemble, *, packed: bool = False) ->
             answering.set_submodule(name, norm)
     if packed and model.device.type == "cpu":
         _pack(answering)
-    return GenerativeModel(
-        answering,
-        model.tokenizer,
-        model.vocabulary,
-        model.layout,
-        model.semantic_ids,
-        model.loss_vocabulary,
-    ).eval()
+    return model.on(answering).eval()
 
 
 def _beside(layer: LoraLayer) -> nn.Module | None:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, anchor_report
@@ -18,13 +16,13 @@ from peso.adapters.groups import find_groups
 from peso.items.semantic_ids import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
-from peso.model.item_head import LENGTHS
 from peso.runs.models import (
     backbone_fingerprint,
     trains_backbone,
     write_memory,
 )
 from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
+from peso.runs.pool_weights import choose_pool_weights
 from peso.runs.stage import ERASURES, FORMAT, LOG, METRICS, RunStage
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace, provenance
@@ -43,9 +41,6 @@ from peso.training.loop import train_stage
 from peso.training.rate_trials import choose_rates, read_choice
 from peso.training.strategies.strategy import StageContext, Strategy
 from peso.training.task import Progress, StageResult, StageTask
-
-TUNED_ON = 2048  # validation cases that choose the shares of the item head
-CANDIDATES = ("leaves", "codes", "items")
 
 
 def learn_stage(stage: RunStage, observer: Observer) -> None:
@@ -149,9 +144,9 @@ def _train(
         spent += result.seconds
     here = replace(context, phase=last)
     result, task = _train_phase(stage, model, strategy, here, unfinished, observer)
-    shares = None
+    chosen = None
     if model.vocabulary.item_head is not None:
-        shares = _tune_shares(stage, model, observer)
+        chosen = choose_pool_weights(stage, model, observer)
     if not current().is_main:  # the figures are told, and written, once
         return {}
     figures: dict[str, Any] = {"learning_rate": task.learning_rate, **asdict(result)}
@@ -160,10 +155,10 @@ def _train(
         figures["rows_learning_rate_scale"] = scale
     places = {phase: directory_of(unfinished, strategy, number, phase) for phase in (*earlier, last)}
     choices = [{"phase": phase, **(read_choice(place) or {})} for phase, place in places.items()]
-    if chosen := [choice for choice in choices if len(choice) > 1]:
-        figures["trials"] = chosen
-    if shares is not None:
-        figures["item_head"] = shares
+    if trials := [choice for choice in choices if len(choice) > 1]:
+        figures["trials"] = trials
+    if chosen is not None:
+        figures["item_head"] = chosen
     if told := strategy.figures():
         figures["strategy"] = told
     if number and before:
@@ -239,45 +234,6 @@ def _shown(stage: int, phase: str, strategy: Strategy, observer: Observer) -> Ca
         )
 
     return show
-
-
-def _tune_shares(stage: RunStage, model: GenerativeModel, observer: Observer) -> dict[str, Any]:
-    """Set the item head's shares to those that rank the validation targets best; returns them, with the mean
-    NDCG that each share would give to all cases."""
-    from peso.decoding.beam import search
-    from peso.decoding.pool import SHARES, Candidates, best_shares
-
-    head, config = model.vocabulary.item_head, stage.workspace.config
-    assert head is not None
-    cases = stage.workspace.stream.stage(stage.number).validation_cases(config.prompt.window)
-    rows = np.linspace(0, len(cases) - 1, min(len(cases), TUNED_ON)).astype(np.int64)
-    cases = cases.take(np.unique(rows))
-    targets = torch.from_numpy(model.semantic_ids.trie.leaf_of[cases.targets].astype(np.int64))
-    lengths = torch.tensor([len(history) for history in cases.histories])
-    parts, order = list[Candidates](), list[np.ndarray]()
-
-    def keep(users: np.ndarray, found: Candidates) -> None:
-        order.append(users)
-        parts.append(Candidates(found.leaves.cpu(), found.codes.cpu(), found.items.cpu()))
-
-    observer.begin(f"stage {stage.number}: weigh item head and codes on validation", len(cases), "users")
-    search(
-        model,
-        cases.histories,
-        beams=config.decoding.beams,
-        batch_size=config.decoding.batch_size,
-        exclude=cases.seen if stage.leaves_out_seen else None,
-        on_progress=observer.advance,
-        on_candidates=keep,
-    )
-    observer.end()
-    every = Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in CANDIDATES))
-    users = np.concatenate(order)
-    depth = min(10, config.decoding.beams)
-    chosen, means = best_shares(every, targets[users], lengths[users], depth)
-    head.shares.copy_(torch.tensor(chosen))
-    by_length = dict(zip([*(f"to {length}" for length in LENGTHS), "longer"], chosen, strict=True))
-    return {"shares": by_length, f"ndcg@{depth}": dict(zip(map(str, SHARES), means, strict=True))}
 
 
 def pull_backbone(workspace: Workspace, observer: Observer) -> None:

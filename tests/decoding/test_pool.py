@@ -5,22 +5,34 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
 from peso.decoding import beam_search, search
-from peso.decoding.pool import Candidates, best_shares
+from peso.decoding.pool import PRIORS, Candidates, Evidence, best_weights
 from peso.events.histories import Cases
 from peso.items.semantic_ids import SemanticIds
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
+from peso.model.inference import for_inference
+from peso.model.transitions import Transitions
 from peso.training.likelihood import target_log_probabilities
 
 ITEMS, SIZES = 30, (4, 5)
 
 
-@pytest.fixture(scope="module", params=[("stream", True), ("instruct", True), ("stream", False)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("stream", True, False),
+        ("instruct", True, True),
+        ("stream", False, False),
+        ("stream", True, True),
+    ],
+    ids=str,
+)
 def model(request: pytest.FixtureRequest) -> GenerativeModel:
-    """30 items on 20 semantic IDs, of which 10 are shared by two."""
+    """30 items on 20 semantic IDs, of which 10 are shared by two; without or with counts of transitions."""
     codes = np.stack([np.arange(ITEMS) % 20 % SIZES[0], np.arange(ITEMS) % 20 // SIZES[0]], axis=1)
     made = build_model(
         BackboneConfig(name="tiny", layers=2),
@@ -36,6 +48,10 @@ def model(request: pytest.FixtureRequest) -> GenerativeModel:
         for parameter in made.vocabulary.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.4)
         made.vocabulary.item_head.shares.copy_(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    if request.param[2]:
+        table = np.random.default_rng(5).random((ITEMS, ITEMS))
+        table[table < 0.7] = 0
+        made.transitions = Transitions(sparse.csr_array(table), 0.6, window=6, repeats=False, prior=8.0)
     return made
 
 
@@ -56,7 +72,12 @@ def brute_force(model: GenerativeModel, history: np.ndarray) -> np.ndarray:
         of_items = model.item_log_probabilities(state)[0].exp().double().numpy()
     items = np.bincount(ids.trie.leaf_of, weights=of_items)
     share = float(model.item_share(torch.tensor([len(window)])))
-    return share * items + (1 - share) * codes
+    mixture = share * items + (1 - share) * codes
+    if model.transitions is None:
+        return mixture
+    counts = np.bincount(ids.trie.leaf_of, weights=model.transitions.evidence([history])[0])
+    prior = model.transitions.prior
+    return (counts + prior * mixture) / (counts.sum() + prior)
 
 
 def test_the_best_of_the_pool_are_those_of_the_whole_catalogue(model: GenerativeModel) -> None:
@@ -86,16 +107,17 @@ def test_fewer_beams_give_the_best_of_what_both_propose(model: GenerativeModel) 
 
 
 def test_a_share_of_zero_is_the_search_of_codes_alone(model: GenerativeModel) -> None:
-    head = model.vocabulary.item_head
+    head, transitions = model.vocabulary.item_head, model.transitions
     shares, reads = head.shares.clone(), head.reads
     try:
+        model.transitions = None
         head.reads = False  # what is read of the head stays when its share is zero
         head.shares.zero_()
         pooled = search(model, HISTORIES, beams=6, targets=np.arange(5))
         model.vocabulary.item_head = None
         alone = search(model, HISTORIES, beams=6, targets=np.arange(5))
     finally:
-        model.vocabulary.item_head = head
+        model.vocabulary.item_head, model.transitions = head, transitions
         head.reads = reads
         head.shares.copy_(shares)
     assert (pooled.leaves == alone.leaves).all()
@@ -131,9 +153,58 @@ def test_the_shares_are_those_that_rank_the_targets_best() -> None:
     # the head knows the target of long histories, the codes that of short ones
     items = (noise[0] + hint * long).log_softmax(-1)
     codes = (noise[1] + hint * ~long).log_softmax(-1)
-    shares, means = best_shares(Candidates(leaves, codes, items), targets, lengths, depth=5)
-    assert shares[0] < 0.5 < shares[3]
-    assert len(means) == 21
-    assert max(means) < 1
-    few, _ = best_shares(Candidates(leaves[:90], codes[:90], items[:90]), targets[:90], lengths[:90], depth=5)
-    assert len(set(few)) == 1  # too few cases for shares of their own
+    chosen = best_weights(Candidates(leaves, codes, items), targets, lengths, depth=5)
+    assert chosen.shares[0] < 0.5 < chosen.shares[3]
+    assert chosen.prior is None
+    assert len(chosen.means) == 21
+    assert max(chosen.means) < 1
+    part = Candidates(leaves[:90], codes[:90], items[:90])
+    few = best_weights(part, targets[:90], lengths[:90], depth=5)
+    assert len(set(few.shares)) == 1  # too few cases for shares of their own
+
+
+@pytest.mark.parametrize("truthful", ["counts", "model"])
+def test_the_prior_is_the_one_that_ranks_the_targets_best(truthful: str) -> None:
+    users, generator = 400, torch.Generator().manual_seed(1)
+    leaves = torch.arange(10).expand(users, -1)
+    targets = torch.randint(10, (users,), generator=generator)
+    hint = 4.0 * (leaves == targets[:, None])
+    noise = torch.randn(2, users, 10, generator=generator)
+    log_p = (noise[0] + hint * (truthful == "model")).log_softmax(-1)
+    counts = 20 * (noise[1] + hint * (truthful == "counts")).softmax(-1)
+    candidates = Candidates(leaves, log_p, log_p, Evidence(counts, counts.sum(1, keepdim=True), 100.0))
+    chosen = best_weights(candidates, targets, torch.full((users,), 3), depth=5)
+    means = {
+        prior: best_weights(candidates.with_prior(prior), targets, torch.full((users,), 3), depth=5).means
+        for prior in PRIORS
+    }
+    assert chosen.prior is not None
+    assert chosen.prior < 100 if truthful == "counts" else chosen.prior >= 100
+    assert chosen.means in means.values()
+
+
+def test_candidates_of_batches_are_joined_in_order() -> None:
+    parts = [
+        Candidates(
+            torch.tensor([[n]]),
+            torch.tensor([[-1.0]]),
+            torch.tensor([[-2.0]]),
+            Evidence(torch.tensor([[float(n)]]), torch.tensor([[float(n + 1)]]), 30.0),
+        )
+        for n in (0, 1)
+    ]
+    joined = Candidates.joined(parts)
+    assert joined.leaves.tolist() == [[0], [1]]
+    assert joined.evidence is not None
+    assert joined.evidence.totals.tolist() == [[1.0], [2.0]]
+    assert joined.evidence.prior == 30.0
+
+
+def test_a_copy_for_inference_answers_alike(model: GenerativeModel) -> None:
+    targets = np.arange(5)
+    ours, copies = (
+        search(each, HISTORIES, beams=8, targets=targets) for each in (model, for_inference(model))
+    )
+    assert (ours.leaves == copies.leaves).all()
+    np.testing.assert_allclose(ours.scores, copies.scores, atol=1e-4)
+    np.testing.assert_allclose(ours.target_scores, copies.target_scores, atol=1e-4)

@@ -16,6 +16,7 @@ from backbone_families import GPT, HEAD, SERVES
 from backbone_families import build as build_family
 from conftest import random_semantic_ids
 from safetensors.torch import load_file
+from scipy.sparse import csr_array
 from transformers import AutoModelForCausalLM
 
 from peso.adapters.lora import adapter_parameters
@@ -24,6 +25,7 @@ from peso.errors import AssetError, ExportError
 from peso.model.build import build_model, round_frozen
 from peso.model.export import PromptText, export_merged, export_peft
 from peso.model.generative import GenerativeModel
+from peso.model.transitions import Transitions
 from peso.runtime import assets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,8 +320,11 @@ def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(layout: str, t
 @pytest.mark.slow
 def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    merged, peft, *of_head = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    snippets = (merged, peft, "\n".join(of_head))
     model = trained(BackboneConfig(name="tiny", layers=1), "instruct", head=HeadConfig(name="items"))
+    table = np.random.default_rng(0).random((len(CATALOGUE.item_ids),) * 2)
+    model.transitions = Transitions(csr_array(table), recency=0.5, window=8, repeats=False, prior=30.0)
     written = []
     for number, (snippet, export) in enumerate(
         zip(snippets, (export_merged, export_peft, export_merged), strict=True)
@@ -335,6 +340,11 @@ def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
     with torch.no_grad():
         state = model.hidden(tokens, None, torch.arange(tokens.shape[1])[None])[:, -1]
         best = model.item_log_probabilities(state)[0].topk(10)
-    found = ast.literal_eval(written[2])
-    assert [item for item, _ in found] == [CATALOGUE.item_ids[row] for row in best.indices]
-    assert [score for _, score in found] == pytest.approx(best.values.tolist(), abs=1e-4)
+        of_items = model.item_log_probabilities(state)[0].numpy()
+    of_head, of_both = (ast.literal_eval(line) for line in written[2].splitlines())
+    assert [item for item, _ in of_head] == [CATALOGUE.item_ids[row] for row in best.indices]
+    assert [score for _, score in of_head] == pytest.approx(best.values.tolist(), abs=1e-4)
+    counts = model.transitions.evidence([np.arange(2)])[0]
+    expected = np.log((counts + 30 * np.exp(of_items)) / (counts.sum() + 30))
+    assert [item for item, _ in of_both] == [CATALOGUE.item_ids[row] for row in np.argsort(-expected)[:10]]
+    assert [score for _, score in of_both] == pytest.approx(np.sort(expected)[:-11:-1].tolist(), abs=1e-4)

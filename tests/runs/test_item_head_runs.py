@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -40,6 +41,33 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def vocabulary(workspace: Workspace, stage: int) -> Path:
     return workspace.root / "stages" / str(stage) / "vocabulary.safetensors"
+
+
+def counts(workspace: Workspace, stage: int) -> Path:
+    return workspace.root / "stages" / str(stage) / "transitions.safetensors"
+
+
+def test_transitions_are_counted_at_every_stage(single: Workspace) -> None:
+    seen = [checksum(counts(single, stage)) for stage in (0, 1, 2)]
+    assert len(set(seen)) == 3
+    model = single.stage(1).model()
+    told = json.loads((single.root / "stages" / "1" / "metrics.json").read_text())["training"]["item_head"]
+    assert model.transitions.prior == told["prior"]
+    assert model.transitions.recency == told["transitions"]["chosen"]["recency"]
+    assert model.transitions.evidence([np.array([3, 1])]).sum() > 0
+
+
+def test_a_strategy_that_does_not_learn_keeps_the_counts(single: Workspace, tmp_path: Path) -> None:
+    still = run(tmp_path / "w", base=single.root, strategy="none")
+    before, after = (load_file(counts(one, stage)) for one, stage in ((single, 0), (still, 2)))
+    for name in ("items", "weights"):
+        assert after[name].equal(before[name])
+
+
+def test_without_transitions_nothing_is_counted(tmp_path: Path) -> None:
+    off = run(tmp_path / "w", "training.max_steps=1", head={"name": "items", "transitions": False})
+    assert not counts(off, 0).exists()
+    assert off.stage(0).model().transitions is None
 
 
 def test_a_stage_learns_it_and_says_how_much_it_counts(single: Workspace) -> None:
@@ -85,11 +113,15 @@ def test_an_anchor_on_the_vocabulary_holds_its_rows(single: Workspace, tmp_path:
 def test_a_run_interrupted_before_the_shares_are_chosen_ends_the_same(
     single: Workspace, tmp_path: Path
 ) -> None:
-    with patch.object(learn, "_tune_shares", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        patch.object(learn, "choose_pool_weights", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         run(tmp_path / "w", strategy="single")
     again = run(tmp_path / "w", strategy="single")
     for stage in (0, 1, 2):
         assert checksum(vocabulary(again, stage)) == checksum(vocabulary(single, stage))
+        assert checksum(counts(again, stage)) == checksum(counts(single, stage))
 
 
 def test_stages_without_it_are_not_continued_with_it(tmp_path: Path, peso) -> None:
@@ -111,3 +143,4 @@ def test_it_is_scored_recommended_and_reported(single: Workspace, tmp_path: Path
     status, _, err = peso("export", "-w", tmp_path / "w", "-o", tmp_path / "m", "--format", "peft")
     assert status == 0, err
     assert (tmp_path / "m" / "item_head.safetensors").is_file()
+    assert (tmp_path / "m" / "transitions.safetensors").is_file()
