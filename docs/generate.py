@@ -104,7 +104,7 @@ def _kind(annotation: Any) -> str:
 def commands() -> Iterator[str]:
     """Every command with its help text and its options."""
     group: Any = typer.main.get_command(app)
-    for name, command in sorted(group.commands.items()):
+    for name, command in sorted(_leaves(group, "")):
         context = typer.Context(command, info_name=f"peso {name}")
         usage = " ".join([f"peso {name}", *command.collect_usage_pieces(context)])
         yield from ("", f"### `peso {name}`", "", f"    {usage}", "", _help(command.help or ""), "")
@@ -112,6 +112,15 @@ def commands() -> Iterator[str]:
         if rows:
             yield from ("| option | |", "|---|---|")
             yield from (f"| `{_cell(option)}` | {_cell(text)} |" for option, text in rows)
+
+
+def _leaves(group: Any, before: str) -> Iterator[tuple[str, Any]]:
+    """The commands of a group, and those of the groups in it, by their names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _leaves(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def _help(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from peso.cli import steps
+from peso.cli import items, steps
 from peso.cli.baseline import baseline
 from peso.cli.compare import compare
 from peso.cli.diagnose import diagnose
@@ -91,6 +91,13 @@ SERVING = (serve, status, promote, rollback)
 OTHERS = (recommend, baseline, diagnose, pull, export)
 for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget, prune):
     app.command(cls=Command)(command)
+of_items = typer.Typer(
+    no_args_is_help=True, help="Items that are not recommended any more: `retire`, `restore` and `list` them."
+)
+of_items.command("retire", cls=Command)(items.retire)
+of_items.command("restore", cls=Command)(items.restore)
+of_items.command("list", cls=Command)(items.show)
+app.add_typer(of_items, name="items")
 
 
 def _show_version(requested: bool) -> None:

@@ -53,11 +53,15 @@ def export(
         ),
     ] = "merged",
     stage: ServingStage = None,
+    with_retired: Annotated[
+        bool, typer.Option("--with-retired", help="index: write the IDs of retired items, too.")
+    ] = False,
     trust: Trust = None,
 ) -> None:
     """Export a stage's model or the semantic IDs for Transformers, vLLM, PEFT or research code.
 
-    The index contains all items, or with --stage the items that were known at that stage.
+    The index contains all items that are not retired (`peso items`), or with --stage those of them that were
+    known at that stage. A model's prompt.json lists the semantic IDs of retired items.
 
     Example: peso export -w runs/games --format merged -o exported
 
@@ -70,7 +74,8 @@ def export(
     if form == "index":
         from peso.runs import pipeline
 
-        pipeline.export_index(opened, output, stage)
+        if left_out := pipeline.export_index(opened, output, stage, with_retired):
+            Terminal().note(f"{left_out:,} retired items are left out; --with-retired writes them, too")
     else:
         from peso.runs.recommender import Recommender
 

@@ -124,7 +124,7 @@ def recommend(
     (ranked,) = recommender.search([items], k, exclude_seen=left_out, users=[user])
     if len(ranked) < k:
         whose = "the history" if user is None else f"the history of user {user!r}"
-        Terminal().note(f"{len(ranked)} of {k} items: {whose} contains all other items of the catalog")
+        Terminal().note(f"{len(ranked)} of {k} items: {whose} contains all other items that are not retired")
     if as_json:
         rows = [
             {

@@ -7,6 +7,7 @@ rows of the semantic tokens differ, so an exported model never ties its embeddin
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,18 +58,25 @@ class PromptText:
         return self.before + self.between.join(items[-self.window :]) + self.after
 
 
-def export_merged(model: GenerativeModel, directory: str | Path, *, leaves_out_seen: bool = False) -> None:
+def export_merged(
+    model: GenerativeModel,
+    directory: str | Path,
+    *,
+    leaves_out_seen: bool = False,
+    retired: Collection[str] = (),
+) -> None:
     """Write a plain Transformers model with the adapter merged and the semantic tokens added to embedding,
     head and tokenizer.
 
     The model is always in float32, because rounding to bfloat16 would lose most of what a stage learns. The
     file ``prompt.json`` describes how a history is written as text, and whether items of the history must be
-    left out of the answers (``leaves_out_seen``).
+    left out of the answers (``leaves_out_seen``). If items are retired, it has their semantic IDs.
 
     Args:
         model: the model.
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
+        retired: ids of items that must not be recommended.
 
     Raises:
         ExportError: the directory is not empty, the tokenizer would not encode prompts as the model does, or
@@ -77,11 +85,17 @@ def export_merged(model: GenerativeModel, directory: str | Path, *, leaves_out_s
     _require_one(model)
     with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, _table_rows(model), model.vocabulary.output_rows, merged=True)
-        _save(plain, model, aside, leaves_out_seen)
+        _save(plain, model, aside, leaves_out_seen, retired)
         _save_item_head(model, aside)
 
 
-def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_seen: bool = False) -> None:
+def export_peft(
+    model: GenerativeModel,
+    directory: str | Path,
+    *,
+    leaves_out_seen: bool = False,
+    retired: Collection[str] = (),
+) -> None:
     """Write ``backbone/``, extended by neutral rows and untied, and ``adapter/`` in PEFT's format.
 
     Adapters of earlier stages that are active with the trained one become part of the same adapter, whose
@@ -93,6 +107,7 @@ def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_see
         model: the model.
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
+        retired: ids of items that must not be recommended.
 
     Raises:
         ExportError: see :func:`export_merged`; or the model has no adapter because its backbone was trained.
@@ -123,7 +138,7 @@ def export_peft(model: GenerativeModel, directory: str | Path, *, leaves_out_see
     }
     with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, neutral_input, output, merged=False)
-        _save(plain, model, aside / "backbone", leaves_out_seen)
+        _save(plain, model, aside / "backbone", leaves_out_seen, retired)
         write_adapter(config, matrices | state, aside / "adapter")
         _save_item_head(model, aside)
 
@@ -192,12 +207,17 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _save(plain: Any, model: GenerativeModel, directory: Path, leaves_out_seen: bool) -> None:
+def _save(
+    plain: Any, model: GenerativeModel, directory: Path, leaves_out_seen: bool, retired: Collection[str]
+) -> None:
     with quiet_transformers():
         plain.save_pretrained(directory)
         _extended_tokenizer(model).save_pretrained(directory)
         text = PromptText.of(model)
-        write_json(directory / "prompt.json", asdict(text) | {"leaves_out_seen": leaves_out_seen})
+        ids = model.semantic_ids
+        never = {item: "".join(ids.semantic_id(item)) for item in sorted(retired) if item in ids}
+        told = {"leaves_out_seen": leaves_out_seen, **({"retired": never} if never else {})}
+        write_json(directory / "prompt.json", asdict(text) | told)
         _check_reading(model, text, AutoTokenizer.from_pretrained(directory))
 
 

@@ -64,7 +64,13 @@ class HybridAnswers:
         return restored
 
     def recommend(
-        self, users: Sequence[str | None], histories: Sequence[np.ndarray], k: int, *, exclude_seen: bool
+        self,
+        users: Sequence[str | None],
+        histories: Sequence[np.ndarray],
+        k: int,
+        *,
+        exclude_seen: bool,
+        retired: np.ndarray,
     ) -> list[list[tuple[str, float]]]:
         """The k best items of each user with their pooled log-probabilities, best first; fewer where
         ``exclude_seen`` leaves no more. Items that share a semantic ID come in the order of the catalog.
@@ -72,27 +78,29 @@ class HybridAnswers:
         Args:
             users: for the partners that know users; None: the history alone counts.
             histories: all item rows of each, oldest first.
+            retired: item rows that no answer has.
         """
         if not len(histories):
             return []
         ids, window = self.workspace.semantic_ids, self.workspace.config.prompt.window
-        hybrid = self.models.with_repeats(not exclude_seen)
+        out = [np.concatenate([history, retired]) if exclude_seen else retired for history in histories]
+        hybrid = self.models.with_repeats(not exclude_seen and not len(retired))
         hybrid = replace(hybrid, candidates=max(hybrid.candidates, k))
         cases = Cases(
             [NOBODY if user is None else user for user in users],
             [history[-window:] for history in histories],
             np.zeros(len(histories), dtype=np.int32),  # nothing is asked of targets
-            list(histories),
+            out,  # what was seen is left out, and so is what is retired
         )
         found = hybrid.answer(cases, ids.trie.leaves, lambda done: None)
         result = []
-        for leaves, scores, history in zip(found.leaves, found.scores.tolist(), histories, strict=True):
-            seen = set(history.tolist()) if exclude_seen else set()
+        for leaves, scores, rows in zip(found.leaves, found.scores.tolist(), out, strict=True):
+            never = set(rows.tolist())
             ranked = [
                 (ids.item_ids[row], score)
                 for leaf, score in zip(leaves[leaves >= 0], scores, strict=False)
                 for row in ids.trie.items_of(leaf).tolist()
-                if row not in seen
+                if row not in never
             ]
             result.append(ranked[:k])
         return result

@@ -31,6 +31,7 @@ from peso.runs.challenger import is_judged, judge, keep_serving
 from peso.runs.checks import check_configuration, check_surroundings, rehearse
 from peso.runs.evaluate import test
 from peso.runs.report import catalogue, read_user_table, tell_found
+from peso.runs.retired import retired
 from peso.runs.stage import FORMAT, METRICS, RunStage
 from peso.runs.workspace import Workspace, require_place
 from peso.runtime import assets
@@ -304,11 +305,17 @@ def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observe
         extend_semantic_ids(stream.items, *further, stream.first_stages())
 
 
-def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> None:
+def export_index(
+    workspace: Workspace, path: Path, stage: int | None = None, with_retired: bool = False
+) -> int:
     """Write the semantic IDs as the ``index.json`` of released research code.
 
     Args:
         stage: of the items that were there when this stage came; None: of all.
+        with_retired: of retired items too.
+
+    Returns:
+        How many retired items are left out.
 
     Raises:
         WorkspaceError: there are no semantic IDs, or the disk is full.
@@ -325,7 +332,10 @@ def export_index(workspace: Workspace, path: Path, stage: int | None = None) -> 
         stream.stage(stage)  # raises for a stage that does not exist
         count = stream.items_known(stage)
         ids = SemanticIds(ids.item_ids[:count], ids.codes[:count], ids.sizes)
-    write_release_index(ids, path)
+    never = {} if with_retired else retired(workspace.root)
+    kept = [row for row, item in enumerate(ids.item_ids) if item not in never]
+    write_release_index(SemanticIds([ids.item_ids[row] for row in kept], ids.codes[kept], ids.sizes), path)
+    return len(ids.item_ids) - len(kept)
 
 
 # -- training ----------------------------------------------------------------------------------------

@@ -62,6 +62,9 @@ class Answering(Protocol):
 
     def popular(self, k: int) -> list[str]: ...
 
+    @property
+    def retired(self) -> frozenset[str]: ...
+
     def require_length(self, k: int) -> None: ...
 
 
@@ -135,7 +138,7 @@ class Everybody:
             ids.fingerprint(len(ids.item_ids)),
             histories.fingerprint,
             None if events is None else events.id,
-            [self.k, self.exclude_seen, list(self.part), AT_ONCE],
+            [self.k, self.exclude_seen, list(self.part), AT_ONCE, sorted(recommender.retired)],
         )
 
     def _answer(self, folder: Path, done: int, until: int, observer: Observer) -> None:
@@ -207,7 +210,8 @@ class Everybody:
                 )
         if few:
             observer.note(
-                f"{few:,} of {users:,} users got fewer than {self.k} items, since they have had the others; "
+                f"{few:,} of {users:,} users got fewer than {self.k} items, since they have had all others "
+                "that are not retired; "
                 f"user {fewest[0]!r} got the fewest: {fewest[1]}"
             )
         if unknown:

@@ -12,6 +12,7 @@ import numpy as np
 from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.hybrids import HybridAnswers
+from peso.runs.retired import RetiredItems
 from peso.runs.served import serving_stage
 from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace, require_place
@@ -57,6 +58,7 @@ class Recommender:
         self.device = device
         self.live = stage is None if live is None else live
         self.hybrid = None if hybrid is None else HybridAnswers(workspace, hybrid, self.stage)
+        self._retired = RetiredItems(workspace.root)
 
     @cached_property
     def model(self) -> GenerativeModel:
@@ -158,10 +160,16 @@ class Recommender:
         return Everybody(self, k, left_out, part or (1, 1)).write(Path(file), observer or Silent())
 
     def popular(self, k: int) -> list[str]:
-        """The k items with the most events in the newest stage, best first: for users of whom nothing is
-        known. Raises DataError if the catalogue has fewer."""
+        """The k items with the most events in the newest stage, best first, without retired ones: for users
+        of whom nothing is known. Raises DataError if the catalogue has fewer."""
         self.require_length(k)
-        return self._by_popularity[:k]
+        retired = self.retired
+        return [item for item in self._by_popularity if item not in retired][:k]
+
+    @property
+    def retired(self) -> frozenset[str]:
+        """The items that no answer has any more (`peso items retire`), as recorded now."""
+        return self._retired.current()
 
     # -- what is known of users and items ----------------------------------------------------------
 
@@ -223,7 +231,7 @@ class Recommender:
 
         on_cpu = self if self.device == "cpu" else Recommender(self.workspace, self.stage, "cpu")
         write = export_merged if format == "merged" else export_peft
-        write(on_cpu.model, place, leaves_out_seen=self.leaves_out_seen)
+        write(on_cpu.model, place, leaves_out_seen=self.leaves_out_seen, retired=self.retired)
         return place
 
     def title(self, item: str) -> str | None:
@@ -252,18 +260,27 @@ class Recommender:
         exclude_seen: bool | None,
         users: Sequence[str | None] | None = None,
     ) -> list[list[tuple[str, float]]]:
-        """The k best items of each history; what cannot be answered is refused before the model is loaded.
-        ``users``: whose they are, for a hybrid with a partner that knows users."""
+        """The k best items of each history, without retired ones; what cannot be answered is refused before
+        the model is loaded. ``users``: whose they are, for a hybrid with a partner that knows users."""
         if exclude_seen is None:
             exclude_seen = self.leaves_out_seen
         rows = [self.semantic_ids.rows(history) for history in histories]
         self.require_length(k)
+        retired = self.retired
         if self.hybrid is not None:
-            return self.hybrid.recommend(users or [None] * len(rows), rows, k, exclude_seen=exclude_seen)
+            out = self.semantic_ids.rows(sorted(item for item in retired if item in self.semantic_ids))
+            asking = users or [None] * len(rows)
+            return self.hybrid.recommend(asking, rows, k, exclude_seen=exclude_seen, retired=out)
         from peso.decoding import beam_search
 
         with threads(self._answering, self.workspace.config.training.threads):
-            return beam_search(self._answering, histories, k, exclude_seen=exclude_seen)
+            return beam_search(
+                self._answering,
+                histories,
+                k,
+                exclude_seen=exclude_seen,
+                allow=frozenset(self.semantic_ids.item_ids) - retired if retired else None,
+            )
 
     def require_length(self, k: int) -> None:
         """Raise DataError if the catalogue has fewer than k items."""

@@ -41,7 +41,9 @@ EVENTS = "events.sqlite"  # what was received since (peso.events.received)
 BESIDE_EVENTS = [f"{EVENTS}{ending}" for ending in ("-wal", "-shm")]  # SQLite's own
 HISTORIES = "histories.sqlite"  # what each user did, made of the stream (peso.events.history_index)
 SERVED, SERVED_LOCK = "served.json", ".served.lock"  # see peso.runs.served
-PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, SERVED, SERVED_LOCK, HISTORIES, *MADE}
+RETIRED, RETIRED_LOCK = "retired.json", ".retired.lock"  # see peso.runs.retired
+OF_ITS_OWN = {SERVED, SERVED_LOCK, RETIRED, RETIRED_LOCK}  # files that change without the workspace's lock
+PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *OF_ITS_OWN, HISTORIES, *MADE}
 
 # What is fixed once the stream and the semantic IDs are made; what is fixed once a stage is trained says
 # RunStage.determination. Keys of evaluation, decoding and report may change at any time.

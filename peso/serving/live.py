@@ -84,6 +84,9 @@ class LiveStage:
             self.problem = None
             if before.prompts is not None:  # the stream has changed: a user may have been erased from it
                 before.prompts.clear()
+            # titles and popularity of the stream as it is now
+            now = Snapshot.of(wanted)
+            self.current = replace(now, model=before.model, prompts=before.prompts, since=before.since)
             return
         from peso.decoding.returning import PromptMemory
 

@@ -80,7 +80,7 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
         on_change=changed,
         on_problem=failed,
     )
-    stock = StockFiles(settings.allow_file, settings.deny_file)
+    stock = StockFiles(settings.allow_file, settings.deny_file, root)
     engine = Engine(
         lambda questions: answer_all(live.current, questions, stock.current()),
         most=settings.queue,

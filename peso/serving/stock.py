@@ -1,15 +1,16 @@
-"""Items that may be recommended at all, such as those in stock: files that are read again when they
-change."""
+"""Items that may be recommended at all, such as those in stock and not retired: files that are read again
+when they change."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peso.errors import UsageError
+from peso.errors import UsageError, WorkspaceError
+from peso.runs.retired import RetiredItems
 
 log = logging.getLogger("peso.serving")
 
@@ -32,12 +33,17 @@ class StockFiles:
     """
     Args:
         allow, deny: files of item ids, one a line; None: none.
+        root: the workspace, whose retired items never come back; None: none.
 
     Raises:
         UsageError: a file cannot be read, or the one to allow has no item.
+        WorkspaceError: the record of retired items is damaged.
     """
 
-    def __init__(self, allow: Path | None = None, deny: Path | None = None) -> None:
+    def __init__(self, allow: Path | None = None, deny: Path | None = None, root: Path | None = None) -> None:
+        self._retired = None if root is None else RetiredItems(root)
+        self._never = frozenset[str]() if self._retired is None else self._retired.current()
+        self._problem = ""
         self._files = {"--allow-file": allow, "--deny-file": deny}
         self._seen = self._traces()
         self._stock = self._read()
@@ -52,7 +58,19 @@ class StockFiles:
                 log.error("filters stay as they were", extra={"fields": {"problem": str(error)}})
             else:
                 log.info("filters read", extra={"fields": self._counts()})
-        return self._stock
+        never = self._retired_now()
+        return replace(self._stock, deny=self._stock.deny | never) if never else self._stock
+
+    def _retired_now(self) -> frozenset[str]:
+        """As recorded now; as before where the record cannot be read, which the log tells once."""
+        try:
+            if self._retired is not None:
+                self._never, self._problem = self._retired.current(), ""
+        except WorkspaceError as error:
+            if self._problem != str(error):
+                log.error("retired items stay as they were", extra={"fields": {"problem": str(error)}})
+            self._problem = str(error)
+        return self._never
 
     def _counts(self) -> dict[str, int | None]:
         allow, deny = self._stock.allow, self._stock.deny

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
 from peso.errors import UsageError
+from peso.runs import pipeline
+from peso.runs.retired import restore, retire
+from peso.runs.workspace import RETIRED
+from peso.runtime.progress import Silent
+from peso.serving import live
 from peso.serving.stock import Stock, StockFiles
 
 
@@ -47,3 +55,47 @@ def test_a_file_that_cannot_be_read_is_refused_at_the_start(tmp_path):
     assert StockFiles(deny=empty).current() == Stock()
     with pytest.raises(UsageError, match=r"--deny-file .* No such file"):
         StockFiles(deny=tmp_path / "gone")
+
+
+def test_retired_items_are_gone_with_the_next_answer_and_a_damaged_record_changes_nothing(serving, copy):
+    ids = copy.semantic_ids.item_ids
+    client = serving(copy.root)
+
+    def items(**request) -> list[str]:
+        answer = client.post("/v1/recommend", json={"k": 60, **request}).json()
+        return [each["item"] for each in answer["items"]]
+
+    requests = ({"history": ids[:3]}, {"history": []}, {"history": ids[:3], "allow": ids[:20]})
+    before = [items(**request) for request in requests]
+    gone = [before[0][0], before[1][0]]
+    retire(copy, gone)
+    after = [items(**request) for request in requests]
+    assert after == [[item for item in each if item not in gone] for each in before]
+    kept = (copy.root / RETIRED).read_text()
+    (copy.root / RETIRED).write_text("{")
+    assert [items(**request) for request in requests] == after
+    (copy.root / RETIRED).write_text(kept)
+    restore(copy, gone)
+    assert [items(**request) for request in requests] == before
+
+
+def test_a_corrected_title_is_in_the_answers_of_a_running_server(serving, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "INTERVAL", 0.02)
+    item = copy.semantic_ids.item_ids[0]
+    client = serving(copy.root)
+
+    def title() -> str | None:
+        request = {"history": [], "k": 1, "allow": [item], "titles": True}
+        return client.post("/v1/recommend", json=request).json()["items"][0]["title"]
+
+    assert title() != "New name"
+    (tmp_path / "products.csv").write_text(f"item,title\n{item},New name\n")
+    data = copy.config.data
+    table = ItemTableConfig(path=str(tmp_path / "products.csv"), columns=ItemColumnsConfig(title="title"))
+    own = DataConfig(format="csv", path="unused", items=table, on_error=data.on_error)
+    with copy.lock():
+        pipeline.update_items(copy, own, Silent())
+    until = time.monotonic() + 60
+    while title() != "New name":
+        assert time.monotonic() < until, "the title never changed"
+        time.sleep(0.01)

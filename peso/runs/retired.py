@@ -1,0 +1,141 @@
+"""Items that are not recommended any more: ``retired.json``, replaced atomically by every change.
+
+Retired items stay in the stream, in histories and in the model, which still reads them; only answers leave
+them out. The file has its own lock, held for moments, so that a change does not wait for an update in
+progress, and a reader needs no lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peso.errors import DataError, WorkspaceError
+from peso.runs.workspace import RETIRED, RETIRED_LOCK, Workspace
+from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
+
+FORMAT = 1  # of retired.json; a higher number was written by a newer version
+
+
+class Retirement(BaseModel):
+    """Why and when an item was retired (ISO 8601 in UTC)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    time: str
+    reason: str | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    items: dict[str, Retirement] = {}
+
+
+def retired(root: Path) -> dict[str, Retirement]:
+    """The retired items of a workspace, in the order in which they were retired.
+
+    Raises:
+        WorkspaceError: ``retired.json`` is damaged, or was written by a newer version.
+    """
+    path = root / RETIRED
+    if not os.path.lexists(path):
+        return {}
+    try:
+        content = read_json_object(path)
+        number, stated = content.pop("format", None), content.pop("sha256", None)
+        if type(number) is int and number > FORMAT:
+            raise WorkspaceError(
+                f"{path} was written by a newer version of peso (format {number}; this one reads up to "
+                f"{FORMAT}); update peso"
+            )
+        if number != FORMAT or stated != digest(content):
+            raise ValueError("its content and its own sha256 do not fit")
+        return _File.model_validate(content).items
+    except (DataError, ValidationError, ValueError) as error:
+        raise WorkspaceError(
+            f"{path} is damaged ({str(error).splitlines()[0]}), so which items are retired is not known; "
+            "restore it from a copy, or remove it and retire the items again"
+        ) from None
+
+
+class RetiredItems:
+    """The ids of the retired items of a workspace, read again when the file changes."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._trace: object = None
+        self._items: frozenset[str] = frozenset()
+
+    def current(self) -> frozenset[str]:
+        """Raises WorkspaceError as :func:`retired`."""
+        try:
+            state = os.stat(self._root / RETIRED)
+            trace: object = (state.st_ino, state.st_mtime_ns, state.st_size)
+        except FileNotFoundError:
+            trace = None
+        if trace != self._trace:
+            self._items = frozenset(retired(self._root))
+            self._trace = trace
+        return self._items
+
+
+def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None) -> list[str]:
+    """Retire items from the next answer on; returns those that were not retired before.
+
+    Raises:
+        DataError: the stream does not have an item, or no item would be left. Nothing is changed.
+        WorkspaceError: there is no stream, or ``retired.json`` is damaged.
+    """
+    known = workspace.stream.item_ids
+    _require_known(workspace, items, known)
+    with in_turn(workspace.root / RETIRED_LOCK):
+        before = retired(workspace.root)
+        new = [item for item in dict.fromkeys(items) if item not in before]
+        if len(set(known) - {*before, *new}) == 0:
+            raise DataError(
+                f"all {len(known):,} items of {workspace.root} would be retired; keep at least one"
+            )
+        told = Retirement(time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
+        if new:
+            _write(workspace.root, {**before, **dict.fromkeys(new, told)})
+    return new
+
+
+def restore(workspace: Workspace, items: Sequence[str]) -> list[str]:
+    """Recommend retired items again; returns them.
+
+    Raises:
+        DataError: an item is not retired. Nothing is changed.
+        WorkspaceError: ``retired.json`` is damaged.
+    """
+    with in_turn(workspace.root / RETIRED_LOCK):
+        before = retired(workspace.root)
+        _require_known(workspace, items, before, "not retired")
+        gone = [*dict.fromkeys(items)]
+        _write(workspace.root, {item: told for item, told in before.items() if item not in gone})
+    return gone
+
+
+def _require_known(
+    workspace: Workspace, items: Sequence[str], known: Collection[str], what: str = "not in the stream"
+) -> None:
+    known = frozenset(known)
+    if others := [item for item in items if item not in known]:
+        shown = ", ".join(map(repr, others[:5])) + (" …" if len(others) > 5 else "")
+        raise DataError(
+            f"{len(others):,} of {len(items):,} items are {what} of {workspace.root}: {shown}; check the ids"
+            if what == "not in the stream"
+            else f"{len(others):,} of {len(items):,} items are {what}: {shown}; "
+            f"`peso items list -w {workspace.root}` shows those that are"
+        )
+
+
+def _write(root: Path, items: dict[str, Retirement]) -> None:
+    content = _File(items=items).model_dump(mode="json")
+    text = json_text({"format": FORMAT, **content, "sha256": digest(content)})
+    write_atomically(root / RETIRED, text.encode())
