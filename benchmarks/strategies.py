@@ -52,6 +52,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "lsat": {"name": "lsat"},
     "replay": {"name": "replay", "budget": 100},
     "distill": {"name": "distill"},
+    "blend": {"name": "blend"},
     "ema": {"name": "ema"},
     "interpolate": {"name": "interpolate"},
     "slao": {"name": "slao"},
