@@ -35,6 +35,7 @@ _SCHEMA = f"""
     CREATE TABLE users (number INTEGER PRIMARY KEY, name TEXT NOT NULL, items BLOB NOT NULL);"""
 # A user in several stages has the position of the first stage and the history of the last one.
 _BY_NAME = "CREATE UNIQUE INDEX IF NOT EXISTS users_by_name ON users (name)"
+LAST = "\U0010ffff"  # no text is behind it in the order of SQLite
 _PUT = """
     INSERT INTO users (name, items) VALUES (?, ?)
     ON CONFLICT (name) DO UPDATE SET items = excluded.items"""
@@ -95,6 +96,16 @@ class HistoryIndex:
         """One user; None if the stages do not have this user."""
         rows = self._rows("SELECT number, name, items FROM users WHERE name = ?", user)
         return _indexed(*rows[0]) if rows else None
+
+    def named(self, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
+        """The next users whose names begin with ``prefix``, in the order of their names, and how many items
+        each of them has. ``after``: the last name of the page before, "" for the first page."""
+        query = "SELECT name, length(items) / 4 FROM users WHERE name > ?"
+        values: list[object] = [after]
+        if prefix:
+            query += " AND name >= ? AND name < ?"
+            values += [prefix, prefix + LAST]
+        return self._rows(f"{query} ORDER BY name LIMIT ?", *values, limit)
 
     def count(self) -> int:
         """The number of users."""

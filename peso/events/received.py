@@ -195,11 +195,13 @@ class ReceivedEvents:
             if found := [event for event in (ReceivedEvent(*row) for row in rows) if event.cut not in cuts]:
                 yield found
 
-    def users_after(self, user: str, limit: int = CHUNK) -> list[str]:
-        """The next users with events after ``user``, in the order of their names; "" for the first ones."""
-        rows = self._rows(
-            "SELECT DISTINCT user FROM events WHERE user > ? ORDER BY user LIMIT ?", [user, limit]
-        )
+    def users_after(self, user: str, limit: int = CHUNK, prefix: str = "") -> list[str]:
+        """The next users with events after ``user``, in the order of their names; "" for the first ones. With
+        ``prefix``, only those whose names begin with it."""
+        query, values = "SELECT DISTINCT user FROM events WHERE user > ?", [user]
+        if prefix:
+            query, values = f"{query} AND user >= ? AND user < ?", [user, prefix, prefix + "\U0010ffff"]
+        rows = self._rows(f"{query} ORDER BY user LIMIT ?", [*values, limit])
         return [name for (name,) in rows]
 
     def check(self) -> None:

@@ -122,6 +122,17 @@ class UserHistories:
             if part := [(name, _merged(state, [], waiting)) for name, waiting in found if waiting]:
                 yield part
 
+    def named(self, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
+        """The next users whose names begin with ``prefix``, in the order of their names, and how many items
+        each of them has. ``after``: the last name of the page before, "" for the first page."""
+        state = self._current()
+        found = dict(state.index.named(prefix, after, limit))
+        if self.received is not None:
+            for name in self.received.users_after(after, limit, prefix):
+                if (known := self.of(name)) is not None:
+                    found[name] = len(known.items) + len(known.left_out)
+        return sorted(found.items(), key=lambda user: user[0].encode("utf-8", "surrogatepass"))[:limit]
+
     def count(self) -> int:
         """How many users the stream has."""
         return self._current().index.count()

@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from peso.errors import DataError, PesoError
 from peso.serving.messages import Answer
 from peso.serving.snapshot import Question
 
+Result = TypeVar("Result")
 Answers = list[Answer | DataError]
 RECENT = 0.2  # weight of the newest batch in the time that a question takes
 
@@ -37,11 +39,16 @@ class Overloaded(PesoError):
 
 @dataclass
 class _Group:
-    """Questions of one request, which stay together."""
+    """Questions of one request, which stay together, or other ``work`` with a model."""
 
     questions: Sequence[Question]
     arrived: float
-    future: Future[Answers] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
+    work: Callable[[], Any] | None = None
+
+    @property
+    def size(self) -> int:
+        return 1 if self.work is not None else len(self.questions)
 
 
 class Engine:
@@ -86,12 +93,22 @@ class Engine:
         Raises:
             Overloaded: too many questions wait.
         """
+        return self._add(_Group(questions, time.monotonic()))
+
+    def run(self, work: Callable[[], Result]) -> Future[Result]:
+        """The result of other work with a model, which only this thread may use.
+
+        Raises:
+            Overloaded: too many questions wait.
+        """
+        return self._add(_Group((), time.monotonic(), work=work))
+
+    def _add(self, group: _Group) -> Future[Any]:
         with self._changed:
-            if self._stopping or (self._groups and self._questions + len(questions) > self._most):
+            if self._stopping or (self._groups and self._questions + group.size > self._most):
                 raise Overloaded(max(1, math.ceil(self._questions * self._seconds)))
-            group = _Group(questions, time.monotonic())
             self._groups.append(group)
-            self._questions += len(questions)
+            self._questions += group.size
             self._changed.notify()
         return group.future
 
@@ -104,6 +121,10 @@ class Engine:
 
     def _run(self) -> None:
         while batch := self._next():
+            if batch[0].work is not None:
+                self._do(batch[0], batch[0].work)
+                del batch
+                continue
             started, count = time.monotonic(), sum(len(group.questions) for group in batch)
             try:
                 answers = self._answer([each for group in batch for each in group.questions])
@@ -123,6 +144,12 @@ class Engine:
             # the thread sleeps next, and a snapshot must not outlive its time in a variable
             del answers, group, batch
 
+    def _do(self, group: _Group, work: Callable[[], Any]) -> None:
+        try:
+            group.future.set_result(work())
+        except Exception as error:
+            group.future.set_exception(error)
+
     def _answer_alone(self, group: _Group) -> None:
         try:
             group.future.set_result(self._answer(group.questions))
@@ -130,12 +157,14 @@ class Engine:
             group.future.set_exception(error)
 
     def _take(self) -> list[_Group]:
-        """Whole groups, in the order of their arrival; the caller holds the lock."""
+        """Whole groups, in the order of their arrival, or one with other work; the caller holds the lock."""
         batch = [self._groups.popleft()]
-        count = len(batch[0].questions)
-        while self._groups and count + len(self._groups[0].questions) <= self._together:
+        count = batch[0].size
+        while self._groups and batch[0].work is self._groups[0].work is None:
+            if count + self._groups[0].size > self._together:
+                break
             batch.append(self._groups.popleft())
-            count += len(batch[-1].questions)
+            count += batch[-1].size
         self._questions -= count
         return batch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Body, FastAPI
 from fastapi import Request as HttpRequest
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from peso.errors import DataError
 from peso.runs.served import previous, promote, rollback
 from peso.runs.status import status
+from peso.serving.insight import add_insight, shown
 from peso.serving.messages import (
     Answer,
     Changed,
@@ -38,6 +39,7 @@ PAGE = {  # paths, which need no token: the page has nothing of the workspace in
     "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
     "/page/stages.js": ("stages.js", "text/javascript; charset=utf-8"),
+    "/page/insight.js": ("insight.js", "text/javascript; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 POLICY = (
@@ -51,6 +53,7 @@ def add_explorer(app: FastAPI, service: Service) -> None:
     for path, (name, kind) in PAGE.items():
         _add_file(app, path, (files("peso.serving") / "page" / name).read_bytes(), kind)
     _add_looking(app, service)
+    add_insight(app, service)
     _add_changing(app, service)
 
 
@@ -81,7 +84,7 @@ def _add_looking(app: FastAPI, service: Service) -> None:
             answers.append(answer)
         snapshot, history = service.live.current, list(question.history or ())
         return Comparison(
-            history=[_shown(snapshot, item) for item in history[-SHOWN:]],
+            history=[shown(snapshot, item) for item in history[-SHOWN:]],
             history_length=len(history),
             serving=_listed(snapshot, answers[0]),
             before=None if before.snapshot is None else _listed(before.snapshot, answers[1]),
@@ -110,19 +113,8 @@ def _add_looking(app: FastAPI, service: Service) -> None:
         )
 
 
-def _state(stage: dict[str, Any]) -> StageState:
-    return StageState(**{key: stage[key] for key in StageState.model_fields})
-
-
-def _shown(snapshot: Snapshot, item: str, score: float | None = None) -> ShownItem:
-    if item not in snapshot.semantic_ids:
-        return ShownItem(item=item, score=score)
-    semantic_id = snapshot.semantic_ids.semantic_id(item)
-    return ShownItem(item=item, title=snapshot.title(item), semantic_id=semantic_id, score=score)
-
-
 def _listed(snapshot: Snapshot, answer: Answer) -> ShownList:
-    items: Sequence[ShownItem] = [_shown(snapshot, each.item, each.score) for each in answer.items]
+    items: Sequence[ShownItem] = [shown(snapshot, each.item, each.score) for each in answer.items]
     return ShownList(stage=answer.stage, source=answer.source, reason=answer.reason, items=list(items))
 
 

@@ -33,6 +33,10 @@ class LiveHistories:
         found = self._users.of(user)
         return None if found is None else [*found.left_out, *found.items]
 
+    def named(self, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
+        """See :meth:`UserHistories.named`."""
+        return self._users.named(prefix, after, limit)
+
     def prepare(self) -> None:
         """Read the stream, which the first answer would wait for."""
         try:

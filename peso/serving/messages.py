@@ -65,8 +65,12 @@ class Message(BaseModel):
 
 
 def _describe_request(schema: dict[str, Any]) -> None:
-    """Exactly one of two keys is there, and it is not null."""
+    _describe_one_of(schema)
     schema["examples"] = [EXAMPLE]
+
+
+def _describe_one_of(schema: dict[str, Any]) -> None:
+    """Exactly one of two keys is there, and it is not null."""
     schema["oneOf"] = [{"required": ["user"]}, {"required": ["history"]}]
     for name in ("user", "history"):
         described = schema["properties"][name]
@@ -221,6 +225,91 @@ class Comparison(Message):
         description="The stage that served before, or the parent of the serving one; null: there is none."
     )
     before_state: Literal["ready", "loading", "failed", "none"]
+
+
+def _describe_explain(schema: dict[str, Any]) -> None:
+    _describe_one_of(schema)
+    schema["examples"] = [{"history": ["25", "311"], "item": "7"}]
+
+
+class Explain(Message):
+    """A question about one item after a history, or that of a user."""
+
+    model_config = ConfigDict(json_schema_extra=_describe_explain)
+
+    user: Id | None = Field(None, description="A user.")
+    history: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="Item ids, oldest first.")
+    item: Id = Field(description="The item that is explained.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Explain:
+        if (self.user is None) == (self.history is None):
+            raise ValueError("give either user or history")
+        return self
+
+
+class NearItem(ShownItem):
+    similarity: float = Field(description="1: the same vector, 0: nothing in common.")
+
+
+class CodeChance(Message):
+    code: str
+    log_probability: float
+
+
+class StageView(Message):
+    """An item as one stage sees it."""
+
+    stage: int
+    score: float | None = Field(description="Log-probability; null: the model cannot tell.")
+    codes: list[CodeChance] = Field(description="Of the semantic ID, each after the codes before it.")
+
+
+class Explanation(Message):
+    """Why an item is where it is."""
+
+    item: str
+    serving: StageView
+    before: StageView | None = Field(description="null: there is no earlier stage, or its model is loading.")
+    says: str = Field(description="Why the item moved, in sentences; empty without an earlier stage.")
+    nearest_by: Literal["item head", "texts", "codes"] = Field(
+        description="What `similarity` compares: vectors of the item head, TF-IDF vectors of the items' "
+        "texts, or the first codes of the semantic IDs."
+    )
+    nearest: list[NearItem]
+    events: dict[str, int] = Field(description="Events of the item in the stages of the stream, by stage.")
+
+
+class KnownUser(Message):
+    user: str
+    items: int = Field(description="How many items the history has.")
+
+
+class Users(Message):
+    """Users of the log and of the received events, by name."""
+
+    users: list[KnownUser]
+    after: str | None = Field(description="For the next page; null: this is the last one.")
+
+
+class StageDrift(Message):
+    """How the data of a stage differ from those before it, as `peso diagnose` shows."""
+
+    stage: int
+    events: int
+    users: int
+    new_users: int
+    items: int
+    new_items: int
+    item_divergence: float | None = Field(
+        description="Jensen-Shannon divergence from the stage before, in bits; null in stage 0."
+    )
+    code_divergence: float | None = Field(description="The same of the first codes; null without codes.")
+
+
+class Drift(Message):
+    stages: list[StageDrift]
+    high: float | None = Field(description="The value of `gate.drift`, above which a warning is given.")
 
 
 class StageState(Message):

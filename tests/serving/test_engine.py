@@ -150,3 +150,23 @@ def test_every_request_is_answered_by_one_snapshot_while_they_change():
     assert len(answers) == 400
     assert all(len({name for _, name in answer}) == 1 for answer in answers)
     assert len({answer[0][1] for answer in answers}) > 1
+
+
+def test_other_work_runs_between_batches_on_the_same_thread(recorder):
+    engine = Engine(recorder.answer, wait=0, most=3)
+    recorder.open.clear()
+    first = engine.ask(["first"])
+    while engine.waiting:
+        time.sleep(0.001)
+    waiting = [engine.ask(["a"]), engine.run(threading.current_thread), engine.ask(["b"])]
+    with pytest.raises(Overloaded):
+        engine.run(list)
+    recorder.open.set()
+    assert first.result(100)
+    assert waiting[1].result(100) is engine._thread
+    assert [waiting[place].result(100) for place in (0, 2)] == [[("a", "a")], [("b", "a")]]
+    assert recorder.batches == [["first"], ["a"], ["b"]]
+    with pytest.raises(ZeroDivisionError):
+        engine.run(lambda: 1 // 0).result(100)
+    assert engine.ask(["again"]).result(100)
+    engine.stop()

@@ -55,7 +55,8 @@ def address(every_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def until(browser: Browser, expression: str) -> None:
     end = time.monotonic() + WITHIN
     while not browser.evaluate(expression):
-        assert time.monotonic() < end, (expression, browser.evaluate("document.body.innerText"))
+        told = browser.evaluate("document.getElementById('problem').textContent")
+        assert time.monotonic() < end, (expression, told, browser.evaluate("document.body.innerText"))
         time.sleep(0.05)
 
 
@@ -101,16 +102,42 @@ def test_the_page_works_and_fits(browser, address, tmp_path, window):
 
     marked = workspace.semantic_ids.item_ids[0]
     user = workspace.stream.stage(1).users[0]
-    submit(browser, "ask", who=user)
-    until(browser, "document.querySelectorAll('#before li').length == 10")
+    browser.evaluate("document.getElementById('browse').open = true")
+    until(browser, "document.activeElement.id == 'prefix' && !!document.querySelector('#users button')")
+    browser.evaluate(f"document.getElementById('prefix').value = {json.dumps(user)}")
+    browser.evaluate("document.getElementById('prefix').dispatchEvent(new Event('input'))")
+    begins = f"every(each => each.textContent.startsWith({json.dumps(user)}))"
+    until(browser, f"[...document.querySelectorAll('#users button')].{begins}")
+    photograph(browser, tmp_path, f"{window}-users")
+    sound(browser, width)
+    browser.evaluate("document.querySelector('#users button').click()")
+    assert browser.evaluate("document.getElementById('who').value") == user
+    until(browser, "document.querySelectorAll('#before > li').length == 10")
     until(browser, "document.querySelectorAll('#serving .badge:not(:empty)').length == 10")
     assert browser.evaluate("[...document.querySelectorAll('#before .gone')].length") == browser.evaluate(
         "document.querySelectorAll('#serving .new').length"
     )
     submit(browser, "event", item=marked)
-    until(browser, "document.getElementById('said').textContent.startsWith('Event stored')")
+    until(browser, "/^Event stored.*list of the serving/.test(document.getElementById('said').textContent)")
     until(browser, f"document.querySelector('#history li').textContent.includes({json.dumps(MARKUP)})")
     assert browser.evaluate("document.querySelectorAll('main img, main b').length") == 0
+    browser.evaluate("document.querySelector('#serving details').open = true")
+    browser.evaluate(
+        "document.querySelector('#before .gone, #before li').closest('li')"
+        ".querySelector('details').open = true"
+    )
+    until(browser, "document.querySelectorAll('#serving .near > li').length == 5")
+    until(browser, "document.querySelectorAll('#before .near > li').length == 5")
+    told = browser.evaluate("document.querySelector('#serving .insight p').textContent")
+    assert "Its log-probability" in told
+    assert "in stage 2" in told
+    levels = workspace.semantic_ids.levels
+    assert browser.evaluate("document.querySelectorAll('#serving .insight tbody tr').length") == levels + 1
+    until(browser, "!!document.querySelector('#metric optgroup[label^=Drift]')")
+    metric = "document.getElementById('metric')"
+    browser.evaluate(f"{metric}.value = 'divergence of items', {metric}.dispatchEvent(new Event('change'))")
+    assert browser.evaluate("document.querySelectorAll('#chart circle').length") == 2
+    assert "Data: " in browser.evaluate("document.querySelector('#lineage li').textContent")
     photograph(browser, tmp_path, f"{window}-explore")
     sound(browser, width)
 

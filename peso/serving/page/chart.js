@@ -2,14 +2,14 @@
 
 // A line over the stages, as an SVG that is drawn at the width of its box.
 
-function drawChart(box, name, stages, serving) {
-  const points = stages.filter((each) => each.metrics && Number.isFinite(each.metrics[name]))
-    .map((each) => ({ stage: each.stage, value: each.metrics[name] }));
+// points: {stage, value}; serving: the stage that serves; limit: a value to mark, or null.
+function drawChart(box, name, all, serving, limit = null) {
+  const points = all.filter((each) => Number.isFinite(each.value));
   box.replaceChildren();
   if (!points.length) return;
   const width = Math.max(240, box.clientWidth), height = 200;
   const left = 58, right = 16, top = 14, bottom = 28;
-  const values = points.map((point) => point.value);
+  const values = [...points.map((point) => point.value), ...(limit === null ? [] : [limit])];
   let low = Math.min(...values), high = Math.max(...values);
   const room = (high - low || Math.abs(high) || 1) * 0.15;
   low = low >= 0 ? Math.max(0, low - room) : low - room;
@@ -33,6 +33,9 @@ function drawChart(box, name, stages, serving) {
       svg.append(shape("text", { x: x(point.stage), y: height - 6, "text-anchor": "middle" }, String(point.stage)));
     }
   });
+  if (limit !== null) {
+    svg.append(shape("line", { class: "limit", x1: left, x2: width - right, y1: y(limit), y2: y(limit) }));
+  }
   svg.append(shape("polyline", {
     class: "line", points: points.map((point) => `${x(point.stage)},${y(point.value)}`).join(" "),
   }));

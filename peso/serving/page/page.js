@@ -4,6 +4,7 @@
 
 const KEY = "peso token";
 const AGAIN = 1500; // milliseconds between two looks while something is loading
+const PAUSE = 250; // milliseconds without a key before users are looked up
 const TURN = 5000; // milliseconds between two looks at which stage answers
 const at = (id) => document.getElementById(id);
 let answering = null; // the stage that answers, of GET /v1/status
@@ -85,6 +86,7 @@ async function look() {
 async function begin() {
   await look();
   await showStages();
+  showDrift().catch(failed); // reads the whole stream the first time
   at("sign-in").hidden = true;
   at("explore").hidden = at("stages").hidden = false;
   drawMetrics(); // has a width now
@@ -201,7 +203,7 @@ function showLists(answer, earlier) {
 function itemRow(each, place) {
   const row = element("li");
   row.append(element("span", String(place + 1), "rank"), element("span", each.title || each.item, "title"));
-  row.append(element("span", "", "badge"), detail(each));
+  row.append(element("span", "", "badge"), detail(each), insightOf(each));
   return row;
 }
 
@@ -314,8 +316,20 @@ for (const choice of document.querySelectorAll("input[name=kind]")) {
   choice.addEventListener("change", () => {
     at("who-label").textContent = kind() === "user" ? "User id" : "Item ids, oldest first, separated by spaces";
     at("who").value = "";
+    at("browse").hidden = kind() !== "user";
   });
 }
+let typing;
+at("prefix").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(lookForUsers, PAUSE);
+});
+at("browse").addEventListener("toggle", () => {
+  if (!at("browse").open) return;
+  at("prefix").focus();
+  lookForUsers();
+});
+at("more-users").addEventListener("click", () => lookForUsers(true));
 window.addEventListener("resize", drawMetrics);
 begin().catch(failed);
 setTimeout(keepLooking, TURN);

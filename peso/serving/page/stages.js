@@ -3,6 +3,7 @@
 // The lineage of stages, and changes of the one that serves.
 
 let lineage = null; // of GET /v1/stages
+let drift = null; // of GET /v1/drift
 let change = null; // what the dialog asks to confirm
 
 async function showStages() {
@@ -39,6 +40,8 @@ function stageCard(each) {
   card.append(head);
   const from = each.parent === null ? "Base stage" : `From stage ${each.parent}, strategy ${each.strategy}`;
   card.append(element("p", `${from}, trained ${when(each.trained)}${each.pruned ? "; weights removed" : ""}`, "note"));
+  const data = dataLine(each);
+  if (data) card.append(data);
   if (each.gate) {
     const passed = each.gate.decision === "passed";
     const line = element("p");
@@ -57,19 +60,58 @@ function stageCard(each) {
   return card;
 }
 
+// -- metrics and drift over the stages
+
+const DRIFTS = {
+  "divergence of items": [(each) => each.item_divergence, "Jensen-Shannon divergence of the items' shares of events from those of the stage before, in bits."],
+  "divergence of first codes": [(each) => each.code_divergence, "The same of the first codes of the semantic IDs, in bits."],
+  "share of new users": [(each) => each.stage && each.users ? each.new_users / each.users : null, "Users of a stage whom no stage before had."],
+  "share of new items": [(each) => each.stage && each.items ? each.new_items / each.items : null, "Items of a stage that no stage before had."],
+};
+
+async function showDrift() {
+  drift = await call("v1/drift");
+  if (lineage) await showStages();
+}
+
 function chooseMetric() {
   const names = [...new Set(lineage.stages.flatMap((each) => Object.keys(each.metrics || {})))];
+  const drifts = drift && drift.stages.length > 1 ? Object.keys(DRIFTS) : [];
   const chosen = at("metric").value || "ndcg@10";
-  at("metric").replaceChildren(...names.map((name) => element("option", name)));
-  if (names.includes(chosen)) at("metric").value = chosen;
-  at("chart-box").hidden = !names.length;
+  const groups = [["Metrics on the test cases of each stage", names], ["Drift of the data", drifts]];
+  at("metric").replaceChildren(...groups.filter(([, all]) => all.length).map(([label, all]) => {
+    const group = element("optgroup");
+    group.label = label;
+    group.append(...all.map((name) => element("option", name)));
+    return group;
+  }));
+  if (names.includes(chosen) || drifts.includes(chosen)) at("metric").value = chosen;
+  at("chart-box").hidden = !names.length && !drifts.length;
   drawMetrics();
 }
 
 function drawMetrics() {
   if (!lineage || at("chart-box").hidden) return;
-  const serves = lineage.stages.find((each) => each.serves);
-  drawChart(at("chart"), at("metric").value, lineage.stages, serves && serves.stage);
+  const serves = lineage.stages.find((each) => each.serves), name = at("metric").value;
+  const [value, note] = DRIFTS[name] || [];
+  const limit = name === "divergence of items" ? drift.high : null;
+  const points = value ? drift.stages.map((each) => ({ stage: each.stage, value: value(each) }))
+    : lineage.stages.map((each) => ({ stage: each.stage, value: each.metrics && each.metrics[name] }));
+  drawChart(at("chart"), name, points, serves && serves.stage, limit);
+  at("chart-note").textContent = [note, limit !== null && `A warning is given above gate.drift ${limit}.`].filter(Boolean).join(" ");
+}
+
+function dataLine(each) {
+  const data = drift && drift.stages.find((one) => one.stage === each.stage);
+  if (!data) return null;
+  const count = (value) => value.toLocaleString("en");
+  const parts = [`Data: ${count(data.events)} events of ${count(data.users)} users`];
+  if (data.stage) parts.push(`${count(data.new_users)} new users, ${count(data.new_items)} new items`);
+  if (data.item_divergence !== null) {
+    const high = drift.high !== null && data.item_divergence > drift.high ? ", which is high" : "";
+    parts.push(`divergence ${data.item_divergence.toFixed(3)} bits${high}`);
+  }
+  return element("p", parts.join("; "), "note");
 }
 
 // -- changes of the stage, after a confirmation

@@ -1,0 +1,178 @@
+"""Why an item is where it is in a list: its codes under two stages, its events, and its nearest items."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from peso.runs.workspace import Workspace
+from peso.runtime.machine import threads
+from peso.serving.snapshot import Identity, Snapshot
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+NEAREST = 5  # items that are shown
+WORDS = 32_768  # the most common words and word pairs of the texts that count
+SAME = 0.005  # a smaller change of a log-probability is not shown
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+By = Literal["item head", "texts", "codes"]
+Near = list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a stage finds an item after a history.
+
+    Attributes:
+        score: the log-probability, as in lists.
+        codes: the log-probability of each code of the item's semantic ID, after the codes before it.
+        has_head: whether the score also contains an item head.
+    """
+
+    score: float
+    codes: list[float]
+    has_head: bool
+
+
+def likelihood(snapshot: Snapshot, history: Sequence[str], item: str) -> Likelihood | None:
+    """None where the stage has no model yet or does not know the item, or where no item of the history is
+    known. To be called by the thread that uses models."""
+    model, ids = snapshot.model, snapshot.semantic_ids
+    known = snapshot.known(history)[0]
+    if model is None or item not in ids or not known:
+        return None
+    from peso.decoding import search
+
+    with threads(model, snapshot.threads):
+        found = search(model, [ids.rows(known)], beams=1, targets=ids.rows([item]))
+    assert found.targets is not None
+    assert found.target_scores is not None
+    return Likelihood(float(found.target_scores[0]), found.targets[0].tolist(), bool(model.has_item_head))
+
+
+def near_by_head(snapshot: Snapshot, item: str) -> Near | None:
+    """The items with the most similar vectors (cosine) of the item head; None without one. To be called by
+    the thread that uses models."""
+    if snapshot.model is None or not snapshot.model.has_item_head or item not in snapshot.semantic_ids:
+        return None
+    head = getattr(snapshot.model.vocabulary, "item_head", None)
+    if head is None:
+        return None
+    import torch
+    from torch.nn import functional as F
+
+    with torch.no_grad():
+        vectors = F.normalize(head.vectors().float(), dim=-1)  # (items, width)
+        similar = (vectors @ vectors[snapshot.semantic_ids.row(item)]).cpu().numpy()
+    return _best(snapshot, item, similar)
+
+
+def near_by_codes(snapshot: Snapshot, item: str) -> Near:
+    """The items whose semantic IDs begin with the most codes of the item's; the share of these codes."""
+    codes = snapshot.semantic_ids.codes
+    same = (codes == codes[snapshot.semantic_ids.row(item)]).cumprod(axis=1).sum(axis=1)
+    return _best(snapshot, item, same / codes.shape[1])
+
+
+class ItemTexts:
+    """The texts of a workspace's items as vectors: TF-IDF of words and word pairs.
+
+    They are computed when they are first asked for, and again when the catalog has changed. It can be used by
+    several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: Identity | None = None
+        self._vectors: sparse.csr_matrix | None = None
+
+    def near(self, workspace: Workspace, snapshot: Snapshot, item: str) -> Near | None:
+        """The items with the most similar texts (cosine); None if the item has no text, or no text is like
+        its own."""
+        with self._lock:
+            if self._of != snapshot.identity:
+                self._vectors = self._computed(workspace, len(snapshot.semantic_ids.item_ids))
+                self._of = snapshot.identity
+            vectors = self._vectors
+        if vectors is None:
+            return None
+        similar = (vectors @ vectors[snapshot.semantic_ids.row(item)].T).toarray()[:, 0]
+        near = [(other, score) for other, score in _best(snapshot, item, similar) if score > 0]
+        return near or None
+
+    def _computed(self, workspace: Workspace, items: int) -> sparse.csr_matrix | None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        from peso.items.vectors import item_texts
+
+        texts = item_texts(workspace.stream.items, workspace.config.items.template)[:items]
+        words = TfidfVectorizer(
+            ngram_range=(1, 2), max_features=WORDS, sublinear_tf=True, dtype=np.float32, min_df=2
+        )
+        try:
+            return words.fit_transform([text or "" for text in texts])
+        except ValueError:  # no words at all
+            return None
+
+
+def _best(snapshot: Snapshot, item: str, similar: np.ndarray) -> Near:
+    """The ``NEAREST`` most similar items but the item itself, ties in the order of the catalog."""
+    similar = similar.astype(np.float64, copy=True)
+    similar[snapshot.semantic_ids.row(item)] = -np.inf
+    count = min(NEAREST, len(similar) - 1)
+    if count < 1:
+        return []
+    least = np.partition(similar, -count)[-count]
+    rows = np.flatnonzero(similar >= least)
+    rows = rows[np.argsort(-similar[rows], kind="stable")][:count]
+    return [(snapshot.semantic_ids.item_ids[row], float(similar[row])) for row in rows]
+
+
+def reason(
+    item: str,
+    now: tuple[Snapshot, Likelihood | None],
+    before: tuple[Snapshot, Likelihood | None],
+    events: dict[int, int],
+) -> str:
+    """In a few sentences, why the score of an item is another one than under the stage before.
+
+    Args:
+        now, before: both stages with the likelihood of the item.
+        events: the item's events in the stage of the stream with this number.
+    """
+    (stage, likely), (earlier, then) = now, before
+    seen = ", ".join(f"{count:,} in stage {number}" for number, count in sorted(events.items()))
+    told = f" Events of the item: {seen}." if events else ""
+    if item not in earlier.semantic_ids:
+        return f"Stage {earlier.stage} does not know the item.{told}"
+    if item not in stage.semantic_ids:
+        return f"Stage {stage.stage} does not know the item.{told}"
+    if likely is None or then is None:
+        return told.strip()
+    change = likely.score - then.score
+    place = f"Its place also depends on the other items.{told}"
+    if abs(change) < SAME:
+        return f"Its log-probability stayed the same ({likely.score:.2f}). {place}"
+    moved = "rose" if change > 0 else "fell"
+    text = f"Its log-probability {moved} by {abs(change):.2f} (from {then.score:.2f} to {likely.score:.2f})"
+    parts = {
+        f"the {_ordinal(level)} code {token}": after - former
+        for level, (token, after, former) in enumerate(
+            zip(stage.semantic_ids.semantic_id(item), likely.codes, then.codes, strict=True)
+        )
+    }
+    if likely.has_head or then.has_head:
+        parts["the item head"] = change - sum(parts.values())
+    name, most = max(parts.items(), key=lambda part: part[1] if change > 0 else -part[1])
+    if most * change > 0:
+        text += f", mostly through {name} ({most:+.2f})"
+    return f"{text}. {place}"
+
+
+def _ordinal(level: int) -> str:
+    return ORDINALS[level] if level < len(ORDINALS) else f"{level + 1}th"

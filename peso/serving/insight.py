@@ -1,0 +1,175 @@
+"""What the explorer asks for beside lists: why an item moved, its nearest items, users by name, drift."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Query
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from peso.runs.diagnosis import stream_drift
+from peso.runs.workspace import Workspace
+from peso.serving import messages
+from peso.serving.explain import (
+    By,
+    ItemTexts,
+    Likelihood,
+    Near,
+    likelihood,
+    near_by_codes,
+    near_by_head,
+    reason,
+)
+from peso.serving.messages import (
+    CodeChance,
+    Drift,
+    Explain,
+    Explanation,
+    KnownUser,
+    NearItem,
+    Request,
+    ShownItem,
+    StageDrift,
+    StageView,
+    Users,
+)
+from peso.serving.routes import Service, question_of, refusals
+from peso.serving.snapshot import Snapshot
+
+STAGES = 4  # whose counts of events are kept in memory
+
+
+class StreamFacts:
+    """The drift of a stream and the events of its items, computed when they are first asked for, and again
+    when the stream has changed. It can be used by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._drift: tuple[list[str], list[dict[str, Any]]] | None = None
+        self._counts: OrderedDict[str, np.ndarray] = OrderedDict()  # by the fingerprint of the stage
+
+    def drift(self, workspace: Workspace) -> list[dict[str, Any]]:
+        """See :func:`peso.events.drift.drift`."""
+        with self._lock:  # one reads the stream, the others wait for the result
+            stream = workspace.stream
+            rests_on = [stream.fingerprint(number) for number in range(stream.stages)]
+            if workspace.has_semantic_ids:
+                rests_on.append(str(workspace.semantic_ids_manifest["items"]))
+            if self._drift is None or self._drift[0] != rests_on:
+                self._drift = rests_on, stream_drift(workspace)
+            return self._drift[1]
+
+    def events(self, workspace: Workspace, row: int, stages: set[int]) -> dict[int, int]:
+        """How many events an item (its row) has in stages of the stream."""
+        stream, found = workspace.stream, {}
+        for number in sorted(stages):
+            if number >= stream.stages:
+                continue
+            with self._lock:
+                key = stream.fingerprint(number)
+                counts = self._counts.pop(key, None)
+                counts = stream.item_counts(number) if counts is None else counts
+                self._counts[key] = counts
+                if len(self._counts) > STAGES:
+                    self._counts.popitem(last=False)
+            found[number] = int(counts[row])
+        return found
+
+
+def add_insight(app: FastAPI, service: Service) -> None:
+    texts, facts = ItemTexts(), StreamFacts()
+
+    @app.post(
+        "/v1/explain",
+        responses=refusals(400, 401, 404, 413, 422, 429, 503),
+        summary="Why an item is where it is, and its nearest items",
+    )
+    async def explain(body: Explain) -> Explanation:
+        """Compares the serving stage with the one before it, if the model of that one is in memory: ask
+        `/v1/compare` first."""
+        request = Request(user=body.user, history=body.history)
+        history = list((await question_of(service, request)).history or ())
+        before = await run_in_threadpool(service.before.find)
+        return await _explained(service, texts, facts, body.item, history, before.snapshot)
+
+    @app.get("/v1/users", responses=refusals(401, 422, 429, 503), summary="Users by name, page by page")
+    async def users(
+        prefix: Annotated[messages.Id | None, Query(description="How the names begin.")] = None,
+        after: Annotated[messages.Id | None, Query(description="The `after` of the page before.")] = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    ) -> Users:
+        named = service.histories.named
+        found = await run_in_threadpool(named, prefix or "", after or "", limit + 1)
+        return Users(
+            users=[KnownUser(user=name, items=items) for name, items in found[:limit]],
+            after=found[limit - 1][0] if len(found) > limit else None,
+        )
+
+    @app.get("/v1/drift", responses=refusals(401, 429, 503), summary="How the data drift over the stages")
+    async def drift() -> Drift:
+        """The first request reads the whole stream."""
+        workspace = service.live.workspace
+        found = await run_in_threadpool(facts.drift, workspace)
+        return Drift(
+            stages=[StageDrift(**{key: each[key] for key in StageDrift.model_fields}) for each in found],
+            high=workspace.config.gate.drift,
+        )
+
+
+def shown(snapshot: Snapshot, item: str, score: float | None = None) -> ShownItem:
+    if item not in snapshot.semantic_ids:
+        return ShownItem(item=item, score=score)
+    semantic_id = snapshot.semantic_ids.semantic_id(item)
+    return ShownItem(item=item, title=snapshot.title(item), semantic_id=semantic_id, score=score)
+
+
+async def _explained(
+    service: Service,
+    texts: ItemTexts,
+    facts: StreamFacts,
+    item: str,
+    history: list[str],
+    before: Snapshot | None,
+) -> Explanation:
+    """Raises HTTPException if neither stage knows the item."""
+    current, workspace = service.live.current, service.live.workspace
+    known = current if item in current.semantic_ids or before is None else before
+    if item not in known.semantic_ids:
+        raise HTTPException(404, f"stage {known.stage} does not know the item {item!r}")
+
+    def with_models() -> tuple[Likelihood | None, Likelihood | None, Near | None]:
+        then = None if before is None else likelihood(before, history, item)
+        return likelihood(current, history, item), then, near_by_head(known, item)
+
+    now, then, near = await asyncio.wrap_future(service.engine.run(with_models))
+    by: By = "item head"
+    if near is None:
+        by, near = "texts", await run_in_threadpool(texts.near, workspace, known, item)
+    if near is None:
+        by, near = "codes", near_by_codes(known, item)
+    numbers = {current.stage} | ({before.stage} if before is not None else set())
+    events = await run_in_threadpool(facts.events, workspace, known.semantic_ids.row(item), numbers)
+    return Explanation(
+        item=item,
+        serving=_view(current, item, now),
+        before=None if before is None else _view(before, item, then),
+        says="" if before is None else reason(item, (current, now), (before, then), events),
+        nearest_by=by,
+        nearest=[
+            NearItem(**shown(known, other).model_dump(), similarity=similarity) for other, similarity in near
+        ],
+        events={str(number): count for number, count in events.items()},
+    )
+
+
+def _view(snapshot: Snapshot, item: str, found: Likelihood | None) -> StageView:
+    if found is None:
+        return StageView(stage=snapshot.stage, score=None, codes=[])
+    names = snapshot.semantic_ids.semantic_id(item)
+    codes = [CodeChance(code=c, log_probability=p) for c, p in zip(names, found.codes, strict=True)]
+    return StageView(stage=snapshot.stage, score=found.score, codes=codes)
