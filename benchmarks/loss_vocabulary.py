@@ -19,7 +19,7 @@ import numpy as np
 
 from peso.cli.display import Terminal, table
 from peso.config import load_config
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.workspace import Workspace
 from peso.training.likelihood import trie_log_likelihood
 
@@ -65,8 +65,8 @@ def measure(root: Path, loss_vocabulary: str, stages: int, changes: list[str]) -
     result = []
     with workspace.lock():
         if not workspace.has_semantic_ids:
-            pipeline.ingest(workspace, terminal)
-            pipeline.tokenize(workspace, terminal)
+            preparation.ingest(workspace, terminal)
+            preparation.tokenize(workspace, terminal)
         stream = workspace.stream
         for number in range(stages):
             if number not in workspace.finished_stages:

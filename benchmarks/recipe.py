@@ -19,7 +19,7 @@ import numpy as np
 
 from peso.config import load_config
 from peso.decoding import search
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation, reuse
 from peso.runs.workspace import Workspace
 from peso.runtime.machine import threads
 from peso.runtime.progress import Silent
@@ -65,10 +65,10 @@ def train(config: str, root: Path, changes: dict[str, Any], source: Workspace | 
     with workspace.lock():
         if not workspace.has_semantic_ids:
             if source is not None:
-                pipeline.take_data(workspace, source, Silent())
+                reuse.take_data(workspace, source, Silent())
             else:
-                pipeline.ingest(workspace, Silent())
-                pipeline.tokenize(workspace, Silent())
+                preparation.ingest(workspace, Silent())
+                preparation.tokenize(workspace, Silent())
         if not workspace.stage(0).is_trained:
             pipeline.rehearse_stages(workspace, Silent())
             pipeline.learn(workspace.stage(0), Silent())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.config import load_config
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
@@ -43,8 +43,8 @@ def make_workspace(root: Path, tree: dict[str, Any]) -> Workspace:
     """Two trained stages."""
     workspace = Workspace.create_or_open(root, load_config(tree))
     with workspace.lock():
-        pipeline.ingest(workspace, Silent())
-        pipeline.tokenize(workspace, Silent())
+        preparation.ingest(workspace, Silent())
+        preparation.tokenize(workspace, Silent())
         for stage in range(2):
             pipeline.learn(workspace.stage(stage), Silent())
     return workspace

@@ -174,7 +174,7 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
     from torch.nn.modules.module import register_module_forward_hook
     from transformers import LlamaModel
 
-    from peso.runs import pipeline
+    from peso.runs import pipeline, reuse
     from peso.runs.workspace import Workspace
     from peso.training.penalty import Movement, Penalty
     from peso.training.strategies.strategy import make_strategy
@@ -197,8 +197,8 @@ def contestant(root: Path, base: Path, config: Any, pipe: Connection) -> None:
     workspace, source = Workspace.create_or_open(root, config), Workspace.open(base)
     observer = Turns(pipe, watched, passes)
     with workspace.lock():
-        pipeline.take_data(workspace, source, observer)
-        pipeline.take_base(workspace, source, observer)
+        reuse.take_data(workspace, source, observer)
+        reuse.take_base(workspace, source, observer)
         for stage in range(1, STAGES):
             observer.waits = stage == STAGES - 1
             watched.clear()
@@ -303,7 +303,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.steps = 12 if arguments.quick else 60
 
-    from peso.runs import pipeline
+    from peso.runs import pipeline, preparation
     from peso.runs.workspace import Workspace
     from peso.runtime.progress import Silent
 
@@ -314,8 +314,8 @@ def main() -> None:
         config = configured(STRATEGIES["single"], arguments.steps, arguments.width, arguments.layers)
         workspace = Workspace.create_or_open(root, config)
         with workspace.lock():
-            pipeline.ingest(workspace, Silent())
-            pipeline.tokenize(workspace, Silent())
+            preparation.ingest(workspace, Silent())
+            preparation.tokenize(workspace, Silent())
             pipeline.learn(workspace.stage(0), Silent())
         plain = steps_of_a_stage(root, STRATEGIES["single"], arguments)
         if not arguments.json:

@@ -87,7 +87,8 @@ def _directions(
 ) -> None:
     from peso.errors import UsageError
     from peso.runs.diagnosis import require_later_stage
-    from peso.runs.workspace import Workspace, require_place
+    from peso.runs.place import require_place
+    from peso.runs.workspace import Workspace
     from peso.runtime.files import write_atomically
 
     if plot is not None and plot.suffix not in (".svg", ".png"):

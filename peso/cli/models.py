@@ -67,14 +67,15 @@ def export(
 
     Example: peso export -w runs/games --format index -o games.index.json
     """
-    from peso.runs.workspace import Workspace, require_place
+    from peso.runs.place import require_place
+    from peso.runs.workspace import Workspace
 
     require_place(output)
     opened = Workspace.open(workspace, trust or ())
     if form == "index":
-        from peso.runs import pipeline
+        from peso.runs import preparation
 
-        if left_out := pipeline.export_index(opened, output, stage, with_retired):
+        if left_out := preparation.export_index(opened, output, stage, with_retired):
             Terminal().note(f"{left_out:,} retired items are left out; --with-retired writes them, too")
     else:
         from peso.runs.recommender import Recommender

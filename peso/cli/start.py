@@ -54,7 +54,8 @@ def demo(
     from peso.config import load_config
     from peso.evaluation.report import refuse_foreign
     from peso.runs import pipeline, report
-    from peso.runs.workspace import Workspace, require_place
+    from peso.runs.place import require_place
+    from peso.runs.workspace import Workspace
 
     require_place(output / "report")
     refuse_foreign(output / "report")
@@ -118,7 +119,7 @@ def init(
     """
     from peso.errors import UsageError
     from peso.runs.first_config import first_config
-    from peso.runs.workspace import require_place
+    from peso.runs.place import require_place
     from peso.runtime.files import write_atomically
 
     name = Path(log).name.split(".")[0] or "log"

@@ -31,7 +31,8 @@ from peso.cli.promotion import show_drift, show_verdict
 from peso.config import DataConfig
 from peso.config.data import FORMATS
 from peso.errors import ConfigError, DataError, PesoError, UsageError
-from peso.runs.workspace import CONFIG, Workspace, require_place, trusted_classes
+from peso.runs.place import CONFIG, require_place
+from peso.runs.workspace import Workspace, trusted_classes
 from peso.runtime.processes import current
 
 
@@ -89,7 +90,7 @@ def ingest(
 
     from peso.config import load_config
     from peso.events.sources import format_at
-    from peso.runs import pipeline
+    from peso.runs import preparation
 
     overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
     overrides = [*([f"data.items.path={_quoted(items)}"] if items else []), *overrides]
@@ -125,7 +126,7 @@ def ingest(
             opened = held.enter_context(Workspace.change(workspace, overrides, anew="stream"))
         else:
             raise UsageError("name the data (SOURCE) or a workspace (-w)")
-        manifest = pipeline.ingest(opened, Terminal())
+        manifest = preparation.ingest(opened, Terminal())
     if as_json:
         say_json(manifest)
         return
@@ -143,7 +144,7 @@ def _append(
 ) -> None:
 
     from peso.config import changed_keys, load_config
-    from peso.runs import pipeline
+    from peso.runs import preparation
     from peso.runs.undo import stages_named
 
     with Workspace.change(path) as opened:
@@ -153,7 +154,7 @@ def _append(
         others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
         if others:
             raise UsageError(f"with --append, --set can change only keys of `data`, not {', '.join(others)}")
-        manifest = pipeline.append(opened, Terminal(), config.data)
+        manifest = preparation.append(opened, Terminal(), config.data)
         pending = opened.items_without_id
     command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
     if not opened.has_semantic_ids:
@@ -211,7 +212,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
 
     from peso.config import load_config
     from peso.events.sources.files import find_files, kind_of
-    from peso.runs import pipeline
+    from peso.runs import preparation
 
     if others := [text for text in overrides if not text.startswith("data.")]:
         raise ConfigError(f"with --items, --set can change only keys of `data`, not {', '.join(others)}")
@@ -233,7 +234,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
             f"give the columns of {items}: --set data.items.columns.title=… (or .category=…, .text=…)"
         )
     with opened.lock():
-        done = pipeline.update_items(opened, given, Terminal())
+        done = preparation.update_items(opened, given, Terminal())
         pending = opened.items_without_id
     command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
     if as_json:
@@ -294,11 +295,11 @@ def tokenize(
     Example: peso tokenize --append -w runs/shop
     """
 
-    from peso.runs import diagnosis, pipeline
+    from peso.runs import diagnosis, preparation
 
     anew = "" if append else "semantic IDs"
     with Workspace.change(workspace, overrides or [], anew=anew) as opened:
-        manifest = (pipeline.tokenize_new if append else pipeline.tokenize)(opened, Terminal())
+        manifest = (preparation.tokenize_new if append else preparation.tokenize)(opened, Terminal())
     if as_json:
         say_json(manifest)
         return
@@ -410,10 +411,10 @@ def update(
 
 def _give_new_ids(opened: Workspace) -> None:
     """As `peso tokenize --append`, if there are items without a semantic ID."""
-    from peso.runs import pipeline
+    from peso.runs import preparation
 
     if opened.items_without_id:
-        pipeline.tokenize_new(opened, watcher())
+        preparation.tokenize_new(opened, watcher())
 
 
 def _finish(opened: Workspace) -> int | None:

@@ -31,11 +31,12 @@ from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary
 from peso.events.histories import Stage
 from peso.events.stream import Stream
 from peso.runs.stage import METRICS, PREDICTIONS
-from peso.runs.workspace import Workspace, provenance
+from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
 from peso.runtime.machine import require_memory, threads
 from peso.runtime.manifest import Manifest, all_intact, intact, read_manifest, write_manifest
 from peso.runtime.progress import Observer, Silent
+from peso.runtime.provenance import provenance
 
 if TYPE_CHECKING:
     from peso.baselines.baseline import Answerer, Baseline, BaselineAnswers, Fusion

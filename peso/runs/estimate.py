@@ -29,7 +29,7 @@ from peso.events.stream import Stream
 from peso.items.semantic_ids import SemanticIds, write_semantic_ids
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.baselines import BaselineRun
 from peso.runs.models import fresh_model, trains_backbone
 from peso.runs.phases import training_of
@@ -276,9 +276,9 @@ def readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Workspa
         if workspace.has_stream:
             shutil.copytree(workspace.stream_directory, copy.stream_directory)
         else:
-            seconds["ingest"] = _timed(lambda: pipeline.ingest(copy, observer))
+            seconds["ingest"] = _timed(lambda: preparation.ingest(copy, observer))
         if workspace.config.data.format in STREAMS:
-            seconds["tokenize"] = _timed(lambda: pipeline.tokenize(copy, Silent()))
+            seconds["tokenize"] = _timed(lambda: preparation.tokenize(copy, Silent()))
         else:
             _draw_semantic_ids(copy)
         yield copy, seconds

@@ -34,7 +34,7 @@ from peso.events.sources.reading import Reading
 from peso.events.sources.user_files import own_items
 from peso.events.stream import ITEMS_FILE, Stream, stage_file
 from peso.items.semantic_ids import read_release_index
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.user_histories import RECEIVED, cuts_of
 from peso.runs.workspace import Workspace
 from peso.runtime.manifest import intact
@@ -144,7 +144,7 @@ def _cut(
 
     observer.note(f"append: {sent.events:,} received events")
     try:
-        manifest = pipeline.extend(workspace, observer, fill)
+        manifest = preparation.extend(workspace, observer, fill)
     except NothingNew:
         return replace(waits, why="the stream has every event that was received", waiting=0)
     except (NothingLeft, UntrainableStage):

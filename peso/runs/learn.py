@@ -25,7 +25,7 @@ from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, r
 from peso.runs.pool_weights import choose_pool_weights
 from peso.runs.stage import ERASURES, FORMAT, LOG, METRICS, RunStage
 from peso.runs.trust import strategy_of
-from peso.runs.workspace import Workspace, provenance
+from peso.runs.workspace import Workspace
 from peso.runtime import assets
 from peso.runtime.files import (
     commit_directory,
@@ -37,6 +37,7 @@ from peso.runtime.machine import threads
 from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
+from peso.runtime.provenance import provenance
 from peso.training.loop import train_stage
 from peso.training.rate_trials import choose_rates, read_choice
 from peso.training.strategies.strategy import StageContext, Strategy

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.runs.baselines import found_baselines
+from peso.runs.place import SERVED_LOCK
 from peso.runs.served import previous, serving_stage
 from peso.runs.stage import FORMAT, PRUNED, RunStage
-from peso.runs.workspace import SERVED_LOCK, Workspace
+from peso.runs.workspace import Workspace
 from peso.runtime.files import in_turn
 from peso.runtime.manifest import take_out
 

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError, ExportError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.place import require_place
 from peso.runs.user_histories import UserHistories
-from peso.runs.workspace import Workspace, require_place
+from peso.runs.workspace import Workspace
 from peso.runtime.files import digest, only_writer, read_sealed, require_new, write_aside, write_sealed
 from peso.runtime.progress import Observer
 

@@ -13,9 +13,10 @@ from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.hybrids import HybridAnswers
 from peso.runs.retired import RetiredItems
+from peso.runs.place import require_place
 from peso.runs.served import serving_stage
 from peso.runs.user_histories import UserHistories
-from peso.runs.workspace import Workspace, require_place
+from peso.runs.workspace import Workspace
 from peso.runtime.files import digest, require_free
 from peso.runtime.machine import threads
 from peso.runtime.progress import Observer, Silent
@@ -222,7 +223,7 @@ class Recommender:
         place = Path(directory)
         require_place(place)
         if format == "index":
-            from peso.runs.pipeline import export_index
+            from peso.runs.preparation import export_index
 
             export_index(self.workspace, place)
             return place

@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peso.errors import DataError, WorkspaceError
-from peso.runs.workspace import RETIRED, RETIRED_LOCK, Workspace
+from peso.runs.place import RETIRED, RETIRED_LOCK
+from peso.runs.workspace import Workspace
 from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
 
 FORMAT = 1  # of retired.json; a higher number was written by a newer version

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peso.errors import DataError, WorkspaceError
+from peso.runs.place import SERVED, SERVED_LOCK
 from peso.runs.stage import RunStage
-from peso.runs.workspace import SERVED, SERVED_LOCK, Workspace
+from peso.runs.workspace import Workspace
 from peso.runtime.failures import sentence
 from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
 from peso.runtime.manifest import intact

@@ -16,9 +16,10 @@ from peso.errors import WorkspaceError
 from peso.events.append import shorten_stream
 from peso.events.stream import Stream
 from peso.items.semantic_ids import EARLIER
+from peso.runs.place import SERVED_LOCK
 from peso.runs.served import refuse_removal
 from peso.runs.stage import FORMAT
-from peso.runs.workspace import SERVED_LOCK, Workspace
+from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, in_turn, read_sealed, remove_directory, write_sealed
 from peso.runtime.manifest import remove_folder
 from peso.runtime.progress import Observer

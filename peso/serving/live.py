@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peso.errors import WorkspaceError
+from peso.runs.place import SERVED
 from peso.runs.served import serving_stage
 from peso.runs.stage import RunStage
-from peso.runs.workspace import SERVED, Workspace
+from peso.runs.workspace import Workspace
 from peso.serving.snapshot import Snapshot, identity
 
 INTERVAL = 0.5  # seconds between two looks at which stage is to serve

@@ -19,7 +19,7 @@ from event_logs import write_log
 from peso.cli import app as cli
 from peso.events.stream import Stream
 from peso.items.semantic_ids import read_semantic_ids, write_release_index
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.undo import last_step
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
@@ -660,13 +660,15 @@ def command(root: Path, name: str, logs: Path) -> Callable[[], object]:
         with workspace.lock():
             if name == "append":
                 path = str(logs / "week.csv")
-                pipeline.append(workspace, Silent(), workspace.config.data.model_copy(update={"path": path}))
+                preparation.append(
+                    workspace, Silent(), workspace.config.data.model_copy(update={"path": path})
+                )
             elif name == "tokenize":
-                pipeline.tokenize_new(workspace, Silent())
+                preparation.tokenize_new(workspace, Silent())
             elif name == "items":
                 assert workspace.config.data.items is not None
                 table_of = workspace.config.data.items.model_copy(update={"path": fixed["data.items.path"]})
-                pipeline.update_items(
+                preparation.update_items(
                     workspace, workspace.config.data.model_copy(update={"items": table_of}), Silent()
                 )
             else:

@@ -34,7 +34,7 @@ from peso.evaluation.report.sections.section import Section
 from peso.evaluation.report.tables import Quantity, Table, to_csv, to_latex, to_markdown
 from peso.model.backbone import small_llama
 from peso.runs.compare.schedule import Schedule
-from peso.runs.workspace import HISTORIES
+from peso.runs.place import HISTORIES
 from peso.runtime import assets
 from peso.runtime.failures import sentence
 

@@ -150,7 +150,7 @@ def test_edited_data_and_items_are_noticed(
     for command in ("update", "recommend --user u1", "tokenize", "tokenize --append", "train", "ingest"):
         status, _, said = peso(*command.split(), "-w", root)
         assert (status, message in said) == (1, True), command
-        assert "Put the old values back; for other ones take a new workspace" in said
+        assert "Restore the old values, or use a new workspace (-w) for the new ones" in said
     assert everything(root) == before
 
 
@@ -437,12 +437,12 @@ def test_stage_0_depends_on_nothing_that_is_for_later_stages(runs: Runs, tmp_pat
         "adapter.rank=3",
     ]
     workspace = runs.start(tmp_path / "w", "peso", *changes, backbone="tiny")
-    pipeline._begin(workspace, base.root, Silent())
+    pipeline._prepare(workspace, base.root, Silent())
     assert workspace.finished_stages == [0]
     check_same_results(base, workspace, 0)
     other = runs.start(tmp_path / "v", "peso", "training.learning_rate=0.5", backbone="tiny")
     with pytest.raises(WorkspaceError, match=r"training\.learning_rate is 0\.003 there and 0\.5 here"):
-        pipeline._begin(other, base.root, Silent())
+        pipeline._prepare(other, base.root, Silent())
 
 
 def test_later_stages_have_their_own_settings() -> None:

@@ -25,7 +25,7 @@ from peso.config.parsing import plain_types
 from peso.config.reading import place
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.model.backbone import byte_tokenizer, load_backbone, small_llama
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.checks import check_configuration, rehearse
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
@@ -240,8 +240,8 @@ def test_epochs_beyond_all_memory_are_refused_and_few_steps_of_them_are_not(tmp_
     with pytest.raises(ConfigError, match=r"training\.epochs 2,000,000,000: at most 100,000"):
         check_configuration(load_config(tree))
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree, ["training.max_steps=1"]))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     pipeline.learn(workspace.stage(0), Silent())
 
 

@@ -14,7 +14,7 @@ import pytest
 from event_logs import write_log
 
 from peso.config import load_config
-from peso.runs import pipeline, report
+from peso.runs import pipeline, preparation, report
 from peso.runs.estimate import estimate
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
@@ -47,8 +47,8 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace.create_or_open(tmp_path_factory.mktemp("base") / "w", load_config(TREE))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     pipeline.learn(workspace.stage(0), Silent())
     return workspace
 

@@ -19,11 +19,12 @@ from every_file import EVERY_FILE
 
 from peso.config import load_config
 from peso.errors import ExportError, PesoError, TrainingError, WorkspaceError
-from peso.runs import evaluate, pipeline, report
+from peso.runs import evaluate, pipeline, report, reuse
 from peso.runs.baselines import baseline_summaries, found_baselines
+from peso.runs.place import require_place
 from peso.runs.recommender import Recommender
 from peso.runs.stage import FORMAT
-from peso.runs.workspace import Workspace, require_place
+from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum, commit_directory, only_writer, write_aside
 from peso.runtime.manifest import KINDS, NULL, Manifest, intact, read_manifest, replace_file, write_manifest
 from peso.runtime.progress import Silent
@@ -175,9 +176,9 @@ def test_taking_over_a_damaged_stage_is_refused(root: Path, tmp_path: Path) -> N
     flip(root / "stages/1/vocabulary.safetensors")
     other = Workspace.create_or_open(tmp_path / "other", load_config(TREE))
     base = Workspace.open(root)
-    pipeline.take_data(other, base, Silent())
+    reuse.take_data(other, base, Silent())
     with pytest.raises(WorkspaceError, match=r"stages/1/vocabulary\.safetensors is damaged"):
-        pipeline.take_base(other, base, Silent())
+        reuse.take_base(other, base, Silent())
     assert other.finished_stages == [0]
 
 

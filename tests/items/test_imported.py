@@ -14,7 +14,7 @@ from event_logs import write_json_lines, write_log
 from peso.config import load_config
 from peso.errors import DataError
 from peso.items.semantic_ids import read_semantic_ids
-from peso.runs import pipeline
+from peso.runs import preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
@@ -45,8 +45,8 @@ def shop(tmp_path: Path) -> Path:
 def started(shop: Path, name: str, *overrides: str) -> Path:
     """A workspace with a stream and semantic IDs."""
     workspace = Workspace.create_or_open(shop / name, load_config(shop / "shop.yaml", overrides))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     return workspace.root
 
 

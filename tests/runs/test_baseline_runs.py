@@ -13,7 +13,7 @@ from peso.config import baseline_label, load_config
 from peso.config.baselines import read_baseline
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
-from peso.runs import pipeline, report
+from peso.runs import pipeline, preparation, report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines, run_baselines
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
@@ -47,8 +47,8 @@ def files(workspace: Workspace) -> dict[str, str]:
 
 def prepared(root: Path) -> Workspace:
     workspace = Workspace.create_or_open(root, load_config(TREE))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     return workspace
 
 

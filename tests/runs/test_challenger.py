@@ -14,7 +14,7 @@ import pytest
 from peso.config import load_config
 from peso.errors import WorkspaceError
 from peso.evaluation import verdict as verdicts
-from peso.runs import challenger, pipeline
+from peso.runs import challenger, pipeline, preparation
 from peso.runs.served import promote, rollback, served
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
@@ -47,8 +47,8 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 0 alone, in a stream of four."""
     workspace = Workspace.create_or_open(tmp_path_factory.mktemp("gate") / "w", load_config(TREE))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     pipeline.learn(workspace.stage(0), Silent())
     return workspace.root
 

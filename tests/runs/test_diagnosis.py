@@ -15,7 +15,7 @@ from peso.adapters.anchor_report import NO_EFFECT, anchor_finding, gradient_rati
 from peso.config import load_config
 from peso.errors import ConfigError, WorkspaceError
 from peso.events.drift import drift
-from peso.runs import pipeline
+from peso.runs import preparation
 from peso.runs.diagnosis import diagnose
 from peso.runs.directions import stage_directions
 from peso.runs.workspace import Workspace
@@ -87,7 +87,7 @@ def test_whatever_is_there_is_shown(peso, tmp_path: Path) -> None:
     workspace = Workspace.create_or_open(root, load_config(TREE))
     with pytest.raises(WorkspaceError, match="peso ingest"):
         diagnose(workspace)
-    pipeline.ingest(workspace, Silent())
+    preparation.ingest(workspace, Silent())
     status, out, _ = peso("diagnose", "-w", root, "--json")
     assert status == 0
     found = json.loads(out)
@@ -108,7 +108,7 @@ def test_diagnose_prints_tables_and_warnings(peso, weak) -> None:
 
 def test_tokenize_prints_how_good_the_ids_are(peso, tmp_path: Path) -> None:
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(TREE))
-    pipeline.ingest(workspace, Silent())
+    preparation.ingest(workspace, Silent())
     status, out, _ = peso("tokenize", "-w", workspace.root)
     assert status == 0
     status, printed, _ = peso("tokenize", "-w", workspace.root, "--json")

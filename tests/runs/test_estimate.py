@@ -10,7 +10,7 @@ import pytest
 
 from peso.config import load_config
 from peso.config.baselines import read_baseline
-from peso.runs import estimate, pipeline
+from peso.runs import estimate, preparation
 from peso.runs.baselines import BaselineRun
 from peso.runs.estimate import Estimate, Speed
 from peso.runs.models import starting_model
@@ -30,8 +30,8 @@ SPEED = Speed(step=1.0, validation=0.0, test=1.0, memory_gib=0.0, trained_bytes=
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace.create_or_open(tmp_path_factory.mktemp("w"), load_config(TREE))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     return workspace
 
 

@@ -19,7 +19,7 @@ from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, stage_metrics
 from peso.events.histories import stage_counts
 from peso.events.received import ReceivedEvent, ReceivedEvents
-from peso.runs import evaluate, pipeline
+from peso.runs import evaluate, pipeline, preparation
 from peso.runs import forget as forgetting
 from peso.runs.baselines import BaselineRun
 from peso.runs.forget import forget, holdings, own_files_with, predicted_tests
@@ -212,8 +212,8 @@ def test_files_of_the_users_own_are_named(tmp_path: Path) -> None:
     tree = {"data": data, "backbone": "tiny", "report": {"users": str(people)}}
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree))
     with workspace.lock():
-        pipeline.ingest(workspace, Silent())
-        pipeline.append(workspace, Silent(), workspace.config.data.model_copy(update={"path": str(more)}))
+        preparation.ingest(workspace, Silent())
+        preparation.append(workspace, Silent(), workspace.config.data.model_copy(update={"path": str(more)}))
     assert own_files_with(workspace, "u4") == [str(log), str(people)]
     assert own_files_with(workspace, "u0") == [str(log), str(more)]
     assert own_files_with(workspace, "nobody") == []
@@ -230,7 +230,7 @@ def test_a_person_who_is_too_rare_for_a_stage_can_be_forgotten(tmp_path: Path) -
     tree = {"data": {"format": "csv", "path": str(log), "stages": 2, "min_user": 3}, "backbone": "tiny"}
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(tree))
     with workspace.lock():
-        pipeline.ingest(workspace, Silent())
+        preparation.ingest(workspace, Silent())
     assert files_naming(workspace, "seldom") == ["stream/stage=0/rare.parquet"]
     erase(workspace, "seldom")
     assert files_naming(workspace, "seldom") == []

@@ -17,7 +17,7 @@ from event_logs import histories, write_log
 from peso.config import load_config
 from peso.errors import DataError, WorkspaceError
 from peso.events.received import ReceivedEvent, ReceivedEvents
-from peso.runs import intake, pipeline
+from peso.runs import intake, pipeline, preparation
 from peso.runs.intake import Cut, cut_received
 from peso.runs.undo import last_step, undo
 from peso.runs.user_histories import UserHistories
@@ -52,13 +52,13 @@ def make_shop(folder: Path, **data: object) -> Workspace:
     }
     workspace = Workspace.create_or_open(folder / "shop", load_config(tree, base=folder))
     with workspace.lock():
-        pipeline.ingest(workspace, Silent())
+        preparation.ingest(workspace, Silent())
         if "items" in data:
-            pipeline.tokenize(workspace, Silent())
+            preparation.tokenize(workspace, Silent())
     return workspace
 
 
-CONTINUE = pipeline._continue_ids
+CONTINUE = preparation._continue_ids
 TABLE = {"items": {"path": "products.csv", "columns": {"title": "title"}}}
 
 
@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shop(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """As if all of its stages were trained. Whether new items can get IDs is tried in two tests alone."""
-    monkeypatch.setattr(pipeline, "_continue_ids", lambda *given: None)
+    monkeypatch.setattr(preparation, "_continue_ids", lambda *given: None)
     monkeypatch.setattr(pipeline, "unfinished", lambda workspace: (None, True))
     return Workspace.open(shutil.copytree(made / "shop", tmp_path / "shop"))
 
@@ -104,7 +104,7 @@ def test_received_events_become_one_stage_as_an_append_of_them_would(shop: Works
         {"data": {"format": "csv", "path": str(log), "stages": 1, **TABLE}}, base=tmp_path
     ).data.model_copy(update={"items": shop.config.data.items})
     with other.lock():
-        pipeline.append(other, Silent(), data)
+        preparation.append(other, Silent(), data)
     assert histories(shop.stream) == histories(other.stream)
     assert shop.stream.items.equals(other.stream.items)
     assert shop.stream.titles[-1] == "thing 19"
@@ -225,7 +225,7 @@ def test_new_items_that_get_no_semantic_id_leave_everything_as_it_was(
     def refuse(*given: object) -> None:
         raise DataError("no more room in the category")
 
-    monkeypatch.setattr(pipeline, "_continue_ids", refuse)
+    monkeypatch.setattr(preparation, "_continue_ids", refuse)
     receive(shop, *NEW)
     before = whole_history(shop, "u1")
     with pytest.raises(DataError, match=r"nothing was appended.*no more room"):
@@ -268,12 +268,12 @@ def test_a_kill_at_any_step_cuts_each_event_once(
 
 CUT = """
 import sys
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.intake import cut_received
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 pipeline.unfinished = lambda workspace: (None, True)
-pipeline._continue_ids = lambda *given: None  # that loads PyTorch, and says nothing here
+preparation._continue_ids = lambda *given: None  # that loads PyTorch, and says nothing here
 workspace = Workspace.open(sys.argv[1])
 print("ready", flush=True)
 with workspace.lock():
@@ -318,7 +318,7 @@ def test_the_command_finishes_what_is_left_before_it_cuts(
     receive(shop, *NEW)
     cut(shop)  # as if it was killed here
     assert shop.items_without_id == 1
-    monkeypatch.setattr(pipeline, "_continue_ids", CONTINUE)
+    monkeypatch.setattr(preparation, "_continue_ids", CONTINUE)
     monkeypatch.setattr(pipeline, "unfinished", lambda workspace: (left[0] if left else None, False))
     monkeypatch.setattr(pipeline, "update", update)
     monkeypatch.setattr("peso.runs.report.before_and_after", lambda workspace: ("", ["a"], []))
@@ -335,7 +335,7 @@ def test_the_command_says_what_became_of_the_events(
     peso: Callable[..., tuple[int, str, str]], shop: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     updated: list[int] = []
-    monkeypatch.setattr(pipeline, "_continue_ids", CONTINUE)
+    monkeypatch.setattr(preparation, "_continue_ids", CONTINUE)
     monkeypatch.setattr(pipeline, "update", lambda workspace, observer: updated.append(1))
     receive(shop, *NEW, sent("u0", "x1", 50))
     status, out, _ = peso("update", "-w", shop.root, "--from-events")

@@ -18,7 +18,7 @@ import pytest
 from peso.config import load_config
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
-from peso.runs import evaluate, learn, pipeline, report
+from peso.runs import evaluate, learn, pipeline, preparation, report
 from peso.runs.recommender import Recommender
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
@@ -256,11 +256,11 @@ def test_more_items_than_the_catalogue_has_are_refused_before_anything_long(fini
 def test_steps_out_of_order_say_what_comes_first(tmp_path):
     workspace = Workspace.create_or_open(tmp_path / "w", config())
     with pytest.raises(WorkspaceError, match="peso ingest"):
-        pipeline.tokenize(workspace, Silent())
-    pipeline.ingest(workspace, Silent())
+        preparation.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
     with pytest.raises(WorkspaceError, match="peso tokenize"):
         pipeline.learn(workspace.stage(0), Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     with pytest.raises(WorkspaceError, match="starts from stage 0"):
         pipeline.learn(workspace.stage(1), Silent())
     with pytest.raises(WorkspaceError, match="peso train"):
@@ -271,7 +271,7 @@ def test_what_is_learnt_is_not_overwritten(finished):
     with pytest.raises(WorkspaceError, match="trained already"):
         pipeline.learn(finished.stage(1), Silent())
     with pytest.raises(WorkspaceError, match="new workspace"):
-        pipeline.ingest(finished, Silent())
+        preparation.ingest(finished, Silent())
     weights = {path: checksum(path) for path in finished.root.glob("stages/*/*.safetensors")}
     assert len(weights) >= 3
     assert pipeline.update(finished, Silent()) == 2  # tests and reports what is trained

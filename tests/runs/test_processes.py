@@ -24,7 +24,7 @@ from plain_path import with_adapter
 
 from peso.config import load_config
 from peso.model.generative import GenerativeModel
-from peso.runs import evaluate, pipeline
+from peso.runs import evaluate, pipeline, preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.processes import ALONE
 from peso.runtime.progress import Silent
@@ -178,8 +178,8 @@ def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
         for name in ("two", "one")
     )
     for workspace in (two, one):
-        pipeline.ingest(workspace, Silent())
-        pipeline.tokenize(workspace, Silent())
+        preparation.ingest(workspace, Silent())
+        preparation.tokenize(workspace, Silent())
 
     launcher = in_two("train", "-w", two.root)
     deadline = time.monotonic() + 2000

@@ -12,7 +12,7 @@ from every_file import EVERY_FILE
 
 from peso.config import BackboneConfig, load_config
 from peso.errors import DataError, WorkspaceError
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation, reuse
 from peso.runs import prune as pruning_of
 from peso.runs.prune import prune, pruning
 from peso.runs.recommender import Recommender
@@ -149,8 +149,8 @@ def test_updates_after_pruning_are_those_without(tmp_path: Path, strategy: str) 
     tree["data"] = {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 4}}
     whole = Workspace.create_or_open(tmp_path / "whole", load_config(tree))
     with whole.lock():
-        pipeline.ingest(whole, Silent())
-        pipeline.tokenize(whole, Silent())
+        preparation.ingest(whole, Silent())
+        preparation.tokenize(whole, Silent())
         for number in range(3):
             pipeline.learn(whole.stage(number), Silent())
     less = Workspace.open(shutil.copytree(whole.root, tmp_path / "less"))
@@ -171,19 +171,19 @@ def test_a_base_without_weights_is_refused(workspace: Workspace, tmp_path: Path)
     pruned(base, 1)
     other = Workspace.create_or_open(tmp_path / "other", base.config)
     with other.lock():
-        pipeline.take_data(other, base, Silent())
-        pipeline.take_base(other, base, Silent())
+        reuse.take_data(other, base, Silent())
+        reuse.take_base(other, base, Silent())
     assert other.finished_stages == [0], "stage 1 cannot be taken over, nor what comes after it"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BackboneConfig, "trained_at_base", False)  # as with a backbone from elsewhere
         pruned(base, 1)
     third = Workspace.create_or_open(tmp_path / "third", base.config)
     with third.lock():
-        pipeline.take_data(third, base, Silent())
+        reuse.take_data(third, base, Silent())
         with pytest.raises(
             WorkspaceError, match=r"the weights of stage 0 of .* were removed by `peso prune`"
         ):
-            pipeline.take_base(third, base, Silent())
+            reuse.take_base(third, base, Silent())
 
 
 def test_an_update_goes_on_where_old_tests_no_longer_fit(

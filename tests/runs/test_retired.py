@@ -12,10 +12,11 @@ from small_runs import trained
 
 from peso import Recommender
 from peso.errors import DataError, WorkspaceError
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.baselines import run_baselines
 from peso.runs.retired import restore, retire, retired
-from peso.runs.workspace import RETIRED, Workspace
+from peso.runs.place import RETIRED
+from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # a whole run
@@ -70,10 +71,10 @@ def test_files_for_everybody_popular_items_and_exports_are_without_them(
     recommender.recommend_all(tmp_path / "all.parquet", k=5)
     answered = pq.read_table(tmp_path / "all.parquet")["items"].to_pylist()
     assert all(len(row) == 5 and not {*gone} & {*row} for row in answered)
-    assert pipeline.export_index(workspace, tmp_path / "index.json") == 2
+    assert preparation.export_index(workspace, tmp_path / "index.json") == 2
     index = json.loads((tmp_path / "index.json").read_text())
     assert {*workspace.semantic_ids.item_ids} - {*index} == {*gone}
-    assert pipeline.export_index(workspace, tmp_path / "whole.json", with_retired=True) == 0
+    assert preparation.export_index(workspace, tmp_path / "whole.json", with_retired=True) == 0
     assert {*gone} <= {*json.loads((tmp_path / "whole.json").read_text())}
     recommender.export(tmp_path / "merged")
     prompt = json.loads((tmp_path / "merged" / "prompt.json").read_text())

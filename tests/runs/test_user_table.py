@@ -12,7 +12,7 @@ import pytest
 from peso.config import load_config
 from peso.errors import ConfigError, DataError
 from peso.events.stream import Stream
-from peso.runs import pipeline, report
+from peso.runs import pipeline, preparation, report
 from peso.runs.report import read_user_table
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
@@ -61,8 +61,8 @@ def test_segments_of_a_run_are_known_or_refused_before_anything_is_learnt(tmp_pa
         pipeline.run(workspace)
     assert workspace.finished_stages == []
     workspace = Workspace.create_or_open(tmp_path / "known", load_config(tmp_path / "config.yaml"))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     assert report.catalogue(workspace).user_columns == {"country": {"1": "de"}}
 
 
@@ -70,15 +70,15 @@ def test_the_index_of_a_stage_holds_the_items_that_were_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = Workspace.create_or_open(tmp_path / "w", load_config(TREE))
-    pipeline.ingest(workspace, Silent())
-    pipeline.tokenize(workspace, Silent())
+    preparation.ingest(workspace, Silent())
+    preparation.tokenize(workspace, Silent())
     monkeypatch.setattr(Stream, "items_known", lambda stream, stage: 12 if stage == 0 else 40)
     found = {}
     for name, stage in {"all": None, "0": 0, "1": 1}.items():
-        pipeline.export_index(workspace, tmp_path / name, stage)
+        preparation.export_index(workspace, tmp_path / name, stage)
         found[name] = json.loads((tmp_path / name).read_text())
     assert found["all"] == found["1"]
     assert list(found["0"].items()) == list(found["all"].items())[:12]
     with pytest.raises(DataError, match="no stage 7"):
-        pipeline.export_index(workspace, tmp_path / "7", 7)
+        preparation.export_index(workspace, tmp_path / "7", 7)
     assert not (tmp_path / "7").exists()

@@ -16,9 +16,10 @@ from peso.config import load_config
 from peso.errors import WorkspaceError
 from peso.items.semantic_ids import SemanticIds, write_semantic_ids
 from peso.runs.stage import FORMAT
-from peso.runs.workspace import Workspace, provenance
+from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, write_aside, write_atomically
 from peso.runtime.manifest import write_manifest
+from peso.runtime.provenance import provenance
 
 SIMULATED = {"data": "simulate", "backbone": "tiny"}
 
@@ -207,7 +208,7 @@ def test_a_source_tree_that_is_not_installed_can_still_say_with_what_it_ran(
             raise PackageNotFoundError(package)
         return "1.2"
 
-    monkeypatch.setattr("peso.runs.workspace.version", missing)
+    monkeypatch.setattr("peso.runtime.provenance.version", missing)
     found = provenance()
     assert found["versions"]["peso"] is None
     assert found["versions"]["torch"] == "1.2"

@@ -8,9 +8,9 @@ import pytest
 
 from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
 from peso.errors import UsageError
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.retired import restore, retire
-from peso.runs.workspace import RETIRED
+from peso.runs.place import RETIRED
 from peso.runtime.progress import Silent
 from peso.serving import live
 from peso.serving.stock import Stock, StockFiles
@@ -94,7 +94,7 @@ def test_a_corrected_title_is_in_the_answers_of_a_running_server(serving, copy, 
     table = ItemTableConfig(path=str(tmp_path / "products.csv"), columns=ItemColumnsConfig(title="title"))
     own = DataConfig(format="csv", path="unused", items=table, on_error=data.on_error)
     with copy.lock():
-        pipeline.update_items(copy, own, Silent())
+        preparation.update_items(copy, own, Silent())
     until = time.monotonic() + 60
     while title() != "New name":
         assert time.monotonic() < until, "the title never changed"

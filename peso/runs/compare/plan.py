@@ -31,7 +31,8 @@ from peso.config.shape import stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
 from peso.runs.checks import check_configuration, check_sources, check_surroundings, rehearse
-from peso.runs.workspace import CONFIG, Workspace
+from peso.runs.place import CONFIG
+from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 from peso.runtime.machine import require_memory
 

@@ -22,8 +22,9 @@ from peso.runs import report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.compare.plan import Plan, Run
 from peso.runs.compare.progress import Standing, choose, is_done, standing, validation_loss
+from peso.runs.place import require_place
 from peso.runs.stage import RunStage
-from peso.runs.workspace import Workspace, require_place
+from peso.runs.workspace import Workspace
 from peso.runtime.files import write_aside
 
 RESULTS, ENDINGS = "results", (".parquet", ".csv")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peso.config.baselines import read_baseline
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation, reuse
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.progress import pairs_across
 from peso.runs.evaluate import test
@@ -119,16 +119,16 @@ def work(job: Job, out: Any) -> None:
         if job.data is None:
             if not workspace.has_stream:
                 reporter.step("ingest")
-                pipeline.ingest(workspace, reporter)
+                preparation.ingest(workspace, reporter)
             if not workspace.has_semantic_ids:
                 reporter.step("tokenize")
-                pipeline.tokenize(workspace, reporter)
+                preparation.tokenize(workspace, reporter)
         elif not workspace.has_semantic_ids:
-            pipeline.take_data(workspace, Workspace.open(job.data), reporter)
+            reuse.take_data(workspace, Workspace.open(job.data), reporter)
         if job.last_stage != -1:
             pipeline.require_catalogue(workspace)
         if job.base is not None:
-            pipeline.take_base(workspace, Workspace.open(job.base), reporter)
+            reuse.take_base(workspace, Workspace.open(job.base), reporter)
         if job.baseline is not None:
             _run_baseline(workspace, job.baseline, reporter)
             return

@@ -1,0 +1,259 @@
+"""The steps before training: read the data into the stream, append to it, and make the semantic IDs.
+
+PyTorch is imported only where it is needed, so that a refused command answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peso.config import DataConfig
+from peso.config.data import STREAMS
+from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
+from peso.events.append import correct_items, extend_stream
+from peso.events.ingest import ingest as fill_stream
+from peso.events.release import read_release
+from peso.events.stream import Stream
+from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
+from peso.runs.checks import check_configuration
+from peso.runs.place import require_place
+from peso.runs.report import read_user_table, tell_found
+from peso.runs.retired import retired
+from peso.runs.workspace import Workspace
+from peso.runtime import assets
+from peso.runtime.files import commit_directory, remove_directory
+from peso.runtime.machine import threads
+from peso.runtime.progress import Observer
+
+
+def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
+    """Read the data into stream/. Semantic IDs of a different stream are removed.
+
+    Returns:
+        The manifest of the stream.
+
+    Raises:
+        DataError: the data are invalid. Nothing is written.
+        WorkspaceError: stages were trained on the existing stream, or events were appended to it.
+    """
+    data = workspace.config.data
+    check_configuration(workspace.config)
+    _refuse_if_trained(workspace, "stream")
+    before = workspace.stream.manifest if workspace.has_stream else {}
+    if appended := len(before.get("appended", [])):
+        raise WorkspaceError(
+            f"the stream of {workspace.root} was appended to {appended} times, and reading the data again "
+            f"would lose that. `peso undo -w {workspace.root}` removes one append. Or use a new workspace "
+            "(-w)"
+        )
+    observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
+    user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
+    with commit_directory(workspace.stream_directory) as directory:
+        manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
+        if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
+            remove_directory(workspace.semantic_ids_directory)  # before the new stream replaces theirs
+            observer.note("the data changed: the semantic IDs were removed and have to be made again")
+    tell_found(user_table, workspace.stream, observer)
+    return manifest
+
+
+def append(workspace: Workspace, observer: Observer, data: DataConfig | None = None) -> dict[str, Any]:
+    """Add new events to stream/ as further stages. Trained stages stay valid.
+
+    If there are semantic IDs, those of the new items are made on trial first; if that fails, nothing is
+    appended.
+
+    Args:
+        data: source, cleaning and cutting of the new events; None: as configured (for example a folder to
+            which files were added). The workspace's configuration does not change.
+
+    Returns:
+        The manifest of the stream.
+
+    Raises:
+        WorkspaceError: there is no stream, or it is damaged.
+        DataError: see :func:`peso.events.append.extend_stream`, or a new item cannot get an ID. The stream is
+            not changed.
+        ConfigError: as :func:`tokenize_new`. The stream is not changed.
+    """
+    given = data or workspace.config.data
+    if given.format in STREAMS:
+        raise DataError(
+            f"{given.format} data have no new events; name a log of them: "
+            f"`peso ingest NEW --format csv --append -w {workspace.root}`"
+        )
+    observer.note(f"append: {given.format} {given.path}")
+    earlier = workspace.stream.directory
+    return extend(workspace, observer, lambda place: extend_stream(given, earlier, place, observer))
+
+
+def extend(
+    workspace: Workspace, observer: Observer, fill: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Replace the workspace's stream by a longer one; returns its manifest.
+
+    Args:
+        fill: writes the longer stream into an empty directory and returns its manifest; if it raises, nothing
+            is changed.
+
+    Raises:
+        PesoError: as :func:`append`.
+    """
+    user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
+    with commit_directory(workspace.stream_directory) as directory:
+        manifest = fill(directory)
+        if workspace.has_semantic_ids and manifest["appended"][-1]["new_items"]:
+            with TemporaryDirectory() as trial:
+                observer.note("checking that the new items can get semantic IDs")
+                try:
+                    _continue_ids(workspace, Stream.open(directory), Path(trial), observer)
+                except (DataError, ConfigError) as error:
+                    raise type(error)(
+                        f"nothing was appended, because the new items cannot get semantic IDs: {error}"
+                    ) from None
+    tell_found(user_table, workspace.stream, observer)
+    return manifest
+
+
+def update_items(workspace: Workspace, data: DataConfig, observer: Observer) -> dict[str, Any]:
+    """Correct titles, texts and categories in the item table. Semantic IDs do not change.
+
+    Args:
+        data: ``data.items`` is the product table.
+
+    Returns:
+        What changed, see :func:`peso.events.append.correct_items`.
+
+    Raises:
+        WorkspaceError: there is no stream, or it is damaged.
+        DataError: see :func:`peso.events.append.correct_items`. The stream is not changed.
+    """
+    stream, ids = workspace.stream, workspace.semantic_ids_directory
+    with commit_directory(workspace.stream_directory) as directory:
+        done = correct_items(data, stream.directory, directory, observer)
+        from peso.items.tokenize import extend_semantic_ids, lacks_tree
+
+        if workspace.has_semantic_ids and lacks_tree(ids):  # only the old categories can still give the tree
+            known = stream.items.slice(0, len(workspace.semantic_ids.item_ids))
+            with commit_directory(ids) as kept:
+                extend_semantic_ids(known, workspace.config.items, ids, kept, vector_cache())
+    return done
+
+
+def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
+    """Make the semantic IDs of all items of the stream, in semantic_ids/; returns their manifest.
+
+    Raises:
+        WorkspaceError: there is no stream, or stages were trained on the existing IDs.
+        DataError, ConfigError: see :mod:`peso.items.tokenize` and :mod:`peso.items.imported`.
+    """
+    stream, config = workspace.stream, workspace.config
+    check_configuration(workspace.config)
+    _refuse_if_trained(workspace, "semantic IDs")
+    from peso.items.imported import adopt
+    from peso.items.tokenize import tokenize as make_semantic_ids
+
+    number = config.training.threads
+    with threads(number=number), commit_directory(workspace.semantic_ids_directory) as directory:
+        further = (config.items, directory, config.seed_of_data, vector_cache(), observer)
+        if config.items.index is not None:
+            adopt(stream.items, read_release_index(config.items.index), config.items.index, *further)
+        elif config.data.format == "peso-release":
+            adopt(stream.items, read_release(str(config.data.path))[2], "index of the release", *further)
+        else:
+            make_semantic_ids(stream.items, *further, stream.first_stages())
+    manifest = workspace.semantic_ids_manifest
+    observer.note(
+        f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
+    )
+    return manifest
+
+
+def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
+    """Make semantic IDs for items that were appended, with the existing codebooks; returns the manifest.
+
+    Raises:
+        WorkspaceError: there is no stream, or there are no semantic IDs.
+        DataError, ConfigError: as :func:`tokenize`. The IDs are not changed.
+    """
+    stream, ids = workspace.stream, workspace.semantic_ids_directory
+    workspace.require_semantic_ids()
+    new = workspace.items_without_id
+    if new:
+        from peso.items.tokenize import remember
+
+        with commit_directory(ids) as directory:
+            try:
+                _continue_ids(workspace, stream, directory, observer)
+            except (DataError, ConfigError) as error:
+                raise type(error)(
+                    f"{error}. Then repeat this; the item table is corrected by `peso ingest --items FILE -w "
+                    f"{workspace.root}`. Or remove the appended stage: `peso undo -w {workspace.root}`"
+                ) from None
+            remember(ids, directory)
+    observer.note(f"tokenize: {new:,} new items; no earlier ID changed")
+    return workspace.semantic_ids_manifest
+
+
+def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observer: Observer) -> None:
+    """Write the workspace's semantic IDs and those of the new items of ``stream`` into a directory."""
+    from peso.items.imported import adopt_more
+    from peso.items.tokenize import extend_semantic_ids
+
+    config, source = workspace.config.items, workspace.semantic_ids_directory
+    further = (config, source, directory, vector_cache(), observer)
+    if config.index is not None:
+        index = read_release_index(config.index, workspace.semantic_ids.sizes)
+        adopt_more(stream.items, index, config.index, *further, seed=workspace.config.seed_of_data)
+    else:
+        extend_semantic_ids(stream.items, *further, stream.first_stages())
+
+
+def export_index(
+    workspace: Workspace, path: Path, stage: int | None = None, with_retired: bool = False
+) -> int:
+    """Write the semantic IDs as ``index.json``, the format of released research code.
+
+    Args:
+        stage: only the items that were known at this stage; None: all.
+        with_retired: include retired items.
+
+    Returns:
+        The number of retired items that are left out.
+
+    Raises:
+        WorkspaceError: there are no semantic IDs, or the disk is full.
+        DataError: the stream has no such stage.
+        ExportError: the file exists, or is inside a workspace.
+    """
+    workspace.require_semantic_ids()
+    require_place(path)
+    if os.path.lexists(path):
+        raise ExportError(f"{path} exists already; choose another file name")
+    ids = workspace.semantic_ids
+    if stage is not None:
+        stream = workspace.stream
+        stream.stage(stage)  # raises if there is no such stage
+        count = stream.items_known(stage)
+        ids = SemanticIds(ids.item_ids[:count], ids.codes[:count], ids.sizes)
+    never = {} if with_retired else retired(workspace.root)
+    kept = [row for row, item in enumerate(ids.item_ids) if item not in never]
+    write_release_index(SemanticIds([ids.item_ids[row] for row in kept], ids.codes[kept], ids.sizes), path)
+    return len(ids.item_ids) - len(kept)
+
+
+def vector_cache() -> Path:
+    """The directory in which vectors of item texts are cached."""
+    return assets.cache_directory() / "vectors"
+
+
+def _refuse_if_trained(workspace: Workspace, what: str) -> None:
+    if workspace.finished_stages:
+        raise WorkspaceError(
+            f"stages {workspace.finished_stages} of {workspace.root} were trained on the existing {what}; "
+            "use a new workspace (-w) for other data"
+        )
