@@ -1,10 +1,10 @@
-"""Learning and testing the baselines of a workspace, stage by stage, resuming what is done.
+"""Learning and testing the baselines of a workspace, stage by stage, skipping what is done.
 
-    W/baselines/{label}/{t}/   model/ (of a network), predictions.parquet (kept up to date until stage t),
-                               static.parquet (as it stood after stage 0), metrics.json, manifest.json
+    W/baselines/{label}/{t}/   model/ (of a network), predictions.parquet (after learning stage t),
+                               static.parquet (of the state after stage 0), metrics.json, manifest.json
 
-A stage's directory appears whole or not at all. Killed at any point and started again, a run ends with the
-same answers.
+A stage's directory is written atomically. A run that is interrupted and started again gives the same
+predictions.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ STATIC, MODEL = "static.parquet", "model"
 
 
 def check_data(config: Config, stream: Stream) -> None:
-    """What can be wrong with a configuration once the log is read.
+    """Check a configuration against the size of the log.
 
     Raises:
-        ConfigError: a list longer than the catalogue, or what the machine has no memory for.
+        ConfigError: ``evaluation.k`` exceeds the number of items, or a baseline needs more memory than the
+            machine has.
     """
     items, users = int(stream.manifest["items"]), max(int(stage["users"]) for stage in stream.counts)
     if config.evaluation.enabled and (asked := max(config.evaluation.k)) > items:
@@ -61,10 +62,10 @@ def check_data(config: Config, stream: Stream) -> None:
 
 
 class BaselineRun:
-    """One baseline on the stages of a workspace whose items have semantic IDs.
+    """One baseline of a workspace, on the stages whose items have semantic IDs.
 
     Args:
-        workspace: the caller holds its lock if anything is to be written.
+        workspace: methods that write need its lock.
 
     Raises:
         WorkspaceError: there are no semantic IDs yet.
@@ -85,7 +86,7 @@ class BaselineRun:
         return self.directory / str(stage)
 
     def is_done(self, stage: int) -> bool:
-        """Whether answers are there and belong to these data, options and models.
+        """Whether there are predictions, made with these data, options and models.
 
         Raises:
             WorkspaceError: the directory of the stage is damaged, incomplete, or of another stage.
@@ -94,23 +95,24 @@ class BaselineRun:
             return False
         manifest = self._manifest(stage)
         for name in manifest["files"]:
-            # weights may be: a run is sometimes kept for its answers alone
+            # weights may be missing: a run may be kept for its predictions only
             if not (manifest.directory / name).is_file() and not name.startswith(f"{MODEL}/"):
                 raise WorkspaceError(
                     f"{manifest.directory / name} is missing; restore it from a copy, or remove "
-                    f"{manifest.directory} and make it again"
+                    f"{manifest.directory} and run the baseline again"
                 )
         return manifest["determined_by"] == self.determination(stage)
 
     def _manifest(self, stage: int) -> Manifest:
         manifest = read_manifest(self.stage_directory(stage), FORMAT)
         config = read_baseline(manifest["baseline"])
-        # an earlier version named a directory by other defaults, and did not record the name
+        # an earlier version named directories by other defaults, and did not record the label
         same = config == self.config or ("label" not in manifest and config.name == self.config.name)
         if not same or manifest["stage"] != stage:
             raise WorkspaceError(
-                f"{manifest.directory} holds stage {manifest['stage']} of {baseline_label(config)}, not "
-                f"stage {stage} of {self.label}; restore it from a copy, or remove it and make it again"
+                f"{manifest.directory} contains stage {manifest['stage']} of {baseline_label(config)}, not "
+                f"stage {stage} of {self.label}; restore it from a copy, or remove it and run the baseline "
+                "again"
             )
         return manifest
 
@@ -118,7 +120,7 @@ class BaselineRun:
         return intact(self.stage_directory(stage), name, self._manifest(stage))
 
     def determination(self, stage: int) -> str:
-        """Digest of all that determines the answers to a stage."""
+        """Digest of everything that determines the predictions for a stage."""
         config = self.workspace.config
         result = digest(
             self.config.model_dump(mode="json"),
@@ -139,26 +141,27 @@ class BaselineRun:
     # -- learning and testing --------------------------------------------------------------------
 
     def run(self, observer: Observer) -> None:
-        """Learn and test what is not done.
+        """Learn and test the stages that are not done.
 
-        Raises: as :meth:`prepare`.
+        Raises:
+            PesoError: as :meth:`prepare`.
         """
         self.prepare(observer)
         for stage in self.missing():
             self.learn_and_test(stage, observer)
 
     def prepare(self, observer: Observer) -> None:
-        """Make ready what the stages need: for the hybrid, its partners.
+        """Check the configuration, and run the partners of a hybrid.
 
         Raises:
-            ConfigError: lists longer than the catalogue, or too little memory.
-            WorkspaceError: the run's own model is needed, by the hybrid, and is not trained.
+            ConfigError: lists longer than the catalog, or too little memory.
+            WorkspaceError: the baseline is a hybrid, and the workspace's model is not trained.
         """
         check_data(self.workspace.config.model_copy(update={"baselines": [self.config]}), self.stream)
         most, leaves = max(self.workspace.config.evaluation.k), self.ids.trie.leaves
         if most > leaves:
             raise ConfigError(
-                f"evaluation.k asks for {most} items, but the catalogue has {leaves} distinct semantic IDs; "
+                f"evaluation.k asks for {most} items, but the catalog has {leaves} distinct semantic IDs; "
                 "ask for fewer"
             )
         if self.config.fused:
@@ -167,7 +170,7 @@ class BaselineRun:
                 BaselineRun(self.workspace, partner).run(observer)
 
     def missing(self) -> Iterator[int]:
-        """The stages that are not done, in order, each looked at when its turn comes."""
+        """The stages that are not done, in order. Lazy: a stage is checked when the iterator reaches it."""
         for stage in self.stages:
             model = self.workspace.stage(stage)
             if self.config.fused and (not model.is_trained or model.pruned is not None):
@@ -177,18 +180,18 @@ class BaselineRun:
                 yield stage
 
     def learn_and_test(self, stage: int, observer: Observer) -> None:
-        """One stage, those before it being done; the directory appears whole or not at all."""
+        """Learn and test one stage, after the earlier ones, and commit its directory."""
         observer.begin(f"baseline {self.label}: stage {stage}", 0, "")
         number = self.workspace.config.training.threads
         with threads(number=number), commit_directory(self.stage_directory(stage)) as aside:
             began = time.perf_counter()
-            learnt: Answerer
+            learned: Answerer
             if self.config.fused:
-                learnt, figures = self._fused(stage, observer), dict[str, Any]()
+                learned, figures = self._fused(stage, observer), dict[str, Any]()
             else:
-                learnt, figures = self._learn(stage, aside, observer)
+                learned, figures = self._learn(stage, aside, observer)
             seconds = time.perf_counter() - began
-            answers = {PREDICTIONS: self._test(learnt, stage, observer)}
+            answers = {PREDICTIONS: self._test(learned, stage, observer)}
             if stage:
                 answers[STATIC] = self._test(self.restored(0), stage, observer)
             metrics = default_metrics(self.workspace.config.evaluation.k)
@@ -205,7 +208,7 @@ class BaselineRun:
                 "stage": stage,
                 "baseline": self.config.model_dump(mode="json"),
                 "label": self.label,
-                "settings": learnt.settings,
+                "settings": learned.settings,
                 "determined_by": self.determination(stage),
                 "seconds": seconds,
                 "bytes_on_disk": size_of(aside / MODEL),
@@ -215,14 +218,14 @@ class BaselineRun:
             write_manifest(aside, FORMAT, content)
 
     def computed(self, stage: int) -> StageSummary:
-        """The answers to a stage of a baseline that needs no earlier one, made at once and kept nowhere."""
-        learnt, _ = self._learn(stage, None, Silent())
-        return StageSummary(self._test(learnt, stage, Silent()), leaves_out_seen=not learnt.repeats)
+        """The predictions for a stage of a baseline that needs no earlier state; nothing is stored."""
+        learned, _ = self._learn(stage, None, Silent())
+        return StageSummary(self._test(learned, stage, Silent()), leaves_out_seen=not learned.repeats)
 
     def _learn(
         self, stage: int, aside: Path | None, observer: Observer
     ) -> tuple[BaselineAnswers, dict[str, Any]]:
-        """Learn a stage, from where the last one left the baseline; kept in ``aside``, if one is given."""
+        """Learn a stage from the state after the previous one, and store the result in ``aside`` if given."""
         from peso.baselines.baseline import BaselineAnswers, repeats_occur
 
         stages = self._until(stage)
@@ -240,7 +243,7 @@ class BaselineRun:
         return BaselineAnswers.fitted(baseline, self.ids.trie, validation, repeats=repeats), figures
 
     def _fused(self, stage: int, observer: Observer) -> Fusion:
-        """The models after a stage, tuned on its validation cases."""
+        """The combination of the models after a stage, tuned on its validation cases."""
         fused = self._fusion(stage, {})
         if not fused.tunes:
             return fused
@@ -252,7 +255,7 @@ class BaselineRun:
         return tuned
 
     def restored(self, stage: int) -> Answerer:
-        """What was learnt and chosen at a stage that is done."""
+        """The baseline in its state after a stage that is done."""
         from peso.baselines.baseline import BaselineAnswers
 
         settings = self._manifest(stage)["settings"]
@@ -263,7 +266,7 @@ class BaselineRun:
         return BaselineAnswers(baseline, self.ids.trie, **settings)
 
     def _model(self, stage: int) -> Path:
-        """What a baseline has learned, every file checked."""
+        """The directory of the stored state; every file is checked."""
         directory = self.stage_directory(stage)
         all_intact(directory, (MODEL,), self._manifest(stage))
         return directory / MODEL
@@ -296,7 +299,7 @@ class BaselineRun:
         observer.begin(f"{self.label}: test on stage {number}", len(cases), "users")
         found = answerer.answer(cases, settings.decoding.beams, observer.advance)
         observer.end()
-        absent = ((0, 0), (0, settings.decoding.beams - found.leaves.shape[1]))  # of a small catalogue
+        absent = ((0, 0), (0, settings.decoding.beams - found.leaves.shape[1]))  # if the catalog is small
         return make_predictions(
             cases,
             label_cases(earlier, stage),
@@ -307,19 +310,20 @@ class BaselineRun:
         )
 
     def seconds(self, stage: int) -> float:
-        """That learning a stage took which is done."""
+        """Time that learning took, for a stage that is done."""
         return float(self._manifest(stage)["seconds"])
 
     # -- results ---------------------------------------------------------------------------------
 
     def metrics(self, stage: int) -> Mapping[str, Any]:
-        """Of a stage that is done, kept up to date: each metric's estimate by name."""
+        """Estimates by metric name, for a stage that is done."""
         return read_json_object(self._file(stage, METRICS))[Path(PREDICTIONS).stem]
 
     def summaries(self) -> list[RunSummary]:
-        """As runs of a report: the baseline kept up to date, and as it stood after stage 0 (``static``).
+        """Summaries for a report: the baseline updated at every stage, and its state after stage 0
+        (``static``).
 
-        Only what is done and belongs to these data; none where nothing is.
+        Only stages that are done are included; the list is empty if there are none.
 
         Raises:
             WorkspaceError: a file is damaged, or missing before the last stage that is there.
@@ -354,8 +358,8 @@ class BaselineRun:
 
 
 def _directory(workspace: Workspace, config: BaselineOptions) -> Path:
-    """Where the results of a baseline are: a directory called as its label, or as an earlier version with
-    other defaults called it."""
+    """The directory of a baseline, named by its label, or by the label that an earlier version with other
+    defaults gave it."""
     root = workspace.root / "baselines"
     own = root / baseline_label(config)
     if not own.exists():
@@ -366,7 +370,7 @@ def _directory(workspace: Workspace, config: BaselineOptions) -> Path:
 
 
 def found_baselines(workspace: Workspace) -> list[BaselineOptions]:
-    """Those that have something in ``baselines/``, in the order of their labels, configured or not.
+    """The baselines with results in ``baselines/``, whether configured or not, in the order of their labels.
 
     Raises:
         WorkspaceError: a damaged manifest, or one of another baseline.
@@ -376,24 +380,24 @@ def found_baselines(workspace: Workspace) -> list[BaselineOptions]:
         config = read_baseline(read_manifest(directory / "0", FORMAT)["baseline"])
         if directory.name.split()[0] != config.name:
             raise WorkspaceError(
-                f"{directory / '0'} holds the baseline {config.name}; restore it from a copy, or remove "
-                f"{directory} and make it again"
+                f"{directory / '0'} contains the baseline {config.name}; restore it from a copy, or remove "
+                f"{directory} and run the baseline again"
             )
         found.append(config)
     return found
 
 
 def run_cheap_baselines(workspace: Workspace, observer: Observer) -> None:
-    """Bring the configured baselines that take seconds (nothing random) up to the newest stage."""
+    """Run the configured baselines that take seconds (those without a random seed) up to the newest stage."""
     run_baselines(workspace, [c for c in workspace.config.baselines if not is_random(c)], observer)
 
 
 def run_baselines(workspace: Workspace, configs: Sequence[BaselineOptions], observer: Observer) -> None:
-    """Learn and test what is not done of each. The caller holds the workspace's lock."""
+    """Learn and test the missing stages of each baseline. The caller holds the workspace's lock."""
     for config in configs:
         BaselineRun(workspace, config).run(observer)
 
 
 def baseline_summaries(workspace: Workspace, configs: Sequence[BaselineOptions]) -> list[RunSummary]:
-    """All of them as runs, as far as they are tested."""
+    """The summaries of all baselines, for the stages that are done."""
     return [run for config in configs for run in BaselineRun(workspace, config).summaries()]

@@ -1,8 +1,8 @@
-"""The gate of an update: the new stage against the one that serves, the verdict beside it, the promotion.
+"""The gate of an update: it compares the new stage with the serving one, records a verdict, and promotes.
 
-``gate.json`` of a stage holds the verdict with all its figures and the settings that it was made with. It is
-written before the promotion, so that a killed update finds there what is left to do. A verdict stands: other
-settings of the gate apply from the next stage on.
+``gate.json`` of a stage contains the verdict with its figures and settings. It is written before the
+promotion, so that an interrupted update can be finished. A verdict is final: changed settings of the gate
+apply from the next stage on.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from peso.runtime.progress import Observer
 
 
 def keep_serving(workspace: Workspace) -> None:
-    """Put on record which stage serves, before a newer one is trained that nobody has judged. Nothing
-    happens where that is recorded already, or where no stage is trained."""
+    """Record the serving stage before a newer one is trained, unless it is recorded already."""
     if workspace.finished_stages and served(workspace).current is None:
         serve_from_now(workspace, reason="the newest stage when the gate was turned on")
 
 
 def is_judged(stage: RunStage) -> bool:
-    """Whether the gate has nothing left to do for the newest stage."""
+    """Whether the newest stage serves already, or has a verdict that was acted on."""
     known = served(stage.workspace)
     if known.current in (None, stage.number):
         return True
     verdict = stage.verdict
     if verdict is None:
         return False
-    acted = any(  # not on an earlier verdict, about a stage that was undone and trained again alike
+    acted = any(  # the time excludes verdicts about an identical stage that was undone and trained again
         change.by == "gate"
         and (change.stage, change.determined_by) == (stage.number, stage.determined_by)
         and change.time >= verdict["time"]
@@ -49,11 +48,11 @@ def is_judged(stage: RunStage) -> bool:
 
 
 def judge(stage: RunStage, observer: Observer) -> None:
-    """Let the gate decide about the newest stage, write its verdict and promote the stage if it passed.
+    """Test the newest stage against the serving one, write the verdict, and promote the stage if it passed.
     Several processes share the tests.
 
     Raises:
-        WorkspaceError: the stage that serves is gone, or a file is damaged.
+        WorkspaceError: the serving stage is missing, or a file is damaged.
     """
     processes = current()
     if processes.on_main(partial(is_judged, stage)):
@@ -66,7 +65,7 @@ def judge(stage: RunStage, observer: Observer) -> None:
 
 
 def _test(challenger: RunStage, champion: RunStage, observer: Observer) -> None:
-    """All answers that the verdict rests on."""
+    """Make the predictions on which the verdict is based."""
     gate, number = challenger.workspace.config.gate, challenger.number
     for model in (champion, challenger):
         test(model.on(number), observer)
@@ -114,7 +113,7 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
 
 
 def _act(stage: RunStage, observer: Observer) -> None:
-    """Promote what passed."""
+    """Promote the stage if it passed."""
     verdict = stage.verdict
     assert verdict is not None
     champion = verdict["champion"]
@@ -132,28 +131,29 @@ def _act(stage: RunStage, observer: Observer) -> None:
 
 
 def _anchor(stage: RunStage) -> tuple[bool, str] | None:
-    """Whether the anchor of the stage had an effect or was off on purpose; None: nothing was trained."""
+    """Whether the anchor of the stage had an effect or was disabled, and a sentence; None if nothing was
+    trained."""
     training = stage.training
     if not training:
         return None
-    found, told = training.get("anchor") or {}, training.get("strategy", {})
+    found, strategy = training.get("anchor") or {}, training.get("strategy", {})
     if found.get("finding"):
         return False, f"anchor: {found['finding']}"
     if found.get("says"):
         return True, f"anchor: {found['says']}"
-    if told.get("weight") or told.get("strength"):
-        return False, f"anchor: stage {stage.number} was to have one, but no step was restrained"
+    if strategy.get("weight") or strategy.get("strength"):
+        return False, f"anchor: stage {stage.number} has one, but it restrained no step"
     return True, f"anchor: stage {stage.number} was trained without one"
 
 
 def _settings(gate: GateConfig) -> dict[str, Any]:
-    """All of them, those at their defaults too."""
+    """All settings, including defaults."""
     return {**dict(gate), "segments": gate.segments.margins}
 
 
 def high_drift(stage: RunStage) -> str | None:
-    """A sentence where the items of a stage differ from those of the stage before by more than
-    ``gate.drift``."""
+    """A warning if the items of a stage differ from those of the previous stage by more than ``gate.drift``;
+    else None."""
     most = stage.workspace.config.gate.drift
     if most is None or not stage.number:
         return None

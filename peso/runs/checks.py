@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration, found before anything long starts."""
+"""Checks of a configuration before any long computation starts."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
 
-USER = 4_000  # bytes, at least, while a simulated user's events are drawn
+USER = 4_000  # bytes per simulated user, at least
 
 
 def check_configuration(config: Config) -> None:
-    """Sizes against this machine's memory, and what is named against what is there. Loads no library of
-    models.
+    """Check sizes against this machine's memory, and that named files, classes and models exist. Does not
+    import PyTorch or Transformers.
 
     Raises:
-        ConfigError, BackboneError: names the key, the value and what to do.
-        DataError: a user table that cannot be read.
+        ConfigError, BackboneError: a check failed; the message names key, value and fix.
+        DataError: the user table cannot be read.
     """
     _check_sizes(config)
     _check_backbone(config)
@@ -40,15 +40,15 @@ def check_configuration(config: Config) -> None:
         module = named.partition(".")[0]
         if not module or find_spec(module) is None:
             raise ConfigError(
-                f"strategy: {named} cannot be imported (there is no module {module!r}); name a class that "
-                "Python can import from here (PYTHONPATH)"
+                f"strategy: {named} cannot be imported (there is no module {module!r}); give the import path "
+                "of a class (PYTHONPATH applies)"
             )
     for key, path in [("items.vectors", path) for path in config.items.vectors] + [
         ("items.index", config.items.index),
         ("items.encoder", config.items.encoder if config.items.encoder.startswith(("/", "~", ".")) else None),
     ]:
         if path is not None and not Path(path).expanduser().exists():
-            raise ConfigError(f"{key}: there is nothing at {path}")
+            raise ConfigError(f"{key}: {path} does not exist")
     encoder = Path(config.items.encoder).expanduser()
     is_model = any((encoder / name).is_file() for name in ("config.json", "modules.json"))
     if config.items.encoder not in (HASHING, FILES) and encoder.is_dir() and not is_model:
@@ -66,28 +66,28 @@ def check_configuration(config: Config) -> None:
                     f"report.segments: neither the item table nor the user table has a column {segment!r}; "
                     f"they have {', '.join(known)}"
                 )
-    asked, sold = max(config.evaluation.k), config.data.simulate.items
-    if config.evaluation.enabled and config.data.format == "simulate" and asked > sold:
-        raise ConfigError(f"evaluation.k asks for {asked} items, but data.simulate.items is {sold}")
+    asked, items = max(config.evaluation.k), config.data.simulate.items
+    if config.evaluation.enabled and config.data.format == "simulate" and asked > items:
+        raise ConfigError(f"evaluation.k asks for {asked} items, but data.simulate.items is {items}")
 
 
 def check_surroundings(workspace: Workspace, data: bool = True, models: bool = True) -> None:
-    """What a run needs that is not in its configuration: device, models of the hub, and the data as far as
-    their first lines tell. Loads no library of models.
+    """Check the environment of a run: device, models of the Hugging Face hub, and the first lines of the data
+    files. Does not import PyTorch or Transformers, except for a custom strategy.
 
     Args:
-        data: whether the workspace reads its data itself, unless it has done so.
-        models: whether to ask for models of the hub, which a plan does not need.
+        data: check the data files, unless the workspace has a stream.
+        models: check that models of the hub are available.
 
     Raises:
-        TrainingError: a GPU is asked for, and there is none.
-        ConfigError: a class of the user's own that cannot be made, or that nobody has named in this call.
+        TrainingError: a GPU is configured, and there is none.
+        ConfigError: a custom class that cannot be created or is not trusted.
         BackboneError, ConfigError: a model of the hub that cannot be reached.
         DataError: see :func:`check_sources`.
     """
     config = workspace.config
     require_device(config.training.device)
-    if config.strategy.foreign:  # the others were checked with the configuration
+    if config.strategy.foreign:  # built-in strategies were checked with the configuration
         strategy_of(workspace)
     if data and not workspace.has_stream:
         check_sources(config)
@@ -96,7 +96,8 @@ def check_surroundings(workspace: Workspace, data: bool = True, models: bool = T
 
 
 def _require_item_content(config: Config) -> None:
-    """That the configuration names what semantic IDs are made of."""
+    """Raise ConfigError if the configuration has no source of semantic IDs: texts, vectors, categories or an
+    index."""
     table, items = config.data.items, config.items
     if config.data.format not in get_args(LogFormat) or items.index is not None:
         return
@@ -140,13 +141,13 @@ def _require_model(what: str, model: str, error: type[PesoError], otherwise: str
         require_reachable(model)
     except Unavailable as reason:
         raise error(
-            f"{what} is not in the cache of the Hugging Face hub and cannot be fetched: {reason}; check the "
-            f"name and the connection, or name the directory of a model{otherwise}"
+            f"{what} is not in the cache of the Hugging Face hub and cannot be downloaded: {reason}; check "
+            f"the name and the connection, or give the directory of a model{otherwise}"
         ) from None
 
 
 def check_sources(config: Config) -> None:
-    """That files and columns are there, and what semantic IDs are made of; first lines are read, no more.
+    """Check that data files, their columns and a source of semantic IDs exist. Reads only the first lines.
 
     Raises:
         DataError, ConfigError: a file or a column is missing, or a file is empty.
@@ -162,9 +163,9 @@ def check_sources(config: Config) -> None:
 
 
 def _check_backbone(config: Config) -> None:
-    """That it is there; of one that is built in code also what :func:`rehearse` finds."""
+    """Check that the backbone exists; for a built-in one, also target layers and context length."""
     if config.backbone.name not in BUILT_IN:
-        if config.backbone.name not in assets.names("backbone"):  # a run fetches these
+        if config.backbone.name not in assets.names("backbone"):  # a run downloads these
             source_of(config.backbone.name)
         return
     if config.backbone.pretrained is not None:
@@ -182,7 +183,7 @@ def _check_backbone(config: Config) -> None:
 
 
 def _least_levels(config: Config) -> int:
-    """Tokens of an item, at least: where the data say how many, one."""
+    """Minimum number of tokens per item; 1 if it depends on the data."""
     of_data = config.data.format == "peso-release" or config.items.index is not None
     return 1 if of_data or config.items.quantizer == "category-path" else config.items.levels
 
@@ -191,7 +192,7 @@ def _check_sizes(config: Config) -> None:
     longest = max(config.training.epochs, config.training.later.epochs or 1)
     if longest > MOST_EPOCHS and config.training.max_steps is None:
         raise ConfigError(
-            f"training.epochs {longest:,}: at most {MOST_EPOCHS:,}, unless training.max_steps ends them"
+            f"training.epochs {longest:,}: at most {MOST_EPOCHS:,} are allowed without training.max_steps"
         )
     simulate, backbone, network = config.data.simulate, config.backbone, config.items.rq_vae
     if config.data.format == "simulate":
@@ -222,14 +223,14 @@ def _check_sizes(config: Config) -> None:
 
 
 def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
-    """Make everything that a workspace's stages need and that does not depend on the data: device, strategy,
-    backbone and adapter. :func:`check_surroundings` comes first, since this loads PyTorch.
+    """Check that a stage can be trained, by creating strategy, backbone and adapter on the device. Imports
+    PyTorch; call :func:`check_surroundings` first.
 
     Args:
-        seen: what was loaded already, and is not loaded again; it is added to.
+        seen: shapes that were checked already; updated in place.
 
     Raises:
-        ConfigError, BackboneError, TrainingError: as the stage would that comes upon it.
+        ConfigError, BackboneError, TrainingError: as training would.
     """
     config = workspace.config
     check_configuration(config)
@@ -261,11 +262,11 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     try:
         add_adapter(causal_lm, adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, seed=0)
     except (RuntimeError, MemoryError) as error:
-        raise BackboneError(f"adapter: a rank of {adapter.rank:,} cannot be made: {error}") from None
+        raise BackboneError(f"adapter: a rank of {adapter.rank:,} cannot be created: {error}") from None
 
 
 def _rehearse_items(items: ItemsConfig) -> None:
-    """Read what semantic IDs are made with, as far as it is known before the catalogue is."""
+    """Load the index file or the text encoder that semantic IDs are made with."""
     if items.index is not None:
         from peso.items.semantic_ids import read_release_index
 

@@ -1,4 +1,4 @@
-"""Figures of a workspace beside its metrics: drift of its stream, fit of its codes, effect of its anchor."""
+"""Diagnosis of a workspace: drift of the stream, quality of the semantic IDs, effect of the anchor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Titled = tuple[str, list[str], list[list[Any]]]  # a table: title, columns, rows
 
 
 def diagnose(workspace: Workspace) -> dict[str, Any]:
-    """All that there is to tell so far.
+    """Collect all diagnostics that are available so far.
 
     Returns:
-        ``stream`` (:func:`peso.events.drift.drift`, one dict a stage), ``semantic_ids`` (the manifest's
-        ``quality`` and ``fitness``, and ``items_without_id``; None before they are made), ``anchor``
-        (:func:`anchors`), ``warnings`` (sentences: what calls for action).
+        ``stream`` (:func:`peso.events.drift.drift`, one dict per stage), ``semantic_ids`` (the manifest's
+        ``quality`` and ``fitness``, and ``items_without_id``; None if there are none), ``anchor``
+        (:func:`anchors`), and ``warnings`` (sentences).
 
     Raises:
         WorkspaceError: there is no stream, or a file is damaged.
@@ -30,14 +30,14 @@ def diagnose(workspace: Workspace) -> dict[str, Any]:
     if ids and ids["items_without_id"]:
         warnings.append(
             f"{ids['items_without_id']:,} items of the stream have no semantic ID yet; "
-            f"`peso tokenize --append -w {workspace.root}`"
+            f"run `peso tokenize --append -w {workspace.root}`"
         )
     warnings += [entry["finding"] for entry in anchor if entry["finding"]]
     return {"stream": stream_drift(workspace), "semantic_ids": ids, "anchor": anchor, "warnings": warnings}
 
 
 def stream_drift(workspace: Workspace) -> list[dict[str, Any]]:
-    """Drift of every stage of the stream; without that of the codes while an item has none."""
+    """Drift of every stage of the stream; that of the codes only if all items have semantic IDs."""
     stream = workspace.stream
     items, first_codes = int(stream.manifest["items"]), None
     if workspace.has_semantic_ids:
@@ -47,22 +47,24 @@ def stream_drift(workspace: Workspace) -> list[dict[str, Any]]:
 
 
 def anchors(workspace: Workspace) -> list[dict[str, Any]]:
-    """Of every stage that was trained on from an adapter: how far that moved, and what the anchor pulled.
+    """How far each stage moved the adapter it started from, and the effect of the anchor.
 
-    ``distance`` and ``kl`` from the adapter as it was, ``strategy`` what the strategy says of itself (weight,
-    strength, ρ̄ with its spread), and what :func:`peso.adapters.anchor_report.anchor_effect` found.
+    Returns:
+        A dict per stage that inherited an adapter: ``distance`` and ``kl`` from its start, ``strategy``
+        (weight, strength, ρ̄ with its standard error), and the keys of
+        :func:`peso.adapters.anchor_report.anchor_effect`.
     """
     found = []
     for stage in workspace.stages:
         training = stage.training
         if (moved := training.get("moved")) is None:
             continue
-        told = training.get("strategy", {})
+        strategy = training.get("strategy", {})
         from peso.adapters.anchor_report import anchor_effect
 
-        held = training.get("anchor") or anchor_effect(stage.number, stage.log, told.get("rho"))
+        effect = training.get("anchor") or anchor_effect(stage.number, stage.log, strategy.get("rho"))
         entry = {"stage": stage.number, "distance": moved["distance"], "kl": moved["kl"]}
-        found.append({**entry, "strategy": told, **held})
+        found.append({**entry, "strategy": strategy, **effect})
     return found
 
 
@@ -70,8 +72,8 @@ def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:
     if not workspace.has_semantic_ids:
         return None
     manifest = workspace.semantic_ids_manifest
-    told: dict[str, Any] = {key: manifest[key] for key in ("quality", "fitness") if key in manifest}
-    return {**told, "items_without_id": max(0, workspace.items_without_id)}
+    measured: dict[str, Any] = {key: manifest[key] for key in ("quality", "fitness") if key in manifest}
+    return {**measured, "items_without_id": max(0, workspace.items_without_id)}
 
 
 # -- as tables ---------------------------------------------------------------------------------------
@@ -91,13 +93,13 @@ FITNESS = ("how many", "error", "want an ID that is taken", "share an ID")
 
 
 def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
-    """What :func:`diagnose` found, as tables."""
+    """The result of :func:`diagnose` as tables."""
     stages = found["stream"]
     users = [[*(s[key] for key in USERS), *s["history_lengths"].values()] for s in stages]
     lengths = [f"history, {name}" for name in stages[0]["history_lengths"]]
     tables: list[Titled] = [
         (
-            "users, and how long the histories are that they bring",
+            "users, and the lengths of their histories",
             ["stage", "events", "users", *STATES, *lengths],
             users,
         ),
@@ -107,25 +109,25 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
             [[s[key] for key in ITEMS] for s in stages],
         ),
     ]
-    told = (found["semantic_ids"] or {}).get("fitness", {})
-    if fit := [list(row) for row in quality.fitness_rows(told)]:
-        tables.append(("do the codes fit: items that came after they were made", ["items", *FITNESS], fit))
+    fitness = (found["semantic_ids"] or {}).get("fitness", {})
+    if fit := [list(row) for row in quality.fitness_rows(fitness)]:
+        tables.append(("fit of the codebooks to items that came later", ["items", *FITNESS], fit))
     if found["anchor"]:
         anchor = ["stage", *ANCHOR.values(), "weight", "strength", "ρ̄", "±"]
-        told = ("weight", "strength", "rho", "rho_standard_error")
+        keys = ("weight", "strength", "rho", "rho_standard_error")
         rows = [
-            [entry["stage"], *(entry[key] for key in ANCHOR), *(entry["strategy"].get(key) for key in told)]
+            [entry["stage"], *(entry[key] for key in ANCHOR), *(entry["strategy"].get(key) for key in keys)]
             for entry in found["anchor"]
         ]
-        tables.append(("does the anchor hold", anchor, rows))
+        tables.append(("effect of the anchor", anchor, rows))
     return tables
 
 
 def quality_tables(manifest: dict[str, Any]) -> list[Titled]:
-    """How good the IDs are, from the manifest of the semantic IDs: figures, levels, items under a prefix."""
+    """The quality of the semantic IDs, from their manifest: figures, levels, and the items of one prefix."""
     measured = manifest.get("quality", {})
     figures = [list(row) for row in quality.figures(manifest)]
-    tables: list[Titled] = [("how good the IDs are", ["", "value"], figures)]
+    tables: list[Titled] = [("quality of the semantic IDs", ["", "value"], figures)]
     if "levels" in measured:
         levels = [
             [token_name(place, 0)[1], level["codes"], level["used"], level["perplexity"]]
@@ -139,10 +141,10 @@ def quality_tables(manifest: dict[str, Any]) -> list[Titled]:
 
 
 def require_later_stage(workspace: Workspace, number: int | None) -> RunStage:
-    """The stage asked for, or the newest. Raises WorkspaceError for one that has no anchor."""
+    """A trained stage, by default the newest. Raises WorkspaceError for stage 0, which has no anchor."""
     stage = workspace.trained(number)
     if stage.number == 0:
         raise WorkspaceError(
-            "stage 0 starts from nothing that could be an anchor; name a later one (--stage)"
+            "stage 0 has no previous state that could be an anchor; choose a later stage (--stage)"
         )
     return stage

@@ -1,7 +1,5 @@
-"""Which directions of an adapter a stage's data support, and what the anchor left of them: of a workspace.
-
-The mathematics is in ``peso/adapters/directions.py``.
-"""
+"""For a stage of a workspace: which directions of the adapter the data support, and how the anchor affected
+them. The mathematics is in ``peso/adapters/directions.py``."""
 
 from __future__ import annotations
 
@@ -55,27 +53,27 @@ def stage_directions(
     free: Workspace | None = None,
     at: At = "start",
 ) -> dict[str, Any]:
-    """The strongest directions of (Σ, H) of a stage, predicted and measured.
+    """Predicted and measured weights of the strongest directions of (Σ, H) of a stage.
 
     Args:
-        count: how many directions.
-        stage: from 1 on; None: the newest.
-        examples: single targets of the stage that are looked at.
-        free: a workspace that learnt the same stage without an anchor (``single``).
-        at: where the gradients are taken. ``start``: at the anchor, where H and ρ̄ are taken too, all runs of
-            a stage stand at the same place, and nothing is fitted to the examples yet; the pull that they
-            share counts as support (``mean_share``). ``end``: where the stage ended, nearer to the optimum
-            that the formula speaks of, but fitted to these very examples.
+        count: number of directions.
+        stage: 1 or later; None: the newest.
+        examples: number of single targets of the stage from which Σ is estimated.
+        free: a workspace that trained the same stage without an anchor (``single``).
+        at: where the gradients are computed. ``start``: at the anchor, where H and ρ̄ are computed too, all
+            runs of a stage are equal, and the model is not yet fitted to the examples; their common gradient
+            counts as support (``mean_share``). ``end``: at the end of the stage, which is closer to the
+            optimum of the formula, but fitted to these examples.
 
     Returns:
-        ``directions``: a dict for each of them (docs/explanation/directions.md); ``rest``: the weight
-        measured in what the sample supports beside them, and in what it does not support;
-        ``differences``: sentences on what sets the free run apart beside the anchor.
+        ``directions``: a dict per direction (docs/explanation/directions.md); ``rest``: the weights measured
+        in the rest of the sample's span and outside it; ``differences``: sentences on differences between the
+        two runs other than the anchor.
 
     Raises:
-        WorkspaceError: a stage without an anchor or not learnt, or a free workspace that is no comparison.
-        ConfigError: a strategy that does not move one adapter on, or a term that has no metric.
-        TrainingError: too few examples for a spread, or gradients that say nothing.
+        WorkspaceError: the stage has no anchor or is not trained, or the free workspace is not comparable.
+        ConfigError: the strategy does not train one adapter throughout, or the term has no metric.
+        TrainingError: too few examples for a standard error, or gradients that are all zero.
     """
     trained = require_later_stage(workspace, stage).as_trained
     _require_anchor(trained.workspace)
@@ -88,8 +86,8 @@ def stage_directions(
     top = Directions(everything.support[:count], everything.coefficients[:, :count])
     fresh = held_out(gram, count, gradients.tokens, FOLDS)
     composition = gradients.composition(top, trained.workspace.config.training.of_update().batch_size)
-    pace = _Pace.of(trained)
-    strength = None if strategy_of(trained.workspace).term is None else _strength(term, pace)
+    rates = _RateSums.of(trained)
+    strength = None if strategy_of(trained.workspace).term is None else _strength(term, rates)
     columns: dict[str, Tensor] = {
         "support": fresh.support,
         "support_standard_error": fresh.standard_error,
@@ -100,7 +98,7 @@ def stage_directions(
     columns["moved"] = everything.along(gradients.products(moved))
     if strength is not None:
         weight = strength * (composition.pull if term.coupling == "decoupled" else torch.ones(count))
-        own, other = pace.until_best, None if there is None else _Pace.of(there).until_best
+        own, other = rates.until_best, None if there is None else _RateSums.of(there).until_best
         columns["weight"] = weight
         for suffix, support in (("", fresh.support), ("_of_sample", top.support)):
             columns[f"predicted_in_the_limit{suffix}"] = limit_weight(support, weight)
@@ -131,22 +129,23 @@ def stage_directions(
     }
 
 
-# -- what the stage started from, and where it went ------------------------------------------------------
+# -- model and gradients of a stage ----------------------------------------------------------------------
 
 
 def _require_anchor(workspace: Workspace) -> None:
     if not strategy_of(workspace).moves_one_adapter:
         known = [name for name, strategy in strategies().items() if strategy.moves_one_adapter]
         raise ConfigError(
-            f"strategy {workspace.config.strategy.name} does not move one adapter on from stage to stage, "
-            f"so there are no directions to follow; they are known for {', '.join(known)}"
+            f"strategy {workspace.config.strategy.name} does not train the same adapter at every stage, so "
+            f"directions are not defined; they are available for {', '.join(known)}"
         )
 
 
 def _example_gradients(
     stage: RunStage, examples: int, at: At
 ) -> tuple[GenerativeModel, DistanceTerm, ExampleGradients, Source]:
-    """The stage's model, the term anchored where it began, gradients of its targets, and what is anchored."""
+    """The stage's model, the term anchored at its start, gradients of its targets, and the anchored
+    parameters."""
     workspace, number = stage.workspace, stage.number
     config = workspace.config
     model = starting_model(stage)
@@ -166,7 +165,7 @@ def _example_gradients(
     term = cast(DistanceTerm, term)
     source: Source = model.backbone
     if strategy.term is not None:
-        strategy.begin(context)  # anchors, and finds the weight of a strength as the stage did
+        strategy.begin(context)  # anchors and calibrates as in training
         source = strategy.anchored(context)
     else:
         term.anchor(source)
@@ -179,19 +178,19 @@ def _example_gradients(
 
 
 def _stored(stage: RunStage, model: GenerativeModel, source: Source) -> list[Tensor]:
-    """What a stage left of what is anchored, read into the model."""
+    """Load a stage's weights into the model; returns copies of the anchored parameters."""
     load_stage(stage, model)
     return [group.tensor.detach().clone() for group in find_groups(source)]
 
 
 def _differences(stage: RunStage, free: RunStage) -> list[str]:
-    """Sentences on what differs between two runs of a stage beside the anchor. Raises WorkspaceError where
-    the two cannot be set side by side."""
+    """Sentences on differences between two runs of a stage other than the anchor. Raises WorkspaceError if
+    the two are not comparable."""
     number, configs = stage.number, (stage.workspace.config, free.workspace.config)
     named = f"stage {number} of {free.workspace.root}"
     if strategy_of(free.workspace).reference != "fine-tuning":
         raise WorkspaceError(
-            f"{named} was trained with {configs[1].strategy.name}; name a workspace that trained it with "
+            f"{named} was trained with {configs[1].strategy.name}; use a workspace that trained it with "
             "`single`, which has no anchor"
         )
     for key, what in (("backbone_sha256", "backbone"), ("inputs", "data")):
@@ -200,9 +199,9 @@ def _differences(stage: RunStage, free: RunStage) -> list[str]:
     found = []
     if stage.before.determined_by != free.before.determined_by:
         found.append(
-            f"The two runs differ from stage {number - 1} or earlier on, so they do not start at the same "
-            "place: what was measured mixes this stage's anchor with those before. Stage 1 on one stage 0 "
-            "tells them apart."
+            f"The two runs differ already at stage {number - 1} or earlier, so they do not start from the "
+            "same state: the measurement mixes the anchors of this and earlier stages. At stage 1, with a "
+            "common stage 0, it does not."
         )
     ours, theirs = (config.model_dump(mode="json") for config in configs)
     other = [key for key in ("training", "adapter", "prompt") if ours[key] != theirs[key]]
@@ -212,23 +211,23 @@ def _differences(stage: RunStage, free: RunStage) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Pace:
-    """Σ of the learning rates of a stage, over all its steps and up to the end of its best epoch."""
+class _RateSums:
+    """Sum of the learning rates of a stage, over all its steps and up to the end of its best epoch."""
 
     total: float
     until_best: float
 
     @classmethod
-    def of(cls, stage: RunStage) -> _Pace:
+    def of(cls, stage: RunStage) -> _RateSums:
         best = stage.training["best_epoch"]
         steps = [record for record in stage.log if "learning_rate" in record]
         rates = [(record["learning_rate"], record["epoch"] <= best) for record in steps]
         return cls(sum(rate for rate, _ in rates), sum(rate for rate, kept in rates if kept))
 
 
-def _strength(term: DistanceTerm, pace: _Pace) -> float | None:
+def _strength(term: DistanceTerm, rates: _RateSums) -> float | None:
     """λ, or κ of the decoupled form."""
-    return term.decay(pace.total) if term.coupling == "decoupled" else term.weight
+    return term.decay(rates.total) if term.coupling == "decoupled" else term.weight
 
 
 def _rest(
@@ -239,7 +238,8 @@ def _rest(
     along_freely: Tensor,
     count: int,
 ) -> dict[str, float | None]:
-    """Weight measured beside the strongest directions, and how the free movement is spread over the three."""
+    """Weights measured in the strongest directions, in the rest of the sample's span and outside it, and the
+    share of the free movement in each."""
     whole, products = gradients.inner(there, there), along * along_freely
     supported = [float(along_freely[:count].square().sum()), float(along_freely[count:].square().sum())]
     outside = whole - sum(supported)
@@ -272,7 +272,8 @@ def _carriers(groups: Sequence[Group], shares: Tensor) -> dict[str, dict[str, fl
 
 
 def layer_of(module: str) -> str:
-    """
+    """The layer number in a module's name; the name itself if there is none.
+
     >>> layer_of("model.layers.11.mlp.up_proj"), layer_of("tensor 0")
     ('11', 'tensor 0')
     """
@@ -281,54 +282,54 @@ def layer_of(module: str) -> str:
 
 def _named(term: Any) -> str:
     options = {"temperature": "τ", "groups": "groups", "reduction": "reduction"}
-    told = [f"{sign} {getattr(term, name)}" for name, sign in options.items() if hasattr(term, name)]
-    return f"{type(term).__name__} ({', '.join(told)})"
+    shown = [f"{sign} {getattr(term, name)}" for name, sign in options.items() if hasattr(term, name)]
+    return f"{type(term).__name__} ({', '.join(shown)})"
 
 
-KEPT, OVERWRITTEN = 0.1, 0.9  # weight of the new optimum below and above which a direction is called so
+KEPT, OVERWRITTEN = 0.1, 0.9  # a direction is "kept" up to the first weight, "overwritten" from the second
 
 
 def direction_sentences(found: Mapping[str, Any]) -> list[str]:
-    """What was kept and what was overwritten, and how far the figures can be trusted."""
+    """The result of :func:`stage_directions` in sentences, with its uncertainty."""
     rows, rest = found["directions"], found["rest"]
-    said = list(found["differences"])
+    sentences = list(found["differences"])
     if rest:
-        said += [
-            f"Where the new data support a movement most (directions 1 to {len(rows)}), the adapter is at "
-            f"{_percent(rest['measured_in_directions'])} of what stage {found['stage']} reaches without an "
-            f"anchor: {_verdict(rest['measured_in_directions'])}.",
-            f"Where the sample shows no support, it is at {_percent(rest['measured_without_support'])}: "
-            f"{_verdict(rest['measured_without_support'])}.",
-            "Of the free movement (squared, in the metric of the anchor) "
+        sentences += [
+            f"Along the directions with most support in the new data (1 to {len(rows)}), the adapter "
+            f"moves {_percent(rest['measured_in_directions'])} of the distance that stage {found['stage']} "
+            f"moves without an anchor: {_verdict(rest['measured_in_directions'])}.",
+            "Along directions without support in the sample, it moves "
+            f"{_percent(rest['measured_without_support'])}: {_verdict(rest['measured_without_support'])}.",
+            "Of the free movement (squared, in the metric of the anchor), "
             f"{_percent(rest['share_of_directions'])} is along these directions, "
             f"{_percent(rest['share_of_other_support'])} in the rest of the sample's span, "
             f"{_percent(rest['share_without_support'])} outside it.",
         ]
     elif found["weight"] is None:
-        said.append("Nothing held these directions: the stage was trained without an anchor.")
+        sentences.append("The stage was trained without an anchor, so no direction was restrained.")
     if rows and "predicted" in rows[0]:
         limit, stage = rows[-1]["predicted_in_the_limit"], rows[-1]["predicted"]
-        said.append(
-            f"Predicted for direction {len(rows)}: {_percent(limit)} of the new optimum if training went on "
-            f"for ever, {_percent(stage)} of the free movement at the end of a stage this short."
+        sentences.append(
+            f"Predicted for direction {len(rows)}: {_percent(limit)} of the new optimum after infinite "
+            f"training, {_percent(stage)} of the free movement at the end of a stage of this length."
         )
     first, last = rows[0], rows[-1]
     bias = [
         row["support_of_sample"] / row["support"] if row["support"] else float("inf") for row in (first, last)
     ]
-    said.append(
-        f"Supports are cross-validated on {found['examples']} single targets and, if anything, too small; "
-        f"those of the sample itself are too large: by a factor of at most {bias[0]:.2g} for direction 1, "
-        f"{bias[1]:.2g} for direction {last['direction']}."
+    sentences.append(
+        f"Supports are cross-validated on {found['examples']} single targets, and biased downward if at all; "
+        f"those of the sample itself are biased upward, by a factor of at most {bias[0]:.2g} for direction 1 "
+        f"and {bias[1]:.2g} for direction {last['direction']}."
     )
-    return said
+    return sentences
 
 
 def _verdict(weight: float) -> str:
     if weight >= OVERWRITTEN:
-        return "what was learned before is overwritten there"
+        return "earlier knowledge is overwritten"
     if weight <= KEPT:
-        return "what was learned before is kept there"
+        return "earlier knowledge is kept"
     return "partly overwritten, partly kept"
 
 
@@ -352,7 +353,7 @@ SHOWN = {
 
 
 def direction_tables(found: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """What :func:`stage_directions` found, as tables: title, columns, rows."""
+    """The result of :func:`stage_directions` as tables: title, columns, rows."""
     rows = found["directions"]
     shown = {name: title for name, title in SHOWN.items() if name in rows[0]}
     held = f"λ {found['weight']:.3g}, {found['coupling']}" if found["weight"] is not None else "no anchor"
@@ -363,7 +364,7 @@ def direction_tables(found: Mapping[str, Any]) -> list[tuple[str, list[str], lis
     ]
     return [
         (title, list(shown.values()), [[row[name] for name in shown] for row in rows]),
-        ("which modules carry them", ["direction", "modules", "layers", "targets", "factors"], carriers),
+        ("distribution over modules", ["direction", "modules", "layers", "targets", "factors"], carriers),
     ]
 
 
@@ -372,16 +373,16 @@ def _largest(shares: Mapping[str, float], count: int = 3) -> str:
 
 
 def direction_plot(found: Mapping[str, Any]) -> Plot:
-    """Predicted and measured weights, direction by direction.
+    """A plot of the predicted and measured weight of each direction.
 
     Raises:
-        WorkspaceError: nothing was predicted or measured.
+        WorkspaceError: no weight was predicted or measured.
     """
     rows = found["directions"]
     x = np.array([row["direction"] for row in rows], dtype=np.float64)
     lines = {
         "predicted in the limit, ρ/(ρ+λ)": "predicted_in_the_limit",
-        "predicted for a stage this long": "predicted",
+        "predicted for a stage of this length": "predicted",
         "measured": "measured",
     }
     drawn = [
@@ -390,7 +391,9 @@ def direction_plot(found: Mapping[str, Any]) -> Plot:
         if name in rows[0]
     ]
     if not drawn:
-        raise WorkspaceError("there is no weight to draw: the stage had no anchor; name another workspace")
+        raise WorkspaceError(
+            "there is no weight to plot, because the stage had no anchor; choose another workspace or stage"
+        )
     return Plot(
         "directions",
         f"Weight of the new optimum, stage {found['stage']}",

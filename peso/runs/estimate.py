@@ -1,7 +1,7 @@
-"""What a run still has to do, and what that will take: for `peso run --dry-run`.
+"""`peso run --dry-run`: the missing steps of a run, with estimates of time, memory and disk.
 
-A few optimizer steps and searches are timed on this machine. Nothing is written: data that are not
-ingested yet are read into a temporary directory.
+A few optimizer steps and searches are timed on this machine. Nothing is written: data that are not ingested
+yet are read into a temporary directory.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from peso.training.rate_trials import trial_rounds, trial_steps
 from peso.training.strategies.strategy import Examples, StageContext
 
 TIMED_STEPS, TIMED_CASES = 4, 64
-BYTES_A_PREDICTION = 250  # ten items with scores, labels; compressed
+BYTES_A_PREDICTION = 250  # ten items with scores and labels, compressed
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step will take; None where it cannot be said yet (the note says why)."""
+    """Estimated cost of one step; None: not known yet (``note`` has the reason)."""
 
     step: Step
     minutes: float | None = None
@@ -62,7 +62,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Training:
-    """One of the trainings of a stage; ``trials``: what chooses among its candidates if it has several."""
+    """One training of a stage. ``candidates``: number of learning rates; ``trials``: how one is chosen."""
 
     settings: TrainingConfig
     sequences: Sequence[TargetSequence]
@@ -72,7 +72,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one optimiser step, of validating one case, of testing one case; peak memory; weights."""
+    """Seconds per optimizer step, per validated case and per tested case; peak memory; size of the trained
+    weights."""
 
     step: float
     validation: float
@@ -87,14 +88,14 @@ def estimate(
     speeds: dict[bool, Speed] | None = None,
     observer: Observer | None = None,
 ) -> list[Estimate]:
-    """Every missing step of a run, with minutes, memory and disk.
+    """The missing steps of a run, with minutes, memory and disk.
 
     Args:
-        speeds: of a run of the same shape, by whether the whole backbone is trained; what is missing is
-            measured and added.
+        speeds: measured speeds of runs of the same shape, keyed by whether the whole backbone is trained;
+            missing ones are measured and added.
 
     Raises:
-        PesoError: as the run itself would, for bad data or an unusable backbone.
+        PesoError: as the run itself would, for invalid data or an unusable backbone.
     """
     config = workspace.config
     name = config.backbone.name
@@ -102,7 +103,7 @@ def estimate(
         stream = source.stream
         missing = list(pipeline.missing_steps(workspace, stream.stages))
         if name in assets.names("backbone") and assets.find(name) is None:
-            note = f"`peso run` fetches the backbone; to know before: `peso pull {name}`"
+            note = f"`peso run` downloads the backbone; for an estimate run `peso pull {name}` first"
             return [Estimate(step, note="" if step.stage is None else note) for step in missing]
         speeds = {} if speeds is None else speeds
         trainings = _trainings(workspace, stream) if any(step.name == "learn" for step in missing) else {}
@@ -124,15 +125,14 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Examples:
-    """The part of :class:`peso.training.strategies.strategy.Examples` with which a strategy chooses."""
+    """The part of :class:`peso.training.strategies.strategy.Examples` that ``Strategy.choose`` uses."""
 
     window: int
     of: Callable[[int], Sequence[TargetSequence]]
 
 
 def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Training]]:
-    """By stage, how and on what each of a strategy's trainings (phases) takes place: the stage, all data, a
-    sample."""
+    """The trainings of each stage, one per phase, with settings and training examples."""
     config, memory = workspace.config, dict[str, Tensor]()
 
     @cache
@@ -167,7 +167,7 @@ def _trainings(workspace: Workspace, stream: Stream) -> dict[int, list[Training]
 
 
 def _data_estimate(step: Step, source: Workspace, seconds: float | None) -> Estimate:
-    """Of ingest and tokenize, which take what they took for the preview."""
+    """The estimate of ingest or tokenize: the time it took for the preview."""
     if seconds is None:
         return Estimate(step, note="not estimated: item texts are not encoded for an estimate")
     stream = source.stream
@@ -177,7 +177,7 @@ def _data_estimate(step: Step, source: Workspace, seconds: float | None) -> Esti
 
 
 def baseline_estimate(workspace: Workspace, options: BaselineOptions) -> Estimate | None:
-    """What is left of a baseline, each stage as long as those that are done took; None: nothing is left."""
+    """The remaining time of a baseline, from the stages that are done; None: nothing is left."""
     step = Step(f"baseline {baseline_label(options)}")
     run = BaselineRun(workspace, options) if workspace.has_semantic_ids else None
     took = [] if run is None else [run.seconds(stage) for stage in run.stages if run.is_done(stage)]
@@ -217,9 +217,9 @@ def _stage_estimate(
             tried = trial_steps(rounds)
             validated += judged * sum(size for size, _ in rounds)
         steps, in_trials = steps + len(plan), in_trials + tried
-        larger = settings.batch_size / config.training.batch_size  # than the steps that were timed
+        larger = settings.batch_size / config.training.batch_size  # relative to the steps that were timed
         seconds += (len(plan) + tried) * speed.step * larger * longer + validated * speed.validation
-    note = f"{steps:,} optimiser steps" + (f" in {len(trainings)} trainings" if len(trainings) > 1 else "")
+    note = f"{steps:,} optimizer steps" + (f" in {len(trainings)} trainings" if len(trainings) > 1 else "")
     note += ", at most" if any(training.settings.patience for training in trainings) else ""
     note += f", and {in_trials:,} in trials of the learning rate" if in_trials else ""
     return Estimate(step, seconds / 60, speed.memory_gib, disk, note)
@@ -244,7 +244,7 @@ def _speed(config: Config, model: GenerativeModel, stage: Stage) -> Speed:
         optimizer.zero_grad()
 
     steps = np.linspace(0, len(plan) - 1, TIMED_STEPS + 1).astype(int)
-    learn(int(steps[0]))  # the first pays for what is set up once
+    learn(int(steps[0]))  # warm-up
     step_seconds = sum(_timed(partial(learn, int(step))) for step in steps[1:]) / TIMED_STEPS
     cases = stage.test_cases(config.prompt.window)
     some = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), TIMED_CASES)).astype(int))
@@ -264,9 +264,9 @@ def _timed(work: Callable[[], object]) -> float:
 
 @contextmanager
 def readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Workspace, dict[str, float]]]:
-    """The workspace if its data are there, else a temporary one into which they are read, and the seconds
-    that ingest and tokenize took for it. Items of a log get random semantic IDs there: their texts may take
-    hours to encode, and what is measured hardly depends on the IDs."""
+    """The workspace if it has semantic IDs, else a temporary copy with ingested data, and the seconds that
+    ingest and tokenize took. In the copy, items of a log get random semantic IDs, because encoding texts can
+    take hours and the measured times hardly depend on the IDs."""
     if workspace.has_semantic_ids:
         yield workspace, {}
         return

@@ -1,4 +1,4 @@
-"""Testing a stage's model on the cases of a stage: predictions and metrics beside its weights."""
+"""Testing a stage's model on the cases of a stage: predictions.parquet and metrics.json."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from peso.runtime.progress import Observer, Silent
 def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
     """Test the model of a stage on the test or validation cases of a stage; returns the metrics.
 
-    Writes predictions.parquet, then metrics.json, each whole or not at all. What is there already and fits
-    is not computed again; if only ``evaluation.k`` changed, the predictions stay. Several processes
+    Writes predictions.parquet, then metrics.json, each atomically. Results that are up to date are not
+    computed again; if only ``evaluation.k`` changed, the predictions stay. Several processes
     (:mod:`peso.runtime.processes`) share the cases; the main one writes.
 
     Raises:
         WorkspaceError: the stage is not trained, or items of the cases' stage have no semantic ID yet.
-        DataError: the stream has no such cases, or the catalog holds fewer items than a list is long.
+        DataError: the stream has no such stage, or the catalog has fewer items than ``evaluation.k``.
     """
     workspace, processes = wanted.stage.workspace, current()
-    workspace.trained(wanted.stage.number)  # raises where it is not
+    workspace.trained(wanted.stage.number)  # raises if it is not trained
     if processes.on_main(lambda: wanted.is_done):
         return wanted.metrics["test"]
     stream = workspace.stream
-    stream.stage(wanted.cases)  # raises for a stage that does not exist
+    stream.stage(wanted.cases)  # raises if there is no such stage
     if stream.items_known(wanted.cases) > workspace.semantic_ids_manifest["items"]:
         raise WorkspaceError(
             f"items of stage {wanted.cases} of {workspace.root} have no semantic ID yet; "
-            f"`peso tokenize --append -w {workspace.root}` comes first"
+            f"run `peso tokenize --append -w {workspace.root}` first"
         )
     if not wanted.has_cases:
         raise DataError(
@@ -59,7 +59,7 @@ def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
 
 
 def _predict(wanted: StageTest, observer: Observer) -> None:
-    """predictions.parquet; several processes share the cases."""
+    """Compute and write predictions.parquet; several processes share the cases."""
     from peso.decoding import search
 
     stage, on, processes = wanted.stage, wanted.cases, current()
@@ -67,7 +67,7 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
     model = stage.answering_model()
     if model.semantic_ids.trie.leaves < max(config.evaluation.k):
         raise DataError(
-            f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalogue has "
+            f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalog has "
             f"{model.semantic_ids.trie.leaves} distinct semantic IDs; ask for fewer"
         )
     cases_of, cases = stream.stage(on), wanted.read_cases(config.prompt.window)
@@ -110,7 +110,7 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
 
 
 def measure(wanted: StageTest) -> dict[str, Any]:
-    """Write metrics.json, from the predictions that are there."""
+    """Compute and write metrics.json from the stored predictions; returns the test's part."""
     stage, config, known = wanted.stage, wanted.stage.workspace.config, wanted.known_metrics
     predictions = wanted.predictions
     estimates = stage_metrics(

@@ -1,4 +1,4 @@
-"""Writes a first configuration for a log: columns guessed, every key explained, tried on the data."""
+"""`peso init`: writes a commented configuration for a log, with guessed columns, and tests it on the data."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from peso.runs.checks import check_configuration
 from peso.runtime.progress import Observer
 
 WIDTH = 100  # of a line with its comment
-STAGES = (5, 4, 3, 2)  # tried in this order: a small log has fewer
+STAGES = (5, 4, 3, 2)  # numbers of stages, tried in this order
 COMMENTS = {
     "data": "Where the events come from, how they are cleaned and cut: docs/how-to/prepare-a-log.md",
-    "data.columns": "which columns of the log hold what",
+    "data.columns": "names of the columns in the log",
     "data.items": "the product table; titles and texts become semantic IDs",
     "data.time_format": "recognized from the values; auto, seconds, iso or a pattern",
     "data.stages": "60 % of the events, then equal parts; or {every: 1 week, from: 2024-03-04}",
     "items": "How items get semantic IDs: docs/reference/items.md",
     "items.encoder": "no download; better: all-minilm-l6-v2, after `peso pull all-minilm-l6-v2`",
-    "backbone": "The language model. scratch: a small Llama, trained whole at stage 0, no download.",
+    "backbone": "The language model. scratch: a small Llama, fully trained at stage 0, no download.",
     "backbone.name": "pretrained, for a GPU: smollm2-135m (then learning_rate 2e-4, batch_size 32)",
     "head": "How items are scored: docs/explanation/item-head.md",
     "strategy": "How later stages are trained: docs/reference/strategies.md",
-    "training": "A quick look first: --set training.max_steps=20",
-    "training.epochs": "at most; the epoch with the lowest validation loss is kept",
-    "training.patience": "epochs without a lower validation loss that end a stage",
-    "training.later": "of the updates; auto: rates are chosen by short trials on validation",
-    "seed": "fixes everything on the same machine",
+    "training": "For a quick try: --set training.max_steps=20",
+    "training.epochs": "maximum; the epoch with the lowest validation loss is kept",
+    "training.patience": "training stops after this many epochs without a lower validation loss",
+    "training.later": "for updates; auto: rates are chosen by short trials on validation",
+    "seed": "determines all results on the same machine",
 }
 
 
 @dataclass(frozen=True)
 class FirstConfig:
-    """``text``: the YAML. ``columns``: file, what is read, the column and examples. ``manifest``: of the
-    stream that the configuration makes."""
+    """``text``: the YAML. ``columns``: rows of file, role, column name and example values. ``manifest``: of
+    the stream that the configuration gives."""
 
     text: str
     columns: list[tuple[str, str, str, str]]
@@ -65,19 +65,21 @@ def first_config(
     item_columns: Mapping[str, list[str]] | None = None,
     overrides: Sequence[str] = (),
 ) -> FirstConfig:
-    """A configuration that runs on a log: its data were ingested once, into a temporary directory.
+    """Make a configuration for a log, and test it by ingesting the data into a temporary directory.
 
     Args:
-        target: where it will be written; paths below that folder are written relative to it.
+        target: the file to which it will be written; paths below its directory are made relative.
         form: the ``data.format``; None: guessed.
-        columns: of the log, by ``user``, ``item``, ``time``, ``rating``; what is left out is guessed.
+        columns: column names of the log, by ``user``, ``item``, ``time``, ``rating``; missing ones are
+            guessed.
         items: the product table; None: the log itself, if it has titles.
-        item_columns: of the product table, by ``item``, ``title``, ``text``, ``category``; likewise.
-        overrides: ``a.b=value`` texts, which are written too.
+        item_columns: column names of the product table, by ``item``, ``title``, ``text``, ``category``;
+            missing ones are guessed.
+        overrides: ``a.b=value`` texts, which become part of the configuration.
 
     Raises:
-        DataError: no file there, a column that cannot be guessed, or data that cannot be ingested.
-        ConfigError: an unknown format or a wrong override.
+        DataError: there is no such file, a column cannot be guessed, or the data cannot be ingested.
+        ConfigError: an unknown format or an invalid override.
     """
     form = form or format_at(log, observer, columns_given=bool(columns))
     data: dict[str, Any] = {"format": form, "path": _relative(log, target)}
@@ -91,10 +93,10 @@ def first_config(
         kind = found.pop("kind", None)
         shown = {**found, **({"event type": kind} if kind else {})}
         guessed += [(log, role, name, examples(sampled, name)) for role, name in shown.items()]
-        hint = "min_rating: 4   # leave out events that are rated lower" if "rating" in found else ""
+        hint = "min_rating: 4   # leave out events with a lower rating" if "rating" in found else ""
         if kind:
             types = ", ".join(kinds(sampled, kind))
-            hint = f"events: {{column: {kind}, keep: [{types}]}}   # the types of events that count"
+            hint = f"events: {{column: {kind}, keep: [{types}]}}   # the event types to use"
         data |= {"separator": sampled.separator} if sampled.separator else {}
         data["columns"] = {role: _column(sampled, name) for role, name in found.items()}
         time_format = guess_time(sampled, found["time"]) if given.time_format == "auto" else None
@@ -132,22 +134,22 @@ def first_config(
         del tree["items"]
     for text in overrides:
         override(tree, text)
-    config, manifest = _tried(tree, target.parent, observer)
+    config, manifest = _tested(tree, target.parent, observer)
     sections, reason = from_scratch(manifest["stages"][0]["training_targets"], manifest["items"])
     if config.backbone.name == "scratch":
         tree |= sections
-        for text in overrides:  # these win
+        for text in overrides:  # again, because they take precedence
             override(tree, text)
     if (asked := max(config.evaluation.k)) > manifest["items"]:
         raise DataError(
             f"the log has {manifest['items']} items, fewer than evaluation.k asks for ({asked}); "
-            "--set evaluation.k=[1] asks for fewer"
+            "ask for fewer with --set evaluation.k=[1]"
         )
     return FirstConfig(_text(tree, hint, log, reason), guessed, manifest)
 
 
-def _tried(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the manifest of its stream, with as many stages as the log gives."""
+def _tested(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any]]:
+    """The configuration with the most stages that the log allows, and the manifest of its stream."""
     fixed = "stages" in tree["data"] or tree["data"]["format"] in STREAMS
     for stages in STAGES:
         if not fixed:
@@ -169,16 +171,17 @@ def _column(sampled: Sampled, name: str) -> str | int:
 
 
 def _relative(path: str, target: Path) -> str:
-    """Relative to the file that will name it, if it lies below its folder."""
+    """The path, relative to the directory of ``target`` if it is below it."""
     whole, folder = Path(path).expanduser().absolute(), target.parent.absolute()
     return str(whole.relative_to(folder)) if whole.is_relative_to(folder) else str(whole)
 
 
 def _text(tree: Mapping[str, Any], hint: str, log: str, reason: str) -> str:
-    """The tree as YAML, a line a key, each with its comment.
+    """The tree as YAML, one line per key, with comments.
 
     Args:
-        reason: for the size of the model.
+        hint: a commented-out line for the section ``data``.
+        reason: comment on the size of the model.
     """
     comments = {**COMMENTS, "backbone.width": reason}
     lines = [

@@ -1,4 +1,4 @@
-"""A hybrid that `peso baseline` has run, ready to answer: a stage's own model and its partners together."""
+"""Recommendations from a hybrid (a stage's model combined with baselines) that `peso baseline` has run."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from peso.runs.workspace import Workspace
 if TYPE_CHECKING:
     from peso.baselines.hybrid import Hybrid
 
-NOBODY = ""  # a user of whom no model knows more than the history
+NOBODY = ""  # name of a user known only by the history
 
 
 class HybridAnswers:
-    """A hybrid as it was tuned at a stage. The models are loaded when they are first needed.
+    """A hybrid with the weights that were tuned at a stage. Models are loaded on first use.
 
     Args:
         name: its label, or ``hybrid`` if the workspace has only one.
 
     Raises:
-        ConfigError: the workspace has several and the name fits none, or more than one.
-        WorkspaceError: it has none, or this one was not run for this stage.
+        ConfigError: the name matches no hybrid of the workspace, or several.
+        WorkspaceError: the workspace has no hybrid, or this one was not run for this stage.
     """
 
     def __init__(self, workspace: Workspace, name: str, stage: int) -> None:
@@ -40,23 +40,23 @@ class HybridAnswers:
             options = self._run.config.model_dump(mode="json", exclude_defaults=True)
             given = json.dumps(options, ensure_ascii=False) if len(options) > 1 else options["name"]
             raise WorkspaceError(
-                f"{self.label} was not run for stage {stage} as it is now; run it: "
-                f"peso baseline '{given}' -w {workspace.root}"
+                f"{self.label} was not run for stage {stage} in its current state; run "
+                f"`peso baseline '{given}' -w {workspace.root}`"
             )
 
     @property
     def label(self) -> str:
-        """What reports call it, e.g. ``hybrid partners=ease``."""
+        """Its name in reports, for example ``hybrid partners=ease``."""
         return self._run.label
 
     @property
     def determined_by(self) -> str:
-        """Digest of what determines its answers."""
+        """Digest of everything that determines its predictions."""
         return self._run.determination(self.stage)
 
     @cached_property
     def models(self) -> Hybrid:
-        """Partners and model, with the weights that were tuned."""
+        """Partners and language model, with the tuned weights."""
         from peso.baselines.hybrid import Hybrid
 
         restored = self._run.restored(self.stage)
@@ -72,13 +72,13 @@ class HybridAnswers:
         exclude_seen: bool,
         retired: np.ndarray,
     ) -> list[list[tuple[str, float]]]:
-        """The k best items of each user with their pooled log-probabilities, best first; fewer where
-        ``exclude_seen`` leaves no more. Items that share a semantic ID come in the order of the catalog.
+        """The k best items of each user with their pooled log-probabilities, best first; fewer if
+        ``exclude_seen`` leaves fewer. Items that share a semantic ID come in the order of the catalog.
 
         Args:
-            users: for the partners that know users; None: the history alone counts.
-            histories: all item rows of each, oldest first.
-            retired: item rows that no answer has.
+            users: names, for partners with user embeddings; None: only the history is used.
+            histories: all item rows of each user, oldest first.
+            retired: item rows that are never recommended.
         """
         if not len(histories):
             return []
@@ -89,8 +89,8 @@ class HybridAnswers:
         cases = Cases(
             [NOBODY if user is None else user for user in users],
             [history[-window:] for history in histories],
-            np.zeros(len(histories), dtype=np.int32),  # nothing is asked of targets
-            out,  # what was seen is left out, and so is what is retired
+            np.zeros(len(histories), dtype=np.int32),  # targets are not used
+            out,  # items to leave out: those of the history, and retired ones
         )
         found = hybrid.answer(cases, ids.trie.leaves, lambda done: None)
         result = []
@@ -110,12 +110,12 @@ def _find(workspace: Workspace, name: str) -> BaselineRun:
     hybrids = {baseline_label(config): config for config in found_baselines(workspace) if config.fused}
     if not hybrids:
         raise WorkspaceError(
-            f"{workspace.root} has no hybrid; run one: peso baseline hybrid -w {workspace.root}"
+            f"{workspace.root} has no hybrid; run `peso baseline hybrid -w {workspace.root}`"
         )
     fitting = [label for label in hybrids if name in (label, hybrids[label].name)]
     if name not in hybrids and len(fitting) != 1:
         raise ConfigError(
             f"{workspace.root} has {'several hybrids' if fitting else f'no hybrid called {name!r}'}; "
-            f"name one of {', '.join(map(repr, hybrids))}, or run another: peso baseline"
+            f"choose one of {', '.join(map(repr, hybrids))}, or run another with `peso baseline`"
         )
     return BaselineRun(workspace, hybrids[name if name in hybrids else fitting[0]])

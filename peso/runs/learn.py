@@ -1,4 +1,4 @@
-"""Training of one stage of a workspace, by its strategy, into stages/{t}/."""
+"""Training of one stage of a workspace with its strategy; the result is stages/{t}/."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from peso.training.task import Progress, StageResult, StageTask
 
 
 def learn_stage(stage: RunStage, observer: Observer) -> None:
-    """Learn one stage from where the last one left the model, and commit stages/{t}/.
+    """Train one stage from the state of the previous one, and commit stages/{t}/.
 
-    Interrupted, it continues from its newest checkpoint and ends with the same bits. Several processes
-    (:mod:`peso.runtime.processes`) learn it together; the main one writes.
+    If interrupted, it continues at its newest checkpoint with bit-identical results. Several processes
+    (:mod:`peso.runtime.processes`) train together; the main one writes.
 
     Raises:
         TrainingError: see :func:`peso.training.loop.train_stage`.
@@ -58,11 +58,11 @@ def learn_stage(stage: RunStage, observer: Observer) -> None:
 
     def prepare() -> None:
         pull_backbone(workspace, observer)
-        for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of a configuration changed since
+        for stale in set(unfinished.parent.glob("*")) - {unfinished}:  # of an earlier configuration
             shutil.rmtree(stale)
 
     current().on_main(prepare)
-    strategy = strategy_of(workspace)  # one that cannot be made says so before stage 0 is trained
+    strategy = strategy_of(workspace)  # raises before stage 0 is trained if it cannot be created
     if stage.number == 0:
         strategy = Strategy()  # the base stage is the same for all
     model, context = begin(stage)
@@ -83,7 +83,7 @@ def _commit(
     unfinished: Path,
     determined_by: str,
 ) -> None:
-    """stages/{stage}/, whole, in place of what training kept on the way."""
+    """Write stages/{stage}/ and remove the checkpoints."""
     workspace, number = stage.workspace, stage.number
     with commit_directory(stage.directory) as directory:
         save_stage_weights(model, directory, whole_backbone=trains_backbone(stage))
@@ -115,7 +115,7 @@ def _commit(
 
 
 def _chosen_rates(training: dict[str, Any]) -> dict[str, Any]:
-    """What trials chose, for the manifest; {} where there were none."""
+    """The rates that trials chose, for the manifest; {} without trials."""
     keys = ("phase", "learning_rate", "rows")
     chosen = [{key: choice[key] for key in keys} for choice in training.get("trials", [])]
     return {"chosen_by_trials": chosen} if chosen else {}
@@ -129,7 +129,7 @@ def _train(
     unfinished: Path,
     observer: Observer,
 ) -> dict[str, Any]:
-    """All phases of the stage; returns the figures of the last one, with the time of all."""
+    """Train all phases of the stage; returns the figures of the last one, with the total time."""
     number, memory = stage.number, context.memory
     before = [group.snapshot() for group in find_groups(model.backbone)] if has_adapter(model) else []
     *earlier, last = strategy.phases(number)
@@ -148,7 +148,7 @@ def _train(
     chosen = None
     if model.vocabulary.item_head is not None:
         chosen = choose_pool_weights(stage, model, observer)
-    if not current().is_main:  # the figures are told, and written, once
+    if not current().is_main:  # only the main process writes figures
         return {}
     figures: dict[str, Any] = {"learning_rate": task.learning_rate, **asdict(result)}
     figures["seconds"] += spent
@@ -160,11 +160,11 @@ def _train(
         figures["trials"] = trials
     if chosen is not None:
         figures["item_head"] = chosen
-    if told := strategy.figures():
-        figures["strategy"] = told
+    if own := strategy.figures():
+        figures["strategy"] = own
     if number and before:
         figures["moved"] = anchor_report(before, find_groups(model.backbone))
-        figures["anchor"] = anchor_effect(number, read_json_lines(unfinished / LOG), told.get("rho"))
+        figures["anchor"] = anchor_effect(number, read_json_lines(unfinished / LOG), own.get("rho"))
         if says := figures["anchor"]["says"]:
             observer.note(says)
     return figures
@@ -178,7 +178,7 @@ def _train_phase(
     unfinished: Path,
     observer: Observer,
 ) -> tuple[StageResult, StageTask]:
-    """Train one phase; returns what it came to, with the time of its trials, and how it was trained."""
+    """Train one phase; returns its result (the time includes trials) and the task that was trained."""
     config, number, phase = stage.workspace.config, stage.number, context.phase
     settings, candidates = training_of(config, strategy, number, phase)
     data = stage.workspace.stream.stage(number)
@@ -196,7 +196,7 @@ def _train_phase(
         directory=directory,
         log=directory / LOG,
         context=context,
-        on_progress=_shown(number, phase, strategy, observer),
+        on_progress=_progress_bar(number, phase, strategy, observer),
         processes=current(),
         item_weight=0.0 if model.vocabulary.item_head is None else config.head.weight,
         head_scale=config.head.learning_rate_scale,
@@ -214,8 +214,10 @@ def _train_phase(
     return replace(result, seconds=result.seconds + seconds), task
 
 
-def _shown(stage: int, phase: str, strategy: Strategy, observer: Observer) -> Callable[[Progress], None]:
-    """Shows a training's steps, and warns of an anchor without effect."""
+def _progress_bar(
+    stage: int, phase: str, strategy: Strategy, observer: Observer
+) -> Callable[[Progress], None]:
+    """A callback that reports the steps of a training, and warns if the anchor has no effect."""
     title = f"learn stage {stage}" + (f", {phase}" if phase else "")
     begun, monitor = False, AnchorMonitor(stage, 0)
 
@@ -238,8 +240,8 @@ def _shown(stage: int, phase: str, strategy: Strategy, observer: Observer) -> Ca
 
 
 def pull_backbone(workspace: Workspace, observer: Observer) -> None:
-    """Fetch a backbone that is an asset of ours, unless it is in the cache."""
+    """Download the backbone if it is one of peso's assets and not in the cache."""
     name = workspace.config.backbone.name
     if name in assets.names("backbone") and assets.find(name) is None:
-        observer.note(f"fetching {name}, which is not in the cache yet")
+        observer.note(f"downloading {name}, which is not in the cache yet")
         assets.pull(name, on_progress=None)

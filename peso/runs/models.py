@@ -1,4 +1,4 @@
-"""A workspace's stage as a model: as it starts to learn, and as it stood afterwards."""
+"""The model of a stage: at the start of its training, and after it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ from peso.training.plan import StageExamples
 from peso.training.strategies.strategy import StageContext
 
 MEMORY = "state.safetensors"
-AIDS = {"inputs", "replay"}  # kinds of memory that training uses and no answer depends on
+AIDS = {"inputs", "replay"}  # kinds of memory that only training uses, not predictions
 
 
 def trains_backbone(stage: RunStage) -> bool:
-    """A backbone built in code knows nothing yet: at stage 0 all of its weights are trained, unless it was
-    trained before. Later it is the strategy's choice."""
+    """Whether the stage trains all weights of the backbone: at stage 0 if it is randomly initialized, later
+    if the strategy does so."""
     if stage.number == 0:
         return stage.workspace.config.backbone.trained_at_base
     return strategy_of(stage.workspace).trains_backbone(stage.number)
 
 
 def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
-    """The model before anything was learned, on the device; ``whole``: its backbone is to be trained.
+    """The untrained model, on the device.
+
+    Args:
+        whole: all weights of the backbone will be trained; it gets no adapter.
 
     Raises:
         BackboneError: the backbone cannot be loaded.
@@ -46,11 +49,11 @@ def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
 
 
 def starting_model(stage: RunStage) -> GenerativeModel:
-    """The model that a stage starts to learn with: what the stage before left, on the device.
+    """The model at the start of a stage: in the state after the previous one, on the device.
 
     Raises:
         BackboneError: the backbone cannot be loaded or is not the one that stage 0 was trained on.
-        WorkspaceError: a missing or damaged file of an earlier stage.
+        WorkspaceError: a file of an earlier stage is missing or damaged.
     """
     workspace, whole = stage.workspace, trains_backbone(stage)
     if stage.number and whole and not trains_backbone(stage.before.as_trained):
@@ -80,8 +83,8 @@ def trained_model(stage: RunStage, device: str | None) -> GenerativeModel:
 
 @torch.no_grad()
 def put_back(stage: RunStage, model: GenerativeModel) -> None:
-    """Make adapter and vocabulary of a model what they were before anything was learned, drawn from the seed
-    of the stage; where stage 0 trained the backbone itself, the vocabulary that it left."""
+    """Reset adapter and vocabulary of a model to their initial values, with the seed of the stage. If stage 0
+    trained the backbone itself, the vocabulary is reset to its state after stage 0."""
     fresh, base = _build(stage, whole=False), stage.workspace.stage(0)
     if trains_backbone(base):
         load_stage(base, fresh)
@@ -93,10 +96,11 @@ def put_back(stage: RunStage, model: GenerativeModel) -> None:
 
 
 def begin_new_codes(stage: RunStage, model: GenerativeModel, learned: int) -> None:
-    """Give codes that the stage brings their first rows, see
+    """Initialize the rows of codes that first occur in the stage, see
     :meth:`peso.model.vocabulary.SemanticVocabulary.begin_new_codes`.
 
-    learned: the number of stages that the vocabulary was trained on.
+    Args:
+        learned: number of stages that the vocabulary was trained on.
     """
     stream, ids = stage.workspace.stream, stage.workspace.semantic_ids
     # items that are appended later must not change the stage
@@ -113,12 +117,12 @@ def begin_new_codes(stage: RunStage, model: GenerativeModel, learned: int) -> No
     for number in range(learned):
         known |= met([number])
         if not len(np.setdiff1d(tokens[arriving], tokens[known])):
-            return  # as in most streams, after stage 0 alone
+            return  # in most streams, stage 0 is enough to see this
     model.vocabulary.begin_new_codes(tokens, known, arriving)
 
 
 def context_of(stage: RunStage, model: GenerativeModel, memory: dict[str, Tensor]) -> StageContext:
-    """What a strategy is told of a stage before its training starts."""
+    """The context of a strategy before its training starts."""
     config, number = stage.workspace.config, stage.number
     seed, stream = config.seed_of_stage(number), stage.workspace.stream
     return StageContext(
@@ -134,7 +138,7 @@ def context_of(stage: RunStage, model: GenerativeModel, memory: dict[str, Tensor
 
 
 def load_stage(stage: RunStage, model: GenerativeModel) -> None:
-    """Read a stage's weights into a model, each file checked against its sha256 first.
+    """Load a stage's weights into a model, after checking each file's sha256.
 
     Raises:
         WorkspaceError: a file is missing, damaged or not listed, or has weights of another shape.
@@ -145,7 +149,7 @@ def load_stage(stage: RunStage, model: GenerativeModel) -> None:
 
 
 def stored_memory(stage: RunStage) -> dict[str, Tensor]:
-    """What a stage's strategy kept beside the adapter, by name; {} where it kept nothing.
+    """The tensors that a stage's strategy stored (``StageContext.memory``), by name.
 
     Raises:
         WorkspaceError: the file is missing, damaged or not listed.
@@ -160,11 +164,11 @@ def stored_memory(stage: RunStage) -> dict[str, Tensor]:
 
 
 def inherited_memory(stage: RunStage) -> dict[str, Tensor]:
-    """What the stage before has kept for a stage that is to be trained.
+    """The stored tensors of the previous stage that the strategy of this one uses.
 
     Raises:
-        WorkspaceError: a damaged file, or another strategy trained that stage, and the configured one cannot
-            go on from what it kept.
+        WorkspaceError: a file is damaged, or another strategy trained the previous stage and the configured
+            one cannot continue from what it stored.
     """
     if not stage.number:
         return {}
@@ -178,27 +182,26 @@ def inherited_memory(stage: RunStage) -> dict[str, Tensor]:
     kept |= {"backbone"} if (stage.before.directory / "backbone").is_dir() else set()
     unknown = (kept & {"backbone"} if anew else kept - AIDS) - strategy.reads
     if unknown or (lacking := strategy.needs - kept):
-        why = f"does not understand what it kept ({', '.join(sorted(unknown))})"
+        why = f"cannot use what it stored ({', '.join(sorted(unknown))})"
         if not unknown:
-            why = f"needs what it keeps itself from stage to stage ({', '.join(sorted(lacking))})"
+            why = f"needs what only {now.name} itself stores ({', '.join(sorted(lacking))})"
         raise WorkspaceError(
             f"stage {stage.before.number} of {stage.workspace.root} was trained with strategy {before.name}, "
-            f"and {now.name} {why}; go on with {before.name}, or run {now.name} into a new workspace with "
+            f"and {now.name} {why}; continue with {before.name}, or run {now.name} in a new workspace with "
             "--base"
         )
     return {} if anew else {n: t for n, t in memory.items() if n.partition(".")[0] in strategy.reads}
 
 
 def write_memory(directory: Path, memory: Mapping[str, Tensor]) -> None:
-    """Write what a stage's strategy keeps; no file where it keeps nothing."""
+    """Write the tensors that a stage's strategy stores; without any, there is no file."""
     if memory:
         save_file({name: t.detach().cpu().contiguous() for name, t in memory.items()}, directory / MEMORY)
 
 
 def backbone_fingerprint(model: GenerativeModel, dtype: torch.dtype = torch.float32) -> str:
-    """sha256 over the backbone's weights in a precision, adapter left out, so that no other one is mistaken
-    for it. A backbone that is held in a lower precision than its files is known by them:
-    ``model.backbone_sha256``."""
+    """sha256 of the backbone's weights in a precision, without the adapter. For a backbone in lower precision
+    than its files, that of the files (``model.backbone_sha256``)."""
     if dtype == torch.float32 and model.backbone_sha256 is not None:
         return model.backbone_sha256
     result = hashlib.sha256()
@@ -227,19 +230,19 @@ def _load(stage: RunStage, model: GenerativeModel) -> None:
     stage.require_as_determined()
     backbone = stage.workspace.config.backbone
     if stage.number and backbone.trained_at_base:
-        load_stage(stage.workspace.stage(0), model)  # the backbone's weights are there alone
+        load_stage(stage.workspace.stage(0), model)  # only stage 0 stores the backbone's weights
     load_stage(stage, model)
     known = stage.manifest.get("backbone_sha256")
-    # earlier versions took it in the precision of the training
+    # earlier versions computed it in the precision of the training
     if not any(known == backbone_fingerprint(model, dtype) for dtype in (torch.float32, torch.bfloat16)):
         raise BackboneError(
             f"the backbone {backbone.name!r} has other weights than the one that {stage.directory} was "
-            "trained on; fetch that one again, or use a new workspace"
+            "trained on; download that one again, or use a new workspace"
         )
 
 
 def _rounded(workspace: Workspace, model: GenerativeModel, device: str | None = None) -> GenerativeModel:
-    """The model with its frozen weights in the precision that is configured for the device."""
+    """The model with its frozen weights in the configured precision."""
     training = workspace.config.training
     frozen = Precision.of(training.precision, device or training.device).frozen
     if frozen != torch.float32 and has_adapter(model):

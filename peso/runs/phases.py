@@ -1,5 +1,5 @@
-"""The trainings of a stage (phases): what each is trained with, what it begins with, and what it left when it
-was finished, for a stage that is interrupted later."""
+"""The phases of a stage: the settings and the start of each training, and the results of finished ones, which
+are stored in case the stage is interrupted later."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FINISHED = "finished.safetensors"
 def training_of(
     config: Config, strategy: Strategy, stage: int, phase: str
 ) -> tuple[TrainingConfig, list[Rates]]:
-    """Settings of a training, and its rates, ascending: several where trials are to choose one.
+    """The settings of a training and its candidate rates, ascending; several if trials choose one.
 
-    A training that begins anew is trained as stage 0 is, at rates that are chosen for it where those of
-    updates are.
+    A training that starts from scratch uses the settings of stage 0; its rates are chosen by trials if those
+    of updates are.
     """
     training, later = config.training, config.training.later
     anew = stage == 0 or strategy.starts_anew(phase)
@@ -40,7 +40,7 @@ def training_of(
     if stage and later.learning_rate == "auto":
         assert later.trials is not None
         products = [training.learning_rate * scale for scale in later.trials.scales]
-        rates = sorted({float(f"{rate:.6g}") for rate in products})  # as one would write them
+        rates = sorted({float(f"{rate:.6g}") for rate in products})  # without rounding errors
     else:
         rates = [training.learning_rate if anew else training.rate_of_update]
     if stage and later.rows_learning_rate_scale == "auto":
@@ -50,12 +50,12 @@ def training_of(
 
 
 def directory_of(unfinished: Path, strategy: Strategy, stage: int, phase: str) -> Path:
-    """Where a training keeps its checkpoint: the stage's last one where the stage does."""
+    """The directory of a training's checkpoint: for the last phase, that of the stage."""
     return unfinished if phase == strategy.phases(stage)[-1] else unfinished / phase
 
 
 def begin(stage: RunStage) -> tuple[GenerativeModel, StageContext]:
-    """The model that a stage begins with, ready to learn, and what its strategy is told of the stage.
+    """The model at the start of a stage, with rows of new codes initialized, and the strategy's context.
 
     Raises:
         BackboneError, WorkspaceError: see :func:`peso.runs.models.starting_model`.
@@ -73,7 +73,7 @@ def begin(stage: RunStage) -> tuple[GenerativeModel, StageContext]:
 def begin_phase(
     stage: RunStage, phase: str, unfinished: Path
 ) -> tuple[GenerativeModel, Strategy, StageContext]:
-    """What a phase of a stage after stage 0 begins with: the stage's start, and what earlier phases left."""
+    """Model, strategy and context at the start of a phase, after the earlier phases of the stage."""
     model, context = begin(stage)
     strategy = strategy_of(stage.workspace)
     phases = list(strategy.phases(stage.number))
@@ -83,7 +83,7 @@ def begin_phase(
 
 
 def keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, file: Path) -> None:
-    """Write what a phase left in model and memory, whole or not at all."""
+    """Write the result of a phase (trained parameters, memory, time) atomically."""
     kept = {f"memory.{name}": tensor for name, tensor in memory.items()}
     kept |= {f"model.{name}": p.detach().cpu().contiguous() for name, p in _learnable(model).items()}
     write_sealed(file, save({**kept, "seconds": torch.tensor(seconds)}))
@@ -91,10 +91,10 @@ def keep(model: GenerativeModel, memory: dict[str, Tensor], seconds: float, file
 
 @torch.no_grad()
 def restore(model: GenerativeModel, memory: dict[str, Tensor], file: Path) -> float:
-    """What :func:`keep` wrote, into model and memory; returns the seconds.
+    """Load what :func:`keep` wrote into model and memory; returns the seconds.
 
     Raises:
-        WorkspaceError: it is damaged.
+        WorkspaceError: the file is damaged.
     """
     try:
         kept = load(read_sealed(file))
@@ -112,7 +112,7 @@ def restore(model: GenerativeModel, memory: dict[str, Tensor], file: Path) -> fl
 
 
 def _learnable(model: GenerativeModel) -> dict[str, Tensor]:
-    """Adapter and vocabulary, by name."""
+    """Parameters of adapter and vocabulary, by name."""
     return {
         name: p for name, p in model.named_parameters() if ".lora_" in name or name.startswith("vocabulary.")
     }

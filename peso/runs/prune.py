@@ -1,9 +1,9 @@
-"""The weights of old stages removed from the disk: `peso prune`. What they were trained with, their tests and
-their logs stay, so that lineage and reports are whole.
+"""`peso prune`: removes the weights of old stages. Their manifests, tests and logs stay, so that lineage and
+reports are complete.
 
-Kept are the weights that something still rests on: the newest stages, the stage that serves, the one that a
-rollback leads to, and stage 0 where its backbone was trained there or where a hybrid is tested as it stood
-then. What a strategy needs of earlier stages is stored with the newest (``state.safetensors``).
+Weights that are still needed are kept: those of the newest stages, of the serving stage, of the target of a
+rollback, and of stage 0 if the backbone was trained there or a hybrid is tested in its state after stage 0.
+What a strategy needs of earlier stages is stored with the newest one (``state.safetensors``).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Pruning:
     """What :func:`prune` removes.
 
     Attributes:
-        stages: whose weights go.
-        bytes: how much disk space they take; less is freed where another workspace shares the files.
-        kept: why the other stages keep theirs, as far as they are not among the newest.
+        stages: the stages whose weights are removed.
+        bytes: size of the files; less disk space is freed if another workspace shares them.
+        kept: reasons why other old stages keep their weights, by stage.
     """
 
     stages: list[int]
@@ -38,7 +38,7 @@ class Pruning:
 
 
 def pruning(workspace: Workspace, keep: int) -> Pruning:
-    """What is to be removed so that the newest ``keep`` stages keep their weights.
+    """The weights to remove if the newest ``keep`` stages keep theirs.
 
     Raises:
         DataError: ``keep`` is not positive.
@@ -49,8 +49,8 @@ def pruning(workspace: Workspace, keep: int) -> Pruning:
     newest = workspace.trained().number
     kept = _needed(workspace)
     old = [workspace.stage(number) for number in range(newest + 1 - keep)]
-    gone = [stage for stage in old if stage.number not in kept and _files_there(stage)]
-    size = sum(path.stat().st_size for stage in gone for path in _files_there(stage))
+    gone = [stage for stage in old if stage.number not in kept and _existing_files(stage)]
+    size = sum(path.stat().st_size for stage in gone for path in _existing_files(stage))
     return Pruning(
         [stage.number for stage in gone],
         size,
@@ -61,9 +61,10 @@ def pruning(workspace: Workspace, keep: int) -> Pruning:
 def prune(workspace: Workspace, keep: int) -> Pruning:
     """Remove the weights of old stages; returns what was removed. The caller holds the workspace's lock.
 
-    Nobody promotes a stage meanwhile. Interrupted, the call can be repeated.
+    Promotions wait meanwhile. If interrupted, the call can be repeated.
 
-    Raises: as :func:`pruning`.
+    Raises:
+        PesoError: as :func:`pruning`.
     """
     with in_turn(workspace.root / SERVED_LOCK):
         removed = pruning(workspace, keep)
@@ -75,25 +76,25 @@ def prune(workspace: Workspace, keep: int) -> Pruning:
                 FORMAT,
                 {PRUNED: {"time": datetime.now(UTC).isoformat(timespec="seconds")}},
             )
-            for path in _files_there(stage):
+            for path in _existing_files(stage):
                 path.unlink()
     return removed
 
 
 def _needed(workspace: Workspace) -> dict[int, str]:
-    """Stages whose weights are needed whatever their age, and why."""
+    """Stages whose weights are needed regardless of their age, and the reasons."""
     needed = {}
     if (back := previous(workspace)) is not None:
-        needed[back] = "a rollback leads to it"
+        needed[back] = "it is the target of a rollback"
     if workspace.config.backbone.trained_at_base:
         needed[0] = "the backbone was trained there"
     elif any(baseline.fused for baseline in [*workspace.config.baselines, *found_baselines(workspace)]):
-        needed[0] = "a hybrid is tested as it stood then"
+        needed[0] = "a hybrid is tested in its state after this stage"
     needed[serving_stage(workspace).number] = "it serves"
     return needed
 
 
-def _files_there(stage: RunStage) -> list[Path]:
-    """Files of a stage's weights that are on the disk, also those of a pruning that was interrupted."""
+def _existing_files(stage: RunStage) -> list[Path]:
+    """The existing files of a stage's weights, including those left by an interrupted call."""
     names = set(stage.weight_files) | set((stage.pruned or {}).get("files", {}))
     return [path for name in sorted(names) if (path := stage.directory / name).is_file()]

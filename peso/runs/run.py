@@ -23,28 +23,28 @@ def run(
     observer: Observer | None = None,
     trust: Iterable[str] | None = None,
 ) -> Workspace:
-    """Do everything that a configuration describes and that is not done yet, as `peso run` does.
+    """Do all steps of a configuration that are not done yet, as `peso run` does.
 
-    Ingest, tokenize, train and test the stages, run the baselines, write the report. The workspace is locked
-    meanwhile: a second writer is refused. Interrupted at any time, the same call continues with the same
-    result.
+    Reads the data, makes semantic IDs, trains and tests the stages, runs the baselines and writes the report.
+    The workspace is locked meanwhile. If interrupted, the same call continues with the same result.
 
     Args:
-        config: a YAML file, the same as a mapping, or a configuration that was loaded.
-        workspace: a directory; by default ``runs/NAME`` for a file ``NAME.yaml``.
-        overrides: ``a.b=value`` texts, as of ``--set``.
-        base: a workspace to take stage 0 from; all that determines stage 0 must be equal.
-        observer: is told of the progress; by default nothing is printed.
-        trust: classes that may be imported, as ``module.Class``, beside those that a file of your own names
-            (``config.yaml`` of a workspace is not one). None: what a mapping or a configuration names, too.
+        config: a YAML file, its content as a mapping, or a loaded configuration.
+        workspace: a directory; default: ``runs/NAME`` for a file ``NAME.yaml``.
+        overrides: ``a.b=value`` texts, as for ``--set``.
+        base: a workspace from which stage 0 is taken over; everything that determines stage 0 must be equal.
+        observer: receives the progress; by default nothing is printed.
+        trust: classes that may be imported, as ``module.Class``, in addition to those that your own
+            configuration file names (config.yaml of a workspace does not count). None: also those that a
+            mapping or a loaded configuration names.
 
     Returns:
         The workspace, with all stages trained.
 
     Raises:
-        ConfigError: an unknown key or an impossible value: names the nearest.
+        ConfigError: an unknown key or an invalid value; the message suggests the nearest.
         UsageError: no workspace is given, and the configuration is not a file.
-        PesoError: as the single steps. What was finished before stays.
+        PesoError: as the single steps. Completed steps stay.
     """
     if isinstance(config, Config):
         config = config.model_dump(mode="json") if overrides else config
@@ -52,7 +52,9 @@ def run(
     file = Path(config) if isinstance(config, str | Path) else None
     if workspace is None:
         if file is None:
-            raise UsageError("name a workspace: only a configuration file has a name to make one from")
+            raise UsageError(
+                "give a workspace: a default name can only be derived from the name of a configuration file"
+            )
         workspace = Path("runs") / file.stem
     trusted = list(trust or ())
     if file is not None:

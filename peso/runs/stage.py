@@ -1,4 +1,4 @@
-"""One stage of a workspace: its files, checked against their sha256 when read, its tests, its model."""
+"""One stage of a workspace: its files (checked against their sha256 when read), tests and model."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
     from peso.runs.workspace import Workspace
 
-VALIDATION: Part = "validation"  # also the folder of tests on validation cases
-VERDICT = "gate.json"  # of the gate (peso.runs.challenger)
+VALIDATION: Part = "validation"  # also the name of the folder of tests on validation cases
+VERDICT = "gate.json"  # written by peso.runs.challenger
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"
-ERASURES = "erasures"  # in the manifest: how many users had been erased when the stage was trained
-PRUNED = "pruned"  # in the manifest: when the weights were removed, and their checksums
-FORMAT = 1  # of a stage directory; a higher number was written by a newer version
+ERASURES = "erasures"  # manifest key: number of users that had been erased when the stage was trained
+PRUNED = "pruned"  # manifest key: when the weights were removed, and their checksums
+FORMAT = 1  # of a stage directory; newer versions may write higher numbers
 
 
 @dataclass(frozen=True)
 class RunStage:
-    """A stage of a workspace, trained or not. Every member that reads files raises WorkspaceError where one
-    is missing or damaged."""
+    """A stage of a workspace, trained or not. Members that read a file raise WorkspaceError if it is missing
+    or damaged."""
 
     workspace: Workspace
     number: int
@@ -45,7 +45,7 @@ class RunStage:
 
     @property
     def unfinished(self) -> Path:
-        """Where the stage keeps its checkpoints during training; gone once it is committed."""
+        """The directory of checkpoints during training; removed when the stage is committed."""
         return self.workspace.root / "stages" / f".{self.number}.unfinished"
 
     @property
@@ -60,9 +60,10 @@ class RunStage:
 
     @property
     def manifest(self) -> Manifest:
-        """
+        """The manifest of the stage.
+
         Raises:
-            WorkspaceError: also where it is of another stage or run: something was copied over it.
+            WorkspaceError: it is missing or damaged, or belongs to another stage or run.
         """
         manifest = read_manifest(self.directory, FORMAT)
         cure = (
@@ -70,7 +71,7 @@ class RunStage:
             f"{self.workspace.root} and train again"
         )
         if (number := manifest.get("stage", self.number)) != self.number:
-            raise WorkspaceError(f"{self.directory} holds stage {number}, not stage {self.number}; {cure}")
+            raise WorkspaceError(f"{self.directory} contains stage {number}, not stage {self.number}; {cure}")
         if (parent := manifest.get("parent")) is not None:
             before = read_manifest(self.before.directory, FORMAT)
             if parent["determined_by"] != before["determined_by"]:
@@ -82,24 +83,24 @@ class RunStage:
 
     @property
     def config(self) -> Config:
-        """The configuration that the stage was trained with."""
+        """The configuration with which the stage was trained."""
         try:
             return Config.model_validate(with_earlier_defaults(self.manifest["configuration"]))
         except (KeyError, ValidationError):
             raise WorkspaceError(
-                f"{self.directory / MANIFEST} is damaged: it does not hold the configuration of the stage; "
+                f"{self.directory / MANIFEST} is damaged: it has no valid configuration of the stage; "
                 f"remove {self.directory} and the stages after it, and train again"
             ) from None
 
     @property
     def weight_files(self) -> list[str]:
-        """Names of the files of its model, and of what its strategy keeps."""
+        """Names of the files of its model and of its strategy's memory."""
         others = (LOG, METRICS, PREDICTIONS, VERDICT)
         return [name for name in self.manifest["files"] if not name.endswith(others)]
 
     @property
     def pruned(self) -> dict[str, Any] | None:
-        """Of a stage whose weights `peso prune` has removed: ``time`` and ``files``."""
+        """``time`` and ``files`` if `peso prune` has removed the weights; else None."""
         pruned: dict[str, Any] | None = self.manifest.get(PRUNED)
         return pruned
 
@@ -108,30 +109,29 @@ class RunStage:
         if (pruned := self.pruned) is not None:
             raise WorkspaceError(
                 f"the weights of stage {self.number} of {self.workspace.root} were removed by `peso prune` "
-                f"({pruned['time']}); take a stage that has its weights (`peso status -w "
+                f"({pruned['time']}); choose a stage that has its weights (`peso status -w "
                 f"{self.workspace.root}`), or restore {self.directory} from a copy"
             )
 
     @property
     def as_trained(self) -> RunStage:
-        """The stage in a workspace with the configuration that the stage was trained with, on the device and
-        with the place of the backbone of now."""
+        """The stage, in a workspace with the configuration with which it was trained, except for the current
+        device and path of the backbone."""
         return replace(self, workspace=self.workspace.with_config(moved(self.config, self.workspace.config)))
 
     @property
     def determined_by(self) -> str:
-        """The digest that :meth:`determination` gave when the stage was trained."""
+        """The value of :meth:`determination` when the stage was trained."""
         return str(self.manifest["determined_by"])
 
     def determination(self, like: Config | None = None) -> str:
-        """Digest of all that determines the stage: configuration, its data, the codes, and the stage before.
+        """Digest of everything that determines the stage: configuration, data, semantic IDs of the items
+        known at this stage, and the previous stage.
+
+        Stages with equal digests have equal files, on the same hardware and versions. No model is loaded.
 
         Args:
-            like: a configuration whose device and place of the backbone are put in place of those here.
-
-        Stages of equal digest have equal files, on the same hardware and versions. Of the codes those count
-        that the catalog had when the stage came: items that are appended later change no earlier stage. No
-        model is loaded.
+            like: a configuration from which device and path of the backbone are taken instead.
         """
         before = None
         if self.number:
@@ -141,34 +141,34 @@ class RunStage:
         codes = self.workspace.semantic_ids.fingerprint(stream.items_known(self.number))
         config = self.workspace.config
         shape = stage_shape(moved(config, like or config), self.number)
-        # users who were erased after the stage was trained do not make it another one
+        # users that were erased after the stage was trained do not change its digest
         erasures = int(self.manifest.get(ERASURES, 0)) if self.is_trained else stream.erasures
         less = [[stream.fingerprint(n, erasures) for n in range(self.number + 1)]] if erasures else []
         return digest(shape, stream.fingerprint(self.number, erasures), codes, before, *less)
 
     def require_as_determined(self) -> None:
-        """Raise WorkspaceError if data, semantic IDs, configuration or stage before are not those that the
-        stage was trained with."""
+        """Raise WorkspaceError if data, semantic IDs or earlier stages are not those with which the stage was
+        trained."""
         if self.determined_by != self.as_trained.determination(like=self.config):
             raise WorkspaceError(
-                f"{self.directory} was not trained with the stream, the semantic IDs and the stages before "
-                f"it that are in {self.workspace.root}: a part was exchanged or edited. Restore it, or "
-                "remove the stage and those after it, and train again"
+                f"{self.directory} was not trained with the stream, the semantic IDs and the earlier stages "
+                f"in {self.workspace.root}: a part was replaced or edited. Restore it, or remove the stage "
+                "and those after it, and train again"
             )
 
     @property
     def leaves_out_seen(self) -> bool:
-        """Whether its model recommends no item that the user has had (``decoding.repeats``)."""
+        """Whether the model does not recommend items that the user has had (``decoding.repeats``)."""
         rule, stream = self.workspace.config.decoding.repeats, self.workspace.stream
         if rule != "auto":
             return rule == "leave-out"
         known = tuple(stream.fingerprint(n) for n in range(min(self.number + 1, stream.stages)))
         return not _repeats_occur(stream.directory, known)
 
-    # -- what it left ----------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------
 
     def file(self, name: str) -> Path | None:
-        """A file of the stage, checked; None where the stage has no such file."""
+        """The checked path of a file of the stage; None if its manifest does not list it."""
         manifest = self.manifest
         if not is_listed(self.directory, name, manifest):
             return None
@@ -176,13 +176,12 @@ class RunStage:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """``metrics.json``: of its training and its test on its own cases; {} where there is none."""
+        """``metrics.json``: of its training and its test on its own cases; {} if there is none."""
         return self.on(self.number).metrics
 
     @property
     def verdict(self) -> dict[str, Any] | None:
-        """``gate.json``, what the gate decided about it (:mod:`peso.runs.challenger`); None: it was not
-        judged."""
+        """``gate.json``, the verdict of the gate (:mod:`peso.runs.challenger`); None: it was not judged."""
         from peso.evaluation.verdict import read_verdict
 
         path = self.file(VERDICT)
@@ -190,17 +189,17 @@ class RunStage:
 
     @property
     def training(self) -> dict[str, Any]:
-        """What its metrics say of its training, {} where nothing was trained."""
+        """The part ``training`` of its metrics; {} if nothing was trained."""
         return self.metrics.get("training") or {}
 
     @property
     def predictions(self) -> Predictions:
-        """Its answers to its own test cases."""
+        """Its predictions on its own test cases."""
         return self.on(self.number).predictions
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """The records of ``log.jsonl``, [] where nothing was trained."""
+        """The records of ``log.jsonl``; [] if nothing was trained."""
         path = self.file(LOG)
         return [] if path is None else read_json_lines(path)
 
@@ -214,8 +213,8 @@ class RunStage:
         return self.on(self.number).is_done
 
     def require_answers(self) -> None:
-        """Raise WorkspaceError if a file that a report needs is missing. (Weights may be: a run is sometimes
-        kept for its answers alone.)"""
+        """Raise WorkspaceError if a file that a report needs is missing. Weights may be missing: a run may be
+        kept for its predictions only."""
         for name in self.manifest["files"]:
             path = self.directory / name
             if (
@@ -226,7 +225,7 @@ class RunStage:
                 raise WorkspaceError(f"{path} is missing; {self._cure(name)}")
 
     def _cure(self, name: str) -> str:
-        """What to do if a file is missing or damaged."""
+        """The fix, for messages, if a file is missing or damaged."""
         on, _, file = name.rpartition("/")
         if name == VERDICT or VALIDATION in on.split("/"):
             return (
@@ -241,7 +240,7 @@ class RunStage:
         return f"restore it from a copy, or remove {self.directory} and those after it, and train again"
 
     def model(self, device: str | None = None) -> GenerativeModel:
-        """The model as it stood after the stage, in evaluation mode, on ``device`` (default: as configured).
+        """The model after the stage, in evaluation mode, on ``device`` (default: as configured).
 
         Raises:
             WorkspaceError: the stage is not trained, or its files are damaged.
@@ -253,7 +252,7 @@ class RunStage:
         return trained_model(self, device)
 
     def answering_model(self, device: str | None = None) -> GenerativeModel:
-        """As :meth:`model`, without adapters, which answers faster (:mod:`peso.model.inference`)."""
+        """As :meth:`model`, with merged adapters for faster inference (:mod:`peso.model.inference`)."""
         from peso.model.inference import for_inference
 
         answering: GenerativeModel = for_inference(self.model(device))
@@ -262,15 +261,14 @@ class RunStage:
 
 @dataclass(frozen=True)
 class StageTest:
-    """The test of a stage's model on the test cases of stage ``cases``, or on its validation cases; it need
-    not be made yet."""
+    """The test of a stage's model on the test (or validation) cases of stage ``cases``, done or not."""
 
     stage: RunStage
     cases: int
     part: Part = "test"
 
     def name(self, file: str) -> str:
-        """Of one of its files, as the stage's manifest lists it."""
+        """The name of one of its files in the stage's manifest."""
         folder = "" if self.cases == self.stage.number else f"on={self.cases}/"
         return f"{folder}{VALIDATION}/{file}" if self.part == VALIDATION else f"{folder}{file}"
 
@@ -293,20 +291,20 @@ class StageTest:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Its ``metrics.json``, {} where there is none. Raises WorkspaceError if it is damaged or missing."""
+        """Its ``metrics.json``, {} if not listed. Raises WorkspaceError if it is damaged or missing."""
         path = self.stage.file(self.name(METRICS))
         return {} if path is None else read_json_object(path)
 
     @property
     def known_metrics(self) -> dict[str, Any]:
-        """As :attr:`metrics`; what a test alone has written can be missing: it is then made again."""
+        """As :attr:`metrics`, but {} if the file is missing and can be computed again."""
         if not self.is_own and not self.path(METRICS).is_file():
             return {}
         return self.metrics
 
     @property
     def predictions(self) -> Predictions:
-        """Raises WorkspaceError if they are damaged or missing."""
+        """The predictions. Raises WorkspaceError if they are damaged or missing."""
         from peso.evaluation.predictions import read_predictions
 
         path = self.stage.file(self.name(PREDICTIONS))
@@ -315,24 +313,24 @@ class StageTest:
 
     @property
     def determination(self) -> str:
-        """Digest of all that determines the predictions."""
+        """Digest of everything that determines the predictions."""
         workspace = self.stage.workspace
         data = workspace.stream.fingerprint(self.cases)
-        # earlier versions, whose answers stay, kept what users had had
+        # only if set, so that predictions of earlier versions, which had no such rule, stay valid
         rule = ["leave-out"] if self.stage.leaves_out_seen else []
         part = [] if self.part == "test" else [self.part]
         return digest(self.stage.determined_by, data, workspace.config.decoding.beams, *rule, *part)
 
     @property
     def is_predicted(self) -> bool:
-        """Whether predictions are there that belong to this model, these cases and this search."""
+        """Whether there are predictions made with this model, these cases and this search."""
         tested = self.known_metrics.get("test", {})
         manifest, name = self.stage.manifest, self.name(PREDICTIONS)
         return bool(
             tested
             and tested["determined_by"] == self.determination
             and self.path(PREDICTIONS).is_file()
-            # a step that was killed may have left answers of its own; older metrics do not tell theirs
+            # a killed evaluation may have replaced the file; metrics of old versions do not have its checksum
             and name in manifest["files"]
             and name not in manifest.get(REPLACING, {})
             and tested.get("predictions", manifest["files"][name]) == manifest["files"][name]
@@ -340,7 +338,7 @@ class StageTest:
 
     @property
     def is_done(self) -> bool:
-        """Whether predictions and metrics are there and belong to this model, these cases and this search.
+        """Whether there are predictions and metrics for this model, these cases and this search.
 
         Raises:
             WorkspaceError: metrics.json is damaged.
@@ -352,7 +350,7 @@ class StageTest:
 
 @lru_cache(maxsize=64)
 def _repeats_occur(directory: Path, fingerprints: tuple[str, ...]) -> bool:
-    """Of the first stages of a stream, as many as there are fingerprints."""
+    """Whether a user has an item twice in the first stages of a stream, as many as there are fingerprints."""
     from peso.baselines.baseline import has_repeats
     from peso.events.stream import Stream
 

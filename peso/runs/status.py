@@ -1,4 +1,4 @@
-"""The state of a workspace in production: its stages and their parents, and which one serves."""
+"""The state of a workspace: its stages, which one serves, and what is waiting."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ NEVER_PROMOTED = "no stage was promoted yet, so the newest trained one serves"
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
-    """What ``peso status`` tells, as plain values.
+    """The output of ``peso status``, JSON-serializable.
 
     Returns:
-        ``gate``: whether it is on. ``serves``: ``stage`` (None: none is trained), ``since``, ``by`` (None:
-        never promoted), ``reason``, ``forced``, ``pinned``, ``previous`` (where a rollback leads) and
-        ``problem`` (None, or why the recorded stage cannot answer). ``stages``: the lineage, see
-        :func:`_stage`. ``waiting``: stages that are not trained yet, items without a semantic ID, and
-        received events that are in no stage (None: no event was received yet).
+        ``gate``: whether it is enabled. ``serves``: ``stage`` (None: none is trained), ``since``, ``by``
+        (None: never promoted), ``reason``, ``forced``, ``pinned``, ``previous`` (the target of a rollback)
+        and ``problem`` (why the recorded stage cannot be loaded, or None). ``stages``: the lineage, see
+        :func:`_stage`. ``waiting``: untrained stages, items without a semantic ID, and received events that
+        are in no stage yet (None: no event was received).
 
     Raises:
-        WorkspaceError: a file that is needed is damaged.
+        WorkspaceError: a file is damaged.
     """
     trained = workspace.stages
     serves = _serves(workspace) if trained else dict.fromkeys(("stage", "since", "by", "reason"))
@@ -60,18 +60,17 @@ def _serves(workspace: Workspace) -> dict[str, Any]:
         problem = str(error)
     if (latest := known.latest) is None:
         newest = workspace.trained()
-        told = {"stage": newest.number, "since": newest.manifest.get("created"), "by": None}
-        told |= {"reason": NEVER_PROMOTED, "forced": False, "pinned": False}
+        serves = {"stage": newest.number, "since": newest.manifest.get("created"), "by": None}
+        serves |= {"reason": NEVER_PROMOTED, "forced": False, "pinned": False}
     else:
-        told = latest.model_dump(include={"stage", "by", "reason", "forced", "pinned"})
-        told["since"] = latest.time
-    return {**told, "previous": previous(workspace, known), "problem": problem}
+        serves = latest.model_dump(include={"stage", "by", "reason", "forced", "pinned"})
+        serves["since"] = latest.time
+    return {**serves, "previous": previous(workspace, known), "problem": problem}
 
 
 def _stage(stage: RunStage) -> dict[str, Any]:
-    """One stage of the lineage: what it was trained from, how and when, when its weights were pruned (None:
-    they are there), its metrics on its own test cases (None where it is not tested), and the verdict of its
-    gate (None where it was not judged)."""
+    """One stage of the lineage: parent, strategy, time of training, time of pruning (None: it has its
+    weights), metrics on its own test cases (None: not tested), and the gate's verdict (None: not judged)."""
     from peso.runs.report import strategy_label
 
     manifest, config, verdict = stage.manifest, stage.config, stage.verdict

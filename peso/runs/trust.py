@@ -1,4 +1,4 @@
-"""The strategy of a workspace. Its class is imported only if the user named it in this call."""
+"""The strategy of a workspace. A custom class is imported only if the caller trusts it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def strategy_of(workspace: Workspace) -> Strategy:
-    """A fresh strategy, as configured.
+    """Create the configured strategy.
 
     Raises:
-        ConfigError: a class of somebody's own that nobody has named in this call, or that cannot be made.
+        ConfigError: a custom class that the caller does not trust, or that cannot be created.
     """
     for module in set(workspace.config.strategy.foreign) - workspace.trusted:
         raise ConfigError(
             f"strategy: {workspace.root} names the class {module}, and importing it runs its code. If "
-            f"you trust it, name it: --trust {module} (in Python: trust=[{module!r}])"
+            f"you trust it, allow it with --trust {module} (in Python: trust=[{module!r}])"
         )
     return make_strategy(workspace.config.strategy)

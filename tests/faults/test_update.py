@@ -220,5 +220,5 @@ def test_a_dry_run_reads_the_log(tmp_path: Path, peso: Call) -> None:
         for e in estimate(Workspace(tmp_path / "w", load_config(tmp_path / "c.yaml")))
         if e.step.name == "learn"
     ]
-    assert all(e.minutes > 0 and "optimiser steps" in e.note for e in steps)
+    assert all(e.minutes > 0 and "optimizer steps" in e.note for e in steps)
     assert not (tmp_path / "w").exists()

@@ -130,7 +130,7 @@ def test_answers_that_are_missing_are_made_again(root: Path, file: str) -> None:
 def test_a_stage_copied_over_another_is_noticed(root: Path, tmp_path: Path) -> None:
     shutil.rmtree(root / "stages/2")
     shutil.copytree(root / "stages/1", root / "stages/2")
-    with pytest.raises(WorkspaceError, match=r"stages/2 holds stage 1, not stage 2"):
+    with pytest.raises(WorkspaceError, match=r"stages/2 contains stage 1, not stage 2"):
         Workspace.open(root)
 
 
@@ -146,7 +146,7 @@ def test_a_baselines_stage_copied_over_another_is_noticed(root: Path) -> None:
     shutil.rmtree(root / "baselines/popularity/2")
     shutil.copytree(root / "baselines/popularity/1", root / "baselines/popularity/2")
     workspace = Workspace.open(root)
-    with pytest.raises(WorkspaceError, match=r"popularity/2 holds stage 1 of popularity, not stage 2"):
+    with pytest.raises(WorkspaceError, match=r"popularity/2 contains stage 1 of popularity, not stage 2"):
         baseline_summaries(workspace, found_baselines(workspace))
 
 

@@ -101,7 +101,7 @@ def test_whatever_is_there_is_shown(peso, tmp_path: Path) -> None:
 def test_diagnose_prints_tables_and_warnings(peso, weak) -> None:
     status, out, _ = peso("diagnose", "-w", weak[0].root)
     assert status == 0
-    for words in ("JS first codes", "new in stage 1", "does the anchor hold"):
+    for words in ("JS first codes", "new in stage 1", "effect of the anchor"):
         assert words in out
     assert f"warning: {diagnose(weak[0])['warnings'][-1]}" in out
 
@@ -202,7 +202,7 @@ def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="stage 0 starts from nothing"):
         stage_directions(workspace, 2, stage=0)
     none, _ = trained(tmp_path / "none", "strategy=none", base=workspace.root)
-    with pytest.raises(ConfigError, match="none does not move one adapter"):
+    with pytest.raises(ConfigError, match="none does not train the same adapter"):
         stage_directions(none, 2)
     other, _ = trained(tmp_path / "other", "strategy=single", "seed=7", "data_seed=0")
     with pytest.raises(WorkspaceError, match="another backbone"):
@@ -230,7 +230,7 @@ def test_diagnose_prints_and_draws_directions(peso, weak, tmp_path: Path) -> Non
     assert status == 0
     for words in (
         "strongest directions of stage 1",
-        "which modules carry them",
+        "distribution over modules",
         "ρ/(ρ+λ)",
         "cross-validated",
     ):

@@ -127,7 +127,7 @@ def test_a_hybrid_is_found_by_its_label_or_the_cure_is_named(root: Path, tmp_pat
         Recommender.load(copy, hybrid=LABEL)
     assert Recommender.load(copy, 0, hybrid=LABEL).recommend([], k=2)
     shutil.rmtree(copy / "baselines")
-    with pytest.raises(WorkspaceError, match="has no hybrid; run one: peso baseline hybrid -w"):
+    with pytest.raises(WorkspaceError, match="has no hybrid; run `peso baseline hybrid -w"):
         Recommender.load(copy, hybrid="hybrid")
 
 

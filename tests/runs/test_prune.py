@@ -97,7 +97,7 @@ def test_what_serves_and_what_a_rollback_leads_to_keep_their_weights(workspace: 
     promote(workspace, 1)
     assert pruning(workspace, 1).kept == {0: "the backbone was trained there", 1: "it serves"}
     promote(workspace, 2)
-    assert pruning(workspace, 1).kept[1] == "a rollback leads to it"
+    assert pruning(workspace, 1).kept[1] == "it is the target of a rollback"
     assert pruned(workspace, 1) == []
     rollback(workspace)
     assert Recommender(workspace).stage == 1
