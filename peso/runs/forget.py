@@ -1,9 +1,10 @@
-"""One person taken out of a workspace: `peso forget`.
+"""`peso forget`: erases one user from a workspace.
 
-What can be made again goes first (the index of histories, baselines, the report, checkpoints), then what was
-received, then the rows in predictions, then the stream, in one rename. Interrupted anywhere, the call is
-repeated: it looks for what still holds the person. Tests whose cases changed are measured again from their
-predictions; no model is needed, and stages keep their digests (:mod:`peso.events.erase`).
+Derived data are removed first (report, baselines, checkpoints), then the user's received events, rows in
+predictions, stored samples, and events in the stream (in one rename), and the index of histories. If
+interrupted, the call can be repeated; it erases what is left. Metrics of tests whose cases changed are
+computed again from their predictions; no model is loaded, and stages keep their digests
+(:mod:`peso.events.erase`).
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ from peso.runtime.files import commit_directory, read_sealed, remove_directory, 
 from peso.runtime.manifest import replace_file
 from peso.runtime.progress import Observer
 
-NOTE = ".forget"  # tests to be measured again; without a name
+NOTE = ".forget"  # lists the tests to measure again; does not contain the user
 PARTS: tuple[Part, ...] = ("test", "validation")
 Test = tuple[int, int, Part]  # stage, cases and part
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """Where a person is in a workspace.
+    """Where a user occurs in a workspace.
 
     Attributes:
-        stages: of the stream, in which the person is.
-        rare: whether the stream has the person as too rare for a stage.
-        received: how many received events.
-        tests: whose predictions have the person, as stage, cases and part.
-        trained: stages whose model was trained on events of the person, which it may still reflect.
-        samples: stages that keep training sequences of the person (strategy ``replay``).
-        own_files: files of the user's own that have the person; `peso` does not change them.
+        stages: stages of the stream with events of the user.
+        rare: whether the stream has the user only among those with too few events for a stage.
+        received: number of received events.
+        tests: tests whose predictions have rows of the user, as stage, cases and part.
+        trained: stages whose model was trained on events of the user, which it may still reflect.
+        samples: stages that store training sequences which may be the user's (strategy ``replay``).
+        own_files: source files with events of the user; `peso` does not change them.
     """
 
     stages: list[int] = field(default_factory=list)
@@ -69,10 +70,10 @@ class Holdings:
 
 
 def holdings(workspace: Workspace, user: str) -> Holdings:
-    """Look for a person.
+    """Find where a user occurs.
 
     Raises:
-        WorkspaceError: a damaged file.
+        WorkspaceError: a file is damaged.
     """
     stream = workspace.stream
     stages = stages_with(stream, user)
@@ -90,11 +91,11 @@ def holdings(workspace: Workspace, user: str) -> Holdings:
 
 
 def forget(workspace: Workspace, user: str, observer: Observer) -> Holdings:
-    """Take a person out of the workspace; returns where the person was. The caller holds its lock.
+    """Erase a user from the workspace; returns where the user occurred. The caller holds the lock.
 
     Raises:
-        DataError: nothing in the workspace has the user.
-        WorkspaceError: a damaged file, or a full disk; repeated, the call goes on.
+        DataError: the user does not occur in the workspace.
+        WorkspaceError: a file is damaged, or the disk is full; the call can be repeated.
     """
     held = holdings(workspace, user)
     if not held.anything and not (workspace.root / NOTE).is_file():
@@ -141,19 +142,19 @@ def _named(test: StageTest) -> Test:
 
 @dataclass(frozen=True)
 class _Left:
-    """What is to be made again at the end: tests that were up to date and whose cases change, the report."""
+    """What to compute again at the end: tests that were up to date and whose cases change, and the report."""
 
     tests: list[Test]
     report: bool
 
 
 def _note(workspace: Workspace, held: Holdings) -> _Left:
-    """What is to be made again, on disk before anything is changed."""
+    """Determine what to compute again, and store it before anything is changed."""
     path = workspace.root / NOTE
     earlier = _Left([], False)
-    with suppress(OSError, ValueError, WorkspaceError):  # none, or a damaged one: `peso evaluate` repairs
-        told = json.loads(read_sealed(path))
-        earlier = _Left([(number, cases, part) for number, cases, part in told["tests"]], told["report"])
+    with suppress(OSError, ValueError, WorkspaceError):  # missing or damaged: then `peso evaluate` helps
+        stored = json.loads(read_sealed(path))
+        earlier = _Left([(number, cases, part) for number, cases, part in stored["tests"]], stored["report"])
     tests = list(earlier.tests)
     for test in predicted_tests(workspace):
         changes = _named(test) in held.tests or test.cases in held.stages
@@ -165,7 +166,7 @@ def _note(workspace: Workspace, held: Holdings) -> _Left:
 
 
 def _conclude(workspace: Workspace, left: _Left, observer: Observer) -> None:
-    """Measure tests again and write the report again, then the note goes."""
+    """Measure the tests and write the report again, then remove the note."""
     for number, cases, part in left.tests:
         test = StageTest(workspace.stage(number), cases, part)
         if not test.stage.is_trained or not test.path(PREDICTIONS).is_file():
@@ -183,7 +184,7 @@ def _conclude(workspace: Workspace, left: _Left, observer: Observer) -> None:
         observer.begin("writing the report", 0, "")
         try:
             report([workspace], workspace.report_directory)
-        except WorkspaceError as error:  # of a part that has nothing to do with what was erased
+        except WorkspaceError as error:  # a problem that is not related to the erased user
             observer.note(f"the report was not written again: {error}")
         observer.end()
     (workspace.root / NOTE).unlink()
@@ -196,7 +197,7 @@ def _received(workspace: Workspace, user: str) -> int:
         return len(received.of_user(user))
 
 
-# -- samples that a strategy keeps -------------------------------------------------------------------
+# -- samples stored by a strategy --------------------------------------------------------------------
 
 
 def _keeps_samples(stage: RunStage) -> bool:
@@ -208,7 +209,7 @@ def _keeps_samples(stage: RunStage) -> bool:
 
 
 def _erase_samples(workspace: Workspace, user: str, held: Holdings) -> None:
-    """Take the person's sequences out of what ``replay`` keeps for the next stage."""
+    """Remove the user's sequences from the samples of ``replay``."""
     if not held.samples:
         return
     from safetensors.torch import save_file
@@ -240,16 +241,16 @@ def _erase_samples(workspace: Workspace, user: str, held: Holdings) -> None:
                 save_file({**memory, **as_tensors(left, seen)}, aside)
 
 
-# -- files that are not the workspace's ---------------------------------------------------------------
+# -- source files, outside the workspace --------------------------------------------------------------
 
 
 def own_files_with(workspace: Workspace, user: str) -> list[str]:
-    """The configured log, the appended ones and the table of users, as far as they are there and have the
-    person; one that cannot be read is named as well."""
+    """Those of the configured log, the appended logs and the user table that exist and contain the user, or
+    cannot be read."""
     stream, found = workspace.stream, []
     logs = [workspace.config.data]
     for brought in stream.manifest.get("appended", []):
-        with suppress(ValueError):  # received events, or written by an earlier version
+        with suppress(ValueError):  # received events, or an entry of an earlier version
             logs.append(DataConfig.model_validate(brought["source"]))
     for data in logs:
         if data.format in STREAMS or data.path is None or not Path(data.path).exists():
@@ -268,7 +269,7 @@ def own_files_with(workspace: Workspace, user: str) -> list[str]:
 
 
 def _log_has(data: DataConfig, user: str) -> bool:
-    """Whether a log has the person; True also where it cannot be read, so that somebody looks."""
+    """Whether a log contains the user; True also if it cannot be read, so that it is reported."""
     try:
         with TemporaryDirectory() as aside, temporary_database(Path(aside)) as connection:
             log = open_source(data).log

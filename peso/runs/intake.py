@@ -1,13 +1,13 @@
-"""Received events become a stage of the stream: `peso update --from-events`.
+"""`peso update --from-events`: turns received events into a stage of the stream (a cut).
 
-One rename decides: that of the new stream into its place. Its manifest names the cut; the events carry that
-name already. Killed before, the cut has not taken place, and the next one takes the same events; killed
-after, it has. No event is taken twice or lost.
+The cut is atomic: it takes effect with the rename of the new stream into its place. The events are marked
+with the name of the cut before, and the manifest of the new stream contains that name, so that no event is
+used twice or lost if the process is killed.
 
-What cannot go into a stage yet waits and counts for a later cut: events of items that the product table does
-not have, and of users and items that are rarer than ``data.min_user`` and ``data.min_item``. A late event,
-older than the stream's last one, counts as of that moment: in the user's history it comes after what the
-stream has, and only if the user never had the item, as in :mod:`peso.runs.user_histories`.
+Events that cannot be in a stage yet wait for a later cut: those of items that are not in the product table,
+and of users and items below ``data.min_user`` and ``data.min_item``. A late event, older than the stream's
+last one, gets the time of that event: in the user's history it follows the events of the stream, and only if
+the user never had the item, as in :mod:`peso.runs.user_histories`.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from peso.runs.workspace import Workspace
 from peso.runtime.manifest import intact
 from peso.runtime.progress import Observer
 
-WORK = ".received.writing"  # in the workspace, while a cut is made
+WORK = ".received.writing"  # temporary directory in the workspace
 _SCHEMA = pa.schema([*columns.EVENTS, ("number", pa.int64())])
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What became of the received events.
+    """The result of a cut.
 
     Attributes:
         stage: the new stage; None: there is none, for the reason ``why``.
-        events, users, new_items: of the new stage.
-        waiting: received events that are in no stage yet.
-        unknown_items: as many of their items are not in the product table.
-        example: one of them.
+        events, users, new_items: counts of the new stage.
+        waiting: number of received events that are in no stage yet.
+        unknown_items: number of their items that are not in the product table.
+        example: one of these items.
     """
 
     stage: int | None = None
@@ -67,8 +67,8 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """Received events in a file, in order of time, as a log: of the items that may come into the stream."""
+class _Selected:
+    """A log of the received events whose items are known, in order of time."""
 
     log: Path
     events: int
@@ -77,10 +77,9 @@ class _Sent:
 
 
 def cut_received(workspace: Workspace, observer: Observer, items: str | None = None) -> Cut:
-    """Append what was received since the last cut as one stage. The caller holds the workspace's lock.
+    """Append the events received since the last cut as one stage. The caller holds the workspace's lock.
 
-    An update that is not finished is to be finished first: then nothing is cut. Neither is where nobody has
-    the three events that a stage needs; the events wait.
+    Nothing is appended while an update is unfinished, or if no user has the three events that a stage needs.
 
     Args:
         items: the product table to read instead of the configured one.
@@ -91,7 +90,7 @@ def cut_received(workspace: Workspace, observer: Observer, items: str | None = N
     """
     number, _ = pipeline.unfinished(workspace)
     if number is not None:
-        return Cut(why=f"stage {number} is not finished yet; what was received waits for the next update")
+        return Cut(why=f"stage {number} is not finished yet; received events wait for the next update")
     if not workspace.events_file.exists():
         return Cut(why="no event was received yet")
     work = workspace.root / WORK
@@ -111,15 +110,15 @@ def _cut(
     stream, data = workspace.stream, workspace.config.data
     written = _write(received, cuts_of(stream, received.id), work / "received.parquet")
     if not written:
-        return Cut(why="nothing was received since the last stage")
+        return Cut(why="no event was received since the last stage")
     table = _product_table(data, items, observer)
-    sent = _select(workspace, work, table)
-    waits = Cut(waiting=written, unknown_items=sent.unknown_items, example=sent.example)
-    if not sent.events:
-        return replace(waits, why="no received event is of an item that the stream or the product table has")
+    selected = _select(workspace, work, table)
+    waits = Cut(waiting=written, unknown_items=selected.unknown_items, example=selected.example)
+    if not selected.events:
+        return replace(waits, why="no received event has an item that is in the stream or the product table")
     log = DataConfig(
         format="parquet",
-        path=str(sent.log),
+        path=str(selected.log),
         repeats=data.repeats,
         min_user=data.min_user,
         min_item=data.min_item,
@@ -137,20 +136,20 @@ def _cut(
             source=Source(open_source(log).log, table),
             told={"source": {"format": "received"}, RECEIVED: {"log": received.id, "cut": cut}},
         )
-        numbers = _taken(Stream.open(directory), sent.log, work)
+        numbers = _taken(Stream.open(directory), selected.log, work)
         taken = len(numbers)
         received.mark(numbers, cut)
         return manifest
 
-    observer.note(f"append: {sent.events:,} received events")
+    observer.note(f"append: {selected.events:,} received events")
     try:
         manifest = preparation.extend(workspace, observer, fill)
     except NothingNew:
-        return replace(waits, why="the stream has every event that was received", waiting=0)
+        return replace(waits, why="the stream already has every received event", waiting=0)
     except (NothingLeft, UntrainableStage):
         return replace(
             waits,
-            why="nobody has the three events yet that a stage needs, or the data.min_user of a new user",
+            why="no user has the three events that a stage needs, or a new user the data.min_user, yet",
         )
     brought = manifest["appended"][-1]
     return replace(
@@ -164,7 +163,7 @@ def _cut(
 
 
 def _write(received: ReceivedEvents, cuts: list[str], file: Path) -> int:
-    """The events that wait, in order of receipt; returns how many."""
+    """Write the waiting events in order of receipt; returns their number."""
     count = 0
     with pq.ParquetWriter(file, _SCHEMA) as writer:
         for events in received.waiting(cuts):
@@ -191,17 +190,17 @@ def _product_table(data: DataConfig, items: str | None, observer: Observer) -> I
     try:
         return open_source(data).items
     except DataError as error:
-        observer.note(f"note: no product table, so that events of new items wait: {error}")
+        observer.note(f"note: events of new items wait, because there is no product table: {error}")
         return None
 
 
-def _select(workspace: Workspace, work: Path, table: ItemTable | None) -> _Sent:
-    """The events of items that the stream, or else the product table, knows, as a log in order of time.
+def _select(workspace: Workspace, work: Path, table: ItemTable | None) -> _Selected:
+    """Write the events of items in the stream or the product table as a log, in order of time.
 
-    A stream without any title, text or category takes new items without a row, as any append does.
+    As in any append, a stream without titles, texts and categories accepts all items.
     """
     stream, config = workspace.stream, workspace.config
-    last = int(stream.manifest.get("time", {}).get("last", 0))  # without: the append is refused
+    last = int(stream.manifest.get("time", {}).get("last", 0))  # if missing, the append is refused later
     known = literal(str(intact(stream.directory, ITEMS_FILE, stream.manifest)))
     log = work / "log.parquet"
     with temporary_database(work) as connection:
@@ -219,7 +218,7 @@ def _select(workspace: Workspace, work: Path, table: ItemTable | None) -> _Sent:
                 FROM received WHERE NOT ({_UNKNOWN}) ORDER BY received."time", number
             ) TO {literal(str(log))} (FORMAT parquet)""")
         events = scalar(connection, f"SELECT count(*) FROM received WHERE NOT ({_UNKNOWN})")
-    return _Sent(log, events, missing, first or "")
+    return _Selected(log, events, missing, first or "")
 
 
 _UNKNOWN = "item NOT IN (SELECT item_id FROM known)"
@@ -232,7 +231,7 @@ def _add_products(
     index: str | None,
     skip: bool,
 ) -> None:
-    """Add to ``known`` the items that may come into the stream."""
+    """Add to the table ``known`` the items that may be appended to the stream."""
     described = any(
         stream.items[name].null_count < len(stream.items)
         for name in (columns.TITLE, columns.TEXT, columns.CATEGORY)
@@ -249,8 +248,8 @@ def _add_products(
 
 
 def _taken(stream: Stream, log: Path, work: Path) -> list[int]:
-    """Numbers of the events whose user and item are in the stream now: those that are a repeat too, which the
-    stream keeps once. The others were too rare."""
+    """Numbers of the events whose user and item are in the stream now, including repeats that the stream has
+    once. The other events were too rare."""
     files = ", ".join(literal(str(stream.directory / stage_file(n))) for n in range(stream.stages))
     items = literal(str(stream.directory / ITEMS_FILE))
     with temporary_database(work) as connection:

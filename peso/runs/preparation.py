@@ -21,7 +21,7 @@ from peso.events.stream import Stream
 from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
 from peso.runs.checks import check_configuration
 from peso.runs.place import require_place
-from peso.runs.report import read_user_table, tell_found
+from peso.runs.report import read_user_table, report_users_found
 from peso.runs.retired import retired
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
@@ -57,7 +57,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
             remove_directory(workspace.semantic_ids_directory)  # before the new stream replaces theirs
             observer.note("the data changed: the semantic IDs were removed and have to be made again")
-    tell_found(user_table, workspace.stream, observer)
+    report_users_found(user_table, workspace.stream, observer)
     return manifest
 
 
@@ -115,7 +115,7 @@ def extend(
                     raise type(error)(
                         f"nothing was appended, because the new items cannot get semantic IDs: {error}"
                     ) from None
-    tell_found(user_table, workspace.stream, observer)
+    report_users_found(user_table, workspace.stream, observer)
     return manifest
 
 

@@ -1,5 +1,5 @@
-"""Recommendations for everybody, into one file: users from disk, some hundreds at a time, kept until all are
-answered, so that a call that was killed goes on where it was."""
+"""Recommendations for all users in one file. Users are read from disk in batches; finished batches are stored
+until the file is complete, so that an interrupted call can be continued."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ ENDINGS = (".parquet", ".csv", ".jsonl")
 SCHEMA = pa.schema(
     [("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
 )
-AT_ONCE = 512  # users that are held in memory together, and lost by a kill
-NOTE = "call"  # in the folder of parts: what they answer
+AT_ONCE = 512  # users per batch
+NOTE = "call"  # file in the folder of batches that identifies the call
 
 Rows = list[dict[str, Any]]
 
 
 class Answering(Protocol):
-    """What is needed of a :class:`peso.runs.recommender.Recommender`."""
+    """The part of :class:`peso.runs.recommender.Recommender` that is used here."""
 
     workspace: Workspace
     stage: int
@@ -70,9 +70,9 @@ class Answering(Protocol):
 
 
 def require_output(file: Path, force: bool = False) -> None:
-    """Raise ExportError if recommendations for everybody cannot be written to a file."""
+    """Raise ExportError if recommendations for all users cannot be written to a file."""
     if file.suffix.lower() not in ENDINGS:
-        raise ExportError(f"{file}: name a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+        raise ExportError(f"{file}: the file name must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     require_place(file)
     require_new(file, force)
 
@@ -82,7 +82,7 @@ class Everybody:
     """A call of :meth:`Recommender.recommend_all`.
 
     Attributes:
-        part: i and n; (1, 1): everybody.
+        part: i and n; (1, 1): all users.
     """
 
     recommender: Answering
@@ -91,7 +91,8 @@ class Everybody:
     part: tuple[int, int]
 
     def write(self, file: Path, observer: Observer) -> int:
-        """Answer whom an earlier call has not answered, and write the file; returns how many users it has."""
+        """Compute the batches that an interrupted call has not finished, and write the file. Returns the
+        number of users in it."""
         number, parts = self.part
         if not 1 <= number <= parts:
             raise DataError(f"part {number}/{parts} does not exist; parts are 1/{parts} to {parts}/{parts}")
@@ -101,7 +102,7 @@ class Everybody:
             finished = False
             try:
                 done, until = self._begun(folder, observer)
-                self._answer(folder, done, until, observer)
+                self._compute(folder, done, until, observer)
                 users = self._collect(folder, file, observer)
                 finished = True
             finally:
@@ -110,16 +111,17 @@ class Everybody:
         return users
 
     def _begun(self, folder: Path, observer: Observer) -> tuple[int, int]:
-        """How many parts an earlier call like this one has left, and the last received event that counts."""
+        """The number of batches that an interrupted call with the same arguments has finished, and the last
+        received event to use."""
         determined = self._determined_by
         with suppress(OSError, ValueError, KeyError, WorkspaceError):
-            told = json.loads(read_sealed(folder / NOTE))
-            if told["determined_by"] == determined:
+            earlier = json.loads(read_sealed(folder / NOTE))
+            if earlier["determined_by"] == determined:
                 done = next(n for n in count() if not (folder / _name(n)).is_file())
                 observer.note(
-                    f"goes on after {done * AT_ONCE:,} users, whom a call that was stopped has answered"
+                    f"continues after {done * AT_ONCE:,} users that an interrupted call has finished"
                 )
-                return done, int(told["until"])
+                return done, int(earlier["until"])
         for left in folder.glob("*.parquet"):
             left.unlink()
         events = self.recommender.histories.received
@@ -130,7 +132,7 @@ class Everybody:
 
     @property
     def _determined_by(self) -> str:
-        """Digest of what the answers depend on, received events apart."""
+        """Digest of everything that determines the recommendations, except received events."""
         recommender = self.recommender
         histories, ids = recommender.histories, recommender.semantic_ids
         events = histories.received
@@ -142,7 +144,7 @@ class Everybody:
             [self.k, self.exclude_seen, list(self.part), AT_ONCE, sorted(recommender.retired)],
         )
 
-    def _answer(self, folder: Path, done: int, until: int, observer: Observer) -> None:
+    def _compute(self, folder: Path, done: int, until: int, observer: Observer) -> None:
         recommender = self.recommender
         histories = UserHistories(
             recommender.workspace, through=None if recommender.live else recommender.stage, until=until
@@ -159,7 +161,7 @@ class Everybody:
         observer.end()
 
     def _users(self, histories: UserHistories) -> Iterator[list[tuple[str, list[str]]]]:
-        """The users of the part with their items, as many as are answered at once."""
+        """Batches of the part's users with their items."""
         number, parts = self.part
         waiting: list[tuple[str, list[str]]] = []
         for users in histories.parts(AT_ONCE):
@@ -195,7 +197,7 @@ class Everybody:
         return self.recommender.popular(self.k)
 
     def _collect(self, folder: Path, file: Path, observer: Observer) -> int:
-        """Make one file of the parts; returns how many users it has."""
+        """Combine the batches into one file; returns the number of users in it."""
         users = unknown = few = 0
         fewest = ("", self.k)
         with write_aside(file) as aside, _rows_into(aside, file.suffix.lower()) as write:
@@ -211,7 +213,7 @@ class Everybody:
                 )
         if few:
             observer.note(
-                f"{few:,} of {users:,} users got fewer than {self.k} items, since they have had all others "
+                f"{few:,} of {users:,} users got fewer than {self.k} items, because they had all others "
                 "that are not retired; "
                 f"user {fewest[0]!r} got the fewest: {fewest[1]}"
             )
@@ -229,7 +231,7 @@ def _name(place: int) -> str:
 
 @contextmanager
 def _rows_into(file: Path, ending: str) -> Iterator[Callable[[Rows], None]]:
-    """What writes the users' rows into a new file, in the format of an ending."""
+    """A function that appends rows to a new file, in the format given by the ending."""
     if ending == ".parquet":
         with pq.ParquetWriter(file, SCHEMA) as writer:
             yield lambda rows: writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))

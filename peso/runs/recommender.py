@@ -1,4 +1,4 @@
-"""A trained stage, ready to answer."""
+"""Recommendations from a trained stage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.hybrids import HybridAnswers
-from peso.runs.retired import RetiredItems
 from peso.runs.place import require_place
+from peso.runs.retired import RetiredItems
 from peso.runs.served import serving_stage
 from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace
@@ -26,21 +26,20 @@ if TYPE_CHECKING:
 
 
 class Recommender:
-    """Answers from one stage of one workspace. The model is loaded when it is first needed.
+    """Recommendations from one stage of a workspace. The model is loaded on first use.
 
     Args:
-        stage: whose model answers. Default: the stage that serves (``peso promote``; the newest trained one
-            where none was promoted).
-        device: as configured by default.
-        live: whether a user's history is that of now: of all stages of the stream, and of the events that
-            were received since; else it is as it was after the stage. By default, live unless a stage is
-            named.
-        hybrid: answers come from this hybrid of the stage's model and baselines, which ``peso baseline`` has
-            run: its label, or ``hybrid`` if there is only one.
+        stage: the stage whose model is used. Default: the serving stage (``peso promote``), or the newest
+            trained one if none was promoted.
+        device: default: as configured.
+        live: use current histories: all stages of the stream and the events received since. Otherwise,
+            histories as they were after the stage. Default: True unless ``stage`` is given.
+        hybrid: use this hybrid of the stage's model and baselines, which ``peso baseline`` has run: its
+            label, or ``hybrid`` if there is only one.
 
     Raises:
-        WorkspaceError: the stage is not trained, the record of what serves is damaged, or the hybrid was not
-            run for the stage.
+        WorkspaceError: the stage is not trained, ``served.json`` is damaged, or the hybrid was not run for
+            the stage.
         ConfigError: there is no such hybrid.
     """
 
@@ -63,10 +62,10 @@ class Recommender:
 
     @cached_property
     def model(self) -> GenerativeModel:
-        """The model as it stood after the stage, in evaluation mode.
+        """The model after the stage, in evaluation mode.
 
         Raises:
-            BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
+            BackboneError: the backbone cannot be loaded, or is not the one used in training.
         """
         return self.workspace.stage(self.stage).model(self.device)
 
@@ -79,21 +78,21 @@ class Recommender:
         trust: Iterable[str] = (),
         hybrid: str | None = None,
     ) -> Recommender:
-        """Load a trained stage. Default: the one that serves, or the newest where none was promoted.
+        """Open a workspace and load the model.
 
         Args:
+            stage, device, hybrid: see :class:`Recommender`.
             trust: classes of custom strategies that may be imported, see :meth:`Workspace.open`.
-            hybrid: answers come from this hybrid, see :class:`Recommender`.
 
         Raises:
-            WorkspaceError: no workspace, the stage is not trained, or the hybrid was not run for it.
-            BackboneError: the backbone cannot be loaded, or is not the one that was trained on.
+            WorkspaceError: there is no workspace, the stage is not trained, or the hybrid was not run for it.
+            BackboneError: the backbone cannot be loaded, or is not the one used in training.
         """
         recommender = cls(Workspace.open(workspace, trust), stage, device, hybrid=hybrid)
         _ = recommender.model if recommender.hybrid is None else recommender.hybrid.models
         return recommender
 
-    # -- answers ---------------------------------------------------------------------------------
+    # -- recommendations -------------------------------------------------------------------------
 
     def recommend(
         self,
@@ -103,16 +102,16 @@ class Recommender:
         k: int = 10,
         exclude_seen: bool | None = None,
     ) -> list[tuple[str, float]]:
-        """The k items most likely to come next, best first, with their log-probabilities; fewer where
-        ``exclude_seen`` leaves no more.
+        """The k most likely next items with their log-probabilities, best first; fewer if ``exclude_seen``
+        leaves fewer.
 
         Args:
             history: item ids, oldest first; or
-            user: whose stored history is taken.
+            user: a user id, whose stored history is used.
             exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`.
 
         Raises:
-            DataError: unknown items or user (told which), or k larger than the catalogue.
+            DataError: unknown items or user, or k larger than the catalog.
         """
         if (history is None) == (user is None):
             raise DataError("give either a history or a user")
@@ -129,29 +128,29 @@ class Recommender:
         part: tuple[int, int] | None = None,
         observer: Observer | None = None,
     ) -> int:
-        """Write user, items and scores for every user of the log into a file; with :attr:`live` off, of the
-        log up to the stage.
+        """Write recommendations for every user of the log (without :attr:`live`, of the log up to the stage).
 
-        Its ending decides: ``.parquet`` and ``.jsonl`` have a row a user (``user``, ``items``, ``scores``),
-        ``.csv`` a row an item (``user``, ``rank``, ``item``, ``score``). A user of whom no item is known that
-        the model can read gets :meth:`popular`, without scores.
+        The ending of the file determines its format: ``.parquet`` and ``.jsonl`` have one row per user
+        (``user``, ``items``, ``scores``), ``.csv`` one row per item (``user``, ``rank``, ``item``,
+        ``score``). A user without any item that has a semantic ID gets :meth:`popular`, without scores.
 
-        Users are read from disk and answered some hundreds at a time. What is answered is kept beside the
-        file, in ``.FILE.parts``, until the file is there: killed at any moment and called again with the same
-        arguments, it goes on where it was, with the same result. The file appears whole or not at all.
+        Finished batches of users are stored in ``.FILE.parts`` beside the file until it is complete. If
+        interrupted and called again with the same arguments, it continues with the same result. The file is
+        written atomically.
 
         Args:
-            exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`. A user to
-                whom that leaves fewer than ``k`` items gets those; the observer is told.
-            force: overwrite the file if it is there.
-            part: i and n: the i-th of n parts of the users (i from 1 on), told apart by a checksum of their
-                names, which together have every user once. None: all.
+            exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`. Users with
+                fewer than ``k`` items left get fewer, which is reported to the observer.
+            force: overwrite an existing file.
+            part: i and n: only the i-th of n parts (counted from 1) into which users are divided by a
+                checksum of their names. None: all users.
 
-        Returns how many users were written.
+        Returns:
+            The number of users written.
 
         Raises:
-            ExportError: another ending, a file that is there already, or one that belongs to a workspace.
-            DataError: ``k`` larger than the catalogue, or there is no such part.
+            ExportError: an unknown ending, the file exists, or it is inside a workspace.
+            DataError: ``k`` is larger than the catalog, or there is no such part.
             WorkspaceError: another call is writing the same file.
         """
         from peso.runs.recommend_all import Everybody, require_output
@@ -161,35 +160,35 @@ class Recommender:
         return Everybody(self, k, left_out, part or (1, 1)).write(Path(file), observer or Silent())
 
     def popular(self, k: int) -> list[str]:
-        """The k items with the most events in the newest stage, best first, without retired ones: for users
-        of whom nothing is known. Raises DataError if the catalogue has fewer."""
+        """The k items with the most events in the newest stage, most events first, without retired ones: a
+        fallback for users without a history. Raises DataError if the catalog has fewer."""
         self.require_length(k)
         retired = self.retired
         return [item for item in self._by_popularity if item not in retired][:k]
 
     @property
     def retired(self) -> frozenset[str]:
-        """The items that no answer has any more (`peso items retire`), as recorded now."""
+        """The items that are never recommended, as recorded now (`peso items retire`)."""
         return self._retired.current()
 
-    # -- what is known of users and items ----------------------------------------------------------
+    # -- users and items -------------------------------------------------------------------------
 
     @cached_property
     def leaves_out_seen(self) -> bool:
-        """Whether items of the history are left out unless a call says otherwise, as in the tests of the
-        stage: ``decoding.repeats``, under ``auto`` if no user of the stages so far had an item twice."""
+        """Whether items of the history are left out by default, as in the tests of the stage:
+        ``decoding.repeats``; ``auto``: if no user had an item twice in the stages so far."""
         return self.workspace.stage(self.stage).leaves_out_seen
 
     @property
     def determined_by(self) -> str:
-        """Digest of what determines the answers to a history."""
+        """Digest of everything that determines the recommendations for a history."""
         own = self.workspace.stage(self.stage).determined_by
         return own if self.hybrid is None else digest(own, self.hybrid.determined_by)
 
     @cached_property
     def histories(self) -> UserHistories:
-        """What each user did, looked up on disk: all of it, of which the model reads the last `window` items
-        and ``exclude_seen`` leaves out every one."""
+        """The complete histories of the users, read from disk on demand. The model reads the last `window`
+        items; ``exclude_seen`` leaves out all of them."""
         return UserHistories(self.workspace, through=None if self.live else self.stage)
 
     def history(self, user: str) -> list[str]:
@@ -207,18 +206,18 @@ class Recommender:
         return known.items
 
     def export(self, directory: str | Path, format: Literal["merged", "peft", "index"] = "merged") -> Path:
-        """Write the stage's model, or the semantic IDs, for other tools: as `peso export` does.
+        """Write the stage's model, or the semantic IDs, for other tools, as `peso export` does.
 
         Args:
-            directory: a new one; with ``index`` a new file.
-            format: ``merged``: one plain Transformers model; ``peft``: backbone and adapter; ``index``: the
-                semantic IDs of all items as an index.json, as research code reads them.
+            directory: path of a new directory; with ``index``, of a new file.
+            format: ``merged``: a plain Transformers model; ``peft``: backbone and adapter; ``index``: the
+                semantic IDs of all items as index.json, the format of released research code.
 
         Returns:
-            Where it is written.
+            The path.
 
         Raises:
-            ExportError: the place is taken, or the model has no such form.
+            ExportError: the path exists or is inside a workspace, or the model cannot be exported so.
         """
         place = Path(directory)
         require_place(place)
@@ -236,18 +235,18 @@ class Recommender:
         return place
 
     def title(self, item: str) -> str | None:
-        """The item's title, where the log's item table has one."""
+        """The item's title, or None if the item table has none."""
         return self._titles[self.semantic_ids.row(item)]
 
     def semantic_id(self, item: str) -> list[str]:
-        """The item's semantic-ID tokens, e.g. ``["<a_128>", "<b_72>", "<c_95>", "<d_83>"]``."""
+        """The item's semantic-ID tokens, for example ``["<a_128>", "<b_72>", "<c_95>", "<d_83>"]``."""
         return self.semantic_ids.semantic_id(item)
 
     def prompt_ids(self, history: Sequence[str]) -> list[int]:
-        """Token ids of the prompt, as the exported merged model reads them.
+        """Token ids of the prompt for a history, valid for the exported merged model too.
 
         Raises:
-            DataError: the history holds unknown items (told which).
+            DataError: the history contains unknown items.
         """
         rows = self.semantic_ids.rows(list(history))[-self.workspace.config.prompt.window :]
         ids: list[int] = self.model.layout.prompt(self.model.item_token_ids(rows)).tolist()
@@ -261,8 +260,12 @@ class Recommender:
         exclude_seen: bool | None,
         users: Sequence[str | None] | None = None,
     ) -> list[list[tuple[str, float]]]:
-        """The k best items of each history, without retired ones; what cannot be answered is refused before
-        the model is loaded. ``users``: whose they are, for a hybrid with a partner that knows users."""
+        """The k best items of each history without retired ones, see :meth:`recommend`. Arguments are checked
+        before the model is loaded.
+
+        Args:
+            users: ids of the users, for hybrids with user embeddings.
+        """
         if exclude_seen is None:
             exclude_seen = self.leaves_out_seen
         rows = [self.semantic_ids.rows(history) for history in histories]
@@ -284,9 +287,9 @@ class Recommender:
             )
 
     def require_length(self, k: int) -> None:
-        """Raise DataError if the catalogue has fewer than k items."""
+        """Raise DataError if the catalog has fewer than k items."""
         if k > (items := len(self.semantic_ids.item_ids)):
-            raise DataError(f"k = {k} is more than the {items} items of the catalogue; ask for fewer")
+            raise DataError(f"k = {k} is more than the {items} items of the catalog; ask for fewer")
 
     @cached_property
     def semantic_ids(self) -> SemanticIds:
@@ -304,7 +307,7 @@ class Recommender:
         stream, ids = self.workspace.stream, self.semantic_ids.item_ids
         newest = stream.stages - 1 if self.live else min(self.stage, stream.stages - 1)
         counts = np.stack([stream.item_counts(number) for number in range(newest + 1)])[:, : len(ids)]
-        order = np.lexsort((-counts.sum(axis=0), -counts[-1]))  # the newest stage first, then all of them
+        order = np.lexsort((-counts.sum(axis=0), -counts[-1]))  # by the newest stage, then by all stages
         return [ids[row] for row in order]
 
     @cached_property

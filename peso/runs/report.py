@@ -1,4 +1,4 @@
-"""Workspaces as runs of a report, and their results as tables."""
+"""Summaries of workspaces for a report, and their results as tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ INDEX = ("items", "distinct_ids", "tokens_in_use", "quality", "fitness")  # of t
 
 
 def report(workspaces: Sequence[Workspace], directory: Path) -> None:
-    """Write the report of one or several runs, popularity beside them, whole or not at all.
+    """Write the report of one or several runs, with their baselines, atomically.
 
     Raises:
         WorkspaceError: a workspace has no tested stage.
@@ -55,7 +55,7 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
 
 
 def results(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]], list[str]]:
-    """The averages as columns and rows, one row a run, and what they say in sentences."""
+    """The average metrics as a table (columns, and one row per run), and findings in sentences."""
     from peso.evaluation.comparison import Comparison
     from peso.evaluation.report.findings import findings
 
@@ -64,9 +64,9 @@ def results(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]
 
 
 def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
-    """Each workspace as a run, then popularity and the baselines that were run in the first one, on the
-    stages that some run was tested on. Default baselines are shown as kept up to date, not static. A
-    baseline that lacks a stage counts as unfinished."""
+    """The summary of each workspace, then of popularity and the baselines of the first workspace, on the
+    stages that were tested. Static variants of default baselines are left out. A baseline without all stages
+    counts as unfinished."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
     static = {f"{baseline_label(config)} (static)" for config in default_baselines()}
     beside = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
@@ -83,7 +83,7 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
 
 
 def summarise(workspace: Workspace, name: str) -> RunSummary:
-    """All tested stages of a workspace.
+    """The summary of all tested stages of a workspace.
 
     Raises:
         WorkspaceError: no stage is tested, or a file that the report needs is missing or damaged.
@@ -93,9 +93,11 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
         stage.require_answers()
     tested = [stage for stage in stages if stage.is_tested]
     if not tested:
-        raise WorkspaceError(f"{workspace.root} has no tested stage yet; `peso evaluate -w {workspace.root}`")
+        raise WorkspaceError(
+            f"{workspace.root} has no tested stage yet; run `peso evaluate -w {workspace.root}`"
+        )
     ids = workspace.semantic_ids_manifest
-    # what later stages were trained with, which may change from one to the next
+    # the configuration of later stages may change from one to the next
     updates = [stage.config for stage in tested if stage.number] or [workspace.config]
     return RunSummary(
         name=name,
@@ -119,14 +121,13 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
 
 
 def catalogue(workspace: Workspace) -> Catalogue:
-    """Of a workspace's stream and semantic IDs: what figures of lists and of popularity need."""
+    """The catalog of a workspace, for metrics that depend on items and users."""
     users = workspace.config.report.users
     return Catalogue.of(workspace.stream, workspace.semantic_ids, read_user_table(users) if users else None)
 
 
 def popularity(workspace: Workspace) -> RunSummary:
-    """The most popular items so far, for everybody, kept up to date at every stage of the stream whose items
-    have IDs."""
+    """The summary of the popularity baseline, updated at every stage whose items have semantic IDs."""
     counted = read_baseline({"name": "popularity", "repeats": workspace.config.decoding.repeats})
     run = BaselineRun(workspace, counted)
     answers = {stage: run.computed(stage) for stage in run.stages}
@@ -134,7 +135,7 @@ def popularity(workspace: Workspace) -> RunSummary:
 
 
 def strategy_label(config: Config) -> str:
-    """``peso (strength 2)``: the strategy's name and what its name alone does not mean."""
+    """The strategy's name and its options other than defaults, for example ``peso (strength 2)``."""
     usual = config.strategy.usual()
     options = {k: v for k, v in config.strategy.model_dump().items() if k not in usual or usual[k] != v}
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
@@ -142,13 +143,13 @@ def strategy_label(config: Config) -> str:
 
 
 def names(workspaces: Sequence[Workspace]) -> list[str]:
-    """The directories' own names; where they are not distinct, their paths."""
+    """The names of the workspaces' directories, or their paths if the names are not distinct."""
     short = [workspace.root.resolve().name for workspace in workspaces]
     return short if len(set(short)) == len(short) else [str(workspace.root) for workspace in workspaces]
 
 
 def run_table(runs: Sequence[RunSummary], ks: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
-    """The main metrics averaged over the tested stages 1 … T (stage 0 where there is no other), one row a
+    """The main metrics averaged over the tested stages 1 … T (or stage 0 if there is no other), one row per
     run."""
     metrics = headline_metrics(ks)
     rows: list[list[Any]] = []
@@ -165,8 +166,8 @@ def run_table(runs: Sequence[RunSummary], ks: Sequence[int]) -> tuple[list[str],
 
 
 def before_and_after(workspace: Workspace) -> tuple[str, list[str], list[list[Any]]]:
-    """What the newest stage changed: title, columns and rows of a table of the models before and after it on
-    the same test cases."""
+    """The effect of the newest stage: title, columns and rows of a table that compares the models before and
+    after it on the same test cases."""
     from peso.evaluation.comparison import Comparison
 
     comparison = Comparison([summarise(workspace, "w")], workspace.config.evaluation.k)
@@ -192,7 +193,7 @@ def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def stage_cost(stage: RunStage) -> StageCost:
-    """What training a stage took, and what it keeps on disk (None where weights have been removed)."""
+    """Time and memory of a stage's training, and its size on disk (None if its weights were removed)."""
     training, manifest = stage.training, stage.manifest
     answers = (LOG, METRICS, PREDICTIONS)
     served = [stage.directory / name for name in manifest["files"] if not name.endswith(answers)]
@@ -238,13 +239,13 @@ USER = "user_id"
 
 
 def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
-    """By column, the value of each user that has one.
+    """The values of the user table: column name → user → value.
 
     Args:
         path: CSV or TSV with a header, Parquet or JSON lines, with a column ``user_id``.
 
     Raises:
-        DataError: no such file, unreadable, no column ``user_id``, or a user with two rows.
+        DataError: the file is missing or unreadable, has no column ``user_id``, or two rows for a user.
     """
     path = Path(path)
     try:
@@ -264,9 +265,11 @@ def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
     seen: set[str] = set()
     for number, (user, *row) in enumerate(rows, 1):
         if user is None:
-            raise DataError(f"report.users: {path}: row {number} (without a header) names no user; remove it")
+            raise DataError(
+                f"report.users: {path}: row {number} (not counting the header) has no user; remove it"
+            )
         if user in seen:
-            raise DataError(f"report.users: {path} has two rows of user {user!r}; keep one")
+            raise DataError(f"report.users: {path} has two rows for user {user!r}; keep one")
         seen.add(user)
         for name, value in zip(others, row, strict=True):
             if value is not None:
@@ -274,16 +277,20 @@ def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
     return values
 
 
-def tell_found(told: Mapping[str, Mapping[str, str]], stream: Stream, observer: Observer) -> None:
-    """Say how many users of the stream the user table knows (:func:`read_user_table`)."""
-    if not told:
+def report_users_found(table: Mapping[str, Mapping[str, str]], stream: Stream, observer: Observer) -> None:
+    """Report how many users of the stream are in the user table, and ids that are only spelled differently.
+
+    Args:
+        table: the result of :func:`read_user_table`.
+    """
+    if not table:
         return
-    known = {user for column in told.values() for user in column}
+    known = {user for column in table.values() for user in column}
     users = {user for number in range(stream.stages) for user in stream.stage(number).users}
     found = len(users & known)
     observer.note(
-        f"{found:,} of {len(users):,} users of the log have a row in report.users, which has {len(known):,}"
-        + (f" (the log has {min(users)!r}, the table {min(known)!r})" if known and not found else "")
+        f"{found:,} of {len(users):,} users of the log have a row in report.users, which has {len(known):,} "
+        "users" + (f" (the log has {min(users)!r}, the table {min(known)!r})" if known and not found else "")
     )
     near, example, there = duckdb.execute(
         f"""SELECT count(DISTINCT a), min(a), arg_min(b, a)
@@ -293,15 +300,15 @@ def tell_found(told: Mapping[str, Mapping[str, str]], stream: Stream, observer: 
     ).fetchall()[0]
     if near:
         observer.note(
-            f"note: {near:,} users of the log without a row differ from one there only in {ALIKE}: "
-            f"{example!r} and {there!r}, for example; write ids in one way"
+            f"note: {near:,} users of the log without a row differ from an id there only in {ALIKE}, for "
+            f"example {example!r} and {there!r}; use one spelling for each id"
         )
 
 
 def _table(path: Path) -> FileTable:
     kind = kind_of(path.name)
     if kind is None:
-        raise DataError(f"{path} has none of the endings .csv, .tsv, .parquet, .jsonl")
+        raise DataError(f"{path} must end in .csv, .tsv, .parquet or .jsonl")
     require_content(path, "report.users")
     if kind == "parquet":
         return parquet_table([path])

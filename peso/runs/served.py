@@ -1,7 +1,6 @@
 """Which stage of a workspace serves: ``served.json``, replaced atomically by every promotion and rollback.
 
-The file has its own lock, held for moments, so that a promotion does not wait for an update in progress. A
-reader needs no lock. A server that watches the file sees the old content or the new.
+The file has its own lock, so that a promotion does not wait for an update in progress. Reading needs no lock.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from peso.runtime.failures import sentence
 from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
 from peso.runtime.manifest import intact
 
-FORMAT = 1  # of served.json; a higher number was written by a newer version
+FORMAT = 1  # of served.json; newer versions may write higher numbers
 By = Literal["gate", "promote", "rollback"]
 
 
 class Change(BaseModel):
-    """One change of the stage that serves.
+    """One change of the serving stage.
 
     Attributes:
-        stage: the one that serves from now on.
-        before: the one that served until now; ``from`` in the file.
+        stage: the stage that serves from then on.
+        before: the stage that served until then; ``from`` in the file.
         time: of the change, ISO 8601 in UTC.
         by: the command, or the gate of an update.
-        forced: whether the stage was promoted although its gate refused it.
-        pinned: whether the stage is kept until the next promotion by hand: no gate replaces it.
-        determined_by: the digest of the stage, by which a stage that was trained again is noticed.
+        forced: whether the stage was promoted although the gate rejected it.
+        pinned: whether the gate does not replace the stage until the next manual promotion.
+        determined_by: the digest of the stage, to detect that it was trained again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
@@ -50,7 +49,7 @@ class Change(BaseModel):
 
 
 class Served(BaseModel):
-    """All changes of the stage that serves, oldest first; none where no stage was promoted yet."""
+    """All changes of the serving stage, oldest first; none if no stage was promoted yet."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -62,7 +61,7 @@ class Served(BaseModel):
 
     @property
     def current(self) -> int | None:
-        """The stage that serves. None: no stage was promoted yet, and the newest trained one serves."""
+        """The recorded serving stage. None: no stage was promoted yet, so the newest trained one serves."""
         return self.changes[-1].stage if self.changes else None
 
     @property
@@ -71,9 +70,9 @@ class Served(BaseModel):
 
     @property
     def earlier(self) -> list[tuple[int, str | None]]:
-        """Stages that a rollback leads back to, the last one first, each with its digest where it is known.
+        """The targets of successive rollbacks, each with its digest if known.
 
-        A promotion adds the stage that it replaces; a rollback takes away the ones it went back over.
+        A promotion adds the stage that it replaces; a rollback removes the stages that it skips.
         """
         digests: dict[int, str] = {}
         stack: list[tuple[int, str | None]] = []
@@ -88,10 +87,10 @@ class Served(BaseModel):
 
 
 def served(workspace: Workspace) -> Served:
-    """What is recorded of the stages that served.
+    """Read ``served.json``.
 
     Raises:
-        WorkspaceError: ``served.json`` is damaged, or was written by a newer version.
+        WorkspaceError: the file is damaged, or was written by a newer version.
     """
     path = workspace.root / SERVED
     if not os.path.lexists(path):
@@ -105,31 +104,31 @@ def served(workspace: Workspace) -> Served:
                 f"{FORMAT}); update peso"
             )
         if number != FORMAT or stated != digest(content):
-            raise ValueError("its content and its own sha256 do not fit")
+            raise ValueError("its content does not match its own sha256")
         return Served.model_validate(content)
     except (DataError, ValidationError, ValueError) as error:
-        if isinstance(error.__cause__, OSError) and path.is_file():  # it may be as it was
+        if isinstance(error.__cause__, OSError) and path.is_file():  # not readable now, but maybe intact
             raise WorkspaceError(sentence(error.__cause__)) from None
         raise WorkspaceError(
-            f"{path} is damaged ({str(error).splitlines()[0]}), so which stage serves is not known; restore "
-            "it from a copy, or remove it and name the stage that is to serve: "
+            f"{path} is damaged ({str(error).splitlines()[0]}), so it is not known which stage serves; "
+            "restore it from a copy, or remove it and promote a stage: "
             f"`peso promote -w {workspace.root} --stage T`"
         ) from None
 
 
 def serving_stage(workspace: Workspace) -> RunStage:
-    """The stage that serves: the recorded one, or the newest trained one where none was promoted yet.
+    """The serving stage: the recorded one, or the newest trained one if none was promoted yet.
 
     Raises:
-        WorkspaceError: no stage is trained, or the recorded one is gone or was trained again.
+        WorkspaceError: no stage is trained, or the recorded one was removed or trained again.
     """
     latest = served(workspace).latest
     if latest is None:
         return workspace.trained()
     if not _is_there(workspace, latest.stage, latest.determined_by):
         raise WorkspaceError(
-            f"stage {latest.stage} of {workspace.root}, which serves, was removed or trained again; name the "
-            f"stage that is to serve: `peso promote -w {workspace.root} --stage T`"
+            f"the serving stage {latest.stage} of {workspace.root} was removed or trained again; promote a "
+            f"stage: `peso promote -w {workspace.root} --stage T`"
         )
     return workspace.stage(latest.stage)
 
@@ -144,29 +143,34 @@ def promote(
     pinned: bool = False,
     instead_of: int | None = None,
 ) -> bool:
-    """Let a stage serve from now on. Returns False where nothing is to be changed; nothing is recorded then:
-    the stage serves already, or, for the gate, another stage than ``instead_of`` serves, or one is pinned.
+    """Make a stage the serving one.
 
     Args:
-        force: also a stage that its gate did not pass.
+        force: promote the stage even if it did not pass the gate.
+        pinned: the gate does not replace it until the next manual promotion.
+        instead_of: for the gate: the stage that was serving when it decided.
+
+    Returns:
+        False if nothing was changed and recorded: the stage serves already, or, for the gate, another stage
+        than ``instead_of`` serves or is pinned.
 
     Raises:
-        WorkspaceError: the stage is not trained, a file of its model is damaged, or its gate did not pass it;
-            ``served.json`` is damaged or cannot be written. The same stage as before serves then.
+        WorkspaceError: the stage is not trained, did not pass the gate, or has a damaged file; or
+            ``served.json`` is damaged or cannot be written. The serving stage does not change.
     """
     stage = workspace.trained(number)
     determined_by, missed = stage.determined_by, _missed(stage)
     _require_weights(stage)
     if missed and not force:
         raise WorkspaceError(
-            f"stage {number} of {workspace.root} did not pass its gate ({missed}); to promote it all the "
-            f"same and record that: `peso promote -w {workspace.root} --stage {number} --force`"
+            f"stage {number} of {workspace.root} did not pass its gate ({missed}); to promote it anyway, "
+            f"which is recorded: `peso promote -w {workspace.root} --stage {number} --force`"
         )
     with in_turn(workspace.root / SERVED_LOCK):
         if not _is_there(workspace, number, determined_by):
             raise WorkspaceError(
-                f"stage {number} of {workspace.root} was removed meanwhile; name one that is left: "
-                f"`peso status -w {workspace.root}` shows them"
+                f"stage {number} of {workspace.root} was removed meanwhile; choose one of the stages that "
+                f"`peso status -w {workspace.root}` shows"
             )
         known = served(workspace)
         latest = known.latest
@@ -196,8 +200,8 @@ def promote(
 
 
 def serve_from_now(workspace: Workspace, reason: str) -> None:
-    """Record the newest trained stage as the one that serves, unless one is recorded already: the stages that
-    come after it then have to pass the gate."""
+    """Record the newest trained stage as the serving one, unless one is recorded, so that later stages have
+    to pass the gate."""
     with in_turn(workspace.root / SERVED_LOCK):
         known, newest = served(workspace), workspace.trained()
         if known.current is None:
@@ -213,11 +217,11 @@ def serve_from_now(workspace: Workspace, reason: str) -> None:
 
 
 def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = False) -> Change:
-    """Let the stage serve again that served before the current one; returns the recorded change. Called
-    again, it goes back further. Stages that were removed, pruned or trained again meanwhile are passed over.
+    """Make the previous serving stage the serving one again; returns the recorded change. Repeated calls go
+    back further. Stages that were removed, pruned or trained again are skipped.
 
     Raises:
-        WorkspaceError: no other stage served before; as :func:`promote`.
+        WorkspaceError: no other stage served before; otherwise as :func:`promote`.
     """
     with in_turn(workspace.root / SERVED_LOCK):
         known = served(workspace)
@@ -242,7 +246,7 @@ def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = 
 
 
 def previous(workspace: Workspace, known: Served | None = None) -> int | None:
-    """The stage that a rollback leads to; None where there is none."""
+    """The target of a rollback, or None."""
     known = known or served(workspace)
     for number, determined_by in known.earlier:
         if number != known.current and _is_there(workspace, number, determined_by):
@@ -251,14 +255,14 @@ def previous(workspace: Workspace, known: Served | None = None) -> int | None:
 
 
 def refuse_removal(workspace: Workspace, numbers: range) -> None:
-    """Raise WorkspaceError if one of these stages is recorded as the one that serves."""
+    """Raise WorkspaceError if one of these stages is recorded as the serving one."""
     if (current := served(workspace).current) is not None and current in numbers:
         back = previous(workspace)
         cure = f"peso rollback -w {workspace.root}"
         if back is None:
             cure = f"peso promote -w {workspace.root} --stage T"
         raise WorkspaceError(
-            f"stage {current} of {workspace.root} serves, so it is not removed; let another stage serve "
+            f"stage {current} of {workspace.root} serves, so it cannot be removed; let another stage serve "
             f"first: `{cure}`"
         )
 
@@ -269,13 +273,13 @@ def _is_there(workspace: Workspace, number: int, determined_by: str | None) -> b
 
 
 def _missed(stage: RunStage) -> str | None:
-    """What the gate said of a stage that it did not pass; None: it passed, or was not judged."""
+    """The gate's reason for rejecting a stage; None: it passed, or was not judged."""
     verdict = stage.verdict
     return None if verdict is None or verdict["decision"] == "passed" else str(verdict["says"])
 
 
 def _require_weights(stage: RunStage) -> None:
-    """Raise WorkspaceError if a file of the model, which has to answer from now on, is damaged."""
+    """Raise WorkspaceError if a file of the model is missing or damaged."""
     stage.require_weights()
     manifest = stage.manifest
     for name in stage.weight_files:

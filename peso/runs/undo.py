@@ -1,9 +1,10 @@
-"""Removal of a workspace's last stage: the last trained one, or the last append if nothing was trained on it.
+"""`peso undo`: removes the last stage: the training of the newest one, or an append that nothing was trained
+on.
 
-What is removed leaves no trace in what comes afterwards: the same append and update give the same files.
+Afterwards, the same append and update give the same files as if the removed step had never existed.
 
-A file ``.undo`` in the workspace says what is being removed, until it is. Repeated after a kill, the command
-finds there that the step is gone already, and removes no further one.
+While the removal is in progress, the file ``.undo`` in the workspace describes it, so that the command, if
+repeated after a kill, does not remove a further step.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class LastStep:
 
     Attributes:
         stages: the trained stage, or all stages of the append.
-        appended: whether it is an append: then ``events`` and ``items`` go with it, and as many
-            ``semantic_ids``.
-        all_ids: whether these are all there are, since they were made in one go after the append and no stage
+        appended: whether it is an append; ``events``, ``items`` and ``semantic_ids`` are the numbers removed
+            with it.
+        all_ids: whether all semantic IDs are removed, because they were made after the append and no stage
             was trained with them.
-        gone: whether it is removed already, by an undo that was killed before its end.
+        gone: whether an undo that was killed has removed it already.
     """
 
     stages: range
@@ -53,8 +54,8 @@ class LastStep:
         if not self.appended:
             return f"the training of {name} and every test of it; its events stay"
         return (
-            f"{name}, appended but not trained: {self.events:,} events, the {self.items:,} items that "
-            f"came with them and {'all ' * self.all_ids}{self.semantic_ids:,} semantic IDs"
+            f"{name}, appended but not trained: {self.events:,} events, their {self.items:,} new items and "
+            f"{'all ' * self.all_ids}{self.semantic_ids:,} semantic IDs"
         )
 
 
@@ -65,11 +66,11 @@ def stages_named(stages: range) -> str:
 
 
 def last_step(workspace: Workspace) -> LastStep:
-    """The last stage of a workspace, to be removed; or what an undo that was killed has removed.
+    """The step that :func:`undo` would remove, or that a killed undo has removed.
 
     Raises:
-        WorkspaceError: there is no stream, or only stage 0 and the stream as it was ingested are left, or
-            the stage is recorded as the one that serves, or the weights of the one before it were pruned.
+        WorkspaceError: there is no stream; only stage 0 and the ingested stream are left; the stage is
+            recorded as serving; or the weights of the previous stage were pruned.
     """
     if not workspace.has_stream:
         raise WorkspaceError(f"{workspace.root} has no stream yet: there is nothing to undo")
@@ -95,34 +96,33 @@ def last_step(workspace: Workspace) -> LastStep:
         refuse_removal(workspace, range(newest, newest + 1))
         if workspace.stage(newest - 1).pruned is not None:
             raise WorkspaceError(
-                f"stage {newest} of {workspace.root} stays: the weights of stage {newest - 1}, from which it "
-                "would be trained again, were removed by `peso prune`. To go back, take a copy of the "
-                "workspace from before, or a new one (-w)"
+                f"stage {newest} of {workspace.root} cannot be undone: the weights of stage {newest - 1}, "
+                "from which it would be trained again, were removed by `peso prune`. Use an earlier copy of "
+                "the workspace, or a new one (-w)"
             )
         return LastStep(range(newest, newest + 1), False)
-    what = "stage 0 and the stream that was ingested" if trained else "the stream that was ingested"
+    what = "stage 0 and the ingested stream" if trained else "the ingested stream"
     raise WorkspaceError(
-        f"there is nothing to undo in {workspace.root}: {what} stay. To begin again take a new workspace "
-        f"(-w), or remove {workspace.root}"
+        f"there is nothing to undo in {workspace.root}: {what} cannot be undone. To start over, use a new "
+        f"workspace (-w), or remove {workspace.root}"
     )
 
 
 def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
-    """Remove the last step. The caller holds the workspace's lock.
+    """Remove the last step, and write the report again if there was one. The caller holds the lock.
 
-    Killed at any point, it leaves a workspace that every command works with, and the same call ends it. The
-    report is written again without what was removed, if there was one.
+    If it is killed, the workspace stays usable, and the same call completes the removal.
 
     Args:
-        step: of :func:`last_step`.
+        step: the result of :func:`last_step`.
 
     Raises:
-        WorkspaceError: a damaged file, or a full disk, or the stage was promoted since. Stage, events and
-            items are all there then.
+        WorkspaceError: a file is damaged, the disk is full, or the stage was promoted since. Nothing is
+            removed.
     """
     begun = _begun(workspace) or {}
     had_report = workspace.report_directory.is_dir() or begun.get("report", False)
-    with in_turn(workspace.root / SERVED_LOCK):  # nobody promotes the stage meanwhile
+    with in_turn(workspace.root / SERVED_LOCK):  # promotions wait
         if not step.gone:
             _note(workspace, step, had_report)
         if not step.appended:
@@ -139,28 +139,28 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
                 observer.begin("writing the report", 0, "")
                 report([workspace], workspace.report_directory)
                 observer.end()
-        except WorkspaceError as error:  # of a part that has nothing to do with what was removed
+        except WorkspaceError as error:  # a problem that is not related to the removed step
             observer.note(f"the report was not written again: {error}")
     (workspace.root / UNDO).unlink()
 
 
 def _note(workspace: Workspace, step: LastStep, had_report: bool) -> None:
-    """Say in the workspace what is being removed, unless it may not be."""
+    """Write the file ``.undo``, after checking that the stage does not serve."""
     if not step.appended:
         refuse_removal(workspace, step.stages)
     stages, appends = _left(workspace)
     left = [stages, appends - 1] if step.appended else [stages - 1, appends]
-    told = {**asdict(step), "stages": [step.stages.start, step.stages.stop]}
-    content = json.dumps({"step": told, "left": left, "report": had_report})
+    described = {**asdict(step), "stages": [step.stages.start, step.stages.stop]}
+    content = json.dumps({"step": described, "left": left, "report": had_report})
     write_sealed(workspace.root / UNDO, content.encode())
 
 
 def _begun(workspace: Workspace) -> dict[str, Any] | None:
-    """What an undo that was killed noted: ``step``, ``left`` as of :func:`_left` once that is removed, and
-    whether there was a ``report``. None: there was no such one.
+    """The content of the file ``.undo`` of a killed undo, or None: ``step``, ``left`` (the value of
+    :func:`_left` after the removal), and whether there was a ``report``.
 
     Raises:
-        WorkspaceError: the note is damaged.
+        WorkspaceError: the file is damaged.
     """
     path = workspace.root / UNDO
     if not path.is_file():
@@ -169,20 +169,20 @@ def _begun(workspace: Workspace) -> dict[str, Any] | None:
         begun: dict[str, Any] = json.loads(read_sealed(path))
     except (OSError, ValueError, WorkspaceError):
         raise WorkspaceError(
-            f"{path} is damaged, so what an interrupted undo was to remove is not known; remove {path} and "
-            "undo what is still to be undone"
+            f"{path} is damaged, so it is not known what an interrupted undo was removing; remove {path}, "
+            "then check with `peso status` what is left to undo"
         ) from None
     return begun
 
 
 def _left(workspace: Workspace) -> list[int]:
-    """How many stages are trained, and how many appends the stream holds."""
+    """The number of trained stages, and of appends in the stream."""
     appended = workspace.stream.manifest.get("appended", [])
     return [len(workspace.finished_stages), len(appended)]
 
 
 def _shorten(workspace: Workspace, step: LastStep) -> None:
-    """Take the last append from the stream, with its items' IDs and everything about its stages."""
+    """Remove the last append from the stream, with the IDs of its items and all results of its stages."""
     with commit_directory(workspace.stream_directory) as shorter:
         shorten_stream(workspace.stream_directory, shorter)
         if step.all_ids:
@@ -193,12 +193,12 @@ def _shorten(workspace: Workspace, step: LastStep) -> None:
             ids = workspace.semantic_ids_directory
             with commit_directory(ids) as fewer:
                 shorten_semantic_ids(Stream.open(shorter).items, step.stages[0], ids, fewer)
-        # what the stages left goes before the stages do: nothing ever refers to a stage that is not there
+        # before the stream is replaced, so that no result ever refers to a missing stage
         _remove_traces(workspace, step.stages)
 
 
 def _remove_traces(workspace: Workspace, stages: range) -> None:
-    """Tests of other models on these stages, answers of baselines, checkpoints, the report."""
+    """Remove tests of other models on these stages, results of baselines, checkpoints, and the report."""
     remove_directory(workspace.report_directory)
     root = workspace.root
     for stage in stages:
@@ -206,7 +206,7 @@ def _remove_traces(workspace: Workspace, stages: range) -> None:
             remove_folder(trained.directory, f"on={stage}", FORMAT)
     later = [path for path in root.glob("baselines/*/*") if path.name.isdecimal()]
     for directory in sorted(later, key=lambda path: int(path.name), reverse=True):
-        if int(directory.name) >= stages[0]:  # a baseline's stage starts from the one before it
+        if int(directory.name) >= stages[0]:  # a baseline's stage starts from the previous one
             remove_directory(directory)
     for unfinished in root.glob("stages/.*.unfinished"):
         remove_directory(unfinished)

@@ -1,8 +1,8 @@
-"""A user's items as they are known now: those of the stream, then those received since.
+"""The current histories of users: the items of the stream, followed by those of received events.
 
-The stream wins: an event that a cut has taken into a stage counts there. Of what is still waiting, an event
-that is not newer than the stream's last one counts only if its user did not have its item before, since the
-log that the stream was made of may hold it already. It comes after what the stream has.
+Received events that are already in a stage are ignored. A waiting event that is not newer than the stream's
+last one is used only if its user did not have the item before, because the stream's log may contain it
+already; it follows the items of the stream.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("peso.histories")
 
-NAMES = 1_000  # users that are held in memory together where only their names count
-RECEIVED = "received"  # in the manifest's entry of an append: which cut of which file of events it holds
+NAMES = 1_000  # users read together when only their names are needed
+RECEIVED = "received"  # key of an append in the manifest: the cut and the file of events it came from
 
 
 @dataclass(frozen=True)
 class UserHistory:
-    """What a user did.
+    """The items of a user.
 
     Attributes:
-        items: ids, oldest first, of the items that have a semantic ID.
-        left_out: ids of the others, oldest first, which no model can read yet.
-        received: how many of both are not in a stage yet.
+        items: ids of the items that have a semantic ID, oldest first.
+        left_out: ids of the items without a semantic ID, oldest first; models cannot use them yet.
+        received: number of items (of both kinds) that are not in a stage yet.
     """
 
     items: list[str]
@@ -44,36 +44,33 @@ class UserHistory:
 
 
 def cuts_of(stream: Stream, log: str) -> list[str]:
-    """Names of the cuts that a stream holds of a file of received events (``ReceivedEvents.id``)."""
+    """Names of the cuts of a file of received events (``ReceivedEvents.id``) that are in a stream."""
     taken = [brought.get(RECEIVED, {}) for brought in stream.manifest.get("appended", [])]
     return [str(cut["cut"]) for cut in taken if cut.get("log") == log]
 
 
 @dataclass(frozen=True)
 class _State:
-    """A stream as it was at one moment, with its users."""
+    """A snapshot of the stream with the index of its users."""
 
     stamp: tuple[int, ...]
     stream: Stream
     index: HistoryIndex
-    last: int  # microseconds: when its last event was
-    names: list[str]  # of its items
-    known: frozenset[str]  # those that have a semantic ID
+    last: int  # time of its last event, microseconds
+    names: list[str]  # item ids by row
+    known: frozenset[str]  # ids of items with a semantic ID
 
 
 class UserHistories:
-    """The histories of a workspace's users. For several threads.
+    """The histories of a workspace's users. Thread-safe.
 
     Args:
-        through: as they were after this stage, without what was received; None: as they are now. Then an
-            event that :meth:`ReceivedEvents.add` has returned for is in the next answer, whichever process
-            stored it.
-        until: of what was received only the events up to this number; None: all.
-        events: gives the received events instead of the workspace's file, which is opened as soon as it is
-            there.
-        background: whether a stream that has changed is read by a thread of its own, while answers come from
-            what was there before. Received events count at once all the same. False: the next answer waits
-            for it.
+        through: histories as they were after this stage, without received events; None: current histories,
+            which include every event for which :meth:`ReceivedEvents.add` has returned, in any process.
+        until: use received events only up to this number; None: all.
+        events: returns the received events, instead of the workspace's file.
+        background: read a changed stream in a background thread, and use the previous snapshot meanwhile
+            (received events are current in any case). False: the next call waits for it.
     """
 
     def __init__(
@@ -92,7 +89,7 @@ class UserHistories:
         self._renewing, self._opening = threading.Lock(), threading.Lock()
 
     def of(self, user: str) -> UserHistory | None:
-        """What one user did; None: neither the stream nor the received events have that one."""
+        """The history of a user; None if neither the stream nor the received events have the user."""
         state = self._current()
         stored = state.index.of(user)
         waiting = self._waiting(user, state)
@@ -101,12 +98,12 @@ class UserHistories:
         return _merged(state, [] if stored is None else stored.items.tolist(), waiting)
 
     def __iter__(self) -> Iterator[str]:
-        """The names of all users, in the order of :meth:`parts`."""
+        """Iterate over the names of all users, in the order of :meth:`parts`."""
         return (user for users in self.parts(NAMES) for user, _ in users)
 
     def parts(self, size: int) -> Iterator[list[tuple[str, UserHistory]]]:
-        """Every user, ``size`` at a time, in the order in which they first occur in the stream; at the end
-        those who are only in the received events, by name."""
+        """All users in batches of at most ``size``, in the order of their first occurrence in the stream; at
+        the end, users that occur only in received events, by name."""
         state = self._current()
         for users in state.index.parts(size):
             yield [
@@ -134,17 +131,17 @@ class UserHistories:
         return sorted(found.items(), key=lambda user: user[0].encode("utf-8", "surrogatepass"))[:limit]
 
     def count(self) -> int:
-        """How many users the stream has."""
+        """Number of users in the stream."""
         return self._current().index.count()
 
     @property
     def fingerprint(self) -> list[str]:
-        """What the histories of the stream rest on: equal lists, equal histories."""
+        """Digests of the stream: histories with equal lists are equal."""
         return rests_on(self._current().stream, self.through)
 
     @property
     def received(self) -> ReceivedEvents | None:
-        """The received events; None where there are none, or where they do not count."""
+        """The received events; None if there are none, or if ``through`` excludes them."""
         if self.through is not None:
             return None
         if self._given is not None:
@@ -156,14 +153,14 @@ class UserHistories:
 
     @property
     def is_current(self) -> bool:
-        """Whether the stream is still the one that was read."""
+        """Whether the stream has not changed since it was read."""
         return self._state is not None and self._state.stamp == self._stamp()
 
     def renew(self) -> None:
-        """Read the stream as it is now, and its users.
+        """Read the stream and the index of its users again.
 
         Raises:
-            WorkspaceError: there is no stream, or a file of it is damaged.
+            WorkspaceError: there is no stream, or one of its files is damaged.
         """
         with self._renewing:
             if self.is_current:
@@ -187,22 +184,22 @@ class UserHistories:
     def _renew_in_background(self) -> None:
         try:
             self.renew()
-        except PesoError as error:  # tried again at the next question; what was there before still holds
-            log.warning("the changed stream is not read yet", extra={"fields": {"problem": str(error)}})
+        except PesoError as error:  # the next call tries again
+            log.warning("the changed stream cannot be read yet", extra={"fields": {"problem": str(error)}})
 
     def _stamp(self) -> tuple[int, ...]:
-        """When the manifests of the stream and of the semantic IDs were written."""
+        """Inodes and modification times of the manifests of stream and semantic IDs."""
         stamp: list[int] = []
         for directory in (self.workspace.stream_directory, self.workspace.semantic_ids_directory):
             try:
                 found = (directory / MANIFEST).stat()
                 stamp += [found.st_ino, found.st_mtime_ns]
-            except FileNotFoundError:  # being put in place
+            except FileNotFoundError:  # being replaced
                 stamp += [0, 0]
         return tuple(stamp)
 
     def _waiting(self, user: str, state: _State) -> list[ReceivedEvent]:
-        """A user's received events that no stage of the stream has taken, oldest first."""
+        """A user's received events that are in no stage of the stream, oldest first."""
         events = self.received
         if events is None:
             return []

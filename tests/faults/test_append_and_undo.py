@@ -226,7 +226,7 @@ def test_a_workspace_that_is_stuck_gets_free(
     """As an earlier version left it: appended, and its items without a category."""
     before = snapshot(shelves)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_continue_ids", lambda *_: None)
+        patch.setattr(preparation, "_continue_ids", lambda *_: None)
         bare = logs / "old_products.csv"
         assert peso("ingest", logs / "week.csv", "--append", "--items", bare, "-w", shelves)[0] == 0
     status, _, err = peso("tokenize", "--append", "-w", shelves)
@@ -390,7 +390,7 @@ def test_an_append_is_taken_back_without_a_trace_and_repeated_alike(peso, logs: 
     assert snapshot(shop, "report") == tokenized
     status, out, _ = peso("undo", "--yes", "-w", shop)
     assert status == 0
-    assert "4 items that came with them and 4 semantic IDs" in out
+    assert "their 4 new items and 4 semantic IDs" in out
     assert snapshot(shop, "report") == start
     assert list(pipeline.missing_steps(Workspace.open(shop), 2)) == []
 
@@ -426,7 +426,7 @@ def test_undo_asks_and_stops_at_stage_0(peso, shop: Path, monkeypatch) -> None:
     assert Workspace.open(shop).finished_stages == [0]
     status, _, err = peso("undo", "--yes", "-w", shop)
     assert status == 1
-    assert "stage 0 and the stream that was ingested stay" in err
+    assert "stage 0 and the ingested stream cannot be undone" in err
     assert Workspace.open(shop).finished_stages == [0]
 
 

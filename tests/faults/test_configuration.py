@@ -100,7 +100,7 @@ def test_an_edited_configuration_is_noticed(
 ) -> None:
     workspace = copied(2)
     edit(workspace, **keys)
-    with pytest.raises(WorkspaceError, match=rf"config\.yaml was edited.*{message}.*old values back"):
+    with pytest.raises(WorkspaceError, match=rf"config\.yaml was edited.*{message}.*Restore the old values"):
         Workspace.open(workspace.root)
 
 

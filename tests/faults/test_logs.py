@@ -27,7 +27,7 @@ from peso.events.sources import lines
 from peso.events.sources.files import format_of
 from peso.events.stream import Stream
 from peso.items.vector_files import read_vectors
-from peso.runs.report import read_user_table, tell_found
+from peso.runs.report import read_user_table, report_users_found
 
 T = 1_600_000_000
 LOG = [(f"u{k % 4}", f"i{k * 7 % 10}", T + 60 * k) for k in range(60)]
@@ -424,8 +424,10 @@ def test_a_table_of_users_is_read_whole_or_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'user_id'; it has user_id;age. [^.]*user_id$"):
         read_user_table(path)
     path.write_text("user_id,age\n")
-    tell_found(read_user_table(path), read(tmp_path / "s", write_log(tmp_path / "log.csv", LOG))[0], notes)
-    assert notes.told == ["0 of 4 users of the log have a row in report.users, which has 0"]
+    report_users_found(
+        read_user_table(path), read(tmp_path / "s", write_log(tmp_path / "log.csv", LOG))[0], notes
+    )
+    assert notes.told == ["0 of 4 users of the log have a row in report.users, which has 0 users"]
 
 
 @pytest.mark.parametrize("vector", [{"a": 1.0}, ["a"], "a", True, None])
@@ -448,13 +450,13 @@ def test_vectors_of_other_types_end_in_a_sentence(tmp_path: Path) -> None:
 def test_users_and_vectors_that_nearly_meet_are_told(tmp_path: Path) -> None:
     notes = Notes()
     stream, _ = read(tmp_path / "s", write_log(tmp_path / "log.csv", LOG))
-    tell_found({"age": {"U1": "3", "u2 ": "4", "u3": "5", "x": "6"}}, stream, notes)
+    report_users_found({"age": {"U1": "3", "u2 ": "4", "u3": "5", "x": "6"}}, stream, notes)
     pq.write_table(pa.table({"item_id": ["I1", "a"], "x": [1.0, 2.0]}), tmp_path / "v.parquet")
     read_vectors(tmp_path / "v.parquet", ["i1", "a", "b"], notes)
     assert notes.told == [
-        "1 of 4 users of the log have a row in report.users, which has 4",
-        "note: 2 users of the log without a row differ from one there only in leading zeros, decimals, "
-        "spaces or case: 'u1' and 'U1', for example; write ids in one way",
+        "1 of 4 users of the log have a row in report.users, which has 4 users",
+        "note: 2 users of the log without a row differ from an id there only in leading zeros, decimals, "
+        "spaces or case, for example 'u1' and 'U1'; use one spelling for each id",
         "v.parquet: no vector for 2 of 3 items",
         "note: 1 of them differ from an id in the file only in leading zeros, decimals, spaces or case, "
         "for example 'i1' and 'I1'; use one spelling for each id",

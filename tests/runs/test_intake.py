@@ -114,7 +114,7 @@ def test_no_event_is_cut_twice(shop: Workspace) -> None:
     receive(shop, *NEW)
     before = whole_history(shop, "u1")
     assert cut(shop).stage == 2
-    assert cut(shop) == Cut(why="nothing was received since the last stage")
+    assert cut(shop) == Cut(why="no event was received since the last stage")
     assert whole_history(shop, "u1") == before
     receive(shop, *NEW, *[sent("u1", f"i{n}", 20 + n) for n in range(3)])  # the old ones are sent again
     assert cut(shop).events == 3
@@ -141,13 +141,13 @@ def test_a_late_event_counts_after_the_stream_and_a_repeat_of_one_does_not(shop:
     made = cut(shop)
     assert (made.events, made.waiting) == (3, 0)
     assert whole_history(shop, "u1") == expected
-    assert cut(shop).why == "nothing was received since the last stage"
+    assert cut(shop).why == "no event was received since the last stage"
 
 
 def test_events_that_the_stream_has_make_no_stage(shop: Workspace) -> None:
     receive(shop, *[ReceivedEvent(user, item, at * 1_000_000) for user, item, at in EVENTS[:9]])
     made = cut(shop)
-    assert (made.stage, made.why) == (None, "the stream has every event that was received")
+    assert (made.stage, made.why) == (None, "the stream already has every received event")
     assert shop.stream.stages == 2
 
 
@@ -156,7 +156,7 @@ def test_events_of_items_without_a_row_wait_until_they_have_one(shop: Workspace,
     made = cut(shop)
     assert (made.events, made.waiting, made.unknown_items, made.example) == (12, 3, 2, "x1")
     assert whole_history(shop, "u0")[-2:] == ["x2", "x1"], "they are in the history all the same"
-    assert cut(shop).why == "no received event is of an item that the stream or the product table has"
+    assert cut(shop).why == "no received event has an item that is in the stream or the product table"
     table = write_log(tmp_path / "more.csv", [("x1", "new one"), ("x2", "another")], "item,title")
     receive(shop, sent("u0", "i1", 53))
     made = cut(shop, str(table))
@@ -185,7 +185,7 @@ def test_rare_users_and_items_wait_until_they_are_not(
     assert whole_history(shop, "new") == ["i1", "i2"]
     made = cut(shop)
     assert made.stage is None
-    assert made.why.startswith("nobody has the three events yet that a stage needs")
+    assert made.why.startswith("no user has the three events that a stage needs")
     receive(shop, sent("new", "i3", 60))
     assert cut(shop).events == 3
     assert whole_history(shop, "new") == ["i1", "i2", "i3"]
@@ -205,7 +205,7 @@ def test_a_stage_that_nobody_could_learn_from_is_not_made(shop: Workspace) -> No
 def test_an_unfinished_update_comes_first(shop: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "unfinished", lambda workspace: (1, False))
     receive(shop, *NEW)
-    assert cut(shop).why == "stage 1 is not finished yet; what was received waits for the next update"
+    assert cut(shop).why == "stage 1 is not finished yet; received events wait for the next update"
     assert shop.stream.stages == 2
 
 
@@ -254,7 +254,7 @@ def test_a_kill_at_any_step_cuts_each_event_once(
         elif moment == "after the marks":
             patch.setattr("peso.runtime.files._put_in_place", kill)
         else:
-            patch.setattr(pipeline, "tell_found", kill)  # the first thing after it
+            patch.setattr(preparation, "report_users_found", kill)  # the first thing after it
         with pytest.raises(Killed):
             cut(shop)
     assert {user: whole_history(shop, user) for user in expected} == expected
@@ -345,7 +345,7 @@ def test_the_command_says_what_became_of_the_events(
     assert "1 received events wait for a later stage" in out
     assert shop.items_without_id == 0, "the new item has its ID"
     status, out, _ = peso("update", "-w", shop.root, "--from-events")
-    assert "no stage was made from received events: no received event is of an item that" in out
+    assert "no stage was made from received events: no received event has an item that" in out
     assert len(updated) == 2
     status, _, error = peso("update", "-w", shop.root, "--items", "x.csv")
     assert status == 2

@@ -245,10 +245,10 @@ def test_semantic_ids_that_changed_behind_their_manifest_are_refused(workspace):
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(workspace):
     for part in ("stream", "semantic_ids", "semantic_ids_manifest"):
-        with pytest.raises(WorkspaceError, match="no stream yet; `peso ingest"):
+        with pytest.raises(WorkspaceError, match="no stream yet; run `peso ingest"):
             getattr(workspace, part)
     finish_stream(workspace)
-    with pytest.raises(WorkspaceError, match="no semantic IDs yet; `peso tokenize"):
+    with pytest.raises(WorkspaceError, match="no semantic IDs yet; run `peso tokenize"):
         _ = workspace.semantic_ids
 
 
