@@ -141,10 +141,10 @@ class Display:
             self._live.update(_drawn(rows))
             return
         for row in rows:
-            now = (row.state, row.standing.done)
+            now = (row.state, row.progress.done)
             if self._said.get(row.run.name, ("waiting", 0)) != now:
                 stages, hit, ndcg, left = _cells(row)
-                figures = "" if row.standing.hit is None else f", hit {hit}, ndcg {ndcg}"
+                figures = "" if row.progress.hit is None else f", hit {hit}, ndcg {ndcg}"
                 more = f", {left} left" if row.seconds_left else ""
                 note = f" ({row.note})" if row.state == "failed" else ""
                 what = "tests" if row.run.kind == "transfer" else "stages"
@@ -172,7 +172,7 @@ def _drawn(rows: Sequence[Row]) -> Table:
 
 
 def _cells(row: Row) -> tuple[str, str, str, str]:
-    at = row.standing
+    at = row.progress
     stages = f"{at.done}/{'?' if at.stages is None else at.stages}"
     hit, ndcg = ("–" if value is None else f"{value:.4f}" for value in (at.hit, at.ndcg))
     return stages, hit, ndcg, "" if row.seconds_left is None else duration(row.seconds_left)

@@ -21,7 +21,7 @@ from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.plan import Plan, make_plan
-from peso.runs.compare.progress import choose, is_done, pairs_across, standing, validation_loss
+from peso.runs.compare.progress import choose, is_done, pairs_across, progress_of, validation_loss
 from peso.runs.compare.results import collect, write_results
 from peso.runs.compare.schedule import Machine, Schedule
 from peso.runs.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
@@ -306,7 +306,7 @@ def test_a_run_of_a_comparison_equals_the_same_configuration_under_run(tmp_path,
     with alone.lock():
         pipeline.run(alone)
     assert result_files(alone.root) == result_files(run.task.root)
-    assert standing(run.task).complete
+    assert progress_of(run.task).complete
 
 
 def test_seeds_share_data_and_stage_0_and_differ_afterwards(tmp_path):
@@ -333,7 +333,7 @@ def test_options_are_chosen_on_the_validation_loss_and_the_chosen_trial_is_the_r
     do(chosen.task)
     weights = "stages/2/adapter/adapter_model.safetensors"
     assert checksum(chosen.task.root / weights) == checksum(best.trial.root / weights)
-    assert standing(chosen.task).complete
+    assert progress_of(chosen.task).complete
     figures = json.loads((chosen.task.root / "stages/2/metrics.json").read_text())
     assert {"training", "test"} <= figures.keys()
 
@@ -408,7 +408,7 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
 
     rows = Schedule(plan, 2, machine.environment).run()
     assert [row.state for row in rows] == ["done", "done"]
-    assert all(row.standing.hit is not None for row in rows)
+    assert all(row.progress.hit is not None for row in rows)
     again = plan_of(tmp_path / "again", {"strategies": ["single", "paper"]})
     for run, same in zip(plan.runs, again.runs, strict=True):
         do(same.task)
@@ -435,7 +435,7 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
 
     def watch(rows):
         for row in rows:
-            ripe = row.run.kind != "strategy" and row.standing.done >= 1 and row.state == "running"
+            ripe = row.run.kind != "strategy" and row.progress.done >= 1 and row.state == "running"
             if ripe and row.run.kind not in killed:
                 killed.add(row.run.kind)
                 os.kill(schedule._working[row.run.task.key].process.pid, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""Many runs from one configuration: what they are, what they share, how they are run, what came out."""
+"""Comparisons: many runs from one configuration, with shared work."""

@@ -1,4 +1,4 @@
-"""How long what is missing will take: for `peso compare --dry-run`."""
+"""`peso compare --dry-run`: estimates how long the missing tasks will take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from peso.config.shape import stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.runs.compare.plan import Plan, Task
-from peso.runs.compare.progress import is_done, pairs_across, standing
+from peso.runs.compare.progress import is_done, pairs_across, progress_of
 from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate, readable
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
@@ -18,7 +18,7 @@ from peso.runtime.progress import Silent
 
 @dataclass(frozen=True)
 class Expected:
-    """A task and what it will take; ``minutes``: None where it cannot be said yet, and the note says why."""
+    """A task and its estimate. ``minutes``: None if not known yet; ``note`` has the reason."""
 
     name: str
     state: str
@@ -27,10 +27,10 @@ class Expected:
 
 
 def forecast(plan: Plan, threads: int) -> list[Expected]:
-    """Every task in the order in which it would be started, what is done included.
+    """Estimates of all tasks in the order of their start, including those that are done.
 
     Raises:
-        PesoError: as the runs themselves would, for bad data or an unusable backbone.
+        PesoError: as the runs themselves would, for invalid data or an unusable backbone.
     """
     import torch
 
@@ -53,12 +53,12 @@ def forecast(plan: Plan, threads: int) -> list[Expected]:
 
 @dataclass
 class Measured:
-    """What was found out so far: estimates by all but the seed, speeds by all but seed and strategy.
+    """Measurements that tasks share: estimates for all seeds, speeds for all seeds and strategies.
 
     Attributes:
-        temporary: holds what data sets that are not ingested yet are read into, each once.
-        data: by the directory of a task that makes data, a workspace that has them, and the seconds that
-            reading them took.
+        temporary: closes the temporary workspaces into which data are read.
+        data: for the directory of each data task, a workspace with its data, and the seconds that each step
+            took.
     """
 
     temporary: ExitStack
@@ -80,7 +80,7 @@ def _expected(task: Task, name: str, measured: Measured) -> Expected:
         seconds = measured.data_of(task)[1]
         note = "data" if "tokenize" in seconds else "data; item texts are not encoded for an estimate"
         return Expected(name, "missing", sum(seconds.values()) / 60, note)
-    at = standing(task)
+    at = progress_of(task)
     if task.kind == "baseline":
         state = f"{at.done} of {at.stages} stages" if at.done else "missing"
         assert task.baseline is not None
@@ -104,7 +104,9 @@ def _expected(task: Task, name: str, measured: Measured) -> Expected:
 
 
 def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
-    """The tests on other stages' cases that are not there yet, each as long as the stage's own test."""
+    """The estimate of the missing tests on cases of other stages; each takes as long as that stage's own
+    test.
+    """
     tests = {e.step.stage: e.minutes for e in steps if e.step.name == "test" and e.step.stage is not None}
     if not tests or any(minutes is None for minutes in tests.values()):
         return Expected(name, "missing", None, next((e.note for e in steps if e.minutes is None), ""))
@@ -116,7 +118,7 @@ def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
 
 
 def _steps(task: Task, measured: Measured) -> list[Estimate]:
-    """Estimates of all steps of a run like this one that has only its data."""
+    """Estimates of all steps of a run like this one, starting with its data."""
     while task.kind == "transfer" and task.base is not None:
         task = task.base
     assert task.data is not None

@@ -1,7 +1,6 @@
-"""The runs of a comparison, and what they share: data and base stages; the baselines beside them.
+"""The plan of a comparison: its runs and baselines, and the tasks that they share (data, base stages).
 
-Work that several runs have in common has a place named by a digest of all that determines it, so that it is
-done once, whoever asks for it first.
+The workspace of a shared task is named by a digest of everything that determines it, so that it is done once.
 """
 
 from __future__ import annotations
@@ -37,22 +36,22 @@ from peso.runtime.files import digest
 from peso.runtime.machine import require_memory
 
 Kind = Literal["strategy", "transfer", "baseline"]
-PROCESS = 300 * 2**20  # bytes, at least, that one takes with PyTorch
+PROCESS = 300 * 2**20  # minimum memory of a process with PyTorch, bytes
 
 
 @dataclass(frozen=True)
 class Task:
-    """Work to be done in a workspace by one process.
+    """Work in one workspace that one process does.
 
     Attributes:
-        root: its directory.
+        root: the workspace.
         config: its configuration.
-        last_stage: where it ends: -1 before stage 0, None with the stream.
-        data: where stream and semantic IDs are taken from; None: made.
-        base: where stage 0 is taken from, and later stages as far as they would be the same; None: learnt.
-        kind: ``strategy``: fill the workspace; ``transfer``: test each stage of the run ``base``, which is
-            the same workspace, on the cases of the others; ``baseline``: learn and test ``baseline`` in a
-            workspace of its own (the hybrid's takes all stages of ``base`` over).
+        last_stage: the last stage to train; -1: only data and semantic IDs; None: all stages of the stream.
+        data: the task from which stream and semantic IDs are taken over; None: they are made.
+        base: the task from which stage 0, and later stages if identical, are taken over; None: trained.
+        kind: ``strategy``: train and test the stages. ``transfer``: test each stage of ``base``, which has
+            the same workspace, on the cases of the other stages. ``baseline``: learn and test ``baseline`` in
+            its own workspace (a hybrid takes over all stages of ``base``).
     """
 
     root: Path
@@ -65,7 +64,7 @@ class Task:
 
     @property
     def key(self) -> tuple[Path, bool]:
-        """Tells it from every other task."""
+        """Identifies the task."""
         return self.root, self.kind == "transfer"
 
     @property
@@ -75,7 +74,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Options that a tuned strategy may end up with: the trial that tells, and the run they would make."""
+    """Candidate options of a tuned strategy: the trial that rates them, and the run with these options."""
 
     label: str
     options: Mapping[str, Any]
@@ -88,11 +87,11 @@ class Run:
     """One cell of the comparison.
 
     Attributes:
-        strategy: its name in the file; of a baseline its label.
-        seed: None where nothing is random: strategy ``none`` after a shared base stage, counted baselines.
-        task: what fills its workspace; of a tuned strategy the first candidate's until one is chosen.
-        options: of an option grid, all that it sets, by dotted key.
-        candidates: of a tuned strategy, else empty.
+        strategy: its name in the configuration file; for a baseline, its label.
+        seed: None if nothing is random: strategy ``none`` after a shared base stage, and counting baselines.
+        task: the work to do; for a tuned strategy, that of the first candidate until one is chosen.
+        options: the options set by a grid, by dotted key.
+        candidates: of a tuned strategy that is not chosen yet, else empty.
     """
 
     data: str
@@ -115,15 +114,13 @@ class Run:
         return "/".join([self.data, self.backbone, *before, self.strategy, *seed, *after])
 
     def with_choice(self, candidate: Candidate) -> Run:
-        """The run once its options are chosen."""
+        """The run with the options of a candidate."""
         return replace(self, task=candidate.task, options=candidate.options, candidates=())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs in the order in which they are done: every strategy with the first seed, the baselines with
-    it, then those with the second; last of all the tests of what is learnt on the cases of other stages.
-    """
+    """All runs of a comparison, see :attr:`all`."""
 
     root: Path
     runs: Sequence[Run]
@@ -134,19 +131,20 @@ class Plan:
 
     @property
     def all(self) -> list[Run]:
-        """Everything that is to be done, in order."""
+        """All runs in the order of execution: strategies and baselines with the first seed, then with the
+        second, and so on; at the end the tests on cases of other stages."""
         order: dict[int | None, int] = {seed: place for place, seed in enumerate(self.compare.seeds)}
         by_seed = sorted([*self.runs, *self.baselines], key=lambda run: order.get(run.seed, 0))
         return [*by_seed, *self.transfers]
 
     @property
     def is_begun(self) -> bool:
-        """Whether a run or a baseline has a workspace yet."""
+        """Whether any run has a workspace."""
         return any((run.task.root / CONFIG).exists() for run in self.all)
 
     def refuse_changes(self) -> None:
-        """Raise WorkspaceError if a run on disk has another configuration than this plan gives it, or if the
-        directory is something else."""
+        """Raise WorkspaceError if an existing run has another configuration than in this plan, or if the
+        directory is not that of a comparison."""
         if (self.root / CONFIG).exists():
             raise WorkspaceError(f"{self.root} is the workspace of one run; choose another place with -w")
         if self.root.exists() and not self.root.is_dir():
@@ -154,10 +152,10 @@ class Plan:
         self._of_each(lambda task: Workspace.preview(task.root, task.config))
 
     def check(self) -> None:
-        """Find what is wrong with the configuration of any run, see :mod:`peso.runs.checks`.
+        """Check the configuration of every run, see :mod:`peso.runs.checks`.
 
         Raises:
-            PesoError: says of which run.
+            PesoError: a check failed; the message names the run.
         """
         self._of_each(lambda task: check_configuration(task.config))
         for baseline in {run.task.baseline for run in self.baselines if run.task.baseline is not None}:
@@ -167,11 +165,11 @@ class Plan:
             require_memory(PROCESS * workers, f"compare.workers: {workers:,} processes at once")
 
     def check_surroundings(self, models: bool = True) -> None:
-        """Look at the first lines of every data set that is not read yet, and for what training needs.
+        """Check the first lines of every data set that is not read yet, and the environment of training.
 
         Raises:
-            PesoError: a file or a column is missing, or as :func:`peso.runs.checks.check_surroundings`; says
-                of which data set or run.
+            PesoError: a file or a column is missing, or as :func:`peso.runs.checks.check_surroundings`; the
+                message names the data set or run.
         """
         for run in {run.task.data.root: run for run in self.runs if run.task.data is not None}.values():
             assert run.task.data is not None
@@ -185,10 +183,10 @@ class Plan:
         )
 
     def rehearse(self) -> None:
-        """Find what is wrong with any variant before the first is begun, see :mod:`peso.runs.checks`.
+        """Check that every run can be trained, see :func:`peso.runs.checks.rehearse`.
 
         Raises:
-            PesoError: says of which run.
+            PesoError: a check failed; the message names the run.
         """
         seen = set[str]()
 
@@ -200,7 +198,7 @@ class Plan:
         self._of_each(rehearsed)
 
     def _of_each(self, look: Callable[[Task], object]) -> None:
-        """Look at every run, or its trials."""
+        """Call ``look`` with the task of every run, or with its trials."""
         for run in self.runs:
             for task in [run.task] if not run.candidates else [c.trial for c in run.candidates]:
                 try:
@@ -210,11 +208,16 @@ class Plan:
 
 
 def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Expand a comparison's file. ``root``: the directory that everything goes into.
+    """Make the plan of a comparison from its configuration file.
+
+    Args:
+        source: the configuration file.
+        root: the output directory.
+        overrides: as for ``--set``.
 
     Raises:
-        ConfigError: an unknown key, an empty grid, two runs of one name, an impossible value: says where.
-        DataError: a data set that is not there.
+        ConfigError: an unknown key, an empty grid, two runs with the same name, or an invalid value.
+        DataError: a data set does not exist.
     """
     tree, compare = load_comparison(source, overrides)
     common = load_config(tree, base=source.parent)
@@ -248,7 +251,7 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
             config = resolve(seed, of_data, of_backbone, strategy)
             fixed = config.strategy.name == UNCHANGED and compare.share_base
             if fixed and seed != compare.seeds[0]:
-                continue  # it would be the same run again
+                continue  # identical to the run with the first seed
             task = _task(root, "runs", (*cell, strategy.name), config)
             runs.append(Run(*cell, strategy.name, None if fixed else seed, task, strategy.options))
         for name, choices in tuned.items():
@@ -291,7 +294,7 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
 
 
 def _named(asked: Sequence[str], names: Set[str], key: str) -> set[str]:
-    """The strategies with these names; a grid's name means all of its variants.
+    """The strategies with these names; a grid's name stands for all its variants.
 
     Raises:
         ConfigError: there is no such strategy.
@@ -309,7 +312,7 @@ def _named(asked: Sequence[str], names: Set[str], key: str) -> set[str]:
 
 
 def _transfer(run: Run) -> Run:
-    """The tests of a run's models on the cases of the other stages."""
+    """The run that tests a run's models on the cases of the other stages."""
 
     def across(task: Task) -> Task:
         return Task(task.root, task.config, base=task, kind="transfer")
@@ -321,7 +324,7 @@ def _transfer(run: Run) -> Run:
 def _baseline_runs(
     root: Path, runs: Sequence[Run], configs: Sequence[BaselineOptions], fused: Set[str]
 ) -> list[Run]:
-    """Each baseline on every data set and backbone: once where nothing is drawn, else with each seed."""
+    """Each baseline on every data set and backbone: once if it is not random, else with each seed."""
     cells: dict[tuple[str, str, int | None], Run] = {}
     for run in runs:
         cells.setdefault((run.data, run.backbone, run.seed), run)
@@ -339,7 +342,7 @@ def _baseline_runs(
 
 
 def _plain_baseline(root: Path, run: Run, config: BaselineOptions, seed: int | None) -> Run:
-    """Beside a run, of which it needs the data alone; backbones share it."""
+    """A baseline that needs only the data of a run; runs with other backbones share it."""
     theirs, data = run.task.config, run.task.data
     assert data is not None
     own = Config(
@@ -361,7 +364,7 @@ def _plain_baseline(root: Path, run: Run, config: BaselineOptions, seed: int | N
 
 
 def _hybrid(root: Path, run: Run, config: BaselineOptions) -> Run:
-    """Fused with the model of a run, of which it takes all stages over."""
+    """A hybrid with the model of a run; it takes over all stages of that run."""
     label = f"{baseline_label(config)} with {run.strategy}"
 
     def beside(task: Task) -> Task:
@@ -373,16 +376,19 @@ def _hybrid(root: Path, run: Run, config: BaselineOptions) -> Run:
 
 
 def _trials(tuned: Sequence[Variant]) -> dict[str, list[Variant]]:
-    """The candidates of every tuned strategy, equally many for each: the same budget for everyone."""
+    """The candidates of every tuned strategy. Raises ConfigError unless all have the same number, so that
+    every strategy has the same budget."""
     trials = {wide.name: grid(wide, f"compare.tune.{wide.name}") for wide in tuned}
     if len({len(choices) for choices in trials.values()}) > 1:
         counts = ", ".join(f"{name} {len(choices)}" for name, choices in trials.items())
-        raise ConfigError(f"compare.tune gives some strategies more trials than others ({counts})")
+        raise ConfigError(
+            f"compare.tune gives some strategies more trials than others ({counts}); give all as many"
+        )
     return trials
 
 
 def _task(root: Path, folder: str, names: tuple[str, str, str], config: Config) -> Task:
-    """A run's own task, with those that it shares with others."""
+    """The task of a run, with the shared tasks for its data and base stage."""
     data_config = Config(data=config.data, items=config.items, seed=config.seed_of_data)
     of_data = digest(data_config.model_dump(mode="json", include={"data", "items", "seed"}))
     data = Task(root / "data" / names[0] / of_data[:8], data_config, -1)
@@ -393,8 +399,8 @@ def _task(root: Path, folder: str, names: tuple[str, str, str], config: Config) 
 
 
 def _base_config(config: Config) -> Config:
-    """The configuration of stage 0 alone, equal for all that share it: what shapes later stages is left at
-    its default."""
+    """The configuration of a shared base stage: settings of later stages have their defaults, so that it is
+    equal for all runs that share it."""
     later = TrainingConfig().model_dump(include={"later_learning_rate_scale"}) | {
         "later": LaterTrainingConfig()
     }
@@ -415,13 +421,13 @@ def _require_distinct(runs: Sequence[Run]) -> None:
     times = Counter(run.task.root for run in runs)
     twice = [run.name for run in runs if times[run.task.root] > 1]
     if twice:
-        raise ConfigError(f"compare makes several runs called {twice[0]}; give each a name of its own")
+        raise ConfigError(f"compare makes several runs called {twice[0]}; give each a different name")
 
 
 def _require_data(run: Run) -> None:
     path = run.task.config.data.path
     if path is not None and not Path(path).exists() and not glob.glob(path, recursive=True):
-        raise DataError(f"data set {run.data}: there is nothing at {path}")
+        raise DataError(f"data set {run.data}: {path} does not exist")
 
 
 def _data_name(config: Config) -> str:
@@ -430,5 +436,5 @@ def _data_name(config: Config) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name as a directory's: ``peso[weight=3]`` becomes ``peso,weight=3``, which no shell minds."""
+    """A name without characters that are special in a shell: ``peso[weight=3]`` becomes ``peso,weight=3``."""
     return re.sub(r"[^\w.+=,-]+", "-", name.replace("[", ",").removesuffix("]")).strip("-")

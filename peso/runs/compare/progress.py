@@ -1,4 +1,4 @@
-"""How far each run, baseline or set of tests is, from its files alone."""
+"""The progress of each run, baseline or set of tests, determined from its files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from peso.runs.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a task is.
+class TaskProgress:
+    """The progress and the results of a task.
 
     Attributes:
-        done: stages that are learnt, and tested where evaluation is on; of transfer: tests.
-        stages: how many there are; None: not known yet.
-        hit, ndcg: at the largest k, averaged over the later stages that are tested; None: there is none.
+        done: number of trained stages (tested, if evaluation is enabled); for ``transfer``: of tests.
+        stages: total number; None: not known yet.
+        hit, ndcg: at the largest k, averaged over the tested later stages; None: there are none.
     """
 
     done: int
@@ -33,28 +33,28 @@ class Standing:
         return self.stages is not None and self.done >= self.stages
 
 
-def standing(task: Task) -> Standing:
-    """Where a task's workspace stands.
+def progress_of(task: Task) -> TaskProgress:
+    """Determine the progress of a task from its workspace.
 
     Raises:
         WorkspaceError: its files are damaged or were written by a newer version.
     """
     if not (task.root / "config.yaml").is_file():
-        return Standing(0, _stages(task))
+        return TaskProgress(0, _stages(task))
     workspace = Workspace(task.root, task.config)
     if task.kind == "transfer":
-        return _transfer_standing(task, workspace)
+        return _transfer_progress(task, workspace)
     if task.baseline is not None:
-        return _baseline_standing(task, workspace, task.baseline)
+        return _baseline_progress(task, workspace, task.baseline)
     done, tested = workspace.stages, task.config.evaluation.enabled
     if tested and task.last_stage != -1:
         done = [stage for stage in done if stage.is_tested]
     later = [stage.metrics["test"]["metrics"] for stage in done if stage.number and tested]
-    return Standing(len(done), _stages(task), *_means(later, max(task.config.evaluation.k)))
+    return TaskProgress(len(done), _stages(task), *_means(later, max(task.config.evaluation.k)))
 
 
 def _means(later: Sequence[Mapping[str, Any]], k: int) -> tuple[float | None, float | None]:
-    """Hit and NDCG, averaged over what was measured at later stages."""
+    """Hit and NDCG, averaged over the metrics of later stages."""
 
     def mean(name: str) -> float | None:
         return sum(metrics[name]["value"] for metrics in later) / len(later) if later else None
@@ -63,26 +63,26 @@ def _means(later: Sequence[Mapping[str, Any]], k: int) -> tuple[float | None, fl
 
 
 def pairs_across(stages: int) -> list[tuple[int, int]]:
-    """(model after stage i, cases of stage j ≠ i), all that forgetting and transfer are computed from."""
+    """All pairs (model after stage i, cases of stage j ≠ i), from which forgetting and transfer are computed."""
     return [(i, j) for i in range(stages) for j in range(stages) if i != j]
 
 
-def _transfer_standing(task: Task, workspace: Workspace) -> Standing:
+def _transfer_progress(task: Task, workspace: Workspace) -> TaskProgress:
     stages = _stages(task)
     if stages is None:
-        return Standing(0, None)
+        return TaskProgress(0, None)
     pairs = pairs_across(stages)
-    return Standing(sum(workspace.stage(i).on(j).is_done for i, j in pairs), len(pairs))
+    return TaskProgress(sum(workspace.stage(i).on(j).is_done for i, j in pairs), len(pairs))
 
 
-def _baseline_standing(task: Task, workspace: Workspace, config: BaselineOptions) -> Standing:
+def _baseline_progress(task: Task, workspace: Workspace, config: BaselineOptions) -> TaskProgress:
     if not data_ready(task):
-        return Standing(0, _stages(task))
+        return TaskProgress(0, _stages(task))
     run = BaselineRun(workspace, config)
     done = [stage for stage in run.stages if run.is_done(stage)]
     k = max(task.config.evaluation.k)
     later = [metrics for stage in done if stage and f"hit@{k}" in (metrics := run.metrics(stage))]
-    return Standing(len(done), _stages(task), *_means(later, k))
+    return TaskProgress(len(done), _stages(task), *_means(later, k))
 
 
 def data_ready(task: Task) -> bool:
@@ -91,14 +91,14 @@ def data_ready(task: Task) -> bool:
 
 
 def is_done(task: Task) -> bool:
-    """Whether nothing of a task is left to do."""
+    """Whether a task is complete."""
     if not data_ready(task):
         return False
-    return task.last_stage == -1 or standing(task).complete
+    return task.last_stage == -1 or progress_of(task).complete
 
 
 def open_needs(task: Task) -> tuple[Task | None, Task | None]:
-    """Of what a task takes over, data and base, what it does not have yet."""
+    """The tasks for data and base from which a task still has to take over; None: nothing to take over."""
     data = None if data_ready(task) else task.data
     if task.base is None:
         return data, None
@@ -119,10 +119,10 @@ def _stages(task: Task) -> int | None:
 
 
 def validation_loss(task: Task) -> float:
-    """Of the epoch that was kept, averaged over the stages 1 … T: nats per target token.
+    """The validation loss of the best epoch, averaged over the stages 1 … T, in nats per target token.
 
     Raises:
-        WorkspaceError: a stage was not learnt, so that it has none.
+        WorkspaceError: a stage was not trained, so it has no validation loss.
     """
     workspace = Workspace(task.root, task.config)
     losses = []
@@ -131,7 +131,7 @@ def validation_loss(task: Task) -> float:
         if not found:
             raise WorkspaceError(
                 f"{task.root} has no validation loss at stage {stage.number}: strategy "
-                f"{task.config.strategy.name} learns nothing there and cannot be tuned"
+                f"{task.config.strategy.name} does not train this stage, so it cannot be tuned"
             )
         losses.append(min(found))
     if not losses:
@@ -140,5 +140,5 @@ def validation_loss(task: Task) -> float:
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate whose trial has the lowest validation loss; the first of equals."""
+    """The candidate whose trial has the lowest validation loss; the first of equal ones."""
     return min(candidates, key=lambda candidate: validation_loss(candidate.trial))

@@ -21,7 +21,7 @@ from peso.evaluation.run_summary import RunSummary
 from peso.runs import report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.compare.plan import Plan, Run
-from peso.runs.compare.progress import Standing, choose, is_done, standing, validation_loss
+from peso.runs.compare.progress import TaskProgress, choose, is_done, progress_of, validation_loss
 from peso.runs.place import require_place
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
@@ -33,15 +33,15 @@ REPORT = "report"
 
 @dataclass(frozen=True)
 class Collected:
-    """The runs and baselines that have something to report; sentences on what is missing or was chosen."""
+    """The runs and baselines with results; ``remarks``: sentences on missing runs and chosen options."""
 
-    runs: list[tuple[Run, Standing]]
-    baselines: list[tuple[Run, Standing]]
+    runs: list[tuple[Run, TaskProgress]]
+    baselines: list[tuple[Run, TaskProgress]]
     remarks: list[str]
 
 
 def collect(plan: Plan) -> Collected:
-    """Which runs can be reported, and what is to be said of the others.
+    """Collect the runs that have results, and remarks on the others.
 
     Raises:
         WorkspaceError: a run's files are damaged.
@@ -50,17 +50,17 @@ def collect(plan: Plan) -> Collected:
     remarks = list[str]()
     for run in plan.runs:
         if run.candidates:
-            if not _tried(run):
+            if not _trials_done(run):
                 remarks.append(f"{run.name}: missing, its options are not chosen yet")
                 continue
             chosen = choose(run.candidates)
             tried = ", ".join(f"{c.label} {validation_loss(c.trial):.4f}" for c in run.candidates)
             cell = f"{run.data}/{run.backbone}/{run.strategy}"
-            said = f"{cell}: {chosen.label}, the lowest validation loss of {tried}"
-            if said not in remarks:  # the choice is the same for every seed
-                remarks.append(said)
+            remark = f"{cell}: {chosen.label}, the lowest validation loss of {tried}"
+            if remark not in remarks:  # the choice is the same for every seed
+                remarks.append(remark)
             run = run.with_choice(chosen)
-        found = standing(run.task)
+        found = progress_of(run.task)
         if not found.done or not _tested(run):
             untested = found.done and not run.task.config.evaluation.enabled
             remarks.append(
@@ -71,14 +71,14 @@ def collect(plan: Plan) -> Collected:
             remarks.append(f"{run.name}: only {found.done} of {found.stages} stages are done")
         runs.append((run, found))
     for run in map(_chosen, plan.baselines):
-        found = standing(run.task)
+        found = progress_of(run.task)
         if not found.complete:
             remarks.append(
                 f"{run.name}: {f'{found.done} of {found.stages} stages' if found.done else 'missing'}"
             )
         if found.done:
             baselines.append((run, found))
-    open_tests = [run.name for run in map(_chosen, plan.transfers) if not standing(run.task).complete]
+    open_tests = [run.name for run in map(_chosen, plan.transfers) if not progress_of(run.task).complete]
     if open_tests:
         remarks.append(
             f"forgetting and transfer: tests on other stages are missing in {len(open_tests)} of "
@@ -87,20 +87,20 @@ def collect(plan: Plan) -> Collected:
     return Collected(runs, baselines, remarks)
 
 
-def _tried(run: Run) -> bool:
+def _trials_done(run: Run) -> bool:
     return all(is_done(candidate.trial) for candidate in run.candidates)
 
 
 def _chosen(run: Run) -> Run:
-    """With the options that were chosen, where they are."""
-    return run.with_choice(choose(run.candidates)) if run.candidates and _tried(run) else run
+    """The run with its chosen options, if its trials are done."""
+    return run.with_choice(choose(run.candidates)) if run.candidates and _trials_done(run) else run
 
 
 def require_results(directory: Path) -> None:
-    """Refuse a directory that :func:`write_results` cannot write to, before the runs.
+    """Check before the runs that :func:`write_results` can write to a directory.
 
     Raises:
-        WorkspaceError, ExportError: nothing can be written there, or something else is in the way.
+        WorkspaceError, ExportError: the directory cannot be written, or contains something else.
     """
     for ending in ENDINGS:
         file = directory / f"{RESULTS}{ending}"
@@ -115,7 +115,7 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
     """Write ``results.parquet``, ``results.csv`` and ``report/``; returns the report's page.
 
     Raises:
-        WorkspaceError: no run has a tested stage, or runs on one data set answered different cases.
+        WorkspaceError: no run has a tested stage, or runs on one data set have different test cases.
     """
     from peso.evaluation.report.page import write_report
 
@@ -138,7 +138,8 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
 
 
 def _without_formulas(table: pa.Table) -> pa.Table:
-    """As a CSV file that a spreadsheet may open (:func:`peso.evaluation.report.tables.csv_text`)."""
+    """The table with texts that a spreadsheet does not take for formulas
+    (:func:`peso.evaluation.report.tables.csv_text`)."""
     for index, field in enumerate(table.schema):
         if pa.types.is_string(field.type):
             texts = [None if text is None else csv_text(text) for text in table[index].to_pylist()]
@@ -146,8 +147,8 @@ def _without_formulas(table: pa.Table) -> pa.Table:
     return table
 
 
-def run_summary(run: Run, found: Standing) -> RunSummary:
-    """A run as the report takes it."""
+def run_summary(run: Run, found: TaskProgress) -> RunSummary:
+    """The summary of a run for the report."""
     found_summary = report.summarise(Workspace(run.task.root, run.task.config), run.name)
     return replace(
         found_summary,
@@ -160,9 +161,9 @@ def run_summary(run: Run, found: Standing) -> RunSummary:
     )
 
 
-def _baselines(first: Run, beside: Sequence[tuple[Run, Standing]]) -> list[RunSummary]:
-    """The baselines of a data set and backbone, those that `peso baseline` has run in the first run's
-    workspace, and popularity in any case."""
+def _baselines(first: Run, beside: Sequence[tuple[Run, TaskProgress]]) -> list[RunSummary]:
+    """The summaries of a cell's baselines: those of the comparison, those that `peso baseline` has run in the
+    first run's workspace, and popularity in any case."""
     workspace = Workspace(first.task.root, first.task.config)
     found = [each for run, at in beside for each in baseline_summary(run, at)]
     own = {baseline_label(run.task.baseline) for run, _ in beside if run.task.baseline is not None}
@@ -174,8 +175,8 @@ def _baselines(first: Run, beside: Sequence[tuple[Run, Standing]]) -> list[RunSu
     return [replace(baseline, data_set=first.data, backbone=first.backbone) for baseline in found]
 
 
-def baseline_summary(run: Run, at: Standing) -> list[RunSummary]:
-    """A baseline kept up to date and as it stood after stage 0, as the report takes them."""
+def baseline_summary(run: Run, at: TaskProgress) -> list[RunSummary]:
+    """The summaries of a baseline for the report: updated at every stage, and static after stage 0."""
     assert run.task.baseline is not None
     label = baseline_label(run.task.baseline)
     return [
@@ -193,7 +194,7 @@ def baseline_summary(run: Run, at: Standing) -> list[RunSummary]:
 def results_table(collected: Collected) -> pa.Table:
     """One row per run or baseline and tested stage: metrics, validation loss, distance moved, cost.
 
-    Columns that only some have are null elsewhere.
+    Columns that do not apply to a row are null.
     """
     rows = [row for run, _ in collected.runs for row in _rows(run)]
     rows += [row for run, at in collected.baselines for row in _baseline_rows(run, at)]
@@ -233,7 +234,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _baseline_rows(run: Run, at: Standing) -> Iterator[dict[str, Any]]:
+def _baseline_rows(run: Run, at: TaskProgress) -> Iterator[dict[str, Any]]:
     for found in baseline_summary(run, at):
         assert run.task.baseline is not None
         for stage, answers in found.stages.items():

@@ -1,7 +1,6 @@
-"""The tasks of a comparison in processes side by side, each started as soon as what it needs is done.
+"""Runs the tasks of a comparison in parallel processes, each as soon as the tasks it needs are done.
 
-A process that dies takes its own run with it and nobody else's; the next call goes on from what it left on
-disk.
+If a process dies, only its own run fails; the next call continues from its files.
 """
 
 from __future__ import annotations
@@ -21,32 +20,32 @@ from typing import Literal
 
 from peso.errors import PesoError
 from peso.runs.compare.plan import Plan, Run, Task
-from peso.runs.compare.progress import Standing, choose, is_done, open_needs, standing
+from peso.runs.compare.progress import TaskProgress, choose, is_done, open_needs, progress_of
 from peso.runs.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.runs.workspace import Workspace
 from peso.runtime.machine import NUMBER, SHARE
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
-SHUTDOWN_SECONDS = 3.0  # shorter than this process itself has after a SIGTERM
+SHUTDOWN_SECONDS = 3.0  # less than the time this process has after a SIGTERM
 TICK_SECONDS = 0.5
 LAST_LINES = 5
 
 
 @dataclass
 class Row:
-    """A run as it stands. ``note``: what it does now, or why it failed. ``seconds_left``: None, not known."""
+    """The state of a run. ``note``: its current step, or why it failed. ``seconds_left``: None: not known."""
 
     run: Run
     state: State
-    standing: Standing
+    progress: TaskProgress
     note: str = ""
     seconds_left: float | None = None
 
 
 @dataclass
 class _Process:
-    """A task at work in a process of its own."""
+    """A running task and its process."""
 
     task: Task
     slot: int
@@ -63,10 +62,11 @@ class Schedule:
     """Runs a plan.
 
     Args:
-        plan: what is to be done.
-        workers: processes at once; ``environment(slot)`` is what each gets beside the common one.
-        deadline: seconds since the epoch after which nothing is begun; None: no end.
-        watch: called with all rows whenever something has changed.
+        plan: the plan.
+        workers: number of parallel processes.
+        environment: returns the additional environment variables of the process in a slot.
+        deadline: seconds since the epoch after which nothing is started; None: no limit.
+        watch: called with all rows after every change.
     """
 
     def __init__(
@@ -79,24 +79,24 @@ class Schedule:
     ) -> None:
         self.plan, self.workers, self.environment = plan, workers, environment
         self.deadline, self.watch = deadline, watch
-        self.rows = [Row(run, "waiting", standing(run.task)) for run in plan.all]
+        self.rows = [Row(run, "waiting", progress_of(run.task)) for run in plan.all]
         self._done: dict[Key, bool] = {}  # read from disk once; later only our own processes change it
         self._failed: dict[Key, str] = {}
         self._working: dict[Key, _Process] = {}
         self._events: queue.Queue[tuple[Key, str | None]] = queue.Queue()
 
     def run(self) -> list[Row]:
-        """Do all that can be done, in the plan's order; returns how every run ended.
+        """Run everything that can run, in the plan's order; returns the final state of every run.
 
         Raises:
-            KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; every process is ended first.
+            KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; all processes are ended first.
         """
         try:
-            self._settle()
+            self._update_rows()
             self.watch(self.rows)
             while self._start_some() or self._working:
-                self._listen()
-                self._settle()
+                self._process_messages()
+                self._update_rows()
                 self.watch(self.rows)
         finally:
             self._end_all()
@@ -108,7 +108,7 @@ class Schedule:
     # -- what to do next ---------------------------------------------------------------------------
 
     def _start_some(self) -> bool:
-        """Fill the free slots; whether anything was started."""
+        """Start tasks in the free slots; returns whether any was started."""
         started = False
         while len(self._working) < self.workers and not self._out_of_time():
             task = next((task for row in self.rows if (task := self._next_of(row)) is not None), None)
@@ -119,7 +119,7 @@ class Schedule:
         return started
 
     def _next_of(self, row: Row) -> Task | None:
-        """A task that a run needs, that can be started now."""
+        """A task that a run needs and that can be started now."""
         if row.state in ("done", "failed"):
             return None
         if row.run.candidates:
@@ -142,8 +142,8 @@ class Schedule:
             self._done[task.key] = is_done(task)
         return self._done[task.key]
 
-    def _settle(self) -> None:
-        """Bring the rows up to date with what is done, chosen, at work or failed."""
+    def _update_rows(self) -> None:
+        """Update the rows."""
         for row in self.rows:
             if row.state in ("done", "failed"):
                 continue
@@ -155,14 +155,14 @@ class Schedule:
                 row.state, row.note, row.seconds_left = "failed", failed, None
             elif working is not None:
                 row.state, row.note = "running", working.title
-                row.seconds_left = self._seconds_left(working, row.standing)
+                row.seconds_left = self._seconds_left(working, row.progress)
             elif not row.run.candidates and self._is_done(row.run.task):
                 row.state, row.note, row.seconds_left = "done", "", None
-                row.standing = standing(row.run.task)
+                row.progress = progress_of(row.run.task)
             else:
                 busy = next((p for p in self._working.values() if p.task in self._ancestors(row)), None)
                 row.state, row.seconds_left = "waiting", None
-                row.note = "" if busy is None else f"for {self._called(busy.task)}: {busy.title}"
+                row.note = "" if busy is None else f"for {self._name(busy.task)}: {busy.title}"
 
     def _ancestors(self, row: Row) -> list[Task]:
         tasks = [c.trial for c in row.run.candidates] or [row.run.task]
@@ -172,18 +172,18 @@ class Schedule:
         for task in self._ancestors(row):
             if task.key in self._failed:
                 own = task.key == row.run.task.key
-                return self._failed[task.key] if own else f"{self._called(task)}: {self._failed[task.key]}"
+                return self._failed[task.key] if own else f"{self._name(task)}: {self._failed[task.key]}"
         return None
 
-    def _called(self, task: Task) -> str:
-        """Its place, which is also the name of its log."""
+    def _name(self, task: Task) -> str:
+        """The name of a task, which is also that of its log: its path in the comparison."""
         return str(task.root.relative_to(self.plan.root)) + ("/transfer" if task.kind == "transfer" else "")
 
     def _out_of_time(self) -> bool:
         return self.deadline is not None and time.time() > self.deadline
 
     @staticmethod
-    def _seconds_left(working: _Process, now: Standing) -> float | None:
+    def _seconds_left(working: _Process, now: TaskProgress) -> float | None:
         if now.stages is None:
             return None
         done = now.done - working.done_before + working.fraction
@@ -199,7 +199,7 @@ class Schedule:
         except PesoError as error:
             self._failed[task.key] = str(error)
             return
-        log = self.plan.root / "logs" / f"{'-'.join(Path(self._called(task)).parts)}.log"
+        log = self.plan.root / "logs" / f"{'-'.join(Path(self._name(task)).parts)}.log"
         log.parent.mkdir(exist_ok=True)
         data, base = (None if need is None else str(need.root) for need in open_needs(task))
         options = None if task.baseline is None else task.baseline.model_dump(mode="json")
@@ -222,9 +222,9 @@ class Schedule:
                 stderr=written,
                 text=True,
                 env={**os.environ, **self.environment(slot)},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
+                start_new_session=True,  # so that Ctrl-C reaches only this process, which ends the others
             )
-        done = standing(task).done
+        done = progress_of(task).done
         self._working[task.key] = _Process(task, slot, process, log, time.monotonic(), done)
         threading.Thread(target=self._read, args=(task.key, process), daemon=True).start()
 
@@ -234,8 +234,8 @@ class Schedule:
             self._events.put((key, line))
         self._events.put((key, None))
 
-    def _listen(self) -> None:
-        """Take in what the processes say, for a moment."""
+    def _process_messages(self) -> None:
+        """Process messages of the workers for ``TICK_SECONDS``."""
         until = time.monotonic() + TICK_SECONDS
         while (left := until - time.monotonic()) > 0 and self._working:
             try:
@@ -243,27 +243,27 @@ class Schedule:
             except queue.Empty:
                 break
             if key not in self._working:
-                continue  # ended by us; what it still had to say is of no use
+                continue  # ended by this process
             if line is None:
-                self._ended(self._working.pop(key))
+                self._finish(self._working.pop(key))
                 break
-            self._heard(self._working[key], json.loads(line))
+            self._handle(self._working[key], json.loads(line))
         if self.deadline is not None and time.time() > self.deadline + 2 * GRACE_SECONDS:
-            self._end_all()  # in a step that has no checkpoint
+            self._end_all()  # steps without checkpoints do not end by themselves
 
-    def _heard(self, working: _Process, event: Mapping[str, object]) -> None:
+    def _handle(self, working: _Process, event: Mapping[str, object]) -> None:
         done, total = int(str(event["done"])), int(str(event["total"]))
         title = str(event["title"])
-        if not total:  # a step begins: what came before it is on disk
+        if not total:  # a new step: the previous one is on disk
             for row in self.rows:
                 if row.run.task.key == working.task.key:
-                    row.standing = standing(row.run.task)
-        learning = 0.8  # of a stage's time, learning takes the most
+                    row.progress = progress_of(row.run.task)
+        learning = 0.8  # approximate share of a stage's time
         share = done / total if total else 0.0
         working.fraction = share * learning if title.startswith("learn") else learning * (total > 0)
         working.title = f"{title}, {share:.0%}" if total else title
 
-    def _ended(self, working: _Process) -> None:
+    def _finish(self, working: _Process) -> None:
         status = working.process.wait()
         if status == 0 and is_done(working.task):
             self._done[working.task.key] = True
@@ -300,7 +300,8 @@ THREADS = (NUMBER, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Machine:
-    """``workers`` processes with ``threads`` each; ``devices`` are GPUs as CUDA names them, none on a CPU."""
+    """``workers`` processes with ``threads`` threads each; ``devices``: CUDA names of GPUs, empty on a
+    CPU."""
 
     workers: int
     threads: int
@@ -308,8 +309,13 @@ class Machine:
 
     @classmethod
     def of(cls, workers: int | Literal["auto"], device: str) -> Machine:
-        """``device``: `training.device`. One process a GPU where there are any to use, else one a core; each
-        with its share of the cores as threads, or with fewer where OMP_NUM_THREADS asks for that."""
+        """Choose processes and threads for this machine: with ``auto``, one process per usable GPU, else one
+        per core. Each gets an equal share of the cores as threads, limited by OMP_NUM_THREADS.
+
+        Args:
+            workers: number of processes, or ``auto``.
+            device: the setting `training.device`.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = _devices() if device in ("auto", "cuda") else ()
         count = (len(devices) or cores) if workers == "auto" else workers
@@ -318,7 +324,7 @@ class Machine:
         return cls(count, max(1, min(most, cores // count)), devices)
 
     def environment(self, slot: int) -> Mapping[str, str]:
-        """What the process in a slot (0 … workers − 1) sees."""
+        """The environment variables of the process in a slot (0 … workers − 1)."""
         result = {name: str(self.threads) for name in THREADS}
         if not os.environ.get(NUMBER):
             result[SHARE] = "at most"

@@ -1,8 +1,8 @@
 """One process of a comparison: it does one task in one workspace and reports its progress.
 
 Started as ``python -m peso.runs.compare.worker JOB`` with a JSON job. Progress goes to stdout, one JSON
-object a line, everything else to stderr. Exit status 0: done, 1: failed with an explained error,
-``OUT_OF_TIME``: the budget ended.
+object per line; everything else goes to stderr. Exit status 0: done; 1: failed with an explained error;
+``OUT_OF_TIME``: the time limit was reached.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from peso.runtime.failures import DONE, FAILED, debugging, explain, sentence
 from peso.runtime.processes import ended_by_sigterm
 
 OUT_OF_TIME = 75
-GRACE_SECONDS = 75.0  # longer than between two checkpoints
+GRACE_SECONDS = 75.0  # longer than the time between two checkpoints
 SECONDS_BETWEEN_REPORTS = 0.5
 
 
 class OutOfTime(Exception):
-    """The stated budget ended and everything worth keeping is on disk."""
+    """The time limit was reached; the work so far is on disk."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A :class:`peso.runs.compare.plan.Task` as plain values.
+    """A :class:`peso.runs.compare.plan.Task`, JSON-serializable.
 
     ``deadline``: seconds since the epoch; ``trust``: see :meth:`peso.runs.workspace.Workspace.open`.
     """
@@ -56,28 +56,25 @@ class Job:
 
 
 class Reporter:
-    """An Observer (peso/runtime/progress.py) that writes what happens as JSON lines, and ends work on time.
-
-    After the deadline a stage in training stops at its next checkpoint; a test, which has none, gets
-    ``GRACE_SECONDS`` to finish.
-    """
+    """An observer (:mod:`peso.runtime.progress`) that writes progress as JSON lines, and stops the work after
+    the deadline: training at its next checkpoint, anything else after ``GRACE_SECONDS``."""
 
     def __init__(self, workspace: Workspace, deadline: float | None, out: Any) -> None:
         self.workspace, self.deadline, self.out = workspace, deadline, out
-        self._title, self._total, self._spoke = "", 0, 0.0
+        self._title, self._total, self._sent_at = "", 0, 0.0
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def begin(self, title: str, total: int, unit: str) -> None:
         self._title, self._total = title, total
-        self._say(title=title, done=0, total=total)
+        self._send(title=title, done=0, total=total)
 
     def advance(self, done: int, **figures: Any) -> None:
         now = time.time()
-        if now - self._spoke >= SECONDS_BETWEEN_REPORTS:
-            self._spoke = now
-            self._say(title=self._title, done=done, total=self._total)
+        if now - self._sent_at >= SECONDS_BETWEEN_REPORTS:
+            self._sent_at = now
+            self._send(title=self._title, done=done, total=self._total)
         if self.deadline is not None and now > self.deadline:
             late = now > self.deadline + GRACE_SECONDS
             if late or (self._title.startswith("learn") and self._checkpoint_time() > self.deadline):
@@ -87,12 +84,12 @@ class Reporter:
         self._title = ""
 
     def step(self, title: str) -> None:
-        """A step begins: refused once the time is over."""
+        """Report the start of a step. Raises OutOfTime after the deadline."""
         if self.deadline is not None and time.time() > self.deadline:
             raise OutOfTime
-        self._say(title=title, done=0, total=0)
+        self._send(title=title, done=0, total=0)
 
-    def _say(self, **values: Any) -> None:
+    def _send(self, **values: Any) -> None:
         self.out.write(json.dumps(values) + "\n")
         self.out.flush()
 
@@ -104,10 +101,10 @@ class Reporter:
 
 
 def work(job: Job, out: Any) -> None:
-    """Do what is not done of a job; the workspace's configuration is there already.
+    """Do the missing steps of a job. The workspace must have its configuration.
 
     Raises:
-        PesoError: as the steps of the pipeline do.
+        PesoError: as the steps of the pipeline.
         OutOfTime: the deadline has passed.
     """
     workspace = Workspace.open(job.root, job.trust)
@@ -144,7 +141,7 @@ def work(job: Job, out: Any) -> None:
 
 
 def _test_across(workspace: Workspace, reporter: Reporter) -> None:
-    """Every stage's model on the cases of the other stages."""
+    """Test every stage's model on the cases of the other stages."""
     for stage, on in pairs_across(workspace.stream.stages):
         wanted = workspace.stage(stage).on(on)
         if not wanted.is_done:
@@ -160,17 +157,17 @@ def _run_baseline(workspace: Workspace, options: dict[str, Any], reporter: Repor
         run.learn_and_test(stage, reporter)
 
 
-def _end_with(parent: int) -> None:
-    """Do not outlive the process that started this one: it would hold a workspace that nobody waits for."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process ends, because this process would keep the workspace locked."""
     while os.getppid() == parent:
         time.sleep(SECONDS_BETWEEN_REPORTS)
     os._exit(OUT_OF_TIME)
 
 
 def main() -> int:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not be taken for progress
+    os.dup2(2, 1)  # output of libraries must not mix with progress
     try:
         with ended_by_sigterm():
             work(Job(**json.loads(sys.argv[1])), out)
