@@ -1,1 +1,1 @@
-"""The HTTP server: recommendations from a workspace, events into it (docs/how-to/serve.md)."""
+"""The HTTP server: recommendations and collection of events (docs/how-to/serve.md)."""

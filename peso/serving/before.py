@@ -1,4 +1,4 @@
-"""The stage that served before the current one, to compare with: loaded when asked for, freed when unused."""
+"""The previous stage, for comparisons in the explorer: loaded on demand, freed when unused."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from peso.runs.stage import RunStage
 from peso.serving.live import AGAIN, LiveStage
 from peso.serving.snapshot import Identity, Snapshot, identity
 
-KEPT = 300.0  # seconds that an unused model stays in memory
+KEPT = 300.0  # seconds after which an unused model is freed
 State = Literal["ready", "loading", "failed", "none"]
 log = logging.getLogger("peso.serving")
 
 
 @dataclass(frozen=True)
 class Found:
-    """``stage``: its number, None: there is none. ``snapshot``: with its model, None: not ready."""
+    """``stage``: number of the previous stage, None if there is none. ``snapshot``: None if not ready."""
 
     stage: int | None
     state: State
@@ -30,10 +30,11 @@ class Found:
 
 
 class StageBefore:
-    """
+    """Loads and holds the model of the previous stage.
+
     Args:
-        live: the stage that answers; models are loaded one after the other under its lock.
-        kept: seconds that the model stays in memory after it was last asked for.
+        live: the serving stage; models are loaded one at a time under its lock.
+        kept: seconds after the last use until the model is freed.
     """
 
     def __init__(self, live: LiveStage, kept: float = KEPT) -> None:
@@ -46,7 +47,7 @@ class StageBefore:
         self._thread: threading.Thread | None = None
 
     def find(self) -> Found:
-        """The stage as it stands; a model that is not in memory is loaded in the background."""
+        """The previous stage; if its model is not in memory, loading starts in the background."""
         stage = self._stage()
         with self._changed:
             if stage is None:
@@ -66,19 +67,19 @@ class StageBefore:
             return Found(stage.number, "loading")
 
     def stop(self) -> None:
-        """What is being loaded is left to end with the process."""
+        """Free the model. A load in progress is not waited for; its thread ends with the process."""
         with self._changed:
             self._stopping = True
             self._want(None)
 
     def _want(self, wanted: Identity | None) -> None:
-        """Let go of the model of another stage; the caller holds the lock."""
+        """Set the wanted stage and free the model of any other; the caller holds the lock."""
         if wanted != self._wanted:
             self._wanted, self._held, self._failed = wanted, None, float("-inf")
             self._changed.notify_all()
 
     def _stage(self) -> RunStage | None:
-        """The stage that served before; where none did, the parent of the one that answers."""
+        """The stage that served before; if there is none, the parent of the serving stage."""
         workspace, current = self._live.workspace, self._live.current.stage
         try:
             number = None if self._live.pinned is not None else previous(workspace)
@@ -94,11 +95,11 @@ class StageBefore:
             return None
 
     def _hold(self, stage: RunStage) -> None:
-        """Load the model, and keep it as long as it is asked for."""
+        """Load the model, and hold it until it is unused or another stage is wanted."""
         wanted = identity(stage)
         try:
             snapshot = self._live.another(stage)
-        except Exception as error:  # whatever it is, the serving stage goes on
+        except Exception as error:  # any error must not affect the serving stage
             log.error("stage to compare with not loaded", exc_info=error)
             with self._changed:
                 self._thread = None
@@ -114,4 +115,4 @@ class StageBefore:
             if self._wanted == wanted:
                 self._held = None
             self._thread = None
-        gc.collect()  # modules refer to each other in circles
+        gc.collect()  # modules have reference cycles

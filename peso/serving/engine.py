@@ -1,8 +1,8 @@
-"""Questions that arrive together are answered together, by one thread, from one snapshot.
+"""Dynamic batching: one thread answers the questions that have arrived, in one batch from one snapshot.
 
-What arrives while a batch is computed is the next batch. After a batch of several requests the engine also
-waits a few milliseconds, since their senders probably ask again. A request that comes alone, after one that
-came alone, waits for nobody.
+Questions that arrive while a batch is computed form the next one. After a batch of several requests, the
+engine also waits a few milliseconds, because more requests are likely. A single request that follows a single
+request does not wait.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from peso.serving.snapshot import Question
 
 Result = TypeVar("Result")
 Answers = list[Answer | DataError]
-RECENT = 0.2  # weight of the newest batch in the time that a question takes
+RECENT = 0.2  # weight of the newest batch in the running average of the time per question
 
 
 class Overloaded(PesoError):
-    """More questions wait than the engine accepts.
+    """The queue is full.
 
     Args:
-        seconds: after how many the queue will probably have room.
+        seconds: estimated time until the queue has room.
     """
 
     def __init__(self, seconds: int) -> None:
-        super().__init__(f"the server has too many requests to answer; try again in {seconds} s")
+        super().__init__(f"the server has too many waiting requests; try again in {seconds} s")
         self.seconds = seconds
 
 
 @dataclass
 class _Group:
-    """Questions of one request, which stay together, or other ``work`` with a model."""
+    """The questions of one request, which are answered in the same batch, or other ``work`` with a model."""
 
     questions: Sequence[Question]
     arrived: float
@@ -52,14 +52,14 @@ class _Group:
 
 
 class Engine:
-    """
+    """A queue of questions, and the thread that answers them in batches.
+
     Args:
-        answer: answers a batch, all of it from one snapshot.
-        wait: seconds that a question waits for others to come along, at most, if several requests were
-            answered together before.
-        together: questions of a batch, as soon as which nobody is waited for.
-        most: questions that may wait; further ones are refused.
-        on_batch: told of every batch the number of questions and the seconds it took.
+        answer: answers a batch of questions from one snapshot.
+        wait: maximum seconds that a question waits for others, if the last batch had several requests.
+        together: size of a batch at which the engine does not wait.
+        most: maximum number of waiting questions; further ones are refused.
+        on_batch: called after every batch with the number of questions and the seconds it took.
     """
 
     def __init__(
@@ -77,29 +77,30 @@ class Engine:
         self._questions = 0  # in the groups
         self._changed = threading.Condition()
         self._stopping = False
-        self._seconds = 0.02  # that a question takes
+        self._seconds = 0.02  # running average of the time per question
         self._busy = False  # whether the last batch had several requests
         self._thread = threading.Thread(target=self._run, name="peso engine", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Questions that no batch has taken yet."""
+        """Number of questions that are not in a batch yet."""
         return self._questions
 
     def ask(self, questions: Sequence[Question]) -> Future[Answers]:
-        """The answers to come, all from one snapshot.
+        """Queue the questions of one request; returns a future of the answers, all from one snapshot.
 
         Raises:
-            Overloaded: too many questions wait.
+            Overloaded: too many questions are waiting.
         """
         return self._add(_Group(questions, time.monotonic()))
 
     def run(self, work: Callable[[], Result]) -> Future[Result]:
-        """The result of other work with a model, which only this thread may use.
+        """Queue other work with a model, which only the engine's thread may use; returns a future of its
+        result.
 
         Raises:
-            Overloaded: too many questions wait.
+            Overloaded: too many questions are waiting.
         """
         return self._add(_Group((), time.monotonic(), work=work))
 
@@ -113,7 +114,7 @@ class Engine:
         return group.future
 
     def stop(self) -> None:
-        """Answer what waits, accept nothing more."""
+        """Refuse new questions, and return when the waiting ones are answered."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -129,7 +130,7 @@ class Engine:
             try:
                 answers = self._answer([each for group in batch for each in group.questions])
             except Exception:
-                for group in batch:  # one of them may be the reason
+                for group in batch:  # a single group may have caused the error
                     self._answer_alone(group)
                 del group, batch
                 continue
@@ -141,7 +142,7 @@ class Engine:
                 size = len(group.questions)
                 group.future.set_result(answers[:size])
                 answers = answers[size:]
-            # the thread sleeps next, and a snapshot must not outlive its time in a variable
+            # while the thread sleeps, no variable may keep an old snapshot in memory
             del answers, group, batch
 
     def _do(self, group: _Group, work: Callable[[], Any]) -> None:
@@ -157,7 +158,8 @@ class Engine:
             group.future.set_exception(error)
 
     def _take(self) -> list[_Group]:
-        """Whole groups, in the order of their arrival, or one with other work; the caller holds the lock."""
+        """The next groups of questions in the order of arrival, or one group with other work; the caller
+        holds the lock."""
         batch = [self._groups.popleft()]
         count = batch[0].size
         while self._groups and batch[0].work is self._groups[0].work is None:
@@ -169,7 +171,7 @@ class Engine:
         return batch
 
     def _next(self) -> list[_Group]:
-        """The groups of the next batch that are still waited for; none once the engine has stopped."""
+        """Wait for the next batch; returns its groups that were not canceled, none after :meth:`stop`."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._groups or self._stopping)

@@ -1,4 +1,4 @@
-"""The explorer: a page at `/`, and what it asks the server for beside the other paths."""
+"""The explorer: a page at `/`, and the API routes that only it uses."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from peso.serving.messages import (
 from peso.serving.routes import Service, question_of, refusals
 from peso.serving.snapshot import Question, Snapshot
 
-SHOWN = 50  # items of a history, the newest
-PAGE = {  # paths, which need no token: the page has nothing of the workspace in it
+SHOWN = 50  # number of newest history items shown
+PAGE = {  # path → file and type; they need no token, because they contain no data of the workspace
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -49,12 +49,12 @@ POLICY = (
 
 
 def add_explorer(app: FastAPI, service: Service) -> None:
-    """Add the page and its paths to the application."""
+    """Add the page and its API routes to the application."""
     for path, (name, kind) in PAGE.items():
         _add_file(app, path, (files("peso.serving") / "page" / name).read_bytes(), kind)
-    _add_looking(app, service)
+    _add_queries(app, service)
     add_insight(app, service)
-    _add_changing(app, service)
+    _add_changes(app, service)
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, kind: str) -> None:
@@ -64,14 +64,15 @@ def _add_file(app: FastAPI, path: str, content: bytes, kind: str) -> None:
     app.add_api_route(path, file, methods=["GET"], include_in_schema=False)
 
 
-def _add_looking(app: FastAPI, service: Service) -> None:
+def _add_queries(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/compare",
         responses=refusals(400, 401, 413, 422, 429, 503),
-        summary="Recommendations of the serving stage and of the one before it",
+        summary="Recommendations of the serving stage and of the previous one",
     )
     async def compare(body: Request) -> Comparison:
-        """The first request loads the stage before in the background: `before_state` is then `loading`."""
+        """The first request starts loading the previous stage in the background; until it is loaded,
+        `before_state` is `loading`."""
         question = await question_of(service, body)
         before = await run_in_threadpool(service.before.find)
         asked = [question]
@@ -95,7 +96,7 @@ def _add_looking(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/stages",
         responses=refusals(401, 429, 503),
-        summary="The trained stages, their metrics and the verdicts of the gate",
+        summary="List the trained stages with their metrics and gate verdicts",
     )
     async def stages(http: HttpRequest) -> Lineage:
         found = await run_in_threadpool(status, service.live.workspace)
@@ -118,33 +119,37 @@ def _listed(snapshot: Snapshot, answer: Answer) -> ShownList:
     return ShownList(stage=answer.stage, source=answer.source, reason=answer.reason, items=list(items))
 
 
-def _add_changing(app: FastAPI, service: Service) -> None:
+def _add_changes(app: FastAPI, service: Service) -> None:
     codes = refusals(400, 401, 403, 404, 409, 413, 422, 429, 503, 507)
 
-    @app.post("/v1/promote", responses=codes, summary="Let a stage serve from now on")
+    @app.post("/v1/promote", responses=codes, summary="Make a stage the serving one")
     async def promote_stage(body: Annotated[Promote, Body()], http: HttpRequest) -> Changed:
-        """As `peso promote`; needs a token."""
+        """Same as `peso promote`. Requires a token."""
         return await run_in_threadpool(_promote, service, body, _caller(service, http))
 
-    @app.post("/v1/rollback", responses=codes, summary="Let the stage serve again that served before")
+    @app.post(
+        "/v1/rollback", responses=codes, summary="Make the previous serving stage the serving one again"
+    )
     async def roll_back(body: Annotated[Rollback, Body()], http: HttpRequest) -> Changed:
-        """As `peso rollback`; needs a token."""
+        """Same as `peso rollback`. Requires a token."""
         return await run_in_threadpool(_roll_back, service, body, _caller(service, http))
 
 
 def _refusal(service: Service, http: HttpRequest) -> str | None:
-    """Why the caller may not change the stage that serves."""
+    """Why the caller may not change the serving stage; None: it may."""
     if service.received is None:
-        return "this server changes no stage: it was started with --read-only"
+        return "the serving stage cannot be changed: this server was started with --read-only"
     if service.live.pinned is not None:
-        return f"this server changes no stage: it was started with --stage {service.live.pinned}"
+        return (
+            f"the serving stage cannot be changed: this server was started with --stage {service.live.pinned}"
+        )
     if getattr(http.state, "token", None) is None:
-        return "this server changes no stage without a token: start it with --token-file"
+        return "the serving stage cannot be changed without a token: start the server with --token-file"
     return None
 
 
 def _caller(service: Service, http: HttpRequest) -> str:
-    """Who makes a change, for its record. Raises HTTPException if they may not."""
+    """A name of the caller, to record with a change. Raises HTTPException if the caller may not make one."""
     if (refusal := _refusal(service, http)) is not None:
         raise HTTPException(403, refusal)
     return f"token {http.state.token + 1} over HTTP"
@@ -164,7 +169,7 @@ def _promote(service: Service, body: Promote, caller: str) -> Changed:
         raise HTTPException(
             409,
             f"stage {body.stage} did not pass its gate ({verdict['says']}); send force: true to promote it "
-            "all the same, which is recorded",
+            "anyway, which is recorded",
         )
     reason = f"{body.reason} ({caller})"
     changed = promote(workspace, body.stage, reason=reason, force=body.force)
@@ -178,7 +183,9 @@ def _roll_back(service: Service, body: Rollback, caller: str) -> Changed:
         raise HTTPException(409, "no other stage served before the current one; promote one by its number")
     if body.stage not in (None, target):
         raise HTTPException(
-            409, f"a rollback leads to stage {target} now, not to stage {body.stage}; look again and decide"
+            409,
+            f"the target of a rollback is stage {target} now, not stage {body.stage}; send that number if it "
+            "is right",
         )
     reason = f"{body.reason} ({caller})"
     return Changed(stage=rollback(workspace, reason=reason).stage, changed=True, reason=reason)

@@ -1,4 +1,4 @@
-"""What every request passes before it is read: who asks, how often, how much, and a line in the log."""
+"""Middleware for all requests: host and token checks, rate and size limits, metrics, and the access log."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from peso.serving.meters import Meters
 from peso.serving.tokens import Tokens
 
-OPEN = ("/healthz", "/readyz")  # need no token: they tell nothing but whether the server works
-CALLERS = 10_000  # whose rates are remembered
-PATIENCE = 30  # seconds that a body may take to arrive
+OPEN = ("/healthz", "/readyz")  # need no token
+CALLERS = 10_000  # maximum number of callers whose rates are tracked
+PATIENCE = 30  # maximum seconds until a body has arrived
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -31,18 +31,18 @@ log = logging.getLogger("peso.serving")
 
 
 class Rates:
-    """A bucket of requests for each caller: ``rate`` flow in every second, twice as many fit in.
+    """Rate limits by token bucket, one per caller, with a capacity of two seconds.
 
     Args:
-        rate: requests a second; 0: as many as they like.
+        rate: requests per second; 0: no limit.
     """
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-        self._left: OrderedDict[object, tuple[float, float]] = OrderedDict()  # requests left, at which time
+        self._left: OrderedDict[object, tuple[float, float]] = OrderedDict()  # caller → (requests left, time)
 
     def wait(self, caller: object, now: float) -> float:
-        """Seconds until the caller may ask; 0: a request is taken from the bucket."""
+        """Seconds until the caller's next request is allowed; if 0, this request is counted."""
         if not self.rate:
             return 0.0
         most = max(1.0, 2 * self.rate)
@@ -59,12 +59,12 @@ class Guard:
     """ASGI middleware.
 
     Args:
-        tokens: None: no caller needs one.
-        hosts: names by which the server may be called, so that no web page reaches it under a name of its
-            own (DNS rebinding); None: any.
-        rate: see :class:`Rates`, by token, or by address where there are no tokens.
-        largest_body: bytes.
-        open_paths: need no token, as :data:`OPEN`.
+        meters: receives the number and duration of requests.
+        tokens: accepted tokens; None: no token is required.
+        hosts: accepted names in the Host header, against DNS rebinding; None: any.
+        rate: see :class:`Rates`; per token, or per address without tokens.
+        largest_body: maximum size of a body, bytes.
+        open_paths: paths that need no token, in addition to :data:`OPEN`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Guard:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
-            return  # a websocket is closed unanswered
+            return  # websockets are closed
         started, number, status = time.monotonic(), secrets.token_hex(8), 500
 
         async def answer(message: Message) -> None:
@@ -116,7 +116,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers, path = Headers(scope=scope), scope["path"]
         if self.hosts is not None and _name(headers.get("host", "")) not in self.hosts:
-            return _problem(421, f"this server is called by one of the names {', '.join(sorted(self.hosts))}")
+            return _problem(421, f"use one of the host names {', '.join(sorted(self.hosts))}")
         if path in self.open:
             return None
         caller: object = (scope.get("client") or ("",))[0]
@@ -124,18 +124,18 @@ class Guard:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             caller = self.tokens.place(token.strip()) if scheme.lower() == "bearer" else None
             if caller is None:
-                problem = _problem(401, "send a token that this server knows: Authorization: Bearer TOKEN")
+                problem = _problem(401, "send a valid token: Authorization: Bearer TOKEN")
                 problem.headers["www-authenticate"] = "Bearer"
                 return problem
             scope.setdefault("state", {})["token"] = caller
         if wait := self.rates.wait(caller, time.monotonic()):
-            problem = _problem(429, f"more than {self.rates.rate:g} requests a second; send fewer")
+            problem = _problem(429, f"more than {self.rates.rate:g} requests per second; send fewer")
             problem.headers["retry-after"] = str(math.ceil(wait))
             return problem
         return None
 
     async def _within_limits(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body before anything looks at it, as far as it may be long."""
+        """Read the whole body within the limits of time and size, then call the application."""
         try:
             async with asyncio.timeout(PATIENCE):
                 body = await self._body(scope, receive)
@@ -159,8 +159,8 @@ class Guard:
         await self.app(scope, receive_again, send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | JSONResponse | None:
-        """Or why it is not accepted; None where the caller has gone."""
-        refusal = _problem(413, f"the body is longer than {self.largest_body:,} bytes; send less at once")
+        """The body, or a response that refuses it; None if the caller has disconnected."""
+        refusal = _problem(413, f"the body is longer than {self.largest_body:,} bytes; split the request")
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.largest_body:
             return refusal
@@ -188,7 +188,7 @@ def _problem(status: int, detail: str) -> JSONResponse:
 
 
 class JsonLines(logging.Formatter):
-    """A line of JSON for each record."""
+    """Formats each record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

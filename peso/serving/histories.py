@@ -1,4 +1,4 @@
-"""What a user has had: the stream, and the events received since."""
+"""The current histories of users, for the server."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ log = logging.getLogger("peso.serving")
 
 
 class LiveHistories:
-    """
+    """The histories of a workspace's users: the stream and the events received since.
+
     Args:
-        received: where this server stores events; None: it stores none, and reads those that another one
-            stores.
+        received: the events that this server stores; None: it is read-only, and reads the events that another
+            server stores.
     """
 
     def __init__(self, root: Path, received: ReceivedEvents | None, trust: Iterable[str] = ()) -> None:
@@ -28,8 +29,8 @@ class LiveHistories:
         self._users = UserHistories(self.workspace, events=self._open, background=True)
 
     def of(self, user: str) -> list[str] | None:
-        """Item ids, oldest first, those that no model can read yet before all others; None where neither the
-        log nor a received event names the user."""
+        """Item ids, oldest first, but items without a semantic ID before all others; None if neither the log
+        nor a received event has the user."""
         found = self._users.of(user)
         return None if found is None else [*found.left_out, *found.items]
 
@@ -38,17 +39,17 @@ class LiveHistories:
         return self._users.named(prefix, after, limit)
 
     def prepare(self) -> None:
-        """Read the stream, which the first answer would wait for."""
+        """Read the stream now, so that the first answer does not wait for it."""
         try:
             self._users.renew()
-        except (PesoError, OSError) as error:  # that answer will say so
+        except (PesoError, OSError) as error:  # the first answer reports it
             log.error("histories cannot be read", extra={"fields": {"problem": str(error)}})
 
     def _open(self) -> ReceivedEvents | None:
         if self._received is None and not self._refused and self.workspace.events_file.is_file():
             try:
                 self._received = ReceivedEvents(self.workspace.events_file)
-            except WorkspaceError as error:  # SQLite itself needs to write beside the file
+            except WorkspaceError as error:  # for example a read-only directory, in which SQLite cannot work
                 self._refused = True
                 log.warning("received events are not read", extra={"fields": {"problem": str(error)}})
         return self._received

@@ -1,4 +1,4 @@
-"""The stage that answers: loaded in the background, replaced when another one is promoted."""
+"""The serving stage: loaded in the background, and replaced when another one is promoted."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.serving.snapshot import Snapshot, identity
 
-INTERVAL = 0.5  # seconds between two looks at which stage is to serve
-AGAIN = 30.0  # seconds after which a stage that could not be loaded is tried again
+INTERVAL = 0.5  # seconds between two checks of the workspace
+AGAIN = 30.0  # seconds until loading a stage is tried again after a failure
 
 
 class LiveStage:
-    """Watches a workspace, and holds the snapshot to answer from.
+    """Watches a workspace and holds the current snapshot.
 
-    A new stage is loaded beside the one that answers and then takes its place, in one assignment. The engine
-    asks for the snapshot once a batch, so no answer mixes two stages, and the old model is freed with the
-    last batch that reads it.
+    A new stage is loaded while the old one continues to answer, and then replaces it in one assignment. The
+    engine reads the snapshot once per batch, so no answer mixes two stages, and the old model is freed after
+    its last batch.
 
     Args:
-        prompt_memory: bytes for the prompts of returning users; 0: none are kept.
-        stage: pinned; None: the one that is promoted, or the newest trained one where none was promoted.
-        on_change: told of every stage that begins to answer.
-        on_problem: told why a stage cannot be loaded; the one before goes on.
+        stage: a fixed stage; None: the promoted one, or the newest trained one if none was promoted.
+        prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
+        trust: classes of custom strategies that may be imported.
+        on_change: called with the snapshot of every stage that starts to serve.
+        on_problem: called with the reason if a stage cannot be loaded; the old one continues to serve.
 
     Raises:
         PesoError: there is no such stage, or a file of the workspace is damaged.
@@ -54,17 +55,17 @@ class LiveStage:
         self._trust, self._device = tuple(trust), device
         self._on_change, self._on_problem = on_change, on_problem
         self.problem: str | None = None
-        self._looked: tuple[object, ...] | None = None
+        self._seen: tuple[object, ...] | None = None
         self._stopping, self._loading = threading.Event(), threading.Lock()
-        self.current = Snapshot.of(self._wanted())
+        self.current = Snapshot.of(self._stage_to_serve())
         self._thread = threading.Thread(target=self._watch, name="peso stages", daemon=True)
 
     def start(self) -> None:
-        """Load the model, then watch; in a thread of its own."""
+        """Load the model and watch the workspace, in a background thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """What is being loaded is left to end with the process."""
+        """Stop watching. A load in progress is not waited for; its thread ends with the process."""
         self._stopping.set()
 
     @property
@@ -72,18 +73,18 @@ class LiveStage:
         return self.current.model is not None
 
     def refresh(self) -> None:
-        """Answer from the stage that is to serve now, if that is another one, has other items than before, or
-        is not loaded yet."""
-        with self._loading:  # Transformers cannot load two models at once
+        """Load the stage that should serve now, if it is another one, its catalog has changed, or it is not
+        loaded yet."""
+        with self._loading:  # Transformers cannot load two models at the same time
             self._refresh()
 
     def _refresh(self) -> None:
         before = self.current
-        wanted = self._wanted()
+        wanted = self._stage_to_serve()
         same = before.identity == identity(wanted)
         if before.model is not None and same:
             self.problem = None
-            if before.prompts is not None:  # the stream has changed: a user may have been erased from it
+            if before.prompts is not None:  # the stream has changed; a user may have been erased
                 before.prompts.clear()
             # titles and popularity of the stream as it is now
             now = Snapshot.of(wanted)
@@ -100,12 +101,12 @@ class LiveStage:
         self.current = after
         self.problem = None
         del before
-        gc.collect()  # modules refer to each other in circles
+        gc.collect()  # modules have reference cycles
         if self._on_change is not None:
             self._on_change(after)
 
     def another(self, stage: RunStage) -> Snapshot:
-        """A snapshot of another stage, with its model, which answers nothing here.
+        """A snapshot of another stage with its model; the serving stage does not change.
 
         Raises:
             PesoError: the stage cannot be loaded.
@@ -121,14 +122,14 @@ class LiveStage:
             raise WorkspaceError(f"the semantic IDs of {self.root} changed while they were read")
         return replace(snapshot, model=model)
 
-    def _wanted(self) -> RunStage:
+    def _stage_to_serve(self) -> RunStage:
         self.workspace = Workspace.open(self.root, self._trust)
         if self.pinned is not None:
             return self.workspace.trained(self.pinned)
         return serving_stage(self.workspace)
 
-    def _traces(self) -> tuple[object, ...]:
-        """What changes when another stage is to serve; cheap to ask for."""
+    def _fingerprint(self) -> tuple[object, ...]:
+        """Inodes, times and sizes that change when another stage should serve; fast to read."""
         found: list[object] = []
         for name in (SERVED, "stages", "semantic_ids", "stream"):
             try:
@@ -142,15 +143,15 @@ class LiveStage:
         pause = 0.0
         while not self._stopping.wait(pause):
             pause = INTERVAL
-            traces = self._traces()
-            if traces == self._looked and self.problem is None:
+            fingerprint = self._fingerprint()
+            if fingerprint == self._seen and self.problem is None:
                 continue
             try:
                 self.refresh()
-                self._looked = traces
-            except Exception as error:  # whatever it is, the stage before goes on
-                pause = AGAIN if traces == self._looked else INTERVAL
-                self._looked = traces
+                self._seen = fingerprint
+            except Exception as error:  # any error: the old stage continues to serve
+                pause = AGAIN if fingerprint == self._seen else INTERVAL
+                self._seen = fingerprint
                 if self.problem != str(error) and self._on_problem is not None:
                     self._on_problem(str(error))
                 self.problem = str(error)

@@ -1,6 +1,6 @@
-"""What requests and answers consist of, with the limits of every request.
+"""The schemas of requests and responses.
 
-The limits are part of the OpenAPI description; a request beyond them is refused with status 422.
+The limits of requests are part of the OpenAPI schema; a request that exceeds them is refused with status 422.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pydantic import (
     model_validator,
 )
 
-MOST_REQUESTS = 64  # recommendations that one request may ask for
+MOST_REQUESTS = 64  # requests for recommendations in one HTTP request
 MOST_EVENTS = 1_000
-MOST_ITEMS = 1_000  # of a history
-MOST_LISTED = 10_000  # of allow and deny
+MOST_ITEMS = 1_000  # in a history
+MOST_LISTED = 10_000  # in allow and deny
 MOST_K = 100
-AHEAD = 86_400.0  # seconds that the clock of a caller may be ahead
+AHEAD = 86_400.0  # seconds that a time may be in the future
 ISO = {"type": "string", "format": "date-time"}
-ID_LENGTH = 256  # characters of an id of a user or an item, and of an event key
+ID_LENGTH = 256  # maximum characters of a user id, an item id and an event key
 
 EXAMPLE: dict[str, Any] = {"history": ["25", "311"], "k": 3, "titles": True}
 
@@ -44,9 +44,9 @@ def _moment(time: float | str) -> int:
             when = datetime.fromisoformat(time)
             time = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError):
-            raise ValueError("is not a moment such as 2026-03-01T12:00:00Z") from None
-    if not 0 <= time <= now() / 1e6 + AHEAD:  # a NaN is not
-        raise ValueError("lies before 1970 or more than a day in the future; send seconds or ISO 8601")
+            raise ValueError("is not a time such as 2026-03-01T12:00:00Z") from None
+    if not 0 <= time <= now() / 1e6 + AHEAD:  # also refuses NaN
+        raise ValueError("is before 1970 or more than a day in the future; send seconds or ISO 8601")
     return round(time * 1e6)
 
 
@@ -59,7 +59,7 @@ Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH), AfterValidator(_s
 
 
 class Message(BaseModel):
-    """An unknown key is a slip of the pen, and is refused; a number is not taken for an id."""
+    """Base of all schemas: unknown keys are refused, and numbers are not accepted as ids."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -70,7 +70,7 @@ def _describe_request(schema: dict[str, Any]) -> None:
 
 
 def _describe_one_of(schema: dict[str, Any]) -> None:
-    """Exactly one of two keys is there, and it is not null."""
+    """Declare in the JSON schema that exactly one of two keys is required, and not null."""
     schema["oneOf"] = [{"required": ["user"]}, {"required": ["history"]}]
     for name in ("user", "history"):
         described = schema["properties"][name]
@@ -79,29 +79,31 @@ def _describe_one_of(schema: dict[str, Any]) -> None:
 
 
 class Request(Message):
-    """Recommendations for a user or after a history."""
+    """A request for recommendations, for a user or a history."""
 
     model_config = ConfigDict(json_schema_extra=_describe_request)
 
     user: Id | None = Field(
-        None, description="A user, whose history is that of the log and the events received since."
+        None, description="A user id. The history is that of the log and the events received since."
     )
     history: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="Item ids, oldest first.")
-    k: int = Field(10, ge=1, le=MOST_K, description="How many items.")
+    k: int = Field(10, ge=1, le=MOST_K, description="Number of items.")
     exclude_seen: bool | None = Field(
         None,
         description="Leave out the items of the history. Default: as in the tests of the stage "
         "(`decoding.repeats`).",
     )
     allow: list[Id] | None = Field(
-        None, min_length=1, max_length=MOST_LISTED, description="The only items that may come back."
+        None, min_length=1, max_length=MOST_LISTED, description="The only items that may be recommended."
     )
-    deny: list[Id] | None = Field(None, max_length=MOST_LISTED, description="Items that may not come back.")
-    titles: bool = Field(False, description="Add each item's title.")
+    deny: list[Id] | None = Field(
+        None, max_length=MOST_LISTED, description="Items that must not be recommended."
+    )
+    titles: bool = Field(False, description="Add the title of each item.")
     unknown: Literal["skip", "refuse"] = Field(
         "skip",
-        description="What happens to items of `history`, `allow` and `deny` that the stage does not know. "
-        "skip: they are left out and named in the answer.",
+        description="How to treat items of `history`, `allow` and `deny` that the stage does not know. "
+        "skip: ignore them and list them in the answer. refuse: status 422.",
     )
 
     @model_validator(mode="after")
@@ -114,29 +116,29 @@ class Request(Message):
 class Item(Message):
     item: str
     score: float = Field(
-        description="Log-probability under the model; in a popularity list of the item's share of events."
+        description="Log-probability under the model; in a popularity list, log of the share of events."
     )
-    title: str | None = Field(None, description="Where `titles` asks for it and the log has one.")
+    title: str | None = Field(None, description="Only if requested with `titles` and present in the log.")
 
 
 class Answer(Message):
-    """Everything in it comes from one stage."""
+    """Recommendations from one stage."""
 
-    stage: int = Field(description="The stage that answered.")
+    stage: int = Field(description="The stage that gave the recommendations.")
     source: Literal["model", "popularity"] = Field(
-        description="popularity: the items with the most events in the stage, for the reason given."
+        description="popularity: the items with the most events in the newest stage, see `reason`."
     )
     reason: Literal["loading", "unknown_user", "empty_history"] | None = Field(
-        None, description="Why the model was not asked."
+        None, description="Why the model was not used."
     )
-    items: list[Item] = Field(description="Best first; fewer than k where the filters leave no more items.")
+    items: list[Item] = Field(description="Best first; fewer than k if the filters leave fewer.")
     unknown_items: list[str] = Field(
         default=[], description="Items of the request or the history that the stage does not know."
     )
 
 
 class Event(Message):
-    """A user had an item."""
+    """An interaction of a user with an item."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"user": "7", "item": "311", "time": "2026-03-01T12:00:00Z"}]}
@@ -146,23 +148,23 @@ class Event(Message):
     item: Id
     time: Annotated[float | Annotated[str, WithJsonSchema(ISO)], AfterValidator(_moment)] | None = Field(
         None,
-        description="When: ISO 8601 (UTC where it names no zone) or seconds since 1970, at most a day from "
-        "now. Default: now, and then two equal events are two events unless they have a key.",
+        description="ISO 8601 (UTC if without a time zone) or seconds since 1970, at most one day in the "
+        "future. Default: now; without a time and a key, repeated events are different events.",
     )
     key: Id | None = Field(
         None,
-        description="Tells the event from others: an event whose key was received before changes nothing. "
-        "Default: made from user, item and time.",
+        description="Idempotency key: an event with a key that was received before is ignored. Default: made "
+        "from user, item and time.",
     )
 
 
 class Received(Message):
-    """The events are on disk."""
+    """Confirms that the events are stored on disk."""
 
-    new: int
-    duplicates: int = Field(description="Events whose key was received before.")
+    new: int = Field(description="Number of new events.")
+    duplicates: int = Field(description="Number of events whose key was received before.")
     unknown_items: list[str] = Field(
-        default=[], description="Items that the serving stage does not know; their events are kept."
+        default=[], description="Items that the serving stage does not know; their events are stored too."
     )
 
 
@@ -174,7 +176,7 @@ class ItemDetails(Message):
 
 
 class Promotion(Message):
-    """The last change of the stage that serves: by `peso promote`, `peso rollback` or a gate."""
+    """The last change of the serving stage: by `peso promote`, `peso rollback` or a gate."""
 
     stage: int
     time: datetime
@@ -184,22 +186,22 @@ class Promotion(Message):
 
 class Status(Message):
     version: str
-    stage: int = Field(description="The stage that answers.")
-    stage_since: datetime = Field(description="Since when this server answers from it.")
-    pinned: bool = Field(description="Whether --stage fixes the stage.")
+    stage: int = Field(description="The serving stage.")
+    stage_since: datetime = Field(description="When this server started to use it.")
+    pinned: bool = Field(description="Whether the stage is fixed with --stage.")
     model: Literal["loading", "ready"]
     problem: str | None = Field(None, description="Why another stage could not be loaded.")
-    newest_stage: int | None = Field(description="The newest trained stage; null where it cannot be read.")
+    newest_stage: int | None = Field(description="The newest trained stage; null if it cannot be read.")
     promotion: Promotion | None = Field(
-        None, description="Why the workspace's stage serves; none where no stage was promoted yet."
+        None, description="The change that made the stage the serving one; null if none was promoted yet."
     )
-    read_only: bool
-    items: int
-    waiting: int = Field(description="Recommendations that wait for the model.")
+    read_only: bool = Field(description="Whether the server accepts no events.")
+    items: int = Field(description="Number of items in the catalog.")
+    waiting: int = Field(description="Number of requests waiting for the model.")
 
 
 class ShownItem(Message):
-    """An item as the explorer shows it."""
+    """An item in the explorer."""
 
     item: str
     title: str | None = None
@@ -215,14 +217,14 @@ class ShownList(Message):
 
 
 class Comparison(Message):
-    """What the serving stage and the one before it recommend, from the same history."""
+    """Recommendations of the serving and the previous stage for the same history."""
 
-    history: list[ShownItem] = Field(description="The last items, newest last.")
-    history_length: int
+    history: list[ShownItem] = Field(description="The newest items of the history, newest last.")
+    history_length: int = Field(description="Length of the whole history.")
     serving: ShownList
     before: ShownList | None
     before_stage: int | None = Field(
-        description="The stage that served before, or the parent of the serving one; null: there is none."
+        description="The stage that served before, or the parent of the serving one; null if there is none."
     )
     before_state: Literal["ready", "loading", "failed", "none"]
 
@@ -313,26 +315,30 @@ class Drift(Message):
 
 
 class StageState(Message):
-    """One stage of the lineage."""
+    """A trained stage."""
 
     stage: int
     serves: bool
     parent: int | None
     strategy: str | None
     trained: str | None
-    pruned: str | None = Field(description="When its weights were removed.")
-    metrics: dict[str, float] | None = Field(description="On its own test cases; null: it was not tested.")
-    gate: dict[str, Any] | None = Field(description="`decision`, `champion`, `says` and `time`; null: none.")
+    pruned: str | None = Field(description="When its weights were removed; null if they exist.")
+    metrics: dict[str, float] | None = Field(description="On its own test cases; null if not tested.")
+    gate: dict[str, Any] | None = Field(
+        description="The verdict: `decision`, `champion`, `says` and `time`; null if there is none."
+    )
 
 
 class Lineage(Message):
-    gate: bool = Field(description="Whether an update must pass a gate.")
-    previous: int | None = Field(description="Where a rollback leads.")
-    since: str | None
+    gate: bool = Field(description="Whether updates must pass a gate.")
+    previous: int | None = Field(description="The target of a rollback; null if there is none.")
+    since: str | None = Field(description="When the serving stage was promoted.")
     by: str | None
     reason: str | None
     stages: list[StageState] = Field(description="Oldest first.")
-    refusal: str | None = Field(description="Why this caller may not change the stage; null: it may.")
+    refusal: str | None = Field(
+        description="Why this caller may not change the serving stage; null if it may."
+    )
 
 
 def _one_line(text: str) -> str:
@@ -353,24 +359,28 @@ class Promote(Message):
 
     stage: int = Field(ge=0)
     reason: Reason
-    force: bool = Field(False, description="Also a stage that its gate did not pass; this is recorded.")
+    force: bool = Field(
+        False, description="Promote the stage even if it did not pass its gate; this is recorded."
+    )
 
 
 class Rollback(Message):
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "complaints since noon"}]})
 
     reason: Reason
-    stage: int | None = Field(None, ge=0, description="Refuse if the rollback leads to another stage.")
+    stage: int | None = Field(
+        None, ge=0, description="The expected target; if the target is another stage, the request is refused."
+    )
 
 
 class Changed(Message):
-    stage: int = Field(description="The stage that serves; this server answers from it once it is loaded.")
-    changed: bool = Field(description="false: the stage served already, and nothing was recorded.")
-    reason: str = Field(description="As recorded, with the token that made the change.")
+    stage: int = Field(description="The serving stage; this server uses it when it is loaded.")
+    changed: bool = Field(description="false if the stage was serving already; then nothing is recorded.")
+    reason: str = Field(description="The recorded reason, with the token that made the change.")
 
 
 class Problem(Message):
-    detail: str = Field(description="What is wrong and what to do.")
+    detail: str = Field(description="The problem, and how to fix it.")
 
 
 def _shape(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus."""
+"""The Prometheus metrics of `/metrics`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Meters:
-    """A registry of its own, since several servers may live in one process, in tests for one."""
+    """The metrics of one server, in a separate registry so that a process can have several servers."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -22,38 +22,42 @@ class Meters:
             "peso_requests", "Requests by route and status.", ["route", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "peso_request_seconds", "Seconds of a request.", ["route"], buckets=SECONDS, registry=registry
+            "peso_request_seconds",
+            "Duration of requests in seconds.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.answers = Counter(
             "peso_answers", "Recommendations by source and reason.", ["source", "reason"], registry=registry
         )
         self.events = Counter(
-            "peso_events", "Events received, new or duplicate.", ["kind"], registry=registry
+            "peso_events", "Received events, new or duplicate.", ["kind"], registry=registry
         )
         self.batch = Histogram(
             "peso_batch_questions",
-            "Questions that were answered together.",
+            "Number of questions per batch.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
         self.batch_seconds = Histogram(
-            "peso_batch_seconds", "Seconds of a batch.", buckets=SECONDS, registry=registry
+            "peso_batch_seconds", "Duration of batches in seconds.", buckets=SECONDS, registry=registry
         )
-        self.waiting = Gauge("peso_waiting", "Questions that wait for the model.", registry=registry)
-        self.stage = Gauge("peso_stage", "The stage that answers.", registry=registry)
+        self.waiting = Gauge("peso_waiting", "Questions waiting for the model.", registry=registry)
+        self.stage = Gauge("peso_stage", "The serving stage.", registry=registry)
         self.prompt_bytes = Gauge(
-            "peso_prompt_memory_bytes", "Memory that prompts of returning users take.", registry=registry
+            "peso_prompt_memory_bytes",
+            "Memory used by cached prompts of returning users, in bytes.",
+            registry=registry,
         )
         self.prompt_tokens = Gauge(
             "peso_prompt_tokens",
-            "Tokens of users' prompts since the stage began to answer, by whether they were kept.",
+            "Tokens of users' prompts since the stage was loaded, reused from the cache or computed.",
             ["how"],
             registry=registry,
         )
-        self.changes = Counter("peso_stage_changes", "Stages that began to answer.", registry=registry)
-        self.problems = Counter(
-            "peso_stage_problems", "Times that a stage could not be loaded.", registry=registry
-        )
+        self.changes = Counter("peso_stage_changes", "Changes of the serving stage.", registry=registry)
+        self.problems = Counter("peso_stage_problems", "Failures to load a stage.", registry=registry)
 
     def describe(self, snapshot: Snapshot) -> None:
         self.stage.set(snapshot.stage)

@@ -1,4 +1,4 @@
-"""The HTTP interface: what each path takes and gives."""
+"""The HTTP API: its routes, and the responses to errors."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from peso.serving.meters import Meters
 from peso.serving.snapshot import Question
 
 log = logging.getLogger("peso.serving")
-SHOWN = 5  # mistakes of a body that an answer names
+SHOWN = 5  # maximum number of errors of a request that the response lists
 
 
 @dataclass
 class Service:
-    """What answers: the stage, the engine, the histories of users, and where events go.
+    """The parts of a server that the routes use.
 
-    ``received``: None where the server accepts no events. ``before``: the stage to compare with.
+    ``received``: the store of events; None if the server is read-only. ``before``: the previous stage.
     """
 
     live: LiveStage
@@ -61,23 +61,24 @@ class Service:
 
 
 def refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
-    said = {
+    """The OpenAPI descriptions of error responses with these status codes."""
+    descriptions = {
         400: "The body is not JSON.",
-        503: "The workspace cannot be used now; the server's log says why.",
-        507: "No space left on the server's disk; none of the events is stored.",
-        403: "The server accepts no events, or no change of the stage.",
-        401: "No token, or one that the server does not know.",
-        404: "There is no such thing.",
-        409: "The workspace does not allow this change; `detail` says why.",
+        401: "The token is missing or invalid.",
+        403: "The server does not accept events, or changes of the serving stage.",
+        404: "Not found.",
+        409: "The current state of the workspace does not allow this change; see `detail`.",
         413: "The body is too long.",
-        422: "The body is not as described, or cannot be answered.",
-        429: "Too many requests; `Retry-After` says after how many seconds to try again.",
+        422: "The body does not match the schema, or the request cannot be answered; see `detail`.",
+        429: "Too many requests; `Retry-After` has the number of seconds to wait.",
+        503: "The workspace cannot be used now; the reason is in the server's log.",
+        507: "The server's disk is full; nothing is stored.",
     }
-    return {code: {"model": Problem, "description": said[code]} for code in codes}
+    return {code: {"model": Problem, "description": descriptions[code]} for code in codes}
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application, without the guard before it (:mod:`peso.serving.guard`)."""
+    """The application, without the middleware (:mod:`peso.serving.guard`)."""
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
@@ -88,14 +89,14 @@ def create_app(service: Service) -> FastAPI:
         service.before.stop()
         await run_in_threadpool(service.engine.stop)
         if service.received is not None:
-            service.received.close()  # SQLite then tidies up its write-ahead log
+            service.received.close()  # also merges SQLite's write-ahead log
 
     app = FastAPI(
         title="peso",
         version=installed_version(),
-        description="Recommendations from a trained stage, and events into the next one.",
+        description="Recommendations from the serving stage, and collection of events for the next one.",
         lifespan=running,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # this page would load scripts from other hosts
         redoc_url=None,
     )
     app.add_exception_handler(RequestValidationError, _explain_mistakes)
@@ -116,12 +117,12 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
         "/v1/recommend",
         responses=refusals(400, 401, 413, 422, 429, 503),
         response_model_exclude_none=True,
-        summary="Recommend items to one user or to several",
+        summary="Get recommendations for one or several users",
     )
     async def recommend(
         body: Annotated[Requests, Body(openapi_examples=EXAMPLES)],
     ) -> Answer | list[Answer]:
-        """A list of requests gives the list of their answers, all from one stage."""
+        """A list of requests gets a list of answers in the same order, all from one stage."""
         requests = body if isinstance(body, list) else [body]
         questions = [await question_of(service, request) for request in requests]
         answers = await asyncio.wrap_future(service.engine.ask(questions))
@@ -137,7 +138,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/items/{item:path}",
         responses=refusals(401, 404, 422, 429),
-        summary="An item's title and semantic ID",
+        summary="Get the title and the semantic ID of an item",
     )
     async def item(item: Annotated[messages.Id, Path(examples=["25"])]) -> ItemDetails:
         snapshot = service.live.current
@@ -152,6 +153,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
 
 
 async def question_of(service: Service, request: Request) -> Question:
+    """The request with the history of its user."""
     if request.user is None:
         return Question(request, request.history)
     return Question(request, await run_in_threadpool(service.histories.of, request.user))
@@ -161,11 +163,11 @@ def _add_events(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/events",
         responses=refusals(400, 401, 403, 413, 422, 429, 503, 507),
-        summary="Store what users did",
+        summary="Store events of users",
     )
     async def events(body: Annotated[Events, Body(openapi_examples=EVENT_EXAMPLES)]) -> Received:
-        """The answer comes when the events are on the disk; all of them are, or none. Recommendations for
-        their users that are asked for afterwards take them into account. Sent again they change nothing."""
+        """The response is sent when all events are on disk; they are stored together or not at all. Later
+        recommendations for these users include them. Events can be sent again without effect."""
         if service.received is None:
             raise HTTPException(403, "this server accepts no events: it was started with --read-only")
         time = messages.now()
@@ -181,7 +183,7 @@ def _add_events(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/status", responses=refusals(401, 429, 503), summary="The stage that answers, and why")
+    @app.get("/v1/status", responses=refusals(401, 429, 503), summary="Get the state of the server")
     async def status() -> Status:
         live = service.live
         snapshot = live.current
@@ -200,7 +202,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             waiting=service.engine.waiting,
         )
 
-    @app.get("/healthz", response_class=PlainTextResponse, summary="Whether the server lives")
+    @app.get("/healthz", response_class=PlainTextResponse, summary="Check that the server is running")
     async def healthz() -> str:
         return "ok\n"
 
@@ -208,7 +210,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         "/readyz",
         response_class=PlainTextResponse,
         responses={503: {"description": "The model is loading.", "content": {"text/plain": {}}}},
-        summary="Whether the model answers",
+        summary="Check that the model is loaded",
     )
     async def readyz() -> Response:
         ready = service.live.is_ready
@@ -218,7 +220,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         "/metrics",
         response_class=PlainTextResponse,
         responses=refusals(401, 429),
-        summary="Figures for Prometheus",
+        summary="Get metrics in the Prometheus text format",
     )
     async def metrics() -> Response:
         service.meters.waiting.set(service.engine.waiting)
@@ -227,8 +229,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 def _stages(live: LiveStage) -> tuple[int | None, Promotion | None]:
-    """The newest trained stage, and the last promotion; neither where they cannot be read, of which
-    :attr:`LiveStage.problem` tells."""
+    """The newest trained stage and the last promotion; None if they cannot be read (see
+    :attr:`LiveStage.problem`)."""
     try:
         newest, latest = live.workspace.finished_stages[-1], served(live.workspace).latest
     except (WorkspaceError, IndexError):
@@ -251,7 +253,7 @@ EXAMPLES: Any = {
 EVENT_EXAMPLES: Any = {
     "one": {"summary": "An event", "value": {"user": "7", "item": "311", "time": "2026-03-01T12:00:00Z"}},
     "several": {
-        "summary": "Several events, one of them with a key of the sender's",
+        "summary": "Several events, one of them with an idempotency key",
         "value": [
             {"user": "7", "item": "311", "key": "order-5"},
             {"user": "8", "item": "25", "time": 1772366400},
@@ -260,13 +262,13 @@ EVENT_EXAMPLES: Any = {
 }
 
 
-def _said(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    # what a caller sent may hold half a character
+def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    # a detail may repeat lone surrogates that the caller sent, which UTF-8 cannot encode
     return JSONResponse({"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers)
 
 
 async def _explain_mistakes(request: HttpRequest, error: Exception) -> Response:
-    """In one sentence, without repeating what was sent."""
+    """One sentence that does not repeat the sent values."""
     assert isinstance(error, RequestValidationError)
     mistakes = []
     for mistake in error.errors():
@@ -274,35 +276,37 @@ async def _explain_mistakes(request: HttpRequest, error: Exception) -> Response:
         message = str(mistake["msg"]).removeprefix("Value error, ")
         mistakes.append(f"{place}: {message}" if place else message)
     more = f"; and {len(mistakes) - SHOWN} more" if len(mistakes) > SHOWN else ""
-    return _said(422, "; ".join(mistakes[:SHOWN]) + more)
+    return _problem(422, "; ".join(mistakes[:SHOWN]) + more)
 
 
 async def _explain_refusal(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _said(error.status_code, str(error.detail), dict(error.headers or {}))
+    return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
 
 
 async def _explain_load(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, Overloaded)
-    return _said(429, str(error), {"retry-after": str(error.seconds)})
+    return _problem(429, str(error), {"retry-after": str(error.seconds)})
 
 
 async def _explain_data(request: HttpRequest, error: Exception) -> Response:
-    return _said(422, str(error))
+    return _problem(422, str(error))
 
 
 async def _explain_full_disk(request: HttpRequest, error: Exception) -> Response:
     log.error("no space left", exc_info=error)
-    return _said(507, "the server has no space left on its disk; nothing was stored, send it again")
+    return _problem(507, "the server's disk is full; nothing was stored, try again later")
 
 
 async def _explain_workspace(request: HttpRequest, error: Exception) -> Response:
-    """A file is damaged, or somebody else writes it for too long; the message would name places here."""
+    """A file is damaged or locked for too long. The message, which may contain paths, is only logged."""
     log.error("the workspace cannot be used", exc_info=error)
-    return _said(503, "the server cannot use its workspace now; its log says why", {"retry-after": "30"})
+    return _problem(
+        503, "the server cannot use its workspace now; the reason is in its log", {"retry-after": "30"}
+    )
 
 
 async def _hide_defect(request: HttpRequest, error: Exception) -> Response:
-    """The log has the traceback; the caller gets none of it."""
+    """The traceback is only logged."""
     log.error("a request failed", exc_info=error)
-    return _said(500, "the server failed at this request; its log says why")
+    return _problem(500, "internal server error; the reason is in the server's log")

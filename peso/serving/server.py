@@ -1,4 +1,4 @@
-"""`peso serve`: one process, from its start to SIGTERM."""
+"""`peso serve`: builds the server and runs it until SIGTERM."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ from peso.serving.stock import StockFiles
 from peso.serving.tokens import Tokens, require_tokens
 
 log = logging.getLogger("peso.serving")
-PATIENCE = 10  # seconds that requests in progress get at the end
+PATIENCE = 10  # seconds for requests in progress at shutdown
 
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """The options of `peso serve`.
+
     Attributes:
-        stage: pinned; None: the promoted one.
-        rate: requests a second of one caller; 0: any.
-        queue: recommendations that may wait for the model.
-        largest_body: bytes of a request.
-        prompt_memory: bytes for the prompts of returning users; 0: none are kept.
-        allow_file, deny_file: of the items that may be recommended at all, and of those that may not.
+        stage: a fixed stage; None: the promoted one.
+        read_only: accept no events and no change of the serving stage.
+        rate: requests per second and caller; 0: no limit.
+        queue: maximum number of requests waiting for the model.
+        largest_body: maximum size of a request, bytes.
+        prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
+        allow_file, deny_file: files of the only items that may be recommended, and of those that may not.
     """
 
     host: str = "127.0.0.1"
@@ -57,10 +59,10 @@ class Settings:
 
 
 def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> Service:
-    """Open the workspace; nothing is loaded yet but the catalog.
+    """Open the workspace and load the catalog; the model is loaded later.
 
     Raises:
-        PesoError: no workspace, no trained stage, or a damaged file.
+        PesoError: there is no workspace or no trained stage, or a file is damaged.
     """
     meters = Meters()
 
@@ -92,13 +94,13 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
 
 
 def guarded(service: Service, settings: Settings, tokens: Tokens | None) -> ASGIApp:
-    """The whole application.
+    """The application with its middleware.
 
     Raises:
         UsageError: other machines could call it without a token.
     """
     require_tokens(settings.host, tokens)
-    # whoever may call from this machine without a token must not be a web page in its browser
+    # without tokens, requests from web pages of other sites must be refused (DNS rebinding)
     names = {"localhost", "127.0.0.1", "[::1]", settings.host} if tokens is None else None
     app = create_app(service)
     add_explorer(app, service)
@@ -121,15 +123,16 @@ def serve(
     trust: Iterable[str] = (),
     on_listening: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests in progress are answered then.
+    """Serve until SIGTERM or Ctrl-C; requests in progress are completed.
 
     Args:
-        on_listening: told the address as soon as requests are accepted; the port is the system's choice
-            where ``settings.port`` is 0.
+        trust: classes of custom strategies that may be imported.
+        on_listening: called with the address when requests are accepted; with ``settings.port`` 0, the system
+            has chosen the port.
 
     Raises:
         PesoError: the workspace cannot be served.
-        UsageError: the address is taken or cannot be had, or tokens are missing.
+        UsageError: the address cannot be used, or tokens are missing.
     """
     require_tokens(settings.host, tokens)
     _log_as_json()
@@ -154,7 +157,7 @@ def serve(
 
 @contextmanager
 def _listening(settings: Settings) -> Iterator[socket.socket]:
-    """Take the address before anything is loaded."""
+    """Bind the address before anything is loaded."""
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server(
@@ -163,7 +166,7 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"--host {settings.host} --port {settings.port}: cannot listen there ({reason}); name another "
+            f"--host {settings.host} --port {settings.port}: cannot listen there ({reason}); choose another "
             "port"
         ) from None
     with listener:
@@ -172,15 +175,15 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """uvicorn ends at SIGTERM and SIGINT and then raises them again for whoever handled them before: here
-    nobody, since a server that was told to end has ended well."""
+    """Within the context, SIGTERM and SIGINT end the server normally: uvicorn raises them again after its
+    shutdown, which is ignored here."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    # the command line ends a process that has not ended some seconds after the signal: here requests may last
-    told = signal.set_wakeup_fd(-1)
+    # disable the command line's time limit after a signal, because requests in progress may take longer
+    wakeup = signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(told)
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
 

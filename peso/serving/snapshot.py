@@ -1,5 +1,5 @@
-"""One stage as the server answers from it, and the answers. Nothing in it changes once it is made, so
-whatever is answered from one snapshot comes from one stage."""
+"""Recommendations of the server, from an immutable snapshot of one stage, so that all answers from one
+snapshot are consistent."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ EVERYTHING = Stock()
 
 @dataclass(frozen=True)
 class Question:
-    """A request with the history that belongs to it; None where the user is unknown.
+    """A request with the history of its user; None: the user is unknown.
 
-    ``snapshot``: of a stage that is to answer instead of the serving one.
+    ``snapshot``: of the stage to use instead of the serving one.
     """
 
     request: Request
@@ -40,18 +40,19 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """
+    """A stage with everything that is needed for recommendations.
+
     Attributes:
         stage: its number.
         identity: of the stage and the catalog, see :func:`identity`.
-        titles: of each item, None where the log has none.
-        popular: int64 (items,), item rows, those with the most events in the newest stage of the stream
-            first.
-        shares: float64 (items,), ln of each item's share of those events, one added to each count.
-        leaves_out_seen: whether items of the history are left out unless a request says otherwise.
+        titles: of each item; None: the log has none.
+        popular: int64 (items,), item rows ordered by events in the newest stage of the stream, most first.
+        shares: float64 (items,), ln of each item's share of these events, with add-one smoothing.
+        leaves_out_seen: whether items of the history are left out by default.
         threads: as configured.
-        model: None as long as it is loaded.
-        prompts: those of users who return.
+        model: None while it is being loaded.
+        prompts: the cache of prompts of returning users.
+        since: when the snapshot started to serve.
     """
 
     stage: int
@@ -68,7 +69,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, stage: RunStage) -> Snapshot:
-        """All of it but the model, which takes longer.
+        """Make a snapshot of a stage without its model.
 
         Raises:
             WorkspaceError: the stage is not trained, or a file is missing or damaged.
@@ -90,16 +91,17 @@ class Snapshot:
         )
 
     def known(self, items: Iterable[str]) -> tuple[list[str], list[str]]:
-        """The items that the stage knows, in their order, and the others, each once."""
+        """Split items into those that the stage knows, in their order, and the others without duplicates."""
         items = list(items)
         known = [item for item in items if item in self.semantic_ids]
         others = dict.fromkeys(item for item in items if item not in self.semantic_ids)
         return known, list(others)
 
     def answer(self, questions: Sequence[Question], stock: Stock = EVERYTHING) -> list[Answer | DataError]:
-        """The answer to each question, or why there is none.
+        """The answer to each question, or the error.
 
-        stock: what may be recommended at all.
+        Args:
+            stock: the global filters.
         """
         stocked = stock.among(self.semantic_ids.item_ids)
         result: dict[int, Answer | DataError] = {}
@@ -112,7 +114,7 @@ class Snapshot:
                 continue
             if resolved.reason is not None:
                 result[place] = self._popular(resolved, stocked)
-            else:  # searched with its own number of beams: no answer depends on who asks at the same time
+            else:  # grouped by number of beams, so that an answer does not depend on other questions
                 key = resolved.beams, resolved.allow is None
                 asked.setdefault(key, {})[place] = resolved
         for group in asked.values():
@@ -126,7 +128,7 @@ class Snapshot:
         history, unknown = self.known(question.history or ())
         allow, unknown_allowed = self.known(request.allow or ())
         deny, unknown_denied = self.known(request.deny or ())
-        given = [] if request.user is not None else unknown  # those of a user are not the caller's
+        given = [] if request.user is not None else unknown  # a stored history is not the caller's mistake
         if request.unknown == "refuse" and (refused := [*given, *unknown_allowed, *unknown_denied]):
             raise DataError(
                 f"the items {refused[:5]} are not known to stage {self.stage}; leave them out, or send "
@@ -135,7 +137,7 @@ class Snapshot:
         leave_out = self.leaves_out_seen if request.exclude_seen is None else request.exclude_seen
         reason: _Reason = None
         if question.history is None and self.prompts is not None:
-            self.prompts.forget(request.user)  # who may have been erased
+            self.prompts.forget(request.user)  # the user may have been erased
         if question.history is None:
             reason = "unknown_user"
         elif not history:
@@ -163,19 +165,19 @@ class Snapshot:
                 beams=asked[0].beams,
                 allow=[each.allow for each in asked if each.allow is not None] or stocked,
                 deny=[each.out for each in asked],
-                returning=[self._place(each.request.user) for each in asked],
+                returning=[self._cached_prompt(each.request.user) for each in asked],
             )
         return [
             self._message(each, "model", ranked[: each.request.k])
             for each, ranked in zip(asked, found, strict=True)
         ]
 
-    def _place(self, user: str | None) -> Returning | None:
-        """Where the prompt of a user is kept; a bare history is nobody's."""
+    def _cached_prompt(self, user: str | None) -> Returning | None:
+        """The cache entry of a user's prompt; None for requests with a history."""
         return None if user is None or self.prompts is None else self.prompts.of(user)
 
     def _popular(self, asked: _Resolved, stocked: frozenset[str] | None) -> Answer:
-        """The most popular items that the filters leave."""
+        """The most popular items that pass the filters."""
         ids, admitted = self.semantic_ids, np.ones(len(self.popular), dtype=bool)
         if (allowed := stocked if asked.allow is None else asked.allow) is not None:
             admitted[:] = False
@@ -207,7 +209,7 @@ class Snapshot:
 def answer_all(
     current: Snapshot, questions: Sequence[Question], stock: Stock = EVERYTHING
 ) -> list[Answer | DataError]:
-    """The answer to each question from the current snapshot, or from the one that the question names."""
+    """The answer to each question, from its own snapshot or the current one."""
     groups: dict[Snapshot, list[int]] = {}
     for place, question in enumerate(questions):
         groups.setdefault(question.snapshot or current, []).append(place)
@@ -218,7 +220,7 @@ def answer_all(
 
 
 def identity(stage: RunStage) -> Identity:
-    """What an answer depends on: the number of the stage, its digest, and the catalog, which may have grown
+    """Everything an answer depends on: number and digest of the stage, and the catalog, which may have grown
     since the stage was trained."""
     catalog = stage.workspace.semantic_ids_manifest["files"]
     return stage.number, stage.determined_by, str(sorted(catalog.items()))
@@ -229,7 +231,8 @@ _Reason = Literal["loading", "unknown_user", "empty_history"] | None
 
 @dataclass(frozen=True)
 class _Resolved:
-    """A question in terms of one stage."""
+    """A question with items resolved for one stage: ``out``: items to leave out; ``reason``: why the model is
+    not used; ``unknown``: items that the stage does not know."""
 
     request: Request
     history: list[str]

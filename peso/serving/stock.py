@@ -1,4 +1,4 @@
-"""Items that may be recommended at all, such as those in stock and not retired: files that are read again
+"""Global filters of the items that may be recommended, those in stock and not retired, from files that are reloaded
 when they change."""
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ log = logging.getLogger("peso.serving")
 
 @dataclass(frozen=True)
 class Stock:
-    """``allow``: the only items that may come back, None: all; ``deny``: items that may not."""
+    """``allow``: the only items that may be recommended, None: all; ``deny``: items that may not."""
 
     allow: frozenset[str] | None = None
     deny: frozenset[str] = frozenset()
 
     def among(self, items: Collection[str]) -> frozenset[str] | None:
-        """Those of the items that may come back; None: all of them."""
+        """The subset of the items that may be recommended; None: all of them."""
         if self.allow is None and not self.deny:
             return None
         return frozenset(items if self.allow is None else self.allow.intersection(items)) - self.deny
 
 
 class StockFiles:
-    """
+    """Reads the filters from files.
+
     Args:
-        allow, deny: files of item ids, one a line; None: none.
-        root: the workspace, whose retired items never come back; None: none.
+        allow, deny: files of item ids, one per line; None: no filter.
+        root: the workspace, whose retired items are never recommended; None: no workspace.
 
     Raises:
-        UsageError: a file cannot be read, or the one to allow has no item.
+        UsageError: a file cannot be read, or the allow file is empty.
         WorkspaceError: the record of retired items is damaged.
     """
 
@@ -45,13 +46,15 @@ class StockFiles:
         self._never = frozenset[str]() if self._retired is None else self._retired.current()
         self._problem = ""
         self._files = {"--allow-file": allow, "--deny-file": deny}
-        self._seen = self._traces()
+        self._seen = self._fingerprint()
         self._stock = self._read()
 
     def current(self) -> Stock:
-        """As the files say now; as they said before where they cannot be read, which the log tells."""
-        if (traces := self._traces()) != self._seen:
-            self._seen = traces
+        """The current filters. If a changed file cannot be read, the old filters stay and the error is
+        logged.
+        """
+        if (fingerprint := self._fingerprint()) != self._seen:
+            self._seen = fingerprint
             try:
                 self._stock = self._read()
             except UsageError as error:
@@ -76,8 +79,8 @@ class StockFiles:
         allow, deny = self._stock.allow, self._stock.deny
         return {"allow": None if allow is None else len(allow), "deny": len(deny)}
 
-    def _traces(self) -> list[tuple[int, int, int] | None]:
-        """What changes when a file does."""
+    def _fingerprint(self) -> list[tuple[int, int, int] | None]:
+        """Inodes, times and sizes of the files, to detect changes."""
         found: list[tuple[int, int, int] | None] = []
         for path in filter(None, self._files.values()):
             try:
@@ -103,6 +106,6 @@ class StockFiles:
         items = frozenset(line.strip() for line in lines) - {""}
         if option == "--allow-file" and not items:
             raise UsageError(
-                f"{option} {path} has no item, so nothing could be recommended; write one id a line"
+                f"{option} {path} has no item, so nothing could be recommended; write one id per line"
             )
         return items

@@ -1,4 +1,4 @@
-"""Bearer tokens: only their sha256 is kept, and compared in a time that tells nothing about them."""
+"""Bearer tokens: only their sha256 is stored, and the comparison takes constant time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from peso.errors import UsageError
 VARIABLE = "PESO_TOKENS"
 SHORTEST = 16  # characters of a token
 HASHED = "sha256:"
-ADVICE = 'make one with `python -c "import secrets; print(secrets.token_urlsafe())"`'
+ADVICE = 'create one with `python -c "import secrets; print(secrets.token_urlsafe())"`'
 
 
 class Tokens:
-    """
+    """The accepted tokens.
+
     Args:
-        lines: one token each, or ``sha256:`` and the digest of one; empty lines and those that begin with #
-            do not count.
-        source: where they come from, for messages.
+        lines: one token each, or ``sha256:`` and the digest of a token; empty lines and lines that start with
+            # are ignored.
+        source: their source, for messages.
 
     Raises:
-        UsageError: a token that is too short or a digest that is not one.
+        UsageError: a token is too short, a digest is malformed, or there is no token.
     """
 
     def __init__(self, lines: Iterable[str], source: str) -> None:
@@ -38,31 +39,33 @@ class Tokens:
             if token.startswith(HASHED):
                 digest = token.removeprefix(HASHED).lower()
                 if not re.fullmatch("[0-9a-f]{64}", digest):
-                    raise UsageError(f"{source}, line {number}: after {HASHED} come 64 hexadecimal digits")
+                    raise UsageError(
+                        f"{source}, line {number}: {HASHED} must be followed by 64 hexadecimal digits"
+                    )
                 self._digests.append(bytes.fromhex(digest))
                 continue
             if not re.fullmatch(r"[\x21-\x7e]+", token) or len(token) < SHORTEST:
                 raise UsageError(
-                    f"{source}, line {number}: a token has at least {SHORTEST} visible ASCII characters and "
-                    f"no spaces; {ADVICE}"
+                    f"{source}, line {number}: a token needs at least {SHORTEST} visible ASCII characters "
+                    f"without spaces; {ADVICE}"
                 )
             self._digests.append(hashlib.sha256(token.encode()).digest())
         if not self._digests:
             raise UsageError(f"{source} has no token; {ADVICE}")
 
     def place(self, token: str) -> int | None:
-        """Which of the tokens it is, by its place among them; None if it is none of them."""
+        """The index of a token; None if it is not accepted."""
         digest = hashlib.sha256(token.encode("utf-8", "replace")).digest()
         found = None
-        for place, known in enumerate(self._digests):  # all of them, so that the time does not tell which
+        for place, known in enumerate(self._digests):  # no early exit: constant time
             if hmac.compare_digest(known, digest):
                 found = place
         return found
 
 
 def read_tokens(file: Path | None) -> Tokens | None:
-    """From a file, or else from the environment variable, where they are separated by commas; None where
-    there are neither.
+    """Read tokens from a file, or without one from the environment variable ``PESO_TOKENS``, separated by
+    commas; None if there is neither.
 
     Raises:
         UsageError: the file cannot be read, or as :class:`Tokens`.
@@ -78,7 +81,7 @@ def read_tokens(file: Path | None) -> Tokens | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether an address can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -88,9 +91,9 @@ def is_loopback(host: str) -> bool:
 
 
 def require_tokens(host: str, tokens: Tokens | None) -> None:
-    """Raise UsageError if other machines could call a server without a token."""
+    """Raise UsageError if other machines could call the server without a token."""
     if tokens is None and not is_loopback(host):
         raise UsageError(
-            f"--host {host} can be reached from other machines, so callers need a token: name a file of "
+            f"--host {host} can be reached from other machines, so a token is required: give a file of "
             f"tokens with --token-file, or set {VARIABLE}; {ADVICE}"
         )

@@ -66,7 +66,7 @@ def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert read_tokens(file).place(SECOND) == 1
     for text, words in (
         ("", "has no token"),
-        ("short", "line 1: a token has at least 16"),
+        ("short", "line 1: a token needs at least 16"),
         (f"{FIRST}\nsha256:abc", "line 2: after sha256:"),
         ("with a space in between", "no spaces"),
     ):

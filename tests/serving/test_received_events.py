@@ -92,7 +92,7 @@ def test_an_event_with_an_item_that_the_stage_does_not_know_is_kept_and_named(cl
         ({"time": (datetime.now(UTC) + timedelta(days=3)).isoformat()}, "in the future"),
         ({"time": 1e18}, "in the future"),
         ({"time": -1}, "before 1970"),
-        ({"time": "yesterday"}, "is not a moment"),
+        ({"time": "yesterday"}, "is not a time"),
         ({"time": True}, "time"),
         ({"item": ""}, "item"),
         ({"key": ""}, "key"),

@@ -63,7 +63,7 @@ def _means(later: Sequence[Mapping[str, Any]], k: int) -> tuple[float | None, fl
 
 
 def pairs_across(stages: int) -> list[tuple[int, int]]:
-    """All pairs (model after stage i, cases of stage j ≠ i), from which forgetting and transfer are computed."""
+    """All pairs (model after stage i, cases of stage j ≠ i), for forgetting and transfer."""
     return [(i, j) for i in range(stages) for j in range(stages) if i != j]
 
 
