@@ -1,19 +1,17 @@
-"""The single steps of `peso run` (ingest, tokenize, train, update, evaluate, report), and undo."""
+"""The steps of `peso run` after `ingest` (tokenize, train, update, evaluate, report), and undo."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from peso.cli.display import (
     Directory,
     Json,
-    OnError,
     Overrides,
     Stage,
     Terminal,
@@ -28,256 +26,10 @@ from peso.cli.display import (
     watcher,
 )
 from peso.cli.promotion import show_drift, show_verdict
-from peso.config import DataConfig
-from peso.config.data import FORMATS
-from peso.errors import ConfigError, DataError, PesoError, UsageError
+from peso.errors import PesoError, UsageError
 from peso.runs.place import CONFIG, require_place
 from peso.runs.workspace import Workspace, trusted_classes
 from peso.runtime.processes import current
-
-
-def ingest(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[SOURCE]", help="The data: a file, a directory, or a CONFIG.yaml that gives their path."
-        ),
-    ] = None,
-    data_format: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help=f"{', '.join(FORMATS)}. "
-            "Default: a published data set that its files show, which is then named; else by the extension "
-            "of the file, or of the files in the directory.",
-        ),
-    ] = None,
-    workspace: Annotated[
-        Path | None, typer.Option("-w", "--workspace", help="Default: runs/NAME-OF-SOURCE.")
-    ] = None,
-    append: Annotated[
-        bool, typer.Option("--append", help="Add new events to the stream of -w as further stages.")
-    ] = False,
-    items: Annotated[
-        str | None,
-        typer.Option(
-            "--items",
-            help="The product table (data.items.path). Without SOURCE: correct the titles, texts and "
-            "categories of the items in the stream of -w.",
-        ),
-    ] = None,
-    on_error: OnError = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Read the data and split them into stages; print what each cleaning step kept and the stage sizes.
-
-    With SOURCE, create a new workspace; without it, read the data that the workspace -w is configured with.
-    With --append, read new events from SOURCE, in any format, or from the configured path; the other `data`
-    settings also apply, unless --set changes them for this call. With --items and without SOURCE, read only
-    the product table.
-
-    Example: peso ingest shop.csv --set data.columns.item=sku -w runs/shop
-
-    Example: peso ingest shop.yaml -w runs/shop
-
-    Example: peso ingest --format peso-release data/Video_Games_cl_0.6_0_5_3_0 -w runs/games
-
-    Example: peso ingest week_12.csv --append -w runs/shop
-
-    Example: peso ingest --items products_12.csv -w runs/shop
-    """
-
-    from peso.config import load_config
-    from peso.events.sources import format_at
-    from peso.runs import preparation
-
-    overrides = [*(overrides or []), *([f"data.on_error={on_error}"] if on_error else [])]
-    overrides = [*([f"data.items.path={_quoted(items)}"] if items else []), *overrides]
-    is_config = source is not None and source.lower().endswith((".yaml", ".yml"))
-    if is_config and (append or data_format):
-        raise UsageError(
-            f"{source} is a configuration: omit --format, and give --append a log of new events instead"
-        )
-    if append or (items and source is None and data_format is None):
-        if workspace is None:
-            raise UsageError(f"{'--append' if append else '--items'} needs a workspace (-w) to change")
-        if append:
-            _append(workspace, source, data_format, overrides, as_json)
-        else:
-            assert items is not None
-            _update_items(workspace, items, overrides, as_json)
-        return
-    with ExitStack() as held:
-        if source is not None or data_format is not None:
-            if is_config:
-                config = load_config(str(source), overrides)
-            else:
-                named = any(text.startswith("data.columns") for text in overrides)
-                data = {
-                    "format": data_format or format_at(source or "", Terminal(), columns_given=named),
-                    "path": source,
-                }
-                config = load_config({"data": data}, overrides, base=Path())
-            name = Path(source or "simulated").resolve()
-            root = workspace or Path("runs") / (name.stem if is_config else name.name)
-            opened = held.enter_context(Workspace.hold(root, config))
-        elif workspace is not None:
-            opened = held.enter_context(Workspace.change(workspace, overrides, anew="stream"))
-        else:
-            raise UsageError("name the data (SOURCE) or a workspace (-w)")
-        manifest = preparation.ingest(opened, Terminal())
-    if as_json:
-        say_json(manifest)
-        return
-    _show_stream(opened, manifest, manifest)
-    if not opened.config.data.items and manifest.get("items_without_title") == manifest["items"]:
-        say(
-            "no item has a title or text, because there is no product table. Add one: "
-            f"`peso ingest --items FILE --set data.items.columns.title=… -w {opened.root}`"
-        )
-    next_steps(next_step_of(opened))
-
-
-def _append(
-    path: Path, source: str | None, data_format: str | None, overrides: list[str], as_json: bool
-) -> None:
-
-    from peso.config import changed_keys, load_config
-    from peso.runs import preparation
-    from peso.runs.undo import stages_named
-
-    with Workspace.change(path) as opened:
-        new = _keys_of_format(opened.config.data, source, data_format)
-        new += [f"data.path={_quoted(source)}"] if source else []
-        config = load_config(path / CONFIG, [*new, *overrides])
-        others = [key for key in changed_keys(opened.config, config) if not key.startswith("data.")]
-        if others:
-            raise UsageError(f"with --append, --set can change only keys of `data`, not {', '.join(others)}")
-        manifest = preparation.append(opened, Terminal(), config.data)
-        pending = opened.items_without_id
-    command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
-    if not opened.has_semantic_ids:
-        command = f"peso tokenize -w {path}"
-    added = manifest["appended"][-1]
-    if as_json:
-        say_json({**manifest, "next": command})
-        return
-    _show_stream(opened, manifest, added)
-    first, end = added["first_stage"], added["first_stage"] + added["stages"]
-    say(
-        f"appended: {added['events']:,} events of {added['users']:,} users "
-        f"({added['new_users']:,} new) as {stages_named(range(first, end))}; "
-        f"{added['new_items']:,} new items"
-    )
-    if bare := added["new_items_without_text"]:
-        table = config.data.items
-        why = f"{table.path} has none for them" if table else "there is no product table"
-        say(
-            f"WARNING: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
-            f"will carry little information. Before the next step, run: peso ingest --items FILE -w {path}"
-        )
-    next_steps(shlex.split(command)[1:])
-
-
-def _keys_of_format(data: DataConfig, source: str | None, data_format: str | None) -> list[str]:
-    """The changes to the data section, as texts for ``--set``, for new events in another format.
-
-    The format of a user's own file is that of its extension. The format of a folder is the previous one if
-    the folder contains such files, else that of the files in it.
-    """
-    from peso.events.sources.files import find_files, format_of, kind_of
-
-    own, wanted = ("csv", "jsonl", "parquet"), data_format
-    if wanted is None and source is not None and data.format in own:
-        wanted = kind_of(source)
-        if Path(source).is_dir():
-            try:
-                find_files(source, data.format)
-            except DataError:
-                wanted = format_of(source)
-    if wanted is None or wanted == data.format:
-        return []
-    keys = [f"data.format={wanted}"]
-    if data.format == "csv":  # keys that only CSV has; the product table keeps its format
-        keys += ["data.separator=null", "data.encoding=utf-8", "data.quote='\"'"]
-    if data.items and wanted in own and data.items.format is None and kind_of(data.items.path) is None:
-        keys += [f"data.items.format={data.format}"]
-    return keys
-
-
-def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
-    """Update the items from a product table that has the same columns as the workspace's one, unless --set
-    names other columns."""
-
-    from peso.config import load_config
-    from peso.events.sources.files import find_files, kind_of
-    from peso.runs import preparation
-
-    if others := [text for text in overrides if not text.startswith("data.")]:
-        raise ConfigError(f"with --items, --set can change only keys of `data`, not {', '.join(others)}")
-    opened = Workspace.open(path)
-    find_files(items, kind_of(items) or "csv", "--items")  # raises where there is none
-    data, known = opened.config.data, opened.config.data.items
-    kind = kind_of(items) or (known and known.format) or data.format
-    tree = {
-        "format": kind if kind in ("csv", "jsonl", "parquet") else "csv",
-        "path": items,
-        "items": {**(known.model_dump(mode="json") if known else {}), "path": items, "format": None},
-        **({"encoding": data.encoding} if kind == data.format == "csv" else {}),
-    }
-    given = load_config({"data": tree}, overrides, base=Path()).data
-    assert given.items is not None
-    named = given.items.columns
-    if named.title is None and named.category is None and not named.text:
-        raise ConfigError(
-            f"give the columns of {items}: --set data.items.columns.title=… (or .category=…, .text=…)"
-        )
-    with opened.lock():
-        done = preparation.update_items(opened, given, Terminal())
-        pending = opened.items_without_id
-    command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
-    if as_json:
-        say_json({**done, "next": command})
-        return
-    say(
-        f"{path}: {done['changed']:,} items corrected ({done['titles']:,} titles, {done['texts']:,} texts, "
-        f"{done['categories']:,} categories); {items} has {done['items_found']:,} of the items in the stream "
-        f"and {done['rows'] - done['items_found']:,} others. Existing semantic IDs do not change"
-    )
-    next_steps(next_step_of(opened))
-
-
-def _quoted(path: str) -> str:
-    """A path relative to the current directory as an absolute value for --set."""
-    import json
-
-    return json.dumps(str(Path(path).absolute()))
-
-
-def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, Any]) -> None:
-    """Print the cleaning steps and the stages of a stream.
-
-    Args:
-        opened: the workspace.
-        manifest: the stream's manifest.
-        read: the manifest's entry for the log that was just read.
-    """
-    if "funnel" in read:
-        title = "no times: events in the order of the files"
-        if when := read.get("time"):
-            title = f"times read as {when['recognised']}: {when['from']} to {when['until']}"
-        left_out = [
-            f"{read[key]:,} {words}"
-            for key, words in (("skipped", "unreadable rows"), ("older", "events older than the stream"))
-            if read.get(key)
-        ]
-        title += f"; skipped: {', '.join(left_out)}" if left_out else ""
-        table(title, list(read["funnel"][0]), [step.values() for step in read["funnel"]])
-    counts = manifest["stages"]
-    rows = [[number, *stage.values()] for number, stage in enumerate(counts)]
-    title = f"{opened.stream_directory}: {manifest['items']:,} items, {len(counts)} stages"
-    table(title, ["stage", *(name.replace("_", " ") for name in counts[0])], rows)
 
 
 def tokenize(

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from peso.errors import WorkspaceError
+from peso.evaluation.aligned_values import AlignedValues
 from peso.evaluation.catalogue import (
     ACTIVE,
     HISTORY,
@@ -80,13 +81,9 @@ class Comparison:
             )
         self.averaged = [stage for stage in common if stage > 0] or common
         self.left_out = sorted(set.union(*held) - set(common))
-        self._order: dict[tuple[str, int], np.ndarray] = {}
-        self._users: dict[tuple[str, int], np.ndarray] = {}
-        self._numbers: dict[str, int] = {}
-        self._values: dict[tuple[str, int, str], np.ndarray] = {}
+        self._values = AlignedValues()
         self._same: dict[int, bool] = {}
         self._lists: dict[tuple[str, int], ListFigures] = {}
-        self._panels: dict[tuple[str, tuple[int, ...], str], Panel] = {}
         self._groups: dict[tuple[str, str], np.ndarray] = {}
         self._contrasts: dict[tuple[str, ...], Contrasts] = {}
         self.segmentations = self._segmentations(columns)
@@ -135,13 +132,13 @@ class Comparison:
 
     def _same_cases_at(self, stage: int) -> bool:
         if stage not in self._same:
-            first, *others = (self._cases(system.first, stage) for system in self.systems)
+            first, *others = (self._values.cases(system.first, stage) for system in self.systems)
             self._same[stage] = all(other == first for other in others)
         return self._same[stage]
 
     def _require_same_within(self, system: System) -> None:
         for stage in system.stages:
-            first, *others = (self._cases(run, stage) for run in system.runs)
+            first, *others = (self._values.cases(run, stage) for run in system.runs)
             for run, other in zip(system.runs[1:], others, strict=True):
                 if other != first:
                     raise _not_paired(system.first.name, run.name, stage)
@@ -153,7 +150,7 @@ class Comparison:
             WorkspaceError: two systems answered different cases of a stage.
         """
         for stage in self.averaged:
-            first, *others = (self._cases(system.first, stage) for system in self.systems)
+            first, *others = (self._values.cases(system.first, stage) for system in self.systems)
             for system, other in zip(self.systems[1:], others, strict=True):
                 if other != first:
                     raise _not_paired(self.systems[0].name, system.name, stage)
@@ -184,8 +181,8 @@ class Comparison:
         inside = self._group_of(system, segmentation) == group
         if not inside.any():
             return None
-        users = np.concatenate([self._who(system.first, stage) for stage in self.averaged])
-        values = self._joined(system, metric, self.averaged)[:, inside]
+        users = np.concatenate([self._values.users(system.first, stage) for stage in self.averaged])
+        values = self._values.of_system(system, metric, self.averaged)[:, inside]
         return Estimate.of(values, Panel.of([users[inside]], "micro"))
 
     def _group_of(self, system: System, segmentation: Segmentation) -> np.ndarray:
@@ -195,7 +192,7 @@ class Comparison:
             self._groups[key] = np.concatenate(
                 [
                     segmentation.assign(stage, system.first.stages[stage].predictions)[
-                        self._sorted(system.first, stage)
+                        self._values.order(system.first, stage)
                     ]
                     for stage in self.averaged
                 ]
@@ -231,13 +228,16 @@ class Comparison:
             return Estimate(value, np.nan, np.nan, 0)
         values = [
             np.concatenate(
-                [getattr(one, name)[self._sorted(run, stage)] for one, stage in zip(row, stages, strict=True)]
+                [
+                    getattr(one, name)[self._values.order(run, stage)]
+                    for one, stage in zip(row, stages, strict=True)
+                ]
             )
             for run, row in zip(system.runs, found, strict=True)
         ]
         if np.isnan(values).any():
             return Estimate(value, np.nan, np.nan, len(values[0]))
-        return Estimate.of(np.stack(values), self._panel(system, stages, "macro"))
+        return Estimate.of(np.stack(values), self._values.panel(system, stages, "macro"))
 
     def _segmentations(self, columns: Sequence[str]) -> list[Segmentation]:
         always = [USERS, ITEMS, HISTORY, ACTIVE]
@@ -314,7 +314,7 @@ class Comparison:
                     return None
                 found = [run.stages[j].predictions if i == j else run.across[i, j] for i in (a, b)]
                 one, two = (metric.values(self._same_as_own(run, j, some)) for some in found)
-                parts.append((one - two)[self._sorted(run, j)])
+                parts.append((one - two)[self._values.order(run, j)])
             rows.append(np.concatenate(parts))
         values, stages = np.stack(rows), [j for j, _, _ in terms]
         inside = self._inside(system, stages, group)
@@ -330,7 +330,7 @@ class Comparison:
     def before_and_after(self, system: System, metric: Metric, change: Estimate) -> tuple[float, float]:
         """The means of the previous and the newest model, whose difference is :meth:`last_change`."""
         runs = [run for run in system.runs if run.across]
-        after = float(np.mean([self._of(run, metric, self.averaged[-1]).mean() for run in runs]))
+        after = float(np.mean([self._values.of_run(run, metric, self.averaged[-1]).mean() for run in runs]))
         return after - change.value, after
 
     def _same_as_own(self, run: RunSummary, stage: int, tested: Predictions) -> Predictions:
@@ -343,27 +343,31 @@ class Comparison:
     ) -> tuple[np.ndarray, np.ndarray]:
         """For each seed, the mean (seeds,) and the influence of each user on it (seeds, users)."""
         panel = self._panel_of_group(system, stages, group)
-        values = self._joined(system, metric, stages)[:, self._inside(system, stages, group)]
+        values = self._values.of_system(system, metric, stages)[:, self._inside(system, stages, group)]
         return values @ panel.weight, panel.influence(values)
 
     def _inside(self, system: System, stages: Sequence[int], group: int | None) -> np.ndarray:
         """bool (cases of the stages,): whether the user belongs to the segment; all True if ``group`` is
         None."""
         groups = [USERS.assign(stage, system.first.stages[stage].predictions) for stage in stages]
-        ordered = [g[self._sorted(system.first, stage)] for g, stage in zip(groups, stages, strict=True)]
+        ordered = [
+            g[self._values.order(system.first, stage)] for g, stage in zip(groups, stages, strict=True)
+        ]
         joined = np.concatenate(ordered)
         return np.ones(len(joined), dtype=bool) if group is None else joined == group
 
     def _panel_of_group(self, system: System, stages: Sequence[int], group: int | None) -> Panel:
         if group is None:
-            return self._panel(system, stages, "macro")
-        users = np.concatenate([self._who(system.first, stage) for stage in stages])
+            return self._values.panel(system, stages, "macro")
+        users = np.concatenate([self._values.users(system.first, stage) for stage in stages])
         return Panel.of([users[self._inside(system, stages, group)]], "micro")
 
     def _estimate(
         self, system: System, metric: Metric, stages: Sequence[int], average: Literal["macro", "micro"]
     ) -> Estimate:
-        return Estimate.of(self._joined(system, metric, stages), self._panel(system, stages, average))
+        return Estimate.of(
+            self._values.of_system(system, metric, stages), self._values.panel(system, stages, average)
+        )
 
     # -- standing ----------------------------------------------------------------------------------
 
@@ -396,11 +400,11 @@ class Comparison:
                 SystemValues(
                     system.name,
                     system.seeds,
-                    {each.name: self._joined(system, each, self.averaged) for each in alike},
+                    {each.name: self._values.of_system(system, each, self.averaged) for each in alike},
                 )
                 for system in rivals
             ]
-            self._contrasts[key] = Contrasts(systems, self._panel(rivals[0], self.averaged, "macro"))
+            self._contrasts[key] = Contrasts(systems, self._values.panel(rivals[0], self.averaged, "macro"))
         return self._contrasts[key]
 
     def standing(self, metric: Metric) -> Standing:
@@ -440,7 +444,7 @@ class Comparison:
         adjusted = dict(zip(p, holm(np.array(list(p.values()))), strict=True))
         result = {}
         for stage in stages:
-            means = [self._joined(system, metric, [stage]).mean() for system in rivals]
+            means = [self._values.of_system(system, metric, [stage]).mean() for system in rivals]
             best = int(np.argmax(means))
             tied: list[System] = []
             behind: list[System] = []
@@ -450,46 +454,6 @@ class Comparison:
                     (behind if apart else tied).append(rivals[number])
             result[stage] = Standing(rivals[best], tuple(tied), tuple(behind))
         return result
-
-    # -- one value per case ------------------------------------------------------------------------
-
-    def _joined(self, system: System, metric: Metric, stages: Sequence[int]) -> np.ndarray:
-        """float64 (seeds, cases): one stage after another, with cases in the same order for all systems."""
-        return np.stack(
-            [np.concatenate([self._of(run, metric, stage) for stage in stages]) for run in system.runs]
-        )
-
-    def _panel(self, system: System, stages: Sequence[int], average: Literal["macro", "micro"]) -> Panel:
-        key = (system.name, tuple(stages), average)
-        if key not in self._panels:
-            self._panels[key] = Panel.of([self._who(system.first, stage) for stage in stages], average)
-        return self._panels[key]
-
-    def _of(self, run: RunSummary, metric: Metric, stage: int) -> np.ndarray:
-        key = (run.name, stage, metric.name)
-        if key not in self._values:
-            self._values[key] = metric.values(run.stages[stage].predictions)[self._sorted(run, stage)]
-        return self._values[key]
-
-    def _who(self, run: RunSummary, stage: int) -> np.ndarray:
-        """The number of each case's user, ascending. A user has the same number in every run and stage."""
-        key = (run.name, stage)
-        if key not in self._users:
-            numbers, users = self._numbers, run.stages[stage].predictions.users
-            found = np.array([numbers.setdefault(user, len(numbers)) for user in users], dtype=np.int64)
-            self._order[key] = np.argsort(found, kind="stable")
-            self._users[key] = found[self._order[key]]
-        return self._users[key]
-
-    def _sorted(self, run: RunSummary, stage: int) -> np.ndarray:
-        """The permutation of the cases that sorts them as in :meth:`_who`."""
-        self._who(run, stage)
-        return self._order[run.name, stage]
-
-    def _cases(self, run: RunSummary, stage: int) -> list[tuple[str, str]]:
-        predictions = run.stages[stage].predictions
-        order = self._sorted(run, stage)
-        return [(predictions.users[i], predictions.targets[i]) for i in order]
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     for text, words in (
         ("", "has no token"),
         ("short", "line 1: a token needs at least 16"),
-        (f"{FIRST}\nsha256:abc", "line 2: after sha256:"),
-        ("with a space in between", "no spaces"),
+        (f"{FIRST}\nsha256:abc", "line 2: sha256: must be followed by 64"),
+        ("with a space in between", "without spaces"),
     ):
         file.write_text(text)
         with pytest.raises(UsageError, match=words):
