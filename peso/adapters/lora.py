@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,29 @@ def put_adapter(backbone: nn.Module, adapter: Past) -> None:
 
 
 @torch.no_grad()
+def start_new_adapter(
+    backbone: PeftModel, memory: MutableMapping[str, Tensor], seed: Sequence[int]
+) -> Past | None:
+    """Freeze the trained adapter beside the earlier ones, and reinitialize the trained one.
+
+    Args:
+        backbone: the model.
+        memory: has the earlier adapters (:meth:`Past.state`), if any; the trained one is added to them.
+        seed: of the new adapter.
+
+    Returns:
+        All frozen adapters; None if there are none, because the trained one has no effect (B is zero).
+    """
+    past, last = Past.of_state(memory), read_adapter(backbone)
+    if last.acts:  # otherwise the backbone itself was trained
+        past = last if past is None else past + last
+    redraw_adapter(backbone, seed)
+    if past is not None:
+        put_past(backbone, past)
+        memory.update(past.state())
+    return past
+
+
 def put_past(backbone: PeftModel, past: Past, *, train_magnitudes: bool = False) -> None:
     """Activate frozen past adapters together with the trained one. They replace earlier past adapters.
 

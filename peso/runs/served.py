@@ -127,8 +127,8 @@ def serving_stage(workspace: Workspace) -> RunStage:
         return workspace.trained()
     if not _is_there(workspace, latest.stage, latest.determined_by):
         raise WorkspaceError(
-            f"stage {latest.stage} of {workspace.root} should serve, but was removed or trained again; promote "
-            f"a stage: `peso promote -w {workspace.root} --stage T`"
+            f"stage {latest.stage} of {workspace.root} should serve, but was removed or trained again; "
+            f"promote a stage: `peso promote -w {workspace.root} --stage T`"
         )
     return workspace.stage(latest.stage)
 

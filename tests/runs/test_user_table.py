@@ -43,10 +43,10 @@ def test_a_bad_user_table_is_refused_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     for name, words in {
         "no.csv": "no column 'user_id'; it has who, country",
-        "twice.csv": "two rows of user 'a'",
+        "twice.csv": "two rows for user 'a'",
         "broken.parquet": "not readable Parquet",
         "gone.csv": "gone.csv is missing",
-        "users.xls": "none of",
+        "users.xls": "must end in .csv",
     }.items():
         with pytest.raises(DataError, match=words):
             read_user_table(tmp_path / name)

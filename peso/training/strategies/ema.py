@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class Ema(Strategy):
-    """``single``, with the average over a stage's steps kept instead of its last step.
+    """``single``, with an exponential moving average of the weights over the steps of a stage.
 
-    v̄ ← v̄ + (v - v̄) / (horizon · steps) after every step, from v̄ = v at the start (averaging along the
-    trajectory: Polyak & Juditsky 1992; as an exponential average, e.g. Tarvainen & Valpola 2017). Everything
-    trained is averaged, semantic vocabulary included. The average is what is validated and kept, and what the
-    next stage starts from. exp(-1 / horizon) of the start is still in it at the end of the stage: 0.7 % at
-    0.2, 37 % at 1, so a long horizon is also an anchor.
+    After every step v̄ ← v̄ + (v - v̄) / (horizon · steps), starting from v̄ = v (Polyak & Juditsky 1992;
+    Tarvainen & Valpola 2017). All trained parameters are averaged, including the semantic vocabulary. The
+    average is validated and stored, and the next stage starts from it. At the end of the stage, the weight of
+    the start in the average is exp(-1 / horizon), 0.7 % at 0.2 and 37 % at 1, so a long horizon also acts as
+    an anchor.
     """
 
     name = "ema"
@@ -28,13 +28,13 @@ class Ema(Strategy):
 
     class Options(Strategy.Options):
         horizon: float = Field(
-            0.2, gt=0, description="how far the average looks back, as a share of the stage's steps"
+            0.2, gt=0, description="time constant of the average, as a share of the stage's steps"
         )
 
     options: Options
     _trained: Mapping[str, nn.Parameter]
     _average: Mapping[str, Tensor]
-    _share = 1.0  # of the newest step
+    _share = 1.0  # weight of the newest step
 
     def begin(self, context: StageContext) -> None:
         self._trained = context.trainable()

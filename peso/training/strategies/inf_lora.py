@@ -152,15 +152,9 @@ class InfLora(Strategy):
 
     def begin(self, context: StageContext) -> None:
         from peso.adapters.groups import lora_layers
-        from peso.adapters.lora import TRAINED, Past, put_past, read_adapter, redraw_adapter
+        from peso.adapters.lora import TRAINED, start_new_adapter
 
-        past, last = Past.of_state(context.memory), read_adapter(context.backbone)
-        if last.acts:  # otherwise the last stage trained the backbone itself
-            past = last if past is None else past + last
-        redraw_adapter(context.backbone, (context.seed, context.number))
-        if past is not None:
-            put_past(context.backbone, past)
-            context.memory.update(past.state())
+        start_new_adapter(context.backbone, context.memory, (context.seed, context.number))
         # B is zero, so both are measured with the model of the last stage
         before, same = self._moments(context, context.number - 1)
         now, _ = self._moments(context, context.number)

@@ -1,4 +1,4 @@
-"""``interpolate``: the weights between the last two stages that validate best."""
+"""``interpolate``: interpolates the weights before and after a stage, with a share chosen on validation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Interpolate(Strategy):
-    """``average`` with a share that each stage tunes on its validation cases.
+    """``average``, with a share that each stage chooses on its validation cases.
 
-    v̄ = v̄_before + share · (v - v̄_before), v learned from v̄_before on (interpolation of weights before and
-    after fine-tuning: WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). The share of ``shares`` with the
-    lowest validation loss is kept, the smallest of equal ones; each takes one pass over the validation cases.
+    v̄ = v̄_before + share · (v - v̄_before), where v is trained starting from v̄_before (WiSE-FT, Wortsman et
+    al. 2022, arXiv 2109.01903). The share with the lowest validation loss is chosen, the smallest of equal
+    ones. Each candidate takes one pass over the validation cases.
     """
 
     name = "interpolate"
@@ -28,7 +28,7 @@ class Interpolate(Strategy):
             [0.0, 0.25, 0.5, 0.75, 1.0],
             min_length=2,
             max_length=64,
-            description="shares of the new stage to try: 0 keeps the last stage, 1 is `single`",
+            description="candidate shares of the new stage: 0 keeps the last stage, 1 is `single`",
         )
 
     options: Options

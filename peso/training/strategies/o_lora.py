@@ -31,16 +31,11 @@ class OLora(Strategy):
 
     def begin(self, context: StageContext) -> None:
         from peso.adapters.groups import find_groups
-        from peso.adapters.lora import Past, put_past, read_adapter, redraw_adapter
+        from peso.adapters.lora import start_new_adapter
 
         self._pairs = []
-        past, last = Past.of_state(context.memory), read_adapter(context.backbone)
-        if last.acts:
-            past = last if past is None else past + last
-        redraw_adapter(context.backbone, (context.seed, context.number))
+        past = start_new_adapter(context.backbone, context.memory, (context.seed, context.number))
         if past is not None:
-            put_past(context.backbone, past)
-            context.memory.update(past.state())
             self._pairs = [
                 (past.down[group.module].to(group.tensor), group.tensor)
                 for group in find_groups(context.backbone)

@@ -1,4 +1,4 @@
-"""``sa_caisr``: agreement with a last model whose conflicting weights are screened (arXiv 2602.08678).
+"""``sa_caisr``: agreement with the last model, without its conflicting weights (arXiv 2602.08678).
 
 "SA-CAISR: Stage-Adaptive and Conflict-Aware Incremental Sequential Recommendation" (Song et al., 2026).
 """
@@ -14,28 +14,28 @@ from peso.training.strategies.strategy import ForwardPass, StageContext, Strateg
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST = -1e3  # of a log-probability: below it a token does not compete
+SMALLEST = -1e3  # log-probability below which a token is not a candidate
 
 
 class SaCaisr(Strategy):
-    """``single`` that agrees with the last model, except where the new data contradict it (SA-CAISR).
+    """``single``, with agreement with the last model except where the new data contradict it (SA-CAISR).
 
-    F_i is the mean squared gradient of the *last* model's loss on ``examples`` targets of the *new* stage:
-    how strongly the new data want the value i changed. In every pass, each trained value of a copy of the
-    last model is set to zero with probability p_i = ``forget`` · (F_i - min F) / (max F - min F), min and max
-    over its tensor, and divided by 1 - p_i otherwise (dropout). ``weight`` times a contrastive loss (InfoNCE)
-    asks the model to answer each target as this screened copy does, compared with the copy's answers to the
-    other targets of the pass:
+    F_i is the mean squared gradient of the *last* model's loss on ``examples`` targets of the *new* stage: it
+    measures how strongly the new data change the value i. In every pass, each trained value of a copy of the
+    last model is set to zero with probability p_i = ``forget`` · (F_i - min F) / (max F - min F), with min
+    and max over its tensor, and divided by 1 - p_i otherwise (dropout). The penalty is ``weight`` times a
+    contrastive loss (InfoNCE) that pairs the model's prediction of each target with that of this screened
+    copy, against the copy's predictions of the other targets of the pass:
 
         mean over targets j of -log( exp(z_j·ẑ_j / T) / Σ_k exp(z_j·ẑ_k / T) )
 
-    with z the logits of all tokens that compete, centered and of length 1, and T = ``temperature``.
+    with z the logits of all candidate tokens, centered and normalized, and T = ``temperature``.
 
     Follows the paper and the authors' code, with these differences: F is estimated once, at the start of the
-    stage, and not as a moving average over the batches; what is screened is the adapter and the semantic
-    vocabulary, as the backbone is frozen; a target is a code and not an item; all other targets of a pass are
-    negatives; logits are centered, as they are only known up to a constant; and the defaults are rounded from
-    those of the code.
+    stage, and not as a moving average over batches; only adapter and semantic vocabulary are screened,
+    because the backbone is frozen; a target is a code and not an item; all other targets of a pass are
+    negatives; logits are centered, because they are defined up to a constant; and the defaults are those of
+    the code, rounded.
     """
 
     name = "sa_caisr"
@@ -48,16 +48,18 @@ class SaCaisr(Strategy):
             0.4,
             ge=0,
             lt=1,
-            description="highest probability with which a value of the last model is left out",
+            description="highest probability of dropping a value of the last model",
         )
-        temperature: float = Field(0.07, gt=0, description="of the contrastive loss")
+        temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss")
         examples: int = Field(
-            128, ge=1, description="targets of the new stage that the Fisher is estimated from"
+            128,
+            ge=1,
+            description="number of targets of the new stage used to estimate the Fisher information",
         )
 
     options: Options
     _last: dict[str, Tensor]
-    _odds: dict[str, Tensor]
+    _drop: dict[str, Tensor]  # probability of dropping each value
 
     def begin(self, context: StageContext) -> None:
         if not self.options.weight:
@@ -69,34 +71,34 @@ class SaCaisr(Strategy):
         self._last = {name: p.detach().clone() for name, p in trained.items()}
         losses = context.examples.losses(context.number, self.options.examples)
         fisher = diagonal_fisher(list(trained.values()), losses)
-        self._odds = {
+        self._drop = {
             name: self.options.forget * scaled(values) for name, values in zip(trained, fisher, strict=True)
         }
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
         if not self.options.weight:
             return None
-        # the draws come from the step's seed, as those of dropout
-        screened = {name: screen(values, self._odds[name]) for name, values in self._last.items()}
+        # random numbers depend on the step's seed, like those of dropout
+        screened = {name: screen(values, self._drop[name]) for name, values in self._last.items()}
         student, reference = outputs.log_probabilities(), outputs.log_probabilities(screened)
         return self.options.weight * contrast(student, reference, self.options.temperature)
 
 
 def scaled(values: Tensor) -> Tensor:
-    """To [0, 1] by minimum and maximum; 0 where all are equal."""
+    """Values scaled to [0, 1] by minimum and maximum; 0 if all are equal."""
     low, high = values.aminmax()
     return (values - low) / (high - low) if high > low else values.new_zeros(values.shape)
 
 
-def screen(values: Tensor, odds: Tensor) -> Tensor:
-    """Each value zero with its probability, otherwise divided by that of being kept."""
+def screen(values: Tensor, drop: Tensor) -> Tensor:
+    """Dropout with a separate probability for each value."""
     from torch import rand_like
 
-    return values * (rand_like(odds) >= odds) / (1 - odds)
+    return values * (rand_like(drop) >= drop) / (1 - drop)
 
 
 def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of two (targets, tokens) log-probabilities, 0-d: row j of one belongs to row j of the other."""
+    """InfoNCE loss, 0-d, of two (targets, tokens) log-probabilities whose rows correspond."""
     from torch import arange
     from torch.nn.functional import cross_entropy, normalize
 
@@ -105,8 +107,8 @@ def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 
 def centered(scores: Tensor) -> Tensor:
-    """Without the mean over the tokens that compete; 0 for the others."""
-    competes = scores > SMALLEST
-    kept = scores.masked_fill(~competes, 0)
-    mean = kept.sum(-1, keepdim=True) / competes.sum(-1, keepdim=True)
-    return (kept - mean).masked_fill(~competes, 0)
+    """Scores minus their mean over the candidate tokens; 0 for other tokens."""
+    candidates = scores > SMALLEST
+    kept = scores.masked_fill(~candidates, 0)
+    mean = kept.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True)
+    return (kept - mean).masked_fill(~candidates, 0)

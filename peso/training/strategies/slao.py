@@ -1,4 +1,4 @@
-"""``slao``: one adapter into which each stage is merged, with orthogonal initialization (arXiv 2512.23017).
+"""``slao``: continual merging of one adapter, with orthogonal initialization (arXiv 2512.23017).
 
 "Merge before Forget: A Single LoRA Continual Learning via Continual Merging" (Qiao & Mahdavi, ICLR 2026).
 """
@@ -17,15 +17,17 @@ PREFIX, COUNT = "slao.up.", "slao.count"
 
 
 class Slao(Strategy):
-    """One adapter: A is replaced, B is merged by 1/√i, and each stage starts from an orthogonal A (SLAO).
+    """One adapter: A is replaced, B is merged with weight 1/√i, and each stage starts from an orthogonal A
+    (SLAO).
 
-    The i-th training of an adapter starts from A = Qᵀ, where Q R = (A_{i-1})ᵀ with R's diagonal positive, and
-    from B = B_{i-1}, both as that training left them, not as they were merged. It ends with A_i, B_i, and the
-    stage answers with A_i and B̄_i = B̄_{i-1} + (B_i - B̄_{i-1}) / √i. B_i is stored beside the adapter.
+    The i-th training of an adapter starts from A = Qᵀ, where Q R = (A_{i-1})ᵀ with a positive diagonal of R,
+    and from B = B_{i-1}, where A_{i-1}, B_{i-1} are the trained factors, not the merged ones. It gives A_i
+    and B_i; the model of the stage has A_i and B̄_i = B̄_{i-1} + (B_i - B̄_{i-1}) / √i. B_i is stored with
+    the stage.
 
-    Written after the abstract and others' descriptions of the method; not compared with the authors' code.
-    The paper has no new token rows; here, the semantic vocabulary is trained along and not merged. Stage 0 is
-    the first training if it is in an adapter, otherwise stage 1.
+    Implemented from the abstract and others' descriptions of the method, not compared with the authors' code.
+    The paper has no new token rows; here, the semantic vocabulary is trained too and not merged. The first
+    training (i = 1) is stage 0 if that trains an adapter, otherwise stage 1.
     """
 
     name = "slao"
@@ -41,7 +43,7 @@ class Slao(Strategy):
 
         last = read_adapter(context.backbone)
         self._merged = last.up
-        if not last.acts:  # the first adapter begins fresh
+        if not last.acts:  # the first adapter
             context.memory[COUNT] = tensor(1)
             return
         learned = {name: context.memory.get(PREFIX + name, up) for name, up in last.up.items()}
@@ -60,7 +62,7 @@ class Slao(Strategy):
 
 
 def orthonormal_rows(matrix: Tensor) -> Tensor:
-    """Orthonormal rows with the span of these, (rank, width), by QR: the sign of each is that of its row."""
+    """(rank, width) orthonormal rows with the same span, by QR with a positive diagonal of R."""
     from torch.linalg import qr
 
     q, r = qr(matrix.double().T)

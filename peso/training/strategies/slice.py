@@ -1,4 +1,4 @@
-"""``slice``: each stage's new adapter is initialized by gradient surgery (SLICE, arXiv 2605.12752).
+"""``slice``: a new adapter per stage, initialized by gradient surgery (SLICE, arXiv 2605.12752).
 
 "Low-Rank Adapters Initialization via Gradient Surgery for Continual Learning" (Pasquali et al., 2026).
 """
@@ -16,32 +16,30 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROW_NORM = 1 / math.sqrt(3)  # of a row of A as PEFT draws it
-NEGLIGIBLE = 1e-6  # of the largest singular value: a direction with less of it is rounding
+ROW_NORM = 1 / math.sqrt(3)  # norm of a row of A in PEFT's initialization
+NEGLIGIBLE = 1e-6  # share of the largest singular value below which a direction is rounding error
 
 
 class Slice(Strategy):
     """A new adapter along the strongest directions on which new and old gradients agree (SLICE).
 
     W + s Σ_{i<t} B_i A_i + s B_t A_t. For each module, G is the mean gradient of the loss with respect to the
-    weight over ``examples`` single targets of the new stage, and G' that over as many of all earlier stages.
-    Where they conflict, ⟨G, G'⟩ < 0, each loses its component along the other (PCGrad, Yu et al. 2020, arXiv
-    2001.06782). The rows of A_t are the first right singular vectors of the sum of the two, at the length
-    that PEFT draws; B_t begins at zero, so a stage starts with the answers of the last one, and the first
-    gradient of B_t lies along the left singular vectors.
+    weight over ``examples`` single targets of the new stage, and G' the same over as many targets of all
+    earlier stages. If they conflict, ⟨G, G'⟩ < 0, the component along the other is removed from each (PCGrad,
+    Yu et al. 2020, arXiv 2001.06782). The rows of A_t are the first right singular vectors of the sum of the
+    two, scaled to the norm of PEFT's initialization. B_t starts at zero, so a stage starts from the function
+    of the last one, and the first gradient of B_t lies along the left singular vectors.
 
-    Only the abstract was known when this was written: gradients of the current task and of a replay buffer,
-    "a projection operator", a truncated SVD. That the operator is PCGrad's, by module, and that B is left at
-    zero, are choices made here. The buffer is drawn from the log of earlier stages.
+    Implemented from the abstract, which names gradients of the current task and of a replay buffer, "a
+    projection operator" and a truncated SVD. PCGrad per module and B at zero are choices of this
+    implementation. The buffer is sampled from the log of earlier stages.
     """
 
     name = "slice"
     reads = frozenset({"past"})
 
     class Options(Strategy.Options):
-        examples: int = Field(
-            128, ge=1, description="single targets whose gradients are averaged, of each side"
-        )
+        examples: int = Field(128, ge=1, description="number of targets for each of the two mean gradients")
 
     options: Options
 
@@ -49,16 +47,10 @@ class Slice(Strategy):
         from torch import no_grad
 
         from peso.adapters.groups import lora_layers
-        from peso.adapters.lora import TRAINED, Past, put_past, read_adapter, redraw_adapter
+        from peso.adapters.lora import TRAINED, start_new_adapter
 
-        past, last = Past.of_state(context.memory), read_adapter(context.backbone)
-        if last.acts:  # else the last stage trained the backbone itself
-            past = last if past is None else past + last
-        redraw_adapter(context.backbone, (context.seed, context.number))
-        if past is not None:
-            put_past(context.backbone, past)
-            context.memory.update(past.state())
-        # with B zero, the model answers as the last stage left it
+        start_new_adapter(context.backbone, context.memory, (context.seed, context.number))
+        # B is zero, so the gradients are those of the last stage's model
         new, old = self._gradients(context)
         with no_grad():
             for name, layer in lora_layers(context.backbone).items():
@@ -70,7 +62,7 @@ class Slice(Strategy):
                 down[: len(rows)] = ROW_NORM * rows.to(down)
 
     def _gradients(self, context: StageContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Mean gradients with respect to each module's weight: of the new stage, and of earlier ones."""
+        """Mean gradients with respect to each module's weight: of the new stage, and of the earlier ones."""
         from peso.adapters.groups import lora_layers
 
         examples, count = context.examples, self.options.examples
@@ -94,7 +86,7 @@ class Slice(Strategy):
 
 
 def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The mean over losses of their gradients, float32 and of the weights' shapes."""
+    """Mean of the gradients of the losses, float32, with the weights' shapes."""
     from torch import float32, zeros_like
     from torch.autograd import grad
 
@@ -108,7 +100,7 @@ def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Iterable[Tensor]
 
 
 def reconciled(one: Tensor, other: Tensor) -> Tensor:
-    """one + other; if they point apart, each without its component along the other."""
+    """one + other; if their inner product is negative, each without its component along the other."""
     product = (one * other).sum()
     if product >= 0:
         return one + other
@@ -116,8 +108,8 @@ def reconciled(one: Tensor, other: Tensor) -> Tensor:
 
 
 def strongest_inputs(gradient: Tensor, count: int) -> Tensor:
-    """The first right singular vectors of a matrix (out, in) as rows (count, in), float32; fewer if it has a
-    lower rank. The largest entry of each is positive, as their sign is arbitrary."""
+    """The first right singular vectors of a matrix (out, in) as rows (count, in), float32; fewer if its rank
+    is lower. Their signs are chosen so that the largest entry is positive."""
     from torch.linalg import svd
 
     _, values, rows = svd(gradient.double(), full_matrices=False)

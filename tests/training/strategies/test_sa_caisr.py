@@ -67,7 +67,7 @@ def test_what_the_new_targets_want_changed_most_is_screened_most(make_model) -> 
     model.zero_grad()
     for name, values in squares.items():
         low, high = values.min(), values.max()
-        torch.testing.assert_close(strategy._odds[name], 0.5 * (values - low) / (high - low))
+        torch.testing.assert_close(strategy._drop[name], 0.5 * (values - low) / (high - low))
 
     packed = StagePlan(sequences, 20, TrainingConfig(batch_size=99), 0, 1).batch(0, model)[0]
     outputs = TrainingPass(model, packed, target_states(model, packed), 0.8)
