@@ -20,10 +20,9 @@ import numpy as np
 from pydantic import Field
 
 from peso.baselines.baseline import Setting
-from peso.baselines.tuning import CHOSEN, Tuned, Validation, described, record
+from peso.baselines.tuning import Tuned, Validation, described, record
 from peso.config.model import MOST_EPOCHS, WIDEST
 from peso.events.histories import Cases, Stage
-from peso.runtime.files import read_json_object, write_json
 from peso.runtime.machine import TRAINED, threads
 from peso.runtime.progress import Observer, Silent
 
@@ -77,7 +76,6 @@ class Network(Tuned):
 
         super().__init__(setting, **options)
         self.seed, self.device = setting.seed, torch.device(setting.device)
-        self.chosen: dict[str, Any] | None = None  # None until stage 0 is learned
         self.used = self.options.model_copy(update=self.settings()[0])
         """The options, with a value for each open one."""
 
@@ -112,13 +110,8 @@ class Network(Tuned):
         training.finish()
         return {**asdict(training.fit), **record(self.chosen, tried)}
 
-    def save(self, directory: Path) -> None:
-        write_json(directory / CHOSEN, self.chosen)
-
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        """Restore the options in use. Versions without tuning saved no file."""
-        file = directory / CHOSEN
-        self.chosen = dict(read_json_object(file)) if file.exists() else self.settings()[0]
+        self.chosen = self.saved_setting(directory)
         self.used = self.options.model_copy(update=self.chosen)
 
     def _best_of(

@@ -44,6 +44,17 @@ class Tuned(Baseline):
             "the defaults",
         )
 
+    chosen: dict[str, Any] | None = None
+    """The chosen setting; None before the first stage is learned."""
+
+    def save(self, directory: Path) -> None:
+        write_json(directory / CHOSEN, self.chosen)
+
+    def saved_setting(self, directory: Path) -> dict[str, Any]:
+        """The setting that :meth:`save` wrote. Versions without tuning wrote none and used the default."""
+        file = directory / CHOSEN
+        return dict(read_json_object(file)) if file.exists() else self.settings()[0]
+
     def settings(self) -> list[dict[str, Any]]:
         """The settings to compare: those of ``SETTINGS``, overridden by given options, without duplicates."""
         given = {name: value for name, value in self.options.given().items() if value is not None}
@@ -111,13 +122,8 @@ class Counted(Tuned):
             observer.note(f"{self.name}: {best}, the best of {len(settings)} on validation")
         return {**self.fit(counts, self.chosen), **record(self.chosen, tried)}
 
-    def save(self, directory: Path) -> None:
-        write_json(directory / CHOSEN, self.chosen)
-
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        """Restore the setting and compute the model again. Versions without tuning saved no file."""
-        file = directory / CHOSEN
-        self.chosen = dict(read_json_object(file)) if file.exists() else self.settings()[0]
+        self.chosen = self.saved_setting(directory)
         self.fit(self.counts(stages), self.chosen)
 
 
