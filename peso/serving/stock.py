@@ -1,5 +1,5 @@
-"""Global filters of the items that may be recommended, those in stock and not retired, from files that are reloaded
-when they change."""
+"""Global filters of the items that may be recommended, those in stock and not retired, from files that are
+reloaded when they change."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class StockFiles:
         return replace(self._stock, deny=self._stock.deny | never) if never else self._stock
 
     def _retired_now(self) -> frozenset[str]:
-        """As recorded now; as before where the record cannot be read, which the log tells once."""
+        """The retired items; if the record cannot be read, the last known ones, and the error is logged
+        once."""
         try:
             if self._retired is not None:
                 self._never, self._problem = self._retired.current(), ""

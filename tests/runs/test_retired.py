@@ -12,10 +12,10 @@ from small_runs import trained
 
 from peso import Recommender
 from peso.errors import DataError, WorkspaceError
-from peso.runs import pipeline, preparation
+from peso.runs import preparation
 from peso.runs.baselines import run_baselines
-from peso.runs.retired import restore, retire, retired
 from peso.runs.place import RETIRED
+from peso.runs.retired import restore, retire, retired
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 

@@ -8,9 +8,9 @@ import pytest
 
 from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
 from peso.errors import UsageError
-from peso.runs import pipeline, preparation
-from peso.runs.retired import restore, retire
+from peso.runs import preparation
 from peso.runs.place import RETIRED
+from peso.runs.retired import restore, retire
 from peso.runtime.progress import Silent
 from peso.serving import live
 from peso.serving.stock import Stock, StockFiles
