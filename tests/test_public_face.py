@@ -114,7 +114,7 @@ def test_run_takes_a_file_a_mapping_or_a_configuration_and_resumes(
     for given in (config, {**TREE, "training": {"epochs": 1, "max_steps": 3}}):
         assert peso.run(given, finished.root).root == finished.root
     assert (finished.root / "stages" / "1" / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(UsageError, match="name a workspace"):
+    with pytest.raises(UsageError, match="give a workspace"):
         peso.run(config)
     with pytest.raises(peso.PesoError, match=r"training\.epoch"):
         peso.run(TREE, tmp_path / "w", overrides=["training.epoch=3"])
