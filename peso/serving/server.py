@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ from peso.serving.stock import StockFiles
 from peso.serving.tokens import Tokens, require_tokens
 
 log = logging.getLogger("peso.serving")
+BACKLOG = 2048  # connections that wait to be accepted
 PATIENCE = 10  # seconds for requests in progress at shutdown
 
 
@@ -160,9 +162,19 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
     """Bind the address before anything is loaded."""
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server(
-            (settings.host, settings.port), family=family, backlog=2048, reuse_port=False
-        )
+        # asyncio turns Nagle's algorithm off only for sockets that name their protocol; if it is on, a client
+        # that delays its acknowledgments gets the body of an answer 40 ms after the headers
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            if os.name == "posix":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((settings.host, settings.port))
+            listener.listen(BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(

@@ -67,6 +67,10 @@ def test_filters_leave_as_many_items_as_there_are(client, recommender):
     assert not set(others) & set(best)
     both = ask(client, history=ids[:4], allow=allow, deny=allow[:2], k=12).json()["items"]
     assert {each["item"] for each in both} == set(allow[2:])
+    nothing = ask(client, history=ids[:4], allow=["gone", "lost"]).json()
+    assert (nothing["source"], nothing["items"], nothing["unknown_items"]) == ("model", [], ["gone", "lost"])
+    none_left = ask(client, history=ids[:4], allow=allow, deny=allow).json()
+    assert (none_left["source"], none_left["items"]) == ("model", [])
     seen = ask(client, history=ids, exclude_seen=True).json()
     assert (seen["source"], seen["items"]) == ("model", [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import httpx2
 import pytest
 
 from peso.runtime.processes import NATIVE_SECONDS
+from peso.serving.server import Settings, _listening
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,3 +118,22 @@ def test_peso_itself_needs_nothing_of_the_server():
         subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
         == 0
     )
+
+
+def test_no_part_of_an_answer_waits_for_an_acknowledgment():
+    """Else every answer takes 40 ms more on a connection that stays open."""
+
+    async def options() -> bool:
+        found = asyncio.get_running_loop().create_future()
+
+        def connected(reader, writer):
+            connection = writer.get_extra_info("socket")
+            found.set_result(bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        with _listening(Settings(port=0)) as listener:
+            async with await asyncio.start_server(connected, sock=listener):
+                await asyncio.open_connection(*listener.getsockname()[:2])
+                return await found
+
+    assert asyncio.run(options())

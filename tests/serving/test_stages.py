@@ -13,8 +13,10 @@ import pytest
 from event_logs import write_log
 
 from peso.errors import WorkspaceError
+from peso.runs import pipeline
 from peso.runs.recommender import Recommender
 from peso.runs.served import promote, rollback
+from peso.runtime.progress import Silent
 from peso.serving import live
 
 WITHIN = 60.0  # seconds, on a machine with other work
@@ -78,6 +80,32 @@ def test_no_request_fails_and_none_is_mixed_while_stages_change(serving, copy):
     gc.collect()
     assert old() is None
     assert "peso_stage_changes_total 4.0" in client.get("/metrics").text
+
+
+def test_a_workspace_that_is_being_updated_is_served_as_before(serving, copy):
+    """The server is started, answers, takes events and changes the stage meanwhile."""
+    promote(copy, 0)
+    shutil.rmtree(copy.root / "stages" / "1")
+    history, stop, seen = {"history": copy.semantic_ids.item_ids[:4]}, threading.Event(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            answer = client.post("/v1/recommend", json=history)
+            seen.append((answer.status_code, answer.json().get("source"), answer.json().get("stage")))
+
+    with copy.lock():  # nobody else may write the workspace
+        client = serving(copy.root)
+        assert client.post("/v1/events", json={"user": "a", "item": "i1", "time": 5}).json()["new"] == 1
+        assert client.post("/v1/recommend", json={"user": "a"}).json()["source"] == "model"
+        asking = threading.Thread(target=ask)
+        asking.start()
+        pipeline.learn(copy.stage(1), Silent())
+        stop.set()
+        asking.join()
+        assert set(seen) == {(200, "model", 0)}
+        assert client.get("/v1/status").json()["newest_stage"] == 1
+        assert promote(copy, 1)
+        wait_for(lambda: client.post("/v1/recommend", json=history).json()["stage"] == 1)
 
 
 def test_a_stage_that_cannot_be_loaded_leaves_the_one_before(serving, copy):
