@@ -289,8 +289,8 @@ def warnings(
         if own <= frequency:
             found.append(
                 f"the first code of the next item is predicted no better ({own:.3f} nats) than by how often "
-                f"each code occurs ({frequency:.3f}): the model does not use the history. Train longer, or "
-                "with a higher training.learning_rate"
+                f"each code occurs ({frequency:.3f}): by likelihood, a model without the history would be "
+                "as good. Train longer, or with another training.learning_rate"
             )
     k = min(10, predictions.depth)
     own, popular = (float(ndcg(ranks, k).mean()) for ranks in (predictions.rank_semantic_id, popular_ranks))
