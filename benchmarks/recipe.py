@@ -24,9 +24,10 @@ from peso.runs.workspace import Workspace
 from peso.runtime.machine import threads
 from peso.runtime.progress import Silent
 
+HEAD = {"name": "items", "learning_rate_scale": 0.1, "transitions": False}
 BEST = {
     "backbone": {"name": "scratch", "width": 64, "layers": 2},
-    "head": {"name": "items", "learning_rate_scale": 0.1},
+    "head": HEAD,
     "training.epochs": 12,
     "training.patience": 3,
     "training.batch_size": 256,
@@ -39,8 +40,9 @@ BEST = {
 WIDE = {"backbone": {"name": "scratch", "width": 128, "layers": 4}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "recipe": {},
-    "items not read": {"head": {"name": "items", "learning_rate_scale": 0.1, "reads": False}},
-    "head at the rate of the codes": {"head": "items"},
+    "with counts of transitions": {"head": {**HEAD, "transitions": True}},
+    "items not read": {"head": {**HEAD, "reads": False}},
+    "head at the rate of the codes": {"head": {**HEAD, "learning_rate_scale": 1.0}},
     "no head": {"head": "codes"},
     "no dropout": {"backbone": {**BEST["backbone"], "dropout": 0.0}},
     "dropout 0.3": {"backbone": {**BEST["backbone"], "dropout": 0.3}},
@@ -48,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "batches of 64 at 1e-3": {"training.batch_size": 64, "training.learning_rate": 1e-3},
     "as it was: wide, head at the rate of the codes, batches of 64 at 1e-3": {
         **WIDE,
-        "head": {"name": "items", "reads": False},
+        "head": {**HEAD, "learning_rate_scale": 1.0, "reads": False},
         "training.batch_size": 64,
         "training.learning_rate": 1e-3,
         "training.warmup": 0.01,
@@ -82,13 +84,14 @@ def measure(workspace: Workspace) -> dict[str, Any]:
     cases = workspace.stream.stage(0).validation_cases(config.prompt.window)
     leaves = model.semantic_ids.trie.leaf_of[cases.targets]
     head = model.vocabulary.item_head
-    tuned = None if head is None else head.shares.clone()
+    tuned, counted = None if head is None else head.shares.clone(), model.transitions
     found = {}
     for part, share in {"codes": 0.0, "head": 1.0, "both": None}.items():
         if head is None and share != 0.0:
             continue
         if head is not None:
             head.shares.copy_(tuned if share is None else tuned.new_full(tuned.shape, share))
+        model.transitions = counted if share is None else None
         with threads(model, config.training.threads):
             lists = search(model, cases.histories, beams=20, exclude=cases.seen)
         hits = lists.leaves[:, :10] == leaves[:, None]
