@@ -27,7 +27,6 @@ from peso.decoding.pool import (
     best_leaves,
     leaf_codes,
     leaf_log_probabilities,
-    pool,
     without_codes,
 )
 from peso.decoding.prompt import Known, Prompt, run_prompts
@@ -81,7 +80,7 @@ def search(
     targets: np.ndarray | None = None,
     returning: Sequence[Returning | None] | None = None,
     on_progress: Callable[[int], None] | None = None,
-    on_candidates: Callable[[np.ndarray, Candidates], None] | None = None,
+    on_candidates: Callable[[np.ndarray, Candidates, Candidates | None], None] | None = None,
     processes: Processes = ALONE,
 ) -> Beams:
     """Find the ``beams`` best semantic IDs after each history.
@@ -103,8 +102,8 @@ def search(
         returning: for each user, where the prompt is kept between calls, or None. With it, more than
             ``window`` items may be used, see :mod:`peso.decoding.returning`.
         on_progress: called with the number of users done so far.
-        on_candidates: for models with an item head, called after each batch with the numbers of its users and
-            all their candidates.
+        on_candidates: for models with an item head, called after each batch with the numbers of its users,
+            all their candidates, and their targets as the only candidates if there are targets.
         processes: the processes that share the batches. The batches are the same as for a single process, so
             the rounding does not differ; every process gets the whole result.
 
@@ -172,7 +171,7 @@ def search(
                 of_targets[users] = found.targets.cpu().numpy()
                 of_pool[users] = found.target_scores.cpu().numpy()
             if on_candidates is not None and found.candidates is not None:
-                on_candidates(users, found.candidates)
+                on_candidates(users, found.candidates, found.target_candidates)
             computed[users] = True
             if on_progress is not None:
                 on_progress(min(start + together, len(order)))
@@ -275,25 +274,26 @@ def _search_batch(
         raise BackboneError(
             "the model's log-probabilities are not finite: its weights or precision are broken"
         )
-    target_levels = target_scores = None
+    target_levels = target_scores = target_candidates = None
     if targets is not None and by_level is not None:
         target_levels, target_scores = by_level[:, -1], by_level[:, -1].sum(-1)
         if of_items is not None:
-            of_target = of_items.gather(1, followed[-1])
-            of_counts = None if evidence is None else evidence.at(followed[-1])
-            target_scores = pool(of_target, target_scores.unsqueeze(1), share, of_counts).squeeze(1)
-    return _Found(leaves, scores, target_levels, target_scores, candidates)
+            target_candidates = Candidates.of(followed[-1], target_scores.unsqueeze(1), of_items, evidence)
+            target_scores = target_candidates.scores(share).squeeze(1)
+    return _Found(leaves, scores, target_levels, target_scores, candidates, target_candidates)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """The same as :class:`Beams`, on the device, with the candidates if the model has an item head."""
+    """The same as :class:`Beams`, on the device. If the model has an item head, also all candidates, and the
+    targets as candidates."""
 
     leaves: Tensor
     scores: Tensor
     targets: Tensor | None
     target_scores: Tensor | None
     candidates: Candidates | None
+    target_candidates: Candidates | None
 
 
 def _extend(seen: Tensor, parents: Tensor) -> Tensor:

@@ -194,6 +194,10 @@ class Candidates:
         """The same with another weight of the prior."""
         return self if self.evidence is None else replace(self, evidence=replace(self.evidence, prior=prior))
 
+    def scores(self, share: Tensor) -> Tensor:
+        """ln p of each candidate: float32 (users, n), for the shares of the head (users,)."""
+        return pool(self.items, self.codes, share, self.evidence)
+
     def best(self, share: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` best candidates by the mixture.
 
@@ -204,7 +208,7 @@ class Candidates:
         Returns: their leaves, best first, with ties in the order of the trie and -1 if there are fewer; and
             their ln p, which is -inf if there are fewer.
         """
-        scores = pool(self.items, self.codes, share, self.evidence).masked_fill(self.leaves < 0, -torch.inf)
+        scores = self.scores(share).masked_fill(self.leaves < 0, -torch.inf)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         leaves = torch.where(scores.isneginf(), -1, self.leaves.gather(1, order))
         return leaves[:, :count], scores[:, :count]
@@ -225,43 +229,70 @@ class PoolWeights:
     means: list[float]
 
 
-def best_weights(candidates: Candidates, targets: Tensor, lengths: Tensor, depth: int) -> PoolWeights:
-    """Choose the weights with the highest mean NDCG@depth.
+def best_weights(candidates: Candidates, targets: Candidates, lengths: Tensor, depth: int) -> PoolWeights:
+    """Choose weights by the mean NDCG@depth, and by likelihood where NDCG cannot tell them apart.
 
-    First the prior is chosen from ``PRIORS``, each with the share that is best for all cases; then a share
-    from ``SHARES`` for each group of ``LENGTHS``.
-
-    A group with fewer than ``FEWEST`` cases gets the share that is best for all cases. Ties are resolved in
-    favor of the share nearest to 0.5, and of the prior nearest to ``PRIOR``.
+    First the prior is chosen from ``PRIORS``, each with the share that is best for all cases: of those that
+    are not clearly worse than the best (:func:`near_best`), the one nearest to ``PRIOR``. Then a share is
+    chosen from ``SHARES`` for each group of ``LENGTHS``, or for all cases if the group has fewer than
+    ``FEWEST``: of those that are not clearly worse than the best, the one with the highest likelihood of the
+    targets. NDCG is nearly equal over a wide range of shares, and one that is best by chance can cost a lot
+    of likelihood.
 
     Args:
         candidates: the candidates of the validation cases.
-        targets: int64 (users,), the leaf of each target.
+        targets: the target of each case, as the only candidate.
         lengths: int64 (users,), the number of items in each prompt.
         depth: the number of candidates that NDCG takes into account.
     """
     groups = groups_of(lengths)
-    everyone = torch.ones_like(groups, dtype=torch.bool)
-
-    def best(gain: Tensor, cases: Tensor) -> float:
-        means = gain[:, cases].mean(1).tolist()
-        return max(SHARES, key=lambda share: (means[SHARES.index(share)], -abs(share - 0.5)))
-
     priors = PRIORS if candidates.evidence is not None else (PRIOR,)
-    gains = {prior: _gains(candidates.with_prior(prior), targets, depth) for prior in priors}
-    prior = max(priors, key=lambda prior: (float(gains[prior].mean(1).max()), -abs(math.log(prior / PRIOR))))
-    gain = gains[prior]
-    every = best(gain, everyone)
+    gains = [_gains(candidates.with_prior(prior), targets.leaves, depth) for prior in priors]
+    best_of_each = torch.stack([gain[gain.mean(1).argmax()] for gain in gains])
+    number = min(near_best(best_of_each), key=lambda number: abs(math.log(priors[number] / PRIOR)))
+    prior, gain = priors[number], gains[number]
+    of_targets = targets.with_prior(prior)
+    likelihoods = torch.stack(
+        [of_targets.scores(share).squeeze(1) for share in _uniform(len(groups), groups)]
+    )
+
+    def share_of(cases: Tensor) -> float:
+        means = likelihoods[:, cases].double().mean(1)
+        return SHARES[max(near_best(gain[:, cases]), key=lambda number: float(means[number]))]
+
+    every = share_of(torch.ones_like(groups, dtype=torch.bool))
     members = [groups == number for number in range(len(LENGTHS) + 1)]
-    shares = [best(gain, own) if int(own.sum()) >= FEWEST else every for own in members]
+    shares = [share_of(own) if int(own.sum()) >= FEWEST else every for own in members]
     return PoolWeights(shares, None if candidates.evidence is None else prior, gain.mean(1).tolist())
 
 
+def near_best(gains: Tensor) -> list[int]:
+    """The values whose mean is within one standard error of the best one (Breiman et al. 1984,
+    "Classification and Regression Trees"). The standard error is that of the paired difference from the best.
+
+    Args:
+        gains: (values, cases), the result of each case with each value; larger is better.
+
+    Returns:
+        Their numbers, the best first.
+    """
+    means = gains.double().mean(1)
+    losses = gains[means.argmax()].double() - gains.double()  # (values, cases)
+    errors = losses.std(1, correction=0) / gains.shape[1] ** 0.5
+    near = (losses.mean(1) <= errors).nonzero().squeeze(1).tolist()
+    return sorted(near, key=lambda value: -float(means[value]))
+
+
+def _uniform(users: int, like: Tensor) -> list[Tensor]:
+    """Each of ``SHARES`` for all users: float32 (users,)."""
+    return [torch.full((users,), share, device=like.device) for share in SHARES]
+
+
 def _gains(candidates: Candidates, targets: Tensor, depth: int) -> Tensor:
-    """NDCG@depth of each case at each of ``SHARES``: float32 (shares, users)."""
+    """NDCG@depth of each case at each of ``SHARES``: float32 (shares, users), for targets (users, 1)."""
     result = []
-    for share in SHARES:
-        leaves, _ = candidates.best(torch.full(targets.shape, share, device=targets.device), depth)
-        place = (leaves == targets.unsqueeze(1)).float()  # (users, depth)
+    for share in _uniform(len(targets), targets):
+        leaves, _ = candidates.best(share, depth)
+        place = (leaves == targets).float()  # (users, depth)
         result.append(place @ (torch.arange(depth, device=place.device) + 2).float().log2().reciprocal())
     return torch.stack(result)

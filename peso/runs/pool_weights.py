@@ -24,7 +24,7 @@ TUNED_ON = 2048  # validation cases of a stage, evenly spaced, if it has more
 def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Observer) -> dict[str, Any]:
     """Count transitions up to the stage, if the model uses them, and weigh counts, item head and codes.
 
-    All choices are those that rank the validation targets of the stage best. The model is changed in place.
+    All choices are made on the validation cases of the stage. The model is changed in place.
 
     Returns:
         What was chosen, and what was tried, for ``metrics.json``.
@@ -38,13 +38,14 @@ def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Obser
     cases = stage.workspace.stream.stage(stage.number).validation_cases(config.prompt.window)
     rows = np.linspace(0, len(cases) - 1, min(len(cases), TUNED_ON)).astype(np.int64)
     cases = cases.take(np.unique(rows))
-    targets = torch.from_numpy(model.semantic_ids.trie.leaf_of[cases.targets].astype(np.int64))
     lengths = torch.tensor([len(history) for history in cases.histories])
-    parts, order = list[Candidates](), list[np.ndarray]()
+    parts, of_targets, order = list[Candidates](), list[Candidates](), list[np.ndarray]()
 
-    def keep(users: np.ndarray, found: Candidates) -> None:
+    def keep(users: np.ndarray, found: Candidates, target: Candidates | None) -> None:
+        assert target is not None
         order.append(users)
         parts.append(found)
+        of_targets.append(target)
 
     observer.begin(f"stage {stage.number}: weigh item head and codes on validation", len(cases), "users")
     search(
@@ -53,12 +54,13 @@ def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Obser
         beams=config.decoding.beams,
         batch_size=config.decoding.batch_size,
         exclude=cases.seen if stage.leaves_out_seen else None,
+        targets=cases.targets,
         on_progress=observer.advance,
         on_candidates=keep,
     )
     observer.end()
-    users = np.concatenate(order)
-    chosen = best_weights(Candidates.joined(parts), targets[users], lengths[users], depth)
+    found, targets = Candidates.joined(parts), Candidates.joined(of_targets)
+    chosen = best_weights(found, targets, lengths[np.concatenate(order)], depth)
     head.shares.copy_(torch.tensor(chosen.shares))
     if model.transitions is not None and chosen.prior is not None:
         model.transitions = replace(model.transitions, prior=chosen.prior)

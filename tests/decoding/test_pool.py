@@ -9,7 +9,7 @@ from scipy import sparse
 
 from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
 from peso.decoding import beam_search, search
-from peso.decoding.pool import PRIORS, Candidates, Evidence, best_weights
+from peso.decoding.pool import PRIORS, Candidates, Evidence, best_weights, near_best
 from peso.events.histories import Cases
 from peso.items.semantic_ids import SemanticIds
 from peso.model.build import build_model
@@ -141,6 +141,17 @@ def test_filters_and_k_hold_for_the_pool(model: GenerativeModel) -> None:
     assert all({item for item, _ in answer} == {"i1", "i3", "i4"} for answer in own)
 
 
+def only(candidates: Candidates, leaves: torch.Tensor) -> Candidates:
+    """One leaf of each user as the only candidate, where leaf n is candidate n."""
+    places, evidence = leaves[:, None], candidates.evidence
+    return Candidates(
+        places,
+        candidates.codes.gather(1, places),
+        candidates.items.gather(1, places),
+        None if evidence is None else evidence.at(places),
+    )
+
+
 def test_the_shares_are_those_that_rank_the_targets_best() -> None:
     users = 600
     generator = torch.Generator().manual_seed(0)
@@ -153,13 +164,14 @@ def test_the_shares_are_those_that_rank_the_targets_best() -> None:
     # the head knows the target of long histories, the codes that of short ones
     items = (noise[0] + hint * long).log_softmax(-1)
     codes = (noise[1] + hint * ~long).log_softmax(-1)
-    chosen = best_weights(Candidates(leaves, codes, items), targets, lengths, depth=5)
+    every = Candidates(leaves, codes, items)
+    chosen = best_weights(every, only(every, targets), lengths, depth=5)
     assert chosen.shares[0] < 0.5 < chosen.shares[3]
     assert chosen.prior is None
     assert len(chosen.means) == 21
     assert max(chosen.means) < 1
     part = Candidates(leaves[:90], codes[:90], items[:90])
-    few = best_weights(part, targets[:90], lengths[:90], depth=5)
+    few = best_weights(part, only(part, targets[:90]), lengths[:90], depth=5)
     assert len(set(few.shares)) == 1  # too few cases for shares of their own
 
 
@@ -173,14 +185,31 @@ def test_the_prior_is_the_one_that_ranks_the_targets_best(truthful: str) -> None
     log_p = (noise[0] + hint * (truthful == "model")).log_softmax(-1)
     counts = 20 * (noise[1] + hint * (truthful == "counts")).softmax(-1)
     candidates = Candidates(leaves, log_p, log_p, Evidence(counts, counts.sum(1, keepdim=True), 100.0))
-    chosen = best_weights(candidates, targets, torch.full((users,), 3), depth=5)
-    means = {
-        prior: best_weights(candidates.with_prior(prior), targets, torch.full((users,), 3), depth=5).means
-        for prior in PRIORS
-    }
-    assert chosen.prior is not None
-    assert chosen.prior < 100 if truthful == "counts" else chosen.prior >= 100
-    assert chosen.means in means.values()
+    chosen = best_weights(candidates, only(candidates, targets), torch.full((users,), 3), depth=5)
+    assert chosen.prior in PRIORS
+    assert chosen.prior < 100 if truthful == "counts" else chosen.prior > 100
+
+
+def test_values_within_a_standard_error_of_the_best_are_near_it() -> None:
+    noise = 0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(2))
+    level = torch.stack([0.5 + noise.roll(n) for n in range(4)])  # equal but for chance
+    level[3] += 1e-4
+    assert near_best(level)[0] == 3
+    assert sorted(near_best(level)) == [0, 1, 2, 3]
+    clear = torch.stack([0.5 + noise + 0.02 * (n == 2) for n in range(4)])  # every case is better
+    assert near_best(clear) == [2]
+    assert near_best(torch.zeros(3, 10)) == [0, 1, 2]
+
+
+def test_where_ndcg_cannot_tell_shares_apart_likelihood_does() -> None:
+    users, generator = 400, torch.Generator().manual_seed(3)
+    leaves = torch.arange(10).expand(users, -1)
+    targets = torch.randint(10, (users,), generator=generator)
+    ranked = 3.0 * (leaves == targets[:, None]) + torch.rand(users, 10, generator=generator)
+    items = ranked.log_softmax(-1)  # both rank every target first; the codes give all of them almost nothing
+    every = Candidates(leaves, items - 30, items)
+    chosen = best_weights(every, only(every, targets), torch.full((users,), 3), depth=5)
+    assert chosen.shares == [1.0] * 4
 
 
 def test_candidates_of_batches_are_joined_in_order() -> None:
