@@ -173,17 +173,18 @@ def promotions(workspace: Workspace, number: int, seconds: float) -> dict[str, f
     finished = threading.Event()
     promote(workspace, 1)
     with served(workspace) as server:
-        client = Client(server.port)
 
         def wait_for(stage: int) -> None:
             started = time.perf_counter()
             promote(workspace, stage)
+            client = Client(server.port)  # a connection ends after some idle seconds
             while client.get("/v1/status")["stage"] != stage:
                 time.sleep(0.05)
             changes.append(time.perf_counter() - started)
 
         for stage in (0, 1):
             wait_for(stage)
+            client = Client(server.port)
             expected[stage] = [client.post("/v1/recommend", {"history": each})["items"] for each in histories]
 
         def ask(number: int) -> None:
@@ -206,10 +207,12 @@ def promotions(workspace: Workspace, number: int, seconds: float) -> dict[str, f
         def change() -> None:
             started = time.perf_counter()
             changes.clear()
-            for turn in range(number):
-                wait_for(turn % 2)
-                time.sleep(max(0.0, started + (turn + 1) * seconds / number - time.perf_counter()))
-            finished.set()
+            try:
+                for turn in range(number):
+                    wait_for(turn % 2)
+                    time.sleep(max(0.0, started + (turn + 1) * seconds / number - time.perf_counter()))
+            finally:
+                finished.set()
 
         works: list[Callable[[], None]] = [lambda start=start: ask(start) for start in range(CLIENTS)]  # type: ignore[misc]
         together([*works, change])
