@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field
@@ -28,7 +28,7 @@ from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 MAX_GRADIENT_NORM = 1.0
 VALIDATED_AT_ONCE = 256  # cases
@@ -68,6 +68,11 @@ class Network(Tuned):
         def memory(self, items: int, users: int, window: int) -> int:
             return TRAINED * items * self.width + 4 * min(self.batch_size, users) * items
 
+    WEIGHTS: ClassVar[str]
+    """Name of the file of weights."""
+    PADDED: ClassVar[str]
+    """Name of the embedding table whose last row is padding."""
+
     network: Any  # an nn.Module, on the device
     options: Any
 
@@ -78,6 +83,10 @@ class Network(Tuned):
         self.seed, self.device = setting.seed, torch.device(setting.device)
         self.used = self.options.model_copy(update=self.settings()[0])
         """The options, with a value for each open one."""
+
+    @abstractmethod
+    def initialized(self) -> nn.Module:
+        """A newly initialized network for all items and users so far, on the device, in evaluation mode."""
 
     @abstractmethod
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
@@ -110,9 +119,36 @@ class Network(Tuned):
         training.finish()
         return {**asdict(training.fit), **record(self.chosen, tried)}
 
+    def save(self, directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        super().save(directory)
+        state = {name: tensor.contiguous() for name, tensor in self.state().items()}
+        save_file(state, directory / self.WEIGHTS)
+
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
+        from safetensors.torch import load_file
+
         self.chosen = self.saved_setting(directory)
         self.used = self.options.model_copy(update=self.chosen)
+        self.load(load_file(directory / self.WEIGHTS, device=str(self.device)))
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights without the padding row, whose index depends on the size of the catalog."""
+        state, name = self.network.state_dict(), f"{self.PADDED}.weight"
+        return {**state, name: state[name][:-1]}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Load the weights of a model with at most as many users and items; new rows are initialized."""
+        from torch import no_grad
+
+        network = self.initialized()
+        with no_grad():
+            for name, tensor in network.state_dict().items():
+                rows = state[name].to(tensor.device)
+                tensor[: len(rows)] = rows
+            getattr(network, self.PADDED).weight[self.items] = 0
+        self.network = network
 
     def _best_of(
         self, settings: Sequence[dict[str, Any]], stage: Stage, validation: Validation, observer: Observer

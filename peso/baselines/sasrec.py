@@ -12,7 +12,6 @@ correction). A later stage starts from the weights of the previous one; new item
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     from peso.baselines.networks import CausalItems
 
-WEIGHTS = "sasrec.safetensors"
 NO_TARGET = -1
 EXACT, NEGATIVES = 5_000, 512  # largest catalog with full softmax; number of negatives for larger ones
 MOST_NEGATIVES = 100_000
@@ -39,6 +37,7 @@ class SasRec(Network):
     """A small causal Transformer over items."""
 
     name = "sasrec"
+    WEIGHTS, PADDED = "sasrec.safetensors", "item"
     SETTINGS = tuple(
         {"learning_rate": rate, "dropout": dropout}
         for rate in (1e-3, 3e-3)
@@ -90,7 +89,7 @@ class SasRec(Network):
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
-        self.network = self._initialized()
+        self.network = self.initialized()
 
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
         from torch import from_numpy
@@ -115,26 +114,7 @@ class SasRec(Network):
 
         return loss_of, lengths
 
-    def save(self, directory: Path) -> None:
-        from safetensors.torch import save_file
-
-        super().save(directory)
-        state = self.network.state_dict()
-        save_file({**state, "item.weight": state["item.weight"][:-1].contiguous()}, directory / WEIGHTS)
-
-    def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        from safetensors.torch import load_file
-        from torch import no_grad
-
-        super().restore(directory, stages)
-        saved = load_file(directory / WEIGHTS, device=str(self.device))
-        self.network = self._initialized()
-        with no_grad():
-            for name, tensor in self.network.state_dict().items():
-                tensor[: len(saved[name])] = saved[name]
-            self.network.item.weight[self.items] = 0
-
-    def _initialized(self) -> CausalItems:
+    def initialized(self) -> CausalItems:
         from peso.baselines.networks import CausalItems, seeded
 
         chosen = self.used

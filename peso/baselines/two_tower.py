@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
     from peso.baselines.networks import Towers
 
-WEIGHTS, USERS = "two_tower.safetensors", "users.json"
+USERS = "users.json"
 
 
 class TwoTower(Network):
     """An embedding per user and item, with the mean of the items in the history."""
 
     name = "two-tower"
+    WEIGHTS, PADDED = "two_tower.safetensors", "history"
     SETTINGS = tuple(
         {"learning_rate": rate, "dropout": dropout, "user_dropout": of_users}
         for of_users in (0.5, 0.8)
@@ -61,7 +62,7 @@ class TwoTower(Network):
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
         self.users: dict[str, int] = {}  # row of each user in the embedding table, from 1
-        self.network = self._initialized(0)
+        self.network = self.initialized()
 
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
         from torch import from_numpy
@@ -82,51 +83,28 @@ class TwoTower(Network):
         return loss_of, np.ones(len(examples), dtype=np.int64)
 
     def save(self, directory: Path) -> None:
-        from safetensors.torch import save_file
-
         super().save(directory)
-        save_file({name: tensor.contiguous() for name, tensor in self._state().items()}, directory / WEIGHTS)
         (directory / USERS).write_text(json.dumps(list(self.users), ensure_ascii=False), encoding="utf-8")
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
-        from safetensors.torch import load_file
-
-        super().restore(directory, stages)
         users = json.loads((directory / USERS).read_text(encoding="utf-8"))
         self.users = {user: row for row, user in enumerate(users, 1)}
-        self._load(load_file(directory / WEIGHTS, device=str(self.device)))
+        super().restore(directory, stages)
 
     def _add_users(self, users: Sequence[str]) -> None:
         known = len(self.users)
         for user in users:
             self.users.setdefault(user, len(self.users) + 1)
         if len(self.users) > known:
-            self._load(self._state())
+            self.load(self.state())
 
-    def _load(self, state: dict[str, Tensor]) -> None:
-        """Load the weights of a model with at most as many users and items; new rows are initialized."""
-        from torch import no_grad
-
-        towers = self._initialized(len(self.users))
-        with no_grad():
-            for name, tensor in towers.state_dict().items():
-                rows = state[name].to(tensor.device)
-                tensor[: len(rows)] = rows
-            towers.history.weight[self.items] = 0
-        self.network = towers.eval()
-
-    def _state(self) -> dict[str, Tensor]:
-        """The weights without the padding row, whose index depends on the size of the catalog."""
-        state = self.network.state_dict()
-        return {**state, "history.weight": state["history.weight"][:-1]}
-
-    def _initialized(self, users: int) -> Towers:
+    def initialized(self) -> Towers:
         from peso.baselines.networks import Towers, seeded
 
         def make() -> Towers:
-            return Towers(users, self.items, self.used.width, self.used.dropout)
+            return Towers(len(self.users), self.items, self.used.width, self.used.dropout)
 
-        return cast(Towers, seeded([self.seed, self.items, 2], make)).to(self.device)
+        return cast(Towers, seeded([self.seed, self.items, 2], make)).to(self.device).eval()
 
     def log_probabilities(self, cases: Cases) -> Tensor:
         rows = np.array([self.users.get(user, 0) for user in cases.users])

@@ -6,12 +6,14 @@ is high for tokens that are likely under both models.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peso.adapters.lora import Past, put_adapter, read_adapter
 from peso.model.generative import GenerativeModel
 from peso.model.transitions import Transitions
 from peso.model.visibility import Tree
@@ -127,3 +129,30 @@ def twin(model: GenerativeModel) -> GenerativeModel:
     # share the configuration, so that a change of the attention implementation applies to both
     shared += [module.config for module in model.modules() if hasattr(module, "config")]
     return deepcopy(model, {id(each): each for each in shared})
+
+
+def stored(backbone: Any, vocabulary: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Copies of adapter and vocabulary on the CPU, by name, for the memory of a strategy."""
+    rows = vocabulary.state_dict().items()
+    adapter = {f"{prefix}{name}": tensor for name, tensor in read_adapter(backbone).state().items()}
+    return adapter | {f"{prefix}vocabulary.{name}": t.detach().cpu().clone() for name, t in rows}
+
+
+def read_stored(memory: Mapping[str, Tensor], prefix: str) -> tuple[Past, dict[str, Tensor]] | None:
+    """Adapter and vocabulary that :func:`stored` gave; None if the memory has none with this prefix."""
+    own = {name.removeprefix(prefix): t for name, t in memory.items() if name.startswith(prefix)}
+    if (adapter := Past.of_state(own)) is None:
+        return None
+    rows = {n.removeprefix("vocabulary."): t for n, t in own.items() if n.startswith("vocabulary.")}
+    return adapter, rows
+
+
+def stored_twin(model: GenerativeModel, memory: Mapping[str, Tensor], prefix: str) -> GenerativeModel | None:
+    """A :func:`twin` with the adapter and vocabulary that :func:`stored` gave; None if there are none."""
+    if (found := read_stored(memory, prefix)) is None:
+        return None
+    adapter, rows = found
+    other = twin(model)
+    put_adapter(other.backbone, adapter)
+    other.vocabulary.load_state_dict(rows)
+    return other

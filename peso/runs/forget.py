@@ -30,7 +30,7 @@ from peso.events.sources import open_source
 from peso.events.sources.reading import Reading
 from peso.runs.evaluate import measure, remove_test
 from peso.runs.intake import WORK
-from peso.runs.report import read_user_table
+from peso.runs.report import read_user_table, renew_report
 from peso.runs.stage import FORMAT, PREDICTIONS, RunStage, StageTest
 from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, read_sealed, remove_directory, remove_left, write_sealed
@@ -178,15 +178,8 @@ def _conclude(workspace: Workspace, left: _Left, observer: Observer) -> None:
             observer.note(
                 f"no {part} case of stage {cases} is left, so the model of stage {number} is not tested on it"
             )
-    if left.report and any(stage.is_tested for stage in workspace.stages):
-        from peso.runs.report import report  # draws plots: slow to import
-
-        observer.begin("writing the report", 0, "")
-        try:
-            report([workspace], workspace.report_directory)
-        except WorkspaceError as error:  # a problem that is not related to the erased user
-            observer.note(f"the report was not written again: {error}")
-        observer.end()
+    if left.report:
+        renew_report(workspace, observer)
     (workspace.root / NOTE).unlink()
 
 

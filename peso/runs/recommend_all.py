@@ -7,24 +7,25 @@ import csv
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.errors import DataError, ExportError, WorkspaceError
-from peso.items.semantic_ids import SemanticIds
 from peso.runs.place import require_place
 from peso.runs.user_histories import UserHistories
-from peso.runs.workspace import Workspace
 from peso.runtime.files import digest, only_writer, read_sealed, require_new, write_aside, write_sealed
 from peso.runtime.progress import Observer
+
+if TYPE_CHECKING:
+    from peso.runs.recommender import Recommender
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 SCHEMA = pa.schema(
@@ -34,39 +35,6 @@ AT_ONCE = 512  # users per batch
 NOTE = "call"  # file in the folder of batches that identifies the call
 
 Rows = list[dict[str, Any]]
-
-
-class Answering(Protocol):
-    """The part of :class:`peso.runs.recommender.Recommender` that is used here."""
-
-    workspace: Workspace
-    stage: int
-    live: bool
-
-    @property
-    def semantic_ids(self) -> SemanticIds: ...
-
-    @property
-    def histories(self) -> UserHistories: ...
-
-    @property
-    def determined_by(self) -> str: ...
-
-    def search(
-        self,
-        histories: list[list[str]],
-        k: int,
-        *,
-        exclude_seen: bool | None,
-        users: Sequence[str | None] | None = None,
-    ) -> list[list[tuple[str, float]]]: ...
-
-    def popular(self, k: int) -> list[str]: ...
-
-    @property
-    def retired(self) -> frozenset[str]: ...
-
-    def require_length(self, k: int) -> None: ...
 
 
 def require_output(file: Path, force: bool = False) -> None:
@@ -85,7 +53,7 @@ class Everybody:
         part: i and n; (1, 1): all users.
     """
 
-    recommender: Answering
+    recommender: Recommender
     k: int
     exclude_seen: bool
     part: tuple[int, int]

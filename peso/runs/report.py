@@ -54,6 +54,18 @@ def report(workspaces: Sequence[Workspace], directory: Path) -> None:
     write_report(directory, runs_of(workspaces), title, config.evaluation.k, config.report.segments)
 
 
+def renew_report(workspace: Workspace, observer: Observer) -> None:
+    """Write the report again after a change of the workspace. If no stage is tested, none is written; an
+    error is only noted, because the change itself succeeded."""
+    try:
+        if any(stage.is_tested for stage in workspace.stages):
+            observer.begin("writing the report", 0, "")
+            report([workspace], workspace.report_directory)
+            observer.end()
+    except WorkspaceError as error:
+        observer.note(f"the report was not written again: {error}")
+
+
 def results(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]], list[str]]:
     """The average metrics as a table (columns, and one row per run), and findings in sentences."""
     from peso.evaluation.comparison import Comparison

@@ -1,8 +1,7 @@
-"""Items that are not recommended any more: ``retired.json``, replaced atomically by every change.
+"""Items that are no longer recommended: ``retired.json``, replaced atomically by every change.
 
-Retired items stay in the stream, in histories and in the model, which still reads them; only answers leave
-them out. The file has its own lock, held for moments, so that a change does not wait for an update in
-progress, and a reader needs no lock.
+Retired items stay in the stream, in histories and in the model; they are only excluded from recommendations.
+The file has its own lock, so that a change does not wait for an update in progress. Reading needs no lock.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peso.errors import DataError, WorkspaceError
 from peso.runs.place import RETIRED, RETIRED_LOCK
 from peso.runs.workspace import Workspace
-from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
+from peso.runtime.files import in_turn
+from peso.runtime.records import read_record, write_record
 
-FORMAT = 1  # of retired.json; a higher number was written by a newer version
+FORMAT = 1  # of retired.json; newer versions may write higher numbers
 
 
 class Retirement(BaseModel):
-    """Why and when an item was retired (ISO 8601 in UTC)."""
+    """When (ISO 8601 in UTC) and why an item was retired."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -47,19 +47,10 @@ def retired(root: Path) -> dict[str, Retirement]:
     if not os.path.lexists(path):
         return {}
     try:
-        content = read_json_object(path)
-        number, stated = content.pop("format", None), content.pop("sha256", None)
-        if type(number) is int and number > FORMAT:
-            raise WorkspaceError(
-                f"{path} was written by a newer version of peso (format {number}; this one reads up to "
-                f"{FORMAT}); update peso"
-            )
-        if number != FORMAT or stated != digest(content):
-            raise ValueError("its content and its own sha256 do not fit")
-        return _File.model_validate(content).items
+        return _File.model_validate(read_record(path, FORMAT)).items
     except (DataError, ValidationError, ValueError) as error:
         raise WorkspaceError(
-            f"{path} is damaged ({str(error).splitlines()[0]}), so which items are retired is not known; "
+            f"{path} is damaged ({str(error).splitlines()[0]}), so it is not known which items are retired; "
             "restore it from a copy, or remove it and retire the items again"
         ) from None
 
@@ -73,7 +64,7 @@ class RetiredItems:
         self._items: frozenset[str] = frozenset()
 
     def current(self) -> frozenset[str]:
-        """Raises WorkspaceError as :func:`retired`."""
+        """The ids. Raises WorkspaceError as :func:`retired`."""
         try:
             state = os.stat(self._root / RETIRED)
             trace: object = (state.st_ino, state.st_mtime_ns, state.st_size)
@@ -86,10 +77,10 @@ class RetiredItems:
 
 
 def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None) -> list[str]:
-    """Retire items from the next answer on; returns those that were not retired before.
+    """Retire items, with immediate effect; returns those that were not retired before.
 
     Raises:
-        DataError: the stream does not have an item, or no item would be left. Nothing is changed.
+        DataError: an item is not in the stream, or no item would be left. Nothing is changed.
         WorkspaceError: there is no stream, or ``retired.json`` is damaged.
     """
     known = workspace.stream.item_ids
@@ -101,9 +92,9 @@ def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None
             raise DataError(
                 f"all {len(known):,} items of {workspace.root} would be retired; keep at least one"
             )
-        told = Retirement(time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
+        entry = Retirement(time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
         if new:
-            _write(workspace.root, {**before, **dict.fromkeys(new, told)})
+            _write(workspace.root, {**before, **dict.fromkeys(new, entry)})
     return new
 
 
@@ -118,7 +109,7 @@ def restore(workspace: Workspace, items: Sequence[str]) -> list[str]:
         before = retired(workspace.root)
         _require_known(workspace, items, before, "not retired")
         gone = [*dict.fromkeys(items)]
-        _write(workspace.root, {item: told for item, told in before.items() if item not in gone})
+        _write(workspace.root, {item: entry for item, entry in before.items() if item not in gone})
     return gone
 
 
@@ -137,6 +128,4 @@ def _require_known(
 
 
 def _write(root: Path, items: dict[str, Retirement]) -> None:
-    content = _File(items=items).model_dump(mode="json")
-    text = json_text({"format": FORMAT, **content, "sha256": digest(content)})
-    write_atomically(root / RETIRED, text.encode())
+    write_record(root / RETIRED, FORMAT, _File(items=items).model_dump(mode="json"))

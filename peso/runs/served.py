@@ -16,8 +16,9 @@ from peso.runs.place import SERVED, SERVED_LOCK
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.failures import sentence
-from peso.runtime.files import digest, in_turn, json_text, read_json_object, write_atomically
+from peso.runtime.files import in_turn
 from peso.runtime.manifest import intact
+from peso.runtime.records import read_record, write_record
 
 FORMAT = 1  # of served.json; newer versions may write higher numbers
 By = Literal["gate", "promote", "rollback"]
@@ -96,16 +97,7 @@ def served(workspace: Workspace) -> Served:
     if not os.path.lexists(path):
         return Served()
     try:
-        content = read_json_object(path)
-        number, stated = content.pop("format", None), content.pop("sha256", None)
-        if type(number) is int and number > FORMAT:
-            raise WorkspaceError(
-                f"{path} was written by a newer version of peso (format {number}; this one reads up to "
-                f"{FORMAT}); update peso"
-            )
-        if number != FORMAT or stated != digest(content):
-            raise ValueError("its content does not match its own sha256")
-        return Served.model_validate(content)
+        return Served.model_validate(read_record(path, FORMAT))
     except (DataError, ValidationError, ValueError) as error:
         if isinstance(error.__cause__, OSError) and path.is_file():  # not readable now, but maybe intact
             raise WorkspaceError(sentence(error.__cause__)) from None
@@ -289,8 +281,7 @@ def _require_weights(stage: RunStage) -> None:
 def _record(workspace: Workspace, known: Served, change: Change) -> None:
     changes = [*known.changes, change]
     content: dict[str, Any] = {"changes": [each.model_dump(mode="json", by_alias=True) for each in changes]}
-    text = json_text({"format": FORMAT, **content, "sha256": digest(content)})
-    write_atomically(workspace.root / SERVED, text.encode())
+    write_record(workspace.root / SERVED, FORMAT, content)
 
 
 def _now() -> str:

@@ -18,6 +18,7 @@ from peso.events.append import shorten_stream
 from peso.events.stream import Stream
 from peso.items.semantic_ids import EARLIER
 from peso.runs.place import SERVED_LOCK
+from peso.runs.report import renew_report
 from peso.runs.served import refuse_removal
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
@@ -131,16 +132,8 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
         elif not step.gone:
             _shorten(workspace, step)
     observer.note(f"removed: {step}")
-    if had_report and workspace.finished_stages:
-        from peso.runs.report import report  # draws plots: slow to import
-
-        try:
-            if any(stage.is_tested for stage in workspace.stages):
-                observer.begin("writing the report", 0, "")
-                report([workspace], workspace.report_directory)
-                observer.end()
-        except WorkspaceError as error:  # a problem that is not related to the removed step
-            observer.note(f"the report was not written again: {error}")
+    if had_report:
+        renew_report(workspace, observer)
     (workspace.root / UNDO).unlink()
 
 

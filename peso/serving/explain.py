@@ -1,4 +1,4 @@
-"""Why an item is where it is in a list: its codes under two stages, its events, and its nearest items."""
+"""Explains the score of an item: its codes under two stages, its events, and similar items."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from peso.serving.snapshot import Identity, Snapshot
 if TYPE_CHECKING:
     from scipy import sparse
 
-NEAREST = 5  # items that are shown
-WORDS = 32_768  # the most common words and word pairs of the texts that count
-SAME = 0.005  # a smaller change of a log-probability is not shown
+NEAREST = 5  # number of similar items
+WORDS = 32_768  # size of the TF-IDF vocabulary
+SAME = 0.005  # change of a log-probability below which it counts as unchanged
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 By = Literal["item head", "texts", "codes"]
 Near = list[tuple[str, float]]
@@ -26,12 +26,12 @@ Near = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely a stage finds an item after a history.
+    """The log-probability of an item after a history, under one stage.
 
     Attributes:
-        score: the log-probability, as in lists.
-        codes: the log-probability of each code of the item's semantic ID, after the codes before it.
-        has_head: whether the score also contains an item head.
+        score: the log-probability, as in recommendations.
+        codes: the conditional log-probability of each code of the item's semantic ID.
+        has_head: whether the score includes an item head.
     """
 
     score: float
@@ -40,8 +40,8 @@ class Likelihood:
 
 
 def likelihood(snapshot: Snapshot, history: Sequence[str], item: str) -> Likelihood | None:
-    """None where the stage has no model yet or does not know the item, or where no item of the history is
-    known. To be called by the thread that uses models."""
+    """The likelihood of an item; None if the stage has no model yet, does not know the item, or knows no item
+    of the history. Call it in the engine's thread."""
     model, ids = snapshot.model, snapshot.semantic_ids
     known = snapshot.known(history)[0]
     if model is None or item not in ids or not known:
@@ -56,8 +56,8 @@ def likelihood(snapshot: Snapshot, history: Sequence[str], item: str) -> Likelih
 
 
 def near_by_head(snapshot: Snapshot, item: str) -> Near | None:
-    """The items with the most similar vectors (cosine) of the item head; None without one. To be called by
-    the thread that uses models."""
+    """The items with the most similar vectors (cosine) of the item head; None without a head. Call it in the
+    engine's thread."""
     if snapshot.model is None or not snapshot.model.has_item_head or item not in snapshot.semantic_ids:
         return None
     head = getattr(snapshot.model.vocabulary, "item_head", None)
@@ -73,18 +73,15 @@ def near_by_head(snapshot: Snapshot, item: str) -> Near | None:
 
 
 def near_by_codes(snapshot: Snapshot, item: str) -> Near:
-    """The items whose semantic IDs begin with the most codes of the item's; the share of these codes."""
+    """The items that share the longest prefix of codes; the similarity is the share of common codes."""
     codes = snapshot.semantic_ids.codes
     same = (codes == codes[snapshot.semantic_ids.row(item)]).cumprod(axis=1).sum(axis=1)
     return _best(snapshot, item, same / codes.shape[1])
 
 
 class ItemTexts:
-    """The texts of a workspace's items as vectors: TF-IDF of words and word pairs.
-
-    They are computed when they are first asked for, and again when the catalog has changed. It can be used by
-    several threads.
-    """
+    """TF-IDF vectors (words and word pairs) of item texts, computed on demand and cached until the catalog
+    changes. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -92,8 +89,7 @@ class ItemTexts:
         self._vectors: sparse.csr_matrix | None = None
 
     def near(self, workspace: Workspace, snapshot: Snapshot, item: str) -> Near | None:
-        """The items with the most similar texts (cosine); None if the item has no text, or no text is like
-        its own."""
+        """The items with the most similar texts (cosine); None if there is no text with common words."""
         with self._lock:
             if self._of != snapshot.identity:
                 self._vectors = self._computed(workspace, len(snapshot.semantic_ids.item_ids))
@@ -116,12 +112,12 @@ class ItemTexts:
         )
         try:
             return words.fit_transform([text or "" for text in texts])
-        except ValueError:  # no words at all
+        except ValueError:  # no words
             return None
 
 
 def _best(snapshot: Snapshot, item: str, similar: np.ndarray) -> Near:
-    """The ``NEAREST`` most similar items but the item itself, ties in the order of the catalog."""
+    """The ``NEAREST`` most similar other items; ties in the order of the catalog."""
     similar = similar.astype(np.float64, copy=True)
     similar[snapshot.semantic_ids.row(item)] = -np.inf
     count = min(NEAREST, len(similar) - 1)
@@ -139,11 +135,11 @@ def reason(
     before: tuple[Snapshot, Likelihood | None],
     events: dict[int, int],
 ) -> str:
-    """In a few sentences, why the score of an item is another one than under the stage before.
+    """A few sentences on why the score of an item differs from that under the previous stage.
 
     Args:
         now, before: both stages with the likelihood of the item.
-        events: the item's events in the stage of the stream with this number.
+        events: number of events of the item, by stage of the stream.
     """
     (stage, likely), (earlier, then) = now, before
     seen = ", ".join(f"{count:,} in stage {number}" for number, count in sorted(events.items()))

@@ -1,4 +1,4 @@
-"""What the explorer asks for beside lists: why an item moved, its nearest items, users by name, drift."""
+"""API routes of the explorer: explanations of an item's score, similar items, lists of users, drift."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ from peso.serving.messages import (
 from peso.serving.routes import Service, question_of, refusals
 from peso.serving.snapshot import Snapshot
 
-STAGES = 4  # whose counts of events are kept in memory
+STAGES = 4  # number of stages whose event counts are cached
 
 
 class StreamFacts:
-    """The drift of a stream and the events of its items, computed when they are first asked for, and again
-    when the stream has changed. It can be used by several threads."""
+    """Drift and event counts of a stream, computed on demand and cached until the stream changes.
+    Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -55,7 +56,7 @@ class StreamFacts:
 
     def drift(self, workspace: Workspace) -> list[dict[str, Any]]:
         """See :func:`peso.events.drift.drift`."""
-        with self._lock:  # one reads the stream, the others wait for the result
+        with self._lock:  # only one thread reads the stream, the others wait for the result
             stream = workspace.stream
             rests_on = [stream.fingerprint(number) for number in range(stream.stages)]
             if workspace.has_semantic_ids:
@@ -65,7 +66,7 @@ class StreamFacts:
             return self._drift[1]
 
     def events(self, workspace: Workspace, row: int, stages: set[int]) -> dict[int, int]:
-        """How many events an item (its row) has in stages of the stream."""
+        """Number of events of an item (given by its row) in each of the stages."""
         stream, found = workspace.stream, {}
         for number in sorted(stages):
             if number >= stream.stages:
@@ -82,25 +83,26 @@ class StreamFacts:
 
 
 def add_insight(app: FastAPI, service: Service) -> None:
+    """Add the routes to the application."""
     texts, facts = ItemTexts(), StreamFacts()
 
     @app.post(
         "/v1/explain",
         responses=refusals(400, 401, 404, 413, 422, 429, 503),
-        summary="Why an item is where it is, and its nearest items",
+        summary="Explain the score of an item, and list similar items",
     )
     async def explain(body: Explain) -> Explanation:
-        """Compares the serving stage with the one before it, if the model of that one is in memory: ask
-        `/v1/compare` first."""
+        """Compares the serving stage with the previous one if the latter's model is loaded; `/v1/compare`
+        loads it."""
         request = Request(user=body.user, history=body.history)
         history = list((await question_of(service, request)).history or ())
         before = await run_in_threadpool(service.before.find)
         return await _explained(service, texts, facts, body.item, history, before.snapshot)
 
-    @app.get("/v1/users", responses=refusals(401, 422, 429, 503), summary="Users by name, page by page")
+    @app.get("/v1/users", responses=refusals(401, 422, 429, 503), summary="List users by name, with paging")
     async def users(
-        prefix: Annotated[messages.Id | None, Query(description="How the names begin.")] = None,
-        after: Annotated[messages.Id | None, Query(description="The `after` of the page before.")] = None,
+        prefix: Annotated[messages.Id | None, Query(description="Only users with this prefix.")] = None,
+        after: Annotated[messages.Id | None, Query(description="`after` of the previous page.")] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> Users:
         named = service.histories.named
@@ -110,7 +112,7 @@ def add_insight(app: FastAPI, service: Service) -> None:
             after=found[limit - 1][0] if len(found) > limit else None,
         )
 
-    @app.get("/v1/drift", responses=refusals(401, 429, 503), summary="How the data drift over the stages")
+    @app.get("/v1/drift", responses=refusals(401, 429, 503), summary="Get the drift of the data by stage")
     async def drift() -> Drift:
         """The first request reads the whole stream."""
         workspace = service.live.workspace
@@ -136,7 +138,7 @@ async def _explained(
     history: list[str],
     before: Snapshot | None,
 ) -> Explanation:
-    """Raises HTTPException if neither stage knows the item."""
+    """The explanation of an item. Raises HTTPException if neither stage knows it."""
     current, workspace = service.live.current, service.live.workspace
     known = current if item in current.semantic_ids or before is None else before
     if item not in known.semantic_ids:

@@ -1,4 +1,4 @@
-"""``blend``: plain fine-tuning that answers together with the stage before."""
+"""``blend``: plain fine-tuning whose predictions are averaged with those of the previous stage."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX, ROWS = "blend.", "blend.vocabulary."
+PREFIX = "blend."  # of names in the memory
 
 
 class Blend(Strategy):
-    """``single``, answering with the logits share · new + (1 - share) · last.
+    """``single``, predicting with the logits share · new + (1 - share) · last.
 
-    The last stage's model is that which ``single`` would have: training is not affected. Adapter and
-    vocabulary of the last stage are stored with each stage, and every answer takes two passes.
+    Training is not affected: the new and the last model are those of ``single``. Each stage also stores
+    adapter and vocabulary of the last stage, and a prediction takes two forward passes.
     """
 
     name = "blend"
@@ -36,23 +36,13 @@ class Blend(Strategy):
         return 2
 
     def begin(self, context: StageContext) -> None:
-        from peso.adapters.lora import read_adapter
+        from peso.model.ensemble import stored
 
         assert context.vocabulary is not None
-        last = {f"{PREFIX}{name}": t for name, t in read_adapter(context.backbone).state().items()}
-        rows = context.vocabulary.state_dict().items()
-        context.memory.update(last | {f"{ROWS}{name}": t.detach().cpu().clone() for name, t in rows})
+        context.memory.update(stored(context.backbone, context.vocabulary, PREFIX))
 
     def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
-        from peso.adapters.lora import Past, put_adapter
-        from peso.model.ensemble import Ensemble, twin
+        from peso.model.ensemble import Ensemble, stored_twin
 
-        adapter = Past.of_state({name.removeprefix(PREFIX): t for name, t in memory.items()})
-        if adapter is None:
-            return model
-        last = twin(model)
-        put_adapter(last.backbone, adapter)
-        last.vocabulary.load_state_dict(
-            {name.removeprefix(ROWS): t for name, t in memory.items() if name.startswith(ROWS)}
-        )
-        return Ensemble(model, last, self.options.share)
+        last = stored_twin(model, memory, PREFIX)
+        return model if last is None else Ensemble(model, last, self.options.share)

@@ -13,11 +13,10 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peso.adapters.lora import Past
     from peso.events.histories import TargetSequence
 
 LONG, SHORT = "long-term", "short-term"
-PREFIX, ROWS = "lsat.", "lsat.vocabulary."
+PREFIX = "lsat."  # of names in the memory
 
 
 class Lsat(Strategy):
@@ -67,11 +66,11 @@ class Lsat(Strategy):
             redraw_adapter(context.backbone, (context.seed, context.number))
 
     def end(self, context: StageContext) -> None:
-        from peso.adapters.lora import read_adapter
+        from peso.model.ensemble import stored
 
         if context.phase == LONG:
-            adapter = {f"{PREFIX}{name}": t for name, t in read_adapter(context.backbone).state().items()}
-            context.memory.update(adapter | _rows(context.vocabulary))
+            assert context.vocabulary is not None
+            context.memory.update(stored(context.backbone, context.vocabulary, PREFIX))
         elif self.options.fusion == "arithmetic":
             self._fuse_weights(context)
 
@@ -81,8 +80,11 @@ class Lsat(Strategy):
 
         from peso.adapters.groups import lora_layers
         from peso.adapters.lora import Past
+        from peso.model.ensemble import read_stored
 
-        long, rows = _long(context.memory)
+        found = read_stored(context.memory, PREFIX)
+        assert found is not None
+        long, rows = found
         w, vocabulary = self.options.long_share, context.vocabulary
         assert vocabulary is not None
         context.memory.clear()
@@ -94,28 +96,7 @@ class Lsat(Strategy):
                 p.lerp_(rows[name].to(p), w)
 
     def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
-        if not any(name.startswith(PREFIX) for name in memory):
-            return model
-        from peso.adapters.lora import put_adapter
-        from peso.model.ensemble import Ensemble, twin
+        from peso.model.ensemble import Ensemble, stored_twin
 
-        long = twin(model)
-        adapter, rows = _long(memory)
-        put_adapter(long.backbone, adapter)
-        long.vocabulary.load_state_dict(rows)
-        return Ensemble(long, model, self.options.long_share)
-
-
-def _rows(vocabulary: Any) -> dict[str, Tensor]:
-    return {f"{ROWS}{name}": p.detach().cpu().clone() for name, p in vocabulary.state_dict().items()}
-
-
-def _long(memory: Mapping[str, Tensor]) -> tuple[Past, dict[str, Tensor]]:
-    """Adapter and vocabulary parameters of the long-term training."""
-    from peso.adapters.lora import Past
-
-    kept = {name.removeprefix(PREFIX): t for name, t in memory.items() if name.startswith(PREFIX)}
-    adapter = Past.of_state(kept)
-    assert adapter is not None
-    rows = {name.removeprefix(ROWS): t for name, t in memory.items() if name.startswith(ROWS)}
-    return adapter, rows
+        long = stored_twin(model, memory, PREFIX)
+        return model if long is None else Ensemble(long, model, self.options.long_share)
