@@ -235,13 +235,13 @@ def _describe_explain(schema: dict[str, Any]) -> None:
 
 
 class Explain(Message):
-    """A question about one item after a history, or that of a user."""
+    """A request to explain the score of an item, for a user or a history."""
 
     model_config = ConfigDict(json_schema_extra=_describe_explain)
 
-    user: Id | None = Field(None, description="A user.")
+    user: Id | None = Field(None, description="A user id.")
     history: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="Item ids, oldest first.")
-    item: Id = Field(description="The item that is explained.")
+    item: Id = Field(description="The item to explain.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Explain:
@@ -251,7 +251,7 @@ class Explain(Message):
 
 
 class NearItem(ShownItem):
-    similarity: float = Field(description="1: the same vector, 0: nothing in common.")
+    similarity: float = Field(description="1: identical, 0: nothing in common; see `nearest_by`.")
 
 
 class CodeChance(Message):
@@ -260,42 +260,48 @@ class CodeChance(Message):
 
 
 class StageView(Message):
-    """An item as one stage sees it."""
+    """The score of an item under one stage."""
 
     stage: int
-    score: float | None = Field(description="Log-probability; null: the model cannot tell.")
-    codes: list[CodeChance] = Field(description="Of the semantic ID, each after the codes before it.")
+    score: float | None = Field(
+        description="Log-probability; null if the stage has no model yet or does not know the item."
+    )
+    codes: list[CodeChance] = Field(
+        description="The codes of the semantic ID, with conditional log-probabilities."
+    )
 
 
 class Explanation(Message):
-    """Why an item is where it is."""
+    """An explanation of the score of an item."""
 
     item: str
     serving: StageView
-    before: StageView | None = Field(description="null: there is no earlier stage, or its model is loading.")
-    says: str = Field(description="Why the item moved, in sentences; empty without an earlier stage.")
+    before: StageView | None = Field(
+        description="The previous stage; null if there is none, or its model is not loaded."
+    )
+    says: str = Field(description="Why the score changed, in sentences; empty without a previous stage.")
     nearest_by: Literal["item head", "texts", "codes"] = Field(
         description="What `similarity` compares: vectors of the item head, TF-IDF vectors of the items' "
         "texts, or the first codes of the semantic IDs."
     )
     nearest: list[NearItem]
-    events: dict[str, int] = Field(description="Events of the item in the stages of the stream, by stage.")
+    events: dict[str, int] = Field(description="Number of events of the item, by stage of the stream.")
 
 
 class KnownUser(Message):
     user: str
-    items: int = Field(description="How many items the history has.")
+    items: int = Field(description="Number of items in the history.")
 
 
 class Users(Message):
     """Users of the log and of the received events, by name."""
 
     users: list[KnownUser]
-    after: str | None = Field(description="For the next page; null: this is the last one.")
+    after: str | None = Field(description="Parameter for the next page; null on the last page.")
 
 
 class StageDrift(Message):
-    """How the data of a stage differ from those before it, as `peso diagnose` shows."""
+    """Drift of the data of a stage, as in `peso diagnose`."""
 
     stage: int
     events: int
@@ -304,14 +310,16 @@ class StageDrift(Message):
     items: int
     new_items: int
     item_divergence: float | None = Field(
-        description="Jensen-Shannon divergence from the stage before, in bits; null in stage 0."
+        description="Jensen-Shannon divergence from the previous stage, in bits; null at stage 0."
     )
-    code_divergence: float | None = Field(description="The same of the first codes; null without codes.")
+    code_divergence: float | None = Field(
+        description="The same for the first codes; null without semantic IDs."
+    )
 
 
 class Drift(Message):
     stages: list[StageDrift]
-    high: float | None = Field(description="The value of `gate.drift`, above which a warning is given.")
+    high: float | None = Field(description="The setting `gate.drift`, above which there is a warning.")
 
 
 class StageState(Message):
