@@ -81,15 +81,15 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
     counts as unfinished."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
     static = {f"{baseline_label(config)} (static)" for config in default_baselines()}
-    beside = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
-    beside = [run for run in beside if run.name not in static]
-    if all(run.name != "popularity" for run in beside):
-        beside = [popularity(workspaces[0]), *beside]
+    found = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
+    found = [run for run in found if run.name not in static]
+    if all(run.name != "popularity" for run in found):
+        found = [popularity(workspaces[0]), *found]
     tested = {stage for run in runs for stage in run.stages}
     least = min(len(run.stages) for run in runs)
     baselines = [
         replace(run, stages={t: s for t, s in run.stages.items() if t in tested}, expected_stages=least)
-        for run in beside
+        for run in found
     ]
     return [replace(runs[0], catalogue=catalogue(workspaces[0])), *runs[1:], *baselines]
 

@@ -120,8 +120,12 @@ class UserHistories:
                 yield part
 
     def named(self, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
-        """The next users whose names begin with ``prefix``, in the order of their names, and how many items
-        each of them has. ``after``: the last name of the page before, "" for the first page."""
+        """One page of users by name, with the number of items of each.
+
+        Args:
+            prefix: only names with this prefix.
+            after: the last name of the previous page; "" for the first page.
+        """
         state = self._current()
         found = dict(state.index.named(prefix, after, limit))
         if self.received is not None:

@@ -143,15 +143,15 @@ def reason(
     """
     (stage, likely), (earlier, then) = now, before
     seen = ", ".join(f"{count:,} in stage {number}" for number, count in sorted(events.items()))
-    told = f" Events of the item: {seen}." if events else ""
+    counts = f" Events of the item: {seen}." if events else ""
     if item not in earlier.semantic_ids:
-        return f"Stage {earlier.stage} does not know the item.{told}"
+        return f"Stage {earlier.stage} does not know the item.{counts}"
     if item not in stage.semantic_ids:
-        return f"Stage {stage.stage} does not know the item.{told}"
+        return f"Stage {stage.stage} does not know the item.{counts}"
     if likely is None or then is None:
-        return told.strip()
+        return counts.strip()
     change = likely.score - then.score
-    place = f"Its place also depends on the other items.{told}"
+    place = f"Its place also depends on the other items.{counts}"
     if abs(change) < SAME:
         return f"Its log-probability stayed the same ({likely.score:.2f}). {place}"
     moved = "rose" if change > 0 else "fell"

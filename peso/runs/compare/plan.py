@@ -367,12 +367,12 @@ def _hybrid(root: Path, run: Run, config: BaselineOptions) -> Run:
     """A hybrid with the model of a run; it takes over all stages of that run."""
     label = f"{baseline_label(config)} with {run.strategy}"
 
-    def beside(task: Task) -> Task:
+    def with_hybrid(task: Task) -> Task:
         place = root / "baselines" / run.data / _plain(label) / digest(str(task.root.relative_to(root)))[:8]
         return Task(place, task.config, None, task.data, task, "baseline", config)
 
-    candidates = tuple(replace(candidate, task=beside(candidate.task)) for candidate in run.candidates)
-    return replace(run, strategy=label, task=beside(run.task), options={}, candidates=candidates)
+    candidates = tuple(replace(candidate, task=with_hybrid(candidate.task)) for candidate in run.candidates)
+    return replace(run, strategy=label, task=with_hybrid(run.task), options={}, candidates=candidates)
 
 
 def _trials(tuned: Sequence[Variant]) -> dict[str, list[Variant]]:

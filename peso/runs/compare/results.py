@@ -130,8 +130,8 @@ def write_results(plan: Plan, collected: Collected, directory: Path) -> Path:
     runs = [run_summary(run, found) for run, found in collected.runs]
     cells = {(run.data, run.backbone): run for run, _ in reversed(collected.runs)}
     for cell, first in reversed(cells.items()):
-        beside = [pair for pair in collected.baselines if (pair[0].data, pair[0].backbone) == cell]
-        runs += _baselines(first, beside)
+        entries = [pair for pair in collected.baselines if (pair[0].data, pair[0].backbone) == cell]
+        runs += _baselines(first, entries)
     title = plan.common.report.title or f"peso compare: {directory.name}"
     columns = plan.common.report.segments
     return write_report(directory / REPORT, runs, title, plan.common.evaluation.k, columns, paired=True)
@@ -161,12 +161,12 @@ def run_summary(run: Run, found: TaskProgress) -> RunSummary:
     )
 
 
-def _baselines(first: Run, beside: Sequence[tuple[Run, TaskProgress]]) -> list[RunSummary]:
+def _baselines(first: Run, entries: Sequence[tuple[Run, TaskProgress]]) -> list[RunSummary]:
     """The summaries of a cell's baselines: those of the comparison, those that `peso baseline` has run in the
     first run's workspace, and popularity in any case."""
     workspace = Workspace(first.task.root, first.task.config)
-    found = [each for run, at in beside for each in baseline_summary(run, at)]
-    own = {baseline_label(run.task.baseline) for run, _ in beside if run.task.baseline is not None}
+    found = [each for run, at in entries for each in baseline_summary(run, at)]
+    own = {baseline_label(run.task.baseline) for run, _ in entries if run.task.baseline is not None}
     others = [config for config in found_baselines(workspace) if baseline_label(config) not in own]
     found += baseline_summaries(workspace, others)
     if not any(baseline.strategy == "popularity" for baseline in found):
