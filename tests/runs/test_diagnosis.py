@@ -199,7 +199,7 @@ def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
     workspace = weak[0]
     with pytest.raises(WorkspaceError, match="trained with peso"):
         stage_directions(workspace, 2, examples=20, free=workspace)
-    with pytest.raises(WorkspaceError, match="stage 0 starts from nothing"):
+    with pytest.raises(WorkspaceError, match="stage 0 has no previous state"):
         stage_directions(workspace, 2, stage=0)
     none, _ = trained(tmp_path / "none", "strategy=none", base=workspace.root)
     with pytest.raises(ConfigError, match="none does not train the same adapter"):
