@@ -97,7 +97,7 @@ def test_what_cannot_be_retired_or_restored_is_named_and_changes_nothing(workspa
     assert list(retired(workspace.root)) == ids[:3]
     path = workspace.root / RETIRED
     path.write_text(path.read_text().replace("sold out", "sold in"))
-    with pytest.raises(WorkspaceError, match=r"retired.json is damaged .*so it is not known which items are retired"):
+    with pytest.raises(WorkspaceError, match=r"is damaged .*so it is not known which items are retired"):
         Recommender(workspace).recommend(ids[:2], k=3)
 
 
