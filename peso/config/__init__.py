@@ -10,13 +10,12 @@ from peso.config.data import (
     ColumnsConfig,
     DataConfig,
     ItemColumnsConfig,
-    ItemsConfig,
     ItemTableConfig,
-    RqVaeConfig,
     SimulateConfig,
     StagesConfig,
 )
 from peso.config.gate import GateConfig
+from peso.config.items import BehaviorConfig, ItemsConfig, RqVaeConfig
 from peso.config.model import (
     HOW,
     AdapterConfig,
@@ -42,6 +41,7 @@ __all__ = [
     "AdapterConfig",
     "BackboneConfig",
     "BaselineOptions",
+    "BehaviorConfig",
     "ColumnsConfig",
     "Config",
     "DataConfig",

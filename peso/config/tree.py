@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from peso.config.baselines import Baselines, default_baselines
-from peso.config.data import DataConfig, ItemsConfig, expand_data
+from peso.config.data import DataConfig, expand_data
 from peso.config.gate import GateConfig
+from peso.config.items import ItemsConfig
 from peso.config.model import (
     AdapterConfig,
     BackboneConfig,
@@ -74,6 +75,15 @@ class Config(Section):
         if not isinstance(data, Mapping) or data.get("format") != "simulate" or "quantizer" in items:
             return tree
         return {**tree, "items": {**items, "quantizer": "category-path"}}
+
+    @model_validator(mode="after")
+    def _behavior_makes_ids(self) -> Config:
+        if self.items.behavior is not None and self.data.format == "peso-release":
+            raise ValueError(
+                "items.behavior has no meaning for data.format: peso-release, whose data contain the "
+                "semantic IDs; remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _watched_modules_run_once(self) -> Config:

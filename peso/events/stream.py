@@ -203,6 +203,21 @@ class Stream:
         except (pa.ArrowException, OSError) as error:
             raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
 
+    def training_events(self, stages: Iterable[int]) -> Iterator[np.ndarray]:
+        """The item numbers of each user in each of some stages, int32, oldest first, without the user's
+        validation and test event of the stage.
+
+        Users without training targets are left out. Of the events before a stage, only those from before the
+        stream are included: the others belong to earlier stages, with their validation and test events.
+
+        Raises: as :meth:`stage`.
+        """
+        for number in stages:
+            for users in self.pieces(number):
+                for row in users.eligible():
+                    events = users.current[row][:-2]
+                    yield events if number else np.concatenate([users.previous[row], events])
+
     def item_counts(self, number: int) -> np.ndarray:
         """int64 (items,): how many events of a stage each item has. Raises: as :meth:`stage`."""
         counts = np.zeros(int(self.manifest["items"]), dtype=np.int64)

@@ -10,6 +10,7 @@ import numpy as np
 
 from peso.items.codebooks import ResidualCodebooks
 from peso.items.semantic_ids import SemanticIds, token_name
+from peso.items.vectors import ItemVectors
 
 NEIGHBOURS = 10
 MOST_QUERIES = 5_000  # items whose neighbors are searched; more would hardly change the result
@@ -103,6 +104,16 @@ def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> di
     return result
 
 
+def of_behavior(vectors: ItemVectors, codes: np.ndarray, seed: int) -> dict[str, Any]:
+    """The measures of ``items.behavior``: how many items have no vector of behavior, and
+    :func:`neighbours_kept` with the other items' vectors of behavior alone. Empty if behavior is not used."""
+    has = vectors.has_behavior
+    if has is None:
+        return {}
+    kept = neighbours_kept(vectors.behavior[has], codes[has], seed)
+    return {"without_behavior": int((~has).sum()), "behavior_neighbours": kept}
+
+
 def prefix_sample(ids: SemanticIds, titles: Sequence[str | None]) -> dict[str, Any]:
     """Items with the most common first two codes, and their titles.
 
@@ -131,17 +142,22 @@ def figures(manifest: Mapping[str, Any]) -> list[tuple[str, int | float]]:
     """
     measured = manifest.get("quality", {})
     near = measured.get("neighbours", {})
+    behaved = measured.get("behavior_neighbours", {})
     shared = f"share of the {near.get('neighbours', 0)} nearest items under the same"
+    together = f"share of the {behaved.get('neighbours', 0)} items nearest in behavior under the same"
     named = (
         ("items", manifest["items"]),
         ("distinct semantic IDs", manifest["distinct_ids"]),
         ("tokens in use", manifest["tokens_in_use"]),
         ("items without a vector", measured.get("without_vector")),
+        ("items without a vector of behavior", measured.get("without_behavior")),
         ("collision rate before items were separated", measured.get("collisions_before", {}).get("rate")),
         ("collision rate", measured.get("collisions", {}).get("rate")),
         ("reconstruction error", measured.get("reconstruction_error")),
         (f"{shared} first code", near.get("first")),
         (f"{shared} first two codes", near.get("first_two")),
+        (f"{together} first code", behaved.get("first")),
+        (f"{together} first two codes", behaved.get("first_two")),
     )
     return [(name, value) for name, value in named if value is not None]
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from peso.items.codebooks import (
 from peso.items.placement import Arrival, groups_of
 from peso.items.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import (
-    EARLIER,
     FORMAT,
     ITEM_ID,
     SemanticIds,
@@ -44,8 +44,8 @@ from peso.items.semantic_ids import (
     write_semantic_ids,
 )
 from peso.items.vectors import ItemEncoder
-from peso.runtime.files import link, write_json
-from peso.runtime.manifest import intact, read_manifest, write_manifest
+from peso.runtime.files import write_json
+from peso.runtime.manifest import intact, read_manifest
 from peso.runtime.progress import Observer, Silent
 
 CODEBOOKS_FILE = "codebooks.safetensors"
@@ -57,6 +57,7 @@ FROZEN_KEYS = (
     "dimensions",
     "template",
     "max_tokens",
+    "behavior",
     "quantizer",
     "levels",
     "codes",
@@ -73,6 +74,7 @@ def tokenize(
     cache: Path | None = None,
     observer: Observer | None = None,
     first_stage: np.ndarray | None = None,
+    sequences: Iterable[np.ndarray] = (),
 ) -> dict[str, Any]:
     """Make semantic IDs and write them to an existing empty directory.
 
@@ -86,14 +88,16 @@ def tokenize(
         first_stage: int (items,), the stage in which each item first occurs. With ``fit: base`` the codebooks
             are fitted to the items of stage 0; those of stages 1, 2, … then get codes in this order. None if
             all items are in stage 0.
+        sequences: with ``items.behavior``, the item rows of each user in the stages to fit to, oldest first
+            (:meth:`peso.events.stream.Stream.training_events`). Otherwise unused.
 
     Returns:
         The manifest.
 
     Raises:
         ConfigError: an encoder cannot be loaded.
-        DataError: there are no items, no item has a text or a vector, vectors are invalid, or IDs cannot be
-            made from the categories.
+        DataError: there are no items, no item has a text or a vector, vectors are invalid, no two items occur
+            together, or IDs cannot be made from the categories.
     """
     observer = observer or Silent()
     if not len(items):
@@ -105,12 +109,13 @@ def tokenize(
     spared = np.zeros(len(items), bool)
     spared[base] = quality.held_out(int(base.sum()), seed)
     rows = np.flatnonzero(base & ~spared)
-    encoder, vectors = ItemEncoder.fit(items, rows, config, seed, cache, observer)
+    encoder, vectors = ItemEncoder.fit(items, rows, config, seed, cache, observer, sequences)
     rows = rows[vectors.known[rows]]
     if not len(rows):
         raise DataError(
             f"none of {int(base.sum())} items has a text or a vector to make its ID from; set data.items to "
-            "a product table, set items.vectors or items.index, or use items.quantizer: category-path"
+            "a product table, set items.vectors, items.index or items.behavior, or use items.quantizer: "
+            "category-path"
         )
     size = fillable(config.codes, int(base.sum()), config.levels)
     if size < config.codes:
@@ -130,12 +135,12 @@ def tokenize(
     done = base.copy()
     state = {
         "fit": arrival.measure(rows, wanted[:0]),
-        "held_out": arrival.measure(np.flatnonzero(spared), wanted[rows]) if spared.any() else None,
+        "held_out": _held_out(arrival, np.flatnonzero(spared), wanted[rows]) if spared.any() else None,
         "stages": arrival.place_stages(groups_of(stages, ~base), codes, done),
     }
 
-    _save(codebooks.arrays(), directory / CODEBOOKS_FILE)
-    _save(encoder.arrays(), directory / ENCODER_FILE)
+    save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
+    save_arrays(encoder.arrays(), directory / ENCODER_FILE)
     sizes = (size,) * config.levels + ((extra,) if extra else ())
     ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, sizes)
     return _write(ids, items, arrival, config, seed, state, directory, observer)
@@ -197,60 +202,14 @@ def extend_semantic_ids(
     groups = groups_of(np.asarray(first_stage), ~done)
     state["stages"] = before + arrival.place_stages(groups, codes, done)
 
-    _save(codebooks.arrays(), directory / CODEBOOKS_FILE)
-    _save(encoder.arrays(), directory / ENCODER_FILE)
+    save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
+    save_arrays(encoder.arrays(), directory / ENCODER_FILE)
     ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, old.sizes)
     return _write(ids, items, arrival, config, seed, state, directory, observer)
 
 
-def remember(source: Path, directory: Path) -> None:
-    """Store the manifest of ``source`` in that of ``directory``, which extends it, so that
-    :func:`shorten_semantic_ids` can restore it."""
-    before, now = read_manifest(source, FORMAT), read_manifest(directory, FORMAT)
-    known = before.pop(EARLIER, [])
-    if before["items"] < now["items"]:
-        known = [*known, before]
-    if known:
-        write_manifest(directory, FORMAT, {**now, EARLIER: known})
-
-
-def shorten_semantic_ids(items: pa.Table, stages: int, source: Path, directory: Path) -> None:
-    """Write the IDs of ``source`` as they were before the last items were added.
-
-    The earlier manifest is restored. If there is none, because the IDs of several appends were made together,
-    the new manifest lacks the measures that need the items' vectors.
-
-    Args:
-        items: the earlier item table; its rows are the first ones of ``source``.
-        stages: the earlier number of stages of the stream.
-        source: a directory with semantic IDs.
-        directory: the directory to write to, existing and empty.
-
-    Raises:
-        WorkspaceError: ``source`` is damaged, or a newer version wrote it.
-    """
-    now, manifest = read_semantic_ids(source), read_manifest(source, FORMAT)
-    count = len(items)
-    ids = SemanticIds(now.item_ids[:count], now.codes[:count], now.sizes)
-    for name in (CODEBOOKS_FILE, ENCODER_FILE):
-        if name in manifest["files"]:
-            link(intact(source, name, manifest), directory / name)
-    if CATEGORIES_FILE in manifest["files"]:
-        tree = json.loads(intact(source, CATEGORIES_FILE, manifest).read_text("utf-8"))
-        used = (ids.codes.max(axis=0) + 1).tolist()
-        write_json(directory / CATEGORIES_FILE, [level[:n] for level, n in zip(tree, used, strict=False)])
-    earlier = [known for known in manifest.pop(EARLIER, []) if known["items"] <= count]
-    if earlier and earlier[-1]["items"] == count:
-        content = earlier.pop()
-    else:
-        content = {**manifest, "quality": quality.of_codes(ids, items["title"].to_pylist())}
-        if fit := manifest.get("fitness"):
-            fit = {**fit, "stages": [stage for stage in fit["stages"] if stage["stage"] < stages]}
-            content["fitness"] = {**fit, "warnings": quality.refit_warnings(fit)}
-    write_semantic_ids(ids, directory, {**content, **({EARLIER: earlier} if earlier else {})})
-
-
-def _save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write named arrays to a safetensors file."""
     # safetensors writes the memory of an array unchanged, so it must be row-major
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
@@ -264,6 +223,16 @@ def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, 
         fitted = fit_rq_vae(vectors, sizes, config.rq_vae, seed, observer)
     observer.end()
     return fitted
+
+
+def _held_out(arrival: Arrival, rows: np.ndarray, taken: np.ndarray) -> dict[str, Any]:
+    """Measure items that were held out of the fit as if they were new, because new items are compared with
+    them."""
+    if arrival.vectors.has_behavior is None:
+        return arrival.measure(rows, taken)
+    vectors = arrival.vectors.take(rows).as_new()
+    wanted = arrival.codebooks.nearest(arrival.codebooks.latent(vectors.vectors))
+    return replace(arrival, vectors=vectors, wanted=wanted).measure(np.arange(len(rows)), taken)
 
 
 def _by_category(
@@ -323,9 +292,9 @@ def _require_continues(
             "everything into a new workspace"
         )
     now = config.model_dump(mode="json")
-    changed = [key for key in FROZEN_KEYS if made_with.get(key) != now[key]]
+    changed = [key for key in FROZEN_KEYS if made_with.get(key) != now.get(key)]
     if changed:
-        listed = ", ".join(f"items.{key} ({made_with.get(key)!r} → {now[key]!r})" for key in changed)
+        listed = ", ".join(f"items.{key} ({made_with.get(key)!r} → {now.get(key)!r})" for key in changed)
         raise ConfigError(
             f"settings have changed since the IDs in {source} were made: {listed}; change them back, or "
             "ingest everything into a new workspace, where all IDs are new"
@@ -365,6 +334,7 @@ def _write(
         "neighbours": quality.neighbours_kept(vectors[known], ids.codes[known], seed),
         "without_vector": int((~known).sum()),
         "same_vector": int(known.sum() - len(np.unique(vectors[known], axis=0))),
+        **quality.of_behavior(arrival.vectors, ids.codes, seed),
     }
     if books.sizes:
         _tell(measured, ids, observer)

@@ -3,12 +3,7 @@
 An item without a known vector (it has no text, none of its words is known, or no vector file has it) gets the
 center of the catalog, which is zero in the fused space. Its codes are those nearest to the center.
 
-Several sources (text, images, …) are fused into one vector, with equal shares. Each row is scaled to length
-1. For each source, the mean of the fitted rows is subtracted, and the rest is divided by its root mean square
-length. So no source dominates because of its scale or because its vectors are far from the origin (those of
-language models share a large common part). The S sources are concatenated and divided by √S. So fused vectors
-have mean 0 and mean squared length 1 over the fitted items. If an item lacks a source, that part is 0. The
-means and lengths are frozen after fitting.
+Several sources (text, images, behavior) are fused into one vector (:mod:`peso.items.fusion`).
 
 Vectors of texts are cached by the content of the text:
 
@@ -18,7 +13,7 @@ Vectors of texts are cached by the content of the text:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -29,8 +24,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from peso.config import ItemsConfig
-from peso.config.data import FILES, HASHING
+from peso.config.items import FILES, HASHING
 from peso.errors import DataError
+from peso.items.behavior import Behavior
+from peso.items.fusion import Fusion
 from peso.items.hashing import HashingEncoder
 from peso.items.semantic_ids import ITEM_ID
 from peso.items.vector_files import read_vectors
@@ -79,21 +76,46 @@ def _fields(line: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ItemVectors:
-    """The vectors of items, float32 (items, width), and whether each one is known, bool (items,)."""
+    """The vectors of items, float32 (items, width), and whether each one is known, bool (items,).
+
+    With ``items.behavior``, the last ``behavior_width`` columns are the part of behavior, ``has_behavior``
+    says which items have one, and ``has_contents`` which have any other part.
+    """
 
     vectors: np.ndarray
     known: np.ndarray
+    behavior_width: int = 0
+    has_behavior: np.ndarray | None = None
+    has_contents: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> ItemVectors:
-        return ItemVectors(self.vectors[rows], self.known[rows])
+        behavior, contents = (
+            None if flags is None else flags[rows] for flags in (self.has_behavior, self.has_contents)
+        )
+        return ItemVectors(self.vectors[rows], self.known[rows], self.behavior_width, behavior, contents)
+
+    @property
+    def behavior(self) -> np.ndarray:
+        """float32 (items, behavior_width): the part of behavior."""
+        return self.vectors[:, self.vectors.shape[1] - self.behavior_width :]
+
+    def as_new(self) -> ItemVectors:
+        """The same items as they would be if they were new: known by their contents alone."""
+        if self.has_contents is None:
+            return self
+        vectors = self.vectors.copy()
+        vectors[:, vectors.shape[1] - self.behavior_width :] = 0
+        return ItemVectors(vectors, self.has_contents)
 
 
 @dataclass(frozen=True)
 class ItemEncoder:
-    """The frozen encoder of items. ``hashing`` is None if another text encoder is used."""
+    """The frozen encoder of items. ``hashing`` is None if another text encoder is used, ``behavior`` if only
+    the items' contents count."""
 
     hashing: HashingEncoder | None
     fusion: Fusion
+    behavior: Behavior | None = None
 
     @classmethod
     def fit(
@@ -104,26 +126,42 @@ class ItemEncoder:
         seed: int,
         cache: Path | None,
         observer: Observer,
+        sequences: Iterable[np.ndarray] = (),
     ) -> tuple[ItemEncoder, ItemVectors]:
         """Fit the encoder to the items of ``rows``.
+
+        Args:
+            items: the item table.
+            rows: the rows of the items to fit to.
+            config: the configuration of the items.
+            seed: the seed of everything random.
+            cache: a directory that keeps vectors of text encoders between runs; None to keep none.
+            observer: receives progress and notes.
+            sequences: with ``items.behavior``, the item rows of each user in the stages to fit to, oldest
+                first.
 
         Returns:
             The encoder, and the vectors of all items.
 
         Raises:
             ConfigError: an encoder cannot be loaded.
-            DataError: a vector file is invalid.
+            DataError: a vector file is invalid, or no two items occur together.
         """
         texts = item_texts(items, config.template)
-        hashing = None
+        hashing = behavior = None
         if config.encoder == HASHING:
             observer.begin("item text to vectors: hashed TF-IDF, reduced by truncated SVD", 0, "")
             fitted = [text for row in rows if (text := texts[row]) is not None]
             hashing = HashingEncoder.fit(fitted, config.dimensions, seed)
             observer.end()
-        sources = _sources(items, texts, hashing, config, cache, observer)
-        fusion = Fusion.fit(sources, rows)
-        return cls(hashing, fusion), ItemVectors(*fusion.apply(sources))
+        if config.behavior is not None:
+            observer.begin("behavior to vectors: shifted PPMI, reduced by truncated SVD", 0, "")
+            behavior = Behavior.fit(sequences, len(items), config.behavior, seed)
+            observer.end()
+        sources = _sources(items, texts, hashing, behavior, config, cache, observer)
+        fusion = Fusion.fit(sources, rows, config.behavior.weight if config.behavior else None)
+        encoder = cls(hashing, fusion, behavior)
+        return encoder, encoder._fused(sources)
 
     def encode(
         self, items: pa.Table, config: ItemsConfig, cache: Path | None, observer: Observer
@@ -134,7 +172,7 @@ class ItemEncoder:
             DataError: the vectors of a source have another width than those that were fitted.
         """
         texts = item_texts(items, config.template)
-        sources = _sources(items, texts, self.hashing, config, cache, observer)
+        sources = _sources(items, texts, self.hashing, self.behavior, config, cache, observer)
         fitted = [len(centre) for centre in self.fusion.centres]
         given = [source.shape[1] for source in sources]
         if given != fitted:
@@ -142,34 +180,47 @@ class ItemEncoder:
                 f"the widths of the items' vectors are {given}, but the codebooks were fitted to {fitted}; "
                 "use the same encoder and vector files as before, or ingest everything into a new workspace"
             )
-        return ItemVectors(*self.fusion.apply(sources))
+        return self._fused(sources)
+
+    def _fused(self, sources: Sequence[np.ndarray]) -> ItemVectors:
+        vectors, present = self.fusion.apply(sources)
+        if self.behavior is None:
+            return ItemVectors(vectors, np.asarray(present.any(0)))
+        width = self.behavior.vectors.shape[1]
+        known, contents = np.asarray(present.any(0)), np.asarray(present[:-1].any(0))
+        return ItemVectors(vectors, known, width, present[-1], contents)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The named arrays that are stored in ``encoder.safetensors``."""
         named = {f"fusion.{name}": array for name, array in self.fusion.arrays().items()}
         if self.hashing is not None:
             named |= {f"hashing.{name}": array for name, array in self.hashing.arrays().items()}
+        if self.behavior is not None:
+            named |= {f"behavior.{name}": array for name, array in self.behavior.arrays().items()}
         return named
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> ItemEncoder:
-        parts: dict[str, dict[str, np.ndarray]] = {"fusion": {}, "hashing": {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"fusion": {}, "hashing": {}, "behavior": {}}
         for name, array in arrays.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = array
         hashing = HashingEncoder.from_arrays(parts["hashing"]) if parts["hashing"] else None
-        return cls(hashing, Fusion.from_arrays(parts["fusion"]))
+        behavior = Behavior.from_arrays(parts["behavior"]) if parts["behavior"] else None
+        return cls(hashing, Fusion.from_arrays(parts["fusion"]), behavior)
 
 
 def _sources(
     items: pa.Table,
     texts: Sequence[str | None],
     hashing: HashingEncoder | None,
+    behavior: Behavior | None,
     config: ItemsConfig,
     cache: Path | None,
     observer: Observer,
 ) -> list[np.ndarray]:
-    """The vectors of the encoder and of each file, float32 (items, width), with zeros for missing vectors."""
+    """The vectors of the encoder, of each file and of behavior, float32 (items, width), with zeros for
+    missing vectors."""
     sources = []
     if config.encoder != FILES:
         present = np.array([text is not None for text in texts], bool)
@@ -184,6 +235,8 @@ def _sources(
     item_ids = items[ITEM_ID].to_pylist()
     for path in config.vectors:
         sources.append(read_vectors(path, item_ids, observer))
+    if behavior is not None:
+        sources.append(behavior.spread(len(items)))
     return sources
 
 
@@ -272,62 +325,3 @@ def _write(folder: Path, keys: Sequence[bytes], vectors: np.ndarray) -> None:
     name = hashlib.sha256(rows.tobytes()).hexdigest()[:32]
     with write_aside(folder / f"{name}.safetensors") as aside:
         save_file({"keys": rows.copy(), "vectors": np.ascontiguousarray(vectors)}, aside)
-
-
-# A shorter vector has no meaningful direction (a text without known words gives 0).
-SHORTEST = 1e-6
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """The center of each source, float32 (width,), and the root mean square lengths, float (sources,)."""
-
-    centres: tuple[np.ndarray, ...]
-    spreads: np.ndarray
-
-    @classmethod
-    def fit(cls, sources: Sequence[np.ndarray], rows: np.ndarray) -> Fusion:
-        """Fit the centers and lengths.
-
-        Args:
-            sources: the vectors of each source, float32 (items, width); a row of zeros is a missing vector.
-            rows: the rows of the items to fit to.
-        """
-        centres, spreads = [], []
-        for source in sources:
-            directions, present = _directions(source[rows])
-            known = directions[present].astype(np.float64)
-            centre = known.mean(0) if len(known) else np.zeros(source.shape[1])
-            spread = np.sqrt(np.square(known - centre).sum(1).mean()) if len(known) else 0.0
-            centres.append(centre.astype(np.float32))
-            # all vectors are the same, so there is nothing to scale
-            spreads.append(spread if spread > SHORTEST else 1.0)
-        return cls(tuple(centres), np.array(spreads))
-
-    def apply(self, sources: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Fuse sources. Returns the vectors, float32 (items, sum of widths), and whether an item has any
-        source."""
-        parts, known = [], np.zeros(len(sources[0]), bool)
-        for source, centre, spread in zip(sources, self.centres, self.spreads, strict=True):
-            directions, present = _directions(source)
-            part = (directions - centre) / np.float32(spread * np.sqrt(len(sources)))
-            part[~present] = 0
-            parts.append(part.astype(np.float32))
-            known |= present
-        return np.concatenate(parts, axis=1), known
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The named arrays from which :meth:`from_arrays` restores the fusion."""
-        centres = {f"centre.{number}": centre for number, centre in enumerate(self.centres)}
-        return {**centres, "spreads": self.spreads}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Fusion:
-        spreads = arrays["spreads"]
-        return cls(tuple(arrays[f"centre.{number}"] for number in range(len(spreads))), spreads)
-
-
-def _directions(source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.linalg.norm(source, axis=1, keepdims=True)
-    present = lengths[:, 0] > SHORTEST
-    return source / np.where(present[:, None], lengths, 1), present

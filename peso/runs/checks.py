@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from peso.config import Config, ItemsConfig, baseline_label
-from peso.config.data import FILES, HASHING, LogFormat
+from peso.config.data import LogFormat
+from peso.config.items import FILES, HASHING
 from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.events.columns import ITEM_ID, ITEMS
@@ -107,10 +108,10 @@ def _require_item_content(config: Config) -> None:
                 "items.quantizer: category-path needs data.items.columns.category, the column with the path "
                 "of each item's category"
             )
-    elif table is None and not items.vectors:
+    elif table is None and not items.vectors and items.behavior is None:
         raise ConfigError(
             "no item has a text or a vector to make its semantic ID from; set data.items to a product table, "
-            "set items.vectors or items.index, or read the log alone with `peso ingest`"
+            "set items.vectors, items.index or items.behavior, or read the log alone with `peso ingest`"
         )
 
 

@@ -165,7 +165,9 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         elif config.data.format == "peso-release":
             adopt(stream.items, read_release(str(config.data.path))[2], "index of the release", *further)
         else:
-            make_semantic_ids(stream.items, *further, stream.first_stages())
+            fitted = range(stream.stages if config.items.fit == "all" else 1)
+            events = () if config.items.behavior is None else stream.training_events(fitted)
+            make_semantic_ids(stream.items, *further, stream.first_stages(), events)
     manifest = workspace.semantic_ids_manifest
     observer.note(
         f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
@@ -184,7 +186,7 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     workspace.require_semantic_ids()
     new = workspace.items_without_id
     if new:
-        from peso.items.tokenize import remember
+        from peso.items.earlier import remember
 
         with commit_directory(ids) as directory:
             try:

@@ -181,7 +181,7 @@ def _shorten(workspace: Workspace, step: LastStep) -> None:
         if step.all_ids:
             remove_directory(workspace.semantic_ids_directory)
         elif step.semantic_ids:
-            from peso.items.tokenize import shorten_semantic_ids
+            from peso.items.earlier import shorten_semantic_ids
 
             ids = workspace.semantic_ids_directory
             with commit_directory(ids) as fewer:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from peso.config import ItemsConfig, dump_config, load_config
 from peso.errors import ConfigError
@@ -42,11 +43,39 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ({"codes": 1}, "items.codes: .*got 1"),
         ({"levels": 26}, "items.levels: .*got 26"),
         ({"rq_vae": {"step": 1}}, "the nearest valid key is 'items.rq_vae.steps'"),
+        ({"behavior": True}, "items.behavior is a section"),
+        ({"behavior": {"weight": 0}}, "items.behavior.weight: .*greater than 0; got 0"),
+        ({"behavior": {"weight": 1}}, "items.behavior.weight: .*less than 1; got 1"),
+        ({"behavior": {"window": 0}}, "items.behavior.window: .*got 0"),
+        ({"behavior": {"window": 101}}, "items.behavior.window: .*got 101"),
+        ({"behavior": {"dimensions": 1}}, "items.behavior.dimensions: .*got 1"),
+        ({"behavior": {"shift": 0.5}}, "items.behavior.shift: .*got 0.5"),
+        ({"behavior": {"weigth": 0.5}}, "the nearest valid key is 'items.behavior.weight'"),
+        (
+            {"behavior": {}, "quantizer": "rq-vae", "index": "i.json"},
+            "no meaning with items.index.*remove one",
+        ),
+        ({"behavior": {}}, "no meaning with items.quantizer: category-path.*such as rq-kmeans"),
     ],
 )
 def test_what_cannot_be_is_named(items: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(items)
+
+
+def test_behavior_is_off_unless_its_section_is_given_and_is_then_written() -> None:
+    plain = load_config({"data": "simulate"})
+    assert plain.items.behavior is None
+    assert "behavior" not in dump_config(plain)
+    given = load_config({"data": "simulate", "items": {"quantizer": "rq-kmeans", "behavior": {}}})
+    assert given.items.behavior is not None
+    assert given.items.behavior.weight == 0.5
+    assert load_config(yaml.safe_load(dump_config(given))) == given
+
+
+def test_behavior_and_data_with_semantic_ids_are_refused_together() -> None:
+    with pytest.raises(ConfigError, match=r"no meaning for data.format: peso-release, .*remove it"):
+        load_config({"data": {"format": "peso-release", "path": "x"}, "items": {"behavior": {}}})
 
 
 def test_paths_are_taken_from_where_the_configuration_stands(tmp_path: Path) -> None:

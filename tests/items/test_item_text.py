@@ -10,8 +10,9 @@ import pytest
 
 import peso.items.quality
 import peso.items.vectors
+from peso.items.fusion import Fusion
 from peso.items.hashing import HashingEncoder
-from peso.items.vectors import Fusion, item_texts
+from peso.items.vectors import item_texts
 
 TEXTS = [
     "green tea from japan",
@@ -100,8 +101,8 @@ def test_fused_sources_count_the_same_whatever_their_scale_and_common_part() -> 
     text = generator.normal(size=(200, 8)).astype(np.float32)
     image = 1000 * (generator.normal(size=(200, 30)) + 20).astype(np.float32)
     rows = np.arange(200)
-    vectors, known = Fusion.fit([text, image], rows).apply([text, image])
-    assert known.all()
+    vectors, has = Fusion.fit([text, image], rows).apply([text, image])
+    assert has.all()
     shares = np.square(vectors[:, :8]).sum(1).mean(), np.square(vectors[:, 8:]).sum(1).mean()
     np.testing.assert_allclose(shares, (0.5, 0.5), rtol=1e-3)
     np.testing.assert_allclose(vectors.mean(0), 0, atol=1e-5)
@@ -113,11 +114,11 @@ def test_a_missing_source_is_the_centre_and_leaves_the_others_as_they_are() -> N
     fusion = Fusion.fit([text, image], np.arange(50))
     whole = fusion.apply([text, image])[0]
     image[3] = 0
-    vectors, known = fusion.apply([text, image])
+    vectors, has = fusion.apply([text, image])
     np.testing.assert_array_equal(vectors[3, :4], whole[3, :4])
     assert not vectors[3, 4:].any()
-    assert known[3]
+    assert has[:, 3].tolist() == [True, False]
     text[3] = 0
-    vectors, known = fusion.apply([text, image])
+    vectors, has = fusion.apply([text, image])
     assert not vectors[3].any()
-    assert not known[3]
+    assert not has[:, 3].any()
