@@ -120,11 +120,13 @@ def generated(workspace: Workspace, number: int) -> dict[str, Any]:
 
 def bodies(workspace: Workspace, number: int) -> dict[str, Any]:
     """Malformed bodies to every path that takes one."""
-    paths = ("/v1/recommend", "/v1/events", "/v1/compare", "/v1/promote", "/v1/rollback")
+    paths = ("recommend", "events", "compare", "explain", "promote", "rollback")
     with served(workspace, "--rate", "0") as server:
         client, traces, memory = Client(server.port), 0, 0
         for seed in range(number):
-            traces += b"Traceback" in client.send("POST", paths[seed % len(paths)], malformed(seed))[1]
+            traces += (
+                b"Traceback" in client.send("POST", f"/v1/{paths[seed % len(paths)]}", malformed(seed))[1]
+            )
             if seed == number // 5:
                 memory = server.memory
         counts = client.statuses()
