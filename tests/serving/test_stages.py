@@ -82,6 +82,7 @@ def test_no_request_fails_and_none_is_mixed_while_stages_change(serving, copy):
     assert "peso_stage_changes_total 4.0" in client.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_a_workspace_that_is_being_updated_is_served_as_before(serving, copy):
     """The server is started, answers, takes events and changes the stage meanwhile."""
     promote(copy, 0)
