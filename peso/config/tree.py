@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from operator import not_
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -48,6 +49,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: Baselines = Field(default_factory=default_baselines, description="none: no baseline")
     report: ReportConfig = ReportConfig()
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [],
+        exclude_if=not_,
+        description="experiment trackers, such as [tensorboard]; one run a stage (docs/how-to/track.md)",
+    )
     gate: GateConfig = Field(GateConfig(), exclude_if=lambda gate: gate == GateConfig())
     seed: Seed = Field(0, description="fixes all random numbers; on the same machine, all results")
     data_seed: Seed | None = Field(

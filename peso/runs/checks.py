@@ -82,18 +82,29 @@ def check_surroundings(workspace: Workspace, data: bool = True, models: bool = T
 
     Raises:
         TrainingError: a GPU is configured, and there is none.
-        ConfigError: a custom class that cannot be created or is not trusted.
+        ConfigError: a custom class that cannot be created or is not trusted; a tracker that is not installed.
         BackboneError, ConfigError: a model of the hub that cannot be reached.
         DataError: see :func:`check_sources`.
     """
     config = workspace.config
     require_device(config.training.device)
+    _require_trackers(config)
     if config.strategy.foreign:  # built-in strategies were checked with the configuration
         strategy_of(workspace)
     if data and not workspace.has_stream:
         check_sources(config)
     if models:
         _require_models(workspace)
+
+
+def _require_trackers(config: Config) -> None:
+    """That the libraries of the configured trackers are installed."""
+    for name in config.tracking:
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"tracking: {name} is not installed; install it with pip install 'peso[{name}]', or remove "
+                "it from tracking"
+            )
 
 
 def _require_item_content(config: Config) -> None:

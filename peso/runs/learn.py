@@ -24,6 +24,7 @@ from peso.runs.models import (
 from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
 from peso.runs.pool_weights import choose_pool_weights
 from peso.runs.stage import ERASURES, FORMAT, LOG, METRICS, RunStage
+from peso.runs.tracking import Tracking
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
@@ -182,6 +183,7 @@ def _train_phase(
     config, number, phase = stage.workspace.config, stage.number, context.phase
     settings, candidates = training_of(config, strategy, number, phase)
     data = stage.workspace.stream.stage(number)
+    tracking = Tracking(stage, observer)
     directory = directory_of(unfinished, strategy, number, phase)
     directory.mkdir(parents=True, exist_ok=True)
     chosen = strategy.choose(context)
@@ -196,7 +198,9 @@ def _train_phase(
         directory=directory,
         log=directory / LOG,
         context=context,
-        on_progress=_progress_bar(number, phase, strategy, observer),
+        on_progress=_progress_bar(
+            number, phase, strategy, observer, lambda: tracking.follow(directory / LOG, phase)
+        ),
         processes=current(),
         item_weight=0.0 if model.vocabulary.item_head is None else config.head.weight,
         head_scale=config.head.learning_rate_scale,
@@ -211,13 +215,15 @@ def _train_phase(
         seconds = choice.seconds
     result = train_stage(model, task)
     observer.end()
+    tracking.follow(task.log, phase, last=True)
+    tracking.close()
     return replace(result, seconds=result.seconds + seconds), task
 
 
 def _progress_bar(
-    stage: int, phase: str, strategy: Strategy, observer: Observer
+    stage: int, phase: str, strategy: Strategy, observer: Observer, follow: Callable[[], None]
 ) -> Callable[[Progress], None]:
-    """A callback that reports the steps of a training, and warns if the anchor has no effect."""
+    """Reports the steps of a training, also to trackers, and warns if the anchor has no effect."""
     title = f"learn stage {stage}" + (f", {phase}" if phase else "")
     begun, monitor = False, AnchorMonitor(stage, 0)
 
@@ -235,6 +241,7 @@ def _progress_bar(
             loss=progress.loss,
             tokens_per_second=progress.tokens_per_second,
         )
+        follow()
 
     return show
 

@@ -117,6 +117,10 @@ def _conclude(workspace: Workspace, observer: Observer) -> None:
     observer.begin("writing the report", 0, "")
     report([workspace], workspace.report_directory)
     observer.end()
+    if workspace.config.tracking:
+        from peso.runs.tracking import publish
+
+        publish(workspace, observer, workspace.report_directory)
 
 
 def rehearse_stages(workspace: Workspace, observer: Observer) -> None:
@@ -158,6 +162,10 @@ def learn(stage: RunStage, observer: Observer) -> None:
     from peso.runs.learn import learn_stage
 
     learn_stage(stage, observer)
+    if stage.workspace.config.tracking:
+        from peso.runs.tracking import publish
+
+        publish(stage.workspace, observer)
 
 
 def require_next(stage: RunStage) -> None:

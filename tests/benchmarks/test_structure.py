@@ -27,7 +27,7 @@ def found(module) -> dict:
 
 
 def test_the_package_has_few_folders_no_loose_modules_and_no_long_functions(found):
-    assert found["folders"] <= 13
+    assert found["folders"] <= 14
     assert found["modules_at_the_root"] == ["errors.py"]
     assert found["longest_functions"][0][0] <= 100
 

@@ -115,6 +115,11 @@ class Term(ABC):
         self._calibration: Calibration | None = None
 
     @property
+    def is_anchored(self) -> bool:
+        """Whether there is an anchor."""
+        return bool(self._anchored)
+
+    @property
     def calibration(self) -> Calibration | None:
         """The result of :meth:`calibrate` at this anchor; None before it."""
         return self._calibration

@@ -1,0 +1,1 @@
+"""Proximal terms in other libraries' trainers. Each module needs its library only when it is imported."""

@@ -1,0 +1,163 @@
+"""A proximal term during the training of a stage by any loop: what the callbacks of all libraries share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peso.adapters.anchor_report import AnchorMonitor, anchor_effect
+from peso.adapters.groups import find_groups
+from peso.adapters.proximal import Term
+from peso.errors import ConfigError, TrainingError
+
+log = logging.getLogger("peso.integrations")
+MEASURED_EVERY = 8  # steps between two measurements of norms, which take a copy of the adapter
+
+
+class Anchored:
+    """One stage with a term: its gradient, its decoupled pull, and whether it restrains the adapter.
+
+    Args:
+        term: the term. Without an anchor, the adapter at the start of the stage becomes the anchor.
+        model: a model with a PEFT LoRA adapter.
+        steps: the number of optimizer steps of the stage.
+        done: the number of steps before an interruption.
+        stage: the number of the stage, for messages.
+
+    Raises:
+        ConfigError: the term must watch forward passes.
+        TrainingError: the model has no such adapter, another one than the anchor, or the stage continues
+            and the term has no anchor.
+    """
+
+    def __init__(self, term: Term, model: nn.Module, steps: int, done: int = 0, stage: int = 1) -> None:
+        if term.watches_outputs:
+            raise ConfigError(
+                f"{type(term).__name__} watches forward passes, which a callback cannot add to the loss; add "
+                "the term in your own compute_loss or training_step"
+            )
+        self._from_elsewhere = term.is_anchored
+        if not term.is_anchored:
+            if done:
+                raise TrainingError(
+                    f"training continues after step {done}, but the term has no anchor: call "
+                    "term.anchor(model) with the adapter that the stage began with"
+                )
+            term.anchor(model)
+        self.term, self.stage = term, stage
+        self.groups = find_groups(model, term.adapter)
+        self.parameters = [group.tensor for group in term.groups_of(self.groups)]
+        self.records: list[dict[str, Any]] = []
+        self._steps, self._done = steps, done
+        self._monitor = AnchorMonitor(stage, steps, self._rho)
+        self._start = _copies(self.parameters)
+        self._before: list[Tensor] | None = None
+        self._loss_norm: float | None = None
+        self._penalty_norm: float | None = None
+        self.value: float | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether norms are measured in the current step."""
+        return len(self.records) % MEASURED_EVERY == 0
+
+    @property
+    def is_decoupled(self) -> bool:
+        return self.term.coupling == "decoupled"
+
+    @property
+    def _rho(self) -> float | None:
+        return None if self.term.calibration is None else self.term.calibration.rho
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of the term for the parameters; all None if it is decoupled or has weight 0."""
+        if self.is_decoupled or not self.term.weight:
+            _ = None if self.is_decoupled else self.term(self.groups)  # raises if the weight is not known
+            return [None] * len(self.parameters)
+        value = self.term(self.groups)
+        found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+        self.value, self._penalty_norm = float(value.detach()), _norm(found)
+        return [*found]
+
+    def saw_loss(self, norm: float) -> None:
+        """Remember the norm of the gradient of the loss alone over the parameters, for the record."""
+        self._loss_norm = norm
+
+    def before_step(self) -> None:
+        """To be called before the optimizer's step."""
+        if self.is_measured:
+            self._before = _copies(self.parameters)
+
+    def after_step(self, rate: float, total: float | None) -> str | None:
+        """To be called after the optimizer's step; returns a warning at most once per stage.
+
+        Args:
+            rate: the learning rate of the step.
+            total: the sum of the learning rates of the stage; needed for the strength of a decoupled term.
+        """
+        stepped = _copies(self.parameters) if self._before is not None else None
+        if self.is_decoupled:
+            self.term.after_step(self.groups, rate, total)
+        record: dict[str, Any] = {
+            "step": self._done + len(self.records) + 1,
+            "learning_rate": rate,
+            "gradient_norm": self._loss_norm or 0.0,
+            "penalty_gradient_norm": self._penalty_norm if self._loss_norm else None,
+        }
+        if self._before is not None and stepped is not None:
+            record["step_norm"] = _distance(stepped, self._before)
+            record["pull_norm"] = _distance(self.parameters, stepped) if self.is_decoupled else 0.0
+            record["distance"] = self._distance(record["pull_norm"], rate, total)
+        self._before = self._loss_norm = None
+        self.records.append(record)
+        return self._monitor.add(record)
+
+    def _distance(self, pull: float, rate: float, total: float | None) -> float:
+        """How far the adapter is from the anchor. An anchor from elsewhere is known by the length of a pull,
+        which is the distance · (exp(lr · κ) − 1); without one, the distance is that from the start."""
+        grown = math.expm1(rate * self.term.decay(total)) if self.is_decoupled else 0.0
+        return pull / grown if self._from_elsewhere and grown else _distance(self.parameters, self._start)
+
+    def figures(self) -> dict[str, float]:
+        """The latest figures, for logs: ``proximal/value``, ``…/gradient_ratio``, ``…/distance``."""
+        found = {} if self.value is None else {"proximal/value": self.value}
+        for record in reversed(self.records):
+            if "distance" in record:
+                found["proximal/distance"] = record["distance"]
+                if record["penalty_gradient_norm"] is not None:
+                    found["proximal/gradient_ratio"] = (
+                        record["penalty_gradient_norm"] / record["gradient_norm"]
+                    )
+                if self.is_decoupled and record["step_norm"]:
+                    found["proximal/pull_ratio"] = record["pull_norm"] / record["step_norm"]
+                break
+        return found
+
+    def effect(self) -> dict[str, Any]:
+        """Whether the anchor restrained the adapter (:func:`peso.adapters.anchor_report.anchor_effect`)."""
+        return anchor_effect(self.stage, self.records, self._rho)
+
+
+def gradient_norm(parameters: Sequence[Tensor], less: Sequence[Tensor | None] | None = None) -> float:
+    """The norm of the parameters' ``.grad``, after subtracting ``less``."""
+    grads = [p.grad for p in parameters]
+    if less is not None:
+        grads = [g if g is None or h is None else g - h for g, h in zip(grads, less, strict=True)]
+    return _norm(grads)
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> float:
+    return math.sqrt(sum(float(t.detach().float().square().sum()) for t in tensors if t is not None))
+
+
+def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return _norm([x.detach().float() - y.float() for x, y in zip(a, b, strict=True)])

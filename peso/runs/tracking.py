@@ -1,0 +1,231 @@
+"""Experiment trackers: one run a stage, grouped by workspace, through Accelerate's trackers.
+
+While a stage is trained, the lines of its ``log.jsonl`` are sent (losses, gradient norms, the figures of the
+anchor); when it is tested, its metrics; when the report is written, the report. Nothing leaves the machine
+unless the tracker's own environment variables say so (``WANDB_MODE=online``, ``MLFLOW_TRACKING_URI``,
+``TRACKIO_SPACE_ID``); files are in ``tracking/`` of the workspace. What was sent is noted there, so that an
+interrupted stage goes on in the same run. A tracker that fails is told of and does not stop a training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peso.runs.place import TRACKING
+from peso.runs.stage import RunStage
+from peso.runs.workspace import Workspace
+from peso.runtime.files import digest, write_atomically
+from peso.runtime.processes import current
+from peso.runtime.progress import Observer
+
+EVERY = 5.0  # seconds between two looks at the log
+STATE = "sent.json"
+
+
+class Tracking:
+    """The runs of a stage in all configured trackers. Without any, and in all processes but the main one,
+    nothing is done.
+
+    Args:
+        stage: the stage.
+        observer: is told of a tracker that fails.
+    """
+
+    def __init__(self, stage: RunStage, observer: Observer) -> None:
+        self._stage, self._observer = stage, observer
+        self._folder = stage.workspace.root / TRACKING
+        self._file = _note_of(stage)
+        self._trackers: dict[str, Any] = {}
+        self._sent: dict[str, Any] = {}
+        self._looked = 0.0
+        names = stage.workspace.config.tracking if current().is_main else []
+        if not names:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._sent = _sent(stage)
+        for name in names:
+            self._guarded(name, lambda name=name: self._open(name))
+        self._note(began=_began(stage))
+
+    def follow(self, log: Path, phase: str, last: bool = False) -> None:
+        """Send the lines of a log that were not sent yet, at most once in some seconds.
+
+        Args:
+            log: the log of a phase of the training; it need not exist yet.
+            phase: its name; "" if there is only one.
+            last: the phase has ended.
+        """
+        if not self._trackers or (not last and time.monotonic() - self._looked < EVERY):
+            return
+        self._looked = time.monotonic()
+        done = dict(self._sent.get("lines", {}))
+        base = int(self._sent.get("steps", 0))
+        lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+        step = base
+        for line in [line for line in lines if line.endswith(b"\n")][done.get(phase, 0) :]:
+            record = json.loads(line)
+            step = base + int(record.pop("step", 0))
+            kind = "train" if "loss" in record else "validation"
+            self._log(dict(_numbers(record, f"{phase}/{kind}" if phase else kind)), step)
+            done[phase] = done.get(phase, 0) + 1
+        self._note(lines=done, **({"steps": max(step, base)} if last and step > base else {}))
+
+    def publish(self, report: Path | None = None) -> None:
+        """Send the figures of training and test, if they have changed, and a report."""
+        if not self._trackers:
+            return
+        values = dict(_figures(self._stage))
+        if values and self._sent.get("figures") != digest(values):
+            self._log(values, int(self._sent.get("steps", 0)))
+            self._note(figures=digest(values))
+        if report is not None:
+            for name in [*self._trackers]:
+                self._guarded(name, lambda name=name: _attach(name, self._trackers[name], report))
+
+    def close(self) -> None:
+        for name in [*self._trackers]:
+            self._guarded(name, self._trackers[name].finish)
+        self._trackers = {}
+
+    def _open(self, name: str) -> None:
+        stage, folder = self._stage, self._folder / name
+        group, run = stage.workspace.root.resolve().name, f"stage-{stage.number}"
+        tracker = _tracker(name, folder, group, run, self._sent.setdefault("id", _new_id()), self._sent)
+        tracker.start()
+        self._trackers[name] = tracker
+        if name == "mlflow":
+            self._sent["mlflow"] = tracker.tracker.info.run_id
+        if not self._sent.get("began"):
+            config = stage.workspace.config.model_dump(mode="json")
+            if name == "tensorboard":
+                tracker.log({"configuration": f"```\n{yaml.safe_dump(config, sort_keys=False)}```"}, step=0)
+            else:
+                tracker.store_init_configuration(dict(_leaves(config, "")))
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for name in [*self._trackers]:
+            self._guarded(name, lambda name=name: self._trackers[name].log(values, step=step))
+
+    def _note(self, **told: Any) -> None:
+        self._sent.update(told)
+        write_atomically(self._file, json.dumps(self._sent).encode())
+
+    def _guarded(self, name: str, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever a tracker does, it must not end a training
+            self._trackers.pop(name, None)
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._observer.note(f"WARNING: tracking with {name} has failed ({said}); going on without it")
+
+
+def publish(workspace: Workspace, observer: Observer, report: Path | None = None) -> None:
+    """Send the metrics of every tested stage, and the report to the newest one. Nothing is sent twice."""
+    if not workspace.config.tracking or not current().is_main:
+        return
+    finished = workspace.finished_stages
+    for number in finished:
+        stage, attached = workspace.stage(number), report if number == finished[-1] else None
+        if attached is None and _sent(stage).get("figures") == digest(dict(_figures(stage))):
+            continue
+        tracking = Tracking(stage, observer)
+        tracking.publish(attached)
+        tracking.close()
+
+
+def _sent(stage: RunStage) -> dict[str, Any]:
+    """What was sent for a stage; {} if the stage was learned again since, from another one."""
+    with suppress(OSError, ValueError):
+        sent = dict(json.loads(_note_of(stage).read_text()))
+        return sent if sent.get("began") == _began(stage) else {}
+    return {}
+
+
+def _note_of(stage: RunStage) -> Path:
+    return stage.workspace.root / TRACKING / f"stage-{stage.number}" / STATE
+
+
+def _began(stage: RunStage) -> str:
+    return stage.before.determined_by if stage.number else "stage 0"
+
+
+def _tracker(name: str, folder: Path, group: str, run: str, id: str, sent: Mapping[str, Any]) -> Any:
+    """One of Accelerate's trackers, which is not started yet."""
+    from accelerate import PartialState, tracking
+
+    PartialState()  # Accelerate's trackers log through it
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "tensorboard":
+        return tracking.TensorBoardTracker(run, folder)
+    if name == "wandb":
+        return tracking.WandBTracker(
+            os.environ.get("WANDB_PROJECT", "peso"),
+            group=group,
+            name=f"{group} {run}",
+            id=id,
+            resume="allow",
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+        )
+    if name == "trackio":
+        os.environ.setdefault("TRACKIO_DIR", str(folder))
+        return tracking.TrackioTracker(group, name=run, group=group, resume="allow")
+    import mlflow
+
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri(folder.resolve().as_uri())
+    return tracking.MLflowTracker(group, run_id=sent.get("mlflow"), run_name=run)
+
+
+def _attach(name: str, tracker: Any, report: Path) -> None:
+    """Add a report to a run: as an artifact or, in TensorBoard, its summary as text."""
+    if name == "tensorboard":
+        tables = sorted((report / "tables").glob("*averages.md"))
+        tracker.log({"report": "\n\n".join(table.read_text(encoding="utf-8") for table in tables)}, step=0)
+    elif name == "wandb":
+        import wandb
+
+        artifact = wandb.Artifact("report", type="report")
+        artifact.add_dir(str(report))
+        tracker.tracker.log_artifact(artifact)
+    elif name == "mlflow":
+        tracker.log_artifacts(str(report), "report")
+
+
+def _figures(stage: RunStage) -> Iterator[tuple[str, float]]:
+    """What a stage's training came to, the figures of its anchor, and its metrics, as numbers with names."""
+    training = stage.metrics.get("training", {})
+    yield from _numbers({k: v for k, v in training.items() if k not in ("anchor", "moved")}, "training")
+    moved = {k: v for k, v in (training.get("moved") or {}).items() if k != "modules"}
+    yield from _numbers({"anchor": training.get("anchor") or {}, "moved": moved}, "")
+    if stage.is_tested:  # stage 0 may have no metrics
+        for name, told in stage.metrics.get("test", {}).get("metrics", {}).items():
+            yield f"test/{name}", float(told["value"])
+
+
+def _numbers(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, float]]:
+    """The numbers in nested objects, by their paths. Lists are left out."""
+    for path, value in _leaves(values, before):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield path, float(value)
+
+
+def _leaves(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        path = f"{before}/{key}" if before else str(key)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
+def _new_id() -> str:
+    return os.urandom(8).hex()
