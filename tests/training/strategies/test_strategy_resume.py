@@ -46,7 +46,6 @@ PHASES = [
     [
         ("sd_lora", STOPS),
         ("ema", STOPS),
-        ("interpolate", STOPS),
         ({"name": "sa_caisr", "examples": 9}, STOPS),
         ({"name": "replay", "budget": 7}, STOPS),
         ({"name": "inf_lora", "threshold": 0.9, "examples": 20}, STOPS),

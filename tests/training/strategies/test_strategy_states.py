@@ -33,7 +33,6 @@ pytestmark = pytest.mark.slow  # whole runs
         {"name": "average", "share": 1.0},
         {"name": "distill", "weight": 0.0},
         {"name": "ema", "horizon": 1e-9},
-        {"name": "sa_caisr", "weight": 0.0},
         {"name": "peso", "weight": 0.0},
         {"name": "peso", "strength": 0.0},
         {"name": "peso", "strength": 0.0, "coupling": "loss"},
@@ -146,7 +145,8 @@ def test_distillation_is_the_divergence_from_the_last_model(make_model: Any, los
     with torch.no_grad():
         for p in context.trainable().values():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    outputs = TrainingPass(model, outputs._scored.packed, target_states(model, outputs._scored.packed), 0.8)
+    packed = outputs._pass.packed
+    outputs = TrainingPass(model, packed, target_states(model, packed), 0.8)
     found = strategy.output_penalty(context, outputs)
     assert found is not None
     student = outputs.log_probabilities().detach().double()
