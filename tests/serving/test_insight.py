@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from peso.decoding import search
+from peso.model.item_head import ItemHead
 from peso.runs.diagnosis import stream_drift
-from peso.serving.explain import ItemTexts, Likelihood, near_by_codes, near_by_head, reason
+from peso.serving.explain import ItemTexts, Likelihood, likelihood, near_by_codes, near_by_head, reason
 
 WITHIN = 60.0  # seconds, on a machine with other work
 
@@ -60,7 +62,7 @@ def test_nearest_items_have_the_most_similar_texts(compared, shop):
         assert len(words & nearest) >= 2, (titles[item], nearest)
 
 
-def test_without_texts_the_codes_tell_and_with_an_item_head_its_vectors(compared, shop, monkeypatch):
+def test_without_texts_the_codes_tell(compared, shop, monkeypatch):
     client, asked = compared
     snapshot, ids = client.service.live.current, shop.semantic_ids
     codes = ids.codes
@@ -74,6 +76,27 @@ def test_without_texts_the_codes_tell_and_with_an_item_head_its_vectors(compared
     found = client.post("/v1/explain", json=asked | {"item": ids.item_ids[0]}).json()
     assert found["nearest_by"] == "codes"
     assert near_by_head(snapshot, ids.item_ids[0]) is None
+
+
+def test_with_an_item_head_its_vectors_tell(client, shop):
+    snapshot, ids = client.service.live.current, shop.semantic_ids
+    model = shop.stage(1).model()
+    model.vocabulary.item_head = head = ItemHead(ids, model.vocabulary.output_rows.shape[1])
+    head.initialise(0)
+    with_head = replace(snapshot, model=model)
+    vectors = head.vectors().detach().numpy()
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for row in (0, 7, 30):
+        similar = vectors @ vectors[row]
+        similar[row] = -np.inf
+        near = near_by_head(with_head, ids.item_ids[row])
+        assert near is not None
+        assert [item for item, _ in near] == [ids.item_ids[other] for other in np.argsort(-similar)[:5]]
+        assert [score for _, score in near] == pytest.approx(np.sort(similar)[::-1][:5].tolist(), abs=1e-5)
+    found = likelihood(with_head, ids.item_ids[:3], ids.item_ids[7])
+    assert found is not None
+    assert found.has_head
+    assert found.score != pytest.approx(sum(found.codes), abs=1e-4)
 
 
 def test_what_cannot_be_explained_is_refused_or_says_so(compared, shop):
