@@ -374,16 +374,19 @@ class Comparison:
     def rivals(self, metric: Metric) -> list[System]:
         """The systems that can be compared in the metric: all of them, except in log-probability.
 
-        Log-probabilities of models and of baselines are normalized over different sets, so only models are
-        compared, if there are any.
+        Log-probabilities of baselines and of models without an item head are normalized over different sets,
+        so only models are compared if there are such models.
         """
-        models = [system for system in self.systems if not system.first.baseline]
-        return models if metric.name == LOG_PROBABILITY and models else self.systems
+        if metric.name == LOG_PROBABILITY and self.codes_and_items:
+            return [system for system in self.systems if not system.first.baseline]
+        return self.systems
 
     @property
     def codes_and_items(self) -> bool:
-        """Whether there are both models and baselines, whose log-probabilities cannot be compared."""
-        return len({system.first.baseline for system in self.systems}) == 2
+        """Whether there are both baselines and models without an item head, whose log-probabilities cannot be
+        compared."""
+        runs = [system.first for system in self.systems]
+        return any(run.baseline for run in runs) and any(not (run.baseline or run.item_head) for run in runs)
 
     def contrasts(self, metric: Metric) -> Contrasts:
         """The differences between all pairs of the metric's rivals, macro-averaged over the averaged stages.

@@ -120,6 +120,7 @@ class RunSummary:
         expected_stages: the number of stages of the finished run; 0 if it is not known.
         baseline: whether this is a baseline without a language model. Its probabilities are over items and
             sum to one over the catalog; a model's are over codes, including combinations that no item has.
+        item_head: whether this is a model with an item head, whose probabilities are mostly over items, too.
         contains_model: whether this baseline answers together with the run's model, as a hybrid does.
         verdicts: what the gate decided, by stage (``gate.json``).
     """
@@ -141,6 +142,7 @@ class RunSummary:
     family: str = ""
     reference: str = ""
     baseline: bool = False
+    item_head: bool = False
     contains_model: bool = False
     verdicts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -120,6 +120,7 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
         drift=stream_drift(workspace),
         semantic_ids={key: ids[key] for key in INDEX if key in ids},
         seed=workspace.config.seed,
+        item_head=workspace.config.head.name == "items",
         family=updates[-1].strategy.name,
         reference=STRATEGIES.find(updates[-1].strategy.name).reference,
         across={

@@ -231,6 +231,16 @@ def test_log_probabilities_of_baselines_are_shown_and_not_compared() -> None:
     assert {row[place].mark for row in averages_table(one).rows} == {""}  # type: ignore[union-attr]
 
 
+def test_log_probabilities_of_models_with_an_item_head_are_compared_with_baselines() -> None:
+    models = [replace(each, item_head=True) for each in seeds("single", "single", 0.2)]
+    baseline = replace(run("popularity", "popularity", 3.0), baseline=True)
+    comparison = Comparison([*models, baseline], [10])
+    assert comparison.standing(comparison.metric("log_probability")).best.label == "popularity"
+    assert "only models are compared" not in averages_table(comparison).note
+    mixed = Comparison([*models, *seeds("peso", "peso", 0.8), baseline], [10])
+    assert mixed.codes_and_items
+
+
 def test_marks_are_those_of_the_corrected_tests() -> None:
     comparison = Comparison(example_runs(), [5, 10])
     table = averages_table(comparison)
