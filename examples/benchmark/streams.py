@@ -4,7 +4,7 @@
 
 It reads the streams in DIR/data and compares what they contain with `streams.json`: for every stage the users
 with cases, training targets and a sha256 of their histories. It also says whether the semantic IDs are those
-of the reference. The exit code is 1 if a stream differs.
+of the reference. The exit code is 1 if a stream differs or is missing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def differences(found: dict[str, Any], frozen: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="directory of the comparison (-w)")
-    frozen, wrong = json.loads(FROZEN.read_text(encoding="utf-8")), 0
+    frozen = json.loads(FROZEN.read_text(encoding="utf-8"))
+    missing, wrong = set(frozen), 0
     places = sorted(parser.parse_args().directory.glob("data/*/*/stream"))
     if not places:
         parser.error("there are no streams in DIR/data; name the directory of `peso compare`")
@@ -73,12 +74,15 @@ def main() -> None:
         if name not in frozen:
             print(f"{name}: not a stream of the benchmark")
             continue
+        missing.discard(name)
         found = describe(workspace.stream, workspace.semantic_ids)
         problems = list(differences(found, frozen[name]))
         wrong += bool(problems)
         ids = "as" if found["semantic_ids"] == frozen[name]["semantic_ids"] else "not as"
         print(f"{name}: {'; '.join(problems) or 'as frozen'} (semantic IDs {ids} in the reference)")
-    sys.exit(1 if wrong else 0)
+    for name in sorted(missing):
+        print(f"{name}: missing")
+    sys.exit(1 if wrong or missing else 0)
 
 
 if __name__ == "__main__":
