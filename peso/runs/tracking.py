@@ -112,7 +112,10 @@ class Tracking:
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for name in [*self._trackers]:
-            self._guarded(name, lambda name=name: self._trackers[name].log(values, step=step))
+            given = values
+            if name == "mlflow":  # it refuses @ in names
+                given = {key.replace("@", "_at_"): value for key, value in values.items()}
+            self._guarded(name, lambda name=name, given=given: self._trackers[name].log(given, step=step))
 
     def _note(self, **told: Any) -> None:
         self._sent.update(told)
@@ -180,9 +183,11 @@ def _tracker(name: str, folder: Path, group: str, run: str, id: str, sent: Mappi
         return tracking.TrackioTracker(group, name=run, group=group, resume="allow")
     import mlflow
 
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri(folder.resolve().as_uri())
-    return tracking.MLflowTracker(group, run_id=sent.get("mlflow"), run_name=run)
+    artifacts = None
+    if "MLFLOW_TRACKING_URI" not in os.environ:  # newer versions refuse a folder of plain files
+        mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+        artifacts = (folder.resolve() / "artifacts").as_uri()
+    return tracking.MLflowTracker(group, artifacts, run_id=sent.get("mlflow"), run_name=run)
 
 
 def _attach(name: str, tracker: Any, report: Path) -> None:
