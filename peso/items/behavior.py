@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse
-from sklearn.decomposition import TruncatedSVD
 
 from peso.config import BehaviorConfig
 from peso.errors import DataError
@@ -95,6 +93,8 @@ def cooccurrences(sequences: Iterable[np.ndarray], items: int, window: int) -> M
     Returns:
         int64 sparse (items, items), in compressed rows.
     """
+    from scipy import sparse
+
     total = sparse.csr_array((items, items), dtype=np.int64)
     for values, users in _parts(sequences, PAIRS // window):
         pairs = []
@@ -130,6 +130,8 @@ def _joined(part: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def shifted_ppmi(counts: Matrix, shift: float) -> Matrix:
     """M_ij = max(0, log(n_ij · n / (n_i · n_j)) − log shift), sparse float64 (items, items); entries of zero
     are not stored."""
+    from scipy import sparse
+
     counts = counts.tocoo()
     each = np.asarray(counts.sum(axis=1)).astype(np.float64)
     rows, columns = counts.coords
@@ -148,5 +150,7 @@ def factorize(matrix: Matrix, dimensions: int, seed: int) -> np.ndarray:
     the seed. SciPy's ``svds`` does not: if many singular values are equal, as in a log of groups of the same
     size, ARPACK draws unseeded numbers and PROPACK fails.
     """
+    from sklearn.decomposition import TruncatedSVD
+
     svd = TruncatedSVD(min(dimensions, *matrix.shape), random_state=seed).fit(matrix)
     return np.asarray(svd.components_.T * np.sqrt(svd.singular_values_), np.float32)

@@ -75,7 +75,7 @@ def test_an_index_is_taken_as_it_is_measured_and_exported_again(peso: Peso, shop
     assert written == tokens(shop / "w")
     status, _, err = peso("export", "-w", shop / "w", "--format", "index", "-o", shop / "out.json")
     assert status == 1
-    assert "is there already" in err
+    assert "exists already" in err
     assert peso("diagnose", "-w", shop / "w")[0] == 0
 
 

@@ -114,15 +114,15 @@ def test_a_partner_that_knows_users_is_told_who_asks(root: Path) -> None:
 
 
 def test_a_hybrid_is_found_by_its_label_or_the_cure_is_named(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="several hybrids; name one of 'hybrid candidates=4"):
+    with pytest.raises(ConfigError, match="several hybrids; choose one of 'hybrid candidates=4"):
         Recommender.load(root, hybrid="hybrid")
-    with pytest.raises(ConfigError, match="no hybrid called 'ease'; name one of"):
+    with pytest.raises(ConfigError, match="no hybrid called 'ease'; choose one of"):
         Recommender.load(root, hybrid="ease")
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     shutil.rmtree(copy / "baselines" / LABEL / "1")
     with pytest.raises(
-        WorkspaceError, match=r"was not run for stage 1 as it is now.*peso baseline '\{.*partners"
+        WorkspaceError, match=r"was not run for stage 1 in its current state.*peso baseline '\{.*partners"
     ):
         Recommender.load(copy, hybrid=LABEL)
     assert Recommender.load(copy, 0, hybrid=LABEL).recommend([], k=2)
@@ -139,7 +139,7 @@ def test_the_command_in_a_refusal_runs_the_hybrid(peso, root: Path, tmp_path: Pa
     ask = ("recommend", "-w", copy, "--history", "", "--with", "hybrid", "--json")
     status, _, err = peso(*ask)
     assert status == 1
-    command = err.split("run it: peso ")[1].split(" -w ")[0].removeprefix("baseline ").strip("'")
+    command = err.split("run `peso baseline ")[1].split(" -w ")[0].strip("'")
     status, _, err = peso("baseline", command, "-w", copy)
     assert status == 0, err
     status, out, err = peso(*ask)
