@@ -4,13 +4,15 @@ neighbors."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peso.items.codebooks import ResidualCodebooks
 from peso.items.semantic_ids import SemanticIds, token_name
-from peso.items.vectors import ItemVectors
+
+if TYPE_CHECKING:  # its encoders are slow to load
+    from peso.items.vectors import ItemVectors
 
 NEIGHBOURS = 10
 MOST_QUERIES = 5_000  # items whose neighbors are searched; more would hardly change the result
