@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peso.config.data import DataConfig, SimulateConfig
-from peso.config.model import BUILT_IN
+from peso.config.model import BUILT_IN, OF_ITEMS
 from peso.config.reading import leaves
 from peso.config.tree import Config
 
@@ -35,9 +35,8 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
     if not shape["backbone"].get("dropout"):  # earlier versions did not have this key
         shape["backbone"].pop("dropout", None)
     if config.head.name == "items":
-        shape["head"] = tree["head"]
-        if not shape["head"]["reads"]:  # as above
-            del shape["head"]["reads"]
+        # as above
+        shape["head"] = {key: value for key, value in tree["head"].items() if value or key not in OF_ITEMS}
     if stage:
         later = config.model_dump(mode="json", include={"training": {"later"}})["training"]
         return shape | {"training": shape["training"] | later, "strategy": tree["strategy"]}

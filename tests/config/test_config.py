@@ -152,20 +152,22 @@ def test_a_workspace_of_the_first_version_had_no_dropout_and_keeps_its_digests()
     assert stage_shape(now, 0)["backbone"]["dropout"] == 0.2
 
 
-def test_an_item_head_reads_unless_told_otherwise_or_trained_before_it_could():
+@pytest.mark.parametrize("key", ["reads", "transitions"])
+def test_an_item_head_reads_and_counts_unless_told_otherwise_or_trained_before_it_could(key):
     def head(value):
         return load_config({"data": DATA, "backbone": "tiny", "head": value})
 
-    assert head("items").head.reads is head({"name": "items", "weight": 2.0}).head.reads is True
-    assert head("codes").head.reads is None
-    with pytest.raises(ConfigError, match=r"head\.reads needs the item head"):
-        head({"name": "codes", "reads": True})
-    written = head({"name": "items", "reads": False}).model_dump(mode="json")
-    earlier = {**written, "head": {k: v for k, v in written["head"].items() if k != "reads"}}
+    for given in ("items", {"name": "items", "weight": 2.0}):
+        assert getattr(head(given).head, key) is True
+    assert getattr(head("codes").head, key) is None
+    with pytest.raises(ConfigError, match=rf"head\.{key} needs the item head"):
+        head({"name": "codes", key: True})
+    written = head({"name": "items", key: False}).model_dump(mode="json")
+    earlier = {**written, "head": {k: v for k, v in written["head"].items() if k != key}}
     read = load_config(with_earlier_defaults(earlier))
-    assert read.head.reads is False
-    assert "reads" not in stage_shape(read, 0)["head"]
-    assert stage_shape(head("items"), 0)["head"]["reads"] is True
+    assert getattr(read.head, key) is False
+    assert key not in stage_shape(read, 0)["head"]  # so that its stages keep their digests
+    assert stage_shape(head("items"), 0)["head"][key] is True
 
 
 def test_every_key_says_in_the_reference_what_it_means():
