@@ -6,7 +6,8 @@ A small Llama (`scratch`, width 128, 4 layers, dropout 0.2, `stream`) on random 
 weights trained, in catalogs of 2,500 and 25,000 items with 4 levels × 256 codes. Steps of 32, 128 and 512
 targets; the head's share of a step is 1 - t(codes) / t(items), with a softmax over all items (`step_share`)
 and with 1,024 negatives (`sampled_share`). `answer_share` is the same for the search of 10 beams over 64
-users. The models take turns, and each figure is the median over all turns.
+users; `counted_answer_share` with counts of transitions as well, 40 edges per item. The models take turns,
+and each figure is the median over all turns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from scipy import sparse
 from step_time import median_step
 
 from peso.config import BackboneConfig, HeadConfig, PromptConfig
@@ -28,16 +30,20 @@ from peso.events.histories import TargetSequence
 from peso.items.semantic_ids import SemanticIds
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
+from peso.model.transitions import Transitions
 
 CATALOGS, BATCHES = (2_500, 25_000), (32, 128, 512)
 LEVELS, CODES, HISTORY, USERS = 4, 256, 20, 64
+EDGES = 40  # per item; 36 in the last stage of `Video_Games`
 
 
 HEADS = {
     "codes": HeadConfig(),
     "items": HeadConfig(name="items"),
     "sampled": HeadConfig(name="items", negatives=1024),
+    "counted": HeadConfig(name="items"),
 }
+TRAINED = ("codes", "items", "sampled")
 
 
 def build(items: int, head: HeadConfig) -> GenerativeModel:
@@ -52,6 +58,15 @@ def build(items: int, head: HeadConfig) -> GenerativeModel:
         seed=0,
         head=head,
     )
+
+
+def counted(items: int) -> Transitions:
+    """Random transitions, to measure their cost."""
+    generator = np.random.default_rng(3)
+    rows = np.repeat(np.arange(items), EDGES)
+    columns, weights = generator.integers(0, items, rows.size), generator.random(rows.size)
+    edges = sparse.csr_array((weights.astype(np.float32), (rows, columns)), shape=(items, items))
+    return Transitions(edges, recency=0.7, window=HISTORY, repeats=False)
 
 
 def step_seconds(model: GenerativeModel, items: int, batch: int, steps: int) -> float:
@@ -72,6 +87,8 @@ def medians(
 ) -> dict[str, float]:
     """Seconds with each head."""
     models = {head: build(items, HEADS[head]) for head in heads}
+    if "counted" in models:
+        models["counted"].transitions = counted(items)
     seconds: dict[str, list[float]] = {head: [] for head in models}
     for _ in range(turns):
         for head, model in models.items():
@@ -90,13 +107,14 @@ def main() -> None:
     for items in CATALOGS:
         for batch in BATCHES:
             step = partial(step_seconds, items=items, batch=batch, steps=steps)
-            found = medians(step, items, turns, list(HEADS))
+            found = medians(step, items, turns, TRAINED)
             result[f"step_milliseconds_{items}_{batch}"] = found["codes"] * 1e3
             result[f"step_share_{items}_{batch}"] = 1 - found["codes"] / found["items"]
             result[f"sampled_share_{items}_{batch}"] = 1 - found["codes"] / found["sampled"]
-        found = medians(partial(answer_seconds, items=items), items, turns, ["codes", "items"])
+        found = medians(partial(answer_seconds, items=items), items, turns, ("codes", "items", "counted"))
         result[f"answer_milliseconds_{items}"] = found["codes"] * 1e3
         result[f"answer_share_{items}"] = 1 - found["codes"] / found["items"]
+        result[f"counted_answer_share_{items}"] = 1 - found["codes"] / found["counted"]
     if arguments.json:
         print(json.dumps(result))
         return
