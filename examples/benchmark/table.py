@@ -13,17 +13,13 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 import peso
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.run_summary import RunSummary
-from peso.runs.report import summarise
-from peso.runs.workspace import Workspace
+from peso.runs.compare.results import runs_by_data
 
 REFERENCE, SEEDS = "single", 3
 METRICS = {"ndcg@10": 4, "hit@10": 4, "log_probability": 3}  # and the digits to show
@@ -80,20 +76,6 @@ def rows_of(stream: str, runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     return rows
 
 
-def runs_of(directory: Path) -> dict[str, list[RunSummary]]:
-    """The runs of a comparison by stream, from its results.parquet."""
-    found: dict[str, dict[str, RunSummary]] = {}
-    for row in pq.read_table(directory / "results.parquet").to_pylist():
-        if row["determined_by"] is None:  # a baseline
-            continue
-        of_stream = found.setdefault(row["data_set"], {})
-        if row["workspace"] not in of_stream:
-            name = f"{row['strategy']}/seed={row['seed']}"
-            summary = summarise(Workspace.open(row["workspace"]), name)
-            of_stream[row["workspace"]] = replace(summary, strategy=row["strategy"], seed=row["seed"])
-    return {stream: list(runs.values()) for stream, runs in found.items()}
-
-
 def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The table with the new rows in place of those for the same stream and strategy."""
     keys = {(row["stream"], row["strategy"]) for row in new}
@@ -106,7 +88,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="directory of the comparison (-w)")
     parser.add_argument("--to", type=Path, help="the table to change; without it, the rows are printed")
     arguments = parser.parse_args()
-    new = [row for stream, runs in runs_of(arguments.directory).items() for row in rows_of(stream, runs)]
+    new = [row for stream, runs in runs_by_data(arguments.directory).items() for row in rows_of(stream, runs)]
     old = []
     if arguments.to is not None and arguments.to.exists():
         with arguments.to.open(encoding="utf-8", newline="") as file:

@@ -147,6 +147,28 @@ def _without_formulas(table: pa.Table) -> pa.Table:
     return table
 
 
+def runs_by_data(directory: Path) -> dict[str, list[RunSummary]]:
+    """The runs of a comparison that has written its results, without baselines: data set → runs, each named
+    by strategy and seed.
+
+    Raises:
+        WorkspaceError: there are no results, or a run's files are missing or damaged.
+    """
+    path = directory / f"{RESULTS}{ENDINGS[0]}"
+    if not path.is_file():
+        raise WorkspaceError(f"{path} does not exist; give the directory (-o, else -w) of `peso compare`")
+    found: dict[str, dict[str, RunSummary]] = {}
+    for row in pq.read_table(path).to_pylist():
+        if row["determined_by"] is None:  # a baseline
+            continue
+        of_data = found.setdefault(row["data_set"], {})
+        if row["workspace"] not in of_data:
+            name = f"{row['strategy']}/seed={row['seed']}"
+            summary = report.summarise(Workspace.open(row["workspace"]), name)
+            of_data[row["workspace"]] = replace(summary, strategy=row["strategy"], seed=row["seed"])
+    return {data: list(runs.values()) for data, runs in found.items()}
+
+
 def run_summary(run: Run, found: TaskProgress) -> RunSummary:
     """The summary of a run for the report."""
     found_summary = report.summarise(Workspace(run.task.root, run.task.config), run.name)
