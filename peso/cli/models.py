@@ -8,18 +8,31 @@ from typing import Annotated, Literal
 import typer
 
 from peso.cli.display import Directory, ServingStage, Terminal, Trust, next_steps, say
+from peso.errors import UsageError
 
 
 def pull(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="One of smollm2-135m, all-minilm-l6-v2 and ml-100k.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="smollm2-135m, all-minilm-l6-v2 or ml-100k; or of the Hugging Face hub: owner/model, or "
+            "datasets/owner/name. @REVISION may follow, and after a data set a path in it.",
+        ),
     ],
 ) -> None:
-    """Download a known model or data set into the cache and check its sha256.
+    """Download a model or data set: a known one, whose sha256 is checked, or any from the Hugging Face hub.
+
+    Those of the hub go to the cache of its client, where backbone.name, items.encoder and data.path find
+    them. With HF_HUB_OFFLINE=1, nothing is downloaded, and what the cache has is shown.
 
     Example: peso pull smollm2-135m
+
+    Example: peso pull Qwen/Qwen3-0.6B
+
+    Example: peso pull datasets/owner/name/data
     """
-    from peso.runtime import assets
+    from peso.runtime import assets, hub
 
     terminal = Terminal()
     current = ""
@@ -31,6 +44,19 @@ def pull(
             terminal.begin(work, 100, "%")
         terminal.advance(round(100 * share))
 
+    if "/" in name:
+        place, directory = hub.place_of(name), hub.fetch(name, show)
+        terminal.end()
+        say(directory)
+        if place.type == "dataset":
+            next_steps(["init", f"hf://{name.removeprefix(hub.HUB)}"])
+        else:
+            encoder = (directory / "modules.json").is_file()
+            wanted = directory if place.revision else place.id
+            next_steps(
+                ["run", "CONFIG", "--set", f"{'items.encoder' if encoder else 'backbone.name'}={wanted}"]
+            )
+        return
     directory = assets.pull(name, on_progress=show)
     terminal.end()
     say(directory)
@@ -42,50 +68,114 @@ def pull(
 def export(
     workspace: Directory,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A new directory, or for the index a new file.")
-    ],
+        Path | None,
+        typer.Option("-o", "--output", help="A new directory, or for the index a new file."),
+    ] = None,
     form: Annotated[
-        Literal["merged", "peft", "index"],
+        Literal["merged", "peft", "mlflow", "index"],
         typer.Option(
             "--format",
-            help="merged: one plain Transformers model; peft: backbone and adapter; index: semantic IDs as "
-            "an index.json file, the format that research code reads.",
+            help="merged: one plain Transformers model; peft: backbone and adapter; mlflow: a pyfunc model "
+            "that answers histories; index: semantic IDs as an index.json file, the format that research "
+            "code reads.",
         ),
     ] = "merged",
     stage: ServingStage = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            metavar="NAME",
+            help="merged, peft: upload the model and its card to the Hugging Face hub as OWNER/MODEL, or as "
+            "MODEL of the user who is logged in.",
+        ),
+    ] = None,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="--push-to-hub: a new repository is public. Default: private."),
+    ] = False,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            "--register",
+            metavar="NAME",
+            help="mlflow: log the model to MLFLOW_TRACKING_URI, or else to tracking/mlflow in the workspace, "
+            "and register it under this name.",
+        ),
+    ] = None,
     with_retired: Annotated[
         bool, typer.Option("--with-retired", help="index: write the IDs of retired items, too.")
     ] = False,
     trust: Trust = None,
 ) -> None:
-    """Export a stage's model or the semantic IDs for Transformers, vLLM, PEFT or research code.
+    """Export a stage's model or the semantic IDs for Transformers, vLLM, PEFT, MLflow or research code.
 
+    A model has a card, README.md: data, metrics with intervals, limits, and code that uses it without peso.
     The index contains all items that are not retired (`peso items`), or with --stage those of them that were
-    known at that stage. A model's prompt.json lists the semantic IDs of retired items.
+    known at that stage. A model's prompt.json lists the semantic IDs of retired items. Nothing is uploaded
+    without --push-to-hub or --register.
 
     Example: peso export -w runs/games --format merged -o exported
+
+    Example: peso export -w runs/games --push-to-hub games-recommender
+
+    Example: peso export -w runs/games --format mlflow --register games
 
     Example: peso export -w runs/games --format index -o games.index.json
     """
     from peso.runs.place import require_place
     from peso.runs.workspace import Workspace
 
-    require_place(output)
+    _refuse_mixed(output, form, push_to_hub, public, register)
+    if output is not None:
+        require_place(output)
     opened = Workspace.open(workspace, trust or ())
     if form == "index":
         from peso.runs import preparation
 
+        assert output is not None
         if left_out := preparation.export_index(opened, output, stage, with_retired):
             Terminal().note(f"{left_out:,} retired items are left out; --with-retired writes them, too")
-    else:
-        from peso.runs.recommender import Recommender
-
-        terminal = Terminal()
-        terminal.begin("exporting", 0, "")
-        Recommender(opened, stage, device="cpu").export(output, form)
-        terminal.end()
-    say(output)
-    if form == "index":
+        say(output)
         next_steps(["run", "CONFIG", "--set", f"items.index={output}"])
+        return
+    from peso.runs.recommender import Recommender
+
+    terminal = Terminal()
+    terminal.begin("exporting", 0, "")
+    recommender = Recommender(opened, stage, device="cpu")
+    if form == "mlflow":
+        from peso.runs import publish
+
+        done: object = (
+            publish.register_mlflow(recommender, register)
+            if register
+            else publish.save_mlflow(recommender, str(output))
+        )
+        read = "mlflow.pyfunc.load_model (see docs/how-to/publish.md)"
+    elif push_to_hub is not None:
+        from peso.runs import publish
+
+        done = publish.push_to_hub(recommender, push_to_hub, form, private=not public)
+        read = "the code in its card (see docs/how-to/publish.md)"
     else:
-        say("next: load it with Transformers or PEFT (see docs/how-to/export.md)", error=True)
+        assert output is not None
+        done = recommender.export(output, form)
+        read = "Transformers or PEFT (see its README.md and docs/how-to/export.md)"
+    terminal.end()
+    say(done)
+    say(f"next: load it with {read}", error=True)
+
+
+def _refuse_mixed(
+    output: Path | None, form: str, push_to_hub: str | None, public: bool, register: str | None
+) -> None:
+    """Raise UsageError unless there is exactly one place to write to, which fits the format."""
+    if len([place for place in (output, push_to_hub, register) if place is not None]) != 1:
+        raise UsageError("give exactly one of -o, --push-to-hub and --register")
+    if push_to_hub is not None and form not in ("merged", "peft"):
+        raise UsageError(f"--push-to-hub is for --format merged and peft, not {form}")
+    if register is not None and form != "mlflow":
+        raise UsageError(f"--register needs --format mlflow, not {form}")
+    if public and push_to_hub is None:
+        raise UsageError("--public needs --push-to-hub")

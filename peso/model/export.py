@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from peso.adapters.groups import lora_layers
 from peso.adapters.lora import as_one_adapter, weights_without_adapter, write_adapter
 from peso.errors import ExportError
+from peso.items.semantic_ids import write_release_index
 from peso.model.backbone import embedding_scale
 from peso.model.build import has_adapter
 from peso.model.ensemble import Ensemble
@@ -33,6 +34,7 @@ from peso.runtime.files import commit_directory, require_free, write_json
 from peso.runtime.hugging_face import quiet_transformers
 
 ITEM_HEAD = "item_head.safetensors"
+INDEX, PROMPT, CARD = "index.json", "prompt.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,22 @@ def export_merged(
     *,
     leaves_out_seen: bool = False,
     retired: Collection[str] = (),
+    card: str = "",
 ) -> None:
     """Write a plain Transformers model with the adapter merged and the semantic tokens added to embedding,
     head and tokenizer.
 
     The model is always in float32, because rounding to bfloat16 would lose most of what a stage learns. The
     file ``prompt.json`` describes how a history is written as text, and whether items of the history must be
-    left out of the answers (``leaves_out_seen``). If items are retired, it has their semantic IDs.
+    left out of the answers (``leaves_out_seen``). If items are retired, it has their semantic IDs. The file
+    ``index.json`` has the semantic IDs of all items.
 
     Args:
         model: the model.
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
         retired: ids of items that must not be recommended.
+        card: the text of ``README.md``; without it, there is none.
 
     Raises:
         ExportError: the directory is not empty, the tokenizer would not encode prompts as the model does, or
@@ -86,7 +91,7 @@ def export_merged(
     with commit_directory(require_free(directory)) as aside:
         plain = _plain(model, _table_rows(model), model.vocabulary.output_rows, merged=True)
         _save(plain, model, aside, leaves_out_seen, retired)
-        _save_item_head(model, aside)
+        _save_beside(model, aside, card)
 
 
 def export_peft(
@@ -95,6 +100,7 @@ def export_peft(
     *,
     leaves_out_seen: bool = False,
     retired: Collection[str] = (),
+    card: str = "",
 ) -> None:
     """Write ``backbone/``, extended by neutral rows and untied, and ``adapter/`` in PEFT's format.
 
@@ -108,6 +114,7 @@ def export_peft(
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
         retired: ids of items that must not be recommended.
+        card: the text of ``README.md``; without it, there is none.
 
     Raises:
         ExportError: see :func:`export_merged`; or the model has no adapter because its backbone was trained.
@@ -140,7 +147,7 @@ def export_peft(
         plain = _plain(model, neutral_input, output, merged=False)
         _save(plain, model, aside / "backbone", leaves_out_seen, retired)
         write_adapter(config, matrices | state, aside / "adapter")
-        _save_item_head(model, aside)
+        _save_beside(model, aside, card)
 
 
 def _require_one(model: Any) -> None:
@@ -216,9 +223,23 @@ def _save(
         text = PromptText.of(model)
         ids = model.semantic_ids
         never = {item: "".join(ids.semantic_id(item)) for item in sorted(retired) if item in ids}
-        told = {"leaves_out_seen": leaves_out_seen, **({"retired": never} if never else {})}
-        write_json(directory / "prompt.json", asdict(text) | told)
+        told: dict[str, Any] = {
+            "leaves_out_seen": leaves_out_seen,
+            "layout": model.layout.name,
+            "loss_vocabulary": model.loss_vocabulary,
+            "codes": list(ids.sizes),
+            **({"retired": never} if never else {}),
+        }
+        write_json(directory / PROMPT, asdict(text) | told)
         _check_reading(model, text, AutoTokenizer.from_pretrained(directory))
+
+
+def _save_beside(model: GenerativeModel, directory: Path, card: str) -> None:
+    """Write the index, the item head and the card."""
+    write_release_index(model.semantic_ids, directory / INDEX)
+    _save_item_head(model, directory)
+    if card:
+        (directory / CARD).write_text(card, encoding="utf-8")
 
 
 @torch.no_grad()
@@ -248,6 +269,7 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
         "items": json.dumps(ids.item_ids),
         "semantic_ids": json.dumps(["".join(ids.semantic_id(item)) for item in ids.item_ids]),
         "shares_up_to": json.dumps(list(LENGTHS)),
+        **({"input_scale": repr(float(head.input_scale))} if head.reads else {}),
     }
     save_file({name: _stored(x) for name, x in tensors.items()}, directory / ITEM_HEAD, metadata)
     if model.transitions is not None:

@@ -205,13 +205,22 @@ class Recommender:
             raise DataError(f"user {user!r} is in none of {where}")
         return known.items
 
-    def export(self, directory: str | Path, format: Literal["merged", "peft", "index"] = "merged") -> Path:
-        """Write the stage's model, or the semantic IDs, for other tools, as `peso export` does.
+    def export(
+        self,
+        directory: str | Path,
+        format: Literal["merged", "peft", "index"] = "merged",
+        *,
+        repository: str = "",
+    ) -> Path:
+        """Write the stage's model, or the semantic IDs, for other tools, as `peso export` does. A model has a
+        card (``README.md``).
 
         Args:
             directory: path of a new directory; with ``index``, of a new file.
             format: ``merged``: a plain Transformers model; ``peft``: backbone and adapter; ``index``: the
                 semantic IDs of all items as index.json, the format of released research code.
+            repository: the name that the model will have on the Hugging Face hub; its card then shows how to
+                load it from there.
 
         Returns:
             The path.
@@ -228,10 +237,12 @@ class Recommender:
             return place
         require_free(place)
         from peso.model.export import export_merged, export_peft
+        from peso.runs.card import card_of
 
         on_cpu = self if self.device == "cpu" else Recommender(self.workspace, self.stage, "cpu")
         write = export_merged if format == "merged" else export_peft
-        write(on_cpu.model, place, leaves_out_seen=self.leaves_out_seen, retired=self.retired)
+        card = card_of(self.workspace.stage(self.stage), format, repository)
+        write(on_cpu.model, place, leaves_out_seen=self.leaves_out_seen, retired=self.retired, card=card)
         return place
 
     def title(self, item: str) -> str | None:

@@ -181,13 +181,24 @@ def _tracker(name: str, folder: Path, group: str, run: str, id: str, sent: Mappi
     if name == "trackio":
         os.environ.setdefault("TRACKIO_DIR", str(folder))
         return tracking.TrackioTracker(group, name=run, group=group, resume="allow")
+    return tracking.MLflowTracker(group, use_mlflow(folder), run_id=sent.get("mlflow"), run_name=run)
+
+
+def use_mlflow(folder: Path) -> str | None:
+    """Use the database in a folder, unless ``MLFLOW_TRACKING_URI`` names another place.
+
+    Returns:
+        The address of the artifacts; None: the place decides.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
-    artifacts = None
-    if "MLFLOW_TRACKING_URI" not in os.environ:  # newer versions refuse a folder of plain files
-        mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
-        artifacts = (folder.resolve() / "artifacts").as_uri()
-    return tracking.MLflowTracker(group, artifacts, run_id=sent.get("mlflow"), run_name=run)
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    # newer versions refuse a folder of plain files
+    mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+    return (folder.resolve() / "artifacts").as_uri()
 
 
 def _attach(name: str, tracker: Any, report: Path) -> None:

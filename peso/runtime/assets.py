@@ -134,6 +134,7 @@ def _known(name: str) -> Asset:
             return asset
     near = get_close_matches(name, names(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known assets: {', '.join(names())}"
+    hint += "; those of the hub are owner/model and datasets/owner/name"
     raise AssetError(f"unknown asset {name!r}; {hint}")
 
 

@@ -287,6 +287,9 @@ def test_the_prompt_text_lies_beside_the_model(tmp_path: Path) -> None:
     export_merged(model, tmp_path / "merged", leaves_out_seen=True)
     stored = json.loads((tmp_path / "merged" / "prompt.json").read_text())
     assert stored.pop("leaves_out_seen") is True
+    assert stored.pop("layout") == "stream"
+    assert stored.pop("loss_vocabulary") == model.loss_vocabulary
+    assert stored.pop("codes") == list(model.semantic_ids.sizes)
     assert PromptText(**stored) == PromptText.of(model)
     assert stored["window"] == 20
 

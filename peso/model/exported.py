@@ -1,0 +1,91 @@
+"""Load a model that was exported in the format ``merged``, without a workspace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peso.errors import ExportError
+from peso.items.semantic_ids import SemanticIds, read_release_index
+from peso.model.backbone import embedding_scale
+from peso.model.export import INDEX, ITEM_HEAD, PROMPT
+from peso.model.generative import GenerativeModel
+from peso.model.item_head import ItemHead
+from peso.model.layout import make_layout
+from peso.model.transitions import Transitions
+from peso.model.vocabulary import SemanticVocabulary
+from peso.runtime.files import read_json_object
+from peso.runtime.hugging_face import quiet_transformers
+
+
+def load_merged(directory: str | Path) -> GenerativeModel:
+    """The model in a directory that ``peso export --format merged`` wrote, in evaluation mode on the CPU.
+
+    It answers as the stage that was exported, in float32.
+
+    Raises:
+        ExportError: the directory is not such an export, an earlier version wrote it, or it is damaged.
+        DataError: ``prompt.json`` or ``index.json`` is missing or unreadable.
+    """
+    folder = Path(directory)
+    prompt = read_json_object(folder / PROMPT)
+    if "codes" not in prompt:
+        raise ExportError(f"{folder} was exported by an earlier version; export the model again")
+    ids = read_release_index(folder / INDEX, prompt["codes"])
+    try:
+        with quiet_transformers():
+            causal_lm = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        head = _item_head(folder, ids, causal_lm.get_input_embeddings().weight.shape[1])
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ExportError(f"{folder} is not readable ({first}); export the model again") from error
+    model = GenerativeModel(
+        causal_lm,
+        tokenizer,
+        _vocabulary(causal_lm, ids),
+        make_layout(prompt["layout"], tokenizer, prompt["window"]),
+        ids,
+        prompt["loss_vocabulary"],
+    )
+    model.vocabulary.item_head = head
+    model.transitions = Transitions.load(folder, len(ids.item_ids))
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _vocabulary(causal_lm: Any, ids: SemanticIds) -> SemanticVocabulary:
+    """The rows of the semantic tokens, which are the last rows of embedding and head."""
+    embedding, head = (
+        m.weight for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    )
+    vocabulary = SemanticVocabulary(len(embedding) - sum(ids.sizes), ids.sizes, embedding.shape[1])
+    vocabulary.input_rows.copy_(embedding[vocabulary.first_id :] * embedding_scale(causal_lm))
+    vocabulary.output_rows.copy_(head[vocabulary.first_id :])
+    return vocabulary
+
+
+@torch.no_grad()
+def _item_head(folder: Path, ids: SemanticIds, width: int) -> ItemHead | None:
+    """The item head, with vectors and biases as rows of the items; the rows of codes are zero."""
+    if not (folder / ITEM_HEAD).is_file():
+        return None
+    with safe_open(folder / ITEM_HEAD, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    if json.loads(metadata["items"]) != ids.item_ids:
+        raise ValueError(f"{ITEM_HEAD} has other items than {INDEX}")
+    head = ItemHead(ids, width, reads="inputs" in stored)
+    for into, name in ((head.rows, "vectors"), (head.bias, "biases"), (head.query, "query")):
+        into.copy_(stored[name])
+    head.shares.copy_(stored["shares"])
+    if head.reads:
+        head.input_scale.fill_(float(metadata["input_scale"]))
+    return head
