@@ -49,7 +49,10 @@ def run(
         preview = Workspace.preview(root, resolved, trusted)
         check_surroundings(preview, models=False)
         from peso.runs.estimate import estimate
+        from peso.runs.sizes import sizes_for
 
+        if (sizes := sizes_for(root, resolved)) is not None:  # otherwise told when the data are read
+            say(str(sizes))
         plan = estimate(preview, observer=watcher())
         if not plan:
             say(f"{root}: everything is done")

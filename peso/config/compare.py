@@ -17,7 +17,7 @@ from peso.config.baselines import Baselines
 from peso.config.data import expand_data
 from peso.config.model import expand_backbone
 from peso.config.parsing import Section, read_tree, shown
-from peso.config.reading import explained, nearest, override, place
+from peso.config.reading import explained, merged, nearest, override, place
 from peso.config.registry import UNKNOWN_NAME
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config, Seed
@@ -97,8 +97,8 @@ class Variant:
         result = dict(tree)
         for name, section in self.sections.items():
             below = result.get(name)
-            merged = name not in EXPAND and isinstance(section, Mapping) and isinstance(below, Mapping)
-            result[name] = _merged(below, section) if merged else section
+            both = name not in EXPAND and isinstance(section, Mapping) and isinstance(below, Mapping)
+            result[name] = merged(below, section) if both else section
         for key, value in self.changes.items():
             place(result, key, value)
         return result
@@ -193,14 +193,6 @@ def _variant(name: str, value: Any, axis: Axis, key: str) -> Variant:
     for section in EXPAND.keys() & sections.keys():  # expand short forms, so that options can be set in them
         sections[section] = EXPAND[section](sections[section])
     return Variant(name, sections, dict(changes))
-
-
-def _merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
-        result[key] = _merged(below[key], value) if both else value
-    return result
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

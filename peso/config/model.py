@@ -20,6 +20,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 # Backbones that are built in code, randomly initialized and fully trained at stage 0: name → default
 # (width, layers).
 BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
+AUTO = "auto"  # scratch, with sizes that follow from the log, see peso.config.recipe
 CONTEXT = 4096  # the context of these backbones in tokens
 # the linear layers of these backbones
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,12 +36,13 @@ HOW = (
 
 
 class BackboneConfig(Section):
-    """The language model. ``name`` is a name on the hub, a path, an asset of ``peso pull``, ``scratch`` or
-    ``tiny``."""
+    """The language model. ``name`` is a name on the hub, a path, an asset of ``peso pull``, ``scratch``,
+    ``tiny`` or ``auto``."""
 
     name: str = Field(
         "smollm2-135m",
-        description="a name on the hub, a path, an asset of `peso pull`, or scratch or tiny (built in)",
+        description="a name on the hub, a path, an asset of `peso pull`, or scratch or tiny (built in), or "
+        "auto: scratch, with the sections backbone, head and training chosen by the size of the log",
     )
     layers: int | None = Field(
         None, ge=1, description="use only the first n layers; for scratch and tiny: the number of layers"
@@ -64,7 +66,12 @@ class BackboneConfig(Section):
     @property
     def trained_at_base(self) -> bool:
         """Whether stage 0 trains all weights of the backbone instead of an adapter."""
-        return self.name in BUILT_IN and self.pretrained is None
+        return self.name in (*BUILT_IN, AUTO) and self.pretrained is None
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether sizes are still to be chosen, for which the stream must be known."""
+        return self.name == AUTO
 
     @model_validator(mode="before")
     @classmethod
@@ -76,6 +83,11 @@ class BackboneConfig(Section):
 
     @model_validator(mode="after")
     def _has_pretrained_weights(self) -> BackboneConfig:
+        if self.pretrained is not None and self.is_auto:
+            raise ValueError(
+                "backbone.pretrained gives a backbone with its sizes, so backbone.name: auto has nothing to "
+                "choose; set backbone.name=scratch"
+            )
         if self.pretrained is not None and self.name not in BUILT_IN:
             raise ValueError(
                 f"backbone.pretrained is for {' and '.join(BUILT_IN)} only; {self.name!r} is pretrained "
@@ -85,7 +97,7 @@ class BackboneConfig(Section):
 
     @model_validator(mode="after")
     def _has_dropout_of_its_own(self) -> BackboneConfig:
-        if self.dropout is not None and self.name not in BUILT_IN:
+        if self.dropout is not None and self.name not in (*BUILT_IN, AUTO):
             raise ValueError(
                 f"backbone.dropout is for {' and '.join(BUILT_IN)} only; {self.name!r} is trained by its "
                 "adapter, which has adapter.dropout"
@@ -94,7 +106,7 @@ class BackboneConfig(Section):
 
     @model_validator(mode="after")
     def _has_whole_heads(self) -> BackboneConfig:
-        if self.width is not None and self.name not in BUILT_IN:
+        if self.width is not None and self.name not in (*BUILT_IN, AUTO):
             raise ValueError(
                 f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} has a fixed width"
             )

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from peso.config.data import expand_data
-from peso.config.model import BUILT_IN, expand_backbone
+from peso.config.model import AUTO, BUILT_IN, expand_backbone, expand_head
 from peso.config.parsing import DEEPEST, parse, read_tree, shown
 from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, Options, registry_of
 from peso.config.strategy import expand_strategy
@@ -23,6 +23,7 @@ from peso.errors import ConfigError
 # parts of pydantic's locations that are not keys: the member of a union of plain values
 MEMBER = re.compile(r"(constrained-)?(int|float|bool|str)$|(literal|list)\[|function-")
 MOST_PROBLEMS = 5  # problems of a configuration that one message lists
+SIZED = ("backbone", "head", "training")  # the sections that `backbone: auto` chooses
 
 
 def load_config(
@@ -56,8 +57,35 @@ def load_config(
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, with the sections in the order in which they are used."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The configuration as YAML, with the sections in the order in which they are used: resolved, except that
+    with ``backbone: auto`` the sections that it will choose contain only the keys that were given."""
+    return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """A configuration as plain values, see :func:`dump_config`."""
+    tree = config.model_dump(mode="json")
+    if not config.backbone.is_auto:
+        return tree
+    tree = {name: section for name, section in tree.items() if name not in SIZED} | given(config)
+    return {name: tree[name] for name in type(config).model_fields if name in tree}
+
+
+def given(config: Config) -> dict[str, Any]:
+    """The keys of the sections ``SIZED`` that were given when a configuration was read, also where the value
+    is the default."""
+    return {
+        name: values(getattr(config, name), given=True) for name in SIZED if name in config.model_fields_set
+    }
+
+
+def values(section: BaseModel, given: bool = False) -> dict[str, Any]:
+    """All keys of a section, or only the given ones, also those that are not written at their default."""
+    names = [name for name in type(section).model_fields if not given or name in section.model_fields_set]
+    found = {name: getattr(section, name) for name in names}
+    return {
+        name: values(each, given) if isinstance(each, BaseModel) else each for name, each in found.items()
+    }
 
 
 def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +102,7 @@ def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """The dotted names of the keys whose values differ, in the order of the tree."""
-    before, after = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))
+    before, after = dict(leaves(as_tree(old))), dict(leaves(as_tree(new)))
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
@@ -87,7 +115,7 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
     if items.index is not None:
         items = items.model_copy(update={"index": _absolute(items.index, base)})
     config = config.model_copy(update={"items": items})
-    if (name := config.backbone.name) not in BUILT_IN and _is_backbone(name, base):
+    if (name := config.backbone.name) not in (*BUILT_IN, AUTO) and _is_backbone(name, base):
         backbone = config.backbone.model_copy(update={"name": _absolute(name, base)})
         config = config.model_copy(update={"backbone": backbone})
     if config.backbone.pretrained is not None:
@@ -125,7 +153,7 @@ def _absolute(text: str, base: Path | None) -> str:
 def missing_keys(tree: Mapping[str, Any], config: Config) -> list[str]:
     """The keys of the resolved configuration that a tree read from a file does not have."""
     there = {key for key, _ in leaves(tree)}
-    return [key for key, _ in leaves(config.model_dump(mode="json")) if key not in there]
+    return [key for key, _ in leaves(as_tree(config)) if key not in there]
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -160,10 +188,22 @@ def place(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
+def merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with the values of another, section by section."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
+        result[key] = merged(below[key], value) if both else value
+    return result
+
+
 def _expand(key: str, short: Any) -> dict[str, Any]:
-    expanded = {"strategy": expand_strategy, "backbone": expand_backbone, "data": expand_data}.get(
-        key, lambda v: v
-    )(short)
+    expanded = {
+        "strategy": expand_strategy,
+        "backbone": expand_backbone,
+        "head": expand_head,
+        "data": expand_data,
+    }.get(key, lambda v: v)(short)
     if not isinstance(expanded, dict):
         raise ConfigError(f"{key} is {shown(short)}, which is not a section with keys")
     return dict(expanded)

@@ -1,14 +1,22 @@
-"""Settings for a model that is trained from scratch, by the size of the log."""
+"""Settings for a model that is trained from scratch, by the size of the log: ``backbone: auto``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from peso.config.model import AUTO
+from peso.config.reading import merged
+
+# Stage 0 has fewer training targets than the first number: width, layers. Only the smallest was measured.
+SIZES = ((200_000, 64, 2), (2_000_000, 128, 3), (None, 256, 4))
 # At 25,000 items, a softmax over all of them takes half of a step or more (docs/reference/benchmarks.md).
 EXACT_ITEMS = 10_000
 NEGATIVES = 2048
 STEPS_PER_EPOCH = 40  # the fewest, as far as batches of 32 allow
+FEWEST = 100  # training targets for `auto`: three steps of the smallest batches
+RATE = 4e-3 * 64  # the learning rate times the width
 
 
 def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
@@ -23,8 +31,9 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
         events: the number of training targets of stage 0.
         items: the number of items in the catalog.
     """
-    width, layers = (64, 2) if events < 200_000 else (128, 3) if events < 2_000_000 else (256, 4)
+    most, width, layers = next(size for size in SIZES if size[0] is None or events < size[0])
     batch = 2 ** round(math.log2(min(max(events / STEPS_PER_EPOCH, 32), 256)))
+    epochs = 12 if events >= 20_000 else 20
     head: dict[str, Any] = {"name": "items", "learning_rate_scale": 0.1}
     if items > EXACT_ITEMS:
         head["negatives"] = NEGATIVES
@@ -32,17 +41,42 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
         "backbone": {"name": "scratch", "width": width, "layers": layers},
         "head": head,
         "training": {
-            "epochs": 12 if events >= 20_000 else 20,
+            "epochs": epochs,
             "patience": 3,
             "batch_size": batch,
-            "learning_rate": 4e-3 * 64 / width,
+            "learning_rate": RATE / width,
             "warmup": 0.05,
             "temperature": 1.0,
             "later": {"learning_rate": "auto", "epochs": 6, "patience": 2},
         },
     }
+    size = f"fewer than {most:,}" if most else f"at least {SIZES[-2][0]:,}"
+    softmax = f"{NEGATIVES:,} sampled negatives" if items > EXACT_ITEMS else "a softmax over all of them"
     reason = (
-        f"{events:,} training targets in stage 0 and {items:,} items: {layers} layers {width} wide, "
-        f"batches of {batch} targets"
+        f"{events:,} training targets in stage 0 ({size}): {layers} layers {width} wide, batches of {batch} "
+        f"targets, at most {epochs} epochs; {items:,} items: {softmax}"
     )
     return sections, reason
+
+
+def beside(sections: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen sections with the keys that a configuration gives, which take precedence.
+
+    What follows from a given key follows from its value: the learning rate from the width, and the rates of
+    updates from ``training.later_learning_rate_scale``. With ``head: codes``, nothing is chosen for the head.
+
+    Args:
+        sections: see :func:`from_scratch`.
+        kept: the given keys of the same sections; ``auto`` as the name of the backbone is not one.
+    """
+    chosen = {name: dict(section) for name, section in sections.items()}
+    backbone, training = kept.get("backbone", {}), kept.get("training", {})
+    if width := backbone.get("width"):
+        chosen["training"]["learning_rate"] *= chosen["backbone"]["width"] / width
+    if "later_learning_rate_scale" in training:
+        later = chosen["training"]["later"]
+        chosen["training"]["later"] = {key: later[key] for key in later if key != "learning_rate"}
+    if kept.get("head", {}).get("name") == "codes":
+        chosen["head"] = {}
+    own = {key: value for key, value in backbone.items() if value not in (AUTO, None)}
+    return merged(chosen, {**kept, "backbone": own})

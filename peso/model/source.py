@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peso.config.model import BUILT_IN
+from peso.config.model import AUTO, BUILT_IN
 from peso.errors import BackboneError
 from peso.runtime import assets
 
@@ -27,7 +27,7 @@ def source_of(name: str) -> str:
         raise BackboneError(f"backbone {name!r} is a file; use the directory of a Transformers model")
     # names on the hub are owner/model; anything else is meant as a known name or a path
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        known = ", ".join([*BUILT_IN, *assets.names("backbone")])
+        known = ", ".join([AUTO, *BUILT_IN, *assets.names("backbone")])
         raise BackboneError(
             f"backbone {name!r} is neither a directory nor a known name ({known}), and names on the hub have "
             "the form owner/model. If the directory was moved, change backbone.name (in a workspace, in its "

@@ -15,6 +15,7 @@ from peso.errors import BackboneError, ConfigError, PesoError
 from peso.events.columns import ITEM_ID, ITEMS
 from peso.items.encoder_assets import find_encoder
 from peso.model.source import source_of, source_of_pretrained
+from peso.runs.sizes import provisional
 from peso.runs.trust import strategy_of
 from peso.runtime import assets
 from peso.runtime.downloads import Unavailable, require_reachable
@@ -35,6 +36,7 @@ def check_configuration(config: Config) -> None:
         ConfigError, BackboneError: a check failed; the message names key, value and fix.
         DataError: the user table cannot be read.
     """
+    config = provisional(config)
     _check_sizes(config)
     _check_backbone(config)
     for named in config.strategy.foreign:
@@ -86,7 +88,7 @@ def check_surroundings(workspace: Workspace, data: bool = True, models: bool = T
         BackboneError, ConfigError: a model of the hub that cannot be reached.
         DataError: see :func:`check_sources`.
     """
-    config = workspace.config
+    config = provisional(workspace.config)
     require_device(config.training.device)
     _require_trackers(config)
     if config.strategy.foreign:  # built-in strategies were checked with the configuration
@@ -94,7 +96,7 @@ def check_surroundings(workspace: Workspace, data: bool = True, models: bool = T
     if data and not workspace.has_stream:
         check_sources(config)
     if models:
-        _require_models(workspace)
+        _require_models(config, workspace.has_semantic_ids)
 
 
 def _require_trackers(config: Config) -> None:
@@ -126,8 +128,7 @@ def _require_item_content(config: Config) -> None:
         )
 
 
-def _require_models(workspace: Workspace) -> None:
-    config = workspace.config
+def _require_models(config: Config, has_semantic_ids: bool) -> None:
     if config.backbone.pretrained is not None:
         source_of_pretrained(config.backbone.pretrained)
     if config.backbone.name not in (*BUILT_IN, *assets.names("backbone")):
@@ -135,7 +136,7 @@ def _require_models(workspace: Workspace) -> None:
         if not Path(source).is_dir():
             _require_model(f"backbone {source!r}", source, BackboneError)
     imported = config.data.format == "peso-release" or config.items.index is not None
-    if not workspace.has_semantic_ids and not imported:
+    if not has_semantic_ids and not imported:
         _require_encoder(config.items.encoder)
 
 
@@ -244,7 +245,7 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     Raises:
         ConfigError, BackboneError, TrainingError: as training would.
     """
-    config = workspace.config
+    config = provisional(workspace.config)
     check_configuration(config)
     from peso.adapters.lora import add_adapter
     from peso.model.backbone import load_backbone

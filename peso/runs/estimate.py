@@ -34,6 +34,7 @@ from peso.runs.baselines import BaselineRun
 from peso.runs.models import fresh_model, trains_backbone
 from peso.runs.phases import training_of
 from peso.runs.pipeline import Step
+from peso.runs.sizes import require_sizes
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
@@ -97,10 +98,10 @@ def estimate(
     Raises:
         PesoError: as the run itself would, for invalid data or an unusable backbone.
     """
-    config = workspace.config
-    name = config.backbone.name
     with readable(workspace, observer or Silent()) as (source, seconds):
-        stream = source.stream
+        config, stream = source.config, source.stream
+        require_sizes(stream.manifest, config)
+        workspace, name = workspace.with_config(config), config.backbone.name
         missing = list(pipeline.missing_steps(workspace, stream.stages))
         if name in assets.names("backbone") and assets.find(name) is None:
             note = f"`peso run` downloads the backbone; for an estimate run `peso pull {name}` first"

@@ -12,8 +12,8 @@ import yaml
 
 from peso.config import Config, load_config
 from peso.config.data import STREAMS, LogFormat
-from peso.config.reading import override
-from peso.config.recipe import from_scratch
+from peso.config.reading import given, override
+from peso.config.recipe import beside, from_scratch
 from peso.errors import DataError, UntrainableStage
 from peso.events.ingest import ingest
 from peso.events.sources import format_at
@@ -87,9 +87,9 @@ def first_config(
     hint = ""
     if form in get_args(LogFormat):
         of_data = [text for text in overrides if text.startswith("data.")]
-        given = load_config({"data": {"format": form, "path": log}}, of_data, base=Path()).data
-        sampled = sample(log, form, given.separator, given.encoding)
-        found = guess_log(sampled, dict(columns or {}), given.time_format)
+        of_log = load_config({"data": {"format": form, "path": log}}, of_data, base=Path()).data
+        sampled = sample(log, form, of_log.separator, of_log.encoding)
+        found = guess_log(sampled, dict(columns or {}), of_log.time_format)
         kind = found.pop("kind", None)
         shown = {**found, **({"event type": kind} if kind else {})}
         guessed += [(log, role, name, examples(sampled, name)) for role, name in shown.items()]
@@ -99,11 +99,11 @@ def first_config(
             hint = f"events: {{column: {kind}, keep: [{types}]}}   # the event types to use"
         data |= {"separator": sampled.separator} if sampled.separator else {}
         data["columns"] = {role: _column(sampled, name) for role, name in found.items()}
-        time_format = guess_time(sampled, found["time"]) if given.time_format == "auto" else None
+        time_format = guess_time(sampled, found["time"]) if of_log.time_format == "auto" else None
         data |= {"time_format": time_format} if time_format not in ("auto", None) else {}
-        if not given.items or items:
+        if not of_log.items or items:
             table, product_kind = items or log, (kind_of(items) if items else None) or form
-            sampled = sample(table, product_kind, None, given.encoding if product_kind == "csv" else "utf-8")
+            sampled = sample(table, product_kind, None, of_log.encoding if product_kind == "csv" else "utf-8")
             fields = guess_items(sampled, dict(item_columns or {}), None if items else found["item"])
             guessed += [
                 (table, role, name, examples(sampled, name))
@@ -137,9 +137,7 @@ def first_config(
     config, manifest = _tested(tree, target.parent, observer)
     sections, reason = from_scratch(manifest["stages"][0]["training_targets"], manifest["items"])
     if config.backbone.name == "scratch":
-        tree |= sections
-        for text in overrides:  # again, because they take precedence
-            override(tree, text)
+        tree |= beside(sections, given(config))
     if (asked := max(config.evaluation.k)) > manifest["items"]:
         raise DataError(
             f"the log has {manifest['items']} items, fewer than evaluation.k asks for ({asked}); "

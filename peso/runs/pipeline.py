@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from peso.config import Config
 from peso.config.shape import changed_shape, is_later
 from peso.errors import DataError, WorkspaceError
 from peso.runs.baselines import check_data
@@ -21,6 +22,7 @@ from peso.runs.evaluate import test
 from peso.runs.preparation import ingest, tokenize, tokenize_new
 from peso.runs.report import catalogue
 from peso.runs.reuse import refuse_base, take_base
+from peso.runs.sizes import require_sizes
 from peso.runs.stage import METRICS, RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.machine import require_device
@@ -72,7 +74,8 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
         PesoError: see the single steps. Steps that were completed before stay.
     """
     observer = observer or Silent()
-    for step in current().on_main(partial(_prepare, workspace, base, observer)):
+    steps, workspace.config = current().on_main(partial(_prepare, workspace, base, observer))
+    for step in steps:
         assert step.stage is not None
         if step.name == "learn":
             learn(workspace.stage(step.stage), observer)
@@ -82,8 +85,9 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
         current().on_main(partial(_conclude, workspace, observer))
 
 
-def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> list[Step]:
-    """Do the steps before the stages; returns the missing steps of the stages."""
+def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> tuple[list[Step], Config]:
+    """Do the steps before the stages; returns the missing steps of the stages, and the configuration with the
+    sizes that the stream determines."""
     source = None if base is None else Workspace.open(base)
     if 0 in workspace.finished_stages:
         source = None
@@ -95,6 +99,7 @@ def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> lis
         ingest(workspace, observer)
         if source is not None:
             refuse_base(workspace, source)
+    require_sizes(workspace.stream.manifest, workspace.config)
     check_data(workspace.config, workspace.stream)
     if not workspace.has_semantic_ids:
         tokenize(workspace, observer)
@@ -103,7 +108,7 @@ def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> lis
     require_catalogue(workspace)
     if source is not None:
         take_base(workspace, source, observer)
-    return list(missing_steps(workspace, workspace.stream.stages))
+    return list(missing_steps(workspace, workspace.stream.stages)), workspace.config
 
 
 def _conclude(workspace: Workspace, observer: Observer) -> None:
@@ -172,6 +177,7 @@ def require_next(stage: RunStage) -> None:
     """Raise WorkspaceError unless this stage is the next one to train."""
     workspace, number = stage.workspace, stage.number
     workspace.require_semantic_ids()
+    require_sizes(workspace.stream.manifest, workspace.config)
     if new := workspace.items_without_id:
         raise WorkspaceError(
             f"{new:,} items of the stream in {workspace.root} have no semantic ID yet; "

@@ -14,6 +14,7 @@ from peso.runtime.processes import current
 
 CONFIG = "config.yaml"
 MADE = ("stream", "semantic_ids", "stages", "baselines", "report")
+SIZES = "sizes.json"  # what `backbone: auto` chose (peso.runs.sizes)
 TRACKING = "tracking"  # files of experiment trackers (peso.runs.tracking)
 EVENTS = "events.sqlite"  # received events that are not in a stage yet (peso.events.received)
 BESIDE_EVENTS = [f"{EVENTS}{ending}" for ending in ("-wal", "-shm")]  # written by SQLite
@@ -21,7 +22,7 @@ HISTORIES = "histories.sqlite"  # index of the users' histories (peso.events.his
 SERVED, SERVED_LOCK = "served.json", ".served.lock"  # see peso.runs.served
 RETIRED, RETIRED_LOCK = "retired.json", ".retired.lock"  # see peso.runs.retired
 OF_ITS_OWN = {SERVED, SERVED_LOCK, RETIRED, RETIRED_LOCK}  # files that change without the workspace's lock
-PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *OF_ITS_OWN, HISTORIES, TRACKING, *MADE}
+PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *OF_ITS_OWN, HISTORIES, SIZES, TRACKING, *MADE}
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     Raises:
         DataError: the data are invalid. Nothing is written.
         WorkspaceError: stages were trained on the existing stream, or events were appended to it.
+        DataError: ``backbone: auto``, but the log is too small. The stream is kept.
     """
     data = workspace.config.data
     check_configuration(workspace.config)
@@ -58,6 +59,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
             remove_directory(workspace.semantic_ids_directory)  # before the new stream replaces theirs
             observer.note("the data changed: the semantic IDs were removed and have to be made again")
     report_users_found(user_table, workspace.stream, observer)
+    workspace.choose_sizes(observer)
     return manifest
 
 

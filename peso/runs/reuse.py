@@ -33,6 +33,7 @@ def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> No
     _link_directory(source.stream_directory, workspace.stream_directory, STREAM_FORMAT)
     _link_directory(source.semantic_ids_directory, workspace.semantic_ids_directory, IDS_FORMAT)
     observer.note(f"stream and semantic IDs: taken over from {source.root}")
+    workspace.choose_sizes(observer)
 
 
 def take_base(workspace: Workspace, base: Workspace, observer: Observer) -> None:
@@ -62,7 +63,8 @@ def refuse_base(workspace: Workspace, base: Workspace) -> None:
     """Raise WorkspaceError if configurations and data show that stage 0 of ``base`` is different, or if its
     weights were pruned."""
     base.trained(0).require_weights()
-    if changed := changed_shape(base.trained(0).config, workspace.config, 0):
+    auto = workspace.config.backbone.is_auto  # compared again once the sizes are known
+    if not auto and (changed := changed_shape(base.trained(0).config, workspace.config, 0)):
         differences = (f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
         raise _different_base(base, ", ".join(differences))
     if workspace.has_stream and base.stream.fingerprint(0) != workspace.stream.fingerprint(0):

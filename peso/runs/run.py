@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.config import Config, load_config
+from peso.config.reading import as_tree
 from peso.errors import UsageError
 from peso.runs.checks import check_configuration
 from peso.runs.workspace import Workspace, trusted_classes
@@ -47,7 +48,7 @@ def run(
         PesoError: as the single steps. Completed steps stay.
     """
     if isinstance(config, Config):
-        config = config.model_dump(mode="json") if overrides else config
+        config = as_tree(config) if overrides else config
     resolved = config if isinstance(config, Config) else load_config(config, overrides)
     file = Path(config) if isinstance(config, str | Path) else None
     if workspace is None:

@@ -16,11 +16,13 @@ from peso.config.shape import is_later
 from peso.errors import ConfigError, WorkspaceError
 from peso.runs.changes import refuse_changes, refuse_edits
 from peso.runs.place import CONFIG, EVENTS, HISTORIES, MADE, hold_lock, refuse_foreign, writing
+from peso.runs.sizes import Sizes, chosen_sizes, record, require_sizes, settled, sizes_for
 from peso.runs.stage import RunStage
 from peso.runtime.files import write_atomically
 from peso.runtime.machine import require_device
 from peso.runtime.manifest import MANIFEST, Manifest, read_manifest
 from peso.runtime.processes import current
+from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
     from peso.events.stream import Stream
@@ -50,7 +52,7 @@ class Workspace:
                 ``config`` names, for a configuration of the caller's own.
         """
         self.root = root
-        self.config = config
+        self.config = settled(root, config)
         self.trusted = frozenset(config.strategy.foreign if trust is None else trust)
         self._read_ids: tuple[Manifest, SemanticIds] | None = None
 
@@ -137,10 +139,16 @@ class Workspace:
         cls.open(root, trust, anew=anew)  # raises before anything is written
 
         def changed() -> Workspace:
-            if not overrides:
+            before = _read_resolved(root / CONFIG)
+            if not overrides and not before.backbone.is_auto:
                 return cls.open(root, trust, anew=anew)
             resolved = with_earlier_defaults(read_tree(root / CONFIG))
             config = load_config(resolved, overrides, base=root)
+            if config.backbone.is_auto and not before.backbone.is_auto:
+                raise ConfigError(
+                    f"backbone: auto chooses where nothing is given, but {root / CONFIG} has a value for "
+                    "every key; give it for a new workspace (-w), or set the keys"
+                )
             # later stages' settings may differ between stages; they are checked only if this call changes
             # some
             kept = not any(map(is_later, changed_keys(cls.open(root, trust, anew=anew).config, config)))
@@ -154,25 +162,52 @@ class Workspace:
         cls, root: Path, config: Config, trust: Iterable[str] | None, later: bool, anew: str = ""
     ) -> Workspace:
         """:meth:`create_or_open` for a caller that holds the lock."""
+        configured = cls(root, config, trust)
         if os.path.isfile(root / CONFIG):
             done = cls.open(root, anew=anew)
-            refuse_changes(done, config, later=later, anew=anew)
-            changed = changed_keys(done.config, config)
+            refuse_changes(done, configured.config, later=later, anew=anew)
+            changed = changed_keys(_read_resolved(root / CONFIG), configured.config)
             if not changed:
-                return cls(root, config, trust)
+                return configured
             if "training.device" in changed:
                 _require_usable(config.training)
-        write_atomically(root / CONFIG, dump_config(config).encode())
-        return cls(root, config, trust)
+        configured._write(sizes_for(root, config))
+        return configured
 
     @classmethod
     def preview(cls, path: str | Path, config: Config, trust: Iterable[str] | None = None) -> Workspace:
         """As :meth:`create_or_open`, without writing anything."""
         root = Path(path)
         refuse_foreign(root)
+        previewed = cls(root, config, trust)
         if os.path.isfile(root / CONFIG):
-            refuse_changes(cls.open(root), config)
-        return cls(root, config, trust)
+            refuse_changes(cls.open(root), previewed.config)
+        return previewed
+
+    def choose_sizes(self, observer: Observer) -> None:
+        """Choose what ``backbone: auto`` leaves open, for the stream that was just made. The caller holds the
+        workspace's lock. Without ``auto``, and where the sizes fit the stream already, nothing changes.
+
+        Raises:
+            DataError: the log is too small.
+            WorkspaceError: sizes.json is damaged.
+        """
+        before = chosen_sizes(self.root)
+        config = self.config if before is None else before.unsettle(self.config)
+        if not config.backbone.is_auto:
+            return
+        stream = self.stream.manifest
+        require_sizes(stream, config)
+        sizes = Sizes.of(stream, config)
+        self.config = sizes.settle(config)
+        self._write(sizes)
+        observer.note(str(sizes))
+
+    def _write(self, sizes: Sizes | None) -> None:
+        """Write config.yaml, and before it the sizes that it has from ``backbone: auto``."""
+        if sizes is not None:
+            record(self.root, sizes)
+        write_atomically(self.root / CONFIG, dump_config(self.config).encode())
 
     def with_config(self, config: Config) -> Workspace:
         """The same directory with another configuration in memory; config.yaml is not changed."""

@@ -11,6 +11,7 @@ from peso.config.strategy import UNCHANGED
 from peso.runs.compare.plan import Plan, Task
 from peso.runs.compare.progress import is_done, pairs_across, progress_of
 from peso.runs.estimate import Estimate, Speed, baseline_estimate, estimate, readable
+from peso.runs.sizes import sizes_for
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 from peso.runtime.progress import Silent
@@ -100,7 +101,10 @@ def _expected(task: Task, name: str, measured: Measured) -> Expected:
     if any(e.minutes is None for e in steps):
         return Expected(name, "missing", None, next(e.note for e in steps if e.minutes is None))
     state = f"{at.done} of {at.stages} stages" if at.done else "missing"
-    return Expected(name, state, sum(e.minutes or 0.0 for e in counted), "")
+    sizes = None
+    if task.base is None and task.data is not None:
+        sizes = sizes_for(measured.data_of(task.data)[0].root, task.config)
+    return Expected(name, state, sum(e.minutes or 0.0 for e in counted), str(sizes or ""))
 
 
 def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
@@ -124,7 +128,7 @@ def _steps(task: Task, measured: Measured) -> list[Estimate]:
     assert task.data is not None
     source = measured.data_of(task.data)[0]
     workspace = Workspace(source.root, task.config.model_copy(update={"baselines": []}))
-    shape = stage_shape(task.config, 1) | {"seed": None}
+    shape = stage_shape(workspace.config, 1) | {"seed": None}
     like = digest(shape | {"strategy": task.config.strategy.name == UNCHANGED}, str(task.data.root))
     key = digest(shape, str(task.data.root))
     if key not in measured.steps:

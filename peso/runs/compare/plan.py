@@ -26,7 +26,8 @@ from peso.config import (
 )
 from peso.config.baselines import BaselineOptions, baseline_label, is_random
 from peso.config.compare import MOST_VARIANTS, CompareConfig, Variant, grid, load_comparison, variants
-from peso.config.shape import stage_shape
+from peso.config.reading import given, leaves
+from peso.config.shape import is_later, stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
 from peso.runs.checks import check_configuration, check_sources, check_surroundings, rehearse
@@ -392,10 +393,18 @@ def _task(root: Path, folder: str, names: tuple[str, str, str], config: Config) 
     data_config = Config(data=config.data, items=config.items, seed=config.seed_of_data)
     of_data = digest(data_config.model_dump(mode="json", include={"data", "items", "seed"}))
     data = Task(root / "data" / names[0] / of_data[:8], data_config, -1)
-    of_base = digest(of_data, stage_shape(config, 0))
+    of_base = digest(of_data, stage_shape(config, 0), *_given(config))
     base = Task(root / "base" / names[0] / names[1] / of_base[:8], _base_config(config), 0, data)
     own = root / folder / names[0] / names[1] / _plain(names[2]) / f"seed={config.seed}"
     return Task(own, config, None, data, base)
+
+
+def _given(config: Config) -> list[str]:
+    """With ``backbone: auto``, the keys that are not chosen, because they differ from the chosen values even
+    if they are given as the default."""
+    if not config.backbone.is_auto:
+        return []
+    return [key for key, _ in leaves(given(config)) if not is_later(key)]
 
 
 def _base_config(config: Config) -> Config:

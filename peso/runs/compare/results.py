@@ -23,6 +23,7 @@ from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.compare.plan import Plan, Run
 from peso.runs.compare.progress import TaskProgress, choose, is_done, progress_of, validation_loss
 from peso.runs.place import require_place
+from peso.runs.sizes import sizes_for
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.files import write_aside
@@ -49,6 +50,10 @@ def collect(plan: Plan) -> Collected:
     runs, baselines = [], []
     remarks = list[str]()
     for run in plan.runs:
+        sizes = sizes_for(run.task.root, run.task.config)
+        remark = f"{run.data}/{run.backbone}: {sizes}"
+        if sizes is not None and remark not in remarks:
+            remarks.append(remark)
         if run.candidates:
             if not _trials_done(run):
                 remarks.append(f"{run.name}: missing, its options are not chosen yet")
