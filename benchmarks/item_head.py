@@ -1,6 +1,6 @@
 """The cost of an item head: a training step and an answer, with and without it.
 
-    python benchmarks/item_head.py [--quick] [--json]
+    python benchmarks/item_head.py [--quick] [--large] [--json]
 
 A small Llama (`scratch`, width 128, 4 layers, dropout 0.2, `stream`) on random histories of 20 items, all
 weights trained, in catalogs of 2,500 and 25,000 items with 4 levels × 256 codes. Steps of 32, 128 and 512
@@ -8,12 +8,17 @@ targets; the head's share of a step is 1 - t(codes) / t(items), with a softmax o
 and with 1,024 negatives (`sampled_share`). `answer_share` is the same for the search of 10 beams over 64
 users; `counted_answer_share` with counts of transitions as well, 40 edges per item. The models take turns,
 and each figure is the median over all turns.
+
+`--large`: instead, the search in a catalog of a million items with vectors 64 wide (`scratch`, 2 layers), in
+processor time: of the whole search, of the exact product and the choice of its best items, and the largest
+memory of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,16 +31,18 @@ from step_time import median_step
 
 from peso.config import BackboneConfig, HeadConfig, PromptConfig
 from peso.decoding import search
+from peso.decoding.pool import best_leaves, leaf_log_probabilities
 from peso.events.histories import TargetSequence
 from peso.items.semantic_ids import SemanticIds
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
+from peso.model.inference import for_inference
 from peso.model.transitions import Transitions
 
 CATALOGS, BATCHES = (2_500, 25_000), (32, 128, 512)
 LEVELS, CODES, HISTORY, USERS = 4, 256, 20, 64
 EDGES = 40  # per item; 36 in the last stage of `Video_Games`
-
+LARGE, WIDTH, TOGETHER = 1_000_000, 64, 32  # items, width of their vectors, users in a batch
 
 HEADS = {
     "codes": HeadConfig(),
@@ -46,11 +53,11 @@ HEADS = {
 TRAINED = ("codes", "items", "sampled")
 
 
-def build(items: int, head: HeadConfig) -> GenerativeModel:
+def build(items: int, head: HeadConfig, **sizes: int) -> GenerativeModel:
     codes = np.random.default_rng(0).integers(0, CODES, (items, LEVELS), dtype=np.int32)
     ids = SemanticIds([str(n) for n in range(items)], codes, (CODES,) * LEVELS)
     return build_model(
-        BackboneConfig.model_validate({"name": "scratch"}),
+        BackboneConfig.model_validate({"name": "scratch", **sizes}),
         PromptConfig(),
         None,
         "semantic",
@@ -82,6 +89,25 @@ def answer_seconds(model: GenerativeModel, items: int) -> float:
     return time.perf_counter() - start
 
 
+def large() -> dict[str, float]:
+    """Milliseconds of the processor for a user in a large catalog, and the peak memory in gigabytes."""
+    model = for_inference(build(LARGE, HEADS["items"], width=WIDTH, layers=2))
+    ids, result = model.semantic_ids, dict[str, float]()
+    histories = list(np.random.default_rng(2).integers(0, LARGE, (TOGETHER, HISTORY)))
+    leaves = torch.arange(ids.trie.leaves)
+    for users in (1, TOGETHER):
+        start = time.process_time()
+        search(model, histories[:users], beams=10)
+        result[f"search_milliseconds_{users}"] = (time.process_time() - start) / users * 1e3
+        start = time.process_time()
+        with torch.no_grad():
+            found = leaf_log_probabilities(model, torch.randn(users, WIDTH))
+            best_leaves(found, leaves, 10, None)
+        result[f"exact_milliseconds_{users}"] = (time.process_time() - start) / users * 1e3
+    result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return result
+
+
 def medians(
     measure: Callable[[GenerativeModel], float], items: int, turns: int, heads: Sequence[str]
 ) -> dict[str, float]:
@@ -99,12 +125,13 @@ def medians(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer turns")
+    parser.add_argument("--large", action="store_true", help="a catalog of a million items")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     turns, steps = (3, 6) if arguments.quick else (7, 12)
     result: dict[str, float] = {}
-    for items in CATALOGS:
+    for items in () if arguments.large else CATALOGS:
         for batch in BATCHES:
             step = partial(step_seconds, items=items, batch=batch, steps=steps)
             found = medians(step, items, turns, TRAINED)
@@ -115,10 +142,13 @@ def main() -> None:
         result[f"answer_milliseconds_{items}"] = found["codes"] * 1e3
         result[f"answer_share_{items}"] = 1 - found["codes"] / found["items"]
         result[f"counted_answer_share_{items}"] = 1 - found["codes"] / found["counted"]
+    if arguments.large:
+        result = large()
     if arguments.json:
         print(json.dumps(result))
         return
-    print("1 thread; milliseconds without the head, and its share of the time with it")
+    if not arguments.large:
+        print("1 thread; milliseconds without the head, and its share of the time with it")
     for name, value in result.items():
         print(f"{name:>32} {value:.4g}")
 

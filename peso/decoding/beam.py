@@ -45,6 +45,9 @@ TOGETHER_ELSEWHERE = 256
 # The total number of beams in a batch, to limit the memory of searches with hundreds of beams.
 BEAMS_AT_ONCE = {"cpu": 4096}
 BEAMS_AT_ONCE_ELSEWHERE = 16384
+# With an item head, the total number of item scores in a batch, to limit the memory with large catalogs.
+SCORES_AT_ONCE = {"cpu": 2**25}
+SCORES_AT_ONCE_ELSEWHERE = 2**27
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,9 @@ def search(
     ]
     computed = np.zeros(len(asked), dtype=bool)
     together = min(batch_size, max(1, BEAMS_AT_ONCE.get(device, BEAMS_AT_ONCE_ELSEWHERE) // beams))
+    if model.has_item_head:
+        most = SCORES_AT_ONCE.get(device, SCORES_AT_ONCE_ELSEWHERE)
+        together = min(together, max(1, most // len(model.semantic_ids.item_ids)))
     with _ready(model):
         # a separate pass is worthwhile only if several users share it
         opening = Known.opening(model) if len(asked) > 1 else Known.nothing()

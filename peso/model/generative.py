@@ -91,10 +91,15 @@ class GenerativeModel(nn.Module):
         backbone: Any = self.backbone
         return self.on(trained_whole(backbone.float().merge_and_unload(), self.vocabulary))
 
-    def on(self, backbone: nn.Module) -> GenerativeModel:
-        """The model with another backbone; everything else is shared."""
+    def on(self, backbone: nn.Module, vocabulary: SemanticVocabulary | None = None) -> GenerativeModel:
+        """The model with another backbone, and another vocabulary if given; everything else is shared."""
         model = GenerativeModel(
-            backbone, self.tokenizer, self.vocabulary, self.layout, self.semantic_ids, self.loss_vocabulary
+            backbone,
+            self.tokenizer,
+            self.vocabulary if vocabulary is None else vocabulary,
+            self.layout,
+            self.semantic_ids,
+            self.loss_vocabulary,
         )
         model.transitions = self.transitions
         return model

@@ -35,8 +35,11 @@ def for_inference(model: GenerativeModel | Ensemble, *, packed: bool = False) ->
     precision of W. Layers with other kinds of adapters remain PEFT layers. Norms that divide by the root mean
     square become :class:`torch.nn.RMSNorm`.
 
+    The vectors of an item head are computed once (:meth:`~peso.model.item_head.ItemHead.fixed`).
+
     Weights without adapters are shared with ``model``, which does not change. So the copy needs additional
-    memory for the adapted float32 weights, and later changes of the adapters do not affect it.
+    memory for the adapted float32 weights and the items' vectors, and later changes of the adapters do not
+    affect it.
 
     Args:
         packed: on a CPU, store the weights of linear layers as oneDNN reads them (:class:`PackedLinear`),
@@ -70,7 +73,7 @@ def for_inference(model: GenerativeModel | Ensemble, *, packed: bool = False) ->
             answering.set_submodule(name, norm)
     if packed and model.device.type == "cpu":
         _pack(answering)
-    return model.on(answering).eval()
+    return model.on(answering, model.vocabulary.fixed()).eval()
 
 
 def _beside(layer: LoraLayer) -> nn.Module | None:

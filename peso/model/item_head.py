@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,7 @@ class ItemHead(nn.Module):
         self.register_buffer("tokens", numbers, persistent=False)
         self.register_buffer("counts", torch.ones(items), persistent=False)
         self.register_buffer("shares", torch.full((len(LENGTHS) + 1,), 0.5))
+        self._fixed: tuple[Tensor, Tensor] | None = None
         self.reads = reads
         if reads:
             self.input_scale = nn.Parameter(torch.ones(()))
@@ -98,7 +101,7 @@ class ItemHead(nn.Module):
 
     def vectors(self) -> Tensor:
         """The vectors e_i of all items, float32 (items, width)."""
-        return self.rows + self._of_codes()
+        return self.rows + self._of_codes() if self._fixed is None else self._fixed[0]
 
     def _of_codes(self, items: Tensor | None = None) -> Tensor:
         """The sum of the code rows, Σ_l u(c_l), of these items or of all: (n, width)."""
@@ -135,7 +138,17 @@ class ItemHead(nn.Module):
 
     def biases(self) -> Tensor:
         """The biases b_i of all items, float32 (items,)."""
+        if self._fixed is not None:
+            return self._fixed[1]
         return self.bias + self.code_bias[self.tokens].sum(-1)
+
+    @torch.no_grad()
+    def fixed(self) -> ItemHead:
+        """The head for inference: vectors and biases of all items are computed once instead of for every
+        batch. Parameters are shared; later changes of them do not affect vectors and biases."""
+        made = copy(self)
+        made._fixed = self.vectors(), self.biases()
+        return made
 
     def queries(self, hidden: Tensor) -> Tensor:
         """Q · h / rms(h) of states: (n, width) → float32 (n, width)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -103,6 +105,14 @@ class SemanticVocabulary(nn.Module):
                 values[torch.from_numpy(new).to(values.device)] = torch.from_numpy(means).to(values)
             begun += len(new)
         return begun
+
+    def fixed(self) -> SemanticVocabulary:
+        """The vocabulary for inference, with a fixed item head; everything else is shared."""
+        if self.item_head is None:
+            return self
+        made = copy(self)
+        made._modules = {**self._modules, "item_head": self.item_head.fixed()}
+        return made
 
     def level_rows(self, level: int) -> Tensor:
         """The output rows of a level, (codes of the level, width)."""

@@ -8,7 +8,7 @@ import torch
 from scipy import sparse
 
 from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
-from peso.decoding import beam_search, search
+from peso.decoding import beam, beam_search, search
 from peso.decoding.pool import PRIORS, Candidates, Evidence, best_weights, near_best
 from peso.events.histories import Cases
 from peso.items.semantic_ids import SemanticIds
@@ -210,6 +210,17 @@ def test_where_ndcg_cannot_tell_shares_apart_likelihood_does() -> None:
     every = Candidates(leaves, items - 30, items)
     chosen = best_weights(every, only(every, targets), torch.full((users,), 3), depth=5)
     assert chosen.shares == [1.0] * 4
+
+
+def test_a_large_catalog_is_searched_in_smaller_batches(
+    model: GenerativeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sizes = search(model, HISTORIES, beams=6), list[int]()
+    monkeypatch.setattr(beam, "SCORES_AT_ONCE", {"cpu": 2 * ITEMS + 1})
+    found = search(model, HISTORIES, beams=6, on_candidates=lambda users, *_: sizes.append(len(users)))
+    assert sizes == [2, 2, 1]
+    np.testing.assert_array_equal(found.leaves, whole.leaves)
+    np.testing.assert_allclose(found.scores, whole.scores, atol=1e-5)
 
 
 def test_candidates_of_batches_are_joined_in_order() -> None:

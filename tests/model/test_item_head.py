@@ -129,6 +129,15 @@ def test_a_fresh_item_is_scored_by_its_codes() -> None:
     assert learned[0, -1] < learned[0, 3]
 
 
+def test_a_fixed_head_keeps_its_vectors(head: ItemHead) -> None:
+    scores, fixed = head(states(3)), head.fixed()
+    torch.testing.assert_close(fixed(states(3)), scores, rtol=0, atol=0)
+    with torch.no_grad():
+        head.rows.add_(1)
+    assert not torch.equal(head(states(3)), scores)
+    torch.testing.assert_close(fixed(states(3)), scores, rtol=0, atol=0)
+
+
 def test_it_is_kept_with_the_vocabulary_and_grows_with_the_catalogue(tmp_path: Path) -> None:
     def model(items: int, seed: int):
         return build_model(
