@@ -180,6 +180,12 @@ class HeadConfig(Section):
         description="items only: whether counts of the transitions between items are used in addition to "
         "what the model has learned; none given: true",
     )
+    contents: bool = Field(
+        False,
+        exclude_if=not_,
+        description="items only: whether an item's vector has a learned projection of its content vector, "
+        "from which its semantic ID is made; needs items with texts or vectors",
+    )
     learning_rate_scale: float = Field(
         1.0,
         gt=0,
@@ -197,7 +203,7 @@ class HeadConfig(Section):
 
     @model_validator(mode="after")
     def _with_a_head(self) -> HeadConfig:
-        for key in OF_ITEMS:
+        for key in (*OF_ITEMS, "contents"):
             if getattr(self, key) and self.name != "items":
                 raise ValueError(f"head.{key} needs the item head: set head.name=items")
         return self

@@ -10,8 +10,9 @@ import pyarrow as pa
 from safetensors.numpy import load_file
 
 from peso.items import quality
-from peso.items.semantic_ids import EARLIER, FORMAT, SemanticIds, read_semantic_ids, write_semantic_ids
-from peso.items.tokenize import CATEGORIES_FILE, CODEBOOKS_FILE, ENCODER_FILE, save_arrays
+from peso.items.contents import ENCODER_FILE, save_arrays
+from peso.items.semantic_ids import EARLIER, FORMAT, read_semantic_ids, write_semantic_ids
+from peso.items.tokenize import CATEGORIES_FILE, CODEBOOKS_FILE
 from peso.items.vectors import ItemEncoder
 from peso.runtime.files import link, write_json
 from peso.runtime.manifest import intact, read_manifest, write_manifest
@@ -45,7 +46,7 @@ def shorten_semantic_ids(items: pa.Table, stages: int, source: Path, directory: 
     """
     now, manifest = read_semantic_ids(source), read_manifest(source, FORMAT)
     count = len(items)
-    ids = SemanticIds(now.item_ids[:count], now.codes[:count], now.sizes)
+    ids = now.first(count)
     for name in (CODEBOOKS_FILE, ENCODER_FILE):
         if name in manifest["files"]:
             link(intact(source, name, manifest), directory / name)

@@ -5,6 +5,7 @@ There are no codebooks, so new items need an updated index.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pyarrow as pa
 from peso.config import ItemsConfig
 from peso.errors import DataError
 from peso.items import quality
+from peso.items.contents import extended, known_contents, vectors_beside
 from peso.items.semantic_ids import FORMAT, ITEM_ID, SemanticIds, read_semantic_ids, write_semantic_ids
-from peso.items.vectors import ItemEncoder, item_texts
+from peso.items.vectors import ItemVectors, item_texts
 from peso.runtime.manifest import read_manifest
 from peso.runtime.progress import Observer, Silent
 
@@ -29,11 +31,13 @@ def adopt(
     seed: int,
     cache: Path | None = None,
     observer: Observer | None = None,
+    fitted: np.ndarray | None = None,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
     """Write the IDs that an index has for these items to an existing empty directory.
 
     If items have texts, or if ``config.vectors`` names files, the vectors are used to measure how well the
-    IDs preserve neighbors. Nothing else depends on them.
+    IDs preserve neighbors. Nothing else depends on them, unless they are kept as contents.
 
     Args:
         items: the item table; the row is the item number.
@@ -44,12 +48,16 @@ def adopt(
         seed: the seed for measuring the IDs.
         cache: a directory that keeps vectors of text encoders between runs; None to keep none.
         observer: receives progress and notes.
+        fitted: the rows of the items to fit the encoder of contents to (``head.contents``); None to keep no
+            contents.
+        earlier: the directory of the IDs that these extend. If it has contents, so have these.
 
     Returns:
         The manifest.
 
     Raises:
-        DataError: items have no ID (the message names them), or vector files are invalid.
+        DataError: items have no ID (the message names them), vector files are invalid, or no item has
+            contents to keep.
         ConfigError: an encoder cannot be loaded.
     """
     observer = observer or Silent()
@@ -61,13 +69,20 @@ def adopt(
             f"{source}: {error}; add them to the index, or remove items.index to make IDs from the items' "
             "texts"
         ) from None
-    ids = SemanticIds(item_ids, index.codes[rows], index.sizes)
+    old = None if earlier is None else read_semantic_ids(earlier)
+    keeps = fitted is not None or (old is not None and old.contents is not None)
+    ids, vectors = SemanticIds(item_ids, index.codes[rows], index.sizes), None
+    if keeps or config.vectors or any(text is not None for text in item_texts(items, config.template)):
+        vectors = vectors_beside(items, config, seed, cache, observer, directory, fitted, earlier)
+        if keeps:
+            kept = known_contents(vectors) if old is None else extended(old, vectors)
+            ids = replace(ids, contents=kept)
     if aside := len(index.item_ids) - len(item_ids):
         observer.note(f"{source}: {aside:,} items that are not in the log are ignored")
     titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
     measured = {
         **quality.of_codes(ids, titles),
-        **_by_vectors(items, ids, config, seed, cache, observer),
+        **({} if vectors is None else _by_vectors(ids, vectors, seed)),
     }
     write_semantic_ids(ids, directory, {"made_by": "import", "source": source, "quality": measured})
     return read_manifest(directory, FORMAT)
@@ -92,7 +107,7 @@ def adopt_more(
         WorkspaceError: ``earlier`` is damaged, or a newer version wrote it.
     """
     old = read_semantic_ids(earlier)
-    manifest = adopt(items, index, source, config, directory, seed, cache, observer)
+    manifest = adopt(items, index, source, config, directory, seed, cache, observer, earlier=earlier)
     new = read_semantic_ids(directory)
     count = len(old.item_ids)
     if new.item_ids[:count] != old.item_ids or new.sizes != old.sizes:
@@ -108,18 +123,8 @@ def adopt_more(
     return manifest
 
 
-def _by_vectors(
-    items: pa.Table,
-    ids: SemanticIds,
-    config: ItemsConfig,
-    seed: int,
-    cache: Path | None,
-    observer: Observer,
-) -> dict[str, Any]:
-    """The measures that need vectors; empty if no item has a vector."""
-    if not config.vectors and not any(text is not None for text in item_texts(items, config.template)):
-        return {}
-    vectors = ItemEncoder.fit(items, np.arange(len(items)), config, seed, cache, observer)[1]
+def _by_vectors(ids: SemanticIds, vectors: ItemVectors, seed: int) -> dict[str, Any]:
+    """The measures that need vectors."""
     known = vectors.known
     kept = quality.neighbours_kept(vectors.vectors[known], ids.codes[known], seed)
     return {"neighbours": kept, "without_vector": int((~known).sum())}

@@ -5,6 +5,7 @@ device. Semantic IDs are stored in these files, or in the ``index.json`` that re
 
     semantic_ids/index.parquet   item_id, codes; the row is the item number
     semantic_ids/manifest.json   format version, sizes, the rule for shared IDs, sha256
+    semantic_ids/contents.safetensors   the content vectors, if a model uses them
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from peso.errors import DataError, WorkspaceError
 from peso.runtime.files import read_json_object, write_atomically
@@ -147,11 +150,14 @@ class SemanticIds:
         codes: int32 (items, levels), the codes of each item.
         sizes: the number of codes of each level. The semantic vocabulary has a row for each, also for codes
             that are not in use yet, so that new items do not change its size.
+        contents: float32 (items, dimensions), the vector of each item's contents from which its ID is made;
+            zero for an item without any. None unless a model uses them (``head.contents``).
     """
 
     item_ids: list[str]
     codes: np.ndarray
     sizes: tuple[int, ...]
+    contents: np.ndarray | None = field(default=None, repr=False, compare=False)
     _rows: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -162,6 +168,8 @@ class SemanticIds:
             )
         if len(self.codes) and (self.codes.min() < 0 or (self.codes.max(axis=0) >= self.sizes).any()):
             raise ValueError("a code is outside the size of its level")
+        if self.contents is not None and len(self.contents) != len(self.item_ids):
+            raise ValueError(f"{len(self.contents)} content vectors for {len(self.item_ids)} items")
         object.__setattr__(self, "_rows", {item: row for row, item in enumerate(self.item_ids)})
 
     @property
@@ -188,6 +196,26 @@ class SemanticIds:
         result = hashlib.sha256(json.dumps([list(self.sizes), self.item_ids[:items]]).encode())
         result.update(np.ascontiguousarray(self.codes[:items], "<i4").tobytes())
         return result.hexdigest()
+
+    @property
+    def required_contents(self) -> np.ndarray:
+        """``contents``. Raises DataError if there are none."""
+        if self.contents is None:
+            raise DataError(
+                "head.contents needs the items' content vectors, but these semantic IDs were made without "
+                "it; make them again with `peso tokenize` before training, or set head.contents=false"
+            )
+        return self.contents
+
+    def fingerprint_of_contents(self, items: int) -> str:
+        """The sha256 of the content vectors of the first ``items`` rows."""
+        first = np.ascontiguousarray(self.required_contents[:items], "<f4")
+        return hashlib.sha256(first.tobytes()).hexdigest()
+
+    def first(self, items: int) -> SemanticIds:
+        """Only the first ``items`` rows."""
+        contents = None if self.contents is None else self.contents[:items]
+        return SemanticIds(self.item_ids[:items], self.codes[:items], self.sizes, contents)
 
     def tokens(self) -> list[str]:
         """All token names, level by level, in the order of the rows of the semantic vocabulary."""
@@ -222,7 +250,7 @@ class SemanticIds:
 
 
 FORMAT = 1
-INDEX_FILE = "index.parquet"
+INDEX_FILE, CONTENTS_FILE = "index.parquet", "contents.safetensors"
 ITEM_ID = "item_id"
 CODES = "codes"
 EARLIER = "earlier"  # a key of the manifest: its content before items were added, oldest first
@@ -244,6 +272,8 @@ def write_semantic_ids(ids: SemanticIds, directory: Path, manifest: Mapping[str,
     codes = pa.FixedSizeListArray.from_arrays(pa.array(ids.codes.ravel(), pa.int32()), ids.levels)
     table = pa.table({ITEM_ID: pa.array(ids.item_ids, pa.string()), CODES: codes})
     pq.write_table(table, directory / INDEX_FILE)
+    if ids.contents is not None:
+        save_file({"contents": np.ascontiguousarray(ids.contents, np.float32)}, directory / CONTENTS_FILE)
     content = {
         "items": len(ids.item_ids),
         "sizes": list(ids.sizes),
@@ -267,8 +297,12 @@ def read_semantic_ids(directory: str | Path) -> SemanticIds:
         table = pq.read_table(path)
         sizes = tuple(int(size) for size in manifest["sizes"])
         codes = table[CODES].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return SemanticIds(table[ITEM_ID].to_pylist(), codes.reshape(-1, len(sizes)), sizes)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        contents = None
+        if CONTENTS_FILE in manifest["files"]:
+            path = intact(directory, CONTENTS_FILE, manifest)
+            contents = load_file(path)["contents"]
+        return SemanticIds(table[ITEM_ID].to_pylist(), codes.reshape(-1, len(sizes)), sizes, contents)
+    except (pa.ArrowException, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise WorkspaceError(
             f"{path} does not match its manifest ({type(error).__name__}: {error}); "
             f"remove {directory} and make it again"

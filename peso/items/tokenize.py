@@ -4,6 +4,7 @@
                                                 IDs were made, their quality and their fit
     semantic_ids/codebooks.safetensors          the frozen quantizer
     semantic_ids/encoder.safetensors            the frozen encoder of items
+    semantic_ids/contents.safetensors           with head.contents: the content vectors of all items
     semantic_ids/categories.json                for IDs from category paths: the paths of each level, by code
 
 Everything is fitted once, to the items of stage 0 (with ``fit: all``, to all items). Later items get codes
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError
@@ -34,6 +35,7 @@ from peso.items.codebooks import (
     fit_balanced_rq_kmeans,
     fit_rq_kmeans,
 )
+from peso.items.contents import ENCODER_FILE, extended, known_contents, save_arrays, vectors_beside
 from peso.items.placement import Arrival, groups_of
 from peso.items.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import (
@@ -49,7 +51,6 @@ from peso.runtime.manifest import intact, read_manifest
 from peso.runtime.progress import Observer, Silent
 
 CODEBOOKS_FILE = "codebooks.safetensors"
-ENCODER_FILE = "encoder.safetensors"
 CATEGORIES_FILE = "categories.json"
 # New items can be added only if these settings have not changed.
 FROZEN_KEYS = (
@@ -75,6 +76,7 @@ def tokenize(
     observer: Observer | None = None,
     first_stage: np.ndarray | None = None,
     sequences: Iterable[np.ndarray] = (),
+    contents: bool = False,
 ) -> dict[str, Any]:
     """Make semantic IDs and write them to an existing empty directory.
 
@@ -90,14 +92,15 @@ def tokenize(
             all items are in stage 0.
         sequences: with ``items.behavior``, the item rows of each user in the stages to fit to, oldest first
             (:meth:`peso.events.stream.Stream.training_events`). Otherwise unused.
+        contents: whether to keep the content vectors (``head.contents``).
 
     Returns:
         The manifest.
 
     Raises:
         ConfigError: an encoder cannot be loaded.
-        DataError: there are no items, no item has a text or a vector, vectors are invalid, no two items occur
-            together, or IDs cannot be made from the categories.
+        DataError: there are no items, no item has a text or a vector (or no contents to keep), vectors are
+            invalid, no two items occur together, or IDs cannot be made from the categories.
     """
     observer = observer or Silent()
     if not len(items):
@@ -105,7 +108,8 @@ def tokenize(
     stages = np.zeros(len(items), int) if first_stage is None else np.asarray(first_stage)
     base = np.ones(len(items), bool) if config.fit == "all" else stages == stages.min()
     if config.quantizer == "category-path":
-        return _by_category(items, config, None, None, directory, seed, cache, observer)
+        rows = np.flatnonzero(base) if contents else None
+        return _by_category(items, config, None, None, directory, seed, cache, observer, rows)
     spared = np.zeros(len(items), bool)
     spared[base] = quality.held_out(int(base.sum()), seed)
     rows = np.flatnonzero(base & ~spared)
@@ -142,7 +146,8 @@ def tokenize(
     save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
     save_arrays(encoder.arrays(), directory / ENCODER_FILE)
     sizes = (size,) * config.levels + ((extra,) if extra else ())
-    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, sizes)
+    kept = known_contents(vectors) if contents else None
+    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, sizes, kept)
     return _write(ids, items, arrival, config, seed, state, directory, observer)
 
 
@@ -183,7 +188,7 @@ def extend_semantic_ids(
     seed = int(manifest["seed"])
     if config.quantizer == "category-path":
         frozen = Frozen(_frozen_tree(source, manifest, items, old), old.codes)
-        return _by_category(items, config, frozen, old.sizes, directory, seed, cache, observer)
+        return _by_category(items, config, frozen, old, directory, seed, cache, observer, earlier=source)
     codebooks = ResidualCodebooks.from_arrays(load_file(intact(source, CODEBOOKS_FILE, manifest)))
     encoder = ItemEncoder.from_arrays(load_file(intact(source, ENCODER_FILE, manifest)))
     vectors = encoder.encode(items, config, cache, observer)
@@ -204,14 +209,8 @@ def extend_semantic_ids(
 
     save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
     save_arrays(encoder.arrays(), directory / ENCODER_FILE)
-    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, old.sizes)
+    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, old.sizes, extended(old, vectors))
     return _write(ids, items, arrival, config, seed, state, directory, observer)
-
-
-def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write named arrays to a safetensors file."""
-    # safetensors writes the memory of an array unchanged, so it must be row-major
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, observer: Observer) -> Fitted:
@@ -239,22 +238,30 @@ def _by_category(
     items: pa.Table,
     config: ItemsConfig,
     frozen: Frozen | None,
-    sizes: tuple[int, ...] | None,
+    old: SemanticIds | None,
     directory: Path,
     seed: int,
     cache: Path | None,
     observer: Observer,
+    fitted: np.ndarray | None = None,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
     """Make IDs from category paths, with room for twice as many categories and items. Vectors are used only
-    to measure the IDs."""
+    to measure the IDs, and as contents (see :func:`vectors_beside`)."""
     item_ids, paths = items[ITEM_ID].to_pylist(), items["category"].to_pylist()
-    if sizes is None:
+    if old is not None:
+        sizes = old.sizes
+    else:
         used = category_path_ids(item_ids, paths).sizes
         sizes = tuple(min(2 * size, LIMIT) for size in used)
     ids = category_path_ids(item_ids, paths, sizes, frozen=frozen)
     done, before = (len(frozen.codes), frozen.tree) if frozen else (0, None)
     write_json(directory / CATEGORIES_FILE, category_tree(paths[done:], ids.codes[done:], before))
-    vectors = ItemEncoder.fit(items, np.arange(len(items)), config, seed, cache, observer)[1]
+    vectors = vectors_beside(items, config, seed, cache, observer, directory, fitted, earlier)
+    if fitted is not None:
+        ids = replace(ids, contents=known_contents(vectors))
+    elif old is not None:
+        ids = replace(ids, contents=extended(old, vectors))
     arrival = Arrival(ResidualCodebooks(()), "allow", 0, vectors, ids.codes)
     return _write(ids, items, arrival, config, seed, {"stages": []}, directory, observer)
 

@@ -99,6 +99,11 @@ class ItemVectors:
         """float32 (items, behavior_width): the part of behavior."""
         return self.vectors[:, self.vectors.shape[1] - self.behavior_width :]
 
+    @property
+    def contents(self) -> np.ndarray:
+        """float32 (items, width of the other parts): the part of texts and vector files."""
+        return self.vectors[:, : self.vectors.shape[1] - self.behavior_width]
+
     def as_new(self) -> ItemVectors:
         """The same items as they would be if they were new: known by their contents alone."""
         if self.has_contents is None:

@@ -91,7 +91,11 @@ def build_model(
         vocabulary.train_words(embedding * scale, causal_lm.get_output_embeddings().weight[:first_id])
     if head is not None and head.name == "items":
         vocabulary.item_head = ItemHead(
-            semantic_ids, embedding.shape[1], head.negatives, reads=bool(head.reads)
+            semantic_ids,
+            embedding.shape[1],
+            head.negatives,
+            reads=bool(head.reads),
+            contents=head.contents,
         )
         vocabulary.item_head.initialise(seeds[3], float(embedding.std()) * scale)
     if adapter is None:

@@ -22,11 +22,13 @@ LENGTHS = (2, 5, 10)
 class ItemHead(nn.Module):
     """Scores items, given the state h that predicts an item's first code:
 
-        score_i(h) = ⟨Q · h / rms(h), e_i⟩ + b_i,   e_i = r_i + Σ_l u(c_l),   b_i = β_i + Σ_l γ(c_l)
+        score_i(h) = ⟨Q · h / rms(h), e_i⟩ + b_i,
+        e_i = r_i + Σ_l u(c_l) + P · x_i,   b_i = β_i + Σ_l γ(c_l)
 
     Each item has its own row r_i and bias β_i, and shares the rows u and biases γ of the codes c_l of its
-    semantic ID. The items' own rows are initially zero, so an item without events is scored by its codes
-    alone. The combination of dense vectors with generated IDs is from LIGER (arXiv 2411.18814).
+    semantic ID, and with ``contents`` a projection P of its content vector x_i, which says more than the
+    codes. The items' own rows are initially zero, so an item without events is scored by its codes and
+    contents alone. The combination of dense vectors with generated IDs is from LIGER (arXiv 2411.18814).
 
     Rows and biases are in the order of the catalog. When the catalog grows, there are more of them.
 
@@ -39,16 +41,26 @@ class ItemHead(nn.Module):
         negatives: the number of items to draw for each training pass. By default all items are used, or
             ``NEGATIVES`` if there are more than ``EXACT``.
         reads: whether the model also reads the items of a history by their vectors.
+        contents: whether a projection of the content vectors is a part of the vectors.
+
+    Raises:
+        DataError: ``contents`` with semantic IDs that have no content vectors.
     """
 
     tokens: Tensor
-    known: Tensor
+    contents: Tensor
     counts: Tensor
     shares: Tensor
     first_items: Tensor
 
     def __init__(
-        self, semantic_ids: SemanticIds, width: int, negatives: int | None = None, *, reads: bool = False
+        self,
+        semantic_ids: SemanticIds,
+        width: int,
+        negatives: int | None = None,
+        *,
+        reads: bool = False,
+        contents: bool = False,
     ) -> None:
         super().__init__()
         self.negatives = negatives
@@ -62,6 +74,12 @@ class ItemHead(nn.Module):
         self.register_buffer("tokens", numbers, persistent=False)
         self.register_buffer("counts", torch.ones(items), persistent=False)
         self.register_buffer("shares", torch.full((len(LENGTHS) + 1,), 0.5))
+        self.projection: nn.Parameter | None = None
+        if contents:
+            vectors = torch.from_numpy(semantic_ids.required_contents)
+            self.register_buffer("contents", vectors, persistent=False)  # (items, dimensions)
+            # zero, so that noise does not tell items apart before training does
+            self.projection = nn.Parameter(torch.zeros(width, self.contents.shape[1]))
         self._fixed: tuple[Tensor, Tensor] | None = None
         self.reads = reads
         if reads:
@@ -101,12 +119,16 @@ class ItemHead(nn.Module):
 
     def vectors(self) -> Tensor:
         """The vectors e_i of all items, float32 (items, width)."""
-        return self.rows + self._of_codes() if self._fixed is None else self._fixed[0]
+        return self.rows + self._shared() if self._fixed is None else self._fixed[0]
 
-    def _of_codes(self, items: Tensor | None = None) -> Tensor:
-        """The sum of the code rows, Σ_l u(c_l), of these items or of all: (n, width)."""
+    def _shared(self, items: Tensor | None = None) -> Tensor:
+        """The part of e_i without r_i, of these items or of all: (n, width)."""
         tokens = self.tokens if items is None else self.tokens[items]
-        return F.embedding_bag(tokens, self.code_rows, mode="sum")
+        of_codes = F.embedding_bag(tokens, self.code_rows, mode="sum")
+        if self.projection is None:
+            return of_codes
+        contents = self.contents if items is None else self.contents[items]
+        return of_codes + F.linear(contents, self.projection)
 
     def inputs(self, numbers: Tensor) -> Tensor:
         """The vectors to add to the embeddings of a sequence: γ · e_i at the last code of each item, zero
@@ -132,7 +154,7 @@ class ItemHead(nn.Module):
             whole &= (code >= 0) & (code < size) & (keys[node] == wanted)
             offset += size
         items = self.first_items[node[whole]]
-        vectors = F.embedding(items, self.rows) + self._of_codes(items)
+        vectors = F.embedding(items, self.rows) + self._shared(items)
         result = vectors.new_zeros(*numbers.shape, vectors.shape[-1])
         return result.masked_scatter(whole.unsqueeze(-1), self.input_scale * vectors)
 
@@ -188,7 +210,7 @@ class ItemHead(nn.Module):
         proposal = self.counts / self.counts.sum()
         drawn = torch.multinomial(proposal, negatives, replacement=True)
         rows = torch.cat([targets, drawn])
-        vectors = self.rows[rows] + self._of_codes(rows)
+        vectors = self.rows[rows] + self._shared(rows)
         biases = self.bias[rows] + self.code_bias[self.tokens[rows]].sum(-1)
         own = (queries * vectors[: len(targets)]).sum(-1) + biases[: len(targets)]  # (n,)
         others = torch.addmm(biases[len(targets) :], queries, vectors[len(targets) :].t())  # (n, negatives)

@@ -288,6 +288,11 @@ def readable(workspace: Workspace, observer: Observer) -> Iterator[tuple[Workspa
 def _draw_semantic_ids(workspace: Workspace) -> None:
     items, stream = workspace.config.items, workspace.stream
     sizes = (min(items.codes, len(stream.item_ids)),) * items.levels
-    codes = np.random.default_rng(0).integers(0, sizes, (len(stream.item_ids), items.levels), dtype=np.int32)
+    random, count = np.random.default_rng(0), len(stream.item_ids)
+    codes = random.integers(0, sizes, (count, items.levels), dtype=np.int32)
+    contents = None
+    if workspace.config.head.contents:
+        contents = random.standard_normal((count, items.dimensions), dtype=np.float32)
     workspace.semantic_ids_directory.mkdir()
-    write_semantic_ids(SemanticIds(stream.item_ids, codes, sizes), workspace.semantic_ids_directory)
+    ids = SemanticIds(stream.item_ids, codes, sizes, contents)
+    write_semantic_ids(ids, workspace.semantic_ids_directory)

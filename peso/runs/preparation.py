@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from peso.config import DataConfig
 from peso.config.data import STREAMS
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
@@ -162,14 +164,17 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     number = config.training.threads
     with threads(number=number), commit_directory(workspace.semantic_ids_directory) as directory:
         further = (config.items, directory, config.seed_of_data, vector_cache(), observer)
+        keeps = config.head.contents
+        base = np.flatnonzero((stream.first_stages() == 0) | (config.items.fit == "all")) if keeps else None
         if config.items.index is not None:
-            adopt(stream.items, read_release_index(config.items.index), config.items.index, *further)
+            adopt(stream.items, read_release_index(config.items.index), config.items.index, *further, base)
         elif config.data.format == "peso-release":
-            adopt(stream.items, read_release(str(config.data.path))[2], "index of the release", *further)
+            released = read_release(str(config.data.path))[2]
+            adopt(stream.items, released, "index of the release", *further, base)
         else:
             fitted = range(stream.stages if config.items.fit == "all" else 1)
             events = () if config.items.behavior is None else stream.training_events(fitted)
-            make_semantic_ids(stream.items, *further, stream.first_stages(), events)
+            make_semantic_ids(stream.items, *further, stream.first_stages(), events, keeps)
     manifest = workspace.semantic_ids_manifest
     observer.note(
         f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
@@ -243,7 +248,7 @@ def export_index(
         stream = workspace.stream
         stream.stage(stage)  # raises if there is no such stage
         count = stream.items_known(stage)
-        ids = SemanticIds(ids.item_ids[:count], ids.codes[:count], ids.sizes)
+        ids = ids.first(count)
     never = {} if with_retired else retired(workspace.root)
     kept = [row for row, item in enumerate(ids.item_ids) if item not in never]
     write_release_index(SemanticIds([ids.item_ids[row] for row in kept], ids.codes[kept], ids.sizes), path)

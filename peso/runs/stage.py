@@ -138,13 +138,14 @@ class RunStage:
             trained = self.before.is_trained
             before = self.before.determined_by if trained else self.before.determination(like)
         stream = self.workspace.stream
-        codes = self.workspace.semantic_ids.fingerprint(stream.items_known(self.number))
-        config = self.workspace.config
+        ids, known = self.workspace.semantic_ids, stream.items_known(self.number)
+        config, codes = self.workspace.config, ids.fingerprint(known)
+        contents = [["contents", ids.fingerprint_of_contents(known)]] if config.head.contents else []
         shape = stage_shape(moved(config, like or config), self.number)
         # users that were erased after the stage was trained do not change its digest
         erasures = int(self.manifest.get(ERASURES, 0)) if self.is_trained else stream.erasures
         less = [[stream.fingerprint(n, erasures) for n in range(self.number + 1)]] if erasures else []
-        return digest(shape, stream.fingerprint(self.number, erasures), codes, before, *less)
+        return digest(shape, stream.fingerprint(self.number, erasures), codes, before, *less, *contents)
 
     def require_as_determined(self) -> None:
         """Raise WorkspaceError if data, semantic IDs or earlier stages are not those with which the stage was

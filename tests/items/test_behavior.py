@@ -20,10 +20,11 @@ from peso.config import BehaviorConfig, ItemsConfig, load_config
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.items import behavior
 from peso.items.behavior import Behavior, cooccurrences, factorize, shifted_ppmi
+from peso.items.contents import ENCODER_FILE
 from peso.items.earlier import shorten_semantic_ids
 from peso.items.fusion import Fusion
 from peso.items.semantic_ids import read_semantic_ids
-from peso.items.tokenize import ENCODER_FILE, extend_semantic_ids, tokenize
+from peso.items.tokenize import extend_semantic_ids, tokenize
 from peso.items.vectors import ItemEncoder
 from peso.runs import preparation
 from peso.runs.workspace import Workspace

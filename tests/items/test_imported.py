@@ -113,6 +113,27 @@ def test_new_items_take_their_ids_from_a_later_state_of_the_index(peso: Peso, sh
     assert tokens(shop / "w") == {**before, **{item: INDEX[item] for item in new}}
 
 
+def test_contents_beside_an_index_are_those_of_the_texts(peso: Peso, shop: Path) -> None:
+    keep = ["head.name=items", "head.contents=true"]
+    words = ["green tea", "black tea", "steel nail", "iron nail", "oak table"]
+    titles = [{"item": item, "title": words[row % 5]} for row, item in enumerate(INDEX)]
+    write_json_lines(shop / "items.jsonl", titles)
+    root = started(shop, "w", *keep)
+    before = read_semantic_ids(root / "semantic_ids")
+    assert before.contents.shape[0] == len(before.item_ids)
+    assert len(np.unique(before.contents, axis=0)) > 1
+    write_log(shop / "week.csv", [(f"u{k % 3}", f"i{19 + k % 6}", 1_700_000_000 + k) for k in range(30)])
+    assert peso("ingest", shop / "week.csv", "--append", "-w", root)[0] == 0
+    assert peso("tokenize", "--append", "-w", root)[0] == 0
+    after = read_semantic_ids(root / "semantic_ids")
+    assert len(after.contents) == len(after.item_ids) > len(before.item_ids)
+    np.testing.assert_array_equal(after.contents[: len(before.contents)], before.contents)
+
+    with pytest.raises(DataError, match=r"head\.contents needs items with texts or vectors"):
+        started(shop, "bare", *keep, "data.items=null")
+    assert not (shop / "bare" / "semantic_ids").exists()
+
+
 def test_an_index_that_came_with_the_data_is_measured_by_vectors_from_elsewhere(
     peso: Peso, tmp_path: Path
 ) -> None:

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.items import quality, semantic_ids
+from peso.items.earlier import shorten_semantic_ids
 from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
 from peso.items.semantic_ids import SemanticIds, read_release_index, read_semantic_ids, write_semantic_ids
 from peso.items.tokenize import extend_semantic_ids, tokenize
@@ -115,6 +117,29 @@ def test_append_changes_no_id_that_is_there(quantizer: str, collisions: str, tmp
         assert [stage["items"] for stage in manifest["fitness"]["stages"]] == [50, 50]
     if collisions != "allow":
         assert len(np.unique(three.codes, axis=0)) == 220
+
+
+@every_quantizer
+def test_contents_are_kept_on_request_and_appends_do_not_change_them(quantizer: str, tmp_path: Path) -> None:
+    items, config = catalogue(170), settings_for(quantizer, codes=32, dimensions=16)
+    tokenize(items.slice(0, 120), config, folder(tmp_path, "without"), seed=0)
+    tokenize(items.slice(0, 120), config, folder(tmp_path, "one"), seed=0, contents=True)
+    manifest = extend_semantic_ids(items, config, tmp_path / "one", folder(tmp_path, "two"))
+    without, one, two = (read_semantic_ids(tmp_path / name) for name in ("without", "one", "two"))
+    assert without.contents is None
+    np.testing.assert_array_equal(without.codes, one.codes)
+    assert one.contents.shape == (120, 16)
+    np.testing.assert_array_equal(two.contents[:120], one.contents)
+    assert two.fingerprint_of_contents(120) == one.fingerprint_of_contents(120)
+    encoder = ItemEncoder.from_arrays(load_file(tmp_path / "two" / "encoder.safetensors"))
+    new = encoder.encode(items, config, None, Silent()).vectors[120:]  # by the frozen encoder
+    np.testing.assert_array_equal(two.contents[120:], new)
+    shorten_semantic_ids(items.slice(0, 120), 1, tmp_path / "two", folder(tmp_path, "short"))
+    np.testing.assert_array_equal(read_semantic_ids(tmp_path / "short").contents, one.contents)
+    (tmp_path / "two" / "contents.safetensors").write_bytes(b"damaged")
+    assert "contents.safetensors" in manifest["files"]
+    with pytest.raises(WorkspaceError, match="contents"):
+        read_semantic_ids(tmp_path / "two")
 
 
 @settings(max_examples=15, deadline=None)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
+from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.model import item_head as module
 from peso.model.build import build_model, load_stage_weights, save_stage_weights
@@ -20,12 +21,13 @@ WIDTH, ITEMS, SIZES = 16, 40, (5, 6)
 
 def catalogue(items: int = ITEMS) -> SemanticIds:
     codes = np.stack([np.arange(items) % SIZES[0], np.arange(items) // SIZES[0] % SIZES[1]], axis=1)
-    return SemanticIds([f"i{n}" for n in range(items)], codes.astype(np.int32), SIZES)
+    contents = np.random.default_rng(0).normal(size=(items, 9), scale=1 / 3).astype(np.float32)
+    return SemanticIds([f"i{n}" for n in range(items)], codes.astype(np.int32), SIZES, contents)
 
 
-@pytest.fixture
-def head() -> ItemHead:
-    made = ItemHead(catalogue(), WIDTH)
+@pytest.fixture(params=[False, True], ids=["codes", "codes and contents"])
+def head(request: pytest.FixtureRequest) -> ItemHead:
+    made = ItemHead(catalogue(), WIDTH, contents=request.param)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -46,6 +48,8 @@ def plain(head: ItemHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
         vector, bias = p["rows"][row], p["bias"][row]
         for token in ids.token_numbers[row]:
             vector, bias = vector + p["code_rows"][token], bias + p["code_bias"][token]
+        if "projection" in p:
+            vector = vector + p["projection"] @ torch.from_numpy(ids.contents[row]).double()
         h = hidden.double()
         h = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         scores.append((h @ p["query"].T) @ vector + bias)
@@ -129,6 +133,33 @@ def test_a_fresh_item_is_scored_by_its_codes() -> None:
     assert learned[0, -1] < learned[0, 3]
 
 
+def test_a_fresh_item_is_also_scored_by_its_contents() -> None:
+    """Of two items without an event that have the same codes, the one whose contents are those of a target
+    is better after training."""
+    ids = catalogue(ITEMS - 2)
+    rows = [*range(ITEMS - 2), 3, 3]
+    contents = ids.contents[rows].copy()
+    contents[-1] *= -1
+    names = [*ids.item_ids, "alike", "unlike"]
+    head = ItemHead(SemanticIds(names, ids.codes[rows], SIZES, contents), WIDTH, contents=True)
+    head.initialise(0)
+    torch.testing.assert_close(head(states(1))[0, -2], head(states(1))[0, -1])  # before it is trained
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    head.compete(np.append(np.ones(ITEMS - 2), [0, 0]))
+    for _ in range(30):
+        optimizer.zero_grad()
+        (-head.log_probabilities(states(1), torch.tensor([3])).mean()).backward()
+        optimizer.step()
+    learned = head(states(1))[0]
+    assert learned[3] > learned[-2] > learned[-1]
+
+
+def test_contents_that_semantic_ids_lack_are_refused() -> None:
+    bare = SemanticIds(["a"], np.zeros((1, 2), np.int32), SIZES)
+    with pytest.raises(DataError, match=r"peso tokenize.*head\.contents=false"):
+        ItemHead(bare, WIDTH, contents=True)
+
+
 def test_a_fixed_head_keeps_its_vectors(head: ItemHead) -> None:
     scores, fixed = head(states(3)), head.fixed()
     torch.testing.assert_close(fixed(states(3)), scores, rtol=0, atol=0)
@@ -147,13 +178,14 @@ def test_it_is_kept_with_the_vocabulary_and_grows_with_the_catalogue(tmp_path: P
             "semantic",
             catalogue(items),
             seed=seed,
-            head=HeadConfig(name="items"),
+            head=HeadConfig(name="items", contents=True),
         )
 
     first = model(ITEMS, seed=0)
     made = first.vocabulary.item_head
     with torch.no_grad():
         made.rows.normal_()
+        made.projection.normal_()
         made.shares.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     save_stage_weights(first, tmp_path, whole_backbone=False)
     same, larger = model(ITEMS, seed=1), model(ITEMS + 3, seed=1)
@@ -161,6 +193,7 @@ def test_it_is_kept_with_the_vocabulary_and_grows_with_the_catalogue(tmp_path: P
         load_stage_weights(other, tmp_path)
         assert torch.equal(other.vocabulary.item_head.rows[:ITEMS], made.rows)
         assert torch.equal(other.vocabulary.item_head.shares, made.shares)
+        assert torch.equal(other.vocabulary.item_head.projection, made.projection)
     assert not larger.vocabulary.item_head.rows[ITEMS:].any()
     hidden = torch.randn(2, 32)
     torch.testing.assert_close(same.item_log_probabilities(hidden), first.item_log_probabilities(hidden))
@@ -176,11 +209,12 @@ def test_an_item_is_read_by_its_vector_at_its_last_code(layout: str) -> None:
         "semantic",
         ids,
         seed=0,
-        head=HeadConfig(name="items"),
+        head=HeadConfig(name="items", contents=True),
     )
     head = model.vocabulary.item_head
     with torch.no_grad():
         head.rows.normal_()
+        head.projection.normal_()
     history = np.array([3, 17, 35])
     tokens = torch.from_numpy(model.layout.prompt(model.item_token_ids(history)))
     found = model.embed(tokens[None])[0]

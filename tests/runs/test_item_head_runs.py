@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,9 +13,11 @@ import pytest
 from safetensors.torch import load_file
 
 from peso.config import load_config
-from peso.runs import learn, pipeline
+from peso.errors import WorkspaceError
+from peso.runs import learn, pipeline, preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
+from peso.runtime.progress import Silent
 
 TREE = {
     "data": {"simulate": {"users": 60, "items": 40, "stages": 3}},
@@ -68,6 +71,40 @@ def test_without_transitions_nothing_is_counted(tmp_path: Path) -> None:
     off = run(tmp_path / "w", "training.max_steps=1", head={"name": "items", "transitions": False})
     assert not counts(off, 0).exists()
     assert off.stage(0).model().transitions is None
+
+
+def test_contents_are_learned_and_belong_to_a_stage(tmp_path: Path, peso) -> None:
+    head = {"name": "items", "contents": True}
+    with_contents = run(tmp_path / "w", head=head, strategy="single")
+    first, second = (load_file(vocabulary(with_contents, stage)) for stage in (0, 1))
+    assert first["item_head.projection"].any()
+    assert not first["item_head.projection"].equal(second["item_head.projection"])
+    stage, ids = with_contents.stage(1), with_contents.semantic_ids
+    vectors = stage.model().vocabulary.item_head.vectors()
+    bare = replace(ids, contents=np.zeros_like(ids.contents))
+    with_contents._read_ids = with_contents.semantic_ids_manifest, bare  # as if contents were replaced
+    with pytest.raises(WorkspaceError, match="semantic IDs"):
+        stage.model()
+    with_contents._read_ids = None
+    assert vectors.equal(stage.model().vocabulary.item_head.vectors())
+    status, _, err = peso("export", "-w", with_contents.root, "-o", tmp_path / "m", "--format", "merged")
+    assert status == 0, err
+    exported = load_file(tmp_path / "m" / "item_head.safetensors")["vectors"]
+    assert exported.equal(with_contents.stage(2).model().vocabulary.item_head.vectors())
+
+
+def test_semantic_ids_made_without_contents_are_refused_with_the_cure(tmp_path: Path, peso) -> None:
+    workspace = Workspace.create_or_open(tmp_path / "w", load_config(TREE))
+    with workspace.lock():
+        preparation.ingest(workspace, Silent())
+        preparation.tokenize(workspace, Silent())
+    status, _, err = peso("train", "-w", tmp_path / "w", "--set", "head.contents=true")
+    assert status == 1
+    assert "peso tokenize" in err
+    assert not (tmp_path / "w" / "stages" / "0").exists()
+    assert peso("tokenize", "-w", tmp_path / "w")[0] == 0
+    status, _, err = peso("train", "-w", tmp_path / "w")
+    assert status == 0, err
 
 
 def test_a_stage_learns_it_and_says_how_much_it_counts(single: Workspace) -> None:
