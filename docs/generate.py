@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from peso.cli.app import app
 from peso.config import Config
-from peso.config.compare import CompareConfig
+from peso.config.compare import CompareConfig, ExecutorConfig
 from peso.config.reading import sections
 from peso.config.registry import Options
 
@@ -39,6 +39,11 @@ def keys() -> Iterator[str]:
 def compare() -> Iterator[str]:
     """The keys of the section `compare`; the sections that it shares with a run are not repeated."""
     yield from _table(CompareConfig)
+    union, _ = get_args(ExecutorConfig)
+    for section in get_args(union):
+        yield from ("", f"### `compare.executor: {section.model_fields['name'].default}`")
+        yield from ("", section.__doc__ or "")
+        yield from _table(section)
 
 
 def _section(path: str, model: type[BaseModel]) -> Iterator[str]:

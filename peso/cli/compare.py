@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,11 +77,10 @@ def compare(
         raise WorkspaceError(f"there is nothing to report: no run in {root} has started; omit --report-only")
     if not dry_run:
         require_results(output or root)
-    from peso.runs.compare.schedule import Machine
+    from peso.runs.compare.executors import Machine, open_executor
 
-    machine = Machine.of(plan.compare.workers, plan.common.training.device)
     if dry_run:
-        _show_plan(plan, machine)
+        _show_plan(plan, Machine.of(plan.compare.workers, plan.common.training.device))
         next_steps(["compare", config, "-w", root])
         return
     from peso.runs.compare.results import collect, write_results
@@ -90,8 +90,10 @@ def compare(
     if not report_only:
         plan.rehearse()
         deadline = None if seconds is None else began + seconds
-        with only_writer(root), Display() as display:
-            rows = Schedule(plan, machine.workers, machine.environment, deadline, display.show).run()
+        device = plan.common.training.device
+        executor = open_executor(plan.compare.executor, plan.compare.workers, device, root / "logs" / "slurm")
+        with closing(executor), only_writer(root), Display() as display:
+            rows = Schedule(plan, executor, deadline, display.show).run()
         for row in rows:
             if row.state == "failed":
                 say(f"failed: {row.run.name}: {row.note}", error=True)

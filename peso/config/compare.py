@@ -41,6 +41,58 @@ def _listed(value: Any) -> Any:
 Variants = Annotated[dict[str, Any], BeforeValidator(_listed)]
 
 
+class ProcessesConfig(Section):
+    """Processes on this machine."""
+
+    name: Literal["processes"] = "processes"
+
+
+class RayConfig(Section):
+    """Tasks on a Ray cluster."""
+
+    name: Literal["ray"] = "ray"
+    address: str = Field("auto", description="the cluster; auto: that of RAY_ADDRESS, or of this machine")
+    cpus: int = Field(1, ge=1, description="CPUs, and threads, of a run")
+    gpus: float = Field(0, ge=0, description="GPUs of a run; 0.5: two runs share one")
+
+
+class DaskConfig(Section):
+    """Tasks on a Dask cluster."""
+
+    name: Literal["dask"] = "dask"
+    address: str = Field(description="the scheduler, such as tcp://host:8786")
+    cpus: int = Field(1, ge=1, description="threads of a run")
+    resources: dict[str, float] = Field(
+        {}, description="what a run needs of a worker's `--resources`, such as {GPU: 1}"
+    )
+
+
+class SlurmConfig(Section):
+    """Jobs of Slurm, one per run."""
+
+    name: Literal["slurm"] = "slurm"
+    cpus: int = Field(1, ge=1, description="CPUs, and threads, of a job")
+    gpus: int = Field(0, ge=0, description="GPUs of a job")
+    memory_gib: float | None = Field(None, gt=0, description="memory of a job; none given: Slurm's default")
+    hours: float = Field(24, gt=0, description="time limit of a job; one that reaches it is continued")
+    cluster: Literal["slurm", "local"] = Field(
+        "slurm", description="local: processes on this machine, to try the configuration"
+    )
+    options: dict[str, Any] = Field(
+        {}, description="further parameters of submitit, such as {slurm_partition: long}"
+    )
+
+
+ExecutorConfig = Annotated[
+    ProcessesConfig | RayConfig | DaskConfig | SlurmConfig, Field(discriminator="name")
+]
+
+
+def _named_executor(value: Any) -> Any:
+    """``ray`` is short for ``{name: ray}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class CompareConfig(Section):
     """Data sets × backbones × strategies × seeds. A variant is either the section of its axis, such as
     ``{name: peso, …}``, or several sections, with further keys under ``set``, such as
@@ -70,7 +122,14 @@ class CompareConfig(Section):
     seeds: list[Seed] = Field([0], min_length=1, description="each strategy runs once per seed")
     share_base: bool = Field(True, description="one stage 0 for all seeds; false: trained again for each")
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="processes at once; auto: one per core, or per GPU"
+        "auto",
+        description="runs at once; auto: one per core, or per GPU; on a cluster as many as it has room for",
+    )
+    executor: Annotated[ExecutorConfig, BeforeValidator(_named_executor)] = Field(
+        ProcessesConfig(), description="where runs are executed: `processes`, `ray`, `dask` or `slurm`"
+    )
+    retries: int = Field(
+        2, ge=0, description="how often a run is continued elsewhere after its machine was lost"
     )
 
 
@@ -213,6 +272,8 @@ def _text(value: Any) -> str:
 
 def _explain(problem: Any) -> str:
     parts = ["compare", *(str(part) for part in problem["loc"])]
+    if parts[1:2] == ["executor"]:
+        del parts[2:3]  # the name of the executor, which is not a key
     key, value = ".".join(parts), shown(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         names = [f"compare.{name}" for name in CompareConfig.model_fields]

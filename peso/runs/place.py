@@ -26,27 +26,31 @@ PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *OF_ITS_OWN, HISTORIES, SIZES, TR
 
 
 @contextmanager
-def writing(root: Path) -> Iterator[None]:
+def writing(root: Path, patience: float = 0.0) -> Iterator[None]:
     """Within the context, this process is the only writer of the workspace at ``root``, which need not exist.
 
     Of several processes that train together, the main one holds the lock. If an error ends the context before
     any step was completed, config.yaml is restored, or removed if there was none.
+
+    Args:
+        root: the workspace.
+        patience: seconds to wait for another process that holds the lock.
 
     Raises:
         WorkspaceError: another process holds the lock, the directory cannot be written, or it exists and is
             not a workspace.
     """
     with ExitStack() as held:
-        current().on_main(lambda: held.enter_context(hold_lock(root)))
+        current().on_main(lambda: held.enter_context(hold_lock(root, patience)))
         yield
 
 
 @contextmanager
-def hold_lock(root: Path) -> Iterator[None]:
+def hold_lock(root: Path, patience: float = 0.0) -> Iterator[None]:
     """As :func:`writing`, in this process only."""
     made = not os.path.lexists(root)
     refuse_foreign(root)
-    with only_writer(root):
+    with only_writer(root, patience):
         for name in ("stream", "semantic_ids"):
             restore(root / name)
         before, done = _content(root), _manifests(root)

@@ -345,9 +345,9 @@ class Workspace:
     # -- writing ---------------------------------------------------------------------------------
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
         """Within the context, this process is the only writer, see :func:`peso.runs.place.writing`."""
-        with writing(self.root):
+        with writing(self.root, patience):
             yield
 
 

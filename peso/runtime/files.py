@@ -94,10 +94,14 @@ def _put_in_place(aside: Path, target: Path) -> None:
 
 
 @contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
+def only_writer(directory: Path, patience: float = 0.0) -> Iterator[None]:
     """Lock a directory against all other processes and threads. The directory is created if it is missing.
 
     Afterwards the lock file is as it was before, so that a refused command leaves no trace.
+
+    Args:
+        directory: the directory.
+        patience: seconds to wait for another process that holds the lock.
 
     Raises:
         WorkspaceError: another process holds the lock, or the directory cannot be written.
@@ -109,7 +113,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         before = path.read_bytes() if path.is_file() else None
         lock = FileLock(path)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=patience)
         except Timeout:
             who = path.read_text(errors="replace").strip() or "unknown"
             raise WorkspaceError(

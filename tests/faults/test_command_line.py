@@ -474,7 +474,7 @@ def test_sigterm_ends_the_processes_of_a_comparison_too(peso, monkeypatch, tmp_p
 
     def start_and_terminate(schedule: Schedule, task: object) -> None:
         begin(schedule, task)
-        started.extend(working.process for working in schedule._working.values())
+        started.extend(working.handle.process for working in schedule._working.values())
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Schedule, "_start", start_and_terminate)

@@ -20,10 +20,11 @@ from peso.config.baselines import read_baseline
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import BaselineRun
+from peso.runs.compare.executors import Machine
 from peso.runs.compare.plan import Plan, make_plan
 from peso.runs.compare.progress import choose, is_done, pairs_across, progress_of, validation_loss
 from peso.runs.compare.results import collect, write_results
-from peso.runs.compare.schedule import Machine, Schedule
+from peso.runs.compare.schedule import Schedule
 from peso.runs.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum, write_json
@@ -394,9 +395,9 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
         for row in rows:
             if row.run.strategy == "single" and row.note.startswith("learn stage 1") and not killed:
                 killed.append(row)
-                os.kill(schedule._working[row.run.task.key].process.pid, signal.SIGKILL)
+                os.kill(schedule._working[row.run.task.key].handle.process.pid, signal.SIGKILL)
 
-    schedule = Schedule(plan, 2, machine.environment, watch=watch)
+    schedule = Schedule(plan, machine, watch=watch)
     single, paper = schedule.run()
     assert (single.state, paper.state) == ("failed", "done")
     assert "SIGKILL" in single.note
@@ -406,7 +407,7 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
     assert [run.strategy for run, _ in found.runs][-1] == "paper"
     assert any("single" in remark and "only 1 of 3" in remark for remark in found.remarks)
 
-    rows = Schedule(plan, 2, machine.environment).run()
+    rows = Schedule(plan, machine).run()
     assert [row.state for row in rows] == ["done", "done"]
     assert all(row.progress.hit is not None for row in rows)
     again = plan_of(tmp_path / "again", {"strategies": ["single", "paper"]})
@@ -438,13 +439,13 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
             ripe = row.run.kind != "strategy" and row.progress.done >= 1 and row.state == "running"
             if ripe and row.run.kind not in killed:
                 killed.add(row.run.kind)
-                os.kill(schedule._working[row.run.task.key].process.pid, signal.SIGKILL)
+                os.kill(schedule._working[row.run.task.key].handle.process.pid, signal.SIGKILL)
 
-    schedule = Schedule(plan, 2, machine.environment, watch=watch)
+    schedule = Schedule(plan, machine, watch=watch)
     schedule.run()
     assert killed == {"baseline", "transfer"}
     assert any("forgetting and transfer" in remark for remark in collect(plan).remarks)
-    rows = Schedule(plan, 2, machine.environment).run()
+    rows = Schedule(plan, machine).run()
     assert {row.state for row in rows} == {"done"}, [row.note for row in rows]
     assert collect(plan).remarks == []
 

@@ -161,7 +161,7 @@ class Plan:
         self._of_each(lambda task: check_configuration(task.config))
         for baseline in {run.task.baseline for run in self.baselines if run.task.baseline is not None}:
             check_configuration(self.common.model_copy(update={"baselines": [baseline]}))
-        if self.compare.workers != "auto":
+        if self.compare.executor.name == "processes" and self.compare.workers != "auto":
             workers = min(self.compare.workers, len(self.all))
             require_memory(PROCESS * workers, f"compare.workers: {workers:,} processes at once")
 

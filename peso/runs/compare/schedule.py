@@ -1,34 +1,31 @@
 """Runs the tasks of a comparison in parallel processes, each as soon as the tasks it needs are done.
 
-If a process dies, only its own run fails; the next call continues from its files.
+If a process dies, only its own run fails; the next call continues from its files. If the machine of a process
+is lost, the run continues on another one.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import queue
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from peso.errors import PesoError
+from peso.runs.compare.executors import Call, Executor, Handle, LostWorker
 from peso.runs.compare.plan import Plan, Run, Task
 from peso.runs.compare.progress import TaskProgress, choose, is_done, open_needs, progress_of
 from peso.runs.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
 from peso.runs.workspace import Workspace
-from peso.runtime.machine import NUMBER, SHARE
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
 SHUTDOWN_SECONDS = 3.0  # less than the time this process has after a SIGTERM
-TICK_SECONDS = 0.5
+TICK_SECONDS, POLL_SECONDS = 0.5, 0.05
 LAST_LINES = 5
 
 
@@ -49,13 +46,22 @@ class _Process:
 
     task: Task
     slot: int
-    process: subprocess.Popen[str]
-    log: Path
+    call: Call
+    handle: Handle
     began: float
     done_before: int
     title: str = ""
     fraction: float = 0.0
-    events: list[str] = field(default_factory=list)
+    read: int = 0  # bytes of the progress file
+
+    def messages(self) -> Iterator[Mapping[str, object]]:
+        """New lines of the progress file."""
+        with self.call.progress.open("rb") as file:
+            file.seek(self.read)
+            *lines, _ = file.read().split(b"\n")  # the last one is not complete yet
+        for line in lines:
+            self.read += len(line) + 1
+            yield json.loads(line)
 
 
 class Schedule:
@@ -63,8 +69,7 @@ class Schedule:
 
     Args:
         plan: the plan.
-        workers: number of parallel processes.
-        environment: returns the additional environment variables of the process in a slot.
+        executor: where the processes run.
         deadline: seconds since the epoch after which nothing is started; None: no limit.
         watch: called with all rows after every change.
     """
@@ -72,18 +77,17 @@ class Schedule:
     def __init__(
         self,
         plan: Plan,
-        workers: int,
-        environment: Callable[[int], Mapping[str, str]],
+        executor: Executor,
         deadline: float | None = None,
         watch: Callable[[Sequence[Row]], None] = lambda rows: None,
     ) -> None:
-        self.plan, self.workers, self.environment = plan, workers, environment
+        self.plan, self.executor = plan, executor
         self.deadline, self.watch = deadline, watch
         self.rows = [Row(run, "waiting", progress_of(run.task)) for run in plan.all]
         self._done: dict[Key, bool] = {}  # read from disk once; later only our own processes change it
         self._failed: dict[Key, str] = {}
         self._working: dict[Key, _Process] = {}
-        self._events: queue.Queue[tuple[Key, str | None]] = queue.Queue()
+        self._lost = Counter[Key]()
 
     def run(self) -> list[Row]:
         """Run everything that can run, in the plan's order; returns the final state of every run.
@@ -110,7 +114,7 @@ class Schedule:
     def _start_some(self) -> bool:
         """Start tasks in the free slots; returns whether any was started."""
         started = False
-        while len(self._working) < self.workers and not self._out_of_time():
+        while len(self._working) < self.executor.workers and not self._out_of_time():
             task = next((task for row in self.rows if (task := self._next_of(row)) is not None), None)
             if task is None:
                 break
@@ -194,13 +198,15 @@ class Schedule:
     # -- processes ---------------------------------------------------------------------------------
 
     def _start(self, task: Task) -> None:
-        try:
-            Workspace.create_or_open(task.root, task.config)
-        except PesoError as error:
-            self._failed[task.key] = str(error)
-            return
-        log = self.plan.root / "logs" / f"{'-'.join(Path(self._name(task)).parts)}.log"
-        log.parent.mkdir(exist_ok=True)
+        if not self._lost[task.key]:  # else the lost process may still hold the workspace's lock
+            try:
+                Workspace.create_or_open(task.root, task.config)
+            except PesoError as error:
+                self._failed[task.key] = str(error)
+                return
+        name = "-".join(Path(self._name(task)).parts)
+        logs = self.plan.root.resolve() / "logs"
+        logs.mkdir(exist_ok=True)
         data, base = (None if need is None else str(need.root) for need in open_needs(task))
         options = None if task.baseline is None else task.baseline.model_dump(mode="json")
         job = Job(
@@ -212,44 +218,36 @@ class Schedule:
             options,
             self.deadline,
             task.config.strategy.foreign,
+            self.executor.patience,
         )
-        slot = min(set(range(self.workers)) - {process.slot for process in self._working.values()})
-        with log.open("a", encoding="utf-8") as written:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "peso.runs.compare.worker", job.as_json()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=written,
-                text=True,
-                env={**os.environ, **self.environment(slot)},
-                start_new_session=True,  # so that Ctrl-C reaches only this process, which ends the others
-            )
-        done = progress_of(task).done
-        self._working[task.key] = _Process(task, slot, process, log, time.monotonic(), done)
-        threading.Thread(target=self._read, args=(task.key, process), daemon=True).start()
-
-    def _read(self, key: Key, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            self._events.put((key, line))
-        self._events.put((key, None))
+        call = Call(job.as_json(), logs / f"{name}.log", logs / f"{name}.progress")
+        call.progress.unlink(missing_ok=True)
+        slot = min(set(range(self.executor.workers)) - {process.slot for process in self._working.values()})
+        handle, done = self.executor.start(call, slot), progress_of(task).done
+        self._working[task.key] = _Process(task, slot, call, handle, time.monotonic(), done)
 
     def _process_messages(self) -> None:
-        """Process messages of the workers for ``TICK_SECONDS``."""
+        """Process messages of the workers for ``TICK_SECONDS``, or until one ends."""
         until = time.monotonic() + TICK_SECONDS
-        while (left := until - time.monotonic()) > 0 and self._working:
-            try:
-                key, line = self._events.get(timeout=left)
-            except queue.Empty:
+        while self._working:
+            ended = {key: status for key, p in self._working.items() if (status := self._poll(p)) is not None}
+            for working in self._working.values():
+                for message in working.messages() if working.call.progress.exists() else ():
+                    self._handle(working, message)
+            for key, status in ended.items():
+                self._finish(self._working.pop(key), status)
+            if ended or time.monotonic() > until:
                 break
-            if key not in self._working:
-                continue  # ended by this process
-            if line is None:
-                self._finish(self._working.pop(key))
-                break
-            self._handle(self._working[key], json.loads(line))
+            time.sleep(POLL_SECONDS)
         if self.deadline is not None and time.time() > self.deadline + 2 * GRACE_SECONDS:
             self._end_all()  # steps without checkpoints do not end by themselves
+
+    @staticmethod
+    def _poll(working: _Process) -> int | LostWorker | None:
+        try:
+            return working.handle.poll()
+        except LostWorker as lost:
+            return lost
 
     def _handle(self, working: _Process, event: Mapping[str, object]) -> None:
         done, total = int(str(event["done"])), int(str(event["total"]))
@@ -263,23 +261,27 @@ class Schedule:
         working.fraction = share * learning if title.startswith("learn") else learning * (total > 0)
         working.title = f"{title}, {share:.0%}" if total else title
 
-    def _finish(self, working: _Process) -> None:
-        status = working.process.wait()
-        if status == 0 and is_done(working.task):
-            self._done[working.task.key] = True
+    def _finish(self, working: _Process, status: int | LostWorker) -> None:
+        key = working.task.key
+        if isinstance(status, LostWorker):
+            self._lost[key] += 1
+            if self._lost[key] > self.plan.compare.retries:
+                self._failed[key] = f"its machine was lost {self._lost[key]} times; the last time: {status}"
+        elif status == 0 and is_done(working.task):
+            self._done[key] = True
         elif status != OUT_OF_TIME:
-            self._failed[working.task.key] = _explained(status, working.log)
+            self._failed[key] = _explained(status, working.call.log)
+        working.call.progress.unlink(missing_ok=True)
 
     def _end_all(self) -> None:
         for working in self._working.values():
-            working.process.terminate()
+            working.handle.cancel()
         until = time.monotonic() + SHUTDOWN_SECONDS
         for working in self._working.values():
-            try:
-                working.process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                working.process.kill()
-                working.process.wait()
+            while (ended := self._poll(working)) is None and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+            if ended is None:
+                working.handle.kill()
         self._working.clear()
 
 
@@ -293,50 +295,3 @@ def _explained(status: int, log: Path) -> str:
         return lines[-1].removeprefix("error: ")
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return f"{how}; last lines of {log}: {' | '.join(lines) or 'none'}"
-
-
-THREADS = (NUMBER, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """``workers`` processes with ``threads`` threads each; ``devices``: CUDA names of GPUs, empty on a
-    CPU."""
-
-    workers: int
-    threads: int
-    devices: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, workers: int | Literal["auto"], device: str) -> Machine:
-        """Choose processes and threads for this machine: with ``auto``, one process per usable GPU, else one
-        per core. Each gets an equal share of the cores as threads, limited by OMP_NUM_THREADS.
-
-        Args:
-            workers: number of processes, or ``auto``.
-            device: the setting `training.device`.
-        """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = _devices() if device in ("auto", "cuda") else ()
-        count = (len(devices) or cores) if workers == "auto" else workers
-        asked = os.environ.get(NUMBER, "")
-        most = int(asked) if asked.isdecimal() and int(asked) else cores
-        return cls(count, max(1, min(most, cores // count)), devices)
-
-    def environment(self, slot: int) -> Mapping[str, str]:
-        """The environment variables of the process in a slot (0 … workers − 1)."""
-        result = {name: str(self.threads) for name in THREADS}
-        if not os.environ.get(NUMBER):
-            result[SHARE] = "at most"
-        if self.devices:
-            result["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
-        return result
-
-
-def _devices() -> tuple[str, ...]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(visible.split(",")) if visible else tuple(str(n) for n in range(torch.cuda.device_count()))

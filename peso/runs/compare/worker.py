@@ -39,7 +39,8 @@ class OutOfTime(Exception):
 class Job:
     """A :class:`peso.runs.compare.plan.Task`, JSON-serializable.
 
-    ``deadline``: seconds since the epoch; ``trust``: see :meth:`peso.runs.workspace.Workspace.open`.
+    ``deadline``: seconds since the epoch; ``trust``: see :meth:`peso.runs.workspace.Workspace.open`;
+    ``patience``: seconds to wait for the lock of the workspace.
     """
 
     root: str
@@ -50,6 +51,7 @@ class Job:
     baseline: dict[str, Any] | None
     deadline: float | None
     trust: Sequence[str] = ()
+    patience: float = 0.0
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -109,7 +111,7 @@ def work(job: Job, out: Any) -> None:
     """
     workspace = Workspace.open(job.root, job.trust)
     reporter = Reporter(workspace, job.deadline, out)
-    with workspace.lock():
+    with workspace.lock(job.patience):
         if job.kind == "transfer":
             _test_across(workspace, reporter)
             return

@@ -1,0 +1,405 @@
+"""Where the processes of a comparison run: on this machine, on a Ray or Dask cluster, or as Slurm jobs.
+
+An executor starts :mod:`peso.runs.compare.worker` for one task. On a cluster, every machine must have this
+version of peso and see the workspace under the same path; a worker reports its progress in a file there.
+Clusters are reached through Ray, Dask and submitit, which also handle queues, resources and lost machines.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from peso.config.compare import DaskConfig, ExecutorConfig, RayConfig, SlurmConfig
+from peso.errors import PesoError
+from peso.runtime.machine import NUMBER, SHARE
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+THREADS = (NUMBER, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+POLL_SECONDS = 0.5
+CONNECT_SECONDS = 30
+SLURM_JOBS = 64  # submitted at once with `workers: auto`
+TERMINATE_SECONDS = 10.0
+
+
+class LostWorker(Exception):
+    """The machine or process that a task ran on is gone; the task can continue elsewhere."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One process to start. The paths are absolute.
+
+    Attributes:
+        job: a :class:`peso.runs.compare.worker.Job` as JSON.
+        log: the file for its messages, which is appended to.
+        progress: the file for its progress, which is started anew.
+        directory: the working directory.
+        environment: additional environment variables, which the executor sets.
+    """
+
+    job: str
+    log: Path
+    progress: Path
+    directory: Path = field(default_factory=Path.cwd)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> Path:
+        """A file that tells a process on another machine to end."""
+        return self.progress.with_suffix(".stop")
+
+    def popen(self) -> subprocess.Popen[bytes]:
+        """Start the process on this machine."""
+        with self.log.open("ab") as log, self.progress.open("wb") as progress:
+            return subprocess.Popen(
+                [sys.executable, "-m", "peso.runs.compare.worker", self.job],
+                stdin=subprocess.DEVNULL,
+                stdout=progress,
+                stderr=log,
+                cwd=self.directory,
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # so that Ctrl-C reaches only the process that ends the others
+            )
+
+
+def run(call: Call) -> int:
+    """Run a call on a machine of a cluster until it ends, or until its stop file appears; returns its exit
+    status."""
+    process = call.popen()
+    try:
+        while process.poll() is None:
+            if call.stop.exists():
+                break
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_SECONDS)
+        return process.returncode if process.poll() is not None else _ended(process)
+    finally:  # canceled by the cluster
+        if process.poll() is None:
+            _ended(process)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(TERMINATE_SECONDS)
+    process.kill()
+    return process.wait()
+
+
+class Handle(Protocol):
+    """A started call."""
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None: it runs, or waits for a machine.
+
+        Raises:
+            LostWorker: it will never have one.
+        """
+
+    def cancel(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """Do not wait for it any longer."""
+
+
+class Executor(Protocol):
+    """Starts calls somewhere."""
+
+    @property
+    def workers(self) -> int:
+        """Calls at once."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a process waits for the lock of its workspace, which a lost predecessor may hold."""
+
+    def start(self, call: Call, slot: int) -> Handle:
+        """Start a call in a slot (0 … workers − 1) that no running call has."""
+
+    def close(self) -> None:
+        """Disconnect."""
+
+
+# -- this machine --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine: ``workers`` processes with ``threads`` threads each; ``devices``: CUDA names of GPUs,
+    empty on a CPU."""
+
+    workers: int
+    threads: int
+    devices: tuple[str, ...] = ()
+    patience: float = 0.0
+
+    @classmethod
+    def of(cls, workers: int | Literal["auto"], device: str) -> Machine:
+        """Choose processes and threads for this machine: with ``auto``, one process per usable GPU, else one
+        per core. Each gets an equal share of the cores as threads, limited by OMP_NUM_THREADS.
+
+        Args:
+            workers: number of processes, or ``auto``.
+            device: the setting `training.device`.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = _devices() if device in ("auto", "cuda") else ()
+        count = (len(devices) or cores) if workers == "auto" else workers
+        asked = os.environ.get(NUMBER, "")
+        most = int(asked) if asked.isdecimal() and int(asked) else cores
+        return cls(count, max(1, min(most, cores // count)), devices)
+
+    def environment(self, slot: int) -> Mapping[str, str]:
+        """The environment variables of the process in a slot (0 … workers − 1)."""
+        result = _threads(self.threads)
+        if not os.environ.get(NUMBER):
+            result[SHARE] = "at most"
+        if self.devices:
+            result["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+        return result
+
+    def start(self, call: Call, slot: int) -> Handle:
+        return _Local(replace(call, environment=self.environment(slot)).popen())
+
+    def close(self) -> None:
+        """Nothing to disconnect."""
+
+
+@dataclass(frozen=True)
+class _Local:
+    process: subprocess.Popen[bytes]
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def cancel(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def _devices() -> tuple[str, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(visible.split(",")) if visible else tuple(str(n) for n in range(torch.cuda.device_count()))
+
+
+def _threads(count: int) -> dict[str, str]:
+    return {name: str(count) for name in THREADS}
+
+
+# -- clusters ------------------------------------------------------------------------------------------
+
+PATIENCE = 120.0  # a shared file system can take this long to notice that the holder of a lock is gone
+
+
+@dataclass
+class _Remote:
+    """A call on a cluster: ``future`` and its functions as the library offers them."""
+
+    call: Call
+    future: Any
+    found: Any  # function: future → exit status, or None; raises LostWorker
+    withdraw: Any  # function: future → None
+
+    def poll(self) -> int | None:
+        return self.found(self.future)
+
+    def cancel(self) -> None:
+        self.call.stop.touch()
+        self.withdraw(self.future)
+
+    def kill(self) -> None:
+        """The process ends when it sees the stop file."""
+
+
+def _started(call: Call, cpus: int) -> Call:
+    """The call with the threads that its share of a machine allows, without a stop file of an earlier one."""
+    call.stop.unlink(missing_ok=True)
+    return replace(call, environment=_threads(cpus))
+
+
+class Ray:
+    """Tasks on a Ray cluster. Each reserves the configured CPUs and GPUs."""
+
+    def __init__(self, config: RayConfig, workers: int | Literal["auto"]) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        self.ray = _import("ray", "ray")
+        self.config, self.patience = config, PATIENCE
+        try:
+            self.ray.init(address=config.address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PesoError(
+                f"compare.executor: no Ray cluster at {config.address!r} ({_cause(error)}); start one "
+                "with `ray start --head`, or set compare.executor.address"
+            ) from None
+        has = self.ray.cluster_resources()
+        rooms = [has.get("CPU", 0) / config.cpus]
+        rooms += [has.get("GPU", 0) / config.gpus] if config.gpus else []
+        if min(rooms) < 1:
+            raise PesoError(
+                f"compare.executor: the Ray cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} "
+                f"GPUs, not the {config.cpus} and {config.gpus:g} of one run; reduce cpus or gpus"
+            )
+        self.workers = int(min(rooms)) if workers == "auto" else workers
+
+    def start(self, call: Call, slot: int) -> Handle:
+        task = self.ray.remote(run).options(
+            num_cpus=self.config.cpus,
+            num_gpus=self.config.gpus,
+            max_retries=0,
+            scheduling_strategy="SPREAD",
+        )
+        call = _started(call, self.config.cpus)
+        return _Remote(call, task.remote(call), self._found, lambda future: self.ray.cancel(future))
+
+    def _found(self, future: Any) -> int | None:
+        ready, _ = self.ray.wait([future], timeout=0)
+        if not ready:
+            return None
+        try:
+            return int(self.ray.get(future))
+        except self.ray.exceptions.RayError as error:
+            raise LostWorker(_cause(error)) from None
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+
+class Dask:
+    """Tasks on a Dask cluster."""
+
+    def __init__(self, config: DaskConfig, workers: int | Literal["auto"]) -> None:
+        distributed = _import("distributed", "dask")
+        self.config, self.patience = config, PATIENCE
+        try:
+            self.client = distributed.Client(config.address, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise PesoError(
+                f"compare.executor: no Dask scheduler at {config.address!r} ({_cause(error)}); start "
+                "one with `dask scheduler` and `dask worker`, or correct compare.executor.address"
+            ) from None
+        slots = sum(self.client.nthreads().values()) // config.cpus
+        if not slots:
+            raise PesoError(
+                f"compare.executor: the Dask cluster at {config.address} has fewer than {config.cpus} "
+                "threads on its workers; start workers, or reduce compare.executor.cpus"
+            )
+        self.workers = slots if workers == "auto" else workers
+
+    def start(self, call: Call, slot: int) -> Handle:
+        call = _started(call, self.config.cpus)
+        resources = self.config.resources or None
+        future = self.client.submit(run, call, pure=False, retries=0, resources=resources)
+        return _Remote(call, future, self._found, lambda future: future.cancel())
+
+    @staticmethod
+    def _found(future: Any) -> int | None:
+        if future.status == "finished":
+            return int(future.result())
+        if future.status in ("error", "lost", "cancelled"):
+            error = future.exception() if future.status == "error" else future.status
+            raise LostWorker(_cause(error))
+        return None
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class Slurm:
+    """Jobs of Slurm, submitted with submitit."""
+
+    def __init__(self, config: SlurmConfig, workers: int | Literal["auto"], folder: Path) -> None:
+        submitit = _import("submitit", "slurm")
+        self.config, self.patience = config, PATIENCE
+        self.workers = SLURM_JOBS if workers == "auto" else workers
+        options: dict[str, Any] = {
+            "name": "peso",
+            "timeout_min": round(60 * config.hours),
+            "cpus_per_task": config.cpus,
+            "gpus_per_node": config.gpus,
+            **({} if config.memory_gib is None else {"mem_gb": config.memory_gib}),
+            **config.options,
+        }
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder.resolve(), cluster=config.cluster)
+            self.executor.update_parameters(**options)
+        except (RuntimeError, NameError, TypeError) as error:
+            raise PesoError(
+                f"compare.executor: Slurm cannot be used ({_cause(error)}); run the command on a "
+                "machine with sbatch, or correct compare.executor.options"
+            ) from None
+
+    def start(self, call: Call, slot: int) -> Handle:
+        call = _started(call, self.config.cpus)
+        return _Remote(call, self.executor.submit(run, call), self._found, lambda job: job.cancel())
+
+    @staticmethod
+    def _found(job: Any) -> int | None:
+        if not job.done():
+            return None
+        try:
+            return int(job.result())
+        except Exception as error:  # submitit's errors, and those that the function raised
+            raise LostWorker(f"job {job.job_id}, {job.state}: {_cause(error)}") from None
+
+    def close(self) -> None:
+        """Nothing to disconnect."""
+
+
+def open_executor(
+    config: ExecutorConfig, workers: int | Literal["auto"], device: str, folder: Path
+) -> Executor:
+    """Connect to what `compare.executor` names.
+
+    Args:
+        config: the section.
+        workers: `compare.workers`.
+        device: `training.device`, for processes on this machine.
+        folder: a directory for the files of Slurm jobs.
+
+    Raises:
+        PesoError: a package is missing, there is no cluster, or it is too small for one run.
+    """
+    if isinstance(config, RayConfig):
+        return Ray(config, workers)
+    if isinstance(config, DaskConfig):
+        return Dask(config, workers)
+    if isinstance(config, SlurmConfig):
+        return Slurm(config, workers, folder)
+    return Machine.of(workers, device)
+
+
+def _import(name: str, extra: str) -> ModuleType:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError:
+        raise PesoError(
+            f"compare.executor: {name} is not installed; install it with pip install 'peso[{extra}]'"
+        ) from None
+
+
+def _cause(error: object) -> str:
+    """The line of an error's text that says what happened: the last exception of a traceback, or the first
+    line."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
+    return [*lines[:1], *exceptions][-1] if lines else type(error).__name__

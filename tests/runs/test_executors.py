@@ -1,0 +1,250 @@
+"""Comparisons on clusters: Ray, Dask and Slurm give the results of local processes, lost machines or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_compare import plan_of, result_files
+
+from peso.config.compare import DaskConfig, RayConfig, SlurmConfig, load_comparison
+from peso.errors import ConfigError, PesoError
+from peso.runs.compare import executors
+from peso.runs.compare.executors import (
+    Call,
+    Dask,
+    Handle,
+    LostWorker,
+    Machine,
+    Ray,
+    Slurm,
+    open_executor,
+    run,
+)
+from peso.runs.compare.plan import Plan
+from peso.runs.compare.schedule import Row, Schedule
+
+STRATEGIES = {"strategies": ["single", "paper"]}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """The files of each strategy's run by processes on this machine."""
+    plan = plan_of(tmp_path_factory.mktemp("local"), STRATEGIES)
+    assert states(Schedule(plan, Machine(2, 1)).run()) == ["done", "done"]
+    return files_of(plan)
+
+
+def files_of(plan: Plan) -> dict[str, dict[str, str]]:
+    return {run.strategy: result_files(run.task.root) for run in plan.runs}
+
+
+def states(rows: Sequence[Row]) -> list[str]:
+    return [f"{row.state} {row.note}".strip() for row in rows]
+
+
+# -- without a cluster ---------------------------------------------------------------------------------
+
+
+def call_of(tmp_path: Path, job: str = "{}") -> Call:
+    return Call(job, tmp_path / "x.log", tmp_path / "x.progress")
+
+
+def test_the_exit_status_of_a_process_on_another_machine_is_returned(tmp_path: Path) -> None:
+    assert run(call_of(tmp_path)) == 1  # an invalid job
+    assert "Job.__init__()" in (tmp_path / "x.log").read_text()
+
+
+def test_a_stop_file_ends_a_process_on_another_machine(tmp_path: Path, monkeypatch: Any) -> None:
+    sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(Call, "popen", lambda call: sleeping)
+    call = call_of(tmp_path)
+    call.stop.touch()
+    assert run(call) == -signal.SIGTERM
+
+
+def ended(handle: Handle) -> int:
+    until = time.monotonic() + 60
+    while (status := handle.poll()) is None and time.monotonic() < until:
+        time.sleep(0.1)
+    assert status is not None
+    return status
+
+
+class Losing:
+    """This machine, but the first ``count`` processes are killed with their machine."""
+
+    workers, patience = 1, 30.0
+
+    def __init__(self, count: int) -> None:
+        self.left, self.started = count, 0
+
+    def start(self, call: Call, slot: int) -> Any:
+        self.started += 1
+        handle = Machine(1, 1).start(call, slot)
+        poll = handle.poll
+
+        def lost() -> int | None:
+            if self.left and "learn stage 1" in call.progress.read_text():
+                self.left -= 1
+                os.kill(handle.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+                raise LostWorker("node 7 is down")
+            return poll()
+
+        object.__setattr__(handle, "poll", lost)
+        return handle
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_elsewhere_when_its_machine_is_lost_and_gives_the_same_result(
+    tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    plan = plan_of(tmp_path, {"strategies": ["single"]})
+    losing = Losing(2)
+    assert states(Schedule(plan, losing).run()) == ["done"]
+    assert losing.left == 0
+    assert files_of(plan) == {"single": expected["single"]}
+
+
+@pytest.mark.slow
+def test_after_the_allowed_retries_the_run_fails_with_the_cause(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"strategies": ["single"], "retries": 1})
+    (row,) = Schedule(plan, Losing(9)).run()
+    assert row.state == "failed"
+    assert row.note == "its machine was lost 2 times; the last time: node 7 is down"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("spark", "compare.executor"),
+        ({"name": "ray", "cpu": 2}, "compare.executor.cpu.*the nearest valid key"),
+        ({"name": "ray", "cpus": 0}, "compare.executor.cpus"),
+        ({"name": "dask"}, "compare.executor.address"),
+        ({"name": "slurm", "hours": -1}, "compare.executor.hours"),
+    ],
+)
+def test_a_wrong_executor_is_refused_with_its_key(tmp_path: Path, section: Any, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"compare": {"strategies": ["single"], "executor": section}}))
+    with pytest.raises(ConfigError, match=message):
+        load_comparison(path)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("ray", "ray"), ("distributed", "dask"), ("submitit", "slurm")])
+def test_a_missing_package_is_named_with_the_command(
+    tmp_path: Path, monkeypatch: Any, name: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    config = {"ray": RayConfig(), "dask": DaskConfig(address="tcp://x:1"), "slurm": SlurmConfig()}[extra]
+    with pytest.raises(PesoError, match=rf"{name} is not installed.*'peso\[{extra}\]'"):
+        open_executor(config, "auto", "cpu", tmp_path)
+
+
+# -- Slurm, by submitit's local executor ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_give_the_results_of_local_processes(
+    tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    pytest.importorskip("submitit")
+    plan = plan_of(tmp_path / "a", STRATEGIES)
+    executor = Slurm(SlurmConfig(cluster="local"), 2, tmp_path / "jobs")
+    assert states(Schedule(plan, executor).run()) == ["done", "done"]
+    assert files_of(plan) == expected
+
+
+def test_a_job_that_raises_or_dies_counts_as_lost(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    executor = Slurm(SlurmConfig(cluster="local"), 2, tmp_path / "jobs")
+    handle = executor.start(call_of(tmp_path / "nowhere"), 0)  # no such directory: not a shared file system
+    with pytest.raises(LostWorker, match=r"^job \d+, FINISHED: FileNotFoundError: .*nowhere/x.log"):
+        ended(handle)
+
+
+def test_slurm_without_sbatch_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(PesoError, match="Slurm cannot be used"):
+        Slurm(SlurmConfig(), "auto", tmp_path)
+
+
+# -- Dask ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_dask_gives_the_results_of_local_processes(
+    tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    plan = plan_of(tmp_path, {"strategies": ["single"]})
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        executor = Dask(DaskConfig(address=cluster.scheduler_address), "auto")
+        try:
+            assert executor.workers == 1
+            assert states(Schedule(plan, executor).run()) == ["done"]
+        finally:
+            executor.close()
+    assert files_of(plan) == {"single": expected["single"]}
+
+
+def test_a_missing_dask_scheduler_is_named(monkeypatch: Any) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(executors, "CONNECT_SECONDS", 1)
+    with pytest.raises(PesoError, match=r"no Dask scheduler at 'tcp://127.0.0.1:9'"):
+        Dask(DaskConfig(address="tcp://127.0.0.1:9"), "auto")
+
+
+# -- Ray -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes with one CPU each."""
+    pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_node_gives_the_results_of_local_processes(
+    two_nodes: Any, tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    plan = plan_of(tmp_path, STRATEGIES)
+    executor = Ray(RayConfig(address=two_nodes.address), "auto")
+    removed = []
+
+    def watch(rows: Sequence[Row]) -> None:
+        if not removed and all(row.note.startswith("learn stage 1") for row in rows):
+            (node,) = [node for node in two_nodes.list_all_nodes() if not node.head]
+            removed.append(node)
+            two_nodes.remove_node(node)
+
+    try:
+        assert executor.workers == 2
+        schedule = Schedule(plan, executor, watch=watch)
+        assert states(schedule.run()) == ["done", "done"]
+        assert removed
+        assert sum(schedule._lost.values()) == 1
+    finally:
+        executor.close()
+    assert files_of(plan) == expected
