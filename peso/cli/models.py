@@ -72,12 +72,12 @@ def export(
         typer.Option("-o", "--output", help="A new directory, or for the index a new file."),
     ] = None,
     form: Annotated[
-        Literal["merged", "peft", "mlflow", "index"],
+        Literal["merged", "peft", "mlflow", "index", "catalog"],
         typer.Option(
             "--format",
             help="merged: one plain Transformers model; peft: backbone and adapter; mlflow: a pyfunc model "
             "that answers histories; index: semantic IDs as an index.json file, the format that research "
-            "code reads.",
+            "code reads; catalog: semantic IDs as arrays for serving stacks such as STATIC.",
         ),
     ] = "merged",
     stage: ServingStage = None,
@@ -104,16 +104,16 @@ def export(
         ),
     ] = None,
     with_retired: Annotated[
-        bool, typer.Option("--with-retired", help="index: write the IDs of retired items, too.")
+        bool, typer.Option("--with-retired", help="index, catalog: write the IDs of retired items, too.")
     ] = False,
     trust: Trust = None,
 ) -> None:
     """Export a stage's model or the semantic IDs for Transformers, vLLM, PEFT, MLflow or research code.
 
     A model has a card, README.md: data, metrics with intervals, limits, and code that uses it without peso.
-    The index contains all items that are not retired (`peso items`), or with --stage those of them that were
-    known at that stage. A model's prompt.json lists the semantic IDs of retired items. Nothing is uploaded
-    without --push-to-hub or --register.
+    Index and catalog contain all items that are not retired (`peso items`), or with --stage those of them
+    that were known at that stage. A model's prompt.json lists the semantic IDs of retired items. Nothing is
+    uploaded without --push-to-hub or --register.
 
     Example: peso export -w runs/games --format merged -o exported
 
@@ -122,6 +122,8 @@ def export(
     Example: peso export -w runs/games --format mlflow --register games
 
     Example: peso export -w runs/games --format index -o games.index.json
+
+    Example: peso export -w runs/games --format catalog -o catalog
     """
     from peso.runs.place import require_place
     from peso.runs.workspace import Workspace
@@ -130,14 +132,17 @@ def export(
     if output is not None:
         require_place(output)
     opened = Workspace.open(workspace, trust or ())
-    if form == "index":
+    if form == "index" or form == "catalog":
         from peso.runs import preparation
 
         assert output is not None
-        if left_out := preparation.export_index(opened, output, stage, with_retired):
+        if left_out := preparation.export_index(opened, output, stage, with_retired, form):
             Terminal().note(f"{left_out:,} retired items are left out; --with-retired writes them, too")
         say(output)
-        next_steps(["run", "CONFIG", "--set", f"items.index={output}"])
+        if form == "index":
+            next_steps(["run", "CONFIG", "--set", f"items.index={output}"])
+        else:
+            say("next: build a server's index from it (see docs/how-to/export.md)", error=True)
         return
     from peso.runs.recommender import Recommender
 

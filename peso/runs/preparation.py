@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from peso.events.append import correct_items, extend_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
 from peso.events.stream import Stream
+from peso.items.catalog_files import write_catalog
 from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
 from peso.runs.checks import check_configuration
 from peso.runs.place import require_place
@@ -223,13 +224,20 @@ def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observe
 
 
 def export_index(
-    workspace: Workspace, path: Path, stage: int | None = None, with_retired: bool = False
+    workspace: Workspace,
+    path: Path,
+    stage: int | None = None,
+    with_retired: bool = False,
+    form: Literal["index", "catalog"] = "index",
 ) -> int:
-    """Write the semantic IDs as ``index.json``, the format of released research code.
+    """Write the semantic IDs for other programs.
 
     Args:
+        path: a new file, or for ``catalog`` a new directory.
         stage: only the items that were known at this stage; None: all.
         with_retired: include retired items.
+        form: ``index``: as index.json, the format of released research code; ``catalog``: arrays for serving
+            stacks, see :func:`peso.items.catalog_files.write_catalog`.
 
     Returns:
         The number of retired items that are left out.
@@ -242,7 +250,7 @@ def export_index(
     workspace.require_semantic_ids()
     require_place(path)
     if os.path.lexists(path):
-        raise ExportError(f"{path} exists already; choose another file name")
+        raise ExportError(f"{path} exists already; choose another name")
     ids = workspace.semantic_ids
     if stage is not None:
         stream = workspace.stream
@@ -251,7 +259,8 @@ def export_index(
         ids = ids.first(count)
     never = {} if with_retired else retired(workspace.root)
     kept = [row for row, item in enumerate(ids.item_ids) if item not in never]
-    write_release_index(SemanticIds([ids.item_ids[row] for row in kept], ids.codes[kept], ids.sizes), path)
+    write = write_release_index if form == "index" else write_catalog
+    write(SemanticIds([ids.item_ids[row] for row in kept], ids.codes[kept], ids.sizes), path)
     return len(ids.item_ids) - len(kept)
 
 

@@ -208,7 +208,7 @@ class Recommender:
     def export(
         self,
         directory: str | Path,
-        format: Literal["merged", "peft", "index"] = "merged",
+        format: Literal["merged", "peft", "index", "catalog"] = "merged",
         *,
         repository: str = "",
     ) -> Path:
@@ -218,7 +218,8 @@ class Recommender:
         Args:
             directory: path of a new directory; with ``index``, of a new file.
             format: ``merged``: a plain Transformers model; ``peft``: backbone and adapter; ``index``: the
-                semantic IDs of all items as index.json, the format of released research code.
+                semantic IDs of all items as index.json, the format of released research code; ``catalog``:
+                the same as arrays for serving stacks.
             repository: the name that the model will have on the Hugging Face hub; its card then shows how to
                 load it from there.
 
@@ -230,10 +231,10 @@ class Recommender:
         """
         place = Path(directory)
         require_place(place)
-        if format == "index":
+        if format == "index" or format == "catalog":
             from peso.runs.preparation import export_index
 
-            export_index(self.workspace, place)
+            export_index(self.workspace, place, form=format)
             return place
         require_free(place)
         from peso.model.export import export_merged, export_peft

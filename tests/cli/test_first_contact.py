@@ -194,7 +194,7 @@ def test_the_shell_completes_commands_and_values():
     ]
     for words, expected in {
         "peso do": ["doctor"],
-        "peso export --format ": ["merged", "peft", "mlflow", "index"],
+        "peso export --format ": ["merged", "peft", "mlflow", "index", "catalog"],
     }.items():
         completed |= {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         done = subprocess.run(command, env={**os.environ, **completed}, capture_output=True, text=True)

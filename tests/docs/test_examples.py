@@ -99,6 +99,7 @@ def answering(request: pytest.FixtureRequest) -> dict[str, Any]:
 def exported(request: pytest.FixtureRequest) -> dict[str, Any]:
     shop = peso.Recommender.load(request.getfixturevalue("shop"))
     shop.export("exported")
+    shop.export("catalog", "catalog")
     shop.export("other", format="peft")
     for part in ("backbone", "adapter"):
         shutil.move(f"other/{part}", "exported")
