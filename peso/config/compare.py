@@ -44,13 +44,13 @@ Variants = Annotated[dict[str, Any], BeforeValidator(_listed)]
 class ProcessesConfig(Section):
     """Processes on this machine."""
 
-    name: Literal["processes"] = "processes"
+    name: Literal["processes"] = Field("processes", description="the executor")
 
 
 class RayConfig(Section):
     """Tasks on a Ray cluster."""
 
-    name: Literal["ray"] = "ray"
+    name: Literal["ray"] = Field("ray", description="the executor")
     address: str = Field("auto", description="the cluster; auto: that of RAY_ADDRESS, or of this machine")
     cpus: int = Field(1, ge=1, description="CPUs, and threads, of a run")
     gpus: float = Field(0, ge=0, description="GPUs of a run; 0.5: two runs share one")
@@ -59,7 +59,7 @@ class RayConfig(Section):
 class DaskConfig(Section):
     """Tasks on a Dask cluster."""
 
-    name: Literal["dask"] = "dask"
+    name: Literal["dask"] = Field("dask", description="the executor")
     address: str = Field(description="the scheduler, such as tcp://host:8786")
     cpus: int = Field(1, ge=1, description="threads of a run")
     resources: dict[str, float] = Field(
@@ -70,7 +70,7 @@ class DaskConfig(Section):
 class SlurmConfig(Section):
     """Jobs of Slurm, one per run."""
 
-    name: Literal["slurm"] = "slurm"
+    name: Literal["slurm"] = Field("slurm", description="the executor")
     cpus: int = Field(1, ge=1, description="CPUs, and threads, of a job")
     gpus: int = Field(0, ge=0, description="GPUs of a job")
     memory_gib: float | None = Field(None, gt=0, description="memory of a job; none given: Slurm's default")
