@@ -47,6 +47,7 @@ def promote(
     from peso.runs import served
 
     opened = Workspace.open(workspace)
+    _warn_of_hybrids(opened, stage)
     changed = served.promote(opened, stage, reason=reason, force=force, pinned=pin)
     latest = served.served(opened).latest
     assert latest is not None
@@ -57,6 +58,21 @@ def promote(
     else:
         say(f"{workspace}: {_promoted(served.served(opened).changes)}")
     next_steps(["status", "-w", workspace])
+
+
+def _warn_of_hybrids(opened: Workspace, stage: int) -> None:
+    """Say which hybrids cannot answer with a stage that is about to serve."""
+    from peso.errors import WorkspaceError
+    from peso.runs.hybrids import hybrids_not_run
+
+    if stage not in opened.finished_stages or not opened.has_semantic_ids:
+        return
+    try:
+        told = hybrids_not_run(opened, stage)
+    except WorkspaceError as error:  # no reason not to promote the model
+        told = [str(error)]
+    for why in told:
+        say(f"note: {why}. Until then, `peso serve --with` keeps the stage that it has loaded", error=True)
 
 
 def _promoted(changes: Sequence[Change]) -> str:
@@ -82,7 +98,10 @@ def rollback(workspace: Directory, reason: Reason = None, pin: Pin = False, as_j
     """
     from peso.runs import served
 
-    change = served.rollback(Workspace.open(workspace), reason=reason, pinned=pin)
+    opened = Workspace.open(workspace)
+    if (target := served.previous(opened)) is not None:
+        _warn_of_hybrids(opened, target)
+    change = served.rollback(opened, reason=reason, pinned=pin)
     if as_json:
         say_json(change.model_dump(by_alias=True))
     else:

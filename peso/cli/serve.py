@@ -25,6 +25,15 @@ def serve(
     stage: Annotated[
         int | None, typer.Option(min=0, help="Always use this stage. Default: the promoted stage.")
     ] = None,
+    hybrid: Annotated[
+        str | None,
+        typer.Option(
+            "--with",
+            metavar="HYBRID",
+            help="Answer with a hybrid of the model and baselines, which `peso baseline` has run for every "
+            "stage that is to serve: its label, or `hybrid` if there is only one.",
+        ),
+    ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
@@ -69,6 +78,8 @@ def serve(
 
     Example: peso serve -w runs/games
 
+    Example: peso serve -w runs/games --with hybrid
+
     Example: peso serve -w runs/games --host 0.0.0.0 --token-file tokens.txt
     """
     from peso.errors import UsageError
@@ -88,6 +99,7 @@ def serve(
             rate=rate,
             queue=queue,
             prompt_memory=prompt_memory * 2**20,
+            hybrid=hybrid,
             allow_file=allow_file,
             deny_file=deny_file,
         ),

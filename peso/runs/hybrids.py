@@ -37,17 +37,17 @@ class HybridAnswers:
         self.workspace, self.stage = workspace, stage
         self._run = _find(workspace, name)
         if not self._run.is_done(stage):
-            options = self._run.config.model_dump(mode="json", exclude_defaults=True)
-            given = json.dumps(options, ensure_ascii=False) if len(options) > 1 else options["name"]
-            raise WorkspaceError(
-                f"{self.label} was not run for stage {stage} in its current state; run "
-                f"`peso baseline '{given}' -w {workspace.root}`"
-            )
+            raise WorkspaceError(_not_run(self._run, stage))
 
     @property
     def label(self) -> str:
         """Its name in reports, for example ``hybrid partners=ease``."""
         return self._run.label
+
+    @property
+    def item_ids(self) -> Sequence[str]:
+        """The ids of the catalog that the answers are from."""
+        return self._run.ids.item_ids
 
     @property
     def determined_by(self) -> str:
@@ -69,28 +69,26 @@ class HybridAnswers:
         histories: Sequence[np.ndarray],
         k: int,
         *,
-        exclude_seen: bool,
-        retired: np.ndarray,
+        out: Sequence[np.ndarray],
     ) -> list[list[tuple[str, float]]]:
-        """The k best items of each user with their pooled log-probabilities, best first; fewer if
-        ``exclude_seen`` leaves fewer. Items that share a semantic ID come in the order of the catalog.
+        """The k best items of each user with their pooled log-probabilities, best first; fewer if ``out``
+        leaves fewer. Items that share a semantic ID come in the order of the catalog.
 
         Args:
             users: names, for partners with user embeddings; None: only the history is used.
             histories: all item rows of each user, oldest first.
-            retired: item rows that are never recommended.
+            out: for each user, the item rows that are not recommended.
         """
         if not len(histories):
             return []
-        ids, window = self.workspace.semantic_ids, self.workspace.config.prompt.window
-        out = [np.concatenate([history, retired]) if exclude_seen else retired for history in histories]
-        hybrid = self.models.with_repeats(not exclude_seen and not len(retired))
+        ids, window = self._run.ids, self.workspace.config.prompt.window
+        hybrid = self.models.with_repeats(not any(map(len, out)))
         hybrid = replace(hybrid, candidates=max(hybrid.candidates, k))
         cases = Cases(
             [NOBODY if user is None else user for user in users],
             [history[-window:] for history in histories],
             np.zeros(len(histories), dtype=np.int32),  # targets are not used
-            out,  # items to leave out: those of the history, and retired ones
+            list(out),
         )
         found = hybrid.answer(cases, ids.trie.leaves, lambda done: None)
         result = []
@@ -104,6 +102,26 @@ class HybridAnswers:
             ]
             result.append(ranked[:k])
         return result
+
+
+def hybrids_not_run(workspace: Workspace, stage: int) -> list[str]:
+    """For each hybrid of the workspace that was not run for a stage: that it was not, and how to do it."""
+    runs = [BaselineRun(workspace, config) for config in found_baselines(workspace) if config.fused]
+    return [_not_run(run, stage) for run in runs if not run.is_done(stage)]
+
+
+def is_run(workspace: Workspace, label: str, stage: int) -> bool:
+    """Whether a hybrid was run for a stage in its current state. Raises ConfigError if there is none."""
+    return _find(workspace, label).is_done(stage)
+
+
+def _not_run(run: BaselineRun, stage: int) -> str:
+    options = run.config.model_dump(mode="json", exclude_defaults=True)
+    given = json.dumps(options, ensure_ascii=False) if len(options) > 1 else options["name"]
+    return (
+        f"{run.label} was not run for stage {stage} in its current state; run "
+        f"`peso baseline '{given}' -w {run.workspace.root}`"
+    )
 
 
 def _find(workspace: Workspace, name: str) -> BaselineRun:

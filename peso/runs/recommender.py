@@ -284,9 +284,9 @@ class Recommender:
         self.require_length(k)
         retired = self.retired
         if self.hybrid is not None:
-            out = self.semantic_ids.rows(sorted(item for item in retired if item in self.semantic_ids))
-            asking = users or [None] * len(rows)
-            return self.hybrid.recommend(asking, rows, k, exclude_seen=exclude_seen, retired=out)
+            gone = self.semantic_ids.rows(sorted(item for item in retired if item in self.semantic_ids))
+            out = [np.concatenate([history, gone]) if exclude_seen else gone for history in rows]
+            return self.hybrid.recommend(users or [None] * len(rows), rows, k, out=out)
         from peso.decoding import beam_search
 
         with threads(self._answering, self.workspace.config.training.threads):

@@ -29,7 +29,7 @@ class Likelihood:
     """The log-probability of an item after a history, under one stage.
 
     Attributes:
-        score: the log-probability, as in recommendations.
+        score: the log-probability, as in recommendations by the model alone.
         codes: the conditional log-probability of each code of the item's semantic ID.
         has_head: whether the score includes an item head.
     """

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from peso.errors import DataError
+from peso.runs.hybrids import is_run
 from peso.runs.served import previous, promote, rollback
 from peso.runs.status import status
 from peso.serving.insight import add_insight, shown
@@ -164,6 +165,7 @@ def _promote(service: Service, body: Promote, caller: str) -> Changed:
         raise HTTPException(
             409, f"the weights of stage {body.stage} were removed; promote a stage that has them"
         )
+    _require_hybrid(service, body.stage)
     verdict = stage.verdict
     if not body.force and verdict is not None and verdict["decision"] != "passed":
         raise HTTPException(
@@ -174,6 +176,17 @@ def _promote(service: Service, body: Promote, caller: str) -> Changed:
     reason = f"{body.reason} ({caller})"
     changed = promote(workspace, body.stage, reason=reason, force=body.force)
     return Changed(stage=body.stage, changed=changed, reason=reason)
+
+
+def _require_hybrid(service: Service, stage: int) -> None:
+    """Raise HTTPException if the server answers with a hybrid that was not run for a stage."""
+    label = service.live.hybrid
+    if label is not None and not is_run(service.live.workspace, label, stage):
+        raise HTTPException(
+            409,
+            f"this server answers with {label!r}, which was not run for stage {stage}; run it with `peso "
+            "baseline`, then send the request again",
+        )
 
 
 def _roll_back(service: Service, body: Rollback, caller: str) -> Changed:
@@ -187,5 +200,6 @@ def _roll_back(service: Service, body: Rollback, caller: str) -> Changed:
             f"the target of a rollback is stage {target} now, not stage {body.stage}; send that number if it "
             "is right",
         )
+    _require_hybrid(service, target)
     reason = f"{body.reason} ({caller})"
     return Changed(stage=rollback(workspace, reason=reason).stage, changed=True, reason=reason)

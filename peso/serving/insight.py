@@ -160,13 +160,21 @@ async def _explained(
         item=item,
         serving=_view(current, item, now),
         before=None if before is None else _view(before, item, then),
-        says="" if before is None else reason(item, (current, now), (before, then), events),
+        says=_says(current, "" if before is None else reason(item, (current, now), (before, then), events)),
         nearest_by=by,
         nearest=[
             NearItem(**shown(known, other).model_dump(), similarity=similarity) for other, similarity in near
         ],
         events={str(number): count for number, count in events.items()},
     )
+
+
+def _says(current: Snapshot, why: str) -> str:
+    """The reason; with a hybrid, also that the log-probabilities are not those of the list."""
+    if current.hybrid is None:
+        return why
+    note = f"The list is that of {current.hybrid.label}; these log-probabilities are of its language model."
+    return f"{why} {note}".strip()
 
 
 def _view(snapshot: Snapshot, item: str, found: Likelihood | None) -> StageView:

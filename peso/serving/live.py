@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peso.errors import WorkspaceError
+from peso.runs.hybrids import HybridAnswers
 from peso.runs.place import SERVED
 from peso.runs.served import serving_stage
 from peso.runs.stage import RunStage
@@ -32,11 +33,13 @@ class LiveStage:
         stage: a fixed stage; None: the promoted one, or the newest trained one if none was promoted.
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
         trust: classes of custom strategies that may be imported.
+        hybrid: the hybrid that answers: its label, or ``hybrid`` if there is only one; None: the model alone.
         on_change: called with the snapshot of every stage that starts to serve.
         on_problem: called with the reason if a stage cannot be loaded; the old one continues to serve.
 
     Raises:
-        PesoError: there is no such stage, or a file of the workspace is damaged.
+        PesoError: there is no such stage or hybrid, the hybrid was not run for the stage, or a file of the
+            workspace is damaged.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class LiveStage:
         prompt_memory: int = 0,
         trust: Iterable[str] = (),
         device: str | None = None,
+        hybrid: str | None = None,
         on_change: Callable[[Snapshot], None] | None = None,
         on_problem: Callable[[str], None] | None = None,
     ) -> None:
@@ -57,7 +61,10 @@ class LiveStage:
         self.problem: str | None = None
         self._seen: tuple[object, ...] | None = None
         self._stopping, self._loading = threading.Event(), threading.Lock()
-        self.current = Snapshot.of(self._stage_to_serve())
+        self.hybrid = hybrid
+        self.current = Snapshot.of(self._stage_to_serve(), hybrid)
+        if self.current.hybrid is not None:
+            self.hybrid = self.current.hybrid.label  # stays clear if others are run
         self._thread = threading.Thread(target=self._watch, name="peso stages", daemon=True)
 
     def start(self) -> None:
@@ -81,21 +88,28 @@ class LiveStage:
     def _refresh(self) -> None:
         before = self.current
         wanted = self._stage_to_serve()
-        same = before.identity == identity(wanted)
+        same = before.identity == identity(wanted, self._hybrid_of(wanted))
         if before.model is not None and same:
             self.problem = None
             if before.prompts is not None:  # the stream has changed; a user may have been erased
                 before.prompts.clear()
             # titles and popularity of the stream as it is now
-            now = Snapshot.of(wanted)
-            self.current = replace(now, model=before.model, prompts=before.prompts, since=before.since)
+            now = Snapshot.of(wanted, self.hybrid)
+            self.current = replace(
+                now,
+                hybrid=before.hybrid,
+                model=before.model,
+                prompts=before.prompts,
+                since=before.since,
+            )
             return
         from peso.decoding.returning import PromptMemory
 
-        after = self._with_model(wanted, before if same else Snapshot.of(wanted))
+        remembers = self._prompt_memory and self.hybrid is None  # a hybrid always reads one window
+        after = self._with_model(wanted, before if same else Snapshot.of(wanted, self.hybrid))
         after = replace(
             after,
-            prompts=PromptMemory(self._prompt_memory) if self._prompt_memory else None,
+            prompts=PromptMemory(self._prompt_memory) if remembers else None,
             since=datetime.now(UTC),
         )
         self.current = after
@@ -105,6 +119,10 @@ class LiveStage:
         if self._on_change is not None:
             self._on_change(after)
 
+    def _hybrid_of(self, stage: RunStage) -> HybridAnswers | None:
+        """The hybrid of a stage, not loaded. Raises WorkspaceError if it was not run for the stage."""
+        return None if self.hybrid is None else HybridAnswers(stage.workspace, self.hybrid, stage.number)
+
     def another(self, stage: RunStage) -> Snapshot:
         """A snapshot of another stage with its model; the serving stage does not change.
 
@@ -112,13 +130,17 @@ class LiveStage:
             PesoError: the stage cannot be loaded.
         """
         with self._loading:
-            return self._with_model(stage, Snapshot.of(stage))
+            return self._with_model(stage, Snapshot.of(stage, self.hybrid))
 
     def _with_model(self, stage: RunStage, snapshot: Snapshot) -> Snapshot:
         from peso.model.inference import for_inference
 
-        model = for_inference(stage.model(self._device), packed=True)
-        if model.semantic_ids.item_ids != snapshot.semantic_ids.item_ids:
+        hybrid, catalog = snapshot.hybrid, snapshot.semantic_ids.item_ids
+        if hybrid is None:
+            model = for_inference(stage.model(self._device), packed=True)
+        else:
+            model = hybrid.models.llm
+        if model.semantic_ids.item_ids != catalog or (hybrid and hybrid.item_ids != catalog):
             raise WorkspaceError(f"the semantic IDs of {self.root} changed while they were read")
         return replace(snapshot, model=model)
 
@@ -131,7 +153,7 @@ class LiveStage:
     def _fingerprint(self) -> tuple[object, ...]:
         """Inodes, times and sizes that change when another stage should serve; fast to read."""
         found: list[object] = []
-        for name in (SERVED, "stages", "semantic_ids", "stream"):
+        for name in (SERVED, "stages", "semantic_ids", "stream", f"baselines/{self.hybrid or ''}"):
             try:
                 state = os.stat(self.root / name)
                 found += [state.st_ino, state.st_mtime_ns, state.st_size]

@@ -121,12 +121,16 @@ class Item(Message):
     title: str | None = Field(None, description="Only if requested with `titles` and present in the log.")
 
 
+Source = Literal["model", "hybrid", "popularity"]
+
+
 class Answer(Message):
     """Recommendations from one stage."""
 
     stage: int = Field(description="The stage that gave the recommendations.")
-    source: Literal["model", "popularity"] = Field(
-        description="popularity: the items with the most events in the newest stage, see `reason`."
+    source: Source = Field(
+        description="hybrid: the model combined with baselines. popularity: the items with the most events "
+        "in the newest stage, see `reason`."
     )
     reason: Literal["loading", "unknown_user", "empty_history"] | None = Field(
         None, description="Why the model was not used."
@@ -189,6 +193,9 @@ class Status(Message):
     stage: int = Field(description="The serving stage.")
     stage_since: datetime = Field(description="When this server started to use it.")
     pinned: bool = Field(description="Whether the stage is fixed with --stage.")
+    hybrid: str | None = Field(
+        None, description="The hybrid that answers (--with); null: the model alone answers."
+    )
     model: Literal["loading", "ready"]
     problem: str | None = Field(None, description="Why another stage could not be loaded.")
     newest_stage: int | None = Field(description="The newest trained stage; null if it cannot be read.")
@@ -211,7 +218,7 @@ class ShownItem(Message):
 
 class ShownList(Message):
     stage: int
-    source: Literal["model", "popularity"]
+    source: Source
     reason: Literal["loading", "unknown_user", "empty_history"] | None
     items: list[ShownItem]
 
@@ -264,7 +271,8 @@ class StageView(Message):
 
     stage: int
     score: float | None = Field(
-        description="Log-probability; null if the stage has no model yet or does not know the item."
+        description="Log-probability under the model (with a hybrid: under its language model); null if the "
+        "stage has no model yet or does not know the item."
     )
     codes: list[CodeChance] = Field(
         description="The codes of the semantic ID, with conditional log-probabilities."

@@ -193,6 +193,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             stage=snapshot.stage,
             stage_since=snapshot.since,
             pinned=live.pinned is not None,
+            hybrid=live.hybrid,
             model="loading" if snapshot.model is None else "ready",
             problem=live.problem,
             newest_stage=newest,

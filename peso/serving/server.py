@@ -45,6 +45,7 @@ class Settings:
         queue: maximum number of requests waiting for the model.
         largest_body: maximum size of a request, bytes.
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
+        hybrid: the hybrid that answers, see :class:`peso.serving.live.LiveStage`.
         allow_file, deny_file: files of the only items that may be recommended, and of those that may not.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     queue: int = 256
     largest_body: int = 4_000_000
     prompt_memory: int = 256 * 2**20
+    hybrid: str | None = None
     allow_file: Path | None = None
     deny_file: Path | None = None
 
@@ -64,7 +66,7 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
     """Open the workspace and load the catalog; the model is loaded later.
 
     Raises:
-        PesoError: there is no workspace or no trained stage, or a file is damaged.
+        PesoError: there is no workspace, no trained stage or no such hybrid, or a file is damaged.
     """
     meters = Meters()
 
@@ -81,6 +83,7 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
         stage=settings.stage,
         prompt_memory=settings.prompt_memory,
         trust=trust,
+        hybrid=settings.hybrid,
         on_change=changed,
         on_problem=failed,
     )

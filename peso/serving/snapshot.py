@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from peso.errors import DataError
+from peso.runs.hybrids import HybridAnswers
 from peso.runs.recommender import Recommender
 from peso.runs.stage import RunStage
 from peso.runtime.machine import threads
-from peso.serving.messages import Answer, Item, Request
+from peso.serving.messages import Answer, Item, Request, Source
 from peso.serving.stock import Stock
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Snapshot:
         shares: float64 (items,), ln of each item's share of these events, with add-one smoothing.
         leaves_out_seen: whether items of the history are left out by default.
         threads: as configured.
-        model: None while it is being loaded.
+        hybrid: answers in place of the model alone; None: the model answers.
+        model: None while it is being loaded; with a hybrid, its language model.
         prompts: the cache of prompts of returning users.
         since: when the snapshot started to serve.
     """
@@ -63,31 +65,38 @@ class Snapshot:
     shares: np.ndarray
     leaves_out_seen: bool
     threads: int | Literal["auto"]
+    hybrid: HybridAnswers | None = None
     model: GenerativeModel | None = None
     prompts: PromptMemory | None = None
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
-    def of(cls, stage: RunStage) -> Snapshot:
+    def of(cls, stage: RunStage, hybrid: str | None = None) -> Snapshot:
         """Make a snapshot of a stage without its model.
 
+        Args:
+            hybrid: the label of a hybrid, or ``hybrid`` if there is only one.
+
         Raises:
-            WorkspaceError: the stage is not trained, or a file is missing or damaged.
+            WorkspaceError: the stage is not trained, the hybrid was not run for it, or a file is missing or
+                damaged.
+            ConfigError: there is no such hybrid.
         """
         workspace = stage.workspace
-        recommender = Recommender(workspace, stage.number, live=True)
+        recommender = Recommender(workspace, stage.number, live=True, hybrid=hybrid)
         stream, ids = workspace.stream, recommender.semantic_ids
         items = len(ids.item_ids)
         counts = stream.item_counts(stream.stages - 1)[:items]
         return cls(
             stage.number,
-            identity(stage),
+            identity(stage, recommender.hybrid),
             ids,
             stream.titles[:items],
             ids.rows(recommender.popular(items)),
             np.log((counts + 1) / (counts.sum() + items)),
             recommender.leaves_out_seen,
             workspace.config.training.threads,
+            recommender.hybrid,
         )
 
     def known(self, items: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -114,11 +123,13 @@ class Snapshot:
                 continue
             if resolved.reason is not None:
                 result[place] = self._popular(resolved, stocked)
-            else:  # grouped by number of beams, so that an answer does not depend on other questions
-                key = resolved.beams, resolved.allow is None
+            else:  # grouped by the width of the search, so that an answer does not depend on other questions
+                width = resolved.beams if self.hybrid is None else resolved.request.k
+                key = width, resolved.allow is None
                 asked.setdefault(key, {})[place] = resolved
+        search = self._search if self.hybrid is None else self._pool
         for group in asked.values():
-            result.update(zip(group, self._search(list(group.values()), stocked), strict=True))
+            result.update(zip(group, search(list(group.values()), stocked), strict=True))
         return [result[place] for place in range(len(questions))]
 
     def _resolve(self, question: Question, stocked: frozenset[str] | None) -> _Resolved:
@@ -172,17 +183,35 @@ class Snapshot:
             for each, ranked in zip(asked, found, strict=True)
         ]
 
+    def _pool(self, asked: Sequence[_Resolved], stocked: frozenset[str] | None) -> list[Answer]:
+        """The answers of the hybrid."""
+        assert self.hybrid is not None
+        ids = self.semantic_ids
+        out = [np.flatnonzero(~self._admitted(each, stocked)) for each in asked]
+        found = self.hybrid.recommend(
+            [each.request.user for each in asked],
+            [ids.rows(each.history) for each in asked],
+            asked[0].request.k,
+            out=out,
+        )
+        return [self._message(each, "hybrid", ranked) for each, ranked in zip(asked, found, strict=True)]
+
     def _cached_prompt(self, user: str | None) -> Returning | None:
         """The cache entry of a user's prompt; None for requests with a history."""
         return None if user is None or self.prompts is None else self.prompts.of(user)
 
-    def _popular(self, asked: _Resolved, stocked: frozenset[str] | None) -> Answer:
-        """The most popular items that pass the filters."""
-        ids, admitted = self.semantic_ids, np.ones(len(self.popular), dtype=bool)
-        if (allowed := stocked if asked.allow is None else asked.allow) is not None:
-            admitted[:] = False
+    def _admitted(self, asked: _Resolved, stocked: frozenset[str] | None) -> np.ndarray:
+        """bool (items,): which items pass the filters."""
+        ids, allowed = self.semantic_ids, stocked if asked.allow is None else asked.allow
+        admitted = np.full(len(ids.item_ids), allowed is None)
+        if allowed is not None:
             admitted[ids.rows(sorted(allowed))] = True
         admitted[ids.rows(sorted(asked.out))] = False
+        return admitted
+
+    def _popular(self, asked: _Resolved, stocked: frozenset[str] | None) -> Answer:
+        """The most popular items that pass the filters."""
+        ids, admitted = self.semantic_ids, self._admitted(asked, stocked)
         best = self.popular[admitted[self.popular]][: asked.request.k]
         ranked = [(ids.item_ids[row], float(self.shares[row])) for row in best]
         return self._message(asked, "popularity", ranked)
@@ -190,14 +219,14 @@ class Snapshot:
     def _message(
         self,
         asked: _Resolved,
-        source: Literal["model", "popularity"],
+        source: Source,
         ranked: Collection[tuple[str, float]],
     ) -> Answer:
         items = [
             Item(item=item, score=score, title=self.title(item) if asked.request.titles else None)
             for item, score in ranked
         ]
-        reason = None if source == "model" else asked.reason
+        reason = asked.reason if source == "popularity" else None
         return Answer(
             stage=self.stage, source=source, reason=reason, items=items, unknown_items=asked.unknown
         )
@@ -219,11 +248,12 @@ def answer_all(
     return [found[place] for place in range(len(questions))]
 
 
-def identity(stage: RunStage) -> Identity:
-    """Everything an answer depends on: number and digest of the stage, and the catalog, which may have grown
-    since the stage was trained."""
+def identity(stage: RunStage, hybrid: HybridAnswers | None = None) -> Identity:
+    """Everything an answer depends on: number and digest of the stage, that of the hybrid, and the catalog,
+    which may have grown since the stage was trained."""
     catalog = stage.workspace.semantic_ids_manifest["files"]
-    return stage.number, stage.determined_by, str(sorted(catalog.items()))
+    of_hybrid = "" if hybrid is None else f" {hybrid.determined_by}"
+    return stage.number, f"{stage.determined_by}{of_hybrid}", str(sorted(catalog.items()))
 
 
 _Reason = Literal["loading", "unknown_user", "empty_history"] | None

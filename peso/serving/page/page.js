@@ -75,7 +75,8 @@ async function look() {
   answering = status.stage;
   readOnly = status.read_only;
   const model = status.model === "ready" ? "" : ", model is loading";
-  const text = `Stage ${status.stage} answers${model} · ${status.items.toLocaleString("en")} items · version ${status.version}`;
+  const by = status.hybrid ? ` with ${status.hybrid}` : "";
+  const text = `Stage ${status.stage} answers${by}${model} · ${status.items.toLocaleString("en")} items · version ${status.version}`;
   if (at("server").textContent !== text) at("server").textContent = text; // else it is read aloud again
   tell("problem", status.problem ? `Another stage cannot be loaded: ${status.problem}` : "");
   if (changed) await showStages();
@@ -208,6 +209,7 @@ function itemRow(each, place) {
 }
 
 function source(list) {
+  if (list.source === "hybrid") return "Score: weighted sum of the log-probabilities of model and baselines.";
   if (list.source === "model") return "Score: log-probability that the item comes next.";
   const why = {
     loading: "the model is loading",
