@@ -31,7 +31,9 @@ def ingest(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SOURCE]", help="The data: a file, a directory, or a CONFIG.yaml that gives their path."
+            metavar="[SOURCE]",
+            help="The data: a file, a directory, their address (s3://, gs://, https://, "
+            "hf://datasets/…), or a CONFIG.yaml that gives their path.",
         ),
     ] = None,
     data_format: Annotated[
@@ -71,6 +73,8 @@ def ingest(
     Example: peso ingest shop.csv --set data.columns.item=sku -w runs/shop
 
     Example: peso ingest shop.yaml -w runs/shop
+
+    Example: peso ingest s3://bucket/logs/2024/ --items https://example.org/products.csv -w runs/shop
 
     Example: peso ingest --format peso-release data/Video_Games_cl_0.6_0_5_3_0 -w runs/games
 
@@ -204,11 +208,12 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     from peso.config import load_config
     from peso.events.sources.files import find_files, kind_of
     from peso.runs import preparation
+    from peso.runtime.remote import local
 
     if others := [text for text in overrides if not text.startswith("data.")]:
         raise ConfigError(f"with --items, --set can change only keys of `data`, not {', '.join(others)}")
     opened = Workspace.open(path)
-    find_files(items, kind_of(items) or "csv", "--items")  # raises where there is none
+    find_files(local(items, Terminal()), kind_of(items) or "csv", "--items")  # raises where there is none
     data, known = opened.config.data, opened.config.data.items
     kind = kind_of(items) or (known and known.format) or data.format
     tree = {
@@ -240,10 +245,10 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
 
 
 def _quoted(path: str) -> str:
-    """A path relative to the current directory as an absolute value for --set."""
+    """A path relative to the current directory as an absolute value for --set. An address stays as it is."""
     import json
 
-    return json.dumps(str(Path(path).absolute()))
+    return json.dumps(path if "://" in path else str(Path(path).absolute()))
 
 
 def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, Any]) -> None:

@@ -68,8 +68,12 @@ def pull(
 def export(
     workspace: Directory,
     output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="A new directory, or for the index a new file."),
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A new directory, or for the index a new file; a path or an address (s3://, gs://).",
+        ),
     ] = None,
     form: Annotated[
         Literal["merged", "peft", "mlflow", "index", "catalog"],
@@ -127,16 +131,21 @@ def export(
     """
     from peso.runs.place import require_place
     from peso.runs.workspace import Workspace
+    from peso.runtime import remote
 
     _refuse_mixed(output, form, push_to_hub, public, register)
-    if output is not None:
-        require_place(output)
+    if output is not None and remote.is_remote(output):
+        remote.require_output(output)
+    elif output is not None:
+        require_place(Path(output))
     opened = Workspace.open(workspace, trust or ())
     if form == "index" or form == "catalog":
         from peso.runs import preparation
 
         assert output is not None
-        if left_out := preparation.export_index(opened, output, stage, with_retired, form):
+        with remote.output(output, Terminal()) as file:
+            left_out = preparation.export_index(opened, file, stage, with_retired, form)
+        if left_out:
             Terminal().note(f"{left_out:,} retired items are left out; --with-retired writes them, too")
         say(output)
         if form == "index":
@@ -152,11 +161,10 @@ def export(
     if form == "mlflow":
         from peso.runs import publish
 
-        done: object = (
-            publish.register_mlflow(recommender, register)
-            if register
-            else publish.save_mlflow(recommender, str(output))
-        )
+        done = publish.register_mlflow(recommender, register) if register else str(output)
+        if output is not None:
+            with remote.output(output, terminal) as folder:
+                publish.save_mlflow(recommender, folder)
         read = "mlflow.pyfunc.load_model (see docs/how-to/publish.md)"
     elif push_to_hub is not None:
         from peso.runs import publish
@@ -165,7 +173,9 @@ def export(
         read = "the code in its card (see docs/how-to/publish.md)"
     else:
         assert output is not None
-        done = recommender.export(output, form)
+        with remote.output(output, terminal) as folder:
+            recommender.export(folder, form)
+        done = output
         read = "Transformers or PEFT (see its README.md and docs/how-to/export.md)"
     terminal.end()
     say(done)
@@ -173,7 +183,7 @@ def export(
 
 
 def _refuse_mixed(
-    output: Path | None, form: str, push_to_hub: str | None, public: bool, register: str | None
+    output: str | None, form: str, push_to_hub: str | None, public: bool, register: str | None
 ) -> None:
     """Raise UsageError unless there is exactly one place to write to, which fits the format."""
     if len([place for place in (output, push_to_hub, register) if place is not None]) != 1:

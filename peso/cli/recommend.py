@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,8 +27,12 @@ def recommend(
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: ITEM,ITEM,…")] = None,
     everyone: Annotated[bool, typer.Option("--all", help="All users of the log; needs --output.")] = False,
     output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="For --all: FILE.parquet, FILE.csv or FILE.jsonl."),
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="For --all: FILE.parquet, FILE.csv or FILE.jsonl; a path or an address (s3://, gs://).",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
     part: Annotated[
@@ -84,6 +87,7 @@ def recommend(
     from peso.runs.recommend_all import require_output
     from peso.runs.recommender import Recommender
     from peso.runs.workspace import Workspace
+    from peso.runtime import remote
 
     if [user is not None, history is not None, everyone].count(True) != 1:
         raise UsageError("give exactly one of --user U, --history ITEM,ITEM,… or --all")
@@ -103,15 +107,17 @@ def recommend(
     if answering:
         seen = f"{answering['with']}, {seen}"
     if output is not None:
-        users = recommender.recommend_all(
-            output, k=k, exclude_seen=left_out, force=force, part=only, observer=Terminal()
-        )
+        terminal = Terminal()
+        with remote.output(output, terminal) as file:
+            users = recommender.recommend_all(
+                file, k=k, exclude_seen=left_out, force=force, part=only, observer=terminal
+            )
         if as_json:
             say_json(
                 {
                     "stage": recommender.stage,
                     "users": users,
-                    "file": str(output),
+                    "file": output,
                     "exclude_seen": left_out,
                     **answering,
                 }

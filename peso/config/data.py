@@ -186,7 +186,7 @@ class ItemColumnsConfig(Section):
 class ItemTableConfig(Section):
     """The product table for the user's own log. Its other options are those of ``data``."""
 
-    path: str = Field(min_length=1, description="the file of the product table")
+    path: str = Field(min_length=1, description="the file of the product table, or its address")
     format: LogFormat | None = Field(
         None, description="none given: by the file's extension, else the format of the log"
     )
@@ -208,7 +208,11 @@ class DataConfig(Section):
     format: Annotated[str, AfterValidator(_known)] = Field(
         description=f"{', '.join(FORMATS)}, or a data set that an installed distribution adds"
     )
-    path: str | None = Field(None, min_length=1, description="a file, a directory or a glob pattern")
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="a file, a directory or a glob pattern, or its address (s3://, https://, hf://datasets/…)",
+    )
     columns: ColumnsConfig = ColumnsConfig()
     separator: Separator | None = Field(
         None, description="csv only; none given: tab for .tsv, :: for .dat, else comma"

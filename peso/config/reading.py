@@ -143,6 +143,8 @@ def _is_backbone(name: str, base: Path | None) -> bool:
 
 
 def _absolute(text: str, base: Path | None) -> str:
+    if "://" in text:  # an address
+        return text
     path = Path(text).expanduser()
     if not path.is_absolute():
         beside = (base or Path()) / path

@@ -18,6 +18,7 @@ from peso.events import columns
 from peso.events.histories import Ragged, Stage, require_trainable
 from peso.items.semantic_ids import SemanticIds, read_release_index
 from peso.runtime.files import read_json_object
+from peso.runtime.remote import local
 
 PREVIOUS = "previous_block"
 CURRENT = "current_block"
@@ -57,7 +58,7 @@ def release_files(directory: str | Path) -> tuple[list[Path], Path]:
         DataError: the directory does not exist, has no blocks, a gap in their numbers, no index, or more than
             one stream or index.
     """
-    directory = Path(directory)
+    directory = Path(local(str(directory)))
     if not directory.is_dir():
         raise DataError(
             f"{directory} is not a directory; give the directory that contains the released JSON files"

@@ -21,6 +21,7 @@ from peso.events.sources.files import kind_of
 from peso.events.sources.guess import Sampled, examples, guess_items, guess_log, guess_time, kinds, sample
 from peso.runs.checks import check_configuration
 from peso.runtime.progress import Observer
+from peso.runtime.remote import is_remote, local
 
 WIDTH = 100  # of a line with its comment
 STAGES = (5, 4, 3, 2)  # numbers of stages, tried in this order
@@ -83,12 +84,13 @@ def first_config(
     """
     form = form or format_at(log, observer, columns_given=bool(columns))
     data: dict[str, Any] = {"format": form, "path": _relative(log, target)}
+    here = local(log, observer)
     guessed: list[tuple[str, str, str, str]] = []
     hint = ""
     if form in get_args(LogFormat):
         of_data = [text for text in overrides if text.startswith("data.")]
         of_log = load_config({"data": {"format": form, "path": log}}, of_data, base=Path()).data
-        sampled = sample(log, form, of_log.separator, of_log.encoding)
+        sampled = sample(here, form, of_log.separator, of_log.encoding)
         found = guess_log(sampled, dict(columns or {}), of_log.time_format)
         kind = found.pop("kind", None)
         shown = {**found, **({"event type": kind} if kind else {})}
@@ -103,7 +105,8 @@ def first_config(
         data |= {"time_format": time_format} if time_format not in ("auto", None) else {}
         if not of_log.items or items:
             table, product_kind = items or log, (kind_of(items) if items else None) or form
-            sampled = sample(table, product_kind, None, of_log.encoding if product_kind == "csv" else "utf-8")
+            there = local(items, observer) if items else here
+            sampled = sample(there, product_kind, None, of_log.encoding if product_kind == "csv" else "utf-8")
             fields = guess_items(sampled, dict(item_columns or {}), None if items else found["item"])
             guessed += [
                 (table, role, name, examples(sampled, name))
@@ -169,7 +172,9 @@ def _column(sampled: Sampled, name: str) -> str | int:
 
 
 def _relative(path: str, target: Path) -> str:
-    """The path, relative to the directory of ``target`` if it is below it."""
+    """The path, relative to the directory of ``target`` if it is below it. An address stays as it is."""
+    if is_remote(path):
+        return path
     whole, folder = Path(path).expanduser().absolute(), target.parent.absolute()
     return str(whole.relative_to(folder)) if whole.is_relative_to(folder) else str(whole)
 

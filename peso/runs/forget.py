@@ -36,6 +36,7 @@ from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, read_sealed, remove_directory, remove_left, write_sealed
 from peso.runtime.manifest import replace_file
 from peso.runtime.progress import Observer
+from peso.runtime.remote import is_remote, local
 
 NOTE = ".forget"  # lists the tests to measure again; does not contain the user
 PARTS: tuple[Part, ...] = ("test", "validation")
@@ -246,10 +247,13 @@ def own_files_with(workspace: Workspace, user: str) -> list[str]:
         with suppress(ValueError):  # received events, or an entry of an earlier version
             logs.append(DataConfig.model_validate(brought["source"]))
     for data in logs:
-        if data.format in STREAMS or data.path is None or not Path(data.path).exists():
+        if data.format in STREAMS or data.path is None or not _there(data.path):
             continue
         if str(data.path) not in found and _log_has(data, user):
             found.append(str(data.path))
+            if is_remote(data.path):
+                with suppress(DataError):
+                    found.append(local(data.path))
     table = workspace.config.report.users
     if table and Path(table).exists():
         try:
@@ -259,6 +263,10 @@ def own_files_with(workspace: Workspace, user: str) -> list[str]:
         if any(user in column for column in values.values()):
             found.append(str(table))
     return found
+
+
+def _there(path: str) -> bool:
+    return is_remote(path) or Path(path).exists()
 
 
 def _log_has(data: DataConfig, user: str) -> bool:

@@ -19,6 +19,7 @@ from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.events.append import correct_items, extend_stream
 from peso.events.ingest import ingest as fill_stream
 from peso.events.release import read_release
+from peso.events.sources import fetch
 from peso.events.stream import Stream
 from peso.items.catalog_files import write_catalog
 from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
@@ -31,6 +32,7 @@ from peso.runtime import assets
 from peso.runtime.files import commit_directory, remove_directory
 from peso.runtime.machine import threads
 from peso.runtime.progress import Observer
+from peso.runtime.remote import shown
 
 
 def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         DataError: ``backbone: auto``, but the log is too small. The stream is kept.
     """
     data = workspace.config.data
+    fetch(data, observer)
     check_configuration(workspace.config)
     _refuse_if_trained(workspace, "stream")
     before = workspace.stream.manifest if workspace.has_stream else {}
@@ -54,7 +57,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
             f"would lose that. `peso undo -w {workspace.root}` removes one append. Or use a new workspace "
             "(-w)"
         )
-    observer.note(f"ingest: {data.format} {data.path or ''}".rstrip())
+    observer.note(f"ingest: {data.format} {shown(data.path or '')}".rstrip())
     user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
     with commit_directory(workspace.stream_directory) as directory:
         manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
@@ -91,7 +94,8 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
             f"{given.format} data have no new events; name a log of them: "
             f"`peso ingest NEW --format csv --append -w {workspace.root}`"
         )
-    observer.note(f"append: {given.format} {given.path}")
+    fetch(given, observer)
+    observer.note(f"append: {given.format} {shown(str(given.path))}")
     earlier = workspace.stream.directory
     return extend(workspace, observer, lambda place: extend_stream(given, earlier, place, observer))
 
@@ -138,6 +142,7 @@ def update_items(workspace: Workspace, data: DataConfig, observer: Observer) -> 
         DataError: see :func:`peso.events.append.correct_items`. The stream is not changed.
     """
     stream, ids = workspace.stream, workspace.semantic_ids_directory
+    fetch(data, observer)
     with commit_directory(workspace.stream_directory) as directory:
         done = correct_items(data, stream.directory, directory, observer)
         from peso.items.tokenize import extend_semantic_ids, lacks_tree

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from peso.errors import DataError, ExportError, WorkspaceError
 from peso.runs.place import require_place
 from peso.runs.user_histories import UserHistories
+from peso.runtime import remote
 from peso.runtime.files import digest, only_writer, read_sealed, require_new, write_aside, write_sealed
 from peso.runtime.progress import Observer
 
@@ -37,10 +38,14 @@ NOTE = "call"  # file in the folder of batches that identifies the call
 Rows = list[dict[str, Any]]
 
 
-def require_output(file: Path, force: bool = False) -> None:
-    """Raise ExportError if recommendations for all users cannot be written to a file."""
+def require_output(path: str | Path, force: bool = False) -> None:
+    """Raise ExportError if recommendations for all users cannot be written to a file or an address."""
+    file = Path(path)
     if file.suffix.lower() not in ENDINGS:
         raise ExportError(f"{file}: the file name must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    if remote.is_remote(str(path)):
+        remote.require_output(str(path), force=force)
+        return
     require_place(file)
     require_new(file, force)
 

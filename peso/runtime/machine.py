@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 OPTIONAL = {
     "sentence-transformers": ("text", "sentence encoders as items.encoder"),
     "fastapi": ("serve", "`peso serve`"),
+    "s3fs": ("s3", "addresses with s3://"),
 }
 
 TRAINED = 16  # bytes per trained parameter: float32, its gradient, two moments of AdamW

@@ -14,8 +14,20 @@ from peso.events.sources.files import format_of
 from peso.events.sources.tables import ItemTable, Log, Source
 from peso.events.sources.user_files import own_items, own_source
 from peso.runtime.progress import Observer
+from peso.runtime.remote import local, shown
 
-__all__ = ["ItemTable", "Log", "Source", "format_at", "open_source", "recognized"]
+__all__ = ["ItemTable", "Log", "Source", "fetch", "format_at", "open_source", "recognized"]
+
+
+def fetch(data: DataConfig, observer: Observer) -> None:
+    """Fetch the files that have an address (:mod:`peso.runtime.remote`), showing the progress.
+
+    Raises:
+        DataError: one cannot be fetched.
+    """
+    for path in (data.path, data.items.path if data.items else None):
+        if path is not None:
+            local(path, observer)
 
 
 def open_source(data: DataConfig) -> Source:
@@ -25,6 +37,8 @@ def open_source(data: DataConfig) -> Source:
         DataError: a file or a column is missing, or a file is empty.
         ConfigError: a data set of another distribution that opens to something else.
     """
+    if data.path is not None:
+        data = data.model_copy(update={"path": local(data.path)})
     if data.format in get_args(LogFormat):
         return own_source(data)
     data_set = DATA_SETS.find(data.format)
@@ -50,18 +64,22 @@ def format_at(path: str, observer: Observer, columns_given: bool = False) -> str
     """The ``data.format`` of a path: a published data set by its files, else by the extension of the files.
 
     Args:
-        path: a file or a folder.
-        observer: receives a note that names a data set that was recognized.
+        path: a file or a folder, or their address.
+        observer: receives the progress of fetching an address, and a note that names a data set that was
+            recognized.
         columns_given: whether the user names columns, so that the files are the user's own.
 
     Raises:
         ConfigError: the format cannot be recognized.
         DataError: the file is of a format that cannot be read.
     """
-    if not columns_given and (name := recognized(path)):
-        observer.note(f"format: {name}, recognized from the files of {path}; --format FORMAT overrides it")
+    files = local(path, observer)
+    if not columns_given and (name := recognized(files)):
+        observer.note(
+            f"format: {name}, recognized from the files of {shown(path)}; --format FORMAT overrides it"
+        )
         return name
-    return format_of(path)
+    return format_of(files)
 
 
 def recognized(path: str) -> str | None:

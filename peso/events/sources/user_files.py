@@ -22,6 +22,7 @@ from peso.events.sources.tables import (
     parquet_table,
     plain,
 )
+from peso.runtime.remote import local
 
 SEPARATORS = {".tsv": "\t", ".tab": "\t", ".dat": "::"}  # by extension; others have a comma
 
@@ -74,7 +75,7 @@ def own_items(data: DataConfig) -> ItemTable:
     }
     documents = [name for several in fields.values() for name in several]
     asked = [given.columns.item, *documents]
-    table = _table(data, given.path, kind, given.separator, asked, "data.items.path")
+    table = _table(data, local(given.path), kind, given.separator, asked, "data.items.path")
     table.require(str(given.columns.item), "data.items.columns.item")
     for key, several in fields.items():
         for name in several:

@@ -35,6 +35,7 @@ from peso.runs.place import CONFIG
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
 from peso.runtime.machine import require_memory
+from peso.runtime.remote import is_remote
 
 Kind = Literal["strategy", "transfer", "baseline"]
 PROCESS = 300 * 2**20  # minimum memory of a process with PyTorch, bytes
@@ -435,7 +436,12 @@ def _require_distinct(runs: Sequence[Run]) -> None:
 
 def _require_data(run: Run) -> None:
     path = run.task.config.data.path
-    if path is not None and not Path(path).exists() and not glob.glob(path, recursive=True):
+    if (
+        path is not None
+        and not is_remote(path)
+        and not Path(path).exists()
+        and not glob.glob(path, recursive=True)
+    ):
         raise DataError(f"data set {run.data}: {path} does not exist")
 
 

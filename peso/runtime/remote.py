@@ -1,0 +1,260 @@
+"""Files at addresses such as ``s3://bucket/log.csv``: read through a local copy, written after local work.
+
+``s3://``, ``gs://``, ``http://`` and ``https://`` go through fsspec, with its own configuration and the usual
+variables of each service (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``);
+``hf://datasets/…`` goes through the hub's client (:mod:`peso.runtime.hub`). A copy is in the cache
+(``PESO_CACHE``) and is used again as long as size and ETag of the file are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from peso.errors import AssetError, DataError, ExportError, PesoError
+from peso.runtime import hub
+from peso.runtime.assets import cache_directory
+from peso.runtime.downloads import first_line
+from peso.runtime.files import digest, write_atomically
+from peso.runtime.progress import Observer, Silent
+
+PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}  # extras by scheme
+# of what a service tells of a file: all that changes with its content
+TAGS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "Last-Modified", "LastModified")
+CHUNK = 1 << 23  # bytes between two looks at the progress
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address, with a scheme."""
+    return "://" in path
+
+
+def shown(address: str) -> str:
+    """An address for messages, without what may be secret: the query of a signed address."""
+    return address.partition("?")[0] if is_remote(address) else address
+
+
+def local(path: str, observer: Observer | None = None) -> str:
+    """The path of a local copy that is up to date; other paths are returned as they are.
+
+    Args:
+        path: a path, or the address of a file, of a folder or of a pattern; over HTTP, of a file.
+        observer: receives the progress.
+
+    Raises:
+        DataError: there is no such file, it cannot be fetched, or a package is missing; the message names the
+            address, the cause and what to do.
+    """
+    if not is_remote(path):
+        return path
+    watched = observer or Silent()
+    if path.startswith(hub.HUB):
+        return _from_hub(path, watched)
+    system, root = _opened(path, DataError)
+    with _explained(path, "cannot be read", DataError):
+        files = _files(system, root)
+    if not files:
+        raise DataError(f"there is no file at {shown(path)}; check the address")
+    base, below = _parts(root, files)
+    name = re.sub(r"[^\w.-]+", "-", shown(path))[-60:].strip("-")  # for messages of readers
+    folder = cache_directory() / "remote" / f"{name}-{digest(urlsplit(path).scheme, root)[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        wanted = {file: folder / _relative(file, base) for file in files}
+        for file, target in wanted.items():
+            with _explained(path, "cannot be fetched", DataError):
+                _fetch(system, file, files[file], target, watched)
+        kept = {*wanted.values(), *map(_note_of, wanted.values())}
+        for stale in {each for each in folder.rglob("*") if each.is_file()} - kept:
+            stale.unlink()  # was removed there since
+    return str(folder / below) if below else str(folder)
+
+
+@contextmanager
+def output(path: str, observer: Observer | None = None) -> Iterator[Path]:
+    """A local path to write to; what was written there is uploaded when the context ends without an error.
+
+    A single object appears whole or not at all. Of several files, those that were uploaded are removed again
+    if one cannot be. Unfinished work stays in the cache, so that the same call can continue it.
+
+    Raises:
+        ExportError: it cannot be written; the message names the address, the cause and what to do.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    system, root = _opened(path, ExportError)
+    place = cache_directory() / "uploads" / digest(path)[:16] / root.rstrip("/").rpartition("/")[2]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir():  # of an upload that failed; the parts of unfinished predictions lie beside the file
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    yield place
+    watched = observer or Silent()
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    done: list[str] = []
+    total = sum(file.stat().st_size for file in files)
+    watched.begin(f"uploading to {shown(path)}", max(1, total // 1_000_000), "MB")
+    try:
+        with _explained(path, "cannot be written", ExportError):
+            for file in files:
+                target = root if file == place else f"{root.rstrip('/')}/{file.relative_to(place).as_posix()}"
+                system.put_file(str(file), target)
+                done.append(target)
+                watched.advance(sum(f.stat().st_size for f in files[: len(done)]) // 1_000_000)
+    except ExportError:
+        for target in done:
+            with suppress(Exception):
+                system.rm_file(target)
+        raise
+    watched.end()
+    shutil.rmtree(place.parent, ignore_errors=True)
+
+
+def require_output(path: str, *, force: bool = False) -> None:
+    """Check an address before work begins: its package, the permission to list it, and that nothing is there.
+
+    Raises:
+        ExportError: as :func:`output`, or there is something and ``force`` is not given.
+    """
+    system, root = _opened(path, ExportError)
+    if urlsplit(path).scheme.startswith("http"):
+        raise ExportError(f"{shown(path)} can only be read; write to s3://, gs:// or a local path")
+    with _explained(path, "cannot be written", ExportError):
+        bucket = root.split("/")[0]
+        if not system.exists(bucket):
+            raise FileNotFoundError(f"there is no bucket {bucket}")
+        there = system.exists(root)
+    if there and not force:
+        raise ExportError(f"{shown(path)} already exists; give another address, or remove it")
+
+
+def _opened(path: str, kind: type[PesoError]) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    import fsspec
+
+    scheme, place = urlsplit(path).scheme.lower(), urlsplit(path)
+    if place.username or place.password:
+        host = f"{scheme}://…@{place.hostname}{place.path}"
+        raise kind(
+            f"{host} contains a user or a password, which would be stored in files; remove them, and give "
+            "them in the environment or in the configuration of fsspec"
+        )
+    if scheme == "hf":
+        raise kind(f"{path} can only be read; `peso export --push-to-hub NAME` uploads a model")
+    if scheme not in PACKAGES:
+        known = ", ".join(f"{each}://" for each in [*PACKAGES, "hf"])
+        raise kind(f"{shown(path)}: addresses of {scheme}:// are not supported; use {known} or a local path")
+    try:
+        with _explained(path, "cannot be opened", kind):
+            # listings of an earlier call must not hide new files
+            return fsspec.core.url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)
+    except ImportError:
+        raise kind(f"{scheme}:// needs a package: pip install 'peso[{PACKAGES[scheme]}]'") from None
+
+
+@contextmanager
+def _explained(path: str, what: str, kind: type[PesoError]) -> Iterator[None]:
+    try:
+        yield
+    except (PesoError, ImportError):
+        raise
+    except Exception as error:  # each service has errors of its own
+        cure = "check the address, the credentials and the connection, and try again"
+        if isinstance(error, FileNotFoundError):
+            cure = "check the address"
+        elif isinstance(error, PermissionError) or "credentials" in str(error).lower():
+            cure = "check the credentials in the environment, and what they allow"
+        cause = first_line(error).replace(path, shown(path)) or type(error).__name__
+        raise kind(f"{shown(path)} {what} ({type(error).__name__}: {cause}); {cure}") from error
+
+
+def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
+    """What the service tells of every file of a path, a folder or a pattern, by name."""
+    if is_remote(root):  # over HTTP there are no folders
+        return {root: system.info(root)}
+    if any(mark in root for mark in "*?["):
+        found = system.glob(root, detail=True)
+    elif system.isdir(root):
+        found = system.find(root, detail=True)
+    else:
+        found = {root: system.info(root)}
+    # an object whose name ends in a slash stands for a folder
+    return {name: told for name, told in found.items() if told["type"] == "file" and name[-1:] != "/"}
+
+
+def _parts(root: str, files: dict[str, Any]) -> tuple[str, str]:
+    """The folder above the files, and what the path has below it: a name, a pattern, or "" for a folder."""
+    if is_remote(root):
+        return root, _relative(root, root)
+    if [*files] == [root]:
+        base, _, name = root.rpartition("/")
+        return base, name
+    parts = root.rstrip("/").split("/")
+    fixed = next((n for n, part in enumerate(parts) if any(mark in part for mark in "*?[")), len(parts))
+    return "/".join(parts[:fixed]), "/".join(parts[fixed:])
+
+
+def _relative(name: str, base: str) -> str:
+    if is_remote(name):
+        return urlsplit(name).path.rpartition("/")[2] or "file"
+    return name.removeprefix(base).lstrip("/")
+
+
+def _fetch(system: Any, name: str, told: dict[str, Any], target: Path, observer: Observer) -> None:
+    """Fetch a file unless the copy is that of the same size and tag."""
+    from fsspec.callbacks import Callback
+
+    tags = {tag: str(told[tag]) for tag in TAGS if told.get(tag)}
+    known, size = {"size": told.get("size"), **tags}, told.get("size")
+    note = _note_of(target)
+    with suppress(OSError, ValueError):
+        if tags and json.loads(note.read_text()) == known and target.stat().st_size == size:
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.part")
+
+    class Told(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            observer.advance(self.value // 1_000_000)
+
+    observer.begin(f"fetching {target.name}", max(1, int(size or 0) // 1_000_000), "MB")
+    system.get_file(name, str(aside), callback=Told())
+    if size is not None and aside.stat().st_size != size:
+        raise OSError(f"{aside.stat().st_size:,} of {size:,} bytes have arrived")
+    note.unlink(missing_ok=True)
+    aside.replace(target)
+    write_atomically(note, json.dumps(known).encode())
+    observer.end()
+
+
+def _note_of(file: Path) -> Path:
+    """The file that notes which size and tags the copy has; hidden, so that no reader takes it for data."""
+    return file.with_name(f".{file.name}.json")
+
+
+def _from_hub(path: str, observer: Observer) -> str:
+    current = ""
+
+    def tell(text: str, share: float) -> None:
+        nonlocal current
+        if text != current:
+            current = text
+            observer.begin(text, 100, "%")
+        observer.advance(round(100 * share))
+
+    try:
+        found = hub.fetch(path, tell)
+    except AssetError as error:
+        raise DataError(str(error)) from error
+    observer.end()
+    return str(found)
