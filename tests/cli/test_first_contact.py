@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peso.config import load_config
+from peso.config import baseline_label, load_config
 from peso.events.stream import Stream
 
 START = datetime(2024, 3, 4, 8, 30, tzinfo=UTC)
@@ -92,6 +92,8 @@ def test_init_finds_the_columns_and_what_it_writes_can_be_ingested(peso, tmp_pat
     found = config.data.items.columns
     assert (found.item, found.title, found.category) == ("sku", "product name", "category")
     assert found.text == ["description"]
+    named = [baseline_label(options) for options in config.baselines]
+    assert named == ["popularity last=1", "item-knn", "hybrid partners=item-knn"]  # the log is small
     assert f"next: peso run {written} --dry-run" in err
     status, _, err = peso("ingest", written, "-w", tmp_path / "w")
     assert status == 0, err
@@ -132,14 +134,16 @@ def test_init_takes_columns_and_settings_that_it_is_given(peso, tmp_path):
     assert "which column is the user? Name it with --user" in err
     assert f"who ({EVENTS[0][0]})" in err
     columns = ("--user", "who", "--item", "what", "--title", "what it is")
-    settings = ("--set", "data.stages=2", "--set", "evaluation.k=[3]", "--set", "strategy.strength=2")
+    given = ("data.stages=2", "evaluation.k=[3]", "strategy.strength=2", "backbone.width=128", "baselines=[]")
+    settings = [word for text in given for word in ("--set", text)]
     status, _, err = peso("init", log, *columns, *settings, "-o", written)
     assert status == 0, err
     config = load_config(written)
     assert config.data.columns.time == "moment"
     assert config.data.items.columns.title == "what it is"
     assert (len(config.data.stages.fractions), config.evaluation.k) == (2, [3])
-    assert config.strategy.strength == 2
+    assert (config.strategy.strength, config.baselines) == (2, [])
+    assert (config.backbone.width, config.training.learning_rate) == (128, pytest.approx(2e-3))
 
 
 def test_init_cuts_a_small_log_into_fewer_stages(peso, tmp_path):
