@@ -207,8 +207,8 @@ def tables_of_systems(rows: Sequence[dict[str, str]]) -> str:
     for bed, stream in dict.fromkeys((row["bed"], row["stream"]) for row in rows):
         found = [row for row in rows if (row["bed"], row["stream"]) == (bed, stream)]
         cases = int(found[0]["cases"])
-        head = ["strategy", "NDCG@10", "minus `single`", "p", "NDCG@5", "Hit@10", "log-probability"]
-        lines = [[f"{bed}, {STREAMS[stream]}, {cases:,} cases", *head[1:], *GROUPS]]
+        head = ["strategy (seeds)", "NDCG@10", "minus `single`", "p", "NDCG@5", "Hit@10", "log-probability"]
+        lines = [[*head, *GROUPS]]
         for row in sorted(found, key=lambda row: -float(row["ndcg@10"])):
             difference = ""
             if row["minus single value"]:
@@ -219,14 +219,13 @@ def tables_of_systems(rows: Sequence[dict[str, str]]) -> str:
                     f"{row['strategy']} ({row['seeds']})",
                     _plus_minus(row, "ndcg@10"),
                     difference,
-                    row["minus single p"] and f"{float(row['minus single p']):.2g}",
-                    row["ndcg@5"],
-                    row["hit@10"],
+                    row["minus single p"] and _p(float(row["minus single p"])),
+                    *(f"{float(row[metric]):.4f}" for metric in ("ndcg@5", "hit@10")),
                     _plus_minus(row, LOG_PROBABILITY),
-                    *(row[group] for group in GROUPS),
+                    *(row[group] and f"{float(row[group]):.4f}" for group in GROUPS),
                 ]
             )
-        parts.append(_markdown(lines))
+        parts.append(f"{bed}, {STREAMS[stream]}, {cases:,} cases:\n\n{_markdown(lines)}")
     return "\n\n".join(parts)
 
 
@@ -280,6 +279,10 @@ def pages(tables: Path = TABLES) -> dict[Path, str]:
 def _markdown(lines: Iterable[Sequence[str]]) -> str:
     head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([head, "|" + "---|" * (head.count(" | ") + 1), *rest])
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 def _signed(value: float, digits: int) -> str:
