@@ -186,6 +186,12 @@ class HeadConfig(Section):
         description="items only: whether an item's vector has a learned projection of its content vector, "
         "from which its semantic ID is made; needs items with texts or vectors",
     )
+    arrivals: bool = Field(
+        False,
+        exclude_if=not_,
+        description="items only: whether the items that are new in a stage have their probability corrected "
+        "after training, for their share of the targets, which is larger on validation than in training",
+    )
     learning_rate_scale: float = Field(
         1.0,
         gt=0,
@@ -203,7 +209,7 @@ class HeadConfig(Section):
 
     @model_validator(mode="after")
     def _with_a_head(self) -> HeadConfig:
-        for key in (*OF_ITEMS, "contents"):
+        for key in (*OF_ITEMS, "contents", "arrivals"):
             if getattr(self, key) and self.name != "items":
                 raise ValueError(f"head.{key} needs the item head: set head.name=items")
         return self

@@ -96,6 +96,7 @@ def build_model(
             head.negatives,
             reads=bool(head.reads),
             contents=head.contents,
+            arrivals=head.arrivals,
         )
         vocabulary.item_head.initialise(seeds[3], float(embedding.std()) * scale)
     if adapter is None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from peso.items.semantic_ids import SemanticIds
 
-OF_ITEMS = ("rows", "bias")  # the parameters with an entry for each item
+OF_ITEMS = ("rows", "bias", "arrival_bias")  # the stored tensors with an entry for each item
 EXACT = 100_000  # up to this number of items, the softmax is over all of them
 NEGATIVES = 8192  # with more items, the number of negatives for each pass
 # Groups of history lengths, by their upper limits; the last group has no limit. Each group has its own share
@@ -42,6 +42,8 @@ class ItemHead(nn.Module):
             ``NEGATIVES`` if there are more than ``EXACT``.
         reads: whether the model also reads the items of a history by their vectors.
         contents: whether a projection of the content vectors is a part of the vectors.
+        arrivals: whether the items that a stage brings have a common addition to their biases, which is
+            zero in training and chosen afterwards.
 
     Raises:
         DataError: ``contents`` with semantic IDs that have no content vectors.
@@ -51,6 +53,7 @@ class ItemHead(nn.Module):
     contents: Tensor
     counts: Tensor
     shares: Tensor
+    arrival_bias: Tensor
     first_items: Tensor
 
     def __init__(
@@ -61,6 +64,7 @@ class ItemHead(nn.Module):
         *,
         reads: bool = False,
         contents: bool = False,
+        arrivals: bool = False,
     ) -> None:
         super().__init__()
         self.negatives = negatives
@@ -80,6 +84,9 @@ class ItemHead(nn.Module):
             self.register_buffer("contents", vectors, persistent=False)  # (items, dimensions)
             # zero, so that noise does not tell items apart before training does
             self.projection = nn.Parameter(torch.zeros(width, self.contents.shape[1]))
+        self.arrivals = arrivals
+        if arrivals:
+            self.register_buffer("arrival_bias", torch.zeros(items))
         self._fixed: tuple[Tensor, Tensor] | None = None
         self.reads = reads
         if reads:
@@ -162,7 +169,8 @@ class ItemHead(nn.Module):
         """The biases b_i of all items, float32 (items,)."""
         if self._fixed is not None:
             return self._fixed[1]
-        return self.bias + self.code_bias[self.tokens].sum(-1)
+        result = self.bias + self.code_bias[self.tokens].sum(-1)
+        return result + self.arrival_bias if self.arrivals else result
 
     @torch.no_grad()
     def fixed(self) -> ItemHead:

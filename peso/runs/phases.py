@@ -64,6 +64,8 @@ def begin(stage: RunStage) -> tuple[GenerativeModel, StageContext]:
     model, stream = starting_model(stage), stage.workspace.stream
     if stage.number and strategy_of(stage.workspace).learns(stage.number):
         begin_new_codes(stage, model, learned=stage.number)
+        if model.vocabulary.item_head is not None and model.vocabulary.item_head.arrivals:
+            model.vocabulary.item_head.arrival_bias.zero_()
     if (head := model.vocabulary.item_head) is not None:
         seen = [stream.stage(number) for number in range(stage.number + 1)]
         head.compete(item_counts(seen, len(model.semantic_ids.item_ids)))

@@ -170,14 +170,15 @@ def test_an_item_head_reads_and_counts_unless_told_otherwise_or_trained_before_i
     assert stage_shape(head("items"), 0)["head"][key] is True
 
 
-def test_contents_of_items_are_used_only_on_request_and_change_no_earlier_digest():
+@pytest.mark.parametrize("key", ["contents", "arrivals"])
+def test_these_parts_of_the_head_are_used_only_on_request_and_change_no_earlier_digest(key):
     def head(value):
         return load_config({"data": DATA, "backbone": "tiny", "head": value})
 
-    assert "contents" not in stage_shape(head("items"), 0)["head"]
-    assert stage_shape(head({"name": "items", "contents": True}), 0)["head"]["contents"] is True
-    with pytest.raises(ConfigError, match=r"head\.contents needs the item head"):
-        head({"name": "codes", "contents": True})
+    assert key not in stage_shape(head("items"), 0)["head"]
+    assert stage_shape(head({"name": "items", key: True}), 0)["head"][key] is True
+    with pytest.raises(ConfigError, match=rf"head\.{key} needs the item head"):
+        head({"name": "codes", key: True})
 
 
 def test_every_key_says_in_the_reference_what_it_means():
