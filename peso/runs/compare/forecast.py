@@ -104,7 +104,8 @@ def _expected(task: Task, name: str, measured: Measured) -> Expected:
     sizes = None
     if task.base is None and task.data is not None:
         sizes = sizes_for(measured.data_of(task.data)[0].root, task.config)
-    return Expected(name, state, sum(e.minutes or 0.0 for e in counted), str(sizes or ""))
+    note = "" if sizes is None else f"backbone: auto: {sizes.reason}"
+    return Expected(name, state, sum(e.minutes or 0.0 for e in counted), note)
 
 
 def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
