@@ -195,7 +195,7 @@ def next_step_of(workspace: Workspace) -> list[object]:
     root = workspace.root
     if not workspace.has_stream:
         return ["ingest", "-w", root]
-    if not workspace.has_semantic_ids or workspace.items_without_id:
+    if not workspace.has_semantic_ids or workspace.lacks_semantic_ids:
         return ["tokenize", *(["--append"] if workspace.has_semantic_ids else []), "-w", root]
     if not workspace.finished_stages:
         return ["train", "-w", root]

@@ -150,7 +150,7 @@ def _append(
         if others:
             raise UsageError(f"with --append, --set can change only keys of `data`, not {', '.join(others)}")
         manifest = preparation.append(opened, Terminal(), config.data)
-        pending = opened.items_without_id
+        pending = opened.lacks_semantic_ids
     command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
     if not opened.has_semantic_ids:
         command = f"peso tokenize -w {path}"
@@ -231,7 +231,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
         )
     with opened.lock():
         done = preparation.update_items(opened, given, Terminal())
-        pending = opened.items_without_id
+        pending = opened.lacks_semantic_ids
     command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
     if as_json:
         say_json({**done, "next": command})

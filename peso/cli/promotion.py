@@ -148,6 +148,9 @@ def _show(told: dict[str, Any]) -> None:
             ],
         )
     for stage in told["stages"]:
+        if changed := stage.get("changed_codes"):
+            say(f"stage {stage['stage']} uses new codes for {changed:,} items")
+    for stage in told["stages"]:
         if stage["gate"] and stage["gate"]["decision"] != "passed":
             verdict = stage["gate"]
             say(
@@ -171,6 +174,8 @@ def _show(told: dict[str, Any]) -> None:
         say(f"not trained yet: {stages_named(range(stages[0], stages[-1] + 1))}")
     if waiting["items_without_id"]:
         say(f"{waiting['items_without_id']:,} new items have no semantic ID yet")
+    if unrefreshed := waiting.get("stages_without_refresh"):
+        say(f"the codes of the newest {unrefreshed:,} stages are not refreshed yet")
     if waiting["received"]:
         say(f"{waiting['received']:,} received events are not in a stage yet")
 

@@ -35,7 +35,11 @@ from peso.runtime.processes import current
 def tokenize(
     workspace: Directory,
     append: Annotated[
-        bool, typer.Option("--append", help="Only for new items of the stream; existing IDs do not change.")
+        bool,
+        typer.Option(
+            "--append",
+            help="Only for new items of the stream; existing IDs do not change, unless items.refresh is set.",
+        ),
     ] = False,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -162,10 +166,10 @@ def update(
 
 
 def _give_new_ids(opened: Workspace) -> None:
-    """As `peso tokenize --append`, if there are items without a semantic ID."""
+    """As `peso tokenize --append`, if that is due."""
     from peso.runs import preparation
 
-    if opened.items_without_id:
+    if opened.lacks_semantic_ids:
         preparation.tokenize_new(opened, watcher())
 
 

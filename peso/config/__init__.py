@@ -15,7 +15,7 @@ from peso.config.data import (
     StagesConfig,
 )
 from peso.config.gate import GateConfig
-from peso.config.items import BehaviorConfig, ItemsConfig, RqVaeConfig
+from peso.config.items import BehaviorConfig, ItemsConfig, RefreshConfig, RqVaeConfig
 from peso.config.model import (
     HOW,
     AdapterConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "ItemsConfig",
     "LaterTrainingConfig",
     "PromptConfig",
+    "RefreshConfig",
     "ReportConfig",
     "RqVaeConfig",
     "SimulateConfig",

@@ -50,6 +50,34 @@ class BehaviorConfig(Section):
     )
 
 
+class RefreshConfig(Section):
+    """Items whose behavior has drifted get new codes at later stages (docs/reference/items.md).
+
+    It is used if the section is given; ``items.refresh: {}`` takes the defaults.
+    """
+
+    every: Literal["stage"] | Annotated[int, Field(ge=1)] = Field(
+        "stage", description="stage: at every later stage; n: at stages n, 2n, …"
+    )
+    drift: float = Field(
+        0.25,
+        gt=0,
+        description="least squared distance of an item's behavior now from that at its last coding; 1 is the "
+        "mean squared distance of items from their center",
+    )
+    support: int = Field(10, ge=1, description="least training events of an item since its last coding")
+    depth: int = Field(
+        1, ge=1, description="the nearest codes must differ in one of the first `depth` levels"
+    )
+    share: float = Field(
+        0.1, gt=0, le=1, description="largest share of the items that change codes at a stage, by drift"
+    )
+
+    def is_due(self, stage: int) -> bool:
+        """Whether codes are refreshed at a stage."""
+        return stage > 0 and (self.every == "stage" or stage % self.every == 0)
+
+
 class ItemsConfig(Section):
     """How items get their semantic IDs (docs/reference/items.md). Unused if the data contain semantic IDs.
 
@@ -74,6 +102,10 @@ class ItemsConfig(Section):
     # written only if it is given, because earlier versions do not have this key
     behavior: BehaviorConfig | None = Field(
         None, exclude_if=partial(eq, None), description="none: codes are made from the items' contents alone"
+    )
+    # as above
+    refresh: RefreshConfig | None = Field(
+        None, exclude_if=partial(eq, None), description="none: the code of an existing item never changes"
     )
     index: str | None = Field(
         None, description="an existing index.json, whose semantic IDs are used; nothing is fitted"
@@ -116,4 +148,20 @@ class ItemsConfig(Section):
                 "items.behavior has no meaning with items.quantizer: category-path, which uses no vectors; "
                 "set another quantizer, such as rq-kmeans, or remove items.behavior"
             )
+        if self.refresh is not None:
+            self._can_refresh(self.refresh)
         return self
+
+    def _can_refresh(self, refresh: RefreshConfig) -> None:
+        if self.behavior is None:
+            raise ValueError(
+                "items.refresh gives new codes to items whose behavior has drifted, so it needs "
+                "items.behavior (`items.behavior: {}` takes its defaults)"
+            )
+        if self.fit == "all":
+            raise ValueError(
+                "items.refresh has no meaning with items.fit: all, whose codes are made from the behavior of "
+                "every stage; remove one of them"
+            )
+        if refresh.depth > self.levels:
+            raise ValueError(f"items.refresh.depth {refresh.depth} is more than items.levels {self.levels}")

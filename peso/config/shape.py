@@ -88,8 +88,8 @@ def changed_items(ids: Mapping[str, Any], config: Config) -> Changes:
     if made_with is None:  # imported, either from a file or with the data
         imported = ids.get("made_by") == "import" and config.data.format != "peso-release"
         return {"items.index": (ids["source"], None)} if imported and config.items.index is None else {}
-    # `behavior` is written only if it is given
-    now = config.items.model_dump(mode="json", include={*made_with, "behavior"})
+    # `behavior` and `refresh` are written only if they are given
+    now = config.items.model_dump(mode="json", include={*made_with, "behavior", "refresh"})
     changes = _changes({"items": made_with}, {"items": now})
     files = [f"items.{name}" for name in FOR_NEW_ITEMS]
     changes = {key: both for key, both in changes.items() if key not in files}

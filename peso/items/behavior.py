@@ -3,10 +3,13 @@
 The method is the factorization that Levy and Goldberg (2014, "Neural word embedding as implicit matrix
 factorization") give for word2vec, with items as words and each user's sequence as a text:
 
-    M_ij = max(0, log(n_ij · n / (n_i · n_j)) − log k),   M ≈ U S Vᵀ,   vector of item i = V_i · √S
+    M_ij = max(0, log(n_ij · n / (n_i · n_j)) − log k),   M ≈ U S Vᵀ,   vector of item i = U_i · √S
 
 where n_ij counts how often i and j are at most ``window`` places apart in a sequence, n_i = Σ_j n_ij,
 n = Σ_i n_i, and k is the shift (the number of negative samples of word2vec).
+
+Since M V = U S, a vector is also M_i · V / √S. So ``V / √S``, the basis, gives vectors in the same space to
+items whose row of M is counted later (:meth:`Behavior.vectors_of`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from peso.errors import DataError
 
 PAIRS = 5_000_000  # about as many are counted at a time, to limit memory
 
+NEGLIGIBLE = 1e-9  # a smaller singular value is zero, because entries of the matrix are logarithms
+
 Matrix = Any  # scipy.sparse.csr_array, which has no type stubs
 
 
@@ -32,13 +37,23 @@ class Behavior:
     Attributes:
         rows: int64 (n,), the rows of the items in the item table, ascending.
         vectors: float32 (n, width), their vectors.
+        basis: float32 (n, width), if later rows of the matrix are to be projected; else None.
     """
 
     rows: np.ndarray
     vectors: np.ndarray
+    basis: np.ndarray | None = None
 
     @classmethod
-    def fit(cls, sequences: Iterable[np.ndarray], items: int, config: BehaviorConfig, seed: int) -> Behavior:
+    def fit(
+        cls,
+        sequences: Iterable[np.ndarray],
+        items: int,
+        config: BehaviorConfig,
+        seed: int,
+        *,
+        keep_basis: bool = False,
+    ) -> Behavior:
         """Count and factorize. The same sequences and seed give the same vectors on the same machine.
 
         Args:
@@ -46,6 +61,7 @@ class Behavior:
             items: the number of items.
             config: window, shift and number of dimensions.
             seed: the seed of the SVD.
+            keep_basis: whether to keep the basis.
 
         Raises:
             DataError: no two items occur together more often than by chance.
@@ -58,7 +74,19 @@ class Behavior:
                 f"events more often than by chance (shift {config.shift:g}); lower items.behavior.shift, or "
                 "remove items.behavior"
             )
-        return cls(rows, factorize(matrix[rows][:, rows], config.dimensions, seed))
+        among = matrix[rows][:, rows]
+        basis = factorize(among, config.dimensions, seed)
+        return cls(rows, np.asarray(among @ basis, np.float32), basis if keep_basis else None)
+
+    def vectors_of(self, matrix: Matrix) -> np.ndarray:
+        """float32 (items, width): vectors from counts of other events, in the space of the fitted ones.
+
+        Args:
+            matrix: sparse (items, items), from :func:`shifted_ppmi`. Only the columns of the fitted items
+                count. The matrix of the fitted events gives the fitted vectors.
+        """
+        assert self.basis is not None
+        return np.asarray(matrix[:, self.rows] @ self.basis, np.float32)
 
     def spread(self, items: int) -> np.ndarray:
         """float32 (items, width): a row for every item of the item table, zero for items without a vector."""
@@ -69,15 +97,17 @@ class Behavior:
     def first(self, items: int) -> Behavior:
         """The vectors of the first ``items`` rows of the item table."""
         kept = self.rows < items
-        return Behavior(self.rows[kept], self.vectors[kept])
+        basis = None if self.basis is None else self.basis[kept]
+        return Behavior(self.rows[kept], self.vectors[kept], basis)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The named arrays from which :meth:`from_arrays` restores the vectors."""
-        return {"rows": self.rows, "vectors": self.vectors}
+        named = {"rows": self.rows, "vectors": self.vectors}
+        return named if self.basis is None else {**named, "basis": self.basis}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Behavior:
-        return cls(arrays["rows"], arrays["vectors"])
+        return cls(arrays["rows"], arrays["vectors"], arrays.get("basis"))
 
 
 def cooccurrences(sequences: Iterable[np.ndarray], items: int, window: int) -> Matrix:
@@ -143,8 +173,8 @@ def shifted_ppmi(counts: Matrix, shift: float) -> Matrix:
 
 
 def factorize(matrix: Matrix, dimensions: int, seed: int) -> np.ndarray:
-    """V · √S of the truncated SVD of a symmetric matrix, float32 (n, dimensions), with fewer dimensions if n
-    is smaller.
+    """V / √S of the truncated SVD of a symmetric matrix, float32 (n, dimensions), with fewer dimensions if n
+    is smaller. Its product with the matrix is U · √S. Columns of a singular value of zero are zero.
 
     The SVD is the randomized one of scikit-learn (Halko et al. 2011), which depends only on the matrix and
     the seed. SciPy's ``svds`` does not: if many singular values are equal, as in a log of groups of the same
@@ -153,4 +183,5 @@ def factorize(matrix: Matrix, dimensions: int, seed: int) -> np.ndarray:
     from sklearn.decomposition import TruncatedSVD
 
     svd = TruncatedSVD(min(dimensions, *matrix.shape), random_state=seed).fit(matrix)
-    return np.asarray(svd.components_.T * np.sqrt(svd.singular_values_), np.float32)
+    scale = np.sqrt(np.where(svd.singular_values_ > NEGLIGIBLE, svd.singular_values_, np.inf))
+    return np.asarray(svd.components_.T / scale, np.float32)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from peso.items import quality
 from peso.items.contents import ENCODER_FILE, save_arrays
+from peso.items.refresh import REFRESH, Changes
 from peso.items.semantic_ids import EARLIER, FORMAT, read_semantic_ids, write_semantic_ids
 from peso.items.tokenize import CATEGORIES_FILE, CODEBOOKS_FILE
 from peso.items.vectors import ItemEncoder
@@ -51,6 +52,8 @@ def shorten_semantic_ids(items: pa.Table, stages: int, source: Path, directory: 
         if name in manifest["files"]:
             link(intact(source, name, manifest), directory / name)
     _shorten_behavior(directory / ENCODER_FILE, count)
+    if (changes := Changes.read(source, manifest)) is not None:
+        changes.until(stages - 1).write(directory, ids.item_ids)
     if CATEGORIES_FILE in manifest["files"]:
         tree = json.loads(intact(source, CATEGORIES_FILE, manifest).read_text("utf-8"))
         used = (ids.codes.max(axis=0) + 1).tolist()
@@ -59,10 +62,15 @@ def shorten_semantic_ids(items: pa.Table, stages: int, source: Path, directory: 
     if earlier and earlier[-1]["items"] == count:
         content = earlier.pop()
     else:
-        content = {**manifest, "quality": quality.of_codes(ids, items["title"].to_pylist())}
+        content = dict(manifest)
+        if count < len(now.item_ids):
+            content["quality"] = quality.of_codes(ids, items["title"].to_pylist())
         if fit := manifest.get("fitness"):
             fit = {**fit, "stages": [stage for stage in fit["stages"] if stage["stage"] < stages]}
             content["fitness"] = {**fit, "warnings": quality.refit_warnings(fit)}
+    if refreshed := content.get(REFRESH):
+        kept = [found for found in refreshed["stages"] if found["stage"] < stages]
+        content[REFRESH] = {"through": min(refreshed["through"], stages), "stages": kept}
     write_semantic_ids(ids, directory, {**content, **({EARLIER: earlier} if earlier else {})})
 
 

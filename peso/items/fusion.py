@@ -57,14 +57,17 @@ class Fusion:
     def apply(self, sources: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Fuse sources. Returns the vectors, float32 (items, sum of widths), and which sources each item has,
         bool (sources, items)."""
-        parts, has = [], []
-        for source, centre, length in zip(sources, self.centres, self._lengths(), strict=True):
-            directions, present = _directions(source)
-            part = (directions - centre) / np.float32(length)
-            part[~present] = 0
-            parts.append(part.astype(np.float32))
-            has.append(present)
+        assert len(sources) == len(self.centres)
+        parts, has = zip(*(self.part(number, source) for number, source in enumerate(sources)), strict=True)
         return np.concatenate(parts, axis=1), np.stack(has)
+
+    def part(self, number: int, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The part of one source, by its number, in the fused vectors, float32 (items, width), and which
+        items have it, bool (items,)."""
+        directions, present = _directions(source)
+        part = (directions - self.centres[number]) / np.float32(self._lengths()[number])
+        part[~present] = 0
+        return part.astype(np.float32), present
 
     def _lengths(self) -> np.ndarray:
         """float (sources,): what the vectors of each source are divided by, spread / √share."""

@@ -201,7 +201,11 @@ class Arrival:
         return resolve(self.rule, self.codebooks, latent, self.wanted[rows], taken, self.extra)
 
     def place_stages(
-        self, groups: Sequence[Group], codes: np.ndarray, done: np.ndarray
+        self,
+        groups: Sequence[Group],
+        codes: np.ndarray,
+        done: np.ndarray,
+        refreshed: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
         """Assign codes to the new items of one stage after another.
 
@@ -209,12 +213,13 @@ class Arrival:
             groups: the new items of each stage.
             codes: int32 (items, levels); the rows of the groups are filled in.
             done: bool (items,), which rows of ``codes`` are final; the rows of the groups are set.
+            refreshed: int32 (n, levels), further codes that are taken.
 
         Returns: the measures of each stage.
         """
         measured = []
         for stage, rows in groups:
-            taken = codes[done]
+            taken = codes[done] if refreshed is None else np.concatenate([codes[done], refreshed])
             codes[rows] = self.place(rows, taken)
             done[rows] = True
             more = {

@@ -6,9 +6,10 @@
     semantic_ids/encoder.safetensors            the frozen encoder of items
     semantic_ids/contents.safetensors           with head.contents: the content vectors of all items
     semantic_ids/categories.json                for IDs from category paths: the paths of each level, by code
+    semantic_ids/refreshed.parquet              with items.refresh: later codes, see peso.items.refresh
 
 Everything is fitted once, to the items of stage 0 (with ``fit: all``, to all items). Later items get codes
-from the frozen quantizer, and the code of an existing item never changes.
+from the frozen quantizer. The code of an existing item never changes, unless ``items.refresh`` is set.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from peso.items.codebooks import (
 )
 from peso.items.contents import ENCODER_FILE, extended, known_contents, save_arrays, vectors_beside
 from peso.items.placement import Arrival, groups_of
+from peso.items.refresh import Changes, Refresher, TrainingLog, by_stage
 from peso.items.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import (
     FORMAT,
@@ -59,6 +61,7 @@ FROZEN_KEYS = (
     "template",
     "max_tokens",
     "behavior",
+    "refresh",
     "quantizer",
     "levels",
     "codes",
@@ -77,6 +80,7 @@ def tokenize(
     first_stage: np.ndarray | None = None,
     sequences: Iterable[np.ndarray] = (),
     contents: bool = False,
+    log: TrainingLog | None = None,
 ) -> dict[str, Any]:
     """Make semantic IDs and write them to an existing empty directory.
 
@@ -93,6 +97,7 @@ def tokenize(
         sequences: with ``items.behavior``, the item rows of each user in the stages to fit to, oldest first
             (:meth:`peso.events.stream.Stream.training_events`). Otherwise unused.
         contents: whether to keep the content vectors (``head.contents``).
+        log: with ``items.refresh``, the training events of all stages. Otherwise unused.
 
     Returns:
         The manifest.
@@ -137,18 +142,21 @@ def tokenize(
     codes = np.zeros((len(items), config.levels + bool(extra)), np.int32)
     codes[base] = arrival.place(np.flatnonzero(base), codes[:0])
     done = base.copy()
+    item_ids = items[ITEM_ID].to_pylist()
+    refresher = Refresher.of(item_ids, config, encoder, arrival, log)
     state = {
         "fit": arrival.measure(rows, wanted[:0]),
         "held_out": _held_out(arrival, np.flatnonzero(spared), wanted[rows]) if spared.any() else None,
-        "stages": arrival.place_stages(groups_of(stages, ~base), codes, done),
+        "stages": by_stage(arrival, groups_of(stages, ~base), codes, done, refresher, observer),
     }
 
     save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
     save_arrays(encoder.arrays(), directory / ENCODER_FILE)
     sizes = (size,) * config.levels + ((extra,) if extra else ())
     kept = known_contents(vectors) if contents else None
-    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, sizes, kept)
-    return _write(ids, items, arrival, config, seed, state, directory, observer)
+    ids = SemanticIds(item_ids, codes, sizes, kept)
+    refreshed = {} if refresher is None else refresher.write(directory)
+    return _write(ids, items, arrival, config, seed, state, directory, observer, refreshed)
 
 
 def extend_semantic_ids(
@@ -159,8 +167,10 @@ def extend_semantic_ids(
     cache: Path | None = None,
     observer: Observer | None = None,
     first_stage: np.ndarray | None = None,
+    log: TrainingLog | None = None,
 ) -> dict[str, Any]:
-    """Give IDs to the items that were added to the item table since ``source`` was written.
+    """Give IDs to the items that were added to the item table since ``source`` was written, and with
+    ``items.refresh`` new codes to items that have drifted in the stages since.
 
     Args:
         items: the whole item table; its first rows are the items of ``source``.
@@ -172,6 +182,7 @@ def extend_semantic_ids(
         observer: receives progress and notes.
         first_stage: int (items,), the stage in which each item first occurs. None if all new items are in
             the stage after the last one.
+        log: with ``items.refresh``, the training events of all stages. Otherwise unused.
 
     Returns:
         The manifest.
@@ -205,12 +216,17 @@ def extend_semantic_ids(
         number = max([stage["stage"] for stage in before], default=0) + 1
         first_stage = np.full(len(items), number)
     groups = groups_of(np.asarray(first_stage), ~done)
-    state["stages"] = before + arrival.place_stages(groups, codes, done)
+    item_ids = items[ITEM_ID].to_pylist()
+    refresher = Refresher.of(
+        item_ids, config, encoder, arrival, log, Changes.read(source, manifest), manifest
+    )
+    state["stages"] = before + by_stage(arrival, groups, codes, done, refresher, observer)
 
     save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
     save_arrays(encoder.arrays(), directory / ENCODER_FILE)
-    ids = SemanticIds(items[ITEM_ID].to_pylist(), codes, old.sizes, extended(old, vectors))
-    return _write(ids, items, arrival, config, seed, state, directory, observer)
+    ids = SemanticIds(item_ids, codes, old.sizes, extended(old, vectors))
+    refreshed = {} if refresher is None else refresher.write(directory)
+    return _write(ids, items, arrival, config, seed, state, directory, observer, refreshed)
 
 
 def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, observer: Observer) -> Fitted:
@@ -325,8 +341,9 @@ def _write(
     state: Mapping[str, Any],
     directory: Path,
     observer: Observer,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure the index, report the results, and write it with its manifest."""
+    """Measure the index, report the results, and write it with its manifest, which also gets ``more``."""
     vectors, known = arrival.vectors.vectors, arrival.vectors.known
     titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
     books = arrival.codebooks
@@ -356,6 +373,7 @@ def _write(
         "collision_rule": _RULES["category-path" if not books.sizes else arrival.rule],
         "quality": measured,
         "fitness": {**state, "warnings": warnings},
+        **(more or {}),
     }
     write_semantic_ids(ids, directory, content)
     return read_manifest(directory, FORMAT)

@@ -161,7 +161,8 @@ class ItemEncoder:
             observer.end()
         if config.behavior is not None:
             observer.begin("behavior to vectors: shifted PPMI, reduced by truncated SVD", 0, "")
-            behavior = Behavior.fit(sequences, len(items), config.behavior, seed)
+            keep = config.refresh is not None
+            behavior = Behavior.fit(sequences, len(items), config.behavior, seed, keep_basis=keep)
             observer.end()
         sources = _sources(items, texts, hashing, behavior, config, cache, observer)
         fusion = Fusion.fit(sources, rows, config.behavior.weight if config.behavior else None)

@@ -76,6 +76,47 @@ class SemanticVocabulary(nn.Module):
         )
 
     @torch.no_grad()
+    def carry_over(self, before: np.ndarray, now: np.ndarray, known: np.ndarray) -> int:
+        """Map the rows to changed codes of known items, so that the model starts where it was.
+
+        The rows of a code that no known item had before, including those of the item head, become the mean of
+        the rows of the codes that the items with it had before on the same level. Other rows of codes do not
+        change. In the item head, the own row and bias of a changed item take up the difference of its codes,
+        so the vectors and biases of all known items stay the same, up to rounding. A new item has no own row
+        yet; it is scored by its new codes.
+
+        Args:
+            before: int (items, levels), the numbers of the semantic tokens of each item before, level by
+                level.
+            now: int (items, levels), the numbers now.
+            known: bool (items,), whether the rows were trained on the item.
+
+        Returns:
+            The number of known items with changed codes.
+        """
+        changed = np.flatnonzero(known & (before != now).any(axis=1))
+        old, new = before[changed], now[changed]
+        rows, head = self._code_rows, self.item_head
+        for level in range(before.shape[1]):
+            for code in np.setdiff1d(new[:, level], before[known, level]):
+                sources = torch.from_numpy(old[new[:, level] == code, level].astype(np.int64))
+                for values in rows:
+                    values[int(code)] = values[sources.to(values.device)].double().mean(0).to(values.dtype)
+        if head is not None:
+            items, *tokens = (torch.from_numpy(each.astype(np.int64)) for each in (changed, old, new))
+            for own, of_codes in ((head.rows, head.code_rows), (head.bias, head.code_bias)):
+                places = [each.to(own.device) for each in (items, *tokens)]
+                was, is_now = (of_codes[each].double().sum(1) for each in places[1:])
+                own[places[0]] = (own[places[0]].double() + was - is_now).to(own.dtype)
+        return len(changed)
+
+    @property
+    def _code_rows(self) -> list[nn.Parameter]:
+        """The parameters with an entry for each semantic token."""
+        head = self.item_head
+        return [self.input_rows, self.output_rows, *([head.code_rows, head.code_bias] if head else [])]
+
+    @torch.no_grad()
     def begin_new_codes(self, tokens: np.ndarray, known: np.ndarray, arriving: np.ndarray) -> int:
         """Initialize the rows of codes that only arriving items have from the rows of known codes.
 
@@ -91,9 +132,7 @@ class SemanticVocabulary(nn.Module):
         Returns:
             The number of initialized codes.
         """
-        head = self.item_head
-        rows = [self.input_rows, self.output_rows, *([head.code_rows, head.code_bias] if head else [])]
-        begun = 0
+        rows, begun = self._code_rows, 0
         for level in range(tokens.shape[1] if known.any() else 0):
             new = np.setdiff1d(tokens[arriving & ~known, level], tokens[known, level])
             if not len(new):

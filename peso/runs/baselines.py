@@ -30,6 +30,7 @@ from peso.evaluation.predictions import (
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary
 from peso.events.histories import Stage
 from peso.events.stream import Stream
+from peso.items.semantic_ids import SemanticIds
 from peso.runs.stage import METRICS, PREDICTIONS
 from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
@@ -74,8 +75,9 @@ class BaselineRun:
     def __init__(self, workspace: Workspace, config: BaselineOptions) -> None:
         self.workspace, self.config, self.label = workspace, config, baseline_label(config)
         self.directory = _directory(workspace, config)
-        self.stream, self.ids = workspace.stream, workspace.semantic_ids
-        known = len(self.ids.item_ids)
+        self.stream = workspace.stream
+        self._known_ids: dict[int, SemanticIds] = {}  # by stage
+        known = len(workspace.semantic_ids.item_ids)
         self.stages = [
             number
             for number, counts in enumerate(self.stream.counts)
@@ -128,7 +130,7 @@ class BaselineRun:
             config.prompt.window,
             config.decoding.beams,
             [self.stream.fingerprint(number) for number in range(stage + 1)],
-            self.ids.fingerprint(self.stream.items_known(stage)),
+            self.ids(stage).fingerprint(self.stream.items_known(stage)),
         )
         revisions = [BASELINES.find(each.name).revision for each in (self.config, *self.config.fused)]
         if any(revisions):
@@ -158,7 +160,7 @@ class BaselineRun:
             WorkspaceError: the baseline is a hybrid, and the workspace's model is not trained.
         """
         check_data(self.workspace.config.model_copy(update={"baselines": [self.config]}), self.stream)
-        most, leaves = max(self.workspace.config.evaluation.k), self.ids.trie.leaves
+        most, leaves = max(self.workspace.config.evaluation.k), self.ids(0).trie.leaves
         if most > leaves:
             raise ConfigError(
                 f"evaluation.k asks for {most} items, but the catalog has {leaves} distinct semantic IDs; "
@@ -193,7 +195,7 @@ class BaselineRun:
             seconds = time.perf_counter() - began
             answers = {PREDICTIONS: self._test(learned, stage, observer)}
             if stage:
-                answers[STATIC] = self._test(self.restored(0), stage, observer)
+                answers[STATIC] = self._test(self.restored(0), stage, observer, state=0)
             metrics = default_metrics(self.workspace.config.evaluation.k)
             tests = {
                 Path(name).stem: {
@@ -229,7 +231,7 @@ class BaselineRun:
         from peso.baselines.baseline import BaselineAnswers, repeats_occur
 
         stages = self._until(stage)
-        baseline = self._make()
+        baseline = self._make(stage)
         if stage != self.stages[0] and aside is not None and baseline.continues:
             before = max(number for number in self.stages if number < stage)
             baseline.restore(self._model(before), stages[: before + 1])
@@ -240,7 +242,7 @@ class BaselineRun:
         validation = stages[-1].validation_cases(self.workspace.config.prompt.window)
         asked = baseline.options.repeats
         repeats = repeats_occur(stages) if asked == "auto" else asked == "keep"
-        return BaselineAnswers.fitted(baseline, self.ids.trie, validation, repeats=repeats), figures
+        return BaselineAnswers.fitted(baseline, self.ids(stage).trie, validation, repeats=repeats), figures
 
     def _fused(self, stage: int, observer: Observer) -> Fusion:
         """The combination of the models after a stage, tuned on its validation cases."""
@@ -261,9 +263,16 @@ class BaselineRun:
         settings = self._manifest(stage)["settings"]
         if self.config.fused:
             return self._fusion(stage, settings)
-        baseline = self._make()
+        baseline = self._make(stage)
         baseline.restore(self._model(stage), self._until(stage))
-        return BaselineAnswers(baseline, self.ids.trie, **settings)
+        return BaselineAnswers(baseline, self.ids(stage).trie, **settings)
+
+    def ids(self, stage: int) -> SemanticIds:
+        """The semantic IDs that the model of a stage uses, with which a hybrid combines the baseline. Later
+        changes of the workspace do not change them."""
+        if stage not in self._known_ids:
+            self._known_ids[stage] = self.workspace.stage(stage).semantic_ids
+        return self._known_ids[stage]
 
     def _model(self, stage: int) -> Path:
         """The directory of the stored state; every file is checked."""
@@ -278,21 +287,24 @@ class BaselineRun:
         fused: Fusion = BASELINES.find(self.config.name).of(self.config, partners, model, settings, batch)
         return fused
 
-    def _make(self) -> Baseline:
+    def _make(self, stage: int) -> Baseline:
         from peso.baselines.baseline import Setting
         from peso.runtime.device import Precision
 
         settings = self.workspace.config
         device = Precision.of("float32", settings.training.device).device
         depth = settings.decoding.beams
-        setting = Setting(self.ids.trie, settings.prompt.window, settings.seed, device, depth)
+        setting = Setting(self.ids(stage).trie, settings.prompt.window, settings.seed, device, depth)
         baseline: Baseline = BASELINES.find(self.config.name).of(self.config, setting)
         return baseline
 
     def _until(self, stage: int) -> list[Stage]:
         return [self.stream.stage(number) for number in range(stage + 1)]
 
-    def _test(self, answerer: Answerer, number: int, observer: Observer) -> Predictions:
+    def _test(
+        self, answerer: Answerer, number: int, observer: Observer, state: int | None = None
+    ) -> Predictions:
+        """Test the state after a stage (by default the same) on the cases of a stage."""
         settings = self.workspace.config
         *earlier, stage = self._until(number)
         cases = stage.test_cases(settings.prompt.window)
@@ -306,7 +318,7 @@ class BaselineRun:
             np.pad(found.leaves, absent, constant_values=-1),
             np.pad(found.scores, absent, constant_values=-np.inf),
             found.target_log_probability,
-            self.ids,
+            self.ids(number if state is None else state),
         )
 
     def seconds(self, stage: int) -> float:

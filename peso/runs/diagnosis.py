@@ -7,6 +7,7 @@ from typing import Any
 from peso.errors import WorkspaceError
 from peso.events.drift import drift
 from peso.items import quality
+from peso.items.refresh import REFRESH
 from peso.items.semantic_ids import token_name
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
@@ -19,8 +20,8 @@ def diagnose(workspace: Workspace) -> dict[str, Any]:
 
     Returns:
         ``stream`` (:func:`peso.events.drift.drift`, one dict per stage), ``semantic_ids`` (the manifest's
-        ``quality`` and ``fitness``, and ``items_without_id``; None if there are none), ``anchor``
-        (:func:`anchors`), and ``warnings`` (sentences).
+        ``quality``, ``fitness`` and ``refresh``, and ``items_without_id``; None if there are none),
+        ``anchor`` (:func:`anchors`), and ``warnings`` (sentences).
 
     Raises:
         WorkspaceError: there is no stream, or a file is damaged.
@@ -72,7 +73,8 @@ def _semantic_ids(workspace: Workspace) -> dict[str, Any] | None:
     if not workspace.has_semantic_ids:
         return None
     manifest = workspace.semantic_ids_manifest
-    measured: dict[str, Any] = {key: manifest[key] for key in ("quality", "fitness") if key in manifest}
+    kept = ("quality", "fitness", REFRESH)
+    measured: dict[str, Any] = {key: manifest[key] for key in kept if key in manifest}
     return {**measured, "items_without_id": max(0, workspace.items_without_id)}
 
 
@@ -88,6 +90,13 @@ ANCHOR = {
     "taken_back": "taken back",
     "distance": "distance moved",
     "kl": "KL",
+}
+REFRESHED = {
+    "stage": "stage",
+    "tested": "enough events",
+    "drifted": "drifted",
+    "changed": "new codes",
+    "median_drift": "median drift",
 }
 FITNESS = ("how many", "error", "want an ID that is taken", "share an ID")
 
@@ -112,6 +121,10 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
     fitness = (found["semantic_ids"] or {}).get("fitness", {})
     if fit := [list(row) for row in quality.fitness_rows(fitness)]:
         tables.append(("fit of the codebooks to items that came later", ["items", *FITNESS], fit))
+    refresh = (found["semantic_ids"] or {}).get(REFRESH, {}).get("stages", [])
+    if refresh:
+        rows = [[entry[key] for key in REFRESHED] for entry in refresh]
+        tables.append(("items that get new codes", list(REFRESHED.values()), rows))
     if found["anchor"]:
         anchor = ["stage", *ANCHOR.values(), "weight", "strength", "ρ̄", "±"]
         keys = ("weight", "strength", "rho", "rho_standard_error")

@@ -151,7 +151,7 @@ def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:
     from peso.baselines.baseline import BaselineAnswers, Setting
     from peso.baselines.popularity import Popularity
 
-    stage, ids = wanted.stage, wanted.stage.workspace.semantic_ids
+    stage, ids = wanted.stage, wanted.stage.semantic_ids
     stream, trie = stage.workspace.stream, ids.trie
     known = [stream.stage(number) for number in range(stage.number + 1)]
     cases = wanted.read_cases(window=1)

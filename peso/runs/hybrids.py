@@ -47,7 +47,7 @@ class HybridAnswers:
     @property
     def item_ids(self) -> Sequence[str]:
         """The ids of the catalog that the answers are from."""
-        return self._run.ids.item_ids
+        return self._run.ids(self.stage).item_ids
 
     @property
     def determined_by(self) -> str:
@@ -81,7 +81,7 @@ class HybridAnswers:
         """
         if not len(histories):
             return []
-        ids, window = self._run.ids, self.workspace.config.prompt.window
+        ids, window = self._run.ids(self.stage), self.workspace.config.prompt.window
         hybrid = self.models.with_repeats(not any(map(len, out)))
         hybrid = replace(hybrid, candidates=max(hybrid.candidates, k))
         cases = Cases(

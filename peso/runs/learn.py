@@ -18,12 +18,13 @@ from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.runs.models import (
     backbone_fingerprint,
+    changed_codes,
     trains_backbone,
     write_memory,
 )
 from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
 from peso.runs.pool_weights import choose_pool_weights
-from peso.runs.stage import ERASURES, FORMAT, LOG, METRICS, RunStage
+from peso.runs.stage import CHANGED_CODES, CODES_OF, ERASURES, FORMAT, LOG, METRICS, RunStage
 from peso.runs.tracking import Tracking
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
@@ -108,11 +109,21 @@ def _commit(
             "configuration": workspace.config.model_dump(mode="json"),
             **({ERASURES: erasures} if (erasures := workspace.stream.erasures) else {}),
             "seed": workspace.config.seed_of_stage(number),
+            **_codes(stage),
             **_chosen_rates(training),
             **provenance(),
         }
         write_manifest(directory, FORMAT, manifest)
     shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+def _codes(stage: RunStage) -> dict[str, Any]:
+    """With ``items.refresh``: the stage whose codes the model uses, and the number of items whose codes
+    differ from those of the previous stage's model, for the manifest."""
+    if stage.workspace.config.items.refresh is None:
+        return {}
+    changed = len(changed_codes(stage)) if stage.number else 0
+    return {CODES_OF: stage.codes_of, CHANGED_CODES: changed}
 
 
 def _chosen_rates(training: dict[str, Any]) -> dict[str, Any]:

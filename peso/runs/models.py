@@ -58,11 +58,11 @@ def starting_model(stage: RunStage) -> GenerativeModel:
     workspace, whole = stage.workspace, trains_backbone(stage)
     if stage.number and whole and not trains_backbone(stage.before.as_trained):
         model = _build(stage, whole=False)
-        _load(stage.before, model)
+        _inherit(stage, model)
         return _placed(workspace, model.merged())
     model = _build(stage, whole=whole)
     if stage.number:
-        _load(stage.before, model)
+        _inherit(stage, model)
     return _placed(workspace, _rounded(workspace, model))
 
 
@@ -88,11 +88,39 @@ def put_back(stage: RunStage, model: GenerativeModel) -> None:
     fresh, base = _build(stage, whole=False), stage.workspace.stage(0)
     if trains_backbone(base):
         load_stage(base, fresh)
+        carry_over(stage, fresh, base)
         begin_new_codes(stage, fresh, learned=1)
     values = dict(fresh.named_parameters())
     for name, p in model.named_parameters():
         if name in values and (".lora_" in name or name.startswith("vocabulary.")):
             p.copy_(values[name])
+
+
+def changed_codes(stage: RunStage, source: RunStage | None = None) -> np.ndarray:
+    """The rows of the items known at the stage whose codes differ from those of an earlier stage, by default
+    the previous one."""
+    known = stage.workspace.stream.items_known(stage.number)
+    before, now = (each.semantic_ids.codes[:known] for each in (source or stage.before, stage))
+    return np.flatnonzero((before != now).any(axis=1))
+
+
+def carry_over(stage: RunStage, model: GenerativeModel, source: RunStage) -> None:
+    """Map the vocabulary of an earlier stage, with which a model was loaded, to the codes of this stage, see
+    :meth:`peso.model.vocabulary.SemanticVocabulary.carry_over`. Without changed codes, nothing changes."""
+    if len(changed_codes(stage, source)):
+        tokens = source.semantic_ids.token_numbers[: stage.workspace.stream.items_known(stage.number)]
+        known = _met(stage, range(source.number + 1))
+        model.vocabulary.carry_over(tokens, stage.semantic_ids.token_numbers[: len(tokens)], known)
+
+
+def _met(stage: RunStage, stages: Iterable[int]) -> np.ndarray:
+    """bool (items known at the stage,): the items that the training sequences of some stages have."""
+    stream = stage.workspace.stream
+    result = np.zeros(stream.items_known(stage.number), dtype=bool)
+    for number in stages:
+        for sequence in stream.stage(number).training_sequences():
+            result[sequence.items] = True
+    return result
 
 
 def begin_new_codes(stage: RunStage, model: GenerativeModel, learned: int) -> None:
@@ -102,20 +130,11 @@ def begin_new_codes(stage: RunStage, model: GenerativeModel, learned: int) -> No
     Args:
         learned: number of stages that the vocabulary was trained on.
     """
-    stream, ids = stage.workspace.stream, stage.workspace.semantic_ids
     # items that are appended later must not change the stage
-    tokens = ids.token_numbers[: stream.items_known(stage.number)]
-
-    def met(stages: Iterable[int]) -> np.ndarray:
-        result = np.zeros(len(tokens), dtype=bool)
-        for number in stages:
-            for sequence in stream.stage(number).training_sequences():
-                result[sequence.items] = True
-        return result
-
-    arriving, known = met(range(learned, stage.number + 1)), met([])
+    tokens = stage.semantic_ids.token_numbers[: stage.workspace.stream.items_known(stage.number)]
+    arriving, known = _met(stage, range(learned, stage.number + 1)), _met(stage, [])
     for number in range(learned):
-        known |= met([number])
+        known |= _met(stage, [number])
         if not len(np.setdiff1d(tokens[arriving], tokens[known])):
             return  # in most streams, stage 0 is enough to see this
     model.vocabulary.begin_new_codes(tokens, known, arriving)
@@ -219,11 +238,17 @@ def _build(stage: RunStage, *, whole: bool) -> GenerativeModel:
         config.prompt,
         None if whole else config.adapter,
         config.training.loss_vocabulary,
-        stage.workspace.semantic_ids,
+        stage.semantic_ids,
         seed=config.seed_of_stage(stage.number),
         head=config.head,
         train_words=config.training.rows == "all",
     )
+
+
+def _inherit(stage: RunStage, model: GenerativeModel) -> None:
+    """Load the state after the previous stage into a model with the codes of this one."""
+    _load(stage.before, model)
+    carry_over(stage, model, stage.before)
 
 
 def _load(stage: RunStage, model: GenerativeModel) -> None:

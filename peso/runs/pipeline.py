@@ -49,7 +49,7 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
     """
     if not workspace.has_stream:
         yield Step("ingest")
-    if not workspace.has_semantic_ids or workspace.items_without_id:
+    if not workspace.has_semantic_ids or workspace.lacks_semantic_ids:
         yield Step("tokenize")
     for number in range(stages):
         stage = workspace.stage(number)
@@ -103,7 +103,7 @@ def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> tup
     check_data(workspace.config, workspace.stream)
     if not workspace.has_semantic_ids:
         tokenize(workspace, observer)
-    elif workspace.items_without_id:
+    elif workspace.lacks_semantic_ids:
         tokenize_new(workspace, observer)
     require_catalogue(workspace)
     if source is not None:
@@ -182,6 +182,11 @@ def require_next(stage: RunStage) -> None:
         raise WorkspaceError(
             f"{new:,} items of the stream in {workspace.root} have no semantic ID yet; "
             f"run `peso tokenize --append -w {workspace.root}` first"
+        )
+    if workspace.stages_without_refresh:
+        raise WorkspaceError(
+            f"the semantic IDs of {workspace.root} are not refreshed for its newest stages yet "
+            f"(items.refresh); run `peso tokenize --append -w {workspace.root}` first"
         )
     if stage.is_trained:
         raise WorkspaceError(

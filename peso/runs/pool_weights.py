@@ -144,7 +144,7 @@ def _count(stage: RunStage, depth: int, observer: Observer) -> tuple[Transitions
     workspace, repeats = stage.workspace, not stage.leaves_out_seen
     window = workspace.config.prompt.window
     graph = ItemGraph(
-        Setting(workspace.semantic_ids.trie, window, depth=depth), repeats="keep" if repeats else "leave-out"
+        Setting(stage.semantic_ids.trie, window, depth=depth), repeats="keep" if repeats else "leave-out"
     )
     stages = [workspace.stream.stage(number) for number in range(stage.number + 1)]
     figures = graph.learn(stages, observer)

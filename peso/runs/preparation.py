@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from peso.runtime.files import commit_directory, remove_directory
 from peso.runtime.machine import threads
 from peso.runtime.progress import Observer
 from peso.runtime.remote import shown
+
+if TYPE_CHECKING:
+    from peso.items.refresh import TrainingLog
 
 
 def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         else:
             fitted = range(stream.stages if config.items.fit == "all" else 1)
             events = () if config.items.behavior is None else stream.training_events(fitted)
-            make_semantic_ids(stream.items, *further, stream.first_stages(), events, keeps)
+            make_semantic_ids(stream.items, *further, stream.first_stages(), events, keeps, _log(stream))
     manifest = workspace.semantic_ids_manifest
     observer.note(
         f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
@@ -189,7 +192,8 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
 
 
 def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
-    """Make semantic IDs for items that were appended, with the existing codebooks; returns the manifest.
+    """Make semantic IDs for items that were appended, with the existing codebooks, and with ``items.refresh``
+    new codes for items that have drifted in the appended stages; returns the manifest.
 
     Raises:
         WorkspaceError: there is no stream, or there are no semantic IDs.
@@ -197,8 +201,8 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     """
     stream, ids = workspace.stream, workspace.semantic_ids_directory
     workspace.require_semantic_ids()
-    new = workspace.items_without_id
-    if new:
+    new, before = workspace.items_without_id, workspace.semantic_ids
+    if workspace.lacks_semantic_ids:
         from peso.items.earlier import remember
 
         with commit_directory(ids) as directory:
@@ -210,7 +214,9 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
                     f"{workspace.root}`. Or remove the appended stage: `peso undo -w {workspace.root}`"
                 ) from None
             remember(ids, directory)
-    observer.note(f"tokenize: {new:,} new items; no earlier ID changed")
+    after = workspace.semantic_ids.codes[: len(before.codes)]
+    changed = int((after != before.codes).any(axis=1).sum())
+    observer.note(f"tokenize: {new:,} new items; {changed or 'no'} earlier ID{'s' * (changed > 1)} changed")
     return workspace.semantic_ids_manifest
 
 
@@ -225,7 +231,13 @@ def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observe
         index = read_release_index(config.index, workspace.semantic_ids.sizes)
         adopt_more(stream.items, index, config.index, *further, seed=workspace.config.seed_of_data)
     else:
-        extend_semantic_ids(stream.items, *further, stream.first_stages())
+        extend_semantic_ids(stream.items, *further, stream.first_stages(), _log(stream))
+
+
+def _log(stream: Stream) -> TrainingLog:
+    from peso.items.refresh import TrainingLog
+
+    return TrainingLog(stream.stages, stream.training_events)
 
 
 def export_index(
@@ -234,15 +246,18 @@ def export_index(
     stage: int | None = None,
     with_retired: bool = False,
     form: Literal["index", "catalog"] = "index",
+    ids: SemanticIds | None = None,
 ) -> int:
     """Write the semantic IDs for other programs.
 
     Args:
         path: a new file, or for ``catalog`` a new directory.
-        stage: only the items that were known at this stage; None: all.
+        stage: only the items that were known at this stage, with their codes at that stage; None: all, with
+            the newest codes.
         with_retired: include retired items.
         form: ``index``: as index.json, the format of released research code; ``catalog``: arrays for serving
             stacks, see :func:`peso.items.catalog_files.write_catalog`.
+        ids: those to write; None: those of the workspace.
 
     Returns:
         The number of retired items that are left out.
@@ -256,7 +271,7 @@ def export_index(
     require_place(path)
     if os.path.lexists(path):
         raise ExportError(f"{path} exists already; choose another name")
-    ids = workspace.semantic_ids
+    ids = workspace.semantic_ids_at(stage) if ids is None else ids
     if stage is not None:
         stream = workspace.stream
         stream.stage(stage)  # raises if there is no such stage

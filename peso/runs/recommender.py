@@ -234,7 +234,7 @@ class Recommender:
         if format == "index" or format == "catalog":
             from peso.runs.preparation import export_index
 
-            export_index(self.workspace, place, form=format)
+            export_index(self.workspace, place, form=format, ids=self.semantic_ids)
             return place
         require_free(place)
         from peso.model.export import export_merged, export_peft
@@ -305,7 +305,7 @@ class Recommender:
 
     @cached_property
     def semantic_ids(self) -> SemanticIds:
-        return self.workspace.semantic_ids
+        return self.workspace.stage(self.stage).semantic_ids
 
     @cached_property
     def _answering(self) -> GenerativeModel:

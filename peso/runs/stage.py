@@ -20,12 +20,15 @@ from peso.runtime.manifest import MANIFEST, REPLACING, Manifest, intact, is_list
 
 if TYPE_CHECKING:
     from peso.evaluation.predictions import Predictions
+    from peso.items.semantic_ids import SemanticIds
     from peso.model.generative import GenerativeModel
     from peso.runs.workspace import Workspace
 
 VALIDATION: Part = "validation"  # also the name of the folder of tests on validation cases
 VERDICT = "gate.json"  # written by peso.runs.challenger
 PREDICTIONS, METRICS, LOG = "predictions.parquet", "metrics.json", "log.jsonl"
+# manifest keys, with items.refresh: see RunStage.codes_of, and how many items changed codes
+CODES_OF, CHANGED_CODES = "codes_of", "changed_codes"
 ERASURES = "erasures"  # manifest key: number of users that had been erased when the stage was trained
 PRUNED = "pruned"  # manifest key: when the weights were removed, and their checksums
 FORMAT = 1  # of a stage directory; newer versions may write higher numbers
@@ -55,6 +58,27 @@ class RunStage:
     @property
     def before(self) -> RunStage:
         return replace(self, number=self.number - 1)
+
+    @property
+    def codes_of(self) -> int:
+        """The stage whose semantic IDs the model uses. It is another one only if the codes are refreshed and
+        the strategy trains nothing: the model then keeps the codes that it was trained with."""
+        if not self.number or self.workspace.config.items.refresh is None:
+            return self.number
+        stage = self
+        if self.is_trained:
+            if (known := self.manifest.get(CODES_OF)) is not None:
+                return int(known)
+            stage = self.as_trained  # taken over from a workspace without items.refresh
+        from peso.runs.trust import strategy_of
+
+        learns = strategy_of(stage.workspace).learns(self.number)
+        return self.number if learns else self.before.codes_of
+
+    @property
+    def semantic_ids(self) -> SemanticIds:
+        """The semantic IDs that the model of the stage uses. Raises WorkspaceError if there are none yet."""
+        return self.workspace.semantic_ids_at(self.codes_of)
 
     # -- how it was trained ----------------------------------------------------------------------
 
@@ -138,7 +162,7 @@ class RunStage:
             trained = self.before.is_trained
             before = self.before.determined_by if trained else self.before.determination(like)
         stream = self.workspace.stream
-        ids, known = self.workspace.semantic_ids, stream.items_known(self.number)
+        ids, known = self.semantic_ids, stream.items_known(self.number)
         config, codes = self.workspace.config, ids.fingerprint(known)
         contents = [["contents", ids.fingerprint_of_contents(known)]] if config.head.contents else []
         shape = stage_shape(moved(config, like or config), self.number)

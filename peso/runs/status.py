@@ -7,7 +7,7 @@ from typing import Any
 from peso.errors import WorkspaceError
 from peso.events.received import ReceivedEvents
 from peso.runs.served import previous, served, serving_stage
-from peso.runs.stage import RunStage
+from peso.runs.stage import CHANGED_CODES, RunStage
 from peso.runs.user_histories import cuts_of
 from peso.runs.workspace import Workspace
 
@@ -21,8 +21,9 @@ def status(workspace: Workspace) -> dict[str, Any]:
         ``gate``: whether it is enabled. ``serves``: ``stage`` (None: none is trained), ``since``, ``by``
         (None: never promoted), ``reason``, ``forced``, ``pinned``, ``previous`` (the target of a rollback)
         and ``problem`` (why the recorded stage cannot be loaded, or None). ``stages``: the lineage, see
-        :func:`_stage`. ``waiting``: untrained stages, items without a semantic ID, and received events that
-        are in no stage yet (None: no event was received).
+        :func:`_stage`. ``waiting``: untrained stages, items without a semantic ID, stages whose codes are not
+        refreshed (if there are any), and received events that are in no stage yet (None: no event was
+        received).
 
     Raises:
         WorkspaceError: a file is damaged.
@@ -30,6 +31,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
     trained = workspace.stages
     serves = _serves(workspace) if trained else dict.fromkeys(("stage", "since", "by", "reason"))
     stages = workspace.stream.stages if workspace.has_stream else 0
+    unrefreshed = workspace.stages_without_refresh
     return {
         "workspace": str(workspace.root),
         "gate": workspace.config.gate.enabled,
@@ -38,6 +40,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
         "waiting": {
             "stages": list(range(len(trained), stages)),
             "items_without_id": workspace.items_without_id,
+            **({"stages_without_refresh": unrefreshed} if unrefreshed else {}),
             "received": _received(workspace),
         },
     }
@@ -69,8 +72,9 @@ def _serves(workspace: Workspace) -> dict[str, Any]:
 
 
 def _stage(stage: RunStage) -> dict[str, Any]:
-    """One stage of the lineage: parent, strategy, time of training, time of pruning (None: it has its
-    weights), metrics on its own test cases (None: not tested), and the gate's verdict (None: not judged)."""
+    """One stage of the lineage: parent, strategy, time of training, number of items that changed codes (with
+    ``items.refresh``), time of pruning (None: it has its weights), metrics on its own test cases (None:
+    not tested), and the gate's verdict (None: not judged)."""
     from peso.runs.report import strategy_label
 
     manifest, config, verdict = stage.manifest, stage.config, stage.verdict
@@ -85,6 +89,7 @@ def _stage(stage: RunStage) -> dict[str, Any]:
         "strategy": strategy_label(config) if stage.number else None,
         "trained": manifest.get("created"),
         "determined_by": stage.determined_by,
+        **({CHANGED_CODES: manifest[CHANGED_CODES]} if CHANGED_CODES in manifest else {}),
         "pruned": None if stage.pruned is None else stage.pruned["time"],
         "metrics": metrics,
         "gate": verdict and {key: verdict[key] for key in ("decision", "champion", "says", "time")},

@@ -180,7 +180,7 @@ def _shorten(workspace: Workspace, step: LastStep) -> None:
         shorten_stream(workspace.stream_directory, shorter)
         if step.all_ids:
             remove_directory(workspace.semantic_ids_directory)
-        elif step.semantic_ids:
+        elif step.semantic_ids or _refreshed(workspace, step.stages):
             from peso.items.earlier import shorten_semantic_ids
 
             ids = workspace.semantic_ids_directory
@@ -188,6 +188,12 @@ def _shorten(workspace: Workspace, step: LastStep) -> None:
                 shorten_semantic_ids(Stream.open(shorter).items, step.stages[0], ids, fewer)
         # before the stream is replaced, so that no result ever refers to a missing stage
         _remove_traces(workspace, step.stages)
+
+
+def _refreshed(workspace: Workspace, stages: range) -> bool:
+    """Whether the codes were refreshed at one of these stages."""
+    left = workspace.stream.stages - workspace.stages_without_refresh
+    return workspace.config.items.refresh is not None and workspace.has_semantic_ids and left > stages[0]
 
 
 def _remove_traces(workspace: Workspace, stages: range) -> None:

@@ -26,6 +26,7 @@ from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
     from peso.events.stream import Stream
+    from peso.items.refresh import IdsByStage
     from peso.items.semantic_ids import SemanticIds
 
 RESTORE = "restore it: the manifest of each trained stage (stages/*/manifest.json) has it as `configuration`"
@@ -54,7 +55,7 @@ class Workspace:
         self.root = root
         self.config = settled(root, config)
         self.trusted = frozenset(config.strategy.foreign if trust is None else trust)
-        self._read_ids: tuple[Manifest, SemanticIds] | None = None
+        self._read_ids: tuple[Manifest, IdsByStage] | None = None
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -319,17 +320,26 @@ class Workspace:
 
     @property
     def semantic_ids(self) -> SemanticIds:
-        """The semantic IDs, cached as long as their manifest does not change.
+        """The semantic IDs; with ``items.refresh``, the newest ones (:attr:`RunStage.semantic_ids` are those
+        of a stage's model). They are cached as long as their manifest does not change.
 
         Raises:
             WorkspaceError: there are none yet, or a file is damaged.
         """
-        from peso.items.semantic_ids import read_semantic_ids
+        return self.semantic_ids_at(None)
+
+    def semantic_ids_at(self, stage: int | None) -> SemanticIds:
+        """The semantic IDs with the changes up to a stage, or with all.
+
+        Raises:
+            WorkspaceError: as :attr:`semantic_ids`.
+        """
+        from peso.items.refresh import IdsByStage
 
         manifest = self.semantic_ids_manifest
         if self._read_ids is None or self._read_ids[0] != manifest:
-            self._read_ids = manifest, read_semantic_ids(self.semantic_ids_directory)
-        return self._read_ids[1]
+            self._read_ids = manifest, IdsByStage.read(self.semantic_ids_directory)
+        return self._read_ids[1].at(stage)
 
     @property
     def items_without_id(self) -> int:
@@ -337,6 +347,22 @@ class Workspace:
         if not self.has_stream or not self.has_semantic_ids:
             return 0
         return int(self.stream.manifest["items"]) - int(self.semantic_ids_manifest["items"])
+
+    @property
+    def stages_without_refresh(self) -> int:
+        """Number of stages in the stream whose codes are not refreshed yet; 0 without ``items.refresh``."""
+        if self.config.items.refresh is None or not self.has_stream or not self.has_semantic_ids:
+            return 0
+        from peso.items.refresh import REFRESH
+
+        refreshed = self.semantic_ids_manifest.get(REFRESH)  # an imported index has none
+        return 0 if refreshed is None else self.stream.stages - int(refreshed["through"])
+
+    @property
+    def lacks_semantic_ids(self) -> bool:
+        """Whether `peso tokenize --append` has to be run: items have no semantic ID yet, or the codes of a
+        stage are not refreshed."""
+        return bool(self.items_without_id or self.stages_without_refresh)
 
     def require_semantic_ids(self) -> None:
         """Raise WorkspaceError if there are no semantic IDs yet."""

@@ -156,11 +156,12 @@ def reason(
         return f"Its log-probability stayed the same ({likely.score:.2f}). {place}"
     moved = "rose" if change > 0 else "fell"
     text = f"Its log-probability {moved} by {abs(change):.2f} (from {then.score:.2f} to {likely.score:.2f})"
+    names, former_names = (snapshot.semantic_ids.semantic_id(item) for snapshot in (stage, earlier))
+    if names != former_names:  # levels with other codes cannot be compared
+        return f"{text}. Its codes changed from {''.join(former_names)} to {''.join(names)}. {place}"
     parts = {
         f"the {_ordinal(level)} code {token}": after - former
-        for level, (token, after, former) in enumerate(
-            zip(stage.semantic_ids.semantic_id(item), likely.codes, then.codes, strict=True)
-        )
+        for level, (token, after, former) in enumerate(zip(names, likely.codes, then.codes, strict=True))
     }
     if likely.has_head or then.has_head:
         parts["the item head"] = change - sum(parts.values())

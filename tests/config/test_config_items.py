@@ -55,6 +55,18 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
             {"behavior": {}, "quantizer": "rq-vae", "index": "i.json"},
             "no meaning with items.index.*remove one",
         ),
+        ({"refresh": {}, "quantizer": "rq-kmeans"}, "so it needs items.behavior"),
+        (
+            {"refresh": {}, "behavior": {}, "quantizer": "rq-kmeans", "fit": "all"},
+            "items.refresh has no meaning with items.fit: all.*remove one",
+        ),
+        (
+            {"refresh": {"depth": 5}, "behavior": {}, "quantizer": "rq-kmeans"},
+            "items.refresh.depth 5 is more than items.levels 4",
+        ),
+        ({"refresh": {"drift": 0}}, "items.refresh.drift: .*greater than 0; got 0"),
+        ({"refresh": {"share": 2}}, "items.refresh.share: .*got 2"),
+        ({"refresh": {"every": "week"}}, "items.refresh.every"),
         ({"behavior": {}}, "no meaning with items.quantizer: category-path.*such as rq-kmeans"),
     ],
 )
@@ -70,6 +82,15 @@ def test_behavior_is_off_unless_its_section_is_given_and_is_then_written() -> No
     given = load_config({"data": "simulate", "items": {"quantizer": "rq-kmeans", "behavior": {}}})
     assert given.items.behavior is not None
     assert given.items.behavior.weight == 0.5
+    assert load_config(yaml.safe_load(dump_config(given))) == given
+
+
+def test_refresh_is_off_unless_its_section_is_given_and_is_then_written() -> None:
+    assert "refresh" not in dump_config(load_config({"data": "simulate"}))
+    items = {"quantizer": "rq-kmeans", "behavior": {}, "refresh": {"every": 3}}
+    given = load_config({"data": "simulate", "items": items})
+    assert given.items.refresh is not None
+    assert [stage for stage in range(7) if given.items.refresh.is_due(stage)] == [3, 6]
     assert load_config(yaml.safe_load(dump_config(given))) == given
 
 

@@ -76,7 +76,7 @@ def test_counting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_factors_multiply_to_the_matrix() -> None:
     root = np.random.default_rng(0).normal(size=(6, 6))
     matrix = root @ root.T
-    vectors = factorize(sparse.csr_array(matrix), 6, seed=0)
+    vectors = matrix @ factorize(sparse.csr_array(matrix), 6, seed=0)
     np.testing.assert_allclose(vectors @ vectors.T, matrix, atol=1e-4)
     assert factorize(sparse.csr_array(matrix), 2, seed=0).shape == (6, 2)
 

@@ -1,0 +1,352 @@
+"""Semantic IDs that evolve: items whose behavior has drifted get new codes at a stage, others keep theirs.
+
+An item's behavior is its vector from the training events up to a stage, in the space of the fitted items
+(:meth:`peso.items.behavior.Behavior.vectors_of`). Its drift is the squared distance between its part of the
+fused vector now and at its last coding, divided by the share of behavior. So 1 is the mean squared distance
+of the fitted items from their center, and about the drift of an item that had no behavior before. An item
+gets new codes if
+
+1. it has at least ``support`` training events since its last coding,
+2. its drift is at least ``drift``,
+3. the nearest codes of its vector now and at its last coding differ in one of the first ``depth`` levels,
+4. it is among the ``share`` of the items with the largest drift.
+
+The new codes are the nearest ones in the frozen codebooks. Collisions are resolved among these items only,
+and an ID that any item has or had is never given to another.
+
+    semantic_ids/refreshed.parquet   stage, row, item_id, codes, behavior: all changes, by stage
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from peso.config import ItemsConfig
+from peso.errors import WorkspaceError
+from peso.items.behavior import cooccurrences, shifted_ppmi
+from peso.items.placement import Arrival, Group, resolve
+from peso.items.semantic_ids import CODES, FORMAT, ITEM_ID, SemanticIds, read_semantic_ids
+from peso.items.vectors import ItemEncoder
+from peso.runtime.manifest import intact, read_manifest
+from peso.runtime.progress import Observer
+
+REFRESHED_FILE = "refreshed.parquet"
+REFRESH = "refresh"  # a key of the manifest: the number of stages that were refreshed, and what changed
+STAGE, ROW, BEHAVIOR = "stage", "row", "behavior"  # columns of the file, beside item_id and codes
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """The training events of a stream.
+
+    Attributes:
+        stages: the number of its stages.
+        events: a function from stages to the item rows of each user in each of them, oldest first, without
+            validation and test events.
+    """
+
+    stages: int
+    events: Callable[[Iterable[int]], Iterable[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The codes that items got after their first ones, in the order of the stages.
+
+    Attributes:
+        stages: int32 (n,), the stage of each change; its model is the first with the new codes.
+        rows: int32 (n,), the rows of the items in the item table.
+        codes: int32 (n, levels), their new codes.
+        behavior: float32 (n, width), the vectors of behavior from which the codes were made.
+    """
+
+    stages: np.ndarray
+    rows: np.ndarray
+    codes: np.ndarray
+    behavior: np.ndarray
+
+    @classmethod
+    def none(cls, levels: int, width: int) -> Changes:
+        none = np.zeros(0, np.int32)
+        return cls(none, none, np.zeros((0, levels), np.int32), np.zeros((0, width), np.float32))
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def until(self, stage: int) -> Changes:
+        """The changes at this stage and before."""
+        kept = self.stages <= stage
+        return Changes(self.stages[kept], self.rows[kept], self.codes[kept], self.behavior[kept])
+
+    def then(self, later: Changes) -> Changes:
+        """These changes and later ones."""
+        pairs = ((getattr(self, name), getattr(later, name)) for name in self.__dataclass_fields__)
+        return Changes(*(np.concatenate(pair) for pair in pairs))
+
+    def applied(self, first: np.ndarray) -> np.ndarray:
+        """int32 (items, levels): the codes after these changes, from the first codes of all items."""
+        codes = first.copy()
+        codes[self.rows] = self.codes  # of several changes of an item, the last one counts
+        return codes
+
+    def write(self, directory: Path, item_ids: Sequence[str]) -> None:
+        """Write ``refreshed.parquet``."""
+
+        def lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+            return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), values.shape[1])
+
+        columns = {
+            STAGE: pa.array(self.stages, pa.int32()),
+            ROW: pa.array(self.rows, pa.int32()),
+            ITEM_ID: pa.array([item_ids[row] for row in self.rows], pa.string()),
+            CODES: lists(self.codes, pa.int32()),
+            BEHAVIOR: lists(self.behavior, pa.float32()),
+        }
+        pq.write_table(pa.table(columns), directory / REFRESHED_FILE)
+
+    @classmethod
+    def read(cls, directory: Path, manifest: Mapping[str, Any]) -> Changes | None:
+        """What :meth:`write` wrote; None if the codes are not refreshed.
+
+        Raises:
+            WorkspaceError: the file is missing or damaged.
+        """
+        if REFRESHED_FILE not in manifest["files"]:
+            return None
+        path = intact(directory, REFRESHED_FILE, manifest)
+
+        def matrix(column: pa.ChunkedArray) -> np.ndarray:
+            values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            return values.reshape(len(column), column.type.list_size)
+
+        try:
+            table = pq.read_table(path)
+            numbers = (table[name].to_numpy() for name in (STAGE, ROW))
+            return cls(*numbers, *(matrix(table[name]) for name in (CODES, BEHAVIOR)))
+        except (pa.ArrowException, OSError, KeyError, AttributeError, ValueError) as error:
+            raise WorkspaceError(
+                f"{path} does not match its manifest ({type(error).__name__}: {error}); restore it from a "
+                "copy"
+            ) from None
+
+
+class IdsByStage:
+    """The semantic IDs that the models of the stages use.
+
+    Args:
+        first: the IDs as the items first got them.
+        changes: the later changes; None without ``items.refresh``.
+    """
+
+    def __init__(self, first: SemanticIds, changes: Changes | None) -> None:
+        self._first, self._changes = first, changes
+        self._made: dict[int, SemanticIds] = {0: first}  # by the number of changes
+
+    @classmethod
+    def read(cls, directory: Path) -> IdsByStage:
+        """Raises WorkspaceError if a file is missing or damaged."""
+        return cls(read_semantic_ids(directory), Changes.read(directory, read_manifest(directory, FORMAT)))
+
+    def at(self, stage: int | None) -> SemanticIds:
+        """The IDs at a stage, with the changes up to it; None: with all changes."""
+        if self._changes is None:
+            return self._first
+        changes = self._changes if stage is None else self._changes.until(stage)
+        if len(changes) not in self._made:
+            codes = changes.applied(self._first.codes)
+            self._made[len(changes)] = replace(self._first, codes=codes)
+        return self._made[len(changes)]
+
+
+class Refresher:
+    """Follows the behavior of all items from stage to stage, and gives drifted ones new codes.
+
+    Args:
+        item_ids: the item ids, in the order of the item table.
+        config: the configuration of the items, with ``refresh``.
+        encoder: the frozen encoder.
+        arrival: the frozen codebooks, and the vectors of all items with the fitted behavior.
+        log: the training events.
+        changes: the changes so far.
+        earlier: what the manifest says of them; None at first. The events of the stages before are counted
+            again.
+    """
+
+    def __init__(
+        self,
+        item_ids: Sequence[str],
+        config: ItemsConfig,
+        encoder: ItemEncoder,
+        arrival: Arrival,
+        log: TrainingLog,
+        changes: Changes | None = None,
+        earlier: Mapping[str, Any] | None = None,
+    ) -> None:
+        assert config.refresh is not None
+        assert config.behavior is not None
+        assert encoder.behavior is not None
+        self._rule, self._options, self._log = config.refresh, config.behavior, log
+        self._encoder, self._behavior, self._arrival = encoder, encoder.behavior, arrival
+        levels = arrival.wanted.shape[1] + bool(arrival.extra)
+        width = self._behavior.vectors.shape[1]
+        self.changes = Changes.none(levels, width) if changes is None else changes
+        self.found: list[dict[str, Any]] = list(earlier["stages"]) if earlier else []
+        self._item_ids, self._items = item_ids, len(item_ids)
+        self._since = np.zeros(self._items, np.int64)  # training events since the last coding
+        self._events = np.zeros(self._items, np.int64)  # training events so far
+        self._counts: Any = None
+        self._through = 0
+        for _ in range(earlier["through"] if earlier else 1):
+            self._count_next()
+
+    @classmethod
+    def of(
+        cls,
+        item_ids: Sequence[str],
+        config: ItemsConfig,
+        encoder: ItemEncoder,
+        arrival: Arrival,
+        log: TrainingLog | None,
+        changes: Changes | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> Refresher | None:
+        """None without ``items.refresh``.
+
+        Args:
+            manifest: of the semantic IDs to continue; None: they are made now.
+        """
+        if config.refresh is None:
+            return None
+        if log is None:
+            raise ValueError("items.refresh needs the training events of all stages (log)")
+        earlier = None if manifest is None else manifest[REFRESH]
+        return cls(item_ids, config, encoder, arrival, log, changes, earlier)
+
+    @property
+    def left(self) -> range:
+        """The stages that are not refreshed yet."""
+        return range(self._through, self._log.stages)
+
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write the changes; returns what the manifest says of them."""
+        self.changes.write(directory, self._item_ids)
+        return {REFRESH: {"through": self._through, "stages": self.found}}
+
+    def refresh(self, codes: np.ndarray, done: np.ndarray, observer: Observer) -> None:
+        """Test all items at the next stage; adds to ``changes``, and to ``found`` the number of items tested,
+        drifted and changed, the median drift of the tested ones, and the ids of the changed ones.
+
+        Args:
+            codes: int32 (items, levels), the first codes of all items.
+            done: bool (items,), which rows of ``codes`` are known; only these items are tested.
+            observer: receives a note.
+        """
+        stage = self._through
+        self._count_next()
+        if not self._rule.is_due(stage):
+            return
+        raw = self._behavior.vectors_of(shifted_ppmi(self._counts, self._options.shift))
+        now, present = self._part(raw)
+        then = self._part(self._coded())[0]
+        drift = np.square(now - then).sum(1) / self._options.weight
+        tested = done & present & (self._since >= self._rule.support)
+        drifted = np.flatnonzero(tested & (drift >= self._rule.drift))
+        latent, nearest = self._nearest(drifted, now)
+        before, depth = self._nearest(drifted, then)[1], self._rule.depth
+        moved = np.flatnonzero((nearest[:, :depth] != before[:, :depth]).any(1))
+        most = math.ceil(self._rule.share * np.count_nonzero(self._events))
+        chosen = np.sort(moved[np.argsort(-drift[drifted[moved]], kind="stable")][:most])
+        rows, held = drifted[chosen], np.concatenate([codes[done], self.changes.codes])
+        arrival = self._arrival
+        new = resolve(arrival.rule, arrival.codebooks, latent[chosen], nearest[chosen], held, arrival.extra)
+        numbers = np.full(len(rows), stage, np.int32)
+        self.changes = self.changes.then(Changes(numbers, rows.astype(np.int32), new, raw[rows]))
+        self._since[rows] = 0
+        self.found.append(
+            {
+                "stage": stage,
+                "tested": int(tested.sum()),
+                "drifted": len(drifted),
+                "changed": len(rows),
+                "beyond_share": len(moved) - len(rows),
+                "median_drift": float(np.median(drift[tested])) if tested.any() else None,
+                "items": [self._item_ids[row] for row in rows],
+            }
+        )
+        observer.note(
+            f"stage {stage}: {len(rows):,} items get new codes; {len(drifted):,} of {int(tested.sum()):,} "
+            "with enough new events have drifted"
+        )
+
+    def _count_next(self) -> None:
+        """Add the events of the next stage. The codes of fitted items are made from stage 0, those of changed
+        items from the stages up to their change."""
+        stage = self._through
+        self._through += 1
+        events = np.zeros(self._items, np.int64)
+
+        def counted() -> Iterator[np.ndarray]:
+            for sequence in self._log.events([stage]):
+                np.add.at(events, sequence, 1)
+                yield sequence
+
+        together = cooccurrences(counted(), self._items, self._options.window)
+        self._counts = together if self._counts is None else self._counts + together
+        self._events += events
+        self._since += events
+        if stage == 0:
+            self._since[self._behavior.rows] = 0
+        self._since[self.changes.rows[self.changes.stages == stage]] = 0
+
+    def _coded(self) -> np.ndarray:
+        """float32 (items, width): the vectors of behavior at the last coding; zero for none."""
+        vectors = self._behavior.spread(self._items)
+        vectors[self.changes.rows] = self.changes.behavior
+        return vectors
+
+    def _part(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        fusion = self._encoder.fusion
+        return fusion.part(len(fusion.centres) - 1, vectors)
+
+    def _nearest(self, rows: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The latents and nearest codes of items with these parts of behavior, float32 (items, width)."""
+        vectors, books = self._arrival.vectors.vectors[rows].copy(), self._arrival.codebooks
+        vectors[:, vectors.shape[1] - part.shape[1] :] = part[rows]
+        latent = books.latent(vectors)
+        return latent, books.nearest(latent)
+
+
+def by_stage(
+    arrival: Arrival,
+    groups: Sequence[Group],
+    codes: np.ndarray,
+    done: np.ndarray,
+    refresher: Refresher | None,
+    observer: Observer,
+) -> list[dict[str, Any]]:
+    """Give codes to the new items of one stage after another, and after each also to drifted items.
+
+    Args:
+        groups, codes, done: see :meth:`peso.items.placement.Arrival.place_stages`.
+        refresher: None without ``items.refresh``.
+        observer: receives notes.
+
+    Returns: the measures of the new items of each stage.
+    """
+    if refresher is None:
+        return arrival.place_stages(groups, codes, done)
+    new, left, measured = dict(groups), refresher.left, list[dict[str, Any]]()
+    for stage in sorted({*new, *left}):
+        if stage in new:
+            measured += arrival.place_stages([(stage, new[stage])], codes, done, refresher.changes.codes)
+        if stage in left:
+            refresher.refresh(codes, done, observer)
+    return measured
