@@ -87,7 +87,6 @@ def recommend(
     from peso.runs.recommend_all import require_output
     from peso.runs.recommender import Recommender
     from peso.runs.workspace import Workspace
-    from peso.runtime import remote
 
     if [user is not None, history is not None, everyone].count(True) != 1:
         raise UsageError("give exactly one of --user U, --history ITEM,ITEM,… or --all")
@@ -107,11 +106,9 @@ def recommend(
     if answering:
         seen = f"{answering['with']}, {seen}"
     if output is not None:
-        terminal = Terminal()
-        with remote.output(output, terminal) as file:
-            users = recommender.recommend_all(
-                file, k=k, exclude_seen=left_out, force=force, part=only, observer=terminal
-            )
+        users = recommender.recommend_all(
+            output, k=k, exclude_seen=left_out, force=force, part=only, observer=Terminal()
+        )
         if as_json:
             say_json(
                 {

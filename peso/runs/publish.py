@@ -40,7 +40,8 @@ def push_to_hub(recommender: Recommender, name: str, form: Form = "merged", *, p
     user = hub.account()
     full = name if "/" in name else f"{user}/{name}"
     with TemporaryDirectory() as aside:
-        folder = recommender.export(Path(aside) / "model", form, repository=full)
+        folder = Path(aside) / "model"
+        recommender.export(folder, form, repository=full)
         message = f"Stage {recommender.stage}, exported by peso {__version__}"
         return hub.upload(folder, full, message, private=private)
 

@@ -17,6 +17,7 @@ from peso.runs.retired import RetiredItems
 from peso.runs.served import serving_stage
 from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace
+from peso.runtime import remote
 from peso.runtime.files import digest, require_free
 from peso.runtime.machine import threads
 from peso.runtime.progress import Observer, Silent
@@ -139,6 +140,7 @@ class Recommender:
         written atomically.
 
         Args:
+            file: the path, or an address (``s3://``, ``gs://``) as text.
             exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`. Users with
                 fewer than ``k`` items left get fewer, which is reported to the observer.
             force: overwrite an existing file.
@@ -155,9 +157,10 @@ class Recommender:
         """
         from peso.runs.recommend_all import Everybody, require_output
 
-        require_output(Path(file), force)
+        require_output(file, force)
         left_out = self.leaves_out_seen if exclude_seen is None else exclude_seen
-        return Everybody(self, k, left_out, part or (1, 1)).write(Path(file), observer or Silent())
+        with remote.output(str(file), observer) as place:
+            return Everybody(self, k, left_out, part or (1, 1)).write(place, observer or Silent())
 
     def popular(self, k: int) -> list[str]:
         """The k items with the most events in the newest stage, most events first, without retired ones: a
@@ -211,12 +214,13 @@ class Recommender:
         format: Literal["merged", "peft", "index", "catalog"] = "merged",
         *,
         repository: str = "",
-    ) -> Path:
+    ) -> Path | str:
         """Write the stage's model, or the semantic IDs, for other tools, as `peso export` does. A model has a
         card (``README.md``).
 
         Args:
-            directory: path of a new directory; with ``index``, of a new file.
+            directory: path of a new directory, or with ``index`` of a new file; or an address (``s3://``,
+                ``gs://``) as text.
             format: ``merged``: a plain Transformers model; ``peft``: backbone and adapter; ``index``: the
                 semantic IDs of all items as index.json, the format of released research code; ``catalog``:
                 the same as arrays for serving stacks.
@@ -224,11 +228,16 @@ class Recommender:
                 load it from there.
 
         Returns:
-            The path.
+            The path or the address.
 
         Raises:
             ExportError: the path exists or is inside a workspace, or the model cannot be exported so.
         """
+        if remote.is_remote(address := str(directory)):
+            remote.require_output(address)
+            with remote.output(address) as aside:
+                self.export(aside, format, repository=repository)
+            return address
         place = Path(directory)
         require_place(place)
         if format == "index" or format == "catalog":

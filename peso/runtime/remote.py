@@ -29,7 +29,6 @@ from peso.runtime.progress import Observer, Silent
 PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}  # extras by scheme
 # of what a service tells of a file: all that changes with its content
 TAGS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "Last-Modified", "LastModified")
-CHUNK = 1 << 23  # bytes between two looks at the progress
 
 
 def is_remote(path: str) -> bool:
@@ -39,7 +38,7 @@ def is_remote(path: str) -> bool:
 
 def shown(address: str) -> str:
     """An address for messages, without what may be secret: the query of a signed address."""
-    return address.partition("?")[0] if is_remote(address) else address
+    return address.partition("?")[0] if address.startswith(("http://", "https://")) else address
 
 
 def local(path: str, observer: Observer | None = None) -> str:
@@ -206,7 +205,10 @@ def _parts(root: str, files: dict[str, Any]) -> tuple[str, str]:
 def _relative(name: str, base: str) -> str:
     if is_remote(name):
         return urlsplit(name).path.rpartition("/")[2] or "file"
-    return name.removeprefix(base).lstrip("/")
+    below = name.removeprefix(base).lstrip("/")
+    if ".." in below.split("/"):
+        raise DataError(f"{name}: a name with .. in it is not fetched; rename the file there")
+    return below
 
 
 def _fetch(system: Any, name: str, told: dict[str, Any], target: Path, observer: Observer) -> None:

@@ -15,6 +15,7 @@ from hub_server import Hub, running_hub
 from small_runs import trained
 
 from peso.runs.forget import own_files_with
+from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 from peso.runtime.remote import local
 
@@ -135,6 +136,13 @@ def test_predictions_and_exports_go_to_a_bucket(bucket: Any, tmp_path: Path, pes
     for name in ("recommendations.jsonl", "index.json", "model/model.safetensors", "model/prompt.json"):
         assert bucket.cat_file(f"shop/out/{name}") == (tmp_path / name).read_bytes()
     assert json.loads(bucket.cat_file("shop/out/model/index.json"))
+
+    recommender = Recommender.load(root)
+    assert recommender.export("s3://shop/python/index.json", "index") == "s3://shop/python/index.json"
+    assert recommender.recommend_all("s3://shop/python/r.jsonl") == 100
+    for there, here in (("python/index.json", "index.json"), ("python/r.jsonl", "recommendations.jsonl")):
+        assert bucket.cat_file(f"shop/{there}") == (tmp_path / here).read_bytes()
+    assert not Path("s3:").exists()
 
     again = ("recommend", "-w", root, "--all", "-o", "s3://shop/out/recommendations.jsonl")
     status, _, err = peso(*again)

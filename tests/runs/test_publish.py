@@ -31,6 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recommender]:
     root = tmp_path_factory.mktemp("published")
     of_all = ("evaluation.enabled=true", "baselines=none", "training.loss_vocabulary=full")
     made = {head: trained(root / head, *of_all, f"head={head}")[0] for head in HEADS}
+    made["contents"] = trained(root / "contents", *of_all, "head=items", "head.contents=true")[0]
     return {head: Recommender(workspace, device="cpu") for head, workspace in made.items()}
 
 
@@ -118,7 +119,7 @@ def test_a_known_backbone_is_named_with_its_license(runs: dict[str, Recommender]
 # -- without a workspace ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, "contents"])
 def test_an_exported_model_answers_as_its_stage(
     runs: dict[str, Recommender], head: str, tmp_path: Path
 ) -> None:

@@ -70,6 +70,13 @@ def test_folders_and_patterns_have_the_files_that_are_there_now(bucket: Any) -> 
     assert not (Path(local("s3://shop/logs/")) / "a.csv").exists()
 
 
+def test_a_name_that_leads_out_of_the_cache_is_refused(bucket: Any, tmp_path: Path) -> None:
+    bucket.call_s3("put_object", Bucket="shop", Key="logs/../../../evil.csv", Body=b"1")
+    with pytest.raises(DataError, match=r"a name with \.\. in it is not fetched"):
+        local("s3://shop/logs")
+    assert not [*tmp_path.rglob("evil.csv")]
+
+
 def test_a_file_over_http_is_asked_for_again_but_not_fetched_again(web: Any) -> None:
     address, files, asked = web
     assert Path(local(f"{address}/logs/log.csv")).read_bytes() == files["/logs/log.csv"]
