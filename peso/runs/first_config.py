@@ -146,6 +146,8 @@ def first_config(
         tree |= beside(sections, given(config))
         if "baselines" not in tree and manifest["stages"][0]["training_targets"] < SMALL:
             tree["baselines"] = BASELINES
+    if not tree["training"]:  # a section without keys is refused
+        del tree["training"]
     if (asked := max(config.evaluation.k)) > manifest["items"]:
         raise DataError(
             f"the log has {manifest['items']} items, fewer than evaluation.k asks for ({asked}); "

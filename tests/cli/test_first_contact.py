@@ -146,6 +146,15 @@ def test_init_takes_columns_and_settings_that_it_is_given(peso, tmp_path):
     assert (config.backbone.width, config.training.learning_rate) == (128, pytest.approx(2e-3))
 
 
+@pytest.mark.parametrize("backbone", ["smollm2-135m", "auto", "scratch"])
+def test_what_init_writes_for_any_backbone_can_be_read(peso, tmp_path, backbone):
+    written = tmp_path / "log.yaml"
+    log, table = shop(tmp_path), products(tmp_path)
+    status, _, err = peso("init", log, "--items", table, "-o", written, "--set", f"backbone={backbone}")
+    assert status == 0, err
+    assert load_config(written).backbone.name == backbone
+
+
 def test_init_cuts_a_small_log_into_fewer_stages(peso, tmp_path):
     few = [(f"u{n % 2}", ITEMS[n % 12], (START + timedelta(hours=n)).isoformat(), "Cup") for n in range(24)]
     log = write_csv(tmp_path / "log.csv", few, ("user", "item", "time", "title"))
