@@ -1,6 +1,6 @@
 """Ingestion of a raw log: time, memory and growth of `peso ingest`, compared with the same steps in pandas.
 
-    python benchmarks/ingest.py [--quick] [--json] [--directory DIR]
+    python benchmarks/ingest.py [--quick] [--events N] [--json] [--directory D] [--spark] [--before CHECKOUT]
 
 The input is a synthetic CSV file of 20 million events (1 million users, 200 thousand items); for the growth,
 a file of 2 million events is read before. Duplicates are removed, users and items with fewer than 5 events
@@ -8,13 +8,20 @@ are removed until none is left, the events are sorted by time and split into 60 
 each stage's users are written to Parquet with all their items before and in the stage. Each measurement runs
 in a separate process, whose peak resident size is its memory. CPU seconds are given too, because they are
 more reliable than elapsed time on a busy machine. `--quick` uses a twentieth of the events. Needs pandas.
+
+`--spark` also measures `data.engine: spark` (needs the extra `spark` and Java; its memory includes Java's).
+`--before` also measures `peso` in another checkout, such as one of an earlier version (`git worktree add`),
+with the same packages; the files of the stages must be equal. Everything that is compared in this way runs
+`--repeats` times in turn, and the run with the fewest CPU seconds counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -49,14 +56,18 @@ def write_log(path: Path, events: int) -> None:
     pyarrow.csv.write_csv(table, path)
 
 
-def with_peso(path: Path, directory: Path) -> list[int]:
+def with_peso(path: Path, directory: Path, **further: str) -> list[int]:
     from peso.config import load_config
     from peso.events.ingest import ingest
 
-    data = {"format": "csv", "path": str(path), "min_user": CORE, "min_item": CORE}
+    data = {"format": "csv", "path": str(path), "min_user": CORE, "min_item": CORE, **further}
     data["stages"] = {"fractions": list(SHARES)}
     manifest = ingest(load_config({"data": data}).data, directory)
     return [stage["events"] for stage in manifest["stages"]]
+
+
+def with_spark(path: Path, directory: Path) -> list[int]:
+    return with_peso(path, directory, engine="spark")
 
 
 def with_pandas(path: Path, directory: Path) -> list[int]:
@@ -90,14 +101,33 @@ def with_pandas(path: Path, directory: Path) -> list[int]:
     return [int(count) for count in counts]
 
 
-WAYS = {"peso": with_peso, "pandas": with_pandas}
+WAYS = {"peso": with_peso, "before": with_peso, "spark": with_spark, "pandas": with_pandas}
 
 
-def measure(way: str, path: Path) -> dict[str, object]:
-    """Run one way in a process of its own."""
+def measure(way: str, path: Path, checkout: Path | None = None) -> dict[str, object]:
+    """Run one way in a process of its own, with the package in ``checkout``."""
     command = [sys.executable, __file__, "--way", way, "--log", str(path)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, **({"PYTHONPATH": str(checkout)} if checkout else {})}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(ways: list[str], path: Path, before: Path | None, repeats: int) -> dict[str, object]:
+    """Measure ways in turn. The results are named after the way, with ratios of the others to ``peso``."""
+    runs: dict[str, list[dict[str, object]]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way in ways:
+            runs[way].append(measure(way, path, before if way == "before" else None))
+    if len({json.dumps(run["files"]) for several in runs.values() for run in several}) > 1:
+        raise SystemExit(f"the files of the stages differ: {runs}")
+    best = {way: min(several, key=lambda run: run["cpu_seconds"]) for way, several in runs.items()}
+    result = {}
+    for way in ways[1:]:
+        for name in ("seconds", "cpu_seconds", "peak_gib"):
+            result[f"{way}_{name}"] = best[way][name]
+            result[f"peso_beside_{way}_{name}"] = best["peso"][name]
+            result[f"peso_to_{way}_{name}"] = round(best["peso"][name] / best[way][name], 2)
+    return result
 
 
 def _run_way(way: str, path: Path) -> None:
@@ -105,12 +135,18 @@ def _run_way(way: str, path: Path) -> None:
         begin = time.perf_counter()
         counts = WAYS[way](path, Path(directory))
         seconds = time.perf_counter() - begin
-    used = resource.getrusage(resource.RUSAGE_SELF)
+        files = {
+            str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(Path(directory).glob("stage=*/*.parquet"))
+        }
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    unit = 2**20 if sys.platform == "linux" else 2**30
     result = {
         "seconds": round(seconds, 2),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
-        "peak_gib": round(used.ru_maxrss / (2**20 if sys.platform == "linux" else 2**30), 2),
+        "cpu_seconds": round(sum(process.ru_utime + process.ru_stime for process in used), 2),
+        "peak_gib": round(sum(process.ru_maxrss for process in used) / unit, 2),
         "stage_events": counts,
+        "files": files,
     }
     print(json.dumps(result))
 
@@ -119,6 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--spark", action="store_true")
+    parser.add_argument("--before", type=Path, help="another checkout of peso")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--events", type=int, help="the number of events, instead of 20 million")
     parser.add_argument("--directory", type=Path, help="where the logs are written (about 1 GB)")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
@@ -128,7 +168,7 @@ def main() -> None:
         return
     if arguments.directory:
         arguments.directory.mkdir(parents=True, exist_ok=True)
-    large = EVENTS // 20 if arguments.quick else EVENTS
+    large = arguments.events or (EVENTS // 20 if arguments.quick else EVENTS)
     small = large // 10
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         logs = {events: Path(directory) / f"{events}.csv" for events in (small, large)}
@@ -136,6 +176,10 @@ def main() -> None:
             write_log(path, events)
         peso = {events: measure("peso", path) for events, path in logs.items()}
         pandas = measure("pandas", logs[large])
+        others = ["before"] * (arguments.before is not None) + ["spark"] * arguments.spark
+        others = (
+            compare(["peso", *others], logs[large], arguments.before, arguments.repeats) if others else {}
+        )
     if peso[large]["stage_events"] != pandas["stage_events"]:
         raise SystemExit(f"the two ways differ: {peso[large]} and {pandas}")
     result = {
@@ -153,12 +197,13 @@ def main() -> None:
         "peso_seconds_at_a_tenth": peso[small]["seconds"],
         "growth": round(peso[large]["seconds"] / peso[small]["seconds"], 2),
         "n_log_n_growth": round(large * math.log(large) / (small * math.log(small)), 2),
+        **others,
     }
     if arguments.json:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        print(f"{name:26}{value:>14,}")
+        print(f"{name:34}{value:>14,}")
 
 
 if __name__ == "__main__":

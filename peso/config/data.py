@@ -247,6 +247,11 @@ class DataConfig(Section):
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="skip: unreadable rows are skipped and counted"
     )
+    engine: Literal["duckdb", "spark"] = Field(
+        "duckdb",
+        exclude_if=partial(eq, "duckdb"),
+        description="what cleans and cuts the log; spark for logs beyond one machine (extra: spark)",
+    )
     simulate: SimulateConfig = SimulateConfig()
 
     @model_validator(mode="after")
@@ -268,6 +273,8 @@ class DataConfig(Section):
                 "stages",
                 "on_error",
             }
+        if self.format == "peso-release":  # a simulated log is ingested like any other
+            unused.add("engine")
         fields = type(self).model_fields
         given = {name for name in unused if getattr(self, name) != fields[name].default}
         if given and not own and self.format not in STREAMS:

@@ -76,8 +76,10 @@ def changed_data(stream: Mapping[str, Any], config: Config) -> Changes:
         before = DataConfig.model_validate(source)
     except ValidationError:  # an earlier version had other keys
         return {}
+    any_engine = {"engine"}  # every engine makes the same stream
     changes = _changes(
-        {"data": before.model_dump(mode="json")}, {"data": config.data.model_dump(mode="json")}
+        {"data": before.model_dump(mode="json", exclude=any_engine)},
+        {"data": config.data.model_dump(mode="json", exclude=any_engine)},
     )
     return changes | _changed_seed(seed, config)
 

@@ -7,8 +7,9 @@ item table is written again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
@@ -20,8 +21,10 @@ from peso.errors import DataError, NothingNew
 from peso.events import columns
 from peso.events.cleaning import Cut, Funnel, calendar, clean, cut_at, order_by_time
 from peso.events.database import literal, scalar, temporary_database
+from peso.events.engines.engine import Engine, open_engine
 from peso.events.ingest import describe
-from peso.events.loading import load
+from peso.events.known import Past, past_of, with_histories, without
+from peso.events.loading import EventTables, event_tables, load
 from peso.events.sources import Source, open_source
 from peso.events.sources.tables import ALIKE, folded
 from peso.events.sources.user_files import own_items
@@ -32,13 +35,8 @@ from peso.runtime.files import link
 from peso.runtime.manifest import intact, write_manifest
 from peso.runtime.progress import Observer, Silent
 
-# The items that each user had before, with the user and item numbers of the new log.
-_HAD = """
-    SELECT users.u, items.i
-    FROM (SELECT name, unnest(history) AS n FROM known_users) AS had
-    JOIN users ON users.name = had.name
-    JOIN known_items ON known_items.n = had.n JOIN items ON items.name = known_items.name"""
-BEFORE = 2**40  # subtracted from the places of a user's earlier events: negative, but in the same order
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
 
 
 def extend_stream(
@@ -88,7 +86,10 @@ def extend_stream(
         )
     last = int(stream.manifest["time"]["last"])
     skip = data.on_error == "skip"
-    with temporary_database(directory) as connection:
+    with (
+        temporary_database(directory) as connection,
+        open_engine(data.engine, connection, directory) as engine,
+    ):
         keeps_rare = source is None
         source = source or open_source(data)
         if not source.log.timed:
@@ -99,51 +100,44 @@ def extend_stream(
         observer.begin(f"reading {data.path}", 0, "")
         loaded = load(connection, source.log, skip, data.min_rating is not None)
         loaded.tell(observer)
-        funnel = Funnel(connection, loaded.rows)
-        older = _leave_out_older(connection, last, skip, str(data.path))
-        if older:
-            funnel.count("not older than the stream")
-        _know(connection, stream)
         remarks = [*loaded.remarks, *_remarks_on_new_ids(connection, stream, observer)]
-        if scalar(connection, f"SELECT count(*) FROM events WHERE time = {last}"):
-            # only at this time can the log have events that the stream already has; they are removed
-            connection.execute(f"DELETE FROM events WHERE time = {last} AND (u, i) IN ({_HAD})")
-            _require_new(connection, data, f"is already in the stream, which ends at {iso(last)}")
-            funnel.count("not in the stream yet")
-        if data.repeats == "drop":
-            connection.execute(f"DELETE FROM events WHERE (u, i) IN ({_HAD})")
-            _require_new(connection, data, "is of an item that its user had before (data.repeats: drop)")
-            funnel.count("repeats of earlier stages dropped")
-        clean(funnel, source.log.keep, data.min_rating, data.repeats, data.min_user, data.min_item)
-        order_by_time(connection)
-        stages = _cut(connection, data.stages, loaded.clock)
-        number_by_arrival(connection, first_item=len(stream.item_ids))
-        connection.execute(f"""
-            CREATE TABLE sorted AS SELECT * FROM (
-                SELECT user_numbers.n AS u, coalesce(known_items.n, item_numbers.n) AS i,
-                       ordered.rowid AS place
-                FROM ordered JOIN user_numbers USING (u) JOIN items USING (i)
-                LEFT JOIN item_numbers USING (i) LEFT JOIN known_items ON known_items.name = items.name
-                UNION ALL
-                SELECT n, unnest(history), generate_subscripts(history, 1) - {BEFORE}
-                FROM known_users JOIN user_numbers USING (name))
-            ORDER BY u, place""")
-        observer.begin("writing the stages", scalar(connection, "SELECT count(*) FROM sorted"), "events")
+        log = event_tables(engine, source.log, data.min_rating is not None)
+        funnel = Funnel(log, loaded.rows)
+        log, older = _leave_out_older(log, last, skip, str(data.path))
+        if older:
+            funnel.count("not older than the stream", log.events)
+        past = past_of(log, stream)
+        log = _leave_out_had(log, past, funnel, last, data)
+        cleaned = clean(log, funnel, data, source.log.keep, past.known)
+        ordered = order_by_time(engine, cleaned)
+        stages = _cut(engine, ordered, data.stages, loaded.clock)
+        numbers = number_by_arrival(log, ordered, len(stream.item_ids), past.items)
+        events, first_new, last_new = engine.row(
+            ordered.aggregate(n=ordered.count(), first=ordered.time.min(), last=ordered.time.max())
+        )
+        known = past.users.semi_join(numbers.users, "u")
+        returning, earlier_events = engine.row(
+            known.aggregate(n=known.count(), events=known.history.length().sum().fill_null(0))
+        )
+        observer.begin("writing the stages", events + earlier_events, "events")
         counts = write_stages(
-            connection, directory, stages.ends, stream.stages, str(data.path), observer.advance
+            engine,
+            with_histories(ordered, past, numbers),
+            numbers.users,
+            directory,
+            stages.ends,
+            stream.stages,
+            str(data.path),
+            observer.advance,
         )
         observer.end()
-        rare = write_rare(connection, directory, stream.stages) if keeps_rare else 0
+        item_numbers = numbers.items.select("i", "n").union(past.items)
+        rare = write_rare(log, cleaned.rare, item_numbers, directory, stream.stages) if keeps_rare else 0
+        engine.give(numbers.items, "item_numbers")
         added, of_items = new_items(connection, source.items, skip, observer)
         items = pa.concat_tables([stream.items, added])
         write_items(items, directory)
-        events, first_new, last_new = connection.execute(
-            "SELECT count(*), min(time), max(time) FROM ordered"
-        ).fetchall()[0]
-        users = scalar(connection, "SELECT count(*) FROM user_numbers")
-        known = scalar(
-            connection, "SELECT count(*) FROM user_numbers WHERE name IN (SELECT name FROM known_users)"
-        )
+        users = engine.count(numbers.users)
     linked = _link_stages(stream, stream.stages, directory)
     brought = {
         "source": describe(data),
@@ -151,7 +145,7 @@ def extend_stream(
         "stages": len(counts),
         "events": events,
         "users": users,
-        "new_users": users - known,
+        "new_users": users - returning,
         **({"rare_users": rare} if rare else {}),
         "time": {**loaded.stated, "unit": loaded.clock.unit, "first": first_new, "last": last_new},
         "skipped": loaded.skipped,
@@ -276,66 +270,62 @@ def _without_text(items: pa.Table) -> int:
     return int(pc.sum(pc.is_null(pc.coalesce(items[columns.TITLE], items[columns.TEXT]))).as_py() or 0)
 
 
-def _require_new(connection: duckdb.DuckDBPyConnection, data: DataConfig, why: str) -> None:
-    if not scalar(connection, "SELECT count(*) FROM events"):
-        raise NothingNew(f"{data.path} has no new events: every event {why}. Was it appended before?")
+def _leave_out_had(log: EventTables, past: Past, funnel: Funnel, last: int, data: DataConfig) -> EventTables:
+    """Leave out events that the stream already has; with ``repeats: drop``, those of an item that their user
+    had before."""
+
+    def leave_out(log: EventTables, time: int | None, why: str, step: str) -> EventTables:
+        left = without(log.events, past.had, time)
+        if not log.engine.count(left):
+            raise NothingNew(f"{data.path} has no new events: every event {why}. Was it appended before?")
+        funnel.count(step, left)
+        return replace(log, events=left)
+
+    if log.engine.count(log.events.filter(log.events.time == last)):
+        # only at this time can the log have events that the stream already has
+        why = f"is already in the stream, which ends at {iso(last)}"
+        log = leave_out(log, last, why, "not in the stream yet")
+    if data.repeats == "drop":
+        why = "is of an item that its user had before (data.repeats: drop)"
+        log = leave_out(log, None, why, "repeats of earlier stages dropped")
+    return log
 
 
-def _leave_out_older(connection: duckdb.DuckDBPyConnection, last: int, skip: bool, path: str) -> int:
-    older = scalar(connection, f"SELECT count(*) FROM events WHERE time < {last}")
+def _leave_out_older(log: EventTables, last: int, skip: bool, path: str) -> tuple[EventTables, int]:
+    events = log.events
+    before = events.time < last
+    older, newer, earliest = log.engine.row(
+        events.aggregate(older=before.sum().fill_null(0), newer=(~before).sum(), earliest=events.time.min())
+    )
     if not older:
-        return 0
-    earliest = scalar(connection, "SELECT min(time) FROM events")
+        return log, 0
     if not skip:
         raise DataError(
             f"{path}: {older:,} events are older than the last event of the stream ({iso(last)}; the "
             f"earliest is of {iso(earliest)}). Earlier stages are not rewritten: append only newer events, "
             "skip the older ones with data.on_error: skip, or ingest everything into a new workspace"
         )
-    connection.execute(f"DELETE FROM events WHERE time < {last}")
-    if not scalar(connection, "SELECT count(*) FROM events"):
+    if not newer:
         raise DataError(
             f"{path}: all {older:,} events are older than the last event of the stream ({iso(last)}), so "
             "there is nothing to append. Was it appended before?"
         )
-    return older
-
-
-def _know(connection: duckdb.DuckDBPyConnection, stream: Stream) -> None:
-    """Create the tables ``known_users`` (name, history) and ``known_items`` (name, n), and mark the users and
-    items of the new log that are known."""
-    items = literal(str(intact(stream.directory, ITEMS_FILE, stream.manifest)))
-    connection.execute(f"""
-        CREATE TABLE known_items AS SELECT item_id AS name, file_row_number::INTEGER AS n
-        FROM read_parquet({items}, file_row_number = true)""")
-    stages = " UNION ALL ".join(
-        f'SELECT "user" AS name, {number} AS stage, previous, "current" '
-        f"FROM read_parquet({literal(str(path))}, hive_partitioning = false)"
-        for number, path in enumerate(
-            intact(stream.directory, stage_file(number), stream.manifest) for number in range(stream.stages)
-        )
-    )
-    connection.execute(f"""
-        CREATE TABLE known_users AS
-        WITH stages AS ({stages}),
-        newest AS (
-            SELECT name, max(stage) AS stage FROM stages WHERE name IN (SELECT name FROM users) GROUP BY name)
-        SELECT name, list_concat(previous, "current") AS history
-        FROM stages JOIN newest USING (name, stage)""")
-    connection.execute("UPDATE users SET known = true WHERE name IN (SELECT name FROM known_users)")
-    connection.execute("UPDATE items SET known = true WHERE name IN (SELECT name FROM known_items)")
+    return replace(log, events=events.filter(~before)), older
 
 
 def _remarks_on_new_ids(
     connection: duckdb.DuckDBPyConnection, stream: Stream, observer: Observer
 ) -> list[str]:
     """Warnings about new users and items whose ids are almost the same as known ids."""
-    files = ", ".join(literal(str(stream.directory / stage_file(n))) for n in range(stream.stages))
+    files = ", ".join(
+        literal(str(intact(stream.directory, stage_file(n), stream.manifest))) for n in range(stream.stages)
+    )
     known_users = f'SELECT "user" AS name FROM read_parquet([{files}], hive_partitioning = false)'
+    known_items = f"SELECT item_id AS name FROM read_parquet({literal(str(stream.directory / ITEMS_FILE))})"
     remarks = []
-    for table, known in (("users", known_users), ("items", "SELECT name FROM known_items")):
+    for table, known in (("users", known_users), ("items", known_items)):
         count, new, old = connection.execute(f"""
-            WITH new AS (SELECT name, {folded("name")} AS id FROM {table} WHERE NOT known),
+            WITH new AS (SELECT name, {folded("name")} AS id FROM {table} WHERE name NOT IN ({known})),
             near AS (
                 SELECT new.name AS new, known.name AS old
                 FROM new JOIN ({known}) AS known ON {folded("known.name")} = new.id)
@@ -349,11 +339,11 @@ def _remarks_on_new_ids(
     return remarks
 
 
-def _cut(connection: duckdb.DuckDBPyConnection, stages: StagesConfig, clock: Clock) -> Cut:
-    first, last = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
+def _cut(engine: Engine, ordered: ir.Table, stages: StagesConfig, clock: Clock) -> Cut:
+    first, last = engine.row(ordered.aggregate(first=ordered.time.min(), last=ordered.time.max()))
     if stages.every is not None:
         assert stages.start is not None
         moments = calendar(stages.every, clock.moment(stages.start, "data.stages.from"), last)
     else:
         moments = [clock.moment(value, "data.stages.boundaries") for value in stages.boundaries or []]
-    return cut_at(connection, [moment for moment in moments if first < moment <= last])
+    return cut_at(engine, ordered, [moment for moment in moments if first < moment <= last])

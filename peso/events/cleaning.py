@@ -1,9 +1,8 @@
 """Clean a log and cut it into stages.
 
 Cleaning removes low ratings, duplicates, repeats, and rare users and items; a funnel counts what each step
-leaves. Users and items marked ``known`` (they are already in a stream) are never rare. A log is cut by shares
-of its events, by the calendar, or at given times. Events with the same time are in the order of the log, so
-every cut is reproducible.
+leaves. A log is cut by shares of its events, by the calendar, or at given times. Events with the same time
+are in the order of the log, so every cut is reproducible.
 """
 
 from __future__ import annotations
@@ -13,15 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import cycle, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 
-from peso.config import PERIOD, StagesConfig
+from peso.config import PERIOD, DataConfig, StagesConfig
 from peso.errors import DataError, NothingLeft, UntrainableStage
-from peso.events.database import scalar
+from peso.events.engines.engine import Engine, arg_min
+from peso.events.loading import EventTables
 from peso.events.times import END, Clock, iso, microseconds
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
 
 
 class Funnel:
@@ -31,103 +33,147 @@ class Funnel:
     for the rows as they were read, whose users and items are not counted (None).
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, read: int) -> None:
-        self.connection = connection
+    def __init__(self, log: EventTables, read: int) -> None:
+        self.engine = log.engine
         self.rows: list[dict[str, Any]] = [{"step": "read", "events": read, "users": None, "items": None}]
-        left = {
-            name: scalar(connection, f"SELECT count(*) FROM {name}") for name in ("events", "users", "items")
-        }
+        left = {name: self.engine.count(getattr(log, name)) for name in ("events", "users", "items")}
         self.rows.append({"step": "readable", **left})
 
-    def count(self, step: str, cure: str = "") -> None:
+    def count(self, step: str, left: ir.Table, cure: str = "") -> None:
         """Count what is left after a step.
 
         Args:
             step: the name of the step.
+            left: the events that are left.
             cure: what the user should do if nothing is left.
 
         Raises:
             NothingLeft: nothing is left.
         """
-        events = scalar(self.connection, "SELECT count(*) FROM events")
+        events = self.engine.count(left)
         if self.rows[-1]["events"] == events:
             self.rows.append({**self.rows[-1], "step": step})  # no event was removed, so no user was either
             return
-        users, items = self.connection.execute(
-            "SELECT count(DISTINCT u), count(DISTINCT i) FROM events"
-        ).fetchall()[0]
+        users, items = self.engine.row(left.aggregate(users=left.u.nunique(), items=left.i.nunique()))
         self.rows.append({"step": step, "events": events, "users": users, "items": items})
         if not events:
             raise NothingLeft(f"no event is left after the cleaning step {step!r}; {cure}")
 
 
+@dataclass(frozen=True)
+class Known:
+    """The users (u) and items (i) of a log that are already in a stream. They are never rare."""
+
+    users: ir.Table
+    items: ir.Table
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A cleaned log.
+
+    Attributes:
+        events: the events (u, i, time, row).
+        rests_on: the kept tables that ``events`` is computed from.
+        rare: the events of users who are not left because they are too rare (u, i, time, row); None if no
+            user and no item can be.
+    """
+
+    events: ir.Table
+    rests_on: tuple[ir.Table, ...]
+    rare: ir.Table | None = None
+
+
 def clean(
-    funnel: Funnel,
-    keep: Sequence[str] = (),
-    min_rating: float | None = None,
-    repeats: str = "keep",
-    min_user: int = 1,
-    min_item: int = 1,
-) -> None:
-    """Clean the table ``events`` in these steps, which ``funnel`` counts:
+    log: EventTables, funnel: Funnel, data: DataConfig, keep: Sequence[str] = (), known: Known | None = None
+) -> Cleaned:
+    """Clean a log in these steps, which ``funnel`` counts, with the settings of ``data``:
 
     1. Keep only events of the types in ``keep``; if it is empty, keep all events.
     2. Remove events rated below ``min_rating``.
     3. Of events with the same user, item and time, keep the first one in the log.
-    4. With ``repeats="drop"``, keep only the earliest event of each user with each item.
+    4. With ``repeats: drop``, keep only the earliest event of each user with each item.
     5. Remove users with fewer than ``min_user`` events and items with fewer than ``min_item`` events until
-       there are none left (the k-core; events are counted, not distinct items).
+       there are none left (the k-core; events are counted, not distinct items). Users and items that are
+       ``known`` stay.
+
+    The events as they were read are dropped.
 
     Raises:
         NothingLeft: nothing is left after a step.
     """
-    connection = funnel.connection
+    engine, events = log.engine, log.events
+    min_rating, min_user, min_item = data.min_rating, data.min_user, data.min_item
     if keep:
-        connection.execute(
-            "DELETE FROM events WHERE kind IS NULL OR NOT list_contains(?, kind)", [list(keep)]
-        )
+        events = events.filter(events.kind.isin(keep))
         funnel.count(
-            f"events of type {', '.join(keep)}", "check data.events (the column and the values to keep)"
+            f"events of type {', '.join(keep)}",
+            events,
+            "check data.events (the column and the values to keep)",
         )
     if min_rating is not None:
-        connection.execute("DELETE FROM events WHERE rating < ?", [min_rating])
-        funnel.count(f"rating of {min_rating:g} or more", "lower data.min_rating")
-    connection.execute("""
-        CREATE TABLE cleaned AS SELECT u, i, time, min(row) AS row FROM events GROUP BY u, i, time;
-        DROP TABLE events;
-        ALTER TABLE cleaned RENAME TO events""")
-    funnel.count("duplicates kept once")
-    if repeats == "drop":
-        connection.execute("""
-            CREATE TABLE cleaned AS
-            SELECT u, i, min(time) AS time, arg_min(row, time) AS row FROM events GROUP BY u, i;
-            DROP TABLE events;
-            ALTER TABLE cleaned RENAME TO events""")
-        funnel.count("repeats dropped")
-    if min_user > 1 or min_item > 1:
-        _to_core(connection, min_user, min_item)
-        funnel.count(
-            f"core: users of {min_user} or more events, items of {min_item} or more",
-            "lower data.min_user or data.min_item",
+        events = events.filter(events.rating >= min_rating)
+        funnel.count(f"rating of {min_rating:g} or more", events, "lower data.min_rating")
+    events = engine.keep("events", events.group_by("u", "i", "time").aggregate(row=events.row.min()))
+    engine.drop(log.read)
+    funnel.count("duplicates kept once", events)
+    if data.repeats == "drop":
+        first = events.group_by("u", "i").aggregate(
+            time=events.time.min(), row=arg_min(events.row, events.time)
         )
+        all_events, events = events, engine.keep("events", first)
+        engine.drop(all_events)
+        funnel.count("repeats dropped", events)
+    if min_user == min_item == 1:
+        return Cleaned(events, (events,))
+    core = _core(engine, events, min_user, min_item, known)
+    funnel.count(
+        f"core: users of {min_user} or more events, items of {min_item} or more",
+        core.events,
+        "lower data.min_user or data.min_item",
+    )
+    return core
 
 
-def _to_core(connection: duckdb.DuckDBPyConnection, min_user: int, min_item: int) -> None:
-    """Step 5 of :func:`clean`. The removed events go into the table ``rare`` (u, i, time, row)."""
-    sides = cycle([("u", "users", min_user), ("i", "items", min_item)])
-    connection.execute("CREATE TABLE rare AS SELECT u, i, time, row FROM events LIMIT 0")
-    for number, (column, table, least) in enumerate(sides):
-        where = f"""{column} IN (
-            SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {least}
-            EXCEPT SELECT {column} FROM {table} WHERE known)"""
-        connection.execute(f"INSERT INTO rare SELECT u, i, time, row FROM events WHERE {where}")
-        gone = scalar(connection, f"DELETE FROM events WHERE {where}")
+def _core(engine: Engine, events: ir.Table, min_user: int, min_item: int, known: Known | None) -> Cleaned:
+    """Step 5 of :func:`clean`.
+
+    The events are read once a pass and never written: a pass changes only the numbers of events of users and
+    items.
+    """
+    least = {"u": min_user, "i": min_item}
+    counts = {column: events.group_by(column).aggregate(n=events.count()) for column in least}
+    if known is not None:
+        counts = {"u": counts["u"].anti_join(known.users, "u"), "i": counts["i"].anti_join(known.items, "i")}
+    first = {column: engine.keep("counts", table) for column, table in counts.items()}
+    left = {column: engine.keep("counts", table) for column, table in first.items()}
+
+    def keep_instead(column: str, rows: ir.Table) -> None:
+        before, left[column] = left[column], engine.keep("counts", rows)
+        engine.drop(before)
+
+    for number, (column, other) in enumerate(cycle([("u", "i"), ("i", "u")])):
+        rare = left[column].n < least[column]
+        few = engine.keep("few", left[column].filter(rare))
+        removes = engine.count(few) > 0
+        if removes:
+            lost = events.semi_join(few, column).group_by(other).aggregate(lost=lambda gone: gone.count())
+            both = left[other].left_join(lost, other)
+            keep_instead(other, both.select(other, n=both.n - both.lost.fill_null(0)))
+            keep_instead(column, left[column].filter(~rare))
+        engine.drop(few)
         # the other side was cleaned in the pass before; if this pass removes nothing, both are clean
-        if number and not gone:
-            return
+        if number and not removes:
+            break
+    gone = {column: engine.keep("gone", first[column].anti_join(left[column], column)) for column in least}
+    engine.drop(*first.values(), *left.values())
+    core = events.anti_join(gone["u"], "u").anti_join(gone["i"], "i")
+    of_rare = engine.keep("rare", events.semi_join(gone["u"], "u"))
+    return Cleaned(core, (events, *gone.values()), of_rare)
 
 
 MAX_STAGES = 10_000  # more stages mean that the period or the times are wrong
+MOMENTS = 50  # times whose events are counted in the same query
 
 
 @dataclass(frozen=True)
@@ -143,21 +189,23 @@ class Cut:
     moments: list[int] | None
 
 
-def order_by_time(connection: duckdb.DuckDBPyConnection) -> None:
-    """Create the table ``ordered`` (u, i, time) from ``events``; its rowid is the order in time."""
-    connection.execute("""
-        CREATE TABLE ordered AS SELECT u, i, time FROM events ORDER BY time, row;
-        DROP TABLE events""")
+def order_by_time(engine: Engine, cleaned: Cleaned) -> ir.Table:
+    """The events (u, i, time) in their order in time, with the column ``place``, which counts from 0. The
+    cleaned events are dropped."""
+    in_order = cleaned.events.order_by("time", "row").select("u", "i", "time")
+    ordered = engine.numbered("ordered", in_order, "place")
+    engine.drop(*cleaned.rests_on)
+    return ordered
 
 
-def cut(connection: duckdb.DuckDBPyConnection, stages: StagesConfig, clock: Clock) -> Cut:
-    """Cut the table ``ordered`` as configured.
+def cut(engine: Engine, ordered: ir.Table, stages: StagesConfig, clock: Clock) -> Cut:
+    """Cut the events of :func:`order_by_time` as configured.
 
     Raises:
         DataError: the boundaries do not ascend, there are too many periods, or a stage has no events.
     """
-    events = scalar(connection, "SELECT count(*) FROM ordered")
     if stages.fractions is not None:
+        events = engine.count(ordered)
         ends = np.rint(np.cumsum(stages.fractions) * events).astype(np.int64)
         ends[-1] = events  # the shares sum to 1 only up to rounding
         _require_events(ends, None, events)
@@ -171,16 +219,19 @@ def cut(connection: duckdb.DuckDBPyConnection, stages: StagesConfig, clock: Cloc
     else:
         assert stages.every is not None
         assert stages.start is not None
-        last = scalar(connection, "SELECT max(time) FROM ordered")
+        (last,) = engine.row(ordered.aggregate(last=ordered.time.max()))
         moments = calendar(stages.every, clock.moment(stages.start, "data.stages.from"), last)
-    return cut_at(connection, moments)
+    return cut_at(engine, ordered, moments)
 
 
-def cut_at(connection: duckdb.DuckDBPyConnection, moments: list[int]) -> Cut:
-    """Cut the table ``ordered`` at these times. Events at exactly such a time belong to the later stage."""
-    events = scalar(connection, "SELECT count(*) FROM ordered")
-    before = [scalar(connection, f"SELECT count(*) FROM ordered WHERE time < {moment}") for moment in moments]
-    ends = np.array([*before, events], dtype=np.int64)
+def cut_at(engine: Engine, ordered: ir.Table, moments: list[int]) -> Cut:
+    """Cut the events at these times. Events at exactly such a time belong to the later stage."""
+    before: list[int] = []
+    for first in range(0, len(moments), MOMENTS):
+        some = enumerate(moments[first : first + MOMENTS])
+        counts = {f"before_{n}": ordered.count(where=ordered.time < moment) for n, moment in some}
+        before += engine.row(ordered.aggregate(**counts))
+    ends = np.array([*before, events := engine.count(ordered)], dtype=np.int64)
     _require_events(ends, moments, events)
     return Cut(ends, moments)
 

@@ -17,6 +17,7 @@ import duckdb
 from peso.errors import DataError, WorkspaceError
 
 MEMORY = "2GB"  # Python, Arrow and NumPy need about 0.5 GB more
+WORK = ".ingest"  # the temporary folder
 THREADS = 4  # the maximum, because each thread has its own buffers
 
 
@@ -28,7 +29,7 @@ def temporary_database(directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         DataError: DuckDB cannot read an input; the message names the file and line and says what to do.
         WorkspaceError: the disk is full.
     """
-    work = directory / ".ingest"
+    work = directory / WORK
     work.mkdir()
     try:
         with duckdb.connect(":memory:") as connection:

@@ -11,13 +11,21 @@ from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
 from peso.errors import DataError
 from peso.events import columns
 from peso.events.cleaning import Funnel, clean, cut, order_by_time
-from peso.events.database import scalar, temporary_database
+from peso.events.database import temporary_database
+from peso.events.engines.engine import open_engine
 from peso.events.histories import user_disjoint
-from peso.events.loading import load
+from peso.events.loading import event_tables, load
 from peso.events.release import read_release
 from peso.events.simulate import EVENTS_FILE, write_simulation
 from peso.events.sources import open_source
-from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_rare, write_stages
+from peso.events.stage_writer import (
+    in_numbers,
+    new_items,
+    number_by_arrival,
+    write_items,
+    write_rare,
+    write_stages,
+)
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, replace_stages, write_stream
 from peso.events.times import iso
 from peso.runtime.manifest import MANIFEST, write_manifest
@@ -64,12 +72,17 @@ def ingest(
 
 
 def describe(data: DataConfig) -> dict[str, Any]:
-    """The data configuration for a manifest: the format, and all settings that differ from the defaults."""
-    return {"format": data.format, **data.model_dump(mode="json", exclude_defaults=True)}
+    """The data configuration for a manifest: the format, and all settings that differ from the defaults,
+    except for the engine, which does not affect the stream."""
+    set_ = data.model_dump(mode="json", exclude_defaults=True, exclude={"engine"})
+    return {"format": data.format, **set_}
 
 
 def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], observer: Observer) -> None:
-    with temporary_database(directory) as connection:
+    with (
+        temporary_database(directory) as connection,
+        open_engine(data.engine, connection, directory) as engine,
+    ):
         opened = open_source(data)
         files = opened.log.table.files
         what = files[0] if len(files) == 1 else f"{len(files)} files of {data.path}"
@@ -81,19 +94,26 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
                 f"{what} has no times, so it cannot be cut by time; set data.stages to a number of stages, "
                 "or to fractions"
             )
-        funnel = Funnel(connection, loaded.rows)
-        clean(funnel, opened.log.keep, data.min_rating, data.repeats, data.min_user, data.min_item)
-        order_by_time(connection)
-        stages = cut(connection, data.stages, loaded.clock)
-        number_by_arrival(connection)
-        connection.execute("""
-            CREATE TABLE sorted AS SELECT user_numbers.n AS u, item_numbers.n AS i, ordered.rowid AS place
-            FROM ordered JOIN user_numbers USING (u) JOIN item_numbers USING (i)
-            ORDER BY user_numbers.n, ordered.rowid""")
-        observer.begin("writing the stages", scalar(connection, "SELECT count(*) FROM sorted"), "events")
-        counts = write_stages(connection, directory, stages.ends, 0, str(data.path), observer.advance)
+        log = event_tables(engine, opened.log, data.min_rating is not None)
+        funnel = Funnel(log, loaded.rows)
+        cleaned = clean(log, funnel, data, opened.log.keep)
+        ordered = order_by_time(engine, cleaned)
+        stages = cut(engine, ordered, data.stages, loaded.clock)
+        numbers = number_by_arrival(log, ordered)
+        observer.begin("writing the stages", int(stages.ends[-1]), "events")
+        counts = write_stages(
+            engine,
+            in_numbers(ordered, numbers.users, numbers.items),
+            numbers.users,
+            directory,
+            stages.ends,
+            0,
+            str(data.path),
+            observer.advance,
+        )
         observer.end()
-        rare = write_rare(connection, directory, 0)
+        rare = write_rare(log, cleaned.rare, numbers.items, directory, 0)
+        engine.give(numbers.items, "item_numbers")
         items, of_items = new_items(connection, opened.items, data.on_error == "skip", observer)
         if opened.items is not None and not of_items["items_found"]:
             raise DataError(
@@ -102,7 +122,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
                 "data.columns.item and data.items.columns.item, or remove data.items"
             )
         write_items(items, directory)
-        first, last = connection.execute("SELECT min(time), max(time) FROM ordered").fetchall()[0]
+        first, last = engine.row(ordered.aggregate(first=ordered.time.min(), last=ordered.time.max()))
     write_manifest(
         directory,
         FORMAT,
@@ -136,6 +156,7 @@ def _ingest_simulation(data: DataConfig, directory: Path, seed: int, observer: O
                 "format": "parquet",
                 "path": str(directory / EVENTS_FILE),
                 "stages": sizes.stages,
+                "engine": data.engine,
                 "items": ItemTableConfig(
                     path=str(aside / ITEMS_FILE),
                     columns=ItemColumnsConfig(

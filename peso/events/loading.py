@@ -2,26 +2,32 @@
 
 These tables are created:
 
-    users   name, u, known          one row per user; u counts from 0 in no particular order
-    items   name, i, known          one row per item; i counts from 0 in no particular order
+    users   name, u          one row per user; u counts from 0 in no particular order
+    items   name, i          one row per item; i counts from 0 in no particular order
     events  u, i, time, row[, rating][, kind]   time in microseconds; row is the position in the log, for ties
+
+:func:`event_tables` gives them to the engine that does the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
 from peso.errors import DataError
 from peso.events.database import scalar
+from peso.events.engines.engine import Engine
 from peso.events.sources import Log
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import ALIKE, BLANKS, MISSING, folded
 from peso.events.times import Clock, iso, recognise, recognise_unit
 from peso.runtime.progress import Observer
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
 
 UNTIMED = "there are no times: events are in the order of the files"
 SAMPLE = 100  # the number of values from which the format of the times is recognized
@@ -73,6 +79,35 @@ class Loaded:
         return {"time": {**self.stated, "unit": self.clock.unit, "first": first, "last": last}}
 
 
+@dataclass(frozen=True)
+class EventTables:
+    """The tables of a loaded log in an engine.
+
+    Attributes:
+        engine: the engine.
+        users, items: the tables ``users`` and ``items``.
+        read: the table ``events``.
+        events: the rows of it that count so far.
+    """
+
+    engine: Engine
+    users: ir.Table
+    items: ir.Table
+    read: ir.Table
+    events: ir.Table
+
+
+def event_tables(engine: Engine, log: Log, rating: bool) -> EventTables:
+    """The tables that :func:`load` created, in an engine. The arguments are those of ``load``."""
+    columns = {"u": "int32", "i": "int32", "time": "int64", "row": "int64"}
+    columns |= {"rating": "float64"} if rating else {}
+    columns |= {"kind": "string"} if log.keep else {}
+    events = engine.take("events", columns)
+    users = engine.take("users", {"name": "string", "u": "int32"})
+    items = engine.take("items", {"name": "string", "i": "int32"})
+    return EventTables(engine, users, items, events, events)
+
+
 def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bool = False) -> Loaded:
     """Load a log into the tables ``users``, ``items`` and ``events``.
 
@@ -106,10 +141,10 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
         raise DataError(f"{table.files[0]} has no readable events; download or create the file again")
     clock = _with_unit(connection, clock, bad, where)
     connection.execute(f"""
-        CREATE TABLE users AS SELECT name, (row_number() OVER () - 1)::INTEGER AS u, false AS known
+        CREATE TABLE users AS SELECT name, (row_number() OVER () - 1)::INTEGER AS u
         FROM (SELECT DISTINCT "user" AS name FROM raw WHERE NOT ({bad}))""")
     connection.execute(f"""
-        CREATE TABLE items AS SELECT name, (row_number() OVER () - 1)::INTEGER AS i, false AS known
+        CREATE TABLE items AS SELECT name, (row_number() OVER () - 1)::INTEGER AS i
         FROM (SELECT DISTINCT item AS name FROM raw WHERE NOT ({bad}))""")
     further = ", rating" * rating + ", kind" * bool(log.keep)
     connection.execute(f"""

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
@@ -18,14 +20,20 @@ import pyarrow.parquet as pq
 
 from peso.events import columns
 from peso.events.database import cores, literal, scalar
-from peso.events.histories import Stage, refuse_untrainable, slice_stages, stage_counts
+from peso.events.engines.engine import Engine
+from peso.events.histories import Ragged, Stage, refuse_untrainable, slice_stages, stage_counts
+from peso.events.loading import EventTables
 from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import ALIKE, MISSING, folded
 from peso.events.stream import ITEMS_FILE, rare_file, stage_file, stage_table
 from peso.runtime.progress import Observer
 
-SLICE = 1_000_000  # events
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+
+SLICE = 1_000_000  # events that are in memory together
+BATCH = 50_000  # events or names that are read at a time
 
 
 class StageWriter:
@@ -66,37 +74,111 @@ class StageWriter:
             refuse_untrainable(number, counts.get("users", 0), most, source)
 
 
-def number_by_arrival(connection: duckdb.DuckDBPyConnection, first_item: int = 0) -> None:
+@dataclass(frozen=True)
+class Numbers:
+    """Users and items in the order of their first events.
+
+    Attributes:
+        users: u, name, n.
+        items: i, name, n, without the items that a stream had before.
+    """
+
+    users: ir.Table
+    items: ir.Table
+
+
+def number_by_arrival(
+    log: EventTables, ordered: ir.Table, first_item: int = 0, known_items: ir.Table | None = None
+) -> Numbers:
     """Number users and items in the order of their first events.
 
-    Creates the tables ``user_numbers`` (u, n, name) and ``item_numbers`` (i, n, name). Items are numbered
-    from ``first_item`` on, except ``known`` ones, whose numbers are in the table ``known_items`` (name, n).
+    Args:
+        log: the loaded log.
+        ordered: the events by time (:func:`peso.events.cleaning.order_by_time`).
+        first_item: the number of the first item.
+        known_items: items (i) that have a number already.
     """
-    connection.execute("""
-        CREATE TABLE user_numbers AS
-        SELECT u, (row_number() OVER (ORDER BY place) - 1)::INTEGER AS n, name
-        FROM (SELECT u, min(rowid) AS place FROM ordered GROUP BY u) JOIN users USING (u) ORDER BY n""")
-    connection.execute(f"""
-        CREATE TABLE item_numbers AS
-        SELECT i, (row_number() OVER (ORDER BY place) - 1 + {first_item})::INTEGER AS n, name
-        FROM (SELECT i, min(rowid) AS place FROM ordered GROUP BY i) JOIN items USING (i) WHERE NOT known
-        ORDER BY n""")
+    items = log.items if known_items is None else log.items.anti_join(known_items, "i")
+
+    def arrived(column: str, names: ir.Table) -> ir.Table:
+        firsts = ordered.group_by(column).aggregate(place=ordered.place.min())
+        found = firsts.join(names, column).order_by("place").select(column, "name")
+        return log.engine.numbered(f"arrived_{column}", found, "n")
+
+    users, arrived_items = arrived("u", log.users), arrived("i", items)
+    return Numbers(
+        users.mutate(n=users.n.cast("int32")),
+        arrived_items.mutate(n=(arrived_items.n + first_item).cast("int32")),
+    )
+
+
+def in_numbers(events: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
+    """Events with the numbers of users and items as ``u`` and ``i``; those without a number are left out.
+
+    Args:
+        events: u, i and other columns.
+        users: the numbers of users (u, n).
+        items: the numbers of items (i, n).
+    """
+    found = events.join(users.select("u", user="n"), "u").join(items.select("i", item="n"), "i")
+    return found.select(*events.drop("u", "i").columns, u="user", i="item")
+
+
+def by_user(
+    engine: Engine, events: ir.Table, users: ir.Table, by: Sequence[str]
+) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
+    """The events of all users, some users at a time: those of about ``SLICE`` events, at least one user.
+
+    Args:
+        engine: the engine.
+        events: u (the number of the user), i and the columns ``by``.
+        users: the users (n, name), numbered from 0. They may be without events.
+        by: int64 columns by which the events of a user are ordered.
+
+    Yields: the names of the users, and the columns of their events; ``u`` is counted from the first of them.
+    """
+    batches = engine.batches(users.order_by("n").select("name"), BATCH)
+    names = (name for batch in batches for name in batch["name"].to_pylist())
+    columns = ["u", "i", *by]
+    held = pa.schema(
+        {name: pa.int32() if name in ("u", "i") else pa.int64() for name in columns}
+    ).empty_table()
+    begin, read, edge = 0, 0, SLICE
+    for batch in engine.batches(events.order_by("u", *by).select(columns), BATCH):
+        held = pa.concat_tables([held, pa.Table.from_batches([batch])])
+        read += len(batch)
+        while edge < read:  # the users before that of the event number `edge` are complete
+            first = held["u"][edge - read + len(held)].as_py()
+            if first > begin:
+                whole = int(np.searchsorted(held["u"].to_numpy(), first))
+                yield list(islice(names, first - begin)), _arrays(held.slice(0, whole), begin)
+                held, begin = held.slice(whole), first
+            edge += SLICE
+    yield list(names), _arrays(held, begin)
+
+
+def _arrays(events: pa.Table, first_user: int) -> dict[str, np.ndarray]:
+    arrays = {name: events[name].to_numpy() for name in events.column_names}
+    return {**arrays, "u": arrays["u"].astype(np.int64) - first_user}
 
 
 def write_stages(
-    connection: duckdb.DuckDBPyConnection,
+    engine: Engine,
+    events: ir.Table,
+    users: ir.Table,
     directory: Path,
     ends: np.ndarray,
     first: int,
     source: str,
     advance: Callable[[int], None],
 ) -> list[dict[str, int]]:
-    """Write the stages of the table ``sorted`` (u, i, place), with events grouped by user, oldest first.
-
-    ``place`` is an event's position in time. It is negative for events before the first stage to write.
+    """Write the stages of events.
 
     Args:
-        connection: the database.
+        engine: the engine.
+        events: u, i (numbers) and place, an event's position in time. It is negative for events before the
+            first stage to write.
+        users: the users (n, name).
         directory: the directory of the stream.
         ends: int64 (stages,), the place at which each stage ends.
         first: the number of the first stage to write.
@@ -111,73 +193,54 @@ def write_stages(
     """
     stages = len(ends)
     bounds = np.concatenate([[0], ends[:-1]])  # in the slices, stage 0 has the earlier events
-    events = scalar(connection, "SELECT count(*) FROM sorted")
-    users = scalar(connection, "SELECT count(*) FROM user_numbers")
-    starts = connection.execute(
-        f"SELECT DISTINCT u FROM sorted WHERE rowid % {SLICE} = 0 AND rowid > 0 ORDER BY u"
-    ).fetchall()
-    edges = [0, *(int(u) for (u,) in starts if u), users]
     done = 0
     with ExitStack() as stack:
         writer = StageWriter(directory, range(first, first + stages), stack)
-        for begin, end in pairwise(edges):
-            part = connection.execute(
-                f"SELECT u, i, place FROM sorted WHERE u >= {begin} AND u < {end}"
-            ).fetchnumpy()
-            names = connection.execute(
-                f"SELECT name FROM user_numbers WHERE n >= {begin} AND n < {end} ORDER BY n"
-            ).fetchnumpy()["name"]
+        for names, part in by_user(engine, events, users, ["place"]):
             stage_of = np.searchsorted(bounds, part["place"], side="right")
-            writer.write(
-                slice_stages(
-                    names.tolist(),
-                    part["u"].astype(np.int64) - begin,
-                    part["i"],
-                    stage_of,
-                    stages + 1,
-                )[1:]
-            )
+            writer.write(slice_stages(names, part["u"], part["i"], stage_of, stages + 1)[1:])
             done += len(stage_of)
             advance(done)
         writer.require_trainable(source)
-    assert done == events, "every event belongs to a slice"
     return writer.counts
 
 
-def write_rare(connection: duckdb.DuckDBPyConnection, directory: Path, first: int) -> int:
+def write_rare(
+    log: EventTables, rare: ir.Table | None, numbers: ir.Table, directory: Path, first: int
+) -> int:
     """Write the users whom the k-core left out (:func:`peso.events.stream.rare_file`), oldest first. If there
     are none, no file is written.
 
     Args:
-        connection: the database with the cleaned log.
+        log: the loaded log.
+        rare: the events of these users (``peso.events.cleaning.Cleaned``).
+        numbers: the numbers of the items of the stream (i, n).
         directory: the directory of the stream.
         first: the number of the first stage of the log.
 
     Returns:
         The number of these users.
     """
-    core = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'rare'"
-    if not scalar(connection, core):
+    if rare is None:
         return 0
-    known = "SELECT n, name FROM item_numbers"
-    if scalar(connection, "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'known_items'"):
-        known += " UNION ALL SELECT n, name FROM known_items"
-    connection.execute(f"""
-        CREATE TABLE rare_users AS
-        WITH had AS (
-            SELECT u, users.name AS name, numbers.n AS n, time, row
-            FROM rare JOIN users USING (u) JOIN items USING (i)
-            LEFT JOIN ({known}) AS numbers ON numbers.name = items.name
-            WHERE NOT users.known AND u NOT IN (SELECT u FROM user_numbers))
-        SELECT name AS "user",
-            coalesce(list(n ORDER BY time, row) FILTER (n IS NOT NULL), [])::INTEGER[] AS previous,
-            []::INTEGER[] AS "current"
-        FROM had GROUP BY u, name ORDER BY min(time), min(row)""")
-    users = scalar(connection, "SELECT count(*) FROM rare_users")
-    if users:
-        file = literal(str(directory / rare_file(first)))
-        connection.execute(f"COPY rare_users TO {file} (FORMAT parquet)")
-    return users
+    engine = log.engine
+    firsts = rare.group_by("u").aggregate(time=rare.time.min(), row=rare.row.min())
+    arrived = firsts.join(log.users, "u").order_by("time", "row").select("u", "name")
+    users = engine.numbered("rare_users", arrived, "n")
+    users = users.mutate(n=users.n.cast("int32"))
+    if not (count := engine.count(users)):
+        return 0
+    events = in_numbers(rare, users, numbers)
+    connection = engine.connection
+    connection.execute('CREATE TABLE rare_users ("user" VARCHAR, previous INTEGER[], "current" INTEGER[])')
+    for names, part in by_user(engine, events, users, ["time", "row"]):
+        offsets = np.bincount(part["u"] + 1, minlength=len(names) + 1).cumsum()
+        nothing = Ragged(part["i"][:0], np.zeros(len(offsets), np.int64))
+        slice_ = Stage(first, names, Ragged(part["i"], offsets), nothing)
+        connection.from_arrow(stage_table(slice_)).insert_into("rare_users")
+    file = literal(str(directory / rare_file(first)))
+    connection.execute(f"COPY rare_users TO {file} (FORMAT parquet)")
+    return count
 
 
 def new_items(

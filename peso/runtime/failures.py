@@ -30,6 +30,7 @@ NETWORK = (
     "check the network connection and the name, or download the files in advance (`peso pull`; with "
     "HF_HUB_OFFLINE=1 only the cache is used)"
 )
+SPARK = "check Spark's own messages above and its configuration, or use data.engine: duckdb"
 FULL = "free some space and run the same command again; it continues where it stopped"
 
 OF_NUMBER = {
@@ -100,6 +101,8 @@ OF_CLASS = (
     ),
     ("pyarrow.lib.ArrowException", "a Parquet or Arrow file cannot be read or written", DAMAGED),
     ("_duckdb.InvalidInputException", "the data cannot be read", "check the file and the data section"),
+    ("pyspark.errors.exceptions.base.PySparkException", "Spark failed", SPARK),
+    ("py4j.protocol.Py4JError", "Spark failed", SPARK),
     ("_duckdb.Error", "the data cannot be read", "check the files that the data section names"),
     ("yaml.error.YAMLError", "a file is not valid YAML", "correct it at the given position"),
     ("json.decoder.JSONDecodeError", "a file is not valid JSON", DAMAGED),

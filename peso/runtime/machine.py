@@ -32,6 +32,7 @@ OPTIONAL = {
     "sentence-transformers": ("text", "sentence encoders as items.encoder"),
     "fastapi": ("serve", "`peso serve`"),
     "s3fs": ("s3", "addresses with s3://"),
+    "pyspark": ("spark", "data.engine: spark"),
 }
 
 TRAINED = 16  # bytes per trained parameter: float32, its gradient, two moments of AdamW

@@ -1,0 +1,86 @@
+"""What a stream already has of the users and items of a new log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from peso.events import columns
+from peso.events.cleaning import Known
+from peso.events.loading import EventTables
+from peso.events.stage_writer import Numbers, in_numbers
+from peso.events.stream import Stream, stage_file
+from peso.runtime.manifest import intact
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+
+BEFORE = 2**40  # subtracted from the places of a user's earlier events: negative, but in the same order
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a stream has of the users and items of a new log.
+
+    Attributes:
+        users: the users of the log that are in the stream: name, u (the user in the log), history (the
+            user's items in the stream, oldest first).
+        items: the items of the log that are in the stream: i (the item in the log), n (its number).
+        had: the items of the log that its users had before (u, i).
+    """
+
+    users: ir.Table
+    items: ir.Table
+    had: ir.Table
+
+    @property
+    def known(self) -> Known:
+        return Known(self.users.select("u"), self.items.select("i"))
+
+
+def past_of(log: EventTables, stream: Stream) -> Past:
+    """What a stream has of the users and items of a log.
+
+    Raises:
+        WorkspaceError: a file of the stream is damaged.
+    """
+    engine = log.engine
+    names = stream.items[columns.ITEM_ID].combine_chunks()
+    numbers = pa.array(range(len(names)), pa.int32())
+    known_items = engine.given("known_items", pa.table({"name": names, "n": numbers}))
+    items = engine.keep("old_items", log.items.join(known_items, "name").select("i", "n"))
+
+    files = [intact(stream.directory, stage_file(number), stream.manifest) for number in range(stream.stages)]
+    stages = engine.stages(files).rename(name="user")
+    newest = stages.semi_join(log.users, "name").group_by("name").aggregate(stage=lambda of: of.stage.max())
+    found = stages.join(newest, ["name", "stage"]).join(log.users, "name")
+    users = engine.keep("old_users", found.select("name", "u", history=found.previous.concat(found.current)))
+    events = users.select("u", n=users.history.unnest())
+    had = engine.keep("had", events.join(items, "n").select("u", "i").distinct())
+    return Past(users, items, had)
+
+
+def without(events: ir.Table, had: ir.Table, time: int | None = None) -> ir.Table:
+    """The events without those of an item that their user had before; with ``time``, only of events at this
+    time."""
+    if time is None:
+        return events.anti_join(had, ["u", "i"])
+    return events.anti_join(had.mutate(time=time), ["u", "i", "time"])
+
+
+def with_histories(ordered: ir.Table, past: Past, numbers: Numbers) -> ir.Table:
+    """The new events and the earlier ones of their users (u, i, place), in numbers of the stream.
+
+    Args:
+        ordered: the new events by time (:func:`peso.events.cleaning.order_by_time`).
+        past: what the stream has.
+        numbers: the numbers of the users and of the new items.
+    """
+    items = numbers.items.select("i", "n").union(past.items)
+    new = in_numbers(ordered.select("u", "i", "place"), numbers.users, items)
+    old = past.users.join(numbers.users.select("u", user="n"), "u").select("user", "history")
+    each = old.unnest("history", offset="at")
+    earlier = each.select(u=each.user, i=each.history, place=each["at"].cast("int64") - BEFORE)
+    return new.select("u", "i", "place").union(earlier)
