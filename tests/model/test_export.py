@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from peso.adapters.lora import adapter_parameters
 from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
 from peso.errors import AssetError, ExportError
+from peso.items.catalog_files import write_catalog
 from peso.model.build import build_model, round_frozen
 from peso.model.export import PromptText, export_merged, export_peft
 from peso.model.generative import GenerativeModel
@@ -323,22 +324,25 @@ def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(layout: str, t
 @pytest.mark.slow
 def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
-    merged, peft, *of_head = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    snippets = (merged, peft, "\n".join(of_head))
+    merged, peft, *of_head, catalog = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    snippets = (merged, peft, "\n".join(of_head), f"{catalog}print(token_ids.tolist())")
     model = trained(BackboneConfig(name="tiny", layers=1), "instruct", head=HeadConfig(name="items"))
     table = np.random.default_rng(0).random((len(CATALOGUE.item_ids),) * 2)
     model.transitions = Transitions(csr_array(table), recency=0.5, window=8, repeats=False, prior=30.0)
     written = []
     for number, (snippet, export) in enumerate(
-        zip(snippets, (export_merged, export_peft, export_merged), strict=True)
+        zip(snippets, (export_merged, export_peft, export_merged, export_merged), strict=True)
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
         export(model, folder / "exported")
+        write_catalog(model.semantic_ids, folder / "catalog")
         done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=folder)
         assert done.returncode == 0, done.stderr
         written.append(done.stdout)
     assert "<a_1><b_2><c_3>" in written[0]
+    every = np.unique(model.item_token_ids(np.arange(len(CATALOGUE.item_ids))), axis=0)
+    assert ast.literal_eval(written[3]) == every.tolist()
     tokens = torch.from_numpy(model.layout.prompt(model.item_token_ids(np.arange(2))))[None]
     with torch.no_grad():
         state = model.hidden(tokens, None, torch.arange(tokens.shape[1])[None])[:, -1]
