@@ -149,7 +149,7 @@ def _show(told: dict[str, Any]) -> None:
         )
     for stage in told["stages"]:
         if changed := stage.get("changed_codes"):
-            say(f"stage {stage['stage']} uses new codes for {changed:,} items")
+            say(f"stage {stage['stage']}: items with new codes: {changed:,}")
     for stage in told["stages"]:
         if stage["gate"] and stage["gate"]["decision"] != "passed":
             verdict = stage["gate"]
@@ -175,7 +175,7 @@ def _show(told: dict[str, Any]) -> None:
     if waiting["items_without_id"]:
         say(f"{waiting['items_without_id']:,} new items have no semantic ID yet")
     if unrefreshed := waiting.get("stages_without_refresh"):
-        say(f"the codes of the newest {unrefreshed:,} stages are not refreshed yet")
+        say(f"newest stages whose codes are not refreshed yet: {unrefreshed:,}")
     if waiting["received"]:
         say(f"{waiting['received']:,} received events are not in a stage yet")
 

@@ -282,8 +282,8 @@ class Refresher:
             }
         )
         observer.note(
-            f"stage {stage}: {len(rows):,} items get new codes; {len(drifted):,} of {int(tested.sum()):,} "
-            "with enough new events have drifted"
+            f"stage {stage}: items with new codes: {len(rows):,}; drifted: {len(drifted):,} of "
+            f"{int(tested.sum()):,} with enough new events"
         )
 
     def _count_next(self) -> None:

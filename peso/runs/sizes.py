@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.config import BackboneConfig, Config, HeadConfig, TrainingConfig, load_config
-from peso.config.model import AUTO
+from peso.config.model import AUTO, OF_ITEMS
 from peso.config.parsing import Section
 from peso.config.reading import SIZED, given, leaves, place, values
 from peso.config.recipe import FEWEST, beside, from_scratch
@@ -74,8 +74,12 @@ class Sizes:
         return _with(config, tree)
 
     def __str__(self) -> str:
-        kept = [f"{key} {value}" for key, value in leaves(self.kept) if value != AUTO]
-        return f"backbone: auto: {self.reason}" + (f"; given, so kept: {', '.join(kept)}" if kept else "")
+        ruled = (
+            {f"head.{key}": True for key in OF_ITEMS} | dict(leaves(self.sections)) | {"backbone.name": AUTO}
+        )
+        kept = [f"{key} {value}" for key, value in leaves(self.kept) if ruled.get(key) != value]
+        instead = f"; instead, the configuration gives {', '.join(kept)}" if kept else ""
+        return f"backbone: auto: {self.reason}{instead}"
 
 
 def settled(root: Path, config: Config) -> Config:

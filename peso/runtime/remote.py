@@ -38,7 +38,12 @@ def is_remote(path: str) -> bool:
 
 def shown(address: str) -> str:
     """An address for messages, without what may be secret: the query of a signed address."""
-    return address.partition("?")[0] if address.startswith(("http://", "https://")) else address
+    return address.partition("?")[0] if is_web(address) else address
+
+
+def is_web(address: str) -> bool:
+    """Whether an address is read over HTTP."""
+    return address.lower().startswith(("http://", "https://"))
 
 
 def local(path: str, observer: Observer | None = None) -> str:
@@ -58,6 +63,8 @@ def local(path: str, observer: Observer | None = None) -> str:
     if path.startswith(hub.HUB):
         return _from_hub(path, watched)
     system, root = _opened(path, DataError)
+    if is_remote(root) and urlsplit(root).path.endswith("/"):
+        raise DataError(f"{shown(path)} is a folder; over HTTP, give the address of a file")
     with _explained(path, "cannot be read", DataError):
         files = _files(system, root)
     if not files:
@@ -71,6 +78,8 @@ def local(path: str, observer: Observer | None = None) -> str:
         for file, target in wanted.items():
             with _explained(path, "cannot be fetched", DataError):
                 _fetch(system, file, files[file], target, watched)
+            if len(files) == 1 and not target.stat().st_size:
+                raise DataError(f"{shown(path)} is empty; check the address")
         kept = {*wanted.values(), *map(_note_of, wanted.values())}
         for stale in {each for each in folder.rglob("*") if each.is_file()} - kept:
             stale.unlink()  # was removed there since
@@ -167,12 +176,16 @@ def _explained(path: str, what: str, kind: type[PesoError]) -> Iterator[None]:
     except (PesoError, ImportError):
         raise
     except Exception as error:  # each service has errors of its own
+        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # over HTTP, fsspec calls every failure a missing file
         cure = "check the address, the credentials and the connection, and try again"
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
             cure = "check the address"
         elif isinstance(error, PermissionError) or "credentials" in str(error).lower():
             cure = "check the credentials in the environment, and what they allow"
         cause = first_line(error).replace(path, shown(path)) or type(error).__name__
+        if is_web(path):
+            cause = re.sub(r"\?[^\s'\")]*", "", cause)  # as in shown
         raise kind(f"{shown(path)} {what} ({type(error).__name__}: {cause}); {cure}") from error
 
 

@@ -136,7 +136,7 @@ def test_manifests_and_status_tell_which_items_changed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["peso", "status", "-w", str(shop.root)])
         cli.app(standalone_mode=False)
-    assert f"stage 1 uses new codes for {len(found[1])} items" in capsys.readouterr().out
+    assert f"stage 1: items with new codes: {len(found[1])}" in capsys.readouterr().out
 
 
 def test_an_older_stages_model_answers_with_its_own_codes(shop: Workspace, frozen: Workspace) -> None:

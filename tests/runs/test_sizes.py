@@ -47,7 +47,7 @@ def test_sizes_are_chosen_with_the_stream_written_and_told(tmp_path):
     workspace, notes = made(tmp_path / "w", path, "training.epochs=4", "backbone.width=128")
     targets = workspace.stream.manifest["stages"][0]["training_targets"]
     assert notes[-1].startswith(f"backbone: auto: {targets:,} training targets in stage 0")
-    assert notes[-1].endswith("given, so kept: backbone.width 128, training.epochs 4")
+    assert notes[-1].endswith("instead, the configuration gives backbone.width 128, training.epochs 4")
     written = Workspace.open(tmp_path / "w").config
     assert written == workspace.config
     assert (written.backbone.name, written.backbone.width, written.backbone.layers) == ("scratch", 128, 2)
@@ -106,7 +106,9 @@ def test_other_data_in_the_same_workspace_are_chosen_for_again(tmp_path):
     now = Workspace.open(tmp_path / "w").config.training
     assert (before.batch_size, now.batch_size) == (64, 32)
     assert (now.patience, now.weight_decay) == (5, 0.2)
-    assert notes.notes[-1].endswith("given, so kept: training.weight_decay 0.2, training.patience 5")
+    assert notes.notes[-1].endswith(
+        "instead, the configuration gives training.weight_decay 0.2, training.patience 5"
+    )
 
 
 def test_too_short_a_log_is_refused_and_its_workspace_stays_usable(tmp_path):

@@ -88,11 +88,16 @@ def test_a_file_over_http_is_asked_for_again_but_not_fetched_again(web: Any) -> 
 
 
 def test_what_cannot_be_read_names_address_cause_and_cure(bucket: Any, web: Any) -> None:
+    web[1]["/empty.csv"] = b""
     for path, told in {
         "s3://shop/nothing.csv": r"s3://shop/nothing\.csv cannot be read .*; check the address",
         "s3://no-such-bucket/x.csv": r"s3://no-such-bucket/x\.csv cannot be read .*check the address",
         "s3://shop/none-*.csv": r"there is no file at s3://shop/none-\*\.csv; check the address",
-        f"{web[0]}/missing.csv?signature=abc": r"/missing\.csv cannot be read .*; check the address",
+        f"{web[0]}/missing.csv?signature=abc": r"/missing\.csv cannot be read .*404.*; check the address$",
+        f"{web[0]}/empty.csv": r"^http://127.0.0.1:\d+/empty\.csv is empty; check the address",
+        f"{web[0]}/logs/": r"/logs/ is a folder; over HTTP, give the address of a file",
+        "http://127.0.0.1:9/x.csv?signature=abc": r"/x.csv cannot be read \(Client.*the connection",
+        web[0].replace("http:", "https:") + "/logs/log.csv": r"cannot be read \(.*(SSL|TLS|ssl).*connection",
         "ftp://example.org/x.csv": r"addresses of ftp:// are not supported; use s3://.* or a local path",
         "https://me:hidden@example.org/x.csv": r"https://…@example.org/x.csv contains a user or a password",
     }.items():
