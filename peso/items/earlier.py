@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from peso.items import quality
 from peso.items.contents import ENCODER_FILE, save_arrays
-from peso.items.refresh import REFRESH, Changes
+from peso.items.ids_by_stage import REFRESH, Changes
 from peso.items.semantic_ids import EARLIER, FORMAT, read_semantic_ids, write_semantic_ids
 from peso.items.tokenize import CATEGORIES_FILE, CODEBOOKS_FILE
 from peso.items.vectors import ItemEncoder

@@ -6,7 +6,7 @@
     semantic_ids/encoder.safetensors            the frozen encoder of items
     semantic_ids/contents.safetensors           with head.contents: the content vectors of all items
     semantic_ids/categories.json                for IDs from category paths: the paths of each level, by code
-    semantic_ids/refreshed.parquet              with items.refresh: later codes, see peso.items.refresh
+    semantic_ids/refreshed.parquet              with items.refresh: later codes, see peso.items.ids_by_stage
 
 Everything is fitted once, to the items of stage 0 (with ``fit: all``, to all items). Later items get codes
 from the frozen quantizer. The code of an existing item never changes, unless ``items.refresh`` is set.
@@ -37,8 +37,9 @@ from peso.items.codebooks import (
     fit_rq_kmeans,
 )
 from peso.items.contents import ENCODER_FILE, extended, known_contents, save_arrays, vectors_beside
+from peso.items.ids_by_stage import Changes
 from peso.items.placement import Arrival, groups_of
-from peso.items.refresh import Changes, Refresher, TrainingLog, by_stage
+from peso.items.refresh import Refresher, TrainingLog, by_stage
 from peso.items.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import (
     FORMAT,

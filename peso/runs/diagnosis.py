@@ -7,7 +7,7 @@ from typing import Any
 from peso.errors import WorkspaceError
 from peso.events.drift import drift
 from peso.items import quality
-from peso.items.refresh import REFRESH
+from peso.items.ids_by_stage import REFRESH
 from peso.items.semantic_ids import token_name
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace

@@ -26,7 +26,7 @@ from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
     from peso.events.stream import Stream
-    from peso.items.refresh import IdsByStage
+    from peso.items.ids_by_stage import IdsByStage
     from peso.items.semantic_ids import SemanticIds
 
 RESTORE = "restore it: the manifest of each trained stage (stages/*/manifest.json) has it as `configuration`"
@@ -334,7 +334,7 @@ class Workspace:
         Raises:
             WorkspaceError: as :attr:`semantic_ids`.
         """
-        from peso.items.refresh import IdsByStage
+        from peso.items.ids_by_stage import IdsByStage
 
         manifest = self.semantic_ids_manifest
         if self._read_ids is None or self._read_ids[0] != manifest:
@@ -353,7 +353,7 @@ class Workspace:
         """Number of stages in the stream whose codes are not refreshed yet; 0 without ``items.refresh``."""
         if self.config.items.refresh is None or not self.has_stream or not self.has_semantic_ids:
             return 0
-        from peso.items.refresh import REFRESH
+        from peso.items.ids_by_stage import REFRESH
 
         refreshed = self.semantic_ids_manifest.get(REFRESH)  # an imported index has none
         return 0 if refreshed is None else self.stream.stages - int(refreshed["through"])

@@ -15,7 +15,8 @@ from peso.config import ItemsConfig
 from peso.errors import ConfigError, WorkspaceError
 from peso.items.behavior import cooccurrences, shifted_ppmi
 from peso.items.earlier import shorten_semantic_ids
-from peso.items.refresh import REFRESHED_FILE, Changes, IdsByStage, TrainingLog
+from peso.items.ids_by_stage import REFRESHED_FILE, Changes, IdsByStage
+from peso.items.refresh import TrainingLog
 from peso.items.semantic_ids import FORMAT, read_semantic_ids
 from peso.items.tokenize import ENCODER_FILE, extend_semantic_ids, tokenize
 from peso.items.vectors import ItemEncoder

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from peso.config import load_config
 from peso.errors import WorkspaceError
+from peso.items.ids_by_stage import IdsByStage
 from peso.runs import learn, pipeline, preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
@@ -82,7 +83,8 @@ def test_contents_are_learned_and_belong_to_a_stage(tmp_path: Path, peso) -> Non
     stage, ids = with_contents.stage(1), with_contents.semantic_ids
     vectors = stage.model().vocabulary.item_head.vectors()
     bare = replace(ids, contents=np.zeros_like(ids.contents))
-    with_contents._read_ids = with_contents.semantic_ids_manifest, bare  # as if contents were replaced
+    replaced = IdsByStage(bare, None)  # as if contents were replaced
+    with_contents._read_ids = with_contents.semantic_ids_manifest, replaced
     with pytest.raises(WorkspaceError, match="semantic IDs"):
         stage.model()
     with_contents._read_ids = None
