@@ -19,6 +19,8 @@ from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 from peso.runtime.remote import local
 
+pytestmark = pytest.mark.slow  # whole runs
+
 EVENTS = [(f"u{n % 20}", f"i{n * 7 % 12}", 1_600_000_000 + 3600 * n) for n in range(400)]
 LATER = [(f"u{n % 20}", f"i{n * 5 % 12}", 1_700_000_000 + 3600 * n) for n in range(100)]
 COLUMNS = ["--set", "data.items.columns.title=title", "--set", "data.stages=2"]

@@ -33,6 +33,8 @@ from peso.serving.explain import Likelihood, reason
 from peso.serving.messages import Request
 from peso.serving.snapshot import Question, Snapshot
 
+pytestmark = pytest.mark.slow  # whole runs
+
 REFRESH = {"support": 1, "drift": 0.001, "depth": 2, "share": 0.3}
 TREE = {
     "data": {"simulate": {"users": 80, "items": 40, "stages": 3}},

@@ -23,6 +23,8 @@ from peso.events.append import extend_stream
 from peso.events.engines.engine import open_engine
 from peso.events.ingest import ingest
 
+pytestmark = pytest.mark.slow  # starts Spark
+
 DAY = 86_400
 T = 1_600_000_000
 
