@@ -33,17 +33,10 @@ def pull(
     Example: peso pull datasets/owner/name/data
     """
     from peso.runtime import assets, hub
+    from peso.runtime.progress import in_percent
 
     terminal = Terminal()
-    current = ""
-
-    def show(work: str, share: float) -> None:
-        nonlocal current
-        if work != current:
-            current = work
-            terminal.begin(work, 100, "%")
-        terminal.advance(round(100 * share))
-
+    show = in_percent(terminal)
     if "/" in name:
         place, directory = hub.place_of(name), hub.fetch(name, show)
         terminal.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -34,3 +35,17 @@ class Silent:
     def advance(self, done: int, **figures: Any) -> None: ...
 
     def end(self) -> None: ...
+
+
+def in_percent(observer: Observer) -> Callable[[str, float], None]:
+    """A function that reports the share (0 to 1) of a work that is done; a new text begins a new bar."""
+    current = ""
+
+    def tell(text: str, share: float) -> None:
+        nonlocal current
+        if text != current:
+            current = text
+            observer.begin(text, 100, "%")
+        observer.advance(round(100 * share))
+
+    return tell

@@ -24,7 +24,7 @@ from peso.runtime import hub
 from peso.runtime.assets import cache_directory
 from peso.runtime.downloads import first_line
 from peso.runtime.files import digest, write_atomically
-from peso.runtime.progress import Observer, Silent
+from peso.runtime.progress import Observer, Silent, in_percent
 
 PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}  # extras by scheme
 # of what a service tells of a file: all that changes with its content
@@ -258,17 +258,8 @@ def _note_of(file: Path) -> Path:
 
 
 def _from_hub(path: str, observer: Observer) -> str:
-    current = ""
-
-    def tell(text: str, share: float) -> None:
-        nonlocal current
-        if text != current:
-            current = text
-            observer.begin(text, 100, "%")
-        observer.advance(round(100 * share))
-
     try:
-        found = hub.fetch(path, tell)
+        found = hub.fetch(path, in_percent(observer))
     except AssetError as error:
         raise DataError(str(error)) from error
     observer.end()
