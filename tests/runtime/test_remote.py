@@ -87,6 +87,19 @@ def test_a_file_over_http_is_asked_for_again_but_not_fetched_again(web: Any) -> 
     assert Path(local(f"{address}/logs/log.csv?signature=abc")).read_bytes() == b"other"
 
 
+def test_half_a_file_is_not_taken_for_the_whole(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.http import HTTPFileSystem
+
+    def half(system: Any, source: str, target: str, **options: Any) -> None:
+        Path(target).write_bytes(b"user,")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(HTTPFileSystem, "get_file", half)
+        with pytest.raises(DataError, match=r"cannot be fetched \(OSError: 5 of 15 bytes have arrived\)"):
+            local(f"{web[0]}/logs/log.csv")
+    assert Path(local(f"{web[0]}/logs/log.csv")).read_bytes() == b"user,item,time\n"
+
+
 def test_what_cannot_be_read_names_address_cause_and_cure(bucket: Any, web: Any) -> None:
     web[1]["/empty.csv"] = b""
     for path, told in {
