@@ -211,8 +211,6 @@ def shop(runs: dict[str, Recommender]) -> Iterator[Recommender]:
 LOADS = """
 import json, sys
 import mlflow, pandas as pd
-
-pytestmark = pytest.mark.slow  # whole runs
 model = mlflow.pyfunc.load_model(sys.argv[1])
 found = model.predict(pd.DataFrame({"history": [["i11", "i14"], []]}), params={"k": 4})
 print(json.dumps(found.to_dict("list")))
