@@ -18,9 +18,10 @@ demo: install
 	$(BIN)/peso demo
 	@echo "peso is installed in $(VENV): call $(BIN)/peso, or run 'source $(BIN)/activate' once and call peso"
 
-# two processes of one thread each: what a laptop has, and what the time limits of the tests are meant for
+# two processes of one thread each: what a laptop has, and what the time limits of the tests are meant for.
+# Each begins with one half of the tests, so that what a file's tests share is made once
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # the subset for daily use; a file's tests stay together, so that what they share is made once
 quick: install

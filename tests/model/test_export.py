@@ -321,6 +321,20 @@ def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(layout: str, t
         agrees(model, task, read[task["folder"]])
 
 
+RUNS = """
+import contextlib, io, json, os, sys
+
+written = []
+for folder, snippet in json.load(sys.stdin):
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(snippet, {"__name__": "__main__"})
+    written.append(out.getvalue())
+assert "peso" not in sys.modules
+print(json.dumps(written))
+"""
+
+
 @pytest.mark.slow
 def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
@@ -329,7 +343,7 @@ def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
     model = trained(BackboneConfig(name="tiny", layers=1), "instruct", head=HeadConfig(name="items"))
     table = np.random.default_rng(0).random((len(CATALOGUE.item_ids),) * 2)
     model.transitions = Transitions(csr_array(table), recency=0.5, window=8, repeats=False, prior=30.0)
-    written = []
+    tasks = []
     for number, (snippet, export) in enumerate(
         zip(snippets, (export_merged, export_peft, export_merged, export_merged), strict=True)
     ):
@@ -337,9 +351,12 @@ def test_the_snippets_of_the_documentation_run(tmp_path: Path) -> None:
         folder.mkdir()
         export(model, folder / "exported")
         write_catalog(model.semantic_ids, folder / "catalog")
-        done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        written.append(done.stdout)
+        tasks.append((str(folder), snippet))
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS], input=json.dumps(tasks), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout.splitlines()[-1])
     assert "<a_1><b_2><c_3>" in written[0]
     every = np.unique(model.item_token_ids(np.arange(len(CATALOGUE.item_ids))), axis=0)
     assert ast.literal_eval(written[3]) == every.tolist()

@@ -431,6 +431,7 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
     quick = {"two_tower": {"epochs": 1}}
     baselines = [{"name": "two-tower", "epochs": 1}, {"name": "hybrid", **quick}]
     plan = plan_of(tmp_path, {"strategies": ["single"], "baselines": baselines, "transfer": True})
+    do(plan.runs[0].task)
     machine = Machine(2, 1)
     killed = set()
 

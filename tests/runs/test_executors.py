@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_compare import plan_of, result_files
+from test_compare import do, plan_of, result_files
 
 from peso.config.compare import DaskConfig, RayConfig, SlurmConfig, load_comparison
 from peso.errors import ConfigError, PesoError
@@ -37,10 +37,18 @@ ONE = {"strategies": ["single"]}
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """The files of the run of `single` by processes on this machine."""
-    plan = plan_of(tmp_path_factory.mktemp("local"), ONE)
-    assert states(Schedule(plan, Machine(1, 1)).run()) == ["done"]
+    """The files of the run of `single` in this process."""
+    plan = plan_of(tmp_path_factory.mktemp("here"), ONE)
+    do(plan.runs[0].task)
     return files_of(plan)
+
+
+def prepared(root: Path, compare: dict[str, Any]) -> Plan:
+    """A plan whose data and stage 0 are done, so that only the runs themselves need processes."""
+    plan = plan_of(root, compare)
+    for task in plan.runs[0].task.needs:
+        do(task)
+    return plan
 
 
 def files_of(plan: Plan) -> dict[str, dict[str, str]]:
@@ -127,7 +135,7 @@ class Lost:
 def test_a_run_goes_on_elsewhere_when_its_machine_is_lost_and_gives_the_same_result(
     tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    plan = plan_of(tmp_path, ONE)
+    plan = prepared(tmp_path, ONE)
     losing = Losing()
     assert states(Schedule(plan, losing).run()) == ["done"]
     assert losing.left == 0
@@ -176,7 +184,7 @@ def test_jobs_of_submitit_give_the_results_of_local_processes(
     tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
     pytest.importorskip("submitit")
-    plan = plan_of(tmp_path / "a", ONE)
+    plan = prepared(tmp_path / "a", ONE)
     executor = Slurm(SlurmConfig(cluster="local"), 1, tmp_path / "jobs")
     assert states(Schedule(plan, executor).run()) == ["done"]
     assert files_of(plan) == expected
@@ -204,7 +212,7 @@ def test_dask_gives_the_results_of_local_processes(
     tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
     distributed = pytest.importorskip("distributed")
-    plan = plan_of(tmp_path, ONE)
+    plan = prepared(tmp_path, ONE)
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
@@ -245,7 +253,7 @@ def two_nodes() -> Iterator[Any]:
 def test_a_ray_cluster_that_loses_a_node_gives_the_results_of_local_processes(
     two_nodes: Any, tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    plan = plan_of(tmp_path, {"strategies": ["single", "paper"]})
+    plan = prepared(tmp_path, {"strategies": ["single", "paper"]})
     executor = Ray(RayConfig(address=two_nodes.address), "auto")
     removed = []
 
