@@ -16,7 +16,8 @@ from pydantic_core import PydanticUndefined
 
 from peso.cli.app import app
 from peso.config import Config
-from peso.config.compare import CompareConfig, ExecutorConfig
+from peso.config.compare import CompareConfig
+from peso.config.executors import AnyExecutor
 from peso.config.reading import sections
 from peso.config.registry import Options
 
@@ -39,8 +40,7 @@ def keys() -> Iterator[str]:
 def compare() -> Iterator[str]:
     """The keys of the section `compare`; the sections that it shares with a run are not repeated."""
     yield from _table(CompareConfig)
-    union, _ = get_args(ExecutorConfig)
-    for section in get_args(union):
+    for section in get_args(AnyExecutor):
         yield from ("", f"### `compare.executor: {section.model_fields['name'].default}`")
         yield from ("", section.__doc__ or "")
         yield from _table(section)

@@ -77,7 +77,7 @@ def compare(
         raise WorkspaceError(f"there is nothing to report: no run in {root} has started; omit --report-only")
     if not dry_run:
         require_results(output or root)
-    from peso.runs.compare.executors import Machine, open_executor
+    from peso.runs.executors import Machine, open_executor
 
     if dry_run:
         _show_plan(plan, Machine.of(plan.compare.workers, plan.common.training.device))

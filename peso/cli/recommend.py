@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +43,23 @@ def recommend(
             "written to its own file; the parts can run on different machines.",
         ),
     ] = None,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="For --all: let N processes share the work, and write one file. Default with --executor: as "
+            "many as there is room for.",
+        ),
+    ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For --all: where these processes run: processes (on this machine, the default), ray, dask "
+            "or slurm; with options as in `compare.executor`: '{name: ray, gpus: 1}'.",
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Number of items.", min=1)] = 10,
     exclude_seen: Annotated[
         bool | None,
@@ -74,13 +91,15 @@ def recommend(
 
     --all reads users from disk. If it is interrupted, run it again to continue, with the same result. If the
     model knows no item of a user's history, the user gets the most popular items of the newest stage, without
-    scores.
+    scores. With --parts or --executor, several processes or machines share the work; the file is the same.
 
     With --with, the scores are weighted sums of log-probabilities.
 
     Example: peso recommend -w runs/games --history 25,311 -k 5
 
     Example: peso recommend -w runs/games --all -o recommendations.csv
+
+    Example: peso recommend -w runs/games --all --parts 8 --executor ray -o recommendations.parquet
 
     Example: peso recommend -w runs/games --all --part 2/8 -o part_2.parquet
     """
@@ -94,7 +113,10 @@ def recommend(
         raise UsageError("--all needs -o FILE (.parquet, .csv or .jsonl), and -o needs --all")
     if part is not None and not everyone:
         raise UsageError("--part I/N needs --all")
+    if (parts is not None or executor is not None) and not everyone:
+        raise UsageError("--parts and --executor need --all")
     only = _part(part) if part else None
+    where = None if executor is None else _executor(executor)
     if output is not None:
         require_output(output, force)
     recommender = Recommender(Workspace.open(workspace, trust or ()), stage, hybrid=hybrid)
@@ -107,7 +129,14 @@ def recommend(
         seen = f"{answering['with']}, {seen}"
     if output is not None:
         users = recommender.recommend_all(
-            output, k=k, exclude_seen=left_out, force=force, part=only, observer=Terminal()
+            output,
+            k=k,
+            exclude_seen=left_out,
+            force=force,
+            part=only,
+            parts=parts,
+            executor=where,
+            observer=Terminal(),
         )
         if as_json:
             say_json(
@@ -166,3 +195,11 @@ def _part(text: str) -> tuple[int, int]:
     if found is None or int(found[1]) > int(found[2]):
         raise UsageError(f"--part is I/N, such as 2/8 for the second of eight parts, not {text!r}")
     return int(found[1]), int(found[2])
+
+
+def _executor(text: str) -> dict[str, Any]:
+    """``ray`` or ``{name: ray, …}``. Raises ConfigError."""
+    from peso.config.executors import read_executor
+    from peso.config.parsing import parse
+
+    return read_executor(parse(text, "--executor"), "--executor").model_dump()

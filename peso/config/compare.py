@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from peso.config.baselines import Baselines
 from peso.config.data import expand_data
+from peso.config.executors import ExecutorConfig, ProcessesConfig, explain_executor
 from peso.config.model import expand_backbone
 from peso.config.parsing import Section, read_tree, shown
 from peso.config.reading import explained, merged, nearest, override, place
@@ -39,58 +40,6 @@ def _listed(value: Any) -> Any:
 
 
 Variants = Annotated[dict[str, Any], BeforeValidator(_listed)]
-
-
-class ProcessesConfig(Section):
-    """Processes on this machine."""
-
-    name: Literal["processes"] = Field("processes", description="the executor")
-
-
-class RayConfig(Section):
-    """Tasks on a Ray cluster."""
-
-    name: Literal["ray"] = Field("ray", description="the executor")
-    address: str = Field("auto", description="the cluster; auto: that of RAY_ADDRESS, or of this machine")
-    cpus: int = Field(1, ge=1, description="CPUs, and threads, of a run")
-    gpus: float = Field(0, ge=0, description="GPUs of a run; 0.5: two runs share one")
-
-
-class DaskConfig(Section):
-    """Tasks on a Dask cluster."""
-
-    name: Literal["dask"] = Field("dask", description="the executor")
-    address: str = Field(description="the scheduler, such as tcp://host:8786")
-    cpus: int = Field(1, ge=1, description="threads of a run")
-    resources: dict[str, float] = Field(
-        {}, description="what a run needs of a worker's `--resources`, such as {GPU: 1}"
-    )
-
-
-class SlurmConfig(Section):
-    """Jobs of Slurm, one per run."""
-
-    name: Literal["slurm"] = Field("slurm", description="the executor")
-    cpus: int = Field(1, ge=1, description="CPUs, and threads, of a job")
-    gpus: int = Field(0, ge=0, description="GPUs of a job")
-    memory_gib: float | None = Field(None, gt=0, description="memory of a job; none given: Slurm's default")
-    hours: float = Field(24, gt=0, description="time limit of a job; one that reaches it is continued")
-    cluster: Literal["slurm", "local"] = Field(
-        "slurm", description="local: processes on this machine, to try the configuration"
-    )
-    options: dict[str, Any] = Field(
-        {}, description="further parameters of submitit, such as {slurm_partition: long}"
-    )
-
-
-ExecutorConfig = Annotated[
-    ProcessesConfig | RayConfig | DaskConfig | SlurmConfig, Field(discriminator="name")
-]
-
-
-def _named_executor(value: Any) -> Any:
-    """``ray`` is short for ``{name: ray}``."""
-    return {"name": value} if isinstance(value, str) else value
 
 
 class CompareConfig(Section):
@@ -125,7 +74,7 @@ class CompareConfig(Section):
         "auto",
         description="runs at once; auto: one per core, or per GPU; on a cluster as many as it has room for",
     )
-    executor: Annotated[ExecutorConfig, BeforeValidator(_named_executor)] = Field(
+    executor: ExecutorConfig = Field(
         ProcessesConfig(), description="where runs are executed: `processes`, `ray`, `dask` or `slurm`"
     )
     retries: int = Field(
@@ -273,7 +222,7 @@ def _text(value: Any) -> str:
 def _explain(problem: Any) -> str:
     parts = ["compare", *(str(part) for part in problem["loc"])]
     if parts[1:2] == ["executor"]:
-        del parts[2:3]  # the name of the executor, which is not a key
+        return explain_executor(problem, "compare.executor", problem["loc"][1:])
     key, value = ".".join(parts), shown(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         names = [f"compare.{name}" for name in CompareConfig.model_fields]

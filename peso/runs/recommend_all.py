@@ -1,5 +1,6 @@
 """Recommendations for all users in one file. Users are read from disk in batches; finished batches are stored
-until the file is complete, so that an interrupted call can be continued."""
+until the file is complete, so that an interrupted call can be continued, and several processes can share the
+batches."""
 
 from __future__ import annotations
 
@@ -9,9 +10,8 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
 )
 AT_ONCE = 512  # users per batch
 NOTE = "call"  # file in the folder of batches that identifies the call
+CALL = b"peso.call"  # key in the metadata of a batch
 
 Rows = list[dict[str, Any]]
 
@@ -51,21 +52,44 @@ def require_output(path: str | Path, force: bool = False) -> None:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A call with the state of the data that it uses.
+
+    Attributes:
+        determined_by: digest of everything that determines the recommendations, except received events.
+        until: number of the last received event to use.
+    """
+
+    determined_by: str
+    until: int
+
+
+Elsewhere = Callable[[Path, Begun, int, Observer], None]
+
+
+@dataclass(frozen=True)
 class Everybody:
     """A call of :meth:`Recommender.recommend_all`.
 
     Attributes:
-        part: i and n; (1, 1): all users.
+        part: i and n: the i-th of n parts of the users; (1, 1): all users.
+        at_once: users per batch.
     """
 
     recommender: Recommender
     k: int
     exclude_seen: bool
     part: tuple[int, int]
+    at_once: int = field(default_factory=lambda: AT_ONCE)
 
-    def write(self, file: Path, observer: Observer) -> int:
+    def write(self, file: Path, observer: Observer, elsewhere: Elsewhere | None = None) -> int:
         """Compute the batches that an interrupted call has not finished, and write the file. Returns the
-        number of users in it."""
+        number of users in it.
+
+        Args:
+            elsewhere: computes batches in other processes: called with the folder of batches, the call, the
+                approximate number of users and the observer, before what is missing is computed in this one.
+        """
         number, parts = self.part
         if not 1 <= number <= parts:
             raise DataError(f"part {number}/{parts} does not exist; parts are 1/{parts} to {parts}/{parts}")
@@ -74,37 +98,63 @@ class Everybody:
         with only_writer(folder):
             finished = False
             try:
-                done, until = self._begun(folder, observer)
-                self._compute(folder, done, until, observer)
-                users = self._collect(folder, file, observer)
+                begun = self._begun(folder, observer)
+                if elsewhere is not None:
+                    elsewhere(folder, begun, self.recommender.histories.count() // parts, observer)
+                self.compute(folder, begun, observer)
+                users = self._collect(folder, file, begun, observer)
                 finished = True
             finally:
-                if finished or not any(folder.glob("*.parquet")):
+                if finished or not (any(folder.glob("*.parquet")) or any(folder.glob("*.log"))):
                     shutil.rmtree(folder, ignore_errors=True)
         return users
 
-    def _begun(self, folder: Path, observer: Observer) -> tuple[int, int]:
-        """The number of batches that an interrupted call with the same arguments has finished, and the last
-        received event to use."""
-        determined = self._determined_by
+    def compute(
+        self, folder: Path, begun: Begun, observer: Observer, share: tuple[int, int] = (1, 1)
+    ) -> None:
+        """Compute the batches of a call that are not in the folder yet.
+
+        Args:
+            share: i and n: only every n-th batch, from the i-th on. The batches have the same users whatever
+                the share, so that n processes compute the same as one.
+        """
+        recommender = self.recommender
+        histories = UserHistories(
+            recommender.workspace, through=None if recommender.live else recommender.stage, until=begun.until
+        )
+        observer.begin("recommend", histories.count() // self.part[1], "users")
+        answered = 0
+        for place, users in enumerate(self._users(histories)):
+            answered += len(users)
+            file = folder / _name(place)
+            if place % share[1] == share[0] - 1 and not _is_of(begun, file):
+                batch = pa.Table.from_pylist(self._rows(users), schema=SCHEMA)
+                with write_aside(file) as aside:
+                    pq.write_table(batch.replace_schema_metadata({CALL: _mark(begun)}), aside)
+            observer.advance(answered)
+        observer.end()
+
+    def _begun(self, folder: Path, observer: Observer) -> Begun:
+        """The call, which continues an interrupted one with the same arguments."""
+        determined = self.determined_by
         with suppress(OSError, ValueError, KeyError, WorkspaceError):
             earlier = json.loads(read_sealed(folder / NOTE))
             if earlier["determined_by"] == determined:
-                done = next(n for n in count() if not (folder / _name(n)).is_file())
+                done = sum(1 for _ in folder.glob("*.parquet"))
                 observer.note(
-                    f"continues after {done * AT_ONCE:,} users that an interrupted call has finished"
+                    f"continues after {done * self.at_once:,} users that an interrupted call has finished"
                 )
-                return done, int(earlier["until"])
+                return Begun(determined, int(earlier["until"]))
         for left in folder.glob("*.parquet"):
             left.unlink()
         events = self.recommender.histories.received
         until = events.newest if events is not None else 0
         content = json.dumps({"determined_by": determined, "until": until})
         write_sealed(folder / NOTE, content.encode())
-        return 0, until
+        return Begun(determined, until)
 
     @property
-    def _determined_by(self) -> str:
+    def determined_by(self) -> str:
         """Digest of everything that determines the recommendations, except received events."""
         recommender = self.recommender
         histories, ids = recommender.histories, recommender.semantic_ids
@@ -114,38 +164,22 @@ class Everybody:
             ids.fingerprint(len(ids.item_ids)),
             histories.fingerprint,
             None if events is None else events.id,
-            [self.k, self.exclude_seen, list(self.part), AT_ONCE, sorted(recommender.retired)],
+            [self.k, self.exclude_seen, list(self.part), self.at_once, sorted(recommender.retired)],
         )
-
-    def _compute(self, folder: Path, done: int, until: int, observer: Observer) -> None:
-        recommender = self.recommender
-        histories = UserHistories(
-            recommender.workspace, through=None if recommender.live else recommender.stage, until=until
-        )
-        observer.begin("recommend", histories.count() // self.part[1], "users")
-        answered = 0
-        for place, users in enumerate(self._users(histories)):
-            answered += len(users)
-            if place >= done:
-                rows = self._rows(users)
-                with write_aside(folder / _name(place)) as aside:
-                    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
-            observer.advance(answered)
-        observer.end()
 
     def _users(self, histories: UserHistories) -> Iterator[list[tuple[str, list[str]]]]:
         """Batches of the part's users with their items."""
         number, parts = self.part
         waiting: list[tuple[str, list[str]]] = []
-        for users in histories.parts(AT_ONCE):
+        for users in histories.parts(self.at_once):
             waiting += [
                 (user, history.items)
                 for user, history in users
                 if zlib.crc32(user.encode()) % parts == number - 1
             ]
-            while len(waiting) >= AT_ONCE:
-                yield waiting[:AT_ONCE]
-                waiting = waiting[AT_ONCE:]
+            while len(waiting) >= self.at_once:
+                yield waiting[: self.at_once]
+                waiting = waiting[self.at_once :]
         if waiting:
             yield waiting
 
@@ -169,12 +203,14 @@ class Everybody:
     def _popular(self) -> list[str]:
         return self.recommender.popular(self.k)
 
-    def _collect(self, folder: Path, file: Path, observer: Observer) -> int:
+    def _collect(self, folder: Path, file: Path, begun: Begun, observer: Observer) -> int:
         """Combine the batches into one file; returns the number of users in it."""
         users = unknown = few = 0
         fewest = ("", self.k)
         with write_aside(file) as aside, _rows_into(aside, file.suffix.lower()) as write:
             for part in sorted(folder.glob("*.parquet")):
+                if not _is_of(begun, part):
+                    raise WorkspaceError(f"{part} was written by an earlier call; run the same command again")
                 rows: Rows = pq.read_table(part, schema=SCHEMA).to_pylist()
                 write(rows)
                 users += len(rows)
@@ -200,6 +236,20 @@ class Everybody:
 
 def _name(place: int) -> str:
     return f"{place:08}.parquet"
+
+
+def _mark(begun: Begun) -> str:
+    return f"{begun.determined_by} {begun.until}"
+
+
+def _is_of(begun: Begun, batch: Path) -> bool:
+    """Whether a batch exists and is one of this call: on a cluster, a process of an earlier call may still be
+    writing."""
+    try:
+        metadata = pq.read_schema(batch).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return bool(metadata.get(CALL) == _mark(begun).encode())
 
 
 @contextmanager

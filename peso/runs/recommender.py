@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -127,6 +127,8 @@ class Recommender:
         exclude_seen: bool | None = None,
         force: bool = False,
         part: tuple[int, int] | None = None,
+        parts: int | None = None,
+        executor: str | Mapping[str, Any] | None = None,
         observer: Observer | None = None,
     ) -> int:
         """Write recommendations for every user of the log (without :attr:`live`, of the log up to the stage).
@@ -136,8 +138,8 @@ class Recommender:
         ``score``). A user without any item that has a semantic ID gets :meth:`popular`, without scores.
 
         Finished batches of users are stored in ``.FILE.parts`` beside the file until it is complete. If
-        interrupted and called again with the same arguments, it continues with the same result. The file is
-        written atomically.
+        interrupted and called again with the same arguments, it continues with the same result, whatever the
+        number of processes. The file is written atomically.
 
         Args:
             file: the path, or an address (``s3://``, ``gs://``) as text.
@@ -146,6 +148,11 @@ class Recommender:
             force: overwrite an existing file.
             part: i and n: only the i-th of n parts (counted from 1) into which users are divided by a
                 checksum of their names. None: all users.
+            parts: let this many processes share the work, see ``executor``. None: as many as there is room
+                for, or this process alone if no executor is given.
+            executor: where these processes run: ``processes`` (on this machine, the default), ``ray``,
+                ``dask`` or ``slurm``, or a mapping with the options of `compare.executor`. A process that
+                dies is replaced; the result is the same as with one process.
 
         Returns:
             The number of users written.
@@ -153,14 +160,19 @@ class Recommender:
         Raises:
             ExportError: an unknown ending, the file exists, or it is inside a workspace.
             DataError: ``k`` is larger than the catalog, or there is no such part.
+            ConfigError: the executor or ``parts`` is not valid.
             WorkspaceError: another call is writing the same file.
+            PesoError: the executor cannot be used, or a part of the work failed.
         """
         from peso.runs.recommend_all import Everybody, require_output
+        from peso.runs.recommend_parts import parts_of
 
         require_output(file, force)
         left_out = self.leaves_out_seen if exclude_seen is None else exclude_seen
+        everybody = Everybody(self, k, left_out, part or (1, 1))
+        elsewhere = parts_of(everybody, executor, parts)
         with remote.output(str(file), observer) as place:
-            return Everybody(self, k, left_out, part or (1, 1)).write(place, observer or Silent())
+            return everybody.write(place, observer or Silent(), elsewhere)
 
     def popular(self, k: int) -> list[str]:
         """The k items with the most events in the newest stage, most events first, without retired ones: a

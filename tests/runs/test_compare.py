@@ -20,12 +20,12 @@ from peso.config.baselines import read_baseline
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import BaselineRun
-from peso.runs.compare.executors import Machine
 from peso.runs.compare.plan import Plan, make_plan
 from peso.runs.compare.progress import choose, is_done, pairs_across, progress_of, validation_loss
 from peso.runs.compare.results import collect, write_results
 from peso.runs.compare.schedule import Schedule
 from peso.runs.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
+from peso.runs.executors import Machine
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum, write_json
 from peso.runtime.progress import Silent

@@ -15,22 +15,14 @@ import pytest
 import yaml
 from test_compare import do, plan_of, result_files
 
-from peso.config.compare import DaskConfig, RayConfig, SlurmConfig, load_comparison
+from peso.config.compare import load_comparison
+from peso.config.executors import DaskConfig, RayConfig, SlurmConfig
 from peso.errors import ConfigError, PesoError
-from peso.runs.compare import executors
-from peso.runs.compare.executors import (
-    Call,
-    Dask,
-    Handle,
-    LostWorker,
-    Machine,
-    Ray,
-    Slurm,
-    open_executor,
-    run,
-)
+from peso.runs import executors
 from peso.runs.compare.plan import Plan
-from peso.runs.compare.schedule import Row, Schedule
+from peso.runs.compare.schedule import WORKER, Row, Schedule
+from peso.runs.executors import Dask, Handle, LostWorker, Machine, Ray, Slurm, open_executor
+from peso.runs.tasks import Call, run
 
 ONE = {"strategies": ["single"]}
 
@@ -63,7 +55,7 @@ def states(rows: Sequence[Row]) -> list[str]:
 
 
 def call_of(tmp_path: Path, job: str = "{}") -> Call:
-    return Call(job, tmp_path / "x.log", tmp_path / "x.progress")
+    return Call(WORKER, job, tmp_path / "x.log", tmp_path / "x.progress")
 
 
 def test_the_exit_status_of_a_process_on_another_machine_is_returned(tmp_path: Path) -> None:
@@ -228,7 +220,7 @@ def test_dask_gives_the_results_of_local_processes(
 def test_a_missing_dask_scheduler_is_named(monkeypatch: Any) -> None:
     pytest.importorskip("distributed")
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 1)
-    with pytest.raises(PesoError, match=r"no Dask scheduler at 'tcp://127.0.0.1:9'"):
+    with pytest.raises(PesoError, match=r"executor dask: no scheduler at 'tcp://127.0.0.1:9'"):
         Dask(DaskConfig(address="tcp://127.0.0.1:9"), "auto")
 
 

@@ -7,7 +7,6 @@ is lost, the run continues on another one.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +15,17 @@ from pathlib import Path
 from typing import Literal
 
 from peso.errors import PesoError
-from peso.runs.compare.executors import Call, Executor, Handle, LostWorker
 from peso.runs.compare.plan import Plan, Run, Task
 from peso.runs.compare.progress import TaskProgress, choose, is_done, open_needs, progress_of
 from peso.runs.compare.worker import GRACE_SECONDS, OUT_OF_TIME, Job
+from peso.runs.executors import POLL_SECONDS, Executor, Handle, LostWorker, end_all, poll
+from peso.runs.tasks import Call
 from peso.runs.workspace import Workspace
 
 Key = tuple[Path, bool]  # of a task
 State = Literal["waiting", "running", "done", "stopped", "failed"]
-SHUTDOWN_SECONDS = 3.0  # less than the time this process has after a SIGTERM
-TICK_SECONDS, POLL_SECONDS = 0.5, 0.05
-LAST_LINES = 5
+TICK_SECONDS = 0.5
+WORKER = "peso.runs.compare.worker"
 
 
 @dataclass
@@ -220,7 +219,7 @@ class Schedule:
             task.config.strategy.foreign,
             self.executor.patience,
         )
-        call = Call(job.as_json(), logs / f"{name}.log", logs / f"{name}.progress")
+        call = Call(WORKER, job.as_json(), logs / f"{name}.log", logs / f"{name}.progress")
         call.progress.unlink(missing_ok=True)
         slot = min(set(range(self.executor.workers)) - {process.slot for process in self._working.values()})
         handle, done = self.executor.start(call, slot), progress_of(task).done
@@ -230,7 +229,9 @@ class Schedule:
         """Process messages of the workers for ``TICK_SECONDS``, or until one ends."""
         until = time.monotonic() + TICK_SECONDS
         while self._working:
-            ended = {key: status for key, p in self._working.items() if (status := self._poll(p)) is not None}
+            ended = {
+                key: status for key, p in self._working.items() if (status := poll(p.handle)) is not None
+            }
             for working in self._working.values():
                 for message in working.messages() if working.call.progress.exists() else ():
                     self._handle(working, message)
@@ -241,13 +242,6 @@ class Schedule:
             time.sleep(POLL_SECONDS)
         if self.deadline is not None and time.time() > self.deadline + 2 * GRACE_SECONDS:
             self._end_all()  # steps without checkpoints do not end by themselves
-
-    @staticmethod
-    def _poll(working: _Process) -> int | LostWorker | None:
-        try:
-            return working.handle.poll()
-        except LostWorker as lost:
-            return lost
 
     def _handle(self, working: _Process, event: Mapping[str, object]) -> None:
         done, total = int(str(event["done"])), int(str(event["total"]))
@@ -270,28 +264,13 @@ class Schedule:
         elif status == 0 and is_done(working.task):
             self._done[key] = True
         elif status != OUT_OF_TIME:
-            self._failed[key] = _explained(status, working.call.log)
+            self._failed[key] = working.call.explained(status)
         working.call.progress.unlink(missing_ok=True)
 
     def _end_all(self) -> None:
-        for working in self._working.values():
-            working.handle.cancel()
-        until = time.monotonic() + SHUTDOWN_SECONDS
-        for working in self._working.values():
-            while (ended := self._poll(working)) is None and time.monotonic() < until:
-                time.sleep(POLL_SECONDS)
-            if ended is None:
-                working.handle.kill()
+        end_all([working.handle for working in self._working.values()])
         self._working.clear()
 
 
 def _all_needs(task: Task) -> list[Task]:
     return [found for need in task.needs for found in (need, *_all_needs(need))]
-
-
-def _explained(status: int, log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-    if status == 1 and lines and lines[-1].startswith("error: "):
-        return lines[-1].removeprefix("error: ")
-    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return f"{how}; last lines of {log}: {' | '.join(lines) or 'none'}"

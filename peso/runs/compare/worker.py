@@ -1,18 +1,12 @@
-"""One process of a comparison: it does one task in one workspace and reports its progress.
-
-Started as ``python -m peso.runs.compare.worker JOB`` with a JSON job. Progress goes to stdout, one JSON
-object per line; everything else goes to stderr. Exit status 0: done; 1: failed with an explained error;
-``OUT_OF_TIME``: the time limit was reached.
+"""One process of a comparison (:mod:`peso.runs.tasks`): it does one task in one workspace and reports its
+progress. Exit status 0: done; 1: failed with an explained error; ``OUT_OF_TIME``: the time limit was reached.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,9 +16,9 @@ from peso.runs import pipeline, preparation, reuse
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.progress import pairs_across
 from peso.runs.evaluate import test
+from peso.runs.tasks import do
 from peso.runs.workspace import Workspace
-from peso.runtime.failures import DONE, FAILED, debugging, explain, sentence
-from peso.runtime.processes import ended_by_sigterm
+from peso.runtime.failures import DONE
 
 OUT_OF_TIME = 75
 GRACE_SECONDS = 75.0  # longer than the time between two checkpoints
@@ -159,28 +153,15 @@ def _run_baseline(workspace: Workspace, options: dict[str, Any], reporter: Repor
         run.learn_and_test(stage, reporter)
 
 
-def _exit_with_parent(parent: int) -> None:
-    """Exit when the parent process ends, because this process would keep the workspace locked."""
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_REPORTS)
-    os._exit(OUT_OF_TIME)
-
-
 def main() -> int:
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # output of libraries must not mix with progress
-    try:
-        with ended_by_sigterm():
-            work(Job(**json.loads(sys.argv[1])), out)
-    except OutOfTime:
-        return OUT_OF_TIME
-    except Exception as error:
-        if sentence(error) is None and not debugging():
-            traceback.print_exception(error)  # into the task's log
-        print(explain(error), file=sys.stderr)
-        return FAILED
-    return DONE
+    def task(job: dict[str, Any], out: Any) -> int:
+        try:
+            work(Job(**job), out)
+        except OutOfTime:
+            return OUT_OF_TIME
+        return DONE
+
+    return do(task)
 
 
 if __name__ == "__main__":

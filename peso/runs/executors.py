@@ -1,8 +1,8 @@
-"""Where the processes of a comparison run: on this machine, on a Ray or Dask cluster, or as Slurm jobs.
+"""Where the processes of tasks run: on this machine, on a Ray or Dask cluster, or as Slurm jobs.
 
-An executor starts :mod:`peso.runs.compare.worker` for one task. On a cluster, every machine must have this
-version of peso and see the workspace under the same path; a worker reports its progress in a file there.
-Clusters are reached through Ray, Dask and submitit, which also handle queues, resources and lost machines.
+On a cluster, every machine must have this version of peso and see the workspace under the same path; a
+process reports its progress in a file there. Clusters are reached through Ray, Dask and submitit, which also
+handle queues, resources and lost machines.
 """
 
 from __future__ import annotations
@@ -10,90 +10,28 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from peso.config.compare import DaskConfig, ExecutorConfig, RayConfig, SlurmConfig
+from peso.config.executors import AnyExecutor, DaskConfig, RayConfig, SlurmConfig
 from peso.errors import PesoError
+from peso.runs.tasks import Call, run
 from peso.runtime.machine import NUMBER, SHARE
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 THREADS = (NUMBER, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-POLL_SECONDS = 0.5
 CONNECT_SECONDS = 30
 SLURM_JOBS = 64  # submitted at once with `workers: auto`
-TERMINATE_SECONDS = 10.0
+SHUTDOWN_SECONDS, POLL_SECONDS = 3.0, 0.05  # less than the time this process has after a SIGTERM
 
 
 class LostWorker(Exception):
     """The machine or process that a task ran on is gone; the task can continue elsewhere."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One process to start. The paths are absolute.
-
-    Attributes:
-        job: a :class:`peso.runs.compare.worker.Job` as JSON.
-        log: the file for its messages, which is appended to.
-        progress: the file for its progress, which is started anew.
-        directory: the working directory.
-        environment: additional environment variables, which the executor sets.
-    """
-
-    job: str
-    log: Path
-    progress: Path
-    directory: Path = field(default_factory=Path.cwd)
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def stop(self) -> Path:
-        """A file that tells a process on another machine to end."""
-        return self.progress.with_suffix(".stop")
-
-    def popen(self) -> subprocess.Popen[bytes]:
-        """Start the process on this machine."""
-        with self.log.open("ab") as log, self.progress.open("wb") as progress:
-            return subprocess.Popen(
-                [sys.executable, "-m", "peso.runs.compare.worker", self.job],
-                stdin=subprocess.DEVNULL,
-                stdout=progress,
-                stderr=log,
-                cwd=self.directory,
-                env={**os.environ, **self.environment},
-                start_new_session=True,  # so that Ctrl-C reaches only the process that ends the others
-            )
-
-
-def run(call: Call) -> int:
-    """Run a call on a machine of a cluster until it ends, or until its stop file appears; returns its exit
-    status."""
-    process = call.popen()
-    try:
-        while process.poll() is None:
-            if call.stop.exists():
-                break
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(POLL_SECONDS)
-        return process.returncode if process.poll() is not None else _ended(process)
-    finally:  # canceled by the cluster
-        if process.poll() is None:
-            _ended(process)
-
-
-def _ended(process: subprocess.Popen[bytes]) -> int:
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        return process.wait(TERMINATE_SECONDS)
-    process.kill()
-    return process.wait()
 
 
 class Handle(Protocol):
@@ -129,6 +67,26 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Disconnect."""
+
+
+def poll(handle: Handle) -> int | LostWorker | None:
+    """As :meth:`Handle.poll`, with a lost worker as a result."""
+    try:
+        return handle.poll()
+    except LostWorker as lost:
+        return lost
+
+
+def end_all(handles: Sequence[Handle]) -> None:
+    """Ask all to end, wait for a short time, and end the others."""
+    for handle in handles:
+        handle.cancel()
+    until = time.monotonic() + SHUTDOWN_SECONDS
+    for handle in handles:
+        while (ended := poll(handle)) is None and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        if ended is None:
+            handle.kill()
 
 
 # -- this machine --------------------------------------------------------------------------------------
@@ -246,16 +204,16 @@ class Ray:
             self.ray.init(address=config.address, log_to_driver=False, logging_level="error")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PesoError(
-                f"compare.executor: no Ray cluster at {config.address!r} ({_cause(error)}); start one "
-                "with `ray start --head`, or set compare.executor.address"
+                f"executor ray: no cluster at {config.address!r} ({_cause(error)}); start one with "
+                "`ray start --head`, or correct the executor's address"
             ) from None
         has = self.ray.cluster_resources()
         rooms = [has.get("CPU", 0) / config.cpus]
         rooms += [has.get("GPU", 0) / config.gpus] if config.gpus else []
         if min(rooms) < 1:
             raise PesoError(
-                f"compare.executor: the Ray cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} "
-                f"GPUs, not the {config.cpus} and {config.gpus:g} of one run; reduce cpus or gpus"
+                f"executor ray: the cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs, "
+                f"not the {config.cpus} and {config.gpus:g} of one task; reduce the executor's cpus or gpus"
             )
         self.workers = int(min(rooms)) if workers == "auto" else workers
 
@@ -292,14 +250,14 @@ class Dask:
             self.client = distributed.Client(config.address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise PesoError(
-                f"compare.executor: no Dask scheduler at {config.address!r} ({_cause(error)}); start "
-                "one with `dask scheduler` and `dask worker`, or correct compare.executor.address"
+                f"executor dask: no scheduler at {config.address!r} ({_cause(error)}); start one with "
+                "`dask scheduler` and `dask worker`, or correct the executor's address"
             ) from None
         slots = sum(self.client.nthreads().values()) // config.cpus
         if not slots:
             raise PesoError(
-                f"compare.executor: the Dask cluster at {config.address} has fewer than {config.cpus} "
-                "threads on its workers; start workers, or reduce compare.executor.cpus"
+                f"executor dask: the cluster at {config.address} has fewer than {config.cpus} threads on its "
+                "workers; start workers, or reduce the executor's cpus"
             )
         self.workers = slots if workers == "auto" else workers
 
@@ -342,8 +300,8 @@ class Slurm:
             self.executor.update_parameters(**options)
         except (RuntimeError, NameError, TypeError) as error:
             raise PesoError(
-                f"compare.executor: Slurm cannot be used ({_cause(error)}); run the command on a "
-                "machine with sbatch, or correct compare.executor.options"
+                f"executor slurm: Slurm cannot be used ({_cause(error)}); run the command on a machine with "
+                "sbatch, or correct the executor's options"
             ) from None
 
     def start(self, call: Call, slot: int) -> Handle:
@@ -363,19 +321,17 @@ class Slurm:
         """Nothing to disconnect."""
 
 
-def open_executor(
-    config: ExecutorConfig, workers: int | Literal["auto"], device: str, folder: Path
-) -> Executor:
-    """Connect to what `compare.executor` names.
+def open_executor(config: AnyExecutor, workers: int | Literal["auto"], device: str, folder: Path) -> Executor:
+    """Connect to what a configuration names.
 
     Args:
-        config: the section.
-        workers: `compare.workers`.
+        config: the executor.
+        workers: tasks at once; ``auto``: as many as the machine or the cluster has room for.
         device: `training.device`, for processes on this machine.
         folder: a directory for the files of Slurm jobs.
 
     Raises:
-        PesoError: a package is missing, there is no cluster, or it is too small for one run.
+        PesoError: a package is missing, there is no cluster, or it is too small for one task.
     """
     if isinstance(config, RayConfig):
         return Ray(config, workers)
@@ -393,7 +349,7 @@ def _import(name: str, extra: str) -> ModuleType:
         return import_module(name)
     except ImportError:
         raise PesoError(
-            f"compare.executor: {name} is not installed; install it with pip install 'peso[{extra}]'"
+            f"executor {extra}: {name} is not installed; install it with pip install 'peso[{extra}]'"
         ) from None
 
 
