@@ -1,30 +1,46 @@
-"""Started by `tests/runs/test_processes.py` in several processes; each writes what it found to its own file.
+"""Started by `tests/runs/test_processes.py` in several processes, and with sharded weights by
+`tests/runs/test_sharding.py`; each process writes what it found to its own file.
 
-torchrun --nproc-per-node N tests/together.py DIRECTORY
+torchrun --nproc-per-node N tests/together.py DIRECTORY [sharded]
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from plain_path import cases_of, random_sequences
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from peso.config import TrainingConfig
 from peso.decoding import search
 from peso.errors import DataError, PesoError
 from peso.events.histories import TargetSequence
+from peso.model.build import round_frozen
 from peso.model.generative import GenerativeModel
+from peso.model.inference import for_inference
+from peso.model.sharding import mesh_of, shard
 from peso.runtime.processes import ALONE, Processes, join
 from peso.training.likelihood import target_log_probabilities
 from peso.training.loop import train_stage
+from peso.training.strategies.distill import Distill
 from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 from peso.training.task import Progress, StageTask
 
+HERE = Path(__file__).parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+}
 MANY = random_sequences(0, count=12, longest=8)
 ONE = [
     TargetSequence("alone", sequence.items, 1)
@@ -43,6 +59,7 @@ class Softened(Strategy):
 
 
 STRATEGIES = {"single": Strategy, "peso": lambda: Peso(weight=20.0, reduction="sum"), "softened": Softened}
+ALSO = {"distill": Distill}  # runs the model again within a pass
 
 
 class Stop:
@@ -61,6 +78,7 @@ def train(
     strategy: str = "single",
     sequences: list[TargetSequence] = MANY,
     stop: int = 0,
+    **settings: Any,
 ) -> dict[str, Any]:
     """The training's losses and what it learnt."""
     result = train_stage(
@@ -68,10 +86,10 @@ def train(
         StageTask(
             sequences,
             CASES,
-            TrainingConfig(epochs=2, batch_size=8, device="cpu", warmup=0),
+            TrainingConfig(**{"epochs": 2, "batch_size": 8, "device": "cpu", "warmup": 0, **settings}),
             stage=1,
             learning_rate=1e-2,
-            strategy=STRATEGIES[strategy](),
+            strategy={**STRATEGIES, **ALSO}[strategy](),
             seed=7,
             directory=directory / "checkpoint",
             log=directory / "log.jsonl",
@@ -98,10 +116,54 @@ def answers(model: GenerativeModel, processes: Processes = ALONE) -> list[Any]:
     return found
 
 
-def everything(directory: Path, processes: Processes) -> dict[str, Any]:
-    def fresh() -> GenerativeModel:
-        return torch.load(directory / "model.pt", weights_only=False)
+def fresh(directory: Path) -> GenerativeModel:
+    return torch.load(directory / "model.pt", weights_only=False)
 
+
+def fresh_bfloat16(directory: Path) -> GenerativeModel:
+    model = fresh(directory)
+    round_frozen(model, torch.bfloat16)
+    return model
+
+
+def sharded(model: GenerativeModel, processes: Processes) -> GenerativeModel:
+    shard(model, mesh_of("cpu", processes.count), torch.device("cpu"))
+    return model
+
+
+def bytes_held(model: GenerativeModel) -> dict[str, int]:
+    """Bytes of the frozen weights of the layers, and of all other parameters, that this process stores."""
+    held = {"layers": 0, "others": 0}
+    for name, p in model.named_parameters():
+        own = p.to_local() if isinstance(p, DTensor) else p
+        place = "layers" if ".layers." in name and "lora_" not in name else "others"
+        held[place] += own.untyped_storage().nbytes()
+    return held
+
+
+def with_shards(directory: Path, processes: Processes) -> dict[str, Any]:
+    """What :func:`everything` finds with sharded weights, and with options that touch them."""
+
+    def new() -> GenerativeModel:
+        return sharded(fresh(directory), processes)
+
+    model, rounded = new(), sharded(fresh_bfloat16(directory), processes)
+    merged, beside = (
+        sharded(for_inference(each), processes) for each in (fresh(directory), fresh_bfloat16(directory))
+    )
+    return {
+        "held": bytes_held(model),
+        "distill": train(model, directory / "distill", processes, "distill"),
+        "held after training": bytes_held(model),
+        "checkpointing": train(new(), directory / "again", processes, gradient_checkpointing=True),
+        "bfloat16": train(rounded, directory / "bfloat16", processes, precision="bfloat16"),
+        "merged": answers(merged, processes),
+        "beside": answers(beside, processes),
+        **everything(directory, processes, new),
+    }
+
+
+def everything(directory: Path, processes: Processes, fresh: Callable[[], GenerativeModel]) -> dict[str, Any]:
     found: dict[str, Any] = {"answers": answers(fresh(), processes)}
     for strategy in STRATEGIES:
         found[strategy] = train(fresh(), directory / strategy, processes, strategy)
@@ -134,6 +196,8 @@ def errors(processes: Processes) -> list[str]:
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     joined = join("cpu")
-    torch.save(
-        {"errors": errors(joined), **everything(directory, joined)}, directory / f"found.{joined.rank}.pt"
-    )
+    if sys.argv[2:] == ["sharded"]:
+        found = with_shards(directory, joined)
+    else:
+        found = {"errors": errors(joined), **everything(directory, joined, partial(fresh, directory))}
+    torch.save(found, directory / f"found.{joined.rank}.pt")

@@ -81,9 +81,12 @@ def redraw_adapter(peft_model: PeftModel, seed: Sequence[int]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
         for layer in lora_layers(peft_model).values():
+            # not the whole layer, whose frozen weight may be sharded
+            matrices = nn.ModuleList([layer.lora_A["default"], layer.lora_B["default"]])
             place = layer.lora_A["default"].weight.device
-            layer.to("cpu").reset_lora_parameters("default", init_lora_weights=True)
-            layer.to(place)
+            matrices.to("cpu")
+            layer.reset_lora_parameters("default", init_lora_weights=True)
+            matrices.to(place)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

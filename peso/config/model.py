@@ -32,6 +32,7 @@ HOW = (
     "gradient_checkpointing",
     "compile",
     "threads",
+    "sharding",
 )  # keys of training that change only the cost of a step
 
 
@@ -348,6 +349,12 @@ class TrainingConfig(Section):
         "auto",
         exclude_if=partial(eq, "auto"),
         description="PyTorch threads on a CPU; auto: OMP_NUM_THREADS, else by the size of the model",
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        exclude_if=partial(eq, "none"),
+        description="full: several processes share the weights of a frozen backbone, each stores a part "
+        "(docs/how-to/several-processes.md); none: each stores all",
     )
 
     def determining(self) -> dict[str, Any]:

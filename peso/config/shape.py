@@ -47,14 +47,15 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
 
 
 def moved(config: Config, now: Config) -> Config:
-    """A configuration with the device of ``now`` and, if it is a directory, the backbone of ``now``. Both are
-    locations, which may change. (Weights are compared when they are loaded.)"""
+    """A configuration with the device and the sharding of ``now`` and, if it is a directory, the backbone of
+    ``now``. These are locations, which may change. (Weights are compared when they are loaded.)"""
     places = config.backbone.pretrained, now.backbone.pretrained
     names = config.backbone.name, now.backbone.name
     a_path = any(map(_is_path, names)) and not set(names) & set(BUILT_IN)
     pretrained = places[all(places)]
     backbone = config.backbone.model_copy(update={"name": names[a_path], "pretrained": pretrained})
-    training = config.training.model_copy(update={"device": now.training.device})
+    where = {"device": now.training.device, "sharding": now.training.sharding}
+    training = config.training.model_copy(update=where)
     return config.model_copy(update={"backbone": backbone, "training": training})
 
 

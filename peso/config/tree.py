@@ -101,6 +101,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _sharded_weights_are_frozen(self) -> Config:
+        if self.training.sharding != "none" and self.backbone.trained_at_base:
+            raise ValueError(
+                f"training.sharding: {self.training.sharding} is for a pretrained backbone, which stays "
+                f"frozen; stage 0 trains all weights of {self.backbone.name}, which fits one device. Set "
+                "training.sharding: none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lists_reach_k(self) -> Config:
         if max(self.evaluation.k) > self.decoding.beams:
             raise ValueError(

@@ -36,6 +36,7 @@ from peso.errors import BackboneError
 from peso.items.semantic_ids import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.head import level_log_probabilities
+from peso.model.sharding import uneven_passes
 from peso.model.shared_keys import shared_keys
 from peso.runtime.processes import ALONE, Processes
 
@@ -148,7 +149,7 @@ def search(
     if model.has_item_head:
         most = SCORES_AT_ONCE.get(device, SCORES_AT_ONCE_ELSEWHERE)
         together = min(together, max(1, most // len(model.semantic_ids.item_ids)))
-    with _ready(model):
+    with _ready(model), uneven_passes(model, processes):
         # a separate pass is worthwhile only if several users share it
         opening = Known.opening(model) if len(asked) > 1 else Known.nothing()
         asked = [each.after(opening) for each in asked]

@@ -50,6 +50,11 @@ class Ensemble(nn.Module):
         return self.members[0].causal_lm
 
     @property
+    def sharded(self) -> bool:
+        """Whether processes share the weights of the layers."""
+        return bool(self.members[0].sharded)
+
+    @property
     def device(self) -> torch.device:
         return self.vocabulary.input_rows.device
 

@@ -77,6 +77,7 @@ class GenerativeModel(nn.Module):
         self.loss_vocabulary = loss_vocabulary
         self.backbone_sha256: str | None = None  # of the weights before rounding, if they were rounded
         self.transitions: Transitions | None = None  # counted after each stage, if the head uses them
+        self.sharded = False  # whether processes share the weights of its layers, see peso.model.sharding
         self.logit_transform = LogitTransform.of(self.causal_lm.config)
 
     @property

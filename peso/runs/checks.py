@@ -20,6 +20,7 @@ from peso.runs.trust import strategy_of
 from peso.runtime import assets
 from peso.runtime.downloads import Unavailable, require_reachable
 from peso.runtime.machine import LAYER, TRAINED, require_device, require_memory
+from peso.runtime.processes import current
 
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
@@ -97,6 +98,30 @@ def check_surroundings(workspace: Workspace, data: bool = True, models: bool = T
         check_sources(config)
     if models:
         _require_models(config, workspace.has_semantic_ids)
+
+
+def require_shareable(workspace: Workspace) -> None:
+    """Check that ``training.sharding`` is possible with these processes and this strategy.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    sharding = workspace.config.training.sharding
+    if sharding == "none":
+        return
+    if current().count == 1:
+        raise ConfigError(
+            f"training.sharding: {sharding} distributes the backbone over several processes, but this is the "
+            "only one (`peso compare` runs each training in one process); start several with torchrun, as in "
+            "docs/how-to/several-processes.md, or set training.sharding=none"
+        )
+    strategy = strategy_of(workspace)
+    if strategy.uses_frozen_weights or strategy.trains_backbone(1):
+        raise ConfigError(
+            f"strategy {workspace.config.strategy.name} uses all weights of the backbone, so they cannot be "
+            f"distributed over processes by training.sharding: {sharding}; set training.sharding=none, or "
+            "choose another strategy"
+        )
 
 
 def _require_trackers(config: Config) -> None:
@@ -247,6 +272,7 @@ def rehearse(workspace: Workspace, seen: set[str] | None = None) -> None:
     """
     config = provisional(workspace.config)
     check_configuration(config)
+    require_shareable(workspace)
     from peso.adapters.lora import add_adapter
     from peso.model.backbone import load_backbone
     from peso.model.backbone_checks import check_reach

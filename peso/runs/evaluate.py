@@ -64,7 +64,7 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
 
     stage, on, processes = wanted.stage, wanted.cases, current()
     config, stream = stage.workspace.config, stage.workspace.stream
-    model = stage.answering_model()
+    model = stage.answering_model(processes=processes)
     if model.semantic_ids.trie.leaves < max(config.evaluation.k):
         raise DataError(
             f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalog has "

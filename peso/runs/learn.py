@@ -16,6 +16,7 @@ from peso.adapters.groups import find_groups
 from peso.items.semantic_ids import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
+from peso.runs.checks import require_shareable
 from peso.runs.models import (
     backbone_fingerprint,
     changed_codes,
@@ -56,6 +57,7 @@ def learn_stage(stage: RunStage, observer: Observer) -> None:
         TrainingError: see :func:`peso.training.loop.train_stage`.
     """
     workspace, determined_by = stage.workspace, stage.determination()
+    require_shareable(workspace)
     unfinished = stage.unfinished / determined_by[:16]
 
     def prepare() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,14 @@ from peso.adapters.lora import Past, put_past, weights_without_adapter
 from peso.errors import BackboneError, WorkspaceError
 from peso.model.build import WEIGHTS, build_model, has_adapter, load_stage_weights, round_frozen
 from peso.model.generative import GenerativeModel
+from peso.model.inference import for_inference
+from peso.model.sharding import mesh_of, shard
 from peso.runs.stage import RunStage
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime.device import Precision
 from peso.runtime.manifest import all_intact
+from peso.runtime.processes import ALONE, Processes, current
 from peso.training.plan import StageExamples
 from peso.training.strategies.strategy import StageContext
 
@@ -45,29 +50,51 @@ def fresh_model(workspace: Workspace, *, whole: bool) -> GenerativeModel:
     Raises:
         BackboneError: the backbone cannot be loaded.
     """
-    return _placed(workspace, _rounded(workspace, _build(workspace.stage(0), whole=whole)))
+    return _placed(workspace, lambda: _rounded(workspace, _build(workspace.stage(0), whole=whole)))
 
 
 def starting_model(stage: RunStage) -> GenerativeModel:
-    """The model at the start of a stage: in the state after the previous one, on the device.
+    """The model at the start of a stage: in the state after the previous one, on the device. With
+    ``training.sharding: full``, the processes that train together share its weights.
 
     Raises:
         BackboneError: the backbone cannot be loaded or is not the one that stage 0 was trained on.
         WorkspaceError: a file of an earlier stage is missing or damaged.
     """
     workspace, whole = stage.workspace, trains_backbone(stage)
-    if stage.number and whole and not trains_backbone(stage.before.as_trained):
-        model = _build(stage, whole=False)
-        _inherit(stage, model)
-        return _placed(workspace, model.merged())
-    model = _build(stage, whole=whole)
-    if stage.number:
-        _inherit(stage, model)
-    return _placed(workspace, _rounded(workspace, model))
+
+    def start() -> GenerativeModel:
+        if stage.number and whole and not trains_backbone(stage.before.as_trained):
+            model = _build(stage, whole=False)
+            _inherit(stage, model)
+            return model.merged()
+        model = _build(stage, whole=whole)
+        if stage.number:
+            _inherit(stage, model)
+        model = _rounded(workspace, model)
+        if _shares(workspace, current()):  # no process will have all weights
+            model.backbone_sha256 = backbone_fingerprint(model)
+        return model
+
+    return _placed(workspace, start, processes=current())
 
 
 def trained_model(stage: RunStage, device: str | None) -> GenerativeModel:
     """See :meth:`RunStage.model`."""
+    return _placed(stage.workspace, lambda: _trained(stage, device), device)
+
+
+def answering_model(stage: RunStage, device: str | None, processes: Processes) -> GenerativeModel:
+    """See :meth:`RunStage.answering_model`."""
+    if not _shares(stage.workspace, processes):
+        answering: GenerativeModel = for_inference(trained_model(stage, device))
+        return answering
+    # merge first: the adapters are whole, the weights soon are not
+    return _placed(stage.workspace, lambda: for_inference(_trained(stage, device)), device, processes)
+
+
+def _trained(stage: RunStage, device: str | None) -> GenerativeModel:
+    """The model after a stage, in the precision for a device, on the CPU."""
     stage = stage.workspace.trained(stage.number).as_trained
     workspace = stage.workspace
     model = _build(stage, whole=trains_backbone(stage))
@@ -78,22 +105,23 @@ def trained_model(stage: RunStage, device: str | None) -> GenerativeModel:
         put_past(model.backbone, past)
     if stage.number:
         model = strategy_of(workspace).answer(model, memory)
-    return _placed(workspace, model, device).eval()
+    return model.eval()
 
 
 @torch.no_grad()
 def put_back(stage: RunStage, model: GenerativeModel) -> None:
     """Reset adapter and vocabulary of a model to their initial values, with the seed of the stage. If stage 0
     trained the backbone itself, the vocabulary is reset to its state after stage 0."""
-    fresh, base = _build(stage, whole=False), stage.workspace.stage(0)
-    if trains_backbone(base):
-        load_stage(base, fresh)
-        carry_over(stage, fresh, base)
-        begin_new_codes(stage, fresh, learned=1)
-    values = dict(fresh.named_parameters())
-    for name, p in model.named_parameters():
-        if name in values and (".lora_" in name or name.startswith("vocabulary.")):
-            p.copy_(values[name])
+    with current().in_turn() if model.sharded else nullcontext():
+        fresh, base = _build(stage, whole=False), stage.workspace.stage(0)
+        if trains_backbone(base):
+            load_stage(base, fresh)
+            carry_over(stage, fresh, base)
+            begin_new_codes(stage, fresh, learned=1)
+        values = dict(fresh.named_parameters())
+        for name, p in model.named_parameters():
+            if name in values and (".lora_" in name or name.startswith("vocabulary.")):
+                p.copy_(values[name])
 
 
 def changed_codes(stage: RunStage, source: RunStage | None = None) -> np.ndarray:
@@ -276,6 +304,26 @@ def _rounded(workspace: Workspace, model: GenerativeModel, device: str | None = 
     return model
 
 
-def _placed(workspace: Workspace, model: GenerativeModel, device: str | None = None) -> GenerativeModel:
+def _placed(
+    workspace: Workspace,
+    build: Callable[[], GenerativeModel],
+    device: str | None = None,
+    processes: Processes = ALONE,
+) -> GenerativeModel:
+    """The model that ``build`` makes on the CPU, on the device. If processes share its weights, those of one
+    machine build it one after another, so that its memory has to hold only one whole model."""
     training = workspace.config.training
-    return model.to(Precision.of(training.precision, device or training.device).device)
+    place = Precision.of(training.precision, device or training.device).device
+    if not _shares(workspace, processes):
+        return build().to(place)
+    mesh = mesh_of(place.type, processes.count)
+    gc.collect()  # an earlier sharded model has circular references
+    with processes.in_turn():
+        model = build()
+        shard(model, mesh, place)
+    return model
+
+
+def _shares(workspace: Workspace, processes: Processes) -> bool:
+    """Whether processes that work together share the weights of the backbone."""
+    return workspace.config.training.sharding != "none" and processes.count > 1

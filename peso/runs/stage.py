@@ -17,6 +17,7 @@ from peso.events.histories import Cases, Part
 from peso.runtime.files import digest, read_json_lines, read_json_object
 from peso.runtime.machine import require_device
 from peso.runtime.manifest import MANIFEST, REPLACING, Manifest, intact, is_listed, read_manifest
+from peso.runtime.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from peso.evaluation.predictions import Predictions
@@ -276,12 +277,17 @@ class RunStage:
 
         return trained_model(self, device)
 
-    def answering_model(self, device: str | None = None) -> GenerativeModel:
-        """As :meth:`model`, with merged adapters for faster inference (:mod:`peso.model.inference`)."""
-        from peso.model.inference import for_inference
+    def answering_model(self, device: str | None = None, processes: Processes = ALONE) -> GenerativeModel:
+        """As :meth:`model`, with merged adapters for faster inference (:mod:`peso.model.inference`).
 
-        answering: GenerativeModel = for_inference(self.model(device))
-        return answering
+        Args:
+            processes: the processes that answer together, each of which calls this. With
+                ``training.sharding: full``, they share the weights.
+        """
+        require_device(device or self.workspace.config.training.device)
+        from peso.runs.models import answering_model
+
+        return answering_model(self, device, processes)
 
 
 @dataclass(frozen=True)

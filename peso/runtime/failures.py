@@ -31,6 +31,7 @@ NETWORK = (
     "HF_HUB_OFFLINE=1 only the cache is used)"
 )
 SPARK = "check Spark's own messages above and its configuration, or use data.engine: duckdb"
+LOST = "see its last output above, and run the same command again; it continues from the newest checkpoint"
 FULL = "free some space and run the same command again; it continues where it stopped"
 
 OF_NUMBER = {
@@ -75,6 +76,7 @@ OF_CLASS = (
         "the GPU failed",
         "run the same command again to continue; nvidia-smi shows the state of the GPU",
     ),
+    ("torch.distributed.DistError", "another process that trains with this one has ended", LOST),
     (
         "huggingface_hub.errors.HFValidationError",
         "not a valid name on the Hugging Face hub",
@@ -117,6 +119,7 @@ OF_TEXT = (
     ("out of memory", "out of memory", MEMORY),
     ("embedded null", "a path contains a null character", "remove it"),
     ("determine home directory", "a path begins with ~ and an unknown user name", "write the full path"),
+    ("gloo/transport", "another process that trains with this one has ended", LOST),
     ("symlink loop", "the symbolic links in a path form a loop", "correct them"),
     ("os error 28", "no space left on the device", FULL),
     (

@@ -84,6 +84,29 @@ class Processes:
 
         return self._sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
+    def largest(self, value: int) -> int:
+        """The largest of the values of all processes."""
+        return int(max(self.sum_numbers(*(value * (rank == self.rank) for rank in range(self.count)))))
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """A context that the processes of one machine enter one after another, and leave together. Within it,
+        they must not exchange anything."""
+        if self.count == 1:
+            yield
+            return
+        from accelerate import PartialState
+
+        place = PartialState().local_process_index
+        later = self.largest(place) - place
+        for _ in range(place):
+            self.sum_numbers(0.0)
+        try:
+            yield
+        finally:
+            for _ in range(later + 1):
+                self.sum_numbers(0.0)
+
     def sum_tensors(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """Sum each tensor over the processes that have it, in one exchange.
 

@@ -202,7 +202,8 @@ class Packed:
     ``ids``, ``positions``: int64 (rows, length). ``visible``: the attention mask as a tree. ``states``: int64
     (n,), indices into the flattened rows; ``targets``: int64 (n,), the token that each predicts; ``owners``:
     int64 (n,), the index of the piece it belongs to. ``items``: int64 (targets,), item rows, empty if the
-    pieces have none. ``tokens``: number of tokens without padding.
+    pieces have none. ``tokens``: number of tokens without padding. ``counts``: false for a pass that only
+    keeps a process in step with others: its loss is multiplied by 0.
     """
 
     ids: Tensor
@@ -213,6 +214,7 @@ class Packed:
     owners: Tensor
     items: Tensor
     tokens: int
+    counts: bool = True
 
     def to(self, device: torch.device) -> Packed:
         tensors: dict[str, Any] = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}

@@ -12,6 +12,7 @@ from peso.events.histories import Cases
 from peso.items.semantic_ids import ItemTrie
 from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
+from peso.model.sharding import uneven_passes
 from peso.runtime.processes import ALONE, Processes
 from peso.training.batches import Packed, Piece, lay_out, pack
 
@@ -209,6 +210,13 @@ def _passes(
 
     Processes take whole passes in turn, so the composition of a pass does not depend on their number.
     """
+    with uneven_passes(model, processes):
+        yield from _own_passes(model, cases, pass_tokens, processes, predict_end=predict_end)
+
+
+def _own_passes(
+    model: GenerativeModel, cases: Cases, pass_tokens: int, processes: Processes, *, predict_end: bool
+) -> Iterator[tuple[np.ndarray, Packed]]:
     layout = model.layout
     groups = 0
     by_length = np.argsort([-len(history) for history in cases.histories], kind="stable")

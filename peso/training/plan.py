@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -129,15 +130,19 @@ class StagePlan:
 
     def batch(self, step: int, model: GenerativeModel, processes: Processes = ALONE) -> list[Packed]:
         """The forward passes of a step, on the model's device. With several processes, those of this process'
-        share of the chunks, which may be empty."""
+        share of the chunks, which may be empty. If they share a sharded model, a process with fewer passes
+        than others gets passes that do not count, too."""
         pieces = []
         for chunk in self.members(step):
             rows = self.sequences[chunk.sequence].items[chunk.start : chunk.stop]
             items, first = model.item_token_ids(rows), chunk.first - chunk.start
             pieces.append(lay_out(model.layout, items, first, predict_end=predicts_end(model), rows=rows))
         mine = deal([len(piece) for piece in pieces], processes.count)[processes.rank]
-        pieces = [pieces[number] for number in sorted(mine)]
-        passes = pack(pieces, model.layout.prefix, *budget(model))
+        prefix, limits = model.layout.prefix, budget(model)
+        passes = pack([pieces[number] for number in sorted(mine)], prefix, *limits)
+        if model.sharded and (missing := processes.largest(len(passes)) - len(passes)):
+            (short,) = pack([min(pieces, key=len)], prefix, *limits)
+            passes += [replace(short, tokens=0, counts=False)] * missing
         return [packed.to(model.device) for packed in passes]
 
 

@@ -71,10 +71,12 @@ def backward(
             loss = -scores.sum() / count
             if item_weight:
                 loss = loss - item_weight * item_log_probabilities(model, packed, states).sum() / count
+            if not packed.counts:
+                loss = loss * 0
             losses.append(loss.detach())
             if penalized is not None:
                 outputs = TrainingPass(model, packed, states, temperature)
-                loss = penalized(loss, outputs, len(packed.targets) / count)
+                loss = penalized(loss, outputs, packed.counts * len(packed.targets) / count)
         loss.backward()
     return losses
 

@@ -278,6 +278,14 @@ def test_every_error_of_the_system_names_the_path_and_a_cure():
         assert len(told.split("; ")[-1]) > 10, told
 
 
+def test_a_lost_process_is_no_bug():
+    closed = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [::1]:4512"
+    for error in (RuntimeError(closed), torch.distributed.DistBackendError("NCCL error in …")):
+        told = sentence(error)
+        assert told.startswith("another process that trains with this one has ended")
+        assert "continues from the newest checkpoint" in told
+
+
 def test_an_unexpected_error_says_how_to_report_it_and_debug_shows_the_traceback(peso, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise KeyError("codebook")

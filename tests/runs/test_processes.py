@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_path import with_adapter
+from together import ENVIRONMENT, HERE, LAUNCH, fresh
 
 from peso.config import load_config
 from peso.model.generative import GenerativeModel
@@ -30,13 +29,6 @@ from peso.runtime.processes import ALONE
 from peso.runtime.progress import Silent
 from peso.training.batches import deal
 
-HERE = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-}
 CONFIG = """
 data: {format: simulate, simulate: {users: 60, items: 40, stages: 1}}
 items: {quantizer: rq-kmeans, levels: 2, codes: 8}
@@ -86,10 +78,6 @@ def two(
         [*LAUNCH, str(HERE / "together.py"), str(directory)], env=ENVIRONMENT, check=True, timeout=2800
     )
     return directory, [torch.load(directory / f"found.{rank}.pt") for rank in range(2)]
-
-
-def fresh(directory: Path) -> GenerativeModel:
-    return torch.load(directory / "model.pt", weights_only=False)
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

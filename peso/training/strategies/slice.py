@@ -37,6 +37,7 @@ class Slice(Strategy):
 
     name = "slice"
     reads = frozenset({"past"})
+    uses_frozen_weights = True
 
     class Options(Strategy.Options):
         examples: int = Field(128, ge=1, description="number of targets for each of the two mean gradients")

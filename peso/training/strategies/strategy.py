@@ -156,6 +156,9 @@ class Strategy:
     names in :attr:`StageContext.memory`, and ``backbone`` for a trained backbone."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """The part of ``reads`` that must be present."""
+    uses_frozen_weights: ClassVar[bool] = False
+    """Whether a hook reads weights of the frozen backbone or their gradients, beyond running the model. Then
+    they cannot be sharded (``training.sharding``)."""
 
     class Options(StrategyOptions):
         pass
