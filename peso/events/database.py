@@ -1,4 +1,5 @@
-"""The temporary DuckDB database in which a log is ingested: its limits, quoting, and error messages.
+"""The temporary DuckDB database in which a log is ingested, or a stream examined: its limits, quoting, and
+error messages.
 
 Tables are kept in memory up to a limit. Beyond it they spill to a temporary folder in the directory that is
 being written.
@@ -70,12 +71,12 @@ def _explained(error: duckdb.Error, directory: Path) -> Exception:
     text = str(error)
     if "No space left" in text or "failed to offload" in text or "max_temp_directory_size" in text:
         return WorkspaceError(
-            f"no space left while ingesting into {directory}; no partial output is left. Free some space "
+            f"no space left for temporary tables in {directory}; no partial output is left. Free some space "
             "and run the command again."
         )
     if isinstance(error, duckdb.OutOfMemoryException):
         return DataError(
-            f"not enough memory to ingest this log: {text.splitlines()[0]}. Tables use up to {MEMORY} of "
+            f"not enough memory for this log: {text.splitlines()[0]}. Tables use up to {MEMORY} of "
             "memory, the rest is on disk; this machine, container or shell (ulimit -v) allows less. Free "
             "some memory, or ingest the log in parts: the first one, then the others with --append"
         )

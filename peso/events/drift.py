@@ -8,23 +8,37 @@ events again. The same terms apply to items.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from peso.events.histories import Stage
+from peso.events.database import temporary_database
+from peso.events.engines.engine import Engine, open_engine
+from peso.events.histories import MIN_STAGE_ITEMS
+from peso.events.stream import Stream, stage_file
+from peso.runtime.manifest import intact
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
 
 QUANTILES = (0.1, 0.5, 0.9)
+STATES = ("", "new_", "continuing_", "returning_", "dormant_")  # beginnings of the names of figures
 
 
-def drift(stages: Iterable[Stage], items: int, first_codes: np.ndarray | None = None) -> list[dict[str, Any]]:
+def drift(
+    stream: Stream, first_codes: np.ndarray | None = None, engine: str = "duckdb"
+) -> list[dict[str, Any]]:
     """Compare each stage with those before it.
 
     Args:
-        stages: the stages in order, from stage 0; only one at a time is needed.
-        items: the number of rows of the item table.
+        stream: the stream.
         first_codes: int (items,), the first-level code of each item; None if it is not known.
+        engine: the name of the engine that computes the figures (`data.engine`); they do not depend on it.
 
     Returns:
         One dictionary per stage:
@@ -38,51 +52,130 @@ def drift(stages: Iterable[Stage], items: int, first_codes: np.ndarray | None = 
           nobody had before the stage;
         - ``history_lengths``: the mean and the ``QUANTILES`` of the number of items that the users of the
           stage had before it.
+
+    Raises:
+        WorkspaceError: a file of the stream is damaged.
+        ConfigError: what the engine needs is not installed.
     """
-    seen = np.zeros(items, dtype=bool)
-    seen_users: set[str] = set()
-    last_users: set[str] = set()
-    last_counts: np.ndarray | None = None
-    result = []
-    for stage in stages:
-        present = np.flatnonzero(stage.current.lengths)
-        here = {stage.users[i] for i in present}
-        brought = stage.previous.lengths[present]
-        seen[stage.previous.values] = True  # items that are only in histories count as earlier
-        seen_users |= {stage.users[i] for i in present[brought > 0]}
-        counts = np.bincount(stage.current.values, minlength=items)
-        there = counts > 0
-        lately = last_counts > 0 if last_counts is not None else np.zeros(items, dtype=bool)
-        result.append(
-            {
-                "stage": stage.number,
-                "events": int(counts.sum()),
-                "users": len(here),
-                "new_users": len(here - seen_users - last_users),
-                "continuing_users": len(here & last_users),
-                "returning_users": len((here & seen_users) - last_users),
-                "dormant_users": len((seen_users | last_users) - here),
-                "items": int(there.sum()),
-                "new_items": int((there & ~seen).sum()),
-                "continuing_items": int((there & lately).sum()),
-                "returning_items": int((there & seen & ~lately).sum()),
-                "dormant_items": int((seen & ~there).sum()),
-                "item_divergence": None if last_counts is None else jensen_shannon(last_counts, counts),
-                "code_divergence": _code_divergence(last_counts, counts, first_codes),
-                "new_item_targets": _new_targets(stage, seen),
-                "history_lengths": _lengths(brought),
-            }
-        )
-        seen |= there
-        seen_users |= here
-        last_users, last_counts = here, counts
-    return result
+    files = [intact(stream.directory, stage_file(number), stream.manifest) for number in range(stream.stages)]
+    with (
+        TemporaryDirectory(prefix="peso-") as directory,
+        temporary_database(Path(directory)) as connection,
+        open_engine(engine, connection, Path(directory)) as opened,
+    ):
+        return _drift(opened, files, first_codes)
 
 
-def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
+def _drift(engine: Engine, files: Sequence[Path], first_codes: np.ndarray | None) -> list[dict[str, Any]]:
+    rows = engine.stages(files)
+    with_events = rows.filter(rows.current.length() > 0)
+    users = engine.keep("users", with_events.select("stage", key="user", had=with_events.previous.length()))
+    known_users = _known(engine, users, users.filter(users.had > 0))
+    lengths = _by_stage(engine, users.group_by("stage", "had").aggregate(times=users.count()))
+
+    eligible = rows.current.length() >= MIN_STAGE_ITEMS
+    events = rows.select("stage", key=rows.current.unnest(), target=eligible.cast("int64"))
+    counted = events.group_by("stage", "key").aggregate(n=events.count(), targets=events.target.sum())
+    items = engine.keep("items", counted)
+    # items that are only in histories count as earlier
+    known_items = _known(engine, items, rows.select("stage", key=rows.previous.unnest()))
+    found = items.join(known_items, "key")
+    new = found.filter(found.since > found.stage).group_by("stage").aggregate(n=lambda of: of.targets.sum())
+    targets = items.group_by("stage").aggregate(n=items.targets.sum())
+
+    item_pairs, code_pairs = _pairs(engine, items), None
+    if first_codes is not None:
+        numbers = pa.array(range(len(first_codes)), pa.int32())
+        codes = engine.given("codes", pa.table({"key": numbers, "code": pa.array(first_codes, pa.int32())}))
+        code_pairs = _pairs(engine, items.join(codes, "key").select("stage", "n", key="code"))
+    user_states, item_states = _states(engine, users, known_users), _states(engine, items, known_items)
+    all_targets, new_targets = dict(engine.rows(targets)), dict(engine.rows(new))
+    return [
+        {
+            "stage": stage,
+            "events": sum(now * times for _, now, times in item_pairs[stage]),
+            **{f"{state}users": count for state, count in user_states[stage].items()},
+            **{f"{state}items": count for state, count in item_states[stage].items()},
+            "item_divergence": _divergence(stage, item_pairs),
+            "code_divergence": None if code_pairs is None else _divergence(stage, code_pairs),
+            "new_item_targets": int(new_targets.get(stage, 0)) / int(all_targets[stage])
+            if all_targets.get(stage)
+            else None,
+            "history_lengths": _lengths(lengths[stage]),
+        }
+        for stage in range(len(files))
+    ]
+
+
+def _known(engine: Engine, here: ir.Table, before: ir.Table) -> ir.Table:
+    """Since which stage each user or item is known when the stage begins (key, since).
+
+    Args:
+        here: stage and key of those with events.
+        before: stage and key of those that are in histories of a stage, also from before the stream.
+    """
+    each = here.select("key", since=here.stage + 1).union(before.select("key", since=before.stage))
+    return engine.keep("known", each.group_by("key").aggregate(since=each.since.min()))
+
+
+def _states(engine: Engine, here: ir.Table, known: ir.Table) -> dict[int, dict[str, int]]:
+    """How many users or items each stage has, how many of them are new, continuing and returning, and how
+    many others are dormant.
+
+    Args:
+        here: the stages of each user or item with events (stage, key), each pair once.
+        known: see :func:`_known`.
+    """
+    import ibis
+
+    last = here.stage.lag().over(ibis.window(group_by="key", order_by="stage"))
+    each = here.mutate(continuing=(last == here.stage - 1).fill_null(False)).join(known, "key")
+    counted = each.group_by("stage").aggregate(
+        n=each.count(), new=(each.since > each.stage).sum(), continuing=each.continuing.sum()
+    )
+    began = engine.rows(known.group_by("since").aggregate(n=known.count()))
+    states: dict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(STATES, 0))
+    for stage, count, new, continuing in engine.rows(counted):
+        returning = count - new - continuing
+        dormant = sum(n for since, n in began if since <= stage) - continuing - returning
+        states[stage] = dict(zip(STATES, (count, new, continuing, returning, dormant), strict=True))
+    return states
+
+
+def _pairs(engine: Engine, counts: ir.Table) -> dict[int, list[tuple[int, ...]]]:
+    """For each stage, how often a pair of counts occurs: events of an item in the stage before and in this
+    one (last, now, times), in ascending order. A stream has far fewer pairs than items.
+
+    Args:
+        counts: the events of items (stage, key, n); those of one item are added.
+    """
+    now = counts.select("key", "stage", last=0 * counts.n, now=counts.n)
+    then = counts.select("key", stage=counts.stage + 1, last=counts.n, now=0 * counts.n)
+    both = now.union(then)
+    each = both.group_by("key", "stage").aggregate(last=both.last.sum(), now=both.now.sum())
+    return _by_stage(engine, each.group_by("stage", "last", "now").aggregate(times=each.count()))
+
+
+def _by_stage(engine: Engine, rows: ir.Table) -> dict[int, list[tuple[int, ...]]]:
+    """Rows by their stage, the first column, in ascending order."""
+    found: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for stage, *values in sorted(engine.rows(rows)):
+        found[stage].append(tuple(map(int, values)))
+    return found
+
+
+def _divergence(stage: int, pairs: dict[int, list[tuple[int, ...]]]) -> float | None:
+    return jensen_shannon(*np.array(pairs[stage]).T) if stage else None
+
+
+def jensen_shannon(first: np.ndarray, second: np.ndarray, times: np.ndarray | None = None) -> float:
     """Jensen-Shannon divergence of two count vectors in bits: 0 for equal shares, 1 for nothing in common.
 
     JS(p, q) = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q) (Lin, 1991).
+
+    Args:
+        first, second: counts (n,).
+        times: int (n,), how often each pair of counts occurs; None: once.
 
     >>> jensen_shannon(np.array([1, 1, 0]), np.array([2, 2, 0]))
     0.0
@@ -91,35 +184,18 @@ def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
     """
     from scipy.special import rel_entr  # slow to load
 
-    p, q = first / first.sum(), second / second.sum()
+    often = np.ones(len(first)) if times is None else times
+    p, q = first / (first * often).sum(), second / (second * often).sum()
     middle = (p + q) / 2
-    nats = float(rel_entr(p, middle).sum() + rel_entr(q, middle).sum()) / 2
+    nats = float(((rel_entr(p, middle) + rel_entr(q, middle)) * often).sum()) / 2
     return max(0.0, nats / math.log(2))  # rounding may give less than 0, where SciPy's distance would be nan
 
 
-def _code_divergence(last: np.ndarray | None, counts: np.ndarray, codes: np.ndarray | None) -> float | None:
-    if last is None or codes is None:
-        return None
-    size = int(codes.max()) + 1
-    return jensen_shannon(
-        np.bincount(codes, weights=last, minlength=size), np.bincount(codes, weights=counts, minlength=size)
-    )
-
-
-def _new_targets(stage: Stage, seen: np.ndarray) -> float | None:
-    """The share of new items among the targets: all items of eligible users, in training, validation or
-    test."""
-    rows = stage.eligible()
-    if not len(rows):
-        return None
-    targets = np.concatenate([stage.current[i] for i in rows])
-    return float(np.mean(~seen[targets]))
-
-
-def _lengths(brought: np.ndarray) -> dict[str, float]:
-    if not len(brought):
-        return {"mean": 0.0, **{f"p{q * 100:.0f}": 0.0 for q in QUANTILES}}
+def _lengths(counted: list[tuple[int, ...]]) -> dict[str, float]:
+    """Mean and quantiles of lengths, from how often each occurs (length, times)."""
+    lengths, times = np.array(counted).T if counted else np.zeros((2, 1), dtype=np.int64)
+    each = np.repeat(lengths, times) if counted else lengths
     return {
-        "mean": float(brought.mean()),
-        **{f"p{q * 100:.0f}": float(np.quantile(brought, q)) for q in QUANTILES},
+        "mean": float(each.mean()),
+        **{f"p{q * 100:.0f}": float(np.quantile(each, q)) for q in QUANTILES},
     }

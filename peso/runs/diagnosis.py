@@ -37,14 +37,18 @@ def diagnose(workspace: Workspace) -> dict[str, Any]:
     return {"stream": stream_drift(workspace), "semantic_ids": ids, "anchor": anchor, "warnings": warnings}
 
 
-def stream_drift(workspace: Workspace) -> list[dict[str, Any]]:
-    """Drift of every stage of the stream; that of the codes only if all items have semantic IDs."""
+def stream_drift(workspace: Workspace, engine: str | None = None) -> list[dict[str, Any]]:
+    """Drift of every stage of the stream; that of the codes only if all items have semantic IDs.
+
+    Args:
+        engine: the engine that computes it, which does not change the figures; None: `data.engine`.
+    """
     stream = workspace.stream
     items, first_codes = int(stream.manifest["items"]), None
     if workspace.has_semantic_ids:
         codes = workspace.semantic_ids.codes
         first_codes = codes[:, 0] if len(codes) == items else None
-    return drift((stream.stage(number) for number in range(stream.stages)), items, first_codes)
+    return drift(stream, first_codes, engine or workspace.config.data.engine)
 
 
 def anchors(workspace: Workspace) -> list[dict[str, Any]]:

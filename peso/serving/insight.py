@@ -62,7 +62,7 @@ class StreamFacts:
             if workspace.has_semantic_ids:
                 rests_on.append(str(workspace.semantic_ids_manifest["items"]))
             if self._drift is None or self._drift[0] != rests_on:
-                self._drift = rests_on, stream_drift(workspace)
+                self._drift = rests_on, stream_drift(workspace, "duckdb")  # a server need not have Spark
             return self._drift[1]
 
     def events(self, workspace: Workspace, row: int, stages: set[int]) -> dict[int, int]:

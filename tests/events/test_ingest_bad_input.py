@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_disk_that_fills_up_with_what_is_spilt_is_named(tmp_path: Path) -> None:
     with (
-        pytest.raises(WorkspaceError, match=r"no space left while ingesting .* no partial output"),
+        pytest.raises(WorkspaceError, match=r"no space left for temporary tables .* no partial output"),
         temporary_database(tmp_path),
     ):
         raise duckdb.IOException('IO Error: Could not write file "x.tmp": No space left on device')

@@ -167,5 +167,5 @@ def test_drift_is_that_of_diagnose_and_computed_once(client, shop, monkeypatch):
         assert stage == {key: wanted[key] for key in stage}
     assert found["stages"][0]["item_divergence"] is None
     assert np.isfinite(found["stages"][1]["item_divergence"])
-    monkeypatch.setattr("peso.serving.insight.stream_drift", lambda workspace: pytest.fail("computed again"))
+    monkeypatch.setattr("peso.serving.insight.stream_drift", lambda *_: pytest.fail("computed again"))
     assert client.get("/v1/drift").json() == found
