@@ -17,6 +17,8 @@ import peso
 from peso.errors import ExportError, UsageError
 from peso.runs.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}},
@@ -59,7 +61,6 @@ def test_importing_it_loads_nothing_else() -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
 def test_a_type_checker_sees_the_names(tmp_path: Path) -> None:
     mypy = pytest.importorskip("mypy.api")
     assert (Path(peso.__file__).parent / "py.typed").is_file()

@@ -15,6 +15,8 @@ from peso.adapters.anchor_report import AnchorMonitor, anchor_effect, taken_back
 from peso.runs.diagnosis import diagnose
 from peso.runs.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 STEPS = "training.max_steps=40"
 
 
@@ -29,7 +31,6 @@ def run(root: Path, base: Path, options: str) -> tuple[Workspace, dict, list[str
     return workspace, metrics["training"]["anchor"], notes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.5, 2.0])
 def test_a_decoupled_anchor_takes_back_what_its_strength_says(base, tmp_path: Path, strength: float) -> None:
     """1 − exp(−s) of a displacement present at the start; measured at every eighth step."""
@@ -44,7 +45,6 @@ def test_a_decoupled_anchor_takes_back_what_its_strength_says(base, tmp_path: Pa
     assert not any("warning" in note for note in notes)
 
 
-@pytest.mark.slow
 def test_a_decoupled_anchor_that_does_nothing_is_warned_of_once(base, tmp_path: Path) -> None:
     _, told, notes = run(tmp_path / "w", base, "{name: peso, proximal: l2, strength: 2e-3, examples: 4}")
     assert "no measurable effect" in told["finding"]

@@ -229,6 +229,7 @@ def test_patience_ends_a_stage() -> None:
     assert figures["validation_ndcg"] == long["validation_ndcg"][:done]
 
 
+@pytest.mark.slow
 @MAKERS
 def test_what_is_open_is_chosen_by_halving_and_learned_as_if_it_had_been_given(
     make: Callable[..., Network], tmp_path: Path

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers.utils import import_utils
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("grimp", reason="comes with the extra dev")
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()

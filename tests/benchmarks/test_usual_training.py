@@ -33,6 +33,7 @@ def examples_of(model: GenerativeModel) -> list[Example]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [UsualWay, ExpertWay])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_of_a_baseline_is_ours_before_and_after_a_step(

@@ -12,6 +12,8 @@ from peso.cli import app as cli
 from peso.events.stream import Stream
 from peso.runs.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,7 +51,6 @@ def test_help_lists_every_command_and_each_has_an_example(peso):
         assert f"Example: peso {command}" in " ".join(help_text.split())
 
 
-@pytest.mark.slow
 def test_ingest_prints_the_published_counts_and_writes_them_down(peso, release_dir, tmp_path):
     root = tmp_path / "games"
     status, out, _ = peso("ingest", "--format", "peso-release", release_dir, "-w", root)
@@ -74,7 +75,6 @@ def test_ingest_prints_the_published_counts_and_writes_them_down(peso, release_d
     assert "25,707" in out
 
 
-@pytest.mark.slow
 def test_a_run_ends_with_a_table_and_a_report(peso, workspace, config_file):
     status, out, _ = peso("run", config_file, "-w", workspace)  # all is done: only the table and the report
     assert status == 0
@@ -91,7 +91,6 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(peso, config_file, tmp_p
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.slow
 def test_single_steps_make_the_same_run(peso, config_file, workspace, tmp_path):
     root = tmp_path / "w"
     assert peso("run", config_file, "-w", root, "--set", "data.format=simulate", "--dry-run")[0] == 0
@@ -129,7 +128,6 @@ def test_evaluate_tests_any_stage_on_any_cases(peso, workspace):
     assert sum(metrics["metrics"][name]["value"] for name in levels) == pytest.approx(whole)
 
 
-@pytest.mark.slow
 def test_reports_of_several_runs_stand_side_by_side(peso, workspace, config_file, tmp_path):
     other = tmp_path / "none"
     assert peso("run", config_file, "-w", other, "--set", "strategy=none", "--base", workspace)[0] == 0

@@ -82,6 +82,7 @@ LOGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LOGS, ids=lambda make: make.__name__)
 def test_init_finds_the_columns_and_what_it_writes_can_be_ingested(peso, tmp_path, make):
     log, table, written = make(tmp_path), products(tmp_path), tmp_path / "log.yaml"
@@ -214,6 +215,7 @@ def test_the_shell_completes_commands_and_values():
         assert done.stdout.split() == expected, done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_during_a_bar_stays_and_the_cursor_comes_back(tmp_path):
     rows = [(user, item, int(when.timestamp())) for user, item, when in EVENTS]
     log = write_csv(tmp_path / "log.csv", [*rows, ("u", "i", "noon")], ("user", "item", "time"))

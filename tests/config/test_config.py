@@ -35,6 +35,7 @@ def test_the_papers_preset_keeps_the_full_loss_vocabulary_and_an_explicit_choice
     assert chosen.training.loss_vocabulary == "level"
 
 
+@pytest.mark.slow
 def test_every_key_can_be_set_on_the_command_line():
     config = load_config(SIMULATED)
     leaves = [key for key in valid_keys() if not any(other.startswith(f"{key}.") for other in valid_keys())]

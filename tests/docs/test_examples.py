@@ -27,6 +27,8 @@ import peso
 from peso.model.backbone import small_llama
 from peso.training.strategies.strategy import Strategy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     str(page.relative_to(ROOT))

@@ -26,6 +26,8 @@ from peso.evaluation.report import page as report
 from peso.evaluation.report.page import write_report
 from peso.evaluation.report.tables import Quantity, Table, to_latex, to_markdown
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -105,7 +107,6 @@ def test_every_table_and_plot_lies_beside_the_page_in_every_format(written: Path
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_same_runs_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
     write_report(tmp_path / "again", example_runs(), "Example")
     for path in written.rglob("*"):
@@ -124,7 +125,6 @@ def test_csv_holds_the_estimates_in_full(written: Path) -> None:
             assert float(row[f"{metric.label} high"]) == pytest.approx(estimate.high)
 
 
-@pytest.mark.slow
 def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     """Neither markup, nor a formula, nor a command."""
     nasty = r"<script>alert(1)</script> & $\frac{ | _x_ \input{a}"
@@ -147,7 +147,6 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     assert len({len(line) for line in cells}) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_page_fits_the_window_and_logs_no_error(page: str, tmp_path: Path, width: int, scheme: str) -> None:
@@ -228,7 +227,6 @@ def _contrast(one: str, other: str) -> float:
 # -- writing it --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_names_that_differ_after_a_dot_keep_their_plots_apart(tmp_path: Path) -> None:
     runs = [run(f"peso[strength={value}]", f"peso ({value})", 0.5, penalty=1e-3) for value in (0.3, 0.03)]
     write_report(tmp_path / "r", runs, "Sweep")
@@ -237,7 +235,6 @@ def test_names_that_differ_after_a_dot_keep_their_plots_apart(tmp_path: Path) ->
     assert found == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
 
 
-@pytest.mark.slow
 def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old", ks=[3])
     assert (tmp_path / "r" / "tables" / "ndcg-3-by-stage.csv").exists()
@@ -247,7 +244,6 @@ def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
-@pytest.mark.slow
 def test_a_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -165,6 +165,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_system() -> None:
     assert len(Comparison([runs[0], other], [10]).systems) == 2
 
 
+@pytest.mark.slow
 def test_one_seed_is_said_to_speak_of_users_alone() -> None:
     comparison = Comparison([seeds("peso", "peso", 0.8, 1)[0], *seeds("single", "single", 0.2)], [10])
     cover = "With a single seed (“peso”) they do not cover another training seed"

@@ -95,6 +95,7 @@ def test_the_release_written_out_as_a_log_ingests_back_to_the_same_cases(
         assert first == second
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     log=st.lists(

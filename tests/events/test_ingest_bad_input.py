@@ -111,6 +111,7 @@ def test_files_of_different_shape(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "match"),
     [

@@ -14,6 +14,8 @@ from peso.events.erase import erase_user
 from peso.events.history_index import HistoryIndex
 from peso.events.stream import Stream, rare_file
 
+pytestmark = pytest.mark.slow
+
 T = 1_600_000_000
 USUAL = [(f"u{k % 4}", f"i{k % 5}", T + k * 60) for k in range(60)]
 RARE = [("once", "i3", T + 5), ("twice", "i1", T + 7), ("twice", "i0", T + 6), ("odd", "nowhere else", T + 8)]

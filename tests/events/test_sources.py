@@ -127,6 +127,7 @@ CONTAINERS: list[Callable[[Path], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", CONTAINERS, ids=lambda c: c.__name__)
 def test_a_log_is_the_same_in_every_container(
     container: Callable[[Path], dict[str, Any]], tmp_path: Path, reference: object

@@ -16,6 +16,8 @@ from peso.adapters.anchor_report import anchor_report
 from peso.adapters.groups import find_groups
 from peso.model.backbone import small_llama
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "transformers_trainer.py"
 
 
@@ -29,7 +31,6 @@ def example() -> ModuleType:
     return module
 
 
-@pytest.mark.slow
 def test_a_large_weight_keeps_the_adapter_nearer_its_anchor(
     example: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

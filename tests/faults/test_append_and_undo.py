@@ -25,6 +25,8 @@ from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 T = 1_600_000_000
 EVENTS = [(f"u{k % 12}", f"i{(k * 7 + k // 12) % 20}", T + k * 3600) for k in range(200)]
 NEW_ITEMS = [f"n{k}" for k in range(4)]

@@ -378,6 +378,7 @@ def test_nonsense_of_a_launcher_is_an_error(peso, monkeypatch, name, value):
     assert "torchrun" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["abc", "0", "-3", "1.5", "9" * 30, "٣", "2;3"])
 def test_nonsense_for_the_number_of_threads_is_an_error(peso, monkeypatch, text):
     monkeypatch.setenv("OMP_NUM_THREADS", text)

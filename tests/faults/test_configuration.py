@@ -26,6 +26,8 @@ from peso.runtime.files import digest
 from peso.runtime.progress import Silent
 from peso.training.strategies.strategy import Strategy
 
+pytestmark = pytest.mark.slow
+
 MADE = []
 
 

@@ -69,6 +69,7 @@ def expected() -> list[dict[str, tuple[list[str], list[str]]]]:
 # -- a name is a name, a path is a path ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log[1].csv", "log*.csv", "log?.csv", "it's {a,b} [!x].csv", "$HOME ~.csv"])
 @pytest.mark.parametrize("table", ["log", "products", "users"])
 def test_a_file_that_exists_is_that_file(tmp_path: Path, name: str, table: str) -> None:
@@ -185,6 +186,7 @@ def test_quotes_may_be_part_of_the_text(tmp_path: Path) -> None:
     assert stream.item_ids[0] == '"i0" x'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["log.csv.gz", "log.jsonl.gz", "products.csv.gz", "users.csv.gz"])
 def test_a_flipped_bit_of_a_gzip_file_is_found(tmp_path: Path, where: str) -> None:
     rng = random.Random(0)
@@ -289,6 +291,7 @@ IDS: dict[str, tuple[Any, list[str | None]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("side", ["user", "item"])
 def test_ids_of_parquet_are_what_they_mean(tmp_path: Path, name: str, side: str) -> None:
@@ -522,6 +525,7 @@ def test_late_fields_of_amazon_products_are_read(tmp_path: Path) -> None:
 # -- times ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
 @pytest.mark.parametrize("zone", [None, "UTC", "Europe/Berlin", "+02:00"])
 def test_timestamps_with_a_zone_are_moments(tmp_path: Path, unit: str, zone: str | None) -> None:
@@ -804,6 +808,7 @@ def test_decimals_of_json_that_lost_digits_are_told(tmp_path: Path) -> None:
     assert "column 'user'" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", ["i3 ", "\u200bi3", "I3", "0i3", "i3.0"])
 def test_ids_that_differ_in_how_they_are_written_are_told(tmp_path: Path, spoil: str) -> None:
     """In one log, and between a log and its append."""

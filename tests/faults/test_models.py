@@ -28,6 +28,8 @@ from peso.runtime.machine import threads
 from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 ROUNDED = "training.precision=bfloat16"
 
 

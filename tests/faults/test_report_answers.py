@@ -27,6 +27,8 @@ from peso.runs import baselines, pipeline, report
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 STAGE = 4  # the newest of the made-up runs
 
 

@@ -20,6 +20,8 @@ from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 50, "items": 30, "stages": 3}},
     "backbone": {"name": "tiny", "layers": 1},

@@ -56,6 +56,7 @@ def results(root: Path) -> object:
 # -- what is read is what was written ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "use"),
     [

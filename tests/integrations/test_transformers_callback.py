@@ -18,6 +18,8 @@ from peso.errors import ConfigError, TrainingError
 from peso.integrations.transformers import ProximalCallback, _sum_of_rates
 from peso.model.backbone import small_llama
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 16
 
 
@@ -138,7 +140,6 @@ def test_what_a_callback_cannot_do_is_refused_before_the_first_step(tmp_path: Pa
         train(peso.L2(weight=1.0), small_llama(32, 1, seed=0))
 
 
-@pytest.mark.slow
 def test_the_callback_works_with_trl(tmp_path: Path) -> None:
     """Adding the gradient and pulling afterwards hold the adapter nearer its anchor than plain SFTTrainer."""
     from datasets import Dataset

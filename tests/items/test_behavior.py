@@ -30,6 +30,8 @@ from peso.runs import preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 ITEMS = 7
 sequences = st.lists(st.lists(st.integers(0, ITEMS - 1), max_size=9), max_size=8)
 

@@ -18,6 +18,8 @@ from peso.runs import preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 LOG = [(f"u{k % 9}", f"i{k * k % 23}", 1_600_000_000 + k) for k in range(300)]
 ITEMS = sorted({item for _, item, _ in LOG}, key=lambda item: int(item[1:]))
 INDEX = {f"i{k}": [f"<a_{k % 3}>", f"<b_{k % 5}>", f"<c_{k}>"] for k in range(25)}
@@ -55,7 +57,6 @@ def tokens(workspace: Path) -> dict[str, list[str]]:
     return {item: ids.semantic_id(item) for item in ids.item_ids}
 
 
-@pytest.mark.slow
 def test_an_index_is_taken_as_it_is_measured_and_exported_again(peso: Peso, shop: Path) -> None:
     status, out, err = peso("run", shop / "shop.yaml", "-w", shop / "w")
     assert status == 0, err

@@ -39,6 +39,7 @@ def semantic_ids(draw: st.DrawFn) -> SemanticIds:
     return SemanticIds(names, np.array(rows, dtype=np.int32), sizes)
 
 
+@pytest.mark.slow
 @given(semantic_ids())
 def test_any_ids_read_back_as_written(tmp_path_factory: pytest.TempPathFactory, ids: SemanticIds) -> None:
     directory = tmp_path_factory.mktemp("ids")

@@ -24,6 +24,8 @@ from peso.items.placement import resolve
 from peso.items.rq_vae import fit_rq_vae
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 SMALL_VAE = RqVaeConfig(hidden=[32], latent=8, steps=200, batch_size=64, learning_rate=5e-3)
 Fit = Callable[[np.ndarray, list[int], int], Fitted]
 FITS: dict[str, Fit] = {

@@ -100,6 +100,7 @@ def test_the_same_seed_makes_the_same_files(quantizer: str, tmp_path: Path) -> N
     assert one == same
 
 
+@pytest.mark.slow
 @every_quantizer
 @pytest.mark.parametrize("collisions", ["reassign", "extra-level", "allow"])
 def test_append_changes_no_id_that_is_there(quantizer: str, collisions: str, tmp_path: Path) -> None:

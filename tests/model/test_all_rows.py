@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import random_semantic_ids
 from strategy_runs import TREE, Runs
@@ -21,6 +22,8 @@ from peso.model.generative import GenerativeModel
 from peso.model.head import token_log_probabilities
 from peso.runs import pipeline
 from peso.runs.workspace import Workspace
+
+pytestmark = pytest.mark.slow
 
 CATALOG = random_semantic_ids(30, (5, 6, 7))
 WORDS = ("input_words", "output_words")

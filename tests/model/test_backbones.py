@@ -25,6 +25,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SERVES)
 def test_a_family_passes_the_checks_and_loses_its_last_layer(family: str, tmp_path: Path) -> None:
     causal_lm, _ = load_backbone(build(family, SERVES[family], tmp_path), layers=2)

@@ -17,6 +17,8 @@ from peso.runs.checks import check_configuration
 from peso.runs.models import trains_backbone
 from peso.runs.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"name": "tiny", "width": 16, "layers": 1}
 FAST = {"data.simulate.users": 30, "data.simulate.stages": 2, "training.max_steps": 2}
 

@@ -16,6 +16,8 @@ from peso.errors import ExportError
 from peso.model.export import export_merged, export_peft
 from peso.model.generative import GenerativeModel
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[0, 70, 71, 260, 268, 261, 270, 259]])  # words and codes
 SUMS: dict[str, tuple[Any, int]] = {  # strategy, rank of stage 3 in the rank of one adapter
     "single": ("single", 1),

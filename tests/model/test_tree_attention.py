@@ -112,6 +112,7 @@ def as_model(causal_lm: torch.nn.Module, plain: GenerativeModel) -> GenerativeMo
     ).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SERVES)
 def test_families_attend_along_trees_or_say_that_they_do_not(
     make_model: Callable[..., GenerativeModel], family: str, tmp_path: Path

@@ -21,6 +21,8 @@ from peso.runtime.files import digest
 from peso.runtime.manifest import replace_file
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 40, "items": 30, "stages": 4}},
     "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
@@ -87,7 +89,6 @@ def files_of(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 def test_what_passes_serves_and_what_does_not_leaves_the_champion(
     workspace: Workspace, outcome: Callable[[str], None]
 ) -> None:
@@ -319,7 +320,6 @@ def alert(tmp_path: Path) -> tuple[str, Callable[[], list[dict[str, Any]]]]:
     return f"{sys.executable} '{script}'", read
 
 
-@pytest.mark.slow
 def test_an_alert_is_sent_where_the_champion_stays_or_the_update_fails(
     workspace: Workspace, outcome: Callable[[str], None], peso: Call, alert
 ) -> None:

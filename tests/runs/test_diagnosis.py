@@ -21,6 +21,8 @@ from peso.runs.directions import stage_directions
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 SENTENCE = "the anchor had no measurable effect at this weight"
 
 
@@ -50,7 +52,6 @@ def test_the_anchor_s_ratio_is_the_mean_over_the_steps(weak) -> None:
     assert SENTENCE in anchor["finding"]
 
 
-@pytest.mark.slow
 def test_an_anchor_that_holds_and_none_at_all_give_no_warning(weak, tmp_path: Path) -> None:
     for name, override in (("heavy", "strategy={name: peso, weight: 1e6}"), ("single", "strategy=single")):
         workspace, notes = trained(tmp_path / name, override, base=weak[0].root)
@@ -161,7 +162,6 @@ def test_directions_of_a_free_run_against_itself_have_weight_one(free) -> None:
         assert set(row["factors"]) == {"A", "B"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["loss", "decoupled"])
 def test_a_stronger_anchor_predicts_and_measures_less_of_the_new_optimum(
     weak, free, tmp_path, coupling
@@ -183,7 +183,6 @@ def test_a_stronger_anchor_predicts_and_measures_less_of_the_new_optimum(
         assert strong_anchor < 0.5
 
 
-@pytest.mark.slow
 def test_the_weight_is_the_one_that_the_stage_was_learnt_with(weak, tmp_path: Path) -> None:
     options = "strategy={name: peso, strength: 0.5, coupling: loss, examples: 8}"
     held, _ = trained(tmp_path / "strength", options, base=weak[0].root)
@@ -193,7 +192,6 @@ def test_the_weight_is_the_one_that_the_stage_was_learnt_with(weak, tmp_path: Pa
     assert "measured" not in found["directions"][0]
 
 
-@pytest.mark.slow
 def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
     workspace = weak[0]
     with pytest.raises(WorkspaceError, match="trained with peso"):
@@ -222,7 +220,6 @@ def test_a_plot_of_nothing_is_refused_before_anything_is_computed(peso, free, tm
     assert not file.exists()
 
 
-@pytest.mark.slow
 def test_diagnose_prints_and_draws_directions(peso, weak, tmp_path: Path) -> None:
     arguments = ("diagnose", "-w", weak[0].root, "--directions", "3", "--examples", "24")
     status, out, _ = peso(*arguments, "--at", "end", "--plot", tmp_path / "d.svg")

@@ -19,6 +19,8 @@ from peso.runtime.manifest import read_manifest, write_manifest
 from peso.runtime.progress import Silent
 from peso.training.plan import StageExamples
 
+pytestmark = pytest.mark.slow
+
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 150, "items": 60, "stages": 4}},
     "backbone": {"name": "tiny"},

@@ -24,6 +24,8 @@ from peso.runs.compare.schedule import WORKER, Row, Schedule
 from peso.runs.executors import Dask, Handle, LostWorker, Machine, Ray, Slurm, open_executor
 from peso.runs.tasks import Call, run
 
+pytestmark = pytest.mark.slow
+
 ONE = {"strategies": ["single"]}
 
 
@@ -123,7 +125,6 @@ class Lost:
     kill = close = cancel
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_elsewhere_when_its_machine_is_lost_and_gives_the_same_result(
     tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
@@ -171,7 +172,6 @@ def test_a_missing_package_is_named_with_the_command(
 # -- Slurm, by submitit's local executor ---------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_jobs_of_submitit_give_the_results_of_local_processes(
     tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
@@ -199,7 +199,6 @@ def test_slurm_without_sbatch_is_refused(tmp_path: Path) -> None:
 # -- Dask ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_dask_gives_the_results_of_local_processes(
     tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
@@ -241,7 +240,6 @@ def two_nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
-@pytest.mark.slow
 def test_a_ray_cluster_that_loses_a_node_gives_the_results_of_local_processes(
     two_nodes: Any, tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:

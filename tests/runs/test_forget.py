@@ -30,6 +30,8 @@ from peso.runs.workspace import Workspace
 from peso.runtime.manifest import MANIFEST, read_manifest
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch: pytest.MonkeyPatch) -> None:

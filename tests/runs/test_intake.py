@@ -24,6 +24,8 @@ from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 T = 1_600_000_000
 EVENTS = [(f"u{k % 7}", f"i{(k * 5 + k // 7) % 19}", T + k * 3600) for k in range(90)]
 LAST = EVENTS[-1][2] * 1_000_000
@@ -281,7 +283,6 @@ with workspace.lock():
 """
 
 
-@pytest.mark.slow
 def test_kills_at_random_moments_cut_each_event_once(shop: Workspace) -> None:
     moments, total = random.Random(3), 0
     for turn in range(4):

@@ -20,6 +20,8 @@ from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 TREE = {
     "data": {"simulate": {"users": 60, "items": 40, "stages": 3}},
     "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
@@ -118,7 +120,6 @@ def test_a_stage_learns_it_and_says_how_much_it_counts(single: Workspace) -> Non
     assert len(told["ndcg@10"]) == 21
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [

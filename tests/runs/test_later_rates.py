@@ -19,6 +19,8 @@ from peso.runtime.progress import Silent
 from peso.training.strategies.retrain import Retrain
 from peso.training.strategies.strategy import Strategy
 
+pytestmark = pytest.mark.slow
+
 TREE: dict[str, Any] = {
     "data": {"simulate": {"users": 60, "items": 40, "stages": 2}},
     "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
@@ -101,7 +103,6 @@ def test_a_stage_chooses_its_rate_and_says_so(base: Path, tmp_path: Path) -> Non
     assert not auto.stage(1).unfinished.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "phases"),
     [
@@ -125,7 +126,6 @@ def test_every_strategy_is_tried_from_its_own_start(
     assert weights(auto) == weights(fixed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "title"),
     [

@@ -19,6 +19,8 @@ from peso.runs import pipeline
 from peso.runs.pool_weights import _mass, correct_arrivals
 from peso.runs.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 ITEMS, NEW = 30, 6  # the last six are new; the very last has no event
 
 

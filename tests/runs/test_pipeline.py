@@ -26,6 +26,8 @@ from peso.runtime.files import checksum
 from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
     "backbone": {"name": "tiny"},
@@ -110,7 +112,6 @@ def test_a_finished_run_has_nothing_left_to_do(finished):
     assert result_files(finished) == before
 
 
-@pytest.mark.slow
 def test_a_run_is_reproducible_bit_for_bit(finished, tmp_path):
     assert result_files(run(tmp_path / "again")) == result_files(finished)
 
@@ -124,7 +125,6 @@ def _steps(root: Path) -> int:
     return lines
 
 
-@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path):
     root, script = tmp_path / "killed", tmp_path / "run.py"
     script.write_text(
@@ -155,7 +155,6 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path
     assert result_files(Workspace.open(root)) == result_files(finished)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_a_changed_strategy_is_not_continued(tmp_path):
     root, large = tmp_path / "w", "training.batch_size=256"  # so that there is a second epoch to stop in
     workspace = Workspace.create_or_open(root, config("strategy.weight=1e6", large))
@@ -174,7 +173,6 @@ def test_a_checkpoint_of_a_changed_strategy_is_not_continued(tmp_path):
     assert result_files(run(root, large)) == result_files(run(tmp_path / "straight", large))
 
 
-@pytest.mark.slow
 def test_the_base_stage_is_taken_over_only_if_it_would_be_the_same(finished, tmp_path):
     single = run(tmp_path / "single", "strategy=single", base=finished.root)
     theirs = {name: sha for name, sha in result_files(finished).items() if name.startswith("0/")}
@@ -191,7 +189,6 @@ def test_none_keeps_the_base_state(finished, tmp_path):
     assert files["2/adapter/adapter_model.safetensors"] == files["1/adapter/adapter_model.safetensors"]
 
 
-@pytest.mark.slow
 def test_a_heavier_anchor_moves_less(finished, tmp_path):
     moved = {}
     for weight in ("0", "1e4"):
@@ -200,7 +197,6 @@ def test_a_heavier_anchor_moves_less(finished, tmp_path):
     assert moved["1e4"] < moved["0"]
 
 
-@pytest.mark.slow
 def test_any_model_is_tested_on_any_stage(finished):
     metrics = evaluate.test(finished.stage(0).on(2), Silent())
     assert (metrics["stage"], metrics["on"]) == (0, 2)
@@ -213,7 +209,6 @@ def test_any_model_is_tested_on_any_stage(finished):
         evaluate.test(finished.stage(0).on(9), Silent())
 
 
-@pytest.mark.slow
 def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finished, tmp_path):
     workspace = run(tmp_path / "w", "strategy=none", base=finished.root)
     path = workspace.stage(1).directory / "predictions.parquet"
@@ -225,7 +220,6 @@ def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finishe
     assert checksum(path) != before
 
 
-@pytest.mark.slow
 def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
     workspace = run(tmp_path / "w", "training.max_steps=2")
     assert report.stage_cost(workspace.stage(1)).bytes_on_disk > 0
@@ -235,7 +229,6 @@ def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
     assert {stage.cost.bytes_on_disk for stage in found.stages.values()} == {None}
 
 
-@pytest.mark.slow
 def test_evaluation_can_be_left_out(tmp_path):
     workspace = run(tmp_path / "w", "evaluation.enabled=false", "training.max_steps=2")
     assert workspace.finished_stages == [0, 1, 2]
@@ -278,7 +271,6 @@ def test_what_is_learnt_is_not_overwritten(finished):
     assert {path: checksum(path) for path in finished.root.glob("stages/*/*.safetensors")} == weights
 
 
-@pytest.mark.slow
 def test_the_log_has_every_figure_of_every_step(finished, tmp_path):
     anchored = run(tmp_path / "w", "strategy.weight=2.0", base=finished.root)
     lines = (anchored.stage(1).directory / "log.jsonl").read_text().splitlines()
@@ -349,7 +341,6 @@ def test_an_older_stage_answers_as_it_did(finished):
 
 
 @pytest.mark.parametrize("where", ["weights", "log"])
-@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_stage_and_the_run_goes_on_later(finished, tmp_path, monkeypatch, where):
     import errno
 

@@ -22,6 +22,8 @@ from peso.runs import publish, retired
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 HISTORY = ["i11", "i14"]
 HEADS = ["codes", "items"]
 
@@ -217,7 +219,6 @@ print(json.dumps(found.to_dict("list")))
 """
 
 
-@pytest.mark.slow
 def test_an_mlflow_model_answers_in_another_process_as_the_stage(
     shop: Recommender, tmp_path: Path, peso: Any
 ) -> None:
@@ -237,7 +238,6 @@ def test_an_mlflow_model_answers_in_another_process_as_the_stage(
         assert found["scores"][row] == pytest.approx([score for _, score in own], abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_registered_model_gets_a_version_each_time(
     runs: dict[str, Recommender], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

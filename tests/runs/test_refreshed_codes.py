@@ -204,7 +204,6 @@ def test_an_interrupted_stage_ends_the_same(shop: Workspace, tmp_path: Path, str
         assert files(half.stage(stage).directory) == files(whole.stage(stage).directory)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [

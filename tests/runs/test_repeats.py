@@ -15,6 +15,8 @@ from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 
+pytestmark = pytest.mark.slow
+
 USERS, ITEMS = 24, 30
 
 

@@ -19,6 +19,8 @@ from peso.runs.served import previous, promote, rollback, served, serving_stage
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 
+pytestmark = pytest.mark.slow
+
 Call = Callable[..., tuple[int, str, str]]
 
 

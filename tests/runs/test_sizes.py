@@ -16,6 +16,8 @@ from peso.runs import pipeline, preparation, sizes
 from peso.runs.workspace import Workspace
 from peso.runtime.files import write_atomically
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"epochs": 1, "max_steps": 2, "later": {"learning_rate": 1e-3}}
 
 
@@ -154,7 +156,6 @@ def test_a_damaged_record_is_told(tmp_path):
     Workspace.open(tmp_path / "w")  # which has its values
 
 
-@pytest.mark.slow
 def test_a_run_with_auto_is_the_run_with_the_chosen_values(tmp_path):
     path = log(tmp_path / "log.csv")
     sections = {"training": SHORT, "head": "codes", "evaluation": {"enabled": False}, "strategy": "single"}
@@ -173,7 +174,6 @@ def test_a_run_with_auto_is_the_run_with_the_chosen_values(tmp_path):
         assert list(pipeline.missing_steps(again, again.stream.stages)) == []
 
 
-@pytest.mark.slow
 def test_runs_of_a_comparison_share_the_choice_and_what_is_given_tells_them_apart(tmp_path):
     compare = {
         "strategies": {"none": "none", "single": "single"},

@@ -18,6 +18,8 @@ from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 
+pytestmark = pytest.mark.slow
+
 T = 1_600_000_000
 KINDS = ("tea", "cup", "pot", "spoon", "kettle")
 EVENTS = [(f"u{k % 13}", f"i{(k * k + k // 7) % 24}", T + k * 3600) for k in range(260)]

@@ -13,6 +13,8 @@ from peso.errors import DataError, ExportError
 from peso.runtime import remote
 from peso.runtime.remote import local, output, require_output
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:

@@ -14,6 +14,8 @@ from peso.serving.guard import JsonLines, Rates
 from peso.serving.server import Settings, guarded, make_service
 from peso.serving.tokens import Tokens, read_tokens, require_tokens
 
+pytestmark = pytest.mark.slow
+
 FIRST, SECOND = "a-token-of-the-shop", "another-token-of-it"
 LINES = [FIRST, "# of the robot", "sha256:" + hashlib.sha256(SECOND.encode()).hexdigest()]
 

@@ -13,6 +13,8 @@ from peso.model.item_head import ItemHead
 from peso.runs.diagnosis import stream_drift
 from peso.serving.explain import ItemTexts, Likelihood, likelihood, near_by_codes, near_by_head, reason
 
+pytestmark = pytest.mark.slow
+
 WITHIN = 60.0  # seconds, on a machine with other work
 
 

@@ -15,6 +15,8 @@ from peso.serving import before as before_module
 from peso.serving.explorer import PAGE
 from peso.serving.tokens import Tokens
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-of-the-shop"
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 WITHIN = 60.0  # seconds, on a machine with other work

@@ -13,6 +13,8 @@ from peso.events.received import ReceivedEvents
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def client(serving, copy):

@@ -25,6 +25,7 @@ def scores(answer: dict) -> list[tuple[str, float]]:
     return [(each["item"], each["score"]) for each in answer["items"]]
 
 
+@pytest.mark.slow
 def test_an_answer_is_what_the_recommender_says(client, recommender):
     ids = recommender.semantic_ids.item_ids
     answer = ask(client, history=ids[:5], k=7, titles=True).json()
@@ -112,6 +113,7 @@ def test_who_has_no_history_gets_popular_items_and_is_told(client, shop, recomme
     assert [each["item"] for each in ask(client, **request_, allow=[best]).json()["items"]] == [best]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_loading_is_stood_in_for(serving, shop, recommender):
     client = serving(shop.root, ready=False, read_only=True)
     ids = recommender.semantic_ids.item_ids
@@ -176,6 +178,7 @@ def test_the_status_says_who_answers(client):
     assert client.get("/healthz").text == "ok\n"
 
 
+@pytest.mark.slow
 def test_a_pinned_stage_answers(serving, shop):
     client = serving(shop.root, stage=0, read_only=True)
     ids = shop.semantic_ids.item_ids

@@ -19,6 +19,8 @@ from peso.runs.served import promote, rollback
 from peso.runtime.progress import Silent
 from peso.serving import live
 
+pytestmark = pytest.mark.slow
+
 WITHIN = 60.0  # seconds, on a machine with other work
 
 
@@ -34,7 +36,6 @@ def _quick(monkeypatch):
     monkeypatch.setattr(live, "INTERVAL", 0.02)
 
 
-@pytest.mark.slow
 def test_no_request_fails_and_none_is_mixed_while_stages_change(serving, copy):
     ids = copy.semantic_ids.item_ids
     histories = [ids[start : start + 4] for start in range(6)]
@@ -82,7 +83,6 @@ def test_no_request_fails_and_none_is_mixed_while_stages_change(serving, copy):
     assert "peso_stage_changes_total 4.0" in client.get("/metrics").text
 
 
-@pytest.mark.slow
 def test_a_workspace_that_is_being_updated_is_served_as_before(serving, copy):
     """The server is started, answers, takes events and changes the stage meanwhile."""
     promote(copy, 0)

@@ -15,6 +15,8 @@ from peso.runtime.progress import Silent
 from peso.serving import live
 from peso.serving.stock import Stock, StockFiles
 
+pytestmark = pytest.mark.slow
+
 
 def test_only_items_in_stock_come_back_and_the_files_are_read_again(serving, shop, tmp_path):
     ids = shop.semantic_ids.item_ids

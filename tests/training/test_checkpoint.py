@@ -23,6 +23,8 @@ from peso.training.loop import train_stage
 from peso.training.strategies.peso import Peso
 from peso.training.task import Progress, StageResult, StageTask
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES = random_sequences(0, count=12, longest=8)
 EVERY_STEP, EPOCH_ENDS = 0.0, 1e9  # checkpoint_seconds
 
@@ -82,7 +84,6 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("every", [EVERY_STEP, EPOCH_ENDS])
 @pytest.mark.parametrize("stops", [(1,), (4,), (2, 7, 8), (11,)])
 def test_interrupted_training_ends_the_same(
@@ -144,7 +145,6 @@ torch.save({name: p.detach() for name, p in model.named_parameters() if p.requir
 """
 
 
-@pytest.mark.slow
 def test_a_killed_process_continues_bit_for_bit(
     make_model: Callable[..., GenerativeModel], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ LAYOUTS = ["stream", "instruct"]
 VOCABULARIES = ["full", "semantic", "level"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_vocabulary", VOCABULARIES)
 def test_log_probability_of_a_target_is_the_sum_over_its_levels(

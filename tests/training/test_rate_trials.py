@@ -22,6 +22,8 @@ from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import StageContext, Strategy
 from peso.training.task import StageResult, StageTask
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES = random_sequences(0, count=12, longest=8)
 CANDIDATES = [Rates(rate, rows) for rate in (1e-5, 1e-2) for rows in (0.3, 3.0)]
 
@@ -131,7 +133,6 @@ class Interrupted(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.slow
 def test_interrupted_trials_end_the_same(setting: Setting, tmp_path: Path) -> None:
     whole, _ = setting.by_trials(tmp_path / "whole")
     setting.checkpoint_seconds = 0.0

@@ -51,6 +51,7 @@ def terms(coupling: str) -> list[Term]:
     return some if coupling == "decoupled" else [*some, peso.Orthogonal(weight=30.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("coupling", ["loss", "decoupled"])
 def test_groups_found_before_give_the_same_bits(coupling: str, dtype: torch.dtype) -> None:

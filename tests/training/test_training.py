@@ -280,6 +280,7 @@ def test_a_backbone_can_be_trained_whole(make_model: Callable[..., GenerativeMod
     assert all(step["gradient_norm"] is None for step in records(tmp_path)[0])
 
 
+@pytest.mark.slow
 def test_training_is_a_function_of_its_seed(
     make_model: Callable[..., GenerativeModel], tmp_path: Path
 ) -> None:

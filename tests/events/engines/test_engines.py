@@ -17,6 +17,8 @@ from peso.events.database import WORK
 from peso.events.engines.engine import Engine, arg_min, open_engine
 from peso.events.stage_writer import by_user
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:

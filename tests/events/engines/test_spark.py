@@ -45,6 +45,7 @@ def spark() -> Iterator[None]:
         "spark.ui.showConsoleProgress": "false",
         "spark.log.level": "ERROR",
         "spark.sql.shuffle.partitions": "3",
+        "spark.sql.codegen.wholeStage": "false",  # compiling takes longer than running on so few events
         "spark.sql.adaptive.coalescePartitions.enabled": "false",
     }
     session = SparkSession.builder.config(map=options).getOrCreate()
@@ -90,7 +91,6 @@ def with_both(tmp_path: Path, fill: Any, **data: Any) -> dict[str, Any]:
     return made[0]
 
 
-@pytest.mark.slow
 def test_an_ingestion_and_an_append_give_the_same_files(
     tmp_path: Path, spark: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +111,6 @@ def test_an_ingestion_and_an_append_give_the_same_files(
     assert "repeats of earlier stages dropped" in steps
 
 
-@pytest.mark.slow
 def test_types_ratings_repeats_and_boundaries_give_the_same_files(tmp_path: Path, spark: None) -> None:
     written = with_both(
         tmp_path,
@@ -129,12 +128,10 @@ def test_types_ratings_repeats_and_boundaries_give_the_same_files(tmp_path: Path
     assert len(set(left)) == len(left) - 1, "every step but the first removes events"
 
 
-@pytest.mark.slow
 def test_movietweetings_gives_the_same_files(tmp_path: Path, spark: None, movietweetings_dir: Path) -> None:
     with_both(tmp_path, ingest, format="movietweetings", path=str(movietweetings_dir), min_user=5, min_item=5)
 
 
-@pytest.mark.slow
 def test_an_error_leaves_nothing(tmp_path: Path, spark: None) -> None:
     path = log(tmp_path / "log.csv", T, 60, events=200)
     directory = tmp_path / "stream"

@@ -13,6 +13,8 @@ from torch import Tensor
 from peso.errors import ExportError
 from peso.model.export import export_merged
 
+pytestmark = pytest.mark.slow
+
 
 def logits(model: Any) -> Tensor:
     ids = torch.from_numpy(model.layout.prompt(model.item_token_ids(np.array([2, 5, 9])))).long()[None]

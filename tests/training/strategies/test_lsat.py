@@ -22,6 +22,8 @@ from peso.model.generative import GenerativeModel, LogitTransform
 from peso.runs.recommender import Recommender
 from peso.training.likelihood import target_log_probabilities, trie_log_likelihood
 
+pytestmark = pytest.mark.slow
+
 HISTORIES = [[3, 17, 4], [], [20, 2, 2, 9, 11]]
 
 
@@ -134,7 +136,6 @@ def test_a_twin_shares_the_backbone_and_nothing_that_is_learnt(
     assert len(own) == sum(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_arithmetic_is_the_weighted_sum_of_what_both_learnt(runs: Runs, stage: int) -> None:
     """The trainings are those of fusion ``outputs``, which keeps both apart in its files."""

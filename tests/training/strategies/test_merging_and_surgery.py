@@ -15,6 +15,8 @@ from peso.runs.models import context_of, starting_model
 from peso.training.strategies.slao import orthonormal_rows
 from peso.training.strategies.slice import ROW_NORM, reconciled, strongest_inputs
 
+pytestmark = pytest.mark.slow
+
 # --- slao -----------------------------------------------------------------------------------------------
 
 
@@ -44,7 +46,6 @@ def test_b_is_merged_by_the_root_of_the_count_and_a_replaced(runs: Runs, backbon
             assert not torch.allclose(b, learnt)
 
 
-@pytest.mark.slow
 def test_a_stage_starts_from_the_orthogonal_basis_of_the_last_and_from_its_b(runs: Runs) -> None:
     """A stage that learns nothing ends as it begins."""
     still = runs("slao", STILL)

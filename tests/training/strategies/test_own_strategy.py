@@ -52,6 +52,7 @@ def distance_to_base(workspace: Workspace, stage: int) -> float:
     return math.sqrt(sum(squares))
 
 
+@pytest.mark.slow
 def test_the_documented_strategy_does_what_its_page_says(runs: Runs, documented: dict[str, Any]) -> None:
     pair = runs(with_strength(documented, 0.0)), runs("single")
     for stage in (1, 2, 3):

@@ -29,6 +29,8 @@ from peso.training.strategies.replay import Replay, stored, trimmed
 from peso.training.strategies.retrain import Retrain
 from peso.training.strategies.strategy import StageContext
 
+pytestmark = pytest.mark.slow
+
 WINDOW = 5
 
 
@@ -137,7 +139,6 @@ def test_retrain_learns_every_target_of_the_stages_so_far_and_no_other(runs: Run
 
 
 @pytest.mark.parametrize("backbone", ["pretrained", "tiny"])
-@pytest.mark.slow
 def test_retrain_owes_nothing_to_earlier_states(runs: Runs, tmp_path: Path, backbone: str) -> None:
     """Other weights in the stage before change no bit; of stage 0 only the backbone trained there counts."""
     workspace = runs("retrain", backbone=backbone)

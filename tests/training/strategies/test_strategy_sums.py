@@ -14,6 +14,8 @@ from peso.adapters.lora import Past
 from peso.runs.workspace import Workspace
 from peso.training.strategies.o_lora import OLora
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = list(itertools.product(("all", "latest"), (False, True)))
 
 
@@ -62,7 +64,6 @@ def test_what_is_kept_grows_with_all_and_stays_with_latest(runs: Runs, history: 
         assert all(len(down) == past.rank for down in past.down.values())
 
 
-@pytest.mark.slow
 def test_inherit_begins_at_the_last_adapter_and_otherwise_a_fresh_one(runs: Runs) -> None:
     """A stage that learns nothing ends as it begins."""
     inherited, fresh = (runs(sum_lora("all", inherit), STILL) for inherit in (True, False))
@@ -127,7 +128,6 @@ def overlap(workspace: Workspace, stage: int) -> float:
     )
 
 
-@pytest.mark.slow
 def test_the_penalty_of_o_lora_drives_overlaps_down(runs: Runs) -> None:
     longer = ("training.max_steps=12", "training.epochs=12")
     free, held = (runs({"name": "o_lora", "weight": weight}, *longer) for weight in (0.0, 10.0))

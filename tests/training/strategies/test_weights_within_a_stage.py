@@ -15,6 +15,8 @@ from peso.runs.workspace import Workspace
 from peso.training.strategies.ema import Ema
 from peso.training.strategies.strategy import StageContext
 
+pytestmark = pytest.mark.slow
+
 
 def everything(workspace: Workspace, stage: int) -> dict[str, Tensor]:
     matrices = {f"{m}.{k}": t for m, pair in factors(workspace, stage).items() for k, t in enumerate(pair)}
@@ -38,7 +40,6 @@ def test_the_average_is_its_recurrence() -> None:
         torch.testing.assert_close(value, expected[name])
 
 
-@pytest.mark.slow
 def test_a_stage_keeps_and_validates_the_average(
     runs: Runs, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
