@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -71,6 +72,7 @@ def names_in(path: Path) -> set[str]:
 
 
 def files_naming(workspace: Workspace, user: str) -> list[str]:
+    gc.collect()  # ends what still has a database open, whose file *-wal would vanish while files are listed
     files = [path for path in workspace.root.rglob("*") if path.is_file()]
     return [str(path.relative_to(workspace.root)) for path in files if user in names_in(path)]
 
