@@ -111,6 +111,14 @@ def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> tup
     return list(missing_steps(workspace, workspace.stream.stages)), workspace.config
 
 
+def _run_hybrids(workspace: Workspace, observer: Observer) -> None:
+    """Run the configured hybrids before the gate promotes a stage, because a server may answer with one."""
+    if hybrids := [config for config in workspace.config.baselines if config.fused]:
+        from peso.runs.baselines import run_baselines
+
+        run_baselines(workspace, hybrids, observer)
+
+
 def _conclude(workspace: Workspace, observer: Observer) -> None:
     """Run the baselines and write the report."""
     if workspace.config.baselines:
@@ -228,6 +236,7 @@ def update(workspace: Workspace, observer: Observer) -> int | None:
         if stage.before.pruned is None and stage.on(number).has_cases:
             test(stage.before.on(number), observer)
         if gated:
+            current().on_main(partial(_run_hybrids, workspace, observer))
             judge(stage, observer)
         current().on_main(partial(_conclude, workspace, observer))
     return number

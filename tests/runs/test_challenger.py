@@ -15,6 +15,8 @@ from peso.config import load_config
 from peso.errors import WorkspaceError
 from peso.evaluation import verdict as verdicts
 from peso.runs import challenger, pipeline, preparation
+from peso.runs.baselines import run_baselines
+from peso.runs.hybrids import hybrids_not_run
 from peso.runs.served import promote, rollback, served
 from peso.runs.workspace import Workspace
 from peso.runtime.files import digest
@@ -118,6 +120,29 @@ def test_what_passes_serves_and_what_does_not_leaves_the_champion(
     before = files_of(workspace.root)
     assert pipeline.update(workspace, Silent()) is None
     assert files_of(workspace.root) == before
+    assert served(workspace).current == 1
+
+
+def test_a_stage_has_its_hybrids_before_the_gate_promotes_it(
+    tested: Path, tmp_path: Path, outcome: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome("passed")
+    hybrid = (
+        '[popularity, {"name": "hybrid", "weight": 0.5, "partners": [{"name": "popularity", "last": 1}]}]'
+    )
+    root, there = shutil.copytree(tested, tmp_path / "w"), list[list[str]]()
+
+    def promote_and_look(workspace: Workspace, stage: int, **options: Any) -> bool:
+        there.append(hybrids_not_run(workspace, stage))
+        return promote(workspace, stage, **options)
+
+    monkeypatch.setattr(challenger, "promote", promote_and_look)
+    with Workspace.change(root, [f"baselines={hybrid}"]) as workspace:
+        run_baselines(workspace, workspace.config.baselines[1:], Silent())
+        shutil.rmtree(next((root / "baselines").glob("hybrid*")) / "1")
+        assert hybrids_not_run(workspace, 1)
+        assert pipeline.update(workspace, Silent()) == 1
+    assert there == [[]]
     assert served(workspace).current == 1
 
 
