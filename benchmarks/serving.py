@@ -7,14 +7,20 @@ Parts; without `--part`, all of them:
 - `throughput`: `throughput_ratio`, answers per second of `peso serve` to 32 clients that each send the next
   request when they have the answer, over those of `generate` (10 beams, `prefix_allowed_tokens_fn`), called
   for one request at a time on the same weights and the same histories in the same run, while the server has
-  nothing to do. Also `ready_seconds`, from the start of the process until the model is loaded.
-- `returning`: `returning_ratio`, the latency of a user's request after one new event over that of the first
-  request of a user, 20 items of history each, one client; medians. `products_ratio` is the same ratio if
-  nothing but the matrix products of the backbone took time, measured one after the other in the same run: a
-  lower bound as long as every level of the beam search is one pass.
+  nothing to do. The server keeps no answers (`--answer-memory 0`). Also `ready_seconds`, from the start of
+  the process until the model is loaded.
+- `returning`: `returning_ratio`, the latency of a user's request half a second after one new event over that
+  of the first request of a user, 20 items of history each, one client; medians. The server prepares the
+  answer in that time; `prepared_share` is the share of these requests that got a prepared answer.
+  `at_once_ratio` is the same for a request that follows its event without a pause. `products_ratio` is the
+  latter if nothing but the matrix products of the backbone took time, measured one after the other in the
+  same run: a lower bound as long as every level of the beam search is one pass.
+- `preparing`: what preparation costs others: five events per second of users who have asked, and one client
+  that asks for other histories at random times, three per second; latencies and processor time of the
+  server, and the same without preparation (`--no-prepare`). See serving_returning.py.
 - `events`: `events_per_second`, in lists of 500.
 - `promotions`: two stages take turns under the load of 32 clients for `--seconds`; an answer is mixed if it
-  is not that of the stage that it names.
+  is not that of the stage that it names. The server keeps no answers.
 - `kills`: the server is killed (SIGKILL) at random moments while 4 clients send events, see
   serving_faults.py.
 - `generated`, `malformed`: requests that schemathesis makes from the OpenAPI description, and malformed
@@ -22,10 +28,10 @@ Parts; without `--part`, all of them:
 - `users`: a server with a million users in its stream: resident memory, seconds to index the histories, and
   the time of a request.
 
-The first four use two stages of SmolLM2-135M with 8 layers (`peso pull smollm2-135m`) on `Video_Games`
+The first five use two stages of SmolLM2-135M with 8 layers (`peso pull smollm2-135m`) on `Video_Games`
 (PESO_DATA), trained for one step, since nothing that is measured depends on what was learned; the others a
 tiny model on simulated data. Workspaces are made in a temporary directory; `--workspace` names one for the
-first four, whose stages are promoted and whose events are added to. `--quick`: the tiny model for all, and a
+first five, whose stages are promoted and whose events are added to. `--quick`: the tiny model for all, and a
 few seconds or tries of each.
 """
 
@@ -48,18 +54,18 @@ import numpy as np
 import torch
 from serving_faults import bodies, generated, kills
 from serving_process import ROOT, TINY, Client, load, make_workspace, served, together, video_games
+from serving_returning import BEAMS, ITEMS, preparing, returning
 from serving_users import users
 
-from peso.model.inference import PackedLinear
 from peso.runs.served import promote
 from peso.runs.workspace import Workspace
 
 sys.path.append(str(ROOT / "tests"))
 from transformers_reference import UsualWay
 
-BEAMS, ITEMS, CLIENTS, TOGETHER = 10, 20, 32, 500
+CLIENTS, TOGETHER = 32, 500
 NEAR = 2e-3  # by which a score may differ between batches
-SPEED = ("throughput", "returning", "events", "promotions")
+SPEED = ("throughput", "returning", "preparing", "events", "promotions")
 FAULTS = ("kills", "generated", "malformed", "users")
 NUMBERS = {"seconds": (60, 3), "promotions": (10, 2), "kills": (50, 2), "generated": (2000, 200),
            "malformed": (5000, 300), "users": (1_000_000, 2000)}  # fmt: skip
@@ -77,7 +83,7 @@ def throughput(workspace: Workspace, seconds: float) -> dict[str, float]:
         answer = client.post("/v1/recommend", {"history": histories[number % len(histories)]})
         assert answer["source"] == "model"
 
-    with served(workspace) as server:
+    with served(workspace, "--answer-memory", "0") as server:
         generate = by_generate(workspace, histories, seconds / 3)
         load(server.port, CLIENTS, 1, ask)  # warms up
         started = time.perf_counter()
@@ -109,70 +115,13 @@ def by_generate(workspace: Workspace, histories: list[list[str]], seconds: float
     return done / (time.perf_counter() - started)
 
 
-def returning(workspace: Workspace, number: int) -> dict[str, float]:
-    """Seconds of the first request of each user, and of the one after a new event."""
-    items, draw = workspace.semantic_ids.item_ids, np.random.default_rng(0)
-    cold, again = [], []
-    with served(workspace) as server:
-        client = Client(server.port)
-        for user in range(number):
-            name = f"benchmark {time.time_ns()} {user}"
-            had = [items[row] for row in draw.choice(len(items), ITEMS + 1, replace=False)]
-            events = [{"user": name, "item": item, "time": place} for place, item in enumerate(had)]
-            for part, seconds in ((events[:ITEMS], cold), (events[ITEMS:], again)):
-                client.post("/v1/events", part)
-                started = time.perf_counter()
-                client.post("/v1/recommend", {"user": name})
-                seconds.append(time.perf_counter() - started)
-    first, second = statistics.median(cold), statistics.median(again)
-    timed = {"returning_ratio": second / first, "cold_ms": 1000 * first, "returning_ms": 1000 * second}
-    return timed | products(workspace, number)
-
-
-@torch.no_grad()
-def products(workspace: Workspace, turns: int) -> dict[str, float]:
-    """Milliseconds of the matrix products of the passes of both requests: the prompt or its new item, then
-    the beams of each further level."""
-    from peso.model.inference import for_inference
-    from peso.runtime.machine import threads
-
-    model = for_inference(workspace.trained(1).model("cpu"), packed=True)
-    decoder, levels = model.causal_lm.get_decoder(), model.semantic_ids.levels
-    layers = [module for module in decoder.modules() if isinstance(module, PackedLinear)]
-    prompt = len(model.layout.prompt(model.item_token_ids(np.arange(ITEMS))))
-    beams = [BEAMS] * (levels - 1)
-    sizes = {"cold": [prompt, *beams], "returning": [levels + len(model.layout.separator), *beams]}
-    taken: dict[str, list[float]] = {name: [] for name in sizes}
-    with threads(model, workspace.config.training.threads):
-        inputs = {
-            (rows, layer.packed.shape[1]): torch.randn(rows, layer.packed.shape[1])
-            for rows in {*sizes["cold"], *sizes["returning"]}
-            for layer in layers
-        }
-        for _ in range(turns):
-            for name, passes in sizes.items():
-                started = time.perf_counter()
-                for rows in passes:
-                    for layer in layers:
-                        layer(inputs[rows, layer.packed.shape[1]])
-                taken[name].append(time.perf_counter() - started)
-    cold, again = (statistics.median(taken[name]) for name in sizes)
-    if not layers:  # this build of PyTorch, or this processor, has no packed layers
-        return {}
-    return {
-        "products_ratio": again / cold,
-        "products_cold_ms": 1000 * cold,
-        "products_returning_ms": 1000 * again,
-    }
-
-
 def promotions(workspace: Workspace, number: int, seconds: float) -> dict[str, float]:
     """Stages take turns, evenly spread over the time, while clients ask."""
     histories, expected = random_histories(workspace, 16), {}
     counted, changes, latencies = {"answers": 0, "failed": 0, "mixed": 0}, list[float](), list[float]()
     finished = threading.Event()
     promote(workspace, 1)
-    with served(workspace) as server:
+    with served(workspace, "--answer-memory", "0") as server:
 
         def wait_for(stage: int) -> None:
             started = time.perf_counter()
@@ -244,6 +193,8 @@ def measure(part: str, workspace: Workspace, number: dict[str, int], quick: bool
         return throughput(workspace, number["seconds"])
     if part == "returning":
         return returning(workspace, 10 if quick else 40)
+    if part == "preparing":
+        return preparing(workspace, number["seconds"])
     if part == "events":
         return events(workspace, number["seconds"] / 6)
     run = {"kills": kills, "generated": generated, "malformed": bodies, "users": users}[part]

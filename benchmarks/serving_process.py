@@ -76,6 +76,11 @@ class Client:
     def get(self, path: str) -> Any:
         return json.loads(self.send("GET", path)[1])
 
+    def metric(self, name: str) -> float:
+        """A value of /metrics; ``name`` with its labels."""
+        lines = self.send("GET", "/metrics")[1].decode().splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
     def statuses(self) -> dict[str, int]:
         """How many requests the server has answered with each status."""
         lines = self.send("GET", "/metrics")[1].decode().splitlines()

@@ -10,7 +10,7 @@ import typer
 
 from peso.cli.display import Directory, Trust, say
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "cachetools")
 
 
 def serve(
@@ -69,6 +69,19 @@ def serve(
     prompt_memory: Annotated[
         int, typer.Option(min=0, help="MiB of memory for the prompts of returning users; 0: keep none.")
     ] = 256,
+    answer_memory: Annotated[
+        int,
+        typer.Option(
+            min=0, help="MiB of memory for answers, which repeated requests get again; 0: keep none."
+        ),
+    ] = 16,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            help="After an event of a user who has asked before, answer the user's last request again in "
+            "idle time, so that the answer is ready. Needs --answer-memory."
+        ),
+    ] = True,
     trust: Trust = None,
 ) -> None:
     """Serve recommendations over HTTP until SIGTERM or Ctrl-C.
@@ -99,6 +112,8 @@ def serve(
             rate=rate,
             queue=queue,
             prompt_memory=prompt_memory * 2**20,
+            answer_memory=answer_memory * 2**20,
+            prepare=prepare,
             hybrid=hybrid,
             allow_file=allow_file,
             deny_file=deny_file,

@@ -51,6 +51,9 @@ class PromptMemory:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, user: Hashable) -> bool:
+        return user in self._kept
+
     def of(self, user: Hashable) -> Returning:
         """The place for a user's prompt. The user may be new."""
         return Returning(self, user)

@@ -3,15 +3,19 @@
 Questions that arrive while a batch is computed form the next one. After a batch of several requests, the
 engine also waits a few milliseconds, because more requests are likely. A single request that follows a single
 request does not wait.
+
+When no question has waited for a while, the engine prepares the answers of users who are expected to ask, one
+user at a time, so that a question waits for at most one of them.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,6 +26,9 @@ from peso.serving.snapshot import Question
 
 Result = TypeVar("Result")
 Answers = list[Answer | DataError]
+QUIET = 0.02  # seconds without a question, and since the user was expected, before an answer is prepared
+MOST_EXPECTED = 1_000  # users, the latest ones
+log = logging.getLogger("peso.serving")
 RECENT = 0.2  # weight of the newest batch in the running average of the time per question
 
 
@@ -60,6 +67,7 @@ class Engine:
         together: size of a batch at which the engine does not wait.
         most: maximum number of waiting questions; further ones are refused.
         on_batch: called after every batch with the number of questions and the seconds it took.
+        prepare: prepares the answer of a user; None: nothing is prepared.
     """
 
     def __init__(
@@ -70,11 +78,14 @@ class Engine:
         together: int = 32,
         most: int = 256,
         on_batch: Callable[[int, float], None] | None = None,
+        prepare: Callable[[str], None] | None = None,
     ) -> None:
-        self._answer, self._on_batch = answer, on_batch
+        self._answer, self._on_batch, self._prepare = answer, on_batch, prepare
         self._wait, self._together, self._most = wait, together, most
         self._groups: deque[_Group] = deque()
         self._questions = 0  # in the groups
+        self._expected: OrderedDict[str, float] = OrderedDict()  # user → time, in the order of time
+        self._quiet = 0.0  # time since which no question has waited
         self._changed = threading.Condition()
         self._stopping = False
         self._seconds = 0.02  # running average of the time per question
@@ -103,6 +114,19 @@ class Engine:
             Overloaded: too many questions are waiting.
         """
         return self._add(_Group((), time.monotonic(), work=work))
+
+    def expect(self, users: Iterable[str]) -> None:
+        """Prepare the answers of these users as soon as no question has waited for a while. If too many are
+        expected, those that were named first are left out."""
+        if self._prepare is None:
+            return
+        with self._changed:
+            for user in users:
+                self._expected.pop(user, None)
+                self._expected[user] = time.monotonic()
+            while len(self._expected) > MOST_EXPECTED:
+                self._expected.popitem(last=False)
+            self._changed.notify()
 
     def _add(self, group: _Group) -> Future[Any]:
         with self._changed:
@@ -157,6 +181,28 @@ class Engine:
         except Exception as error:
             group.future.set_exception(error)
 
+    def _prepare_for(self, user: str) -> None:
+        assert self._prepare is not None
+        try:
+            self._prepare(user)
+        except Exception as error:  # nobody has asked, and the user's request will report it
+            log.error("an answer was not prepared", exc_info=error)
+
+    def _wait_for_questions(self) -> str | None:
+        """Wait until questions have arrived, or the engine stops; returns a user for whom an answer can be
+        prepared meanwhile, else None."""
+        with self._changed:
+            while not self._groups and not self._stopping:
+                rest = None
+                if self._expected:
+                    user, since = next(iter(self._expected.items()))
+                    rest = max(since, self._quiet) + QUIET - time.monotonic()
+                    if rest <= 0:
+                        del self._expected[user]
+                        return user
+                self._changed.wait(rest)
+        return None
+
     def _take(self) -> list[_Group]:
         """The next groups of questions in the order of arrival, or one group with other work; the caller
         holds the lock."""
@@ -172,9 +218,12 @@ class Engine:
 
     def _next(self) -> list[_Group]:
         """Wait for the next batch; returns its groups that were not canceled, none after :meth:`stop`."""
+        self._quiet = time.monotonic()
         while True:
+            if (user := self._wait_for_questions()) is not None:
+                self._prepare_for(user)
+                continue
             with self._changed:
-                self._changed.wait_for(lambda: self._groups or self._stopping)
                 if not self._groups:
                     return []
                 if self._busy or len(self._groups) > 1:

@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peso.errors import WorkspaceError
-from peso.runs.hybrids import HybridAnswers
+from peso.runs.hybrids import HybridAnswers, is_run
 from peso.runs.place import SERVED
-from peso.runs.served import serving_stage
+from peso.runs.served import served, serving_stage
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
+from peso.serving.remembered import RememberedAnswers
 from peso.serving.snapshot import Snapshot, identity
 
 INTERVAL = 0.5  # seconds between two checks of the workspace
@@ -32,6 +33,7 @@ class LiveStage:
     Args:
         stage: a fixed stage; None: the promoted one, or the newest trained one if none was promoted.
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
+        remember: makes the memory of answers for a snapshot; None: answers are not kept.
         trust: classes of custom strategies that may be imported.
         hybrid: the hybrid that answers: its label, or ``hybrid`` if there is only one; None: the model alone.
         on_change: called with the snapshot of every stage that starts to serve.
@@ -48,6 +50,7 @@ class LiveStage:
         *,
         stage: int | None = None,
         prompt_memory: int = 0,
+        remember: Callable[[], RememberedAnswers] | None = None,
         trust: Iterable[str] = (),
         device: str | None = None,
         hybrid: str | None = None,
@@ -55,10 +58,11 @@ class LiveStage:
         on_problem: Callable[[str], None] | None = None,
     ) -> None:
         self.root, self.pinned = root, stage
-        self._prompt_memory = prompt_memory
+        self._prompt_memory, self._remember = prompt_memory, remember
         self._trust, self._device = tuple(trust), device
         self._on_change, self._on_problem = on_change, on_problem
         self.problem: str | None = None
+        self.lacks_hybrid: str | None = None  # says so of the newest stage, if an earlier one serves for it
         self._seen: tuple[object, ...] | None = None
         self._stopping, self._loading = threading.Event(), threading.Lock()
         self.hybrid = hybrid
@@ -91,15 +95,16 @@ class LiveStage:
         same = before.identity == identity(wanted, self._hybrid_of(wanted))
         if before.model is not None and same:
             self.problem = None
-            if before.prompts is not None:  # the stream has changed; a user may have been erased
-                before.prompts.clear()
-            # titles and popularity of the stream as it is now
+            # titles and popularity of the stream as it is now; a user may have been erased
             now = Snapshot.of(wanted, self.hybrid)
+            if before.prompts is not None:
+                before.prompts.clear()
             self.current = replace(
                 now,
                 hybrid=before.hybrid,
                 model=before.model,
                 prompts=before.prompts,
+                answers=None if self._remember is None else self._remember(),
                 since=before.since,
             )
             return
@@ -110,6 +115,7 @@ class LiveStage:
         after = replace(
             after,
             prompts=PromptMemory(self._prompt_memory) if remembers else None,
+            answers=None if self._remember is None else self._remember(),
             since=datetime.now(UTC),
         )
         self.current = after
@@ -148,7 +154,27 @@ class LiveStage:
         self.workspace = Workspace.open(self.root, self._trust)
         if self.pinned is not None:
             return self.workspace.trained(self.pinned)
-        return serving_stage(self.workspace)
+        stage = serving_stage(self.workspace)
+        if self.hybrid is None or served(self.workspace).current is not None:
+            self.lacks_hybrid = None
+            return stage
+        return self._newest_with_hybrid(self.hybrid, stage)
+
+    def _newest_with_hybrid(self, hybrid: str, newest: RunStage) -> RunStage:
+        """If no stage was promoted: the newest one for which the hybrid was run, because `peso update` runs
+        it some time after the training. If there is none, the newest, which is then refused."""
+        try:
+            HybridAnswers(self.workspace, hybrid, newest.number)
+        except WorkspaceError as error:
+            for number in reversed(self.workspace.finished_stages):
+                stage = self.workspace.stage(number)
+                if stage.pruned is None and is_run(self.workspace, hybrid, number):
+                    if self.lacks_hybrid != str(error) and self._on_problem is not None:
+                        self._on_problem(str(error))
+                    self.lacks_hybrid = str(error)
+                    return stage
+        self.lacks_hybrid = None
+        return newest
 
     def _fingerprint(self) -> tuple[object, ...]:
         """Inodes, times and sizes that change when another stage should serve; fast to read."""

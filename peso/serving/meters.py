@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from peso.serving.remembered import How
 from peso.serving.snapshot import Snapshot
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -54,6 +57,20 @@ class Meters:
             "peso_prompt_tokens",
             "Tokens of users' prompts since the stage was loaded, reused from the cache or computed.",
             ["how"],
+            registry=registry,
+        )
+        self.remembered = Counter(
+            "peso_remembered_answers",
+            "Answers that were prepared, prepared ones that were used, and answers to repeated requests.",
+            ["how"],
+            registry=registry,
+        )
+        for how in get_args(How):
+            self.remembered.labels(how)
+        self.preparation = Histogram(
+            "peso_preparation_seconds",
+            "Duration of the preparation of an answer in seconds.",
+            buckets=SECONDS,
             registry=registry,
         )
         self.changes = Counter("peso_stage_changes", "Changes of the serving stage.", registry=registry)

@@ -176,6 +176,9 @@ def _add_events(app: FastAPI, service: Service) -> None:
             for each in (body if isinstance(body, list) else [body])
         ]
         new = await run_in_threadpool(service.received.add, given)
+        if (answers := service.live.current.answers) is not None:
+            users = {event.user for event, is_new in zip(given, new, strict=True) if is_new}
+            service.engine.expect(user for user in users if user in answers)
         service.meters.events.labels("new").inc(sum(new))
         service.meters.events.labels("duplicate").inc(len(new) - sum(new))
         unknown = service.live.current.known(event.item for event in given)[1]
@@ -195,7 +198,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             pinned=live.pinned is not None,
             hybrid=live.hybrid,
             model="loading" if snapshot.model is None else "ready",
-            problem=live.problem,
+            problem=live.problem or live.lacks_hybrid,
             newest_stage=newest,
             promotion=promotion,
             read_only=service.received is None,

@@ -24,8 +24,9 @@ from peso.serving.guard import Guard, JsonLines
 from peso.serving.histories import LiveHistories
 from peso.serving.live import LiveStage
 from peso.serving.meters import Meters
+from peso.serving.remembered import RememberedAnswers
 from peso.serving.routes import Service, create_app
-from peso.serving.snapshot import Snapshot, answer_all
+from peso.serving.snapshot import Question, Snapshot, answer_all
 from peso.serving.stock import StockFiles
 from peso.serving.tokens import Tokens, require_tokens
 
@@ -45,6 +46,8 @@ class Settings:
         queue: maximum number of requests waiting for the model.
         largest_body: maximum size of a request, bytes.
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
+        answer_memory: bytes for answers that are kept; 0: none are.
+        prepare: answer the usual request of a user after an event, in idle time, and keep the answer.
         hybrid: the hybrid that answers, see :class:`peso.serving.live.LiveStage`.
         allow_file, deny_file: files of the only items that may be recommended, and of those that may not.
     """
@@ -57,6 +60,8 @@ class Settings:
     queue: int = 256
     largest_body: int = 4_000_000
     prompt_memory: int = 256 * 2**20
+    answer_memory: int = 16 * 2**20
+    prepare: bool = True
     hybrid: str | None = None
     allow_file: Path | None = None
     deny_file: Path | None = None
@@ -78,23 +83,35 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
         meters.problems.inc()
         log.error("stage not loaded", extra={"fields": {"problem": problem}})
 
+    def remember() -> RememberedAnswers:
+        return RememberedAnswers(settings.answer_memory, lambda how: meters.remembered.labels(how).inc())
+
+    def prepare(user: str) -> None:
+        snapshot = live.current
+        if (request := snapshot.usual(user)) is not None:
+            with meters.preparation.time():
+                question = Question(request, histories.of(user), ahead=True)
+                snapshot.answer([question], stock.current())
+
     live = LiveStage(
         root,
         stage=settings.stage,
         prompt_memory=settings.prompt_memory,
+        remember=remember if settings.answer_memory else None,
         trust=trust,
         hybrid=settings.hybrid,
         on_change=changed,
         on_problem=failed,
     )
     stock = StockFiles(settings.allow_file, settings.deny_file, root)
+    received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)
+    histories = LiveHistories(root, received, trust)
     engine = Engine(
         lambda questions: answer_all(live.current, questions, stock.current()),
         most=settings.queue,
         on_batch=meters.on_batch,
+        prepare=prepare if settings.prepare and settings.answer_memory else None,
     )
-    received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)
-    histories = LiveHistories(root, received, trust)
     return Service(live, engine, meters, histories, received, StageBefore(live))
 
 

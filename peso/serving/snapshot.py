@@ -16,6 +16,7 @@ from peso.runs.recommender import Recommender
 from peso.runs.stage import RunStage
 from peso.runtime.machine import threads
 from peso.serving.messages import Answer, Item, Request, Source
+from peso.serving.remembered import Key, RememberedAnswers, key_of
 from peso.serving.stock import Stock
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
 
 Identity = tuple[int, str, str]
+Ranked = list[tuple[str, float]]  # items and scores, best first
 EVERYTHING = Stock()
 
 
@@ -31,12 +33,13 @@ EVERYTHING = Stock()
 class Question:
     """A request with the history of its user; None: the user is unknown.
 
-    ``snapshot``: of the stage to use instead of the serving one.
+    ``snapshot``: of the stage to use instead of the serving one. ``ahead``: nobody has asked yet.
     """
 
     request: Request
     history: Sequence[str] | None
     snapshot: Snapshot | None = None
+    ahead: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class Snapshot:
         hybrid: answers in place of the model alone; None: the model answers.
         model: None while it is being loaded; with a hybrid, its language model.
         prompts: the cache of prompts of returning users.
+        answers: answers that are kept, and usual requests of users; None: none are.
         since: when the snapshot started to serve.
     """
 
@@ -68,6 +72,7 @@ class Snapshot:
     hybrid: HybridAnswers | None = None
     model: GenerativeModel | None = None
     prompts: PromptMemory | None = None
+    answers: RememberedAnswers | None = None
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
@@ -117,22 +122,48 @@ class Snapshot:
         asked: dict[tuple[int, bool], dict[int, _Resolved]] = {}
         for place, question in enumerate(questions):
             try:
-                resolved = self._resolve(question, stocked)
+                resolved = self._resolve(question, stocked, stock)
             except DataError as refusal:
                 result[place] = refusal
                 continue
             if resolved.reason is not None:
                 result[place] = self._popular(resolved, stocked)
+            elif (kept := self._kept(resolved)) is not None:
+                result[place] = self._message(resolved, self.source, kept)
             else:  # grouped by the width of the search, so that an answer does not depend on other questions
                 width = resolved.beams if self.hybrid is None else resolved.request.k
                 key = width, resolved.allow is None
                 asked.setdefault(key, {})[place] = resolved
         search = self._search if self.hybrid is None else self._pool
         for group in asked.values():
-            result.update(zip(group, search(list(group.values()), stocked), strict=True))
+            found = search(list(group.values()), stocked)
+            for (place, resolved), ranked in zip(group.items(), found, strict=True):
+                result[place] = self._message(resolved, self.source, ranked)
+                if self.answers is not None:
+                    self.answers.keep(resolved.key, ranked, resolved.ahead)
         return [result[place] for place in range(len(questions))]
 
-    def _resolve(self, question: Question, stocked: frozenset[str] | None) -> _Resolved:
+    @property
+    def source(self) -> Source:
+        """What answers if the history is known."""
+        return "model" if self.hybrid is None else "hybrid"
+
+    def usual(self, user: str) -> Request | None:
+        """The request that a user is expected to send again; None if the user has not asked lately, or the
+        prompt of the user is not kept any more."""
+        if self.answers is None or (self.prompts is not None and user not in self.prompts):
+            return None
+        return self.answers.usual(user)
+
+    def _kept(self, asked: _Resolved) -> list[tuple[str, float]] | None:
+        """The answer if it is kept. Also remembers the request as the user's usual one."""
+        if self.answers is None:
+            return None
+        if asked.request.user is not None and not asked.ahead:
+            self.answers.asked(asked.request)
+        return self.answers.find(asked.key, asked.ahead)
+
+    def _resolve(self, question: Question, stocked: frozenset[str] | None, stock: Stock) -> _Resolved:
         request = question.request
         if request.k > (items := len(self.semantic_ids.item_ids)):
             raise DataError(f"k = {request.k} is more than the {items} items of the catalog; ask for fewer")
@@ -147,8 +178,8 @@ class Snapshot:
             )
         leave_out = self.leaves_out_seen if request.exclude_seen is None else request.exclude_seen
         reason: _Reason = None
-        if question.history is None and self.prompts is not None:
-            self.prompts.forget(request.user)  # the user may have been erased
+        if question.history is None and request.user is not None:
+            self._forget(request.user)  # the user may have been erased
         if question.history is None:
             reason = "unknown_user"
         elif not history:
@@ -162,9 +193,17 @@ class Snapshot:
             None if request.allow is None else frozenset(allow if stocked is None else stocked & set(allow)),
             reason,
             list(dict.fromkeys([*unknown, *unknown_allowed, *unknown_denied])),
+            key_of(request, history, leave_out, stock),
+            question.ahead,
         )
 
-    def _search(self, asked: Sequence[_Resolved], stocked: frozenset[str] | None) -> list[Answer]:
+    def _forget(self, user: str) -> None:
+        if self.prompts is not None:
+            self.prompts.forget(user)
+        if self.answers is not None:
+            self.answers.forget(user)
+
+    def _search(self, asked: Sequence[_Resolved], stocked: frozenset[str] | None) -> list[Ranked]:
         from peso.decoding import beam_search
 
         assert self.model is not None
@@ -178,23 +217,19 @@ class Snapshot:
                 deny=[each.out for each in asked],
                 returning=[self._cached_prompt(each.request.user) for each in asked],
             )
-        return [
-            self._message(each, "model", ranked[: each.request.k])
-            for each, ranked in zip(asked, found, strict=True)
-        ]
+        return [ranked[: each.request.k] for each, ranked in zip(asked, found, strict=True)]
 
-    def _pool(self, asked: Sequence[_Resolved], stocked: frozenset[str] | None) -> list[Answer]:
+    def _pool(self, asked: Sequence[_Resolved], stocked: frozenset[str] | None) -> list[Ranked]:
         """The answers of the hybrid."""
         assert self.hybrid is not None
         ids = self.semantic_ids
         out = [np.flatnonzero(~self._admitted(each, stocked)) for each in asked]
-        found = self.hybrid.recommend(
+        return self.hybrid.recommend(
             [each.request.user for each in asked],
             [ids.rows(each.history) for each in asked],
             asked[0].request.k,
             out=out,
         )
-        return [self._message(each, "hybrid", ranked) for each, ranked in zip(asked, found, strict=True)]
 
     def _cached_prompt(self, user: str | None) -> Returning | None:
         """The cache entry of a user's prompt; None for requests with a history."""
@@ -262,7 +297,8 @@ _Reason = Literal["loading", "unknown_user", "empty_history"] | None
 @dataclass(frozen=True)
 class _Resolved:
     """A question with items resolved for one stage: ``out``: items to leave out; ``reason``: why the model is
-    not used; ``unknown``: items that the stage does not know."""
+    not used; ``unknown``: items that the stage does not know; ``key``: of the answer among those that are
+    kept."""
 
     request: Request
     history: list[str]
@@ -270,6 +306,8 @@ class _Resolved:
     allow: frozenset[str] | None
     reason: _Reason
     unknown: list[str]
+    key: Key
+    ahead: bool
 
     @property
     def beams(self) -> int:

@@ -47,7 +47,8 @@ class StockFiles:
         self._problem = ""
         self._files = {"--allow-file": allow, "--deny-file": deny}
         self._seen = self._fingerprint()
-        self._stock = self._read()
+        self._stock = self._combined = self._read()
+        self._parts: tuple[Stock, frozenset[str]] = self._stock, frozenset()  # of which it is combined
 
     def current(self) -> Stock:
         """The current filters. If a changed file cannot be read, the old filters stay and the error is
@@ -61,8 +62,9 @@ class StockFiles:
                 log.error("filters stay as they were", extra={"fields": {"problem": str(error)}})
             else:
                 log.info("filters read", extra={"fields": self._counts()})
-        never = self._retired_now()
-        return replace(self._stock, deny=self._stock.deny | never) if never else self._stock
+        if (parts := (self._stock, self._retired_now())) != self._parts:
+            self._parts, self._combined = parts, replace(self._stock, deny=self._stock.deny | parts[1])
+        return self._combined
 
     def _retired_now(self) -> frozenset[str]:
         """The retired items; if the record cannot be read, the last known ones, and the error is logged

@@ -170,3 +170,71 @@ def test_other_work_runs_between_batches_on_the_same_thread(recorder):
         engine.run(lambda: 1 // 0).result(100)
     assert engine.ask(["again"]).result(100)
     engine.stop()
+
+
+def test_answers_are_prepared_one_by_one_when_no_question_waits(recorder):
+    recorder.open.clear()
+    done, went = [], threading.Event()
+
+    def prepare(user: str) -> None:
+        done.append(user)
+        went.wait(100)
+
+    engine = Engine(recorder.answer, wait=0, prepare=prepare)
+    first = engine.ask(["first"])
+    engine.expect(["a", "b"])
+    engine.expect(["c", "a"])  # its last event is the newest
+    time.sleep(0.1)
+    assert done == []  # a question is being answered
+    recorder.open.set()
+    assert first.result(100)
+    while not done:
+        time.sleep(0.001)
+    asked = [engine.ask(["second"]), engine.ask(["third"])]
+    went.set()
+    assert [future.result(100) for future in asked] == [[("second", "a")], [("third", "a")]]
+    assert done == ["b"]  # questions go first
+    while len(done) < 3:
+        time.sleep(0.001)
+    engine.stop()
+    assert done == ["b", "c", "a"]
+
+
+def test_a_preparation_that_fails_is_logged_and_the_engine_goes_on(recorder, caplog):
+    engine = Engine(recorder.answer, prepare=lambda user: 1 // 0)
+    with caplog.at_level("ERROR", "peso.serving"):
+        engine.expect(["a"])
+        while not caplog.records:
+            time.sleep(0.001)
+    assert caplog.records[0].getMessage() == "an answer was not prepared"
+    assert engine.ask(["first"]).result(100)
+    engine.stop()
+
+
+def test_the_latest_users_are_prepared_if_too_many_are_expected(recorder, monkeypatch):
+    monkeypatch.setattr("peso.serving.engine.MOST_EXPECTED", 3)
+    done: list[str] = []
+    engine = Engine(recorder.answer, prepare=done.append)
+    recorder.open.clear()
+    first = engine.ask(["first"])
+    engine.expect(f"{number}" for number in range(6))
+    recorder.open.set()
+    first.result(100)
+    while len(done) < 3:
+        time.sleep(0.001)
+    engine.stop()
+    assert done == ["3", "4", "5"]
+
+
+def test_an_engine_stops_without_preparing_what_is_expected(recorder):
+    done: list[str] = []
+    engine = Engine(recorder.answer, prepare=done.append)
+    recorder.open.clear()
+    first = engine.ask(["first"])
+    engine.expect(["a"])
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    recorder.open.set()
+    stopping.join(100)
+    assert first.result(100)
+    assert done == []

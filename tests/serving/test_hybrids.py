@@ -174,6 +174,46 @@ def test_a_stage_without_the_hybrid_does_not_serve_until_it_has_it(serving, own,
     assert rounded(Recommender(own, 1, hybrid=LABEL).recommend(history)) == as_pairs(now)
 
 
+def test_without_a_promotion_the_newest_stage_with_the_hybrid_serves(serving, own, monkeypatch):
+    """`peso update` runs a hybrid after the training; a server may start or look in between."""
+    monkeypatch.setattr(live, "INTERVAL", 0.02)
+    shutil.rmtree(own.root / "baselines" / LABEL / "1")
+    client = serving(own.root, hybrid="hybrid")
+    told = client.get("/v1/status").json()
+    assert (told["stage"], told["newest_stage"], told["hybrid"]) == (0, 1, LABEL)
+    assert f"{LABEL} was not run for stage 1" in told["problem"]
+    assert ask(client, {"history": own.semantic_ids.item_ids[:4]})[0]["stage"] == 0
+    with own.lock():
+        run_baselines(own, [read_baseline(MIXED)], Silent())
+    wait_for(lambda: client.get("/v1/status").json()["stage"] == 1)
+    assert client.get("/v1/status").json()["problem"] is None
+
+
+def test_a_hybrids_answer_is_prepared_too(serving, own):
+    client, other = serving(own.root, hybrid="hybrid"), serving(own.root, hybrid="hybrid", answer_memory=0)
+    user, new = own.stream.stage(1).users[0], own.semantic_ids.item_ids[7]
+    wait_for(lambda: client.service.live._seen is not None)  # its first look empties memories
+    ask(client, {"user": user, "k": 7})
+    assert client.post("/v1/events", json={"user": user, "item": new}).json()["new"] == 1
+    prepared = 'peso_remembered_answers_total{how="%s"} 1.0'
+    wait_for(lambda: prepared % "prepared" in client.get("/metrics").text)
+    assert ask(client, {"user": user, "k": 7}) == ask(other, {"user": user, "k": 7})
+    assert prepared % "used" in client.get("/metrics").text
+
+
+def test_filters_shift_the_scores_of_an_answer_and_keep_its_order(client, mixed):
+    """The partners' probabilities are normalized over the items that are allowed."""
+    ids = mixed.semantic_ids.item_ids
+    every = {"history": ids[:4], "k": len(ids), "exclude_seen": False}
+    (whole,), (part,) = ask(client, every), ask(client, {**every, "deny": ids[10:25]})
+    left = [item for item in items(whole) if item not in ids[10:25]]
+    assert items(part) == left
+    before = {each["item"]: each["score"] for each in whole["items"]}
+    shifts = [each["score"] - before[each["item"]] for each in part["items"]]
+    assert shifts[0] > 0
+    assert shifts == pytest.approx([shifts[0]] * len(shifts), abs=1e-4)
+
+
 def test_the_comparison_is_of_two_hybrids_and_the_explanation_says_what_it_explains(client, mixed):
     asked = {"history": mixed.semantic_ids.item_ids[:4], "k": 5}
     wait_for(lambda: client.post("/v1/compare", json=asked).json()["before_state"] == "ready")
@@ -199,6 +239,7 @@ def test_a_server_does_not_start_without_its_hybrid(own, peso, shop):
         running(own.root, read_only=True, hybrid="ease"),
     ):
         pass
+    promote(own, 1)
     shutil.rmtree(own.root / "baselines" / LABEL / "1")
     status, _, err = peso("serve", "-w", own.root, "--with", "hybrid", "--port", "0")
     assert status == 1

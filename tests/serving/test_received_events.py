@@ -49,8 +49,9 @@ def test_a_recommendation_sees_every_event_that_was_acknowledged_before(serving,
             assert answer["source"] == "model"
 
 
-def test_the_prompt_of_a_returning_user_is_continued(client, copy):
+def test_the_prompt_of_a_returning_user_is_continued(serving, copy):
     """As many tokens as the new item has, and the answer of the whole history."""
+    client = serving(copy.root, prepare=False)  # so that the request computes them
     ids, recommender = copy.semantic_ids.item_ids, Recommender(copy)
 
     def computed() -> float:
