@@ -142,7 +142,7 @@ async def _explained(
     current, workspace = service.live.current, service.live.workspace
     known = current if item in current.semantic_ids or before is None else before
     if item not in known.semantic_ids:
-        raise HTTPException(404, f"stage {known.stage} does not know the item {item!r}")
+        raise HTTPException(404, f"stage {current.stage} does not know the item {item!r}")
 
     def with_models() -> tuple[Likelihood | None, Likelihood | None, Near | None]:
         then = None if before is None else likelihood(before, history, item)

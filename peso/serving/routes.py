@@ -274,10 +274,17 @@ def _problem(status: int, detail: str, headers: dict[str, str] | None = None) ->
 async def _explain_mistakes(request: HttpRequest, error: Exception) -> Response:
     """One sentence that does not repeat the sent values."""
     assert isinstance(error, RequestValidationError)
+    if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
+        return _problem(422, "send a body of JSON, with the header Content-Type: application/json")
     mistakes = []
     for mistake in error.errors():
+        if mistake["type"] == "json_invalid":
+            where, why = mistake["loc"][-1], mistake["ctx"]["error"]
+            return _problem(400, f"the body is not JSON: {why} at character {where}")
         place = ".".join(str(part)[:40] for part in mistake["loc"] if part not in ("body", "one", "list"))
         message = str(mistake["msg"]).removeprefix("Value error, ")
+        if mistake["type"] == "model_attributes_type":
+            message = "must be a JSON object"
         mistakes.append(f"{place}: {message}" if place else message)
     more = f"; and {len(mistakes) - SHOWN} more" if len(mistakes) > SHOWN else ""
     return _problem(422, "; ".join(mistakes[:SHOWN]) + more)

@@ -149,13 +149,29 @@ def test_a_model_that_is_loading_is_stood_in_for(serving, shop, recommender):
         ({"user": None}, "either user or history"),
         ({"history": ["i1"], "allow": 5}, "allow: "),
         ({"user": "u1", "top": 5}, "top: "),
-        ("u1", ""),
-        (None, ""),
+        ("u1", "must be a JSON object"),
+        ([["u1"]], "0: must be a JSON object"),
+        (None, "a body of JSON, with the header Content-Type"),
     ],
 )
 def test_an_impossible_request_is_refused_with_the_reason(client, body, words):
     refused = client.post("/v1/recommend", json=body)
     assert refused.status_code == 422
+    assert words in refused.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "status", "words"),
+    [
+        ("application/json", b'{"history": ["i1"]', 400, "the body is not JSON: Expecting"),
+        ("application/json", b"\xff", 400, "error parsing the body"),
+        ("application/x-www-form-urlencoded", b'{"history": ["i1"]}', 422, "Content-Type: application/json"),
+        ("text/plain", b"", 422, "Content-Type: application/json"),
+    ],
+)
+def test_a_body_that_is_not_json_is_refused_with_the_reason(client, kind, content, status, words):
+    refused = client.post("/v1/recommend", content=content, headers={"content-type": kind})
+    assert refused.status_code == status, refused.text
     assert words in refused.json()["detail"]
 
 
