@@ -15,9 +15,9 @@ Parts; without `--part`, all of them:
   `at_once_ratio` is the same for a request that follows its event without a pause. `products_ratio` is the
   latter if nothing but the matrix products of the backbone took time, measured one after the other in the
   same run: a lower bound as long as every level of the beam search is one pass.
-- `preparing`: what preparation costs others: five events per second of users who have asked, and one client
-  that asks for other histories at random times, three per second; latencies and processor time of the
-  server, and the same without preparation (`--no-prepare`). See serving_returning.py.
+- `preparing`: what preparation costs others: one event per second of users who have asked, and one client
+  that asks for other histories at random times, one per second; latencies and processor time of the server,
+  and the same without preparation (`--no-prepare`). See serving_returning.py.
 - `events`: `events_per_second`, in lists of 500.
 - `promotions`: two stages take turns under the load of 32 clients for `--seconds`; an answer is mixed if it
   is not that of the stage that it names. The server keeps no answers.

@@ -18,7 +18,7 @@ from peso.runs.workspace import Workspace
 
 BEAMS, ITEMS = 10, 20
 PAUSE = 0.5  # seconds between an event and the request of its user
-EVENTS, REQUESTS = 5.0, 3.0  # per second, in part `preparing`
+EVENTS, REQUESTS = 1.0, 1.0  # per second, in part `preparing`
 USED = 'peso_remembered_answers_total{how="used"}'
 SPENT = "process_cpu_seconds_total"
 

@@ -200,6 +200,23 @@ def test_answers_are_prepared_one_by_one_when_no_question_waits(recorder):
     assert done == ["b", "c", "a"]
 
 
+def test_preparation_takes_at_most_a_quarter_of_the_time(recorder):
+    times: list[tuple[float, float]] = []
+
+    def prepare(user: str) -> None:
+        started = time.monotonic()
+        time.sleep(0.03)
+        times.append((started, time.monotonic()))
+
+    engine = Engine(recorder.answer, prepare=prepare)
+    engine.expect("abc")
+    while len(times) < 3:
+        time.sleep(0.001)
+    engine.stop()
+    for (started, ended), (following, _) in zip(times, times[1:], strict=False):
+        assert following - started >= 3.9 * (ended - started)
+
+
 def test_a_preparation_that_fails_is_logged_and_the_engine_goes_on(recorder, caplog):
     engine = Engine(recorder.answer, prepare=lambda user: 1 // 0)
     with caplog.at_level("ERROR", "peso.serving"):
