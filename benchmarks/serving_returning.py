@@ -115,7 +115,7 @@ def beside_events(workspace: Workspace, port: int, seconds: float) -> dict[str, 
     """Figures of one client that asks for random histories, while users who have asked before send events."""
     client, draw, finished = Client(port), np.random.default_rng(1), threading.Event()
     items = workspace.semantic_ids.item_ids
-    users = [user for user, events in new_users(workspace, 64) if client.post("/v1/events", events)]
+    users = [user for user, events in new_users(workspace, 16) if client.post("/v1/events", events)]
     for user in users:
         seconds_of(client, {"user": user})
     sent: list[str] = []

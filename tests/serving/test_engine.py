@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import CancelledError
+from itertools import pairwise
 
 import pytest
 
@@ -213,7 +214,7 @@ def test_preparation_takes_at_most_a_quarter_of_the_time(recorder):
     while len(times) < 3:
         time.sleep(0.001)
     engine.stop()
-    for (started, ended), (following, _) in zip(times, times[1:], strict=False):
+    for (started, ended), (following, _) in pairwise(times):
         assert following - started >= 3.9 * (ended - started)
 
 
