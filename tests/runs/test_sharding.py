@@ -15,10 +15,10 @@ import together
 import torch
 from plain_path import with_adapter
 from safetensors.torch import load_file
+from sharded_runs import trained_and_tested
 from strategy_runs import TREE, Runs
 from together import ENVIRONMENT, HERE, LAUNCH, bytes_held, fresh, fresh_bfloat16
 
-import peso
 from peso.config import load_config
 from peso.config.shape import stage_shape
 from peso.errors import ConfigError
@@ -26,6 +26,7 @@ from peso.model.backbone import byte_tokenizer, small_llama
 from peso.model.generative import GenerativeModel
 from peso.model.inference import for_inference
 from peso.runs import pipeline
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 
 SHARDED = "training.sharding=full"
@@ -114,11 +115,12 @@ def test_one_process_goes_on_where_two_were_stopped(two: Found, tmp_path: Path) 
 
 # -- whole runs ------------------------------------------------------------------------------------------
 
+TRIALS = {"learning_rate": "auto", "trials": {"scales": [0.3, 1.0]}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "peso": {"strategy": "peso"},
     "sum_lora": {"strategy": "sum_lora"},  # adds adapters to sharded layers
     "lsat": {"strategy": "lsat"},  # builds the model again, and answers with two models
-    "item head": {"head": "items", "training": {"later": {"learning_rate": "auto"}}},
+    "item head": {"head": "items", "training": {"later": TRIALS}},  # builds a model for each trial
 }
 REFUSED = "refused"
 
@@ -129,7 +131,6 @@ def tree_of(backbone: Path, variant: dict[str, Any], **training: Any) -> dict[st
         "data": {"simulate": {"users": 60, "items": 40, "stages": 2}},
         "backbone": str(backbone),
         "decoding": {"batch_size": 8},
-        "evaluation": {"enabled": True},
         "baselines": [],
         **variant,
         "training": {
@@ -146,44 +147,35 @@ def tree_of(backbone: Path, variant: dict[str, Any], **training: Any) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def together_and_alone(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], tuple[Workspace, Workspace]]:
-    """Variant → the workspace of two processes that share the weights, and that of one process."""
+def runs_of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Where two processes that share the weights made a run of each variant, and the errors they got."""
     root = tmp_path_factory.mktemp("runs")
     small_llama(32, 2, seed=3).save_pretrained(root / "backbone")
     byte_tokenizer().save_pretrained(root / "backbone")
-    trees = {name: tree_of(root / "backbone", variant, sharding="full") for name, variant in VARIANTS.items()}
-    trees[REFUSED] = {**trees["peso"], "strategy": "slice"}
+    variants = {**VARIANTS, REFUSED: {"strategy": "slice"}}
+    trees = {name: tree_of(root / "backbone", variant, sharding="full") for name, variant in variants.items()}
     runs = root / "runs.json"
     runs.write_text(json.dumps({str(root / name): tree for name, tree in trees.items()}))
     command = [*LAUNCH, str(HERE / "sharded_runs.py"), str(runs)]
     done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=2800)
     assert done.returncode == 0, done.stderr
-    (root / "told").write_text(done.stdout)
-
-    def pair(name: str) -> tuple[Workspace, Workspace]:
-        alone = peso.run(tree_of(root / "backbone", VARIANTS[name]), root / f"{name} alone")
-        return Workspace.open(root / name), alone
-
-    return pair
+    return root, done.stdout.splitlines()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_writes_what_a_run_of_one_process_writes(
-    together_and_alone: Callable[[str], tuple[Workspace, Workspace]], variant: str
+    runs_of_two: tuple[Path, list[str]], tmp_path: Path, variant: str
 ) -> None:
-    two, one = together_and_alone(variant)
+    root, _ = runs_of_two
+    two = Workspace.open(root / variant)
+    one = trained_and_tested(tree_of(root / "backbone", VARIANTS[variant]), tmp_path / "one")
     for number in range(2):
         ours, theirs = two.stage(number), one.stage(number)
         assert ours.determined_by == theirs.determined_by
         assert ours.manifest["backbone_sha256"] == theirs.manifest["backbone_sha256"]
         assert ours.manifest["files"].keys() == theirs.manifest["files"].keys()
-        losses = [
-            [line.get("loss", line.get("validation_loss")) for line in each.log] for each in (ours, theirs)
-        ]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
         for file in sorted(theirs.directory.rglob("*.safetensors")):
             tensors, expected = (
                 load_file(stage.directory / file.relative_to(theirs.directory)) for stage in (ours, theirs)
@@ -191,23 +183,24 @@ def test_a_run_writes_what_a_run_of_one_process_writes(
             assert tensors.keys() == expected.keys()
             for name, tensor in expected.items():
                 torch.testing.assert_close(tensors[name], tensor, atol=1e-3, rtol=0)
-        tables = [pq.read_table(each.directory / "predictions.parquet") for each in (ours, theirs)]
-        assert tables[0]["items"] == tables[1]["items"]
-        likelihoods = [table["target_log_probability"].to_numpy() for table in tables]
-        np.testing.assert_allclose(*likelihoods, atol=1e-4)
-    alone = two.stage(1).model()  # one process has the whole model, with the same configuration
-    assert bytes_held(alone) == bytes_held(one.stage(1).model())
+    tables = [pq.read_table(each.directory / "predictions.parquet") for each in (ours, theirs)]
+    assert tables[0]["items"] == tables[1]["items"]
+    likelihoods = [table["target_log_probability"].to_numpy() for table in tables]
+    np.testing.assert_allclose(*likelihoods, atol=1e-4)
+    # one process has the whole model, with the same configuration
+    assert bytes_held(ours.model()) == bytes_held(theirs.model())
+
+
+def losses(stage: RunStage) -> list[float]:
+    return [line.get("loss", line.get("validation_loss")) for line in stage.log]
 
 
 @pytest.mark.slow
-def test_a_strategy_that_reads_the_weights_is_refused(
-    together_and_alone: Callable[[str], tuple[Workspace, Workspace]],
-) -> None:
-    two, _ = together_and_alone("peso")
-    told = (two.root.parent / "told").read_text().splitlines()
+def test_a_strategy_that_reads_the_weights_is_refused(runs_of_two: tuple[Path, list[str]]) -> None:
+    root, told = runs_of_two
     assert len(told) == 2  # every process
     assert "strategy slice uses all weights of the backbone" in told[0]
-    assert not (two.root.parent / REFUSED / "stages").exists()
+    assert not (root / REFUSED / "stages").exists()
 
 
 # -- the configuration -----------------------------------------------------------------------------------
