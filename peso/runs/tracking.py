@@ -13,7 +13,8 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ from peso.runtime.progress import Observer
 
 EVERY = 5.0  # seconds between two looks at the log
 STATE = "sent.json"
+# Environment variables that a user has not set: files are in the workspace, and nothing is sent.
+DEFAULTS = {
+    "wandb": {
+        "WANDB_MODE": "offline",
+        "WANDB_DATA_DIR": "{folder}",  # of the files of artifacts until they are uploaded
+        "WANDB_CACHE_DIR": "{folder}/cache",
+        "WANDB_CONFIG_DIR": "{folder}/config",
+        "WANDB_ERROR_REPORTING": "false",
+    },
+    "trackio": {"TRACKIO_DIR": "{folder}"},
+}
+ONLINE = {"wandb": ("WANDB_MODE",), "trackio": ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")}
 
 
 class Tracking:
@@ -82,17 +95,19 @@ class Tracking:
         """Send the figures of training and test, if they have changed, and a report."""
         if not self._trackers:
             return
-        values = dict(_figures(self._stage))
+        values, sent = dict(_figures(self._stage)), self._sent.get("values", {})
         if values and self._sent.get("figures") != digest(values):
-            self._log(values, int(self._sent.get("steps", 0)))
-            self._note(figures=digest(values))
+            new = {name: value for name, value in values.items() if sent.get(name) != value}
+            if new:
+                self._log(new, int(self._sent.get("steps", 0)))
+            self._note(figures=digest(values), values=values)
         if report is not None:
             for name in [*self._trackers]:
                 self._guarded(name, lambda name=name: _attach(name, self._trackers[name], report))
 
     def close(self) -> None:
         for name in [*self._trackers]:
-            self._guarded(name, self._trackers[name].finish)
+            self._guarded(name, lambda name=name: _finish(name, self._trackers[name]))
         self._trackers = {}
 
     def _open(self, name: str) -> None:
@@ -103,7 +118,8 @@ class Tracking:
         self._trackers[name] = tracker
         if name == "mlflow":
             self._sent["mlflow"] = tracker.tracker.info.run_id
-        if not self._sent.get("began"):
+        # trackio stores what was configured last, also of a run that is continued
+        if not self._sent.get("began") or name == "trackio":
             config = stage.workspace.config.model_dump(mode="json")
             if name == "tensorboard":
                 tracker.log({"configuration": f"```\n{yaml.safe_dump(config, sort_keys=False)}```"}, step=0)
@@ -123,7 +139,8 @@ class Tracking:
 
     def _guarded(self, name: str, call: Any) -> None:
         try:
-            call()
+            with _quiet(name):
+                call()
         except Exception as error:  # whatever a tracker does, it must not end a training
             self._trackers.pop(name, None)
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -166,6 +183,8 @@ def _tracker(name: str, folder: Path, group: str, run: str, id: str, sent: Mappi
 
     PartialState()  # Accelerate's trackers log through it
     folder.mkdir(parents=True, exist_ok=True)
+    for variable, value in DEFAULTS.get(name, {}).items():
+        _set_default(variable, value.format(folder=folder.resolve()))
     if name == "tensorboard":
         return tracking.TensorBoardTracker(run, folder)
     if name == "wandb":
@@ -176,12 +195,19 @@ def _tracker(name: str, folder: Path, group: str, run: str, id: str, sent: Mappi
             id=id,
             resume="allow",
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", "offline"),
         )
     if name == "trackio":
-        os.environ.setdefault("TRACKIO_DIR", str(folder))
         return tracking.TrackioTracker(group, name=run, group=group, resume="allow")
     return tracking.MLflowTracker(group, use_mlflow(folder), run_id=sent.get("mlflow"), run_name=run)
+
+
+def _finish(name: str, tracker: Any) -> None:
+    if name == "trackio":
+        import trackio
+
+        trackio.finish()  # else it finishes the run again, and says so, when the process ends
+    else:
+        tracker.finish()
 
 
 def use_mlflow(folder: Path) -> str | None:
@@ -214,6 +240,29 @@ def _attach(name: str, tracker: Any, report: Path) -> None:
         tracker.tracker.log_artifact(artifact)
     elif name == "mlflow":
         tracker.log_artifacts(str(report), "report")
+    elif name == "trackio":
+        tracker.tracker.log_artifact(report, name="report", type="report")
+
+
+_ours: dict[str, str] = {}  # environment variables that were set here
+
+
+def _set_default(variable: str, value: str) -> None:
+    if os.environ.get(variable) == _ours.get(variable):  # not set, or set here for another workspace
+        os.environ[variable] = _ours[variable] = value
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """What a tracker prints about a run is not mixed with the output of peso, unless a user has named a
+    server."""
+    if any(os.environ.get(v) not in (None, _ours.get(v)) for v in ONLINE.get(name, ())):
+        yield
+        return
+    if name == "wandb":
+        _set_default("WANDB_SILENT", "true")
+    with redirect_stdout(StringIO()):
+        yield
 
 
 def _figures(stage: RunStage) -> Iterator[tuple[str, float]]:

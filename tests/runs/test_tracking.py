@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sqlite3
+import struct
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import TREE, Notes
@@ -82,6 +89,137 @@ def test_every_stage_is_a_run_with_what_its_files_say(tmp_path: Path) -> None:
         check(workspace, stage)
     untracked = workspace.with_config(workspace.config.model_copy(update={"tracking": []}))
     assert untracked.stage(1).determination() == workspace.stage(1).determined_by
+
+
+def expected(workspace: Workspace, stage: int) -> dict[str, list[float]]:
+    """Some of the values that a tracker has of a stage, by name, in their order."""
+    steps = [record for record in workspace.stage(stage).log if "loss" in record]
+    told = workspace.stage(stage).metrics["test"]["metrics"]["ndcg@10"]["value"]
+    moved = {"moved/distance": [workspace.stage(1).metrics["training"]["moved"]["distance"]]}
+    losses = [record["loss"] for record in steps]
+    return {"train/loss": losses, "test/ndcg@10": [told], **(moved if stage else {})}
+
+
+def in_mlflow(workspace: Workspace, stage: int) -> tuple[dict[str, list[float]], set[str], str]:
+    import mlflow
+
+    client = mlflow.MlflowClient(
+        f"sqlite:///{workspace.root.resolve() / 'tracking' / 'mlflow' / 'mlflow.db'}"
+    )
+    experiment = client.get_experiment_by_name(workspace.root.name)
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = 'stage-{stage}'")
+    values = {
+        name: [each.value for each in client.get_metric_history(run.info.run_id, name.replace("@", "_at_"))]
+        for name in expected(workspace, stage)
+    }
+    files = {file.path for file in client.list_artifacts(run.info.run_id, "report/tables")}
+    return values, files, run.data.params["training/learning_rate"]
+
+
+def in_trackio(workspace: Workspace, stage: int) -> tuple[dict[str, list[float]], set[str], str]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    project, run = workspace.root.name, f"stage-{stage}"
+    logs = SQLiteStorage.get_logs(project, run)
+    values = {name: [log[name] for log in logs if name in log] for name in expected(workspace, stage)}
+    with sqlite3.connect(workspace.root / "tracking" / "trackio" / f"{project}.db") as database:
+        found = database.execute(
+            "SELECT manifest FROM artifact_versions WHERE producer_run_name = ?", (run,)
+        ).fetchall()
+    files = {f"report/{name}" for (text,) in found for name in re.findall(r"tables/\w+\.md", str(text))}
+    return values, files, SQLiteStorage.get_run_config(project, run)["training/learning_rate"]
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a file of W&B: the log format of LevelDB, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, begun = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if (left := -place % 32768) and left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        begun += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(begun)
+            begun = b""
+            yield record
+
+
+def in_wandb(workspace: Workspace, stage: int) -> tuple[dict[str, list[float]], set[str], str]:
+    values: dict[str, list[float]] = {name: [] for name in expected(workspace, stage)}
+    files, rates, ids = set(), set(), set()
+    paths = (workspace.root / "tracking" / "wandb" / "wandb").glob("offline-run-*/*.wandb")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
+        records = [*wandb_records(path)]
+        run = next(record.run for record in records if record.HasField("run"))
+        if run.display_name != f"{workspace.root.name} stage-{stage}":
+            continue
+        ids.add((run.run_id, run.run_group))
+        for update in run.config.update:
+            if (update.key or "/".join(update.nested_key)) == "training/learning_rate":
+                rates.add(json.loads(update.value_json))
+        for record in records:
+            for update in record.config.update if record.HasField("config") else ():
+                if (update.key or "/".join(update.nested_key)) == "training/learning_rate":
+                    rates.add(json.loads(update.value_json))
+            for item in record.history.item if record.HasField("history") else ():
+                name = item.key or "/".join(item.nested_key)
+                if name in values:
+                    values[name].append(json.loads(item.value_json))
+            if record.HasField("artifact"):
+                files |= {f"report/{entry.path}" for entry in record.artifact.manifest.contents}
+    ((_, group),) = ids  # one run, in several files
+    assert group == workspace.root.name
+    (rate,) = rates
+    return values, files, rate
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "found"),
+    [("mlflow", "mlflow", in_mlflow), ("trackio", "trackio", in_trackio), ("wandb", "wandb", in_wandb)],
+)
+def test_other_trackers_have_a_run_a_stage_the_configuration_and_the_report(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    package: str,
+    found: Any,
+) -> None:
+    if find_spec(package) is None:  # trackio reads its settings when it is imported
+        pytest.skip(f"{package} is not installed")
+    for variable in [v for v in os.environ if v.startswith(("WANDB_", "TRACKIO_", "MLFLOW_"))]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    asked = []
+
+    def audit(event: str, arguments: Any) -> None:
+        if event == "socket.connect" and isinstance(
+            arguments[1], tuple
+        ):  # a text is a socket of this machine
+            host = str(arguments[1][0])
+        elif event == "socket.getaddrinfo":
+            host = str(arguments[0])
+        else:
+            return
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            asked.append((event, host))
+
+    sys.addaudithook(audit)  # stays until the process ends
+    workspace, notes = run(tmp_path / "w", "evaluation.enabled=true", f"tracking=[{name}]")
+    assert not any("WARNING" in note for note in notes.notes)
+    for stage in (0, 1):
+        values, files, rate = found(workspace, stage)
+        assert values == {k: pytest.approx(v, rel=1e-5) for k, v in expected(workspace, stage).items()}
+        assert ("report/tables/averages.md" in files) == (stage == 1)
+        assert float(rate) == workspace.config.training.learning_rate
+    assert asked == [], "nothing was sent"
+    assert capfd.readouterr().out == ""
+    assert not (tmp_path / "home").exists(), "all files are in the workspace"
 
 
 def test_an_interrupted_stage_goes_on_in_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
