@@ -93,9 +93,10 @@ OTHERS = (recommend, baseline, diagnose, pull, export)
 for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget, prune):
     app.command(cls=Command)(command)
 of_items = typer.Typer(
-    no_args_is_help=True, help="Items that are not recommended any more: `retire`, `restore` and `list` them."
+    no_args_is_help=True, help="Retire, restore and rename items, and list those that are."
 )
 of_items.command("retire", cls=Command)(items.retire)
+of_items.command("rename", cls=Command)(items.rename)
 of_items.command("restore", cls=Command)(items.restore)
 of_items.command("list", cls=Command)(items.show)
 app.add_typer(of_items, name="items")

@@ -1,4 +1,4 @@
-"""`peso items`: retire discontinued products, and recommend them again."""
+"""`peso items`: retire discontinued products, recommend them again, and rename items."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ Items = Annotated[list[str] | None, typer.Argument(metavar="[ITEM]", help="Ids o
 File = Annotated[
     Path | None, typer.Option("--file", metavar="FILE", help="A text file of further ids, one a line.")
 ]
+
+SHOWN = 20  # renamed items that are printed
 
 
 def retire(
@@ -63,21 +65,86 @@ def restore(workspace: Directory, items: Items = None, file: File = None, as_jso
     say(f"{workspace}: {len(back):,} items restored; {len(retired(opened.root)):,} are retired now")
 
 
+def rename(
+    workspace: Directory,
+    old: Annotated[str | None, typer.Argument(metavar="[OLD", help="The id of an item in the log.")] = None,
+    new: Annotated[str | None, typer.Argument(metavar="NEW]", help="Its new id.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", metavar="FILE", help="A CSV file with two columns, old and new, for many items."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the names without changing anything.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Give items new ids. This takes effect with the next answer.
+
+    Answers, exports and comparisons then have the new id. The old id is still understood: in histories, in
+    new logs and product tables, and in received events. The item keeps its semantic ID and everything that
+    the model has learned of it. A running `peso serve` takes the new ids up within a second.
+
+    Two items cannot become one, and the names of two items cannot be exchanged.
+
+    Example: peso items rename sku-17 product-17 -w runs/shop
+
+    Example: peso items rename --file new_ids.csv --dry-run -w runs/shop
+    """
+    from peso.runs.rename import read_pairs
+    from peso.runs.rename import rename as give_names
+    from peso.runs.workspace import Workspace
+
+    if (old is None) != (new is None):
+        raise UsageError("give the old and the new id of the item")
+    pairs = read_pairs(file) if file else []
+    if old is not None and new is not None:
+        pairs.insert(0, (old, new))
+    if not pairs:
+        raise UsageError("name an item and its new id, or a file of such pairs with --file")
+    done = give_names(Workspace.open(workspace), pairs, dry_run=dry_run)
+    if as_json:
+        say_json({"renamed": done.items, "unchanged": done.same, "dry_run": dry_run})
+        return
+    rows = [[before, now] for before, now in done.items.items()]
+    if rows:
+        table(f"{workspace}: new ids", ["before", "now"], rows[:SHOWN])
+    more = f", {SHOWN} of them shown" if len(rows) > SHOWN else ""
+    known = f"; {len(done.same):,} have their new id already" if done.same else ""
+    say(f"{workspace}: {len(rows):,} items {'would be ' * dry_run}renamed{more}{known}")
+
+
 def show(workspace: Directory, as_json: Json = False) -> None:
-    """Show the retired items, in the order in which they were retired.
+    """Show the retired and the renamed items.
 
     Example: peso items list -w runs/shop
     """
+    from peso.runs.names import renamings
     from peso.runs.retired import retired
     from peso.runs.workspace import Workspace
 
     opened = Workspace.open(workspace)
-    found = retired(opened.root)
+    found, renamed, names = retired(opened.root), renamings(opened.root), opened.names
     if as_json:
-        say_json({"retired": {item: told.model_dump() for item, told in found.items()}})
+        say_json(
+            {
+                "retired": {names.now(item): told.model_dump() for item, told in found.items()},
+                "renamed": {item: told.model_dump() for item, told in renamed.items()},
+            }
+        )
         return
     titles = dict(zip(opened.stream.item_ids, opened.stream.titles, strict=True))
-    rows = [[item, titles.get(item) or "", told.time, told.reason or ""] for item, told in found.items()]
+    rows = [
+        [names.now(item), titles.get(item) or "", told.time, told.reason or ""]
+        for item, told in found.items()
+    ]
+    if renamed:
+        known = [
+            [told.name, ", ".join([item, *told.earlier] if told.name != item else told.earlier), told.time]
+            for item, told in renamed.items()
+        ]
+        table(f"{workspace}: {len(known):,} items are renamed", ["item", "earlier ids", "since"], known)
     table(f"{workspace}: {len(rows):,} items are retired", ["item", "title", "since", "reason"], rows)
 
 

@@ -153,6 +153,8 @@ def recommend(
             next_steps(["export", "-w", workspace, "-o", "exported"])
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
+    renamed = recommender.semantic_ids.names.former(items)
+    items = [renamed.get(item, item) for item in items]
     (ranked,) = recommender.search([items], k, exclude_seen=left_out, users=[user])
     if len(ranked) < k:
         whose = "the history" if user is None else f"the history of user {user!r}"
@@ -173,6 +175,7 @@ def recommend(
                 "history": items,
                 "exclude_seen": left_out,
                 **answering,
+                **({"renamed_items": renamed} if renamed else {}),
                 "recommendations": rows,
             }
         )
@@ -185,6 +188,8 @@ def recommend(
             for place, (item, score) in enumerate(ranked, 1)
         ],
     )
+    for former, now in renamed.items():
+        Terminal().note(f"note: {former} is {now} now (`peso items rename`)")
     Terminal().note(seen)
     next_steps(["recommend", "-w", workspace, "--all", "-o", "recommendations.csv"])
 

@@ -29,6 +29,7 @@ def beam_search(
     batch_size: int | None = None,
     returning: Sequence[Returning | None] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    ids: SemanticIds | None = None,
 ) -> list[list[tuple[str, float]]]:
     """The ``k`` best next items of each history with their log-probabilities, best first.
 
@@ -51,6 +52,7 @@ def beam_search(
             :class:`~peso.decoding.returning.PromptMemory`), or None. With it, up to twice ``window`` items
             are used.
         on_progress: called with the number of users done so far.
+        ids: the model's semantic IDs, with the current names of items that were renamed since it was loaded.
 
     Returns:
         For each history, ``k`` pairs (item id, log-probability under the model's ``loss_vocabulary``), or as
@@ -66,7 +68,7 @@ def beam_search(
         beams = max(MIN_BEAMS, k)
     if beams < k:
         raise ConfigError(f"{beams} beams cannot give {k} items; use at least {k} beams, or the default")
-    ids = model.semantic_ids
+    ids = model.semantic_ids if ids is None else ids
     if k > len(ids.item_ids):
         raise DataError(f"k = {k} is more than the {len(ids.item_ids)} items of the catalog; use a smaller k")
     rows = [_rows(ids, history, "a history") for history in histories]

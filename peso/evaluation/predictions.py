@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError
 from peso.events.histories import LEFT_OUT, Cases, Part, Stage
+from peso.items.names import ItemNames
 from peso.items.semantic_ids import SemanticIds
 
 DORMANT = "dormant"  # users seen in an earlier stage, but not in the previous one
@@ -191,6 +192,13 @@ class Predictions:
         }
         return Predictions(**columns, depth=self.depth)
 
+    def named(self, names: ItemNames) -> Predictions:
+        """The same predictions with the current names of renamed items."""
+        if not names:
+            return self
+        items = [[names.now(item) for item in listed] for listed in self.items]
+        return replace(self, targets=[names.now(item) for item in self.targets], items=items)
+
     def _columns(self) -> dict[str, Any]:
         """The attributes that have one row per case, by name."""
         columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "depth"}
@@ -253,7 +261,7 @@ def make_predictions(
     *,
     leave_out: Sequence[np.ndarray] | None = None,
 ) -> Predictions:
-    """Combine the result of a beam search with the labels of the cases.
+    """Combine the result of a beam search with the labels of the cases. Items have their stored ids.
 
     Args:
         cases: the test cases.
@@ -274,7 +282,7 @@ def make_predictions(
         raise ValueError("the labels belong to different cases")
     if leaves.shape != scores.shape or len(leaves) != len(cases):
         raise ValueError(f"{len(cases)} cases do not match leaves {leaves.shape} and scores {scores.shape}")
-    trie, names = semantic_ids.trie, semantic_ids.item_ids
+    trie, names = semantic_ids.trie, semantic_ids.stored_ids
     lists = ranked_items(leaves, trie.items_of)
     ranked_scores = []
     for row, row_scores in zip(leaves, scores.astype(np.float32), strict=True):

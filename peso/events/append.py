@@ -24,11 +24,18 @@ from peso.events.database import literal, scalar, temporary_database
 from peso.events.engines.engine import Engine, open_engine
 from peso.events.ingest import describe
 from peso.events.known import Past, past_of, with_histories, without
-from peso.events.loading import EventTables, event_tables, load
+from peso.events.loading import NO_ALIASES, Aliases, EventTables, event_tables, load
 from peso.events.sources import Source, open_source
 from peso.events.sources.tables import ALIKE, folded
 from peso.events.sources.user_files import own_items
-from peso.events.stage_writer import new_items, number_by_arrival, write_items, write_rare, write_stages
+from peso.events.stage_writer import (
+    new_items,
+    number_by_arrival,
+    texts_in_catalogue,
+    write_items,
+    write_rare,
+    write_stages,
+)
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, rare_file, stage_file
 from peso.events.times import Clock, iso
 from peso.runtime.files import link
@@ -37,6 +44,8 @@ from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
+
+CORRECTED = "corrected_items"  # in an entry of ``appended``: what the append has corrected in the item table
 
 
 def extend_stream(
@@ -47,6 +56,8 @@ def extend_stream(
     *,
     source: Source | None = None,
     told: Mapping[str, Any] | None = None,
+    aliases: Aliases = NO_ALIASES,
+    corrects: bool | None = None,
 ) -> dict[str, Any]:
     """Write the stream at ``earlier``, extended by stages of new events, to an existing empty directory.
 
@@ -62,9 +73,13 @@ def extend_stream(
         observer: receives progress and notes.
         source: a log and an item table to read instead of those that ``data`` names.
         told: further contents of the entry in ``appended``.
+        aliases: names in the log and the item table that are others in the stream.
+        corrects: whether titles, texts and categories of known items that the item table now has otherwise
+            are taken from it, as by :func:`correct_items`. None: if it is a product table of the user
+            (``data.items``).
 
     Returns:
-        The manifest. Its key ``appended`` describes each append.
+        The manifest. Its key ``appended`` describes each append, also what it has corrected.
 
     Raises:
         DataError: there are events older than the last event of the stream (with ``on_error: skip`` they are
@@ -98,7 +113,7 @@ def extend_stream(
                 "a log with times"
             )
         observer.begin(f"reading {data.path}", 0, "")
-        loaded = load(connection, source.log, skip, data.min_rating is not None)
+        loaded = load(connection, source.log, skip, data.min_rating is not None, aliases)
         loaded.tell(observer)
         remarks = [*loaded.remarks, *_remarks_on_new_ids(connection, stream, observer)]
         log = event_tables(engine, source.log, data.min_rating is not None)
@@ -134,9 +149,12 @@ def extend_stream(
         item_numbers = numbers.items.select("i", "n").union(past.items)
         rare = write_rare(log, cleaned.rare, item_numbers, directory, stream.stages) if keeps_rare else 0
         engine.give(numbers.items, "item_numbers")
-        added, of_items = new_items(connection, source.items, skip, observer)
-        items = pa.concat_tables([stream.items, added])
-        write_items(items, directory)
+        added, of_items = new_items(connection, source.items, skip, observer, aliases.items)
+        known = stream.items
+        if source.items is not None and (data.items is not None if corrects is None else corrects):
+            known, corrections = _corrected(connection, stream, observer)
+            of_items |= corrections
+        write_items(pa.concat_tables([known, added]), directory)
         users = engine.count(numbers.users)
     linked = _link_stages(stream, stream.stages, directory)
     brought = {
@@ -162,7 +180,7 @@ def extend_stream(
     content = dict(stream.manifest)
     content.update(
         time={**content["time"], "last": last_new, "until": iso(last_new)},
-        items=len(items),
+        items=len(known) + len(added),
         stages=[*stream.counts, *counts],
         appended=[*content.get("appended", []), brought],
     )
@@ -200,7 +218,12 @@ def shorten_stream(earlier: str | Path, directory: Path) -> None:
 
 
 def correct_items(
-    data: DataConfig, earlier: str | Path, directory: Path, observer: Observer | None = None
+    data: DataConfig,
+    earlier: str | Path,
+    directory: Path,
+    observer: Observer | None = None,
+    *,
+    aliases: Aliases = NO_ALIASES,
 ) -> dict[str, Any]:
     """Write the stream at ``earlier`` with a corrected item table to an existing empty directory.
 
@@ -212,6 +235,7 @@ def correct_items(
         earlier: the directory of the stream. It does not change.
         directory: the directory to write to.
         observer: receives progress and notes.
+        aliases: names in the table that are others in the stream.
 
     Returns:
         The changes: ``rows`` (items in the table), the counts of
@@ -224,31 +248,58 @@ def correct_items(
     """
     stream, path = Stream.open(earlier), data.items.path if data.items else None
     table = own_items(data)
-    numbers = pa.table({"name": stream.items[columns.ITEM_ID], "n": range(len(stream.items))})
     with temporary_database(directory) as connection:
-        connection.from_arrow(numbers).create("item_numbers")
-        given, counted = new_items(connection, table, data.on_error == "skip", observer or Silent())
+        connection.from_arrow(_numbered(stream)).create("item_numbers")
+        skip = data.on_error == "skip"
+        given, counted = new_items(connection, table, skip, observer or Silent(), aliases.items)
         rows = scalar(connection, "SELECT count(DISTINCT item_id) FROM catalogue")
     if not counted["items_found"]:
         raise DataError(
             f"{path} has {rows:,} items, but none of the {len(stream.items):,} items of the stream (the "
             f"first is {stream.item_ids[0]!r}); set data.items.columns.item to the column with the log's ids"
         )
-    items, changed = stream.items, np.zeros(len(stream.items), bool)
-    done: dict[str, Any] = {"path": path, "rows": rows, **counted}
-    for name, told in ((columns.TITLE, "titles"), (columns.TEXT, "texts"), (columns.CATEGORY, "categories")):
-        new = pc.coalesce(given[name], items[name])
-        differs = pc.fill_null(pc.not_equal(new, items[name]), True).to_numpy()
-        differs &= pc.is_valid(new).to_numpy()
-        done[told] = int(differs.sum())
-        changed |= differs
-        items = items.set_column(items.column_names.index(name), name, new)
-    done["changed"] = int(changed.sum())
+    items, changes = _with_texts(stream.items, given)
+    done: dict[str, Any] = {"path": path, "rows": rows, **counted, **changes}
     write_items(items, directory)
     linked = _link_stages(stream, stream.stages, directory)
     updates = [*stream.manifest.get("item_updates", []), done]
     write_manifest(directory, FORMAT, {**stream.manifest, "item_updates": updates}, linked)
     return done
+
+
+def _numbered(stream: Stream) -> pa.Table:
+    return pa.table({"name": stream.items[columns.ITEM_ID], "n": range(len(stream.items))})
+
+
+def _with_texts(items: pa.Table, given: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    """An item table with the titles, texts and categories of another one where that has some, and how many of
+    each have ``changed``. Both tables have the same rows."""
+    changed, counts = np.zeros(len(items), bool), dict[str, int]()
+    for name, told in ((columns.TITLE, "titles"), (columns.TEXT, "texts"), (columns.CATEGORY, "categories")):
+        new = pc.coalesce(given[name], items[name])
+        differs = pc.fill_null(pc.not_equal(new, items[name]), True).to_numpy()
+        differs &= pc.is_valid(new).to_numpy()
+        counts[told] = int(differs.sum())
+        changed |= differs
+        items = items.set_column(items.column_names.index(name), name, new)
+    return items, {**counts, "changed": int(changed.sum())}
+
+
+def _corrected(
+    connection: duckdb.DuckDBPyConnection, stream: Stream, observer: Observer
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The items of the stream with the texts of the product table of an append, and what has changed, for the
+    entry in the manifest."""
+    connection.from_arrow(_numbered(stream)).create("known_numbers")
+    items, done = _with_texts(stream.items, texts_in_catalogue(connection, "known_numbers"))
+    if not done["changed"]:
+        return stream.items, {}
+    observer.note(
+        f"note: the product table has other texts for {done['changed']:,} known items ({done['titles']:,} "
+        f"titles, {done['texts']:,} texts, {done['categories']:,} categories), which are used from now on; "
+        "existing semantic IDs do not change"
+    )
+    return items, {CORRECTED: done}
 
 
 def _link_stages(stream: Stream, stages: int, directory: Path) -> dict[str, str]:

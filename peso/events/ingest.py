@@ -14,7 +14,7 @@ from peso.events.cleaning import Funnel, clean, cut, order_by_time
 from peso.events.database import temporary_database
 from peso.events.engines.engine import open_engine
 from peso.events.histories import user_disjoint
-from peso.events.loading import event_tables, load
+from peso.events.loading import NO_ALIASES, Aliases, event_tables, load
 from peso.events.release import read_release
 from peso.events.simulate import EVENTS_FILE, write_simulation
 from peso.events.sources import open_source
@@ -33,7 +33,12 @@ from peso.runtime.progress import Observer, Silent
 
 
 def ingest(
-    data: DataConfig, directory: Path, seed: int = 0, observer: Observer | None = None
+    data: DataConfig,
+    directory: Path,
+    seed: int = 0,
+    observer: Observer | None = None,
+    *,
+    aliases: Aliases = NO_ALIASES,
 ) -> dict[str, Any]:
     """Write the stream of ``data`` to an existing empty directory (see ``peso.events.stream``).
 
@@ -43,6 +48,7 @@ def ingest(
         seed: the seed of the simulator and of the shuffle of ``split: user-disjoint``. Nothing else is
             random.
         observer: receives progress and notes.
+        aliases: names in a log and its item table to replace.
 
     Returns:
         The manifest. For a log it contains, in addition to the keys of every stream: ``source``; ``time``
@@ -62,7 +68,7 @@ def ingest(
     elif data.format == "simulate":
         _ingest_simulation(data, directory, seed, observer)
     else:
-        _ingest_log(data, directory, describe(data), observer)
+        _ingest_log(data, directory, describe(data), observer, aliases)
     if data.split == "user-disjoint":
         natural = Stream.open(directory)
         dealt = user_disjoint([natural.stage(number) for number in range(natural.stages)], seed)
@@ -78,7 +84,13 @@ def describe(data: DataConfig) -> dict[str, Any]:
     return {"format": data.format, **set_}
 
 
-def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], observer: Observer) -> None:
+def _ingest_log(
+    data: DataConfig,
+    directory: Path,
+    source: dict[str, Any],
+    observer: Observer,
+    aliases: Aliases = NO_ALIASES,
+) -> None:
     with (
         temporary_database(directory) as connection,
         open_engine(data.engine, connection, directory) as engine,
@@ -87,14 +99,15 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         files = opened.log.table.files
         what = files[0] if len(files) == 1 else f"{len(files)} files of {data.path}"
         observer.begin(f"reading {what}", 0, "")
-        loaded = load(connection, opened.log, data.on_error == "skip", data.min_rating is not None)
+        skip, rated = data.on_error == "skip", data.min_rating is not None
+        loaded = load(connection, opened.log, skip, rated, aliases)
         loaded.tell(observer)
         if not opened.log.timed and data.stages.fractions is None:
             raise DataError(
                 f"{what} has no times, so it cannot be cut by time; set data.stages to a number of stages, "
                 "or to fractions"
             )
-        log = event_tables(engine, opened.log, data.min_rating is not None)
+        log = event_tables(engine, opened.log, rated)
         funnel = Funnel(log, loaded.rows)
         cleaned = clean(log, funnel, data, opened.log.keep)
         ordered = order_by_time(engine, cleaned)
@@ -114,7 +127,7 @@ def _ingest_log(data: DataConfig, directory: Path, source: dict[str, Any], obser
         observer.end()
         rare = write_rare(log, cleaned.rare, numbers.items, directory, 0)
         engine.give(numbers.items, "item_numbers")
-        items, of_items = new_items(connection, opened.items, data.on_error == "skip", observer)
+        items, of_items = new_items(connection, opened.items, skip, observer, aliases.items)
         if opened.items is not None and not of_items["items_found"]:
             raise DataError(
                 f"none of the {len(items):,} items of the log has a row in {opened.items.table.files[0]}; "

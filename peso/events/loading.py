@@ -11,11 +11,12 @@ These tables are created:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import pyarrow as pa
 
 from peso.errors import DataError
 from peso.events.database import scalar
@@ -80,6 +81,29 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Aliases:
+    """Names in new data for items and users that have other ids in the stream: id in the stream, by name."""
+
+    items: Mapping[str, str] = field(default_factory=dict)
+    users: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_ALIASES = Aliases()
+
+
+def use_stream_ids(
+    connection: duckdb.DuckDBPyConnection, table: str, column: str, aliases: Mapping[str, str]
+) -> None:
+    """Replace names in a column of a table by the ids that the stream has for them."""
+    if not aliases:
+        return
+    pairs = pa.table({"name": list(aliases), "id": list(aliases.values())})
+    connection.register("aliases", pairs)
+    connection.execute(f'UPDATE {table} SET "{column}" = id FROM aliases WHERE "{column}" = name')
+    connection.unregister("aliases")
+
+
+@dataclass(frozen=True)
 class EventTables:
     """The tables of a loaded log in an engine.
 
@@ -108,7 +132,13 @@ def event_tables(engine: Engine, log: Log, rating: bool) -> EventTables:
     return EventTables(engine, users, items, events, events)
 
 
-def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bool = False) -> Loaded:
+def load(
+    connection: duckdb.DuckDBPyConnection,
+    log: Log,
+    skip: bool,
+    rating: bool = False,
+    aliases: Aliases = NO_ALIASES,
+) -> Loaded:
     """Load a log into the tables ``users``, ``items`` and ``events``.
 
     Args:
@@ -116,6 +146,7 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
         log: the log to load.
         skip: whether to leave out and count unreadable rows instead of refusing the log.
         rating: whether to keep the ratings. Rows without a rating are then unreadable.
+        aliases: names in the log to replace.
 
     Raises:
         DataError: there is no event, the times cannot be parsed, or (without ``skip``) a row cannot be read;
@@ -140,6 +171,8 @@ def load(connection: duckdb.DuckDBPyConnection, log: Log, skip: bool, rating: bo
     if rows == unread:
         raise DataError(f"{table.files[0]} has no readable events; download or create the file again")
     clock = _with_unit(connection, clock, bad, where)
+    use_stream_ids(connection, "raw", "item", aliases.items)
+    use_stream_ids(connection, "raw", "user", aliases.users)
     connection.execute(f"""
         CREATE TABLE users AS SELECT name, (row_number() OVER () - 1)::INTEGER AS u
         FROM (SELECT DISTINCT "user" AS name FROM raw WHERE NOT ({bad}))""")

@@ -5,13 +5,13 @@ Memory does not grow with the log: users are written in slices of about ``SLICE`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
@@ -22,7 +22,7 @@ from peso.events import columns
 from peso.events.database import cores, literal, scalar
 from peso.events.engines.engine import Engine
 from peso.events.histories import Ragged, Stage, refuse_untrainable, slice_stages, stage_counts
-from peso.events.loading import EventTables
+from peso.events.loading import NO_ALIASES, EventTables, use_stream_ids
 from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import ALIKE, MISSING, folded
@@ -244,8 +244,12 @@ def write_rare(
 
 
 def new_items(
-    connection: duckdb.DuckDBPyConnection, items: ItemTable | None, skip: bool, observer: Observer
-) -> tuple[pa.Table, dict[str, int]]:
+    connection: duckdb.DuckDBPyConnection,
+    items: ItemTable | None,
+    skip: bool,
+    observer: Observer,
+    aliases: Mapping[str, str] = NO_ALIASES.items,
+) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of the item table for the table ``item_numbers``, in their order, with the texts of ``items``.
 
     Args:
@@ -253,49 +257,64 @@ def new_items(
         items: the product table; None if there is none.
         skip: whether to leave out rows of ``items`` that cannot be read instead of refusing the table.
         observer: receives notes.
+        aliases: ids of items by which to replace names in ``items``.
 
     Returns:
         An Arrow table (``peso.events.columns.ITEMS``), and counts for the manifest: rows of ``items`` that
         repeat an item (the first one is used), rows that were left out because they are unreadable or have
         no item, and items that have a row (``items_found``).
     """
-    told = {"repeated_rows_of_items": 0, "skipped_rows_of_items": 0}
+    told: dict[str, Any] = {"repeated_rows_of_items": 0, "skipped_rows_of_items": 0}
     if items is None:
         query = """
             SELECT name AS item_id, NULL AS title, NULL AS text, NULL AS category FROM item_numbers
             ORDER BY n"""
-    else:
-        reading = Reading(connection, items.table, skip, items.item)
-        reading.create(
-            "catalogue",
-            f"{reading.id(items.item, 'data.items.columns.item')} AS item_id, "
-            f"nullif({items.title}, '') AS title, nullif({items.text}, '') AS text, "
-            f"nullif({items.category}, '') AS category",
-        )
-        told["repeated_rows_of_items"] = scalar(
-            connection, "SELECT count(item_id) - count(DISTINCT item_id) FROM catalogue"
-        )
-        told["skipped_rows_of_items"] = (
-            scalar(connection, "SELECT count(*) - count(item_id) FROM catalogue") + reading.left_out
-        )
-        told["items_found"] = _tell_found(connection, str(items.table.files[0]), observer)
-        for remark in [*reading.remarks, *_remarks_on_texts(connection)]:
-            observer.note(f"note: product table: {remark}")
-        for key, what in (
-            ("skipped_rows_of_items", "are unreadable or have no item id, and are left out"),
-            ("repeated_rows_of_items", "repeat an item; the first row of each item is used"),
-        ):
-            if told[key]:
-                observer.note(f"note: {told[key]:,} rows of the product table {what}")
-        query = """
-            SELECT name AS item_id, title, text, category
-            FROM item_numbers
-            LEFT JOIN (SELECT item_id, min(rowid) AS first FROM catalogue GROUP BY item_id) AS firsts
-              ON firsts.item_id = name
-            LEFT JOIN catalogue ON catalogue.rowid = firsts.first
-            ORDER BY n"""
-    table = connection.sql(query).to_arrow_table()
-    return table.select(columns.ITEMS.names).cast(columns.ITEMS), told
+        return _as_items(connection, query), told
+    reading = Reading(connection, items.table, skip, items.item)
+    reading.create(
+        "catalogue",
+        f"{reading.id(items.item, 'data.items.columns.item')} AS item_id, "
+        f"nullif({items.title}, '') AS title, nullif({items.text}, '') AS text, "
+        f"nullif({items.category}, '') AS category",
+    )
+    use_stream_ids(connection, "catalogue", "item_id", aliases)
+    told["repeated_rows_of_items"] = scalar(
+        connection, "SELECT count(item_id) - count(DISTINCT item_id) FROM catalogue"
+    )
+    told["skipped_rows_of_items"] = (
+        scalar(connection, "SELECT count(*) - count(item_id) FROM catalogue") + reading.left_out
+    )
+    told["items_found"] = _tell_found(connection, str(items.table.files[0]), observer)
+    for remark in [*reading.remarks, *_remarks_on_texts(connection)]:
+        observer.note(f"note: product table: {remark}")
+    for key, what in (
+        ("skipped_rows_of_items", "are unreadable or have no item id, and are left out"),
+        ("repeated_rows_of_items", "repeat an item; the first row of each item is used"),
+    ):
+        if told[key]:
+            observer.note(f"note: {told[key]:,} rows of the product table {what}")
+    return texts_in_catalogue(connection, "item_numbers"), told
+
+
+def texts_in_catalogue(connection: duckdb.DuckDBPyConnection, numbers: str) -> pa.Table:
+    """The title, text and category (``peso.events.columns.ITEMS``) that the first row of each item has in the
+    product table, which :func:`new_items` has read.
+
+    Args:
+        numbers: a table with the items (name, n).
+    """
+    query = f"""
+        SELECT name AS item_id, title, text, category
+        FROM {numbers}
+        LEFT JOIN (SELECT item_id, min(rowid) AS first FROM catalogue GROUP BY item_id) AS firsts
+          ON firsts.item_id = name
+        LEFT JOIN catalogue ON catalogue.rowid = firsts.first
+        ORDER BY n"""
+    return _as_items(connection, query)
+
+
+def _as_items(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
+    return connection.sql(query).to_arrow_table().select(columns.ITEMS.names).cast(columns.ITEMS)
 
 
 def _remarks_on_texts(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:

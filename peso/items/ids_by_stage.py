@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.errors import WorkspaceError
+from peso.items.names import NONE_RENAMED, ItemNames
 from peso.items.semantic_ids import CODES, FORMAT, ITEM_ID, SemanticIds, read_semantic_ids
 from peso.runtime.manifest import intact, read_manifest
 
@@ -117,9 +118,10 @@ class IdsByStage:
         self._made: dict[int, SemanticIds] = {0: first}  # by the number of changes
 
     @classmethod
-    def read(cls, directory: Path) -> IdsByStage:
+    def read(cls, directory: Path, names: ItemNames = NONE_RENAMED) -> IdsByStage:
         """Raises WorkspaceError if a file is missing or damaged."""
-        return cls(read_semantic_ids(directory), Changes.read(directory, read_manifest(directory, FORMAT)))
+        first = read_semantic_ids(directory).named(names)
+        return cls(first, Changes.read(directory, read_manifest(directory, FORMAT)))
 
     def at(self, stage: int | None) -> SemanticIds:
         """The IDs at a stage, with the changes up to it; None: with all changes."""

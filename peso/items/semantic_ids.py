@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from string import ascii_lowercase
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from peso.errors import DataError, WorkspaceError
+from peso.items.names import NONE_RENAMED, ItemNames
 from peso.runtime.files import read_json_object, write_atomically
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 
@@ -146,18 +147,20 @@ class SemanticIds:
     """The semantic IDs of a catalog. Row i belongs to item i of the stream's item table.
 
     Attributes:
-        item_ids: the item ids as they appear in the log.
+        item_ids: the item ids as they appear in the log; of renamed items, the current names.
         codes: int32 (items, levels), the codes of each item.
         sizes: the number of codes of each level. The semantic vocabulary has a row for each, also for codes
             that are not in use yet, so that new items do not change its size.
         contents: float32 (items, dimensions), the vector of each item's contents from which its ID is made;
             zero for an item without any. None unless a model uses them (``head.contents``).
+        names: the names of renamed items. Every name of an item is understood wherever an item is looked up.
     """
 
     item_ids: list[str]
     codes: np.ndarray
     sizes: tuple[int, ...]
     contents: np.ndarray | None = field(default=None, repr=False, compare=False)
+    names: ItemNames = field(default=NONE_RENAMED, repr=False, compare=False)
     _rows: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +173,24 @@ class SemanticIds:
             raise ValueError("a code is outside the size of its level")
         if self.contents is not None and len(self.contents) != len(self.item_ids):
             raise ValueError(f"{len(self.contents)} content vectors for {len(self.item_ids)} items")
-        object.__setattr__(self, "_rows", {item: row for row, item in enumerate(self.item_ids)})
+        rows = {item: row for row, item in enumerate(self.item_ids)}
+        for name, stored in self.names.stored.items():
+            row = rows.get(self.names.current[stored])
+            if row is not None:
+                rows.setdefault(stored, row)
+                rows.setdefault(name, row)
+        object.__setattr__(self, "_rows", rows)
+
+    def named(self, names: ItemNames) -> SemanticIds:
+        """The same items with other names."""
+        if names == self.names:
+            return self
+        return replace(self, item_ids=[names.now(item) for item in self.stored_ids], names=names)
+
+    @property
+    def stored_ids(self) -> list[str]:
+        """The ids of the items in the files, which do not change when an item is renamed."""
+        return [self.names.in_files(item) for item in self.item_ids] if self.names else self.item_ids
 
     @property
     def levels(self) -> int:
@@ -193,7 +213,7 @@ class SemanticIds:
     def fingerprint(self, items: int) -> str:
         """The sha256 of the sizes and of the ids and codes of the first ``items`` rows. Items that are added
         later do not change it."""
-        result = hashlib.sha256(json.dumps([list(self.sizes), self.item_ids[:items]]).encode())
+        result = hashlib.sha256(json.dumps([list(self.sizes), self.stored_ids[:items]]).encode())
         result.update(np.ascontiguousarray(self.codes[:items], "<i4").tobytes())
         return result.hexdigest()
 
@@ -215,7 +235,7 @@ class SemanticIds:
     def first(self, items: int) -> SemanticIds:
         """Only the first ``items`` rows."""
         contents = None if self.contents is None else self.contents[:items]
-        return SemanticIds(self.item_ids[:items], self.codes[:items], self.sizes, contents)
+        return SemanticIds(self.item_ids[:items], self.codes[:items], self.sizes, contents, self.names)
 
     def tokens(self) -> list[str]:
         """All token names, level by level, in the order of the rows of the semantic vocabulary."""
@@ -223,6 +243,10 @@ class SemanticIds:
 
     def __contains__(self, item_id: str) -> bool:
         return item_id in self._rows
+
+    def name(self, item_id: str) -> str:
+        """The current name of an item. Raises DataError if it is unknown."""
+        return self.item_ids[self.row(item_id)]
 
     def row(self, item_id: str) -> int:
         try:
@@ -270,7 +294,7 @@ def write_semantic_ids(ids: SemanticIds, directory: Path, manifest: Mapping[str,
         manifest: further contents of the manifest, such as the source of the codes.
     """
     codes = pa.FixedSizeListArray.from_arrays(pa.array(ids.codes.ravel(), pa.int32()), ids.levels)
-    table = pa.table({ITEM_ID: pa.array(ids.item_ids, pa.string()), CODES: codes})
+    table = pa.table({ITEM_ID: pa.array(ids.stored_ids, pa.string()), CODES: codes})
     pq.write_table(table, directory / INDEX_FILE)
     if ids.contents is not None:
         save_file({"contents": np.ascontiguousarray(ids.contents, np.float32)}, directory / CONTENTS_FILE)

@@ -331,6 +331,9 @@ class BaselineRun:
         """Estimates by metric name, for a stage that is done."""
         return read_json_object(self._file(stage, METRICS))[Path(PREDICTIONS).stem]
 
+    def _predictions(self, stage: int, name: str) -> Predictions:
+        return read_predictions(self._file(stage, name)).named(self.workspace.names)
+
     def summaries(self) -> list[RunSummary]:
         """Summaries for a report: the baseline updated at every stage, and its state after stage 0
         (``static``).
@@ -351,12 +354,12 @@ class BaselineRun:
             cost = StageCost(manifest["seconds"], bytes_on_disk=size)
             left_out = not manifest["settings"].get("repeats", True)
             continual[stage] = StageSummary(
-                read_predictions(self._file(stage, PREDICTIONS)), cost, leaves_out_seen=left_out
+                self._predictions(stage, PREDICTIONS), cost, leaves_out_seen=left_out
             )
             static[stage] = continual[stage]
             if stage:
                 static[stage] = StageSummary(
-                    read_predictions(self._file(stage, STATIC)), leaves_out_seen=static[0].leaves_out_seen
+                    self._predictions(stage, STATIC), leaves_out_seen=static[0].leaves_out_seen
                 )
         seed = self.workspace.config.seed if is_random(self.config) else None
         frozen = f"{self.label} (static)"

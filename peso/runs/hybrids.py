@@ -18,6 +18,7 @@ from peso.runs.workspace import Workspace
 
 if TYPE_CHECKING:
     from peso.baselines.hybrid import Hybrid
+    from peso.items.semantic_ids import SemanticIds
 
 NOBODY = ""  # name of a user known only by the history
 
@@ -46,8 +47,8 @@ class HybridAnswers:
 
     @property
     def item_ids(self) -> Sequence[str]:
-        """The ids of the catalog that the answers are from."""
-        return self._run.ids(self.stage).item_ids
+        """The ids in the stream of the catalog that the answers are from."""
+        return self._run.ids(self.stage).stored_ids
 
     @property
     def determined_by(self) -> str:
@@ -70,6 +71,7 @@ class HybridAnswers:
         k: int,
         *,
         out: Sequence[np.ndarray],
+        ids: SemanticIds,
     ) -> list[list[tuple[str, float]]]:
         """The k best items of each user with their pooled log-probabilities, best first; fewer if ``out``
         leaves fewer. Items that share a semantic ID come in the order of the catalog.
@@ -78,10 +80,11 @@ class HybridAnswers:
             users: names, for partners with user embeddings; None: only the history is used.
             histories: all item rows of each user, oldest first.
             out: for each user, the item rows that are not recommended.
+            ids: the semantic IDs of the stage, with the names that the answers have.
         """
         if not len(histories):
             return []
-        ids, window = self._run.ids(self.stage), self.workspace.config.prompt.window
+        window = self.workspace.config.prompt.window
         hybrid = self.models.with_repeats(not any(map(len, out)))
         hybrid = replace(hybrid, candidates=max(hybrid.candidates, k))
         cases = Cases(

@@ -28,6 +28,7 @@ from peso.errors import DataError, NothingLeft, NothingNew, UntrainableStage
 from peso.events import columns
 from peso.events.append import extend_stream
 from peso.events.database import literal, scalar, temporary_database
+from peso.events.loading import Aliases
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.events.sources import ItemTable, Source, open_source
 from peso.events.sources.reading import Reading
@@ -35,6 +36,7 @@ from peso.events.sources.user_files import own_items
 from peso.events.stream import ITEMS_FILE, Stream, stage_file
 from peso.items.semantic_ids import read_release_index
 from peso.runs import pipeline, preparation
+from peso.runs.names import names_held
 from peso.runs.user_histories import RECEIVED, cuts_of
 from peso.runs.workspace import Workspace
 from peso.runtime.manifest import intact
@@ -97,7 +99,7 @@ def cut_received(workspace: Workspace, observer: Observer, items: str | None = N
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        with ReceivedEvents(workspace.events_file) as received:
+        with ReceivedEvents(workspace.events_file) as received, names_held(workspace.root):
             received.check()
             return _cut(workspace, received, work, observer, items)
     finally:
@@ -107,8 +109,8 @@ def cut_received(workspace: Workspace, observer: Observer, items: str | None = N
 def _cut(
     workspace: Workspace, received: ReceivedEvents, work: Path, observer: Observer, items: str | None
 ) -> Cut:
-    stream, data = workspace.stream, workspace.config.data
-    written = _write(received, cuts_of(stream, received.id), work / "received.parquet")
+    stream, data, known = workspace.stream, workspace.config.data, preparation.aliases(workspace)
+    written = _write(received, cuts_of(stream, received.id), work / "received.parquet", known)
     if not written:
         return Cut(why="no event was received since the last stage")
     table = _product_table(data, items, observer)
@@ -135,6 +137,8 @@ def _cut(
             observer,
             source=Source(open_source(log).log, table),
             told={"source": {"format": "received"}, RECEIVED: {"log": received.id, "cut": cut}},
+            aliases=known,
+            corrects=items is not None or data.items is not None,
         )
         numbers = _taken(Stream.open(directory), selected.log, work)
         taken = len(numbers)
@@ -162,18 +166,20 @@ def _cut(
     )
 
 
-def _write(received: ReceivedEvents, cuts: list[str], file: Path) -> int:
-    """Write the waiting events in order of receipt; returns their number."""
+def _write(received: ReceivedEvents, cuts: list[str], file: Path, known: Aliases) -> int:
+    """Write the waiting events in order of receipt, with the ids of the stream; returns their number."""
     count = 0
     with pq.ParquetWriter(file, _SCHEMA) as writer:
         for events in received.waiting(cuts):
-            writer.write_table(_table(events))
+            writer.write_table(_table(events, known))
             count += len(events)
     return count
 
 
-def _table(events: list[ReceivedEvent]) -> pa.Table:
+def _table(events: list[ReceivedEvent], known: Aliases) -> pa.Table:
     fields = {name: [getattr(event, name) for event in events] for name in _SCHEMA.names}
+    for name, ids in ((columns.USER, known.users), (columns.ITEM, known.items)):
+        fields[name] = [ids.get(value, value) for value in fields[name]]
     return pa.table(fields, schema=_SCHEMA)
 
 

@@ -21,7 +21,9 @@ BESIDE_EVENTS = [f"{EVENTS}{ending}" for ending in ("-wal", "-shm")]  # written 
 HISTORIES = "histories.sqlite"  # index of the users' histories (peso.events.history_index)
 SERVED, SERVED_LOCK = "served.json", ".served.lock"  # see peso.runs.served
 RETIRED, RETIRED_LOCK = "retired.json", ".retired.lock"  # see peso.runs.retired
-OF_ITS_OWN = {SERVED, SERVED_LOCK, RETIRED, RETIRED_LOCK}  # files that change without the workspace's lock
+NAMES, NAMES_LOCK = "names.json", ".names.lock"  # see peso.runs.names
+# files that change without the workspace's lock
+OF_ITS_OWN = {SERVED, SERVED_LOCK, RETIRED, RETIRED_LOCK, NAMES, NAMES_LOCK}
 PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *OF_ITS_OWN, HISTORIES, SIZES, TRACKING, *MADE}
 
 

@@ -16,14 +16,16 @@ import numpy as np
 from peso.config import DataConfig
 from peso.config.data import STREAMS
 from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
-from peso.events.append import correct_items, extend_stream
+from peso.events.append import CORRECTED, correct_items, extend_stream
 from peso.events.ingest import ingest as fill_stream
+from peso.events.loading import Aliases
 from peso.events.release import read_release
 from peso.events.sources import fetch
 from peso.events.stream import Stream
 from peso.items.catalog_files import write_catalog
 from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
 from peso.runs.checks import check_configuration
+from peso.runs.names import names_held
 from peso.runs.place import require_place
 from peso.runs.report import read_user_table, report_users_found
 from peso.runs.retired import retired
@@ -62,8 +64,9 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         )
     observer.note(f"ingest: {data.format} {shown(data.path or '')}".rstrip())
     user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
-    with commit_directory(workspace.stream_directory) as directory:
-        manifest = fill_stream(data, directory, workspace.config.seed_of_data, observer)
+    with names_held(workspace.root), commit_directory(workspace.stream_directory) as directory:
+        seed = workspace.config.seed_of_data
+        manifest = fill_stream(data, directory, seed, observer, aliases=aliases(workspace))
         if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
             remove_directory(workspace.semantic_ids_directory)  # before the new stream replaces theirs
             observer.note("the data changed: the semantic IDs were removed and have to be made again")
@@ -100,7 +103,17 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
     fetch(given, observer)
     observer.note(f"append: {given.format} {shown(str(given.path))}")
     earlier = workspace.stream.directory
-    return extend(workspace, observer, lambda place: extend_stream(given, earlier, place, observer))
+
+    def fill(place: Path) -> dict[str, Any]:
+        return extend_stream(given, earlier, place, observer, aliases=aliases(workspace))
+
+    with names_held(workspace.root):
+        return extend(workspace, observer, fill)
+
+
+def aliases(workspace: Workspace) -> Aliases:
+    """The names in new data that are others in the stream."""
+    return Aliases(items=workspace.names.stored)
 
 
 def extend(
@@ -117,8 +130,12 @@ def extend(
     """
     user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
     with commit_directory(workspace.stream_directory) as directory:
+        stream = workspace.stream
         manifest = fill(directory)
-        if workspace.has_semantic_ids and manifest["appended"][-1]["new_items"]:
+        brought = manifest["appended"][-1]
+        if CORRECTED in brought:
+            _keep_tree(workspace, stream)
+        if workspace.has_semantic_ids and brought["new_items"]:
             with TemporaryDirectory() as trial:
                 observer.note("checking that the new items can get semantic IDs")
                 try:
@@ -144,17 +161,24 @@ def update_items(workspace: Workspace, data: DataConfig, observer: Observer) -> 
         WorkspaceError: there is no stream, or it is damaged.
         DataError: see :func:`peso.events.append.correct_items`. The stream is not changed.
     """
-    stream, ids = workspace.stream, workspace.semantic_ids_directory
+    stream = workspace.stream
     fetch(data, observer)
     with commit_directory(workspace.stream_directory) as directory:
-        done = correct_items(data, stream.directory, directory, observer)
-        from peso.items.tokenize import extend_semantic_ids, lacks_tree
-
-        if workspace.has_semantic_ids and lacks_tree(ids):  # only the old categories can still give the tree
-            known = stream.items.slice(0, len(workspace.semantic_ids.item_ids))
-            with commit_directory(ids) as kept:
-                extend_semantic_ids(known, workspace.config.items, ids, kept, vector_cache())
+        done = correct_items(data, stream.directory, directory, observer, aliases=aliases(workspace))
+        _keep_tree(workspace, stream)
     return done
+
+
+def _keep_tree(workspace: Workspace, stream: Stream) -> None:
+    """Store the tree of categories of semantic IDs that an earlier version made without it, before ``stream``
+    is replaced: only the old categories can still give the tree."""
+    from peso.items.tokenize import extend_semantic_ids, lacks_tree
+
+    ids = workspace.semantic_ids_directory
+    if workspace.has_semantic_ids and lacks_tree(ids):
+        known = stream.items.slice(0, len(workspace.semantic_ids.item_ids))
+        with commit_directory(ids) as kept:
+            extend_semantic_ids(known, workspace.config.items, ids, kept, vector_cache())
 
 
 def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
@@ -176,7 +200,8 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         keeps = config.head.contents
         base = np.flatnonzero((stream.first_stages() == 0) | (config.items.fit == "all")) if keeps else None
         if config.items.index is not None:
-            adopt(stream.items, read_release_index(config.items.index), config.items.index, *further, base)
+            index = read_release_index(config.items.index).named(workspace.names)
+            adopt(stream.items, index, config.items.index, *further, base)
         elif config.data.format == "peso-release":
             released = read_release(str(config.data.path))[2]
             adopt(stream.items, released, "index of the release", *further, base)
@@ -228,7 +253,7 @@ def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observe
     config, source = workspace.config.items, workspace.semantic_ids_directory
     further = (config, source, directory, vector_cache(), observer)
     if config.index is not None:
-        index = read_release_index(config.index, workspace.semantic_ids.sizes)
+        index = read_release_index(config.index, workspace.semantic_ids.sizes).named(workspace.names)
         adopt_more(stream.items, index, config.index, *further, seed=workspace.config.seed_of_data)
     else:
         extend_semantic_ids(stream.items, *further, stream.first_stages(), _log(stream))
@@ -278,7 +303,7 @@ def export_index(
         count = stream.items_known(stage)
         ids = ids.first(count)
     never = {} if with_retired else retired(workspace.root)
-    kept = [row for row, item in enumerate(ids.item_ids) if item not in never]
+    kept = [row for row, item in enumerate(ids.stored_ids) if item not in never]
     write = write_release_index if form == "index" else write_catalog
     write(SemanticIds([ids.item_ids[row] for row in kept], ids.codes[kept], ids.sizes), path)
     return len(ids.item_ids) - len(kept)

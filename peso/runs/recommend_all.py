@@ -165,6 +165,7 @@ class Everybody:
             histories.fingerprint,
             None if events is None else events.id,
             [self.k, self.exclude_seen, list(self.part), self.at_once, sorted(recommender.retired)],
+            *([sorted(ids.names.current.items())] if ids.names else []),
         )
 
     def _users(self, histories: UserHistories) -> Iterator[list[tuple[str, list[str]]]]:

@@ -12,6 +12,7 @@ import numpy as np
 from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.hybrids import HybridAnswers
+from peso.runs.names import CurrentNames
 from peso.runs.place import require_place
 from peso.runs.retired import RetiredItems
 from peso.runs.served import serving_stage
@@ -58,8 +59,9 @@ class Recommender:
         self.stage = chosen.number
         self.device = device
         self.live = stage is None if live is None else live
+        self._ids: SemanticIds | None = None
         self.hybrid = None if hybrid is None else HybridAnswers(workspace, hybrid, self.stage)
-        self._retired = RetiredItems(workspace.root)
+        self._retired, self._names = RetiredItems(workspace.root), CurrentNames(workspace.root)
 
     @cached_property
     def model(self) -> GenerativeModel:
@@ -178,13 +180,13 @@ class Recommender:
         """The k items with the most events in the newest stage, most events first, without retired ones: a
         fallback for users without a history. Raises DataError if the catalog has fewer."""
         self.require_length(k)
-        retired = self.retired
-        return [item for item in self._by_popularity if item not in retired][:k]
+        retired, ids = self.retired, self.semantic_ids.item_ids
+        return [ids[row] for row in self._by_popularity if ids[row] not in retired][:k]
 
     @property
     def retired(self) -> frozenset[str]:
         """The items that are never recommended, as recorded now (`peso items retire`)."""
-        return self._retired.current()
+        return frozenset(map(self._names.current().now, self._retired.current()))
 
     # -- users and items -------------------------------------------------------------------------
 
@@ -218,7 +220,7 @@ class Recommender:
             if self.live:
                 where = f"the stages of {self.workspace.root}, nor in the events received since"
             raise DataError(f"user {user!r} is in none of {where}")
-        return known.items
+        return [*map(self._names.current().now, known.items)]
 
     def export(
         self,
@@ -264,7 +266,9 @@ class Recommender:
         on_cpu = self if self.device == "cpu" else Recommender(self.workspace, self.stage, "cpu")
         write = export_merged if format == "merged" else export_peft
         card = card_of(self.workspace.stage(self.stage), format, repository)
-        write(on_cpu.model, place, leaves_out_seen=self.leaves_out_seen, retired=self.retired, card=card)
+        model = on_cpu.model  # may have been loaded before an item was renamed
+        model.semantic_ids = model.semantic_ids.named(self._names.current())
+        write(model, place, leaves_out_seen=self.leaves_out_seen, retired=self.retired, card=card)
         return place
 
     def title(self, item: str) -> str | None:
@@ -301,13 +305,13 @@ class Recommender:
         """
         if exclude_seen is None:
             exclude_seen = self.leaves_out_seen
-        rows = [self.semantic_ids.rows(history) for history in histories]
+        ids, retired = self.semantic_ids, self.retired
+        rows = [ids.rows(history) for history in histories]
         self.require_length(k)
-        retired = self.retired
         if self.hybrid is not None:
-            gone = self.semantic_ids.rows(sorted(item for item in retired if item in self.semantic_ids))
+            gone = ids.rows(sorted(item for item in retired if item in ids))
             out = [np.concatenate([history, gone]) if exclude_seen else gone for history in rows]
-            return self.hybrid.recommend(users or [None] * len(rows), rows, k, out=out)
+            return self.hybrid.recommend(users or [None] * len(rows), rows, k, out=out, ids=ids)
         from peso.decoding import beam_search
 
         with threads(self._answering, self.workspace.config.training.threads):
@@ -316,7 +320,8 @@ class Recommender:
                 histories,
                 k,
                 exclude_seen=exclude_seen,
-                allow=frozenset(self.semantic_ids.item_ids) - retired if retired else None,
+                allow=frozenset(ids.item_ids) - retired if retired else None,
+                ids=ids,
             )
 
     def require_length(self, k: int) -> None:
@@ -324,9 +329,14 @@ class Recommender:
         if k > (items := len(self.semantic_ids.item_ids)):
             raise DataError(f"k = {k} is more than the {items} items of the catalog; ask for fewer")
 
-    @cached_property
+    @property
     def semantic_ids(self) -> SemanticIds:
-        return self.workspace.stage(self.stage).semantic_ids
+        """The semantic IDs of the stage's model, with the current names of renamed items."""
+        names = self._names.current()
+        if self._ids is None or self._ids.names != names:
+            ids = self.workspace.stage(self.stage).semantic_ids if self._ids is None else self._ids
+            self._ids = ids.named(names)
+        return self._ids
 
     @cached_property
     def _answering(self) -> GenerativeModel:
@@ -336,12 +346,13 @@ class Recommender:
         return answering
 
     @cached_property
-    def _by_popularity(self) -> list[str]:
-        stream, ids = self.workspace.stream, self.semantic_ids.item_ids
+    def _by_popularity(self) -> list[int]:
+        stream, items = self.workspace.stream, len(self.semantic_ids.item_ids)
         newest = stream.stages - 1 if self.live else min(self.stage, stream.stages - 1)
-        counts = np.stack([stream.item_counts(number) for number in range(newest + 1)])[:, : len(ids)]
-        order = np.lexsort((-counts.sum(axis=0), -counts[-1]))  # by the newest stage, then by all stages
-        return [ids[row] for row in order]
+        counts = np.stack([stream.item_counts(number) for number in range(newest + 1)])[:, :items]
+        by_newest = np.lexsort((-counts.sum(axis=0), -counts[-1]))  # by the newest stage, then by all stages
+        order: list[int] = by_newest.tolist()
+        return order
 
     @cached_property
     def _titles(self) -> list[str | None]:

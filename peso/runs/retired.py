@@ -38,7 +38,7 @@ class _File(BaseModel):
 
 
 def retired(root: Path) -> dict[str, Retirement]:
-    """The retired items of a workspace, in the order in which they were retired.
+    """The retired items of a workspace by their ids in the stream, in the order in which they were retired.
 
     Raises:
         WorkspaceError: ``retired.json`` is damaged, or was written by a newer version.
@@ -56,7 +56,7 @@ def retired(root: Path) -> dict[str, Retirement]:
 
 
 class RetiredItems:
-    """The ids of the retired items of a workspace, read again when the file changes."""
+    """The retired items of a workspace by their ids in the stream, read again when the file changes."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -77,17 +77,18 @@ class RetiredItems:
 
 
 def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None) -> list[str]:
-    """Retire items, with immediate effect; returns those that were not retired before.
+    """Retire items, given by any of their names, with immediate effect; returns those that were not retired
+    before.
 
     Raises:
         DataError: an item is not in the stream, or no item would be left. Nothing is changed.
         WorkspaceError: there is no stream, or ``retired.json`` is damaged.
     """
-    known = workspace.stream.item_ids
+    known, names = workspace.stream.item_ids, workspace.names
     _require_known(workspace, items, known)
     with in_turn(workspace.root / RETIRED_LOCK):
         before = retired(workspace.root)
-        new = [item for item in dict.fromkeys(items) if item not in before]
+        new = [item for item in dict.fromkeys(map(names.in_files, items)) if item not in before]
         if len(set(known) - {*before, *new}) == 0:
             raise DataError(
                 f"all {len(known):,} items of {workspace.root} would be retired; keep at least one"
@@ -95,7 +96,7 @@ def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None
         entry = Retirement(time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
         if new:
             _write(workspace.root, {**before, **dict.fromkeys(new, entry)})
-    return new
+    return [names.now(item) for item in new]
 
 
 def restore(workspace: Workspace, items: Sequence[str]) -> list[str]:
@@ -105,19 +106,20 @@ def restore(workspace: Workspace, items: Sequence[str]) -> list[str]:
         DataError: an item is not retired. Nothing is changed.
         WorkspaceError: ``retired.json`` is damaged.
     """
+    names = workspace.names
     with in_turn(workspace.root / RETIRED_LOCK):
         before = retired(workspace.root)
         _require_known(workspace, items, before, "not retired")
-        gone = [*dict.fromkeys(items)]
+        gone = [*dict.fromkeys(map(names.in_files, items))]
         _write(workspace.root, {item: entry for item, entry in before.items() if item not in gone})
-    return gone
+    return [names.now(item) for item in gone]
 
 
 def _require_known(
     workspace: Workspace, items: Sequence[str], known: Collection[str], what: str = "not in the stream"
 ) -> None:
-    known = frozenset(known)
-    if others := [item for item in items if item not in known]:
+    known, names = frozenset(known), workspace.names
+    if others := [item for item in items if names.in_files(item) not in known]:
         shown = ", ".join(map(repr, others[:5])) + (" …" if len(others) > 5 else "")
         raise DataError(
             f"{len(others):,} of {len(items):,} items are {what} of {workspace.root}: {shown}; check the ids"

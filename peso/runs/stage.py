@@ -335,12 +335,13 @@ class StageTest:
 
     @property
     def predictions(self) -> Predictions:
-        """The predictions. Raises WorkspaceError if they are damaged or missing."""
+        """The predictions, with the current names of renamed items; their file has the ids of the stream.
+        Raises WorkspaceError if they are damaged or missing."""
         from peso.evaluation.predictions import read_predictions
 
         path = self.stage.file(self.name(PREDICTIONS))
         assert path is not None
-        return read_predictions(path)
+        return read_predictions(path).named(self.stage.workspace.names)
 
     @property
     def determination(self) -> str:

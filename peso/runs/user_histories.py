@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peso.errors import PesoError
 from peso.events.history_index import HistoryIndex, rests_on
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.events.stream import Stream
+from peso.runs.names import CurrentNames
 from peso.runtime.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class UserHistory:
     """The items of a user.
 
     Attributes:
-        items: ids of the items that have a semantic ID, oldest first.
+        items: ids (those of the stream) of the items that have a semantic ID, oldest first.
         left_out: ids of the items without a semantic ID, oldest first; models cannot use them yet.
         received: number of items (of both kinds) that are not in a stage yet.
     """
@@ -84,6 +85,7 @@ class UserHistories:
     ) -> None:
         self.workspace, self.through, self.until = workspace, through, until
         self._state: _State | None = None
+        self._names = CurrentNames(workspace.root)
         self._events: ReceivedEvents | None = None
         self._given, self._background = events, background
         self._renewing, self._opening = threading.Lock(), threading.Lock()
@@ -173,7 +175,7 @@ class UserHistories:
             stream = workspace.stream
             index = HistoryIndex.open(stream, workspace.histories_file, self.through)
             last = int(stream.manifest.get("time", {}).get("last", -1))
-            known = frozenset(workspace.semantic_ids.item_ids)
+            known = frozenset(workspace.semantic_ids.stored_ids)
             self._state = _State(stamp, stream, index, last, stream.item_ids, known)
 
     def _current(self) -> _State:
@@ -208,9 +210,9 @@ class UserHistories:
         if events is None:
             return []
         cuts = cuts_of(state.stream, events.id)
-        until = self.until
+        until, names = self.until, self._names.current()
         return [
-            event
+            replace(event, item=names.in_files(event.item))
             for event in events.of_user(user)
             if event.cut not in cuts and (until is None or event.number <= until)
         ]

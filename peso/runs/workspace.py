@@ -15,6 +15,7 @@ from peso.config.reading import leaves, missing_keys, override, with_earlier_def
 from peso.config.shape import is_later
 from peso.errors import ConfigError, WorkspaceError
 from peso.runs.changes import refuse_changes, refuse_edits
+from peso.runs.names import CurrentNames
 from peso.runs.place import CONFIG, EVENTS, HISTORIES, MADE, hold_lock, refuse_foreign, writing
 from peso.runs.sizes import Sizes, chosen_sizes, record, require_sizes, settled, sizes_for
 from peso.runs.stage import RunStage
@@ -27,6 +28,7 @@ from peso.runtime.progress import Observer
 if TYPE_CHECKING:
     from peso.events.stream import Stream
     from peso.items.ids_by_stage import IdsByStage
+    from peso.items.names import ItemNames
     from peso.items.semantic_ids import SemanticIds
 
 RESTORE = "restore it: the manifest of each trained stage (stages/*/manifest.json) has it as `configuration`"
@@ -55,7 +57,8 @@ class Workspace:
         self.root = root
         self.config = settled(root, config)
         self.trusted = frozenset(config.strategy.foreign if trust is None else trust)
-        self._read_ids: tuple[Manifest, IdsByStage] | None = None
+        self._names = CurrentNames(root)
+        self._read_ids: tuple[Manifest, ItemNames, IdsByStage] | None = None
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -291,7 +294,7 @@ class Workspace:
 
     @property
     def stream(self) -> Stream:
-        """The stream.
+        """The stream. Its items have the ids under which they entered it, also if they were renamed since.
 
         Raises:
             WorkspaceError: there is none yet, or its manifest is damaged.
@@ -321,7 +324,8 @@ class Workspace:
     @property
     def semantic_ids(self) -> SemanticIds:
         """The semantic IDs; with ``items.refresh``, the newest ones (:attr:`RunStage.semantic_ids` are those
-        of a stage's model). They are cached as long as their manifest does not change.
+        of a stage's model). They have the current names of renamed items, and understand every other name.
+        They are cached as long as their manifest and the names do not change.
 
         Raises:
             WorkspaceError: there are none yet, or a file is damaged.
@@ -336,10 +340,15 @@ class Workspace:
         """
         from peso.items.ids_by_stage import IdsByStage
 
-        manifest = self.semantic_ids_manifest
-        if self._read_ids is None or self._read_ids[0] != manifest:
-            self._read_ids = manifest, IdsByStage.read(self.semantic_ids_directory)
-        return self._read_ids[1].at(stage)
+        manifest, names = self.semantic_ids_manifest, self._names.current()
+        if self._read_ids is None or self._read_ids[:2] != (manifest, names):
+            self._read_ids = manifest, names, IdsByStage.read(self.semantic_ids_directory, names)
+        return self._read_ids[2].at(stage)
+
+    @property
+    def names(self) -> ItemNames:
+        """The names of renamed items. Raises WorkspaceError if ``names.json`` is damaged."""
+        return self._names.current()
 
     @property
     def items_without_id(self) -> int:

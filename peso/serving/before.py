@@ -56,6 +56,7 @@ class StageBefore:
             self._want(identity(stage))
             self._used = time.monotonic()
             if self._held is not None:
+                self._held = self._held.named(self._live.current.semantic_ids.names)
                 return Found(stage.number, "ready", self._held)
             if time.monotonic() - self._failed < AGAIN:
                 return Found(stage.number, "failed")

@@ -126,7 +126,7 @@ def add_insight(app: FastAPI, service: Service) -> None:
 def shown(snapshot: Snapshot, item: str, score: float | None = None) -> ShownItem:
     if item not in snapshot.semantic_ids:
         return ShownItem(item=item, score=score)
-    semantic_id = snapshot.semantic_ids.semantic_id(item)
+    item, semantic_id = snapshot.semantic_ids.name(item), snapshot.semantic_ids.semantic_id(item)
     return ShownItem(item=item, title=snapshot.title(item), semantic_id=semantic_id, score=score)
 
 
@@ -143,6 +143,7 @@ async def _explained(
     known = current if item in current.semantic_ids or before is None else before
     if item not in known.semantic_ids:
         raise HTTPException(404, f"stage {current.stage} does not know the item {item!r}")
+    item = known.semantic_ids.name(item)
 
     def with_models() -> tuple[Likelihood | None, Likelihood | None, Near | None]:
         then = None if before is None else likelihood(before, history, item)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peso.errors import WorkspaceError
 from peso.runs.hybrids import HybridAnswers, is_run
-from peso.runs.place import SERVED
+from peso.runs.place import NAMES, SERVED
 from peso.runs.served import served, serving_stage
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
@@ -85,7 +85,7 @@ class LiveStage:
 
     def refresh(self) -> None:
         """Load the stage that should serve now, if it is another one, its catalog has changed, or it is not
-        loaded yet."""
+        loaded yet. Otherwise only titles, popularity and names of items are read again."""
         with self._loading:  # Transformers cannot load two models at the same time
             self._refresh()
 
@@ -95,7 +95,7 @@ class LiveStage:
         same = before.identity == identity(wanted, self._hybrid_of(wanted))
         if before.model is not None and same:
             self.problem = None
-            # titles and popularity of the stream as it is now; a user may have been erased
+            # titles, popularity and names as they are now; a user may have been erased
             now = Snapshot.of(wanted, self.hybrid)
             if before.prompts is not None:
                 before.prompts.clear()
@@ -141,12 +141,12 @@ class LiveStage:
     def _with_model(self, stage: RunStage, snapshot: Snapshot) -> Snapshot:
         from peso.model.inference import for_inference
 
-        hybrid, catalog = snapshot.hybrid, snapshot.semantic_ids.item_ids
+        hybrid, catalog = snapshot.hybrid, snapshot.semantic_ids.stored_ids
         if hybrid is None:
             model = for_inference(stage.model(self._device), packed=True)
         else:
             model = hybrid.models.llm
-        if model.semantic_ids.item_ids != catalog or (hybrid and hybrid.item_ids != catalog):
+        if model.semantic_ids.stored_ids != catalog or (hybrid and hybrid.item_ids != catalog):
             raise WorkspaceError(f"the semantic IDs of {self.root} changed while they were read")
         return replace(snapshot, model=model)
 
@@ -179,7 +179,7 @@ class LiveStage:
     def _fingerprint(self) -> tuple[object, ...]:
         """Inodes, times and sizes that change when another stage should serve; fast to read."""
         found: list[object] = []
-        for name in (SERVED, "stages", "semantic_ids", "stream", f"baselines/{self.hybrid or ''}"):
+        for name in (SERVED, NAMES, "stages", "semantic_ids", "stream", f"baselines/{self.hybrid or ''}"):
             try:
                 state = os.stat(self.root / name)
                 found += [state.st_ino, state.st_mtime_ns, state.st_size]

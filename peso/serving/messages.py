@@ -139,6 +139,10 @@ class Answer(Message):
     unknown_items: list[str] = Field(
         default=[], description="Items of the request or the history that the stage does not know."
     )
+    renamed_items: dict[str, str] | None = Field(
+        None,
+        description="Current names of items that the request has by a former name (`peso items rename`).",
+    )
 
 
 class Event(Message):

@@ -146,7 +146,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, f"stage {snapshot.stage} does not know the item {item!r}")
         return ItemDetails(
             stage=snapshot.stage,
-            item=item,
+            item=snapshot.semantic_ids.name(item),
             title=snapshot.title(item),
             semantic_id=snapshot.semantic_ids.semantic_id(item),
         )

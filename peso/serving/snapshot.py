@@ -4,7 +4,7 @@ snapshot are consistent."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,7 @@ from peso.serving.stock import Stock
 
 if TYPE_CHECKING:
     from peso.decoding.returning import PromptMemory, Returning
+    from peso.items.names import ItemNames
     from peso.items.semantic_ids import SemanticIds
     from peso.model.generative import GenerativeModel
 
@@ -104,10 +105,16 @@ class Snapshot:
             recommender.hybrid,
         )
 
+    def named(self, names: ItemNames) -> Snapshot:
+        """The same snapshot with the current names of renamed items."""
+        ids = self.semantic_ids.named(names)
+        return self if ids is self.semantic_ids else replace(self, semantic_ids=ids)
+
     def known(self, items: Iterable[str]) -> tuple[list[str], list[str]]:
-        """Split items into those that the stage knows, in their order, and the others without duplicates."""
+        """Split items into those that the stage knows, with their current names and in their order, and the
+        others without duplicates."""
         items = list(items)
-        known = [item for item in items if item in self.semantic_ids]
+        known = [self.semantic_ids.name(item) for item in items if item in self.semantic_ids]
         others = dict.fromkeys(item for item in items if item not in self.semantic_ids)
         return known, list(others)
 
@@ -117,7 +124,7 @@ class Snapshot:
         Args:
             stock: the global filters.
         """
-        stocked = stock.among(self.semantic_ids.item_ids)
+        stocked = stock.among(self.semantic_ids)
         result: dict[int, Answer | DataError] = {}
         asked: dict[tuple[int, bool], dict[int, _Resolved]] = {}
         for place, question in enumerate(questions):
@@ -195,6 +202,10 @@ class Snapshot:
             list(dict.fromkeys([*unknown, *unknown_allowed, *unknown_denied])),
             key_of(request, history, leave_out, stock),
             question.ahead,
+            # a stored history has the ids of the stream, which are no news for the caller
+            self.semantic_ids.names.former(
+                [*(request.history or ()), *(request.allow or ()), *(request.deny or ())]
+            ),
         )
 
     def _forget(self, user: str) -> None:
@@ -216,6 +227,7 @@ class Snapshot:
                 allow=[each.allow for each in asked if each.allow is not None] or stocked,
                 deny=[each.out for each in asked],
                 returning=[self._cached_prompt(each.request.user) for each in asked],
+                ids=self.semantic_ids,
             )
         return [ranked[: each.request.k] for each, ranked in zip(asked, found, strict=True)]
 
@@ -229,6 +241,7 @@ class Snapshot:
             [ids.rows(each.history) for each in asked],
             asked[0].request.k,
             out=out,
+            ids=ids,
         )
 
     def _cached_prompt(self, user: str | None) -> Returning | None:
@@ -263,7 +276,12 @@ class Snapshot:
         ]
         reason = asked.reason if source == "popularity" else None
         return Answer(
-            stage=self.stage, source=source, reason=reason, items=items, unknown_items=asked.unknown
+            stage=self.stage,
+            source=source,
+            reason=reason,
+            items=items,
+            unknown_items=asked.unknown,
+            renamed_items=asked.renamed or None,
         )
 
     def title(self, item: str) -> str | None:
@@ -298,7 +316,7 @@ _Reason = Literal["loading", "unknown_user", "empty_history"] | None
 class _Resolved:
     """A question with items resolved for one stage: ``out``: items to leave out; ``reason``: why the model is
     not used; ``unknown``: items that the stage does not know; ``key``: of the answer among those that are
-    kept."""
+    kept; ``renamed``: current names of items that the request has by a former name."""
 
     request: Request
     history: list[str]
@@ -308,6 +326,7 @@ class _Resolved:
     unknown: list[str]
     key: Key
     ahead: bool
+    renamed: dict[str, str]
 
     @property
     def beams(self) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peso.errors import UsageError, WorkspaceError
+from peso.items.semantic_ids import SemanticIds
 from peso.runs.retired import RetiredItems
 
 log = logging.getLogger("peso.serving")
@@ -22,11 +22,17 @@ class Stock:
     allow: frozenset[str] | None = None
     deny: frozenset[str] = frozenset()
 
-    def among(self, items: Collection[str]) -> frozenset[str] | None:
-        """The subset of the items that may be recommended; None: all of them."""
+    def among(self, ids: SemanticIds) -> frozenset[str] | None:
+        """The items of a catalog that may be recommended, by their current names; None: all of them."""
         if self.allow is None and not self.deny:
             return None
-        return frozenset(items if self.allow is None else self.allow.intersection(items)) - self.deny
+        allowed = ids.item_ids if self.allow is None else _named(ids, self.allow)
+        return frozenset(allowed) - _named(ids, self.deny)
+
+
+def _named(ids: SemanticIds, items: frozenset[str]) -> frozenset[str]:
+    """Those of the items that a catalog has, by their current names."""
+    return frozenset(ids.name(item) for item in items if item in ids)
 
 
 class StockFiles:
