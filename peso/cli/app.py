@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from peso.cli import items, steps
+from peso.cli import items, steps, users
 from peso.cli.baseline import baseline
 from peso.cli.compare import compare
 from peso.cli.diagnose import diagnose
@@ -100,6 +100,12 @@ of_items.command("rename", cls=Command)(items.rename)
 of_items.command("restore", cls=Command)(items.restore)
 of_items.command("list", cls=Command)(items.show)
 app.add_typer(of_items, name="items")
+of_users = typer.Typer(
+    no_args_is_help=True, help="Merge users that are one person, and list those that were."
+)
+of_users.command("merge", cls=Command)(users.merge)
+of_users.command("list", cls=Command)(users.show)
+app.add_typer(of_users, name="users")
 
 
 def _show_version(requested: bool) -> None:

@@ -15,7 +15,8 @@ def forget(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Erase one user from the workspace: stream, predictions, received events, histories and caches.
+    """Erase one user from the workspace: stream, predictions, received events, histories and caches. Users
+    that were merged into this one (`peso users merge`) are erased, too.
 
     Metrics are computed again without the user's cases, the report is written again, and baselines are
     removed (`peso run` runs them again). Stages stay trained and can be updated. The command lists your own
@@ -37,7 +38,8 @@ def forget(
         stream = "the rare users of the stream" if held.rare else f"stages {held.stages} of the stream"
         where = f"{stream}, {held.received:,} received events, {len(held.tests)} files of predictions"
         sure = yes or not held.anything
-        go = sure or confirm(f"{workspace}: erase {user!r} ({where})?", "nothing was erased")
+        who = " and ".join(map(repr, held.users))  # with those that were merged into the user
+        go = sure or confirm(f"{workspace}: erase {who} ({where})?", "nothing was erased")
         if go:
             erase(opened, user, Terminal())
     if as_json:
@@ -46,7 +48,7 @@ def forget(
     if not go:
         say("nothing was erased")
         return
-    say(f"{workspace}: erased user {user!r} ({where})")
+    say(f"{workspace}: erased user {' and '.join(map(repr, held.users))} ({where})")
     for file in held.own_files:
         say(f"WARNING: {file} still contains the user, or cannot be read; peso does not change your files")
     if held.trained:

@@ -239,7 +239,8 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     say(
         f"{path}: {done['changed']:,} items corrected ({done['titles']:,} titles, {done['texts']:,} texts, "
         f"{done['categories']:,} categories); {items} has {done['items_found']:,} of the items in the stream "
-        f"and {done['rows'] - done['items_found']:,} others. Existing semantic IDs do not change"
+        f"and {done['rows'] - done['items_found']:,} others. Existing semantic IDs and content vectors "
+        "do not change"
     )
     next_steps(next_step_of(opened))
 

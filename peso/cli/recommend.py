@@ -153,6 +153,9 @@ def recommend(
             next_steps(["export", "-w", workspace, "-o", "exported"])
         return
     items = history.split(",") if history else recommender.history(user) if user is not None else []
+    if user is not None and (now := recommender.histories.now(user)) != user:
+        Terminal().note(f"note: user {user} is {now} now (`peso users merge`)")
+        user = now
     renamed = recommender.semantic_ids.names.former(items)
     items = [renamed.get(item, item) for item in items]
     (ranked,) = recommender.search([items], k, exclude_seen=left_out, users=[user])

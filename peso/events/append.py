@@ -25,6 +25,7 @@ from peso.events.engines.engine import Engine, open_engine
 from peso.events.ingest import describe
 from peso.events.known import Past, past_of, with_histories, without
 from peso.events.loading import NO_ALIASES, Aliases, EventTables, event_tables, load
+from peso.events.merge import shorten_merged
 from peso.events.sources import Source, open_source
 from peso.events.sources.tables import ALIKE, folded
 from peso.events.sources.user_files import own_items
@@ -36,7 +37,7 @@ from peso.events.stage_writer import (
     write_rare,
     write_stages,
 )
-from peso.events.stream import FORMAT, ITEMS_FILE, Stream, rare_file, stage_file
+from peso.events.stream import FORMAT, ITEMS_FILE, MERGED, Stream, merged_file, rare_file, stage_file
 from peso.events.times import Clock, iso
 from peso.runtime.files import link
 from peso.runtime.manifest import intact, write_manifest
@@ -207,6 +208,9 @@ def shorten_stream(earlier: str | Path, directory: Path) -> None:
     write_items(items, directory)
     linked = _link_stages(stream, stages, directory)
     content = dict(stream.manifest)
+    if MERGED in content:
+        content[MERGED] = shorten_merged(stream, stages, directory)
+        linked.pop(merged_file(stages - 1), None)
     if "before" in brought:
         time = brought["before"]["time"]
     else:  # written by an earlier version: use the start of the append as the end of the stream
@@ -297,7 +301,7 @@ def _corrected(
     observer.note(
         f"note: the product table has other texts for {done['changed']:,} known items ({done['titles']:,} "
         f"titles, {done['texts']:,} texts, {done['categories']:,} categories), which are used from now on; "
-        "existing semantic IDs do not change"
+        "existing semantic IDs and content vectors do not change"
     )
     return items, {CORRECTED: done}
 
@@ -309,7 +313,7 @@ def _link_stages(stream: Stream, stages: int, directory: Path) -> dict[str, str]
     """
     left = {ITEMS_FILE}
     for number in range(stages, stream.stages):
-        left |= {stage_file(number), rare_file(number)}
+        left |= {stage_file(number), rare_file(number), merged_file(number)}
     linked = {name: sha256 for name, sha256 in stream.manifest["files"].items() if name not in left}
     for name in linked:
         link(intact(stream.directory, name, stream.manifest), directory / name)

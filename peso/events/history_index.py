@@ -22,7 +22,7 @@ import numpy as np
 
 from peso.errors import WorkspaceError
 from peso.events.histories import Ragged, Stage
-from peso.events.stream import Stream, rare_file
+from peso.events.stream import MERGED, Stream, merged_file, rare_file
 from peso.runtime.files import is_full, raise_if_full, write_aside
 
 FORMAT = 1
@@ -33,7 +33,8 @@ _SCHEMA = f"""
     PRAGMA user_version = {FORMAT};
     CREATE TABLE made_of (place INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL);
     CREATE TABLE users (number INTEGER PRIMARY KEY, name TEXT NOT NULL, items BLOB NOT NULL);"""
-# A user in several stages has the position of the first stage and the history of the last one.
+# A user in several stages has the position of the first stage and the history of the last one. There is no
+# row for a user that was merged into another one.
 _BY_NAME = "CREATE UNIQUE INDEX IF NOT EXISTS users_by_name ON users (name)"
 LAST = "\U0010ffff"  # no text is behind it in the order of SQLite
 _PUT = """
@@ -80,7 +81,7 @@ class HistoryIndex:
             WorkspaceError: a file of the stream is damaged; :class:`FullDisk` if there is no space left.
         """
         wanted = rests_on(stream, through)
-        kept = len(wanted) == stream.stages
+        kept = through is None or through >= stream.stages - 1
         if kept and _made_of(path) == wanted:
             return cls(_connect(path), path)
         if kept and os.access(path.parent, os.W_OK):
@@ -136,11 +137,11 @@ def _indexed(number: int, name: str, items: bytes) -> IndexedUser:
 
 
 def rests_on(stream: Stream, through: int | None = None) -> list[str]:
-    """A text for each stage that identifies the files which its part of an index is built from. If these
-    lists are equal, the histories are equal.
+    """A text for each stage, and for the merged users beside it, that identifies the files which its part of
+    an index is built from. If these lists are equal, the histories are equal.
 
     Rare users are only in the index of all stages, because the order of their events relative to the ends of
-    stages is not known.
+    stages is not known. So are merged users: before that stage they were not merged.
 
     Args:
         stream: the stream of the index.
@@ -148,11 +149,12 @@ def rests_on(stream: Stream, through: int | None = None) -> list[str]:
     """
     if through is not None and through < stream.stages - 1:
         return [stream.fingerprint(number) for number in range(through + 1)]
-    files = stream.manifest["files"]
-    return [
-        f"{stream.fingerprint(number)} {files.get(rare_file(number), '')}".rstrip()
-        for number in range(stream.stages)
-    ]
+    files, texts = stream.manifest["files"], list[str]()
+    for number in range(stream.stages):
+        texts.append(f"{stream.fingerprint(number)} {files.get(rare_file(number), '')}".rstrip())
+        if (merged := files.get(merged_file(number))) is not None:
+            texts.append(f"{MERGED} {number} {merged}")
+    return texts
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -201,9 +203,18 @@ def _fill(stream: Stream, fingerprints: list[str], first: int, new: Path) -> Non
         if not first:
             connection.executescript(_SCHEMA)
         connection.execute("BEGIN")
-        for number in range(first, len(fingerprints)):
+        merged = [text.startswith(f"{MERGED} ") for text in fingerprints]
+        for place in range(first, len(fingerprints)):
+            number = place - sum(merged[: place + 1])
+            connection.execute("INSERT INTO made_of VALUES (?, ?)", (place, fingerprints[place]))
+            if merged[place]:
+                connection.execute(_BY_NAME)
+                connection.executemany(_PUT, _users_of(stream.merged_pieces(number)))
+                gone = ((name,) for users in stream.merged_pieces(number) for name in _without_items(users))
+                connection.executemany("DELETE FROM users WHERE name = ?", gone)
+                continue
             users = _users_of(stream.pieces(number))
-            rare = _users_of(stream.rare_pieces(number)) if " " in fingerprints[number] else ()
+            rare = _users_of(stream.rare_pieces(number)) if " " in fingerprints[place] else ()
             if number:
                 connection.execute(_BY_NAME)
                 connection.executemany(_PUT, users)
@@ -211,7 +222,6 @@ def _fill(stream: Stream, fingerprints: list[str], first: int, new: Path) -> Non
                 connection.executemany("INSERT INTO users (name, items) VALUES (?, ?)", users)
                 connection.execute(_BY_NAME)
             connection.executemany(_PUT, rare)
-            connection.execute("INSERT INTO made_of VALUES (?, ?)", (number, fingerprints[number]))
         connection.execute(_BY_NAME)
         connection.execute("COMMIT")
 
@@ -224,6 +234,10 @@ def _users_of(pieces: Iterable[Stage]) -> Iterator[tuple[str, memoryview]]:
         for name, end in zip(users.users, (ends * 4).tolist(), strict=True):
             yield name, content[start:end]
             start = end
+
+
+def _without_items(users: Stage) -> list[str]:
+    return [name for name, items in zip(users.users, users.previous.lengths, strict=True) if not items]
 
 
 def _joined(previous: Ragged, current: Ragged) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from peso.events import columns
 from peso.events.cleaning import Known
 from peso.events.loading import EventTables
 from peso.events.stage_writer import Numbers, in_numbers
-from peso.events.stream import Stream, stage_file
+from peso.events.stream import Stream, merged_file, stage_file
 from peso.runtime.manifest import intact
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def past_of(log: EventTables, stream: Stream) -> Past:
     known_items = engine.given("known_items", pa.table({"name": names, "n": numbers}))
     items = engine.keep("old_items", log.items.join(known_items, "name").select("i", "n"))
 
-    files = [intact(stream.directory, stage_file(number), stream.manifest) for number in range(stream.stages)]
+    # a merged history counts after the stage beside which it is
+    names_of_files = [file(n) for n in range(stream.stages) for file in (stage_file, merged_file)]
+    listed = [name for name in names_of_files if name in stream.manifest["files"]]
+    files = [intact(stream.directory, name, stream.manifest) for name in listed]
     stages = engine.stages(files).rename(name="user")
     newest = stages.semi_join(log.users, "name").group_by("name").aggregate(stage=lambda of: of.stage.max())
     found = stages.join(newest, ["name", "stage"]).join(log.users, "name")

@@ -2,6 +2,7 @@
 
 stream/stage=0/users.parquet   user, previous, current (item numbers, oldest first)
 stream/stage=0/rare.parquet    the same for users with too few events for any stage of a log, see rare_file
+stream/stage=0/merged.parquet  the same for users that were merged after this stage, see merged_file
 stream/items.parquet           item_id, title, text, category; the row is the item number
 stream/manifest.json           format version, counts of each stage, sha256 of the files
 """
@@ -9,13 +10,14 @@ stream/manifest.json           format version, counts of each stage, sha256 of t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from peso.errors import DataError, WorkspaceError
@@ -25,6 +27,7 @@ from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 FORMAT = 1
 ITEMS_FILE = "items.parquet"
+MERGED = "merged"  # in the manifest: the users that were merged into others (peso.events.merge)
 ERASED = "erased"  # in the manifest: per erasure of a user, the checksums of files from before it
 PIECE = 20_000  # users of a stage that are held in memory together
 
@@ -38,6 +41,12 @@ def rare_file(number: int) -> str:
     that are in the stream are in ``previous``. Nothing is learned from these users, but they get
     recommendations. ``number`` is the first stage of the log."""
     return f"stage={number}/rare.parquet"
+
+
+def merged_file(number: int) -> str:
+    """The file of the histories of users that were merged when this was the last stage
+    (:mod:`peso.events.merge`). They are in ``previous``; users without items have become others."""
+    return f"stage={number}/merged.parquet"
 
 
 def write_stream(
@@ -193,6 +202,38 @@ class Stream:
         """The users of :func:`rare_file`, in the same way. If there is no such file, there are none."""
         if rare_file(number) in self.manifest["files"]:
             yield from self._pieces(rare_file(number), number)
+
+    def merged_pieces(self, number: int) -> Iterator[Stage]:
+        """The users of :func:`merged_file`, in the same way. If there is no such file, there are none."""
+        if merged_file(number) in self.manifest["files"]:
+            yield from self._pieces(merged_file(number), number)
+
+    @cached_property
+    def merged_users(self) -> dict[str, str]:
+        """Who each user is now that was merged into another one."""
+        into = {str(merge["from"]): str(merge["into"]) for merge in self.manifest.get(MERGED, [])}
+        now = {}
+        for user in into:
+            now[user] = into[user]
+            while now[user] in into:
+                now[user] = into[now[user]]
+        return now
+
+    def rows_of(self, name: str, users: Collection[str]) -> Stage:
+        """The rows of some users in a file of users, in stored order.
+
+        Raises:
+            WorkspaceError: the file is missing or damaged.
+        """
+        wanted = pa.array(list(users), pa.string())
+        path = intact(self.directory, name, self.manifest)
+        try:
+            with pq.ParquetFile(path) as file:
+                found = [batch.filter(pc.is_in(batch[columns.USER], wanted)) for batch in file.iter_batches()]
+                rows = pa.Table.from_batches(found, file.schema_arrow)
+        except (pa.ArrowException, OSError) as error:
+            raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+        return as_stage(0, rows)
 
     def _pieces(self, name: str, number: int) -> Iterator[Stage]:
         path = intact(self.directory, name, self.manifest)

@@ -1,4 +1,4 @@
-"""`peso forget`: erases one user from a workspace.
+"""`peso forget`: erases one user from a workspace, with all users that were merged into this one.
 
 Derived data are removed first (report, baselines, checkpoints), then the user's received events, rows in
 predictions, stored samples, and events in the stream (in one rename), and the index of histories. If
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from peso.errors import DataError, PesoError, WorkspaceError
 from peso.events.database import literal, scalar, temporary_database
 from peso.events.erase import erase_user, files_with, has_user, stages_with, write_without
 from peso.events.histories import Part
+from peso.events.merge import members_of
 from peso.events.received import ReceivedEvents
 from peso.events.sources import open_source
 from peso.events.sources.reading import Reading
@@ -48,6 +49,7 @@ class Holdings:
     """Where a user occurs in a workspace.
 
     Attributes:
+        users: the user, and those that were merged into this one.
         stages: stages of the stream with events of the user.
         rare: whether the stream has the user only among those with too few events for a stage.
         received: number of received events.
@@ -57,6 +59,7 @@ class Holdings:
         own_files: source files with events of the user; `peso` does not change them.
     """
 
+    users: list[str] = field(default_factory=list)
     stages: list[int] = field(default_factory=list)
     rare: bool = False
     received: int = 0
@@ -71,23 +74,26 @@ class Holdings:
 
 
 def holdings(workspace: Workspace, user: str) -> Holdings:
-    """Find where a user occurs.
+    """Find where a user occurs. A user that was merged into another one counts as that one.
 
     Raises:
         WorkspaceError: a file is damaged.
     """
     stream = workspace.stream
-    stages = stages_with(stream, user)
+    user = stream.merged_users.get(user, user)
+    users = [user, *members_of(stream.merged_users).get(user, ())]
+    stages = stages_with(stream, *users)
     first = min(stages, default=stream.stages)
-    tests = [_named(test) for test in predicted_tests(workspace) if has_user(test.path(PREDICTIONS), user)]
+    tests = [_named(test) for test in predicted_tests(workspace) if has_user(test.path(PREDICTIONS), *users)]
     return Holdings(
+        users=users,
         stages=stages,
-        rare=not stages and bool(files_with(stream, user)),
-        received=_received(workspace, user),
+        rare=not stages and bool(files_with(stream, *users)),
+        received=sum(_received(workspace, each) for each in users),
         tests=tests,
         trained=[number for number in workspace.finished_stages if number >= first],
         samples=[stage.number for stage in workspace.stages if stages and _keeps_samples(stage)],
-        own_files=own_files_with(workspace, user),
+        own_files=own_files_with(workspace, *users),
     )
 
 
@@ -111,15 +117,16 @@ def forget(workspace: Workspace, user: str, observer: Observer) -> Holdings:
     shutil.rmtree(workspace.root / WORK, ignore_errors=True)
     if workspace.events_file.exists():
         with ReceivedEvents(workspace.events_file) as received:
-            received.forget(user)
+            for each in held.users:
+                received.forget(each)
     for number, cases, part in held.tests:
         test = StageTest(workspace.stage(number), cases, part)
         with replace_file(test.stage.directory, test.name(PREDICTIONS), FORMAT) as aside:
-            write_without(test.path(PREDICTIONS), aside, user)
-    _erase_samples(workspace, user, held)
-    if files_with(workspace.stream, user):
+            write_without(test.path(PREDICTIONS), aside, *held.users)
+    _erase_samples(workspace, held)
+    if files_with(workspace.stream, *held.users) or len(held.users) > 1:
         with commit_directory(workspace.stream_directory) as directory:
-            erase_user(workspace.stream_directory, directory, user)
+            erase_user(workspace.stream_directory, directory, *held.users)
     workspace.histories_file.unlink(missing_ok=True)
     for directory in (workspace.root, *workspace.root.glob("stages/*")):
         remove_left(directory)
@@ -202,7 +209,7 @@ def _keeps_samples(stage: RunStage) -> bool:
     return any(name.startswith("replay.") for name in stored_memory(stage))
 
 
-def _erase_samples(workspace: Workspace, user: str, held: Holdings) -> None:
+def _erase_samples(workspace: Workspace, held: Holdings) -> None:
     """Remove the user's sequences from the samples of ``replay``."""
     if not held.samples:
         return
@@ -216,7 +223,7 @@ def _erase_samples(workspace: Workspace, user: str, held: Holdings) -> None:
         trimmed(sequence, window)
         for number in held.stages
         for sequence in workspace.stream.stage(number).training_sequences()
-        if sequence.user == user
+        if sequence.user in held.users
     ]
     for number in held.samples:
         stage = workspace.stage(number)
@@ -238,9 +245,9 @@ def _erase_samples(workspace: Workspace, user: str, held: Holdings) -> None:
 # -- source files, outside the workspace --------------------------------------------------------------
 
 
-def own_files_with(workspace: Workspace, user: str) -> list[str]:
-    """Those of the configured log, the appended logs and the user table that exist and contain the user, or
-    cannot be read."""
+def own_files_with(workspace: Workspace, *users: str) -> list[str]:
+    """Those of the configured log, the appended logs and the user table that exist and contain the user or
+    one of several, or cannot be read."""
     stream, found = workspace.stream, []
     logs = [workspace.config.data]
     for brought in stream.manifest.get("appended", []):
@@ -249,7 +256,7 @@ def own_files_with(workspace: Workspace, user: str) -> list[str]:
     for data in logs:
         if data.format in STREAMS or data.path is None or not _there(data.path):
             continue
-        if str(data.path) not in found and _log_has(data, user):
+        if str(data.path) not in found and _log_has(data, users):
             found.append(str(data.path))
             if is_remote(data.path):
                 with suppress(DataError):
@@ -260,7 +267,7 @@ def own_files_with(workspace: Workspace, user: str) -> list[str]:
             values = read_user_table(table)
         except DataError:
             return [*found, f"{table} (not readable)"]
-        if any(user in column for column in values.values()):
+        if any(user in column for column in values.values() for user in users):
             found.append(str(table))
     return found
 
@@ -269,13 +276,14 @@ def _there(path: str) -> bool:
     return is_remote(path) or Path(path).exists()
 
 
-def _log_has(data: DataConfig, user: str) -> bool:
-    """Whether a log contains the user; True also if it cannot be read, so that it is reported."""
+def _log_has(data: DataConfig, users: Sequence[str]) -> bool:
+    """Whether a log contains one of the users; True also if it cannot be read, so that it is reported."""
     try:
         with TemporaryDirectory() as aside, temporary_database(Path(aside)) as connection:
             log = open_source(data).log
             reading = Reading(connection, log.table, True, log.time)
             reading.create("people", f"{reading.id(log.user, 'data.columns.user')} AS name")
-            return bool(scalar(connection, f"SELECT count(*) FROM people WHERE name = {literal(user)}"))
+            names = ", ".join(map(literal, users))
+            return bool(scalar(connection, f"SELECT count(*) FROM people WHERE name IN ({names})"))
     except PesoError:
         return True

@@ -21,7 +21,7 @@ from peso.events.ingest import ingest as fill_stream
 from peso.events.loading import Aliases
 from peso.events.release import read_release
 from peso.events.sources import fetch
-from peso.events.stream import Stream
+from peso.events.stream import MERGED, Stream
 from peso.items.catalog_files import write_catalog
 from peso.items.semantic_ids import SemanticIds, read_release_index, write_release_index
 from peso.runs.checks import check_configuration
@@ -56,6 +56,11 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     check_configuration(workspace.config)
     _refuse_if_trained(workspace, "stream")
     before = workspace.stream.manifest if workspace.has_stream else {}
+    if merges := before.get(MERGED):
+        observer.note(
+            f"note: the data are read again, so {len(merges):,} merged users are separate again; merge them "
+            "again with `peso users merge`"
+        )
     if appended := len(before.get("appended", [])):
         raise WorkspaceError(
             f"the stream of {workspace.root} was appended to {appended} times, and reading the data again "
@@ -66,7 +71,8 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
     with names_held(workspace.root), commit_directory(workspace.stream_directory) as directory:
         seed = workspace.config.seed_of_data
-        manifest = fill_stream(data, directory, seed, observer, aliases=aliases(workspace))
+        names = aliases(workspace, with_users=False)
+        manifest = fill_stream(data, directory, seed, observer, aliases=names)
         if workspace.has_semantic_ids and manifest["files"] != before.get("files"):
             remove_directory(workspace.semantic_ids_directory)  # before the new stream replaces theirs
             observer.note("the data changed: the semantic IDs were removed and have to be made again")
@@ -111,9 +117,9 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
         return extend(workspace, observer, fill)
 
 
-def aliases(workspace: Workspace) -> Aliases:
-    """The names in new data that are others in the stream."""
-    return Aliases(items=workspace.names.stored)
+def aliases(workspace: Workspace, *, with_users: bool = True) -> Aliases:
+    """The names in new data that are others in the stream: of renamed items and of merged users."""
+    return Aliases(workspace.names.stored, workspace.stream.merged_users if with_users else {})
 
 
 def extend(

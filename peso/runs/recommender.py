@@ -119,7 +119,9 @@ class Recommender:
         if (history is None) == (user is None):
             raise DataError("give either a history or a user")
         items = list(history) if history is not None else self.history(str(user))
-        return self.search([items], k, exclude_seen=exclude_seen, users=[user])[0]
+        return self.search([items], k, exclude_seen=exclude_seen, users=[user and self.histories.now(user)])[
+            0
+        ]
 
     def recommend_all(
         self,

@@ -71,9 +71,13 @@ def rename(workspace: Workspace, pairs: Sequence[Pair], *, dry_run: bool = False
     return Renamed(changed, same)
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file with two columns, separated by commas or tabs, with or without a header
-    ``old,new``.
+def read_pairs(path: Path, what: str = "item", header: Pair = HEADER) -> list[Pair]:
+    """The pairs of a file with two columns, separated by commas or tabs, with or without a header.
+
+    Args:
+        path: the file.
+        what: what the names are of, for messages.
+        header: the two words of the header.
 
     Raises:
         UsageError: the file cannot be read, has no pair, or a line has not exactly two names.
@@ -91,13 +95,13 @@ def read_pairs(path: Path) -> list[Pair]:
             continue
         if len(row) != 2 or not all(row):
             raise UsageError(
-                f"{path}, line {rows.line_num}: expected the old and the new id of an item, separated by a "
-                f"comma or a tab, not {row!r}"
+                f"{path}, line {rows.line_num}: expected two ids ({' and '.join(header)}) of {what}s, "
+                f"separated by a comma or a tab, not {row!r}"
             )
-        if pairs or tuple(name.strip().lower() for name in row) != HEADER:
+        if pairs or tuple(name.strip().lower() for name in row) != header:
             pairs.append((row[0], row[1]))
     if not pairs:
-        raise UsageError(f"{path} has no pair of ids; write one `old,new` a line")
+        raise UsageError(f"{path} has no pair of ids; write one `{','.join(header)}` a line")
     return pairs
 
 

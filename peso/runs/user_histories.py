@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peso.errors import PesoError
 from peso.events.history_index import HistoryIndex, rests_on
+from peso.events.merge import members_of
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.events.stream import Stream
 from peso.runs.names import CurrentNames
@@ -60,6 +61,8 @@ class _State:
     last: int  # time of its last event, microseconds
     names: list[str]  # item ids by row
     known: frozenset[str]  # ids of items with a semantic ID
+    now: Mapping[str, str]  # who users are that were merged into others
+    members: Mapping[str, Sequence[str]]  # the users that were merged into each of these
 
 
 class UserHistories:
@@ -91,13 +94,19 @@ class UserHistories:
         self._renewing, self._opening = threading.Lock(), threading.Lock()
 
     def of(self, user: str) -> UserHistory | None:
-        """The history of a user; None if neither the stream nor the received events have the user."""
+        """The history of a user; None if neither the stream nor the received events have the user. A user
+        that was merged into another one has the history of that one."""
         state = self._current()
+        user = state.now.get(user, user)
         stored = state.index.of(user)
         waiting = self._waiting(user, state)
         if stored is None and not waiting:
             return None
         return _merged(state, [] if stored is None else stored.items.tolist(), waiting)
+
+    def now(self, user: str) -> str:
+        """Who a user is that was merged into another one; others stay who they are."""
+        return self._current().now.get(user, user)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all users, in the order of :meth:`parts`."""
@@ -114,10 +123,13 @@ class UserHistories:
             ]
         if self.received is None:
             return
-        last = ""
-        while names := self.received.users_after(last, size):
-            last = names[-1]
-            found = [(name, self._waiting(name, state)) for name in names if state.index.of(name) is None]
+        last, joined = "", set[str]()  # merged users without events in the stream that had their turn
+        while received := self.received.users_after(last, size):
+            last = received[-1]
+            names = [*dict.fromkeys(state.now.get(name, name) for name in received)]
+            names = [name for name in names if name not in joined and state.index.of(name) is None]
+            joined |= {name for name in names if name in state.members}
+            found = [(name, self._waiting(name, state)) for name in names]
             if part := [(name, _merged(state, [], waiting)) for name, waiting in found if waiting]:
                 yield part
 
@@ -132,7 +144,7 @@ class UserHistories:
         found = dict(state.index.named(prefix, after, limit))
         if self.received is not None:
             for name in self.received.users_after(after, limit, prefix):
-                if (known := self.of(name)) is not None:
+                if name not in state.now and (known := self.of(name)) is not None:
                     found[name] = len(known.items) + len(known.left_out)
         return sorted(found.items(), key=lambda user: user[0].encode("utf-8", "surrogatepass"))[:limit]
 
@@ -176,7 +188,10 @@ class UserHistories:
             index = HistoryIndex.open(stream, workspace.histories_file, self.through)
             last = int(stream.manifest.get("time", {}).get("last", -1))
             known = frozenset(workspace.semantic_ids.stored_ids)
-            self._state = _State(stamp, stream, index, last, stream.item_ids, known)
+            every = self.through is None or self.through >= stream.stages - 1
+            now = stream.merged_users if every else {}
+            state = _State(stamp, stream, index, last, stream.item_ids, known, now, members_of(now))
+            self._state = state
 
     def _current(self) -> _State:
         if not self.is_current:
@@ -205,15 +220,17 @@ class UserHistories:
         return tuple(stamp)
 
     def _waiting(self, user: str, state: _State) -> list[ReceivedEvent]:
-        """A user's received events that are in no stage of the stream, oldest first."""
+        """The received events of a user, and of users that were merged into this one, that are in no stage of
+        the stream, oldest first."""
         events = self.received
         if events is None:
             return []
         cuts = cuts_of(state.stream, events.id)
         until, names = self.until, self._names.current()
+        own = [event for each in (user, *state.members.get(user, ())) for event in events.of_user(each)]
         return [
             replace(event, item=names.in_files(event.item))
-            for event in events.of_user(user)
+            for event in sorted(own, key=lambda event: (event.time, event.number))
             if event.cut not in cuts and (until is None or event.number <= until)
         ]
 

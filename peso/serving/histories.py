@@ -34,6 +34,10 @@ class LiveHistories:
         found = self._users.of(user)
         return None if found is None else [*found.left_out, *found.items]
 
+    def now(self, user: str) -> str:
+        """See :meth:`UserHistories.now`."""
+        return self._users.now(user)
+
     def named(self, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
         """See :meth:`UserHistories.named`."""
         return self._users.named(prefix, after, limit)

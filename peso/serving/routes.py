@@ -153,10 +153,12 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
 
 
 async def question_of(service: Service, request: Request) -> Question:
-    """The request with the history of its user."""
+    """The request with the history of its user. A user that was merged into another one is that one."""
     if request.user is None:
         return Question(request, request.history)
-    return Question(request, await run_in_threadpool(service.histories.of, request.user))
+    history = await run_in_threadpool(service.histories.of, request.user)
+    user = service.histories.now(request.user)
+    return Question(request.model_copy(update={"user": user}), history)
 
 
 def _add_events(app: FastAPI, service: Service) -> None:

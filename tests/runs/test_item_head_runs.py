@@ -86,7 +86,7 @@ def test_contents_are_learned_and_belong_to_a_stage(tmp_path: Path, peso) -> Non
     vectors = stage.model().vocabulary.item_head.vectors()
     bare = replace(ids, contents=np.zeros_like(ids.contents))
     replaced = IdsByStage(bare, None)  # as if contents were replaced
-    with_contents._read_ids = with_contents.semantic_ids_manifest, replaced
+    with_contents._read_ids = with_contents.semantic_ids_manifest, with_contents.names, replaced
     with pytest.raises(WorkspaceError, match="semantic IDs"):
         stage.model()
     with_contents._read_ids = None

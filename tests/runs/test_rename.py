@@ -288,7 +288,7 @@ def test_the_command(shop: Workspace, tmp_path: Path, peso) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"i1,one\ni2\n", r"line 2: expected the old and the new id of an item"),
+        (b"i1,one\ni2\n", r"line 2: expected two ids \(old and new\) of items"),
         (b"i1,one\ni2,two,three\n", r"line 2: expected"),
         (b"i1\tone\ni2\t\n", r"line 2: expected"),
         (b"old,new\n", r"has no pair of ids"),

@@ -1,12 +1,14 @@
-"""A running server takes renamed items up: answers have the new names, requests may have any."""
+"""A running server takes renamed items and merged users up: requests may have any name."""
 
 from __future__ import annotations
 
 import time
 
+from peso.runs.merge_users import merge
 from peso.runs.names import item_names
 from peso.runs.rename import rename
 from peso.runs.retired import retire
+from peso.runtime.progress import Silent
 from peso.serving import live
 
 
@@ -85,3 +87,27 @@ def test_the_previous_stage_has_the_new_names_too(serving, copy, monkeypatch):
     wait_for(lambda: client.service.live.current.semantic_ids.names == names, "the names were never read")
     after = compared()["before"]["items"][0]
     assert (after["item"], after["semantic_id"]) == ("better", copy.semantic_ids.semantic_id(first))
+
+
+def test_a_merged_user_is_the_other_one_in_a_running_server(serving, copy, monkeypatch):
+    monkeypatch.setattr(live, "INTERVAL", 0.02)
+    client = serving(copy.root)
+    users = [each["user"] for each in client.get("/v1/users?limit=5").json()["users"]]
+    one, other = users[1], users[3]
+    client.post("/v1/events", json={"user": one, "item": copy.semantic_ids.item_ids[7]})
+
+    def history(user: str) -> list[str]:
+        told = client.post("/v1/compare", json={"user": user, "k": 1}).json()
+        return [each["item"] for each in told["history"]]
+
+    before = [history(one), history(other)]
+    with copy.lock():
+        merge(copy, [(one, other)], Silent())
+    wait_for(lambda: history(one) == history(other), "the histories never became one")
+    assert sorted(history(one)) == sorted([*before[0], *before[1]])
+    assert history(one)[-1] == copy.semantic_ids.item_ids[7]
+    asked = [{"user": user, "k": 5} for user in (one, other)]
+    first, second = client.post("/v1/recommend", json=asked).json()
+    assert first["items"] == second["items"]
+    left = [each["user"] for each in client.get("/v1/users?limit=5").json()["users"]]
+    assert left[:4] == [user for user in users if user != one]

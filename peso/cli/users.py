@@ -1,0 +1,96 @@
+"""`peso users`: merge users that are one person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peso.cli.display import Directory, Json, Terminal, confirm, say, say_json, table
+from peso.errors import UsageError
+
+SHOWN = 20  # merged users that are printed
+
+
+def merge(
+    workspace: Directory,
+    user: Annotated[
+        str | None, typer.Argument(metavar="[FROM", help="The user who becomes another one.")
+    ] = None,
+    into: Annotated[str | None, typer.Argument(metavar="INTO]", help="Who this user becomes.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", metavar="FILE", help="A CSV file with two columns, from and into, for many users."
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge users: two histories become one, in order of time. This cannot be undone.
+
+    Recommendations, the histories of a running `peso serve` and later stages have the merged history from
+    then on. FROM is understood as INTO: in requests, in received events and in logs that are appended. Stages
+    that are trained already, their data and their tests do not change. `peso forget --user INTO` also erases
+    FROM.
+
+    Times are looked up in the logs. If these do not exist any more, the order within a stage is not known;
+    then the events of FROM come first.
+
+    Example: peso users merge visitor-93 anna -w runs/shop
+
+    Example: peso users merge --file logins.csv --yes -w runs/shop
+    """
+    from peso.runs.merge_users import merge as make_one
+    from peso.runs.merge_users import plan, read_users
+    from peso.runs.workspace import Workspace
+
+    if (user is None) != (into is None):
+        raise UsageError("give the user who becomes another one, and who")
+    pairs = read_users(file) if file else []
+    if user is not None and into is not None:
+        pairs.insert(0, (user, into))
+    if not pairs:
+        raise UsageError("name two users, or a file of such pairs with --file")
+    opened = Workspace.open(workspace)
+    with opened.lock():
+        planned = plan(opened, pairs)
+        known = f"; {len(planned.same):,} were merged before" if planned.same else ""
+        fresh = f" ({_listed(planned.new)} without events so far)" if planned.new else ""
+        what = f"{len(planned.users):,} users into others{fresh}{known}"
+        if rows := list(planned.users.items()):
+            if not as_json:
+                table(f"{workspace}: users to merge", ["from", "into"], rows[:SHOWN])
+            go = yes or confirm(f"{workspace}: merge {what}?", "nothing was merged")
+            if go:
+                make_one(opened, pairs, Terminal())
+        else:
+            go = True
+    if as_json:
+        say_json({"merged": planned.users, "unchanged": planned.same, "new": planned.new, "done": go})
+    elif not go:
+        say("nothing was merged")
+    else:
+        say(f"{workspace}: merged {what}")
+
+
+def show(workspace: Directory, as_json: Json = False) -> None:
+    """Show the users that were merged, and who they are now.
+
+    Example: peso users list -w runs/shop
+    """
+    from peso.events.stream import MERGED
+    from peso.runs.workspace import Workspace
+
+    stream = Workspace.open(workspace).stream
+    times = {merge["from"]: merge["time"] for merge in stream.manifest.get(MERGED, [])}
+    if as_json:
+        say_json({"merged": stream.merged_users})
+        return
+    rows = [[before, now, times[before]] for before, now in stream.merged_users.items()]
+    table(f"{workspace}: {len(rows):,} users were merged", ["user", "is now", "since"], rows)
+
+
+def _listed(users: list[str]) -> str:
+    return ", ".join(users[:3]) + (f" and {len(users) - 3:,} more" if len(users) > 3 else "")

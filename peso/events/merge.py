@@ -1,0 +1,216 @@
+"""Merge users of a stream: the histories of several users become one.
+
+stream/stage=2/merged.parquet   user, previous (the whole history, oldest first), current (empty)
+
+The file is beside the last stage that there is when users are merged, and counts after it. A user without
+items in it has become another one. The files of stages do not change: what was trained and tested stays as it
+was. The next stage in which the merged user has events begins with the merged history. The manifest lists the
+merges under ``merged``, in their order: ``from``, ``into``, ``stage`` and ``time``."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from peso.events.histories import Ragged, Stage
+from peso.events.stream import FORMAT, MERGED, Stream, merged_file, rare_file, stage_file, stage_table
+from peso.runtime.files import link
+from peso.runtime.manifest import intact, write_manifest
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of a user in a stream.
+
+    Attributes:
+        stages: the stages of the events, ascending; -1 for those from before the stream.
+        items: their item numbers.
+    """
+
+    stages: list[int] = field(default_factory=list)
+    items: list[int] = field(default_factory=list)
+
+    def add(self, stage: int, items: np.ndarray) -> None:
+        self.stages.extend([stage] * len(items))
+        self.items.extend(items.tolist())
+
+
+def events_of(stream: Stream, users: Collection[str]) -> dict[str, Events]:
+    """The events of users as they are in the files of stages, before any merge.
+
+    A user with too few events for any stage of a log (:func:`peso.events.stream.rare_file`) counts as having
+    them in the last stage of this log, because it is not known in which.
+
+    Raises:
+        WorkspaceError: a file of the stream is damaged.
+    """
+    found = {user: Events() for user in users}
+    begun = first_merges(stream)
+    firsts = [0, *(int(brought["first_stage"]) for brought in stream.manifest.get("appended", []))]
+    last_of_log = dict(zip(firsts, [first - 1 for first in firsts[1:]] + [stream.stages - 1], strict=True))
+    rare = {end: first for first, end in last_of_log.items() if rare_file(first) in stream.manifest["files"]}
+    for number in range(stream.stages):
+        rows = stream.rows_of(stage_file(number), users)
+        for user, previous, current in zip(rows.users, rows.previous, rows.current, strict=True):
+            # what a merged user had before is that of its parts
+            if not found[user].items and number <= begun.get(user, number):
+                found[user].add(-1, previous)
+            found[user].add(number, current)
+        if number in rare:
+            rows = stream.rows_of(rare_file(rare[number]), users)
+            for user, previous in zip(rows.users, rows.previous, strict=True):
+                found[user].add(number, previous)
+    return found
+
+
+def first_merges(stream: Stream) -> dict[str, int]:
+    """The stage after which others were first merged into each user."""
+    return {str(merge["into"]): int(merge["stage"]) for merge in reversed(stream.manifest.get(MERGED, []))}
+
+
+def in_order(parts: Sequence[Events], times: Sequence[Sequence[int] | None]) -> list[int]:
+    """The items of several users as one history.
+
+    Args:
+        parts: the events of each user.
+        times: the time of each of these events; None: not known for a user. Then the events are in the order
+            of their stages, and within a stage in the order of the users.
+
+    >>> parts = [Events([0, 1], [10, 11]), Events([0, 0], [20, 21])]
+    >>> in_order(parts, [[1, 9], [0, 5]]), in_order(parts, [[1, 9], None])
+    ([20, 10, 21, 11], [10, 20, 21, 11])
+    """
+    known = [part.stages if time is None else time for part, time in zip(parts, times, strict=True)]
+    if any(time is None for time in times):
+        known = [part.stages for part in parts]
+    keyed = [
+        [(key, place, item) for key, item in zip(keys, part.items, strict=True)]
+        for place, (keys, part) in enumerate(zip(known, parts, strict=True))
+    ]
+    return [item for _, _, item in heapq.merge(*keyed, key=lambda event: event[:2])]
+
+
+Log = Sequence[tuple[int, int]]  # time and item number of events, oldest first
+
+
+def times_of(events: Events, own: Log, joint: Log = (), since: int | None = None) -> list[int] | None:
+    """The time of each event of a user: that of the first event of a log, after those of the events before,
+    with the same item. None if the log lacks one of them.
+
+    Args:
+        own: the user's events in the logs, also those that were left out of the stream.
+        joint: these and the events of all users that were merged into this one.
+        since: the stage after which the events are those of ``joint``; None: none of them.
+
+    >>> times_of(Events([0, 0], [7, 9]), [(1, 7), (2, 8), (3, 9)])
+    [1, 3]
+    """
+    count = len(events.items) if since is None else sum(stage <= since for stage in events.stages)
+    first = _matched(events.items[:count], own)
+    if first is None:
+        return None
+    later = _matched(events.items[count:], [each for each in joint if not first or each[0] >= first[-1]])
+    return None if later is None else first + later
+
+
+def _matched(items: Sequence[int], log: Log) -> list[int] | None:
+    left, found = iter(log), list[int]()
+    for item in items:
+        time = next((time for time, other in left if other == item), None)
+        if time is None:
+            return None
+        found.append(time)
+    return found
+
+
+def write_merged(
+    stream: Stream, directory: Path, merges: Sequence[tuple[str, str]], histories: Mapping[str, Sequence[int]]
+) -> None:
+    """Write a stream with merged users to an existing empty directory.
+
+    Args:
+        stream: the stream. It does not change.
+        directory: the directory to write to.
+        merges: for each merge the user who becomes another one, and who.
+        histories: the new history of each user that others were merged into.
+
+    Raises:
+        WorkspaceError: a file of the stream is damaged, or the disk is full.
+    """
+    number = stream.stages - 1
+    name, time = merged_file(number), datetime.now(UTC).isoformat(timespec="seconds")
+    known_ones = {user: items for user, items in histories.items() if items}
+    gone: dict[str, Sequence[int]] = {before: [] for before, _ in merges}
+    rows: dict[str, Sequence[int]] = {**_merged_at(stream, number), **known_ones, **gone}
+    known = _linked(stream, directory, name)
+    _write(directory / name, number, rows)
+    told = [{"from": before, "into": after, "stage": number, "time": time} for before, after in merges]
+    content = {**stream.manifest, MERGED: [*stream.manifest.get(MERGED, []), *told]}
+    write_manifest(directory, FORMAT, content, known)
+
+
+def shorten_merged(stream: Stream, stages: int, directory: Path) -> list[dict[str, object]]:
+    """Write the merged users of a stream as they are without the stages from number ``stages`` on, into the
+    directory of the shorter stream; returns the manifest's list of merges.
+
+    The events of the removed stages are the last ones of the merged histories.
+    """
+    merges: list[dict[str, object]] = [dict(merge) for merge in stream.manifest.get(MERGED, [])]
+    removed = range(stages, stream.stages)
+    rows: dict[str, Sequence[int]] = {}
+    for number in removed:
+        rows |= _merged_at(stream, number)
+    if not rows:
+        return merges
+    into = stream.merged_users
+    members = {user: [user, *(before for before, now in into.items() if now == user)] for user in rows}
+    less = dict.fromkeys(rows, 0)
+    for number in removed:
+        everyone = [member for several in members.values() for member in several]
+        found = stream.rows_of(stage_file(number), everyone)
+        lengths = dict(zip(found.users, found.current.lengths.tolist(), strict=True))
+        for user, several in members.items():
+            less[user] += sum(lengths.get(member, 0) for member in several)
+    left = {user: items[: max(0, len(items) - less[user])] for user, items in rows.items()}
+    rows = {user: items for user, items in left.items() if items or user in into}
+    path = directory / merged_file(stages - 1)
+    _write(path, stages - 1, {**_merged_at(stream, stages - 1), **rows})
+    return [{**merge, "stage": min(int(str(merge["stage"])), stages - 1)} for merge in merges]
+
+
+def _merged_at(stream: Stream, number: int) -> dict[str, Sequence[int]]:
+    """The merged histories that are stored beside a stage."""
+    rows = [
+        (user, items.tolist())
+        for users in stream.merged_pieces(number)
+        for user, items in zip(users.users, users.previous, strict=True)
+    ]
+    return dict(rows)
+
+
+def _write(path: Path, number: int, rows: Mapping[str, Sequence[int]]) -> None:
+    path.unlink(missing_ok=True)  # a link, whose target stays
+    none = Ragged.of([] for _ in rows)
+    pq.write_table(stage_table(Stage(number, list(rows), Ragged.of(rows.values()), none)), path)
+
+
+def _linked(stream: Stream, directory: Path, but: str) -> dict[str, str]:
+    """Link the files of a stream except one; returns their checksums."""
+    known = {name: sha256 for name, sha256 in stream.manifest["files"].items() if name != but}
+    for name in known:
+        link(intact(stream.directory, name, stream.manifest), directory / name)
+    return known
+
+
+def members_of(into: Mapping[str, str]) -> dict[str, list[str]]:
+    """The users that were merged into each user, from :attr:`Stream.merged_users`."""
+    members: dict[str, list[str]] = {}
+    for before, now in into.items():
+        members.setdefault(now, []).append(before)
+    return members
