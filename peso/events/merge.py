@@ -5,7 +5,8 @@ stream/stage=2/merged.parquet   user, previous (the whole history, oldest first)
 The file is beside the last stage that there is when users are merged, and counts after it. A user without
 items in it has become another one. The files of stages do not change: what was trained and tested stays as it
 was. The next stage in which the merged user has events begins with the merged history. The manifest lists the
-merges under ``merged``, in their order: ``from``, ``into``, ``stage`` and ``time``."""
+merges under ``merged``, in their order: ``from``, ``into``, ``stage`` and ``time``.
+"""
 
 from __future__ import annotations
 
@@ -168,15 +169,17 @@ def shorten_merged(stream: Stream, stages: int, directory: Path) -> list[dict[st
         rows |= _merged_at(stream, number)
     if not rows:
         return merges
-    into = stream.merged_users
-    members = {user: [user, *(before for before, now in into.items() if now == user)] for user in rows}
-    less = dict.fromkeys(rows, 0)
+    into, less = stream.merged_users, dict.fromkeys(rows, 0)
+    # who each user is now whose events are in a merged history
+    everyone = {user: into.get(user, user) for user in (*rows, *into) if into.get(user, user) in rows}
     for number in removed:
-        everyone = [member for several in members.values() for member in several]
         found = stream.rows_of(stage_file(number), everyone)
-        lengths = dict(zip(found.users, found.current.lengths.tolist(), strict=True))
-        for user, several in members.items():
-            less[user] += sum(lengths.get(member, 0) for member in several)
+        for member, length in zip(found.users, found.current.lengths.tolist(), strict=True):
+            less[everyone[member]] += length
+        if rare_file(number) in stream.manifest["files"]:
+            found = stream.rows_of(rare_file(number), everyone)
+            for member, length in zip(found.users, found.previous.lengths.tolist(), strict=True):
+                less[everyone[member]] += length
     left = {user: items[: max(0, len(items) - less[user])] for user, items in rows.items()}
     rows = {user: items for user, items in left.items() if items or user in into}
     path = directory / merged_file(stages - 1)

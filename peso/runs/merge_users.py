@@ -2,7 +2,8 @@
 
 The change is one rename of the stream's directory. From then on, the user who was merged is understood as the
 other one: in requests, in received events, also those from before, and in logs that are appended. Trained
-stages and their tests stay as they were; the next stage begins with the merged history."""
+stages and their tests stay as they were; the next stage begins with the merged history.
+"""
 
 from __future__ import annotations
 

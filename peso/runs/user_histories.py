@@ -18,7 +18,8 @@ from peso.events.history_index import HistoryIndex, rests_on
 from peso.events.merge import members_of
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.events.stream import Stream
-from peso.runs.names import CurrentNames
+from peso.items.names import ItemNames
+from peso.runs.place import NAMES as NAMES_FILE
 from peso.runtime.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class _State:
     last: int  # time of its last event, microseconds
     names: list[str]  # item ids by row
     known: frozenset[str]  # ids of items with a semantic ID
+    renamed: ItemNames
     now: Mapping[str, str]  # who users are that were merged into others
     members: Mapping[str, Sequence[str]]  # the users that were merged into each of these
 
@@ -88,7 +90,6 @@ class UserHistories:
     ) -> None:
         self.workspace, self.through, self.until = workspace, through, until
         self._state: _State | None = None
-        self._names = CurrentNames(workspace.root)
         self._events: ReceivedEvents | None = None
         self._given, self._background = events, background
         self._renewing, self._opening = threading.Lock(), threading.Lock()
@@ -190,7 +191,8 @@ class UserHistories:
             known = frozenset(workspace.semantic_ids.stored_ids)
             every = self.through is None or self.through >= stream.stages - 1
             now = stream.merged_users if every else {}
-            state = _State(stamp, stream, index, last, stream.item_ids, known, now, members_of(now))
+            names = workspace.names
+            state = _State(stamp, stream, index, last, stream.item_ids, known, names, now, members_of(now))
             self._state = state
 
     def _current(self) -> _State:
@@ -209,13 +211,16 @@ class UserHistories:
             log.warning("the changed stream cannot be read yet", extra={"fields": {"problem": str(error)}})
 
     def _stamp(self) -> tuple[int, ...]:
-        """Inodes and modification times of the manifests of stream and semantic IDs."""
+        """Inodes and modification times of the manifests of stream and semantic IDs, and of the names of
+        items."""
         stamp: list[int] = []
-        for directory in (self.workspace.stream_directory, self.workspace.semantic_ids_directory):
+        workspace = self.workspace
+        made = (workspace.stream_directory / MANIFEST, workspace.semantic_ids_directory / MANIFEST)
+        for path in (*made, workspace.root / NAMES_FILE):
             try:
-                found = (directory / MANIFEST).stat()
+                found = path.stat()
                 stamp += [found.st_ino, found.st_mtime_ns]
-            except FileNotFoundError:  # being replaced
+            except FileNotFoundError:  # being replaced, or nothing was renamed
                 stamp += [0, 0]
         return tuple(stamp)
 
@@ -226,7 +231,7 @@ class UserHistories:
         if events is None:
             return []
         cuts = cuts_of(state.stream, events.id)
-        until, names = self.until, self._names.current()
+        until, names = self.until, state.renamed
         own = [event for each in (user, *state.members.get(user, ())) for event in events.of_user(each)]
         return [
             replace(event, item=names.in_files(event.item))

@@ -85,9 +85,9 @@ def by_time(users: tuple[str, ...], *logs: list[tuple[str, str, int]]) -> list[s
     return [item for _, item, _ in sorted(events, key=lambda event: event[2])]
 
 
-def append(workspace: Workspace, folder: Path, rows: list[tuple[str, str, int]]) -> None:
+def append(workspace: Workspace, folder: Path, rows: list[tuple[str, str, int]], least: int = 1) -> None:
     data = workspace.config.data.model_copy(
-        update={"path": str(write_log(folder / "new.csv", rows)), "min_user": 1}
+        update={"path": str(write_log(folder / "new.csv", rows)), "min_user": least}
     )
     with workspace.lock():
         preparation.append(workspace, Silent(), data)
@@ -200,13 +200,18 @@ def test_received_events_of_both_are_of_one_user(shop: Workspace) -> None:
 
 def test_an_undone_append_leaves_the_merged_history_of_the_rest(shop: Workspace, tmp_path: Path) -> None:
     join(shop, ("u5", "u6"))
-    append(shop, tmp_path, [*NEW, *(("fresh", f"i{k}", LAST + 9000 + k) for k in range(4))])
-    join(shop, ("u1", "u2"), ("u2", "u6"), ("fresh", "u3"))
+    rows = [
+        (user, f"i{k}", LAST + 9000 + k) for user, most in (("fresh", 4), ("few", 2)) for k in range(most)
+    ]
+    append(shop, tmp_path, [*NEW, *rows], least=3)  # `few` is too rare for a stage
+    join(shop, ("u1", "u2"), ("u2", "u6"), ("fresh", "u3"), ("few", "u4"))
+    assert history(shop, "few") == by_time(("u4", "few"), EVENTS, rows)
     with shop.lock():
         undo(shop, last_step(shop), Silent())
     assert shop.stream.stages == 3
     assert history(shop, "u1") == by_time(("u1", "u2", "u5", "u6"), EVENTS)
     assert history(shop, "fresh") == by_time(("u3",), EVENTS)
+    assert history(shop, "few") == by_time(("u4",), EVENTS)
     append(shop, tmp_path, NEW)
     assert history(shop, "u1") == by_time(("u1", "u2", "u5", "u6"), EVENTS, NEW)
     assert set(everyone(shop)) == {"u0", "u3", "u4", "u6", "rare"}

@@ -6,6 +6,7 @@ import time
 
 from peso.runs.merge_users import merge
 from peso.runs.names import item_names
+from peso.runs.place import NAMES
 from peso.runs.rename import rename
 from peso.runs.retired import retire
 from peso.runtime.progress import Silent
@@ -59,17 +60,29 @@ def test_answers_have_new_names_and_requests_may_have_any(serving, copy, tmp_pat
     only = answer(history=[], allow=[ids[0], "later", ids[9], ids[20]], k=5)
     assert {each["item"] for each in only["items"]} == {to[ids[0]], "later"}  # not denied, not retired
     assert answer(history=[], allow=[ids[0]], deny=[to[ids[0]]], k=5)["items"] == []
+
+    def compared() -> dict:
+        return client.post("/v1/compare", json={"user": "someone", "k": 3}).json()
+
+    def history() -> list[str]:
+        return [each["item"] for each in compared()["history"]]
+
+    wait_for(lambda: history() == [to[ids[0]], "later"], "the histories never had the new names")
+    shown = compared()
     of_user = answer(user="someone", exclude_seen=True, k=50)
     assert of_user["unknown_items"] == []
     assert not {each["item"] for each in of_user["items"]} & {
         to[ids[0]],
         "later",
     }  # both events are understood
-    shown = client.post("/v1/compare", json={"user": "someone", "k": 3}).json()
-    assert [each["item"] for each in shown["history"]] == [to[ids[0]], "later"]
     assert shown["history"][0]["title"] == client.get(f"/v1/items/{to[ids[0]]}").json()["title"]
     explained = client.post("/v1/explain", json={"history": ids[:2], "item": ids[0]}).json()
     assert explained["item"] == to[ids[0]]
+    (copy.root / NAMES).write_text("{")  # the last known names stay
+    wait_for(lambda: client.get("/v1/status").json()["problem"] is not None, "the damage was never noticed")
+    assert items(answer(**by_history))[:39] == renamed(before[0])[:39]
+    again = answer(user="someone", exclude_seen=True, k=50)  # now from a cached prompt
+    assert {item for item, _ in items(again)} == {item for item, _ in items(of_user)}
 
 
 def test_the_previous_stage_has_the_new_names_too(serving, copy, monkeypatch):
