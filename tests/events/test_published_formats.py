@@ -124,6 +124,36 @@ def test_minionerec_s_rows_of_history_and_target(tmp_path: Path) -> None:
     assert [of_item(stream, item)[0] for item in "0123"] == ["Lamp, blue", "Ann's cup", "Rug", "Pen"]
 
 
+def test_lc_rec_s_lists_and_contents(tmp_path: Path) -> None:
+    lists = {str(u): [(u + k) % 6 for k in range(10)] for u in range(3)}
+    contents = {
+        "0": {"title": "Lamp", "brand": "B", "description": "Bright", "categories": "Home, Light"},
+        "1": {"title": "Cup", "brand": "", "description": "", "categories": ["Home", "Kitchen"]},
+    }
+    index = {str(item): ["<a_1>", "<b_2>"] for item in range(6)}
+    data = folder(
+        tmp_path,
+        **{"Toys.inter.json": json.dumps(lists), "Toys.item.json": json.dumps(contents)},
+        **{"Toys.index.json": json.dumps(index), "Toys.train.inter": "user_id:token\titem_id:token\n"},
+    )
+    assert found(data) == found(data / "Toys.inter.json") == "lc-rec"
+    stream = read(tmp_path / "s", data, "lc-rec", stages=1)
+    expected = {user: ([], [str(item) for item in items]) for user, items in lists.items()}
+    assert histories(stream) == [expected]
+    assert "time" not in stream.manifest
+    assert of_item(stream, "0") == ("Lamp", "B\nBright", "Home, Light")
+    assert of_item(stream, "1") == ("Cup", None, "Home > Kitchen")
+    assert of_item(stream, "5") == (None, None, None)
+    (data / "Toys.item.json").unlink()
+    assert histories(read(tmp_path / "t", data / "Toys.inter.json", "lc-rec", stages=1)) == [expected]
+    (data / "Toys.inter.json").write_text('{"0": [1, 2], "1": {"a": 3}}')
+    with pytest.raises(DataError, match="user '1' has no list of items"):
+        read(tmp_path / "u", data, "lc-rec")
+    (data / "Games.inter.json").write_text("{}")
+    with pytest.raises(DataError, match=r"has 2 files \*\.inter\.json, not one"):
+        read(tmp_path / "v", data, "lc-rec")
+
+
 @pytest.mark.parametrize("container", ["parquet", "jsonl", "csv"])
 def test_a_history_and_a_target_in_every_container(tmp_path: Path, container: str) -> None:
     rows = [

@@ -153,6 +153,8 @@ class Reading:
     def _rows(self, file: Path) -> int | None:
         if self.table.kind == "parquet":
             return int(pq.ParquetFile(file).metadata.num_rows)
+        if self.table.arrow is not None and len(self.table.files) == 1:
+            return int(self.table.arrow.num_rows)
         if self.table.kind == "arrow":
             return int(pa.ipc.open_stream(pa.memory_map(str(file))).read_all().num_rows)
         if self.table.read_line:

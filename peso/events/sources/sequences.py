@@ -1,6 +1,6 @@
 """Files of item sequences: a history and a target in a row, or all items of a user in a row.
 
-This is how LC-Rec, MiniOneRec (``user_id,history_item_id,item_id,…``), DACT (``user``, ``history``,
+This is how MiniOneRec (``user_id,history_item_id,item_id,…``), DACT (``user``, ``history``,
 ``target``), the files with histories of Amazon Reviews 2023 and many others publish their data, in CSV,
 Parquet or JSON lines. Lists are lists of Parquet or JSON, or text: ``['a', 'b']``, ``[1, 2]`` or ``1 2``.
 """

@@ -88,7 +88,8 @@ class FileTable:
         dialect: the format of delimited text; None for others.
         twice: names that several columns have.
         read_line: reads a line of ``jsonl`` that is not JSON, such as a Python dictionary.
-        arrow: the rows of ``arrow``, which a reader registers under the name in ``scan``.
+        arrow: the rows of ``arrow``, which a reader registers under the name in ``scan``: those of files in
+            Arrow's stream format, or of one file of another kind.
         of: the table of the files, if this one is made from its rows (:func:`reshaped`).
         shape: the SQL that makes the rows; ``{rows}`` is the table of the files with the number of the row.
     """
