@@ -15,7 +15,7 @@ from torch import Tensor
 from peso.adapters.groups import lora_layers
 from peso.runs.workspace import Workspace
 from peso.training.plan import StageExamples
-from peso.training.strategies.inf_lora import Protected, protected
+from peso.training.strategies.inf_lora import ROUNDING, Protected, protected
 
 THRESHOLD = 0.9
 INF_LORA = {"name": "inf_lora", "threshold": THRESHOLD, "examples": 20}
@@ -70,6 +70,7 @@ def test_the_memory_holds_the_share_asked_for_and_no_direction_more(
 
 @settings(max_examples=40, deadline=None)
 @example(seed=12, width=4, count=3)  # what is free is a thousandth as strong as what is not
+@example(seed=10, width=11, count=10)  # the weakest free direction is rounding error
 @given(seed=st.integers(0, 10**6), width=st.integers(3, 12), count=st.integers(1, 12))
 def test_new_directions_are_the_strongest_that_are_free(seed: int, width: int, count: int) -> None:
     """Orthogonal to the memory, orthonormal, and of the projected inputs the first right singular vectors."""
@@ -77,11 +78,12 @@ def test_new_directions_are_the_strongest_that_are_free(seed: int, width: int, c
     space = Protected.nothing(width).grown(before.T @ before, 0.95)
     found = space.free_directions(now.T @ now, min(count, width)).double()
     assert (found @ projection(space)).abs().max() < 1e-6
-    used = min(count, space.free)
+    free = now @ (torch.eye(width, dtype=torch.float64) - projection(space))
+    strength = torch.linalg.svdvals(free)[: min(count, space.free)]
+    strength = strength[strength.square() > ROUNDING * now.square().sum()]
+    used = len(strength)
     gram = torch.diag(torch.tensor([1.0] * used + [0.0] * (min(count, width) - used), dtype=torch.float64))
     torch.testing.assert_close(found @ found.T, gram, atol=1e-5, rtol=0)
-    free = now @ (torch.eye(width, dtype=torch.float64) - projection(space))
-    strength = torch.linalg.svdvals(free)[:used]
     torch.testing.assert_close(
         (now @ found[:used].T).square().sum(), strength.square().sum(), rtol=1e-4, atol=0
     )
