@@ -17,6 +17,7 @@ from peso.serving.messages import Request
 from peso.serving.remembered import RememberedAnswers, key_of
 from peso.serving.stock import Stock
 
+pytestmark = pytest.mark.slow
 NOTHING = {"prepared": 0, "used": 0, "repeated": 0}
 
 
