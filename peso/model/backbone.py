@@ -22,7 +22,7 @@ from peso.config.model import BUILT_IN, CONTEXT, head_size
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
 from peso.model.source import source_of, source_of_pretrained
-from peso.runtime.hugging_face import quiet_transformers
+from peso.runtime.hugging_face import loading
 
 BEGIN, END = "<|begin|>", "<|end|>"
 
@@ -66,6 +66,7 @@ def _drop_output(part: Any, args: Any, output: Any) -> Any:
     return part.dropout(output)
 
 
+@loading()
 def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> LlamaForCausalLM:
     """A randomly initialized Llama for the byte tokenizer.
 
@@ -169,7 +170,7 @@ def load_backbone(
 
 def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
-        with quiet_transformers():  # no warnings about weights that are left out because of `layers`
+        with loading():  # no warnings about weights that are left out because of `layers`
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if layers is not None:
                 _keep_layers(config, layers, name)

@@ -25,12 +25,13 @@ from peso.model.item_head import OF_ITEMS, ItemHead
 from peso.model.layout import PromptLayout, make_layout
 from peso.model.transitions import FILE, Transitions
 from peso.model.vocabulary import SemanticVocabulary
-from peso.runtime.hugging_face import quiet_transformers
+from peso.runtime.hugging_face import loading
 
 VOCABULARY, ADAPTER, BACKBONE = "vocabulary.safetensors", "adapter", "backbone"
 WEIGHTS = (VOCABULARY, FILE, ADAPTER, BACKBONE)  # files and folders of a stage that make up its model
 
 
+@loading()
 def build_model(
     backbone: BackboneConfig,
     prompt: PromptConfig,
@@ -130,7 +131,7 @@ def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_b
     if model.transitions is not None:
         model.transitions.save(folder)
     if whole_backbone:
-        with quiet_transformers():
+        with loading():
             model.causal_lm.save_pretrained(folder / BACKBONE)
             model.tokenizer.save_pretrained(folder / BACKBONE)
     if has_adapter(model):
@@ -162,7 +163,7 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
     model.transitions = Transitions.load(folder, len(model.semantic_ids.item_ids))
     if (folder / BACKBONE).is_dir():
         try:
-            with quiet_transformers():
+            with loading():
                 stored = AutoModelForCausalLM.from_pretrained(
                     folder / BACKBONE, dtype="auto", trust_remote_code=False, use_safetensors=True
                 )

@@ -31,7 +31,7 @@ from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS
 from peso.model.layout import INSTRUCTION
 from peso.runtime.files import commit_directory, require_free, write_json
-from peso.runtime.hugging_face import quiet_transformers
+from peso.runtime.hugging_face import loading
 
 ITEM_HEAD = "item_head.safetensors"
 INDEX, PROMPT, CARD = "index.json", "prompt.json", "README.md"
@@ -217,7 +217,7 @@ def _exact(tensor: Tensor) -> Tensor:
 def _save(
     plain: Any, model: GenerativeModel, directory: Path, leaves_out_seen: bool, retired: Collection[str]
 ) -> None:
-    with quiet_transformers():
+    with loading():
         plain.save_pretrained(directory)
         _extended_tokenizer(model).save_pretrained(directory)
         text = PromptText.of(model)

@@ -20,9 +20,10 @@ from peso.model.layout import make_layout
 from peso.model.transitions import Transitions
 from peso.model.vocabulary import SemanticVocabulary
 from peso.runtime.files import read_json_object
-from peso.runtime.hugging_face import quiet_transformers
+from peso.runtime.hugging_face import loading
 
 
+@loading()
 def load_merged(directory: str | Path) -> GenerativeModel:
     """The model in a directory that ``peso export --format merged`` wrote, in evaluation mode on the CPU.
 
@@ -38,11 +39,10 @@ def load_merged(directory: str | Path) -> GenerativeModel:
         raise ExportError(f"{folder} was exported by an earlier version; export the model again")
     ids = read_release_index(folder / INDEX, prompt["codes"])
     try:
-        with quiet_transformers():
-            causal_lm = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         head = _item_head(folder, ids, causal_lm.get_input_embeddings().weight.shape[1])
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]

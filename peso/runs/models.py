@@ -24,6 +24,7 @@ from peso.runs.stage import RunStage
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime.device import Precision
+from peso.runtime.hugging_face import loading
 from peso.runtime.manifest import all_intact
 from peso.runtime.processes import ALONE, Processes, current
 from peso.training.plan import StageExamples
@@ -304,6 +305,7 @@ def _rounded(workspace: Workspace, model: GenerativeModel, device: str | None = 
     return model
 
 
+@loading()
 def _placed(
     workspace: Workspace,
     build: Callable[[], GenerativeModel],
