@@ -86,8 +86,10 @@ class LiveStage:
     def refresh(self) -> None:
         """Load the stage that should serve now, if it is another one, its catalog has changed, or it is not
         loaded yet. Otherwise only titles, popularity and names of items are read again."""
-        with self._loading:  # Transformers cannot load two models at the same time
+        with self._loading:
+            seen = self._fingerprint()  # a change while the files are read is for the next check
             self._refresh()
+            self._seen = seen
 
     def _refresh(self) -> None:
         before = self.current
@@ -196,7 +198,6 @@ class LiveStage:
                 continue
             try:
                 self.refresh()
-                self._seen = fingerprint
             except Exception as error:  # any error: the old stage continues to serve
                 pause = AGAIN if fingerprint == self._seen else INTERVAL
                 self._seen = fingerprint
