@@ -13,6 +13,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="directory of the comparison (-w)")
     parser.add_argument("--to", type=Path, help="the table to change; without it, the rows are printed")
     arguments = parser.parse_args()
-    new = [row for stream, runs in runs_by_data(arguments.directory).items() for row in rows_of(stream, runs)]
+    found = runs_by_data(arguments.directory, partial(print, file=sys.stderr))
+    new = [row for stream, runs in found.items() for row in rows_of(stream, runs)]
     old = []
     if arguments.to is not None and arguments.to.exists():
         with arguments.to.open(encoding="utf-8", newline="") as file:

@@ -22,7 +22,7 @@ from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.plan import Plan, make_plan
 from peso.runs.compare.progress import choose, is_done, pairs_across, progress_of, validation_loss
-from peso.runs.compare.results import collect, write_results
+from peso.runs.compare.results import collect, runs_by_data, write_results
 from peso.runs.compare.schedule import Schedule
 from peso.runs.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
 from peso.runs.executors import Machine
@@ -406,6 +406,11 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
     found = collect(plan)
     assert [run.strategy for run, _ in found.runs][-1] == "paper"
     assert any("single" in remark and "only 1 of 3" in remark for remark in found.remarks)
+    write_results(plan, found, tmp_path / "part")
+    notes: list[str] = []
+    (whole,) = runs_by_data(tmp_path / "part", notes.append)["simulate"]
+    assert whole.strategy == "paper"
+    assert notes == ["simulate: single/seed=0 is left out; 1 of 3 stages are tested"]
 
     rows = Schedule(plan, machine).run()
     assert [row.state for row in rows] == ["done", "done"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,9 +152,16 @@ def _without_formulas(table: pa.Table) -> pa.Table:
     return table
 
 
-def runs_by_data(directory: Path) -> dict[str, list[RunSummary]]:
+def runs_by_data(directory: Path, note: Callable[[str], None]) -> dict[str, list[RunSummary]]:
     """The runs of a comparison that has written its results, without baselines: data set → runs, each named
     by strategy and seed.
+
+    Runs that were not tested on all stages on which others were are left out, because a comparison would be
+    of the stages that all have.
+
+    Args:
+        directory: the directory of the results.
+        note: is called with a sentence about each run that is left out.
 
     Raises:
         WorkspaceError: there are no results, or a run's files are missing or damaged.
@@ -171,7 +178,15 @@ def runs_by_data(directory: Path) -> dict[str, list[RunSummary]]:
             name = f"{row['strategy']}/seed={row['seed']}"
             summary = report.summarise(Workspace.open(row["workspace"]), name)
             of_data[row["workspace"]] = replace(summary, strategy=row["strategy"], seed=row["seed"])
-    return {data: list(runs.values()) for data, runs in found.items()}
+    whole: dict[str, list[RunSummary]] = {}
+    for data, runs in found.items():
+        most = max(len(run.stages) for run in runs.values())
+        for run in runs.values():
+            if len(run.stages) == most:
+                whole.setdefault(data, []).append(run)
+            else:
+                note(f"{data}: {run.name} is left out; {len(run.stages)} of {most} stages are tested")
+    return whole
 
 
 def run_summary(run: Run, found: TaskProgress) -> RunSummary:
