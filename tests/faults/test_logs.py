@@ -23,8 +23,9 @@ from peso.config import load_config
 from peso.errors import ConfigError, DataError, PesoError
 from peso.events.append import extend_stream
 from peso.events.ingest import ingest
-from peso.events.sources import lines
+from peso.events.sources import lines, reading
 from peso.events.sources.files import format_of
+from peso.events.sources.lines import Dialect, count_plain_rows
 from peso.events.stream import Stream
 from peso.items.vector_files import read_vectors
 from peso.runs.report import read_user_table, report_users_found
@@ -762,8 +763,40 @@ def test_a_key_written_with_escapes_is_that_key(tmp_path: Path) -> None:
 def test_a_separator_at_the_end_of_a_line_is_none_wherever_it_is_read(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", [(*row, "") for row in LOG])
     assert histories(read(tmp_path / "s", path)[0]) == expected()
-    path.write_text(path.read_text().replace("u0", '"u0"'))  # read line by line now
+    text = path.read_text()
+    path.write_text(text.replace("u0", '"u0"'))
     assert histories(read(tmp_path / "t", path)[0]) == expected()
+    path.write_text(text.replace(",\n", ',""\n', 1))  # read line by line now
+    assert histories(read(tmp_path / "u", path)[0]) == expected()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_around_whole_fields_need_no_reading_line_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    rows = [("user", "item", "time"), *((f"{user}, {user}", item, time) for user, item, time in LOG)]
+    path = tmp_path / "log.csv"
+    path.write_text("".join(",".join(f'"{field}"' for field in row) + end for row in rows), newline="")
+    by_line = []
+    stage = reading.Reading._stage
+    monkeypatch.setattr(reading.Reading, "_stage", lambda self: (by_line.append(1), stage(self)))
+    found = histories(read(tmp_path / "s", path)[0])
+    assert found == [{f"{user}, {user}": had for user, had in part.items()} for part in expected()]
+    assert not by_line
+    path.write_text(path.read_text() + '"a ""b""","i1",1\n')
+    read(tmp_path / "t", path)
+    assert by_line
+
+
+@pytest.mark.parametrize(
+    "row",
+    ['"a ""b"",i,1', '"a"b,i,1', 'a"b"c,i,1', '"a\nb",i,1', '"",i,1', '"a,i,1', '"a, "b",i,1', 'a",i,"1'],
+)
+def test_other_quotes_are_read_line_by_line(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "log.csv"
+    for text, rows in ((f"user,item,time\nu,i,1\n{row}\n", None), ('user,item,time\n"u",i,"1"\n', 1)):
+        path.write_text(text)
+        assert count_plain_rows(path, Dialect(",", header=True)) == rows
 
 
 def test_nan_of_json_is_no_id(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,7 +57,8 @@ class Unreadable:
 
 
 def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[str] = ()) -> int | None:
-    """The number of rows of a text file without its header, or None if a line may not be exactly one row.
+    """The number of rows of a text file without its header, or None if a line may not be exactly one row, or
+    has quotes elsewhere than around a whole field.
 
     Every byte is read, so damaged gzip files are detected.
 
@@ -81,7 +82,9 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[
             ends |= {b"\r\n"} if pairs else {b"\n"} if lines else set()
             if returns != pairs or pairs not in (0, lines) or len(ends) > 1:
                 return None  # line ends of several kinds
-            if (quote and quote in block) or len(rest) > LONGEST - BLOCK or not _is_utf8(block):
+            if len(rest) > LONGEST - BLOCK or not _is_utf8(block):
+                return None
+            if dialect and quote and quote in block and not _quotes_whole_fields(block, dialect):
                 return None
             if any(line.count(name) > 1 for line in block.split(b"\n") for name in names):
                 return None
@@ -91,6 +94,21 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[
             if block.startswith((b"\n", b"\r")) or (b"\n\r\n" if pairs else b"\n\n") in block:
                 rows -= block.splitlines().count(b"")
     return rows - (dialect.header if dialect else 0)
+
+
+def _quotes_whole_fields(lines: bytes, dialect: Dialect) -> bool:
+    """Whether every quote begins or ends a field that has no other quote, no line end and some content."""
+    if len(dialect.separator.encode() + dialect.quote.encode()) > 2:
+        return False
+    fields = _fields(dialect.separator, dialect.quote)
+    return fields.fullmatch(lines if lines.endswith(b"\n") else lines + b"\n") is not None
+
+
+@cache
+def _fields(separator: str, quote: str) -> re.Pattern[bytes]:
+    end, mark = re.escape(separator).encode(), re.escape(quote).encode()
+    field = b"(?:%b[^%b\r\n]++%b|[^%b%b\r\n]*+)" % (mark, mark, mark, mark, end)
+    return re.compile(b"(?:%b(?:%b|\r?\n))*+" % (field, end))
 
 
 def delimited_rows(

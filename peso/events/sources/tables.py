@@ -177,15 +177,15 @@ def csv_table(
         first = [(file, [str(number + 1) for number in range(len(fields))]) for file, fields in first]
     names = require_same(first)
     places = [f"c{place}" for place in range(len(names))]
-    # a plain file has no quotes (see peso.events.sources.reading), so DuckDB need not look for them
+    # DuckDB only reads files in which quotes are around whole fields (see peso.events.sources.lines)
     options = (
         _listed(files),
         "auto_detect = false",
         "hive_partitioning = false",
         f"header = {str(header).lower()}",
         f"delim = {literal(separator)}",
-        "quote = ''",
-        "escape = ''",
+        f"quote = {literal(quote)}",
+        f"escape = {literal(quote)}",
         "columns = {" + ", ".join(f"'{place}': 'VARCHAR'" for place in places) + "}",
     )
     return FileTable(
