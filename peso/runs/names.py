@@ -12,18 +12,16 @@ can be given to an item while an append adds an item with this name. Training do
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from peso.errors import DataError, WorkspaceError
 from peso.items.names import NONE_RENAMED, ItemNames
 from peso.runs.place import NAMES, NAMES_LOCK
 from peso.runtime.files import in_turn
-from peso.runtime.records import read_record, write_record
+from peso.runtime.records import Reread, read_entries, write_entries
 
 FORMAT = 1  # of names.json; newer versions may write higher numbers
 PATIENCE = 600.0  # seconds to wait for an append
@@ -40,28 +38,14 @@ class Renaming(BaseModel):
     time: str
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    items: dict[str, Renaming] = {}
-
-
 def renamings(root: Path) -> dict[str, Renaming]:
     """The renamed items of a workspace, by stored id, in the order in which they were first renamed.
 
     Raises:
         WorkspaceError: ``names.json`` is damaged, or was written by a newer version.
     """
-    path = root / NAMES
-    if not os.path.lexists(path):
-        return {}
-    try:
-        return _File.model_validate(read_record(path, FORMAT)).items
-    except (DataError, ValidationError, ValueError) as error:
-        raise WorkspaceError(
-            f"{path} is damaged ({str(error).splitlines()[0]}), so it is not known which items are renamed; "
-            "restore it from a copy, or remove it and rename the items again"
-        ) from None
+    lost, cure = "it is not known which items are renamed", "remove it and rename the items again"
+    return read_entries(root / NAMES, FORMAT, Renaming, lost, cure)
 
 
 def item_names(root: Path) -> ItemNames:
@@ -84,7 +68,7 @@ def as_names(items: Mapping[str, Renaming]) -> ItemNames:
 
 def write_renamings(root: Path, items: Mapping[str, Renaming]) -> None:
     """Replace ``names.json``. The caller holds :func:`names_held`."""
-    write_record(root / NAMES, FORMAT, _File(items=dict(items)).model_dump(mode="json"))
+    write_entries(root / NAMES, FORMAT, items)
 
 
 @contextmanager
@@ -98,27 +82,6 @@ def names_held(root: Path) -> Iterator[None]:
         yield
 
 
-class CurrentNames:
-    """The names of the items of a workspace, read again when the file changes."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._read: tuple[object, ItemNames] = (None, NONE_RENAMED)
-
-    @property
-    def stamp(self) -> tuple[int, int, int] | None:
-        """Identifies the state of the file; None if there is none."""
-        try:
-            state = os.stat(self._root / NAMES)
-        except FileNotFoundError:
-            return None
-        return state.st_ino, state.st_mtime_ns, state.st_size
-
-    def current(self) -> ItemNames:
-        """The names; the same object as long as the file does not change. Raises WorkspaceError as
-        :func:`renamings`."""
-        stamp, (known, names) = self.stamp, self._read
-        if stamp != known:
-            names = item_names(self._root)
-            self._read = stamp, names
-        return names
+def current_names(root: Path) -> Reread[ItemNames]:
+    """The names of the items of a workspace, read again when they change. Raises as :func:`renamings`."""
+    return Reread(root / NAMES, lambda: item_names(root))

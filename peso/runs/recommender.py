@@ -12,9 +12,9 @@ import numpy as np
 from peso.errors import DataError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.hybrids import HybridAnswers
-from peso.runs.names import CurrentNames
+from peso.runs.names import current_names
 from peso.runs.place import require_place
-from peso.runs.retired import RetiredItems
+from peso.runs.retired import retired_items
 from peso.runs.served import serving_stage
 from peso.runs.user_histories import UserHistories
 from peso.runs.workspace import Workspace
@@ -61,7 +61,7 @@ class Recommender:
         self.live = stage is None if live is None else live
         self._ids: SemanticIds | None = None
         self.hybrid = None if hybrid is None else HybridAnswers(workspace, hybrid, self.stage)
-        self._retired, self._names = RetiredItems(workspace.root), CurrentNames(workspace.root)
+        self._retired, self._names = retired_items(workspace.root), current_names(workspace.root)
 
     @cached_property
     def model(self) -> GenerativeModel:

@@ -6,18 +6,17 @@ The file has its own lock, so that a change does not wait for an update in progr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from peso.errors import DataError, WorkspaceError
+from peso.errors import DataError
 from peso.runs.place import RETIRED, RETIRED_LOCK
 from peso.runs.workspace import Workspace
 from peso.runtime.files import in_turn
-from peso.runtime.records import read_record, write_record
+from peso.runtime.records import Reread, read_entries, write_entries
 
 FORMAT = 1  # of retired.json; newer versions may write higher numbers
 
@@ -31,49 +30,19 @@ class Retirement(BaseModel):
     reason: str | None = None
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    items: dict[str, Retirement] = {}
-
-
 def retired(root: Path) -> dict[str, Retirement]:
     """The retired items of a workspace by their ids in the stream, in the order in which they were retired.
 
     Raises:
         WorkspaceError: ``retired.json`` is damaged, or was written by a newer version.
     """
-    path = root / RETIRED
-    if not os.path.lexists(path):
-        return {}
-    try:
-        return _File.model_validate(read_record(path, FORMAT)).items
-    except (DataError, ValidationError, ValueError) as error:
-        raise WorkspaceError(
-            f"{path} is damaged ({str(error).splitlines()[0]}), so it is not known which items are retired; "
-            "restore it from a copy, or remove it and retire the items again"
-        ) from None
+    lost, cure = "it is not known which items are retired", "remove it and retire the items again"
+    return read_entries(root / RETIRED, FORMAT, Retirement, lost, cure)
 
 
-class RetiredItems:
-    """The retired items of a workspace by their ids in the stream, read again when the file changes."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._trace: object = None
-        self._items: frozenset[str] = frozenset()
-
-    def current(self) -> frozenset[str]:
-        """The ids. Raises WorkspaceError as :func:`retired`."""
-        try:
-            state = os.stat(self._root / RETIRED)
-            trace: object = (state.st_ino, state.st_mtime_ns, state.st_size)
-        except FileNotFoundError:
-            trace = None
-        if trace != self._trace:
-            self._items = frozenset(retired(self._root))
-            self._trace = trace
-        return self._items
+def retired_items(root: Path) -> Reread[frozenset[str]]:
+    """The ids of the retired items in the stream, read again when they change. Raises as :func:`retired`."""
+    return Reread(root / RETIRED, lambda: frozenset(retired(root)))
 
 
 def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None) -> list[str]:
@@ -130,4 +99,4 @@ def _require_known(
 
 
 def _write(root: Path, items: dict[str, Retirement]) -> None:
-    write_record(root / RETIRED, FORMAT, _File(items=items).model_dump(mode="json"))
+    write_entries(root / RETIRED, FORMAT, items)

@@ -15,7 +15,7 @@ from peso.config.reading import leaves, missing_keys, override, with_earlier_def
 from peso.config.shape import is_later
 from peso.errors import ConfigError, WorkspaceError
 from peso.runs.changes import refuse_changes, refuse_edits
-from peso.runs.names import CurrentNames
+from peso.runs.names import current_names
 from peso.runs.place import CONFIG, EVENTS, HISTORIES, MADE, hold_lock, refuse_foreign, writing
 from peso.runs.sizes import Sizes, chosen_sizes, record, require_sizes, settled, sizes_for
 from peso.runs.stage import RunStage
@@ -57,7 +57,7 @@ class Workspace:
         self.root = root
         self.config = settled(root, config)
         self.trusted = frozenset(config.strategy.foreign if trust is None else trust)
-        self._names = CurrentNames(root)
+        self._names = current_names(root)
         self._read_ids: tuple[Manifest, ItemNames, IdsByStage] | None = None
 
     # -- opening ---------------------------------------------------------------------------------

@@ -339,6 +339,15 @@ def read_sealed(path: Path) -> bytes:
     return content
 
 
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Inode, modification time and size, which differ after a change; None if the file cannot be found."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns, state.st_size
+
+
 def size_of(directory: Path) -> int:
     """The total size in bytes of all files in a directory; 0 if the directory does not exist."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from peso.errors import WorkspaceError
-from peso.runtime.files import digest, json_text, read_json_object, write_atomically
+from pydantic import BaseModel, ValidationError
+
+from peso.errors import DataError, WorkspaceError
+from peso.runtime.files import digest, file_state, json_text, read_json_object, write_atomically
+
+Entry = TypeVar("Entry", bound=BaseModel)
+Value = TypeVar("Value")
 
 
 def read_record(path: Path, newest: int) -> dict[str, Any]:
@@ -36,3 +43,55 @@ def write_record(path: Path, number: int, content: dict[str, Any]) -> None:
     """Write content with format ``number``."""
     text = json_text({"format": number, **content, "sha256": digest(content)})
     write_atomically(path, text.encode())
+
+
+def read_entries(path: Path, newest: int, entry: type[Entry], lost: str, cure: str) -> dict[str, Entry]:
+    """The entries of items that :func:`write_entries` wrote, by item, in the same order; none without a file.
+
+    Args:
+        newest: the highest format number that can be read.
+        entry: the type of an entry.
+        lost: what is not known if the file is damaged, for the message.
+        cure: what to do then, beside restoring the file from a copy.
+
+    Raises:
+        WorkspaceError: the file is damaged, or was written by a newer version.
+    """
+    if not os.path.lexists(path):
+        return {}
+    try:
+        content = read_record(path, newest)
+        if content.keys() != {"items"} or not isinstance(content["items"], dict):
+            raise ValueError("it has other content than items")
+        return {item: entry.model_validate(each) for item, each in content["items"].items()}
+    except (DataError, ValidationError, ValueError) as error:
+        raise WorkspaceError(
+            f"{path} is damaged ({str(error).splitlines()[0]}), so {lost}; restore it from a copy, or {cure}"
+        ) from None
+
+
+def write_entries(path: Path, number: int, items: Mapping[str, BaseModel]) -> None:
+    """Write the entries of items with format ``number``."""
+    write_record(
+        path, number, {"items": {item: each.model_dump(mode="json") for item, each in items.items()}}
+    )
+
+
+class Reread(Generic[Value]):
+    """What a file contains, read again when the file changes.
+
+    Args:
+        path: the file; it may be missing.
+        read: reads it.
+    """
+
+    def __init__(self, path: Path, read: Callable[[], Value]) -> None:
+        self._path, self._read = path, read
+        self._known: tuple[object, Value] | None = None
+
+    def current(self) -> Value:
+        """The content; the same object as long as the file does not change. Raises what ``read`` raises."""
+        state = file_state(self._path)
+        if self._known is None or self._known[0] != state:
+            self._known = state, self._read()
+        return self._known[1]

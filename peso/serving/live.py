@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from peso.runs.place import NAMES, SERVED
 from peso.runs.served import served, serving_stage
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
+from peso.runtime.files import file_state
 from peso.serving.remembered import RememberedAnswers
 from peso.serving.snapshot import Snapshot, identity
 
@@ -180,14 +180,8 @@ class LiveStage:
 
     def _fingerprint(self) -> tuple[object, ...]:
         """Inodes, times and sizes that change when another stage should serve; fast to read."""
-        found: list[object] = []
-        for name in (SERVED, NAMES, "stages", "semantic_ids", "stream", f"baselines/{self.hybrid or ''}"):
-            try:
-                state = os.stat(self.root / name)
-                found += [state.st_ino, state.st_mtime_ns, state.st_size]
-            except OSError:
-                found.append(None)
-        return tuple(found)
+        names = (SERVED, NAMES, "stages", "semantic_ids", "stream", f"baselines/{self.hybrid or ''}")
+        return tuple(file_state(self.root / name) for name in names)
 
     def _watch(self) -> None:
         pause = 0.0

@@ -4,13 +4,13 @@ reloaded when they change."""
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peso.errors import UsageError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds
-from peso.runs.retired import RetiredItems
+from peso.runs.retired import retired_items
+from peso.runtime.files import file_state
 
 log = logging.getLogger("peso.serving")
 
@@ -48,7 +48,7 @@ class StockFiles:
     """
 
     def __init__(self, allow: Path | None = None, deny: Path | None = None, root: Path | None = None) -> None:
-        self._retired = None if root is None else RetiredItems(root)
+        self._retired = None if root is None else retired_items(root)
         self._never = frozenset[str]() if self._retired is None else self._retired.current()
         self._problem = ""
         self._files = {"--allow-file": allow, "--deny-file": deny}
@@ -90,14 +90,7 @@ class StockFiles:
 
     def _fingerprint(self) -> list[tuple[int, int, int] | None]:
         """Inodes, times and sizes of the files, to detect changes."""
-        found: list[tuple[int, int, int] | None] = []
-        for path in filter(None, self._files.values()):
-            try:
-                state = os.stat(path)
-                found.append((state.st_ino, state.st_mtime_ns, state.st_size))
-            except OSError:
-                found.append(None)
-        return found
+        return [file_state(path) for path in filter(None, self._files.values())]
 
     def _read(self) -> Stock:
         read = {option: self._items(option, path) for option, path in self._files.items()}

@@ -1,10 +1,19 @@
-"""Reports of the tests of runs have no drawings, which take most of the time; tests/evaluation draws them."""
+"""What several tests of runs share. Their reports have no drawings, which take most of the time;
+tests/evaluation draws them."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from peso.runs import recommend_all
+from peso.runs.recommender import Recommender
+from peso.runs.workspace import Workspace
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -13,3 +22,41 @@ def _nothing_is_drawn() -> Iterator[None]:
         patch.setattr("peso.evaluation.report.page.files", lambda plot: {})
         patch.setattr("peso.evaluation.report.page.svg_element", lambda plot: "<svg></svg>")
         yield
+
+
+@pytest.fixture
+def root(tmp_path: Path, every_file: Path) -> Path:
+    return shutil.copytree(every_file, tmp_path / "w")
+
+
+@pytest.fixture
+def workspace(root: Path) -> Workspace:
+    return Workspace.open(root)
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Answers with a user's own last items instead of a model's; the histories that were asked for."""
+    asked: list[list[str]] = []
+
+    def search(self: Recommender, histories: Any, k: int, *, exclude_seen: Any, users: Any) -> Any:
+        asked.extend(histories)
+        return [[(item, -float(n)) for n, item in enumerate(items[-k:])] for items in histories]
+
+    monkeypatch.setattr(Recommender, "search", search)
+    monkeypatch.setattr(recommend_all, "AT_ONCE", 16)
+    return asked
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes with one CPU each."""
+    pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,20 +224,6 @@ def test_a_missing_dask_scheduler_is_named(monkeypatch: Any) -> None:
 
 
 # -- Ray -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[Any]:
-    """A Ray cluster of two nodes with one CPU each."""
-    pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
 
 
 def test_a_ray_cluster_that_loses_a_node_gives_the_results_of_local_processes(

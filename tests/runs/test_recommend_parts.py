@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_executors import two_nodes  # noqa: F401 - a fixture
-from test_user_histories import answering, receive, root, workspace  # noqa: F401 - fixtures
+from test_user_histories import receive
 
 from peso.config.executors import read_executor
 from peso.errors import ConfigError, PesoError
@@ -101,9 +100,9 @@ def is_lost(job: Job, call: Call) -> int:
 
 @pytest.mark.parametrize("parts", [None, 1, 2, 3, 100])
 def test_any_number_of_parts_gives_the_file_of_one_process(
-    workspace: Workspace,  # noqa: F811
+    workspace: Workspace,
     tmp_path: Path,
-    answering: list[list[str]],  # noqa: F811
+    answering: list[list[str]],
     here: Callable[..., Here],
     parts: int | None,
 ) -> None:
@@ -122,10 +121,7 @@ def test_any_number_of_parts_gives_the_file_of_one_process(
 
 
 def test_a_part_of_the_users_can_be_shared_too(
-    workspace: Workspace,  # noqa: F811
-    tmp_path: Path,
-    answering: list[list[str]],  # noqa: F811
-    here: Callable[..., Here],
+    workspace: Workspace, tmp_path: Path, answering: list[list[str]], here: Callable[..., Here]
 ) -> None:
     recommender = Recommender(workspace)
     here()
@@ -136,9 +132,9 @@ def test_a_part_of_the_users_can_be_shared_too(
 
 @pytest.mark.parametrize("death", [dies, is_lost])
 def test_what_a_dead_process_has_done_is_not_done_again(
-    workspace: Workspace,  # noqa: F811
+    workspace: Workspace,
     tmp_path: Path,
-    answering: list[list[str]],  # noqa: F811
+    answering: list[list[str]],
     here: Callable[..., Here],
     death: Callable[..., Any],
 ) -> None:
@@ -154,10 +150,7 @@ def test_what_a_dead_process_has_done_is_not_done_again(
 
 
 def test_a_part_that_dies_again_and_again_fails_and_another_call_continues(
-    workspace: Workspace,  # noqa: F811
-    tmp_path: Path,
-    answering: list[list[str]],  # noqa: F811
-    here: Callable[..., Here],
+    workspace: Workspace, tmp_path: Path, answering: list[list[str]], here: Callable[..., Here]
 ) -> None:
     recommender, file = Recommender(workspace), tmp_path / "r.parquet"
     recommender.recommend_all(tmp_path / "one.parquet", k=3)
@@ -175,10 +168,7 @@ def test_a_part_that_dies_again_and_again_fails_and_another_call_continues(
 
 
 def test_an_error_ends_the_call_and_leaves_nothing(
-    workspace: Workspace,  # noqa: F811
-    tmp_path: Path,
-    answering: list[list[str]],  # noqa: F811
-    here: Callable[..., Here],
+    workspace: Workspace, tmp_path: Path, answering: list[list[str]], here: Callable[..., Here]
 ) -> None:
     def fails(job: Job, call: Call) -> int:
         call.log.write_text("error: the backbone is damaged\n")
@@ -192,10 +182,7 @@ def test_an_error_ends_the_call_and_leaves_nothing(
 
 
 def test_a_process_whose_workspace_has_changed_since_refuses(
-    workspace: Workspace,  # noqa: F811
-    tmp_path: Path,
-    answering: list[list[str]],  # noqa: F811
-    here: Callable[..., Here],
+    workspace: Workspace, tmp_path: Path, answering: list[list[str]], here: Callable[..., Here]
 ) -> None:
     def retires(job: Job, call: Call) -> int:
         retire(workspace, workspace.stream.item_ids[:1])
@@ -208,10 +195,7 @@ def test_a_process_whose_workspace_has_changed_since_refuses(
 
 
 def test_what_a_process_of_an_earlier_call_writes_late_is_not_taken(
-    workspace: Workspace,  # noqa: F811
-    tmp_path: Path,
-    answering: list[list[str]],  # noqa: F811
-    here: Callable[..., Here],
+    workspace: Workspace, tmp_path: Path, answering: list[list[str]], here: Callable[..., Here]
 ) -> None:
     recommender = Recommender(workspace)
     recommender.recommend_all(tmp_path / "one.parquet", k=3)
@@ -240,10 +224,7 @@ def test_what_a_process_of_an_earlier_call_writes_late_is_not_taken(
     ],
 )
 def test_a_wrong_executor_is_refused(
-    workspace: Workspace,  # noqa: F811
-    tmp_path: Path,
-    options: dict[str, Any],
-    message: str,
+    workspace: Workspace, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Recommender(workspace).recommend_all(tmp_path / "r.csv", k=3, **options)
@@ -251,9 +232,7 @@ def test_a_wrong_executor_is_refused(
 
 
 def test_the_options_of_the_command_line_are_checked_first(
-    peso: Callable[..., tuple[int, str, str]],
-    root: Path,  # noqa: F811
-    tmp_path: Path,
+    peso: Callable[..., tuple[int, str, str]], root: Path, tmp_path: Path
 ) -> None:
     call = ("recommend", "-w", root)
     status, _, error = peso(*call, "--user", "1", "--parts", "2")
@@ -274,10 +253,7 @@ def test_an_executor_is_a_name_or_a_section() -> None:
 
 @pytest.mark.slow
 def test_real_processes_one_of_which_is_killed_give_the_file_of_one(
-    peso: Callable[..., tuple[int, str, str]],
-    root: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    peso: Callable[..., tuple[int, str, str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recommend_all, "AT_ONCE", 16)
     Recommender(Workspace.open(root)).recommend_all(tmp_path / "one.parquet", k=3)
@@ -301,10 +277,7 @@ def test_real_processes_one_of_which_is_killed_give_the_file_of_one(
 
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_file_of_one_process(
-    two_nodes: Any,  # noqa: F811
-    root: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    two_nodes: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recommend_all, "AT_ONCE", 16)
     recommender = Recommender(Workspace.open(root))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -25,16 +24,6 @@ from peso.runtime.files import commit_directory
 from peso.runtime.progress import Silent
 
 DAY = 86_400_000_000
-
-
-@pytest.fixture
-def root(tmp_path: Path, every_file: Path) -> Path:
-    return shutil.copytree(every_file, tmp_path / "w")
-
-
-@pytest.fixture
-def workspace(root: Path) -> Workspace:
-    return Workspace.open(root)
 
 
 def last_of(workspace: Workspace) -> int:
@@ -117,20 +106,6 @@ def test_an_event_that_a_stage_has_taken_counts_there_alone(workspace: Workspace
 
 
 # -- everybody ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Answers with a user's own last items instead of a model's; the histories that were asked for."""
-    asked: list[list[str]] = []
-
-    def search(self: Recommender, histories, k, *, exclude_seen, users):
-        asked.extend(histories)
-        return [[(item, -float(n)) for n, item in enumerate(items[-k:])] for items in histories]
-
-    monkeypatch.setattr(Recommender, "search", search)
-    monkeypatch.setattr(recommend_all, "AT_ONCE", 16)
-    return asked
 
 
 def written(file: Path) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from shutil import which
 from typing import Any
 
 import duckdb
+import numpy as np
 import pytest
 from event_logs import data_config, write_log
 
@@ -20,8 +21,10 @@ from peso.config.shape import changed_data
 from peso.errors import ConfigError, DataError, FullDisk, NothingLeft
 from peso.events import stage_writer
 from peso.events.append import extend_stream
+from peso.events.drift import drift
 from peso.events.engines.engine import open_engine
 from peso.events.ingest import ingest
+from peso.events.stream import Stream
 
 pytestmark = pytest.mark.slow  # starts Spark
 
@@ -130,6 +133,17 @@ def test_types_ratings_repeats_and_boundaries_give_the_same_files(tmp_path: Path
 
 def test_movietweetings_gives_the_same_files(tmp_path: Path, spark: None, movietweetings_dir: Path) -> None:
     with_both(tmp_path, ingest, format="movietweetings", path=str(movietweetings_dir), min_user=5, min_item=5)
+
+
+def test_the_drift_of_a_stream_is_the_same(tmp_path: Path, spark: None) -> None:
+    data = data_config(format="csv", path=str(log(tmp_path / "log.csv", T, 60)), stages=3)
+    (tmp_path / "stream").mkdir()
+    ingest(data, tmp_path / "stream")
+    stream = Stream.open(tmp_path / "stream")
+    codes = np.arange(len(stream.item_ids)) % 7
+    by_duckdb, by_spark = (drift(stream, codes, engine) for engine in ("duckdb", "spark"))
+    assert by_duckdb == by_spark
+    assert json.loads(json.dumps(by_spark)) == by_spark, "plain numbers"
 
 
 def test_an_error_leaves_nothing(tmp_path: Path, spark: None) -> None:
