@@ -18,6 +18,7 @@ from peso.runs.place import RETIRED
 from peso.runs.retired import restore, retire, retired
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
+from peso.runtime.records import write_record
 
 pytestmark = pytest.mark.slow  # a whole run
 
@@ -99,6 +100,9 @@ def test_what_cannot_be_retired_or_restored_is_named_and_changes_nothing(workspa
     path.write_text(path.read_text().replace("sold out", "sold in"))
     with pytest.raises(WorkspaceError, match=r"is damaged .*so it is not known which items are retired"):
         Recommender(workspace).recommend(ids[:2], k=3)
+    write_record(path, 1, {"items": {}, "users": {}})
+    with pytest.raises(WorkspaceError, match=r"is damaged \(it has other content than items"):
+        retired(workspace.root)
 
 
 def test_the_command(workspace: Workspace, tmp_path: Path, peso) -> None:
