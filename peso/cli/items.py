@@ -92,13 +92,13 @@ def rename(
 
     Example: peso items rename --file new_ids.csv --dry-run -w runs/shop
     """
-    from peso.runs.rename import read_pairs
+    from peso.runs.pairs import read_pairs
     from peso.runs.rename import rename as give_names
     from peso.runs.workspace import Workspace
 
     if (old is None) != (new is None):
         raise UsageError("give the old and the new id of the item")
-    pairs = read_pairs(file) if file else []
+    pairs = read_pairs(file, "item", ("old", "new")) if file else []
     if old is not None and new is not None:
         pairs.insert(0, (old, new))
     if not pairs:

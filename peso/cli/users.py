@@ -43,12 +43,13 @@ def merge(
     Example: peso users merge --file logins.csv --yes -w runs/shop
     """
     from peso.runs.merge_users import merge as make_one
-    from peso.runs.merge_users import plan, read_users
+    from peso.runs.merge_users import plan
+    from peso.runs.pairs import read_pairs
     from peso.runs.workspace import Workspace
 
     if (user is None) != (into is None):
         raise UsageError("give the user who becomes another one, and who")
-    pairs = read_users(file) if file else []
+    pairs = read_pairs(file, "user", ("from", "into")) if file else []
     if user is not None and into is not None:
         pairs.insert(0, (user, into))
     if not pairs:

@@ -32,12 +32,12 @@ from peso.events.received import ReceivedEvents
 from peso.events.simulate import EVENTS_FILE
 from peso.events.sources import open_source
 from peso.events.stream import MERGED, Stream
+from peso.runs.pairs import Pair
 from peso.runs.preparation import aliases
 from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory
 from peso.runtime.progress import Observer
 
-Pair = tuple[str, str]
 Log = list[tuple[int, int]]  # time in microseconds and item number of the events of a user, oldest first
 
 
@@ -75,8 +75,8 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
             if into[before] != after:
                 raise DataError(
                     f"user {before!r} was merged into {into[before]!r} before, and cannot be merged into "
-                    f"{named!r}, "
-                    f"too; merge {into[before]!r} into that user instead, if all of them are the same"
+                    f"{named!r}, too; merge {into[before]!r} into that user instead, if all of them are the "
+                    "same"
                 )
             same.append(before)
             continue
@@ -92,8 +92,7 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
         shown = ", ".join(map(repr, unknown[:5])) + (" …" if len(unknown) > 5 else "")
         raise DataError(
             f"{len(unknown):,} of {len(pairs):,} users to merge have no event in {workspace.root}: {shown}; "
-            f"check "
-            "the ids (the user who becomes another one comes first)"
+            "check the ids (the user who becomes another one comes first)"
         )
     new = [user for user in dict.fromkeys(into[each] for each in users) if not known(user)]
     return Merged(users, same, new)
@@ -141,9 +140,9 @@ def merge(workspace: Workspace, pairs: Sequence[Pair], observer: Observer) -> Me
         histories[user] = in_order(parts, times)
     if unsure:
         observer.note(
-            f"note: the logs do not have the times of all events of {unsure:,} merged users any more. Their "
-            f"events "
-            "are in the order of the stages; within a stage, those of the user who is merged come first"
+            f"note: the logs do not have the times of all events of {unsure:,} merged users any more. "
+            "Their events are in the order of the stages; within a stage, those of the user who is merged "
+            "come first"
         )
     with commit_directory(workspace.stream_directory) as directory:
         write_merged(stream, directory, list(done.users.items()), histories)
@@ -176,13 +175,6 @@ def _merged_into(stream: Stream, user: str) -> list[str]:
         own = [str(merge["from"]) for merge in merges if merge["into"] == now]
         found, waiting = found + own, waiting + own
     return found
-
-
-def read_users(path: Path) -> list[Pair]:
-    """The pairs of a file with two columns. Raises UsageError as :func:`peso.runs.rename.read_pairs`."""
-    from peso.runs.rename import read_pairs
-
-    return read_pairs(path, "user", ("from", "into"))
 
 
 def _overlap(parts: Sequence[Events]) -> bool:

@@ -20,8 +20,9 @@ from peso.runs import rename as renaming
 from peso.runs.baselines import BaselineRun, run_baselines
 from peso.runs.intake import cut_received
 from peso.runs.names import item_names, renamings
+from peso.runs.pairs import read_pairs
 from peso.runs.place import NAMES
-from peso.runs.rename import read_pairs, rename
+from peso.runs.rename import rename
 from peso.runs.retired import restore, retire, retired
 from peso.runs.undo import last_step, undo
 from peso.runs.user_histories import UserHistories
@@ -32,6 +33,8 @@ T = 1_600_000_000
 EVENTS = [(f"u{k % 7}", f"i{(k * 5 + k // 7) % 19}", T + k * 3600) for k in range(90)]
 LAST = EVENTS[-1][2] * 1_000_000
 PRODUCTS = [(f"i{k}", f"thing {k}") for k in range(19)]
+
+OF_ITEMS = ("item", ("old", "new"))
 
 
 @pytest.fixture(scope="module")
@@ -299,17 +302,17 @@ def test_a_file_of_other_contents_is_refused(tmp_path: Path, content: bytes, why
     path = tmp_path / "pairs.csv"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=why):
-        read_pairs(path)
+        read_pairs(path, *OF_ITEMS)
     with pytest.raises(UsageError, match="cannot be read"):
-        read_pairs(tmp_path / "none.csv")
+        read_pairs(tmp_path / "none.csv", *OF_ITEMS)
 
 
 def test_many_items_are_renamed_at_once(shop: Workspace, tmp_path: Path) -> None:
     path = tmp_path / "pairs.tsv"
     path.write_text("".join(f"{item}\tnew-{item}\n" for item in shop.stream.item_ids))
-    assert len(rename(shop, read_pairs(path), dry_run=True).items) == 19
+    assert len(rename(shop, read_pairs(path, *OF_ITEMS), dry_run=True).items) == 19
     assert not renamings(shop.root)
-    rename(shop, read_pairs(path))
+    rename(shop, read_pairs(path, *OF_ITEMS))
     assert shop.semantic_ids.item_ids == [f"new-{item}" for item in shop.stream.item_ids]
     assert renaming.MERGE  # the names of the old ids are not free
     with pytest.raises(DataError, match="earlier name"):
