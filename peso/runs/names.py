@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -84,4 +85,4 @@ def names_held(root: Path) -> Iterator[None]:
 
 def current_names(root: Path) -> Reread[ItemNames]:
     """The names of the items of a workspace, read again when they change. Raises as :func:`renamings`."""
-    return Reread(root / NAMES, lambda: item_names(root))
+    return Reread(root / NAMES, partial(item_names, root))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -42,7 +43,11 @@ def retired(root: Path) -> dict[str, Retirement]:
 
 def retired_items(root: Path) -> Reread[frozenset[str]]:
     """The ids of the retired items in the stream, read again when they change. Raises as :func:`retired`."""
-    return Reread(root / RETIRED, lambda: frozenset(retired(root)))
+    return Reread(root / RETIRED, partial(_ids, root))
+
+
+def _ids(root: Path) -> frozenset[str]:
+    return frozenset(retired(root))
 
 
 def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None) -> list[str]:

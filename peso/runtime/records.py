@@ -82,7 +82,7 @@ class Reread(Generic[Value]):
 
     Args:
         path: the file; it may be missing.
-        read: reads it.
+        read: reads it; picklable, since a workspace is sent to the other processes of a run.
     """
 
     def __init__(self, path: Path, read: Callable[[], Value]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import pickle
 import resource
 import signal
 from importlib.metadata import PackageNotFoundError
@@ -14,6 +15,7 @@ import pytest
 
 from peso.config import load_config
 from peso.errors import WorkspaceError
+from peso.items.names import ItemNames
 from peso.items.semantic_ids import SemanticIds, write_semantic_ids
 from peso.runs.stage import FORMAT
 from peso.runs.workspace import Workspace
@@ -188,6 +190,14 @@ def test_a_directory_that_is_no_workspace_is_left_alone(tmp_path):
     with pytest.raises(WorkspaceError, match=r"no config\.yaml"):
         Workspace.open(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_the_main_process_can_send_a_workspace_to_the_others_of_a_run(workspace):
+    assert workspace.names == ItemNames()  # what it has read goes along
+    sent = pickle.loads(pickle.dumps(workspace))
+    assert sent.root == workspace.root
+    assert sent.config == workspace.config
+    assert sent.names == workspace.names
 
 
 def test_the_newest_stage_is_the_default_and_an_unknown_one_is_named(workspace):
