@@ -179,7 +179,8 @@ def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
     worker.kill()
     _, told = launcher.communicate(timeout=1200)
     assert launcher.returncode != 0
-    assert "continues from the newest checkpoint" in told
+    # it notices the loss itself, or torchrun does and stops it first
+    assert "un the same command again" in told.replace("\n", " "), told
     assert not two.finished_stages
 
     for arguments in (["train"], ["evaluate", "--json"]):
