@@ -234,6 +234,8 @@ def tables_of_systems(rows: Sequence[dict[str, str]]) -> str:
             if row["minus single value"]:
                 value, low, high = (float(row[f"minus single {x}"]) for x in ("value", "low", "high"))
                 difference = f"{_signed(value, 4)} ({_signed(low, 4)} to {_signed(high, 4)})"
+                if math.isnan(low):  # no case differs
+                    difference = "the same answers"
             lines.append(
                 [
                     f"{row['strategy']} ({row['seeds']})",

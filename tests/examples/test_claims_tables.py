@@ -110,6 +110,13 @@ def test_rows_of_systems_have_means_groups_and_the_difference_from_single() -> N
     assert "minus single value" not in rows["single"]
 
 
+def test_a_strategy_with_the_answers_of_single_is_said_to_have_them() -> None:
+    rows = tables.system_rows("bed", "video-games", comparison({"single": 0.5, "copy": 0.5}, seeds=1))
+    written = [{column: str(row.get(column, "")) for column in tables.SYSTEM_COLUMNS} for row in rows]
+    (line,) = (line for line in tables.tables_of_systems(written).splitlines() if "copy" in line)
+    assert "| the same answers |" in line
+
+
 def test_the_pages_equal_the_committed_tables() -> None:
     for page, text in tables.pages().items():
         assert page.read_text(encoding="utf-8") == text, (
