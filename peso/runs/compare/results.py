@@ -176,6 +176,11 @@ def runs_by_data(directory: Path, note: Callable[[str], None]) -> dict[str, list
         of_data = found.setdefault(row["data_set"], {})
         if row["workspace"] not in of_data:
             name = f"{row['strategy']}/seed={row['seed']}"
+            if not Path(row["workspace"]).is_dir():
+                raise WorkspaceError(
+                    f"{path} names the workspace {row['workspace']}, which does not exist here; call this "
+                    "in the directory in which `peso compare` was called, or call that again"
+                )
             summary = report.summarise(Workspace.open(row["workspace"]), name)
             of_data[row["workspace"]] = replace(summary, strategy=row["strategy"], seed=row["seed"])
     whole: dict[str, list[RunSummary]] = {}
