@@ -40,7 +40,7 @@ def test_the_table_has_a_row_a_stage_and_says_what_is_not_known() -> None:
     single, peso = table.rows[0], table.rows[4]
     ratio = table.columns.index("Gradient ratio")
     assert single[ratio] is None
-    assert peso[ratio] == Quantity(0.12, decimals=4)
+    assert repr(peso[ratio]) == repr(Quantity(0.12, decimals=4))  # nan != nan
     assert peso[table.columns.index("ρ̄")] == "4.4e+04"
 
 

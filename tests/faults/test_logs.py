@@ -302,9 +302,12 @@ def test_other_quotes_are_read_line_by_line(tmp_path: Path, row: str) -> None:
         assert count_plain_rows(path, Dialect(",", header=True)) == rows
 
 
-def test_utf_16_without_a_mark_ends_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_bytes("user,item,time\nu,i,1\n".encode("utf-16-le"))
-    refused(tmp_path / "s", "does not begin like UTF-16", tmp_path / "log.csv", encoding="utf-16")
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-8"])
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz"])
+def test_utf_16_without_a_mark_ends_in_a_sentence(tmp_path: Path, encoding: str, name: str) -> None:
+    content = "user,item,time\nu,i,1\n".encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    refused(tmp_path / "s", "does not begin like UTF-16", tmp_path / name, encoding="utf-16")
 
 
 @pytest.mark.parametrize("separator", ["|", r"\t"])

@@ -8,6 +8,7 @@ import gzip
 import io
 import os
 import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -274,10 +275,6 @@ def open_bytes(file: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{file} is truncated; download the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file} is damaged ({error}); download the file again") from None
-    except UnicodeError as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise DataError(f"{file} does not begin like UTF-16 text ({error}); convert it to UTF-8") from None
 
 
 @contextmanager
@@ -285,9 +282,19 @@ def open_text(file: Path, encoding: str) -> Iterator[IO[str]]:
     """Open a text file, gzipped or not. All line ends are read as line feeds.
 
     Bytes that are not text in this encoding are read as lone surrogates (UTF-8) or as U+FFFD (UTF-16).
+
+    Raises:
+        DataError: UTF-16 without a byte order mark; or as :func:`open_bytes`.
     """
     name = "utf-8-sig" if encoding == "utf-8" else encoding
     with open_bytes(file) as raw:
+        if encoding == "utf-16":
+            if (begin := raw.read(2)) not in (b"", BOM_UTF16_LE, BOM_UTF16_BE):
+                raise DataError(
+                    f"{file} does not begin like UTF-16 text: its first bytes are {begin!r}, not a byte "
+                    "order mark; set data.encoding to the encoding of the file, or convert it to UTF-8"
+                )
+            raw.seek(0)
         yield io.TextIOWrapper(
             raw, encoding=name, errors="replace" if encoding == "utf-16" else "surrogateescape"
         )
