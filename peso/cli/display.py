@@ -31,6 +31,7 @@ from rich.table import Table
 
 from peso.errors import UsageError
 from peso.runtime.failures import printable
+from peso.runtime.files import finite
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer, Silent
 
@@ -140,7 +141,7 @@ def confirm(question: str, nothing: str) -> bool:
 def say_json(value: Any) -> None:
     """Print one JSON document, in ASCII unless stdout is UTF-8."""
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(printable(json.dumps(value, ensure_ascii=not utf8)))
+    print(printable(json.dumps(finite(value), ensure_ascii=not utf8, allow_nan=False)))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -46,12 +46,12 @@ def drift(
         - ``stage``, ``events``, ``users``, ``new_users``, ``continuing_users``, ``returning_users``,
           ``dormant_users``, and the same for ``items``;
         - ``item_divergence`` and ``code_divergence``: :func:`jensen_shannon` between the events of this
-          stage and of the previous one, over items and over first-level codes; None in stage 0 or without
-          codes;
+          stage and of the previous one, over items and over first-level codes; None in stage 0, without
+          codes, or if one of the stages has no events;
         - ``new_item_targets``: the share of targets, including those of validation and test, whose item
           nobody had before the stage;
         - ``history_lengths``: the mean and the ``QUANTILES`` of the number of items that the users of the
-          stage had before it.
+          stage had before it; None if it has no users.
 
     Raises:
         WorkspaceError: a file of the stream is damaged.
@@ -88,14 +88,15 @@ def _drift(engine: Engine, files: Sequence[Path], first_codes: np.ndarray | None
         numbers = pa.array(range(len(first_codes)), pa.int32())
         codes = engine.given("codes", pa.table({"key": numbers, "code": pa.array(first_codes, pa.int32())}))
         code_pairs = _pairs(engine, items.join(codes, "key").select("stage", "n", key="code"))
-    user_states, item_states = _states(engine, users, known_users), _states(engine, items, known_items)
+    user_states = _states(engine, users, known_users, len(files))
+    item_states = _states(engine, items, known_items, len(files))
     all_targets, new_targets = dict(engine.rows(targets)), dict(engine.rows(new))
     return [
         {
             "stage": stage,
             "events": sum(now * times for _, now, times in item_pairs[stage]),
-            **{f"{state}users": count for state, count in user_states[stage].items()},
-            **{f"{state}items": count for state, count in item_states[stage].items()},
+            **{f"{state}users": count for state, count in zip(STATES, user_states[stage], strict=True)},
+            **{f"{state}items": count for state, count in zip(STATES, item_states[stage], strict=True)},
             "item_divergence": _divergence(stage, item_pairs),
             "code_divergence": None if code_pairs is None else _divergence(stage, code_pairs),
             "new_item_targets": int(new_targets.get(stage, 0)) / int(all_targets[stage])
@@ -118,13 +119,14 @@ def _known(engine: Engine, here: ir.Table, before: ir.Table) -> ir.Table:
     return engine.keep("known", each.group_by("key").aggregate(since=each.since.min()))
 
 
-def _states(engine: Engine, here: ir.Table, known: ir.Table) -> dict[int, dict[str, int]]:
-    """How many users or items each stage has, how many of them are new, continuing and returning, and how
-    many others are dormant.
+def _states(engine: Engine, here: ir.Table, known: ir.Table, stages: int) -> list[tuple[int, ...]]:
+    """For each stage, how many users or items it has, how many of them are new, continuing and returning, and
+    how many others are dormant, as in ``STATES``.
 
     Args:
         here: the stages of each user or item with events (stage, key), each pair once.
         known: see :func:`_known`.
+        stages: the number of stages, of which some may be empty.
     """
     import ibis
 
@@ -134,11 +136,13 @@ def _states(engine: Engine, here: ir.Table, known: ir.Table) -> dict[int, dict[s
         n=each.count(), new=(each.since > each.stage).sum(), continuing=each.continuing.sum()
     )
     began = engine.rows(known.group_by("since").aggregate(n=known.count()))
-    states: dict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(STATES, 0))
-    for stage, count, new, continuing in engine.rows(counted):
+    found = {stage: tuple(counts) for stage, *counts in engine.rows(counted)}
+    states: list[tuple[int, ...]] = []
+    for stage in range(stages):
+        count, new, continuing = found.get(stage, (0, 0, 0))
         returning = count - new - continuing
         dormant = sum(n for since, n in began if since <= stage) - continuing - returning
-        states[stage] = dict(zip(STATES, (count, new, continuing, returning, dormant), strict=True))
+        states.append((count, new, continuing, returning, dormant))
     return states
 
 
@@ -165,7 +169,9 @@ def _by_stage(engine: Engine, rows: ir.Table) -> dict[int, list[tuple[int, ...]]
 
 
 def _divergence(stage: int, pairs: dict[int, list[tuple[int, ...]]]) -> float | None:
-    return jensen_shannon(*np.array(pairs[stage]).T) if stage else None
+    """The divergence of a stage from the previous one; None if there is none, or one of them is empty."""
+    last, now, times = np.array(pairs[stage], dtype=np.int64).reshape(-1, 3).T
+    return jensen_shannon(last, now, times) if last.any() and now.any() else None
 
 
 def jensen_shannon(first: np.ndarray, second: np.ndarray, times: np.ndarray | None = None) -> float:
@@ -174,7 +180,7 @@ def jensen_shannon(first: np.ndarray, second: np.ndarray, times: np.ndarray | No
     JS(p, q) = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q) (Lin, 1991).
 
     Args:
-        first, second: counts (n,).
+        first, second: counts (n,), not all zero.
         times: int (n,), how often each pair of counts occurs; None: once.
 
     >>> jensen_shannon(np.array([1, 1, 0]), np.array([2, 2, 0]))
@@ -191,11 +197,10 @@ def jensen_shannon(first: np.ndarray, second: np.ndarray, times: np.ndarray | No
     return max(0.0, nats / math.log(2))  # rounding may give less than 0, where SciPy's distance would be nan
 
 
-def _lengths(counted: list[tuple[int, ...]]) -> dict[str, float]:
+def _lengths(counted: list[tuple[int, ...]]) -> dict[str, float | None]:
     """Mean and quantiles of lengths, from how often each occurs (length, times)."""
-    lengths, times = np.array(counted).T if counted else np.zeros((2, 1), dtype=np.int64)
-    each = np.repeat(lengths, times) if counted else lengths
-    return {
-        "mean": float(each.mean()),
-        **{f"p{q * 100:.0f}": float(np.quantile(each, q)) for q in QUANTILES},
-    }
+    names = ["mean", *(f"p{q * 100:.0f}" for q in QUANTILES)]
+    if not counted:
+        return dict.fromkeys(names)
+    each = np.repeat(*np.array(counted).T)
+    return dict(zip(names, [float(each.mean()), *np.quantile(each, QUANTILES).tolist()], strict=True))

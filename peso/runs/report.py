@@ -148,9 +148,10 @@ def popularity(workspace: Workspace) -> RunSummary:
 
 
 def strategy_label(config: Config) -> str:
-    """The strategy's name and its options other than defaults, for example ``peso (strength 2)``."""
+    """The strategy's name and the options that are set and are not defaults: ``peso (strength 2)``."""
     usual = config.strategy.usual()
-    options = {k: v for k, v in config.strategy.model_dump().items() if k not in usual or usual[k] != v}
+    given = {k: v for k, v in config.strategy.model_dump().items() if v is not None}
+    options = {k: v for k, v in given.items() if k not in usual or usual[k] != v}
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
     return f"{config.strategy.name} ({text})" if text else config.strategy.name
 

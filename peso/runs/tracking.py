@@ -4,18 +4,22 @@ While a stage is trained, the lines of its ``log.jsonl`` are sent (losses, gradi
 anchor); when it is tested, its metrics; when the report is written, the report. Nothing leaves the machine
 unless the tracker's own environment variables say so (``WANDB_MODE=online``, ``MLFLOW_TRACKING_URI``,
 ``TRACKIO_SPACE_ID``); files are in ``tracking/`` of the workspace. What was sent is noted there, so that an
-interrupted stage goes on in the same run. A tracker that fails is told of and does not stop a training.
+interrupted stage goes on in the same run. A tracker that fails, or does not answer in time, is reported and
+does not stop the training; the process then goes on without it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import yaml
@@ -28,6 +32,7 @@ from peso.runtime.processes import current
 from peso.runtime.progress import Observer
 
 EVERY = 5.0  # seconds between two looks at the log
+LIMIT = 120.0  # seconds for one call of a tracker
 STATE = "sent.json"
 # Environment variables that a user has not set: files are in the workspace, and nothing is sent.
 DEFAULTS = {
@@ -41,6 +46,40 @@ DEFAULTS = {
     "trackio": {"TRACKIO_DIR": "{folder}"},
 }
 ONLINE = {"wandb": ("WANDB_MODE",), "trackio": ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")}
+_silent: set[str] = set()  # trackers that did not answer in this process
+
+
+class _Caller:
+    """Calls a tracker in a thread of its own, so that a call that never returns blocks nothing else.
+
+    It is one thread for all calls, because MLflow and Trackio store the current run by thread. It does not
+    keep the process alive.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="peso tracking", daemon=True).start()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of the function.
+
+        Raises:
+            TimeoutError: it did not return within ``LIMIT`` seconds.
+        """
+        answer: Future[Any] = Future()
+        self._calls.put((function, answer))
+        return answer.result(LIMIT)
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (asked := self._calls.get()) is not None:
+            function, answer = asked
+            try:
+                answer.set_result(function())
+            except BaseException as error:  # goes to the caller, which may have given up
+                answer.set_exception(error)
 
 
 class Tracking:
@@ -57,6 +96,7 @@ class Tracking:
         self._folder = stage.workspace.root / TRACKING
         self._file = _note_of(stage)
         self._trackers: dict[str, Any] = {}
+        self._callers: dict[str, _Caller] = {}
         self._sent: dict[str, Any] = {}
         self._looked = 0.0
         names = stage.workspace.config.tracking if current().is_main else []
@@ -65,7 +105,10 @@ class Tracking:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._sent = _sent(stage)
         for name in names:
-            self._guarded(name, lambda name=name: self._open(name))
+            if name not in _silent:
+                self._callers[name] = _Caller()
+                if (opened := self._guarded(name, lambda name=name: self._open(name))) is not None:
+                    self._trackers[name] = opened
         self._note(began=_began(stage))
 
     def follow(self, log: Path, phase: str, last: bool = False) -> None:
@@ -108,14 +151,15 @@ class Tracking:
     def close(self) -> None:
         for name in [*self._trackers]:
             self._guarded(name, lambda name=name: _finish(name, self._trackers[name]))
-        self._trackers = {}
+        for caller in self._callers.values():
+            caller.close()
+        self._trackers, self._callers = {}, {}
 
-    def _open(self, name: str) -> None:
+    def _open(self, name: str) -> Any:
         stage, folder = self._stage, self._folder / name
         group, run = stage.workspace.root.resolve().name, f"stage-{stage.number}"
         tracker = _tracker(name, folder, group, run, self._sent.setdefault("id", _new_id()), self._sent)
         tracker.start()
-        self._trackers[name] = tracker
         if name == "mlflow":
             self._sent["mlflow"] = tracker.tracker.info.run_id
         # trackio stores what was configured last, also of a run that is continued
@@ -125,6 +169,7 @@ class Tracking:
                 tracker.log({"configuration": f"```\n{yaml.safe_dump(config, sort_keys=False)}```"}, step=0)
             else:
                 tracker.store_init_configuration(dict(_leaves(config, "")))
+        return tracker
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for name in [*self._trackers]:
@@ -137,14 +182,19 @@ class Tracking:
         self._sent.update(told)
         write_atomically(self._file, json.dumps(self._sent).encode())
 
-    def _guarded(self, name: str, call: Any) -> None:
+    def _guarded(self, name: str, call: Any) -> Any:
+        """The result of a call; None if it fails, which is reported, or does not return in time."""
         try:
             with _quiet(name):
-                call()
+                return self._callers[name].call(call)
         except Exception as error:  # whatever a tracker does, it must not end a training
             self._trackers.pop(name, None)
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(error, TimeoutError) and not str(error):
+                said = f"no answer within {LIMIT:g} s"
+                _silent.add(name)
             self._observer.note(f"WARNING: tracking with {name} has failed ({said}); going on without it")
+            return None
 
 
 def publish(workspace: Workspace, observer: Observer, report: Path | None = None) -> None:

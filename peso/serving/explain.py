@@ -38,6 +38,11 @@ class Likelihood:
     codes: list[float]
     has_head: bool
 
+    @property
+    def head(self) -> float | None:
+        """What the item head adds to the sum of the codes; None without one."""
+        return self.score - sum(self.codes) if self.has_head else None
+
 
 def likelihood(snapshot: Snapshot, history: Sequence[str], item: str) -> Likelihood | None:
     """The likelihood of an item; None if the stage has no model yet, does not know the item, or knows no item
@@ -164,7 +169,7 @@ def reason(
         for level, (token, after, former) in enumerate(zip(names, likely.codes, then.codes, strict=True))
     }
     if likely.has_head or then.has_head:
-        parts["the item head"] = change - sum(parts.values())
+        parts["the item head"] = (likely.head or 0.0) - (then.head or 0.0)
     name, most = max(parts.items(), key=lambda part: part[1] if change > 0 else -part[1])
     if most * change > 0:
         text += f", mostly through {name} ({most:+.2f})"

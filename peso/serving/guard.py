@@ -88,10 +88,14 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # websockets are closed
-        started, number, status = time.monotonic(), secrets.token_hex(8), 500
+        started, number, status, method = time.monotonic(), secrets.token_hex(8), 500, scope["method"]
+        if method == "HEAD":  # the routes answer GET; load balancers and monitoring ask for the headers alone
+            scope = {**scope, "method": "GET"}
 
         async def answer(message: Message) -> None:
             nonlocal status
+            if method == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -110,7 +114,7 @@ class Guard:
             took = time.monotonic() - started
             self.meters.requests.labels(route, str(status)).inc()
             self.meters.seconds.labels(route).observe(took)
-            line = {"id": number, "method": scope["method"], "route": route, "status": status}
+            line = {"id": number, "method": method, "route": route, "status": status}
             log.info("request", extra={"fields": line | {"ms": round(1000 * took, 1)}})
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:

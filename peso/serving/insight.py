@@ -183,4 +183,4 @@ def _view(snapshot: Snapshot, item: str, found: Likelihood | None) -> StageView:
         return StageView(stage=snapshot.stage, score=None, codes=[])
     names = snapshot.semantic_ids.semantic_id(item)
     codes = [CodeChance(code=c, log_probability=p) for c, p in zip(names, found.codes, strict=True)]
-    return StageView(stage=snapshot.stage, score=found.score, codes=codes)
+    return StageView(stage=snapshot.stage, score=found.score, codes=codes, item_head=found.head)

@@ -281,6 +281,10 @@ class StageView(Message):
     codes: list[CodeChance] = Field(
         description="The codes of the semantic ID, with conditional log-probabilities."
     )
+    item_head: float | None = Field(
+        None,
+        description="What the item head adds: the score minus the sum of the codes; null without one.",
+    )
 
 
 class Explanation(Message):
@@ -322,7 +326,8 @@ class StageDrift(Message):
     items: int
     new_items: int
     item_divergence: float | None = Field(
-        description="Jensen-Shannon divergence from the previous stage, in bits; null at stage 0."
+        description="Jensen-Shannon divergence from the previous stage, in bits; null at stage 0, and if one "
+        "of both stages has no events."
     )
     code_divergence: float | None = Field(
         description="The same for the first codes; null without semantic IDs."

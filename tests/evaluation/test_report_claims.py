@@ -17,6 +17,7 @@ from peso.evaluation.predictions import Predictions
 from peso.evaluation.report.findings import cautions, findings
 from peso.evaluation.report.page import write_report
 from peso.evaluation.report.sections import sections_of
+from peso.evaluation.report.sections.drift import drift
 from peso.evaluation.report.sections.significance import significance
 from peso.evaluation.report.sections.stages import levels_table
 from peso.evaluation.report.sections.summary import averages_table
@@ -112,6 +113,20 @@ def test_what_runs_share_is_shown_once_and_what_differs_for_each() -> None:
     text = page_of(one, other).text
     assert text.count("Users of each stage · one") == text.count("Users of each stage · two") == 1
     assert text.count("Statistics of the index") == 1
+
+
+def test_a_stage_without_events_has_no_shares_and_no_divergence() -> None:
+    """`peso forget` may leave one."""
+    kept = run("a", "one", 0.1)
+    empty = {key: value if key == "stage" else 0 for key, value in kept.drift[2].items()}
+    empty |= dict.fromkeys(("item_divergence", "code_divergence", "new_item_targets"))
+    empty["history_lengths"] = dict.fromkeys(kept.drift[2]["history_lengths"])
+    stages = [empty if stage["stage"] == 2 else stage for stage in kept.drift]
+    shown = drift(Comparison([replace(kept, drift=stages)], [5, 10]))
+    assert shown is not None
+    assert all(math.isnan(series.y[1]) for plot in shown.plots for series in plot.series)
+    users, items = (table.rows[2] for table in shown.tables)
+    assert users[-1] is items[-1] is None
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import re
 import sqlite3
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -248,6 +249,25 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch:
     assert workspace.stage(1).is_trained
     told = "WARNING: tracking with tensorboard has failed (no connection); going on without it"
     assert told in notes.notes
+
+
+def test_a_tracker_whose_server_does_not_answer_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ended = [], threading.Event()
+
+    def mute(name: str, *_: object) -> None:
+        asked.append(name)
+        ended.wait()
+
+    monkeypatch.setattr(tracking, "_tracker", mute)
+    monkeypatch.setattr(tracking, "LIMIT", 0.1)
+    monkeypatch.setattr(tracking, "_silent", set())
+    workspace, notes = run(tmp_path / "w")
+    ended.set()
+    assert workspace.stage(1).is_trained
+    told = "WARNING: tracking with tensorboard has failed (no answer within 0.1 s); going on without it"
+    assert notes.notes.count(told) == len(asked) == 1, "it is not waited for again"
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_trained(

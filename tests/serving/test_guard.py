@@ -47,6 +47,21 @@ def test_a_call_needs_one_of_the_tokens(serving, shop, tokens):
     assert client.post("/v1/recommend", json={"user": "a"}).status_code == 401
 
 
+def test_head_gets_the_headers_of_get_without_a_body(serving, shop, tokens, caplog):
+    client = serving(shop.root, tokens=tokens, host="0.0.0.0", ready=False, read_only=True)
+    item = shop.semantic_ids.item_ids[0]
+    for path in ("/", "/page/page.js", "/healthz", "/readyz", "/metrics", "/v1/status", f"/v1/items/{item}"):
+        got, head = (client.request(method, path, headers=bearer(FIRST)) for method in ("GET", "HEAD"))
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        assert head.headers["content-type"] == got.headers["content-type"]
+        if path != "/metrics":  # counts the requests
+            assert head.headers["content-length"] == str(len(got.content))
+    assert client.head("/healthz").status_code == 200
+    assert client.head("/metrics").status_code == 401
+    assert client.head("/nothing", headers=bearer(FIRST)).status_code == 404
+    assert client.head("/v1/recommend", headers=bearer(FIRST)).status_code == 405
+
+
 def test_only_loopback_is_served_without_tokens(shop, tokens):
     with pytest.raises(UsageError, match=r"--token-file.*PESO_TOKENS"):
         guarded(make_service(shop.root, Settings(read_only=True)), Settings(host="0.0.0.0"), None)

@@ -80,7 +80,7 @@ def test_without_texts_the_codes_tell(compared, shop, monkeypatch):
     assert near_by_head(snapshot, ids.item_ids[0]) is None
 
 
-def test_with_an_item_head_its_vectors_tell(client, shop):
+def test_with_an_item_head_its_vectors_tell_and_its_part_is_shown(client, shop, monkeypatch):
     snapshot, ids = client.service.live.current, shop.semantic_ids
     model = shop.stage(1).model()
     model.vocabulary.item_head = head = ItemHead(ids, model.vocabulary.output_rows.shape[1])
@@ -97,8 +97,15 @@ def test_with_an_item_head_its_vectors_tell(client, shop):
         assert [score for _, score in near] == pytest.approx(np.sort(similar)[::-1][:5].tolist(), abs=1e-5)
     found = likelihood(with_head, ids.item_ids[:3], ids.item_ids[7])
     assert found is not None
-    assert found.has_head
-    assert found.score != pytest.approx(sum(found.codes), abs=1e-4)
+    assert found.head is not None
+    assert found.score == pytest.approx(sum(found.codes) + found.head)
+    assert abs(found.head) > 1e-4
+    monkeypatch.setattr(client.service.live, "current", with_head)
+    asked = {"history": ids.item_ids[:3], "item": ids.item_ids[7]}
+    shown = client.post("/v1/explain", json=asked).json()
+    assert shown["serving"]["item_head"] == pytest.approx(found.head, abs=1e-5)
+    if shown["before"] is not None:
+        assert shown["before"]["item_head"] is None
 
 
 def test_what_cannot_be_explained_is_refused_or_says_so(compared, shop):

@@ -133,6 +133,14 @@ def test_the_page_works_and_fits(browser, address, tmp_path, window):
     assert "in stage 2" in told
     levels = workspace.semantic_ids.levels
     assert browser.evaluate("document.querySelectorAll('#serving .insight tbody tr').length") == levels + 1
+    with_head = "{stage: 2, score: -3, codes: [{code: 'a', log_probability: -1}], item_head: -2}"
+    without = "{stage: 1, score: -1.5, codes: [{code: 'a', log_probability: -1.5}], item_head: null}"
+    rows = f"[...codeTable({{serving: {with_head}, before: {without}}}).tBodies[0].rows]"
+    assert browser.evaluate(f"{rows}.map(row => [...row.cells].map(cell => cell.textContent))") == [
+        ["a", "-1.50", "-1.00", "+0.50"],
+        ["item head", "0.00", "-2.00", "-2.00"],
+        ["in the list", "-1.50", "-3.00", "-1.50"],
+    ]
     until(browser, "!!document.querySelector('#metric optgroup[label^=Drift]')")
     metric = "document.getElementById('metric')"
     browser.evaluate(f"{metric}.value = 'divergence of items', {metric}.dispatchEvent(new Event('change'))")

@@ -53,7 +53,7 @@ function explanation(found) {
   return parts;
 }
 
-// The log-probability of every code, under both stages.
+// The log-probability of every code, and what the item head adds, under both stages.
 function codeTable({ serving, before }) {
   const both = before && before.codes.length;
   const table = element("table");
@@ -65,6 +65,8 @@ function codeTable({ serving, before }) {
     head.append(cell);
   }
   const rows = serving.codes.map((each, place) => [each.code, before && before.codes[place] && before.codes[place].log_probability, each.log_probability]);
+  const heads = [before && before.item_head, serving.item_head];
+  if (heads.some((head) => head !== null)) rows.push(["item head", ...heads.map((head) => head || 0)]);
   rows.push(["in the list", before && before.score, serving.score]);
   table.append(element("thead"), element("tbody"));
   table.tHead.append(head);

@@ -63,8 +63,9 @@ def drift(comparison: Comparison) -> Section | None:
     )
 
 
-def _share(what: str, state: str) -> Callable[[Stage], float]:
-    return lambda stage: 100 * stage[f"{state}_{what}"] / stage[what]
+def _share(what: str, state: str) -> Callable[[Stage], float | None]:
+    """The percentage of a stage's users or items in a state; None if the stage is empty."""
+    return lambda stage: 100 * stage[f"{state}_{what}"] / stage[what] if stage[what] else None
 
 
 def _percent(share: float | None) -> float | None:
@@ -118,7 +119,7 @@ def _users(label: str, place: int, stages: Sequence[Stage]) -> Table:
             [
                 f"Stage {stage['stage']}",
                 *map(Quantity, (stage["events"], stage["users"], *(stage[f"{s}_users"] for s in COUNTED))),
-                *(Quantity(stage["history_lengths"][name], decimals=1) for name in lengths),
+                *(_measured(stage["history_lengths"][name], 1) for name in lengths),
             ]
             for stage in stages
         ],
