@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peso.cli import app as cli  # before PyTorch: peso decides how threads wait
@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from plugins import install  # noqa: F401 - a fixture
 from strategy_runs import Runs
 
+from peso.evaluation.report import page, plots
 from peso.items.semantic_ids import SemanticIds
 from peso.model.backbone import byte_tokenizer, small_llama
 from peso.model.generative import GenerativeModel
@@ -71,6 +72,30 @@ def every_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _not_forced_to_disk() -> Iterator[None]:
+    """No test cuts the power, and waiting for the disk takes as long as half of the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_drawn() -> Iterator[None]:
+    """Reports have no plots, whose drawing takes half of the time of a small run; tests/evaluation and tests
+    with ``drawn`` have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "files", lambda plot: {})
+        patch.setattr(page, "svg_element", lambda plot: "<svg></svg>")
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "files", plots.files)
+    monkeypatch.setattr(page, "svg_element", plots.svg_element)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def config_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(
         "data: {format: simulate, simulate: {users: 80, items: 40, stages: 3}}\n"
-        "backbone: {name: tiny}\n"
+        "backbone: {name: tiny, layers: 1}\n"
         "training: {epochs: 1, max_steps: 4, learning_rate: 3e-3}\n"
     )
     return path
@@ -110,7 +110,7 @@ def _flags(config_file: Path) -> list[str]:
     import yaml
 
     tree = yaml.safe_load(config_file.read_text())
-    flat = {"backbone.name": "tiny"}
+    flat = {"backbone.name": "tiny", "backbone.layers": 1}
     flat |= {f"data.simulate.{k}": v for k, v in tree["data"]["simulate"].items()}
     flat |= {f"training.{k}": v for k, v in tree["training"].items()}
     return [text for key, value in flat.items() for text in ("--set", f"{key}={value}")]
@@ -128,9 +128,10 @@ def test_evaluate_tests_any_stage_on_any_cases(peso, workspace):
     assert sum(metrics["metrics"][name]["value"] for name in levels) == pytest.approx(whole)
 
 
-def test_reports_of_several_runs_stand_side_by_side(peso, workspace, config_file, tmp_path):
+def test_reports_of_several_runs_stand_side_by_side(peso, workspace, config_file, tmp_path, request):
     other = tmp_path / "none"
     assert peso("run", config_file, "-w", other, "--set", "strategy=none", "--base", workspace)[0] == 0
+    request.getfixturevalue("drawn")
     status, out, _ = peso("report", "-w", workspace, "-w", other, "-o", tmp_path / "report")
     assert status == 0
     assert "none" in out

@@ -1,5 +1,4 @@
-"""What several tests of runs share. Their reports have no drawings, which take most of the time;
-tests/evaluation draws them."""
+"""What several tests of runs share."""
 
 from __future__ import annotations
 
@@ -14,14 +13,6 @@ import pytest
 from peso.runs import recommend_all
 from peso.runs.recommender import Recommender
 from peso.runs.workspace import Workspace
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _nothing_is_drawn() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peso.evaluation.report.page.files", lambda plot: {})
-        patch.setattr("peso.evaluation.report.page.svg_element", lambda plot: "<svg></svg>")
-        yield
 
 
 @pytest.fixture
