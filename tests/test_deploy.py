@@ -32,7 +32,10 @@ COMMANDS = typer.main.get_command(app)
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """The values that a command of `peso` gets from its arguments; raises where it does not take them."""
+    """The values that a command of `peso` gets from its arguments; raises where it does not take them.
+
+    Paths are strings in some versions of typer, which converts them when it calls the command.
+    """
     name, *rest = arguments
     command = COMMANDS.commands[name]  # type: ignore[attr-defined]
     return command.make_context(name, rest).params
@@ -65,7 +68,7 @@ def test_a_service_runs_commands_that_exist_and_not_as_root(unit: Path):
     assert started
     for program, *arguments in started:
         assert program == "/opt/peso/bin/peso"
-        assert parse(arguments)["workspace"] == Path("/var/lib/peso/workspace")
+        assert Path(parse(arguments)["workspace"]) == Path("/var/lib/peso/workspace")
     assert dict(found)["User"] == "peso"
     assert dict(found)["NoNewPrivileges"] == "yes"
 
@@ -73,7 +76,7 @@ def test_a_service_runs_commands_that_exist_and_not_as_root(unit: Path):
 def test_the_server_gets_tokens_as_a_credential():
     found = dict(settings(DEPLOY / "systemd/peso-serve.service"))
     credential = found["LoadCredential"].partition(":")[0]
-    assert parse(shlex.split(found["ExecStart"])[1:])["token_file"] == Path(f"%d/{credential}")
+    assert Path(parse(shlex.split(found["ExecStart"])[1:])["token_file"]) == Path(f"%d/{credential}")
 
 
 def test_the_nightly_service_makes_a_stage_from_events_and_the_timer_starts_it_every_night():
@@ -98,14 +101,15 @@ def test_the_compose_file_serves_with_tokens_and_updates_every_night():
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     serve, update = compose["services"]["serve"], compose["services"]["update"]
     served = parse(serve["command"])
-    assert served["token_file"].name in compose["secrets"]
-    assert serve["secrets"] == [served["token_file"].name]
+    token_file = Path(served["token_file"]).name
+    assert token_file in compose["secrets"]
+    assert serve["secrets"] == [token_file]
     assert all(
         port.startswith("127.0.0.1:") and port.endswith(f":{served['port']}") for port in serve["ports"]
     )
     assert update["entrypoint"] == [NIGHTLY.name]
     option, _, workspace = update["command"]
-    assert (option, Path(workspace)) == ("--daily", served["workspace"])
+    assert (option, Path(workspace)) == ("--daily", Path(served["workspace"]))
     for service in (serve, update):
         assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
         assert service["read_only"]
