@@ -60,7 +60,7 @@ class Terminal:
         self.end()
         self._title, self._total, self._unit = title, total, unit
         self._started = self._spoke = time.monotonic()
-        self._first: int | None = None
+        self._first: tuple[int, float] | None = None  # what was done when, at the first call of advance
         if sys.stderr.isatty():  # rich would treat a pipe as a terminal with FORCE_COLOR, which notebooks set
             parts: list[ProgressColumn] = [
                 MofNCompleteColumn(),
@@ -81,17 +81,18 @@ class Terminal:
             _drawn.append(self._bar)
 
     def advance(self, done: int, **figures: Any) -> None:
-        if self._first is None:
-            self._first = max(done - 1, 0)  # resumed work does not start at 0
         now = time.monotonic()
-        rate = (done - self._first) / max(now - self._started, 1e-9)
-        shown = "  ".join([f"{rate:.3g} {self._unit}/s", *(f"{k} {_short(v)}" for k, v in figures.items())])
+        before, since = self._first = self._first or (done, now)  # resumed work does not start at 0
+        rate = (done - before) / (now - since) if done > before and now > since else None
+        speed = [] if rate is None else [f"{rate:.3g} {self._unit}/s"]
+        shown = "  ".join([*speed, *(f"{k} {_short(v)}" for k, v in figures.items())])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=shown)
         elif now - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = now
-            left = (self._total - done) / max(rate, 1e-9)
-            self.note(f"{self._title}: {done}/{self._total} {self._unit}, {shown}, {duration(left)} left")
+            left = [] if rate is None else [f"{duration((self._total - done) / rate)} left"]
+            said = [f"{self._title}: {done}/{self._total} {self._unit}", *([shown] if shown else []), *left]
+            self.note(", ".join(said))
 
     def end(self) -> None:
         if self._bar is not None:

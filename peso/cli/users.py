@@ -35,7 +35,7 @@ def merge(
     that are trained already, their data and their tests do not change. `peso forget --user INTO` also erases
     FROM.
 
-    Times are looked up in the logs. If these do not exist any more, the order within a stage is not known;
+    Times are looked up in the logs. If these no longer exist, the order within a stage is not known;
     then the events of FROM come first.
 
     Example: peso users merge visitor-93 anna -w runs/shop

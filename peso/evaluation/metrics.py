@@ -262,7 +262,11 @@ def first_items(predictions: Predictions) -> tuple[float, float]:
 
 
 def warnings(
-    predictions: Predictions, popular_ranks: np.ndarray, code_log_frequencies: np.ndarray | None
+    predictions: Predictions,
+    popular_ranks: np.ndarray,
+    code_log_frequencies: np.ndarray | None,
+    *,
+    item_head: bool = False,
 ) -> list[str]:
     """Problems with a model's answers, each with a likely remedy. The list is empty if there are none.
 
@@ -272,6 +276,7 @@ def warnings(
             it is not in the list.
         code_log_frequencies: float (n,), ln of the share that the first code of each target has in the
             stage's training targets; None if it is not known.
+        item_head: whether the model has an item head, which is a remedy.
     """
     if len(predictions) < FEWEST:
         return []
@@ -297,7 +302,7 @@ def warnings(
     if own <= popular:
         found.append(
             f"recommending the newest stage's most popular items to everyone is at least as good "
-            f"(NDCG@{k} {popular:.4f}, the model {own:.4f}). Try `head: items`, more epochs with "
-            "training.patience, or a smaller backbone"
+            f"(NDCG@{k} {popular:.4f}, the model {own:.4f}). Try {'' if item_head else '`head: items`, '}"
+            "more epochs with training.patience, or a smaller backbone"
         )
     return found

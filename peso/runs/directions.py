@@ -199,7 +199,7 @@ def _differences(stage: RunStage, free: RunStage) -> list[str]:
     found = []
     if stage.before.determined_by != free.before.determined_by:
         found.append(
-            f"The two runs differ already at stage {number - 1} or earlier, so they do not start from the "
+            f"The two runs already differ at stage {number - 1} or earlier, so they do not start from the "
             "same state: the measurement mixes the anchors of this and earlier stages. At stage 1, with a "
             "common stage 0, it does not."
         )

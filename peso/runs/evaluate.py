@@ -162,4 +162,6 @@ def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:
     targets = np.concatenate([s.items[s.first_target :] for s in known[-1].training_sequences()])
     counts = np.bincount(ids.codes[targets, 0], minlength=ids.sizes[0]) + 1.0
     frequencies = np.log(counts / counts.sum())[ids.codes[cases.targets, 0]]
-    return warnings(predictions, semantic_id_ranks(found.leaves, trie.leaf_of[cases.targets]), frequencies)
+    ranks = semantic_id_ranks(found.leaves, trie.leaf_of[cases.targets])
+    item_head = stage.config.head.name == "items"
+    return warnings(predictions, ranks, frequencies, item_head=item_head)

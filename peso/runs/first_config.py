@@ -26,7 +26,12 @@ from peso.runtime.remote import is_remote, local
 WIDTH = 100  # of a line with its comment
 STAGES = (5, 4, 3, 2)  # numbers of stages, tried in this order
 SMALL = 20_000  # training targets; with fewer, item-kNN can be better than a model (docs/results/recipe.md)
-BASELINES = [{"name": "popularity", "last": 1}, "item-knn", {"name": "hybrid", "partners": ["item-knn"]}]
+BASELINES = [
+    {"name": "popularity", "last": 1},
+    "item-knn",
+    "ease",
+    {"name": "hybrid", "partners": ["item-knn"]},
+]
 COMMENTS = {
     "data": "Where the events come from, how they are cleaned and cut: docs/how-to/prepare-a-log.md",
     "data.columns": "names of the columns in the log",
@@ -43,7 +48,7 @@ COMMENTS = {
     "training.epochs": "maximum; the epoch with the lowest validation loss is kept",
     "training.patience": "training stops after this many epochs without a lower validation loss",
     "training.later": "for updates; auto: rates are chosen by short trials on validation",
-    "baselines": "Tested on the same cases. If item-knn beats the model, answer --with hybrid",
+    "baselines": "Tested on the same cases. If item-knn beats the model, use `peso recommend --with hybrid`",
     "seed": "determines all results on the same machine",
 }
 

@@ -153,7 +153,7 @@ def _cut(
     except (NothingLeft, UntrainableStage):
         return replace(
             waits,
-            why="no user has the three events that a stage needs, or a new user the data.min_user, yet",
+            why="no user has enough events yet: a stage needs three, and a new user also data.min_user",
         )
     brought = manifest["appended"][-1]
     return replace(

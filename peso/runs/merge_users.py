@@ -102,8 +102,8 @@ def merge(workspace: Workspace, pairs: Sequence[Pair], observer: Observer) -> Me
     """Merge users; all pairs or none. The caller holds the workspace's lock.
 
     If a stage has events of several users that become one, their times are looked up in the logs and the
-    received events. If the logs do not exist any more, the events are in the order of the stages, and within
-    a stage those of the user who is merged come first; the observer is told.
+    received events. If the logs no longer exist, the events are in the order of the stages, and within a
+    stage those of the user who is merged come first; the observer gets a note.
 
     Args:
         pairs: the user who becomes another one, and who.
@@ -140,7 +140,7 @@ def merge(workspace: Workspace, pairs: Sequence[Pair], observer: Observer) -> Me
         histories[user] = in_order(parts, times)
     if unsure:
         observer.note(
-            f"note: the logs do not have the times of all events of {unsure:,} merged users any more. "
+            f"note: the logs no longer have the times of all events of {unsure:,} merged users. "
             "Their events are in the order of the stages; within a stage, those of the user who is merged "
             "come first"
         )
@@ -195,7 +195,7 @@ def _logs(workspace: Workspace, users: Collection[str], observer: Observer) -> d
     stored = workspace.names.in_files
     for data in _sources(workspace, stream):
         observer.begin(f"looking for the times of {len(users):,} users in {data.path}", 0, "")
-        with suppress(PesoError):  # it does not exist any more: then some times are missing
+        with suppress(PesoError):  # it no longer exists: then some times are missing
             for user, item, time in _events(workspace, data, users):
                 found[user].append((time, numbers.get(item, -1)))
         observer.end()

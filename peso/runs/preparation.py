@@ -118,7 +118,7 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
 
 
 def aliases(workspace: Workspace, *, with_users: bool = True) -> Aliases:
-    """The names in new data that are others in the stream: of renamed items and of merged users."""
+    """The renamed items and merged users, whose names in new data differ from those in the stream."""
     return Aliases(workspace.names.stored, workspace.stream.merged_users if with_users else {})
 
 

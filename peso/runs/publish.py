@@ -106,8 +106,8 @@ def register_mlflow(recommender: Recommender, name: str) -> str:
             versions = mlflow.MlflowClient().search_model_versions(f"name='{name}'")
         except Exception as error:  # of the server, the database or its driver
             raise ExportError(
-                f"MLflow at {mlflow.get_tracking_uri()} has not taken the model ({first_line(error)}); check "
-                "MLFLOW_TRACKING_URI and the name, or write it to a directory with -o"
+                f"MLflow at {mlflow.get_tracking_uri()} did not accept the model ({first_line(error)}); "
+                "check MLFLOW_TRACKING_URI and the name, or write it to a directory with -o"
             ) from error
     return f"models:/{name}/{max(int(each.version) for each in versions)}"
 

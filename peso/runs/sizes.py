@@ -105,7 +105,7 @@ def require_sizes(stream: Mapping[str, Any], config: Config) -> None:
     """Raise DataError if stage 0 of the stream with this manifest is too short for ``backbone: auto``."""
     if config.backbone.is_auto and (events := stream["stages"][0]["training_targets"]) < FEWEST:
         raise DataError(
-            f"stage 0 has {events:,} training targets, from which no model learns more than popularity; "
+            f"stage 0 has {events:,} training targets, too few to learn more than popularity; "
             f"backbone: auto needs at least {FEWEST}. Use a longer log or a longer stage 0 (data.stages), or "
             "choose the sizes yourself, for example with backbone: scratch"
         )

@@ -34,7 +34,7 @@ from peso.runtime.progress import Observer
 EVERY = 5.0  # seconds between two looks at the log
 LIMIT = 120.0  # seconds for one call of a tracker
 STATE = "sent.json"
-# Environment variables that a user has not set: files are in the workspace, and nothing is sent.
+# For environment variables that the user has not set: files are in the workspace, and nothing is sent.
 DEFAULTS = {
     "wandb": {
         "WANDB_MODE": "offline",
@@ -83,12 +83,12 @@ class _Caller:
 
 
 class Tracking:
-    """The runs of a stage in all configured trackers. Without any, and in all processes but the main one,
-    nothing is done.
+    """The runs of a stage in all configured trackers. Does nothing if there are none, and in all processes
+    but the main one.
 
     Args:
         stage: the stage.
-        observer: is told of a tracker that fails.
+        observer: receives a warning if a tracker fails.
     """
 
     def __init__(self, stage: RunStage, observer: Observer) -> None:
@@ -304,8 +304,7 @@ def _set_default(variable: str, value: str) -> None:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """What a tracker prints about a run is not mixed with the output of peso, unless a user has named a
-    server."""
+    """Within the context, the output of a tracker is suppressed, unless the user has named a server."""
     if any(os.environ.get(v) not in (None, _ours.get(v)) for v in ONLINE.get(name, ())):
         yield
         return
@@ -316,7 +315,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _figures(stage: RunStage) -> Iterator[tuple[str, float]]:
-    """What a stage's training came to, the figures of its anchor, and its metrics, as numbers with names."""
+    """Results of a stage's training, the figures of its anchor, and its metrics, as numbers with names."""
     training = stage.metrics.get("training", {})
     yield from _numbers({k: v for k, v in training.items() if k not in ("anchor", "moved")}, "training")
     moved = {k: v for k, v in (training.get("moved") or {}).items() if k != "modules"}

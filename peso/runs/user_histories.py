@@ -63,7 +63,7 @@ class _State:
     names: list[str]  # item ids by row
     known: frozenset[str]  # ids of items with a semantic ID
     renamed: ItemNames
-    now: Mapping[str, str]  # who users are that were merged into others
+    now: Mapping[str, str]  # merged user → the user it was merged into
     members: Mapping[str, Sequence[str]]  # the users that were merged into each of these
 
 
@@ -106,7 +106,7 @@ class UserHistories:
         return _merged(state, [] if stored is None else stored.items.tolist(), waiting)
 
     def now(self, user: str) -> str:
-        """Who a user is that was merged into another one; others stay who they are."""
+        """The user that the given one was merged into; the given one if it was not merged."""
         return self._current().now.get(user, user)
 
     def __iter__(self) -> Iterator[str]:
@@ -124,7 +124,7 @@ class UserHistories:
             ]
         if self.received is None:
             return
-        last, joined = "", set[str]()  # merged users without events in the stream that had their turn
+        last, joined = "", set[str]()  # merged users without events in the stream that are done
         while received := self.received.users_after(last, size):
             last = received[-1]
             names = [*dict.fromkeys(state.now.get(name, name) for name in received)]

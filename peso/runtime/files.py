@@ -71,7 +71,7 @@ def remove_directory(target: Path) -> None:
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """Make a hard link to a file that does not change any more, or a copy if links are not supported."""
+    """Make a hard link to a file that no longer changes, or a copy if links are not supported."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -101,7 +101,7 @@ class StageBefore:
         try:
             snapshot = self._live.another(stage)
         except Exception as error:  # any error must not affect the serving stage
-            log.error("stage to compare with not loaded", exc_info=error)
+            log.error("the stage to compare with was not loaded", exc_info=error)
             with self._changed:
                 self._thread = None
                 if self._wanted == wanted:

@@ -327,7 +327,7 @@ class StageDrift(Message):
     new_items: int
     item_divergence: float | None = Field(
         description="Jensen-Shannon divergence from the previous stage, in bits; null at stage 0, and if one "
-        "of both stages has no events."
+        "of the two stages has no events."
     )
     code_divergence: float | None = Field(
         description="The same for the first codes; null without semantic IDs."

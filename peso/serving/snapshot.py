@@ -157,7 +157,7 @@ class Snapshot:
 
     def usual(self, user: str) -> Request | None:
         """The request that a user is expected to send again; None if the user has not asked lately, or the
-        prompt of the user is not kept any more."""
+        prompt of the user is no longer kept."""
         if self.answers is None or (self.prompts is not None and user not in self.prompts):
             return None
         return self.answers.usual(user)

@@ -94,7 +94,7 @@ def test_init_finds_the_columns_and_what_it_writes_can_be_ingested(peso, tmp_pat
     assert (found.item, found.title, found.category) == ("sku", "product name", "category")
     assert found.text == ["description"]
     named = [baseline_label(options) for options in config.baselines]
-    assert named == ["popularity last=1", "item-knn", "hybrid partners=item-knn"]  # the log is small
+    assert named == ["popularity last=1", "item-knn", "ease", "hybrid partners=item-knn"]  # the log is small
     assert f"next: peso run {written} --dry-run" in err
     status, _, err = peso("ingest", written, "-w", tmp_path / "w")
     assert status == 0, err

@@ -70,6 +70,9 @@ def test_codes_predicted_no_better_than_by_frequency(good: np.ndarray, targets: 
 def test_the_most_popular_items_as_good_for_all(good: np.ndarray, targets: np.ndarray) -> None:
     (found,) = warnings(predictions(good, targets), np.ones(CASES, int), FREQUENCIES)
     assert "recommending the newest stage's most popular items to everyone is at least as good" in found
+    assert "`head: items`" in found
+    (found,) = warnings(predictions(good, targets), np.ones(CASES, int), FREQUENCIES, item_head=True)
+    assert "`head: items`" not in found
 
 
 def test_a_handful_of_cases_says_nothing(good: np.ndarray, targets: np.ndarray) -> None:

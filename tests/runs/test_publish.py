@@ -263,5 +263,5 @@ def test_a_registry_out_of_reach_is_told(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     mlflow.set_tracking_uri(None)
-    with pytest.raises(ExportError, match=r"MLflow at http://127\.0\.0\.1:9 has not taken the model"):
+    with pytest.raises(ExportError, match=r"MLflow at http://127\.0\.0\.1:9 did not accept the model"):
         publish.register_mlflow(runs["codes"], "games")

@@ -246,7 +246,7 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
     runs = []
     count = len(compare.seeds) * len(data) * len(backbones) * (len(strategies) + len(tuned))
     if count > MOST_VARIANTS:
-        raise ConfigError(f"compare is {count:,} runs; at most {MOST_VARIANTS:,} are compared at once")
+        raise ConfigError(f"compare: {count:,} runs; at most {MOST_VARIANTS:,} can be compared at once")
     for seed, of_data, of_backbone in ((s, d, b) for s in compare.seeds for d in data for b in backbones):
         cell = (of_data.name, of_backbone.name)
         for strategy in strategies:

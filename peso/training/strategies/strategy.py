@@ -148,7 +148,7 @@ class Strategy:
     moves_one_adapter: ClassVar[bool] = False
     """Whether every stage trains the same adapter further, so that distances between stages are defined."""
     chooses_by_data: ClassVar[bool] = False
-    """Whether :meth:`choose` uses only the examples, so that ``peso estimate`` needs no model to call it."""
+    """Whether :meth:`choose` uses only the examples, so that an estimate needs no model to call it."""
     relative_step_time: ClassVar[float] = 1.0
     """Time of a training step, relative to ``single``."""
     reads: ClassVar[frozenset[str]] = frozenset()
