@@ -6,8 +6,9 @@ from pathlib import Path
 
 from peso.config import load_config
 from peso.runs import pipeline
+from peso.runs.reuse import take_data
 from peso.runs.workspace import Workspace
-from peso.runtime.progress import Silent
+from peso.runtime.progress import Observer, Silent
 
 TREE = {
     "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},
@@ -19,6 +20,15 @@ TREE = {
 }
 
 
+def run(workspace: Workspace, base: Path | None = None, observer: Observer | None = None) -> Workspace:
+    """Do all steps. The data of a base are taken over too, which is faster than to make them again."""
+    with workspace.lock():
+        if base is not None and not workspace.has_stream:
+            take_data(workspace, Workspace.open(base), Silent())
+        pipeline.run(workspace, base=base, observer=observer)
+    return workspace
+
+
 class Notes(Silent):
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -28,7 +38,6 @@ class Notes(Silent):
 
 
 def trained(root: Path, *overrides: str, base: Path | None = None) -> tuple[Workspace, list[str]]:
-    workspace, observer = Workspace.create_or_open(root, load_config(TREE, overrides)), Notes()
-    with workspace.lock():
-        pipeline.run(workspace, base=base, observer=observer)
+    observer = Notes()
+    workspace = run(Workspace.create_or_open(root, load_config(TREE, overrides)), base, observer)
     return workspace, observer.notes

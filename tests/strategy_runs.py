@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import small_runs
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from peso.adapters.groups import lora_layers
 from peso.config import load_config
 from peso.model.backbone import byte_tokenizer, small_llama
-from peso.runs import pipeline
 from peso.runs.workspace import Workspace
 
 RANK, ALPHA = 2, 3.0
@@ -51,10 +51,8 @@ class Runs:
         if key not in self._known:
             # all but the base itself take data and stage 0 from it
             base = None if strategy == "none" else self("none", *overrides, backbone=backbone).root
-            self._known[key] = self.start(
-                self.root / str(len(self._known)), strategy, *overrides, backbone=backbone
-            )
-            pipeline.run(self._known[key], base=base)
+            root = self.root / str(len(self._known))
+            self._known[key] = small_runs.run(self.start(root, strategy, *overrides, backbone=backbone), base)
         return self._known[key]
 
     def start(self, root: Path, strategy: Any, *overrides: str, backbone: str = "pretrained") -> Workspace:

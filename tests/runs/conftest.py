@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from peso.runs import recommend_all
 from peso.runs.recommender import Recommender
+from peso.runs.tasks import Call
 from peso.runs.workspace import Workspace
 
 
@@ -23,6 +25,12 @@ def root(tmp_path: Path, every_file: Path) -> Path:
 @pytest.fixture
 def workspace(root: Path) -> Workspace:
     return Workspace.open(root)
+
+
+@pytest.fixture
+def forked_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of this machine are done by copies of a process that has imported everything."""
+    monkeypatch.setattr(Call, "popen", forked.of_call)
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peso.config.executors import DaskConfig, RayConfig, SlurmConfig
 from peso.errors import ConfigError, PesoError
 from peso.runs import executors
 from peso.runs.compare.plan import Plan
+from peso.runs.compare.progress import is_done
 from peso.runs.compare.schedule import WORKER, Row, Schedule
 from peso.runs.executors import Dask, Handle, LostWorker, Machine, Ray, Slurm, open_executor
 from peso.runs.tasks import Call, run
@@ -30,19 +32,30 @@ ONE = {"strategies": ["single"]}
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """The files of the run of `single` in this process."""
+def done(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """The run of `single`, done in this process."""
     plan = plan_of(tmp_path_factory.mktemp("here"), ONE)
     do(plan.runs[0].task)
-    return files_of(plan)
-
-
-def prepared(root: Path, compare: dict[str, Any]) -> Plan:
-    """A plan whose data and stage 0 are done, so that only the runs themselves need processes."""
-    plan = plan_of(root, compare)
-    for task in plan.runs[0].task.needs:
-        do(task)
     return plan
+
+
+@pytest.fixture(scope="module")
+def expected(done: Plan) -> dict[str, dict[str, str]]:
+    return files_of(done)
+
+
+@pytest.fixture
+def prepared(done: Plan, tmp_path: Path) -> Callable[[dict[str, Any]], Plan]:
+    """prepared(compare) → a plan whose data and stage 0 are done, so that only the runs need processes."""
+
+    def prepare(compare: dict[str, Any]) -> Plan:
+        plan = plan_of(tmp_path / "prepared", compare)
+        for part in ("data", "base"):
+            shutil.copytree(done.root / part, plan.root / part)
+        assert all(is_done(task) for run in plan.runs for task in run.task.needs)
+        return plan
+
+    return prepare
 
 
 def files_of(plan: Plan) -> dict[str, dict[str, str]]:
@@ -126,9 +139,9 @@ class Lost:
 
 
 def test_a_run_goes_on_elsewhere_when_its_machine_is_lost_and_gives_the_same_result(
-    tmp_path: Path, expected: dict[str, dict[str, str]]
+    prepared: Callable[..., Plan], expected: dict[str, dict[str, str]], forked_tasks: None
 ) -> None:
-    plan = prepared(tmp_path, ONE)
+    plan = prepared(ONE)
     losing = Losing()
     assert states(Schedule(plan, losing).run()) == ["done"]
     assert losing.left == 0
@@ -173,10 +186,10 @@ def test_a_missing_package_is_named_with_the_command(
 
 
 def test_jobs_of_submitit_give_the_results_of_local_processes(
-    tmp_path: Path, expected: dict[str, dict[str, str]]
+    tmp_path: Path, prepared: Callable[..., Plan], expected: dict[str, dict[str, str]]
 ) -> None:
     pytest.importorskip("submitit")
-    plan = prepared(tmp_path / "a", ONE)
+    plan = prepared(ONE)
     executor = Slurm(SlurmConfig(cluster="local"), 1, tmp_path / "jobs")
     assert states(Schedule(plan, executor).run()) == ["done"]
     assert files_of(plan) == expected
@@ -200,10 +213,10 @@ def test_slurm_without_sbatch_is_refused(tmp_path: Path) -> None:
 
 
 def test_dask_gives_the_results_of_local_processes(
-    tmp_path: Path, expected: dict[str, dict[str, str]]
+    prepared: Callable[..., Plan], expected: dict[str, dict[str, str]], forked_tasks: None
 ) -> None:
     distributed = pytest.importorskip("distributed")
-    plan = prepared(tmp_path, ONE)
+    plan = prepared(ONE)
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
@@ -227,9 +240,9 @@ def test_a_missing_dask_scheduler_is_named(monkeypatch: Any) -> None:
 
 
 def test_a_ray_cluster_that_loses_a_node_gives_the_results_of_local_processes(
-    two_nodes: Any, tmp_path: Path, expected: dict[str, dict[str, str]]
+    two_nodes: Any, prepared: Callable[..., Plan], expected: dict[str, dict[str, str]]
 ) -> None:
-    plan = prepared(tmp_path, {"strategies": ["single", "paper"]})
+    plan = prepared({"strategies": ["single", "paper"]})
     executor = Ray(RayConfig(address=two_nodes.address), "auto")
     removed = []
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
+import small_runs
 
 from peso.config import load_config
 from peso.errors import ConfigError, DataError, WorkspaceError
@@ -30,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
-    "backbone": {"name": "tiny"},
+    "backbone": {"name": "tiny", "layers": 1},
     "training": {"epochs": 2, "max_steps": 14, "learning_rate": 3e-3, "later_learning_rate_scale": 0.5},
     "baselines": [],
     "seed": 5,
@@ -42,15 +40,12 @@ def config(*overrides: str):
 
 
 def run(root: Path, *overrides: str, base: Path | None = None) -> Workspace:
-    workspace = Workspace.create_or_open(root, config(*overrides))
-    with workspace.lock():
-        pipeline.run(workspace, base=base)
-    return workspace
+    return small_runs.run(Workspace.create_or_open(root, config(*overrides)), base)
 
 
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch):
-    """Plots take longer than everything else here; the run of `finished` draws them once."""
+    """The run of `finished` writes one."""
     monkeypatch.setattr(report, "report", lambda workspaces, directory: None)
 
 
@@ -143,21 +138,22 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path
     kills = 0
     for _ in range(2):
         before = _steps(root)
-        process = subprocess.Popen([sys.executable, str(script)], cwd=Path(__file__).parents[2])
+        process = forked.script(script)
         while process.poll() is None and _steps(root) < before + 3:
             time.sleep(0.02)
         if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             kills += 1
         process.wait()
-    subprocess.run([sys.executable, str(script)], cwd=Path(__file__).parents[2], check=True)
+    assert forked.script(script).wait() == 0
     assert kills > 0, "the run was over before it could be killed"
     assert result_files(Workspace.open(root)) == result_files(finished)
 
 
 def test_a_checkpoint_of_a_changed_strategy_is_not_continued(tmp_path):
-    root, large = tmp_path / "w", "training.batch_size=256"  # so that there is a second epoch to stop in
-    workspace = Workspace.create_or_open(root, config("strategy.weight=1e6", large))
+    large = "training.batch_size=256"  # so that there is a second epoch to stop in
+    root, small = tmp_path / "w", (large, "data.simulate.stages=2", "evaluation.enabled=false")
+    workspace = Workspace.create_or_open(root, config("strategy.weight=1e6", *small))
 
     class Stop(Exception):
         pass
@@ -170,7 +166,7 @@ def test_a_checkpoint_of_a_changed_strategy_is_not_continued(tmp_path):
 
     with workspace.lock(), pytest.raises(Stop):
         pipeline.run(workspace, observer=StopsInStage1())
-    assert result_files(run(root, large)) == result_files(run(tmp_path / "straight", large))
+    assert result_files(run(root, *small)) == result_files(run(tmp_path / "straight", *small))
 
 
 def test_the_base_stage_is_taken_over_only_if_it_would_be_the_same(finished, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 import torch
 from safetensors import safe_open
 
@@ -58,10 +59,7 @@ def run(
     root: Path, base: Path | None = None, refresh: dict | None = REFRESH, **sections: object
 ) -> Workspace:
     tree = {**TREE, "items": {**TREE["items"], **({"refresh": refresh} if refresh else {})}, **sections}
-    workspace = Workspace.create_or_open(root, load_config(tree))
-    with workspace.lock():
-        pipeline.run(workspace, base=base)
-    return workspace
+    return small_runs.run(Workspace.create_or_open(root, load_config(tree)), base)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,10 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def shop(frozen: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """With refreshed codes; its stage 0 is taken over, because it is the same."""
-    workspace = run(tmp_path_factory.mktemp("refreshed") / "w", base=frozen.root)
+    tree = {**TREE, "items": {**TREE["items"], "refresh": REFRESH}}
+    workspace = Workspace.create_or_open(tmp_path_factory.mktemp("refreshed") / "w", load_config(tree))
+    with workspace.lock():
+        pipeline.run(workspace, base=frozen.root)
     assert workspace.stage(0).determined_by == frozen.stage(0).determined_by
     assert len(changed_codes(workspace.stage(1)))
     return workspace
@@ -212,7 +213,11 @@ def test_an_interrupted_stage_ends_the_same(shop: Workspace, tmp_path: Path, str
     ],
     ids=lambda strategy: strategy["name"],
 )
-def test_every_strategy_trains_and_answers(shop: Workspace, tmp_path: Path, strategy: dict) -> None:
+def test_every_strategy_trains_and_answers(
+    shop: Workspace, tmp_path: Path, strategy: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if strategy["name"] != "peso":  # one report is enough
+        monkeypatch.setattr("peso.runs.report.report", lambda workspaces, directory: None)
     other = run(tmp_path / "w", base=shop.root, strategy=strategy, evaluation={"enabled": True, "k": [5]})
     assert 0 <= other.stage(2).metrics["test"]["metrics"]["ndcg@5"]["value"] <= 1
 

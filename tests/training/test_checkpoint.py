@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from plain_path import cases_of, random_sequences, with_adapter
@@ -140,7 +140,8 @@ sys.path[:0] = [str(here), str(here.parent)]
 from test_checkpoint import train
 torch.set_num_threads(1)
 model = torch.load(sys.argv[2], weights_only=False)
-train(model, Path(sys.argv[3]), on_progress=lambda progress: print(progress.step, flush=True))
+done = Path(sys.argv[3]).with_name("done")
+train(model, Path(sys.argv[3]), on_progress=lambda progress: done.write_text(f"{progress.step}\\n"))
 torch.save({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, sys.argv[4])
 """
 
@@ -150,18 +151,20 @@ def test_a_killed_process_continues_bit_for_bit(
 ) -> None:
     start, kept = tmp_path / "model.pt", tmp_path / "kept.pt"
     torch.save(with_adapter(make_model("stream", "semantic"), dropout=0.1), start)
-    command = [sys.executable, "-c", SCRIPT, Path(__file__).parent, start, tmp_path / "parts", kept]
+    script, done = tmp_path / "script.py", tmp_path / "done"
+    script.write_text(SCRIPT)
+    arguments = (Path(__file__).parent, start, tmp_path / "parts", kept)
     for last in (3, 9):
-        process = subprocess.Popen([str(x) for x in command], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) >= last:
+        process = forked.script(script, *arguments)
+        while process.poll() is None:
+            told = done.read_text() if done.exists() else ""
+            if told.endswith("\n") and int(told) >= last:
                 process.kill()
                 break
-        process.stdout.close()
+            time.sleep(0.002)
         assert process.wait() == -signal.SIGKILL
         assert not kept.exists()
-    subprocess.run([str(x) for x in command], check=True, capture_output=True)
+    assert forked.script(script, *arguments).wait() == 0
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
