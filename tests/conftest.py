@@ -10,17 +10,16 @@ from pathlib import Path
 from peso.cli import app as cli  # before PyTorch: peso decides how threads wait
 
 # isort: split
-import numpy as np
 import pytest
 import torch
 from browser import browser  # noqa: F401 - a fixture
+from catalogs import random_semantic_ids
 from every_file import make_every_file
 from hypothesis import HealthCheck, settings
 from plugins import install  # noqa: F401 - a fixture
 from strategy_runs import Runs
 
 from peso.evaluation.report import page, plots
-from peso.items.semantic_ids import SemanticIds
 from peso.model.backbone import byte_tokenizer, small_llama
 from peso.model.generative import GenerativeModel
 from peso.model.layout import make_layout
@@ -84,8 +83,8 @@ def _not_forced_to_disk() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_is_drawn() -> Iterator[None]:
-    """Reports have no plots, whose drawing takes half of the time of a small run; tests/evaluation and tests
-    with ``drawn`` have them."""
+    """Reports have no plots, whose drawing takes half of the time of a small run. A module that looks at
+    plots replaces this fixture; a test has `drawn`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "files", lambda plot: {})
         patch.setattr(page, "svg_element", lambda plot: "<svg></svg>")
@@ -113,13 +112,6 @@ def peso(monkeypatch, capsys):
         return status, printed.out, printed.err
 
     return call
-
-
-def random_semantic_ids(items: int, sizes: tuple[int, ...], seed: int = 0) -> SemanticIds:
-    """A random catalogue; with few codes some items share an ID, as in the released index."""
-    generator = np.random.default_rng(seed)
-    codes = np.stack([generator.integers(0, size, items) for size in sizes], axis=1).astype(np.int32)
-    return SemanticIds([f"item{i}" for i in range(items)], codes, sizes)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_semantic_ids
+from catalogs import random_semantic_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp

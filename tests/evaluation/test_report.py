@@ -29,6 +29,11 @@ from peso.evaluation.report.tables import Quantity, Table, to_latex, to_markdown
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_drawn() -> None:
+    """Here everything is."""
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("w") / "report"
@@ -235,7 +240,9 @@ def test_names_that_differ_after_a_dot_keep_their_plots_apart(tmp_path: Path) ->
     assert found == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
 
 
-def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
+def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "files", lambda plot: {".svg": b"<svg></svg>"})
+    monkeypatch.setattr(report, "svg_element", lambda plot: "<svg></svg>")
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old", ks=[3])
     assert (tmp_path / "r" / "tables" / "ndcg-3-by-stage.csv").exists()
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "New")
@@ -245,6 +252,8 @@ def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 
 def test_a_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "files", lambda plot: {".svg": b"<svg></svg>"})
+    monkeypatch.setattr(report, "svg_element", lambda plot: "<svg></svg>")
     write_report(tmp_path / "r", [run("a", "a", 0.1)], "Old")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

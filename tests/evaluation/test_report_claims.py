@@ -271,7 +271,7 @@ def test_marks_are_those_of_the_corrected_tests() -> None:
 
 
 @pytest.mark.slow
-def test_runs_on_several_data_sets_are_compared_within_each(tmp_path: Path) -> None:
+def test_runs_on_several_data_sets_are_compared_within_each(tmp_path: Path, drawn: None) -> None:
     runs = [
         replace(one, name=f"{one.name} {place}", data_set=place, backbone="scratch")
         for place in ("games", "films")

@@ -19,6 +19,11 @@ DRAWN = """
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_drawn() -> None:
+    """Here everything is."""
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("reports")

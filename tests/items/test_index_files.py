@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_semantic_ids
+from catalogs import random_semantic_ids
 from hypothesis import given
 from hypothesis import strategies as st
 

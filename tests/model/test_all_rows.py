@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_semantic_ids
+from catalogs import random_semantic_ids
 from strategy_runs import TREE, Runs
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -14,7 +14,7 @@ import pytest
 import torch
 from backbone_families import GPT, HEAD, SERVES
 from backbone_families import build as build_family
-from conftest import random_semantic_ids
+from catalogs import random_semantic_ids
 from safetensors.torch import load_file
 from scipy.sparse import csr_array
 from transformers import AutoModelForCausalLM
