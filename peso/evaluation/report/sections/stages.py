@@ -98,7 +98,7 @@ def _stage_table(comparison: Comparison, metric: Metric) -> Table:
 def _micro_table(comparison: Comparison) -> Table:
     return Table(
         "averages-over-cases",
-        f"Mean over the cases of {stage_range(comparison.averaged)}, every case counting the same",
+        f"Mean over the cases of {stage_range(comparison.averaged)}, each case with equal weight",
         ["Strategy", *(metric.label for metric in comparison.metrics), "Cases"],
         [
             [

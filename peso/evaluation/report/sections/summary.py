@@ -109,7 +109,8 @@ def averages_table(comparison: Comparison) -> Table:
         notes.append(CODES_AND_ITEMS)
     return Table(
         "averages",
-        f"Mean of {stage_range(comparison.averaged)}, every stage counting the same",
+        f"Mean of {stage_range(comparison.averaged)}"
+        + (", each stage with equal weight" if len(comparison.averaged) > 1 else ""),
         ["Strategy", *(metric.label for metric in ordered), "Seeds"],
         rows,
         " ".join(notes),
