@@ -1,6 +1,7 @@
 """Ingestion of a raw log: time, memory and growth of `peso ingest`, compared with the same steps in pandas.
 
-    python benchmarks/ingest.py [--quick] [--events N] [--json] [--directory D] [--spark] [--before CHECKOUT]
+    python benchmarks/ingest.py [--quick] [--events N] [--json] [--unquoted] [--directory D] [--spark]
+                                [--before CHECKOUT]
 
 The input is a synthetic CSV file of 20 million events (1 million users, 200 thousand items); for the growth,
 a file of 2 million events is read before. Duplicates are removed, users and items with fewer than 5 events
@@ -11,7 +12,8 @@ more reliable than elapsed time on a busy machine. `--quick` uses a twentieth of
 
 `--spark` also measures `data.engine: spark` (needs the extra `spark` and Java; its memory includes Java's).
 `--before` also measures `peso` in another checkout, such as one of an earlier version (`git worktree add`),
-with the same packages; the files of the stages must be equal. Everything that is compared in this way runs
+with the same packages; the files of the stages must be equal. Versions up to the first with Ibis read quoted
+logs line by line: compare with them by `--unquoted`. Everything that is compared in this way runs
 `--repeats` times in turn, and the run with the fewest CPU seconds counts.
 """
 
@@ -35,7 +37,7 @@ CORE = 5
 SHARES = (0.6, 0.1, 0.1, 0.1, 0.1)
 
 
-def write_log(path: Path, events: int) -> None:
+def write_log(path: Path, events: int, quoted: bool = True) -> None:
     """A log whose items follow a power law; half of its events are of ever fewer, busier users."""
     import numpy as np
     import pyarrow as pa
@@ -53,7 +55,8 @@ def write_log(path: Path, events: int) -> None:
         return pc.binary_join_element_wise(prefix, pa.array(numbers).cast(pa.string()), "")
 
     table = pa.table({"user": names("U", user), "item": names("B0", item), "time": seconds})
-    pyarrow.csv.write_csv(table, path)
+    style = {} if quoted else {"quoting_style": "none", "quoting_header": "none"}
+    pyarrow.csv.write_csv(table, path, pyarrow.csv.WriteOptions(**style))
 
 
 def with_peso(path: Path, directory: Path, **further: str) -> list[int]:
@@ -140,15 +143,25 @@ def _run_way(way: str, path: Path) -> None:
             for file in sorted(Path(directory).glob("stage=*/*.parquet"))
         }
     used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    unit = 2**20 if sys.platform == "linux" else 2**30
     result = {
         "seconds": round(seconds, 2),
         "cpu_seconds": round(sum(process.ru_utime + process.ru_stime for process in used), 2),
-        "peak_gib": round(sum(process.ru_maxrss for process in used) / unit, 2),
+        "peak_gib": round(_peak(), 2),
         "stage_events": counts,
         "files": files,
     }
     print(json.dumps(result))
+
+
+def _peak() -> float:
+    """The peak resident size of this process, in GiB, with that of its largest child (Java)."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    if sys.platform != "linux":
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + children) / 2**30
+    # ru_maxrss of a process on Linux is at least that of its parent when it was started, which wrote the log
+    lines = Path("/proc/self/status").read_text().splitlines()
+    own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return (own + children) / 2**20
 
 
 def main() -> None:
@@ -159,6 +172,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout of peso")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--events", type=int, help="the number of events, instead of 20 million")
+    parser.add_argument("--unquoted", action="store_true", help="write the log without quotes")
     parser.add_argument("--directory", type=Path, help="where the logs are written (about 1 GB)")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
@@ -173,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         logs = {events: Path(directory) / f"{events}.csv" for events in (small, large)}
         for events, path in logs.items():
-            write_log(path, events)
+            write_log(path, events, not arguments.unquoted)
         peso = {events: measure("peso", path) for events, path in logs.items()}
         pandas = measure("pandas", logs[large])
         others = ["before"] * (arguments.before is not None) + ["spark"] * arguments.spark

@@ -145,6 +145,7 @@ def extend_stream(
             stream.stages,
             str(data.path),
             observer.advance,
+            [ordered],
         )
         observer.end()
         item_numbers = numbers.items.select("i", "n").union(past.items)

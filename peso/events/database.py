@@ -37,6 +37,8 @@ def temporary_database(directory: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             connection.execute(f"SET memory_limit = '{MEMORY}'")
             connection.execute(f"SET threads = {cores()}")
             connection.execute(f"SET temp_directory = {literal(str(work))}")
+            # memory of dropped tables and finished queries goes back to the system while the next query runs
+            connection.execute("SET allocator_background_threads = true")
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
             yield connection

@@ -3,7 +3,7 @@ log into stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -207,26 +207,33 @@ def slice_stages(
         stage_of: int (events,), the stage of each event, ascending for each user.
         stages: the number of stages, including stage 0.
     """
-    values = items.astype(np.int32)
+    return list(map(stage_slicer(user_names, users, items, stage_of, stages), range(stages)))
+
+
+def stage_slicer(
+    user_names: list[str], users: np.ndarray, items: np.ndarray, stage_of: np.ndarray, stages: int
+) -> Callable[[int], Stage]:
+    """A function that returns a stage by its number, so that not all need to be in memory together. The
+    arguments are those of :func:`slice_stages`."""
+    values = items.astype(np.int32, copy=False)
     # counts[u, t]: events of user u in stage t. Because (user, stage) ascends, cumulative sums are positions.
     counts = np.bincount(users * stages + stage_of, minlength=len(user_names) * stages)
     ends = np.cumsum(counts).reshape(len(user_names), stages)
     counts = counts.reshape(ends.shape)
     firsts = ends[:, 0] - counts[:, 0]
-    result = []
-    for number in range(stages):
+
+    def stage(number: int) -> Stage:
         present = np.flatnonzero(counts[:, number])
         end = ends[present, number]
         start = end - counts[present, number]
-        result.append(
-            Stage(
-                number,
-                [user_names[u] for u in present],
-                _slices(values, firsts[present], start),
-                _slices(values, start, end),
-            )
+        return Stage(
+            number,
+            [user_names[u] for u in present],
+            _slices(values, firsts[present], start),
+            _slices(values, start, end),
         )
-    return result
+
+    return stage
 
 
 def stage_counts(stage: Stage) -> dict[str, int]:

@@ -113,6 +113,7 @@ def _ingest_log(
         ordered = order_by_time(engine, cleaned)
         stages = cut(engine, ordered, data.stages, loaded.clock)
         numbers = number_by_arrival(log, ordered)
+        first, last = engine.row(ordered.aggregate(first=ordered.time.min(), last=ordered.time.max()))
         observer.begin("writing the stages", int(stages.ends[-1]), "events")
         counts = write_stages(
             engine,
@@ -123,6 +124,7 @@ def _ingest_log(
             0,
             str(data.path),
             observer.advance,
+            [ordered],
         )
         observer.end()
         rare = write_rare(log, cleaned.rare, numbers.items, directory, 0)
@@ -135,7 +137,6 @@ def _ingest_log(
                 "data.columns.item and data.items.columns.item, or remove data.items"
             )
         write_items(items, directory)
-        first, last = engine.row(ordered.aggregate(first=ordered.time.min(), last=ordered.time.max()))
     write_manifest(
         directory,
         FORMAT,

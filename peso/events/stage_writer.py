@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from peso.events import columns
 from peso.events.database import cores, literal, scalar
 from peso.events.engines.engine import Engine
-from peso.events.histories import Ragged, Stage, refuse_untrainable, slice_stages, stage_counts
+from peso.events.histories import Ragged, Stage, refuse_untrainable, stage_counts, stage_slicer
 from peso.events.loading import NO_ALIASES, EventTables, use_stream_ids
 from peso.events.sources import ItemTable
 from peso.events.sources.reading import Reading
@@ -50,19 +51,21 @@ class StageWriter:
             path.parent.mkdir()
             self._files.append(stack.enter_context(pq.ParquetWriter(path, columns.STAGE)))
 
-    def write(self, stages: Sequence[Stage]) -> None:
-        """Write a slice of the users of each stage, in the order of the stage numbers."""
-        present = [place for place, stage in enumerate(stages) if stage.users]
-        # Arrow releases Python's lock while encoding; each stage has its own file
-        list(
-            self._threads.map(
-                lambda place: self._files[place].write_table(stage_table(stages[place])), present
-            )
-        )
-        for place in present:
-            for name, count in stage_counts(stages[place]).items():
-                self.counts[place][name] = self.counts[place].get(name, 0) + count
-            self.most[place] = max(self.most[place], int(stages[place].current.lengths.max()))
+    def write(self, slices: Sequence[Callable[[], Stage]]) -> None:
+        """Write a slice of the users of each stage, in the order of the stage numbers, from functions that
+        return it."""
+        # Arrow releases Python's lock while encoding; each stage has its own file. No more slices than
+        # threads are in memory
+        list(self._threads.map(self._write, range(len(self.numbers)), slices))
+
+    def _write(self, place: int, slice_of_stage: Callable[[], Stage]) -> None:
+        stage = slice_of_stage()
+        if not stage.users:
+            return
+        self._files[place].write_table(stage_table(stage))
+        for name, count in stage_counts(stage).items():
+            self.counts[place][name] = self.counts[place].get(name, 0) + count
+        self.most[place] = max(self.most[place], int(stage.current.lengths.max()))
 
     def require_trainable(self, source: str) -> None:
         """Check that every stage has training targets.
@@ -125,7 +128,11 @@ def in_numbers(events: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
 
 
 def by_user(
-    engine: Engine, events: ir.Table, users: ir.Table, by: Sequence[str]
+    engine: Engine,
+    events: ir.Table,
+    users: ir.Table,
+    by: Sequence[str],
+    last_use: Sequence[ir.Table] = (),
 ) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
     """The events of all users, some users at a time: those of about ``SLICE`` events, at least one user.
 
@@ -134,6 +141,7 @@ def by_user(
         events: u (the number of the user), i and the columns ``by``.
         users: the users (n, name), numbered from 0. They may be without events.
         by: int64 columns by which the events of a user are ordered.
+        last_use: kept tables that only ``events`` still needs; they are dropped before the first users.
 
     Yields: the names of the users, and the columns of their events; ``u`` is counted from the first of them.
     """
@@ -144,22 +152,23 @@ def by_user(
         {name: pa.int32() if name in ("u", "i") else pa.int64() for name in columns}
     ).empty_table()
     begin, read, edge = 0, 0, SLICE
-    for batch in engine.batches(events.order_by("u", *by).select(columns), BATCH):
+    for batch in engine.batches(events.order_by("u", *by).select(columns), BATCH, last_use):
         held = pa.concat_tables([held, pa.Table.from_batches([batch])])
         read += len(batch)
         while edge < read:  # the users before that of the event number `edge` are complete
             first = held["u"][edge - read + len(held)].as_py()
             if first > begin:
                 whole = int(np.searchsorted(held["u"].to_numpy(), first))
-                yield list(islice(names, first - begin)), _arrays(held.slice(0, whole), begin)
+                of_users, arrays = list(islice(names, first - begin)), _arrays(held.slice(0, whole), begin)
                 held, begin = held.slice(whole), first
+                yield of_users, arrays
             edge += SLICE
     yield list(names), _arrays(held, begin)
 
 
 def _arrays(events: pa.Table, first_user: int) -> dict[str, np.ndarray]:
     arrays = {name: events[name].to_numpy() for name in events.column_names}
-    return {**arrays, "u": arrays["u"].astype(np.int64) - first_user}
+    return {**arrays, "u": np.subtract(arrays["u"], first_user, dtype=np.int64)}
 
 
 def write_stages(
@@ -171,6 +180,7 @@ def write_stages(
     first: int,
     source: str,
     advance: Callable[[int], None],
+    last_use: Sequence[ir.Table] = (),
 ) -> list[dict[str, int]]:
     """Write the stages of events.
 
@@ -184,6 +194,7 @@ def write_stages(
         first: the number of the first stage to write.
         source: where the events come from, for messages.
         advance: called with the number of events written so far.
+        last_use: kept tables that only ``events`` still needs; they are dropped.
 
     Returns:
         The counts of each stage (``peso.events.histories.stage_counts``).
@@ -196,10 +207,13 @@ def write_stages(
     done = 0
     with ExitStack() as stack:
         writer = StageWriter(directory, range(first, first + stages), stack)
-        for names, part in by_user(engine, events, users, ["place"]):
-            stage_of = np.searchsorted(bounds, part["place"], side="right")
-            writer.write(slice_stages(names, part["u"], part["i"], stage_of, stages + 1)[1:])
-            done += len(stage_of)
+        for names, part in by_user(engine, events, users, ["place"], last_use):
+            done += len(part["place"])
+            # arrays are freed as soon as the next ones are made
+            stage_of = np.searchsorted(bounds, part.pop("place"), side="right")
+            stage = stage_slicer(names, part.pop("u"), part.pop("i"), stage_of, stages + 1)
+            del stage_of
+            writer.write([partial(stage, number) for number in range(1, stages + 1)])
             advance(done)
         writer.require_trainable(source)
     return writer.counts

@@ -51,18 +51,26 @@ class DuckDB(Engine):
         self.connection.execute(
             f"CREATE VIEW {name} AS SELECT *, rowid AS {identifier(number)} FROM {kept.get_name()}"
         )
+        self._numbered[name] = kept.get_name()
         return ibis.table({**kept.schema(), number: "int64"}, name=name)
 
     def drop(self, *tables: ir.Table) -> None:
         for dropped in tables:
-            self.connection.execute(f"DROP TABLE {dropped.get_name()}")
+            name = dropped.get_name()
+            if name in self._numbered:
+                self.connection.execute(f"DROP VIEW {name}")
+                name = self._numbered.pop(name)
+            self.connection.execute(f"DROP TABLE {name}")
 
     def rows(self, rows: ir.Table) -> list[tuple[Any, ...]]:
         return self.connection.execute(_sql(rows)).fetchall()
 
-    def batches(self, rows: ir.Table, size: int) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, rows: ir.Table, size: int, last_use: Sequence[ir.Table] = ()
+    ) -> Iterator[pa.RecordBatch]:
         # a table takes less memory than the result of a sort, and other queries run while it is read
         kept = self.keep("batches", rows)
+        self.drop(*last_use)
         with self.connection.cursor() as cursor:
             yield from cursor.sql(f"FROM {kept.get_name()}").to_arrow_reader(size)
         self.drop(kept)

@@ -37,6 +37,7 @@ class Engine(ABC):
     def __init__(self, connection: duckdb.DuckDBPyConnection, work: Path) -> None:
         self.connection, self.work = connection, work
         self._tables = 0
+        self._numbered: dict[str, str] = {}  # the table below, by the name of the numbered one
 
     @abstractmethod
     def take(self, name: str, schema: Mapping[str, str]) -> ir.Table:
@@ -65,15 +66,20 @@ class Engine(ABC):
 
     @abstractmethod
     def drop(self, *tables: ir.Table) -> None:
-        """Free the space of tables that :meth:`take` or :meth:`keep` returned."""
+        """Free the space of tables that :meth:`take`, :meth:`keep` or :meth:`numbered` returned."""
 
     @abstractmethod
     def rows(self, rows: ir.Table) -> list[tuple[Any, ...]]:
         """Some rows as Python values."""
 
     @abstractmethod
-    def batches(self, rows: ir.Table, size: int) -> Iterator[pa.RecordBatch]:
-        """Rows in their order, about ``size`` at a time, so that they need not all be in memory."""
+    def batches(
+        self, rows: ir.Table, size: int, last_use: Sequence[ir.Table] = ()
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows in their order, about ``size`` at a time, so that they need not all be in memory.
+
+        The tables in ``last_use`` are dropped (:meth:`drop`) as soon as the rows are computed.
+        """
 
     def row(self, rows: ir.Table) -> tuple[Any, ...]:
         """The only row, such as that of an aggregation without groups."""

@@ -55,6 +55,23 @@ def test_rows_are_read_in_parts_while_others_are_computed(engine: Engine) -> Non
     assert read == list(range(5_000))
 
 
+def test_tables_that_rows_were_computed_from_are_dropped_before_the_first_rows_are_read(
+    engine: Engine,
+) -> None:
+    _, events = events_table(engine, [0] * 3_000)
+    ordered = engine.numbered("ordered", events.order_by("place").select("i"), "n")
+    kept = engine.keep("kept", events.select("i"))
+    joined = ordered.join(kept, "i").order_by("n").select("n")
+    batches = engine.batches(joined, 1_000, last_use=[ordered, kept])
+    read = next(batches)["n"].to_pylist()
+    left = "SELECT count(*) FROM (FROM duckdb_tables() SELECT table_name UNION ALL FROM duckdb_views() "
+    left += "SELECT view_name WHERE NOT internal) WHERE table_name LIKE 'ordered%' OR table_name LIKE 'kept%'"
+    assert engine.connection.execute(left).fetchall() == [(0,)]
+    for batch in batches:
+        read += batch["n"].to_pylist()
+    assert read == list(range(3_000))
+
+
 def test_arg_min_is_the_value_at_the_smallest(engine: Engine) -> None:
     table = pa.table({"u": [1, 1, 2], "row": [7, 8, 9], "time": [5, 4, 6]})
     rows = engine.given("rows", table)
