@@ -124,6 +124,36 @@ def test_minionerec_s_rows_of_history_and_target(tmp_path: Path) -> None:
     assert [of_item(stream, item)[0] for item in "0123"] == ["Lamp, blue", "Ann's cup", "Rug", "Pen"]
 
 
+def test_dact_s_periods_with_vectors_beside_them(tmp_path: Path) -> None:
+    data = tmp_path / "Tools"
+    data.mkdir()
+    vectors = {"ItemID": [1, 2], "embedding": [[0.5, 1.0], [0.0, 1.0]]}
+    pq.write_table(pa.table(vectors), data / "item_emb_0.6_0.7.parquet")
+    (data / "item_mapping.npy").write_bytes(b"")
+    parts = {  # user: history and target in each row; the last 3 items only
+        "train_0.6": [(7, [1], 2), (7, [1, 2], 3), (8, [9], 1)],
+        "valid_0.6": [(7, [1, 2, 3], 4), (8, [9, 1], 2)],
+        "test_0.6": [(7, [2, 3, 4], 5), (8, [9, 1, 2], 3)],
+        "train_1.0": [(8, [2, 3, 5], 9)],
+        "valid_1.0": [(8, [3, 5, 9], 6)],
+        "test_1.0": [(8, [5, 9, 6], 7), (6, [1, 2], 3)],
+        "train_0.7": [(7, [3, 4, 5], 6)],
+        "valid_0.7": [(7, [4, 5, 6], 7), (8, [1, 2, 3], 4)],
+        "test_0.7": [(7, [5, 6, 7], 8), (8, [2, 3, 4], 5)],
+    }
+    for name, rows in parts.items():
+        user, history, target = map(list, zip(*rows, strict=True))
+        table = pa.table({"history": history, "target": target, "user": user})
+        pq.write_table(table, data / f"{name}.parquet")
+    # events of the periods: 9, 5 and 6, in which the parts of a period follow one another
+    (before, now, last) = histories(
+        read(tmp_path / "s", data, "sequences", stages={"fractions": [9 / 20, 5 / 20, 6 / 20]})
+    )
+    assert before == {"7": ([], [*"12345"]), "8": ([], [*"9123"])}
+    assert now == {"7": ([*"12345"], [*"678"]), "8": ([*"9123"], [*"45"])}
+    assert last == {"8": ([*"912345"], [*"967"]), "6": ([], [*"123"])}
+
+
 def test_lc_rec_s_lists_and_contents(tmp_path: Path) -> None:
     lists = {str(u): [(u + k) % 6 for k in range(10)] for u in range(3)}
     contents = {

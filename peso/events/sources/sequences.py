@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from peso.config import DataConfig
@@ -222,6 +222,7 @@ def _table(data: DataConfig) -> FileTable:
         files = [
             file for file in find_files(path, str(kind)) if ending is None or bare_suffix(file) == ending
         ]
+        files = _of_sequences(files) if kind == "parquet" else files
     elif kind is None:
         raise DataError(
             f"the format of {path} cannot be recognized from its extension; rename it to end in .csv, .tsv, "
@@ -237,10 +238,46 @@ def _table(data: DataConfig) -> FileTable:
 
 
 def in_reading_order(files: Sequence[Path]) -> list[Path]:
-    """Files in the order of their names, but those for validation and then those for testing at the end."""
+    """Files in the order of their names, but those for validation and then those for testing at the end.
 
-    def rank(file: Path) -> int:
-        words = file.name.lower().replace("_", ".").replace("-", ".").split(".")
-        return -next((place for place, names in enumerate(PARTS) if {*names} & {*words}), len(PARTS))
+    If the same parts repeat for several periods (``train_0.6``, ``test_0.6``, ``train_0.7``, ``test_0.7``),
+    this holds within each period, and the periods are in the order of the rest of the name.
+    """
+    periods: dict[tuple[tuple[int, str], ...], list[Path]] = {}
+    for file in files:
+        periods.setdefault(_period(file), []).append(file)
+    parts = [sorted(map(_part, of_period)) for of_period in periods.values()]
+    if parts and len(parts[0]) > 1 and all(part == parts[0] and len({*part}) == len(part) for part in parts):
+        return [file for period in sorted(periods) for file in sorted(periods[period], key=_part)]
+    return sorted(files, key=lambda file: (_part(file), file))
 
-    return sorted(files, key=lambda file: (rank(file), file))
+
+def _words(file: Path) -> list[str]:
+    return file.name.lower().replace("_", ".").replace("-", ".").split(".")
+
+
+def _part(file: Path) -> int:
+    """A number that is larger for a part that is read later."""
+    return -next((place for place, names in enumerate(PARTS) if {*names} & {*_words(file)}), len(PARTS))
+
+
+def _period(file: Path) -> tuple[tuple[int, str], ...]:
+    """The words of a name that say nothing of the part; numbers are ordered by value."""
+    said = {"train", "training", *chain(*PARTS)}
+    return tuple(
+        (int(word), "") if word.isdecimal() else (-1, word) for word in _words(file) if word not in said
+    )
+
+
+def _of_sequences(files: Sequence[Path]) -> list[Path]:
+    """The Parquet files of a folder without those of other things, such as DACT's vectors of items: if some
+    names say train or test, files with other columns whose names do not say this."""
+    named = [file for file in files if {"train", "training", *chain(*PARTS)} & {*_words(file)}]
+    if not named:
+        return [*files]
+    columns = _columns(named[0])
+    return [file for file in files if file in named or _columns(file) == columns]
+
+
+def _columns(file: Path) -> list[str]:
+    return [*parquet_table([file]).columns]
