@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import duckdb
 import ibis
 import pyarrow as pa
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 class DuckDB(Engine):
     """See :class:`peso.events.engines.engine.Engine`."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, work: Path) -> None:
+        super().__init__(connection, work)
+        self._numbered: dict[str, str] = {}  # the table below each numbered view
 
     def take(self, name: str, schema: Mapping[str, str]) -> ir.Table:
         return ibis.table(schema, name=name)

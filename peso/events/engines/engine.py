@@ -37,7 +37,6 @@ class Engine(ABC):
     def __init__(self, connection: duckdb.DuckDBPyConnection, work: Path) -> None:
         self.connection, self.work = connection, work
         self._tables = 0
-        self._numbered: dict[str, str] = {}  # the table below, by the name of the numbered one
 
     @abstractmethod
     def take(self, name: str, schema: Mapping[str, str]) -> ir.Table:
@@ -66,7 +65,7 @@ class Engine(ABC):
 
     @abstractmethod
     def drop(self, *tables: ir.Table) -> None:
-        """Free the space of tables that :meth:`take`, :meth:`keep` or :meth:`numbered` returned."""
+        """Free the space of tables that :meth:`take` or :meth:`keep` returned."""
 
     @abstractmethod
     def rows(self, rows: ir.Table) -> list[tuple[Any, ...]]:
@@ -78,7 +77,8 @@ class Engine(ABC):
     ) -> Iterator[pa.RecordBatch]:
         """Rows in their order, about ``size`` at a time, so that they need not all be in memory.
 
-        The tables in ``last_use`` are dropped (:meth:`drop`) as soon as the rows are computed.
+        No other rows need the tables in ``last_use``. An engine with tables in memory drops them as soon
+        as the rows are computed.
         """
 
     def row(self, rows: ir.Table) -> tuple[Any, ...]:

@@ -113,17 +113,12 @@ class Spark(Engine):
                 f"FROM {with_ids} JOIN VALUES {', '.join(starts)} AS starts(part, start) "
                 f"ON shiftright(id, {ROW_BITS}) = part"
             ).createOrReplaceTempView(name)
-        self._numbered[name] = with_ids
         return ibis.table({**rows.schema(), number: "int64"}, name=name)
 
     def drop(self, *tables: ir.Table) -> None:
         for dropped in tables:
-            name = dropped.get_name()
-            if name in self._numbered:
-                self._session.catalog.dropTempView(name)
-                name = self._numbered.pop(name)
-            self._session.catalog.dropTempView(name)
-            shutil.rmtree(self._directory(name))
+            self._session.catalog.dropTempView(dropped.get_name())
+            shutil.rmtree(self._directory(dropped.get_name()))
 
     def rows(self, rows: ir.Table) -> list[tuple[Any, ...]]:
         with _explained():
@@ -132,9 +127,9 @@ class Spark(Engine):
     def batches(
         self, rows: ir.Table, size: int, last_use: Sequence[ir.Table] = ()
     ) -> Iterator[pa.RecordBatch]:
+        # tables are files, which take no memory: `last_use` goes with the others
         name = self.new_name("batches")
         self._write(self._frame(rows), name)
-        self.drop(*last_use)
         for path in _files(self._directory(name)):
             with pq.ParquetFile(path) as file:
                 yield from file.iter_batches(size)
