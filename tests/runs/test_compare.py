@@ -1,4 +1,4 @@
-"""Many runs from one file: what they are, what they share, and that a run is the same however it was made."""
+"""A run of a comparison is the same however it was made, and whatever happens to the others."""
 
 from __future__ import annotations
 
@@ -13,287 +13,24 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from comparisons import COMMON, do, plan_of, result_files
 from event_logs import write_log
 
 from peso.config import load_config
 from peso.config.baselines import read_baseline
-from peso.errors import ConfigError, DataError, WorkspaceError
+from peso.errors import ConfigError, DataError
 from peso.runs import evaluate, pipeline, report
 from peso.runs.baselines import BaselineRun
-from peso.runs.compare.plan import Plan, make_plan
-from peso.runs.compare.progress import choose, is_done, pairs_across, progress_of, validation_loss
+from peso.runs.compare.progress import choose, pairs_across, progress_of, validation_loss
 from peso.runs.compare.results import collect, runs_by_data, write_results
 from peso.runs.compare.schedule import Schedule
-from peso.runs.compare.worker import GRACE_SECONDS, Job, OutOfTime, Reporter, work
+from peso.runs.compare.worker import GRACE_SECONDS, OutOfTime, Reporter
 from peso.runs.executors import Machine
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum, write_json
 from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # whole runs
-
-COMMON = {
-    "data": {"format": "simulate", "simulate": {"users": 80, "items": 50, "stages": 3}},
-    "backbone": "tiny",
-    "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 0.5},
-    "evaluation": {"k": [5, 10]},
-    "baselines": [],
-}
-
-
-def plan_of(root: Path, compare: dict, *overrides: str, **common: object) -> Plan:
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / "c.yaml"
-    compare = {"transfer": False, **compare}  # half of the time of these runs
-    path.write_text(yaml.safe_dump({**COMMON, **common, "compare": compare}, sort_keys=False))
-    return make_plan(path, root / "w", overrides)
-
-
-def names(plan: Plan) -> list[str]:
-    return [run.name.removeprefix("simulate/tiny/") for run in plan.runs]
-
-
-def do(task) -> None:
-    """A task with all that it needs, in this process."""
-    for need in task.needs:
-        do(need)
-    if not is_done(task):
-        Workspace.create_or_open(task.root, task.config)
-        data, base = (None if need is None else str(need.root) for need in (task.data, task.base))
-        options = None if task.baseline is None else task.baseline.model_dump(mode="json")
-        job = Job(str(task.root), task.last_stage, data, base, task.kind, options, None)
-        work(job, io.StringIO())
-
-
-def result_files(root: Path) -> dict[str, str]:
-    kept = ("adapter_model.safetensors", "vocabulary.safetensors", "model.safetensors", "predictions.parquet")
-    files = [
-        path for part in ("stages", "baselines") for path in (root / part).rglob("*") if path.name in kept
-    ]
-    return {str(path.relative_to(root)): checksum(path) for path in files}
-
-
-# -- which runs ----------------------------------------------------------------------------------------
-
-
-def test_every_strategy_comes_with_the_first_seed_before_any_with_the_second(tmp_path):
-    plan = plan_of(tmp_path, {"strategies": ["single", "paper"], "seeds": [3, 1]})
-    assert names(plan) == ["single/seed=3", "paper/seed=3", "single/seed=1", "paper/seed=1"]
-
-
-def test_a_grid_is_one_run_for_every_combination_and_each_has_its_own_directory(tmp_path):
-    grid = {"p": {"name": "peso", "weight": [0.5, 8], "reduction": ["sum", "mean"]}}
-    plan = plan_of(tmp_path, {"grid": grid})
-    assert [run.strategy for run in plan.runs] == [
-        "p[weight=0.5,reduction=sum]",
-        "p[weight=0.5,reduction=mean]",
-        "p[weight=8,reduction=sum]",
-        "p[weight=8,reduction=mean]",
-    ]
-    chosen = plan.runs[2]
-    assert (chosen.task.config.strategy.weight, chosen.task.config.strategy.reduction) == (8, "sum")
-    assert chosen.options == {"strategy.name": "peso", "strategy.weight": 8, "strategy.reduction": "sum"}
-    assert len({run.task.root for run in plan.runs}) == 4
-    assert not any(character in str(chosen.task.root) for character in "[]* ")  # nothing that a shell minds
-
-
-def test_a_strategy_may_change_keys_beside_its_own_and_leaves_the_others_runs_alone(tmp_path):
-    strategies = {
-        "plain": "single",
-        "slow": {"strategy": "single", "set": {"training.later_learning_rate_scale": 0.05}},
-        "small": {"strategy": "single", "adapter": {"rank": 2}, "set": {"adapter.alpha": 4}},
-    }
-    plain, slow, small = (run.task.config for run in plan_of(tmp_path, {"strategies": strategies}).runs)
-    assert slow.training.later_learning_rate_scale == 0.05
-    assert plain.training.later_learning_rate_scale == 0.5
-    assert slow.training.max_steps == plain.training.max_steps == 6
-    assert (small.adapter.rank, small.adapter.alpha, plain.adapter.rank) == (2, 4, 8)
-    assert small.adapter.dropout == plain.adapter.dropout
-
-
-def test_options_of_the_common_strategy_do_not_leak_into_another(tmp_path):
-    common = {"strategy": {"name": "peso", "weight": 7.0}}
-    run = plan_of(tmp_path, {"strategies": {"p": "peso"}}, **common).runs[0]
-    assert run.task.config.strategy.weight != 7.0
-
-
-def test_the_papers_preset_is_compared_at_the_common_loss_vocabulary(tmp_path):
-    paper, single = plan_of(tmp_path, {"strategies": ["paper", "single"]}).runs
-    assert paper.task.config.training == single.task.config.training
-    assert paper.task.base == single.task.base
-
-
-def test_data_sets_and_backbones_are_crossed(tmp_path):
-    smaller = {"simulate": {"users": 60, "items": 40, "stages": 2}}
-    compare = {
-        "data": {"all": {}, "few": {"format": "simulate", **smaller}},
-        "backbones": {
-            "thin": {"backbone": {"name": "tiny", "width": 16}, "training": {"epochs": 2}},
-            "t": "tiny",
-        },
-        "strategies": ["single"],
-    }
-    runs = plan_of(tmp_path, compare).runs
-    assert [(run.data, run.backbone) for run in runs] == [
-        (d, b) for d in ("all", "few") for b in ("thin", "t")
-    ]
-    assert [run.task.config.training.epochs for run in runs] == [2, 1, 2, 1]
-    assert [run.task.config.data.simulate.users for run in runs] == [80, 80, 60, 60]
-    assert len({run.task.data.root for run in runs}) == 2
-
-
-def test_stage_0_is_shared_by_all_that_would_learn_the_same_and_by_nobody_else(tmp_path):
-    strategies = {
-        "single": "single",
-        "peso": "paper",
-        "slow": {"strategy": "single", "set": {"training.later_learning_rate_scale": 0.05}},
-        "rank": {"strategy": "single", "set": {"adapter.rank": 2}},  # tiny learns stage 0 without adapter
-        "fast": {"strategy": "single", "set": {"training.learning_rate": 1e-2}},
-    }
-    shared = plan_of(tmp_path, {"strategies": strategies, "seeds": [0, 1]})
-    base = {run.name.split("/")[2:][0]: run.task.base for run in shared.runs}
-    assert base["single"] == base["peso"] == base["slow"] == base["rank"] != base["fast"]
-    assert len({run.task.base.root for run in shared.runs}) == 2
-    apart = plan_of(tmp_path, {"strategies": strategies, "seeds": [0, 1], "share_base": False})
-    assert len({run.task.base.root for run in apart.runs}) == 4
-    assert len({run.task.data.root for run in apart.runs}) == 1  # the same cases
-
-
-def test_what_is_not_random_is_run_once(tmp_path):
-    assert names(plan_of(tmp_path, {"strategies": ["none", "single"], "seeds": [0, 1]})) == [
-        "none",
-        "single/seed=0",
-        "single/seed=1",
-    ]
-    apart = plan_of(tmp_path, {"strategies": ["none"], "seeds": [0, 1], "share_base": False})
-    assert names(apart) == ["none/seed=0", "none/seed=1"]
-
-
-def test_baselines_are_run_once_where_nothing_is_drawn_and_with_each_seed_where_something_is(tmp_path):
-    baselines = ["popularity", {"name": "popularity", "last": 1}, "sasrec", "hybrid"]
-    backbones = {"a": {"backbone": {"name": "tiny", "width": 16}}, "b": "tiny"}
-    compare = {"backbones": backbones, "strategies": ["none", "single"], "seeds": [0, 1]}
-    plan = plan_of(tmp_path, {**compare, "baselines": baselines})
-    for backbone in ("a", "b"):
-        assert [run.name for run in plan.baselines if run.backbone == backbone] == [
-            f"simulate/{backbone}/baselines/{name}"
-            for name in (
-                "popularity",
-                "popularity last=1",
-                "sasrec/seed=0",
-                "sasrec/seed=1",
-                "hybrid with single/seed=0",
-                "hybrid with single/seed=1",
-            )
-        ]
-    places = {run.name: run.task.root for run in plan.baselines}
-    shared = [name for name in places if "/a/" in name and places[name] == places[name.replace("/a/", "/b/")]]
-    assert len(shared) == 4  # all but the hybrid, which has a backbone
-    assert len(set(places.values())) == 4 + 2 * 2
-    order = [run.name for run in plan.all]
-    assert order.index("simulate/b/baselines/sasrec/seed=0") < order.index("simulate/a/single/seed=1")
-
-
-def test_baselines_of_a_comparison_and_common_ones_mean_the_same(tmp_path):
-    inside = plan_of(tmp_path, {"strategies": ["single"], "baselines": ["ease"]})
-    outside = plan_of(tmp_path, {"strategies": ["single"]}, baselines=["ease"])
-    assert [run.task.root for run in inside.baselines] == [run.task.root for run in outside.baselines]
-
-
-def test_transfer_is_of_the_first_seed_of_what_is_named_and_comes_last(tmp_path):
-    compare = {
-        "strategies": ["none", "single"],
-        "grid": {"g": {"name": "peso", "weight": [1, 2]}},
-        "seeds": [4, 5],
-    }
-
-    def across(transfer: object) -> list[str]:
-        plan = plan_of(tmp_path, {**compare, "transfer": transfer})
-        assert plan.all[len(plan.all) - len(plan.transfers) :] == plan.transfers
-        return [run.name.removeprefix("simulate/tiny/") for run in plan.transfers]
-
-    assert across(True) == ["none/transfer", "single/seed=4/transfer"]
-    assert across(False) == []
-    assert across(["g"]) == ["g[weight=1]/seed=4/transfer", "g[weight=2]/seed=4/transfer"]
-    assert across(["single"]) == ["single/seed=4/transfer"]
-
-
-# -- bad input -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("compare", "words"),
-    [
-        ({"strategys": ["none"]}, ["'compare.strategys'", "'compare.strategies'"]),
-        ({}, ["compare.strategies", "compare.grid"]),
-        ({"strategies": ["none", "none"]}, ["none", "two variants"]),
-        ({"strategies": ["single"], "seeds": [1, 1]}, ["compare.seeds", "twice"]),
-        ({"strategies": ["single"], "seeds": []}, ["compare.seeds", "1"]),
-        ({"strategies": {"a/b": "single"}}, ["a/b", "letters"]),
-        ({"strategies": {"x": {"name": "pesso"}}}, ["x:", "'pesso'", "'peso'"]),
-        (
-            {"strategies": {"x": {"strategy": "single", "set": {"training.epoch": 1}}}},
-            ["x:", "'training.epochs'"],
-        ),
-        ({"strategies": {"x": {"name": "peso", "wait": 2}}}, ["x:", "'strategy.wait'"]),
-        ({"grid": {"g": {"name": "peso", "weight": []}}}, ["compare.grid.g", "empty"]),
-        ({"grid": {"g": {"name": "peso", "weight": 2}}}, ["compare.grid.g", "no option is a list"]),
-        ({"grid": {"g": {"name": "peso", "weight": [1, 1.0]}}}, ["several runs", "g[weight=1]"]),
-        ({"strategies": ["single"], "tune": {"single": {"name": "peso", "weight": [1, 2]}}}, ["single"]),
-        (
-            {"tune": {"a": {"name": "peso", "weight": [1, 2]}, "b": {"name": "peso", "weight": [1, 2, 3]}}},
-            ["more trials", "a 2", "b 3"],
-        ),
-        ({"strategies": ["single"], "workers": 0}, ["compare.workers", "0"]),
-        ({"strategies": ["single"], "transfer": ["singel"]}, ["compare.transfer", "'singel'", "single"]),
-        ({"strategies": ["single"], "hybrid_with": ["x"]}, ["compare.hybrid_with", "'x'", "single"]),
-        ({"strategies": ["single"], "baselines": ["eese"]}, ["compare.baselines", "eese"]),
-    ],
-)
-def test_a_mistake_is_named_before_anything_starts(tmp_path, compare, words):
-    with pytest.raises(ConfigError) as error:
-        plan_of(tmp_path, compare)
-    assert all(word in str(error.value) for word in words), str(error.value)
-    assert not (tmp_path / "w").exists()
-
-
-def test_a_data_set_that_is_not_there_is_named(tmp_path):
-    data = {"here": {}, "gone": {"format": "movietweetings", "path": "nowhere"}}
-    with pytest.raises(DataError, match=r"gone.*nowhere"):
-        plan_of(tmp_path, {"data": data, "strategies": ["single"]})
-
-
-def test_run_and_compare_send_each_others_files_on(tmp_path, peso):
-    plan_of(tmp_path, {"strategies": ["single"]})
-    status, _, err = peso("run", tmp_path / "c.yaml", "-w", tmp_path / "r")
-    assert status == 1
-    assert "peso compare" in err
-    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(COMMON))
-    status, _, err = peso("compare", tmp_path / "plain.yaml", "-w", tmp_path / "r")
-    assert status == 1
-    assert "peso run" in err
-    assert not (tmp_path / "r").exists()
-
-
-def test_the_workspace_of_a_single_run_is_not_taken_for_a_comparisons(tmp_path):
-    plan = plan_of(tmp_path, {"strategies": ["single"]})
-    Workspace.create_or_open(tmp_path / "w", load_config(COMMON))
-    with pytest.raises(WorkspaceError, match="one run"):
-        plan.refuse_changes()
-
-
-def test_changed_options_of_a_finished_run_are_refused(tmp_path):
-    do(plan_of(tmp_path, {"strategies": {"x": "none"}}).runs[0].task)
-    with pytest.raises(WorkspaceError, match="strategy"):
-        plan_of(tmp_path, {"strategies": {"x": "single"}}).refuse_changes()
-
-
-def test_a_budget_that_is_no_time_is_refused(tmp_path, peso):
-    plan_of(tmp_path, {"strategies": ["single"]})
-    for budget, words in (("soon", "90m"), ("10", "90m"), ("1d", "90m"), ("", "--budget is empty")):
-        status, _, err = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--budget", budget)
-        assert status == 2
-        assert words in err
 
 
 # -- one run -------------------------------------------------------------------------------------------
@@ -431,8 +168,7 @@ def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_
         assert row["validation_loss"] == min(metrics["training"]["validation_losses"])
 
 
-def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("peso.evaluation.report.page.files", lambda plot: {})  # half of a report's time
+def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_killed(tmp_path, forked_tasks):
     quick = {"two_tower": {"epochs": 1}}
     baselines = [{"name": "two-tower", "epochs": 1}, {"name": "hybrid", **quick}]
     plan = plan_of(tmp_path, {"strategies": ["single"], "baselines": baselines, "transfer": True})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_compare import do, plan_of, result_files
+from comparisons import do, plan_of, result_files
 
 from peso.config.compare import load_comparison
 from peso.config.executors import DaskConfig, RayConfig, SlurmConfig

@@ -10,12 +10,13 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import small_runs
 from safetensors.torch import load_file
 
 from peso.config import load_config
 from peso.errors import WorkspaceError
 from peso.items.ids_by_stage import IdsByStage
-from peso.runs import learn, pipeline, preparation
+from peso.runs import learn, preparation
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 from peso.runtime.progress import Silent
@@ -34,10 +35,7 @@ TREE = {
 
 
 def run(root: Path, *overrides: str, base: Path | None = None, **sections: object) -> Workspace:
-    workspace = Workspace.create_or_open(root, load_config({**TREE, **sections}, overrides))
-    with workspace.lock():
-        pipeline.run(workspace, base=base)
-    return workspace
+    return small_runs.run(Workspace.create_or_open(root, load_config({**TREE, **sections}, overrides)), base)
 
 
 @pytest.fixture(scope="module")

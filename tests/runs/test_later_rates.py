@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 
 from peso.config import load_config
 from peso.config.shape import stage_shape
 from peso.errors import ConfigError
-from peso.runs import pipeline
 from peso.runs.phases import training_of
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
@@ -59,9 +59,7 @@ class Heard(Silent):
 
 def run(root: Path, strategy: Any, *overrides: str, base: Path | None = None, **heard: Any) -> Workspace:
     workspace = Workspace.create_or_open(root, load_config({**TREE, "strategy": strategy}, overrides))
-    with workspace.lock():
-        pipeline.run(workspace, base=base, **heard)
-    return workspace
+    return small_runs.run(workspace, base, **heard)
 
 
 @pytest.fixture(scope="module")

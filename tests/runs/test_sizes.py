@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from comparisons import do, plan_of
 from event_logs import write_log
 from small_runs import Notes
-from test_compare import do, plan_of
 
 from peso.config import load_config
 from peso.config.recipe import FEWEST
