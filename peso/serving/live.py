@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from peso.serving.remembered import RememberedAnswers
 from peso.serving.snapshot import Snapshot, identity
 
 INTERVAL = 0.5  # seconds between two checks of the workspace
-AGAIN = 30.0  # seconds until loading a stage is tried again after a failure
+AGAIN = 30.0  # seconds until loading a stage is tried again after a failure, if nothing changes
 
 
 class LiveStage:
@@ -184,16 +185,16 @@ class LiveStage:
         return tuple(file_state(self.root / name) for name in names)
 
     def _watch(self) -> None:
-        pause = 0.0
+        pause, again = 0.0, 0.0
         while not self._stopping.wait(pause):
             pause = INTERVAL
             fingerprint = self._fingerprint()
-            if fingerprint == self._seen and self.problem is None:
+            if fingerprint == self._seen and (self.problem is None or time.monotonic() < again):
                 continue
             try:
                 self.refresh()
             except Exception as error:  # any error: the old stage continues to serve
-                pause = AGAIN if fingerprint == self._seen else INTERVAL
+                again = time.monotonic() + (AGAIN if fingerprint == self._seen else 0.0)
                 self._seen = fingerprint
                 if self.problem != str(error) and self._on_problem is not None:
                     self._on_problem(str(error))
