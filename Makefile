@@ -19,17 +19,20 @@ demo: install
 	@echo "peso is installed in $(VENV): call $(BIN)/peso, or run 'source $(BIN)/activate' once and call peso"
 
 # two processes of one thread each: what a laptop has, and what the time limits of the tests are meant for.
-# Each begins with one half of the tests, so that what a file's tests share is made once
+# Each begins with one half of the tests, so that what a file's tests share is made once. Bytecode is kept even where
+# the environment says otherwise: tests start many processes
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) --dist worksteal
 
 # the subset for daily use; a file's tests stay together, so that what they share is made once
 quick: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not fuzz'
+	$(PYTEST) --dist loadfile -m 'not slow and not fuzz'
 
 # random damage to logs and workspaces
 fuzz: install
-	PESO_FUZZ_SECONDS=$${PESO_FUZZ_SECONDS:-3600} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m fuzz
+	PESO_FUZZ_SECONDS=$${PESO_FUZZ_SECONDS:-3600} $(PYTEST) --dist loadfile -m fuzz
 
 lint: install
 	$(BIN)/ruff check .
