@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.predictions import Predictions
+from peso.items.names import ItemNames
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,16 @@ class RunSummary:
     item_head: bool = False
     contains_model: bool = False
     verdicts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def named(self, names: ItemNames) -> RunSummary:
+        """The same run with other names of renamed items."""
+        if not names:
+            return self
+        stages = {
+            t: replace(stage, predictions=stage.predictions.named(names)) for t, stage in self.stages.items()
+        }
+        across = {key: predictions.named(names) for key, predictions in self.across.items()}
+        return replace(self, stages=stages, across=across)
 
 
 UNTOLD = ("seed", "report", "gate")  # keys in which the configurations of one system may differ

@@ -29,7 +29,7 @@ class ItemNames:
     stored: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.current)
+        return bool(self.current or self.stored)
 
     def in_files(self, item: str) -> str:
         """The stored id of an item that is given by any of its names."""
@@ -39,6 +39,16 @@ class ItemNames:
         """The current name of an item that is given by any of its names."""
         stored = self.stored.get(item, item)
         return self.current.get(stored, stored)
+
+    def after(self, other: ItemNames) -> ItemNames:
+        """These names for items that are given by any name that they have or had in another workspace.
+
+        >>> other = ItemNames({"a": "c", "d": "e"}, {"c": "a", "e": "d"})
+        >>> names = ItemNames({"a": "b"}, {"b": "a"}).after(other)
+        >>> [names.now(item) for item in ("b", "c", "e")]
+        ['b', 'b', 'd']
+        """
+        return ItemNames(self.current, {**self.stored, **other.stored})
 
     def former(self, items: Iterable[str]) -> dict[str, str]:
         """Those of the items that are given by a former name, with their current names."""

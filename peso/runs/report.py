@@ -80,6 +80,8 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
     stages that were tested. Static variants of default baselines are left out. A baseline without all stages
     counts as unfinished."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
+    first = workspaces[0].names
+    runs = [run.named(first.after(each.names)) for run, each in zip(runs, workspaces, strict=True)]
     static = {f"{baseline_label(config)} (static)" for config in default_baselines()}
     found = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
     found = [run for run in found if run.name not in static]

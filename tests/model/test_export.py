@@ -139,6 +139,11 @@ def exported(tmp_path_factory) -> dict:
             export(model, target)
             models[name, form] = model
             tasks[name, form] = {"folder": str(target), "form": form, "ids": ids, "text": text}
+    whole = build_model(BackboneConfig(name="tiny"), PromptConfig(), None, "full", CATALOGUE, seed=0).eval()
+    export_merged(whole, folder / "whole")
+    ids, text = prompt_of(whole, [1, 2])
+    models["whole", "merged"] = whole
+    tasks["whole", "merged"] = {"folder": str(folder / "whole"), "form": "merged", "ids": ids, "text": text}
     read = read_elsewhere(list(tasks.values()), folder)
     return {key: (models[key], task, read[task["folder"]]) for key, task in tasks.items()}
 
@@ -229,13 +234,9 @@ def test_merged_into_a_bfloat16_backbone_a_small_update_is_not_lost(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_backbone_trained_whole_is_exported_merged_only(tmp_path: Path) -> None:
-    config = BackboneConfig(name="tiny")
-    model = build_model(config, PromptConfig(), None, "full", CATALOGUE, seed=0).eval()
-    export_merged(model, tmp_path / "merged")
-    ids, text = prompt_of(model, [1, 2])
-    task = {"folder": str(tmp_path / "merged"), "form": "merged", "ids": ids, "text": text}
-    agrees(model, task, read_elsewhere([task], tmp_path)[task["folder"]])
+def test_a_backbone_trained_whole_is_exported_merged_only(exported: dict, tmp_path: Path) -> None:
+    model, task, read = exported["whole", "merged"]
+    agrees(model, task, read)
     with pytest.raises(ExportError, match=r"no adapter.* --format merged"):
         export_peft(model, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
@@ -304,20 +305,20 @@ def test_generation_is_greedy_and_ends_where_the_layout_ends(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["stream", "instruct"])
-def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(layout: str, tmp_path: Path) -> None:
+def test_smollm2_elsewhere_gives_our_logits_and_reads_our_prompts(tmp_path: Path) -> None:
     try:
         assets.pull("smollm2-135m")
     except AssetError as error:
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
-    model = trained(BackboneConfig(name="smollm2-135m", layers=2), layout)
-    ids, text = prompt_of(model, [3, 17, 4])
-    tasks = []
-    for form, export in (("merged", export_merged), ("peft", export_peft)):
+    models, tasks = [], []
+    for layout, form, export in (("stream", "merged", export_merged), ("instruct", "peft", export_peft)):
+        model = trained(BackboneConfig(name="smollm2-135m", layers=1), layout)
+        ids, text = prompt_of(model, [3, 17, 4])
         export(model, tmp_path / form)
+        models.append(model)
         tasks.append({"folder": str(tmp_path / form), "form": form, "ids": ids, "text": text})
     read = read_elsewhere(tasks, tmp_path)
-    for task in tasks:
+    for model, task in zip(models, tasks, strict=True):
         agrees(model, task, read[task["folder"]])
 
 

@@ -187,7 +187,7 @@ def test_rare_users_and_items_wait_until_they_are_not(
     assert whole_history(shop, "new") == ["i1", "i2"]
     made = cut(shop)
     assert made.stage is None
-    assert made.why.startswith("no user has the three events that a stage needs")
+    assert made.why.startswith("no user has enough events yet")
     receive(shop, sent("new", "i3", 60))
     assert cut(shop).events == 3
     assert whole_history(shop, "new") == ["i1", "i2", "i3"]

@@ -166,7 +166,7 @@ def test_without_the_log_the_order_is_that_of_the_stages_and_is_told(shop: Works
     data = shop.config.data.model_copy(update={"path": str(tmp_path / "gone.csv")})
     shop.config = shop.config.model_copy(update={"data": data})
     (note,) = join(shop, ("u1", "u2"))
-    assert "the logs do not have the times of all events of 1 merged users" in note
+    assert "the logs no longer have the times of all events of 1 merged users" in note
     parts = [stage[user][1] for stage in stages for user in ("u1", "u2") if user in stage]
     assert history(shop, "u1") == [item for part in parts for item in part]
     append(shop, tmp_path, [("new", item, time) for _, item, time in NEW[:4]])

@@ -14,6 +14,7 @@ from small_runs import trained
 from peso import Recommender
 from peso.config import load_config
 from peso.errors import DataError, UsageError, WorkspaceError
+from peso.evaluation.comparison import Comparison
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.runs import preparation
 from peso.runs import rename as renaming
@@ -23,6 +24,7 @@ from peso.runs.names import item_names, renamings
 from peso.runs.pairs import read_pairs
 from peso.runs.place import NAMES
 from peso.runs.rename import rename
+from peso.runs.report import runs_of
 from peso.runs.retired import restore, retire, retired
 from peso.runs.undo import last_step, undo
 from peso.runs.user_histories import UserHistories
@@ -360,6 +362,21 @@ def test_the_next_answer_has_the_new_name_and_understands_the_old_one(
     retire(workspace, [before[0][0]])
     left = recommender.recommend(now, k=len(ids) - 1, exclude_seen=False)
     assert [item for item, _ in left] == [item for item, _ in wanted[1:]]
+
+
+@pytest.mark.slow
+def test_a_report_matches_items_that_one_workspace_has_renamed(workspace: Workspace, tmp_path: Path) -> None:
+    other = Workspace.open(shutil.copytree(workspace.root, tmp_path / "other"))
+    target, kept = [*dict.fromkeys(workspace.trained().predictions.targets)][:2]
+    rename(other, [(target, "other"), (kept, "aside")])
+    rename(workspace, [(target, "mine")])
+    for both in ([workspace, other], [other, workspace]):
+        first, second, *_ = runs_of(both)
+        assert Comparison([first, second], [5]).same_cases
+        for number, stage in first.stages.items():
+            assert second.stages[number].predictions.items == stage.predictions.items
+        targets = second.stages[workspace.trained().number].predictions.targets
+        assert {both[0].names.now(target), both[0].names.now(kept)} <= {*targets}
 
 
 @pytest.mark.slow
