@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,17 @@ os.environ["NUMBA_DISABLE_JIT"] = "1"
 # no test depends on how fast the machine is
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """Full collections of garbage, which servers ask for at every new stage, pass over what imports made."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries check at exit that nothing of theirs is left
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PESO_DATA", ROOT.parent / "shared" / "data"))
