@@ -77,11 +77,14 @@ def results(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]
 
 def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
     """The summary of each workspace, then of popularity and the baselines of the first workspace, on the
-    stages that were tested. Static variants of default baselines are left out. A baseline without all stages
-    counts as unfinished."""
+    stages that were tested. Renamed items have their names in the first workspace. Static variants of default
+    baselines are left out. A baseline without all stages counts as unfinished."""
     runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
-    first = workspaces[0].names
-    runs = [run.named(first.after(each.names)) for run, each in zip(runs, workspaces, strict=True)]
+    first, ids = workspaces[0], workspaces[0].stream.item_ids
+    runs = [
+        run.named(first.names.after(each.names)) if of_one_log(ids, each.stream.item_ids) else run
+        for run, each in zip(runs, workspaces, strict=True)
+    ]
     static = {f"{baseline_label(config)} (static)" for config in default_baselines()}
     found = baseline_summaries(workspaces[0], found_baselines(workspaces[0]))
     found = [run for run in found if run.name not in static]
@@ -94,6 +97,16 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
         for run in found
     ]
     return [replace(runs[0], catalogue=catalogue(workspaces[0])), *runs[1:], *baselines]
+
+
+def of_one_log(ids: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether the items of two streams are of one log, of which one stream may have more stages.
+
+    >>> of_one_log(["a", "b"], ["a", "b", "c"]), of_one_log(["a", "b"], ["a", "c"])
+    (True, False)
+    """
+    common = min(len(ids), len(others))
+    return ids[:common] == others[:common]
 
 
 def summarise(workspace: Workspace, name: str) -> RunSummary:

@@ -18,7 +18,7 @@ def test_results_whose_workspaces_are_elsewhere_are_refused(tmp_path: Path) -> N
         pa.Table.from_pylist([row | {"workspace": "runs/games/single"}]), tmp_path / "results.parquet"
     )
     with pytest.raises(
-        WorkspaceError, match="names the workspace runs/games/single, which does not exist here"
+        WorkspaceError, match="names the workspace runs/games/single, which does not exist in this directory"
     ):
         runs_by_data(tmp_path, print)
 

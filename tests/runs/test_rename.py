@@ -16,7 +16,7 @@ from peso.config import load_config
 from peso.errors import DataError, UsageError, WorkspaceError
 from peso.evaluation.comparison import Comparison
 from peso.events.received import ReceivedEvent, ReceivedEvents
-from peso.runs import preparation
+from peso.runs import preparation, report
 from peso.runs import rename as renaming
 from peso.runs.baselines import BaselineRun, run_baselines
 from peso.runs.intake import cut_received
@@ -377,6 +377,20 @@ def test_a_report_matches_items_that_one_workspace_has_renamed(workspace: Worksp
             assert second.stages[number].predictions.items == stage.predictions.items
         targets = second.stages[workspace.trained().number].predictions.targets
         assert {both[0].names.now(target), both[0].names.now(kept)} <= {*targets}
+
+
+@pytest.mark.slow
+def test_a_report_leaves_items_of_another_log_their_names(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Workspace.open(shutil.copytree(workspace.root, tmp_path / "other"))
+    target = workspace.trained().predictions.targets[0]
+    rename(other, [(target, "other")])
+    rename(workspace, [(target, "mine")])
+    for of_one_log, name in ((True, "mine"), (False, "other")):
+        monkeypatch.setattr(report, "of_one_log", lambda *_, same=of_one_log: same)
+        second = runs_of([workspace, other])[1]
+        assert {*second.stages[other.trained().number].predictions.targets} & {"mine", "other"} == {name}
 
 
 @pytest.mark.slow

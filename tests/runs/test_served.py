@@ -24,17 +24,6 @@ pytestmark = pytest.mark.slow
 Call = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def root(every_file: Path, tmp_path: Path) -> Path:
-    """Three trained stages."""
-    return shutil.copytree(every_file, tmp_path / "w")
-
-
-@pytest.fixture
-def workspace(root: Path) -> Workspace:
-    return Workspace.open(root)
-
-
 def files(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): checksum(path) for path in root.rglob("*") if path.is_file()}
 

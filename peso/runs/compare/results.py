@@ -178,8 +178,9 @@ def runs_by_data(directory: Path, note: Callable[[str], None]) -> dict[str, list
             name = f"{row['strategy']}/seed={row['seed']}"
             if not Path(row["workspace"]).is_dir():
                 raise WorkspaceError(
-                    f"{path} names the workspace {row['workspace']}, which does not exist here; call this "
-                    "in the directory in which `peso compare` was called, or call that again"
+                    f"{path} names the workspace {row['workspace']}, which does not exist in this "
+                    "directory; change to the directory in which `peso compare` ran, or repeat it with "
+                    "--report-only"
                 )
             summary = report.summarise(Workspace.open(row["workspace"]), name)
             of_data[row["workspace"]] = replace(summary, strategy=row["strategy"], seed=row["seed"])
