@@ -17,7 +17,7 @@ import duckdb
 
 from peso.errors import DataError, WorkspaceError
 
-MEMORY = "2GB"  # Python, Arrow and NumPy need about 0.5 GB more
+MEMORY = "1.5GB"  # Python, Arrow and NumPy need about 0.5 GB more
 WORK = ".ingest"  # the temporary folder
 THREADS = 4  # the maximum, because each thread has its own buffers
 

@@ -99,6 +99,23 @@ def test_stage_0_is_shared_by_all_that_would_learn_the_same_and_by_nobody_else(t
     assert len({run.task.data.root for run in apart.runs}) == 1  # the same cases
 
 
+def test_content_vectors_are_kept_for_the_runs_that_use_them(tmp_path):
+    with_contents = {"strategy": "single", "set": {"head.contents": True}}
+    plan = plan_of(
+        tmp_path, {"strategies": {"single": "single", "contents": with_contents}}, head={"name": "items"}
+    )
+    plan.check()
+    made = []
+    for run in plan.runs:
+        assert run.task.data is not None
+        do(run.task.data)
+        made.append(Workspace(run.task.data.root, run.task.data.config).semantic_ids)
+    without, kept = made
+    assert without.contents is None
+    assert kept.required_contents.any()
+    assert (without.codes == kept.codes).all()
+
+
 def test_what_is_not_random_is_run_once(tmp_path):
     assert names(plan_of(tmp_path, {"strategies": ["none", "single"], "seeds": [0, 1]})) == [
         "none",
