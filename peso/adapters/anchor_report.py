@@ -17,7 +17,7 @@ import torch
 from peso.adapters.groups import Group, check_same_groups, layouts, placement, shapes, stack_anchors
 from peso.adapters.proximal.metrics import SoftmaxMetric, second_order, softmax_kl
 
-NO_EFFECT = 0.01  # below this share of the loss's gradient, a penalty is lost in the noise between batches
+NO_EFFECT = 0.01  # a penalty with less than this share of the loss's gradient is smaller than batch noise
 SUGGESTED = 0.7  # the strength that a finding suggests
 QUARTERS = 4
 CHECKED_AFTER = 0.1  # the share of a stage's steps after which the monitor reports

@@ -1,8 +1,8 @@
-"""The directions q of an adapter with the most support in the data relative to their cost, Σq = ρHq, from a
-sample.
+"""The directions in which the data pull an adapter most strongly, relative to the curvature of a penalty.
 
-Σ is the second moment of the data's gradients, and H is the Hessian of a proximal term at its anchor.
-Everything is float64, and no tensor is larger than the sample (examples × values).
+They are the generalized eigenvectors q of Σq = ρHq, estimated from a sample; ρ is the support of q. Σ is the
+second moment of the data's gradients, and H is the Hessian of a proximal term at its anchor. Everything is
+float64, and no tensor is larger than the sample (examples × values).
 
 Σ = (tokens/n) Σ_i g_i g_iᵀ has at most rank n, so its eigendirections are in the span of H⁺g_1 … H⁺g_n, and
 the eigenproblem has the size of the number of examples instead of the number of values:
@@ -38,7 +38,7 @@ ON_CPU = (torch.device("cpu"), torch.float32)
 
 @dataclass(frozen=True)
 class Directions:
-    """The strongest directions of a sample.
+    """The strongest directions of a sample, those with the most support.
 
     Attributes:
         support: ρ (k,), descending. It is measured on the sample, so the first values are too large.

@@ -1,6 +1,6 @@
 """A LoRA layer as one operation with its own backward pass, for training.
 
-PEFT uses ten operations per layer, and autograd stores and rescales their intermediate results:
+PEFT computes a layer with ten operations, and autograd stores and rescales their intermediate results:
 
     y = W x + b + B A drop(x) · alpha / rank [+ D C x · scale, of a second, frozen adapter]
 
@@ -229,8 +229,8 @@ def _adapters(layer: Linear) -> list[str]:
 
 
 def _frozen_beside(layer: Linear, name: str) -> bool:
-    """Whether an adapter can be the second one: it has no dropout, and its B is frozen. A may be trained, for
-    the magnitudes of past adapters."""
+    """Whether an adapter can be the second one: it has no dropout, and its B is frozen. Its A may be trained,
+    because it contains the magnitudes of past adapters."""
     return isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_B[name].weight.requires_grad
 
 

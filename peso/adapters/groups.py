@@ -66,6 +66,7 @@ def find_groups(source: Source, adapter: str | None = None) -> list[Group]:
     Raises:
         TrainingError: there is no LoRA layer or no such adapter, several adapters are active, or a tensor is
             empty.
+        TypeError: the source is neither a model nor a list of models and tensors.
     """
     if isinstance(source, list) and source and all(isinstance(part, Group) for part in source):
         return list(source)  # this happens in every step, so nothing else is checked
@@ -165,7 +166,7 @@ def _parts(source: Source) -> list[nn.Module | Tensor | Group]:
         return [source]
     parts = [] if isinstance(source, Tensor) else list(source)
     if not parts or not all(isinstance(part, Tensor | nn.Module | Group) for part in parts):
-        raise TypeError(f"expected a model or a list of tensors, got {type(source).__name__}")
+        raise TypeError(f"expected a model or a list of models and tensors, got {type(source).__name__}")
     return parts
 
 
@@ -321,14 +322,14 @@ class Stack:
             yield number, part.contiguous()
 
     def lay_out(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The same as :meth:`gather` in one operation and in the precision of the stack. The next call
+        """The same as :meth:`gather`, in one operation and in the precision of the stack. The next call
         overwrites the result."""
         rows, numbers, views = self._laid_out()
         torch._foreach_copy_(views, [tensors[number] for number in numbers])
         return rows
 
     def put_back(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with the values in the memory of :meth:`lay_out`."""
+        """Overwrite the tensors with the values in the matrix that :meth:`lay_out` returned."""
         _, numbers, views = self._laid_out()
         torch._foreach_copy_([tensors[number] for number in numbers], views)
 
@@ -338,7 +339,7 @@ class Stack:
         return self.lay_out(tensors) - self.anchor
 
     def _laid_out(self) -> tuple[Tensor, list[int], list[Tensor]]:
-        """A matrix, with the index and the view of each tensor in it. It is created once."""
+        """A matrix for the groups, created once, with the index of each tensor and its view of the matrix."""
         if self._buffer is None:
             rows = torch.empty_like(self.anchor)
             columns = rows.split([part.width for part in self.layouts[0]], dim=-1)
@@ -359,7 +360,7 @@ def stack_anchors(
 
     Args:
         anchors: the anchor of each tensor.
-        layouts: the groups.
+        layouts: the groups, see :func:`layouts`.
         places: the placement of each tensor. Groups of several tensors are computed on the device of the
             first tensor, in the highest precision.
     """

@@ -49,8 +49,11 @@ def add_adapter(
             and B.
         seed: the seed of A.
 
+    Returns:
+        The PEFT model around ``causal_lm``, in the same mode (training or evaluation).
+
     Raises:
-        BackboneError: the backbone does not have a target; the message lists its layers.
+        BackboneError: the backbone has no layer with one of these names; the message lists its layers.
     """
     linear = _linear_layers(causal_lm)
     missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
@@ -65,7 +68,7 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=list(targets),
         # GPT-2's layers have transposed weights
-        fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in linear),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -124,12 +127,18 @@ def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
 def load_adapter(peft_model: PeftModel, directory: str | Path) -> None:
     """Load the values of a saved adapter with the same shape into ``peft_model``.
 
+    Args:
+        peft_model: the model, whose adapter has the rank, alpha and targets of the configuration.
+        directory: the directory of the two files.
+
     Raises:
-        WorkspaceError: files are missing or damaged, or the adapter has another rank, scale or targets.
+        WorkspaceError: files are missing or damaged, or the adapter has another rank, alpha or targets.
     """
     folder = Path(directory)
     try:
         stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"{CONFIG} is not a JSON object")
         state = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise WorkspaceError(
@@ -144,11 +153,15 @@ def load_adapter(peft_model: PeftModel, directory: str | Path) -> None:
     for key in ("r", "lora_alpha", "target_modules"):
         if stored.get(key) != config[key]:
             raise WorkspaceError(
-                f"the adapter in {folder} has {key} {stored.get(key)}, but the configuration {config[key]}"
+                f"the adapter in {folder} has {key} {stored.get(key)}, but the configuration has "
+                f"{config[key]}; restore that value, or train the stage again"
             )
     expected = {name: tensor.shape for name, tensor in adapter_state(peft_model).items()}
     if expected != {name: tensor.shape for name, tensor in state.items()}:
-        raise WorkspaceError(f"the adapter in {folder} was made for another backbone, with other layers")
+        raise WorkspaceError(
+            f"the adapter in {folder} was trained for another backbone, with other layers; restore "
+            "backbone.name and backbone.layers, or train the stage again"
+        )
     set_peft_model_state_dict(peft_model, state)
 
 
@@ -167,6 +180,7 @@ def _as_json(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _linear_layers(causal_lm: Any) -> dict[str, nn.Module]:
+    """The linear layers of a causal LM by name, without its output head."""
     head = causal_lm.get_output_embeddings()
     return {
         name: module
@@ -175,14 +189,14 @@ def _linear_layers(causal_lm: Any) -> dict[str, nn.Module]:
     }
 
 
-TRAINED = "default"
+TRAINED = "default"  # PEFT's name of the adapter that is trained
 
 
 @dataclass(frozen=True)
 class Past:
-    """Low-rank changes of the weights of modules, with several adapters concatenated along the rank:
+    """Frozen adapters of earlier stages, concatenated along the rank. The weight of a module changes by
 
-        change of a module's weight = Σ_i magnitudes_i · up_i · down_i
+        Σ_i magnitudes_i · up_i · down_i
 
     Attributes:
         down: for each module, A, float32 (Σ ranks, in).
@@ -199,6 +213,7 @@ class Past:
 
     @property
     def rank(self) -> int:
+        """The sum of the ranks."""
         return sum(self.ranks)
 
     def __add__(self, other: Past) -> Past:
@@ -275,7 +290,7 @@ def read_adapter(backbone: nn.Module) -> Past:
 
 @torch.no_grad()
 def put_adapter(backbone: nn.Module, adapter: Past) -> None:
-    """Set the trained adapter to the values of :func:`read_adapter`."""
+    """Set A and B of the trained adapter to values that :func:`read_adapter` returned."""
     for name, layer in lora_layers(backbone).items():
         layer.lora_A[TRAINED].weight.copy_(adapter.down[name])
         layer.lora_B[TRAINED].weight.copy_(adapter.up[name])
@@ -289,8 +304,9 @@ def start_new_adapter(
 
     Args:
         backbone: the model.
-        memory: has the earlier adapters (:meth:`Past.state`), if any; the trained one is added to them.
-        seed: of the new adapter.
+        memory: the tensors of the earlier adapters (:meth:`Past.state`), if there are any. The trained
+            adapter is added to them.
+        seed: the seed of the new adapter.
 
     Returns:
         All frozen adapters; None if there are none, because the trained one has no effect (B is zero).

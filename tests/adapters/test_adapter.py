@@ -138,6 +138,14 @@ def test_a_missing_or_truncated_file_is_an_error(name: str, tmp_path: Path) -> N
         load_adapter(adapted(), tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "1", "null"])
+def test_a_configuration_that_is_not_an_object_is_damaged(content: str, tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(WorkspaceError, match="damaged"):
+        load_adapter(adapted(), tmp_path)
+
+
 def test_the_configuration_names_no_place_on_this_machine(tmp_path: Path) -> None:
     from peso.model.backbone import load_backbone
 

@@ -131,7 +131,7 @@ def test_an_empty_tensor_is_an_error() -> None:
 
 @pytest.mark.parametrize("source", [torch.zeros(3, 4), [], {"a": torch.zeros(3)}])
 def test_what_is_neither_model_nor_list_of_tensors_is_refused(source: object) -> None:
-    with pytest.raises(TypeError, match="a model or a list of tensors"):
+    with pytest.raises(TypeError, match="a model or a list of models and tensors"):
         peso.SoftmaxKL().anchor(source)  # type: ignore[arg-type]
 
 

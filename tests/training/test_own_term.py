@@ -96,6 +96,7 @@ def test_its_name_is_known_once_it_is_imported(documented: dict[str, Any]) -> No
     [
         ("no_such_module.Term", "cannot be imported.*No module named 'no_such_module'.*PYTHONPATH"),
         ("fractions.Nothing", "cannot be imported"),
+        (".fractions.Fraction", "cannot be imported"),
         ("fractions.Fraction", r"is not a subclass of peso\.adapters\.proximal\.Term"),
     ],
 )

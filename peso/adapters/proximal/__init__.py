@@ -80,9 +80,10 @@ def find_term(name: str) -> type[Term]:
             f"{name!r} is not a proximal term; use one of {', '.join(TERMS.names())}, or any class that "
             "Python can import, such as my_package.my_term.MyTerm"
         ) from None
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a name that begins with a dot
         raise ConfigError(
-            f"{name} cannot be imported ({error}); use a class that Python can import from here (PYTHONPATH)"
+            f"{name} cannot be imported ({error}); use a class that Python can import, such as "
+            "my_package.my_term.MyTerm, and add its folder to PYTHONPATH if necessary"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise ConfigError(f"{name} is not a subclass of peso.adapters.proximal.Term")

@@ -34,7 +34,8 @@ from peso.errors import TrainingError
 # about 1e-6 in float32.
 SERIES = 0.1
 COEFFICIENTS = (1 / 840, 1 / 144, 1 / 30, 1 / 8, 1 / 3, 1 / 2)
-# Up to these, ℓ − KL does not cancel: KL is at most about the standard deviation of ℓ under s.
+# Up to this KL, and this largest |ℓ|, ℓ − KL does not cancel: KL is at most about the standard deviation of ℓ
+# under s.
 FLAT_KL, FLAT_RATIO = 0.5, 2.0
 
 LEAST_TEMPERATURE = 1e-2
@@ -213,6 +214,7 @@ class Hessian:
         return replace(self, weights=weights, scale=scale)
 
     def of_groups(self, place: slice) -> Hessian:
+        """The Hessian of some of the groups. ``scale`` must be a tensor, as after :meth:`double`."""
         assert isinstance(self.scale, Tensor)
         return replace(self, weights=self.weights[place], scale=self.scale[place])
 
@@ -267,6 +269,7 @@ class SoftmaxMetric:
 
     @classmethod
     def of(cls, anchor: Tensor, temperature: float | str) -> SoftmaxMetric:
+        """The metric around an anchor (groups, n), with a temperature or ``auto``."""
         tau = automatic_temperature(anchor) if isinstance(temperature, str) else float(temperature)
         return cls(Prior.of(anchor, tau), tau)
 

@@ -20,7 +20,7 @@ class Orthogonal(Term):
 
     This is the penalty of O-LoRA (Wang et al. 2023, arXiv 2310.14152), applied to the single evolving adapter
     as in the ablation of PESO (arXiv 2510.25093). In O-LoRA, Â is not normalized and belongs to another,
-    frozen adapter. The penalty is not a distance to the anchor: it is not 0 there, and its gradient points
+    frozen adapter. The penalty is not a distance to the anchor: it is not 0 there, and it pushes the adapter
     away from it. It affects only A, not B or tensors outside of LoRA modules. It has no decoupled form.
 
     Args:

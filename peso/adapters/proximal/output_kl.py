@@ -103,8 +103,16 @@ class OutputKL(Term):
             self.detach()
 
     def attach(self, source: Source, mask: Tensor | None = None) -> None:
-        """Watch forward passes until :meth:`detach`, for loops in which :meth:`watch` cannot be used."""
+        """Watch forward passes until :meth:`detach`, for loops in which :meth:`watch` cannot be used.
 
+        Args:
+            source: the model.
+            mask: see :meth:`watch`.
+
+        Raises:
+            TrainingError: there is no anchor, the adapter is a different one, or the model uses gradient
+                checkpointing.
+        """
         from peso.adapters.proximal.gradients import output_kl
 
         def observe(module: str, weights: Pair, anchors: Pair, x: Tensor, scaling: float) -> None:

@@ -22,8 +22,9 @@ class ReleasedL2(DistanceTerm):
 
     Args:
         weight: λ, by default 2.0, as for the paper's term.
-        reduction: by default ``mean``, as in the released code. ``sum`` does not divide by the modules.
-        adapter, coupling, groups: see :class:`~peso.adapters.proximal.term.Term` and
+        reduction: by default ``mean``, as in the released code. ``sum`` does not divide by the number of
+            modules.
+        adapter, strength, coupling, groups: see :class:`~peso.adapters.proximal.term.Term` and
             :class:`~peso.adapters.proximal.term.DistanceTerm`.
     """
 

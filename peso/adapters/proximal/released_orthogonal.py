@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 
 class ReleasedOrthogonal(Term):
-    """λ · Σ_modules (‖A·Âᵀ‖_F² + ‖Bᵀ·B̂‖_F²) / modules: the ablation "orthogonal" as the authors' code has it.
+    """λ · Σ_modules (‖A·Âᵀ‖_F² + ‖Bᵀ·B̂‖_F²) / modules: the ablation "orthogonal" as the authors' code
+    computes it.
 
-    Beside :class:`Orthogonal`, the rows of the anchor's Â are not normalized, and B is penalized, too. The
-    penalty is not a distance to the anchor: it is not 0 there, and its gradient points to zero and not to the
-    anchor. B of a new adapter is 0, and so is its part then. The term takes a weight and no strength, and has
-    no decoupled form.
+    Unlike in :class:`Orthogonal`, the rows of the anchor's Â are not normalized, and B is penalized, too. The
+    penalty is not a distance to the anchor: it is not 0 there, and it pulls the adapter toward zero, not
+    toward the anchor. B of a new adapter is 0, so the part of B is then 0, too. The term takes a weight and
+    no strength, and has no decoupled form.
 
     Args:
         weight: λ, by default 2.0, as for the paper's term.
-        reduction: by default ``mean``, as in the released code. ``sum`` does not divide by the modules.
+        reduction: by default ``mean``, as in the released code. ``sum`` does not divide by the number of
+            modules.
         adapter, coupling: see :class:`~peso.adapters.proximal.term.Term`.
     """
 
@@ -60,7 +62,7 @@ class ReleasedOrthogonal(Term):
         return overlap([_by_rank(group) for group in groups], self._anchors) * scale
 
     def trace(self) -> float:
-        raise TrainingError("ReleasedOrthogonal has no strength: give a weight")
+        raise TrainingError("ReleasedOrthogonal has no curvature for a strength: give a weight")
 
 
 def _by_rank(group: Group) -> Tensor:

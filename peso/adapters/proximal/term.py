@@ -96,8 +96,7 @@ class Term(ABC):
             raise ConfigError(f"weight {weight} and strength {strength} exclude each other: give only one")
         if strength is not None and not self.has_curvature:
             raise ConfigError(
-                f"{type(self).__name__} has no curvature at the anchor to compare the data's with, so a "
-                "strength has no meaning; give a weight"
+                f"{type(self).__name__} has no curvature at the anchor, which a strength needs: give a weight"
             )
         for name, value in (("weight", weight), ("strength", strength)):
             if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -249,7 +248,9 @@ class Term(ABC):
         moment, error, examples = second_moment([group.tensor for group in groups], losses, tokens)
         trace = self.metric_trace()
         if not trace > 0:
-            raise TrainingError("the term has no curvature at this anchor, so a strength has no meaning")
+            raise TrainingError(
+                f"{type(self).__name__} has no curvature at this anchor, which a strength needs: use a weight"
+            )
         self._calibration = Calibration(moment / trace, error / trace, examples)
         return self._calibration
 
@@ -376,6 +377,7 @@ class DistanceTerm(Term):
 
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise ConfigError if the value of an argument is not one of the known ones."""
     if value not in known:
         raise ConfigError(f"{name} {value!r} is not one of {', '.join(known)}")
 
