@@ -216,7 +216,12 @@ def _search_batch(
     """Search one batch of users.
 
     Args:
+        model: the model.
+        catalogue: the trie to search.
+        prompts: the prompt of each user.
         histories: int (n,) each, the users' item rows, oldest first.
+        beams: the number of beams of each user.
+        admitted: the nodes that each user may enter; None for all.
         targets: int (users,), the leaf of each user's target.
     """
     device, users = model.device, len(prompts)
@@ -292,8 +297,8 @@ def _search_batch(
 
 @dataclass(frozen=True)
 class _Found:
-    """The same as :class:`Beams`, on the device. If the model has an item head, also all candidates, and the
-    targets as candidates."""
+    """The result for one batch, like :class:`Beams`, on the device. With an item head, it also has all
+    candidates, and the targets as candidates."""
 
     leaves: Tensor
     scores: Tensor

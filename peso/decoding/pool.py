@@ -37,7 +37,7 @@ PRIORS = (10.0, 30.0, 100.0, 300.0, 1000.0)
 
 @dataclass(frozen=True)
 class Evidence:
-    """What counts of transitions say of semantic IDs.
+    """The evidence of counted transitions for semantic IDs.
 
     Attributes:
         counts: float32 (users, n), G of each ID.
@@ -84,7 +84,7 @@ def pool(items: Tensor, codes: Tensor, share: Tensor, evidence: Evidence | None 
 
 
 def without_codes(items: Tensor, share: Tensor, evidence: Evidence) -> Tensor:
-    """The part of ln p(ID) that does not depend on the codes, to find candidates by: float32 (users, n)."""
+    """ln p(ID) without p_codes, which ranks candidates whose codes are not scored yet: float32 (users, n)."""
     return evidence.posterior(items + share.clamp_min(SHARES[1]).log().unsqueeze(1))
 
 
@@ -216,7 +216,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class PoolWeights:
-    """What was chosen on validation cases.
+    """The weights that were chosen on validation cases.
 
     Attributes:
         shares: the share of the head for each group of ``LENGTHS``.

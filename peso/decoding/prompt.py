@@ -91,6 +91,7 @@ class Known:
 
     @classmethod
     def nothing(cls) -> Known:
+        """No states."""
         return cls(0, [])
 
     @property
@@ -118,7 +119,7 @@ class Known:
 
 
 def _forget(known: Known) -> None:
-    """Keep nothing, for prompts that are not used again."""
+    """Do nothing, for prompts whose states are not needed again."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ GROWTH = 2  # the largest length of a prompt, in windows, before it is rebuilt
 
 @dataclass(frozen=True)
 class _Kept:
+    """The kept prompt of a user."""
+
     items: np.ndarray  # int64, the item rows in the prompt
     tokens: np.ndarray  # int64, the token ids whose states are kept
     known: Known
@@ -59,12 +61,14 @@ class PromptMemory:
         return Returning(self, user)
 
     def get(self, user: Hashable) -> _Kept | None:
+        """The kept prompt of a user, who becomes the most recent one; None if nothing is kept."""
         with self._lock:
             if user in self._kept:
                 self._kept.move_to_end(user)
             return self._kept.get(user)
 
     def put(self, user: Hashable, kept: _Kept) -> None:
+        """Keep the prompt of a user, and remove those of the least recent users until all fit in ``size``."""
         with self._lock:
             if (old := self._kept.pop(user, None)) is not None:
                 self.used -= old.size
@@ -86,6 +90,7 @@ class PromptMemory:
             self.used = 0
 
     def count(self, prompt: Prompt) -> None:
+        """Add the tokens of a prompt to ``reused`` and ``computed``."""
         with self._lock:
             self.reused += prompt.known.tokens
             self.computed += prompt.todo

@@ -78,6 +78,9 @@ def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> Lla
         layers: the number of layers.
         seed: the seed of the weights.
         tied: whether the input embedding and the output head share their weights.
+
+    Raises:
+        ValueError: the width is not a multiple of the head size.
     """
     head = head_size(width)
     if width % head:

@@ -169,7 +169,7 @@ def load_stage_weights(model: GenerativeModel, directory: str | Path) -> None:
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise WorkspaceError(
-                f"{folder / 'backbone'} is damaged ({error}); train the stage again"
+                f"{folder / BACKBONE} is damaged ({error}); train the stage again"
             ) from error
         _copy(weights_without_adapter(model.causal_lm), stored.state_dict(), folder / BACKBONE)
     if has_adapter(model) and (folder / ADAPTER).is_dir():
@@ -185,16 +185,19 @@ def round_frozen(model: GenerativeModel, dtype: torch.dtype) -> None:
 
 
 def has_adapter(model: GenerativeModel) -> bool:
+    """Whether the model has an adapter. If not, the backbone itself is trained."""
     return hasattr(model.backbone, "peft_config")
 
 
 def _copy(into: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], source: Path) -> None:
+    """Copy the tensors read from ``source`` into those of the model."""
     wrong = {name for name in into.keys() | stored.keys() if _shape(into, name) != _shape(stored, name)}
     if wrong:
         name = min(wrong)
         raise WorkspaceError(
             f"{source} does not match the model: {name} has the shape {_shape(stored, name)} in the file and "
-            f"{_shape(into, name)} in the model; the file was written with another configuration"
+            f"{_shape(into, name)} in the model. Restore the configuration with which the file was written, "
+            "or train the stage again"
         )
     for name, tensor in into.items():
         tensor.copy_(stored[name])

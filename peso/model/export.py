@@ -48,6 +48,7 @@ class PromptText:
 
     @classmethod
     def of(cls, model: GenerativeModel) -> PromptText:
+        """The texts of a model's prompts."""
         layout, tokenizer = model.layout, model.tokenizer
         if layout.name == "instruct":
             return cls(*INSTRUCTION, layout.window)
@@ -81,7 +82,7 @@ def export_merged(
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
         retired: ids of items that must not be recommended.
-        card: the text of ``README.md``; without it, there is none.
+        card: the text of ``README.md``. If it is empty, the file is not written.
 
     Raises:
         ExportError: the directory is not empty, the tokenizer would not encode prompts as the model does, or
@@ -114,7 +115,7 @@ def export_peft(
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
         retired: ids of items that must not be recommended.
-        card: the text of ``README.md``; without it, there is none.
+        card: the text of ``README.md``. If it is empty, the file is not written.
 
     Raises:
         ExportError: see :func:`export_merged`; or the model has no adapter because its backbone was trained.
@@ -305,7 +306,8 @@ def _check_reading(model: GenerativeModel, text: PromptText, tokenizer: Any) -> 
     ):
         raise ExportError(
             "after extending and saving, this backbone's tokenizer does not encode prompts as the model "
-            "does: the exported model would get other token ids than those it was trained on"
+            "does: the exported model would get other token ids than those it was trained on. Use the model "
+            "from its workspace instead (`peso recommend`, `peso serve`)"
         )
 
 
@@ -315,7 +317,7 @@ def _table_rows(model: GenerativeModel) -> Tensor:
 
 
 def _input_words(model: GenerativeModel) -> Tensor:
-    """The rows of the words in the embedding module's table, trained or not: (words, width)."""
+    """The rows of the words in the embedding module's table, whether trained or not: (words, width)."""
     own, causal_lm = model.vocabulary.input_words, model.causal_lm
     if own is None:
         table: Tensor = causal_lm.get_input_embeddings().weight[: model.vocabulary.first_id]
@@ -324,12 +326,14 @@ def _input_words(model: GenerativeModel) -> Tensor:
 
 
 def _output_words(model: GenerativeModel) -> Tensor:
+    """The rows of the words in the output head, whether trained or not: (words, width)."""
     own = model.vocabulary.output_words
     head: Tensor = model.causal_lm.get_output_embeddings().weight
     return head[: model.vocabulary.first_id] if own is None else own.detach()
 
 
 def _neutral(weight: Tensor, count: int) -> Tensor:
+    """The mean of the rows, ``count`` times."""
     return weight.float().mean(0).expand(count, -1)
 
 

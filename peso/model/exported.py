@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peso.errors import ExportError
+from peso.errors import ExportError, PesoError
 from peso.items.semantic_ids import SemanticIds, read_release_index
 from peso.model.backbone import embedding_scale
 from peso.model.export import INDEX, ITEM_HEAD, PROMPT
@@ -39,14 +39,23 @@ def load_merged(directory: str | Path) -> GenerativeModel:
         raise ExportError(f"{folder} was exported by an earlier version; export the model again")
     ids = read_release_index(folder / INDEX, prompt["codes"])
     try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        head = _item_head(folder, ids, causal_lm.get_input_embeddings().weight.shape[1])
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ExportError(f"{folder} is not readable ({first}); export the model again") from error
+        model = _read(folder, prompt, ids)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, PesoError) as error:
+        # only the cause: advice such as "train the stage again" is for workspaces
+        reason = str(error).strip().partition("\n")[0].partition("; ")[0]
+        if isinstance(error, KeyError):
+            reason = f"{reason} is missing"
+        raise ExportError(f"{folder} is not readable ({reason}); export the model again") from error
+    return model.requires_grad_(False).eval()
+
+
+def _read(folder: Path, prompt: dict[str, Any], ids: SemanticIds) -> GenerativeModel:
+    """The model of a directory, given the contents of its ``prompt.json`` and ``index.json``."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    head = _item_head(folder, ids, causal_lm.get_input_embeddings().weight.shape[1])
     model = GenerativeModel(
         causal_lm,
         tokenizer,
@@ -57,7 +66,7 @@ def load_merged(directory: str | Path) -> GenerativeModel:
     )
     model.vocabulary.item_head = head
     model.transitions = Transitions.load(folder, len(ids.item_ids))
-    return model.requires_grad_(False).eval()
+    return model
 
 
 @torch.no_grad()

@@ -103,6 +103,7 @@ class ItemHead(nn.Module):
         0.5.
 
         Args:
+            seed: the seed of the rows.
             embedding_spread: the standard deviation of the backbone's word embeddings. The contribution of
                 each code to an item's input vector starts with the same.
         """

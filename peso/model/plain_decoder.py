@@ -25,10 +25,11 @@ _TRIED = 6  # the number of tokens with which the result is compared
 
 
 class PlainDecoder(nn.Module):
-    """
+    """The layers of a decoder with fewer operations. Create it with :func:`plain`, which checks the result.
+
     Args:
-        decoder: a decoder for which :func:`plain` has found the same result.
-        linear: makes the products of a layer from plain ones, for example packs their weights.
+        decoder: a decoder of the Llama shape.
+        linear: a function that is applied to every linear layer, for example to pack its weights.
     """
 
     def __init__(self, decoder: Any, linear: Callable[[nn.Linear], nn.Module]) -> None:
@@ -40,7 +41,7 @@ class PlainDecoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(layer, linear) for layer in decoder.layers)
 
     def get_decoder(self) -> PlainDecoder:
-        """How a causal LM of Transformers asks for the decoder inside its own."""
+        """The decoder itself. A causal LM of Transformers calls this method of its inner model."""
         return self
 
     def forward(
@@ -115,7 +116,7 @@ class _Layer(nn.Module):
 
 
 def _joined(*parts: nn.Linear) -> nn.Linear:
-    """One product with the outputs of several, one after the other."""
+    """One linear layer whose output is the concatenated outputs of several layers with the same input."""
     first = parts[0]
     joined = nn.Linear(first.in_features, 1, bias=first.bias is not None, device="meta")
     joined.out_features = sum(part.out_features for part in parts)
@@ -128,8 +129,12 @@ def _joined(*parts: nn.Linear) -> nn.Linear:
 
 @torch.no_grad()
 def plain(decoder: Any, linear: Callable[[nn.Linear], nn.Module]) -> PlainDecoder | None:
-    """The decoder as a :class:`PlainDecoder`; None if it computes something else, of which a few tokens are
-    the test."""
+    """The decoder as a :class:`PlainDecoder`; None if that gives another result on a few tokens.
+
+    Args:
+        decoder: a decoder of Transformers.
+        linear: see :class:`PlainDecoder`.
+    """
     config = decoder.config
     limited = any(getattr(config, name, None) for name in _LIMITS)
     if limited or not all(_has_shape(layer) for layer in getattr(decoder, "layers", [None])):
@@ -141,7 +146,7 @@ def plain(decoder: Any, linear: Callable[[nn.Linear], nn.Module]) -> PlainDecode
 
 
 def _tried(decoder: Any, linear: Callable[[nn.Linear], nn.Module]) -> PlainDecoder | None:
-    """None where the results differ."""
+    """The :class:`PlainDecoder` if it gives the same result on a few tokens, otherwise None."""
     ours = PlainDecoder(decoder, linear)
     weight = decoder.embed_tokens.weight
     embedded = weight[torch.arange(2 * _TRIED, device=weight.device) % len(weight)].view(2, _TRIED, -1)
@@ -149,9 +154,9 @@ def _tried(decoder: Any, linear: Callable[[nn.Linear], nn.Module]) -> PlainDecod
     blind[_TRIED - 1, 1] = True  # not only causal
     mask = torch.zeros(1, 1, _TRIED, _TRIED, dtype=weight.dtype).masked_fill(blind, -torch.inf)
     positions = torch.arange(_TRIED).mul(3).expand(2, -1)  # with gaps
-    asked = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": positions}
-    expected = decoder(**asked, use_cache=False).last_hidden_state.float()
-    found = ours(**asked).last_hidden_state.float()
+    inputs = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": positions}
+    expected = decoder(**inputs, use_cache=False).last_hidden_state.float()
+    found = ours(**inputs).last_hidden_state.float()
     near = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
     same = bool((found - expected).abs().max() <= near * expected.abs().max())
     return ours if same else None

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 @cache  # a mesh may make connections, which are never closed
 def mesh_of(kind: str, count: int) -> DeviceMesh:
-    """All ``count`` processes, each with a device such as ``cuda``. Every process must call it."""
+    """A mesh of all ``count`` processes, each with a device of this kind, such as ``cuda``. Every process
+    must call this function."""
     from torch.distributed.device_mesh import init_device_mesh
 
     # PEFT knows this name: adapters that are added later get the full shapes
@@ -35,13 +36,14 @@ def mesh_of(kind: str, count: int) -> DeviceMesh:
 
 
 def shard(model: GenerativeModel | Ensemble, mesh: DeviceMesh, device: torch.device) -> None:
-    """Move a model from the CPU to a device, the layers of its decoder one by one, keeping only the part of
-    this process of each. Exchanges nothing: every process has the same model.
+    """Move a model from the CPU to a device, and keep only this process's part of each layer of its decoder.
+
+    Layers are moved one by one. Nothing is exchanged, because every process has the same model.
 
     Args:
-        model: on the CPU, with frozen layers; changed in place.
+        model: a model on the CPU with frozen layers. It is changed in place.
         mesh: see :func:`mesh_of`.
-        device: of this process.
+        device: the device of this process.
 
     Raises:
         BackboneError: the backbone has no list of layers.
@@ -51,7 +53,7 @@ def shard(model: GenerativeModel | Ensemble, mesh: DeviceMesh, device: torch.dev
     for member in model.members if isinstance(model, Ensemble) else [model]:
         decoder = member.causal_lm.get_decoder()
         for layer in _layers(decoder, member.causal_lm):
-            # trained or added by strategies, and small; the gradients are summed like those of the vocabulary
+            # adapters are small, and may be trained; their gradients are summed like those of the vocabulary
             adapters = {p for name, p in layer.named_parameters() if "lora_" in name}
             fully_shard(layer, mesh=mesh, ignored_params=adapters)
         # the decoder shards nothing itself, but lets a layer be gathered while the one before it computes

@@ -83,8 +83,11 @@ class Transitions:
 
     @classmethod
     def load(cls, directory: Path, items: int) -> Transitions | None:
-        """What :meth:`save` wrote, for a catalog that may have grown to ``items`` since; None if there is no
-        file.
+        """Read what :meth:`save` wrote; None if there is no file.
+
+        Args:
+            directory: the directory of the file.
+            items: the number of items of the catalog, which may have grown since.
 
         Raises:
             WorkspaceError: the file is damaged.

@@ -139,7 +139,14 @@ def test_an_export_that_cannot_be_loaded_says_so(runs: dict[str, Recommender], t
     (folder / "prompt.json").write_text(json.dumps({k: v for k, v in prompt.items() if k != "codes"}))
     with pytest.raises(ExportError, match="exported by an earlier version; export the model again"):
         load_merged(folder)
+    (folder / "prompt.json").write_text(json.dumps({k: v for k, v in prompt.items() if k != "window"}))
+    with pytest.raises(ExportError, match=r"is not readable \('window' is missing\); export the model again"):
+        load_merged(folder)
     (folder / "prompt.json").write_text(json.dumps(prompt))
+    (folder / "transitions.safetensors").write_bytes(b"half")
+    with pytest.raises(ExportError, match=r"transitions.safetensors is damaged .*\); export the model again"):
+        load_merged(folder)
+    (folder / "transitions.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ExportError, match=r"is not readable .*; export the model again"):
         load_merged(folder)
