@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from peso.config.baselines import BASELINES, BaselineOptions
-from peso.config.parsing import Repeats
+from peso.config.model import Repeats
 from peso.events.histories import Cases, Stage
 from peso.items.semantic_ids import ItemTrie
 from peso.runtime.progress import Observer, Silent

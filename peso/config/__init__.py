@@ -17,7 +17,6 @@ from peso.config.data import (
 from peso.config.gate import GateConfig
 from peso.config.items import BehaviorConfig, ItemsConfig, RefreshConfig, RqVaeConfig
 from peso.config.model import (
-    HOW,
     AdapterConfig,
     BackboneConfig,
     DecodingConfig,
@@ -35,7 +34,6 @@ from peso.config.tree import Config
 
 __all__ = [
     "BASELINES",
-    "HOW",
     "PERIOD",
     "STRATEGIES",
     "AdapterConfig",

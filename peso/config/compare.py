@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,17 +16,16 @@ from pydantic import BeforeValidator, Field, ValidationError
 from peso.config.baselines import Baselines
 from peso.config.data import expand_data
 from peso.config.executors import ExecutorConfig, ProcessesConfig, explain_executor
-from peso.config.model import expand_backbone
-from peso.config.parsing import Section, read_tree, shown
-from peso.config.reading import explained, merged, nearest, override, place
+from peso.config.parsing import Section, expand_name, read_tree, shown
+from peso.config.reading import explained, leaves, merged, nearest, override, place
 from peso.config.registry import UNKNOWN_NAME
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config, Seed
 from peso.errors import ConfigError
 
 Axis = Literal["data", "backbone", "strategy"]
-EXPAND = {"data": expand_data, "backbone": expand_backbone, "strategy": expand_strategy}
-MOST_VARIANTS = 10_000  # the most runs of one grid
+EXPAND = {"data": expand_data, "backbone": expand_name, "strategy": expand_strategy}
+MOST_VARIANTS = 10_000  # in one grid
 NAME = re.compile(r"[\w+-][\w.+-]*")  # names are parts of paths, so only characters that are safe there
 
 
@@ -34,7 +33,7 @@ def _listed(value: Any) -> Any:
     """``[none, single]`` is short for ``{none: none, single: single}``."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         if len(set(value)) < len(value):
-            raise ValueError(f"two variants have the same name in {value}")
+            raise ValueError(f"two variants have the same name in {value}; rename or remove one")
         return {name: name for name in value}
     return value
 
@@ -132,7 +131,7 @@ def load_comparison(source: Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     if not (compare.strategies or compare.grid or compare.tune):
         raise ConfigError("nothing to compare: give compare.strategies, compare.grid or compare.tune")
     if len(set(compare.seeds)) < len(compare.seeds):
-        raise ConfigError(f"compare.seeds: {compare.seeds} contains a seed twice")
+        raise ConfigError(f"compare.seeds: {compare.seeds} contains a seed twice; remove it")
     return tree, compare
 
 
@@ -153,34 +152,39 @@ def variants(named: Mapping[str, Any], axis: Axis, key: str) -> list[Variant]:
 def grid(variant: Variant, key: str) -> list[Variant]:
     """One variant for every combination of the values in the lists. The last list varies fastest.
 
+    Args:
+        variant: a variant with lists of values.
+        key: the key that contains it, for messages.
+
     Raises:
-        ConfigError: if there is no list, or a list is empty.
+        ConfigError: if there is no list, a list is empty, or there are too many combinations.
     """
-    leaves = [*_leaves(variant.sections), *variant.changes.items()]
-    lists = {name: values for name, values in leaves if isinstance(values, list)}
+    options = dict([*leaves(variant.sections), *variant.changes.items()])
+    lists = {name: values for name, values in options.items() if isinstance(values, list)}
     if not lists:
         raise ConfigError(
             f"{key}: no option is a list, so there is nothing to vary; move a single strategy to "
             "compare.strategies"
         )
     if empty := [name for name, values in lists.items() if not values]:
-        raise ConfigError(f"{key}: {empty[0]} is an empty list")
+        raise ConfigError(f"{key}: {empty[0]} is an empty list; give at least one value")
     if (count := math.prod(map(len, lists.values()))) > MOST_VARIANTS:
         raise ConfigError(
-            f"{key} has {count:,} combinations; at most {MOST_VARIANTS:,} can be compared at once"
+            f"{key} has {count:,} combinations; at most {MOST_VARIANTS:,} can be compared at once, so remove "
+            "values"
         )
     last = [name.rpartition(".")[2] for name in lists]
-    shown = last if len(set(last)) == len(last) else list(lists)
+    names = last if len(set(last)) == len(last) else list(lists)
     result = []
     for values in itertools.product(*lists.values()):
-        set_apart = dict(zip(lists, values, strict=True))
-        text = ",".join(f"{name}={_text(value)}" for name, value in zip(shown, values, strict=True))
+        chosen = dict(zip(lists, values, strict=True))
+        text = ",".join(f"{name}={_text(value)}" for name, value in zip(names, values, strict=True))
         result.append(
             Variant(
                 f"{variant.name}[{text}]",
                 variant.sections,
-                {**variant.changes, **set_apart},
-                {**dict(leaves), **set_apart},
+                {**variant.changes, **chosen},
+                {**options, **chosen},
             )
         )
     return result
@@ -201,14 +205,6 @@ def _variant(name: str, value: Any, axis: Axis, key: str) -> Variant:
     for section in EXPAND.keys() & sections.keys():  # expand short forms, so that options can be set in them
         sections[section] = EXPAND[section](sections[section])
     return Variant(name, sections, dict(changes))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _text(value: Any) -> str:

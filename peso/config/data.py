@@ -50,8 +50,7 @@ def _listed(value: Any) -> Any:
 
 def _types(value: Any) -> Any:
     # YAML reads 1 as a number and yes as a Boolean value; in the log they are text
-    scalars = [str(v).lower() if isinstance(v, bool) else str(v) for v in _listed(value) if v is not None]
-    return scalars
+    return [str(v).lower() if isinstance(v, bool) else str(v) for v in _listed(value) if v is not None]
 
 
 def _quote(value: Any) -> Any:
@@ -155,7 +154,7 @@ class ColumnsConfig(Section):
     item: Column = Field("item", description="the item's id")
     time: Column = Field("time", description="the time of the event")
     rating: Column | None = Field(None, description="the rating; needed only for min_rating")
-    # like `events`, not written if it is the default
+    # not written if it is the default, because earlier versions do not have this key
     history: Column | None = Field(
         None, exclude_if=partial(eq, None), description="sequences only: the list of items before `item`"
     )
@@ -218,7 +217,7 @@ class DataConfig(Section):
         None, description="csv only; none given: tab for .tsv, :: for .dat, else comma"
     )
     encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="csv only")
-    # like `events`, not written if it is the default, because earlier versions do not have this key
+    # as above
     quote: Annotated[Literal['"', "'", ""], BeforeValidator(_quote)] = Field(
         '"', exclude_if=partial(eq, '"'), description="csv only; none: quotes are part of the text"
     )
@@ -296,7 +295,7 @@ class DataConfig(Section):
 
 def expand_data(value: Any) -> Any:
     """Expand the short forms of the section."""
-    # design: `simulate` is also a section (users, items, stages), so it implies the format
+    # `simulate` is also a section (users, items, stages), which implies the format
     if value == "simulate":
         return {"format": "simulate"}
     if isinstance(value, Mapping) and "simulate" in value and "format" not in value:

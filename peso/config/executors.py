@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from peso.config.parsing import Section, shown
+from peso.config.parsing import Section, expand_name, shown
 from peso.config.reading import explained, nearest
 from peso.errors import ConfigError
 
@@ -56,14 +56,9 @@ class SlurmConfig(Section):
 AnyExecutor = ProcessesConfig | RayConfig | DaskConfig | SlurmConfig
 
 
-def _named(value: Any) -> Any:
-    """``ray`` is short for ``{name: ray}``."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 ExecutorConfig = Annotated[
     Annotated[AnyExecutor, Field(discriminator="name")],
-    BeforeValidator(_named),
+    BeforeValidator(expand_name),
 ]
 
 
@@ -72,10 +67,10 @@ def read_executor(value: Any, key: str = "executor") -> AnyExecutor:
 
     Args:
         value: the name, or a mapping.
-        key: what it is called in messages.
+        key: the key of the section, for messages.
 
     Raises:
-        ConfigError: it is not valid; the message names the key, the value and the nearest valid key.
+        ConfigError: if it is not valid. The message names the key, the value and the nearest valid key.
     """
     try:
         return TypeAdapter[AnyExecutor](ExecutorConfig).validate_python(value)
@@ -86,13 +81,14 @@ def read_executor(value: Any, key: str = "executor") -> AnyExecutor:
 
 
 def explain_executor(problem: Any, key: str, loc: tuple[Any, ...]) -> str:
-    """A sentence on one of pydantic's problems.
+    """A sentence about a problem that pydantic reports.
 
     Args:
-        key: what the section is called.
+        problem: the problem, one of ``ValidationError.errors()``.
+        key: the key of the section.
         loc: the place of the problem within the section, which begins with the name of the executor.
     """
-    name, *parts = [*map(str, loc), ""] if len(loc) < 2 else map(str, loc)
+    name, *parts = map(str, loc or ("",))
     full, value = ".".join(filter(None, [key, *parts])), shown(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         (section,) = [s for s in get_args(AnyExecutor) if s.model_fields["name"].default == name]

@@ -10,13 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from peso.config.parsing import Repeats, Section
+from peso.config.parsing import Section
 from peso.errors import ConfigError
 
-Layout = Literal["stream", "instruct"]
-LossVocabulary = Literal["full", "semantic", "level"]
-STREAM_LOSS_VOCABULARY: LossVocabulary = "semantic"
-Precision = Literal["auto", "float32", "bfloat16"]
+# whether items of the history may be recommended; auto: only if a training target was one
+Repeats = Literal["auto", "keep", "leave-out"]
 # Backbones that are built in code, randomly initialized and fully trained at stage 0: name → default
 # (width, layers).
 BUILT_IN = {"scratch": (128, 4), "tiny": (32, 2)}
@@ -28,12 +26,8 @@ MOST_BEAMS, MOST_EPOCHS = 500, 100_000
 WIDEST = 16_384  # the largest width of a layer that is built in code
 DEVICE = re.compile(r"auto|cpu|(cuda|xpu|hpu|mps)(:\d{1,3})?")
 SCRATCH_DROPOUT = 0.2
-HOW = (
-    "gradient_checkpointing",
-    "compile",
-    "threads",
-    "sharding",
-)  # keys of training that change only the cost of a step
+# keys of `training` that change only the cost of a step
+COST_ONLY = ("gradient_checkpointing", "compile", "threads", "sharding")
 
 
 class BackboneConfig(Section):
@@ -71,7 +65,7 @@ class BackboneConfig(Section):
 
     @property
     def is_auto(self) -> bool:
-        """Whether sizes are still to be chosen, for which the stream must be known."""
+        """Whether the sizes are chosen later, when the stream is known."""
         return self.name == AUTO
 
     @model_validator(mode="before")
@@ -124,13 +118,15 @@ def head_size(width: int) -> int:
 def _device(name: str) -> str:
     if not DEVICE.fullmatch(name):
         raise ValueError(
-            "a device must be auto, cpu or cuda, or one of several such as cuda:1 (or mps, xpu, hpu)"
+            "a device must be auto, cpu, cuda, mps, xpu or hpu, with a number if there are several: cuda:1"
         )
     return name
 
 
 class PromptConfig(Section):
-    layout: Layout = Field(
+    """How a history becomes the model's input."""
+
+    layout: Literal["stream", "instruct"] = Field(
         "stream", description="stream: only the items; instruct: items within an instruction, as in the paper"
     )
     window: int = Field(
@@ -139,6 +135,8 @@ class PromptConfig(Section):
 
 
 class AdapterConfig(Section):
+    """The LoRA adapter, which is trained while the backbone stays frozen."""
+
     rank: int = Field(8, ge=1, le=8192, description="the rank of the adapter matrices A and B")
     alpha: float = Field(16.0, gt=0, description="B·A is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout of the adapter's input in training")
@@ -216,16 +214,6 @@ class HeadConfig(Section):
         return self
 
 
-def expand_head(value: Any) -> Any:
-    """Expand the short form of the section, a name alone."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-def expand_backbone(value: Any) -> Any:
-    """Expand the short form of the section, a name alone."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 class TrialsConfig(Section):
     """The short training runs that choose, at each stage, the values of ``training.later`` that are auto."""
 
@@ -279,6 +267,8 @@ class LaterTrainingConfig(Section):
 
 
 class TrainingConfig(Section):
+    """The training of a stage."""
+
     epochs: int = Field(
         4, ge=1, description="passes over a stage's data; the epoch with the lowest validation loss is kept"
     )
@@ -290,8 +280,8 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(
         None, ge=1, description="the largest number of steps in each stage; none given: no limit"
     )
-    loss_vocabulary: LossVocabulary = Field(
-        STREAM_LOSS_VOCABULARY,
+    loss_vocabulary: Literal["full", "semantic", "level"] = Field(
+        "semantic",
         description="the tokens that compete with a target; the default of the paper's preset and of "
         "`instruct` is full",
     )
@@ -304,7 +294,7 @@ class TrainingConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the learning rate decreases after the warmup"
     )
-    precision: Precision = Field(
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 for frozen weights and products on a GPU"
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
@@ -360,11 +350,11 @@ class TrainingConfig(Section):
     def determining(self) -> dict[str, Any]:
         """The keys that determine the result of training: all except those that change only the cost of a
         step, and those of other stages."""
-        return self.model_dump(mode="json", exclude={*HOW, "later"})
+        return self.model_dump(mode="json", exclude={*COST_ONLY, "later"})
 
     def of_update(self) -> TrainingConfig:
-        """The settings of an update: those of stage 0, replaced by those of ``later``, except for the
-        learning rate and values that are ``auto``."""
+        """The settings of an update: those of stage 0, replaced by the values given in ``later``. The
+        learning rate and values that are ``auto`` are not replaced."""
         given = self.later.model_dump(exclude={"learning_rate", "trials"})
         given = {key: value for key, value in given.items() if value != "auto"}
         return self.model_copy(update={**given, "later": LaterTrainingConfig()})
@@ -384,6 +374,8 @@ class TrainingConfig(Section):
 
 
 class DecodingConfig(Section):
+    """The search for the best items."""
+
     beams: int = Field(
         10, ge=1, le=MOST_BEAMS, description="width of the beam search, and the most items in a ranked list"
     )
@@ -400,6 +392,8 @@ class DecodingConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """The tests of the trained stages."""
+
     enabled: bool = Field(
         True, description="false: stages are only trained; nothing is tested, and no report is written"
     )
@@ -409,6 +403,8 @@ class EvaluationConfig(Section):
 
 
 class ReportConfig(Section):
+    """The report of a run."""
+
     title: str | None = Field(None, description="none given: the names of the runs")
     segments: list[str] = Field(
         [], description="columns of the item or user table by which the cases are also divided"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -119,11 +119,14 @@ def read_tree(path: Path) -> dict[str, Any]:
     """The tree of keys and values in a YAML file, not validated.
 
     Raises:
-        ConfigError: if there is no such file, it cannot be read (see :func:`parse`), or it has no keys.
+        ConfigError: if there is no such file, it cannot be read (see :func:`parse`), it is too large, or it
+            has no keys.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes, so it is not a configuration")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration at {path}") from None
@@ -131,8 +134,6 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if len(content) > MOST_BYTES:
-        raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes, so it is not a configuration")
     tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -142,13 +143,11 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value as text for a message. Long values are cut."""
+    """A value as text for a message. A text of more than ``most`` characters is cut."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
-# whether items of the history may be recommended; auto: only if a training target was one
-Repeats = Literal["auto", "keep", "leave-out"]
 LARGEST = 2**31 - 1  # the largest count, because arrays are indexed with int32
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
@@ -175,6 +174,11 @@ class Section(BaseModel):
             if too_large and int in kinds and not {float, str} & kinds:
                 raise ValueError(f"{key} is too large: the largest allowed count is {LARGEST:,}")
         return result
+
+
+def expand_name(value: Any) -> Any:
+    """Expand the short form of a section that has a name, the name alone: ``ray`` to ``{"name": "ray"}``."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _number(value: Any) -> Any:

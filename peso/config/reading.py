@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from peso.config.data import expand_data
-from peso.config.model import AUTO, BUILT_IN, expand_backbone, expand_head
-from peso.config.parsing import DEEPEST, parse, read_tree, shown
+from peso.config.model import AUTO, BUILT_IN
+from peso.config.parsing import DEEPEST, expand_name, parse, read_tree, shown
 from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, Options, registry_of
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
@@ -34,8 +34,8 @@ def load_config(
     Args:
         source: a YAML file, or a tree that was already read.
         overrides: texts of the form ``a.b=value`` with the value in YAML. Later ones take precedence.
-        base: the folder that relative paths refer to. A path that does not exist there refers to the working
-            directory. By default the folder of the file.
+        base: the folder that relative paths refer to; by default the folder of the file. A path that does not
+            exist there refers to the working directory.
 
     Raises:
         ConfigError: if the configuration is not valid. The message names the key, the value and the nearest
@@ -57,8 +57,10 @@ def load_config(
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML, with the sections in the order in which they are used: resolved, except that
-    with ``backbone: auto`` the sections that it will choose contain only the keys that were given."""
+    """The resolved configuration as YAML, with the sections in the order in which they are used.
+
+    With ``backbone: auto``, the sections whose values are chosen later contain only the keys that were given.
+    """
     return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
 
 
@@ -72,15 +74,16 @@ def as_tree(config: Config) -> dict[str, Any]:
 
 
 def given(config: Config) -> dict[str, Any]:
-    """The keys of the sections ``SIZED`` that were given when a configuration was read, also where the value
-    is the default."""
+    """The keys of the sections ``SIZED`` that were given when a configuration was read, including those given
+    with their default value."""
     return {
         name: values(getattr(config, name), given=True) for name in SIZED if name in config.model_fields_set
     }
 
 
 def values(section: BaseModel, given: bool = False) -> dict[str, Any]:
-    """All keys of a section, or only the given ones, also those that are not written at their default."""
+    """All keys of a section, or with ``given`` only the given ones. Keys that are not written at their
+    default are included."""
     names = [name for name in type(section).model_fields if not given or name in section.model_fields_set]
     found = {name: getattr(section, name) for name in names}
     return {
@@ -89,8 +92,8 @@ def values(section: BaseModel, given: bool = False) -> dict[str, Any]:
 
 
 def with_earlier_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a resolved configuration that was read from a workspace. Keys that earlier versions did not
-    write get the values that these versions trained with, if they differ from today's defaults."""
+    """Complete a resolved configuration that was read from a workspace. Keys that an earlier version did not
+    write get the values that it trained with, where these differ from today's defaults."""
     earlier = dict(tree)
     backbone, head = tree.get("backbone"), tree.get("head")
     if isinstance(backbone, Mapping) and backbone.get("name") in BUILT_IN and "dropout" not in backbone:
@@ -191,7 +194,7 @@ def place(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with the values of another, section by section."""
+    """The tree ``below`` with the values of the tree ``above``, merged section by section."""
     result = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
@@ -202,8 +205,8 @@ def merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
 def _expand(key: str, short: Any) -> dict[str, Any]:
     expanded = {
         "strategy": expand_strategy,
-        "backbone": expand_backbone,
-        "head": expand_head,
+        "backbone": expand_name,
+        "head": expand_name,
         "data": expand_data,
     }.get(key, lambda v: v)(short)
     if not isinstance(expanded, dict):
@@ -242,8 +245,8 @@ def sections(
 
 
 def valid_keys(parts: bool = True) -> list[str]:
-    """All dotted keys of a configuration. With ``parts``, including the options of strategies, baselines and
-    so on."""
+    """All dotted keys of a configuration. ``parts``: include the options of strategies, baselines and so
+    on."""
 
     def below(section: type[BaseModel], prefix: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
@@ -265,6 +268,7 @@ def explained(error: ValidationError, explain: Callable[[Any], str]) -> str:
 
 
 def nearest(key: str, names: Sequence[str]) -> str:
+    """The most similar of these names."""
     return (difflib.get_close_matches(key[:80], names, n=1, cutoff=0) or names)[0]
 
 

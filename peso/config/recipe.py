@@ -30,6 +30,9 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
     Args:
         events: the number of training targets of stage 0.
         items: the number of items in the catalog.
+
+    Returns:
+        The sections by name, and the reason.
     """
     most, width, layers = next(size for size in SIZES if size[0] is None or events < size[0])
     batch = 2 ** round(math.log2(min(max(events / STEPS_PER_EPOCH, 32), 256)))
@@ -59,24 +62,25 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
     return sections, reason
 
 
-def beside(sections: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+def with_given(sections: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The chosen sections with the keys that a configuration gives, which take precedence.
 
-    What follows from a given key follows from its value: the learning rate from the width, and the rates of
-    updates from ``training.later_learning_rate_scale``. With ``head: codes``, nothing is chosen for the head.
+    A chosen value that depends on a given key is computed from that key: the learning rate from the width,
+    and the learning rates of updates from ``training.later_learning_rate_scale``. With ``head: codes``,
+    nothing is chosen for the head.
 
     Args:
-        sections: see :func:`from_scratch`.
-        kept: the given keys of the same sections; ``auto`` as the name of the backbone is not one.
+        sections: the chosen sections, see :func:`from_scratch`.
+        given: the given keys of the same sections. The name ``auto`` of the backbone is ignored.
     """
     chosen = {name: dict(section) for name, section in sections.items()}
-    backbone, training = kept.get("backbone", {}), kept.get("training", {})
+    backbone, training = given.get("backbone", {}), given.get("training", {})
     if width := backbone.get("width"):
         chosen["training"]["learning_rate"] *= chosen["backbone"]["width"] / width
     if "later_learning_rate_scale" in training:
         later = chosen["training"]["later"]
         chosen["training"]["later"] = {key: later[key] for key in later if key != "learning_rate"}
-    if kept.get("head", {}).get("name") == "codes":
+    if given.get("head", {}).get("name") == "codes":
         chosen["head"] = {}
     own = {key: value for key, value in backbone.items() if value not in (AUTO, None)}
-    return merged(chosen, {**kept, "backbone": own})
+    return merged(chosen, {**given, "backbone": own})

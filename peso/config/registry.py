@@ -48,7 +48,7 @@ class Options(Section):
         return self.model_dump(exclude={"name"})
 
     def usual(self) -> dict[str, Any]:
-        """The options of the name alone, at their defaults. If an option has no default, only the name."""
+        """The default options of the part with this name; only the name if an option has no default."""
         has_all = not any(field.is_required() for field in type(self).model_fields.values())
         return type(self)(name=self.name).model_dump() if has_all else {"name": self.name}
 
@@ -145,7 +145,11 @@ class Registry:
             raise ValidationError.from_exception_data(error.title, problems) from None
 
     def read(self, value: Any) -> Any:
-        """The options of a part from the value of a key: a name, or options that include a name."""
+        """The options of a part from the value of a key: a name, or options that include a name.
+
+        Raises:
+            ValueError: the value is neither; or as for :meth:`options`.
+        """
         if isinstance(value, str):
             return self.options(value, {})
         if isinstance(value, Mapping):

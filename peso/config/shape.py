@@ -1,4 +1,4 @@
-"""The part of a configuration that determines a stage, and the changes that its files do not fit."""
+"""The part of a configuration that determines a stage, and the changes that existing files do not fit."""
 
 from __future__ import annotations
 
@@ -47,13 +47,22 @@ def stage_shape(config: Config, stage: int) -> dict[str, Any]:
 
 
 def moved(config: Config, now: Config) -> Config:
-    """A configuration with the device and the sharding of ``now`` and, if it is a directory, the backbone of
-    ``now``. These are locations, which may change. (Weights are compared when they are loaded.)"""
-    places = config.backbone.pretrained, now.backbone.pretrained
-    names = config.backbone.name, now.backbone.name
-    a_path = any(map(_is_path, names)) and not set(names) & set(BUILT_IN)
-    pretrained = places[all(places)]
-    backbone = config.backbone.model_copy(update={"name": names[a_path], "pretrained": pretrained})
+    """A configuration with the locations of another one, which may change without affecting a stage: the
+    device, the sharding and, if it is a directory, the backbone. (Weights are compared when they are loaded.)
+
+    Args:
+        config: the configuration.
+        now: the configuration whose locations are used.
+    """
+    here, there = config.backbone, now.backbone
+    names = here.name, there.name
+    is_directory = any(map(_is_path, names)) and not set(names) & set(BUILT_IN)
+    backbone = here.model_copy(
+        update={
+            "name": there.name if is_directory else here.name,
+            "pretrained": there.pretrained if here.pretrained and there.pretrained else here.pretrained,
+        }
+    )
     where = {"device": now.training.device, "sharding": now.training.sharding}
     training = config.training.model_copy(update=where)
     return config.model_copy(update={"backbone": backbone, "training": training})

@@ -34,8 +34,8 @@ class StrategyOptions(Options):
 
     @property
     def observing(self) -> str:
-        """The option that requires every forward pass to be observed, so that no module may run twice; "" if
-        there is none."""
+        """The option for which every forward pass is observed, so that no module may run twice in a step; ""
+        if there is none."""
         return ""
 
 

@@ -21,13 +21,11 @@ from peso.config.model import (
     PromptConfig,
     ReportConfig,
     TrainingConfig,
-    expand_backbone,
-    expand_head,
 )
-from peso.config.parsing import Section
+from peso.config.parsing import Section, expand_name
 from peso.config.strategy import DEFAULT, StrategyConfig, strategy_options
 
-# what `strategy: paper` sets in other sections (with training.loss_vocabulary, which `instruct` sets, too)
+# what `strategy: paper` sets in other sections, beside training.loss_vocabulary (_default_loss_vocabulary)
 PAPER = (("prompt", "layout", "instruct"), ("training", "rows", "all"), ("decoding", "repeats", "keep"))
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -37,10 +35,10 @@ class Config(Section):
 
     data: Annotated[DataConfig, BeforeValidator(expand_data)]
     items: ItemsConfig = ItemsConfig()
-    backbone: Annotated[BackboneConfig, BeforeValidator(expand_backbone)] = BackboneConfig()
+    backbone: Annotated[BackboneConfig, BeforeValidator(expand_name)] = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
     adapter: AdapterConfig = AdapterConfig()
-    head: Annotated[HeadConfig, BeforeValidator(expand_head)] = Field(
+    head: Annotated[HeadConfig, BeforeValidator(expand_name)] = Field(
         HeadConfig(), exclude_if=lambda head: head == HeadConfig()
     )
     strategy: StrategyConfig = Field(default_factory=lambda: strategy_options(DEFAULT))
@@ -137,8 +135,8 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_protocol(cls, tree: Any) -> Any:
-        """Use the protocol of the paper's released code in its preset, as far as other values are not given:
-        instructions as prompts, embedding and head trained whole, items of the history recommended."""
+        """With ``strategy: paper``, use the protocol of the paper's released code where no other values are
+        given: instructions as prompts, embedding and head trained whole, items of the history recommended."""
         if not isinstance(tree, Mapping) or tree.get("strategy") != "paper":
             return tree
         result = dict(tree)
@@ -151,8 +149,8 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_loss_vocabulary(cls, tree: Any) -> Any:
-        """Use ``full`` for `instruct` and for the paper's preset. The default for `stream` was chosen by
-        experiments on real data (docs/reference/training.md)."""
+        """Use ``full`` for ``prompt.layout: instruct`` and for ``strategy: paper``. The default for
+        ``stream`` was chosen by experiments on real data (docs/reference/training.md)."""
         if not isinstance(tree, Mapping):
             return tree
         training = tree.get("training") or {}

@@ -13,7 +13,7 @@ import yaml
 from peso.config import Config, load_config
 from peso.config.data import STREAMS, LogFormat
 from peso.config.reading import given, override
-from peso.config.recipe import beside, from_scratch
+from peso.config.recipe import from_scratch, with_given
 from peso.errors import DataError, UntrainableStage
 from peso.events.ingest import ingest
 from peso.events.sources import format_at
@@ -148,7 +148,7 @@ def first_config(
     config, manifest = _tested(tree, target.parent, observer)
     sections, reason = from_scratch(manifest["stages"][0]["training_targets"], manifest["items"])
     if config.backbone.name == "scratch":
-        tree |= beside(sections, given(config))
+        tree |= with_given(sections, given(config))
         if "baselines" not in tree and manifest["stages"][0]["training_targets"] < SMALL:
             tree["baselines"] = BASELINES
     if not tree["training"]:  # a section without keys is refused

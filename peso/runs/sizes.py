@@ -15,7 +15,7 @@ from peso.config import BackboneConfig, Config, HeadConfig, TrainingConfig, load
 from peso.config.model import AUTO, OF_ITEMS
 from peso.config.parsing import Section
 from peso.config.reading import SIZED, given, leaves, place, values
-from peso.config.recipe import FEWEST, beside, from_scratch
+from peso.config.recipe import FEWEST, from_scratch, with_given
 from peso.errors import DataError, WorkspaceError
 from peso.runs.place import SIZES
 from peso.runtime.records import read_record, write_record
@@ -59,7 +59,7 @@ class Sizes:
 
     def settle(self, config: Config) -> Config:
         """The configuration with these sizes in place of ``auto``."""
-        resolved = beside(self.sections, given(config))
+        resolved = with_given(self.sections, given(config))
         sections = {name: section.model_validate(resolved[name]) for name, section in SECTIONS.items()}
         return config.model_copy(update=sections)
 

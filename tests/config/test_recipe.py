@@ -7,7 +7,7 @@ import yaml
 
 from peso.config import dump_config, load_config
 from peso.config.reading import as_tree, given
-from peso.config.recipe import EXACT_ITEMS, beside, from_scratch
+from peso.config.recipe import EXACT_ITEMS, from_scratch, with_given
 from peso.errors import ConfigError
 
 
@@ -34,13 +34,13 @@ def test_a_larger_log_gets_a_model_that_is_no_smaller() -> None:
 def test_given_keys_win_and_what_follows_from_them_follows():
     sections, _ = from_scratch(1000, 100)
     kept = {"backbone": {"name": "auto", "width": 256}, "training": {"later": {"epochs": 1}}}
-    found = beside(sections, kept)
+    found = with_given(sections, kept)
     assert found["backbone"] == {"name": "scratch", "width": 256, "layers": 2}
     assert found["training"]["learning_rate"] == pytest.approx(1e-3)
     assert found["training"]["later"] == {"learning_rate": "auto", "epochs": 1, "patience": 2}
     assert sections == from_scratch(1000, 100)[0]  # which is not changed
-    assert beside(sections, {"head": {"name": "codes"}})["head"] == {"name": "codes"}
-    scaled = beside(sections, {"training": {"later_learning_rate_scale": 0.5}})
+    assert with_given(sections, {"head": {"name": "codes"}})["head"] == {"name": "codes"}
+    scaled = with_given(sections, {"training": {"later_learning_rate_scale": 0.5}})
     assert "learning_rate" not in scaled["training"]["later"]
 
 

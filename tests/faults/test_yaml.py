@@ -38,6 +38,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("? [a]\n: b", "unhashable"),
         ("a: \x1b[31m", "character"),
         ("#" * 2_000_000, "larger than"),
+        ("##" + "é" * 600_000, "larger than"),  # the limit is within a character
         ("- a", "contains no configuration"),
         ("", "contains no configuration"),
     ],
