@@ -7,7 +7,6 @@ being written.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 import duckdb
 
 from peso.errors import DataError, WorkspaceError
+from peso.runtime.machine import usable_cores
 
 MEMORY = "1.5GB"  # Python, Arrow and NumPy need about 0.5 GB more
 WORK = ".ingest"  # the temporary folder
@@ -65,8 +65,7 @@ def scalar(connection: duckdb.DuckDBPyConnection, query: str) -> int:
 
 def cores() -> int:
     """The number of threads to use: the available cores, at most ``THREADS``."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(there, THREADS)
+    return min(usable_cores(), THREADS)
 
 
 def _explained(error: duckdb.Error, directory: Path) -> Exception:

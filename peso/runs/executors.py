@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from peso.config.executors import AnyExecutor, DaskConfig, RayConfig, SlurmConfig
 from peso.errors import PesoError
 from peso.runs.tasks import Call, run
-from peso.runtime.machine import NUMBER, SHARE
+from peso.runtime.machine import NUMBER, SHARE, usable_cores
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -111,7 +111,7 @@ class Machine:
             workers: number of processes, or ``auto``.
             device: the setting `training.device`.
         """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         devices = _devices() if device in ("auto", "cuda") else ()
         count = (len(devices) or cores) if workers == "auto" else workers
         asked = os.environ.get(NUMBER, "")

@@ -17,7 +17,7 @@ from peso.runs.card import Form
 from peso.runs.place import TRACKING, require_place
 from peso.runs.recommender import Recommender
 from peso.runtime import hub
-from peso.runtime.downloads import first_line
+from peso.runtime.failures import first_line
 from peso.runtime.files import commit_directory, require_free
 
 

@@ -28,7 +28,8 @@ from typing import Literal
 from filelock import FileLock
 
 from peso.errors import AssetError
-from peso.runtime.downloads import Archive, Hub, Package, Progress, Source, Unavailable, first_line
+from peso.runtime.downloads import Archive, Hub, Package, Progress, Source, Unavailable
+from peso.runtime.failures import first_line
 from peso.runtime.files import checksum, commit_directory
 from peso.runtime.manifest import MANIFEST, write_manifest
 
@@ -39,6 +40,8 @@ Kind = Literal["backbone", "encoder", "data"]
 
 @dataclass(frozen=True)
 class Asset:
+    """A model or data set with a name: its license, a description, and its sources in the order of trial."""
+
     name: str
     kind: Kind
     licence: str
@@ -169,7 +172,7 @@ def _checksum_of(path: Path, size: int, changed: int) -> str:
 
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Lock an asset, so that a second pull waits for the first and then finds the asset complete."""
+    """Lock an asset. A second pull waits for the first one and then finds the asset complete."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.parent / f".{directory.name}.lock"):
         yield

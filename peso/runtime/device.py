@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from peso.errors import TrainingError
+from peso.runtime.failures import first_line
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        cause = str(error).splitlines()[0]
-        raise TrainingError(f"training.device {name!r} cannot be used: {cause}; try auto or cpu") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise TrainingError(
+            f"training.device {name!r} cannot be used: {first_line(error)}; try auto or cpu"
+        ) from None
     return device
 
 

@@ -18,11 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+from peso.runtime.failures import first_line
 from peso.runtime.files import checksum
 
 TIMEOUT = 5  # seconds after which a hub or a server counts as unreachable
 
-Progress = Callable[[str, float], None]  # gets a description of the current step and its done share (0 to 1)
+Progress = Callable[[str, float], None]  # gets a description of the current step and the share done (0 to 1)
 Take = Callable[[zipfile.ZipFile, Path], None]  # writes the needed files of an archive into a folder
 
 
@@ -90,10 +91,11 @@ class Hub:
 
 @cache
 def require_reachable(model: str) -> None:
-    """Ask whether a model of the hub is in the hub's cache, or can be fetched; nothing is fetched.
+    """Check that a model of the hub is in the cache of the hub's client, or can be downloaded. Nothing is
+    downloaded.
 
     Raises:
-        Unavailable: neither, with the reason.
+        Unavailable: it is not in the cache and cannot be downloaded; the message gives the reason.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
@@ -156,7 +158,7 @@ class Package:
 
 
 def _bar() -> str:
-    """The option for progress as numbers, which pip supports since 24.1; older versions may be installed."""
+    """The value of pip's option ``--progress-bar``: numbers if pip is new enough for them (24.1)."""
     major, minor = (int(part) for part in version("pip").split(".")[:2])
     return "raw" if (major, minor) >= (24, 1) else "off"
 
@@ -207,12 +209,6 @@ class _Bar:
 
     def close(self) -> None:
         pass
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _require(path: Path, sha256: str) -> None:

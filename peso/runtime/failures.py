@@ -34,6 +34,7 @@ SPARK = "check Spark's own messages above and its configuration, or use data.eng
 LOST = "see its last output above, and run the same command again; it continues from the newest checkpoint"
 FULL = "free some space and run the same command again; it continues where it stopped"
 
+# what to do about an OSError, by its number
 OF_NUMBER = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
@@ -66,7 +67,7 @@ OF_NUMBER = {
     errno.ESPIPE: "the path is a device or a pipe; name a regular file",
     errno.EPIPE: "the program that read the output has ended",
 }
-# for each class, the most specific first: the cause and the remedy
+# the cause and what to do, by class, the most specific classes first
 OF_CLASS = (
     ("torch.OutOfMemoryError", "out of GPU memory", MEMORY),
     ("_duckdb.OutOfMemoryException", "out of memory while reading the data", MEMORY),
@@ -113,7 +114,7 @@ OF_CLASS = (
     ("builtins.UnicodeEncodeError", "a name or text has a character that cannot be encoded", "rename it"),
     ("builtins.RecursionError", "something is nested too deeply", "check the configuration and the files"),
 )
-# for classes that are too general, by their message
+# the cause and what to do, by a text in the message, for classes that are too general
 OF_TEXT = (
     ("can't allocate memory", "out of memory", MEMORY),
     ("out of memory", "out of memory", MEMORY),
@@ -152,7 +153,7 @@ def sentence(error: BaseException) -> str | None:
         return f"the Python package {error.name} is not installed; reinstall peso with its dependencies"
     for name, cause, cure in OF_CLASS:
         if name in classes:
-            return f"{cause} ({_first_line(text) or type(error).__name__}); {cure}"
+            return f"{cause} ({first_line(error)}); {cure}"
     if not isinstance(error, OSError):
         return None
     if error.errno is None:  # only a message; Transformers raises such errors for files missing on the hub
@@ -185,9 +186,10 @@ def unexpected(error: BaseException) -> str:
 
 
 def installed_version() -> str:
+    """The version of the installed package; ``unknown`` if it is imported from its source tree."""
     try:
         return version("peso")
-    except PackageNotFoundError:  # imported from its source tree
+    except PackageNotFoundError:
         return "unknown"
 
 
@@ -200,6 +202,11 @@ def explain(error: BaseException) -> str:
     """The text to print for an error: its traceback if debugging, then a sentence or a bug report."""
     shown = "".join(traceback.format_exception(error)) if debugging() else ""
     return f"{shown}error: {sentence(error) or 'unexpected ' + unexpected(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has no message."""
+    return _first_line(str(error)) or type(error).__name__
 
 
 def _first_line(text: str) -> str:

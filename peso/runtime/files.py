@@ -50,9 +50,9 @@ def commit_directory(target: Path) -> Iterator[Path]:
         yield aside
         with _explained(target):
             for path in [*aside.rglob("*"), aside]:
-                _fsync(path)
+                fsync(path)
             _put_in_place(aside, target)
-            _fsync(target.parent)
+            fsync(target.parent)
     except BaseException as error:
         restore(target)
         shutil.rmtree(aside, ignore_errors=True)
@@ -66,7 +66,7 @@ def remove_directory(target: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     if target.is_dir():
         target.rename(gone)
-        _fsync(target.parent)
+        fsync(target.parent)
         shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -185,9 +185,9 @@ def write_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         with _explained(target):
-            _fsync(aside)
+            fsync(aside)
             aside.replace(target)
-            _fsync(target.parent)
+            fsync(target.parent)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         raise_if_full(error, target)
@@ -269,7 +269,8 @@ def remove_left(directory: Path, whose: str | None = None) -> None:
         if found is None or found[2] != platform.node() or whose not in (None, found[1]):
             continue
         if not _runs(int(found[3])):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            # another process may remove it at the same time
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
@@ -330,6 +331,7 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, see :func:`json_text`. This is not atomic."""
     path.write_text(json_text(value), encoding="utf-8")
 
 
@@ -355,7 +357,8 @@ def read_sealed(path: Path) -> bytes:
 
 
 def file_state(path: Path) -> tuple[int, int, int] | None:
-    """Inode, modification time and size, which differ after a change; None if the file cannot be found."""
+    """Inode, modification time and size of a file, which show that it has changed; None if it does not
+    exist."""
     try:
         state = os.stat(path)
     except OSError:
@@ -369,6 +372,7 @@ def size_of(directory: Path) -> int:
 
 
 def checksum(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -378,7 +382,8 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or a directory to the disk, so that it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Models and data sets of the Hugging Face hub by name: fetched into the cache of the hub's client, uploaded.
+"""Download models and data sets from the Hugging Face hub into the cache of its client, and upload models.
 
-Nothing is contacted if ``HF_HUB_OFFLINE`` is set; what the cache has is used. The client's own variables
-apply: ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME``.
+If ``HF_HUB_OFFLINE`` is set, only the cache is used. The client's own variables apply: ``HF_ENDPOINT``,
+``HF_TOKEN``, ``HF_HOME``.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from peso.errors import AssetError, ExportError
-from peso.runtime.downloads import TIMEOUT, Progress, first_line
+from peso.runtime.downloads import TIMEOUT, Progress
+from peso.runtime.failures import first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
 
 HUB = "hf://"
-# of a model, the files that Transformers and sentence-transformers read; code is never fetched
+# the files of a model that Transformers and sentence-transformers read; code is never downloaded
 READ = {".json", ".txt", ".model", ".jinja", ".md", ".tiktoken"}
-WEIGHTS = (".safetensors", ".bin")  # the first kind that there is
+WEIGHTS = (".safetensors", ".bin")  # the first of these that a model has is downloaded
 OTHER_FORMATS = {"onnx", "openvino", "coreml", "original", "metal"}  # folders with the same weights again
 REPLACED = ["*.safetensors", "*.json", "*.jinja"]  # files of an earlier export that an upload removes
 
 
 def place_of(name: str) -> HfUri:
-    """The repository that a name means.
+    """The repository that a name refers to.
 
     Args:
-        name: ``owner/model``, ``datasets/owner/name``, with or without ``hf://`` before and ``@revision``
-            behind. A data set may be followed by a path or a pattern within it.
+        name: ``owner/model`` or ``datasets/owner/name``, optionally with ``hf://`` before it and
+            ``@revision`` after it. A data set may be followed by a path or a pattern within it.
 
     Raises:
-        AssetError: it is none of these.
+        AssetError: the name has another form.
     """
     from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError
@@ -60,10 +61,10 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
 
     Args:
         name: see :func:`place_of`.
-        progress: called with a description of the current step and its done share (0 to 1).
+        progress: called with a description of the current step and the share of it that is done (0 to 1).
 
     Returns:
-        The folder of the files, or the path or pattern in it that the name has.
+        The folder of the files; if the name has a path or a pattern, this path or pattern in the folder.
 
     Raises:
         AssetError: there is no such repository or path, or it cannot be fetched; the message says what to do.
@@ -91,7 +92,7 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
 
 
 def account() -> str:
-    """The name of the user who is logged in. Asked before an export, which takes a while.
+    """The name of the user who is logged in. It is checked before an export, which takes a while.
 
     Raises:
         ExportError: ``HF_HUB_OFFLINE`` is set, the hub cannot be reached, or nobody is logged in.
@@ -110,7 +111,7 @@ def account() -> str:
 
 
 def upload(folder: Path, name: str, message: str, *, private: bool) -> str:
-    """Upload an exported model in one commit. Files of an earlier export that it lacks are removed.
+    """Upload an exported model in one commit, which also removes files of an earlier export.
 
     Args:
         folder: the exported model.
@@ -122,7 +123,7 @@ def upload(folder: Path, name: str, message: str, *, private: bool) -> str:
         The address of the model.
 
     Raises:
-        ExportError: the hub refuses it, or cannot be reached.
+        ExportError: the hub refuses the upload, or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -147,7 +148,7 @@ def upload(folder: Path, name: str, message: str, *, private: bool) -> str:
 
 
 def _listed(place: HfUri) -> dict[str, int]:
-    """The files of a repository and their sizes; those that the cache knows if the hub cannot be asked."""
+    """The files of a repository and their sizes, from the cache if the hub cannot be reached."""
     from huggingface_hub import HfApi, get_cached_repo_tree, is_offline_mode
 
     revision: dict[str, Any] = {"repo_type": place.type, "revision": place.revision}
@@ -184,7 +185,7 @@ def _of_model(name: str, sizes: dict[str, int]) -> list[str]:
 
 
 def _of_path(name: str, path: str, sizes: dict[str, int]) -> list[str]:
-    """The files of a data set at a path, below it, or of a pattern."""
+    """The files of a data set at a path, below it, or that match it as a pattern."""
     files = [file for file in sizes if not file.startswith(".")]
     wanted = [
         file

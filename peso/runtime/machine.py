@@ -48,6 +48,11 @@ def machine_memory() -> int:
     return min(whole, int(limit)) if limit.isdecimal() else whole
 
 
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def require_memory(needed: float, what: str) -> None:
     """Check that the machine has enough memory.
 
@@ -61,19 +66,19 @@ def require_memory(needed: float, what: str) -> None:
     if needed > (there := machine_memory()):
         raise ConfigError(
             f"{what} would need at least {needed / 2**30:,.0f} GiB of memory; this machine has "
-            f"{there / 2**30:,.0f} GiB"
+            f"{there / 2**30:,.0f} GiB. Choose a smaller value, or a machine with more memory"
         )
 
 
 def require_device(name: str) -> None:
-    """Refuse a device that cannot be there, without PyTorch, which takes a second to say so.
+    """Refuse a device that this machine cannot have. PyTorch, which takes a second to load, is not needed.
 
     Raises:
-        TrainingError: a GPU is named, and this machine has no driver of one.
+        TrainingError: the device is a GPU, and this machine has no driver for it.
     """
     if name.startswith("cuda") and not (_has_nvidia_driver() or AMD_DRIVER.exists()):
         raise TrainingError(
-            f"training.device {name!r} cannot be used: this machine has no driver of an NVIDIA or AMD GPU; "
+            f"training.device {name!r} cannot be used: this machine has no driver for an NVIDIA or AMD GPU; "
             "try auto or cpu"
         )
     if name.startswith("mps") and sys.platform != "darwin":
@@ -100,7 +105,6 @@ def examine() -> dict[str, Any]:
     from peso.runtime.device import Precision
 
     warnings: list[str] = []
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     of_user = os.environ.get(NUMBER)
     own = f"1 thread for models of fewer than {SMALL:,} parameters, {torch.get_num_threads()} for others"
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
@@ -131,7 +135,7 @@ def examine() -> dict[str, Any]:
         ),
         (
             "cores",
-            f"{os.cpu_count()}, {usable} of them usable",
+            f"{os.cpu_count()}, {usable_cores()} of them usable",
             f"{NUMBER}={of_user}" if of_user else own,
         ),
         (
@@ -209,7 +213,7 @@ def check_environment() -> None:
     """Check that OMP_NUM_THREADS, if it is set, is a number of threads.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is set to something else.
     """
     text = os.environ.get(NUMBER, "")
     if text and not VALID.fullmatch(text):

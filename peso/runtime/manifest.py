@@ -52,7 +52,7 @@ def write_manifest(
 ) -> None:
     """Write ``manifest.json`` with ``content``, the format version and the files' checksums.
 
-    This must be the last file that is written to the directory.
+    Write it after all other files of the directory.
 
     Args:
         directory: the directory that the manifest describes.
@@ -100,7 +100,7 @@ def remove_folder(directory: Path, name: str, number: int) -> None:
 
 
 def take_out(
-    directory: Path, names: Sequence[str], number: int, told: Mapping[str, Mapping[str, Any]]
+    directory: Path, names: Sequence[str], number: int, entry: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Remove files from the manifest of a finished directory, before the files are removed.
 
@@ -108,14 +108,15 @@ def take_out(
         directory: the directory.
         names: the names of the files.
         number: the version of the format.
-        told: an entry to add to the manifest: one key, whose value gets the checksums of the files as
-            ``files``, in addition to those from an interrupted call.
+        entry: an entry to add to the manifest, as one key and its value. The value gets the checksums of the
+            files as ``files``, in addition to those from an interrupted call.
     """
     manifest = read_manifest(directory, number)
     gone = {name: sha256 for name, sha256 in manifest[FILES].items() if name in names}
     kept = {name: sha256 for name, sha256 in manifest[FILES].items() if name not in names}
     extra = {
-        key: {**value, FILES: {**manifest.get(key, {}).get(FILES, {}), **gone}} for key, value in told.items()
+        key: {**value, FILES: {**manifest.get(key, {}).get(FILES, {}), **gone}}
+        for key, value in entry.items()
     }
     _write(directory, {**manifest, **extra, FILES: kept})
 
@@ -211,7 +212,7 @@ def all_intact(directory: Path, parts: Sequence[str], manifest: Mapping[str, Any
         manifest: the manifest of the directory.
 
     Raises:
-        WorkspaceError: see :func:`intact`; or the manifest does not list a file.
+        WorkspaceError: as for :func:`intact`; or the manifest does not list a file of these parts.
     """
     listed = {name for name in manifest[FILES] if name.split("/")[0] in parts}
     for name in sorted(listed):

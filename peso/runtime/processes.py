@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from peso.errors import ConfigError, LostProcess, PesoError, TrainingError
-from peso.runtime.failures import AGAIN, HOW_STOPPED, TERMINATED
+from peso.runtime.failures import AGAIN, HOW_STOPPED, TERMINATED, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,8 @@ class Processes:
             like: tensors with the shapes of ``tensors``, all with one device and number format, which must be
                 the same on every process.
 
-        Returns: the sums, with None for tensors that no process has.
+        Returns:
+            The sums, with None for tensors that no process has.
         """
         if self.count == 1 or not like:
             return list(tensors)
@@ -138,6 +139,9 @@ class Processes:
         Args:
             values: (rows, …), the rows of this process. Rows that are not ``own`` are ignored.
             own: bool (rows,), which rows this process has computed. Each row is true on exactly one process.
+
+        Returns:
+            (rows, …), all rows.
         """
         if self.count == 1:
             return values
@@ -269,8 +273,10 @@ def join(device: str = "auto") -> Processes:
     try:
         state = PartialState(cpu=cpu, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise TrainingError(f"the {launched()} processes cannot connect to each other: {cause}") from error
+        raise TrainingError(
+            f"the {launched()} processes cannot connect to each other: {first_line(error)}; check the "
+            "addresses and ports that the launcher sets, and start them again"
+        ) from error
     _current = Processes(state.process_index, state.num_processes)
     return _current
 
@@ -280,8 +286,7 @@ def _connected(count: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = str(error).splitlines()[0]
         raise LostProcess(
-            f"another of the {count} processes has ended ({cause}); see its last output above. Run the same "
-            "command again; it continues from the newest checkpoint"
+            f"another of the {count} processes has ended ({first_line(error)}); see its last output above. "
+            "Run the same command again; it continues from the newest checkpoint"
         ) from error

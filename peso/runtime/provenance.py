@@ -10,9 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from peso.runtime.machine import usable_cores
+
 
 def provenance() -> dict[str, Any]:
-    """Versions of Python and the main packages, hardware, command and time, JSON-serializable."""
+    """Versions of Python and the main packages, hardware, command and time, as JSON values."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -23,7 +25,7 @@ def provenance() -> dict[str, Any]:
             "system": platform.system(),
             "processor": _processor(),
             "accelerator": _accelerator(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": usable_cores(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         },
         "command": " ".join(["peso", *sys.argv[1:]]) if Path(sys.argv[0]).name == "peso" else None,
@@ -32,7 +34,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None for a package that is imported without being installed, such as peso from its source tree."""
+    """The version of a package; None if it is not installed, such as peso imported from its source tree."""
     try:
         return version(package)
     except PackageNotFoundError:

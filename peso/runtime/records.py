@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from peso.errors import DataError, WorkspaceError
+from peso.runtime.failures import first_line
 from peso.runtime.files import digest, file_state, json_text, read_json_object, write_atomically
 
 Entry = TypeVar("Entry", bound=BaseModel)
@@ -20,6 +21,7 @@ def read_record(path: Path, newest: int) -> dict[str, Any]:
     """The content that :func:`write_record` wrote.
 
     Args:
+        path: the file.
         newest: the highest format number that can be read.
 
     Raises:
@@ -40,19 +42,21 @@ def read_record(path: Path, newest: int) -> dict[str, Any]:
 
 
 def write_record(path: Path, number: int, content: dict[str, Any]) -> None:
-    """Write content with format ``number``."""
+    """Replace a file by ``content``, the format number ``number`` and the sha256 of the content."""
     text = json_text({"format": number, **content, "sha256": digest(content)})
     write_atomically(path, text.encode())
 
 
 def read_entries(path: Path, newest: int, entry: type[Entry], lost: str, cure: str) -> dict[str, Entry]:
-    """The entries of items that :func:`write_entries` wrote, by item, in the same order; none without a file.
+    """The entries that :func:`write_entries` wrote, by item, in the same order. Without a file there are
+    none.
 
     Args:
+        path: the file.
         newest: the highest format number that can be read.
         entry: the type of an entry.
-        lost: what is not known if the file is damaged, for the message.
-        cure: what to do then, beside restoring the file from a copy.
+        lost: what is unknown if the file is damaged, for the message.
+        cure: what to do then, other than restoring the file from a copy.
 
     Raises:
         WorkspaceError: the file is damaged, or was written by a newer version.
@@ -66,23 +70,24 @@ def read_entries(path: Path, newest: int, entry: type[Entry], lost: str, cure: s
         return {item: entry.model_validate(each) for item, each in content["items"].items()}
     except (DataError, ValidationError, ValueError) as error:
         raise WorkspaceError(
-            f"{path} is damaged ({str(error).splitlines()[0]}), so {lost}; restore it from a copy, or {cure}"
+            f"{path} is damaged ({first_line(error)}), so {lost}; restore it from a copy, or {cure}"
         ) from None
 
 
 def write_entries(path: Path, number: int, items: Mapping[str, BaseModel]) -> None:
-    """Write the entries of items with format ``number``."""
+    """Replace a file by the entries of items, with format ``number``."""
     write_record(
         path, number, {"items": {item: each.model_dump(mode="json") for item, each in items.items()}}
     )
 
 
 class Reread(Generic[Value]):
-    """What a file contains, read again when the file changes.
+    """The content of a file, which is read again when the file changes.
 
     Args:
         path: the file; it may be missing.
-        read: reads it; picklable, since a workspace is sent to the other processes of a run.
+        read: a function that reads it. It must be picklable, because a workspace is sent to the other
+            processes of a run.
     """
 
     def __init__(self, path: Path, read: Callable[[], Value]) -> None:

@@ -2,8 +2,8 @@
 
 ``s3://``, ``gs://``, ``http://`` and ``https://`` go through fsspec, with its own configuration and the usual
 variables of each service (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``);
-``hf://datasets/…`` goes through the hub's client (:mod:`peso.runtime.hub`). A copy is in the cache
-(``PESO_CACHE``) and is used again as long as size and ETag of the file are the same.
+``hf://datasets/…`` goes through the hub's client (:mod:`peso.runtime.hub`). Copies are stored in the cache
+(``PESO_CACHE``). A copy is used again as long as the size and the ETag of the file stay the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from filelock import FileLock
 from peso.errors import AssetError, DataError, ExportError, PesoError
 from peso.runtime import hub
 from peso.runtime.assets import cache_directory
-from peso.runtime.downloads import first_line
+from peso.runtime.failures import first_line
 from peso.runtime.files import digest, write_atomically
 from peso.runtime.progress import Observer, Silent, in_percent
 
 PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}  # extras by scheme
-# of what a service tells of a file: all that changes with its content
+# properties of a file that a service may report, and that change with its content
 TAGS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "Last-Modified", "LastModified")
 
 
@@ -37,7 +37,7 @@ def is_remote(path: str) -> bool:
 
 
 def shown(address: str) -> str:
-    """An address for messages, without what may be secret: the query of a signed address."""
+    """An address for messages, without its query, which may contain a signature."""
     return address.partition("?")[0] if is_web(address) else address
 
 
@@ -47,7 +47,7 @@ def is_web(address: str) -> bool:
 
 
 def local(path: str, observer: Observer | None = None) -> str:
-    """The path of a local copy that is up to date; other paths are returned as they are.
+    """The path of an up-to-date local copy of the files at an address. Local paths are returned unchanged.
 
     Args:
         path: a path, or the address of a file, of a folder or of a pattern; over HTTP, of a file.
@@ -82,19 +82,24 @@ def local(path: str, observer: Observer | None = None) -> str:
                 raise DataError(f"{shown(path)} is empty; check the address")
         kept = {*wanted.values(), *map(_note_of, wanted.values())}
         for stale in {each for each in folder.rglob("*") if each.is_file()} - kept:
-            stale.unlink()  # was removed there since
+            stale.unlink()  # it no longer exists at the address
     return str(folder / below) if below else str(folder)
 
 
 @contextmanager
 def output(path: str, observer: Observer | None = None) -> Iterator[Path]:
-    """A local path to write to; what was written there is uploaded when the context ends without an error.
+    """A local path to write to. What is written there is uploaded when the context ends without an error.
 
-    A single object appears whole or not at all. Of several files, those that were uploaded are removed again
-    if one cannot be. Unfinished work stays in the cache, so that the same call can continue it.
+    A single file appears completely or not at all. If one of several files cannot be uploaded, those that
+    were uploaded are removed again. Unfinished work stays in the cache, so that the same call can continue
+    it.
+
+    Args:
+        path: a local path, which is returned unchanged, or an address.
+        observer: receives the progress of the upload.
 
     Raises:
-        ExportError: it cannot be written; the message names the address, the cause and what to do.
+        ExportError: the address cannot be written; the message names it, the cause and what to do.
     """
     if not is_remote(path):
         yield Path(path)
@@ -109,7 +114,7 @@ def output(path: str, observer: Observer | None = None) -> Iterator[Path]:
     watched = observer or Silent()
     files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
     done: list[str] = []
-    total = sum(file.stat().st_size for file in files)
+    sent, total = 0, sum(file.stat().st_size for file in files)
     watched.begin(f"uploading to {shown(path)}", max(1, total // 1_000_000), "MB")
     try:
         with _explained(path, "cannot be written", ExportError):
@@ -117,7 +122,8 @@ def output(path: str, observer: Observer | None = None) -> Iterator[Path]:
                 target = root if file == place else f"{root.rstrip('/')}/{file.relative_to(place).as_posix()}"
                 system.put_file(str(file), target)
                 done.append(target)
-                watched.advance(sum(f.stat().st_size for f in files[: len(done)]) // 1_000_000)
+                sent += file.stat().st_size
+                watched.advance(sent // 1_000_000)
     except ExportError:
         for target in done:
             with suppress(Exception):
@@ -130,8 +136,12 @@ def output(path: str, observer: Observer | None = None) -> Iterator[Path]:
 def require_output(path: str, *, force: bool = False) -> None:
     """Check an address before work begins: its package, the permission to list it, and that nothing is there.
 
+    Args:
+        path: the address.
+        force: whether an existing file may be overwritten.
+
     Raises:
-        ExportError: as :func:`output`, or there is something and ``force`` is not given.
+        ExportError: as for :func:`output`; or something is there, and ``force`` is not set.
     """
     system, root = _opened(path, ExportError)
     if urlsplit(path).scheme.startswith("http"):
@@ -190,7 +200,8 @@ def _explained(path: str, what: str, kind: type[PesoError]) -> Iterator[None]:
 
 
 def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
-    """What the service tells of every file of a path, a folder or a pattern, by name."""
+    """The properties that the service reports of each file at a path, in a folder or of a pattern, by
+    name."""
     if is_remote(root):  # over HTTP there are no folders
         return {root: system.info(root)}
     if any(mark in root for mark in "*?["):
@@ -204,7 +215,7 @@ def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
 
 
 def _parts(root: str, files: dict[str, Any]) -> tuple[str, str]:
-    """The folder above the files, and what the path has below it: a name, a pattern, or "" for a folder."""
+    """The folder above the files, and the rest of the path: a name, a pattern, or "" for a folder."""
     if is_remote(root):
         return root, _relative(root, root)
     if [*files] == [root]:
@@ -225,7 +236,7 @@ def _relative(name: str, base: str) -> str:
 
 
 def _fetch(system: Any, name: str, told: dict[str, Any], target: Path, observer: Observer) -> None:
-    """Fetch a file unless the copy is that of the same size and tag."""
+    """Fetch a file, unless the copy was made from a file of the same size and tags."""
     from fsspec.callbacks import Callback
 
     tags = {tag: str(told[tag]) for tag in TAGS if told.get(tag)}
@@ -253,7 +264,7 @@ def _fetch(system: Any, name: str, told: dict[str, Any], target: Path, observer:
 
 
 def _note_of(file: Path) -> Path:
-    """The file that notes which size and tags the copy has; hidden, so that no reader takes it for data."""
+    """The file that stores the size and the tags of a copy. It is hidden, so that it is not read as data."""
     return file.with_name(f".{file.name}.json")
 
 

@@ -28,7 +28,7 @@ def test_words_of_the_configuration() -> None:
     assert Precision.of("float32", "auto").device.type == expected
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "hpu"])
 def test_a_device_that_is_not_there_is_an_error_with_a_cure(name: str) -> None:
     with pytest.raises(TrainingError, match=rf"training\.device '{name}' cannot be used.*auto or cpu"):
         Precision.of("float32", name)
