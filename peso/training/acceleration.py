@@ -1,4 +1,4 @@
-"""Gradient checkpointing and compilation: they change the cost of a training step, not its result."""
+"""Gradient checkpointing and compilation, which change the cost of a training step, but not its result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from peso.model.tree_attention import along_trees
 
 @contextmanager
 def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[None]:
-    """Within the context, layers in training mode store only their inputs and are recomputed in the backward
-    pass: less memory, about a third more computation.
+    """A context in which layers in training mode store only their inputs, and are computed again in the
+    backward pass. This needs less memory and about a third more computation.
+
+    Args:
+        model: the model.
+        wanted: whether to use gradient checkpointing; if not, nothing changes.
 
     Raises:
         TrainingError: Transformers does not support it for this backbone.
@@ -32,7 +36,7 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
         )
     causal_lm.activation_checkpointing_enable()
     try:
-        with along_trees(causal_lm):  # the recomputation needs it too
+        with along_trees(causal_lm):  # must include the backward pass
             yield
     finally:
         causal_lm.activation_checkpointing_disable()
@@ -40,10 +44,14 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
 
 @contextmanager
 def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator[None]:
-    """Within the context, the decoder's layers are compiled with dynamic shapes; ``auto``: only on a GPU.
+    """A context in which the decoder's layers are compiled with dynamic shapes.
 
-    Layers are compiled one by one, not the whole decoder: they have the same code, so one compilation serves
-    them all.
+    Layers are compiled one by one instead of the whole decoder. They have the same code, so one compilation
+    serves all of them.
+
+    Args:
+        model: the model.
+        wanted: whether to compile; ``auto`` to compile only on a GPU.
 
     Raises:
         TrainingError: the backbone cannot be compiled.
@@ -56,7 +64,7 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     before = [region._compiled_call_impl for region in regions]
     for region in regions:
         region.compile(dynamic=True)
-    # without this, two sizes that are equal in the first call are taken for one, and compiled again later
+    # otherwise, sizes that happen to be equal in the first call are assumed to be always equal
     sizes: Any = torch.fx.experimental._config
     try:
         with sizes.patch(use_duck_shape=False):
@@ -72,6 +80,6 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
 
 
 def not_compiled() -> AbstractContextManager[object]:
-    """Within the context, compiled layers run uncompiled: validation takes few passes and would first compile
-    them again, for evaluation mode."""
+    """A context in which compiled layers run uncompiled. Validation takes only a few passes, for which the
+    layers would have to be compiled again, in evaluation mode."""
     return torch.compiler.set_stance("force_eager")

@@ -19,12 +19,12 @@ from peso.events.histories import TargetSequence
 from peso.model.layout import PromptLayout
 from peso.model.visibility import PADDING, ROOT, TRUNK, Tree
 
-LOOK_AHEAD = 64  # minimum number of chunks considered for the free places of a batch
+LOOK_AHEAD = 64  # at least this number of chunks are considered for the free places of a batch
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Items ``start:stop`` of sequence number ``sequence``; items ``first:stop`` are the targets."""
+    """Items ``start:stop`` of the sequence with the number ``sequence``. Items ``first:stop`` are targets."""
 
     sequence: int
     start: int
@@ -37,11 +37,16 @@ class Chunk:
 
 
 def cut(sequences: Sequence[TargetSequence], window: int, most: int) -> list[Chunk]:
-    """Chunks of at most ``most`` targets that contain every target of every sequence once.
+    """Split sequences into chunks that contain every target once.
 
-    A target with at most ``window`` items before it sees all of them, as in a separate prompt. A later one
-    sees between ``window`` and 2·``window`` - 1 items: a chunk starts ``window`` items before its first
-    target and ends before the history exceeds this limit.
+    A target with at most ``window`` items before it sees all of them, as in a separate prompt. A later target
+    sees between ``window`` and 2·``window`` - 1 items, because a chunk starts ``window`` items before its
+    first target and ends before a history exceeds this limit.
+
+    Args:
+        sequences: the sequences.
+        window: the window of the prompt layout, in items.
+        most: the largest number of targets of a chunk.
     """
     chunks = []
     for number, sequence in enumerate(sequences):
@@ -57,17 +62,18 @@ def cut(sequences: Sequence[TargetSequence], window: int, most: int) -> list[Chu
 def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
     """Group the chunks of an epoch into batches of ``batch_size`` targets.
 
-    The chunks are shuffled. A batch takes the first remaining chunk, and of the following
-    max(``LOOK_AHEAD``, ``batch_size``) the subset whose targets fill the free places best (among equal
-    subsets, the earliest chunks). So a batch never has more than ``batch_size`` targets, unless a single
-    chunk does, and all but the last few of an epoch have exactly that many.
+    The chunks are shuffled. A batch consists of the first remaining chunk, and of the subset of the following
+    max(``LOOK_AHEAD``, ``batch_size``) chunks whose targets fill the free places best (among equal subsets,
+    the one with the earliest chunks). So a batch never has more than ``batch_size`` targets, unless a single
+    chunk has more, and all but the last few batches of an epoch have exactly this number.
 
     Args:
-        targets: int (chunks,), number of targets of each chunk.
+        targets: int (chunks,), the number of targets of each chunk.
+        batch_size: the number of targets of a batch.
         seed: integers that determine the shuffle, for example (seed, stage, epoch).
 
     Returns:
-        Indices of the chunks of each batch; every chunk occurs once.
+        The indices of the chunks of each batch. Every chunk occurs once.
     """
     order = np.random.default_rng(list(seed)).permutation(len(targets))
     if batch_size >= targets.sum():
@@ -80,7 +86,7 @@ def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> lis
     while pool := [*pool, *islice(upcoming, ahead + 1 - len(pool))]:
         batch = [pool.pop(0)]
         free = max(0, batch_size - size[batch[0]])
-        # subset sums: bit s of sums[-1 - i] is set if a subset of pool[i:] has s targets, s <= free
+        # bit s of sums[-1 - i] is set if a subset of pool[i:] has s targets in total, for s <= free
         sums = [1]
         for chunk in reversed(pool):
             sums.append((sums[-1] | sums[-1] << size[chunk]) & ((2 << free) - 1))
@@ -102,10 +108,14 @@ def plan_epoch(targets: np.ndarray, batch_size: int, seed: Sequence[int]) -> lis
 class Piece:
     """The tokens of one chunk, without the root that it shares with others.
 
-    ``ids``, ``positions``, ``branch``, ``order``, ``limit``: int64 (length,), see
-    :class:`~peso.model.visibility.Tree`. ``targets``: int64 (target tokens,), token ids. ``states``: int64
-    (target tokens,), the index of the hidden state that predicts each, counted from the root's first token.
-    ``items``: int64 (targets,), item rows, for models with an item head; may be empty.
+    Attributes:
+        ids: int64 (length,), the token ids.
+        positions: int64 (length,), their positions.
+        branch, order, limit: int64 (length,), see :class:`~peso.model.visibility.Tree`.
+        targets: int64 (target tokens,), the ids of the target tokens.
+        states: int64 (target tokens,), the index of the hidden state that predicts each target token, counted
+            from the first token of the root.
+        items: int64 (targets,), the item row of each target, for models with an item head. It may be empty.
     """
 
     ids: np.ndarray
@@ -129,18 +139,20 @@ def lay_out(
     predict_end: bool,
     rows: np.ndarray | None = None,
 ) -> Piece:
-    """The tokens of a history and its targets, such that each target is predicted as in a separate prompt.
+    """The tokens of a history and its targets, arranged so that each target is predicted as in a separate
+    prompt.
 
-    With a layout without separator, suffix and end, the trunk is enough: the state before each target token
-    predicts it. Any other layout has one branch per target, which consists of suffix, target tokens and end;
-    it leaves the trunk after the last item before the target and has the positions of a separate prompt. The
-    last token of a branch predicts nothing and is omitted.
+    If the layout has no separator, suffix and end, the trunk is enough, because the state before each target
+    token predicts it. Otherwise there is one branch per target, which consists of the suffix, the target
+    tokens and the end. It leaves the trunk after the last item before the target, and has the positions of a
+    separate prompt. The last token of a branch predicts nothing and is left out.
 
     Args:
-        items: int64 (n, levels), token ids of a chunk's items, oldest first.
-        first: ``items[first:]`` are the targets.
-        predict_end: whether the layout's end token is a target too.
-        rows: int (n,), the item rows of ``items``; required by models with an item head.
+        layout: the prompt layout.
+        items: int64 (n, levels), the token ids of a chunk's items, oldest first.
+        first: the number of items before the targets, which are ``items[first:]``.
+        predict_end: whether the layout's end token is also a target.
+        rows: int (n,), the item rows of ``items``. Models with an item head need them.
 
     Raises:
         ValueError: the layout has no prefix.
@@ -199,11 +211,17 @@ def lay_out(
 class Packed:
     """The tokens of one forward pass, and the indices of the hidden states that predict target tokens.
 
-    ``ids``, ``positions``: int64 (rows, length). ``visible``: the attention mask as a tree. ``states``: int64
-    (n,), indices into the flattened rows; ``targets``: int64 (n,), the token that each predicts; ``owners``:
-    int64 (n,), the index of the piece it belongs to. ``items``: int64 (targets,), item rows, empty if the
-    pieces have none. ``tokens``: number of tokens without padding. ``counts``: false for a pass that only
-    keeps a process in step with others: its loss is multiplied by 0.
+    Attributes:
+        ids, positions: int64 (rows, length), the token ids and their positions.
+        visible: the attention mask as a tree.
+        states: int64 (n,), the index of the hidden state that predicts each target token, in the flattened
+            rows.
+        targets: int64 (n,), the target tokens.
+        owners: int64 (n,), the index of the piece that each target token belongs to.
+        items: int64 (targets,), the item row of each target; empty if the pieces have none.
+        tokens: the number of tokens without padding.
+        counts: whether the pass counts. The loss of a pass that does not count is multiplied by 0; such a
+            pass only keeps a process in step with others.
     """
 
     ids: Tensor
@@ -225,19 +243,20 @@ class Packed:
 def pack(
     pieces: Sequence[Piece], prefix: tuple[int, ...], row_tokens: int, pass_tokens: int, digits: int = 64
 ) -> list[Packed]:
-    """Pack pieces into rows of at most ``row_tokens`` tokens with the root once per row, and rows into
-    passes.
+    """Pack pieces into rows with one root each, and rows into passes.
 
-    The number of rows comes from best-fit decreasing bin packing; then the pieces are packed again into as
-    many rows of minimum length, which keeps padding small. A row exceeds ``row_tokens`` only if a single
-    piece does. The result for a target depends on none of the limits.
+    The number of rows is that of best-fit decreasing bin packing. Then the pieces are packed again into the
+    same number of rows with the smallest possible length, so that there is little padding. The result for a
+    target does not depend on the limits.
 
     Args:
-        prefix: token ids of the root.
-        row_tokens: maximum length of a row; the cost of attention grows with it.
-        pass_tokens: maximum tokens of a pass, padding included, but at least one row; memory grows with it.
-            Rows are spread evenly over as few passes as possible.
-        digits: the length of a row is rounded up to this many significant binary digits; the number of
+        pieces: the pieces.
+        prefix: the token ids of the root.
+        row_tokens: the largest length of a row. The cost of attention grows with it. A row is longer only if
+            a single piece is.
+        pass_tokens: the largest number of tokens of a pass, including padding, but a pass has at least one
+            row. Memory grows with it. Rows are distributed evenly over as few passes as possible.
+        digits: the length of a row is rounded up to this number of significant binary digits. The number of
             different shapes grows with it.
     """
     root = len(prefix)
@@ -245,7 +264,7 @@ def pack(
     room = max(row_tokens - root, int(sizes.max(initial=1)), 1)
     rows = _few(np.argsort(-sizes, kind="stable").tolist(), sizes.tolist(), room)
     rows.sort(key=lambda row: -int(sizes[row].sum()))
-    if not rows:  # a process may have no share of a batch
+    if not rows:  # a process may have no part of a batch
         return []
     longest = _up(root + int(sizes[rows[0]].sum()), digits)
     fewest = -(-len(rows) // max(1, pass_tokens // longest))
@@ -255,8 +274,8 @@ def pack(
 
 
 def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """Distribute items of these sizes over ``hands`` lists of about equal sum: longest first, each to the
-    smallest. Returns their indices; a list may be empty."""
+    """Distribute pieces of these sizes over ``hands`` lists with about the same sum. The longest come first,
+    and each goes to the list with the smallest sum. Returns their indices; a list may be empty."""
     dealt: list[list[int]] = [[] for _ in range(hands)]
     filled = np.zeros(hands, dtype=np.int64)
     for number in np.argsort(-np.array(sizes), kind="stable").tolist():
@@ -267,8 +286,8 @@ def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
 
 
 def _few(longest_first: list[int], sizes: list[int], room: int) -> list[list[int]]:
-    """Pieces of each row: as few rows as :func:`_fill` finds for ``room``, and as short as possible for that
-    number, within ``room`` / 64."""
+    """The pieces of each row: as few rows as :func:`_fill` finds for ``room`` tokens, and as short as
+    possible for this number of rows, up to ``room`` / 64."""
     rows = _fill(longest_first, sizes, room)
     if not rows:
         return []
@@ -285,7 +304,7 @@ def _few(longest_first: list[int], sizes: list[int], room: int) -> list[list[int
 
 
 def _fill(longest_first: list[int], sizes: list[int], room: int) -> list[list[int]]:
-    """Pieces of each row: each piece goes into the fullest row with room for it, or into a new one."""
+    """The pieces of each row: each piece goes into the fullest row with room for it, or into a new row."""
     rows: list[list[int]] = []
     left: list[int] = []
     for piece in longest_first:
@@ -301,11 +320,13 @@ def _fill(longest_first: list[int], sizes: list[int], room: int) -> list[list[in
 
 
 def _up(tokens: int, digits: int) -> int:
+    """The number of tokens rounded up to a number of significant binary digits."""
     step = 1 << max(0, tokens.bit_length() - digits)
     return -(-tokens // step) * step
 
 
 def _assemble(pieces: Sequence[Piece], prefix: tuple[int, ...], rows: list[list[int]], digits: int) -> Packed:
+    """The pass whose rows have these pieces, given by their indices."""
     root = len(prefix)
     length = _up(root + max(sum(len(pieces[p]) for p in row) for row in rows), digits)
     ids, positions, branch, order, limit = np.zeros((5, len(rows), length), dtype=np.int64)

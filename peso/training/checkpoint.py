@@ -1,7 +1,7 @@
-"""Checkpoint and log of a stage in training: an interrupted run continues with bit-identical results.
+"""The checkpoint and the log of a stage in training, from which an interrupted run continues.
 
-Every random number in training is a function of seed, stage and position, so a checkpoint contains only
-positions and tensors.
+The result is bit-identical to that of an uninterrupted run. Every random number in training is a function of
+the seed, the stage and the position, so a checkpoint has only positions and tensors.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Checkpoint:
     """The newest state of one stage in training, in one file.
 
     Args:
-        directory: created if absent.
-        digest: of everything that determines the training; a state with another digest is refused.
+        directory: the directory of the file. It is created if it is missing.
+        digest: a digest of everything that determines the training. A state with another digest is refused.
     """
 
     def __init__(self, directory: Path, digest: str) -> None:
@@ -38,7 +38,7 @@ class Checkpoint:
         self.digest = digest
 
     def save(self, **state: Any) -> None:
-        """Replace the file atomically: after a crash it contains the old state or the new one."""
+        """Replace the file atomically. After a crash, it has either the old state or the new one."""
         buffer = io.BytesIO()
         torch.save({"digest": self.digest, **state}, buffer)
         write_sealed(self.path, buffer.getvalue())
@@ -47,8 +47,8 @@ class Checkpoint:
         """The saved state, with tensors on the CPU; None if there is no file.
 
         Raises:
-            TrainingError: the file is damaged, or belongs to a training with other settings, data or starting
-                weights.
+            TrainingError: the file is damaged, or it belongs to a training with other settings, data or
+                starting weights.
         """
         if not self.path.exists():
             return None
@@ -67,11 +67,12 @@ class Checkpoint:
 
 
 class TrainingLog:
-    """``log.jsonl``: one JSON object per line, flushed after each.
+    """The file ``log.jsonl``, which has one JSON object per line. It is flushed after each line.
 
     Args:
-        keep: number of bytes to keep of an existing file: its length at the checkpoint.
-        sha256: of these bytes; "": not checked.
+        path: the file.
+        keep: the number of bytes of an existing file to keep, which is its length at the checkpoint.
+        sha256: the digest of these bytes; if it is empty, they are not checked.
 
     Raises:
         TrainingError: the file is shorter than ``keep``, or has changed.
@@ -96,19 +97,20 @@ class TrainingLog:
 
     @property
     def sha256(self) -> str:
-        """Digest of the whole log."""
+        """The digest of the whole log."""
         return self._hash.hexdigest()
 
     def write(self, **record: Any) -> None:
+        """Append a line."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self._hash.update(line)
         self._file.write(line)
         self._file.flush()
 
     def sync(self) -> int:
-        """Force everything to disk; returns the length in bytes."""
+        """Wait until everything is on disk. Returns the length of the file in bytes."""
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._file.seek(0, os.SEEK_END)  # before the first line, the position is not yet at the end
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -118,7 +120,7 @@ class TrainingLog:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, dtypes, shapes and values."""
+    """The sha256 of the names, dtypes, shapes and values of tensors, in order."""
     result = hashlib.sha256()
     for name, tensor in tensors.items():
         result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -21,37 +21,44 @@ SCORING_PASS_TOKENS = 4096  # without gradients, passes can be larger than in tr
 
 
 def predicts_end(model: GenerativeModel) -> bool:
-    """Whether the layout's end token is a target: only under the loss vocabulary ``full``; otherwise its
+    """Whether the layout's end token is a target. This is so with the loss vocabulary ``full``; otherwise its
     probability is 1."""
     return model.loss_vocabulary == "full"
 
 
 def tokens_of_target(model: GenerativeModel) -> int:
-    """Target tokens per target: one per level, and the layout's end where it is predicted."""
+    """The number of target tokens per target: one per level, and those of the layout's end if it is a
+    target."""
     return model.semantic_ids.levels + (len(model.layout.end) if predicts_end(model) else 0)
 
 
 def target_states(model: GenerativeModel, packed: Packed) -> Tensor:
-    """(target tokens, width): the hidden state that predicts each target token of packed rows."""
+    """The hidden state that predicts each target token of packed rows: (target tokens, width)."""
     hidden = model.hidden(packed.ids, packed.visible, packed.positions)
-    # index_select instead of indexing: several targets may share a state (the root's), and the backward of
-    # index_select adds their gradients in a fixed order
+    # index_select, because several targets may share a state (that of the root), and its backward pass adds
+    # their gradients in a fixed order, unlike that of indexing
     return hidden.flatten(0, 1).index_select(0, packed.states)
 
 
 def target_token_log_probabilities(
     model: GenerativeModel, packed: Packed, temperature: float = 1.0
 ) -> Tensor:
-    """float32 (target tokens,): log-probability of each target token of packed rows."""
+    """The log-probability of each target token of packed rows: float32 (target tokens,)."""
     return token_log_probabilities(model, target_states(model, packed), packed.targets, temperature)
 
 
 def item_log_probabilities(model: GenerativeModel, packed: Packed, states: Tensor) -> Tensor:
-    """float32 (targets,): log-probability of each target of packed rows under the model's item head, computed
-    from the state that predicts its first code.
+    """The log-probability of each target of packed rows under the model's item head.
+
+    It is computed from the state that predicts the target's first code.
 
     Args:
+        model: a model with an item head.
+        packed: the rows, whose pieces must have item rows.
         states: (target tokens, width), see :func:`target_states`.
+
+    Returns:
+        float32 (targets,).
     """
     assert model.vocabulary.item_head is not None
     first = states.unflatten(0, (len(packed.items), -1))[:, 0]
@@ -66,8 +73,18 @@ def validation_loss(
     processes: Processes = ALONE,
     item_weight: float = 0.0,
 ) -> float:
-    """The training loss over all cases: the negative sum of the target tokens' log-probabilities and of
-    ``item_weight`` times the items' under the item head, divided by the number of target tokens."""
+    """The training loss over all cases, in nats per target token.
+
+    It is the negative sum of the target tokens' log-probabilities, and of ``item_weight`` times those of the
+    items under the item head, divided by the number of target tokens.
+
+    Args:
+        model: the model, in evaluation mode.
+        cases: the cases, at least one.
+        temperature: the logits are divided by it.
+        processes: the processes that share the passes. Each gets the loss over all cases.
+        item_weight: the weight of the item head; 0 for a model without one.
+    """
     total, tokens = 0.0, 0.0
     ends = predicts_end(model)
     for _, packed in _passes(model, cases, SCORING_PASS_TOKENS, processes, predict_end=ends):
@@ -89,7 +106,11 @@ def target_log_probabilities(
     on_progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
 ) -> np.ndarray:
-    """Log-probability of each case's target: :func:`target_level_log_probabilities` summed over the levels.
+    """The log-probability of each case's target: :func:`target_level_log_probabilities` summed over the
+    levels.
+
+    Args:
+        model, cases, batch_tokens, on_progress, processes: see :func:`target_level_log_probabilities`.
 
     Returns:
         float32 (cases,).
@@ -107,12 +128,14 @@ def target_level_log_probabilities(
 ) -> np.ndarray:
     """ln p(c_l | history, c_1 … c_{l-1}) of each code c_l of each case's target, without the end token.
 
-    At temperature 1, normalized over the tokens of the model's ``loss_vocabulary``.
+    Probabilities are at temperature 1, and normalized over the tokens of the model's ``loss_vocabulary``.
 
     Args:
-        batch_tokens: tokens per forward pass.
-        on_progress: called with the number of completed cases.
-        processes: they share the passes; each gets the whole result.
+        model: the model.
+        cases: the cases.
+        batch_tokens: the number of tokens per forward pass.
+        on_progress: called with the number of cases done so far.
+        processes: the processes that share the passes. Each gets the whole result.
 
     Returns:
         float32 (cases, levels).
@@ -131,14 +154,13 @@ def trie_log_likelihood(
     batch_tokens: int = SCORING_PASS_TOKENS,
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Log-probability of each case's target among the items of the catalog.
+    """The log-probability of each case's target among the items of the catalog.
 
-    At every level, the probabilities of the codes that continue the target's path to some item are
-    renormalized to sum to one, at temperature 1. Other tokens are excluded, so models trained with different
-    ``loss_vocabulary`` are comparable.
+    At every level, the softmax is only over the codes that continue the target's path to some item, at
+    temperature 1. So models that were trained with different ``loss_vocabulary`` are comparable.
 
     Args:
-        batch_tokens, on_progress: as in :func:`target_level_log_probabilities`.
+        model, cases, batch_tokens, on_progress: see :func:`target_level_log_probabilities`.
 
     Returns:
         float32 (cases,).
@@ -161,10 +183,12 @@ def trie_log_likelihood(
 
 
 def _continuations(trie: ItemTrie, codes: np.ndarray, sizes: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """For each level, bool (n, codes of the level): which codes continue each path to some item.
+    """Which codes continue each path to some item: for each level, bool (n, codes of the level).
 
     Args:
+        trie: the trie of the catalog.
         codes: int (n, levels), semantic IDs of existing items.
+        sizes: the number of codes of each level.
     """
     node = np.zeros(len(codes), dtype=np.int64)  # the root
     for level, size in enumerate(sizes):
@@ -187,7 +211,7 @@ def _per_level(
     score: Callable[[Packed], Tensor],
     processes: Processes = ALONE,
 ) -> np.ndarray:
-    """float32 (cases, levels): ``score`` of every target token, in the order of the cases."""
+    """The ``score`` of every target token, in the order of the cases: float32 (cases, levels)."""
     levels = model.semantic_ids.levels
     result, own = np.zeros((len(cases), levels), dtype=np.float32), np.zeros(len(cases), dtype=bool)
     done = 0
@@ -205,10 +229,10 @@ def _per_level(
 def _passes(
     model: GenerativeModel, cases: Cases, pass_tokens: int, processes: Processes, *, predict_end: bool
 ) -> Iterator[tuple[np.ndarray, Packed]]:
-    """Forward passes of about ``pass_tokens`` tokens, each of cases of similar length: the indices of the
-    cases, and their tokens.
+    """Forward passes of about ``pass_tokens`` tokens: for each, the indices of its cases, and their tokens.
 
-    Processes take whole passes in turn, so the composition of a pass does not depend on their number.
+    The cases of a pass have similar lengths. Processes take turns with groups of cases, so the contents of a
+    pass do not depend on the number of processes.
     """
     with uneven_passes(model, processes):
         yield from _own_passes(model, cases, pass_tokens, processes, predict_end=predict_end)
@@ -217,6 +241,7 @@ def _passes(
 def _own_passes(
     model: GenerativeModel, cases: Cases, pass_tokens: int, processes: Processes, *, predict_end: bool
 ) -> Iterator[tuple[np.ndarray, Packed]]:
+    """The passes of this process, see :func:`_passes`."""
     layout = model.layout
     groups = 0
     by_length = np.argsort([-len(history) for history in cases.histories], kind="stable")

@@ -1,6 +1,6 @@
 """The training of one stage: steps, validation, checkpoints, and the choice of the best epoch.
 
-:func:`train_stage` is the entry point. Every random choice is a function of (seed, stage, position).
+:func:`train_stage` is the entry point. Every random number is a function of (seed, stage, position).
 """
 
 from __future__ import annotations
@@ -32,19 +32,24 @@ from peso.training.task import Progress, StageResult, StageTask
 def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
     """Train all parameters that require a gradient, and leave the model with the weights of its best epoch.
 
-    The loss of a step is the mean negative log-probability over the target tokens of its batch (end token
-    included where it is predicted), as in the ``Trainer`` of Transformers; the gradient of the strategy's
-    penalty is added to its gradient. The optimizer is AdamW, with weight decay on matrices only. If
-    interrupted and called again with the same task and starting weights, it continues at its newest
-    checkpoint and ends with bit-identical parameters.
+    The loss of a step is the mean negative log-probability over the target tokens of its batch, including the
+    end token if it is a target, as in the ``Trainer`` of Transformers. The gradient of the strategy's penalty
+    is added to that of the loss. The optimizer is AdamW, with weight decay on matrices only.
+
+    If training is interrupted, call the function again with the same task and starting weights. It continues
+    from the newest checkpoint, and the final parameters are bit-identical to those without an interruption.
 
     Args:
-        model: on its device; trained parameters require a gradient and are float32.
+        model: the model, on its device. Trained parameters require a gradient and are float32.
+        task: the training.
+
+    Returns:
+        The losses, counts and cost of the training.
 
     Raises:
         TrainingError: there are no targets or no trainable parameters, the checkpoint belongs to another
             training, or the processes differ in settings, data or weights.
-        Divergence: a loss or gradient is not finite; the parameters are as before that step.
+        Divergence: a loss or a gradient is not finite. The parameters are those before that step.
     """
     state = begin_training(model, task)
     was_training = model.training
@@ -57,17 +62,22 @@ def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
 
 
 def train_until(model: GenerativeModel, task: StageTask, step: int) -> tuple[float, float]:
-    """Run the first steps of :func:`train_stage` and leave a checkpoint.
+    """Take the first steps of :func:`train_stage` and write a checkpoint.
 
-    :func:`train_stage`, or this function with a later step, continues from it with bit-identical results.
+    :func:`train_stage`, or this function with a later step, continues from the checkpoint with bit-identical
+    results.
 
     Args:
-        model: as in :func:`train_stage`; it is left in the middle of its training and cannot be used further.
-        step: number of completed steps at the end, unless patience ends the training earlier.
+        model: see :func:`train_stage`. Its training is not complete, so it cannot be used afterwards.
+        task: the training.
+        step: the number of steps that are completed at the end, unless patience ends the training earlier.
 
     Returns:
-        The lowest validation loss so far (of the completed epochs and of the current weights), and the
-        seconds of computing time.
+        The lowest validation loss so far, of the completed epochs and the current weights, in nats per target
+        token; and the computing time in seconds.
+
+    Raises:
+        TrainingError, Divergence: see :func:`train_stage`.
     """
     state = begin_training(model, task)
     counters = state.counters
@@ -93,12 +103,12 @@ def _run_steps(
         if _has_converged(counters.validation_losses, task.settings.patience):
             break
         began = time.monotonic()
-        # seed of dropout: another one in every process, because each has other targets
+        # the seed of dropout differs between processes, because each has other targets
         ranks = [processes.rank] if processes.rank else []
         torch.manual_seed(_combined_seed(task.seed, task.stage, step, *ranks))
         penalty, parts = forward_backward(model, task, state, step, passes)
         tokens: float = sum(packed.tokens for packed in passes)
-        if step + 1 < until:  # prepare the next batch while a GPU still computes this one
+        if step + 1 < until:  # prepare the next batch while a GPU is still computing this one
             passes = plan.batch(step + 1, model, processes)
         loss, tokens = processes.sum_numbers(sum(map(float, parts)), tokens)
         figures = optimizer_step(task, state, step, loss, penalty)
@@ -140,7 +150,7 @@ def _run_steps(
 
 @contextmanager
 def _training_mode(model: GenerativeModel, settings: TrainingConfig, precision: Precision) -> Iterator[None]:
-    """Within the context, the model is in training mode, with its own random state, deterministic operations
+    """A context in which the model is in training mode, with its own random state, deterministic operations
     and faster layers."""
     gpus = [model.device] if model.device.type == "cuda" else []
     with (
@@ -156,7 +166,7 @@ def _training_mode(model: GenerativeModel, settings: TrainingConfig, precision: 
 
 
 def _end_epoch(model: GenerativeModel, task: StageTask, state: TrainingState, epoch: int) -> dict[str, float]:
-    """Validate and keep the weights if they are the best so far; returns both losses of the epoch."""
+    """Validate, and keep the weights if they are the best so far. Returns both losses of the epoch."""
     counters = state.counters
     task.processes.require_same(fingerprint(state.trained), f"the trained weights after epoch {epoch}")
     with state.values_to_keep():
@@ -170,7 +180,7 @@ def _end_epoch(model: GenerativeModel, task: StageTask, state: TrainingState, ep
 
 
 def _loss_of_current_weights(model: GenerativeModel, task: StageTask, state: TrainingState) -> float:
-    """The validation loss after training, for :attr:`StageContext.validate`."""
+    """The validation loss after the training, for :attr:`StageContext.validate`."""
     was_training = model.training
     with _training_mode(model, task.settings, state.precision):
         loss = _validate(model, task, state, "the stage")
@@ -179,7 +189,11 @@ def _loss_of_current_weights(model: GenerativeModel, task: StageTask, state: Tra
 
 
 def _validate(model: GenerativeModel, task: StageTask, state: TrainingState, after: str) -> float:
-    """The validation loss of the current weights. Raises Divergence if it is not finite."""
+    """The validation loss of the current weights.
+
+    Raises:
+        Divergence: it is not finite.
+    """
     model.eval()
     with state.precision.products(), not_compiled():
         validated = validation_loss(
@@ -192,7 +206,7 @@ def _validate(model: GenerativeModel, task: StageTask, state: TrainingState, aft
 
 
 def _has_converged(validation_losses: Sequence[float], patience: int | None) -> bool:
-    """Whether the last ``patience`` epochs brought no lower validation loss than an earlier epoch."""
+    """Whether none of the last ``patience`` epochs has a lower validation loss than an earlier epoch."""
     if patience is None or not validation_losses:
         return False
     return len(validation_losses) - 1 - int(np.argmin(validation_losses)) >= patience

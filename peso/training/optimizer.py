@@ -1,4 +1,4 @@
-"""AdamW: the parameter groups and the learning-rate schedule."""
+"""AdamW, its parameter groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import get_scheduler
 
 from peso.config import TrainingConfig
 
-# Name prefixes of the parameters with their own learning rate: vocabulary rows (and item head); item head.
+# The first parts of the names of parameters with their own learning rate: the vocabulary rows and the item
+# head, and the item head alone.
 ROWS, HEAD = "vocabulary.", "vocabulary.item_head."
 
 
@@ -24,9 +25,14 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over named parameters.
 
-    Weight decay applies to matrices, not to biases and norm scales. The learning rate of the vocabulary rows
-    and the item head is multiplied by ``settings.rows_learning_rate_scale``, that of the item head also by
-    ``head_scale``.
+    Weight decay applies only to matrices, not to biases and the scales of norms.
+
+    Args:
+        trained: the parameters by name.
+        settings: the section ``training`` of the configuration. The learning rate of the vocabulary rows and
+            of the item head is multiplied by its ``rows_learning_rate_scale``.
+        learning_rate: the learning rate of the other parameters.
+        head_scale: a further factor for the learning rate of the item head.
     """
     scales = {ROWS: settings.rows_learning_rate_scale, HEAD: head_scale}
     rates = {
@@ -38,7 +44,7 @@ def make_optimizer(
         for name, p in trained.items():
             if (p.ndim > 1) == decays:
                 groups.setdefault((decays, rates[name]), []).append(p)
-    # fused: one pass over each parameter; unfused, the update takes a fifth of a small model's step
+    # the fused form visits each parameter once; otherwise the update takes a fifth of a small model's step
     return torch.optim.AdamW(
         [
             {"params": group, "weight_decay": settings.weight_decay if decays else 0.0, "lr": rate}
@@ -53,9 +59,10 @@ class Schedule:
     """The learning-rate schedule of a training.
 
     Args:
-        learning_rate: the peak rate of all parameters without a scale of their own; every parameter group
-            follows the same curve.
-        steps: total number of steps.
+        optimizer: the optimizer, whose parameter groups all follow the same curve.
+        settings: the section ``training`` of the configuration.
+        learning_rate: the peak rate of the parameters without a scale.
+        steps: the number of steps of the training.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class Schedule:
         return float(self._learning_rate * self._scheduler.lr_lambdas[0](self._scheduler.last_epoch))
 
     def step(self) -> None:
+        """Set the learning rates of the next step."""
         self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +88,7 @@ class Schedule:
 
 
 def total_rate(settings: TrainingConfig, steps: int, learning_rate: float) -> float:
-    """Σ of the learning rates of a stage's steps."""
+    """The sum of the learning rates of a stage's steps, for the peak rate ``learning_rate``."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
     (factor,) = _scheduler(settings, optimizer, steps).lr_lambdas
     return float(learning_rate * sum(factor(step) for step in range(steps)))
@@ -96,5 +104,5 @@ def _scheduler(settings: TrainingConfig, optimizer: torch.optim.Optimizer, steps
 
 
 def warmup_steps(settings: TrainingConfig, steps: int) -> int:
-    """Number of warm-up steps; the first has learning rate 0."""
+    """The number of warm-up steps, of which the first has the learning rate 0."""
     return math.ceil(settings.warmup * steps)

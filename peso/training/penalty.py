@@ -1,5 +1,4 @@
-"""The penalty that a strategy adds to the loss of a step, and measurements of how far a step moves the
-adapter."""
+"""The penalty that a strategy adds to the loss, and measurements of how far a step moves the adapter."""
 
 from __future__ import annotations
 
@@ -17,20 +16,23 @@ from peso.runtime.processes import Processes
 from peso.training.batches import Packed
 from peso.training.likelihood import target_states
 
-# Every how many steps the gradient of a penalty on outputs is computed separately from that of the loss; this
-# takes one more backward pass.
+# In one of this number of steps, the gradient of a penalty on outputs is computed separately from that of the
+# loss, which takes one more backward pass.
 MEASURED_EVERY = 8
 
 
 class Penalty:
     """The penalties of one step.
 
-    ``value``: their sum. ``separate``: whether the parameters' gradients so far are of the loss only.
-
     Args:
         parameters: the trained parameters.
-        adapter: the subset whose gradient norms are reported, for the penalty as for the loss. Empty: all.
-        measured: compute the gradient of penalties on outputs separately from that of the loss.
+        adapter: the parameters whose gradient norms are reported, for the penalty as for the loss; if it is
+            empty, all of them.
+        measured: whether to compute the gradient of penalties on outputs separately from that of the loss.
+
+    Attributes:
+        value: the sum of the penalties so far.
+        separate: whether the parameters' gradients are so far those of the loss alone.
     """
 
     def __init__(
@@ -44,8 +46,8 @@ class Penalty:
         self._gradients: dict[int, Tensor] = {}  # index of a parameter → gradient
 
     def with_loss(self, loss: Tensor, penalty: Tensor) -> Tensor:
-        """Add a penalty on the outputs of one forward pass. Returns what is still to be differentiated: the
-        loss if the penalty is measured separately, else their sum."""
+        """Add a penalty on the outputs of one forward pass. Returns the value that the caller must
+        differentiate: the loss if the penalty is measured separately, otherwise the sum of both."""
         if self._measured:
             self.add(penalty, retain_graph=True)
             return loss
@@ -54,8 +56,8 @@ class Penalty:
         return loss + penalty
 
     def gather(self, processes: Processes) -> None:
-        """Sum the penalties on outputs over all processes. Call it before adding penalties on parameters,
-        which every process computes in full."""
+        """Sum the penalties on outputs over all processes. This must be called before penalties on parameters
+        are added, which every process computes in full."""
         value, mixed, apart = processes.sum_numbers(self.value, not self.separate, bool(self._gradients))
         self.value, self.separate = value, not mixed
         if apart:
@@ -64,13 +66,17 @@ class Penalty:
             self._gradients = {number: g for number, g in enumerate(found) if g is not None}
 
     def add(self, penalty: Tensor | None, *, retain_graph: bool = False) -> None:
-        """Add value and gradient of a penalty. Raises TrainingError if it depends on no trained parameter."""
+        """Add the value and the gradient of a penalty; None adds nothing.
+
+        Raises:
+            TrainingError: the penalty does not depend on any trained parameter.
+        """
         if penalty is None:
             return
         if not penalty.requires_grad:
             raise TrainingError(
-                "the strategy's penalty depends on no trained parameter: the parameters it penalizes are "
-                "frozen. Let them require a gradient in `begin`, or return no penalty"
+                "the strategy's penalty does not depend on any trained parameter, because the parameters it "
+                "penalizes are frozen: set their requires_grad in `begin`, or return None as the penalty"
             )
         found = torch.autograd.grad(penalty, self._parameters, allow_unused=True, retain_graph=retain_graph)
         self.value += float(penalty.detach())
@@ -80,8 +86,8 @@ class Penalty:
                 self._gradients[number] = gradient if known is None else known + gradient
 
     def apply(self) -> float | None:
-        """Add the gradients to ``p.grad`` of the parameters. Returns their norm over the adapter; None if it
-        was not measured separately."""
+        """Add the gradients to the ``grad`` of the parameters. Returns the norm of the penalty's gradient
+        over the adapter; None if it was not measured separately."""
         gradients = list(self._gradients.values())
         if gradients:
             totals = []
@@ -98,7 +104,8 @@ class Penalty:
 
 
 class TrainingPass:
-    """One forward pass of a training step, see :class:`peso.training.strategies.strategy.ForwardPass`."""
+    """One forward pass of a training step, which implements
+    :class:`peso.training.strategies.strategy.ForwardPass`."""
 
     def __init__(self, model: GenerativeModel, packed: Packed, states: Tensor, temperature: float) -> None:
         self.targets = packed.targets
@@ -135,9 +142,9 @@ class _OnePass(nn.Module):
 
 
 class Movement:
-    """Measures how far a step moves the adapter: the optimizer's update and the pull of ``after_step``.
+    """Measures how far the optimizer's update and the pull of ``after_step`` move the adapter.
 
-    One step in ``MEASURED_EVERY`` is measured. Memory: three copies of the adapter. ::
+    One of ``MEASURED_EVERY`` steps is measured. The memory is that of three copies of the adapter. ::
 
         movement = Movement(adapter)          # before training
         movement.begin(step)
@@ -147,7 +154,7 @@ class Movement:
         movement.figures()                    # {} if the step is not measured
 
     Args:
-        parameters: of the adapter, at their values before training.
+        parameters: the parameters of the adapter, with their values before training.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -157,17 +164,19 @@ class Movement:
         self._start.take()
 
     def begin(self, step: int) -> None:
+        """Call this before the optimizer's update."""
         self._measured = step % MEASURED_EVERY == 0 and bool(self._parameters)
         if self._measured:
             self._one.take()
 
     def stepped(self) -> None:
+        """Call this after the optimizer's update, before ``after_step``."""
         if self._measured:
             self._other.take()
 
     def figures(self) -> dict[str, float]:
-        """Norms of displacements: ``step_norm``: of the optimizer's update; ``pull_norm``: of ``after_step``,
-        0 for most strategies; ``distance``: from the start of training, after both."""
+        """The norms of three displacements: ``step_norm`` of the optimizer's update, ``pull_norm`` of
+        ``after_step`` (0 for most strategies), and ``distance`` from the start of training, after both."""
         if not self._measured:
             return {}
         stepped = self._other.distance(self._one)
@@ -180,8 +189,8 @@ class Movement:
 
 
 class _Snapshot:
-    """A copy of many tensors in one flat tensor, so that a distance takes two operations in total. At least
-    float32, on the device of the first tensor."""
+    """A copy of many tensors in one flat tensor, so that a distance takes two operations. It is on the device
+    of the first tensor, in float32 or better."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)

@@ -1,4 +1,4 @@
-"""The batches of a stage, determined before training starts, and the examples that strategies may read."""
+"""The batches of a stage, which are planned before training starts, and the examples for strategies."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from peso.training.likelihood import (
     tokens_of_target,
 )
 
-# Limits of `pack`: tokens of a row, tokens of a pass, significant binary digits of a row's length. On a CPU,
-# one row per pass is as fast as many and needs the least memory. Tree attention computes only visible pairs
-# of tokens, so its rows may be longer than those of dense attention. A GPU needs large passes, because
+# The limits of `pack`: tokens of a row, tokens of a pass, significant binary digits of a row's length. On a
+# CPU, one row per pass is as fast as many, and needs the least memory. Tree attention computes only visible
+# pairs of tokens, so its rows may be longer than those of dense attention. A GPU needs large passes, because
 # launching kernels dominates small ones, and few shapes, because planning attention for a new shape takes
 # longer than a pass.
 ALONG_TREES, DENSE_ON_CPU, ELSEWHERE = (1152, 1152, 64), (384, 384, 64), (768, 32768, 6)
-SHARE_OF_MEMORY = 0.7  # of a GPU, for the activations that a pass stores for its backward
-MOST_BRANCHES = 16  # targets of a chunk with branches: with more, attention costs more than sharing saves
+SHARE_OF_MEMORY = 0.7  # of a GPU, for the activations that a pass stores for its backward pass
+MOST_BRANCHES = 16  # with more targets per chunk, attention to branches costs more than sharing saves
 
 
 def budget(model: GenerativeModel) -> tuple[int, int, int]:
@@ -49,22 +49,22 @@ def budget(model: GenerativeModel) -> tuple[int, int, int]:
 
 
 def _tokens_that_fit(model: GenerativeModel) -> int:
-    """For how many tokens a GPU can store activations. Uses its total memory, not the free memory, so that
-    the result is the same in every run."""
+    """The number of tokens for which a GPU can store activations. It depends on the total memory and not on
+    the free memory, so that it is the same in every run."""
     if model.device.type != "cuda":
         return ELSEWHERE[1] // 2
     config = model.causal_lm.config.get_text_config()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    # within 10 % of measurements in bfloat16 with LoRA and dropout on seven projections: 3 bytes per value
-    # for the input of each projection after dropout and its mask, 2 bytes per value for activations between
-    # them
+    # 3 bytes per value for the input of each projection after dropout and for its mask, and 2 bytes per value
+    # for activations between projections; within 10 % of measurements in bfloat16, with LoRA and dropout on
+    # seven projections
     each = config.num_hidden_layers * (34 * width + 11 * inner) * model.dtype.itemsize // 2
     return int(SHARE_OF_MEMORY * torch.cuda.get_device_properties(model.device).total_memory) // each
 
 
 def most_targets(layout: PromptLayout) -> int | None:
-    """The largest useful number of targets in one chunk; None: no limit."""
+    """The largest useful number of targets in one chunk; None if there is no limit."""
     return MOST_BRANCHES if layout.branches else None
 
 
@@ -72,11 +72,14 @@ class StagePlan:
     """The batches of a stage. ``len(plan)`` is the number of optimizer steps.
 
     Args:
-        sequences: the stage's training targets and the items before them.
-        window: of the prompt layout.
-        settings: epochs, batch size and maximum number of steps.
-        seed, stage: determine the order of every epoch.
-        most: maximum number of targets in one chunk (besides the batch size); see :func:`most_targets`.
+        sequences: the stage's training targets with the items before them.
+        window: the window of the prompt layout.
+        settings: the section ``training`` of the configuration, for the epochs, the batch size and the
+            largest number of steps.
+        seed: the seed of the run. Together with the stage, it determines the order of every epoch.
+        stage: the number of the stage.
+        most: the largest number of targets in one chunk, see :func:`most_targets`. The batch size is always a
+            limit.
 
     Raises:
         TrainingError: there are no targets.
@@ -100,9 +103,8 @@ class StagePlan:
                 "Leave the stage out, or use fewer stages"
             )
         targets = np.array([chunk.targets for chunk in self.chunks])
-        planned = min(
-            settings.epochs, settings.max_steps or settings.epochs
-        )  # an epoch has at least one step
+        # an epoch has at least one step
+        planned = min(settings.epochs, settings.max_steps or settings.epochs)
         require_memory(
             8 * planned * len(targets), f"training.epochs {settings.epochs:,}: the plan of stage {stage}"
         )
@@ -119,6 +121,7 @@ class StagePlan:
         return self._steps[step][0]
 
     def ends_epoch(self, step: int) -> bool:
+        """Whether a step is the last one of its epoch."""
         return step + 1 == len(self) or self.epoch(step + 1) != self.epoch(step)
 
     def members(self, step: int) -> list[Chunk]:
@@ -126,12 +129,16 @@ class StagePlan:
         return [self.chunks[i] for i in self._steps[step][1]]
 
     def targets(self, step: int) -> int:
+        """The number of targets in the batch of a step."""
         return sum(chunk.targets for chunk in self.members(step))
 
     def batch(self, step: int, model: GenerativeModel, processes: Processes = ALONE) -> list[Packed]:
-        """The forward passes of a step, on the model's device. With several processes, those of this process'
-        share of the chunks, which may be empty. If they share a sharded model, a process with fewer passes
-        than others gets passes that do not count, too."""
+        """The forward passes of a step, on the model's device.
+
+        With several processes, these are the passes of this process's share of the chunks, which may be
+        empty. If the model is sharded over the processes, a process with fewer passes than the others also
+        gets passes that do not count.
+        """
         pieces = []
         for chunk in self.members(step):
             rows = self.sequences[chunk.sequence].items[chunk.start : chunk.stop]
@@ -150,9 +157,11 @@ class StageExamples:
     """Implements :class:`peso.training.strategies.strategy.Examples`.
 
     Args:
-        stage: returns the stage with a given number.
-        learning: number of the stage being trained; later stages are refused.
-        seed: determines the samples.
+        model: the model that is trained.
+        stage: a function that returns the stage with a given number.
+        learning: the number of the stage that is trained. Later stages are refused.
+        settings: the section ``training`` of the configuration.
+        seed: the seed of the samples.
     """
 
     def __init__(
@@ -180,7 +189,10 @@ class StageExamples:
                 "stage 0 has none. Train stage 0 with the default strategy, as every run does"
             )
         if stage > self._learning:
-            raise TrainingError(f"stage {stage} cannot be read while stage {self._learning} is being trained")
+            raise TrainingError(
+                f"stage {stage} cannot be read while stage {self._learning} is being trained: its data come "
+                "later. A strategy may read the current stage and earlier ones"
+            )
         if stage not in self._sequences:
             self._sequences[stage] = self._stage(stage).training_sequences()
         return self._sequences[stage]
@@ -211,12 +223,12 @@ class StageExamples:
             pieces.append(lay_out(model.layout, ids, first, predict_end=predicts_end(model)))
         row_tokens, *_ = budget(model)
         with self._without_dropout():
-            # one row per pass: without padding, hooks see only tokens of examples
+            # one row per pass, so that there is no padding that hooks would see
             for packed in pack(pieces, model.layout.prefix, row_tokens, 1):
                 target_states(model, packed.to(model.device))
 
     def _single_targets(self, stage: int, count: int) -> Iterator[tuple[np.ndarray, int]]:
-        """``count`` pairs of history and target, sampled uniformly from all targets of the stage."""
+        """``count`` pairs of a history and its target, drawn uniformly from all targets of the stage."""
         sequences = self.of(stage)
         ends = np.cumsum([sequence.targets for sequence in sequences])
         for number in self._draw(int(ends[-1]), count, stage):
@@ -226,12 +238,13 @@ class StageExamples:
             yield sequence.items[:place][-self._model.layout.window :], int(sequence.items[place])
 
     def _draw(self, size: int, count: int, stage: int) -> list[int]:
+        """``count`` different numbers below ``size``, ascending; all of them if there are fewer."""
         rng = np.random.default_rng((self._seed, self._learning, stage))
         return np.sort(rng.choice(size, min(count, size), replace=False)).tolist()
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
-        """Within the context, the model is in evaluation mode and in the precision of training."""
+        """A context in which the model is in evaluation mode and in the precision of training."""
         training = self._model.training
         self._model.eval()
         try:

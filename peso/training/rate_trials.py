@@ -1,9 +1,9 @@
-"""Trials that choose the learning rates of a stage: successive halving on its validation cases.
+"""Trials that choose the learning rates of a stage by successive halving on its validation cases.
 
-Successive halving (Karnin et al. 2013; Jamieson and Talwalkar 2016): all candidates train for some steps, the
-better half continues, until one is left; every round has the same share of the budget. A trial is the
-beginning of the stage's training with these rates, rated by its lowest validation loss. The training of the
-winner is continued, so the result is bit-identical to a training with its rates without trials.
+In successive halving (Karnin et al. 2013; Jamieson and Talwalkar 2016), all candidates train for some steps,
+and the better half continues, until one is left. Every round has the same share of the budget. A trial is the
+beginning of the stage's training with its rates, and is judged by its lowest validation loss. The training of
+the winner continues, so the result is bit-identical to a training with the same rates without trials.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ from peso.training.plan import StagePlan, most_targets
 from peso.training.strategies.strategy import StageContext, Strategy
 from peso.training.task import Progress, StageTask
 
-LEAST_STEPS = 8  # of the first round after the warm-up: with fewer, the ranking is random
+LEAST_STEPS = 8  # of the first round after the warm-up; with fewer, the ranking would be random
 FILE = "trials.json"
 Start = Callable[[], tuple[GenerativeModel, Strategy, StageContext]]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """``learning_rate``: the peak rate of the adapter (or backbone); ``rows``: the rate of the vocabulary's
-    rows and the item head, relative to it."""
+    """The learning rates of a training.
+
+    Attributes:
+        learning_rate: the peak rate of the adapter, or of the backbone if there is none.
+        rows: the rate of the vocabulary's rows and of the item head, relative to ``learning_rate``.
+    """
 
     learning_rate: float
     rows: float = 1.0
@@ -52,8 +56,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate at the end of a round. ``loss``: the lowest validation loss so far, nats per item; None:
-    loss or gradient were not finite. ``steps``, ``seconds``: since the start of the trial."""
+    """A candidate at the end of a round.
+
+    Attributes:
+        learning_rate, rows: see :class:`Rates`.
+        steps: the number of steps since the start of the trial.
+        loss: the lowest validation loss so far, in nats per item; None if a loss or gradient was not finite.
+        seconds: the computing time since the start of the trial.
+    """
 
     learning_rate: float
     rows: float
@@ -68,14 +78,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """``rates``: those of the winner; ``trials``: in the order in which they ran."""
+    """The ``rates`` of the winner, and all ``trials`` in the order in which they ran."""
 
     rates: Rates
     trials: Sequence[Trial]
 
     @property
     def seconds(self) -> float:
-        """Computing time of the other candidates."""
+        """The computing time of the candidates that did not win."""
         spent = {trial.rates: trial.seconds for trial in self.trials}  # of the last trial of each
         return math.fsum(seconds for rates, seconds in spent.items() if rates != self.rates)
 
@@ -95,18 +105,19 @@ class Choice:
         return f"; no {which} one was tried (training.later.trials.scales)"
 
     def figures(self) -> dict[str, Any]:
-        """JSON-serializable values for the stage's metrics."""
+        """The values for the stage's metrics, as JSON."""
         return {**asdict(self.rates), "trials": [asdict(trial) for trial in self.trials]}
 
 
 def halving(candidates: int, budget: int, first: int, most: int) -> list[tuple[int, int]]:
-    """The rounds of successive halving: the number of candidates, and the steps each has completed at the
-    end.
+    """The rounds of successive halving. Each is the number of candidates, and the number of steps that each
+    candidate has completed at the end.
 
     Args:
-        budget: total steps of all candidates, split equally over the rounds.
-        first: minimum steps of the first round, even if this exceeds the budget.
-        most: steps of the whole training.
+        candidates: the number of candidates in the first round.
+        budget: the total number of steps of all candidates, which is split equally over the rounds.
+        first: the smallest number of steps of the first round, even if this exceeds the budget.
+        most: the number of steps of the whole training.
 
     >>> halving(4, budget=80, first=8, most=100)
     [(4, 10), (2, 30)]
@@ -133,7 +144,10 @@ def trial_rounds(
 
 
 def trial_steps(rounds: Sequence[tuple[int, int]]) -> int:
-    """Total steps of the candidates that do not win.
+    """The total number of steps of the candidates that do not win.
+
+    Args:
+        rounds: the result of :func:`halving`.
 
     >>> trial_steps([(4, 10), (2, 30)])
     50
@@ -150,23 +164,26 @@ def choose_rates(
     start: Start,
     observer: Observer,
 ) -> tuple[StageTask, Choice]:
-    """Find the candidate with the lowest validation loss; of equal ones, the lower rate.
+    """Find the candidate with the lowest validation loss; of equal ones, the one with the lower rate.
 
-    Trials are stored under ``trials/`` in the task's directory; if interrupted, they continue at their
-    checkpoints.
+    Trials are stored in ``trials/`` in the task's directory. If they are interrupted, they continue from
+    their checkpoints.
 
     Args:
-        model: the model to train; it is not changed.
+        model: the model to train. It does not change.
         task: the training, with any rates.
-        candidates: two or more, ascending.
-        start: creates model, strategy and context as at the start of the stage, for each trial.
+        candidates: two or more candidates, ascending.
+        trials: the section ``training.later.trials`` of the configuration.
+        start: a function that creates the model, strategy and context as at the start of the stage. It is
+            called for each trial.
+        observer: gets the progress of each trial.
 
     Returns:
-        The task with the rates of the winner; its directory contains the checkpoint and log of the winning
-        trial.
+        The task with the rates of the winner, and the choice. The task's directory has the checkpoint and the
+        log of the winning trial.
 
     Raises:
-        TrainingError: no candidate has a finite loss; see also :func:`peso.training.loop.train_stage`.
+        TrainingError: no candidate has a finite loss; or see :func:`peso.training.loop.train_stage`.
     """
     directory, processes = task.directory / "trials", task.processes
     most = most_targets(model.layout)
@@ -187,8 +204,8 @@ def choose_rates(
         kept = [trial.rates for trial in sorted(finite, key=attrgetter("loss"))[:half]]
         if not kept:
             raise TrainingError(
-                f"stage {task.stage}: no trial has a finite loss; the lowest learning rate was "
-                f"{candidates[0].learning_rate:g}. Lower training.later.trials.scales"
+                f"stage {task.stage}: no trial has a finite loss, not even the one with the lowest learning "
+                f"rate, {candidates[0].learning_rate:g}; use lower training.later.trials.scales"
             )
         for rates in set(left) - set(kept):
             processes.on_main(partial(shutil.rmtree, _trial_directory(task, rates), ignore_errors=True))
@@ -199,7 +216,8 @@ def choose_rates(
 
 
 def read_choice(directory: Path) -> dict[str, Any] | None:
-    """The choice that :func:`choose_rates` stored in a training's directory, as JSON; None without trials."""
+    """The choice that :func:`choose_rates` stored in a training's directory, as JSON; None if there were no
+    trials."""
     file = directory / "trials" / FILE
     return _read(file) if file.is_file() else None
 
@@ -216,8 +234,9 @@ def _trial_directory(task: StageTask, rates: Rates) -> Path:
 def _trial(
     task: StageTask, rates: Rates, steps: int, start: Start, on_progress: Callable[[Progress], None]
 ) -> Trial:
+    """Train a candidate until it has completed ``steps`` steps."""
     model, strategy, context = start()
-    strategy.choose(context)  # hooks are called in the usual order; the task already has the examples
+    strategy.choose(context)  # only because hooks are called in a fixed order; the task has the examples
     directory = _trial_directory(task, rates)
     began = time.monotonic()
     task = replace(
@@ -247,6 +266,8 @@ def _adopt_winner(task: StageTask, choice: Choice) -> None:
 
 
 def _bar(observer: Observer, title: str, steps: int) -> Callable[[Progress], None]:
+    """A function that shows the progress of a trial. The bar begins with the first step, so a trial that was
+    completed before has none."""
     begun = False
 
     def show(progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Everything that a training reads and changes from step to step: how it starts, is saved and is restored."""
+"""The state of a training: how it begins, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from peso.training.task import StageResult, StageTask
 
 @dataclass
 class Counters:
-    """Counts and losses so far: the part of a checkpoint that is not tensors."""
+    """The counts and losses so far, which are the part of a checkpoint that is not tensors."""
 
     step: int = 0  # completed steps
-    seconds: float = 0.0  # computing time, validation included
-    step_seconds: float = 0.0
+    seconds: float = 0.0  # computing time, including validation
+    step_seconds: float = 0.0  # computing time of the steps alone
     targets: int = 0
     tokens: int = 0
-    epoch_loss: float = 0.0  # Σ loss · targets over the completed steps of the epoch
+    epoch_loss: float = 0.0  # Σ loss · targets over the completed steps of the current epoch
     epoch_targets: int = 0
-    logged: int = 0  # bytes of log.jsonl
+    logged: int = 0  # the length of log.jsonl in bytes
     log_sha256: str = ""
     training_losses: list[float] = field(default_factory=list)
     validation_losses: list[float] = field(default_factory=list)
 
     def count(self, seconds: float, targets: int, tokens: int, loss: float) -> None:
-        """Add one step."""
+        """Add one step with its computing time, its targets and tokens, and its loss."""
         self.step += 1
         self.seconds += seconds
         self.targets += targets
@@ -55,6 +55,7 @@ class Counters:
         self.epoch_targets += targets
 
     def result(self, peak_memory: int) -> StageResult:
+        """The result of the training, with the peak memory in bytes."""
         return StageResult(
             training_losses=self.training_losses,
             validation_losses=self.validation_losses,
@@ -71,10 +72,23 @@ class Counters:
 
 @dataclass
 class TrainingState:
-    """A training in progress. ``trained``: the trained parameters by name; ``adapter``: those of them that
-    belong to the adapter; ``running``: the values that the strategy keeps instead of ``trained``
-    (:meth:`Strategy.running`), empty for most; ``best``: the values to keep after the best epoch so far, on
-    the CPU."""
+    """A training in progress.
+
+    Attributes:
+        plan: the batches.
+        validation: the cases whose loss determines the best epoch.
+        precision: the precision of the forward passes.
+        context: the context of the strategy.
+        trained: the trained parameters by name.
+        adapter: those of them that belong to the adapter.
+        optimizer, schedule: the optimizer and its learning rates.
+        checkpoint: the file to which :meth:`save` writes.
+        movement: measures how far steps move the adapter.
+        counters: the counts and losses so far.
+        running: the values that the strategy keeps instead of ``trained`` (:meth:`Strategy.running`); empty
+            for most strategies.
+        best: the values of the best epoch so far, on the CPU.
+    """
 
     plan: StagePlan
     validation: Cases
@@ -95,7 +109,7 @@ class TrainingState:
         return list(self.trained.values())
 
     def save(self, log: TrainingLog) -> None:
-        """Write a checkpoint, after ``log`` is on disk."""
+        """Write a checkpoint after everything in ``log`` is on disk."""
         self.counters.logged, self.counters.log_sha256 = log.sync(), log.sha256
         self.checkpoint.save(
             state=asdict(self.counters),
@@ -114,7 +128,7 @@ class TrainingState:
 
     @contextmanager
     def values_to_keep(self) -> Iterator[None]:
-        """Within the context, the model has the values that would be kept now."""
+        """A context in which the model has the values that would be kept now."""
         if not self.running:
             yield
             return
@@ -177,7 +191,7 @@ def begin_training(model: GenerativeModel, task: StageTask) -> TrainingState:
         optimizer=optimizer,
         schedule=schedule,
         checkpoint=Checkpoint(task.directory, determined_by),
-        movement=Movement(adapter),  # before a checkpoint is restored: distances are from the stage's start
+        movement=Movement(adapter),  # before a checkpoint is restored, to measure from the stage's start
         counters=Counters(),
         running=strategy.running(),
         best={},
@@ -193,20 +207,21 @@ def begin_training(model: GenerativeModel, task: StageTask) -> TrainingState:
 
 
 def open_log(task: StageTask, counters: Counters) -> TrainingLog:
-    """The log, continued where the checkpoint left it; only the main process writes one."""
+    """The log, continued from the checkpoint. Only the main process writes one."""
     if task.processes.is_main:
         return TrainingLog(task.log, counters.logged, counters.log_sha256)
     return TrainingLog(Path(os.devnull), 0)
 
 
 def _sample(cases: Cases, most: int | None, seed: tuple[int, ...]) -> Cases:
+    """At most ``most`` of the cases, drawn at random."""
     if most is None or most >= len(cases):
         return cases
     return cases.take(np.sort(np.random.default_rng(seed).choice(len(cases), most, replace=False)))
 
 
 def _data_digest(model: GenerativeModel, sequences: Sequence[TargetSequence], validation: Cases) -> str:
-    """sha256 of the training and validation tokens, in order."""
+    """The sha256 of the training and validation tokens, in order."""
     result = hashlib.sha256()
     for sequence in sequences:
         result.update(model.item_token_ids(sequence.items).tobytes())
@@ -217,7 +232,7 @@ def _data_digest(model: GenerativeModel, sequences: Sequence[TargetSequence], va
 
 
 def _options(value: Any) -> Any:
-    """An object's type and public attributes as plain JSON values, recursively."""
+    """The type and the public attributes of an object as plain JSON values, recursively."""
     if isinstance(value, str | int | float | None):
         return value
     if isinstance(value, list | tuple):

@@ -1,5 +1,4 @@
-"""One optimizer step: the gradient of the loss over some forward passes, the penalties, clipping, the
-update."""
+"""One optimizer step: the gradients of the loss and of the penalties, clipping, and the update."""
 
 from __future__ import annotations
 
@@ -29,7 +28,14 @@ DIVERGENCE_FIX = "lower training.learning_rate, or set training.precision: float
 def forward_backward(
     model: GenerativeModel, task: StageTask, state: TrainingState, step: int, passes: list[Packed]
 ) -> tuple[Penalty, list[Tensor]]:
-    """Accumulate the gradients of the loss and of penalties on outputs.
+    """Accumulate the gradients of the loss and of the penalties on outputs.
+
+    Args:
+        model: the model in training.
+        task: the training.
+        state: its state before the step.
+        step: the number of the step, counted from 0.
+        passes: the forward passes of this process.
 
     Returns:
         The penalties so far, and the loss of each pass as in :func:`backward`.
@@ -55,13 +61,18 @@ def backward(
     """Accumulate the gradients of the part of a batch's loss that these passes contribute.
 
     Args:
-        count: target tokens of the whole batch.
-        item_weight: weight of the items' log-probabilities under the item head; 0: the model has none.
-        penalized: called with the loss of a pass, the pass and its share of the batch's targets; returns what
-            is differentiated instead of the loss.
+        model: the model.
+        passes: the forward passes.
+        count: the number of target tokens of the whole batch.
+        temperature: the logits are divided by it.
+        precision: the precision of the passes.
+        item_weight: the weight of the items' log-probabilities under the item head; 0 for a model without
+            one.
+        penalized: a function of the loss of a pass, the pass, and its share of the batch's target tokens. It
+            returns the value to differentiate instead of the loss.
 
     Returns:
-        The loss of each pass, 0-d on the device: reading one waits for the device.
+        The loss of each pass, 0-d, on the device. Reading a value waits for the device.
     """
     losses = []
     for packed in passes:
@@ -87,11 +98,18 @@ def optimizer_step(
     """Sum the gradients of all processes, add those of the strategy's penalty, clip, and update the
     parameters.
 
+    Args:
+        task: the training.
+        state: its state; the parameters have the gradients of :func:`forward_backward`.
+        step: the number of the step, counted from 0.
+        loss: the loss of the whole batch.
+        penalty: the penalties on outputs.
+
     Returns:
         The values that are logged with the step.
 
     Raises:
-        Divergence: the loss or a gradient is not finite; the parameters are unchanged.
+        Divergence: the loss or a gradient is not finite. The parameters do not change.
     """
     parameters, optimizer, strategy = state.parameters, state.optimizer, task.strategy
     _sum_gradients(parameters, task.processes)
@@ -136,7 +154,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> 
 
 
 def _norm(parameters: list[nn.Parameter]) -> float | None:
-    """Norm of the gradients; None if there are no parameters."""
+    """The norm of the gradients; None if there are no parameters."""
     return float(get_total_norm([p.grad for p in parameters if p.grad is not None])) if parameters else None
 
 
@@ -144,5 +162,6 @@ def _check_finite(step: int, loss: float, norm: Tensor, trained: Mapping[str, Te
     if math.isfinite(loss) and bool(norm.isfinite()):
         return
     broken = [name for name, p in trained.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    where = f", gradient not finite in {broken[0]} and {len(broken) - 1} more" if broken else ""
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    where = f", and the gradient is not finite in {broken[0]}{more}" if broken else ""
     raise Divergence(f"step {step + 1}: the loss is {loss}{where}; {DIVERGENCE_FIX}")

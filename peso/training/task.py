@@ -1,4 +1,4 @@
-"""What the training of one stage takes, reports and returns."""
+"""The input of the training of one stage, its progress and its result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from peso.training.strategies.strategy import StageContext, Strategy
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of training after a step. ``epoch`` and ``step`` count from 1; ``record``: the step's line of
-    ``log.jsonl``."""
+    """The progress of a training after a step.
+
+    Attributes:
+        epoch, step: the current epoch and step, counted from 1.
+        epochs, steps: their total numbers.
+        loss: the loss of the step, in nats per target token.
+        tokens_per_second: the mean speed so far, without validation.
+        seconds_left: an estimate of the remaining time.
+        record: the step's line of ``log.jsonl``.
+    """
 
     epoch: int
     epochs: int
@@ -30,13 +38,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class StageResult:
-    """Losses, counts and cost of the training of a stage.
+    """The losses, counts and cost of the training of a stage.
 
-    ``training_losses``, ``validation_losses``: nats per target token, one value per epoch (the first is the
-    mean over the epoch's steps, each measured before its update). ``best_epoch`` counts from 1. ``seconds``:
-    computing time over all interruptions, validation included. ``targets_per_second``,
-    ``tokens_per_second``: without validation. ``peak_memory``: bytes, of the process on a CPU, of the device
-    on a GPU.
+    Attributes:
+        training_losses: the mean loss of each epoch in nats per target token. The loss of a step is measured
+            before its update.
+        validation_losses: the validation loss at the end of each epoch, in nats per target token.
+        best_epoch: the epoch whose weights are kept, counted from 1.
+        steps: the number of optimizer steps.
+        targets, tokens: the number of targets, and of all tokens without padding, over all steps.
+        seconds: the computing time including validation. It does not count the time between interruptions.
+        targets_per_second, tokens_per_second: the mean speed without validation.
+        peak_memory: the largest memory in bytes, of the process on a CPU, of the device on a GPU.
     """
 
     training_losses: list[float]
@@ -55,26 +68,28 @@ class StageResult:
 class StageTask:
     """The data, settings and environment of one training.
 
-    Args:
-        sequences: the training targets of the stage.
-        validation: the cases whose loss selects the best epoch.
-        settings: the section ``training`` as it applies to this stage.
-        stage: number of the stage; with ``seed`` it determines batch order and dropout masks.
+    Attributes:
+        sequences: the training targets of the stage, with the items before them.
+        validation: the cases whose loss determines the best epoch.
+        settings: the section ``training`` of the configuration, as it applies to this stage.
+        stage: the number of the stage. Together with ``seed``, it determines the order of the batches and the
+            dropout masks.
         learning_rate: the peak of the schedule.
-        strategy: its ``begin`` decides which parameters are trained; its ``end`` is called with the weights
-            of the best epoch in place.
-        directory: where the checkpoint is stored; created if absent.
-        log: path of ``log.jsonl``, one line per step and per epoch.
-        context: the strategy's context; its ``total_steps`` and ``total_rate`` are set here. None: built from
-            the other fields.
+        strategy: the strategy. Its ``begin`` decides which parameters are trained, and its ``end`` is called
+            when the model has the weights of the best epoch.
+        seed: the seed of the run.
+        directory: the directory of the checkpoint. It is created if it is missing.
+        log: the path of ``log.jsonl``, which gets one line per step and per epoch.
+        context: the strategy's context, without ``total_steps`` and ``total_rate``, which training sets. None
+            to build it from the other attributes.
         on_progress: called after every step.
-        checkpoint_seconds: minimum time between two checkpoints within an epoch.
-        processes: the processes that train this model together. All have the same task: they split the
-            targets of every step and the validation cases, and take the same steps. The main one writes
-            files.
-        item_weight: weight of the item head's loss relative to that of all codes of an item. 0: the model has
-            no item head.
-        head_scale: learning rate of the item head relative to that of the vocabulary rows.
+        checkpoint_seconds: the shortest time between two checkpoints within an epoch.
+        processes: the processes that train this model together. All have the same task. They split the
+            targets of every step and the validation cases, and take the same steps. The main process writes
+            the files.
+        item_weight: the weight of the item head's loss, relative to the loss of all codes of an item; 0 for a
+            model without an item head.
+        head_scale: the learning rate of the item head, relative to that of the vocabulary rows.
     """
 
     sequences: Sequence[TargetSequence]

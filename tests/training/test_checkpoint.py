@@ -226,6 +226,14 @@ def test_a_log_that_lost_lines_is_an_error(tmp_path: Path) -> None:
         TrainingLog(path, keep=1000)
 
 
+def test_the_length_of_a_shortened_log_is_known_before_its_next_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"{}\n{}\n")
+    with TrainingLog(path, keep=3) as log:
+        assert log.sync() == 3
+    assert path.read_bytes() == b"{}\n"
+
+
 def test_a_fingerprint_sees_every_bit() -> None:
     tensor = torch.zeros(4, dtype=torch.bfloat16)
     other = tensor.clone()

@@ -1,4 +1,4 @@
-"""``average``: the running average of the states that plain fine-tuning reaches, stage after stage."""
+"""``average``: a running average of the weights after each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Average(Strategy):
-    """``single``, with each stage's result averaged into the running average of the earlier ones.
+    """``single``, but the weights after a stage are averaged with those of the earlier stages.
 
     v̄_t = v̄_{t-1} + share · (v_t - v̄_{t-1}), where v_t is trained starting from v̄_{t-1}. All trained
     parameters are averaged, including the semantic vocabulary, because adapter and rows depend on each other.

@@ -12,14 +12,14 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX = "blend."  # of names in the memory
+PREFIX = "blend."  # of names in StageContext.memory
 
 
 class Blend(Strategy):
-    """``single``, predicting with the logits share · new + (1 - share) · last.
+    """``single``, but predictions use the logits share · new + (1 - share) · previous.
 
-    Training is not affected: the new and the last model are those of ``single``. Each stage also stores
-    adapter and vocabulary of the last stage, and a prediction takes two forward passes.
+    Training is the same: the new and the previous model are those of ``single``. Each stage also stores the
+    adapter and vocabulary of the previous stage, and a prediction takes two forward passes.
     """
 
     name = "blend"

@@ -54,8 +54,9 @@ class Custom(Strategy):
 
 def _refused(options: Any, why: str) -> ConfigError:
     return ConfigError(
-        f"strategy.module: {options.module} {why}; give the import path of a strategy class (PYTHONPATH "
-        "applies), and its keyword arguments in strategy.arguments"
+        f"strategy.module: {options.module} {why}; give the import path of a strategy class, such as "
+        "my_package.my_strategy.MyStrategy, and its keyword arguments in strategy.arguments. Add the folder "
+        "of the package to PYTHONPATH if necessary"
     )
 
 

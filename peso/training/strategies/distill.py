@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Distill(Strategy):
     """``single``, with knowledge distillation from the previous stage's model on the new data.
 
-    Adds weight · T² · KL(teacher ‖ student), averaged over the target tokens, with both distributions
-    softened by T (Hinton et al. 2015; Li & Hoiem 2016). Each step takes one more forward pass. The teacher is
-    a copy of the trained parameters only; the frozen backbone is shared.
+    The penalty is weight · T² · KL(teacher ‖ student), averaged over the target tokens, where T is the
+    temperature of both distributions (Hinton et al. 2015; Li and Hoiem 2016). Each step takes one more
+    forward pass. The teacher is a copy of the trained parameters; it shares the frozen backbone.
     """
 
     name = "distill"

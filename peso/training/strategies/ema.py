@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 class Ema(Strategy):
     """``single``, with an exponential moving average of the weights over the steps of a stage.
 
-    After every step v̄ ← v̄ + (v - v̄) / (horizon · steps), starting from v̄ = v (Polyak & Juditsky 1992;
-    Tarvainen & Valpola 2017). All trained parameters are averaged, including the semantic vocabulary. The
+    After every step, v̄ ← v̄ + (v - v̄) / (horizon · steps), starting from v̄ = v (Polyak and Juditsky 1992;
+    Tarvainen and Valpola 2017). All trained parameters are averaged, including the semantic vocabulary. The
     average is validated and stored, and the next stage starts from it. At the end of the stage, the weight of
-    the start in the average is exp(-1 / horizon), 0.7 % at 0.2 and 37 % at 1, so a long horizon also acts as
-    an anchor.
+    the initial values in the average is exp(-1 / horizon), which is 0.7 % for a horizon of 0.2 and 37 % for
+    1. So a long horizon also acts as an anchor.
     """
 
     name = "ema"
@@ -34,7 +34,7 @@ class Ema(Strategy):
     options: Options
     _trained: Mapping[str, nn.Parameter]
     _average: Mapping[str, Tensor]
-    _share = 1.0  # weight of the newest step
+    _share = 1.0  # the weight of the newest step
 
     def begin(self, context: StageContext) -> None:
         self._trained = context.trainable()

@@ -8,8 +8,8 @@ from peso.training.strategies.strategy import Strategy
 class FullFineTuning(Strategy):
     """All weights of the backbone, fine-tuned on every stage.
 
-    ``single`` without an adapter: stage 1 merges the base stage's adapter into the backbone and trains all
-    weights from there. Each stage stores a whole backbone.
+    This is ``single`` without an adapter. Stage 1 merges the base stage's adapter into the backbone, and
+    trains all weights from there. Each stage stores a whole backbone.
     """
 
     name = "full"

@@ -19,7 +19,7 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROUNDING = 1e-10  # share of the total energy below which a direction is rounding error
+ROUNDING = 1e-10  # a direction with less than this share of the total energy is a rounding error
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Protected:
     """A protected subspace of a layer's inputs, stored as a basis of itself or of its orthogonal complement,
     whichever is smaller.
 
-    ``basis``: (width, directions), orthonormal columns; ``dual``: they span the complement (the free
-    directions).
+    Attributes:
+        basis: (width, directions), orthonormal columns.
+        dual: whether the columns span the complement, which has the free directions, instead of the subspace.
     """
 
     basis: Tensor
@@ -36,27 +37,28 @@ class Protected:
 
     @classmethod
     def nothing(cls, width: int) -> Protected:
+        """The empty subspace of inputs of this width."""
         from torch import zeros
 
         return cls(zeros(width, 0), dual=False)
 
     @property
     def free(self) -> int:
-        """Dimension of the complement."""
+        """The dimension of the complement."""
         width, directions = self.basis.shape
         return directions if self.dual else width - directions
 
     def strongest_free(self, moment: Tensor) -> tuple[Tensor, Tensor]:
-        """Principal directions of some inputs within the complement, strongest first.
+        """The principal directions of some inputs within the complement, strongest first.
 
-        Computed in coordinates of the complement, so that no direction has a protected component, however
-        much stronger the inputs are there.
+        They are computed in coordinates of the complement, so that no direction has a protected component,
+        even if the inputs are much stronger there.
 
         Args:
-            moment: (width, width), second moment Σ x xᵀ of the inputs.
+            moment: (width, width), the second moment Σ x xᵀ of the inputs.
 
         Returns:
-            Energies (free,) and directions (width, free), float64 on the moment's device.
+            Their energies (free,) and the directions (width, free), in float64 on the device of ``moment``.
         """
         from torch.linalg import eigh
 
@@ -65,7 +67,8 @@ class Protected:
         return energies.flip(0).clamp_min(0), inside @ directions.flip(1)
 
     def _free_basis(self) -> Tensor:
-        """(width, free) orthonormal columns in float64; the stored ones are orthonormal in float32 only."""
+        """Orthonormal columns (width, free) in float64, because the stored ones are orthonormal only in
+        float32."""
         basis = self.basis.double()
         return _orthonormal(basis) if self.dual else _complement(basis)
 
@@ -74,12 +77,13 @@ class Protected:
         ``threshold`` of their energy.
 
         Args:
-            moment: (width, width), second moment Σ x xᵀ of the inputs; their energy is its trace.
+            moment: (width, width), the second moment Σ x xᵀ of the inputs. Its trace is their energy.
+            threshold: the share.
         """
         from torch import cat
 
         energies, directions = self.strongest_free(moment)
-        free_energy = energies.flip(0).cumsum(0).flip(0)  # left outside if all earlier ones are protected
+        free_energy = energies.flip(0).cumsum(0).flip(0)  # not contained if all stronger ones are protected
         allowed = (1 - threshold) * float(moment.double().trace())
         count = int((free_energy > allowed + ROUNDING * float(moment.double().trace())).sum())
         if count == 0:
@@ -87,7 +91,7 @@ class Protected:
         new = directions[:, :count].cpu()
         basis = self.basis.double()
         if self.dual:
-            # in coordinates of the old complement: the complement of the new directions
+            # the complement of the new directions, in coordinates of the old complement
             left = _complement(basis.T @ new)
             return Protected((basis @ left).float(), dual=True)
         basis = cat([basis, new], dim=1)
@@ -96,8 +100,17 @@ class Protected:
         return Protected(_complement(basis).float(), dual=True)
 
     def free_directions(self, moment: Tensor, count: int) -> Tensor:
-        """(count, width) float32 orthonormal rows: the free directions in which the inputs with second moment
-        ``moment`` have most energy. Rows without energy are zero: no gradient would reach them."""
+        """The free directions in which some inputs have the most energy, as orthonormal rows.
+
+        Rows without energy are zero, because no gradient would reach them.
+
+        Args:
+            moment: (width, width), the second moment Σ x xᵀ of the inputs.
+            count: the number of rows.
+
+        Returns:
+            float32 (count, width).
+        """
         from torch import float32
 
         energies, directions = self.strongest_free(moment)
@@ -108,7 +121,7 @@ class Protected:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns with the same span; without this, rounding would accumulate over the stages."""
+    """Orthonormal columns with the same span. Otherwise, rounding errors would add up over the stages."""
     from torch.linalg import qr
 
     orthonormal: Tensor = qr(columns)[0]
@@ -124,18 +137,19 @@ def _complement(columns: Tensor) -> Tensor:
 
 
 PREFIX = "inputs."
-ROW_NORM = 1 / math.sqrt(3)  # norm of a row of A, as in the authors' code and in PEFT's initialization
+ROW_NORM = 1 / math.sqrt(3)  # the norm of a row of A, as in the authors' code and PEFT's initialization
 
 
 class InfLora(Strategy):
-    """A new adapter with a fixed A that spans directions free of earlier inputs; only B is trained (InfLoRA).
+    """A new adapter with a fixed A, whose directions earlier inputs do not use; only B is trained (InfLoRA).
 
-    W + s Σ_{i<t} B_i A_i + s B_t A_t, where only B_t is trained, starting from zero.
+    The weights of stage t are W + s Σ_{i<t} B_i A_i + s B_t A_t, where only B_t is trained, starting from
+    zero.
 
-    For each layer, the rows of A_t are the strongest directions of the new stage's inputs outside the
-    protected subspace, which holds the share ``threshold`` of the energy of earlier stages' inputs. For those
-    inputs A_t x ≈ 0, so the layer's output does not change. Inputs are measured on ``examples`` target
-    sequences per stage; those of stage 0 when stage 1 begins.
+    For each layer, the rows of A_t are the strongest directions of the new stage's inputs outside of a
+    protected subspace. This subspace contains the share ``threshold`` of the energy of the inputs of earlier
+    stages. For these inputs A_t x ≈ 0, so the output of the layer does not change. The inputs are measured on
+    ``examples`` target sequences of each stage; those of a stage are measured when the next stage begins.
     """
 
     name = "inf_lora"
@@ -155,7 +169,7 @@ class InfLora(Strategy):
         from peso.adapters.lora import TRAINED, start_new_adapter
 
         start_new_adapter(context.backbone, context.memory, (context.seed, context.number))
-        # B is zero, so both are measured with the model of the last stage
+        # B is zero, so both are measured with the model of the previous stage
         before, same = self._moments(context, context.number - 1)
         now, _ = self._moments(context, context.number)
         known = protected(context.memory)
@@ -164,7 +178,7 @@ class InfLora(Strategy):
             for name, moment in before.items()
         }
         for key in [key for key in context.memory if key.startswith(PREFIX)]:
-            del context.memory[key]  # a basis that became dual has another name
+            del context.memory[key]  # because a basis that became dual has another name
         context.memory.update(as_tensors(spaces))
         layers = lora_layers(context.backbone)
         for name, layer in layers.items():
@@ -173,11 +187,12 @@ class InfLora(Strategy):
             down.requires_grad_(False)
         if not any(bool(layer.lora_A[TRAINED].weight.any()) for layer in layers.values()):
             raise TrainingError(
-                f"stage {context.number}: strategy.threshold {self.options.threshold} leaves no direction "
-                "free of earlier inputs in any layer; lower it"
+                f"stage {context.number}: with strategy.threshold {self.options.threshold}, the inputs of "
+                "earlier stages use all directions of every layer; use a lower threshold"
             )
 
     def _moments(self, context: StageContext, stage: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The results of :func:`second_moments` for the inputs of a stage."""
         assert context.examples is not None
         with second_moments(context.backbone) as (moments, same):
             context.examples.show(stage, self.options.examples)
@@ -186,17 +201,18 @@ class InfLora(Strategy):
 
 @contextmanager
 def second_moments(backbone: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
-    """Collect the second moments Σ x xᵀ of the inputs of all LoRA layers within the context.
+    """A context in which the second moments Σ x xᵀ of the inputs of all LoRA layers are collected.
 
     Yields:
-        Two dictionaries that fill as the model runs: name of a layer → Σ x xᵀ, float32 (width, width), once
-        for layers that read the same tensor (as q, k and v do); name of each layer → key in the first.
+        Two dictionaries that are filled when the model runs. The first has Σ x xᵀ, float32 (width, width), by
+        the name of a layer, only once for layers that read the same tensor (as q, k and v do). The second has
+        the key in the first one for each layer.
     """
     from peso.adapters.groups import lora_layers
 
     moments: dict[str, Tensor] = {}
     same: dict[str, str] = {}
-    newest: list[tuple[Tensor, str]] = []  # the last input tensor, and the layer that read it first
+    newest: list[tuple[Tensor, str]] = []  # the last input, and the first layer that read it
 
     def record(name: str, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
@@ -220,7 +236,7 @@ def second_moments(backbone: nn.Module) -> Iterator[tuple[dict[str, Tensor], dic
 
 
 def as_tensors(spaces: Mapping[str, Protected]) -> dict[str, Tensor]:
-    """The bases by name, for storage in :attr:`StageContext.memory`."""
+    """The bases by name, as stored in :attr:`StageContext.memory`."""
     return {
         f"{PREFIX}{name}.{'free' if space.dual else 'protected'}": space.basis.contiguous()
         for name, space in spaces.items()
@@ -228,7 +244,7 @@ def as_tensors(spaces: Mapping[str, Protected]) -> dict[str, Tensor]:
 
 
 def protected(memory: Mapping[str, Tensor]) -> dict[str, Protected]:
-    """The subspaces that :func:`as_tensors` stored; other tensors are ignored."""
+    """The subspaces that :func:`as_tensors` stored. Other tensors are ignored."""
     result = {}
     for key, basis in memory.items():
         if key.startswith(PREFIX):

@@ -16,8 +16,8 @@ class Interpolate(Strategy):
     """``average``, with a share that each stage chooses on its validation cases.
 
     v̄ = v̄_before + share · (v - v̄_before), where v is trained starting from v̄_before (WiSE-FT, Wortsman et
-    al. 2022, arXiv 2109.01903). The share with the lowest validation loss is chosen, the smallest of equal
-    ones. Each candidate takes one pass over the validation cases.
+    al. 2022, arXiv 2109.01903). The share with the lowest validation loss is chosen; of equal ones, the
+    smallest. Each candidate takes one pass over the validation cases.
     """
 
     name = "interpolate"

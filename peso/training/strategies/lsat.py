@@ -16,19 +16,20 @@ if TYPE_CHECKING:
     from peso.events.histories import TargetSequence
 
 LONG, SHORT = "long-term", "short-term"
-PREFIX = "lsat."  # of names in the memory
+PREFIX = "lsat."  # of names in StageContext.memory
 
 
 class Lsat(Strategy):
     """A long-term adapter on all data so far and a short-term one on the new stage, fused (LSAT).
 
-    A stage t trains twice. Long-term: adapter and vocabulary are reset and trained on stages 0 … t.
-    Short-term: a new adapter is trained on stage t, and the vocabulary is trained further. With
-    w = ``long_share``, predictions combine the two:
+    A stage t has two trainings. In the long-term one, adapter and vocabulary are reset and trained on stages
+    0 … t. In the short-term one, a new adapter is trained on stage t, and the vocabulary is trained further.
+    With w = ``long_share``, predictions combine the two:
 
-    - fusion ``outputs``: logits w · long + (1 - w) · short, each with its own vocabulary; two forward passes;
-    - fusion ``arithmetic``: weights W + w ΔW_long + (1 - w) ΔW_short; vocabulary rows are averaged with the
-      same weights.
+    - fusion ``outputs``: the logits w · long + (1 - w) · short, each with its own vocabulary. This takes two
+      forward passes.
+    - fusion ``arithmetic``: the weights W + w ΔW_long + (1 - w) ΔW_short. Vocabulary rows are averaged with
+      the same weights.
     """
 
     name = "lsat"
@@ -75,7 +76,8 @@ class Lsat(Strategy):
             self._fuse_weights(context)
 
     def _fuse_weights(self, context: StageContext) -> None:
-        """Fuse in place: the long-term adapter becomes a frozen past one, the trained one is scaled."""
+        """Fuse in place: the long-term adapter becomes a frozen past adapter, and the short-term adapter is
+        scaled."""
         from torch import no_grad
 
         from peso.adapters.groups import lora_layers

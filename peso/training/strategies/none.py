@@ -6,9 +6,9 @@ from peso.training.strategies.strategy import Strategy
 
 
 class NoUpdates(Strategy):
-    """Only stage 0 is learned; later stages inherit it unchanged.
+    """Only stage 0 is learned; later stages use its model unchanged.
 
-    The lower reference of a comparison: the benefit of updates is measured against it.
+    This is the lower reference of a comparison: the benefit of updates is measured against it.
     """
 
     name = "none"

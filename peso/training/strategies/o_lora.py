@@ -1,4 +1,4 @@
-"""``o_lora``: a new adapter per stage, penalized for overlap with earlier ones (arXiv 2310.14152)."""
+"""``o_lora``: a new adapter per stage, with a penalty on overlap with earlier ones (arXiv 2310.14152)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 class OLora(Strategy):
-    """A new adapter, penalized for overlapping with the A of earlier ones (O-LoRA).
+    """A new adapter, with a penalty on overlap of its A with those of earlier stages (O-LoRA).
 
-    W + s Σ_{i<t} B_i A_i + s B_t A_t, with the penalty weight · Σ_modules Σ_{i<t} ‖A_i A_tᵀ‖₁ (the sum of
-    absolute values; norm and default weight follow the authors' code). A_t and B_t are newly initialized.
+    The weights of stage t are W + s Σ_{i<t} B_i A_i + s B_t A_t, and the penalty is
+    weight · Σ_modules Σ_{i<t} ‖A_i A_tᵀ‖₁, where ‖·‖₁ is the sum of absolute values. The norm and the default
+    weight are those of the authors' code. A_t and B_t are newly initialized.
     """
 
     name = "o_lora"
@@ -26,7 +27,7 @@ class OLora(Strategy):
         weight: float = Field(0.5, ge=0, description="factor of the orthogonality penalty")
 
     options: Options
-    # per module: A of all earlier adapters (Σ ranks, in), and the trained A (rank, in)
+    # for each module, A of all earlier adapters (Σ ranks, in), and the trained A (rank, in)
     _pairs: list[tuple[Tensor, Tensor]]
 
     def begin(self, context: StageContext) -> None:

@@ -22,7 +22,7 @@ Coupling = Literal["loss", "decoupled"]
 class Peso(Strategy):
     """``single``, with a proximal term that penalizes the distance to the previous state.
 
-    From stage 1 on, the anchor is the adapter at the start of the stage.
+    The anchor of a stage is the adapter at its start. Stage 0 has no anchor.
     """
 
     name = "peso"
@@ -58,8 +58,9 @@ class Peso(Strategy):
         @model_validator(mode="before")
         @classmethod
         def _strength_is_default(cls, tree: Any) -> Any:
-            """Without strength and weight, set strength 1, or the default weight of a term without curvature;
-            without a coupling, decouple a strength and add a weight to the loss."""
+            """Fill in what is missing. If neither strength nor weight is given, the strength is 1; a term
+            without curvature gets its default weight. If no coupling is given, a strength is decoupled and a
+            weight is in the loss."""
             if not isinstance(tree, Mapping):
                 return tree
             result, term = dict(tree), _built_in(tree.get("proximal"))
@@ -118,12 +119,12 @@ class Peso(Strategy):
         source, term, examples = self.anchored(context), self.term, context.examples
         self._groups = find_groups(source)
         if term.needs_losses:
-            # measured now, while the adapter still has the values of the last stage
+            # the adapter still has the values of the previous stage
             assert examples is not None
             term.anchor(source, examples.losses(context.number - 1, self.options.examples))
         else:
             term.anchor(source)
-        # a penalty that is not a distance to the anchor is calibrated only for a strength
+        # calibrate also without a strength, to report ρ̄; but then only distances with a curvature
         if examples is not None and ((term.is_distance and term.has_curvature) or term.strength is not None):
             term.calibrate(source, examples.losses(context.number, self.options.examples), examples.tokens)
         if term.weight != 0:
@@ -140,7 +141,7 @@ class Peso(Strategy):
         return self.term(self._groups) if acts else None
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
-        # in warm-up the rate can be 0; then nothing moves
+        # the rate of the first warm-up step is 0, so nothing moves
         if context.number > 0 and self.term.coupling == "decoupled" and learning_rate > 0:
             self.term.after_step(self._groups, learning_rate, context.total_rate)
 
@@ -169,8 +170,8 @@ class Peso(Strategy):
 
 
 def _built_in(name: Any) -> type[Term] | None:
-    """The class of a built-in proximal term; None for an import path: reading a configuration must not run
-    foreign code."""
+    """The class of a proximal term by its name. None for an import path, because reading a configuration must
+    not run the code of others."""
     if not isinstance(name, str) or "." in name:
         return None
     from peso.adapters.proximal import find_term

@@ -1,4 +1,4 @@
-"""``replay``: each stage is trained together with a fixed-size sample of earlier data."""
+"""``replay``: each stage is trained together with a sample of earlier data, whose size is fixed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ VALUES, OFFSETS, FIRST, SEEN = "replay.items", "replay.offsets", "replay.first_t
 
 
 class Replay(Strategy):
-    """``single`` on the new stage and a fixed-size sample of earlier ones.
+    """``single`` on the new stage and a sample of earlier stages.
 
-    The sample is a uniform one of ``budget`` target sequences, maintained by reservoir sampling (Vitter 1985,
-    algorithm R) and stored with the stage, so the log of earlier stages is not needed.
+    The sample consists of ``budget`` target sequences, drawn uniformly by reservoir sampling (Vitter 1985,
+    algorithm R). It is stored with the stage, so the log of earlier stages is not needed.
     """
 
     name = "replay"
@@ -37,7 +37,7 @@ class Replay(Strategy):
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
         assert context.examples is not None
         kept, seen = stored(context.memory)
-        # the previous stage is the only one not yet in the reservoir
+        # all stages before the previous one are in the reservoir already
         rng = np.random.default_rng((context.seed, context.number))
         for sequence in context.examples.of(context.number - 1):
             seen += 1
@@ -51,15 +51,19 @@ class Replay(Strategy):
 
 
 def trimmed(sequence: TargetSequence, window: int) -> TargetSequence:
-    """The sequence without the items more than one window before its first target: training does not read
-    them."""
+    """The sequence without the items more than one window before its first target, which training does not
+    read."""
     start = max(0, sequence.first_target - window)
     return TargetSequence(sequence.user, sequence.items[start:], sequence.first_target - start)
 
 
 def as_tensors(kept: Sequence[TargetSequence], seen: int) -> dict[str, Tensor]:
-    """The reservoir as tensors: the sequences' items concatenated, and ``seen``, how many sequences were
-    offered so far."""
+    """The reservoir as tensors to store.
+
+    Args:
+        kept: the sequences in the reservoir.
+        seen: the number of sequences that were drawn from so far.
+    """
     import torch
 
     lengths = [len(sequence.items) for sequence in kept]
@@ -72,7 +76,8 @@ def as_tensors(kept: Sequence[TargetSequence], seen: int) -> dict[str, Tensor]:
 
 
 def stored(memory: dict[str, Tensor]) -> tuple[list[TargetSequence], int]:
-    """The reservoir and ``seen`` from :func:`as_tensors`; the users' names, unused in training, are empty."""
+    """The reservoir and ``seen`` that :func:`as_tensors` stored. The users' names are empty, because training
+    does not use them."""
     if SEEN not in memory:
         return [], 0
     values, offsets = memory[VALUES].numpy(), memory[OFFSETS].tolist()

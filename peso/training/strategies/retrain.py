@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Retrain(Strategy):
     """At every stage t, a new adapter trained on stages 0 … t together.
 
-    The upper reference of a comparison, in data and in cost. If stage 0 trained the backbone itself, that
-    backbone is kept and the adapter is trained on top of it.
+    This is the upper reference of a comparison, in data and in cost. If stage 0 trained the backbone itself,
+    that backbone is kept, and the adapter is trained on top of it.
     """
 
     name = "retrain"

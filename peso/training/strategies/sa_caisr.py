@@ -1,4 +1,4 @@
-"""``sa_caisr``: agreement with the last model, without its conflicting weights (arXiv 2602.08678).
+"""``sa_caisr``: agreement with the previous model, without its conflicting weights (arXiv 2602.08678).
 
 "SA-CAISR: Stage-Adaptive and Conflict-Aware Incremental Sequential Recommendation" (Song et al., 2026).
 """
@@ -14,27 +14,28 @@ from peso.training.strategies.strategy import ForwardPass, StageContext, Strateg
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST = -1e3  # log-probability below which a token is not a candidate
+SMALLEST = -1e3  # a token with a lower log-probability is not a candidate
 
 
 class SaCaisr(Strategy):
-    """``single``, with agreement with the last model except where the new data contradict it (SA-CAISR).
+    """``single``, with agreement with the previous model except where the new data contradict it (SA-CAISR).
 
-    F_i is the mean squared gradient of the *last* model's loss on ``examples`` targets of the *new* stage: it
-    measures how strongly the new data change the value i. In every pass, each trained value of a copy of the
-    last model is set to zero with probability p_i = ``forget`` · (F_i - min F) / (max F - min F), with min
-    and max over its tensor, and divided by 1 - p_i otherwise (dropout). The penalty is ``weight`` times a
-    contrastive loss (InfoNCE) that pairs the model's prediction of each target with that of this screened
-    copy, against the copy's predictions of the other targets of the pass:
+    F_i is the mean squared gradient of the *previous* model's loss on ``examples`` targets of the *new*
+    stage. It measures how strongly the new data change the value i. In every pass, each trained value of a
+    copy of the previous model is set to zero with the probability
+    p_i = ``forget`` · (F_i - min F) / (max F - min F), with the minimum and maximum over its tensor, and is
+    divided by 1 - p_i otherwise (dropout). The penalty is ``weight`` times a contrastive loss (InfoNCE). It
+    pairs the model's prediction of each target with that of the screened copy, against the copy's predictions
+    of the other targets of the pass:
 
         mean over targets j of -log( exp(z_j·ẑ_j / T) / Σ_k exp(z_j·ẑ_k / T) )
 
-    with z the logits of all candidate tokens, centered and normalized, and T = ``temperature``.
+    where z are the logits of all candidate tokens, centered and normalized, and T is ``temperature``.
 
-    Follows the paper and the authors' code, with these differences: F is estimated once, at the start of the
-    stage, and not as a moving average over batches; only adapter and semantic vocabulary are screened,
-    because the backbone is frozen; a target is a code and not an item; all other targets of a pass are
-    negatives; logits are centered, because they are defined up to a constant; and the defaults are those of
+    This follows the paper and the authors' code, with these differences. F is estimated once at the start of
+    the stage, and not as a moving average over batches. Only the adapter and the semantic vocabulary are
+    screened, because the backbone is frozen. A target is a code and not an item. All other targets of a pass
+    are negatives. Logits are centered, because they are defined up to a constant. The defaults are those of
     the code, rounded.
     """
 
@@ -48,7 +49,7 @@ class SaCaisr(Strategy):
             0.4,
             ge=0,
             lt=1,
-            description="highest probability of dropping a value of the last model",
+            description="highest probability of dropping a value of the previous model",
         )
         temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss")
         examples: int = Field(
@@ -59,7 +60,7 @@ class SaCaisr(Strategy):
 
     options: Options
     _last: dict[str, Tensor]
-    _drop: dict[str, Tensor]  # probability of dropping each value
+    _drop: dict[str, Tensor]  # the probability of dropping each value
 
     def begin(self, context: StageContext) -> None:
         if not self.options.weight:
@@ -85,7 +86,7 @@ class SaCaisr(Strategy):
 
 
 def scaled(values: Tensor) -> Tensor:
-    """Values scaled to [0, 1] by minimum and maximum; 0 if all are equal."""
+    """The values scaled to [0, 1] by their minimum and maximum; 0 if all are equal."""
     low, high = values.aminmax()
     return (values - low) / (high - low) if high > low else values.new_zeros(values.shape)
 
@@ -98,7 +99,7 @@ def screen(values: Tensor, drop: Tensor) -> Tensor:
 
 
 def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """InfoNCE loss, 0-d, of two (targets, tokens) log-probabilities whose rows correspond."""
+    """The InfoNCE loss of log-probabilities (targets, tokens) of two models, whose rows are pairs: 0-d."""
     from torch import arange
     from torch.nn.functional import cross_entropy, normalize
 
@@ -107,7 +108,7 @@ def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 
 def centered(scores: Tensor) -> Tensor:
-    """Scores minus their mean over the candidate tokens; 0 for other tokens."""
+    """The scores minus their mean over the candidate tokens; 0 for other tokens."""
     candidates = scores > SMALLEST
     kept = scores.masked_fill(~candidates, 0)
     mean = kept.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True)

@@ -8,7 +8,7 @@ from peso.training.strategies.strategy import Strategy
 class SingleAdapter(Strategy):
     """One adapter, fine-tuned on every stage, starting from the state after the previous one.
 
-    Uses the default of every hook; nothing restrains the update.
+    It uses the default of every hook, so nothing restrains the update.
     """
 
     name = "single"

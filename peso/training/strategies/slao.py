@@ -17,17 +17,16 @@ PREFIX, COUNT = "slao.up.", "slao.count"
 
 
 class Slao(Strategy):
-    """One adapter: A is replaced, B is merged with weight 1/√i, and each stage starts from an orthogonal A
-    (SLAO).
+    """One adapter, in which each stage replaces A and is merged into B with weight 1/√i (SLAO).
 
     The i-th training of an adapter starts from A = Qᵀ, where Q R = (A_{i-1})ᵀ with a positive diagonal of R,
     and from B = B_{i-1}, where A_{i-1}, B_{i-1} are the trained factors, not the merged ones. It gives A_i
     and B_i; the model of the stage has A_i and B̄_i = B̄_{i-1} + (B_i - B̄_{i-1}) / √i. B_i is stored with
     the stage.
 
-    Implemented from the abstract and others' descriptions of the method, not compared with the authors' code.
-    The paper has no new token rows; here, the semantic vocabulary is trained too and not merged. The first
-    training (i = 1) is stage 0 if that trains an adapter, otherwise stage 1.
+    This is implemented from the abstract and from descriptions of the method by others, and not compared with
+    the authors' code. The paper has no new token rows; here, the semantic vocabulary is trained, too, and not
+    merged. The first training (i = 1) is that of stage 0 if it trains an adapter, otherwise that of stage 1.
     """
 
     name = "slao"
@@ -62,7 +61,8 @@ class Slao(Strategy):
 
 
 def orthonormal_rows(matrix: Tensor) -> Tensor:
-    """(rank, width) orthonormal rows with the same span, by QR with a positive diagonal of R."""
+    """Orthonormal rows with the span of the matrix's rows (rank, width), by QR with a positive diagonal of
+    R."""
     from torch.linalg import qr
 
     q, r = qr(matrix.double().T)

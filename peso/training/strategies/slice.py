@@ -16,23 +16,24 @@ from peso.training.strategies.strategy import StageContext, Strategy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROW_NORM = 1 / math.sqrt(3)  # norm of a row of A in PEFT's initialization
-NEGLIGIBLE = 1e-6  # share of the largest singular value below which a direction is rounding error
+ROW_NORM = 1 / math.sqrt(3)  # the norm of a row of A in PEFT's initialization
+NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding errors
 
 
 class Slice(Strategy):
     """A new adapter along the strongest directions on which new and old gradients agree (SLICE).
 
-    W + s Σ_{i<t} B_i A_i + s B_t A_t. For each module, G is the mean gradient of the loss with respect to the
-    weight over ``examples`` single targets of the new stage, and G' the same over as many targets of all
-    earlier stages. If they conflict, ⟨G, G'⟩ < 0, the component along the other is removed from each (PCGrad,
-    Yu et al. 2020, arXiv 2001.06782). The rows of A_t are the first right singular vectors of the sum of the
-    two, scaled to the norm of PEFT's initialization. B_t starts at zero, so a stage starts from the function
-    of the last one, and the first gradient of B_t lies along the left singular vectors.
+    The weights of stage t are W + s Σ_{i<t} B_i A_i + s B_t A_t. For each module, G is the mean gradient of
+    the loss with respect to the weight over ``examples`` single targets of the new stage, and G' is the same
+    over an equal number of targets of all earlier stages. If they conflict, ⟨G, G'⟩ < 0, each loses its
+    component along the other (PCGrad, Yu et al. 2020, arXiv 2001.06782). The rows of A_t are the first right
+    singular vectors of the sum of both, with the norm of PEFT's initialization. B_t is initially zero, so a
+    stage starts with the function of the previous one, and the first gradient of B_t is in the span of the
+    left singular vectors.
 
-    Implemented from the abstract, which names gradients of the current task and of a replay buffer, "a
-    projection operator" and a truncated SVD. PCGrad per module and B at zero are choices of this
-    implementation. The buffer is sampled from the log of earlier stages.
+    This is implemented from the abstract, which mentions gradients of the current task and of a replay
+    buffer, "a projection operator" and a truncated SVD. The use of PCGrad for each module, and B = 0, are
+    choices of this implementation. The buffer is drawn from the log of earlier stages.
     """
 
     name = "slice"
@@ -51,7 +52,7 @@ class Slice(Strategy):
         from peso.adapters.lora import TRAINED, start_new_adapter
 
         start_new_adapter(context.backbone, context.memory, (context.seed, context.number))
-        # B is zero, so the gradients are those of the last stage's model
+        # B is zero, so the gradients are those of the previous stage's model
         new, old = self._gradients(context)
         with no_grad():
             for name, layer in lora_layers(context.backbone).items():
@@ -63,7 +64,7 @@ class Slice(Strategy):
                 down[: len(rows)] = ROW_NORM * rows.to(down)
 
     def _gradients(self, context: StageContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Mean gradients with respect to each module's weight: of the new stage, and of the earlier ones."""
+        """The mean gradients with respect to each module's weight, of the new stage and of earlier stages."""
         from peso.adapters.groups import lora_layers
 
         examples, count = context.examples, self.options.examples
@@ -87,7 +88,7 @@ class Slice(Strategy):
 
 
 def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Mean of the gradients of the losses, float32, with the weights' shapes."""
+    """The mean of the gradients of the losses by name, in float32, with the shapes of the weights."""
     from torch import float32, zeros_like
     from torch.autograd import grad
 
@@ -101,7 +102,7 @@ def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Iterable[Tensor]
 
 
 def reconciled(one: Tensor, other: Tensor) -> Tensor:
-    """one + other; if their inner product is negative, each without its component along the other."""
+    """one + other. If their inner product is negative, each without its component along the other."""
     product = (one * other).sum()
     if product >= 0:
         return one + other
@@ -109,8 +110,8 @@ def reconciled(one: Tensor, other: Tensor) -> Tensor:
 
 
 def strongest_inputs(gradient: Tensor, count: int) -> Tensor:
-    """The first right singular vectors of a matrix (out, in) as rows (count, in), float32; fewer if its rank
-    is lower. Their signs are chosen so that the largest entry is positive."""
+    """The first right singular vectors of a matrix (out, in) as rows (count, in), in float32. There are fewer
+    if its rank is lower. Their signs are such that the largest entry is positive."""
     from torch.linalg import svd
 
     _, values, rows = svd(gradient.double(), full_matrices=False)

@@ -25,21 +25,23 @@ class ForwardPass(Protocol):
     targets: Tensor  # int64 (target tokens,)
 
     def log_probabilities(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """float32 (target tokens, candidate tokens): log-probabilities at each target token.
+        """The log-probabilities of the candidate tokens at each target token: float32 (target tokens,
+        candidate tokens).
 
         Args:
             values: parameters to use instead of the model's own, by the names of
-                :meth:`StageContext.trainable`: one more forward pass, in evaluation mode, without a graph.
-                None: the result of the step's own pass, differentiable.
+                :meth:`StageContext.trainable`. This takes one more forward pass, in evaluation mode, and the
+                result has no graph. By default, the result of the step's own pass, which is differentiable.
         """
         ...
 
 
 class Examples(Protocol):
-    """Training examples of all stages up to the current one, and the model's losses on them.
+    """The training examples of all stages up to the current one, and the model's losses on them.
 
-    ``tokens``: target tokens per target; ``window``: number of items before the first target of a sequence
-    that training reads.
+    Attributes:
+        tokens: the number of target tokens per target.
+        window: the number of items before the first target of a sequence that training reads.
     """
 
     tokens: int
@@ -50,13 +52,13 @@ class Examples(Protocol):
         ...
 
     def losses(self, stage: int, count: int) -> Iterator[Tensor]:
-        """The training losses of ``count`` single targets of a stage, sampled with the seed: each 0-d, the
-        mean over the target's tokens, differentiable, without dropout."""
+        """The training losses of ``count`` single targets of a stage, drawn with the seed of the run. Each is
+        the mean over the target's tokens, 0-d and differentiable, without dropout."""
         ...
 
     def show(self, stage: int, count: int) -> None:
-        """Run the model on ``count`` target sequences of a stage, sampled with the seed, without gradients or
-        dropout, for hooks that record activations."""
+        """Run the model on ``count`` target sequences of a stage, drawn with the seed of the run, without
+        gradients and dropout. This is for hooks that record activations."""
         ...
 
 
@@ -64,22 +66,23 @@ class Examples(Protocol):
 class StageContext:
     """The stage that is being trained.
 
-    Args:
-        number: 0 is the base stage.
+    Attributes:
+        number: the number of the stage; 0 is the base stage.
         backbone: the backbone with the trained adapter (a PEFT model), or a plain model if all of its weights
             are trained.
-        total_steps: number of optimizer steps.
-        total_rate: sum of the learning rates over these steps.
-        seed: of the run.
+        total_steps: the number of optimizer steps.
+        total_rate: the sum of the learning rates of these steps.
+        seed: the seed of the run.
         phase: the current one of :meth:`Strategy.phases`.
         vocabulary: the semantic vocabulary.
-        examples: of this stage and the earlier ones.
-        memory: tensors by name, stored with each stage: at the start, what the strategy left there in the
-            last stage; its content at the end of this stage is passed to the next.
-        reset: resets adapter and vocabulary to their values before any training. If stage 0 trained the
-            backbone itself, the adapter is newly initialized and the vocabulary reset to its values after
-            stage 0.
-        validate: in :meth:`Strategy.end`, returns the validation loss of the current weights.
+        examples: the training examples of this stage and of earlier ones.
+        memory: tensors by name that are stored with each stage. At the start, it has the tensors of the
+            previous stage. Its contents at the end of this stage are passed to the next one.
+        reset: a function that resets the adapter and the vocabulary to their values before any training. If
+            stage 0 trained the backbone itself, the adapter is newly initialized, and the vocabulary gets its
+            values after stage 0.
+        validate: a function that returns the validation loss of the current weights. It is available in
+            :meth:`Strategy.end`.
     """
 
     number: int
@@ -114,11 +117,11 @@ class StageContext:
 class Strategy:
     """How a stage is trained. By default, every stage trains the adapter of the previous one, unrestrained.
 
-    A subclass overrides the hooks in which it differs; one object serves one stage. The hooks are called in
-    this order: ``learns``; for each of the ``phases``: ``choose``, ``begin``, in every step
-    ``output_penalty`` (once per forward pass), ``penalty`` and ``after_step``, then ``end``; and ``answer``
-    whenever the stage is loaded for predictions. Stage 0 is the same for all strategies: it is trained with
-    the defaults.
+    A subclass overrides the hooks in which it differs. Each stage has its own object. The hooks are called in
+    this order: ``learns``; then, for each of the ``phases``, ``choose``, ``begin``, in every step
+    ``output_penalty`` (once per forward pass), ``penalty`` and ``after_step``, and finally ``end``. The hook
+    ``answer`` is called whenever the stage is loaded for predictions. Stage 0 is trained with the default
+    hooks, whatever the strategy.
 
     The options of a strategy are the fields of its nested class ``Options``, whose types, bounds and defaults
     apply to both the configuration and the constructor. ::
@@ -141,31 +144,32 @@ class Strategy:
     """
 
     name: ClassVar[str] = ""
-    """The name in a configuration; empty: the strategy is only available through ``custom``."""
+    """The name in a configuration. If it is empty, the strategy is only available through ``custom``."""
     reference: ClassVar[Literal["", "no updates", "fine-tuning", "retraining"]] = ""
-    """What a report compares other strategies with this one for: ``no updates``: the benefit of updates;
-    ``fine-tuning``: the effect of an anchor and the cost; ``retraining``: the loss from not retraining."""
+    """The role of the strategy as a reference in a report. Compared with ``no updates``, other strategies
+    show the benefit of updates; with ``fine-tuning``, the effect of an anchor and the cost; with
+    ``retraining``, the loss from not retraining."""
     moves_one_adapter: ClassVar[bool] = False
     """Whether every stage trains the same adapter further, so that distances between stages are defined."""
     chooses_by_data: ClassVar[bool] = False
-    """Whether :meth:`choose` uses only the examples, so that an estimate needs no model to call it."""
+    """Whether :meth:`choose` uses only the examples, so that an estimate can call it without a model."""
     relative_step_time: ClassVar[float] = 1.0
-    """Time of a training step, relative to ``single``."""
+    """The time of a training step, relative to ``single``."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What this strategy can take over from a previous stage that another strategy trained: first parts of
+    """What this strategy can continue from if another strategy trained the previous stage: the first parts of
     names in :attr:`StageContext.memory`, and ``backbone`` for a trained backbone."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """The part of ``reads`` that must be present."""
     uses_frozen_weights: ClassVar[bool] = False
-    """Whether a hook reads weights of the frozen backbone or their gradients, beyond running the model. Then
-    they cannot be sharded (``training.sharding``)."""
+    """Whether a hook reads weights of the frozen backbone or their gradients directly, not only by running
+    the model. These weights then cannot be sharded (``training.sharding``)."""
 
     class Options(StrategyOptions):
         pass
 
     options: Any
     term: Term | None = None
-    """The proximal term; None: the strategy has no anchor."""
+    """The proximal term; None if the strategy has no anchor."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -182,7 +186,7 @@ class Strategy:
 
     @property
     def passes_per_answer(self) -> int:
-        """Forward passes per prediction."""
+        """The number of forward passes per prediction."""
         return 1
 
     def anchored(self, context: StageContext) -> Source:
@@ -190,7 +194,7 @@ class Strategy:
         return context.backbone
 
     def learns(self, stage: int) -> bool:
-        """Whether the stage is trained; if not, it inherits the previous model unchanged."""
+        """Whether the stage is trained. If not, it has the model of the previous stage."""
         return True
 
     def trains_backbone(self, stage: int) -> bool:
@@ -198,52 +202,52 @@ class Strategy:
         return False
 
     def phases(self, stage: int) -> Sequence[str]:
-        """Names of the trainings of a stage, which run one after another on the same model."""
+        """The names of the trainings of a stage, which run one after another on the same model."""
         return ("",)
 
     def starts_anew(self, phase: str) -> bool:
-        """Whether a phase starts from scratch (:attr:`StageContext.reset`), so that it uses the learning rate
-        of the base stage."""
+        """Whether a phase trains from the beginning (:attr:`StageContext.reset`), so that it uses the
+        learning rate of the base stage."""
         return False
 
     def choose(self, context: StageContext) -> Sequence[TargetSequence] | None:
-        """The training examples; None: those of the stage. ``context.total_steps`` is not yet set."""
+        """The training examples; None for those of the stage. ``context.total_steps`` is not set yet."""
         return None
 
     def begin(self, context: StageContext) -> None:
-        """Called before the first step. The backbone has the inherited adapter, also when an interrupted
-        stage is resumed (its progress is restored afterwards). The parameters that require a gradient when
-        this hook returns are trained."""
+        """Called before the first step. The parameters that require a gradient when this hook returns are
+        trained. The backbone has the adapter of the previous stage, even if an interrupted stage continues;
+        the state of its checkpoint is restored afterwards."""
 
     def penalty(self, context: StageContext) -> Tensor | None:
-        """Called once per step. Returns the weighted penalty that is added to the loss: 0-d, differentiable
-        with respect to trained parameters; or None."""
+        """Called once per step. Returns a weighted penalty to add to the loss, 0-d and differentiable with
+        respect to trained parameters, or None."""
         return None
 
     def output_penalty(self, context: StageContext, outputs: ForwardPass) -> Tensor | None:
         """Called once per forward pass of a step, before its backward pass. Returns a penalty on the outputs
-        of this pass, like :meth:`penalty`; passes are weighted by their number of target tokens."""
+        of this pass, as :meth:`penalty` does. Passes are weighted by their numbers of target tokens."""
         return None
 
     def after_step(self, context: StageContext, learning_rate: float) -> None:
         """Called after each optimizer step, with the learning rate of that step."""
 
     def running(self) -> Mapping[str, Tensor]:
-        """Called after ``begin``. Tensors that ``after_step`` updates in place, and that are validated and
-        kept instead of the trained parameters, one for each name of :meth:`StageContext.trainable`.
-        Checkpoints contain them. Empty: the trained parameters are kept."""
+        """Called after ``begin``. Returns tensors that are validated and kept instead of the trained
+        parameters, one for each name of :meth:`StageContext.trainable`. ``after_step`` must update them in
+        place; checkpoints include them. If there are none, the trained parameters are kept."""
         return {}
 
     def end(self, context: StageContext) -> None:
-        """Called after the last step, with the weights of the best epoch in place; it may change them before
-        they are stored."""
+        """Called after the last step, when the model has the weights of the best epoch. The hook may change
+        them before they are stored."""
 
     def figures(self) -> dict[str, Any]:
-        """Additional values for the stage's metrics.json, JSON-serializable."""
+        """Additional values for the stage's ``metrics.json``, as JSON."""
         return {}
 
     def answer(self, model: Any, memory: Mapping[str, Tensor]) -> Any:
-        """The model that predicts for a stage: the stored one, or one built from it and ``memory``."""
+        """The model that predicts for a stage: the stored model, or one built from it and ``memory``."""
         return model
 
 
@@ -251,7 +255,7 @@ def make_strategy(options: StrategyOptions) -> Strategy:
     """Create the strategy object of one stage.
 
     Raises:
-        ConfigError: a custom strategy class that cannot be imported or created.
+        ConfigError: the class of a custom strategy cannot be imported or created.
     """
     strategy: Strategy = STRATEGIES.find(options.name).of(options)
     return strategy

@@ -20,9 +20,10 @@ TINY = 1e-30  # keeps the division by a zero norm finite
 class SumLora(Strategy):
     """A new adapter, added to the frozen and normalized adapters of earlier stages.
 
-    The weights of stage t are W + s Σ_{i<t} B̄_i Ā_i + s B_t A_t, with s = alpha / rank and each factor of an
-    earlier stage divided by its Frobenius norm; with history ``latest``, only i = t-1 is summed. A_t and B_t
-    are newly initialized, or with ``inherit`` start at the values of the last stage.
+    The weights of stage t are W + s Σ_{i<t} B̄_i Ā_i + s B_t A_t, where s = alpha / rank, and Ā_i and B̄_i are
+    the factors of an earlier stage, divided by their Frobenius norms. With history ``latest``, the sum has
+    only i = t-1. A_t and B_t are newly initialized, or start from the values of the previous stage with
+    ``inherit``.
     """
 
     name = "sum_lora"
@@ -41,7 +42,7 @@ class SumLora(Strategy):
         from peso.adapters.lora import Past, put_past, read_adapter, redraw_adapter
 
         last, past = read_adapter(context.backbone), Past.of_state(context.memory)
-        if last.acts:  # otherwise the last stage trained the backbone itself
+        if last.acts:  # otherwise the previous stage trained the backbone itself
             last = normalized(last)
             past = last if past is None or self.options.history == "latest" else past + last
         if past is not None:

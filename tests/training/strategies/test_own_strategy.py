@@ -117,7 +117,7 @@ class HoldsWhatIsFrozen(Strategy):
 def test_a_frozen_parameter_that_is_asked_to_move_stops_the_run(runs: Runs, tmp_path: Path) -> None:
     own = {"name": "custom", "module": f"{__name__}.HoldsWhatIsFrozen"}
     workspace = runs.start(tmp_path / "frozen", own)
-    with pytest.raises(TrainingError, match=r"depends on no trained parameter.*require a gradient"):
+    with pytest.raises(TrainingError, match=r"does not depend on any trained parameter.*requires_grad"):
         pipeline.run(workspace, base=runs("none").root)
     assert workspace.finished_stages == [0]
     assert not workspace.stage(1).directory.exists()
@@ -138,7 +138,7 @@ class Poison(Strategy):
 def test_a_gradient_that_is_no_number_keeps_the_last_good_state(runs: Runs, tmp_path: Path) -> None:
     own = {"name": "custom", "module": f"{__name__}.Poison"}
     workspace = runs.start(tmp_path / "poisoned", own)
-    with pytest.raises(TrainingError, match=r"step 2: .*gradient not finite in backbone\..*lora_B"):
+    with pytest.raises(TrainingError, match=r"step 2: .*gradient is not finite in backbone\..*lora_B"):
         pipeline.run(workspace, base=runs("none").root)
     assert workspace.finished_stages == [0]
     assert not workspace.stage(1).directory.exists()
