@@ -1,9 +1,9 @@
 """The interface of a baseline: it learns stage after stage and scores every item for a user.
 
-Scores are converted to item probabilities, p(i) = softmax(s_i / τ). τ is 1 for a model whose softmax is its
-own distribution; otherwise it maximizes the likelihood of the validation targets. A semantic ID is ranked by
-the total probability of its items; items that share an ID keep the order of the catalog. So ranks and
-log-probabilities of baselines are comparable with those of the language model.
+Scores are converted to item probabilities, p(i) = softmax(s_i / τ). τ is 1 for a baseline whose softmax is
+its own distribution; otherwise it maximizes the likelihood of the validation targets. A semantic ID is ranked
+by the total probability of its items, and items that share an ID keep the order of the catalog. So the ranks
+and log-probabilities of baselines are comparable with those of the language model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from peso.runtime.progress import Observer, Silent
 if TYPE_CHECKING:
     import torch
 
-    from peso.items.semantic_ids import ItemTrie
     from peso.model.generative import GenerativeModel
 
 
@@ -34,8 +33,12 @@ if TYPE_CHECKING:
 class Setting:
     """The data and environment of a baseline.
 
-    ``trie``: the catalog; ``window``: number of items of a history that are used; ``device``: of the networks
-    (the other baselines use NumPy); ``depth``: length of the lists by which option values are compared.
+    Attributes:
+        trie: the catalog.
+        window: the number of items of a history that are used.
+        seed: the seed of everything random.
+        device: the device of networks. Other baselines use NumPy.
+        depth: the length of the lists by which values of options are compared.
     """
 
     trie: ItemTrie
@@ -46,11 +49,12 @@ class Setting:
 
     @property
     def items(self) -> int:
+        """The number of items of the catalog."""
         return len(self.trie.leaf_of)
 
 
 class Part:
-    """An entry of the section `baselines`: a :class:`Baseline` or a :class:`Fusion`.
+    """An entry of the section ``baselines`` of a configuration: a :class:`Baseline` or a :class:`Fusion`.
 
     The options are the fields of the nested class ``Options``, whose types, bounds and defaults apply to both
     the configuration and the constructor.
@@ -58,7 +62,8 @@ class Part:
 
     name: ClassVar[str] = ""
     revision: ClassVar[int] = 0
-    """Increased when the same options give other results, so that stored ones are computed again."""
+    """A number that is increased when the same options give other results, so that stored results are
+    computed again."""
     random: ClassVar[bool] = False
     """Whether the result depends on the seed."""
 
@@ -75,7 +80,7 @@ class Baseline(Part, ABC):
     """A recommender in its state after some stage.
 
     Args:
-        setting: catalog, window and device.
+        setting: the catalog, the window and the device.
         options: the fields of ``Options``, as keywords.
 
     Raises:
@@ -109,14 +114,15 @@ class Baseline(Part, ABC):
 
     @abstractmethod
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
-        """Learn the last of these stages, after the others. Returns values to record, JSON-serializable."""
+        """Learn the last of these stages; the others come before it. Returns values to record, as JSON."""
 
     @abstractmethod
     def scores(self, cases: Cases) -> np.ndarray:
-        """float32 (n, items): larger is better. Uses users and histories of the cases, not their targets."""
+        """A score of every item for each case: float32 (n, items), where larger is better. It depends on the
+        users and histories of the cases, not on their targets."""
 
     def save(self, directory: Path) -> None:
-        """Write to an empty directory the state that :meth:`restore` cannot recompute in seconds."""
+        """Write the state to an empty directory, except what :meth:`restore` computes again in seconds."""
 
     def restore(self, directory: Path, stages: Sequence[Stage]) -> None:
         """Restore the state that was saved after learning these stages."""
@@ -126,8 +132,8 @@ class Baseline(Part, ABC):
 def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
     """The items of each user, oldest first, that may be used when training on the last of these stages.
 
-    Of the last stage, these are the training items: ``current[:-2]`` of participating users. Its other events
-    may be used from the next stage on.
+    Of the last stage, these are the training items, which are ``current[:-2]`` of users with at least three
+    items in it. Its other events may be used from the next stage on.
     """
     *past, latest = stages
     known: dict[str, np.ndarray] = {}
@@ -149,7 +155,8 @@ def has_repeats(stage: Stage, *, trained_on: bool = False) -> bool:
     """Whether a user of a stage has an item twice.
 
     Args:
-        trained_on: ignore the events that the stage holds out for validation and test.
+        stage: the stage.
+        trained_on: whether to ignore the events that the stage holds out for validation and testing.
     """
     if trained_on:
         return _has_repeat([*stage.previous, *(one.items for one in stage.training_sequences())])
@@ -165,7 +172,7 @@ def _has_repeat(sequences: Sequence[np.ndarray]) -> bool:
 
 
 def padded(histories: Sequence[np.ndarray], window: int, padding: int) -> np.ndarray:
-    """int64 (n, window): the last ``window`` items of each history, padded on the right."""
+    """The last ``window`` items of each history, padded on the right: int64 (n, window)."""
     result = np.full((len(histories), window), padding, dtype=np.int64)
     for row, history in zip(result, histories, strict=True):
         last = history[-window:]
@@ -177,7 +184,7 @@ Matrix = Any  # scipy.sparse.csr_array, which has no type stubs
 
 
 def interactions(histories: Sequence[np.ndarray], items: int) -> Matrix:
-    """float64 (n, items): 1 where an item is in a history, however often.
+    """A sparse matrix with 1 where an item is in a history, once or more often: float64 (n, items).
 
     >>> interactions([np.array([2, 0, 2]), np.array([1])], items=3).toarray().tolist()
     [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
@@ -193,19 +200,21 @@ def interactions(histories: Sequence[np.ndarray], items: int) -> Matrix:
     return matrix
 
 
-BATCH = 64  # cases scored together: 13 MB in float64 with 26,000 items, which fits in a cache
-# added to ln p of items that the user has had if items do not repeat; finite, because a target may repeat
+BATCH = 64  # cases to score together: 13 MB in float64 with 26,000 items, which fits in a cache
+# added to ln p of items that the user has had, if items do not repeat; finite, because a target may repeat
 REPEAT = np.log(1e-6)
-FITTED_ON = 1024  # validation cases for fitting the temperature
-INVERSE_TEMPERATURES = (1e-3, 1e6)  # search range of 1 / τ
+FITTED_ON = 1024  # the number of validation cases to fit the temperature on
+INVERSE_TEMPERATURES = (1e-3, 1e6)  # the range of 1 / τ
 
 
 @dataclass(frozen=True)
 class Answers:
     """The ranked answers to n cases.
 
-    ``leaves``: int64 (n, depth), semantic IDs, best first, padded with -1. ``scores``: float64 (n, depth),
-    their log-probabilities. ``target_log_probability``: float64 (n,), of the targets' semantic IDs.
+    Attributes:
+        leaves: int64 (n, depth), the semantic IDs as leaves of the trie, best first, padded with -1.
+        scores: float64 (n, depth), their log-probabilities.
+        target_log_probability: float64 (n,), the log-probability of each target's semantic ID.
     """
 
     leaves: np.ndarray
@@ -218,20 +227,23 @@ class Answerer(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The values chosen on the validation cases, JSON-serializable."""
+        """The values that were chosen on the validation cases, as JSON."""
 
     def answer(self, cases: Cases, depth: int, advance: Callable[[int], None]) -> Answers:
-        """Rank ``depth`` semantic IDs for each case, or all if the catalog has fewer.
+        """Rank the best semantic IDs for each case.
 
-        ``advance`` is called with the number of completed cases.
+        Args:
+            cases: the cases.
+            depth: the number of semantic IDs; if the catalog has fewer, all are ranked.
+            advance: called with the number of cases done so far.
         """
 
 
 class Fusion(Part, Answerer):
-    """A combination of the language model with baselines, without parameters of its own to train."""
+    """A combination of the language model with baselines, which has no parameters to train."""
 
     tunes: bool
-    """Whether options are still to be chosen on validation cases."""
+    """Whether options must still be chosen on validation cases."""
 
     @classmethod
     @abstractmethod
@@ -243,19 +255,36 @@ class Fusion(Part, Answerer):
         settings: dict[str, Any],
         batch_size: int | None,
     ) -> Self:
-        """Combine models as they are after a stage. ``settings``: those that :meth:`tuned` chose, or {}."""
+        """Combine models in their states after a stage.
+
+        Args:
+            options: the options of the combination.
+            partners: the baselines to combine with the model.
+            model: the language model.
+            settings: the values that :meth:`tuned` chose; empty before it.
+            batch_size: the largest number of users in a batch of the model's search; None for the default.
+        """
 
     @abstractmethod
     def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> Self:
-        """The combination with the options that rank the validation targets best."""
+        """The combination with the options that rank the validation targets best.
+
+        Args:
+            validation: the validation cases.
+            depth: the length of the lists by which options are compared.
+            advance: called with the number of cases done so far.
+        """
 
 
 @dataclass(frozen=True)
 class BaselineAnswers:
     """A baseline, and the parameters that convert its scores to probabilities.
 
-    ``inverse_temperature``: 1 / τ. ``repeats``: whether items that the user has had are recommended like
-    others.
+    Attributes:
+        baseline: the baseline after a stage.
+        trie: the catalog.
+        inverse_temperature: 1 / τ.
+        repeats: whether items that the user has had are recommended like others.
     """
 
     baseline: Baseline
@@ -293,7 +322,7 @@ class BaselineAnswers:
         return {"inverse_temperature": self.inverse_temperature, "repeats": self.repeats}
 
     def log_probabilities(self, cases: Cases) -> np.ndarray:
-        """float64 (n, leaves): log-probability of every semantic ID."""
+        """The log-probability of every semantic ID: float64 (n, leaves)."""
         items = _item_log_probabilities(
             self.baseline.scores(cases), cases, self.inverse_temperature, self.repeats
         )
@@ -328,7 +357,7 @@ def batches(cases: Cases) -> Iterator[Cases]:
 
 
 def top(scores: np.ndarray, depth: int) -> np.ndarray:
-    """int64 (n, depth): columns of the largest scores, best first; on ties, the smaller column first.
+    """The columns of the largest scores, best first, with ties in ascending order: int64 (n, depth).
 
     >>> top(np.array([[1.0, 3.0, 3.0, 2.0]]), depth=3).tolist()
     [[1, 2, 3]]
@@ -343,7 +372,7 @@ def top(scores: np.ndarray, depth: int) -> np.ndarray:
 
 
 def _of_leaves(items: np.ndarray, trie: ItemTrie) -> np.ndarray:
-    """(n, leaves): log of the total probability of each leaf's items."""
+    """The logarithm of the total probability of each leaf's items: (n, items) → (n, leaves)."""
     result = items[:, trie.items[trie.item_starts[:-1]]]
     counts = np.diff(trie.item_starts)
     for place in range(1, counts.max()):
@@ -356,6 +385,7 @@ def _of_leaves(items: np.ndarray, trie: ItemTrie) -> np.ndarray:
 def _item_log_probabilities(
     scores: np.ndarray, cases: Cases, inverse_temperature: float, repeats: bool
 ) -> np.ndarray:
+    """The log-probability of every item: float64 (n, items)."""
     scaled = scores.astype(np.float64) * inverse_temperature
     if not repeats:
         for row, seen in zip(scaled, cases.seen, strict=True):

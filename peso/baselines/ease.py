@@ -1,14 +1,14 @@
-"""EASE: every item as a linear function of all others, in closed form (Steck 2019, arXiv 1905.03375).
+"""EASE models every item as a linear function of all others, in closed form (Steck 2019, arXiv 1905.03375).
 
 For X (users, items) of zeros and ones:
 
     min_B ‖X − X B‖² + λ ‖B‖²,  diag(B) = 0   ⟹   B_ij = −P_ij / P_jj (i ≠ j),  P = (XᵀX + λI)⁻¹
     score(history, j) = Σ_{i ∈ history} B_ij
 
-P is dense: with 25,935 items it would take 5.4 GB and 17·10¹² multiplications in float64. So the model
-includes only the ``items`` with the most users (5,000: 0.2 GB, seconds); for items with few users P is mostly
-regularizer. λ is chosen on validation cases with at most 2,500 items, which takes an eighth of the time.
-Items outside the model, and items with a score of zero or less, are ordered by popularity.
+P is dense: with 25,935 items it would take 5.4 GB and 17·10¹² multiplications in float64. So the model has
+only the ``items`` items with the most users (5,000 take 0.2 GB and seconds). For items with few users, P is
+mostly the regularizer. λ is chosen on validation cases with at most 2,500 items, which takes an eighth of the
+time. Items outside the model, and items with a score of zero or less, are ordered by popularity.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
 from peso.runtime.progress import Observer
 
-TRIED_WITH = 2500  # number of items when settings are compared
-COPIES = 3  # of the dense matrix in memory at the same time
+TRIED_WITH = 2500  # the number of items when settings are compared
+COPIES = 3  # the number of copies of the dense matrix that are in memory at the same time
 
 
 class Ease(Counted):
-    """A linear item-to-item model with a closed-form solution, solved at every stage on all events so far."""
+    """A linear item-to-item model with a closed-form solution, computed at every stage from all events so
+    far."""
 
     name = "ease"
     SETTINGS = tuple({"regularisation": x} for x in (50.0, 5.0, 10.0, 20.0, 100.0, 200.0, 500.0, 1000.0))
@@ -52,8 +53,8 @@ class Ease(Counted):
         if figures["items_taking_part"] < figures["items_known"]:
             observer.note(
                 f"{self.name}: uses the {figures['items_taking_part']:,} items with the most users, of "
-                f"{figures['items_known']:,} ({figures['events_covered']:.0%} of all events); the option "
-                "`items` sets this number"
+                f"{figures['items_known']:,} ({figures['events_covered']:.0%} of all events); for more, set "
+                "its option `items`"
             )
         return figures
 
@@ -71,7 +72,7 @@ class Ease(Counted):
         }
 
     def try_out(self, counts: Matrix, setting: Mapping[str, Any]) -> None:
-        """Solve with fewer items; the time grows with the cube of their number."""
+        """Solve with fewer items, because the time grows with the cube of their number."""
         self._solve(counts, setting, min(self.options.items, TRIED_WITH))
 
     def _solve(self, had: Matrix, setting: Mapping[str, Any], items: int) -> np.ndarray:
@@ -92,7 +93,12 @@ class Ease(Counted):
 
 
 def ease_weights(gram: np.ndarray, regularisation: float) -> np.ndarray:
-    """B of the formula above, float64 (items, items), from ``gram`` = XᵀX. ``gram`` is overwritten."""
+    """B of the module's formula, float64 (items, items).
+
+    Args:
+        gram: float64 (items, items), XᵀX. It is overwritten.
+        regularisation: λ.
+    """
     from scipy import linalg
 
     gram[np.diag_indices_from(gram)] += regularisation

@@ -1,14 +1,15 @@
-"""The training loop of the small networks: epochs of shuffled batches; the best epoch by validation is kept.
+"""The training loop of small networks, which keeps the epoch with the best validation result.
 
 Options without a value are chosen at stage 0 by successive halving (Jamieson and Talwalkar 2016, arXiv
-1502.07943): all settings are trained for a few epochs, then the better half for as many again, until one is
-left and is trained to the end. Later stages keep the choice. All random numbers depend only on the seed, so
-training a stage again gives the same weights.
+1502.07943): all settings are trained for a few epochs, then the better half for the same number again, until
+one is left, which is trained to the end. Later stages keep the choice. All random numbers depend only on the
+seed, so training a stage again gives the same weights.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from pydantic import Field
 from peso.baselines.baseline import Setting
 from peso.baselines.tuning import Tuned, Validation, described, record
 from peso.config.model import MOST_EPOCHS, WIDEST
+from peso.errors import Divergence
 from peso.events.histories import Cases, Stage
 from peso.runtime.machine import TRAINED, threads
 from peso.runtime.progress import Observer, Silent
@@ -32,13 +34,13 @@ if TYPE_CHECKING:
 
 MAX_GRADIENT_NORM = 1.0
 VALIDATED_AT_ONCE = 256  # cases
-SORTED_TOGETHER = 32  # number of batches whose examples are sorted by length together
-FIRST_EPOCHS = 4  # of every setting, before the worse half is dropped
+SORTED_TOGETHER = 32  # the number of batches whose examples are sorted by length together
+FIRST_EPOCHS = 4  # the epochs of every setting before the worse half is dropped
 LossOf = Callable[[np.ndarray], "Tensor"]
 
 
 class Network(Tuned):
-    """A baseline with a network, trained with early stopping by the NDCG of validation targets."""
+    """A baseline with a network. Training stops early by the NDCG of validation targets."""
 
     random = True
 
@@ -69,9 +71,9 @@ class Network(Tuned):
             return TRAINED * items * self.width + 4 * min(self.batch_size, users) * items
 
     WEIGHTS: ClassVar[str]
-    """Name of the file of weights."""
+    """The name of the file of weights."""
     PADDED: ClassVar[str]
-    """Name of the embedding table whose last row is padding."""
+    """The name of the embedding table whose last row is padding."""
 
     network: Any  # an nn.Module, on the device
     options: Any
@@ -82,7 +84,7 @@ class Network(Tuned):
         super().__init__(setting, **options)
         self.seed, self.device = setting.seed, torch.device(setting.device)
         self.used = self.options.model_copy(update=self.settings()[0])
-        """The options, with a value for each open one."""
+        """The options, with a value for each one that was left open."""
 
     @abstractmethod
     def initialized(self) -> nn.Module:
@@ -90,12 +92,12 @@ class Network(Tuned):
 
     @abstractmethod
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
-        """The training examples of a stage: a function from their indices to the mean loss, and the length of
-        each example."""
+        """The training examples of a stage: a function from the indices of examples to their mean loss, and
+        the length of each example."""
 
     @abstractmethod
     def log_probabilities(self, cases: Cases) -> Tensor:
-        """(n, items): log-probability of every item as the next one of each case."""
+        """The log-probability of every item as the next one of each case: (n, items)."""
 
     def scores(self, cases: Cases) -> np.ndarray:
         from torch import no_grad
@@ -107,7 +109,7 @@ class Network(Tuned):
         stage, validation, tried = stages[-1], self.validation(stages), list[dict[str, Any]]()
         if self.chosen is None and len(settings := self.settings()) > 1:
             training, tried = self._best_of(settings, stage, validation, observer)
-            # take over the winner's options, network and other state
+            # adopt the winner's options, network and other state
             vars(self).update(
                 {name: value for name, value in vars(training.model).items() if name != "options"}
             )
@@ -139,7 +141,8 @@ class Network(Tuned):
         return {**state, name: state[name][:-1]}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Load the weights of a model with at most as many users and items; new rows are initialized."""
+        """Load the weights of a model with at most the same numbers of users and items. New rows are
+        initialized."""
         from torch import no_grad
 
         network = self.initialized()
@@ -153,7 +156,8 @@ class Network(Tuned):
     def _best_of(
         self, settings: Sequence[dict[str, Any]], stage: Stage, validation: Validation, observer: Observer
     ) -> tuple[Training, list[dict[str, Any]]]:
-        """Successive halving. Returns the unfinished training of the best setting, and the results of all."""
+        """Compare settings by successive halving. Returns the unfinished training of the best one, and the
+        results of all."""
         running = [Training(self._with(setting), stage, validation) for setting in settings]
         tried: dict[int, dict[str, Any]] = {}
         before, epochs, done = 0, min(FIRST_EPOCHS, self.options.epochs), 0
@@ -162,10 +166,10 @@ class Network(Tuned):
         while len(running) > 1:
             for training in running:
                 training.run(epochs, Silent())
-                done += epochs - before  # also if patience ended it earlier
+                done += epochs - before  # even if patience ended it earlier
                 observer.advance(done)
                 tried[id(training)] = {**training.setting, **training.result}
-            ranked = sorted(running, key=lambda training: -training.result["ndcg"])  # stable
+            ranked = sorted(running, key=lambda each: (each.best_is_missing, -each.result["ndcg"]))  # stable
             running = ranked[: (len(ranked) + 1) // 2]
             before, epochs = epochs, min(2 * epochs, self.options.epochs)
         observer.end()
@@ -174,18 +178,25 @@ class Network(Tuned):
         return running[0], list(tried.values())
 
     def _with(self, setting: dict[str, Any]) -> Self:
+        """A new baseline with this setting."""
         given = {name: value for name, value in self.options.given().items() if value is not None}
         return type(self)(self.setting, **{**given, **setting})
 
 
 class Training:
-    """The training of a network on a stage. It can be stopped after any epoch and continued with the same
-    result."""
+    """The training of a network on a stage. It can stop after any epoch and continue with the same result.
+
+    Args:
+        model: the network to train.
+        stage: the stage.
+        validation: the validation cases of the stage.
+    """
 
     def __init__(self, model: Network, stage: Stage, validation: Validation) -> None:
         import torch
 
-        self.model, self.validation = model, validation
+        self.model, self.validation, self.stage = model, validation, stage.number
+        self.diverged = False
         self.setting = {name: getattr(model.used, name) for name in model.SETTINGS[0]}
         self.loss_of, self.lengths = model.examples(stage)
         used = model.used
@@ -199,11 +210,17 @@ class Training:
 
     @property
     def result(self) -> dict[str, Any]:
-        """NDCG of the best epoch so far, and the number of epochs."""
-        return {"ndcg": max(self.fit.validation_ndcg), "epochs": len(self.fit.validation_ndcg)}
+        """The NDCG of the best epoch so far, and the number of epochs with a finite loss."""
+        return {"ndcg": max(self.fit.validation_ndcg, default=0.0), "epochs": len(self.fit.validation_ndcg)}
+
+    @property
+    def best_is_missing(self) -> bool:
+        """Whether no epoch so far has a finite loss."""
+        return not self.fit.validation_ndcg
 
     def run(self, until: int, observer: Observer) -> None:
-        """Train until ``until`` epochs are completed, or ``patience`` epochs brought no improvement."""
+        """Train until ``until`` epochs are completed, until ``patience`` epochs brought no improvement, or
+        until the loss is not finite."""
         import torch
 
         from peso.runtime.device import reproducible
@@ -217,9 +234,9 @@ class Training:
             threads(model.network),
         ):
             for epoch in range(len(fit.validation_loss), until):
-                if epoch - fit.best_epoch >= model.used.patience:
+                if self.diverged or epoch - fit.best_epoch >= model.used.patience:
                     break
-                torch.manual_seed(int(self.generator.integers(2**31)))  # of dropout and negative samples
+                torch.manual_seed(int(self.generator.integers(2**31)))  # for dropout and negatives
                 model.network.train()
                 for step, rows in enumerate(shuffled(self.lengths, batch, self.generator), 1):
                     self.optimizer.zero_grad()
@@ -234,9 +251,15 @@ class Training:
         fit.seconds += time.perf_counter() - began
 
     def _validate(self) -> None:
-        """Validate, and keep the weights if their NDCG is the best so far; of equal ones, the lower loss."""
-        fit = self.fit
-        fit.validation_loss.append(_target_loss(self.model, self.validation.cases))
+        """Validate, and keep the weights if their NDCG is the best so far; of equal ones, the lower loss.
+
+        An epoch without a finite loss is not counted. Its ranks would be wrong: nothing is above a NaN.
+        """
+        fit, loss = self.fit, _target_loss(self.model, self.validation.cases)
+        self.diverged = not math.isfinite(loss)
+        if self.diverged:
+            return
+        fit.validation_loss.append(loss)
         fit.validation_ndcg.append(self.validation.ndcg_of(self.model))
         results = list(zip(fit.validation_ndcg, (-loss for loss in fit.validation_loss), strict=True))
         if max(range(len(results)), key=results.__getitem__) == len(results) - 1:
@@ -244,15 +267,32 @@ class Training:
             self.best = copy.deepcopy(self.model.network.state_dict())
 
     def finish(self) -> None:
-        """Load the weights of the best epoch and set evaluation mode."""
+        """Load the weights of the best epoch and set evaluation mode.
+
+        Raises:
+            Divergence: no epoch has a finite loss.
+        """
+        if self.best_is_missing:
+            raise Divergence(
+                f"{self.model.name}, stage {self.stage}: the loss is not finite after the first epoch with a "
+                f"learning rate of {self.optimizer.param_groups[0]['lr']:g}; use a lower learning_rate for "
+                "this baseline"
+            )
         self.model.network.load_state_dict(self.best)
         self.model.network.eval()
 
 
 @dataclass
 class Fit:
-    """``validation_loss`` (nats per target) and ``validation_ndcg`` have one value per epoch. ``best_epoch``
-    counts from 1."""
+    """The results of a training.
+
+    Attributes:
+        best_epoch: the epoch whose weights are kept, counted from 1.
+        validation_loss: the validation loss of each epoch, in nats per target.
+        validation_ndcg: the validation NDCG of each epoch.
+        examples: the number of training examples.
+        seconds: the computing time.
+    """
 
     best_epoch: int
     validation_loss: list[float]
@@ -262,7 +302,11 @@ class Fit:
 
 
 def planned_epochs(settings: int, most: int) -> int:
-    """Total epochs that successive halving takes for this number of settings.
+    """The total number of epochs that successive halving takes.
+
+    Args:
+        settings: the number of settings.
+        most: the largest number of epochs of a setting.
 
     >>> planned_epochs(8, most=100), planned_epochs(8, most=4), planned_epochs(1, most=4)
     (64, 32, 0)
@@ -275,7 +319,7 @@ def planned_epochs(settings: int, most: int) -> int:
 
 
 def shuffled(lengths: np.ndarray, batch: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """The indices of all examples, in random batches of similar length, which reduces padding."""
+    """The indices of all examples in random batches of similar lengths, so that there is little padding."""
     order = generator.permutation(len(lengths))
     together = batch * SORTED_TOGETHER
     groups = [order[begin : begin + together] for begin in range(0, len(order), together)]
@@ -285,7 +329,7 @@ def shuffled(lengths: np.ndarray, batch: int, generator: np.random.Generator) ->
 
 
 def _target_loss(model: Network, cases: Cases) -> float:
-    """Mean negative log-probability of the targets; 0 if there are none."""
+    """The mean negative log-probability of the targets; 0 if there are no cases."""
     from torch import from_numpy, no_grad
 
     total = 0.0

@@ -1,14 +1,14 @@
-"""A hybrid: the weighted mean of the log-probabilities of the run's language model and one or more baselines.
+"""A hybrid is the weighted mean of the log-probabilities of the run's language model and of baselines.
 
 For a semantic ID c and baselines m = 1 … M with weights w_m ≥ 0, Σ w_m ≤ 1:
 
     score(c) = Σ_m w_m · ln p_m(c) + (1 − Σ_m w_m) · ln p_llm(c)
 
-The candidates are the union of each model's best, and every model scores all of them. The weights maximize
-NDCG on the validation cases: for one baseline by grid search; for several by coordinate descent on this grid,
-with the other weights rescaled in proportion, until none improves. The scores are a logarithmic opinion pool
-without normalization: by Hölder's inequality Σ_c Π_m p_m(c)^w_m ≤ 1, so the score of the target is a lower
-bound of its log-probability under the normalized pool.
+The candidates are the union of each model's best semantic IDs, and every model scores all of them. The
+weights maximize NDCG on the validation cases. For one baseline, they are found by grid search; for several,
+by coordinate descent on this grid, with the other weights rescaled in proportion, until none improves. The
+scores are a logarithmic opinion pool without normalization. By Hölder's inequality Σ_c Π_m p_m(c)^w_m ≤ 1, so
+the score of the target is a lower bound of its log-probability under the normalized pool.
 """
 
 from __future__ import annotations
@@ -45,8 +45,13 @@ MOST_ROUNDS = 5  # of coordinate descent
 class Hybrid(Fusion):
     """The run's language model and baselines, combined.
 
-    ``partners``, ``llm``: in their state after a stage; ``weights``: of the partners; the language model has
-    the rest.
+    Attributes:
+        partners: the baselines after a stage.
+        llm: the language model after the stage.
+        candidates: the number of semantic IDs that each model proposes.
+        weights: the weights of the partners. The language model has the rest.
+        search_batch: the largest number of users in a batch of the model's search; None for the default.
+        tunes: whether the weights must still be chosen on validation cases.
     """
 
     name = "hybrid"
@@ -56,11 +61,11 @@ class Hybrid(Fusion):
         candidates: int = Field(50, ge=1, le=MOST_BEAMS, description="semantic IDs that each model proposes")
         weight: float | list[float] | None = Field(
             None,
-            description="weight of the partner's log-probability; several partners: a list in their order; "
+            description="weight of the partner's log-probability, or a list with one for each partner; "
             "default: tuned on validation",
         )
-        # parsed by _read, not by type: a hybrid is itself a baseline, so a schema of all keys would be
-        # endless
+        # parsed by _read and not by type, because a hybrid is itself a baseline, so that a schema of all keys
+        # would be infinite
         partners: list[SerializeAsAny[BaselineOptions]] = Field(
             [TwoTower.Options(name=TwoTower.name)],
             min_length=1,
@@ -74,7 +79,10 @@ class Hybrid(Fusion):
             if not isinstance(tree, Mapping) or "two_tower" not in tree:
                 return tree
             if "partners" in tree:
-                raise ValueError("name two-tower among `partners`, with its options, and remove `two_tower`")
+                raise ValueError(
+                    "`two_tower` and `partners` exclude each other; name two-tower with its options among "
+                    "`partners`, and remove `two_tower`"
+                )
             result = dict(tree)
             options = result.pop("two_tower")
             if not isinstance(options, Mapping):
@@ -146,7 +154,7 @@ class Hybrid(Fusion):
         return cls(own, model, options.candidates, weights, batch_size, tunes=weight is None)
 
     def tuned(self, validation: Cases, depth: int, advance: Callable[[int], None]) -> Hybrid:
-        """With the weights that rank the validation targets best."""
+        """The hybrid with the weights that rank the validation targets best."""
         found, _ = self._propose(validation, advance)
         targets = self.partners[0].trie.leaf_of[validation.targets]
         return replace(self, weights=best_weights(found, targets, depth)[0], tunes=False)
@@ -171,7 +179,7 @@ class Hybrid(Fusion):
         return Answers(leaves, scores, pool(of_targets, self.weights))
 
     def _propose(self, cases: Cases, advance: Callable[[int], None]) -> tuple[Candidates, np.ndarray]:
-        """The candidates of all cases, and the targets' log-probabilities, (models, n)."""
+        """The candidates of all cases, and the targets' log-probabilities (models, n)."""
         parts, of_targets, done = [], [], 0
         for part in batches(cases):
             candidates, targets = self._candidates(part)
@@ -182,6 +190,7 @@ class Hybrid(Fusion):
         return stacked(parts), np.concatenate(of_targets, axis=1)
 
     def _candidates(self, part: Cases) -> tuple[Candidates, np.ndarray]:
+        """The candidates of a few cases, and the targets' log-probabilities (models, n)."""
         from peso.decoding import search
 
         trie, targets = self.partners[0].trie, np.arange(len(part))
@@ -219,18 +228,23 @@ class Hybrid(Fusion):
 
 @dataclass(frozen=True)
 class Candidates:
-    """``leaves``: int64 (n, candidates), distinct in each row, padded with -1. ``of``: float (models, n,
-    candidates), log-probabilities, the language model's last, -inf where there is no candidate."""
+    """The candidates of n cases.
+
+    Attributes:
+        leaves: int64 (n, candidates), distinct leaves of each case, padded with -1.
+        of: float (models, n, candidates), their log-probabilities under each model, of which the language
+            model is the last; -inf where there is no candidate.
+    """
 
     leaves: np.ndarray
     of: np.ndarray
 
 
 def distinct(leaves: np.ndarray, of: np.ndarray) -> Candidates:
-    """Candidates without duplicates: of equal leaves in a row, all but the first become -1.
+    """Candidates without duplicates. Of equal leaves in a row, all but the first become -1.
 
     Args:
-        leaves, of: as in :class:`Candidates`, with possible duplicates.
+        leaves, of: see :class:`Candidates`, possibly with duplicates.
     """
     order = np.argsort(leaves, axis=1, kind="stable")
     ascending = np.take_along_axis(leaves, order, axis=1)
@@ -255,10 +269,12 @@ def stacked(parts: Sequence[Candidates]) -> Candidates:
 
 
 def pool(of: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """The score of the module's formula, (models, …) → (…); -inf where it is -inf for any model.
+    """The score of the module's formula: log-probabilities (models, …) → (…). It is -inf where that of any
+    model is.
 
     Args:
-        weights: of all models but the last.
+        of: the log-probabilities under each model, of which the language model is the last.
+        weights: the weights of all models but the last.
     """
     every = np.array([*weights, max(0.0, 1 - sum(weights))])
     impossible = np.isneginf(of).any(axis=0)
@@ -267,8 +283,11 @@ def pool(of: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def pooled(candidates: Candidates, weights: Sequence[float], depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best candidates: leaves int64 (n, depth), padded with -1, and their scores, float64. On ties, the
-    smaller leaf comes first."""
+    """The best candidates of each case, with ties in the order of the leaves.
+
+    Returns:
+        Their leaves, int64 (n, depth), padded with -1; and their scores, float64 (n, depth).
+    """
     scores = pool(candidates.of, weights)
     order = np.lexsort((candidates.leaves, -scores), axis=1)[:, :depth]
     leaves = np.take_along_axis(candidates.leaves, order, axis=1)
@@ -276,7 +295,7 @@ def pooled(candidates: Candidates, weights: Sequence[float], depth: int) -> tupl
 
 
 def mean_ndcg(candidates: Candidates, targets: np.ndarray, weights: Sequence[float], depth: int) -> float:
-    """Mean NDCG@depth of the targets, int (n,) leaves, in the ranking of :func:`pooled`."""
+    """The mean NDCG@depth of the targets, which are leaves, int (n,), in the ranking of :func:`pooled`."""
     from peso.evaluation.metrics import ndcg
 
     scores = pool(candidates.of, weights)
@@ -289,11 +308,16 @@ def mean_ndcg(candidates: Candidates, targets: np.ndarray, weights: Sequence[flo
 def best_weights(
     candidates: Candidates, targets: np.ndarray, depth: int
 ) -> tuple[tuple[float, ...], list[float]]:
-    """The weights of the partners with the highest mean NDCG@depth, by the module's search; of equal ones,
-    the most even. Also returns the means of all weights tried.
+    """Search for the weights of the partners with the highest mean NDCG@depth, as the module describes. Of
+    equal ones, the most even are chosen.
 
     Args:
-        targets: int (n,), leaves.
+        candidates: the candidates of the validation cases.
+        targets: int (n,), the leaf of each target.
+        depth: the length of the lists.
+
+    Returns:
+        The weights, and the means of all weights that were tried.
     """
     partners = len(candidates.of) - 1
     even = 1 / (partners + 1)
@@ -312,8 +336,8 @@ def best_weights(
 
 
 def _rescaled(weights: tuple[float, ...], place: int, weight: float) -> tuple[float, ...]:
-    """The weights with that of one partner changed. The others and the language model keep their proportions,
-    or become even if they were all zero."""
+    """The weights after that of one partner was changed. Those of the other partners and of the language
+    model keep their proportions, or become equal if all of them were zero."""
     others = 1 - weights[place]
     if others > 1e-9:
         shares = [value * (1 - weight) / others for value in weights]

@@ -1,8 +1,8 @@
-"""Item graph: counts of transitions between items, with decay; no training.
+"""The item graph counts transitions between items, with decay. It is not trained.
 
-Recommends the items that followed the newest items of the history in other users' sequences. The three decays
-are those of STAN (Garg et al. 2019, SIGIR, "Sequence and Time Aware Neighborhood for Session-based
-Recommendations"). STAN sums over the nearest sessions; here the sum is over all sequences, so it is a sparse
+It recommends the items that followed the newest items of the history in other users' sequences. The three
+decays are those of STAN (Garg et al. 2019, SIGIR, "Sequence and Time Aware Neighborhood for Session-based
+Recommendations"). STAN sums over the nearest sessions. Here the sum is over all sequences, so it is a sparse
 item-to-item matrix, as in the sequential rules (SR) of Ludewig and Jannach 2018 (arXiv 1803.09587).
 
 For all pairs (x, y) with x at most ``reach`` places before y in the sequence of a user:
@@ -10,8 +10,8 @@ For all pairs (x, y) with x at most ``reach`` places before y in the sequence of
     edge(i, j) = Σ_{pairs} age^a · distance^(places apart − 1) · ([x = i, y = j] + backward · [x = j, y = i])
     score(history, j) = Σ_n recency^n · edge(h_n, j)
 
-where a is the number of stages since the event y, h_0 the newest item of the history, and h_1 the one before.
-Items without an edge from the history are ordered by popularity, with the same decay by age.
+where a is the number of stages since the event y, h_0 is the newest item of the history, and h_1 the one
+before it. Items without an edge from the history are ordered by popularity, with the same decay by age.
 """
 
 from __future__ import annotations
@@ -93,9 +93,12 @@ class ItemGraph(Counted):
 
 @dataclass(frozen=True)
 class Sequences:
-    """The events of all users, concatenated, oldest first per user.
+    """The events of all users, user by user, oldest first.
 
-    ``items``: item rows; ``owners``: index of the user; ``ages``: number of stages ago. All int64 (events,).
+    Attributes:
+        items: int64 (events,), the item rows.
+        owners: int64 (events,), the index of each event's user.
+        ages: int64 (events,), the number of stages since each event.
     """
 
     items: np.ndarray
@@ -106,8 +109,8 @@ class Sequences:
 def known_sequences(stages: Sequence[Stage]) -> Sequences:
     """The events that may be used when training on the last of these stages.
 
-    Of the last stage, these are the training items of participating users. Events that occur only in a
-    ``previous`` list have the age of the first given stage.
+    Of the last stage, these are the training items of users with at least three items in it. Events that
+    occur only in a ``previous`` list have the age of the first given stage.
     """
     *past, latest = stages
     parts: dict[str, list[tuple[np.ndarray, int]]] = {}
@@ -135,7 +138,7 @@ def known_sequences(stages: Sequence[Stage]) -> Sequences:
 
 
 def edges(known: Sequences, items: int, reach: int, distance: float, age: float, backward: float) -> Matrix:
-    """Sparse (items, items): the edges of the module's formula; an item has no edge to itself."""
+    """The edges of the module's formula: sparse (items, items). No item has an edge to itself."""
     from scipy import sparse
 
     result = sparse.csr_array((items, items))

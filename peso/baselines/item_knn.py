@@ -1,6 +1,6 @@
-"""Item-kNN: item-based collaborative filtering with cosine similarity (Deshpande and Karypis 2004).
+"""Item-kNN is item-based collaborative filtering with cosine similarity (Deshpande and Karypis 2004).
 
-With c_ij the number of users who had both i and j:
+Let c_ij be the number of users who had both i and j:
 
     similarity(i, j) = c_ij / (√(c_ii · c_jj) + shrinkage),   j among the ``neighbours`` most similar to i
     score(history, j) = Σ_{i ∈ history} similarity(i, j)
@@ -20,7 +20,7 @@ from peso.baselines.baseline import Matrix, interactions, known_histories
 from peso.baselines.tuning import Counted, least
 from peso.events.histories import Cases, Stage
 
-ROWS = 2048  # rows of similarities computed at once, which limits memory
+ROWS = 2048  # the number of rows of similarities to compute at once, to limit memory
 
 
 class ItemKnn(Counted):
@@ -62,12 +62,17 @@ class ItemKnn(Counted):
 
 
 def similarities(had: Matrix, neighbours: int, shrinkage: float) -> Matrix:
-    """Sparse (items, items): row i has the similarities of the nearest neighbors of i, without i itself.
+    """The similarities of each item's nearest neighbors, without the item itself.
 
-    On ties, the item with the smaller number is kept.
+    Of equally similar items, those with smaller numbers are kept.
 
     Args:
-        had: sparse (users, items) of ones.
+        had: sparse (users, items), 1 where a user had an item.
+        neighbours: the number of neighbors of each item.
+        shrinkage: the number that is added to the denominator.
+
+    Returns:
+        Sparse (items, items); row i has the neighbors of i.
     """
     from scipy import sparse
 

@@ -1,4 +1,4 @@
-"""The networks of the two-tower model and of SASRec, apart from their options, which do not need PyTorch."""
+"""The networks of the two-tower model and of SASRec. Their options are elsewhere, without PyTorch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 class Towers(nn.Module):
-    """The network of :mod:`peso.baselines.two_tower`. User row 0 is the zero vector of users without their
-    own; item row ``items`` is padding."""
+    """The network of :mod:`peso.baselines.two_tower`. Row 0 of the users is zero, for users without a row of
+    their own. Row ``items`` of the items is padding."""
 
     def __init__(self, users: int, items: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -27,7 +27,8 @@ class Towers(nn.Module):
             self.history.weight[items] = 0
 
     def forward(self, users: Tensor, histories: Tensor) -> Tensor:
-        """Log-probabilities (n, items) from user rows (n,) and padded histories (n, window)."""
+        """The log-probability of every item, given user rows (n,) and padded histories (n, window):
+        (n, items)."""
         lengths = (histories != self.history.num_embeddings - 1).sum(1, keepdim=True).clamp(min=1)
         mean = self.history(histories).sum(1) / lengths  # (n, width)
         user = self.dropout(self.user(users) + mean)
@@ -35,8 +36,8 @@ class Towers(nn.Module):
 
 
 class CausalItems(nn.Module):
-    """The Transformer of :mod:`peso.baselines.sasrec`. Item row ``items`` is padding; it follows all items,
-    so the causal mask hides it."""
+    """The Transformer of :mod:`peso.baselines.sasrec`. Row ``items`` of the items is padding. It comes after
+    all items of a history, so the causal mask hides it."""
 
     def __init__(self, items: int, window: int, width: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -54,36 +55,38 @@ class CausalItems(nn.Module):
             self.item.weight[items] = 0
 
     def forward(self, items: Tensor) -> Tensor:
-        """(n, length) item rows → (n, length, width) states after each item."""
+        """The states after each item: item rows (n, length) → (n, length, width)."""
         length = items.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=items.device)
         states = self.dropout(self.item(items) + self.place.weight[:length])
         return self.layers(states, mask=mask, is_causal=True)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """(n, width) states → (n, items)."""
+        """The log-probability of every item as the next one: states (n, width) → (n, items)."""
         return torch.addmm(self.bias, states, self.item.weight[:-1].T).log_softmax(-1)
 
     def sampled_log_probabilities(
         self, states: Tensor, targets: Tensor, proposal: Tensor, count: int
     ) -> Tensor:
-        """Sampled softmax with logQ correction (Bengio and Senécal 2008): the log-probability of each target
-        among itself and ``count`` sampled items, whose scores are corrected by -log(count · p).
+        """The log-probability of each target by a sampled softmax.
+
+        The softmax is over the target and ``count`` sampled items, whose scores are corrected by
+        -log(count · p) (logQ; Bengio and Senécal 2008). It approaches the exact softmax as ``count`` grows.
 
         Args:
-            states: (n, width).
-            targets: int64 (n,).
-            proposal: (items,), sampling probabilities p.
-            count: number of samples, shared by all rows.
+            states: (n, width), the states that predict the targets.
+            targets: int64 (n,), the item row of each target.
+            proposal: (items,), the sampling probabilities p.
+            count: the number of samples, which all rows share.
 
         Returns:
-            (n,); converges to the exact value as ``count`` grows.
+            (n,).
         """
         drawn = torch.multinomial(proposal, count, replacement=True)
         own = (states * self.item.weight[targets]).sum(-1) + self.bias[targets]
         others = torch.addmm(self.bias[drawn], states, self.item.weight[drawn].T)  # (n, count)
         others = others - (count * proposal[drawn]).log()
-        others = others.masked_fill(drawn == targets[:, None], -torch.inf)  # already counted as target
+        others = others.masked_fill(drawn == targets[:, None], -torch.inf)  # counted as the target
         return own - torch.cat([own[:, None], others], dim=-1).logsumexp(-1)
 
 

@@ -1,9 +1,9 @@
-"""Popularity: the same list for every user, the items with the most events.
+"""Popularity recommends the items with the most events, the same list for every user.
 
-At stage t, all events of earlier stages and the training items of stage t are counted: ``current[:-2]`` of
-users with at least three items in the stage. With ``last`` = n, only stages t - n + 1 … t are counted. Events
-that occur only in ``previous`` lists are counted for the first given stage only, because later ``previous``
-lists repeat the events of earlier stages.
+At stage t, the counted events are all events of earlier stages and the training items of stage t, which are
+``current[:-2]`` of users with at least three items in the stage. With ``last`` = n, only stages t - n + 1 … t
+are counted. Events in ``previous`` lists are counted only for the first given stage, because later
+``previous`` lists repeat the events of earlier stages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peso.runtime.progress import Observer
 class Popularity(Baseline):
     """The items with the most events.
 
-    Smoothing adds one to the count of every semantic ID, divided evenly among its items.
+    For smoothing, the count of every semantic ID is increased by one, which its items share equally.
     """
 
     name = "popularity"
@@ -51,12 +51,12 @@ class Popularity(Baseline):
 
 
 def item_counts(stages: Sequence[Stage], items: int, last: int | None = None) -> np.ndarray:
-    """Number of events per item that may be used when training on the last of these stages.
+    """The number of events of each item that may be used when training on the last of these stages.
 
     Args:
-        stages: consecutive.
-        items: size of the catalog.
-        last: count only the newest ``last`` stages; None: all.
+        stages: consecutive stages.
+        items: the number of items of the catalog.
+        last: the number of newest stages to count; None for all.
 
     Returns:
         int64 (items,).

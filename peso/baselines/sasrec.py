@@ -1,12 +1,13 @@
-"""SASRec: a small causal Transformer over items (Kang and McAuley 2018, arXiv 1808.09781).
+"""SASRec is a small causal Transformer over items (Kang and McAuley 2018, arXiv 1808.09781).
 
 The last ``window`` items, each the sum of an item and a position embedding, are processed by ``layers``
 pre-norm layers of causal self-attention. The state at item n scores item n + 1 by its product with the item
 embeddings, which input and output share.
 
-Trained by cross-entropy over the whole catalog, on which the quality of SASRec depends (Klenitskiy and
-Vasilev 2023, arXiv 2309.07602), or for large catalogs by its approximation with a sampled softmax (logQ
-correction). A later stage starts from the weights of the previous one; new items get newly initialized rows.
+The loss is the cross-entropy over the whole catalog, on which the quality of SASRec depends (Klenitskiy and
+Vasilev 2023, arXiv 2309.07602). For large catalogs, it is approximated by a sampled softmax with logQ
+correction. A later stage starts from the weights of the previous one, and new items get newly initialized
+rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from peso.baselines.networks import CausalItems
 
 NO_TARGET = -1
-EXACT, NEGATIVES = 5_000, 512  # largest catalog with full softmax; number of negatives for larger ones
+EXACT, NEGATIVES = 5_000, 512  # the largest catalog with a full softmax; the number of negatives for others
 MOST_NEGATIVES = 100_000
 
 
@@ -75,7 +76,7 @@ class SasRec(Network):
             return self
 
         def drawn(self, items: int) -> int:
-            """Number of negatives per step for a catalog of this size; 0: full softmax."""
+            """The number of negatives per step for a catalog of this size; 0 for a full softmax."""
             if self.negatives is None:
                 return 0 if items <= EXACT else NEGATIVES
             return self.negatives
@@ -106,8 +107,8 @@ class SasRec(Network):
             longest = int(lengths[rows].max(initial=1))
             expected = targets_tensor[rows, :longest].to(self.device)
             states = self.network(inputs_tensor[rows, :longest].to(self.device))
-            asked = expected != NO_TARGET
-            states, expected = states[asked], expected[asked]
+            targeted = expected != NO_TARGET
+            states, expected = states[targeted], expected[targeted]
             if negatives:
                 return -self.network.sampled_log_probabilities(states, expected, proposal, negatives).mean()
             return nll_loss(self.network.log_probabilities(states), expected)
@@ -131,7 +132,7 @@ class SasRec(Network):
 
         rows = torch.from_numpy(padded(cases.histories, self.window, self.items)).to(self.device)
         lengths = torch.tensor([min(len(history), self.window) for history in cases.histories])
-        last = lengths.clamp(min=1).to(self.device) - 1  # empty history: the state at a padding item
+        last = lengths.clamp(min=1).to(self.device) - 1  # for an empty history, the state at padding
         states = self.network(rows)
         return self.network.log_probabilities(states[torch.arange(len(rows), device=self.device), last])
 
@@ -139,13 +140,18 @@ class SasRec(Network):
 def training_rows(
     sequences: Sequence[TargetSequence], window: int, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut sequences into rows that contain every target once, except those without an item before them.
+    """Cut sequences into rows that contain every target once, except targets without an item before them.
 
-    A sequence that fits in the window is one row. A longer one is cut so that later targets have more than
-    half a window of items before them.
+    A sequence that fits in the window is one row. A longer sequence is cut so that later targets have more
+    than half a window of items before them.
+
+    Args:
+        sequences: the sequences.
+        window: the length of a row.
+        padding: the item row of padding.
 
     Returns:
-        Padded inputs, and the target that follows each input, or NO_TARGET; both int64 (rows, window).
+        The padded inputs, and the target that follows each input or ``NO_TARGET``, both int64 (rows, window).
     """
     inputs, targets = [], []
     for sequence in sequences:

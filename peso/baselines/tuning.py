@@ -1,8 +1,8 @@
 """Hyperparameter search on validation cases, with the same budget for every baseline.
 
-Options that the configuration leaves open are taken from ``SETTINGS``, a list of candidate settings of the
-baseline with the default first. The setting with the highest mean NDCG of the validation targets is chosen,
-the first of equal ones. All results are recorded with the stage.
+The values of options that the configuration leaves open are taken from ``SETTINGS``, a list of candidate
+settings of the baseline, of which the first is the default. The setting with the highest mean NDCG of the
+validation targets is chosen; of equal ones, the first. All results are recorded with the stage.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from peso.events.histories import Cases, Stage
 from peso.runtime.files import read_json_object, write_json
 from peso.runtime.progress import Observer
 
-MOST_TRIALS = 8  # settings per baseline
-TUNED_ON = 2048  # maximum number of validation cases of a stage, evenly spaced
-LEAST = 1e-2  # weight of popularity; with less, items without evidence alone would determine the temperature
+MOST_TRIALS = 8  # the largest number of settings of a baseline
+TUNED_ON = 2048  # the largest number of validation cases of a stage, evenly spaced
+LEAST = (
+    1e-2  # the weight of popularity; with less, only items without evidence would determine the temperature
+)
 CHOSEN = "chosen.json"
 
 
 class Tuned(Baseline):
-    """A baseline whose options without a value are chosen on validation cases."""
+    """A baseline whose open options are chosen on validation cases."""
 
     SETTINGS: ClassVar[Sequence[Mapping[str, Any]]]
-    """At most ``MOST_TRIALS``, each with a value for every option that can be left open."""
+    """At most ``MOST_TRIALS`` settings, each with a value for every option that can be left open."""
 
     class Options(Baseline.Options):
         trials: int = Field(
@@ -51,12 +53,12 @@ class Tuned(Baseline):
         write_json(directory / CHOSEN, self.chosen)
 
     def saved_setting(self, directory: Path) -> dict[str, Any]:
-        """The setting that :meth:`save` wrote. Versions without tuning wrote none and used the default."""
+        """The setting that :meth:`save` wrote. Older versions wrote none, because they used the default."""
         file = directory / CHOSEN
         return dict(read_json_object(file)) if file.exists() else self.settings()[0]
 
     def settings(self) -> list[dict[str, Any]]:
-        """The settings to compare: those of ``SETTINGS``, overridden by given options, without duplicates."""
+        """The settings to compare: those of ``SETTINGS`` with the given options, without duplicates."""
         given = {name: value for name, value in self.options.given().items() if value is not None}
         found: list[dict[str, Any]] = []
         for setting in self.SETTINGS[: self.options.trials]:
@@ -77,33 +79,34 @@ class Tuned(Baseline):
 class Counted(Tuned):
     """A tuned baseline that is computed from all stages at once, in seconds. Only its setting is saved.
 
-    It sums evidence for each item and scores it by the logarithm: softmax at temperature τ gives
-    P(j) ∝ (sum_j + least_j)^(1/τ). With plain sums, the thousands of items without evidence would have nearly
-    all of the probability, and a semantic ID of two such items would rank above all others.
+    It sums the evidence for each item, and the score is the logarithm of the sum, so that a softmax at the
+    temperature τ gives P(j) ∝ (sum_j + least_j)^(1/τ). If the sums themselves were the scores, the thousands
+    of items without evidence would have nearly all of the probability, and a semantic ID of two such items
+    would rank above all others.
     """
 
     continues, revision = False, 1
 
     popularity: np.ndarray
-    """float64 (items,): ``least_j``, which orders items without evidence (:func:`least`)."""
+    """float64 (items,), ``least_j`` (:func:`least`), by which items without evidence are ordered."""
 
     @abstractmethod
     def sums(self, cases: Cases) -> np.ndarray:
-        """float (n, items): the evidence for each item; negative values count as 0."""
+        """The evidence for each item: float (n, items). Negative values count as 0."""
 
     def scores(self, cases: Cases) -> np.ndarray:
         return np.log(np.maximum(self.sums(cases), 0.0) + self.popularity).astype(np.float32)
 
     @abstractmethod
     def counts(self, stages: Sequence[Stage]) -> Any:
-        """The statistics that are the same for all settings."""
+        """The statistics of the stages that are the same for all settings."""
 
     @abstractmethod
     def fit(self, counts: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute the model for a setting, without changing ``counts``. Returns values to record."""
+        """Compute the model for a setting, without changing ``counts``. Returns values to record, as JSON."""
 
     def try_out(self, counts: Any, setting: Mapping[str, Any]) -> None:
-        """Compute the model for a comparison of settings; a subclass may use a faster approximation."""
+        """Compute the model for a comparison of settings. A subclass may use a faster approximation."""
         self.fit(counts, setting)
 
     def learn(self, stages: Sequence[Stage], observer: Observer) -> dict[str, Any]:
@@ -131,6 +134,8 @@ class Validation:
     """The validation cases of a stage, and the metric by which settings are compared.
 
     Args:
+        cases: the validation cases.
+        depth: the length of the lists.
         repeats: whether items that a user has had are ranked like others.
     """
 
@@ -138,7 +143,7 @@ class Validation:
         self.cases, self.depth, self.repeats = cases, depth, repeats
 
     def ndcg_of(self, baseline: Baseline) -> float:
-        """Mean NDCG@depth of the targets; 0 if there are no cases."""
+        """The mean NDCG@depth of the targets; 0 if there are no cases."""
         if not len(self.cases):
             return 0.0
         ranks = [self._ranks(baseline.scores(part), part) for part in batches(self.cases)]
@@ -152,12 +157,12 @@ class Validation:
 
 
 def least(counts: np.ndarray) -> np.ndarray:
-    """float64 (items,): each item's share of the counts after add-one smoothing, times ``LEAST``."""
+    """Each item's share of the counts after add-one smoothing, times ``LEAST``: float64 (items,)."""
     return LEAST * (counts + 1) / (counts.sum() + len(counts))
 
 
 def target_ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """int64 (n,): rank of each target's score among all items, from 1; on ties, the smaller item first.
+    """The rank of each target's score among all items, from 1, with ties in ascending order: int64 (n,).
 
     >>> target_ranks(np.array([[1.0, 3.0, 3.0, 2.0]] * 2), np.array([2, 0])).tolist()
     [2, 4]
@@ -168,15 +173,19 @@ def target_ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def best_of(tried: Sequence[Mapping[str, Any]]) -> int:
-    """The index of the entry with the highest ``ndcg``, the first of equal ones."""
+    """The index of the entry with the highest ``ndcg``; of equal ones, the first."""
     return max(range(len(tried)), key=lambda number: (tried[number]["ndcg"], -number))
 
 
 def described(setting: Mapping[str, Any]) -> str:
-    """``neighbours 100, shrinkage 10``"""
+    """A setting as text.
+
+    >>> described({"neighbours": 100, "shrinkage": 10.0})
+    'neighbours 100, shrinkage 10'
+    """
     return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
 def record(chosen: Mapping[str, Any], tried: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The chosen setting and the results of all, JSON-serializable."""
+    """The chosen setting and the results of all settings, as JSON."""
     return {"chosen": dict(chosen), "tried": json.loads(json.dumps(list(tried)))}

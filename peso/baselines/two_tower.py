@@ -1,14 +1,14 @@
-"""Two-tower model: the score is the product of a vector of user and history and a vector of the item.
+"""The two-tower model: a score is the product of a vector of user and history with a vector of the item.
 
     x(u, h) = e_u + 1/|h| Σ_{i ∈ h} p_i,    score(u, h, j) = x · q_j + b_j,    P(j | u, h) = softmax_j score
 
-with e_u the embedding of the user, p_i that of an item in the history and q_j that of the scored item (as in
-FISM, Kabbur et al. 2013). Trained by cross-entropy over the whole catalog, on every target with the last
-``window`` items before it. Text and codes of items are not used.
+where e_u is the embedding of the user, p_i that of an item in the history, and q_j that of the scored item
+(as in FISM, Kabbur et al. 2013). The loss is the cross-entropy over the whole catalog, for every target with
+the last ``window`` items before it. Texts and codes of items are not used.
 
-Users with a training target in any stage so far have an embedding e_u; for all others e_u = 0, so only the
-mean of the history is used. To train this case, e_u = 0 in a share ``user_dropout`` of the training cases.
-New items get newly initialized rows; a later stage starts from the weights of the previous one.
+Users with a training target in any stage so far have an embedding e_u. For all others e_u = 0, so only the
+mean of the history is used. To train this case, e_u = 0 in a share ``user_dropout`` of the training cases. A
+later stage starts from the weights of the previous one, and new items get newly initialized rows.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TwoTower(Network):
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         super().__init__(setting, **options)
-        self.users: dict[str, int] = {}  # row of each user in the embedding table, from 1
+        self.users: dict[str, int] = {}  # the row of each user in the embedding table, from 1
         self.network = self.initialized()
 
     def examples(self, stage: Stage) -> tuple[LossOf, np.ndarray]:
@@ -117,7 +117,7 @@ class TwoTower(Network):
 
 
 class Examples:
-    """The training targets with the items before them; padded rows are made on demand."""
+    """The training targets with the items before them. Padded rows are created when they are needed."""
 
     def __init__(self, sequences: Sequence[TargetSequence], window: int, padding: int) -> None:
         self.window, self.padding = window, padding
@@ -138,7 +138,8 @@ class Examples:
         return len(self.place)
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sequence index (n,), padded history (n, window) and target (n,) of these examples, all int64."""
+        """The index of the sequence (n,), the padded history (n, window) and the target (n,) of these
+        examples, all int64."""
         places = self.place[numbers][:, None] + np.arange(-self.window, 0)
         inside = places >= self.start[numbers][:, None]
         histories = np.where(inside, self.values[np.maximum(places, 0)], self.padding)

@@ -16,7 +16,7 @@ from peso.baselines.baseline import Baseline
 from peso.baselines.fitting import Network, shuffled
 from peso.baselines.sasrec import NO_TARGET, SasRec, training_rows
 from peso.baselines.two_tower import Examples, TwoTower
-from peso.errors import ConfigError
+from peso.errors import ConfigError, Divergence
 from peso.events.histories import Cases, Ragged, Stage, TargetSequence
 from peso.runtime.progress import Silent
 
@@ -227,6 +227,27 @@ def test_patience_ends_a_stage() -> None:
     done = len(figures["validation_ndcg"])
     assert done == figures["best_epoch"] + 2 < 12
     assert figures["validation_ndcg"] == long["validation_ndcg"][:done]
+
+
+@MAKERS
+def test_a_network_whose_loss_is_not_finite_is_an_error(make: Callable[..., Network]) -> None:
+    with pytest.raises(Divergence, match=r"stage 0.*1e\+30.*lower learning_rate"):
+        make(learning_rate=1e30).learn([cycles(0, users=40)], Silent())
+
+
+@MAKERS
+def test_a_setting_whose_loss_is_not_finite_is_never_chosen(
+    make: Callable[..., Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(make())
+    settings = [{**dict(kind.SETTINGS[0]), "learning_rate": rate} for rate in (1e30, 1e-3)]
+    monkeypatch.setattr(kind, "SETTINGS", tuple(settings))
+    model = make(learning_rate=None)
+    found = model.learn([cycles(0, users=40)], Silent())
+    assert model.chosen is not None
+    assert model.chosen["learning_rate"] == 1e-3
+    assert [entry["ndcg"] > 0 for entry in found["tried"]] == [False, True]
+    assert np.isfinite(model.scores(asked(["u0"], [[1, 2]]))).all()
 
 
 @pytest.mark.slow
