@@ -107,7 +107,7 @@ def _directions(
             "has no anchor; choose a workspace whose strategy has one, or give one to compare with (--free)"
         )
 
-    from peso.evaluation.report.plots import png_file, svg_file
+    from peso.evaluation.report.plots import files
     from peso.runs.directions import direction_plot, direction_sentences, direction_tables, stage_directions
 
     terminal = Terminal()
@@ -116,7 +116,7 @@ def _directions(
     terminal.end()
     found["sentences"] = direction_sentences(found)
     if plot is not None:
-        write_atomically(plot, (svg_file if plot.suffix == ".svg" else png_file)(direction_plot(found)))
+        write_atomically(plot, files(direction_plot(found))[plot.suffix])
     if as_json:
         say_json(found)
         return

@@ -294,8 +294,8 @@ def _labelled(name: str, title: str, groups: Sequence[str], column: str) -> Segm
 
 
 def activity_quarters(lengths: np.ndarray) -> np.ndarray:
-    """The activity quarter of each user, from the number of items before the target. Users with the same
-    number are in the same quarter.
+    """The activity quarter of each user, by the number of items before the target: int (n,), 0 for the least
+    active users. Users with the same number are in the same quarter.
 
     >>> activity_quarters(np.array([1, 1, 1, 5, 7, 9])).tolist()
     [0, 0, 0, 2, 3, 3]

@@ -103,6 +103,7 @@ class Comparison:
         return sorted({stage for system in self.systems for stage in system.stages})
 
     def metric(self, name: str) -> Metric:
+        """The metric with this name."""
         return next(metric for metric in self.metrics if metric.name == name)
 
     @cached_property
@@ -287,9 +288,8 @@ class Comparison:
     ) -> Estimate | None:
         """The mean over terms (j, a, b) of the difference between the models after stages a and b.
 
-        Differences are computed case by case on the cases of stage j.
-
-        Only seeds that were tested on other stages are included.
+        Differences are computed case by case on the cases of stage j. Only seeds that were tested on other
+        stages are included.
 
         Args:
             system: the system whose models are compared.

@@ -82,6 +82,7 @@ class Verdict:
         return "; ".join(one.says for one in blocking) or self.conditions[0].says
 
     def as_json(self) -> dict[str, Any]:
+        """The decision and the conditions as JSON."""
         return {"decision": self.decision, "conditions": [asdict(one) for one in self.conditions]}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from html_page import Page
-from reports import example_runs, run
+from reports import catalogue, example_runs, run
 
 import peso.evaluation
 from peso.errors import WorkspaceError
@@ -150,6 +150,19 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     assert r"\<script\>" in markdown
     cells = [re.split(r"(?<!\\)\|", line) for line in markdown.splitlines() if line.startswith("| ")]
     assert len({len(line) for line in cells}) == 1
+
+
+def test_a_column_with_any_name_gives_files_in_the_directory_of_tables(tmp_path: Path) -> None:
+    column = "../../age / region (now)"
+    users = replace(catalogue(), user_columns={column: {"u1": "x"}})
+    runs = [replace(run("a", "a", 0.2), catalogue=users)]
+    page = write_report(tmp_path / "r", runs, "T", columns=[column]).read_text(encoding="utf-8")
+    assert (tmp_path / "r" / "tables" / "ndcg-10-by-column-..-..-age-region-now-.csv").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"r"}
+    assert not [path for path in (tmp_path / "r" / "tables").iterdir() if path.is_dir()]
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert not [one for one in ids if re.search(r"[\s()]", one)]
+    assert f"NDCG@10 by {column}" in unescape(page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -75,7 +75,8 @@ def _seen_items(comparison: Comparison) -> str:
 
 
 def stage_range(stages: Sequence[int]) -> str:
-    """
+    """Stages in words.
+
     >>> stage_range([2]), stage_range([1, 2, 3]), stage_range([0, 2])
     ('stage 2', 'stages 1 to 3', 'stages 0 and 2')
     """
@@ -87,7 +88,8 @@ def stage_range(stages: Sequence[int]) -> str:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """
+    """Words joined by commas and "and".
+
     >>> listed(["a", "b", "c"])
     'a, b and c'
     """

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -18,10 +19,12 @@ from peso.evaluation.report import PAGE, PLOTS, TABLES, refuse_foreign
 from peso.evaluation.report.plots import Drawing, files, svg_element
 from peso.evaluation.report.sections import sections_of
 from peso.evaluation.report.sections.section import Section
-from peso.evaluation.report.tables import to_csv, to_latex, to_markdown
+from peso.evaluation.report.tables import Table, to_csv, to_latex, to_markdown
 from peso.evaluation.run_summary import RunSummary
 from peso.runtime.failures import printable
 from peso.runtime.files import commit_directory
+
+T = TypeVar("T", Drawing, Table)
 
 
 def write_report(
@@ -81,17 +84,23 @@ def by_place(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
 
 
 def _placed(section: Section, place: str) -> Section:
-    """The section with a title, an address and file names that are unique to the place."""
-    if not place:
-        return section
-    prefix = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
+    """The section with a title, an address and file names that are unique to the place.
+
+    File names, which are also addresses, may contain names of runs and columns. Other characters than those
+    that are safe in both are replaced.
+    """
+    prefix = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-") + "-" if place else ""
+
+    def named(part: T) -> T:
+        return replace(part, name=re.sub(r"[^\w.=+,\[\]-]+", "-", prefix + part.name))
+
     return replace(
         section,
-        anchor=f"{prefix}-{section.anchor}",
-        title=f"{section.title} · {place}",
-        plots=[replace(plot, name=f"{prefix}-{plot.name}") for plot in section.plots],
-        tables=[replace(table, name=f"{prefix}-{table.name}") for table in section.tables],
-        folded=[replace(table, name=f"{prefix}-{table.name}") for table in section.folded],
+        anchor=prefix + section.anchor,
+        title=f"{section.title} · {place}" if place else section.title,
+        plots=[named(plot) for plot in section.plots],
+        tables=[named(table) for table in section.tables],
+        folded=[named(table) for table in section.folded],
     )
 
 

@@ -123,10 +123,15 @@ class Plot:
 
     Attributes:
         name: the file name without its extension.
+        title: the heading of the plot.
         description: a text for readers who cannot see the plot.
+        series: the lines.
+        x_label, y_label: the labels of the axes.
         ticks: positions on the x axis and their labels. If empty, x is a quantity like y.
         points: whether to draw a marker with its interval at each point, and to shift lines slightly so that
             they do not cover each other. Otherwise plain lines are drawn.
+        connected: whether to draw lines between the points.
+        logarithmic: whether the y axis is logarithmic if the values span a factor of ten or more.
         boundaries: the x positions of thin vertical lines.
         bars: whether to draw a bar from 0 to each point instead of a marker.
     """
@@ -155,7 +160,11 @@ class HeatMap:
     """A matrix as colored cells with numbers. Cells that are nan are empty.
 
     Attributes:
+        name, title, description: see :class:`Plot`.
         values: float (rows, columns).
+        rows, columns: the names of the rows and columns.
+        row_label, column_label: what the rows and columns are.
+        decimals: the number of decimals to show.
         scale: the values with the palest and the darkest color; by default the smallest and the largest value
             of each column.
     """
@@ -207,23 +216,15 @@ Drawing = Plot | HeatMap | Ranking
 
 
 def files(plot: Drawing) -> dict[str, bytes]:
-    """The results of :func:`svg_file` and :func:`png_file` by extension, from one figure."""
+    """The plot as separate files, ``.svg`` and ``.png``, on a white background.
+
+    In the SVG file, text is drawn as outlines, so that it looks the same everywhere. The PNG file has 200
+    dots per inch.
+    """
     with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
         figure = _draw(plot, alone=True)
         svg = _print(figure, "svg", metadata={"Date": None})
         return {".svg": svg, ".png": _print(figure, "png", dpi=200)}
-
-
-def svg_file(plot: Drawing) -> bytes:
-    """The plot as a separate SVG file. Text is drawn as outlines, so that it looks the same everywhere."""
-    with mpl.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": plot.name}):
-        return _print(_draw(plot, alone=True), "svg", metadata={"Date": None})
-
-
-def png_file(plot: Drawing) -> bytes:
-    """The plot as a PNG file with 200 dots per inch on a white background."""
-    with mpl.rc_context(_STYLE):
-        return _print(_draw(plot, alone=True), "png", dpi=200)
 
 
 def svg_element(plot: Drawing) -> str:

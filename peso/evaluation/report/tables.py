@@ -49,6 +49,7 @@ class Quantity:
 
     @classmethod
     def of(cls, estimate: Estimate | None, decimals: int, mark: Mark = "") -> Quantity | None:
+        """An estimate with its interval; None if there is no estimate."""
         return (
             None
             if estimate is None
@@ -57,6 +58,7 @@ class Quantity:
 
     @property
     def number(self) -> str:
+        """The number as text."""
         least = 10.0**-self.decimals
         return f"<{self._shown(least)}" if self.chance and self.value < least else self._shown(self.value)
 
@@ -78,6 +80,7 @@ class Quantity:
 
     @property
     def text(self) -> str:
+        """The number with its interval as text."""
         return self.number + self.margin
 
     def _shown(self, value: float) -> str:
@@ -103,6 +106,7 @@ class Table:
         return bool(cells) and all(isinstance(cell, Quantity) for cell in cells)
 
     def without_empty_columns(self) -> Table:
+        """The table without columns that have no entries."""
         kept = [i for i in range(len(self.columns)) if any(row[i] is not None for row in self.rows)]
         rows = [[row[i] for i in kept] for row in self.rows]
         return replace(self, columns=[self.columns[i] for i in kept], rows=rows)

@@ -111,7 +111,7 @@ def _map(system: System) -> HeatMap:
     largest = float(np.nanmax(values))
     decimals = max(0, 1 - int(np.floor(np.log10(largest)))) if largest > 0 else 1
     return HeatMap(
-        f"anchor-moved-{system.name}".replace("/", "-").replace(" ", "-"),
+        f"anchor-moved-{system.name}",
         f"Distance moved by module, {system.label}",
         "Mean distance that the adapter of each module moved in a stage, by layer and target module.",
         values,
@@ -124,7 +124,8 @@ def _map(system: System) -> HeatMap:
 
 
 def _place(module: str) -> tuple[str, str]:
-    """
+    """The layer and the target of a module.
+
     >>> _place("model.layers.3.mlp.up_proj"), _place("tensor 0")
     (('3', 'up_proj'), ('', 'tensor 0'))
     """

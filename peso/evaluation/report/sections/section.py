@@ -168,7 +168,8 @@ def labelled(text: str, label: str) -> str:
 
 
 def file_name(metric: Metric) -> str:
-    """
+    """The part of file names that stands for a metric.
+
     >>> from peso.evaluation.metrics import hit_at
     >>> file_name(hit_at(10))
     'hit-10'

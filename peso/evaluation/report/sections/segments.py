@@ -29,9 +29,8 @@ def segments(comparison: Comparison) -> Section:
             "A dormant user was seen in an earlier stage but not in the previous one, a continuing user in "
             "the previous one, a new user never. A known item occurred before the stage; a new one did not. "
             f"Every case of {stage_range(comparison.averaged)} counts the same. Bars and lines are 95 % "
-            "intervals. "
-            "In the plots of stability and plasticity, systems further up are better for new users, systems "
-            "further right are better for dormant users.",
+            "intervals. In the plots of stability and plasticity, systems further up are better for new "
+            "users, and systems further right are better for dormant users.",
         ],
         notes=[
             f"The further tables split cases by history (up to {LONG_HISTORY} items or more), by activity "

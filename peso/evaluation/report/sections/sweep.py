@@ -66,7 +66,8 @@ def _curves(comparison: Comparison, key: str) -> dict[str, Curve]:
 
 
 def _setting(name: str, options: dict[str, object]) -> str:
-    """
+    """The label of a curve: the strategy and its other options.
+
     >>> _setting("peso", {"strategy.name": "peso", "strategy.reduction": "mean"})
     'peso, reduction mean'
     """
