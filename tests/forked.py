@@ -15,6 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peso.cli import app  # before PyTorch: peso decides how threads wait
+
+# isort: split
+import torch
+from torch.distributed import TCPStore
+
 from peso.runs.tasks import Call
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -26,6 +32,8 @@ _CONTEXT.set_forkserver_preload(
         "peso.runs.learn",
         "peso.runs.report",
         "ibis.backends.duckdb",
+        "accelerate",
+        "transformers.models.llama.modeling_llama",
     ]
 )
 
@@ -68,6 +76,40 @@ def script(path: Path, *arguments: object) -> Copy:
     return Copy(_run_script, str(path), [str(argument) for argument in arguments])
 
 
+class Launched:
+    """Copies that work together, as `torchrun` starts processes: number ``rank`` has `copies[rank]`."""
+
+    def __init__(self, count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        # they meet here, at a free port
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        self.copies = [Copy(_join, folder, ranks[rank], work, *arguments) for rank in range(count)]
+
+    def wait(self, timeout: float) -> list[int]:
+        return [copy.wait(timeout) for copy in self.copies]
+
+    def out(self, rank: int) -> str:
+        return (self._folder / f"{rank}.out").read_text()
+
+    def err(self, rank: int) -> str:
+        return (self._folder / f"{rank}.err").read_text()
+
+
+def peso(*arguments: object) -> None:
+    """As `python -m peso ARGUMENTS`."""
+    sys.argv = ["peso", *map(str, arguments)]
+    app.main()
+
+
 def of_call(call: Call) -> Copy:
     """In place of :meth:`peso.runs.tasks.Call.popen`."""
     call.log.touch()
@@ -80,14 +122,26 @@ def _run_script(path: str, arguments: Sequence[str]) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def _do(call: Call) -> None:
-    os.setsid()
+def _write_to(out: Path, err: Path) -> None:
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
-        (1, call.progress, os.O_WRONLY | os.O_APPEND),
-        (2, call.log, os.O_WRONLY | os.O_APPEND),
+        (1, out, os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+        (2, err, os.O_WRONLY | os.O_APPEND | os.O_CREAT),
     ):
         os.dup2(os.open(path, flags), number)
+
+
+def _join(folder: Path, environment: dict[str, str], work: Callable[..., Any], *arguments: Any) -> None:
+    rank = environment["RANK"]
+    _write_to(folder / f"{rank}.out", folder / f"{rank}.err")
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def _do(call: Call) -> None:
+    os.setsid()
+    _write_to(call.progress, call.log)
     os.chdir(call.directory)
     os.environ.update(call.environment)
     sys.argv = [call.module, call.job]

@@ -1,12 +1,8 @@
-"""Started by `tests/runs/test_sharding.py` in several processes, which make all runs of a file together.
-
-torchrun --nproc-per-node N tests/sharded_runs.py FILE      # JSON: workspace → configuration
-"""
+"""The runs of `tests/runs/test_sharding.py`, which several processes make together."""
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +21,9 @@ def trained_and_tested(tree: dict[str, Any], root: str | Path) -> Workspace:
     return workspace
 
 
-if __name__ == "__main__":
-    for workspace, tree in json.loads(Path(sys.argv[1]).read_text()).items():
+def make_runs(trees: Mapping[Path, dict[str, Any]]) -> None:
+    for root, tree in trees.items():
         try:
-            trained_and_tested(tree, workspace)
+            trained_and_tested(tree, root)
         except PesoError as error:
             print(f"{type(error).__name__}: {error}", flush=True)

@@ -1,19 +1,15 @@
-"""Started by `tests/runs/test_processes.py` in several processes, and with sharded weights by
-`tests/runs/test_sharding.py`; each process writes what it found to its own file.
-
-torchrun --nproc-per-node N tests/together.py DIRECTORY [sharded]
-"""
+"""What `tests/runs/test_processes.py` does in several processes, and with sharded weights
+`tests/runs/test_sharding.py`; each process writes what it found to its own file."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Launched
 from plain_path import cases_of, random_sequences
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -34,13 +30,6 @@ from peso.training.strategies.peso import Peso
 from peso.training.strategies.strategy import ForwardPass, StageContext, Strategy
 from peso.training.task import Progress, StageTask
 
-HERE = Path(__file__).parent
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-}
 MANY = random_sequences(0, count=12, longest=8)
 ONE = [
     TargetSequence("alone", sequence.items, 1)
@@ -193,11 +182,18 @@ def errors(processes: Processes) -> list[str]:
     return told
 
 
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
+def find(directory: Path) -> None:
     joined = join("cpu")
-    if sys.argv[2:] == ["sharded"]:
-        found = with_shards(directory, joined)
-    else:
-        found = {"errors": errors(joined), **everything(directory, joined, partial(fresh, directory))}
+    found = {"errors": errors(joined), **everything(directory, joined, partial(fresh, directory))}
     torch.save(found, directory / f"found.{joined.rank}.pt")
+
+
+def find_with_shards(directory: Path) -> None:
+    joined = join("cpu")
+    torch.save(with_shards(directory, joined), directory / f"found.{joined.rank}.pt")
+
+
+def found_by_two(directory: Path, work: Callable[[Path], None]) -> list[dict[str, Any]]:
+    launched = Launched(2, directory / "told", work, directory)
+    assert launched.wait(2800) == [0, 0], launched.err(0) + launched.err(1)
+    return [torch.load(directory / f"found.{rank}.pt") for rank in range(2)]

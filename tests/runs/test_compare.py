@@ -123,7 +123,9 @@ def test_workers_share_the_cores_between_them(monkeypatch):
 # -- many runs -----------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_same_result(tmp_path):
+def test_a_killed_worker_takes_its_own_run_only_and_the_next_call_ends_with_the_same_result(
+    tmp_path, forked_tasks
+):
     plan = plan_of(tmp_path, {"strategies": ["single", "paper"]})
     machine = Machine(2, 1)
     killed = []

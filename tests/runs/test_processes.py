@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
@@ -16,10 +19,11 @@ import pytest
 import together
 import torch
 import yaml
+from forked import Launched
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_path import with_adapter
-from together import ENVIRONMENT, HERE, LAUNCH, fresh
+from together import find, found_by_two, fresh
 
 from peso.config import load_config
 from peso.model.generative import GenerativeModel
@@ -29,6 +33,7 @@ from peso.runtime.processes import ALONE
 from peso.runtime.progress import Silent
 from peso.training.batches import deal
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CONFIG = """
 data: {format: simulate, simulate: {users: 60, items: 40, stages: 1}}
 items: {quantizer: rq-kmeans, levels: 2, codes: 8}
@@ -74,10 +79,7 @@ def two(
     """Where two processes worked, and what each of them found."""
     directory = tmp_path_factory.mktemp("two")
     torch.save(with_adapter(make_model("instruct", "full", layers=1)), directory / "model.pt")
-    subprocess.run(
-        [*LAUNCH, str(HERE / "together.py"), str(directory)], env=ENVIRONMENT, check=True, timeout=2800
-    )
-    return directory, [torch.load(directory / f"found.{rank}.pt") for rank in range(2)]
+    return directory, found_by_two(directory, find)
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -152,12 +154,6 @@ def test_all_are_told_what_went_wrong(two: tuple[Path, list[dict[str, Any]]]) ->
         assert unlike.startswith("TrainingError: the 2 processes differ in rank")
 
 
-def in_two(*arguments: str | Path) -> subprocess.Popen[str]:
-    command = [*LAUNCH, "-m", "peso", *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes)
-
-
 @pytest.mark.slow
 def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
     """A stage learnt and tested by two processes, one of which is killed on the way, beside one alone."""
@@ -169,7 +165,12 @@ def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
         preparation.ingest(workspace, Silent())
         preparation.tokenize(workspace, Silent())
 
-    launcher = in_two("train", "-w", two.root)
+    launcher = subprocess.Popen(
+        [*LAUNCH, "-m", "peso", "train", "-w", two.root],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 2000
     while not any(log.stat().st_size for log in two.root.glob("stages/.0.unfinished/*/log.jsonl")):
         assert launcher.poll() is None
@@ -183,11 +184,11 @@ def test_a_killed_worker_is_told_and_the_stage_goes_on(tmp_path: Path) -> None:
     assert "un the same command again" in told.replace("\n", " "), told
     assert not two.finished_stages
 
-    for arguments in (["train"], ["evaluate", "--json"]):
-        launcher = in_two(*arguments, "-w", two.root)
-        out, told = launcher.communicate(timeout=2500)
-        assert launcher.returncode == 0, told
-    json.loads(out)  # the main process alone speaks
+    for command in (["train"], ["evaluate", "--json"]):
+        launched = Launched(2, tmp_path / command[0], forked.peso, *command, "-w", two.root)
+        assert launched.wait(2500) == [0, 0], launched.err(0) + launched.err(1)
+    json.loads(launched.out(0))
+    assert launched.out(1) == ""  # the main process alone speaks
 
     pipeline.learn(one.stage(0), Silent())
     evaluate.test(one.stage(0).on(0), Silent())

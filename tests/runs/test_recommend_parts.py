@@ -253,7 +253,11 @@ def test_an_executor_is_a_name_or_a_section() -> None:
 
 @pytest.mark.slow
 def test_real_processes_one_of_which_is_killed_give_the_file_of_one(
-    peso: Callable[..., tuple[int, str, str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    peso: Callable[..., tuple[int, str, str]],
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forked_tasks: None,
 ) -> None:
     monkeypatch.setattr(recommend_all, "AT_ONCE", 16)
     Recommender(Workspace.open(root)).recommend_all(tmp_path / "one.parquet", k=3)

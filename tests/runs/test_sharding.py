@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import together
 import torch
+from forked import Launched
 from plain_path import with_adapter
 from safetensors.torch import load_file
-from sharded_runs import trained_and_tested
+from sharded_runs import make_runs, trained_and_tested
 from strategy_runs import TREE, Runs
-from together import ENVIRONMENT, HERE, LAUNCH, bytes_held, fresh, fresh_bfloat16
+from together import bytes_held, find_with_shards, found_by_two, fresh, fresh_bfloat16
 
 from peso.config import load_config
 from peso.config.shape import stage_shape
@@ -38,9 +37,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Gene
     """Where two processes worked, and what each of them found."""
     directory = tmp_path_factory.mktemp("sharded")
     torch.save(with_adapter(make_model("instruct", "full", layers=2)), directory / "model.pt")
-    command = [*LAUNCH, str(HERE / "together.py"), str(directory), "sharded"]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=2800)
-    return directory, [torch.load(directory / f"found.{rank}.pt") for rank in range(2)]
+    return directory, found_by_two(directory, find_with_shards)
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
@@ -117,7 +114,7 @@ def test_one_process_goes_on_where_two_were_stopped(two: Found, tmp_path: Path) 
 
 TRIALS = {"learning_rate": "auto", "trials": {"scales": [0.3, 1.0]}}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "peso": {"strategy": "peso"},
+    "peso": {"strategy": {"name": "peso", "examples": 8}},
     "sum_lora": {"strategy": "sum_lora"},  # adds adapters to sharded layers
     "lsat": {"strategy": "lsat"},  # builds the model again, and answers with two models
     "item head": {"head": "items", "training": {"later": TRIALS}},  # builds a model for each trial
@@ -154,12 +151,9 @@ def runs_of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[st
     byte_tokenizer().save_pretrained(root / "backbone")
     variants = {**VARIANTS, REFUSED: {"strategy": "slice"}}
     trees = {name: tree_of(root / "backbone", variant, sharding="full") for name, variant in variants.items()}
-    runs = root / "runs.json"
-    runs.write_text(json.dumps({str(root / name): tree for name, tree in trees.items()}))
-    command = [*LAUNCH, str(HERE / "sharded_runs.py"), str(runs)]
-    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=2800)
-    assert done.returncode == 0, done.stderr
-    return root, done.stdout.splitlines()
+    launched = Launched(2, root / "told", make_runs, {root / name: tree for name, tree in trees.items()})
+    assert launched.wait(2800) == [0, 0], launched.err(0) + launched.err(1)
+    return root, [line for rank in range(2) for line in launched.out(rank).splitlines()]
 
 
 @pytest.mark.slow
