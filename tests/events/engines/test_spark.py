@@ -50,6 +50,8 @@ def spark() -> Iterator[None]:
         "spark.sql.shuffle.partitions": "3",
         "spark.sql.codegen.wholeStage": "false",  # compiling takes longer than running on so few events
         "spark.sql.adaptive.coalescePartitions.enabled": "false",
+        # for the same reason Java compiles quickly rather than well, and collects garbage with one thread
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
     }
     session = SparkSession.builder.config(map=options).getOrCreate()
     yield
