@@ -1,4 +1,4 @@
-"""Hypothesis by the clock: ``PESO_FUZZ_SECONDS`` (10) for the fuzz tests of a file."""
+"""Hypothesis by the clock: ``PESO_FUZZ_SECONDS`` (5) for the fuzz tests of a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-ALL_SECONDS = float(os.environ.get("PESO_FUZZ_SECONDS", "10"))
+ALL_SECONDS = float(os.environ.get("PESO_FUZZ_SECONDS", "5"))
 
 
 def fuzz_settings(seconds: float, most_a_second: int = 30) -> settings:

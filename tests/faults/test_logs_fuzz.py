@@ -1,6 +1,6 @@
 """Random logs: rows in the file = rows kept + rows counted out, or a sentence that says what is the matter.
 
-`PESO_FUZZ_SECONDS` (25) is divided among the tests here.
+`PESO_FUZZ_SECONDS` (5) is divided among the tests here.
 """
 
 from __future__ import annotations
