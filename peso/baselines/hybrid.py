@@ -195,22 +195,21 @@ class Hybrid(Fusion):
 
         trie, targets = self.partners[0].trie, np.arange(len(part))
         count = min(self.candidates, trie.leaves)
-        every = np.stack(
-            [partner.log_probabilities(part) for partner in self.partners]
-        )  # (partners, n, leaves)
-        mine = [np.unique(leaves) for leaves in np.concatenate([top(of, count) for of in every], axis=1)]
+        # (partners, n, leaves)
+        every = np.stack([partner.log_probabilities(part) for partner in self.partners])
+        proposed = [np.unique(leaves) for leaves in np.concatenate([top(of, count) for of in every], axis=1)]
         seen = None if self.repeats else part.seen
 
         with threads(self.llm):
-            judged = search(
+            scored = search(
                 self.llm,
                 part.histories,
-                beams=max(map(len, mine)),  # one per candidate, so that none is pruned
+                beams=max(map(len, proposed)),  # one per candidate, so that none is pruned
                 batch_size=self.search_batch,
                 exclude=seen,
-                allow=[np.concatenate([trie.items_of(leaf) for leaf in row]) for row in mine],
+                allow=[np.concatenate([trie.items_of(leaf) for leaf in row]) for row in proposed],
             )
-            theirs = search(
+            generated = search(
                 self.llm,
                 part.histories,
                 beams=count,
@@ -218,10 +217,13 @@ class Hybrid(Fusion):
                 exclude=seen,
                 targets=part.targets,
             )
-        assert theirs.target_scores is not None
-        of_targets = [*every[:, targets, trie.leaf_of[part.targets]], theirs.target_scores.astype(np.float64)]
-        leaves = np.concatenate([theirs.leaves, judged.leaves], axis=1)
-        of_llm = np.concatenate([theirs.scores, judged.scores], axis=1).astype(np.float64)
+        assert generated.target_scores is not None
+        of_targets = [
+            *every[:, targets, trie.leaf_of[part.targets]],
+            generated.target_scores.astype(np.float64),
+        ]
+        leaves = np.concatenate([generated.leaves, scored.leaves], axis=1)
+        of_llm = np.concatenate([generated.scores, scored.scores], axis=1).astype(np.float64)
         of_partners = np.take_along_axis(every, np.maximum(leaves, 0)[None], axis=2)
         return distinct(leaves, np.concatenate([of_partners, of_llm[None]])), np.stack(of_targets)
 

@@ -140,20 +140,20 @@ def search(
         return Beams(leaves, scores)
 
     window = model.layout.window
-    asked = [
+    prompts = [
         Prompt.cold(model, history[-window:]) if place is None else place.prompt(model, history)
         for history, place in zip(histories, returning or [None] * len(histories), strict=True)
     ]
-    computed = np.zeros(len(asked), dtype=bool)
+    computed = np.zeros(len(prompts), dtype=bool)
     together = min(batch_size, max(1, BEAMS_AT_ONCE.get(device, BEAMS_AT_ONCE_ELSEWHERE) // beams))
     if model.has_item_head:
         most = SCORES_AT_ONCE.get(device, SCORES_AT_ONCE_ELSEWHERE)
         together = min(together, max(1, most // len(model.semantic_ids.item_ids)))
     with _ready(model), uneven_passes(model, processes):
         # a separate pass is worthwhile only if several users share it
-        opening = Known.opening(model) if len(asked) > 1 else Known.nothing()
-        asked = [each.after(opening) for each in asked]
-        order = np.argsort([each.todo for each in asked], kind="stable")[::-1]
+        opening = Known.opening(model) if len(prompts) > 1 else Known.nothing()
+        prompts = [each.after(opening) for each in prompts]
+        order = np.argsort([each.todo for each in prompts], kind="stable")[::-1]
         for number, start in enumerate(range(0, len(order), together)):
             if not processes.takes(number):
                 continue
@@ -165,7 +165,7 @@ def search(
             found = _search_batch(
                 model,
                 catalogue,
-                [asked[u] for u in users],
+                [prompts[u] for u in users],
                 [histories[u] for u in users],
                 beams,
                 admitted,

@@ -223,15 +223,15 @@ def _save(
         _extended_tokenizer(model).save_pretrained(directory)
         text = PromptText.of(model)
         ids = model.semantic_ids
-        never = {item: "".join(ids.semantic_id(item)) for item in sorted(retired) if item in ids}
-        told: dict[str, Any] = {
+        blocked = {item: "".join(ids.semantic_id(item)) for item in sorted(retired) if item in ids}
+        settings: dict[str, Any] = {
             "leaves_out_seen": leaves_out_seen,
             "layout": model.layout.name,
             "loss_vocabulary": model.loss_vocabulary,
             "codes": list(ids.sizes),
-            **({"retired": never} if never else {}),
+            **({"retired": blocked} if blocked else {}),
         }
-        write_json(directory / PROMPT, asdict(text) | told)
+        write_json(directory / PROMPT, asdict(text) | settings)
         _check_reading(model, text, AutoTokenizer.from_pretrained(directory))
 
 

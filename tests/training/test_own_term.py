@@ -107,6 +107,19 @@ def test_a_class_that_cannot_be_used_is_refused(proximal: str, message: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("code", "cause"), [("1 / 0", "ZeroDivisionError"), ("{}['x']", "KeyError"), ("(", "SyntaxError")]
+)
+def test_a_module_that_fails_when_it_is_imported_is_named(
+    code: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"failing_{cause.lower()}"
+    (tmp_path / f"{name}.py").write_text(code)
+    with pytest.raises(ConfigError, match=f"{name}.Mine cannot be imported .{cause}"):
+        find_term(f"{name}.Mine")
+
+
+@pytest.mark.parametrize(
     ("proximal", "message"),
     [
         ("l3", r"strategy\.proximal: 'l3' is not a proximal term; use one of fisher, l2, .*MyTerm"),

@@ -73,18 +73,22 @@ def find_term(name: str) -> type[Term]:
         ConfigError: there is no such term, or the class is not a proximal term.
     """
     module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(import_module(module), attribute) if module else TERMS.find(name)
-    except KeyError:
-        raise ConfigError(
-            f"{name!r} is not a proximal term; use one of {', '.join(TERMS.names())}, or any class that "
-            "Python can import, such as my_package.my_term.MyTerm"
-        ) from None
-    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a name that begins with a dot
-        raise ConfigError(
-            f"{name} cannot be imported ({error}); use a class that Python can import, such as "
-            "my_package.my_term.MyTerm, and add its folder to PYTHONPATH if necessary"
-        ) from error
+    if module:
+        try:
+            found = getattr(import_module(module), attribute)
+        except Exception as error:  # importing a module can raise anything
+            raise ConfigError(
+                f"{name} cannot be imported ({type(error).__name__}: {error}); use a class that Python can "
+                "import, such as my_package.my_term.MyTerm, and add its folder to PYTHONPATH if necessary"
+            ) from error
+    else:
+        try:
+            found = TERMS.find(name)
+        except KeyError:
+            raise ConfigError(
+                f"{name!r} is not a proximal term; use one of {', '.join(TERMS.names())}, or any class that "
+                "Python can import, such as my_package.my_term.MyTerm"
+            ) from None
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise ConfigError(f"{name} is not a subclass of peso.adapters.proximal.Term")
     require_whole(f"strategy.proximal {name!r}", found)
