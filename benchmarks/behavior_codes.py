@@ -25,7 +25,7 @@ from sklearn.linear_model import RidgeCV
 
 from peso.config import ItemsConfig
 from peso.items.codebooks import ResidualCodebooks, fit_rq_kmeans
-from peso.items.quality import neighbours_kept
+from peso.items.quality import neighbors_kept
 from peso.items.vectors import ItemEncoder, ItemVectors
 from peso.runtime.progress import Silent
 
@@ -77,8 +77,8 @@ def neighbours(items: pa.Table, users: list[np.ndarray], weight: float) -> dict[
     has = np.asarray(vectors.has_behavior)
     return {
         "weight": weight,
-        "text": neighbours_kept(text, codes)["first"],
-        "behavior": neighbours_kept(vectors.behavior[has], codes[has])["first"],
+        "text": neighbors_kept(text, codes)["first"],
+        "behavior": neighbors_kept(vectors.behavior[has], codes[has])["first"],
     }
 
 

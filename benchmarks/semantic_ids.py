@@ -74,7 +74,7 @@ def read_items(path: Path) -> pa.Table:
 
 
 def measure(vectors: np.ndarray, ids: SemanticIds) -> dict[str, Any]:
-    kept = quality.neighbours_kept(vectors, ids.codes)
+    kept = quality.neighbors_kept(vectors, ids.codes)
     shared = quality.collisions(ids.codes)
     return {
         "shared_ids": shared["items"] - shared["distinct_ids"],

@@ -33,13 +33,24 @@ def vectors_beside(
     fitted: np.ndarray | None = None,
     earlier: Path | None = None,
 ) -> ItemVectors:
-    """The vectors of items whose IDs are not made from them.
+    """The vectors of items whose IDs are not made from these vectors. They measure the IDs, and may be kept
+    as contents.
 
     Args:
-        directory: where the encoder is kept if the vectors are contents of the items.
-        fitted: the rows of the items to fit the encoder to, if the vectors are contents. Otherwise it is
+        items: the item table.
+        config: the configuration of the items.
+        seed: the seed of the encoder.
+        cache: a directory that keeps vectors of text encoders between runs; None to keep none.
+        observer: receives progress and notes.
+        directory: the directory to which the encoder is written if the vectors are kept as contents.
+        fitted: the rows of the items to fit the encoder to, if the vectors are kept as contents. None: it is
             fitted to all items, because the vectors only measure the IDs.
         earlier: the directory of the IDs that are extended; their encoder is used if it was kept.
+
+    Raises:
+        ConfigError: an encoder cannot be loaded.
+        DataError: a vector file is invalid.
+        WorkspaceError: a file in ``earlier`` is damaged.
     """
     manifest = None if earlier is None else read_manifest(earlier, FORMAT)
     if manifest is not None and earlier is not None and ENCODER_FILE in manifest["files"]:
@@ -66,8 +77,8 @@ def known_contents(vectors: ItemVectors) -> np.ndarray:
 
 
 def extended(old: SemanticIds, vectors: ItemVectors) -> np.ndarray | None:
-    """The content vectors of earlier IDs, which do not change, and those of new items; None if the earlier
-    IDs have none."""
+    """The content vectors of the earlier IDs, which do not change, followed by those of the new items; None
+    if the earlier IDs have none."""
     if old.contents is None:
         return None
     return np.concatenate([old.contents, vectors.contents[len(old.contents) :]])

@@ -12,7 +12,7 @@ def find_encoder(name: str) -> Path:
     """The directory of an asset that ``items.encoder`` names.
 
     Raises:
-        ConfigError: it is not in the cache.
+        ConfigError: the asset is not in the cache.
         AssetError: it is damaged.
     """
     found = assets.find(name)

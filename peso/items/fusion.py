@@ -30,7 +30,7 @@ class Fusion:
     ``weight`` is the share of the last source, which is behavior; None if all sources have the same share.
     """
 
-    centres: tuple[np.ndarray, ...]
+    centers: tuple[np.ndarray, ...]
     spreads: np.ndarray
     weight: float | None = None
 
@@ -43,21 +43,21 @@ class Fusion:
             rows: the rows of the items to fit to.
             weight: the share of the last source; None if all sources have the same share.
         """
-        centres, spreads = [], []
+        centers, spreads = [], []
         for source in sources:
             directions, present = _directions(source[rows])
             known = directions[present].astype(np.float64)
-            centre = known.mean(0) if len(known) else np.zeros(source.shape[1])
-            spread = np.sqrt(np.square(known - centre).sum(1).mean()) if len(known) else 0.0
-            centres.append(centre.astype(np.float32))
+            center = known.mean(0) if len(known) else np.zeros(source.shape[1])
+            spread = np.sqrt(np.square(known - center).sum(1).mean()) if len(known) else 0.0
+            centers.append(center.astype(np.float32))
             # all vectors are the same, so there is nothing to scale
             spreads.append(spread if spread > SHORTEST else 1.0)
-        return cls(tuple(centres), np.array(spreads), weight)
+        return cls(tuple(centers), np.array(spreads), weight)
 
     def apply(self, sources: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Fuse sources. Returns the vectors, float32 (items, sum of widths), and which sources each item has,
         bool (sources, items)."""
-        assert len(sources) == len(self.centres)
+        assert len(sources) == len(self.centers)
         parts, has = zip(*(self.part(number, source) for number, source in enumerate(sources)), strict=True)
         return np.concatenate(parts, axis=1), np.stack(has)
 
@@ -65,7 +65,7 @@ class Fusion:
         """The part of one source, by its number, in the fused vectors, float32 (items, width), and which
         items have it, bool (items,)."""
         directions, present = _directions(source)
-        part = (directions - self.centres[number]) / np.float32(self._lengths()[number])
+        part = (directions - self.centers[number]) / np.float32(self._lengths()[number])
         part[~present] = 0
         return part.astype(np.float32), present
 
@@ -79,7 +79,7 @@ class Fusion:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The named arrays from which :meth:`from_arrays` restores the fusion."""
-        named = {f"centre.{number}": centre for number, centre in enumerate(self.centres)}
+        named = {f"centre.{number}": center for number, center in enumerate(self.centers)}
         if self.weight is not None:
             named["weight"] = np.array([self.weight])
         return {**named, "spreads": self.spreads}

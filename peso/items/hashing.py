@@ -64,7 +64,7 @@ class HashingEncoder:
         return len(self.components)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 (texts, dimensions): the vector of each text; zero if none of its words was fitted."""
+        """float32 (texts, dimensions): the vector of each text; zero if none of its words is known."""
         result = np.zeros((len(texts), self.dimensions), np.float32)
         for start in range(0, len(texts) if len(self.features) else 0, BATCH):
             counts = _counts(texts[start : start + BATCH])[:, self.features]

@@ -1,4 +1,4 @@
-"""The semantic IDs of each stage, where items have got new codes (``items.refresh``).
+"""The semantic IDs of each stage, if items get new codes at later stages (``items.refresh``).
 
 semantic_ids/refreshed.parquet   stage, row, item_id, codes, behavior: all changes, by stage
 """
@@ -26,7 +26,7 @@ STAGE, ROW, BEHAVIOR = "stage", "row", "behavior"  # columns of the file, beside
 
 @dataclass(frozen=True)
 class Changes:
-    """The codes that items got after their first ones, in the order of the stages.
+    """The new codes that items got at later stages, in the order of the stages.
 
     Attributes:
         stages: int32 (n,), the stage of each change; its model is the first with the new codes.
@@ -42,6 +42,7 @@ class Changes:
 
     @classmethod
     def none(cls, levels: int, width: int) -> Changes:
+        """No changes, of codes with so many levels and vectors of this width."""
         none = np.zeros(0, np.int32)
         return cls(none, none, np.zeros((0, levels), np.int32), np.zeros((0, width), np.float32))
 
@@ -81,7 +82,7 @@ class Changes:
 
     @classmethod
     def read(cls, directory: Path, manifest: Mapping[str, Any]) -> Changes | None:
-        """What :meth:`write` wrote; None if the codes are not refreshed.
+        """Read the changes that :meth:`write` wrote; None if the codes are not refreshed.
 
         Raises:
             WorkspaceError: the file is missing or damaged.
@@ -119,7 +120,8 @@ class IdsByStage:
 
     @classmethod
     def read(cls, directory: Path, names: ItemNames = NONE_RENAMED) -> IdsByStage:
-        """Raises WorkspaceError if a file is missing or damaged."""
+        """Read the IDs in a directory, with the current names of the items. Raises WorkspaceError if a file
+        is missing or damaged."""
         first = read_semantic_ids(directory).named(names)
         return cls(first, Changes.read(directory, read_manifest(directory, FORMAT)))
 

@@ -1,6 +1,6 @@
 """Use the semantic IDs of an index that was made elsewhere, and measure them if there are item vectors.
 
-There are no codebooks, so new items need an updated index.
+Such an index has no codebooks, so new items need an updated index.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def adopt(
         observer: receives progress and notes.
         fitted: the rows of the items to fit the encoder of contents to (``head.contents``); None to keep no
             contents.
-        earlier: the directory of the IDs that these extend. If it has contents, so have these.
+        earlier: the directory of the IDs that these extend. If those have contents, contents are kept.
 
     Returns:
         The manifest.
@@ -126,5 +126,5 @@ def adopt_more(
 def _by_vectors(ids: SemanticIds, vectors: ItemVectors, seed: int) -> dict[str, Any]:
     """The measures that need vectors."""
     known = vectors.known
-    kept = quality.neighbours_kept(vectors.vectors[known], ids.codes[known], seed)
+    kept = quality.neighbors_kept(vectors.vectors[known], ids.codes[known], seed)
     return {"neighbours": kept, "without_vector": int((~known).sum())}

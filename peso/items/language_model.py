@@ -8,8 +8,7 @@ text (also for a causal LM, as in the PESO paper).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ import torch
 from peso.errors import ConfigError
 from peso.items.encoder_assets import find_encoder
 from peso.runtime import assets
+from peso.runtime.failures import first_line
 from peso.runtime.files import checksum
+from peso.runtime.hugging_face import loading
 
 BATCH_TOKENS = 8_192  # padded tokens of one forward pass
 MODULES = "modules.json"  # a file of sentence-transformers models
@@ -53,7 +54,7 @@ def load_text_encoder(name: str, max_tokens: int) -> TextEncoder:
         ConfigError: the encoder cannot be loaded; the message says why and what to do.
     """
     try:
-        with _quiet():
+        with loading():
             directory, revision = _find(name)
             packaged = (directory / MODULES).is_file()
             load = _sentence_transformer if packaged else _mean_pooling
@@ -67,10 +68,9 @@ def load_text_encoder(name: str, max_tokens: int) -> TextEncoder:
             "`pip install 'peso[text]'`"
         ) from error
     except Exception as error:  # files from other sources may be wrong in many ways
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"items.encoder {name!r} cannot be loaded: {cause}; set it to the hub name or path of a "
-            "sentence-transformers or Transformers model, or use `hashing`, which needs no model"
+            f"items.encoder {name!r} cannot be loaded: {first_line(error)}; set it to the hub name or path "
+            "of a sentence-transformers or Transformers model, or use `hashing`, which needs no model"
         ) from error
     return TextEncoder(encode, ("text encoder", revision, max_tokens))
 
@@ -146,7 +146,10 @@ def _mean_pooling(directory: Path, max_tokens: int) -> Encode:
     )
     # the pooler is not used
     if lacking := sorted(name for name in report["missing_keys"] if "pooler" not in name):
-        raise ValueError(f"{len(lacking)} weights are missing from its files ({', '.join(lacking[:3])}, …)")
+        more = ", …" if len(lacking) > 3 else ""
+        raise ValueError(
+            f"{len(lacking)} weights are missing from its files ({', '.join(lacking[:3])}{more})"
+        )
     model = model.to(_device()).eval()
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     limit = min(max_tokens, positions, tokenizer.model_max_length)
@@ -182,20 +185,6 @@ def _batches(lengths: Sequence[int]) -> list[np.ndarray]:
             batches.append([])
         batches[-1].append(int(row))
     return [np.array(batch) for batch in batches]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A context in which loading a model shows no progress bars of Transformers."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _device() -> str:

@@ -68,7 +68,7 @@ class Occupancy:
         self.below = [math.prod(sizes[level + 1 :]) for level in range(len(sizes))]
         self.taken: list[dict[int, int]] = [defaultdict(int) for _ in sizes]
         self._full: dict[tuple[int, int], np.ndarray] = {}
-        # from 2^62 on, use Python's integers
+        # int64 is too small for 2^62 IDs or more; then use Python's integers
         number = np.int64 if math.prod(sizes) < 2**62 else object
         prefix = np.zeros(len(np.unique(codes, axis=0)), number)
         for level, column in enumerate(np.unique(codes, axis=0).T):
@@ -173,8 +173,8 @@ Group = tuple[int, np.ndarray]  # a stage, and the rows of its new items
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """The frozen codebooks, and the vector and the nearest codes of every item.
+class CodeAssigner:
+    """Assigns codes to items that are added together, from the frozen codebooks and the items' vectors.
 
     Attributes:
         codebooks: the codebooks.
@@ -215,7 +215,8 @@ class Arrival:
             done: bool (items,), which rows of ``codes`` are final; the rows of the groups are set.
             refreshed: int32 (n, levels), further codes that are taken.
 
-        Returns: the measures of each stage.
+        Returns:
+            The measures of each stage.
         """
         measured = []
         for stage, rows in groups:
@@ -236,13 +237,14 @@ class Arrival:
             rows: the rows of the items.
             taken: int32 (m, levels), the final codes of earlier items.
 
-        Returns: the number of items, the error of their nearest codes (None if no vector is known), and how
-            many of them want an ID that an earlier item has.
+        Returns:
+            The number of items (``items``), the error of their nearest codes (``error``; None if no vector is
+            known), and how many of them want an ID that an earlier item has (``wanted_taken``).
         """
         vectors, wanted = self.vectors.take(rows), self.wanted[rows]
         return {
             "items": len(rows),
-            "error": quality.quantisation_error(self.codebooks, vectors.vectors, wanted, vectors.known),
+            "error": quality.quantization_error(self.codebooks, vectors.vectors, wanted, vectors.known),
             "wanted_taken": quality.already_wanted(wanted, taken[:, : wanted.shape[1]]),
         }
 

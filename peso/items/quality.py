@@ -14,7 +14,7 @@ from peso.items.semantic_ids import SemanticIds, token_name
 if TYPE_CHECKING:  # its encoders are slow to load
     from peso.items.vectors import ItemVectors
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 MOST_QUERIES = 5_000  # items whose neighbors are searched; more would hardly change the result
 SAMPLE = 8  # titles to show for one prefix
 
@@ -67,7 +67,7 @@ def codebook_use(codes: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]
     return levels
 
 
-def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> dict[str, Any]:
+def neighbors_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """The share of each item's 10 nearest neighbors that have the same first code, and the same first two
     codes.
 
@@ -85,7 +85,7 @@ def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> di
     """
     import faiss
 
-    neighbours = min(NEIGHBOURS, len(vectors) - 1)
+    neighbours = min(NEIGHBORS, len(vectors) - 1)
     if neighbours < 1:
         return {"items": 0, "neighbours": 0}
     queries = np.arange(len(vectors))
@@ -108,11 +108,11 @@ def neighbours_kept(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> di
 
 def of_behavior(vectors: ItemVectors, codes: np.ndarray, seed: int) -> dict[str, Any]:
     """The measures of ``items.behavior``: how many items have no vector of behavior, and
-    :func:`neighbours_kept` with the other items' vectors of behavior alone. Empty if behavior is not used."""
+    :func:`neighbors_kept` with the other items' vectors of behavior alone. Empty if behavior is not used."""
     has = vectors.has_behavior
     if has is None:
         return {}
-    kept = neighbours_kept(vectors.behavior[has], codes[has], seed)
+    kept = neighbors_kept(vectors.behavior[has], codes[has], seed)
     return {"without_behavior": int((~has).sum()), "behavior_neighbours": kept}
 
 
@@ -189,7 +189,7 @@ def held_out(items: int, seed: int) -> np.ndarray:
     return chosen
 
 
-def quantisation_error(
+def quantization_error(
     codebooks: ResidualCodebooks, vectors: np.ndarray, codes: np.ndarray, known: np.ndarray
 ) -> float | None:
     """The mean of ‖x − x̂‖² over the items with a known vector; None if there are none.
@@ -204,7 +204,12 @@ def quantisation_error(
 
 
 def already_wanted(wanted: np.ndarray, taken: np.ndarray) -> int:
-    """How many items want an ID that an earlier item has or wants."""
+    """How many items want an ID that an earlier item, or one before them in ``wanted``, has or wants.
+
+    Args:
+        wanted: int (n, levels), the IDs that the items want.
+        taken: int (m, levels), the IDs of earlier items.
+    """
     if not len(wanted):
         return 0
     before = len(np.unique(taken, axis=0))
@@ -212,8 +217,8 @@ def already_wanted(wanted: np.ndarray, taken: np.ndarray) -> int:
 
 
 def refit_warnings(fitness: Mapping[str, Any]) -> list[str]:
-    """A sentence for every stage whose items the codebooks do not fit well. If there are none, no refit is
-    needed.
+    """A sentence for every stage whose items the codebooks do not fit well. If there is none, the codebooks
+    need not be fitted again.
 
     Args:
         fitness: the entry ``fitness`` in the manifest of the semantic IDs.

@@ -29,7 +29,7 @@ import numpy as np
 from peso.config import ItemsConfig
 from peso.items.behavior import cooccurrences, shifted_ppmi
 from peso.items.ids_by_stage import REFRESH, Changes
-from peso.items.placement import Arrival, Group, resolve
+from peso.items.placement import CodeAssigner, Group, resolve
 from peso.items.vectors import ItemEncoder
 from peso.runtime.progress import Observer
 
@@ -55,11 +55,11 @@ class Refresher:
         item_ids: the item ids, in the order of the item table.
         config: the configuration of the items, with ``refresh``.
         encoder: the frozen encoder.
-        arrival: the frozen codebooks, and the vectors of all items with the fitted behavior.
+        assigner: the frozen codebooks, and the vectors of all items with the fitted behavior.
         log: the training events.
-        changes: the changes so far.
-        earlier: what the manifest says of them; None at first. The events of the stages before are counted
-            again.
+        changes: the changes so far; None if there are none.
+        earlier: the entry of the manifest about these changes; None at first. The events of the earlier
+            stages are counted again.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Refresher:
         item_ids: Sequence[str],
         config: ItemsConfig,
         encoder: ItemEncoder,
-        arrival: Arrival,
+        assigner: CodeAssigner,
         log: TrainingLog,
         changes: Changes | None = None,
         earlier: Mapping[str, Any] | None = None,
@@ -76,8 +76,8 @@ class Refresher:
         assert config.behavior is not None
         assert encoder.behavior is not None
         self._rule, self._options, self._log = config.refresh, config.behavior, log
-        self._encoder, self._behavior, self._arrival = encoder, encoder.behavior, arrival
-        levels = arrival.wanted.shape[1] + bool(arrival.extra)
+        self._encoder, self._behavior, self._assigner = encoder, encoder.behavior, assigner
+        levels = assigner.wanted.shape[1] + bool(assigner.extra)
         width = self._behavior.vectors.shape[1]
         self.changes = Changes.none(levels, width) if changes is None else changes
         self.found: list[dict[str, Any]] = list(earlier["stages"]) if earlier else []
@@ -95,22 +95,23 @@ class Refresher:
         item_ids: Sequence[str],
         config: ItemsConfig,
         encoder: ItemEncoder,
-        arrival: Arrival,
+        assigner: CodeAssigner,
         log: TrainingLog | None,
         changes: Changes | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> Refresher | None:
-        """None without ``items.refresh``.
+        """A refresher, or None without ``items.refresh``.
 
         Args:
-            manifest: of the semantic IDs to continue; None: they are made now.
+            item_ids, config, encoder, assigner, log, changes: see the class.
+            manifest: the manifest of the semantic IDs to continue; None if they are made now.
         """
         if config.refresh is None:
             return None
         if log is None:
             raise ValueError("items.refresh needs the training events of all stages (log)")
         earlier = None if manifest is None else manifest[REFRESH]
-        return cls(item_ids, config, encoder, arrival, log, changes, earlier)
+        return cls(item_ids, config, encoder, assigner, log, changes, earlier)
 
     @property
     def left(self) -> range:
@@ -118,13 +119,15 @@ class Refresher:
         return range(self._through, self._log.stages)
 
     def write(self, directory: Path) -> dict[str, Any]:
-        """Write the changes; returns what the manifest says of them."""
+        """Write the changes, and return the entry of the manifest about them."""
         self.changes.write(directory, self._item_ids)
         return {REFRESH: {"through": self._through, "stages": self.found}}
 
     def refresh(self, codes: np.ndarray, done: np.ndarray, observer: Observer) -> None:
-        """Test all items at the next stage; adds to ``changes``, and to ``found`` the number of items tested,
-        drifted and changed, the median drift of the tested ones, and the ids of the changed ones.
+        """Test all items at the next stage, and give new codes to those that have drifted.
+
+        The new codes are added to ``changes``. An entry is added to ``found``: the numbers of tested, drifted
+        and changed items, the median drift of the tested ones, and the ids of the changed ones.
 
         Args:
             codes: int32 (items, levels), the first codes of all items.
@@ -147,8 +150,10 @@ class Refresher:
         most = math.ceil(self._rule.share * np.count_nonzero(self._events))
         chosen = np.sort(moved[np.argsort(-drift[drifted[moved]], kind="stable")][:most])
         rows, held = drifted[chosen], np.concatenate([codes[done], self.changes.codes])
-        arrival = self._arrival
-        new = resolve(arrival.rule, arrival.codebooks, latent[chosen], nearest[chosen], held, arrival.extra)
+        assigner = self._assigner
+        new = resolve(
+            assigner.rule, assigner.codebooks, latent[chosen], nearest[chosen], held, assigner.extra
+        )
         numbers = np.full(len(rows), stage, np.int32)
         self.changes = self.changes.then(Changes(numbers, rows.astype(np.int32), new, raw[rows]))
         self._since[rows] = 0
@@ -196,18 +201,18 @@ class Refresher:
 
     def _part(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         fusion = self._encoder.fusion
-        return fusion.part(len(fusion.centres) - 1, vectors)
+        return fusion.part(len(fusion.centers) - 1, vectors)
 
     def _nearest(self, rows: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The latents and nearest codes of items with these parts of behavior, float32 (items, width)."""
-        vectors, books = self._arrival.vectors.vectors[rows].copy(), self._arrival.codebooks
+        vectors, books = self._assigner.vectors.vectors[rows].copy(), self._assigner.codebooks
         vectors[:, vectors.shape[1] - part.shape[1] :] = part[rows]
         latent = books.latent(vectors)
         return latent, books.nearest(latent)
 
 
 def by_stage(
-    arrival: Arrival,
+    assigner: CodeAssigner,
     groups: Sequence[Group],
     codes: np.ndarray,
     done: np.ndarray,
@@ -217,18 +222,19 @@ def by_stage(
     """Give codes to the new items of one stage after another, and after each also to drifted items.
 
     Args:
-        groups, codes, done: see :meth:`peso.items.placement.Arrival.place_stages`.
+        groups, codes, done: see :meth:`peso.items.placement.CodeAssigner.place_stages`.
         refresher: None without ``items.refresh``.
         observer: receives notes.
 
-    Returns: the measures of the new items of each stage.
+    Returns:
+        The measures of the new items of each stage.
     """
     if refresher is None:
-        return arrival.place_stages(groups, codes, done)
+        return assigner.place_stages(groups, codes, done)
     new, left, measured = dict(groups), refresher.left, list[dict[str, Any]]()
     for stage in sorted({*new, *left}):
         if stage in new:
-            measured += arrival.place_stages([(stage, new[stage])], codes, done, refresher.changes.codes)
+            measured += assigner.place_stages([(stage, new[stage])], codes, done, refresher.changes.codes)
         if stage in left:
             refresher.refresh(codes, done, observer)
     return measured

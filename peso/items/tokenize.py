@@ -38,7 +38,7 @@ from peso.items.codebooks import (
 )
 from peso.items.contents import ENCODER_FILE, extended, known_contents, save_arrays, vectors_beside
 from peso.items.ids_by_stage import Changes
-from peso.items.placement import Arrival, groups_of
+from peso.items.placement import CodeAssigner, groups_of
 from peso.items.refresh import Refresher, TrainingLog, by_stage
 from peso.items.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import (
@@ -138,17 +138,17 @@ def tokenize(
     wanted = codebooks.nearest(codebooks.latent(vectors.vectors))
     wanted[rows] = fitted.codes
     extra = size if config.collisions == "extra-level" else 0
-    arrival = Arrival(codebooks, config.collisions, extra, vectors, wanted)
+    assigner = CodeAssigner(codebooks, config.collisions, extra, vectors, wanted)
 
     codes = np.zeros((len(items), config.levels + bool(extra)), np.int32)
-    codes[base] = arrival.place(np.flatnonzero(base), codes[:0])
+    codes[base] = assigner.place(np.flatnonzero(base), codes[:0])
     done = base.copy()
     item_ids = items[ITEM_ID].to_pylist()
-    refresher = Refresher.of(item_ids, config, encoder, arrival, log)
+    refresher = Refresher.of(item_ids, config, encoder, assigner, log)
     state = {
-        "fit": arrival.measure(rows, wanted[:0]),
-        "held_out": _held_out(arrival, np.flatnonzero(spared), wanted[rows]) if spared.any() else None,
-        "stages": by_stage(arrival, groups_of(stages, ~base), codes, done, refresher, observer),
+        "fit": assigner.measure(rows, wanted[:0]),
+        "held_out": _held_out(assigner, np.flatnonzero(spared), wanted[rows]) if spared.any() else None,
+        "stages": by_stage(assigner, groups_of(stages, ~base), codes, done, refresher, observer),
     }
 
     save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
@@ -157,7 +157,7 @@ def tokenize(
     kept = known_contents(vectors) if contents else None
     ids = SemanticIds(item_ids, codes, sizes, kept)
     refreshed = {} if refresher is None else refresher.write(directory)
-    return _write(ids, items, arrival, config, seed, state, directory, observer, refreshed)
+    return _write(ids, items, assigner, config, seed, state, directory, observer, refreshed)
 
 
 def extend_semantic_ids(
@@ -206,7 +206,7 @@ def extend_semantic_ids(
     vectors = encoder.encode(items, config, cache, observer)
     wanted = codebooks.nearest(codebooks.latent(vectors.vectors))
     extra = old.sizes[-1] if config.collisions == "extra-level" else 0
-    arrival = Arrival(codebooks, config.collisions, extra, vectors, wanted)
+    assigner = CodeAssigner(codebooks, config.collisions, extra, vectors, wanted)
 
     codes = np.zeros((len(items), old.levels), np.int32)
     codes[: len(old.codes)] = old.codes
@@ -219,15 +219,15 @@ def extend_semantic_ids(
     groups = groups_of(np.asarray(first_stage), ~done)
     item_ids = items[ITEM_ID].to_pylist()
     refresher = Refresher.of(
-        item_ids, config, encoder, arrival, log, Changes.read(source, manifest), manifest
+        item_ids, config, encoder, assigner, log, Changes.read(source, manifest), manifest
     )
-    state["stages"] = before + by_stage(arrival, groups, codes, done, refresher, observer)
+    state["stages"] = before + by_stage(assigner, groups, codes, done, refresher, observer)
 
     save_arrays(codebooks.arrays(), directory / CODEBOOKS_FILE)
     save_arrays(encoder.arrays(), directory / ENCODER_FILE)
     ids = SemanticIds(item_ids, codes, old.sizes, extended(old, vectors))
     refreshed = {} if refresher is None else refresher.write(directory)
-    return _write(ids, items, arrival, config, seed, state, directory, observer, refreshed)
+    return _write(ids, items, assigner, config, seed, state, directory, observer, refreshed)
 
 
 def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, observer: Observer) -> Fitted:
@@ -241,14 +241,14 @@ def _fit(vectors: np.ndarray, sizes: list[int], config: ItemsConfig, seed: int, 
     return fitted
 
 
-def _held_out(arrival: Arrival, rows: np.ndarray, taken: np.ndarray) -> dict[str, Any]:
-    """Measure items that were held out of the fit as if they were new, because new items are compared with
+def _held_out(assigner: CodeAssigner, rows: np.ndarray, taken: np.ndarray) -> dict[str, Any]:
+    """Measure the items that were held out of the fit as if they were new. New items are compared with
     them."""
-    if arrival.vectors.has_behavior is None:
-        return arrival.measure(rows, taken)
-    vectors = arrival.vectors.take(rows).as_new()
-    wanted = arrival.codebooks.nearest(arrival.codebooks.latent(vectors.vectors))
-    return replace(arrival, vectors=vectors, wanted=wanted).measure(np.arange(len(rows)), taken)
+    if assigner.vectors.has_behavior is None:
+        return assigner.measure(rows, taken)
+    vectors = assigner.vectors.take(rows).as_new()
+    wanted = assigner.codebooks.nearest(assigner.codebooks.latent(vectors.vectors))
+    return replace(assigner, vectors=vectors, wanted=wanted).measure(np.arange(len(rows)), taken)
 
 
 def _by_category(
@@ -279,13 +279,13 @@ def _by_category(
         ids = replace(ids, contents=known_contents(vectors))
     elif old is not None:
         ids = replace(ids, contents=extended(old, vectors))
-    arrival = Arrival(ResidualCodebooks(()), "allow", 0, vectors, ids.codes)
-    return _write(ids, items, arrival, config, seed, {"stages": []}, directory, observer)
+    assigner = CodeAssigner(ResidualCodebooks(()), "allow", 0, vectors, ids.codes)
+    return _write(ids, items, assigner, config, seed, {"stages": []}, directory, observer)
 
 
 def lacks_tree(source: Path) -> bool:
-    """Whether IDs from category paths were made by a version that did not store the tree. Then only the
-    categories at that time determine the meaning of the codes."""
+    """Whether IDs from category paths were made by an earlier version, which did not store the tree. Then
+    only the categories at that time determine the meaning of the codes."""
     manifest = read_manifest(source, FORMAT)
     quantizer = (manifest.get("config") or {}).get("quantizer")
     return quantizer == "category-path" and CATEGORIES_FILE not in manifest["files"]
@@ -336,7 +336,7 @@ def _require_continues(
 def _write(
     ids: SemanticIds,
     items: pa.Table,
-    arrival: Arrival,
+    assigner: CodeAssigner,
     config: ItemsConfig,
     seed: int,
     state: Mapping[str, Any],
@@ -345,21 +345,21 @@ def _write(
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the index, report the results, and write it with its manifest, which also gets ``more``."""
-    vectors, known = arrival.vectors.vectors, arrival.vectors.known
+    vectors, known = assigner.vectors.vectors, assigner.vectors.known
     titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
-    books = arrival.codebooks
+    books = assigner.codebooks
     measured = {
-        "collisions_before": quality.collisions(arrival.wanted),
+        "collisions_before": quality.collisions(assigner.wanted),
         **quality.of_codes(ids, titles),
         "reconstruction_error": (
-            quality.quantisation_error(books, vectors, ids.codes[:, : len(books.sizes)], known)
+            quality.quantization_error(books, vectors, ids.codes[:, : len(books.sizes)], known)
             if books.sizes
             else None
         ),
-        "neighbours": quality.neighbours_kept(vectors[known], ids.codes[known], seed),
+        "neighbours": quality.neighbors_kept(vectors[known], ids.codes[known], seed),
         "without_vector": int((~known).sum()),
         "same_vector": int(known.sum() - len(np.unique(vectors[known], axis=0))),
-        **quality.of_behavior(arrival.vectors, ids.codes, seed),
+        **quality.of_behavior(assigner.vectors, ids.codes, seed),
     }
     if books.sizes:
         _tell(measured, ids, observer)
@@ -371,7 +371,7 @@ def _write(
         "config": config.model_dump(mode="json"),
         "seed": seed,
         "vector_width": int(vectors.shape[1]),
-        "collision_rule": _RULES["category-path" if not books.sizes else arrival.rule],
+        "collision_rule": _RULES["category-path" if not books.sizes else assigner.rule],
         "quality": measured,
         "fitness": {**state, "warnings": warnings},
         **(more or {}),

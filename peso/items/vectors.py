@@ -89,6 +89,7 @@ class ItemVectors:
     has_contents: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> ItemVectors:
+        """The vectors of these items only."""
         behavior, contents = (
             None if flags is None else flags[rows] for flags in (self.has_behavior, self.has_contents)
         )
@@ -115,8 +116,8 @@ class ItemVectors:
 
 @dataclass(frozen=True)
 class ItemEncoder:
-    """The frozen encoder of items. ``hashing`` is None if another text encoder is used, ``behavior`` if only
-    the items' contents count."""
+    """The frozen encoder of items. ``hashing`` is None if another text encoder is used; ``behavior`` is None
+    if vectors are made from the items' contents alone."""
 
     hashing: HashingEncoder | None
     fusion: Fusion
@@ -179,7 +180,7 @@ class ItemEncoder:
         """
         texts = item_texts(items, config.template)
         sources = _sources(items, texts, self.hashing, self.behavior, config, cache, observer)
-        fitted = [len(centre) for centre in self.fusion.centres]
+        fitted = [len(center) for center in self.fusion.centers]
         given = [source.shape[1] for source in sources]
         if given != fitted:
             raise DataError(
@@ -250,7 +251,6 @@ def _model_vectors(
     texts: Sequence[str], config: ItemsConfig, cache: Path | None, observer: Observer
 ) -> np.ndarray:
     from peso.items.language_model import load_text_encoder
-    from peso.items.vectors import encode_cached
 
     encoder = load_text_encoder(config.encoder, config.max_tokens)
     started = False

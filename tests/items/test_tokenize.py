@@ -20,7 +20,7 @@ from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.items import quality, semantic_ids
 from peso.items.earlier import shorten_semantic_ids
-from peso.items.quality import codebook_use, neighbours_kept, prefix_sample
+from peso.items.quality import codebook_use, neighbors_kept, prefix_sample
 from peso.items.semantic_ids import SemanticIds, read_release_index, read_semantic_ids, write_semantic_ids
 from peso.items.tokenize import extend_semantic_ids, tokenize
 from peso.items.vectors import ItemEncoder
@@ -363,12 +363,12 @@ def test_perplexity_lies_between_one_and_the_codes_used(column: list[int]) -> No
     assert 1 - 1e-9 <= level["perplexity"] <= level["used"] + 1e-9
 
 
-def test_neighbours_kept_counts_the_true_neighbours() -> None:
+def test_neighbors_kept_counts_the_true_neighbors() -> None:
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(60, 3)).astype(np.float32)
     vectors[7] = vectors[8]  # equally near: the item itself must not count as its neighbour
     codes = generator.integers(0, 3, (60, 2))
-    kept = neighbours_kept(vectors, codes)
+    kept = neighbors_kept(vectors, codes)
     distances = np.square(vectors[:, None] - vectors[None]).sum(2)
     np.fill_diagonal(distances, np.inf)
     nearest = np.argsort(distances, axis=1)[:, :10]
@@ -383,7 +383,7 @@ def test_prefixes_keep_more_neighbours_than_chance(tmp_path: Path) -> None:
     ids = read_semantic_ids(tmp_path)
     vectors = ItemEncoder.fit(items, np.arange(400), settings_for(), 0, None, Silent())[1].vectors
     shuffled = np.random.default_rng(0).permutation(ids.codes)
-    assert neighbours_kept(vectors, ids.codes)["first"] > 3 * neighbours_kept(vectors, shuffled)["first"]
+    assert neighbors_kept(vectors, ids.codes)["first"] > 3 * neighbors_kept(vectors, shuffled)["first"]
 
 
 def test_quality_shows_items_of_one_prefix_with_their_titles(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_on_a_real_catalogue_ids_are_distinct_and_keep_neighbours_as_the_release
     assert len(np.unique(released.codes, axis=0)) == len(released.codes) - 16
     assert len(np.unique(ids.codes, axis=0)) == len(ids.codes) == 3686
     vectors = ItemEncoder.fit(items, np.arange(3686), config, 0, None, Silent())[1].vectors
-    ours, theirs = neighbours_kept(vectors, ids.codes), neighbours_kept(vectors, released.codes)
+    ours, theirs = neighbors_kept(vectors, ids.codes), neighbors_kept(vectors, released.codes)
     assert ours["first"] >= theirs["first"]
     assert ours["first_two"] >= theirs["first_two"]
 
