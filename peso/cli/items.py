@@ -150,7 +150,7 @@ def show(workspace: Directory, as_json: Json = False) -> None:
 
 def _given(items: list[str] | None, file: Path | None) -> list[str]:
     """The ids of the command line and of the file."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
     given = [*(items or []), *(line.strip() for line in lines if line.strip())]
     if not given:
         raise UsageError("name items, or a file of items with --file")

@@ -23,7 +23,7 @@ from peso.events.cleaning import Cut, Funnel, calendar, clean, cut_at, order_by_
 from peso.events.database import literal, scalar, temporary_database
 from peso.events.engines.engine import Engine, open_engine
 from peso.events.ingest import describe
-from peso.events.known import Past, past_of, with_histories, without
+from peso.events.known import StreamOverlap, overlap_of, with_histories, without
 from peso.events.loading import NO_ALIASES, Aliases, EventTables, event_tables, load
 from peso.events.merge import shorten_merged
 from peso.events.sources import Source, open_source
@@ -39,7 +39,6 @@ from peso.events.stage_writer import (
 )
 from peso.events.stream import FORMAT, ITEMS_FILE, MERGED, Stream, merged_file, rare_file, stage_file
 from peso.events.times import Clock, iso
-from peso.runtime.files import link
 from peso.runtime.manifest import intact, write_manifest
 from peso.runtime.progress import Observer, Silent
 
@@ -74,18 +73,18 @@ def extend_stream(
         observer: receives progress and notes.
         source: a log and an item table to read instead of those that ``data`` names.
         told: further contents of the entry in ``appended``.
-        aliases: names in the log and the item table that are others in the stream.
-        corrects: whether titles, texts and categories of known items that the item table now has otherwise
-            are taken from it, as by :func:`correct_items`. None: if it is a product table of the user
-            (``data.items``).
+        aliases: names in the log and the item table that differ from the ids in the stream.
+        corrects: whether known items get the titles, texts and categories that differ in the item table, as
+            by :func:`correct_items`. None: only if the item table is the user's own (``data.items``).
 
     Returns:
-        The manifest. Its key ``appended`` describes each append, also what it has corrected.
+        The manifest. Its key ``appended`` describes each append and its corrections.
 
     Raises:
-        DataError: there are events older than the last event of the stream (with ``on_error: skip`` they are
-            left out and counted), the stream has no times, or :func:`peso.events.ingest.ingest` would refuse
-            the data, or the data have no times.
+        DataError: events are older than the last event of the stream (with ``on_error: skip`` they are left
+            out and counted instead), the stream or the data have no times, or
+            :func:`peso.events.ingest.ingest` would refuse the data.
+        NothingNew: all events are in the stream already.
         WorkspaceError: the earlier stream is damaged, or the disk is full.
     """
     observer = observer or Silent()
@@ -122,23 +121,25 @@ def extend_stream(
         log, older = _leave_out_older(log, last, skip, str(data.path))
         if older:
             funnel.count("not older than the stream", log.events)
-        past = past_of(log, stream)
-        log = _leave_out_had(log, past, funnel, last, data)
-        cleaned = clean(log, funnel, data, source.log.keep, past.known)
+        overlap = overlap_of(log, stream)
+        log = _leave_out_had(log, overlap, funnel, last, data)
+        cleaned = clean(log, funnel, data, source.log.keep, overlap.known)
         ordered = order_by_time(engine, cleaned)
         stages = _cut(engine, ordered, data.stages, loaded.clock)
-        numbers = number_by_arrival(log, ordered, len(stream.item_ids), past.items)
+        numbers = number_by_arrival(log, ordered, len(stream.item_ids), overlap.items)
         events, first_new, last_new = engine.row(
             ordered.aggregate(n=ordered.count(), first=ordered.time.min(), last=ordered.time.max())
         )
-        known = past.users.semi_join(numbers.users, "u")
+        known_users = overlap.users.semi_join(numbers.users, "u")
         returning, earlier_events = engine.row(
-            known.aggregate(n=known.count(), events=known.history.length().sum().fill_null(0))
+            known_users.aggregate(
+                n=known_users.count(), events=known_users.history.length().sum().fill_null(0)
+            )
         )
         observer.begin("writing the stages", events + earlier_events, "events")
         counts = write_stages(
             engine,
-            with_histories(ordered, past, numbers),
+            with_histories(ordered, overlap, numbers),
             numbers.users,
             directory,
             stages.ends,
@@ -148,7 +149,7 @@ def extend_stream(
             [ordered],
         )
         observer.end()
-        item_numbers = numbers.items.select("i", "n").union(past.items)
+        item_numbers = numbers.items.select("i", "n").union(overlap.items)
         rare = write_rare(log, cleaned.rare, item_numbers, directory, stream.stages) if keeps_rare else 0
         engine.give(numbers.items, "item_numbers")
         added, of_items = new_items(connection, source.items, skip, observer, aliases.items)
@@ -240,7 +241,7 @@ def correct_items(
         earlier: the directory of the stream. It does not change.
         directory: the directory to write to.
         observer: receives progress and notes.
-        aliases: names in the table that are others in the stream.
+        aliases: names in the table that differ from the ids in the stream.
 
     Returns:
         The changes: ``rows`` (items in the table), the counts of
@@ -277,8 +278,8 @@ def _numbered(stream: Stream) -> pa.Table:
 
 
 def _with_texts(items: pa.Table, given: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-    """An item table with the titles, texts and categories of another one where that has some, and how many of
-    each have ``changed``. Both tables have the same rows."""
+    """An item table with the titles, texts and categories of the table ``given`` where that is not empty, and
+    the numbers of changes. Both tables have the same rows."""
     changed, counts = np.zeros(len(items), bool), dict[str, int]()
     for name, told in ((columns.TITLE, "titles"), (columns.TEXT, "texts"), (columns.CATEGORY, "categories")):
         new = pc.coalesce(given[name], items[name])
@@ -293,8 +294,8 @@ def _with_texts(items: pa.Table, given: pa.Table) -> tuple[pa.Table, dict[str, i
 def _corrected(
     connection: duckdb.DuckDBPyConnection, stream: Stream, observer: Observer
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """The items of the stream with the texts of the product table of an append, and what has changed, for the
-    entry in the manifest."""
+    """The items of the stream with the texts of an append's product table, and the numbers of changes for the
+    manifest."""
     connection.from_arrow(_numbered(stream)).create("known_numbers")
     items, done = _with_texts(stream.items, texts_in_catalogue(connection, "known_numbers"))
     if not done["changed"]:
@@ -308,17 +309,12 @@ def _corrected(
 
 
 def _link_stages(stream: Stream, stages: int, directory: Path) -> dict[str, str]:
-    """Link all files except the item table and the stages from number ``stages`` on.
-
-    Returns: the checksums of the linked files.
-    """
+    """Link all files except the item table and the stages from number ``stages`` on; returns their
+    checksums."""
     left = {ITEMS_FILE}
     for number in range(stages, stream.stages):
         left |= {stage_file(number), rare_file(number), merged_file(number)}
-    linked = {name: sha256 for name, sha256 in stream.manifest["files"].items() if name not in left}
-    for name in linked:
-        link(intact(stream.directory, name, stream.manifest), directory / name)
-    return linked
+    return stream.link_files(directory, left)
 
 
 def _without_text(items: pa.Table) -> int:
@@ -326,12 +322,14 @@ def _without_text(items: pa.Table) -> int:
     return int(pc.sum(pc.is_null(pc.coalesce(items[columns.TITLE], items[columns.TEXT]))).as_py() or 0)
 
 
-def _leave_out_had(log: EventTables, past: Past, funnel: Funnel, last: int, data: DataConfig) -> EventTables:
+def _leave_out_had(
+    log: EventTables, overlap: StreamOverlap, funnel: Funnel, last: int, data: DataConfig
+) -> EventTables:
     """Leave out events that the stream already has; with ``repeats: drop``, those of an item that their user
     had before."""
 
     def leave_out(log: EventTables, time: int | None, why: str, step: str) -> EventTables:
-        left = without(log.events, past.had, time)
+        left = without(log.events, overlap.had, time)
         if not log.engine.count(left):
             raise NothingNew(f"{data.path} has no new events: every event {why}. Was it appended before?")
         funnel.count(step, left)

@@ -62,7 +62,7 @@ class Funnel:
 
 @dataclass(frozen=True)
 class Known:
-    """The users (u) and items (i) of a log that are already in a stream. They are never rare."""
+    """The users (u) and items (i) of a log that are already in a stream. They never count as rare."""
 
     users: ir.Table
     items: ir.Table
@@ -75,8 +75,8 @@ class Cleaned:
     Attributes:
         events: the events (u, i, time, row).
         rests_on: the kept tables that ``events`` is computed from.
-        rare: the events of users who are not left because they are too rare (u, i, time, row); None if no
-            user and no item can be.
+        rare: the events of the users that were removed because they have too few (u, i, time, row); None if
+            there is no minimum.
     """
 
     events: ir.Table
@@ -162,7 +162,7 @@ def _core(engine: Engine, events: ir.Table, min_user: int, min_item: int, known:
             keep_instead(other, both.select(other, n=both.n - both.lost.fill_null(0)))
             keep_instead(column, left[column].filter(~rare))
         engine.drop(few)
-        # the other side was cleaned in the pass before; if this pass removes nothing, both are clean
+        # the other column was cleaned in the pass before; if this pass removes nothing, both are clean
         if number and not removes:
             break
     gone = {column: engine.keep("gone", first[column].anti_join(left[column], column)) for column in least}

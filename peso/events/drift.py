@@ -109,11 +109,11 @@ def _drift(engine: Engine, files: Sequence[Path], first_codes: np.ndarray | None
 
 
 def _known(engine: Engine, here: ir.Table, before: ir.Table) -> ir.Table:
-    """Since which stage each user or item is known when the stage begins (key, since).
+    """The first stage at whose beginning each user or item is known (key, since).
 
     Args:
-        here: stage and key of those with events.
-        before: stage and key of those that are in histories of a stage, also from before the stream.
+        here: the stages of each user or item with events (stage, key).
+        before: the stages in whose histories each one is, including events before the stream (stage, key).
     """
     each = here.select("key", since=here.stage + 1).union(before.select("key", since=before.stage))
     return engine.keep("known", each.group_by("key").aggregate(since=each.since.min()))

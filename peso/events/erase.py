@@ -39,14 +39,15 @@ def stages_with(stream: Stream, *users: str) -> list[int]:
 
 
 def erase_user(earlier: str | Path, directory: Path, *users: str) -> None:
-    """Write a stream without one user to an existing, empty directory.
+    """Write a stream without one user to an existing empty directory.
 
-    Items stay, even those that only this user had. The counts of reading and cleaning stay in the manifest.
+    Items are kept, even those that only this user had. So are the counts of reading and cleaning in the
+    manifest.
 
     Args:
         earlier: the directory of the stream.
         directory: the empty directory.
-        users: the user's id, and those of users that were merged into this one.
+        users: the user's id, and the ids of the users that were merged into this one.
 
     Raises:
         WorkspaceError: if the stream is damaged, or the disk is full.

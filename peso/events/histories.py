@@ -28,6 +28,7 @@ class Ragged:
 
     @classmethod
     def of(cls, rows: Iterable[Iterable[int]]) -> Ragged:
+        """The sequences ``rows``."""
         arrays = [np.asarray(list(row), dtype=np.int32) for row in rows]
         offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
         np.cumsum([len(a) for a in arrays], out=offsets[1:])
@@ -45,6 +46,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
+        """int64 (n,): the length of each sequence."""
         return np.diff(self.offsets)
 
 
@@ -108,6 +110,7 @@ class Stage:
         return np.flatnonzero(self.current.lengths >= MIN_STAGE_ITEMS)
 
     def training_sequences(self) -> list[TargetSequence]:
+        """The items and training targets of each eligible user."""
         return [
             TargetSequence(
                 self.users[i],
@@ -118,6 +121,8 @@ class Stage:
         ]
 
     def cases(self, part: Part, window: int) -> Cases:
+        """The validation or test cases, one for each eligible user, with the last ``window`` items before the
+        target."""
         return self._cases(LEFT_OUT[part], window)
 
     def validation_cases(self, window: int) -> Cases:
@@ -132,7 +137,8 @@ class Stage:
         Args:
             window: if positive, only the last ``window`` items of each user.
 
-        Returns: the users and their histories.
+        Returns:
+            The users and their histories.
         """
         full = [np.concatenate([p, c])[-window:] for p, c in zip(self.previous, self.current, strict=True)]
         return self.users, full
@@ -309,7 +315,8 @@ def user_disjoint(stages: Sequence[Stage], seed: int) -> list[Stage]:
         stages: all stages of the natural split, in order.
         seed: the seed of the shuffle.
 
-    Returns: as many stages as before.
+    Returns:
+        As many stages as before.
     """
     before: dict[str, np.ndarray] = {}
     events: dict[str, list[np.ndarray]] = {}

@@ -36,7 +36,7 @@ _SCHEMA = f"""
 # A user in several stages has the position of the first stage and the history of the last one. There is no
 # row for a user that was merged into another one.
 _BY_NAME = "CREATE UNIQUE INDEX IF NOT EXISTS users_by_name ON users (name)"
-LAST = "\U0010ffff"  # no text is behind it in the order of SQLite
+LAST = "\U0010ffff"  # the last character in SQLite's order
 _PUT = """
     INSERT INTO users (name, items) VALUES (?, ?)
     ON CONFLICT (name) DO UPDATE SET items = excluded.items"""
@@ -88,9 +88,10 @@ class HistoryIndex:
             with write_aside(path) as aside:
                 _make(stream, wanted, aside, path)
             return cls(_connect(path), path)
-        return cls(_passing(stream, wanted, path), path)
+        return cls(_temporary(stream, wanted, path), path)
 
     def close(self) -> None:
+        """Close the file."""
         self._connection.close()
 
     def of(self, user: str) -> IndexedUser | None:
@@ -99,8 +100,13 @@ class HistoryIndex:
         return _indexed(*rows[0]) if rows else None
 
     def named(self, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
-        """The next users whose names begin with ``prefix``, in the order of their names, and how many items
-        each of them has. ``after``: the last name of the page before, "" for the first page."""
+        """One page of users in the order of their names, with the number of items of each.
+
+        Args:
+            prefix: the names begin with it; "" for all names.
+            after: the last name of the page before; "" for the first page.
+            limit: the largest number of users.
+        """
         query = "SELECT name, length(items) / 4 FROM users WHERE name > ?"
         values: list[object] = [after]
         if prefix:
@@ -137,11 +143,11 @@ def _indexed(number: int, name: str, items: bytes) -> IndexedUser:
 
 
 def rests_on(stream: Stream, through: int | None = None) -> list[str]:
-    """A text for each stage, and for the merged users beside it, that identifies the files which its part of
-    an index is built from. If these lists are equal, the histories are equal.
+    """Texts that identify the files from which an index is built: one for each stage, and one for the merged
+    users stored with a stage. If these lists are equal, the histories are equal.
 
-    Rare users are only in the index of all stages, because the order of their events relative to the ends of
-    stages is not known. So are merged users: before that stage they were not merged.
+    Rare users are only in the index of all stages, because it is not known in which stages their events are.
+    Merged users are also only there, because they were not merged at earlier stages.
 
     Args:
         stream: the stream of the index.
@@ -252,7 +258,7 @@ def _joined(previous: Ragged, current: Ragged) -> tuple[np.ndarray, np.ndarray]:
     return items, ends[:, 1]
 
 
-def _passing(stream: Stream, wanted: list[str], path: Path) -> sqlite3.Connection:
+def _temporary(stream: Stream, wanted: list[str], path: Path) -> sqlite3.Connection:
     """A temporary index that is deleted when its connection is closed."""
     beside = path.parent if os.access(path.parent, os.W_OK) else None
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".writing", dir=beside)

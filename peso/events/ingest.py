@@ -48,7 +48,7 @@ def ingest(
         seed: the seed of the simulator and of the shuffle of ``split: user-disjoint``. Nothing else is
             random.
         observer: receives progress and notes.
-        aliases: names in a log and its item table to replace.
+        aliases: names in the log and its item table, and the ids that replace them.
 
     Returns:
         The manifest. For a log it contains, in addition to the keys of every stream: ``source``; ``time``
@@ -59,6 +59,7 @@ def ingest(
     Raises:
         DataError: the data cannot be used; the message names the file, row, column or stage and says what to
             do.
+        ConfigError: what ``data.engine`` needs is not installed.
         WorkspaceError: the disk is full.
     """
     observer = observer or Silent()
@@ -80,8 +81,8 @@ def ingest(
 def describe(data: DataConfig) -> dict[str, Any]:
     """The data configuration for a manifest: the format, and all settings that differ from the defaults,
     except for the engine, which does not affect the stream."""
-    set_ = data.model_dump(mode="json", exclude_defaults=True, exclude={"engine"})
-    return {"format": data.format, **set_}
+    changed = data.model_dump(mode="json", exclude_defaults=True, exclude={"engine"})
+    return {"format": data.format, **changed}
 
 
 def _ingest_log(

@@ -1,4 +1,4 @@
-"""What a stream already has of the users and items of a new log."""
+"""The users and items of a new log that a stream has already."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BEFORE = 2**40  # subtracted from the places of a user's earlier events: negativ
 
 
 @dataclass(frozen=True)
-class Past:
-    """What a stream has of the users and items of a new log.
+class StreamOverlap:
+    """The users and items of a new log that a stream has already.
 
     Attributes:
         users: the users of the log that are in the stream: name, u (the user in the log), history (the
             user's items in the stream, oldest first).
         items: the items of the log that are in the stream: i (the item in the log), n (its number).
-        had: the items of the log that its users had before (u, i).
+        had: the items of the log that its users have in the stream (u, i).
     """
 
     users: ir.Table
@@ -40,8 +40,8 @@ class Past:
         return Known(self.users.select("u"), self.items.select("i"))
 
 
-def past_of(log: EventTables, stream: Stream) -> Past:
-    """What a stream has of the users and items of a log.
+def overlap_of(log: EventTables, stream: Stream) -> StreamOverlap:
+    """Find the users and items of a log that a stream has already.
 
     Raises:
         WorkspaceError: a file of the stream is damaged.
@@ -52,7 +52,7 @@ def past_of(log: EventTables, stream: Stream) -> Past:
     known_items = engine.given("known_items", pa.table({"name": names, "n": numbers}))
     items = engine.keep("old_items", log.items.join(known_items, "name").select("i", "n"))
 
-    # a merged history counts after the stage beside which it is
+    # a merged history is newer than the stage with which it is stored
     names_of_files = [file(n) for n in range(stream.stages) for file in (stage_file, merged_file)]
     listed = [name for name in names_of_files if name in stream.manifest["files"]]
     files = [intact(stream.directory, name, stream.manifest) for name in listed]
@@ -62,28 +62,29 @@ def past_of(log: EventTables, stream: Stream) -> Past:
     users = engine.keep("old_users", found.select("name", "u", history=found.previous.concat(found.current)))
     events = users.select("u", n=users.history.unnest())
     had = engine.keep("had", events.join(items, "n").select("u", "i").distinct())
-    return Past(users, items, had)
+    return StreamOverlap(users, items, had)
 
 
 def without(events: ir.Table, had: ir.Table, time: int | None = None) -> ir.Table:
-    """The events without those of an item that their user had before; with ``time``, only of events at this
-    time."""
+    """The events without those of items that their user had before. With ``time``, only events at this time
+    are left out."""
     if time is None:
         return events.anti_join(had, ["u", "i"])
     return events.anti_join(had.mutate(time=time), ["u", "i", "time"])
 
 
-def with_histories(ordered: ir.Table, past: Past, numbers: Numbers) -> ir.Table:
-    """The new events and the earlier ones of their users (u, i, place), in numbers of the stream.
+def with_histories(ordered: ir.Table, overlap: StreamOverlap, numbers: Numbers) -> ir.Table:
+    """The new events and the earlier ones of their users (u, i, place), with the stream's numbers of users
+    and items.
 
     Args:
         ordered: the new events by time (:func:`peso.events.cleaning.order_by_time`).
-        past: what the stream has.
+        overlap: the users and items that the stream has.
         numbers: the numbers of the users and of the new items.
     """
-    items = numbers.items.select("i", "n").union(past.items)
+    items = numbers.items.select("i", "n").union(overlap.items)
     new = in_numbers(ordered.select("u", "i", "place"), numbers.users, items)
-    old = past.users.join(numbers.users.select("u", user="n"), "u").select("user", "history")
+    old = overlap.users.join(numbers.users.select("u", user="n"), "u").select("user", "history")
     each = old.unnest("history", offset="at")
     earlier = each.select(u=each.user, i=each.history, place=each["at"].cast("int64") - BEFORE)
     return new.select("u", "i", "place").union(earlier)

@@ -24,7 +24,7 @@ from peso.events.engines.engine import Engine
 from peso.events.sources import Log
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import ALIKE, BLANKS, MISSING, folded
-from peso.events.times import Clock, iso, recognise, recognise_unit
+from peso.events.times import Clock, iso, recognize, recognize_unit
 from peso.runtime.progress import Observer
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Loaded:
     timed: bool = True
 
     def tell(self, observer: Observer) -> None:
+        """Report the format of the times, the number of rows and the remarks."""
         times = f"times are {self.clock.stated}: {iso(self.first)} to {iso(self.last)}"
         observer.note(
             f"{times if self.timed else UNTIMED}; {self.rows:,} rows, "
@@ -70,7 +71,7 @@ class Loaded:
         return {"recognised": self.clock.stated, "from": iso(self.first), "until": iso(self.last)}
 
     def in_manifest(self, first: int, last: int) -> dict[str, Any]:
-        """The entry ``time`` of a manifest; nothing if there are no times.
+        """The entry ``time`` of a manifest; empty if there are no times.
 
         Args:
             first, last: the times of the first and the last event that were kept, in microseconds.
@@ -82,7 +83,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Aliases:
-    """Names in new data for items and users that have other ids in the stream: id in the stream, by name."""
+    """Names of items and users in new data that differ from their ids in the stream: the ids, by name."""
 
     items: Mapping[str, str] = field(default_factory=dict)
     users: Mapping[str, str] = field(default_factory=dict)
@@ -146,7 +147,7 @@ def load(
         log: the log to load.
         skip: whether to leave out and count unreadable rows instead of refusing the log.
         rating: whether to keep the ratings. Rows without a rating are then unreadable.
-        aliases: names in the log to replace.
+        aliases: names in the log, and the ids that replace them.
 
     Raises:
         DataError: there is no event, the times cannot be parsed, or (without ``skip``) a row cannot be read;
@@ -162,7 +163,7 @@ def load(
             f"{time.value}::VARCHAR", f"WHERE {time.sql} IS NOT NULL LIMIT {SAMPLE}"
         )
     ]
-    clock = recognise(sample, time.kind, log.time_format, where) if sample else Clock("iso")
+    clock = recognize(sample, time.kind, log.time_format, where) if sample else Clock("iso")
     rows = reading.create("raw", ", ".join(_fields(reading, log, clock, rating)))
     bad = " OR ".join(f"{field} IS NULL" for field in ['"user"', "item", "time"] + ["rating"] * rating)
     unread = scalar(connection, f"SELECT count(*) FROM raw WHERE {bad}")
@@ -212,7 +213,7 @@ def _with_unit(connection: duckdb.DuckDBPyConnection, clock: Clock, bad: str, wh
     if clock.kind != "number" or clock.unit is not None:
         return clock
     least, most = connection.execute(f"SELECT min(time), max(time) FROM raw WHERE NOT ({bad})").fetchall()[0]
-    return Clock(clock.kind, recognise_unit(least, most, where))
+    return Clock(clock.kind, recognize_unit(least, most, where))
 
 
 def _first_unreadable(

@@ -2,10 +2,10 @@
 
 stream/stage=2/merged.parquet   user, previous (the whole history, oldest first), current (empty)
 
-The file is beside the last stage that there is when users are merged, and counts after it. A user without
-items in it has become another one. The files of stages do not change: what was trained and tested stays as it
-was. The next stage in which the merged user has events begins with the merged history. The manifest lists the
-merges under ``merged``, in their order: ``from``, ``into``, ``stage`` and ``time``.
+The file is stored with the stage that is the last one when users are merged, and applies after that stage. A
+user without items in it was merged into another one. The files of stages do not change, so trained and tested
+stages stay as they are. The next stage in which the merged user has events begins with the merged history.
+The manifest lists the merges under ``merged``, in their order: ``from``, ``into``, ``stage`` and ``time``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 
 from peso.events.histories import Ragged, Stage
 from peso.events.stream import FORMAT, MERGED, Stream, merged_file, rare_file, stage_file, stage_table
-from peso.runtime.files import link
-from peso.runtime.manifest import intact, write_manifest
+from peso.runtime.manifest import write_manifest
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Events:
 def events_of(stream: Stream, users: Collection[str]) -> dict[str, Events]:
     """The events of users as they are in the files of stages, before any merge.
 
-    A user with too few events for any stage of a log (:func:`peso.events.stream.rare_file`) counts as having
-    them in the last stage of this log, because it is not known in which.
+    The stages of a rare user's events (:func:`peso.events.stream.rare_file`) are not known. They count as the
+    last stage of the user's log.
 
     Raises:
         WorkspaceError: a file of the stream is damaged.
@@ -80,8 +79,8 @@ def in_order(parts: Sequence[Events], times: Sequence[Sequence[int] | None]) -> 
 
     Args:
         parts: the events of each user.
-        times: the time of each of these events; None: not known for a user. Then the events are in the order
-            of their stages, and within a stage in the order of the users.
+        times: the times of each user's events; None if they are not known. If they are not known for a user,
+            all events are in the order of their stages, and within a stage in the order of the users.
 
     >>> parts = [Events([0, 1], [10, 11]), Events([0, 0], [20, 21])]
     >>> in_order(parts, [[1, 9], [0, 5]]), in_order(parts, [[1, 9], None])
@@ -101,13 +100,15 @@ Log = Sequence[tuple[int, int]]  # time and item number of events, oldest first
 
 
 def times_of(events: Events, own: Log, joint: Log = (), since: int | None = None) -> list[int] | None:
-    """The time of each event of a user: that of the first event of a log, after those of the events before,
-    with the same item. None if the log lacks one of them.
+    """The time of each event of a user, from a log. Each event gets the time of the first event of the log
+    with the same item that comes after the log's events of the user's earlier events. None if the log lacks
+    one.
 
     Args:
-        own: the user's events in the logs, also those that were left out of the stream.
-        joint: these and the events of all users that were merged into this one.
-        since: the stage after which the events are those of ``joint``; None: none of them.
+        events: the user's events in the stream.
+        own: the user's events in the log, including those that were left out of the stream.
+        joint: ``own`` and the events of all users that were merged into this one.
+        since: the stage after which ``joint`` is used instead of ``own``; None: never.
 
     >>> times_of(Events([0, 0], [7, 9]), [(1, 7), (2, 8), (3, 9)])
     [1, 3]
@@ -138,7 +139,7 @@ def write_merged(
     Args:
         stream: the stream. It does not change.
         directory: the directory to write to.
-        merges: for each merge the user who becomes another one, and who.
+        merges: for each merge, the user who is merged, and the user into whom.
         histories: the new history of each user that others were merged into.
 
     Raises:
@@ -149,7 +150,7 @@ def write_merged(
     known_ones = {user: items for user, items in histories.items() if items}
     gone: dict[str, Sequence[int]] = {before: [] for before, _ in merges}
     rows: dict[str, Sequence[int]] = {**_merged_at(stream, number), **known_ones, **gone}
-    known = _linked(stream, directory, name)
+    known = stream.link_files(directory, {name})
     _write(directory / name, number, rows)
     told = [{"from": before, "into": after, "stage": number, "time": time} for before, after in merges]
     content = {**stream.manifest, MERGED: [*stream.manifest.get(MERGED, []), *told]}
@@ -157,10 +158,15 @@ def write_merged(
 
 
 def shorten_merged(stream: Stream, stages: int, directory: Path) -> list[dict[str, object]]:
-    """Write the merged users of a stream as they are without the stages from number ``stages`` on, into the
-    directory of the shorter stream; returns the manifest's list of merges.
+    """Write the merged users of a stream that loses its last stages, and return the list of merges for the
+    manifest.
 
-    The events of the removed stages are the last ones of the merged histories.
+    The events of the removed stages are at the ends of the merged histories, and are removed from them.
+
+    Args:
+        stream: the stream.
+        stages: the number of stages that stay.
+        directory: the directory of the shorter stream.
     """
     merges: list[dict[str, object]] = [dict(merge) for merge in stream.manifest.get(MERGED, [])]
     removed = range(stages, stream.stages)
@@ -170,7 +176,7 @@ def shorten_merged(stream: Stream, stages: int, directory: Path) -> list[dict[st
     if not rows:
         return merges
     into, less = stream.merged_users, dict.fromkeys(rows, 0)
-    # who each user is now whose events are in a merged history
+    # the current user of each user whose events are in a merged history
     everyone = {user: into.get(user, user) for user in (*rows, *into) if into.get(user, user) in rows}
     for number in removed:
         found = stream.rows_of(stage_file(number), everyone)
@@ -201,14 +207,6 @@ def _write(path: Path, number: int, rows: Mapping[str, Sequence[int]]) -> None:
     path.unlink(missing_ok=True)  # a link, whose target stays
     none = Ragged.of([] for _ in rows)
     pq.write_table(stage_table(Stage(number, list(rows), Ragged.of(rows.values()), none)), path)
-
-
-def _linked(stream: Stream, directory: Path, but: str) -> dict[str, str]:
-    """Link the files of a stream except one; returns their checksums."""
-    known = {name: sha256 for name, sha256 in stream.manifest["files"].items() if name != but}
-    for name in known:
-        link(intact(stream.directory, name, stream.manifest), directory / name)
-    return known
 
 
 def members_of(into: Mapping[str, str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Events that were received one by one since the stream was made, in an SQLite file that does not lose any.
+"""Events that were received one by one since the stream was made, stored safely in an SQLite file.
 
 SQLite uses a write-ahead log (WAL) and flushes it at every commit (``synchronous=FULL``). So events survive a
 kill or a power failure after :meth:`ReceivedEvents.add` has returned, and others can read at the same time.
@@ -25,7 +25,9 @@ from types import TracebackType
 from typing import Any
 
 from peso.errors import DataError, FullDisk, WorkspaceError
+from peso.events.history_index import LAST
 from peso.events.times import END, iso
+from peso.runtime.files import fsync
 
 FORMAT = 1  # the version of the file format
 APPLICATION = 0x7065736F  # "peso", in the header of the file
@@ -111,6 +113,7 @@ class ReceivedEvents:
         self.close()
 
     def close(self) -> None:
+        """Close the file. The last process that closes it merges the write-ahead log into it."""
         self._reader.close()
         self._writer.close()
 
@@ -196,11 +199,16 @@ class ReceivedEvents:
                 yield found
 
     def users_after(self, user: str, limit: int = CHUNK, prefix: str = "") -> list[str]:
-        """The next users with events after ``user``, in the order of their names; "" for the first ones. With
-        ``prefix``, only those whose names begin with it."""
+        """The names of the next users with events, in order.
+
+        Args:
+            user: the last name of the page before; "" for the first page.
+            limit: the largest number of users.
+            prefix: the names begin with it.
+        """
         query, values = "SELECT DISTINCT user FROM events WHERE user > ?", [user]
         if prefix:
-            query, values = f"{query} AND user >= ? AND user < ?", [user, prefix, prefix + "\U0010ffff"]
+            query, values = f"{query} AND user >= ? AND user < ?", [user, prefix, prefix + LAST]
         rows = self._rows(f"{query} ORDER BY user LIMIT ?", [*values, limit])
         return [name for (name,) in rows]
 
@@ -245,7 +253,8 @@ class ReceivedEvents:
 def _require_sound(event: ReceivedEvent, latest: int) -> None:
     for name, value in (("user", event.user), ("item", event.item), ("key", event.key)):
         if not isinstance(value, str) or (not value and name != "key"):
-            raise DataError(f"an event's {name} must be text that is not empty, not {value!r}")
+            empty = "" if name == "key" else " that is not empty"
+            raise DataError(f"an event's {name} must be text{empty}, not {value!r}")
         if "\0" in value or value.encode("utf-8", "ignore").decode() != value:
             raise DataError(f"an event's {name} is not text that can be stored: {value!r}; send valid UTF-8")
     if type(event.time) is not int or event.time < 0:
@@ -271,11 +280,7 @@ def _create(path: Path) -> None:
             os.link(new, path)
         except FileExistsError:
             return
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path.parent)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from peso.config.parsing import shown
 from peso.errors import DataError
 from peso.events import columns
 from peso.events.histories import Ragged, Stage, require_trainable
@@ -113,10 +114,10 @@ def _read_block(path: Path, number: int, ids: SemanticIds, index: Path) -> Stage
             unknown.extend((user, item) for item in items if item not in rows)
             side.append([rows.get(item, -1) for item in items])
     if unknown:
-        shown = ", ".join(f"user {user!r} item {item!r}" for user, item in unknown[:5])
+        some = ", ".join(f"user {user!r} item {item!r}" for user, item in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(
-            f"{path} has items that are not in {index.name}: {shown}{more}; "
+            f"{path} has items that are not in {index.name}: {some}{more}; "
             "use the index made for these blocks, or remove these events"
         )
     stage = Stage(number, list(block), Ragged.of(sides[PREVIOUS]), Ragged.of(sides[CURRENT]))
@@ -127,7 +128,7 @@ def _read_block(path: Path, number: int, ids: SemanticIds, index: Path) -> Stage
 def _items(path: Path, user: str, entry: Any, key: str) -> list[str]:
     if not isinstance(entry, Mapping):
         raise DataError(
-            f"{path}: user {user!r} has {_short(entry)} instead of an object with {PREVIOUS!r} and "
+            f"{path}: user {user!r} has {shown(entry, 40)} instead of an object with {PREVIOUS!r} and "
             f"{CURRENT!r}; create the block again"
         )
     if key not in entry:
@@ -135,18 +136,13 @@ def _items(path: Path, user: str, entry: Any, key: str) -> list[str]:
     items = entry[key]
     if not isinstance(items, list):
         raise DataError(
-            f"{path}: {key!r} of user {user!r} is {_short(items)} instead of a list of item ids; "
+            f"{path}: {key!r} of user {user!r} is {shown(items, 40)} instead of a list of item ids; "
             "create the block again"
         )
     for item in items:
         if not isinstance(item, str):
             raise DataError(
-                f"{path}: {key!r} of user {user!r} contains {_short(item)} instead of an item id; "
+                f"{path}: {key!r} of user {user!r} contains {shown(item, 40)} instead of an item id; "
                 "write ids as strings"
             )
     return items
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"

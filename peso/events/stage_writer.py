@@ -52,10 +52,13 @@ class StageWriter:
             self._files.append(stack.enter_context(pq.ParquetWriter(path, columns.STAGE)))
 
     def write(self, slices: Sequence[Callable[[], Stage]]) -> None:
-        """Write a slice of the users of each stage, in the order of the stage numbers, from functions that
-        return it."""
-        # Arrow releases Python's lock while encoding; each stage has its own file. No more slices than
-        # threads are in memory
+        """Write a slice of the users of each stage.
+
+        Args:
+            slices: functions that return the slices, in the order of the stage numbers.
+        """
+        # Arrow releases Python's lock while encoding, and each stage has its own file. At most as many slices
+        # as threads are in memory
         list(self._threads.map(self._write, range(len(self.numbers)), slices))
 
     def _write(self, place: int, slice_of_stage: Callable[[], Stage]) -> None:
@@ -139,11 +142,12 @@ def by_user(
     Args:
         engine: the engine.
         events: u (the number of the user), i and the columns ``by``.
-        users: the users (n, name), numbered from 0. They may be without events.
+        users: the users (n, name), numbered from 0. Some may have no events.
         by: int64 columns by which the events of a user are ordered.
         last_use: kept tables that only ``events`` still needs; they are dropped before the first users.
 
-    Yields: the names of the users, and the columns of their events; ``u`` is counted from the first of them.
+    Yields:
+        The names of the users, and the columns of their events. ``u`` counts from the first of these users.
     """
     batches = engine.batches(users.order_by("n").select("name"), BATCH)
     names = (name for batch in batches for name in batch["name"].to_pylist())
@@ -271,7 +275,7 @@ def new_items(
         items: the product table; None if there is none.
         skip: whether to leave out rows of ``items`` that cannot be read instead of refusing the table.
         observer: receives notes.
-        aliases: ids of items by which to replace names in ``items``.
+        aliases: names in ``items``, and the ids that replace them.
 
     Returns:
         An Arrow table (``peso.events.columns.ITEMS``), and counts for the manifest: rows of ``items`` that
@@ -315,6 +319,7 @@ def texts_in_catalogue(connection: duckdb.DuckDBPyConnection, numbers: str) -> p
     product table, which :func:`new_items` has read.
 
     Args:
+        connection: the database.
         numbers: a table with the items (name, n).
     """
     query = f"""
@@ -344,10 +349,7 @@ def _remarks_on_texts(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
 
 
 def _tell_found(connection: duckdb.DuckDBPyConnection, file: str, observer: Observer) -> int:
-    """Report how many items have a row, and ids that almost match.
-
-    Returns: the number of items that have a row.
-    """
+    """Report how many items have a row, and ids that almost match; returns the number of items with a row."""
     connection.execute("""
         CREATE TABLE met AS
         SELECT log.name, product.item_id

@@ -23,29 +23,35 @@ import pyarrow.parquet as pq
 from peso.errors import DataError, WorkspaceError
 from peso.events import columns
 from peso.events.histories import Ragged, Stage, require_trainable, stage_counts
+from peso.runtime.files import link
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 
 FORMAT = 1
 ITEMS_FILE = "items.parquet"
-MERGED = "merged"  # in the manifest: the users that were merged into others (peso.events.merge)
-ERASED = "erased"  # in the manifest: per erasure of a user, the checksums of files from before it
+MERGED = "merged"  # a key of the manifest: the merges of users (peso.events.merge)
+ERASED = "erased"  # a key of the manifest: for each erasure of a user, the checksums of the files before it
 PIECE = 20_000  # users of a stage that are held in memory together
 
 
 def stage_file(number: int) -> str:
+    """The file of the users of a stage."""
     return f"stage={number}/users.parquet"
 
 
 def rare_file(number: int) -> str:
-    """The file of the users of a log whom the cleaning left out because they have too few events. Their items
-    that are in the stream are in ``previous``. Nothing is learned from these users, but they get
-    recommendations. ``number`` is the first stage of the log."""
+    """The file of the users of a log whom the cleaning left out because they have too few events.
+
+    Models are not trained on these users, but they get recommendations. ``previous`` has those of their items
+    that are in the stream. ``number`` is the first stage of the log.
+    """
     return f"stage={number}/rare.parquet"
 
 
 def merged_file(number: int) -> str:
-    """The file of the histories of users that were merged when this was the last stage
-    (:mod:`peso.events.merge`). They are in ``previous``; users without items have become others."""
+    """The file of the users that were merged when this was the last stage (:mod:`peso.events.merge`).
+
+    ``previous`` has their histories. A user without items was merged into another one.
+    """
     return f"stage={number}/merged.parquet"
 
 
@@ -210,7 +216,7 @@ class Stream:
 
     @cached_property
     def merged_users(self) -> dict[str, str]:
-        """Who each user is now that was merged into another one."""
+        """The current user of each user that was merged into another one."""
         into = {str(merge["from"]): str(merge["into"]) for merge in self.manifest.get(MERGED, [])}
         now = {}
         for user in into:
@@ -265,6 +271,20 @@ class Stream:
         for users in self.pieces(number):
             counts += np.bincount(users.current.values, minlength=len(counts))
         return counts
+
+    def link_files(self, directory: Path, but: Collection[str]) -> dict[str, str]:
+        """Link the files of the stream into another directory, except those whose names are in ``but``.
+
+        Returns:
+            The sha256 of each linked file.
+
+        Raises:
+            WorkspaceError: a file is damaged.
+        """
+        linked = {name: sha256 for name, sha256 in self.manifest["files"].items() if name not in but}
+        for name in linked:
+            link(intact(self.directory, name, self.manifest), directory / name)
+        return linked
 
     def _require_stage(self, number: int) -> None:
         if not 0 <= number < self.stages:

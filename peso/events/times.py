@@ -64,7 +64,7 @@ class Clock:
             key: the key of the configuration, for messages.
 
         Raises:
-            DataError: the text cannot be read, or the time is before 1970 or after the year 9998.
+            DataError: the text cannot be read, or the number is before 1970 or after the year 9998.
         """
         if not isinstance(value, str):
             number = value * MICROSECONDS[self.unit or "seconds"]
@@ -83,8 +83,8 @@ class Clock:
         return microseconds(when if when.tzinfo else when.replace(tzinfo=UTC))
 
 
-def recognise(sample: Sequence[object], sql_type: str, time_format: str, where: str) -> Clock:
-    """Recognize the format of times. The unit of numbers is determined by :func:`recognise_unit`.
+def recognize(sample: Sequence[object], sql_type: str, time_format: str, where: str) -> Clock:
+    """Recognize the format of times. The unit of numbers is determined by :func:`recognize_unit`.
 
     Args:
         sample: the first values of the column.
@@ -130,7 +130,7 @@ def recognise(sample: Sequence[object], sql_type: str, time_format: str, where: 
     return Clock("number" if numbers >= texts else "iso")
 
 
-def recognise_unit(least: float, most: float, where: str) -> str:
+def recognize_unit(least: float, most: float, where: str) -> str:
     """The unit of numbers, from the smallest and the largest.
 
     Raises:

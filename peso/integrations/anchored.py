@@ -1,4 +1,4 @@
-"""A proximal term during the training of a stage by any loop: what the callbacks of all libraries share."""
+"""A proximal term in the training loop of another library: the part that all callbacks share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEASURED_EVERY = 8  # steps between two measurements of norms, which take a copy
 
 
 class Anchored:
-    """One stage with a term: its gradient, its decoupled pull, and whether it restrains the adapter.
+    """A term during one stage: its gradient, its decoupled pull, and whether it restrains the adapter.
 
     Args:
         term: the term. Without an anchor, the adapter at the start of the stage becomes the anchor.
@@ -31,8 +31,8 @@ class Anchored:
 
     Raises:
         ConfigError: the term must watch forward passes.
-        TrainingError: the model has no such adapter, another one than the anchor, or the stage continues
-            and the term has no anchor.
+        TrainingError: the model has no such adapter or one that does not match the anchor, or the stage
+            continues and the term has no anchor.
     """
 
     def __init__(self, term: Term, model: nn.Module, steps: int, done: int = 0, stage: int = 1) -> None:
@@ -68,6 +68,7 @@ class Anchored:
 
     @property
     def is_decoupled(self) -> bool:
+        """Whether the adapter is pulled after each step, instead of adding a gradient."""
         return self.term.coupling == "decoupled"
 
     @property
@@ -118,8 +119,11 @@ class Anchored:
         return self._monitor.add(record)
 
     def _distance(self, pull: float, rate: float, total: float | None) -> float:
-        """How far the adapter is from the anchor. An anchor from elsewhere is known by the length of a pull,
-        which is the distance · (exp(lr · κ) − 1); without one, the distance is that from the start."""
+        """The distance of the adapter from the anchor.
+
+        If the anchor is not the adapter at the start, the distance follows from the length of a pull, which
+        is distance · (exp(lr · κ) − 1); without a pull, the distance from the start is returned instead.
+        """
         grown = math.expm1(rate * self.term.decay(total)) if self.is_decoupled else 0.0
         return pull / grown if self._from_elsewhere and grown else _distance(self.parameters, self._start)
 

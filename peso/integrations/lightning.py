@@ -86,7 +86,7 @@ class ProximalCallback(Callback):
             log.warning(warning)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say whether the anchor has restrained the adapter."""
+        """Log whether the anchor has restrained the adapter."""
         assert self._anchored is not None
         self.effect = self._anchored.effect()
         if says := self.effect["says"]:

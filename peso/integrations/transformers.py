@@ -17,10 +17,11 @@ from peso.integrations.anchored import Anchored, gradient_norm, log
 class ProximalCallback(TrainerCallback):
     """Adds a proximal term to a training with ``Trainer``, and logs whether the anchor restrains the adapter.
 
-    With ``coupling="loss"``, the gradient of the term is added once per optimizer step, whatever the
-    accumulation and whatever computes the loss, before gradients are clipped; the logged loss is the plain
-    one. With ``coupling="decoupled"``, the adapter is pulled after each optimizer step. The log has
-    ``proximal/value``, ``proximal/gradient_ratio`` (or ``pull_ratio``) and ``proximal/distance``. ::
+    With ``coupling="loss"``, the gradient of the term is added once per optimizer step, before gradients are
+    clipped. This does not depend on gradient accumulation or on the function that computes the loss. The
+    logged loss does not include the term. With ``coupling="decoupled"``, the adapter is pulled after each
+    optimizer step. The log has ``proximal/value``, ``proximal/gradient_ratio`` (or ``pull_ratio``) and
+    ``proximal/distance``. ::
 
         trainer = Trainer(..., callbacks=[ProximalCallback(peso.L2(strength=1.0, coupling="decoupled"))])
         trainer.train()
@@ -38,9 +39,10 @@ class ProximalCallback(TrainerCallback):
     def __init__(self, term: Term, *, stage: int = 1, total_learning_rate: float | None = None) -> None:
         self.term, self.stage = term, stage
         self.effect: dict[str, Any] | None = None
-        self._total = total_learning_rate
+        self._given_total = self._total = total_learning_rate
         self._anchored: Anchored | None = None
         self._added: list[Tensor | None] = []
+        self._norms: list[float] = []
         self._hooks: list[Any] = []
 
     def on_train_begin(
@@ -49,8 +51,8 @@ class ProximalCallback(TrainerCallback):
         """Check the training, and anchor the term unless it has an anchor.
 
         Raises:
-            ConfigError: the training is in fp16 or sharded, the scheduler does not tell its learning rates,
-                or the term cannot be used in a callback.
+            ConfigError: the training is in fp16 or sharded, the learning rates of the scheduler are not known
+                in advance, or the term cannot be used in a callback.
             TrainingError: the model has no LoRA adapter, or another one than the anchor.
         """
         kinds = {"fp16": args.fp16, "DeepSpeed": args.deepspeed, "FSDP": args.fsdp}
@@ -62,6 +64,7 @@ class ProximalCallback(TrainerCallback):
         self._remove_hooks()
         model = kwargs["model"]
         self._anchored = Anchored(self.term, model, state.max_steps, state.global_step, self.stage)
+        self._total = self._given_total
         if self._anchored.is_decoupled and self._total is None and self.term.strength is not None:
             self._total = _sum_of_rates(kwargs["lr_scheduler"], state.max_steps)
         if not self._anchored.is_decoupled:
@@ -73,7 +76,8 @@ class ProximalCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the gradient of the term where the backward passes of the step add theirs."""
+        """Set the gradient of the term as the parameters' gradient, to which the backward passes add
+        theirs."""
         assert self._anchored is not None
         self._norms = [0.0] * len(self._anchored.parameters)
         self._added = self._anchored.gradients()
@@ -111,7 +115,7 @@ class ProximalCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say whether the anchor has restrained the adapter."""
+        """Log whether the anchor has restrained the adapter."""
         assert self._anchored is not None
         self._remove_hooks()
         self.effect = self._anchored.effect()
@@ -132,7 +136,7 @@ class ProximalCallback(TrainerCallback):
 
 
 def _sum_of_rates(scheduler: Any, steps: int) -> float:
-    """The sum of the learning rates of all steps. Raises ConfigError if the scheduler does not tell them."""
+    """The sum of the learning rates of all steps. Raises ConfigError if they are not known in advance."""
     if not isinstance(scheduler, LambdaLR):
         raise ConfigError(
             f"the learning rates of {type(scheduler).__name__} are not known in advance; give their sum: "

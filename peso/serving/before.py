@@ -21,8 +21,14 @@ log = logging.getLogger("peso.serving")
 
 
 @dataclass(frozen=True)
-class Found:
-    """``stage``: number of the previous stage, None if there is none. ``snapshot``: None if not ready."""
+class PreviousStage:
+    """The previous stage.
+
+    Attributes:
+        stage: its number; None if there is none.
+        state: whether its model is in memory.
+        snapshot: the stage with its model; None if it is not in memory.
+    """
 
     stage: int | None
     state: State
@@ -33,8 +39,8 @@ class StageBefore:
     """Loads and holds the model of the previous stage.
 
     Args:
-        live: the serving stage; models are loaded one at a time under its lock.
-        kept: seconds after the last use until the model is freed.
+        live: the serving stage. Its lock ensures that only one model is loaded at a time.
+        kept: seconds after the last use at which the model is freed.
     """
 
     def __init__(self, live: LiveStage, kept: float = KEPT) -> None:
@@ -46,26 +52,26 @@ class StageBefore:
         self._used = self._failed = float("-inf")
         self._thread: threading.Thread | None = None
 
-    def find(self) -> Found:
-        """The previous stage; if its model is not in memory, loading starts in the background."""
+    def find(self) -> PreviousStage:
+        """The previous stage. If its model is not in memory, loading starts in the background."""
         stage = self._stage()
         with self._changed:
             if stage is None:
                 self._want(None)
-                return Found(None, "none")
+                return PreviousStage(None, "none")
             self._want(identity(stage))
             self._used = time.monotonic()
             if self._held is not None:
                 self._held = self._held.named(self._live.current.semantic_ids.names)
-                return Found(stage.number, "ready", self._held)
+                return PreviousStage(stage.number, "ready", self._held)
             if time.monotonic() - self._failed < AGAIN:
-                return Found(stage.number, "failed")
+                return PreviousStage(stage.number, "failed")
             if self._thread is None and not self._stopping:
                 self._thread = threading.Thread(
                     target=self._hold, args=(stage,), name="peso stage before", daemon=True
                 )
                 self._thread.start()
-            return Found(stage.number, "loading")
+            return PreviousStage(stage.number, "loading")
 
     def stop(self) -> None:
         """Free the model. A load in progress is not waited for; its thread ends with the process."""
@@ -96,7 +102,7 @@ class StageBefore:
             return None
 
     def _hold(self, stage: RunStage) -> None:
-        """Load the model, and hold it until it is unused or another stage is wanted."""
+        """Load the model, and hold it until it has been unused for a while or another stage is wanted."""
         wanted = identity(stage)
         try:
             snapshot = self._live.another(stage)

@@ -5,8 +5,8 @@ engine also waits a few milliseconds, because more requests are likely. A single
 request does not wait.
 
 When no question has waited for a while, the engine prepares the answers of users who are expected to ask, one
-user at a time and during at most a quarter of the time. So a question waits for at most one of them, and in
-the mean for an eighth of one.
+at a time and during at most a quarter of the time. So a question waits for at most one preparation, on
+average for an eighth of one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Engine:
     Args:
         answer: answers a batch of questions from one snapshot.
         wait: maximum seconds that a question waits for others, if the last batch had several requests.
-        together: size of a batch at which the engine does not wait.
+        together: size of a batch at which the engine does not wait for more questions.
         most: maximum number of waiting questions; further ones are refused.
         on_batch: called after every batch with the number of questions and the seconds it took.
         prepare: prepares the answer of a user; None: nothing is prepared.
@@ -119,7 +119,7 @@ class Engine:
         return self._add(_Group((), time.monotonic(), work=work))
 
     def expect(self, users: Iterable[str]) -> None:
-        """Prepare the answers of these users as soon as no question has waited for a while. If too many are
+        """Prepare the answers of these users when no question has waited for a while. If too many users are
         expected, those that were named first are left out."""
         if self._prepare is None:
             return

@@ -143,8 +143,9 @@ def reason(
     """A few sentences on why the score of an item differs from that under the previous stage.
 
     Args:
-        now, before: both stages with the likelihood of the item.
-        events: number of events of the item, by stage of the stream.
+        item: the item.
+        now, before: the serving and the previous stage, each with the likelihood of the item.
+        events: the number of events of the item, by stage of the stream.
     """
     (stage, likely), (earlier, then) = now, before
     seen = ", ".join(f"{count:,} in stage {number}" for number, count in sorted(events.items()))

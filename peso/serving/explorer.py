@@ -137,7 +137,7 @@ def _add_changes(app: FastAPI, service: Service) -> None:
 
 
 def _refusal(service: Service, http: HttpRequest) -> str | None:
-    """Why the caller may not change the serving stage; None: it may."""
+    """Why the caller may not change the serving stage; None if it may."""
     if service.received is None:
         return "the serving stage cannot be changed: this server was started with --read-only"
     if service.live.pinned is not None:
@@ -150,7 +150,8 @@ def _refusal(service: Service, http: HttpRequest) -> str | None:
 
 
 def _caller(service: Service, http: HttpRequest) -> str:
-    """A name of the caller, to record with a change. Raises HTTPException if the caller may not make one."""
+    """The name of the caller, for the record of a change. Raises HTTPException if the caller may not change
+    anything."""
     if (refusal := _refusal(service, http)) is not None:
         raise HTTPException(403, refusal)
     return f"token {http.state.token + 1} over HTTP"

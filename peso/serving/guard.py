@@ -42,7 +42,13 @@ class Rates:
         self._left: OrderedDict[object, tuple[float, float]] = OrderedDict()  # caller → (requests left, time)
 
     def wait(self, caller: object, now: float) -> float:
-        """Seconds until the caller's next request is allowed; if 0, this request is counted."""
+        """The seconds until the caller's next request is allowed; 0 if this request is allowed, which then
+        counts.
+
+        Args:
+            caller: a token's index, or an address.
+            now: the time in seconds, from a monotonic clock.
+        """
         if not self.rate:
             return 0.0
         most = max(1.0, 2 * self.rate)
@@ -56,14 +62,15 @@ class Rates:
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that checks and counts every request before the application answers it.
 
     Args:
+        app: the application.
         meters: receives the number and duration of requests.
         tokens: accepted tokens; None: no token is required.
-        hosts: accepted names in the Host header, against DNS rebinding; None: any.
-        rate: see :class:`Rates`; per token, or per address without tokens.
-        largest_body: maximum size of a body, bytes.
+        hosts: accepted names in the Host header, to prevent DNS rebinding; None: any.
+        rate: requests per second of a token or, without tokens, of an address (:class:`Rates`).
+        largest_body: maximum size of a body in bytes.
         open_paths: paths that need no token, in addition to :data:`OPEN`.
     """
 
@@ -89,9 +96,8 @@ class Guard:
                 await self.app(scope, receive, send)
             return  # websockets are closed
         started, number, status, method = time.monotonic(), secrets.token_hex(8), 500, scope["method"]
-        if (
-            method == "HEAD"
-        ):  # asked by load balancers; routes answer GET, and the HTTP server leaves out the body
+        # routes answer only GET; load balancers ask with HEAD, for which the HTTP server leaves out the body
+        if method == "HEAD":
             scope = {**scope, "method": "GET"}
 
         async def answer(message: Message) -> None:

@@ -18,8 +18,10 @@ class LiveHistories:
     """The histories of a workspace's users: the stream and the events received since.
 
     Args:
+        root: the workspace.
         received: the events that this server stores; None: it is read-only, and reads the events that another
             server stores.
+        trust: classes of custom strategies that may be imported.
     """
 
     def __init__(self, root: Path, received: ReceivedEvents | None, trust: Iterable[str] = ()) -> None:
@@ -29,8 +31,8 @@ class LiveHistories:
         self._users = UserHistories(self.workspace, events=self._open, background=True)
 
     def of(self, user: str) -> list[str] | None:
-        """Item ids, oldest first, but items without a semantic ID before all others; None if neither the log
-        nor a received event has the user."""
+        """The item ids of a user's history, oldest first, with items without a semantic ID before all others;
+        None if neither the log nor a received event has the user."""
         found = self._users.of(user)
         return None if found is None else [*found.left_out, *found.items]
 

@@ -66,7 +66,7 @@ class StreamFacts:
             return self._drift[1]
 
     def events(self, workspace: Workspace, row: int, stages: set[int]) -> dict[int, int]:
-        """Number of events of an item (given by its row) in each of the stages."""
+        """The number of events of an item, given by its row, in each of these stages of the stream."""
         stream, found = workspace.stream, {}
         for number in sorted(stages):
             if number >= stream.stages:
@@ -124,6 +124,7 @@ def add_insight(app: FastAPI, service: Service) -> None:
 
 
 def shown(snapshot: Snapshot, item: str, score: float | None = None) -> ShownItem:
+    """An item for the explorer, with its current name; title and semantic ID only if the stage knows it."""
     if item not in snapshot.semantic_ids:
         return ShownItem(item=item, score=score)
     item, semantic_id = snapshot.semantic_ids.name(item), snapshot.semantic_ids.semantic_id(item)

@@ -32,13 +32,15 @@ class LiveStage:
     its last batch.
 
     Args:
+        root: the workspace.
         stage: a fixed stage; None: the promoted one, or the newest trained one if none was promoted.
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
         remember: makes the memory of answers for a snapshot; None: answers are not kept.
         trust: classes of custom strategies that may be imported.
+        device: the device of the model; None: as configured.
         hybrid: the hybrid that answers: its label, or ``hybrid`` if there is only one; None: the model alone.
         on_change: called with the snapshot of every stage that starts to serve.
-        on_problem: called with the reason if a stage cannot be loaded; the old one continues to serve.
+        on_problem: called with the reason if a stage cannot be loaded. The old one continues to serve.
 
     Raises:
         PesoError: there is no such stage or hybrid, the hybrid was not run for the stage, or a file of the
@@ -63,13 +65,13 @@ class LiveStage:
         self._trust, self._device = tuple(trust), device
         self._on_change, self._on_problem = on_change, on_problem
         self.problem: str | None = None
-        self.lacks_hybrid: str | None = None  # says so of the newest stage, if an earlier one serves for it
+        self.lacks_hybrid: str | None = None  # why an earlier stage serves: the newest one has no hybrid yet
         self._seen: tuple[object, ...] | None = None
         self._stopping, self._loading = threading.Event(), threading.Lock()
         self.hybrid = hybrid
         self.current = Snapshot.of(self._stage_to_serve(), hybrid)
         if self.current.hybrid is not None:
-            self.hybrid = self.current.hybrid.label  # stays clear if others are run
+            self.hybrid = self.current.hybrid.label  # unambiguous even if other hybrids are run later
         self._thread = threading.Thread(target=self._watch, name="peso stages", daemon=True)
 
     def start(self) -> None:
@@ -82,11 +84,12 @@ class LiveStage:
 
     @property
     def is_ready(self) -> bool:
+        """Whether the model is loaded."""
         return self.current.model is not None
 
     def refresh(self) -> None:
-        """Load the stage that should serve now, if it is another one, its catalog has changed, or it is not
-        loaded yet. Otherwise only titles, popularity and names of items are read again."""
+        """Load the stage that should serve now if it is another one, its catalog has changed, or it is not
+        loaded yet. Otherwise only read titles, popularity and names of items again."""
         with self._loading:
             seen = self._fingerprint()  # a change while the files are read is for the next check
             self._refresh()
@@ -164,8 +167,8 @@ class LiveStage:
         return self._newest_with_hybrid(self.hybrid, stage)
 
     def _newest_with_hybrid(self, hybrid: str, newest: RunStage) -> RunStage:
-        """If no stage was promoted: the newest one for which the hybrid was run, because `peso update` runs
-        it some time after the training. If there is none, the newest, which is then refused."""
+        """The newest stage for which the hybrid was run, if no stage was promoted. (`peso update` runs the
+        hybrid some time after the training.) If there is none, the newest stage, which is then refused."""
         try:
             HybridAnswers(self.workspace, hybrid, newest.number)
         except WorkspaceError as error:

@@ -77,6 +77,7 @@ class Meters:
         self.problems = Counter("peso_stage_problems", "Failures to load a stage.", registry=registry)
 
     def describe(self, snapshot: Snapshot) -> None:
+        """Set the gauges of the serving stage and of its cache of prompts."""
         self.stage.set(snapshot.stage)
         if (prompts := snapshot.prompts) is not None:
             self.prompt_bytes.set(prompts.used)
@@ -84,8 +85,10 @@ class Meters:
             self.prompt_tokens.labels("computed").set(prompts.computed)
 
     def text(self) -> bytes:
+        """All metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
     def on_batch(self, questions: int, seconds: float) -> None:
+        """Count a batch, by its number of questions and its duration."""
         self.batch.observe(questions)
         self.batch_seconds.observe(seconds)

@@ -24,9 +24,10 @@ def key_of(request: Request, history: Sequence[str], leave_out: bool, stock: Sto
     """Everything that determines the items and scores of an answer from one snapshot.
 
     Args:
-        history: the items that the snapshot knows.
+        request: the request.
+        history: the items of the history that the snapshot knows.
         leave_out: whether items of the history are left out.
-        stock: the global filters.
+        stock: the filters for all requests.
     """
     return request.user, digest(request.k, leave_out, request.allow, request.deny, list(history)), stock
 
@@ -34,7 +35,7 @@ def key_of(request: Request, history: Sequence[str], leave_out: bool, stock: Sto
 @dataclass(frozen=True)
 class _Kept:
     ranked: list[tuple[str, float]]
-    prepared: bool  # and not given to anyone yet
+    prepared: bool  # before the user has asked; false once the answer was given
 
     @property
     def size(self) -> int:
@@ -61,8 +62,8 @@ class RememberedAnswers:
 
     Args:
         size: bytes of memory, estimated.
-        count: called for every answer that was prepared, every prepared one that is given (``used``), and
-            every one that is given again (``repeated``).
+        count: called with ``prepared`` for every answer that is prepared, with ``used`` when a prepared
+            answer is given, and with ``repeated`` when an answer is given again.
     """
 
     def __init__(self, size: int, count: Callable[[How], None] = lambda how: None) -> None:
@@ -78,7 +79,8 @@ class RememberedAnswers:
         """The items and scores of an answer; None if it is not kept.
 
         Args:
-            ahead: nobody has asked yet.
+            key: see :func:`key_of`.
+            ahead: whether the answer is looked for before the user has asked.
         """
         kept = self._answers.get(key)
         if kept is None or ahead:

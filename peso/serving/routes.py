@@ -49,7 +49,13 @@ SHOWN = 5  # maximum number of errors of a request that the response lists
 class Service:
     """The parts of a server that the routes use.
 
-    ``received``: the store of events; None if the server is read-only. ``before``: the previous stage.
+    Attributes:
+        live: the serving stage.
+        engine: the queue of questions.
+        meters: the metrics.
+        histories: the histories of users.
+        received: the store of events; None if the server is read-only.
+        before: the previous stage.
     """
 
     live: LiveStage
@@ -153,7 +159,8 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
 
 
 async def question_of(service: Service, request: Request) -> Question:
-    """The request with the history of its user. A user that was merged into another one is that one."""
+    """A question from a request, with the history of its user. A user that was merged into another one is
+    replaced by that one."""
     if request.user is None:
         return Question(request, request.history)
     history = await run_in_threadpool(service.histories.of, request.user)
@@ -274,7 +281,7 @@ def _problem(status: int, detail: str, headers: dict[str, str] | None = None) ->
 
 
 async def _explain_mistakes(request: HttpRequest, error: Exception) -> Response:
-    """One sentence that does not repeat the sent values."""
+    """Explain what is wrong with a request, without repeating the values that were sent."""
     assert isinstance(error, RequestValidationError)
     if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
         return _problem(422, "send a body of JSON, with the header Content-Type: application/json")
@@ -312,7 +319,7 @@ async def _explain_full_disk(request: HttpRequest, error: Exception) -> Response
 
 
 async def _explain_workspace(request: HttpRequest, error: Exception) -> Response:
-    """A file is damaged or locked for too long. The message, which may contain paths, is only logged."""
+    """A file is damaged, or was locked for too long. The message may contain paths, so it is only logged."""
     log.error("the workspace cannot be used", exc_info=error)
     return _problem(
         503, "the server cannot use its workspace now; the reason is in its log", {"retry-after": "30"}
@@ -320,6 +327,6 @@ async def _explain_workspace(request: HttpRequest, error: Exception) -> Response
 
 
 async def _hide_defect(request: HttpRequest, error: Exception) -> Response:
-    """The traceback is only logged."""
+    """Answer without details. The traceback is only logged."""
     log.error("a request failed", exc_info=error)
     return _problem(500, "internal server error; the reason is in the server's log")

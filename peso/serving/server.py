@@ -40,16 +40,17 @@ class Settings:
     """The options of `peso serve`.
 
     Attributes:
+        host, port: the address; port 0: the system chooses a free one.
         stage: a fixed stage; None: the promoted one.
         read_only: accept no events and no change of the serving stage.
         rate: requests per second and caller; 0: no limit.
         queue: maximum number of requests waiting for the model.
-        largest_body: maximum size of a request, bytes.
+        largest_body: maximum size of a request in bytes.
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
-        answer_memory: bytes for answers that are kept; 0: none are.
-        prepare: answer the usual request of a user after an event, in idle time, and keep the answer.
+        answer_memory: bytes for answers that are kept; 0: no answers are kept.
+        prepare: after an event of a user, answer the user's usual request in idle time, and keep the answer.
         hybrid: the hybrid that answers, see :class:`peso.serving.live.LiveStage`.
-        allow_file, deny_file: files of the only items that may be recommended, and of those that may not.
+        allow_file, deny_file: files with the only items that may be recommended, and with those that may not.
     """
 
     host: str = "127.0.0.1"
@@ -68,7 +69,12 @@ class Settings:
 
 
 def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> Service:
-    """Open the workspace and load the catalog; the model is loaded later.
+    """Open the workspace and load the catalog. The model is loaded later.
+
+    Args:
+        root: the workspace.
+        settings: the options.
+        trust: classes of custom strategies that may be imported.
 
     Raises:
         PesoError: there is no workspace, no trained stage or no such hybrid, or a file is damaged.
@@ -119,7 +125,7 @@ def guarded(service: Service, settings: Settings, tokens: Tokens | None) -> ASGI
     """The application with its middleware.
 
     Raises:
-        UsageError: other machines could call it without a token.
+        UsageError: other machines could call the server without a token.
     """
     require_tokens(settings.host, tokens)
     # without tokens, requests from web pages of other sites must be refused (DNS rebinding)
@@ -145,12 +151,14 @@ def serve(
     trust: Iterable[str] = (),
     on_listening: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests in progress are completed.
+    """Serve until SIGTERM or Ctrl-C. Requests in progress are completed.
 
     Args:
+        root: the workspace.
+        settings: the options.
+        tokens: the accepted tokens; None: no token is required.
         trust: classes of custom strategies that may be imported.
-        on_listening: called with the address when requests are accepted; with ``settings.port`` 0, the system
-            has chosen the port.
+        on_listening: called with the address when requests are accepted.
 
     Raises:
         PesoError: the workspace cannot be served.
@@ -207,8 +215,8 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Within the context, SIGTERM and SIGINT end the server normally: uvicorn raises them again after its
-    shutdown, which is ignored here."""
+    """A context in which SIGTERM and SIGINT end the server normally. After its shutdown, uvicorn raises the
+    signal again, which is ignored here."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     # disable the command line's time limit after a signal, because requests in progress may take longer
     wakeup = signal.set_wakeup_fd(-1)

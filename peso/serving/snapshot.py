@@ -1,5 +1,5 @@
-"""Recommendations of the server, from an immutable snapshot of one stage, so that all answers from one
-snapshot are consistent."""
+"""Recommendations of the server from an immutable snapshot of one stage. All answers from one snapshot are
+consistent."""
 
 from __future__ import annotations
 
@@ -32,9 +32,13 @@ EVERYTHING = Stock()
 
 @dataclass(frozen=True)
 class Question:
-    """A request with the history of its user; None: the user is unknown.
+    """A request with the history of its user.
 
-    ``snapshot``: of the stage to use instead of the serving one. ``ahead``: nobody has asked yet.
+    Attributes:
+        request: the request.
+        history: the items of the user, oldest first; None: the user is unknown.
+        snapshot: the stage that answers; None: the serving one.
+        ahead: whether the answer is prepared before the user has asked.
     """
 
     request: Request
@@ -48,17 +52,18 @@ class Snapshot:
     """A stage with everything that is needed for recommendations.
 
     Attributes:
-        stage: its number.
-        identity: of the stage and the catalog, see :func:`identity`.
-        titles: of each item; None: the log has none.
+        stage: the number of the stage.
+        identity: identifies the stage and the catalog, see :func:`identity`.
+        semantic_ids: the semantic IDs of the stage.
+        titles: the title of each item; None: it has none.
         popular: int64 (items,), item rows ordered by events in the newest stage of the stream, most first.
-        shares: float64 (items,), ln of each item's share of these events, with add-one smoothing.
+        shares: float64 (items,), the logarithm of each item's share of these events, with add-one smoothing.
         leaves_out_seen: whether items of the history are left out by default.
-        threads: as configured.
-        hybrid: answers in place of the model alone; None: the model answers.
-        model: None while it is being loaded; with a hybrid, its language model.
-        prompts: the cache of prompts of returning users.
-        answers: answers that are kept, and usual requests of users; None: none are.
+        threads: the setting ``training.threads``.
+        hybrid: the hybrid that answers; None: the model alone answers.
+        model: the model, or the language model of the hybrid; None while it is being loaded.
+        prompts: the cache of prompts of returning users; None: no cache.
+        answers: the answers that are kept, and the usual requests of users; None: none are kept.
         since: when the snapshot started to serve.
     """
 
@@ -81,7 +86,8 @@ class Snapshot:
         """Make a snapshot of a stage without its model.
 
         Args:
-            hybrid: the label of a hybrid, or ``hybrid`` if there is only one.
+            stage: the stage.
+            hybrid: the label of a hybrid, or ``hybrid`` if there is only one; None: no hybrid.
 
         Raises:
             WorkspaceError: the stage is not trained, the hybrid was not run for it, or a file is missing or
@@ -122,7 +128,8 @@ class Snapshot:
         """The answer to each question, or the error.
 
         Args:
-            stock: the global filters.
+            questions: the questions.
+            stock: the filters for all questions.
         """
         stocked = stock.among(self.semantic_ids)
         result: dict[int, Answer | DataError] = {}
@@ -202,7 +209,7 @@ class Snapshot:
             list(dict.fromkeys([*unknown, *unknown_allowed, *unknown_denied])),
             key_of(request, history, leave_out, stock),
             question.ahead,
-            # a stored history has the ids of the stream, which are no news for the caller
+            # a stored history has the ids of the stream, which the caller has not sent
             self.semantic_ids.names.former(
                 [*(request.history or ()), *(request.allow or ()), *(request.deny or ())]
             ),
@@ -285,6 +292,7 @@ class Snapshot:
         )
 
     def title(self, item: str) -> str | None:
+        """The title of an item that the stage knows; None if it has none."""
         return self.titles[self.semantic_ids.row(item)]
 
 
@@ -302,8 +310,8 @@ def answer_all(
 
 
 def identity(stage: RunStage, hybrid: HybridAnswers | None = None) -> Identity:
-    """Everything an answer depends on: number and digest of the stage, that of the hybrid, and the catalog,
-    which may have grown since the stage was trained."""
+    """Everything an answer depends on: the number and the digest of the stage, the digest of the hybrid, and
+    the catalog, which may have grown since the stage was trained."""
     catalog = stage.workspace.semantic_ids_manifest["files"]
     of_hybrid = "" if hybrid is None else f" {hybrid.determined_by}"
     return stage.number, f"{stage.determined_by}{of_hybrid}", str(sorted(catalog.items()))
@@ -314,9 +322,19 @@ _Reason = Literal["loading", "unknown_user", "empty_history"] | None
 
 @dataclass(frozen=True)
 class _Resolved:
-    """A question with items resolved for one stage: ``out``: items to leave out; ``reason``: why the model is
-    not used; ``unknown``: items that the stage does not know; ``key``: of the answer among those that are
-    kept; ``renamed``: current names of items that the request has by a former name."""
+    """A question whose items were looked up in one stage.
+
+    Attributes:
+        request: the request.
+        history: the items of the history that the stage knows, by their current names.
+        out: items to leave out.
+        allow: the only items that may be recommended; None: no such filter.
+        reason: why the model is not used; None: it is used.
+        unknown: items that the stage does not know.
+        key: identifies the answer among those that are kept.
+        ahead: whether the answer is prepared before the user has asked.
+        renamed: the current names of items that the request has by a former name.
+    """
 
     request: Request
     history: list[str]

@@ -1,5 +1,5 @@
-"""Global filters of the items that may be recommended, those in stock and not retired, from files that are
-reloaded when they change."""
+"""Filters for all recommendations of a server: only items in stock that are not retired. The files of the
+filters are read again when they change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ log = logging.getLogger("peso.serving")
 
 @dataclass(frozen=True)
 class Stock:
-    """``allow``: the only items that may be recommended, None: all; ``deny``: items that may not."""
+    """The filters.
+
+    Attributes:
+        allow: the only items that may be recommended; None: all.
+        deny: items that may not be recommended.
+    """
 
     allow: frozenset[str] | None = None
     deny: frozenset[str] = frozenset()
@@ -40,7 +45,7 @@ class StockFiles:
 
     Args:
         allow, deny: files of item ids, one per line; None: no filter.
-        root: the workspace, whose retired items are never recommended; None: no workspace.
+        root: the workspace, whose retired items are denied; None: no workspace.
 
     Raises:
         UsageError: a file cannot be read, or the allow file is empty.
@@ -54,7 +59,7 @@ class StockFiles:
         self._files = {"--allow-file": allow, "--deny-file": deny}
         self._seen = self._fingerprint()
         self._stock = self._combined = self._read()
-        self._parts: tuple[Stock, frozenset[str]] = self._stock, frozenset()  # of which it is combined
+        self._parts: tuple[Stock, frozenset[str]] = self._stock, frozenset()  # what _combined is made from
 
     def current(self) -> Stock:
         """The current filters. If a changed file cannot be read, the old filters stay and the error is
@@ -101,10 +106,12 @@ class StockFiles:
         if path is None:
             return None
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UsageError(f"{option} {path} cannot be read: {reason}") from None
+            raise UsageError(
+                f"{option} {path} cannot be read: {reason}; check the file and its path"
+            ) from None
         items = frozenset(line.strip() for line in lines) - {""}
         if option == "--allow-file" and not items:
             raise UsageError(

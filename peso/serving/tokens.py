@@ -22,9 +22,9 @@ class Tokens:
     """The accepted tokens.
 
     Args:
-        lines: one token each, or ``sha256:`` and the digest of a token; empty lines and lines that start with
-            # are ignored.
-        source: their source, for messages.
+        lines: a token on each line, or ``sha256:`` and the digest of a token. Empty lines and lines that
+            start with # are ignored.
+        source: where the lines come from, for messages.
 
     Raises:
         UsageError: a token is too short, a digest is malformed, or there is no token.
@@ -54,7 +54,7 @@ class Tokens:
             raise UsageError(f"{source} has no token; {ADVICE}")
 
     def place(self, token: str) -> int | None:
-        """The index of a token; None if it is not accepted."""
+        """The index of a token among the accepted ones; None if it is not accepted."""
         digest = hashlib.sha256(token.encode("utf-8", "replace")).digest()
         found = None
         for place, known in enumerate(self._digests):  # no early exit: constant time
@@ -64,18 +64,26 @@ class Tokens:
 
 
 def read_tokens(file: Path | None) -> Tokens | None:
-    """Read tokens from a file, or without one from the environment variable ``PESO_TOKENS``, separated by
-    commas; None if there is neither.
+    """Read tokens from a file, one per line, or from the environment variable ``PESO_TOKENS``, separated by
+    commas.
+
+    Args:
+        file: the file; None: the environment variable.
+
+    Returns:
+        The tokens; None if there is neither a file nor the variable.
 
     Raises:
         UsageError: the file cannot be read, or as :class:`Tokens`.
     """
     if file is not None:
         try:
-            return Tokens(file.read_text(encoding="utf-8").splitlines(), str(file))
+            return Tokens(file.read_text(encoding="utf-8-sig").splitlines(), str(file))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UsageError(f"--token-file {file} cannot be read: {reason}") from None
+            raise UsageError(
+                f"--token-file {file} cannot be read: {reason}; check the file and its path"
+            ) from None
     text = os.environ.get(VARIABLE)
     return None if text is None else Tokens(text.split(","), f"the environment variable {VARIABLE}")
 

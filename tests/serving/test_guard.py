@@ -81,6 +81,8 @@ def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "tokens"
     file.write_text("\n".join(LINES))
     assert read_tokens(file).place(SECOND) == 1
+    file.write_text(f"{FIRST}\n", encoding="utf-8-sig")
+    assert read_tokens(file).place(FIRST) == 0
     for text, words in (
         ("", "has no token"),
         ("short", "line 1: a token needs at least 16"),

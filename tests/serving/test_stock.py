@@ -55,6 +55,9 @@ def test_a_file_that_cannot_be_read_is_refused_at_the_start(tmp_path):
     with pytest.raises(UsageError, match="has no item"):
         StockFiles(allow=empty)
     assert StockFiles(deny=empty).current() == Stock()
+    marked = tmp_path / "marked.txt"
+    marked.write_text("7\n8\n", encoding="utf-8-sig")  # with a byte order mark, as spreadsheets write it
+    assert StockFiles(deny=marked).current().deny == {"7", "8"}
     with pytest.raises(UsageError, match=r"--deny-file .* No such file"):
         StockFiles(deny=tmp_path / "gone")
 

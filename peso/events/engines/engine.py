@@ -1,8 +1,8 @@
 """What an engine does: it computes Ibis expressions, and keeps their results as tables.
 
 Expressions are built on tables that have a name and a schema (``ibis.table``). An engine compiles them to its
-dialect of SQL. What SQL has no common form for is a method here: an exact position in a total order, rows as
-a stream, and tables that are computed once.
+dialect of SQL. Operations without a common form in SQL are methods: positions in a total order, rows as a
+stream, and tables that are computed once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Engine(ABC):
 
     @abstractmethod
     def rows(self, rows: ir.Table) -> list[tuple[Any, ...]]:
-        """Some rows as Python values."""
+        """Rows as Python values."""
 
     @abstractmethod
     def batches(

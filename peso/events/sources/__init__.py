@@ -23,7 +23,7 @@ def fetch(data: DataConfig, observer: Observer) -> None:
     """Fetch the files that have an address (:mod:`peso.runtime.remote`), showing the progress.
 
     Raises:
-        DataError: one cannot be fetched.
+        DataError: a file cannot be fetched.
     """
     for path in (data.path, data.items.path if data.items else None):
         if path is not None:

@@ -18,7 +18,7 @@ from peso.events.sources.files import HEADER, find_files, first_fields, open_tex
 from peso.events.sources.lines import Dialect, delimited_rows, json_rows
 from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
 from peso.events.sources.user_files import separator_of
-from peso.events.times import recognise
+from peso.events.times import recognize
 
 SAMPLE = 1000  # the number of rows that are examined
 SEPARATORS = (",", ";", "\t", "|", "::")
@@ -123,7 +123,7 @@ def guess_time(sampled: Sampled, name: str, given: str = "auto") -> str | None:
     if "%" in given:
         return given if _all_parse(values, given) else None
     try:
-        clock = recognise(values, column.kind, "auto", name)
+        clock = recognize(values, column.kind, "auto", name)
     except DataError:
         fitting = [date + clock for date in DATES for clock in CLOCKS if _all_parse(values, date + clock)]
         if len(fitting) > 1:

@@ -37,12 +37,12 @@ class Dialect:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """When a quoted field counts as having swallowed rows because a quote is missing or misplaced.
+class QuoteCheck:
+    """When a quoted field counts as an error, because a missing or misplaced quote makes it include rows.
 
-    A line inside the field looks like a row if it has the right number of fields and its field number
-    ``key`` (the time of a log, the id of a product) has the format of the last row's. A field with ``rows``
-    such lines or more counts as an error.
+    A line inside the field looks like a row if it has the right number of fields, and its field number
+    ``key`` (the time of a log, the id of a product) has the same format as in the last row. A field with
+    ``rows`` or more such lines is an error.
     """
 
     key: int
@@ -112,18 +112,24 @@ def _fields(separator: str, quote: str) -> re.Pattern[bytes]:
 
 
 def delimited_rows(
-    file: Path, dialect: Dialect, width: int, watch: Watch | None = None
+    file: Path, dialect: Dialect, width: int, check: QuoteCheck | None = None
 ) -> Iterator[tuple[int, list[str] | Unreadable]]:
     """The rows of delimited text without its header, each with the number of its first line.
 
     If a record cannot be read, only its first line is lost: reading continues with the next line.
+
+    Args:
+        file: the file.
+        dialect: the format of the text.
+        width: the number of columns.
+        check: when a quoted field counts as an error; None: never.
     """
     last: list[str] | None = None
 
     def looks_like_row(line: str) -> bool:
-        assert watch is not None
+        assert check is not None
         fields = line.split(dialect.separator)
-        return len(fields) == width and (last is None or _shape(fields[watch.key]) == _shape(last[watch.key]))
+        return len(fields) == width and (last is None or _shape(fields[check.key]) == _shape(last[check.key]))
 
     header = dialect.header
     with open_text(file, dialect.encoding) as handle:
@@ -133,7 +139,7 @@ def delimited_rows(
                 continue
             row: list[str] | Unreadable | None = _not_text(line, dialect.encoding)
             if row is None and dialect.quote and dialect.quote in line:
-                row = _quoted_record(line, lines, dialect, looks_like_row, watch.rows if watch else None)
+                row = _quoted_record(line, lines, dialect, looks_like_row, check.rows if check else None)
             elif row is None:
                 row = line.split(dialect.separator)
             if header:
@@ -158,8 +164,8 @@ def _quoted_record(
         lines: the lines after it.
         dialect: the format of the text.
         looks_like_row: whether a line looks like a row.
-        limit: the number of lines inside the record that look like rows from which on the record cannot be
-            read; None for no limit.
+        limit: the number of lines in the record that look like rows at which the record counts as unreadable;
+            None for no limit.
     """
     taken: list[tuple[int, str]] = []
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError
 from peso.events.database import scalar
-from peso.events.sources.lines import Unreadable, Watch, count_plain_rows, delimited_rows, json_rows
+from peso.events.sources.lines import QuoteCheck, Unreadable, count_plain_rows, delimited_rows, json_rows
 from peso.events.sources.tables import FileTable
 
 BATCH = 50_000  # rows
@@ -35,7 +35,8 @@ class Reading:
         connection: the database.
         table: the table to read.
         skip: whether to leave out lines that cannot be read instead of refusing the file.
-        key: the column by which a line is recognized as a row (:class:`peso.events.sources.lines.Watch`).
+        key: the column by which a line is recognized as a row
+            (:class:`peso.events.sources.lines.QuoteCheck`).
         swallowed: the number of such lines inside a quoted field that counts as an error.
         cure: what the user should do about a line that cannot be read.
 
@@ -62,7 +63,7 @@ class Reading:
         self.remarks: list[str] = []
         plain_csv = table.kind == "csv" and table.of is None
         place = table.columns[key].sql if plain_csv and key in table.columns else None
-        self._watch = Watch(int(place[1:]), swallowed) if place else None
+        self._quote_check = QuoteCheck(int(place[1:]), swallowed) if place else None
         self._from = table.scan
         self._staged = False
         if table.arrow is not None:
@@ -144,7 +145,7 @@ class Reading:
         raise IndexError(row)
 
     def _shaped(self, relation: str) -> str:
-        """The table as a relation, from that with the rows of the files."""
+        """SQL: the rows of the table, from the relation with the rows of the files."""
         if not self.table.of:
             return relation
         numbered = f"(SELECT *, row_number() OVER () AS row_of_files FROM {relation})"
@@ -207,7 +208,7 @@ class Reading:
         if self.table.dialect is None:
             rows = json_rows(file, self.table.read_line)
         else:
-            rows = delimited_rows(file, self.table.dialect, self.table.width, self._watch)
+            rows = delimited_rows(file, self.table.dialect, self.table.width, self._quote_check)
         for number, row in rows:
             if not isinstance(row, Unreadable):
                 yield (

@@ -40,8 +40,9 @@ TIMES = ("timestamp", "time", "timestamps", "target_timestamp")
 TITLE, HISTORY_TITLES = "item_title", "history_item_title"
 ENDINGS = (".parquet", ".pq", ".csv", ".tsv", ".jsonl", ".json", ".txt")  # of a folder's files, the first
 PARTS = (("test",), ("val", "valid", "validation", "eval", "dev"))  # words in file names, the last part first
-# In texts: ids in quotes, which may have blanks, or between blanks and commas.
-QUOTES, SAMPLE = "'\"", 100
+SAMPLE = 100  # rows in which lists are looked for
+# The ids in a list that is text: in quotes, where they may have blanks, or separated by blanks and commas.
+QUOTES = "'\""
 IDS = r"""'[^']*'|"[^"]*"|[^\s,\[\]()]+"""
 
 
@@ -232,13 +233,12 @@ def _table(data: DataConfig) -> FileTable:
     if kind == "parquet":
         return parquet_table(files)
     if kind == "jsonl":
-        table = jsonl_table(files)
-        return table
+        return jsonl_table(files)
     return csv_table(files, data.separator or separator_of(files[0]), True, data.encoding, data.quote)
 
 
 def in_reading_order(files: Sequence[Path]) -> list[Path]:
-    """Files in the order of their names, but those for validation and then those for testing at the end.
+    """Files in the order of their names, with those for validation and then those for testing at the end.
 
     If the same parts repeat for several periods (``train_0.6``, ``test_0.6``, ``train_0.7``, ``test_0.7``),
     this holds within each period, and the periods are in the order of the rest of the name.
@@ -262,7 +262,7 @@ def _part(file: Path) -> int:
 
 
 def _period(file: Path) -> tuple[tuple[int, str], ...]:
-    """The words of a name that say nothing of the part; numbers are ordered by value."""
+    """The words of a file's name that do not name a part; numbers are ordered by value."""
     said = {"train", "training", *chain(*PARTS)}
     return tuple(
         (int(word), "") if word.isdecimal() else (-1, word) for word in _words(file) if word not in said
@@ -270,8 +270,9 @@ def _period(file: Path) -> tuple[tuple[int, str], ...]:
 
 
 def _of_sequences(files: Sequence[Path]) -> list[Path]:
-    """The Parquet files of a folder without those of other things, such as DACT's vectors of items: if some
-    names say train or test, files with other columns whose names do not say this."""
+    """The Parquet files of a folder that have sequences. If the names of some files contain train or test,
+    files without such a word in their name and with other columns are left out, such as DACT's vectors of
+    items."""
     named = [file for file in files if {"train", "training", *chain(*PARTS)} & {*_words(file)}]
     if not named:
         return [*files]

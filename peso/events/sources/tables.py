@@ -404,11 +404,10 @@ class DataSet(ABC):
     and a method ``open``.
 
     Attributes:
-        signs: patterns of file names, such as ``*.inter`` or ``raw/*.jsonl``. A file of such a name, or a
-            folder with one, is taken for this data set where no format is given and ``open`` succeeds. None:
-            any folder that ``open`` accepts. Empty: nothing is taken for it.
-        takes: the further settings of the section `data` that have a meaning for this data set, which then
-            reads them in ``read``.
+        signs: patterns of file names, such as ``*.inter`` or ``raw/*.jsonl``. If no format is given, a file
+            with such a name, or a folder with one, is recognized as this data set if ``open`` succeeds. None:
+            any folder that ``open`` accepts is recognized. Empty: nothing is.
+        takes: further settings of the section `data` that this data set uses, in its method ``read``.
     """
 
     name: ClassVar[str] = ""
@@ -431,7 +430,8 @@ class DataSet(ABC):
 
     @classmethod
     def read(cls, data: DataConfig) -> Source:
-        """The source that a configuration names: ``open``, unless there are settings of its own (``takes``).
+        """The log and the item table of a configuration: those of ``open``, unless the data set uses further
+        settings (``takes``).
 
         Raises:
             DataError: as for ``open``.
