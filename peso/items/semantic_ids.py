@@ -278,7 +278,7 @@ INDEX_FILE, CONTENTS_FILE = "index.parquet", "contents.safetensors"
 ITEM_ID = "item_id"
 CODES = "codes"
 EARLIER = "earlier"  # a key of the manifest: its content before items were added, oldest first
-SHARED_IDS = "items of one ID stand in row order: the item that entered the catalogue first comes first"
+SHARED_IDS = "items with the same ID are in row order: the item that was added first comes first"
 # No level has this many codes; a larger number is an error in the file.
 MAX_CODES = 65_536
 
