@@ -170,8 +170,8 @@ class HeadConfig(Section):
     reads: bool | None = Field(
         None,
         exclude_if=lambda reads: reads is None,
-        description="items only: whether the history's items are read by their vectors, too, added to the "
-        "embedding of their last code; none given: true",
+        description="items only: whether the model also reads the vectors of the history's items, which are "
+        "added to the embedding of each item's last code; none given: true",
     )
     transitions: bool | None = Field(
         None,
@@ -182,14 +182,14 @@ class HeadConfig(Section):
     contents: bool = Field(
         False,
         exclude_if=not_,
-        description="items only: whether an item's vector has a learned projection of its content vector, "
-        "from which its semantic ID is made; needs items with texts or vectors",
+        description="items only: whether a learned projection of an item's content vector, from which its "
+        "semantic ID is made, is added to the item's vector; needs items with texts or vectors",
     )
     arrivals: bool = Field(
         False,
         exclude_if=not_,
-        description="items only: whether the items that are new in a stage have their probability corrected "
-        "after training, for their share of the targets, which is larger on validation than in training",
+        description="items only: whether the probability of items that are new in a stage is corrected after "
+        "training, because their share of the targets is larger in validation than in training",
     )
     learning_rate_scale: float = Field(
         1.0,

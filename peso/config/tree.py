@@ -123,7 +123,8 @@ class Config(Section):
             return self
         if not self.evaluation.enabled:
             raise ValueError(
-                "gate.enabled needs tests, but evaluation.enabled is false; turn one of them off"
+                "gate.enabled needs tests, but evaluation.enabled is false; set evaluation.enabled: true, or "
+                "gate.enabled: false"
             )
         if (self.gate.k or 0) > self.decoding.beams:
             raise ValueError(
