@@ -77,10 +77,11 @@ class Anchored:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients of the term for the parameters; all None if it is decoupled or has weight 0."""
-        if self.is_decoupled or not self.term.weight:
-            _ = None if self.is_decoupled else self.term(self.groups)  # raises if the weight is not known
+        if self.is_decoupled:
             return [None] * len(self.parameters)
-        value = self.term(self.groups)
+        value = self.term(self.groups)  # raises if the weight is not known
+        if not self.term.weight:
+            return [None] * len(self.parameters)
         found = torch.autograd.grad(value, self.parameters, allow_unused=True)
         self.value, self._penalty_norm = float(value.detach()), _norm(found)
         return [*found]

@@ -207,7 +207,7 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"--host {settings.host} --port {settings.port}: cannot listen there ({reason}); choose another "
-            "port"
+            "address or port"
         ) from None
     with listener:
         yield listener
