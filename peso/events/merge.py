@@ -100,9 +100,10 @@ Log = Sequence[tuple[int, int]]  # time and item number of events, oldest first
 
 
 def times_of(events: Events, own: Log, joint: Log = (), since: int | None = None) -> list[int] | None:
-    """The time of each event of a user, from a log. Each event gets the time of the first event of the log
-    with the same item that comes after the log's events of the user's earlier events. None if the log lacks
-    one.
+    """The time of each event of a user, by matching the events with a log in order.
+
+    Each event gets the time of the next event of the log with the same item. The result is None if the log
+    lacks one of the events.
 
     Args:
         events: the user's events in the stream.
