@@ -142,6 +142,7 @@ def test_what_is_neither_model_nor_list_of_tensors_is_refused(source: object) ->
         ({"weight": float("nan")}, "weight nan"),
         ({"reduction": "average"}, "'average' is not one of"),
         ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": float("inf")}, "temperature inf must be a finite number"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments: dict, message: str) -> None:
