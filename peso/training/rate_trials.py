@@ -164,7 +164,8 @@ def choose_rates(
     start: Start,
     observer: Observer,
 ) -> tuple[StageTask, Choice]:
-    """Find the candidate with the lowest validation loss; of equal ones, the one with the lower rate.
+    """Find the candidate with the lowest validation loss. Of equal ones, the one that was better in the round
+    before is chosen; in the first round, the one with the lower rate.
 
     Trials are stored in ``trials/`` in the task's directory. If they are interrupted, they continue from
     their checkpoints.
