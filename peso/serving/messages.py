@@ -6,7 +6,7 @@ The limits of requests are part of the OpenAPI schema; a request that exceeds th
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -78,15 +78,26 @@ def _describe_one_of(schema: dict[str, Any]) -> None:
         described.update(next(kind for kind in described.pop("anyOf") if kind != {"type": "null"}))
 
 
-class Request(Message):
-    """A request for recommendations, for a user or a history."""
-
-    model_config = ConfigDict(json_schema_extra=_describe_request)
+class UserOrHistory(Message):
+    """Base of requests for either a user or a history."""
 
     user: Id | None = Field(
         None, description="A user id. The history is that of the log and the events received since."
     )
     history: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="Item ids, oldest first.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.user is None) == (self.history is None):
+            raise ValueError("give either user or history")
+        return self
+
+
+class Request(UserOrHistory):
+    """A request for recommendations, for a user or a history."""
+
+    model_config = ConfigDict(json_schema_extra=_describe_request)
+
     k: int = Field(10, ge=1, le=MOST_K, description="Number of items.")
     exclude_seen: bool | None = Field(
         None,
@@ -105,12 +116,6 @@ class Request(Message):
         description="How to treat items of `history`, `allow` and `deny` that the stage does not know. "
         "skip: ignore them and list them in the answer. refuse: status 422.",
     )
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Request:
-        if (self.user is None) == (self.history is None):
-            raise ValueError("give either user or history")
-        return self
 
 
 class Item(Message):
@@ -245,20 +250,12 @@ def _describe_explain(schema: dict[str, Any]) -> None:
     schema["examples"] = [{"history": ["25", "311"], "item": "7"}]
 
 
-class Explain(Message):
+class Explain(UserOrHistory):
     """A request to explain the score of an item, for a user or a history."""
 
     model_config = ConfigDict(json_schema_extra=_describe_explain)
 
-    user: Id | None = Field(None, description="A user id.")
-    history: list[Id] | None = Field(None, max_length=MOST_ITEMS, description="Item ids, oldest first.")
     item: Id = Field(description="The item to explain.")
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Explain:
-        if (self.user is None) == (self.history is None):
-            raise ValueError("give either user or history")
-        return self
 
 
 class NearItem(ShownItem):
