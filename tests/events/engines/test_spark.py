@@ -25,6 +25,11 @@ from peso.events.drift import drift
 from peso.events.engines.engine import open_engine
 from peso.events.ingest import ingest
 from peso.events.stream import Stream
+from peso.runs import preparation
+from peso.runs.merge_users import merge
+from peso.runs.rename import rename
+from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # starts Spark
 
@@ -114,6 +119,37 @@ def test_an_ingestion_and_an_append_give_the_same_files(
     steps = [row["step"] for row in longer["manifest.json"]["appended"][0]["funnel"]]
     assert "not older than the stream" in steps
     assert "repeats of earlier stages dropped" in steps
+
+
+def test_earlier_and_new_ids_of_items_and_users_give_the_files_of_one_id(tmp_path: Path, spark: None) -> None:
+    data = {"format": "csv", "path": str(log(tmp_path / "a.csv", T, 9, 600)), "stages": 2, "min_user": 3}
+    shop = Workspace.create_or_open(tmp_path / "shop", load_config({"data": data}))
+    items, users = {"i0": "new 0", "i3": "new 3", "i7": "new 7"}, {"u0": "u1", "u2": "u1", "u3": "u5"}
+    with shop.lock():
+        preparation.ingest(shop, Silent())
+        rename(shop, [*items.items()])
+        merge(shop, [*users.items()], Silent())
+    header, *lines = log(tmp_path / "b.csv", T + 9 * DAY, 3, 300).read_text().splitlines()
+    given = [tuple(line.split(",")) for line in lines]
+    mixed = [
+        (user, items.get(item, item) if n % 2 else item, *rest) for n, (user, item, *rest) in enumerate(given)
+    ]
+    one = [(users.get(user, user), item, *rest) for user, item, *rest in given]
+
+    def append(data: Any, directory: Path) -> None:
+        extend_stream(data, shop.stream_directory, directory, aliases=preparation.aliases(shop))
+
+    rules = {"format": "csv", "repeats": "drop"}
+    path = write_log(tmp_path / "mixed.csv", mixed, header)
+    written = with_both(tmp_path / "mixed", append, path=str(path), **rules)
+    path = write_log(tmp_path / "one.csv", one, header)
+    (tmp_path / "one").mkdir()
+    append(data_config(path=str(path), **rules), tmp_path / "one")
+    wanted = files(tmp_path / "one")
+    assert "stage=1/merged.parquet" in wanted
+    for found in (written, wanted):
+        del found["manifest.json"]  # has the path of the log
+    assert written == wanted
 
 
 def test_types_ratings_repeats_and_boundaries_give_the_same_files(tmp_path: Path, spark: None) -> None:
