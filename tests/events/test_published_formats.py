@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from event_logs import data_config, histories, write_json_lines, write_log
+from odd_logs import Notes
 from published import LOG, T, folder, found, lines, of_item, read
 
 from peso.config import load_config
@@ -63,6 +64,21 @@ def test_recbole_s_split_files_are_read_in_the_order_of_the_split(tmp_path: Path
     assert histories(stream) == [{"u": ([], ["a", "b", "c", "d", "e"])}]
 
 
+def test_recbole_s_names_may_have_dots_and_a_folder_has_one_data_set(tmp_path: Path) -> None:
+    log = lines([("user_id:token", "item_id:token"), *((u, i) for u, i, _, _ in LOG)])
+    item = lines([("item_id:token", "title:token_seq"), ("i0", "Lamp")])
+    data = folder(tmp_path, **{"shop-1.0.inter": log, "shop-1.0.item": item})
+    assert of_item(read(tmp_path / "s", data, "recbole"), "i0")[0] == "Lamp"
+    (data / "shop-1.0.inter").rename(data / "shop-1.0.part1.inter")
+    assert of_item(read(tmp_path / "t", data, "recbole"), "i0")[0] == "Lamp"
+    (data / "shop.inter").write_text(log)
+    with pytest.raises(DataError, match=r"several data sets \(shop-1.0.part1.inter, shop.inter\); name the"):
+        read(tmp_path / "u", data, "recbole")
+    notes = Notes()
+    assert format_at(str(data), notes) == "csv"
+    assert "named like those of recbole, but cannot be read as such (" in notes.told[0]
+
+
 # -- news, games, music, fashion, video --------------------------------------------------------------
 
 
@@ -74,7 +90,7 @@ def test_mind(tmp_path: Path) -> None:
         [
             (1, "U1", "11/11/2019 9:05:58 AM", "N0 N1", "N2-1 N3-0 N4-1"),
             (2, "U2", "11/10/2019 1:00:00 PM", "", "N5-0 N6-1"),
-            (3, "U1", "11/10/2019 11:00:00 PM", "N0 N1", "N7-1"),
+            (3, "U1", "11/10/2019 11:00:00 PM", "N0  N1 ", "N7-1"),
         ]
     )
     dev = lines([(1, "U2", "11/15/2019 8:00:00 AM", "N6", "N1-1 N12-0 N2-1")])
@@ -164,6 +180,13 @@ def test_yambda(tmp_path: Path, reference: object) -> None:
     assert named == reference
     keep = {"events": {"column": "event_type", "keep": ["listen"]}}
     assert histories(read(tmp_path / "t", data, "yambda", stages=1, **keep))[0].keys() == {"1", "3"}
+    by_user = table.group_by("uid").aggregate([("item_id", "list"), ("timestamp", "list")])
+    sequential = tmp_path / "sequential"
+    sequential.mkdir()
+    names = ["uid", "item_id", "timestamp"]
+    pq.write_table(by_user.rename_columns(names), sequential / "listens.parquet")
+    assert found(sequential) == "yambda"
+    assert histories(read(tmp_path / "u", sequential, "yambda")) == got
 
 
 def test_kuairec(tmp_path: Path, reference: object) -> None:

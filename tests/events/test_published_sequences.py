@@ -12,8 +12,9 @@ from event_logs import appended, data_config, histories, write_json_lines, write
 from published import LOG, T, folder, found, lines, of_item, read
 
 from peso.errors import DataError
-from peso.events.sources import open_source
+from peso.events.sources import format_at, open_source
 from peso.events.times import iso
+from peso.runtime.progress import Silent
 
 
 def test_minionerec_s_rows_of_history_and_target(tmp_path: Path) -> None:
@@ -35,6 +36,9 @@ def test_minionerec_s_rows_of_history_and_target(tmp_path: Path) -> None:
     # a repeated item is an event of its own, and the parts follow one another
     assert histories(stream) == [{"A1": ([], ["0", "1", "2", "2", "3"]), "B2": ([], ["2", "3", "0"])}]
     assert [of_item(stream, item)[0] for item in "0123"] == ["Lamp, blue", "Ann's cup", "Rug", "Pen"]
+    assert format_at(str(data), Silent()) == "csv"  # the columns could mean other things
+    with pytest.raises(DataError, match="if 'history_item_id' has lists of items, use --format sequences"):
+        open_source(data_config(format="csv", path=str(data)))
 
 
 def test_dact_s_periods_with_vectors_beside_them(tmp_path: Path) -> None:

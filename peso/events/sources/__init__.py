@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -74,7 +73,7 @@ def format_at(path: str, observer: Observer, columns_given: bool = False) -> str
         DataError: the file is of a format that cannot be read.
     """
     files = local(path, observer)
-    if not columns_given and (name := recognized(files)):
+    if not columns_given and (name := recognized(files, observer)):
         observer.note(
             f"format: {name}, recognized from the files of {shown(path)}; --format FORMAT overrides it"
         )
@@ -82,18 +81,27 @@ def format_at(path: str, observer: Observer, columns_given: bool = False) -> str
     return format_of(files)
 
 
-def recognized(path: str) -> str | None:
+def recognized(path: str, observer: Observer | None = None) -> str | None:
     """The name of the published data set at a path, by its files; None if it is none that is known.
 
     A built-in data set must have one of its ``signs``, so that no other folder is opened.
+
+    Args:
+        observer: receives a note if the path has the files of a data set, but cannot be read as it.
     """
+    refused = []
     for name, known in DATA_SETS.everything().items() if Path(path).exists() else ():
-        whole = Path(path).is_dir() if known.signs is None else any(_has(Path(path), s) for s in known.signs)
-        if not whole:
+        signs = [sign for sign in known.signs or () if _has(Path(path), sign)]
+        if not (signs or (known.signs is None and Path(path).is_dir())):
             continue
-        with suppress(DataError):
+        try:
             known.open(path)
             return name
+        except DataError as error:
+            if not {*signs} <= {"*.csv", "*.jsonl"}:  # any file can have such a name
+                refused.append(f"{name}, but cannot be read as such ({error})")
+    if refused and observer is not None:
+        observer.note(f"note: the files are named like those of {' or of '.join(refused)}")
     return None
 
 

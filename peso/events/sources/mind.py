@@ -46,10 +46,10 @@ class Mind(DataSet):
                 SELECT row_of_files, {user} AS "user", {time} AS "time", {moment} AS moment,
                     {history} AS history, {shown} AS shown FROM {{rows}}),
             events AS (
-                SELECT row_of_files, 0 AS part, "user", unnest(string_split(history, ' ')) AS item,
+                SELECT row_of_files, 0 AS part, "user", unnest(had) AS item,
                     (SELECT arg_min("time", moment) FROM given) AS "time",
-                    generate_subscripts(string_split(history, ' '), 1) AS place
-                FROM (FROM given QUALIFY
+                    generate_subscripts(had, 1) AS place
+                FROM (SELECT *, regexp_extract_all(history, '\\S+') AS had FROM given QUALIFY
                     row_number() OVER (PARTITION BY "user" ORDER BY moment, row_of_files) = 1)
                 UNION ALL
                 SELECT row_of_files, 1, "user", unnest(regexp_extract_all(shown, '(\\S+)-1(?:\\s|$)', 1)),

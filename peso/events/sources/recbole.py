@@ -7,6 +7,7 @@ item_id:token  title:token_seq  categories:token_seq            NAME.item
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from peso.errors import DataError
@@ -35,21 +36,18 @@ class RecBole(DataSet):
         read in this order. If there is no ``timestamp``, the events are in the order of the files.
 
         Raises:
-            DataError: there is no such file, or it lacks the columns of users and items.
+            DataError: there is no such file, there are several data sets, or a file lacks the columns of
+                users and items.
         """
         given = Path(path)
         folder = given if given.is_dir() else given.parent
         found = sorted(folder.glob("*.inter")) if given.is_dir() else [given]
         if not found:
             raise DataError(f"{folder} has no NAME.inter; give the folder of a data set in RecBole's format")
-        whole = [file for file in found if file.stem.count(".") == 0]
-        log = csv_table(
-            [require_content(file) for file in whole[:1] or in_reading_order(found)],
-            "\t",
-            header=True,
-            quote="",
-        )
-        item = first_of(folder, f"{log.files[0].stem.partition('.')[0]}.item")
+        files = _of_one(found)
+        log = csv_table([require_content(file) for file in files], "\t", header=True, quote="")
+        stem = files[0].stem
+        item = first_of(folder, f"{stem}.item", f"{stem.rpartition('.')[0]}.item")
         items = _items(item) if item else None
         at = _fields(log)
         user = next((name for name in USERS if name in at), USERS[0])
@@ -59,6 +57,21 @@ class RecBole(DataSet):
         if roles.history is not None or roles.time is None:
             return Source(sequences(log, roles), items)
         return Source(Log(log, at[user], at["item_id"], at["timestamp"], at.get("rating")), items)
+
+
+def _of_one(found: Sequence[Path]) -> list[Path]:
+    """``NAME.inter`` if there is one, or else its parts, ``NAME.train.inter`` and so on, in their order."""
+    stems = [file.stem for file in found]
+    for file in found:
+        if all(stem == file.stem or stem.startswith(f"{file.stem}.") for stem in stems):
+            return [file]
+    names = {stem.rpartition(".")[0] for stem in stems}
+    if len(names) > 1 or "" in names:
+        raise DataError(
+            f"{found[0].parent} has files of several data sets ({', '.join(file.name for file in found)}); "
+            "name the file itself"
+        )
+    return in_reading_order(found)
 
 
 def _items(file: Path) -> ItemTable:

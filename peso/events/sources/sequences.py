@@ -18,6 +18,7 @@ from peso.events.database import literal
 from peso.events.sources.files import bare_suffix, find_files, kind_of
 from peso.events.sources.lines import delimited_rows, first_object
 from peso.events.sources.tables import (
+    HISTORIES,
     Column,
     DataSet,
     FileTable,
@@ -33,7 +34,6 @@ from peso.events.sources.user_files import separator_of
 
 # The names of the columns that are known, the most frequent first.
 USERS = ("user_id", "user", "uid", "userid", "reviewerID", "session_id")
-HISTORIES = ("history_item_id", "history", "item_id_list", "history_items", "history_item_ids", "item_seq")
 TARGETS = ("item_id", "target", "target_item_id", "target_id", "target_item", "parent_asin", "item", "label")
 LISTS = ("items", "item_ids", "sequence", "item_sequence", "item_id", *HISTORIES)
 TIMES = ("timestamp", "time", "timestamps", "target_timestamp")

@@ -27,6 +27,8 @@ BLANKS = literal(
 )
 MISSING = ("nan", "none", "null", "nil", "na", "n/a", "<na>", "undefined")  # texts for missing values
 ALIKE = "leading zeros, decimals, spaces or case"  # the differences that :func:`folded` ignores
+# Columns with the list of items before a target, the most frequent name first (``format: sequences``).
+HISTORIES = ("history_item_id", "history", "item_id_list", "history_items", "history_item_ids", "item_seq")
 _SCALARS = ("VARCHAR", "BOOLEAN", "UUID", "BLOB", "ENUM", "DATE", "TIME", "BIT", "CHAR", '"NULL"')
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U")
 
@@ -129,6 +131,9 @@ class FileTable:
         section = "data.items" if key.startswith("data.items.") else "data"
         alone = self.kind == "csv" and len(names) == 1 and key.startswith("data.")
         hint = f", or {section}.separator" if alone else ""
+        usual = key in ("data.columns.user", "data.columns.item", "data.columns.time") and key.endswith(name)
+        if usual and self.kind != "arrow" and (lists := next((n for n in HISTORIES if n in names), None)):
+            hint = f"; or, if {lists!r} has lists of items, use --format sequences"
         if not names:
             raise DataError(
                 f"{self.files[0]} has no JSON objects; write it as JSON lines, with one object per line"

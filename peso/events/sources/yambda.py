@@ -2,7 +2,7 @@
 
 uid, timestamp (seconds from the start), item_id, is_organic, event_type, played_ratio_pct, …
 
-The files in ``sequential/`` are read with ``data.format: sequences``.
+The files in ``sequential/`` have lists: a row has all events of a user.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.sources.files import first_of, require_content
+from peso.events.sources.sequences import Roles, sequences
 from peso.events.sources.tables import DataSet, Log, Source, parquet_table
 
 FILES = ("multi_event.parquet", "listens.parquet", "likes.parquet")
@@ -26,7 +27,8 @@ class Yambda(DataSet):
     def open(path: str) -> Source:
         """Open one of the flat files. A folder means the first of multi_event, listens and likes in it.
 
-        The rating of ``data.min_rating`` is the percentage of the track that was played.
+        The rating of ``data.min_rating`` is the percentage of the track that was played. Files with lists
+        have no ratings and no types of events.
 
         Raises:
             DataError: there is no such file, or it lacks the published columns.
@@ -38,5 +40,8 @@ class Yambda(DataSet):
         table = parquet_table([require_content(log)])
         for name in ("uid", "item_id", "timestamp"):
             table.require(name, "data.format (parquet with data.columns reads other files)")
+        if table.columns["item_id"].kind.endswith("]"):
+            roles = Roles("uid", "item_id", "timestamp", listed=True, timed_each=True)
+            return Source(sequences(table, roles, time_format="seconds"))
         rating = "played_ratio_pct" if "played_ratio_pct" in table.columns else None
         return Source(Log(table, "uid", "item_id", "timestamp", rating, time_format="seconds"))
