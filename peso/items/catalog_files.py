@@ -23,7 +23,8 @@ def write_catalog(ids: SemanticIds, directory: Path) -> None:
       NVIDIA's recsys-examples reads; the column of an item is its number.
     - ``items.parquet``: ``item_id``, ``item`` (its number) and ``sid`` (its row in ``sids.npy``).
     - ``catalog.json``: the number of codes of each level, and ``offsets``: what to add to the codes of a
-      level to number the semantic tokens from 0.
+      level to number the semantic tokens from 0. If items were renamed, ``earlier_ids``: the id of each of
+      them in ``items.parquet``, by its earlier ids.
 
     Raises:
         ExportError: the directory exists and is not empty.
@@ -47,5 +48,6 @@ def write_catalog(ids: SemanticIds, directory: Path) -> None:
             "sids": len(distinct),
             "codes": list(ids.sizes),
             "offsets": ids.offsets.tolist(),
+            **({"earlier_ids": earlier} if (earlier := ids.earlier_ids) else {}),
         }
         write_json(aside / "catalog.json", told)

@@ -17,7 +17,7 @@ from peso.errors import DataError
 from peso.items import quality
 from peso.items.contents import extended, known_contents, vectors_beside
 from peso.items.semantic_ids import FORMAT, ITEM_ID, SemanticIds, read_semantic_ids, write_semantic_ids
-from peso.items.vectors import ItemVectors, item_texts
+from peso.items.vectors import NAMES, ItemVectors, item_texts
 from peso.runtime.manifest import read_manifest
 from peso.runtime.progress import Observer, Silent
 
@@ -40,7 +40,8 @@ def adopt(
     IDs preserve neighbors. Nothing else depends on them, unless they are kept as contents.
 
     Args:
-        items: the item table; the row is the item number.
+        items: the item table; the row is the item number. With a column ``names``
+            (:data:`peso.items.vectors.NAMES`), the first of an item's ids that the index has counts.
         index: the index. Items that are not in the item table are ignored and counted.
         source: where the index comes from, for the manifest and for messages.
         config: the configuration of the items.
@@ -62,8 +63,10 @@ def adopt(
     """
     observer = observer or Silent()
     item_ids = items[ITEM_ID].to_pylist()
+    every = items[NAMES].to_pylist() if NAMES in items.column_names else [[item] for item in item_ids]
+    names = zip(item_ids, every, strict=True)
     try:
-        rows = index.rows(item_ids)
+        rows = index.rows([next((name for name in known if name in index), item) for item, known in names])
     except DataError as error:
         raise DataError(
             f"{source}: {error}; add them to the index, or remove items.index to make IDs from the items' "
@@ -77,7 +80,7 @@ def adopt(
         if keeps:
             kept = known_contents(vectors) if old is None else extended(old, vectors)
             ids = replace(ids, contents=kept)
-    if aside := len(index.item_ids) - len(item_ids):
+    if aside := len({*index.item_ids}.difference(*every)):
         observer.note(f"{source}: {aside:,} items that are not in the log are ignored")
     titles = items["title"].to_pylist() if "title" in items.column_names else [None] * len(items)
     measured = {

@@ -28,6 +28,12 @@ class ItemNames:
     current: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of_earlier(cls, earlier: Mapping[str, str]) -> ItemNames:
+        """The names of items of an export, which has only current names: the current name by each earlier
+        one (:attr:`peso.items.semantic_ids.SemanticIds.earlier_ids`)."""
+        return cls({name: name for name in earlier.values()}, earlier)
+
     def __bool__(self) -> bool:
         return bool(self.current or self.stored)
 
@@ -49,6 +55,17 @@ class ItemNames:
         ['b', 'b', 'd']
         """
         return ItemNames(self.current, {**self.stored, **other.stored})
+
+    def every(self, items: Iterable[str]) -> list[list[str]]:
+        """All names of each item, given by its stored id: the current one first, then from new to old.
+
+        >>> ItemNames({"a": "c"}, {"b": "a", "c": "a"}).every(["a", "d"])
+        [['c', 'b', 'a'], ['d']]
+        """
+        others: dict[str, list[str]] = {}
+        for name, stored in self.stored.items():
+            others.setdefault(stored, []).insert(0, name)
+        return [[*dict.fromkeys([self.now(item), *others.get(item, ()), item])] for item in items]
 
     def former(self, items: Iterable[str]) -> dict[str, str]:
         """Those of the items that are given by a former name, with their current names."""

@@ -193,6 +193,11 @@ class SemanticIds:
         return [self.names.in_files(item) for item in self.item_ids] if self.names else self.item_ids
 
     @property
+    def earlier_ids(self) -> dict[str, str]:
+        """The current id of each renamed item, by every other id that it has or had."""
+        return {name: now for name, row in self._rows.items() if (now := self.item_ids[row]) != name}
+
+    @property
     def levels(self) -> int:
         return len(self.sizes)
 

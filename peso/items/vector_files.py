@@ -26,13 +26,20 @@ from peso.runtime.progress import Observer
 ITEM_ID = "item_id"
 
 
-def read_vectors(path: str | Path, item_ids: Sequence[str], observer: Observer | None = None) -> np.ndarray:
+def read_vectors(
+    path: str | Path,
+    item_ids: Sequence[str],
+    observer: Observer | None = None,
+    names: Sequence[Sequence[str]] | None = None,
+) -> np.ndarray:
     """Read the vectors of items from a file.
 
     Args:
         path: the file. Vectors of other items are ignored.
         item_ids: the items.
         observer: receives a note about items without a vector.
+        names: all ids of each item; the first one that the file has counts. None: only those of
+            ``item_ids``.
 
     Returns:
         float32 (items, width), with zeros for items that have no vector.
@@ -72,7 +79,9 @@ def read_vectors(path: str | Path, item_ids: Sequence[str], observer: Observer |
             f"{path} has NaN or infinity in the vector of item {item!r} (and of {int((~finite).sum()) - 1} "
             "more); correct the vectors, or remove these items"
         )
-    found = np.array([rows.get(item, -1) for item in item_ids], dtype=np.int64)
+    every = [[item] for item in item_ids] if names is None else names
+    there = [next((rows[name] for name in known if name in rows), -1) for known in every]
+    found = np.array(there, dtype=np.int64)
     if len(item_ids) and (found < 0).all():
         raise DataError(
             f"{path} has no vector for any of the {len(item_ids)} items (its first item is {ids[:1]}, that "
@@ -83,12 +92,12 @@ def read_vectors(path: str | Path, item_ids: Sequence[str], observer: Observer |
     without = [item for item, row in zip(item_ids, found, strict=True) if row < 0]
     if without and observer is not None:
         observer.note(f"{path.name}: no vector for {len(without):,} of {len(item_ids):,} items")
-        there = {_folded(item): item for item in rows}
-        near = [item for item in without if _folded(item) in there]
+        alike = {_folded(item): item for item in rows}
+        near = [item for item in without if _folded(item) in alike]
         if near:
             observer.note(
                 f"note: {len(near):,} of them differ from an id in the file only in leading zeros, decimals, "
-                f"spaces or case, for example {near[0]!r} and {there[_folded(near[0])]!r}; use one spelling "
+                f"spaces or case, for example {near[0]!r} and {alike[_folded(near[0])]!r}; use one spelling "
                 "for each id"
             )
     return vectors

@@ -35,6 +35,7 @@ from peso.runtime.files import digest, write_aside
 from peso.runtime.progress import Observer
 
 FIELDS = ("title", "text", "category")
+NAMES = "names"  # column of an item table: all ids of each item, for files that have one of them
 
 
 def item_texts(items: pa.Table, template: str) -> list[str | None]:
@@ -240,8 +241,9 @@ def _sources(
         spread[present] = encoded
         sources.append(spread)
     item_ids = items[ITEM_ID].to_pylist()
+    names = items[NAMES].to_pylist() if NAMES in items.column_names else None
     for path in config.vectors:
-        sources.append(read_vectors(path, item_ids, observer))
+        sources.append(read_vectors(path, item_ids, observer, names))
     if behavior is not None:
         sources.append(behavior.spread(len(items)))
     return sources

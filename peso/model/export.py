@@ -74,8 +74,9 @@ def export_merged(
 
     The model is always in float32, because rounding to bfloat16 would lose most of what a stage learns. The
     file ``prompt.json`` describes how a history is written as text, and whether items of the history must be
-    left out of the answers (``leaves_out_seen``). If items are retired, it has their semantic IDs. The file
-    ``index.json`` has the semantic IDs of all items.
+    left out of the answers (``leaves_out_seen``). If items are retired, it has their semantic IDs; if items
+    were renamed, their ids by the earlier ones (``earlier_ids``). The file ``index.json`` has the semantic
+    IDs of all items.
 
     Args:
         model: the model.
@@ -230,6 +231,7 @@ def _save(
             "loss_vocabulary": model.loss_vocabulary,
             "codes": list(ids.sizes),
             **({"retired": blocked} if blocked else {}),
+            **({"earlier_ids": earlier} if (earlier := ids.earlier_ids) else {}),
         }
         write_json(directory / PROMPT, asdict(text) | settings)
         _check_reading(model, text, AutoTokenizer.from_pretrained(directory))

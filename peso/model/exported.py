@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peso.errors import ExportError, PesoError
+from peso.items.names import ItemNames
 from peso.items.semantic_ids import SemanticIds, read_release_index
 from peso.model.backbone import embedding_scale
 from peso.model.export import INDEX, ITEM_HEAD, PROMPT
@@ -27,7 +28,7 @@ from peso.runtime.hugging_face import loading
 def load_merged(directory: str | Path) -> GenerativeModel:
     """The model in a directory that ``peso export --format merged`` wrote, in evaluation mode on the CPU.
 
-    It answers as the stage that was exported, in float32.
+    It answers as the stage that was exported, in float32. Histories may have earlier ids of renamed items.
 
     Raises:
         ExportError: the directory is not such an export, an earlier version wrote it, or it is damaged.
@@ -51,6 +52,7 @@ def load_merged(directory: str | Path) -> GenerativeModel:
 
 def _read(folder: Path, prompt: dict[str, Any], ids: SemanticIds) -> GenerativeModel:
     """The model of a directory, given the contents of its ``prompt.json`` and ``index.json``."""
+    ids = ids.named(ItemNames.of_earlier(dict(prompt.get("earlier_ids", {}))))
     causal_lm = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
     )

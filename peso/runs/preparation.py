@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from peso.config import DataConfig
 from peso.config.data import STREAMS
@@ -182,7 +183,7 @@ def _keep_tree(workspace: Workspace, stream: Stream) -> None:
 
     ids = workspace.semantic_ids_directory
     if workspace.has_semantic_ids and lacks_tree(ids):
-        known = stream.items.slice(0, len(workspace.semantic_ids.item_ids))
+        known = _items(stream, workspace).slice(0, len(workspace.semantic_ids.item_ids))
         with commit_directory(ids) as kept:
             extend_semantic_ids(known, workspace.config.items, ids, kept, vector_cache())
 
@@ -203,18 +204,18 @@ def tokenize(workspace: Workspace, observer: Observer) -> dict[str, Any]:
     number = config.training.threads
     with threads(number=number), commit_directory(workspace.semantic_ids_directory) as directory:
         further = (config.items, directory, config.seed_of_data, vector_cache(), observer)
-        keeps = config.head.contents
+        keeps, items = config.head.contents, _items(stream, workspace)
         base = np.flatnonzero((stream.first_stages() == 0) | (config.items.fit == "all")) if keeps else None
         if config.items.index is not None:
-            index = read_release_index(config.items.index).named(workspace.names)
-            adopt(stream.items, index, config.items.index, *further, base)
+            index = read_release_index(config.items.index)
+            adopt(items, index, config.items.index, *further, base)
         elif config.data.format == "peso-release":
             released = read_release(str(config.data.path))[2]
-            adopt(stream.items, released, "index of the release", *further, base)
+            adopt(items, released, "index of the release", *further, base)
         else:
             fitted = range(stream.stages if config.items.fit == "all" else 1)
             events = () if config.items.behavior is None else stream.training_events(fitted)
-            make_semantic_ids(stream.items, *further, stream.first_stages(), events, keeps, _log(stream))
+            make_semantic_ids(items, *further, stream.first_stages(), events, keeps, _log(stream))
     manifest = workspace.semantic_ids_manifest
     observer.note(
         f"tokenize: {manifest['items']:,} items, {manifest['distinct_ids']:,} distinct semantic IDs"
@@ -257,12 +258,21 @@ def _continue_ids(workspace: Workspace, stream: Stream, directory: Path, observe
     from peso.items.tokenize import extend_semantic_ids
 
     config, source = workspace.config.items, workspace.semantic_ids_directory
+    items = _items(stream, workspace)
     further = (config, source, directory, vector_cache(), observer)
     if config.index is not None:
-        index = read_release_index(config.index, workspace.semantic_ids.sizes).named(workspace.names)
-        adopt_more(stream.items, index, config.index, *further, seed=workspace.config.seed_of_data)
+        index = read_release_index(config.index, workspace.semantic_ids.sizes)
+        adopt_more(items, index, config.index, *further, seed=workspace.config.seed_of_data)
     else:
-        extend_semantic_ids(stream.items, *further, stream.first_stages(), _log(stream))
+        extend_semantic_ids(items, *further, stream.first_stages(), _log(stream))
+
+
+def _items(stream: Stream, workspace: Workspace) -> pa.Table:
+    """The item table, with all ids of each item if any were renamed."""
+    from peso.items.vectors import NAMES
+
+    items, names = stream.items, workspace.names
+    return items.append_column(NAMES, pa.array(names.every(stream.item_ids))) if names else items
 
 
 def _log(stream: Stream) -> TrainingLog:
@@ -311,7 +321,8 @@ def export_index(
     never = {} if with_retired else retired(workspace.root)
     kept = [row for row, item in enumerate(ids.stored_ids) if item not in never]
     write = write_release_index if form == "index" else write_catalog
-    write(SemanticIds([ids.item_ids[row] for row in kept], ids.codes[kept], ids.sizes), path)
+    names = [ids.item_ids[row] for row in kept]
+    write(SemanticIds(names, ids.codes[kept], ids.sizes, names=ids.names), path)
     return len(ids.item_ids) - len(kept)
 
 

@@ -18,6 +18,7 @@ from peso.evaluation.metrics import average_metrics, headline_metrics
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary, TrainingCurve
 from peso.events.database import identifier, temporary_database
+from peso.events.merge import members_of
 from peso.events.sources.files import kind_of, require_content
 from peso.events.sources.reading import Reading
 from peso.events.sources.tables import (
@@ -150,8 +151,9 @@ def summarise(workspace: Workspace, name: str) -> RunSummary:
 
 def catalogue(workspace: Workspace) -> Catalogue:
     """The catalog of a workspace, for metrics that depend on items and users."""
-    users = workspace.config.report.users
-    return Catalogue.of(workspace.stream, workspace.semantic_ids, read_user_table(users) if users else None)
+    users, stream = workspace.config.report.users, workspace.stream
+    table = of_merged(read_user_table(users), stream.merged_users) if users else None
+    return Catalogue.of(stream, workspace.semantic_ids, table)
 
 
 def popularity(workspace: Workspace) -> RunSummary:
@@ -306,6 +308,28 @@ def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
     return values
 
 
+def of_merged(
+    table: Mapping[str, Mapping[str, str]], into: Mapping[str, str]
+) -> Mapping[str, Mapping[str, str]]:
+    """A user table in which all users that are one person have a value if one of them has one.
+
+    Args:
+        table: the result of :func:`read_user_table`. A user's own value counts, then that of the user whom
+            the others were merged into.
+        into: :attr:`Stream.merged_users`.
+
+    >>> of_merged({"country": {"a": "de", "c": "fr"}}, {"a": "b"})
+    {'country': {'b': 'de', 'a': 'de', 'c': 'fr'}}
+    """
+    groups = [[now, *members] for now, members in members_of(into).items()]
+    filled = {}
+    for column, values in table.items():
+        told = [(group, next((values[user] for user in group if user in values), None)) for group in groups]
+        given = {user: value for group, value in told if value is not None for user in group}
+        filled[column] = {**given, **values}
+    return filled
+
+
 def report_users_found(table: Mapping[str, Mapping[str, str]], stream: Stream, observer: Observer) -> None:
     """Report how many users of the stream are in the user table, and ids that are only spelled differently.
 
@@ -314,9 +338,12 @@ def report_users_found(table: Mapping[str, Mapping[str, str]], stream: Stream, o
     """
     if not table:
         return
-    known = {user for column in table.values() for user in column}
+    known, meant = (
+        {user for column in rows.values() for user in column}
+        for rows in (table, of_merged(table, stream.merged_users))
+    )
     users = {user for number in range(stream.stages) for user in stream.stage(number).users}
-    found = len(users & known)
+    found = len(users & meant)
     observer.note(
         f"{found:,} of {len(users):,} users of the log have a row in report.users, which has {len(known):,} "
         "users" + (f" (the log has {min(users)!r}, the table {min(known)!r})" if known and not found else "")
@@ -325,7 +352,7 @@ def report_users_found(table: Mapping[str, Mapping[str, str]], stream: Stream, o
         f"""SELECT count(DISTINCT a), min(a), arg_min(b, a)
         FROM (SELECT unnest(?::VARCHAR[]) AS a) JOIN (SELECT unnest(?::VARCHAR[]) AS b)
           ON {folded("a")} = {folded("b")}""",
-        [sorted(users - known), sorted(known - users)],
+        [sorted(users - meant), sorted(known - users)],
     ).fetchall()[0]
     if near:
         observer.note(

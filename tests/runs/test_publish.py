@@ -19,7 +19,9 @@ from peso.decoding import beam_search
 from peso.errors import ExportError
 from peso.model.exported import load_merged
 from peso.runs import publish, retired
+from peso.runs.place import NAMES
 from peso.runs.recommender import Recommender
+from peso.runs.rename import rename
 from peso.runs.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -133,6 +135,31 @@ def test_an_exported_model_answers_as_its_stage(
         assert [s for _, s in answer] == pytest.approx([s for _, s in own], abs=1e-4)
 
 
+def test_a_history_may_have_earlier_ids_of_renamed_items(
+    shop: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shop.export(tmp_path / "model")
+    prompt = json.loads((folder / "prompt.json").read_text())
+    assert prompt["earlier_ids"] == {HISTORY[0]: "new", "better": "new"}
+    model = load_merged(folder)
+    found = [*model.semantic_ids.item_ids]
+    assert ("new" in found, HISTORY[0] in found) == (True, False)
+    every = [[name, HISTORY[1]] for name in (HISTORY[0], "better", "new")]
+    answers = beam_search(model, every, 10, exclude_seen=True)
+    assert answers == [answers[2]] * 3
+    assert not {item for item, _ in answers[0]} & {*HISTORY, "better", "new"}
+
+    monkeypatch.chdir(folder)
+    code = code_of(Path("README.md").read_text())[0]
+    best = []
+    for history in every:
+        names: dict[str, Any] = {}
+        exec(re.sub(r"\nhistory = .*", f"\nhistory = {history}", code, count=1), names)
+        assert names["history"] == every[2]
+        best.append(names["best"])
+    assert best == [best[2]] * 3
+
+
 def test_an_export_that_cannot_be_loaded_says_so(runs: dict[str, Recommender], tmp_path: Path) -> None:
     folder = runs["items"].export(tmp_path / "model")
     prompt = json.loads((folder / "prompt.json").read_text())
@@ -141,6 +168,9 @@ def test_an_export_that_cannot_be_loaded_says_so(runs: dict[str, Recommender], t
         load_merged(folder)
     (folder / "prompt.json").write_text(json.dumps({k: v for k, v in prompt.items() if k != "window"}))
     with pytest.raises(ExportError, match=r"is not readable \('window' is missing\); export the model again"):
+        load_merged(folder)
+    (folder / "prompt.json").write_text(json.dumps({**prompt, "earlier_ids": ["new"]}))
+    with pytest.raises(ExportError, match=r"is not readable .*; export the model again"):
         load_merged(folder)
     (folder / "prompt.json").write_text(json.dumps(prompt))
     (folder / "transitions.safetensors").write_bytes(b"half")
@@ -209,11 +239,13 @@ def test_without_mlflow_its_installation_is_named(
 
 @pytest.fixture
 def shop(runs: dict[str, Recommender]) -> Iterator[Recommender]:
-    """A recommender with a retired item: the best answer to the history."""
+    """A recommender with a retired item, the best answer to the history, and a renamed one of the history."""
     workspace = runs["items"].workspace
     best = runs["items"].recommend(HISTORY, k=1, exclude_seen=False)[0][0]
     retired.retire(workspace, [best])
+    rename(workspace, [(HISTORY[0], "better"), ("better", "new")])
     yield Recommender(Workspace.open(workspace.root), device="cpu")
+    (workspace.root / NAMES).unlink()
     retired.restore(workspace, [best])
 
 

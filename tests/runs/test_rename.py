@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from event_logs import histories, write_log
@@ -180,6 +182,33 @@ def test_a_damaged_record_is_named(shop: Workspace) -> None:
             use()
 
 
+@pytest.mark.parametrize("kind", ["vectors", "index"])
+def test_files_of_items_may_have_any_name(shop: Workspace, tmp_path: Path, kind: str) -> None:
+    values = {item: [n % 5, n % 7] for n, item in enumerate(shop.stream.item_ids)}
+
+    def codes(rows: dict[str, list[int]]) -> np.ndarray:
+        path = tmp_path / f"{kind}.{'parquet' if kind == 'vectors' else 'json'}"
+        if kind == "vectors":
+            pq.write_table(pa.table({"item_id": [*rows], "vector": [*rows.values()]}), path)
+            used = {"encoder": "vectors", "vectors": [str(path)]}
+        else:
+            path.write_text(json.dumps({item: [f"<a_{x}>", f"<b_{y}>"] for item, (x, y) in rows.items()}))
+            used = {"index": str(path)}
+        items = shop.config.items.model_copy(update=used)
+        shop.config = shop.config.model_copy(update={"items": items})
+        with shop.lock():
+            preparation.tokenize(shop, Silent())
+        return shop.semantic_ids.codes
+
+    before = codes(values)
+    rename(shop, [("i1", "one"), ("i2", "two"), ("two", "second"), ("i3", "three")])
+    to = {"i1": "one", "i2": "two"}  # i2 by the name between, i3 by its first
+    assert (codes({to.get(item, item): row for item, row in values.items()}) == before).all()
+    newest = {"one": values["i1"], "second": values["i2"]}  # of several names, the newest counts
+    other = {"i1": [4, 6], "i2": [4, 6], "two": [4, 6]}
+    assert (codes({**values, **newest, **other}) == before).all()
+
+
 # -- new data under any name -----------------------------------------------------------------------------
 
 
@@ -262,6 +291,10 @@ def test_exported_semantic_ids_have_the_new_names(shop: Workspace, tmp_path: Pat
     preparation.export_index(shop, tmp_path / "catalog", form="catalog", with_retired=True)
     table = pq.read_table(next((tmp_path / "catalog").glob("*.parquet")))
     assert table["item_id"].to_pylist() == shop.semantic_ids.item_ids
+    told = json.loads((tmp_path / "catalog" / "catalog.json").read_text())
+    assert told["earlier_ids"] == {"i1": "one", "i3": "three"}
+    preparation.export_index(shop, tmp_path / "known", form="catalog")  # without the retired item
+    assert json.loads((tmp_path / "known" / "catalog.json").read_text())["earlier_ids"] == {"i3": "three"}
 
 
 # -- the command -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from peso.config import load_config
 from peso.errors import ConfigError, DataError
 from peso.events.stream import Stream
 from peso.runs import pipeline, preparation, report
-from peso.runs.report import read_user_table
+from peso.runs.report import of_merged, read_user_table
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
@@ -50,6 +50,15 @@ def test_a_bad_user_table_is_refused_and_says_why(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=words):
             read_user_table(tmp_path / name)
+
+
+def test_users_who_are_one_person_share_the_row_of_one(tmp_path: Path) -> None:
+    into = {"a": "c", "b": "c", "d": "e", "f": "g"}
+    table = {"country": {"a": "de", "b": "fr", "d": "it", "e": "es", "x": "pl"}, "age": {"c": "30"}}
+    known = of_merged(table, into)
+    assert known["country"] == {**table["country"], "c": "de"}  # own values stay
+    assert known["age"] == {"a": "30", "b": "30", "c": "30"}
+    assert of_merged(table, {}) == table
 
 
 def test_segments_of_a_run_are_known_or_refused_before_anything_is_learnt(tmp_path: Path) -> None:
