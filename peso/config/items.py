@@ -130,7 +130,10 @@ class ItemsConfig(Section):
         try:
             named = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
         except ValueError as error:
-            raise ValueError(f"items.template {self.template!r} is not a template ({error})") from None
+            raise ValueError(
+                f"items.template {self.template!r} is not a template ({error}); write fields as {{title}}, "
+                "and double the braces that are text"
+            ) from None
         if not named or not named <= fields:
             raise ValueError(
                 "items.template can contain only the fields {title}, {text} and {category}, and needs at "
@@ -164,4 +167,7 @@ class ItemsConfig(Section):
                 "every stage; remove one of them"
             )
         if refresh.depth > self.levels:
-            raise ValueError(f"items.refresh.depth {refresh.depth} is more than items.levels {self.levels}")
+            raise ValueError(
+                f"items.refresh.depth {refresh.depth} is more than items.levels {self.levels}; give at most "
+                "the number of levels"
+            )

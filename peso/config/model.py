@@ -106,7 +106,10 @@ class BackboneConfig(Section):
                 f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} has a fixed width"
             )
         if self.width is not None and self.width % (head := head_size(self.width)):
-            raise ValueError(f"backbone.width {self.width} is not a multiple of the head size {head}")
+            raise ValueError(
+                f"backbone.width {self.width} is not a multiple of the head size {head}; the next one is "
+                f"{-(-self.width // head) * head}"
+            )
         return self
 
 

@@ -129,11 +129,13 @@ def read_tree(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes, so it is not a configuration")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"there is no configuration at {path}") from None
+        raise ConfigError(f"there is no configuration at {path}; check the path") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from peso.errors import WorkspaceError
 from peso.events import columns
 from peso.events.histories import stage_counts
-from peso.events.stream import ERASED, FORMAT, MERGED, Stream, stage_file
+from peso.events.stream import ERASED, FORMAT, MERGED, Stream, readable, stage_file
 from peso.runtime.files import link
 from peso.runtime.manifest import intact, write_manifest
 
@@ -88,14 +87,11 @@ def has_user(path: Path, *users: str) -> bool:
     Raises:
         WorkspaceError: if the file cannot be read.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            if columns.USER not in file.schema_arrow.names:
-                return False
-            batches, wanted = file.iter_batches(columns=[columns.USER]), pa.array(users, pa.string())
-            return any(pc.any(pc.is_in(batch[columns.USER], wanted)).as_py() for batch in batches)
-    except (pa.ArrowException, OSError) as error:
-        raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+    with readable(path), pq.ParquetFile(path) as file:
+        if columns.USER not in file.schema_arrow.names:
+            return False
+        batches, wanted = file.iter_batches(columns=[columns.USER]), pa.array(users, pa.string())
+        return any(pc.any(pc.is_in(batch[columns.USER], wanted)).as_py() for batch in batches)
 
 
 def write_without(path: Path, new: Path, *users: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,9 @@ class Stream:
                 found = [batch.filter(pc.is_in(batch[columns.USER], wanted)) for batch in file.iter_batches()]
                 rows = pa.Table.from_batches(found, file.schema_arrow)
         except (pa.ArrowException, OSError) as error:
-            raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+            raise WorkspaceError(
+                f"{path} is not readable Parquet ({error}); restore it from a copy"
+            ) from None
         return as_stage(0, rows)
 
     def _pieces(self, name: str, number: int) -> Iterator[Stage]:
@@ -248,7 +251,9 @@ class Stream:
                 for batch in file.iter_batches(PIECE):
                     yield as_stage(number, batch)
         except (pa.ArrowException, OSError) as error:
-            raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+            raise WorkspaceError(
+                f"{path} is not readable Parquet ({error}); restore it from a copy"
+            ) from None
 
     def training_events(self, stages: Iterable[int]) -> Iterator[np.ndarray]:
         """The item numbers of each user in each of some stages, int32, oldest first, without the user's
@@ -296,7 +301,18 @@ class Stream:
             # read as a single file, because `stage=0` in the path is not a column
             return pq.ParquetFile(path).read()
         except (pa.ArrowException, OSError) as error:
-            raise WorkspaceError(f"{path} is not readable Parquet: {error}") from None
+            raise WorkspaceError(
+                f"{path} is not readable Parquet ({error}); restore it from a copy"
+            ) from None
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A context in which a Parquet file is read. Raises WorkspaceError if it cannot be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise WorkspaceError(f"{path} is not readable Parquet ({error}); restore it from a copy") from None
 
 
 def _write_stage(directory: Path, stage: Stage, source: str) -> dict[str, int]:

@@ -106,7 +106,8 @@ def recognize(sample: Sequence[object], sql_type: str, time_format: str, where: 
         except duckdb.Error as error:
             cause = str(error).splitlines()[0]
             raise DataError(
-                f"data.time_format: {time_format!r} is not a valid time pattern ({cause})"
+                f"data.time_format: {time_format!r} is not a valid time pattern ({cause}); use strptime "
+                "codes, such as %d/%m/%Y %H:%M"
             ) from None
         return Clock(time_format)
     given = [str(value) for value in sample if value is not None]

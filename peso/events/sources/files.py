@@ -55,7 +55,8 @@ def find_files(path: str, kind: str, key: str = "data.path") -> list[Path]:
         found = [file for file in _shown(Path(path)) if bare_suffix(file) in endings]
         if not found:
             raise DataError(
-                f"the folder {path} has no {kind} file ({', '.join(endings)}, or one of these with .gz)"
+                f"the folder {path} has no {kind} file ({', '.join(endings)}, or one of these with .gz); "
+                f"check {key} and the format"
             )
     elif Path(path).is_file():
         found = [Path(path)]
@@ -86,7 +87,7 @@ def format_of(path: str) -> str:
         if kind := kind_of(path):
             return kind
         if not Path(path).exists():
-            raise ConfigError(f"there is no file or folder at {path}")
+            raise ConfigError(f"there is no file or folder at {path}; check the path")
         require_text(Path(path))
         known = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
         raise ConfigError(
@@ -227,7 +228,8 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
             fields = next(csv.reader([line], delimiter=separator, quotechar=quote, strict=True))
         except csv.Error as error:
             raise DataError(
-                f"the first line of {file} has a misplaced quote ({error}): {line[:80]!r}"
+                f"the first line of {file} has a misplaced quote ({error}): {line[:80]!r}; correct it, or "
+                "set data.quote to none if quotes are part of the text"
             ) from None
     if not any(fields):
         raise DataError(f"the first line of {file} is empty; download or create the file again")

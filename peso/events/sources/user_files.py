@@ -49,7 +49,8 @@ def log_of(table: FileTable, data: DataConfig) -> Log:
     user, item, time = (str(names[key]) for key in ("user", "item", "time"))
     if len({user, item, time}) < 3:
         raise ConfigError(
-            f"data.columns uses one column for two fields: user {user!r}, item {item!r}, time {time!r}"
+            f"data.columns uses one column for two fields: user {user!r}, item {item!r}, time {time!r}; "
+            "name a column for each"
         )
     rating = str(names["rating"]) if "rating" in names else None
     log = Log(table, user, item, time, rating, data.time_format)
