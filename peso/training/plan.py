@@ -199,16 +199,17 @@ class StageExamples:
 
     def losses(self, stage: int, count: int) -> Iterator[Tensor]:
         model, layout = self._model, self._model.layout
-        for history, target in self._single_targets(stage, count):
-            items = model.item_token_ids(np.append(history, target))
-            piece = lay_out(layout, items, len(history), predict_end=predicts_end(model))
-            with self._without_dropout():
+        with self._without_dropout():
+            for history, target in self._single_targets(stage, count):
+                items = model.item_token_ids(np.append(history, target))
+                piece = lay_out(layout, items, len(history), predict_end=predicts_end(model))
                 (packed,) = pack([piece], layout.prefix, len(piece), len(piece) + len(layout.prefix))
-                scores = target_token_log_probabilities(
-                    model, packed.to(model.device), self._settings.temperature
-                )
-                loss = -scores.mean()
-            yield loss
+                with self._in_precision():
+                    scores = target_token_log_probabilities(
+                        model, packed.to(model.device), self._settings.temperature
+                    )
+                    loss = -scores.mean()
+                yield loss
 
     @torch.no_grad()
     def show(self, stage: int, count: int) -> None:
@@ -222,7 +223,7 @@ class StageExamples:
             first = chunk.first - chunk.start
             pieces.append(lay_out(model.layout, ids, first, predict_end=predicts_end(model)))
         row_tokens, *_ = budget(model)
-        with self._without_dropout():
+        with self._without_dropout(), self._in_precision():
             # one row per pass, so that there is no padding that hooks would see
             for packed in pack(pieces, model.layout.prefix, row_tokens, 1):
                 target_states(model, packed.to(model.device))
@@ -244,11 +245,16 @@ class StageExamples:
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
-        """A context in which the model is in evaluation mode and in the precision of training."""
+        """A context in which the model is in evaluation mode."""
         training = self._model.training
         self._model.eval()
         try:
-            with disable_input_dtype_casting(self._model, self._precision.mixed), self._precision.products():
-                yield
+            yield
         finally:
             self._model.train(training)
+
+    @contextmanager
+    def _in_precision(self) -> Iterator[None]:
+        """A context in which the model computes in the precision of training."""
+        with disable_input_dtype_casting(self._model, self._precision.mixed), self._precision.products():
+            yield

@@ -209,6 +209,18 @@ def test_the_log_of_a_training_that_goes_on_is_checked(tmp_path: Path) -> None:
 # -- manifests ---------------------------------------------------------------------------------------
 
 
+def test_a_manifest_is_checked_by_its_content_and_not_by_its_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    write_manifest(tmp_path, 1, {"title": 'of "ä", {1}', "value": float("nan"), "stages": [{"users": 3}]})
+    text, written = path.read_text(), read_manifest(tmp_path, 1)
+    path.write_text(json.dumps(written))
+    assert read_manifest(tmp_path, 1) == written
+    for changed in (text.replace(": 3", ": 4"), json.dumps({**written, "title": "of b"})):
+        path.write_text(changed)
+        with pytest.raises(WorkspaceError, match="does not match its own sha256"):
+            read_manifest(tmp_path, 1)
+
+
 def test_manifests_of_the_version_before_are_read(root: Path) -> None:
     expected = serve(root), results(root)
     for path in root.rglob("manifest.json"):
