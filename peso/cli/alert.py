@@ -1,5 +1,5 @@
-"""A command that is run when someone should be alerted: the gate keeps the champion, drift is high, or an
-update fails. It is taken only from the command line, never from a workspace, and runs without a shell."""
+"""A command that is run to alert somebody: the gate keeps the serving stage, drift is high, or an update
+fails. It is taken only from the command line, never from a workspace, and runs without a shell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from peso.cli.display import say
 from peso.errors import UsageError
 from peso.runtime.failures import sentence
 from peso.runtime.processes import current
+from peso.runtime.provenance import timestamp
 
 Event = Literal["refused", "undecided", "drift", "failed"]
 WAIT = 60.0  # seconds before the command is stopped
@@ -35,7 +35,7 @@ class Alert:
         """Parse a command line such as ``mail -s peso ops@example.org``.
 
         Raises:
-            UsageError: if the command line cannot be split into words, or the program does not exist.
+            UsageError: the command line cannot be split into words, or the program does not exist.
         """
         if text is None:
             return cls([], workspace)
@@ -62,7 +62,7 @@ class Alert:
             "workspace": str(self.workspace.absolute()),
             "stage": stage,
             "message": message,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": timestamp(),
             **figures,
         }
         try:
@@ -70,12 +70,12 @@ class Alert:
                 self.command, input=json.dumps(told).encode(), capture_output=True, timeout=WAIT, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            say(f"WARNING: the alert was not sent: {sentence(error) or error}", error=True)
+            say(f"warning: the alert was not sent: {sentence(error) or error}", error=True)
             return
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             say(
-                f"WARNING: the alert command ended with status {done.returncode}"
+                f"warning: the alert command ended with status {done.returncode}"
                 + (f": {said[-1]}" if said else ""),
                 error=True,
             )

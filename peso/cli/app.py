@@ -93,7 +93,7 @@ OTHERS = (recommend, baseline, diagnose, pull, export)
 for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget, prune):
     app.command(cls=Command)(command)
 of_items = typer.Typer(
-    no_args_is_help=True, help="Retire, restore and rename items, and list those that are."
+    no_args_is_help=True, help="Retire, restore and rename items, and list retired and renamed items."
 )
 of_items.command("retire", cls=Command)(items.retire)
 of_items.command("rename", cls=Command)(items.rename)
@@ -101,7 +101,7 @@ of_items.command("restore", cls=Command)(items.restore)
 of_items.command("list", cls=Command)(items.show)
 app.add_typer(of_items, name="items")
 of_users = typer.Typer(
-    no_args_is_help=True, help="Merge users that are one person, and list those that were."
+    no_args_is_help=True, help="Merge users who are the same person, and list merged users."
 )
 of_users.command("merge", cls=Command)(users.merge)
 of_users.command("list", cls=Command)(users.show)

@@ -17,8 +17,8 @@ def baseline(
         typer.Argument(
             metavar="[NAME]...",
             help=f"Baselines to run: {', '.join(BASELINES.built_in())}, or one with options as in the "
-            "configuration, such as '{name: ease, items: 8000}'. Default: the baselines in the "
-            "configuration.",
+            "configuration, such as '{name: ease, items: 8000}'. A name without options uses those in the "
+            "configuration. Default: all baselines in the configuration.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -42,10 +42,11 @@ def baseline(
     Workspace.open(workspace, trust or ())  # raises where there is none
     configured = load_config(path, overrides or []).baselines
     if names:
-        # a bare name takes its options from the configuration, if it is listed there
-        by_name = {config.name: config.model_dump_json() for config in configured}
-        requested = ", ".join(by_name.get(name, name) for name in names)
-        config = load_config(path, [*(overrides or []), f"baselines=[{requested}]"])
+        requested: list[str] = []
+        for name in names:  # a bare name stands for every listed baseline of that name
+            listed = [options.model_dump_json() for options in configured if options.name == name]
+            requested += listed or [name]
+        config = load_config(path, [*(overrides or []), f"baselines=[{', '.join(requested)}]"])
         check_configuration(config)
         configured = config.baselines
     if not configured:

@@ -23,7 +23,9 @@ from peso.runtime.failures import printable
 from peso.runtime.files import only_writer
 
 if TYPE_CHECKING:
+    from peso.runs.compare.plan import Plan
     from peso.runs.compare.schedule import Row
+    from peso.runs.executors import Machine
 
 BUDGET = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 SHOWN_ROWS = 40  # of the live table; a table taller than the screen cannot be redrawn
@@ -53,7 +55,7 @@ def compare(
         bool, typer.Option("--dry-run", help="Only list the runs and the time that they will take.")
     ] = False,
 ) -> None:
-    """Carry out all unfinished runs in CONFIG, several at a time, and write one report on all runs.
+    """Do all unfinished runs of CONFIG, several at a time, and write one report on all runs.
 
     Every run is an ordinary workspace, DIR/runs/DATA/BACKBONE/STRATEGY/seed=S. Data and base stages are
     created once and shared. Baselines are included. At the end, the first seed's models are tested on the
@@ -180,7 +182,7 @@ def _cells(row: Row) -> tuple[str, str, str, str]:
     return stages, hit, ndcg, "" if row.seconds_left is None else duration(row.seconds_left)
 
 
-def _show_plan(plan: Any, machine: Any) -> None:
+def _show_plan(plan: Plan, machine: Machine) -> None:
     from peso.runs.compare.forecast import forecast
 
     expected = forecast(plan, machine.threads)
@@ -195,7 +197,7 @@ def _show_plan(plan: Any, machine: Any) -> None:
     )
 
 
-def _counted(plan: Any) -> str:
+def _counted(plan: Plan) -> str:
     parts = [(plan.runs, "runs"), (plan.baselines, "baselines"), (plan.transfers, "tested on other stages")]
     return ", ".join(f"{len(some)} {name}" for some, name in parts if some)
 

@@ -12,6 +12,8 @@ from peso.cli.display import Directory, Json, Terminal, Trust, next_step_of, nex
 if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
+EXAMPLES = 256  # as in peso.runs.directions, which is slow to import
+
 
 def diagnose(
     workspace: Directory,
@@ -27,7 +29,7 @@ def diagnose(
     examples: Annotated[
         int,
         typer.Option(min=20, help="With --directions: the number of targets used to estimate the support."),
-    ] = 256,
+    ] = EXAMPLES,
     free: Annotated[
         Path | None,
         typer.Option(help="With --directions: a workspace in which the strategy `single` trained the stage."),
@@ -58,12 +60,15 @@ def diagnose(
     from peso.runs import diagnosis
     from peso.runs.workspace import Workspace
 
+    if directions is None and (stage, examples, free, at, plot) != (None, EXAMPLES, None, "start", None):
+        raise UsageError(
+            "--stage, --examples, --free, --at and --plot need --directions N, the number of directions to "
+            "show"
+        )
     opened = Workspace.open(workspace, trust or ())
     if directions is not None:
         _directions(opened, directions, stage, examples, free, at, plot, as_json)
         return
-    if stage is not None or free is not None or plot is not None:
-        raise UsageError("--stage, --free and --plot need --directions N, the number of directions to show")
     found = diagnosis.diagnose(opened)
     if as_json:
         say_json(found)

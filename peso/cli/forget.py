@@ -50,10 +50,10 @@ def forget(
         return
     say(f"{workspace}: erased user {' and '.join(map(repr, held.users))} ({where})")
     for file in held.own_files:
-        say(f"WARNING: {file} still contains the user, or cannot be read; peso does not change your files")
+        say(f"warning: {file} still contains the user, or cannot be read; peso does not change your files")
     if held.trained:
         say(
-            f"WARNING: stages {held.trained} were trained with the user's events, and their weights may "
+            f"warning: stages {held.trained} were trained with the user's events, and their weights may "
             "reflect them. To remove these traces, train from scratch on the remaining events: when there is "
             f"a new stage, run `peso update -w {workspace} --set strategy.name=retrain`"
         )

@@ -41,8 +41,8 @@ def ingest(
         typer.Option(
             "--format",
             help=f"{', '.join(FORMATS)}. "
-            "Default: a published data set that its files show, which is then named; else by the extension "
-            "of the file, or of the files in the directory.",
+            "Default: recognized from the files of a published data set, whose name is then printed; else "
+            "from the extension of the file, or of the files in the directory.",
         ),
     ] = None,
     workspace: Annotated[
@@ -82,7 +82,6 @@ def ingest(
 
     Example: peso ingest --items products_12.csv -w runs/shop
     """
-
     from peso.config import load_config
     from peso.events.sources import format_at
     from peso.runs import preparation
@@ -137,7 +136,6 @@ def ingest(
 def _append(
     path: Path, source: str | None, data_format: str | None, overrides: list[str], as_json: bool
 ) -> None:
-
     from peso.config import changed_keys, load_config
     from peso.runs import preparation
     from peso.runs.undo import stages_named
@@ -150,13 +148,9 @@ def _append(
         if others:
             raise UsageError(f"with --append, --set can change only keys of `data`, not {', '.join(others)}")
         manifest = preparation.append(opened, Terminal(), config.data)
-        pending = opened.lacks_semantic_ids
-    command = f"peso tokenize --append -w {path}" if pending else f"peso update -w {path}"
-    if not opened.has_semantic_ids:
-        command = f"peso tokenize -w {path}"
-    added = manifest["appended"][-1]
+    step, added = next_step_of(opened), manifest["appended"][-1]
     if as_json:
-        say_json({**manifest, "next": command})
+        say_json({**manifest, "next": shlex.join(["peso", *map(str, step)])})
         return
     _show_stream(opened, manifest, added)
     first, end = added["first_stage"], added["first_stage"] + added["stages"]
@@ -169,10 +163,10 @@ def _append(
         table = config.data.items
         why = f"{table.path} has none for them" if table else "there is no product table"
         say(
-            f"WARNING: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
-            f"will carry little information. Before the next step, run: peso ingest --items FILE -w {path}"
+            f"warning: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
+            f"will carry little information. Before the next step, run `peso ingest --items FILE -w {path}`"
         )
-    next_steps(shlex.split(command)[1:])
+    next_steps(step)
 
 
 def _keys_of_format(data: DataConfig, source: str | None, data_format: str | None) -> list[str]:
@@ -204,7 +198,6 @@ def _keys_of_format(data: DataConfig, source: str | None, data_format: str | Non
 def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -> None:
     """Update the items from a product table that has the same columns as the workspace's one, unless --set
     names other columns."""
-
     from peso.config import load_config
     from peso.events.sources.files import find_files, kind_of
     from peso.runs import preparation
@@ -232,7 +225,9 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     with opened.lock():
         done = preparation.update_items(opened, given, Terminal())
         pending = opened.lacks_semantic_ids
-    command = f"peso tokenize --append -w {path}" if pending and opened.has_semantic_ids else None
+    command = None
+    if pending and opened.has_semantic_ids:
+        command = shlex.join(["peso", "tokenize", "--append", "-w", str(path)])
     if as_json:
         say_json({**done, "next": command})
         return

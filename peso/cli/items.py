@@ -12,7 +12,7 @@ from peso.errors import UsageError
 
 Items = Annotated[list[str] | None, typer.Argument(metavar="[ITEM]", help="Ids of items in the log.")]
 File = Annotated[
-    Path | None, typer.Option("--file", metavar="FILE", help="A text file of further ids, one a line.")
+    Path | None, typer.Option("--file", metavar="FILE", help="A text file of further ids, one per line.")
 ]
 
 SHOWN = 20  # renamed items that are printed
@@ -25,7 +25,7 @@ def retire(
     reason: Annotated[str | None, typer.Option(help="Why; shown by `peso items list`.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Never recommend items again, such as discontinued products. This takes effect with the next answer.
+    """Stop recommending items, such as discontinued products. This takes effect with the next answer.
 
     It applies to `peso recommend`, to hybrids, to the most popular items, to exports and to a running `peso
     serve`. Retired items stay in the histories of users, which the model still reads. Nothing is trained.
@@ -84,9 +84,9 @@ def rename(
 
     Answers, exports and comparisons then have the new id. The old id is still understood: in histories, in
     new logs and product tables, and in received events. The item keeps its semantic ID and everything that
-    the model has learned of it. A running `peso serve` takes the new ids up within a second.
+    the model has learned about it. A running `peso serve` uses the new ids within a second.
 
-    Two items cannot become one, and the names of two items cannot be exchanged.
+    Two items cannot become one, and two items cannot exchange their ids.
 
     Example: peso items rename sku-17 product-17 -w runs/shop
 
@@ -150,7 +150,10 @@ def show(workspace: Directory, as_json: Json = False) -> None:
 
 def _given(items: list[str] | None, file: Path | None) -> list[str]:
     """The ids of the command line and of the file."""
-    lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
+    except UnicodeDecodeError:
+        raise UsageError(f"--file {file} is not UTF-8 text; convert it to UTF-8") from None
     given = [*(items or []), *(line.strip() for line in lines if line.strip())]
     if not given:
         raise UsageError("name items, or a file of items with --file")

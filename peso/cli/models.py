@@ -16,15 +16,15 @@ def pull(
         str,
         typer.Argument(
             metavar="NAME",
-            help="smollm2-135m, all-minilm-l6-v2 or ml-100k; or of the Hugging Face hub: owner/model, or "
+            help="smollm2-135m, all-minilm-l6-v2 or ml-100k; or, from the Hugging Face hub: owner/model or "
             "datasets/owner/name. @REVISION may follow, and after a data set a path in it.",
         ),
     ],
 ) -> None:
     """Download a model or data set: a known one, whose sha256 is checked, or any from the Hugging Face hub.
 
-    Those of the hub go to the cache of its client, where backbone.name, items.encoder and data.path find
-    them. With HF_HUB_OFFLINE=1, nothing is downloaded, and what the cache has is shown.
+    Files from the hub go to the cache of its client, where backbone.name, items.encoder and data.path find
+    them. With HF_HUB_OFFLINE=1, nothing is downloaded: the command shows where the cache has the files.
 
     Example: peso pull smollm2-135m
 
@@ -108,8 +108,8 @@ def export(
     """Export a stage's model or the semantic IDs for Transformers, vLLM, PEFT, MLflow or research code.
 
     A model has a card, README.md: data, metrics with intervals, limits, and code that uses it without peso.
-    Index and catalog contain all items that are not retired (`peso items`), or with --stage those of them
-    that were known at that stage. A model's prompt.json lists the semantic IDs of retired items. Nothing is
+    Index and catalog contain all items that are not retired (`peso items`); with --stage, only those that
+    were known at that stage. A model's prompt.json lists the semantic IDs of retired items. Nothing is
     uploaded without --push-to-hub or --register.
 
     Example: peso export -w runs/games --format merged -o exported

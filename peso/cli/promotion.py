@@ -61,7 +61,7 @@ def promote(
 
 
 def _warn_of_hybrids(opened: Workspace, stage: int) -> None:
-    """Say which hybrids cannot answer with a stage that is about to serve."""
+    """Print which hybrids cannot answer with a stage that is about to serve."""
     from peso.errors import WorkspaceError
     from peso.runs.hybrids import hybrids_not_run
 
@@ -85,7 +85,7 @@ def _promoted(changes: Sequence[Change]) -> str:
             f"stage {latest.stage}, which has served as the newest one, now serves until another is promoted"
         )
     if earlier[-1].determined_by != latest.determined_by:
-        return f"stage {latest.stage} was trained again and now serves as it is"
+        return f"stage {latest.stage} was trained again; its new model now serves"
     return f"stage {latest.stage} still serves and is now {'pinned' if latest.pinned else 'not pinned'}"
 
 
@@ -167,7 +167,7 @@ def _show(told: dict[str, Any]) -> None:
         why = f": {serves['reason']}" if serves["reason"] else ""
         say(f"stage {serves['stage']} has been serving since {serves['since'] or 'its training'}{how}{why}")
         if serves["problem"]:
-            say(f"WARNING: {serves['problem']}")
+            say(f"warning: {serves['problem']}")
         if serves["previous"] is not None:
             say(f"a rollback would return to stage {serves['previous']}")
     if stages := waiting["stages"]:
@@ -181,15 +181,15 @@ def _show(told: dict[str, Any]) -> None:
 
 
 def show_verdict(stage: RunStage, alerts: Alert) -> None:
-    """Print the gate's verdict on a stage, if there is one, and send an alert if the champion stays."""
+    """Print the gate's verdict on a stage, if there is one, and send an alert if the stage did not pass."""
     verdict = stage.verdict
     if verdict is None:
         return
     what = f"stage {stage.number} against stage {verdict['champion']}"
     say(f"gate: {what}: {verdict['decision']}")
     for condition in verdict["conditions"]:
-        mark = condition["outcome"] if condition["blocks"] else f"{condition['outcome']} (not required)"
-        say(f"- {condition['outcome'] if condition['outcome'] == 'passed' else mark}: {condition['says']}")
+        waived = condition["outcome"] != "passed" and not condition["blocks"]
+        say(f"- {condition['outcome']}{' (not required)' * waived}: {condition['says']}")
     for key, cases in REPORTED.items():
         if "difference" in verdict[key]:
             say(f"- reported: difference {verdict[key]['difference']:+.4f} on {cases}")
@@ -208,5 +208,5 @@ def show_drift(stage: RunStage, alerts: Alert) -> None:
     from peso.runs.challenger import high_drift
 
     if (finding := high_drift(stage)) is not None:
-        say(f"WARNING: {finding}")
+        say(f"warning: {finding}")
         alerts.send("drift", finding, stage.number)

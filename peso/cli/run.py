@@ -51,7 +51,7 @@ def run(
         from peso.runs.estimate import estimate
         from peso.runs.sizes import sizes_for
 
-        if (sizes := sizes_for(root, resolved)) is not None:  # otherwise told when the data are read
+        if (sizes := sizes_for(root, resolved)) is not None:  # otherwise printed when the data are read
             say(str(sizes))
         plan = estimate(preview, observer=watcher())
         if not plan:

@@ -44,12 +44,12 @@ def serve(
     allow_file: Annotated[
         Path | None,
         typer.Option(
-            help="File of the only items that may be recommended, such as those in stock, with one id per "
-            "line. The server reads it again when it changes."
+            help="File with the items that may be recommended, such as those in stock, one id per line; no "
+            "other item is recommended. The server reads the file again when it changes."
         ),
     ] = None,
     deny_file: Annotated[
-        Path | None, typer.Option(help="File of items that may not be recommended, in the same format.")
+        Path | None, typer.Option(help="File with items that may not be recommended, in the same format.")
     ] = None,
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Accept no events and no changes of the stage.")
@@ -57,13 +57,15 @@ def serve(
     rate: Annotated[
         float,
         typer.Option(
-            min=0, help="Most requests per second of a token (without tokens: of an address); 0: no limit."
+            min=0,
+            help="Maximum number of requests per second for a token (without tokens: for an address); 0: no "
+            "limit.",
         ),
     ] = 1_000,
     queue: Annotated[
         int,
         typer.Option(
-            min=1, help="Most recommendations that may wait; further requests are refused with status 429."
+            min=1, help="Maximum number of waiting requests; further ones are refused with status 429."
         ),
     ] = 256,
     prompt_memory: Annotated[

@@ -38,7 +38,7 @@ def tokenize(
         bool,
         typer.Option(
             "--append",
-            help="Only for new items of the stream; existing IDs do not change, unless items.refresh is set.",
+            help="Only for new items in the stream; existing IDs do not change, unless items.refresh is set.",
         ),
     ] = False,
     overrides: Overrides = None,
@@ -50,7 +50,6 @@ def tokenize(
 
     Example: peso tokenize --append -w runs/shop
     """
-
     from peso.runs import diagnosis, preparation
 
     anew = "" if append else "semantic IDs"
@@ -109,9 +108,9 @@ def update(
 
     With gate.enabled: true, the new stage serves only if it passes against the stage that serves.
 
-    With --from-events, the events that `peso serve` has received become a stage first, and its new items get
-    semantic IDs. What an interrupted update has left is finished before. Events wait for a later stage if no
-    user has three of them yet, or if their item is not in the product table.
+    With --from-events, an interrupted update is finished first; then the events that `peso serve` has
+    received become a stage, and its new items get semantic IDs. Events wait for a later stage if no user has
+    three of them yet, or if their item is not in the product table.
 
     --set can change the settings of later stages (strategy, training.later); they apply from this stage on.
 
@@ -166,7 +165,7 @@ def update(
 
 
 def _give_new_ids(opened: Workspace) -> None:
-    """As `peso tokenize --append`, if that is due."""
+    """As `peso tokenize --append`, if it is needed."""
     from peso.runs import preparation
 
     if opened.lacks_semantic_ids:
@@ -174,10 +173,8 @@ def _give_new_ids(opened: Workspace) -> None:
 
 
 def _finish(opened: Workspace) -> int | None:
-    """Finish what earlier updates have left, so that received events become the stage after it.
-
-    Returns: the newest stage that was trained or finished, None if nothing was left.
-    """
+    """Finish earlier updates, so that received events become the stage after theirs. Returns the newest stage
+    that was trained or finished; None if nothing was left."""
     from peso.runs import pipeline
 
     done = None
@@ -199,7 +196,7 @@ def _cut_received(opened: Workspace, items: str | None) -> None:
         )
     if cut.unknown_items:
         say(
-            f"WARNING: {cut.unknown_items:,} items of received events (such as {cut.example!r}) are not in "
+            f"warning: {cut.unknown_items:,} items of received events (such as {cut.example!r}) are not in "
             "the product table, so their events wait. Add rows for them, or give another table with "
             "--items FILE"
         )
@@ -258,7 +255,6 @@ def evaluate(
 
     Example: peso evaluate -w runs/games --stage 0 --on 4
     """
-
     from peso.runs.evaluate import test
     from peso.runs.report import metric_table
 
@@ -293,6 +289,9 @@ def report(
     from peso.runs.baselines import run_cheap_baselines
     from peso.runs.report import report as write_report
 
+    for path in workspaces:
+        if [other.resolve() for other in workspaces].count(path.resolve()) > 1:
+            raise UsageError(f"-w {path} is given more than once; give each workspace once")
     opened = [Workspace.open(path) for path in workspaces]
     directory = output or opened[0].report_directory
     if directory.resolve() != opened[0].report_directory.resolve():

@@ -1,4 +1,4 @@
-"""`peso users`: merge users that are one person."""
+"""`peso users`: merge users who are the same person."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ SHOWN = 20  # merged users that are printed
 def merge(
     workspace: Directory,
     user: Annotated[
-        str | None, typer.Argument(metavar="[FROM", help="The user who becomes another one.")
+        str | None, typer.Argument(metavar="[FROM", help="The user to merge into the other one.")
     ] = None,
-    into: Annotated[str | None, typer.Argument(metavar="INTO]", help="Who this user becomes.")] = None,
+    into: Annotated[
+        str | None, typer.Argument(metavar="INTO]", help="The user who gets both histories.")
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -30,13 +32,13 @@ def merge(
 ) -> None:
     """Merge users: two histories become one, in order of time. This cannot be undone.
 
-    Recommendations, the histories of a running `peso serve` and later stages have the merged history from
-    then on. FROM is understood as INTO: in requests, in received events and in logs that are appended. Stages
-    that are trained already, their data and their tests do not change. `peso forget --user INTO` also erases
-    FROM.
+    Recommendations, the histories of a running `peso serve` and later stages use the merged history from
+    then on. The id FROM then means INTO: in requests, in received events and in logs that are appended.
+    Stages that are trained already, their data and their tests do not change. `peso forget --user INTO` also
+    erases FROM.
 
-    Times are looked up in the logs. If these no longer exist, the order within a stage is not known;
-    then the events of FROM come first.
+    Times are looked up in the logs. If these no longer exist, the order within a stage is not known, and the
+    events of FROM come first.
 
     Example: peso users merge visitor-93 anna -w runs/shop
 
@@ -48,7 +50,7 @@ def merge(
     from peso.runs.workspace import Workspace
 
     if (user is None) != (into is None):
-        raise UsageError("give the user who becomes another one, and who")
+        raise UsageError("give two users: the one to merge, then the one to merge it into")
     pairs = read_pairs(file, "user", ("from", "into")) if file else []
     if user is not None and into is not None:
         pairs.insert(0, (user, into))
@@ -77,7 +79,7 @@ def merge(
 
 
 def show(workspace: Directory, as_json: Json = False) -> None:
-    """Show the users that were merged, and who they are now.
+    """Show the users that were merged, and the user that each was merged into.
 
     Example: peso users list -w runs/shop
     """

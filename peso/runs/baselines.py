@@ -31,6 +31,7 @@ from peso.evaluation.run_summary import RunSummary, StageCost, StageSummary
 from peso.events.histories import Stage
 from peso.events.stream import Stream
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.evaluate import require_enough_ids
 from peso.runs.stage import METRICS, PREDICTIONS
 from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory, digest, read_json_object, restore, size_of, write_json
@@ -49,6 +50,10 @@ STATIC, MODEL = "static.parquet", "model"
 def check_data(config: Config, stream: Stream) -> None:
     """Check a configuration against the size of the log.
 
+    Args:
+        config: the configuration.
+        stream: the stream of the log.
+
     Raises:
         ConfigError: ``evaluation.k`` exceeds the number of items, or a baseline needs more memory than the
             machine has.
@@ -66,7 +71,8 @@ class BaselineRun:
     """One baseline of a workspace, on the stages whose items have semantic IDs.
 
     Args:
-        workspace: methods that write need its lock.
+        workspace: the workspace; methods that write need its lock.
+        config: the baseline and its options.
 
     Raises:
         WorkspaceError: there are no semantic IDs yet.
@@ -156,16 +162,12 @@ class BaselineRun:
         """Check the configuration, and run the partners of a hybrid.
 
         Raises:
-            ConfigError: lists longer than the catalog, or too little memory.
+            ConfigError: the log has fewer items than ``evaluation.k``, or the machine too little memory.
+            DataError: there are fewer distinct semantic IDs than ``evaluation.k``.
             WorkspaceError: the baseline is a hybrid, and the workspace's model is not trained.
         """
         check_data(self.workspace.config.model_copy(update={"baselines": [self.config]}), self.stream)
-        most, leaves = max(self.workspace.config.evaluation.k), self.ids(0).trie.leaves
-        if most > leaves:
-            raise ConfigError(
-                f"evaluation.k asks for {most} items, but the catalog has {leaves} distinct semantic IDs; "
-                "ask for fewer"
-            )
+        require_enough_ids(self.workspace.config, self.ids(0))
         if self.config.fused:
             self.workspace.trained(0)
             for partner in self.config.fused:
@@ -328,7 +330,7 @@ class BaselineRun:
     # -- results ---------------------------------------------------------------------------------
 
     def metrics(self, stage: int) -> Mapping[str, Any]:
-        """Estimates by metric name, for a stage that is done."""
+        """The metrics of a stage that is done, by name."""
         return read_json_object(self._file(stage, METRICS))[Path(PREDICTIONS).stem]
 
     def _predictions(self, stage: int, name: str) -> Predictions:
@@ -344,8 +346,9 @@ class BaselineRun:
             WorkspaceError: a file is damaged, or missing before the last stage that is there.
         """
         there = [stage for stage in self.stages if self.stage_directory(stage).exists()]
-        for stage in range(there[-1] if there else 0):
-            self._manifest(stage)
+        for stage in self.stages:
+            if there and stage < there[-1]:
+                self._manifest(stage)  # raises if it is missing
         done = [stage for stage in self.stages if self.is_done(stage)]
         continual, static = {}, {}
         for stage in done:

@@ -1,4 +1,4 @@
-"""The card of an exported model: what it learned from, how good it is, and how to use it."""
+"""The card of an exported model: its data, training, metrics and limits, and how to use it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _backbone(config: Any) -> tuple[str, str, str]:
             return hub.repository, asset.licence.lower(), f"the backbone {hub.repository}"
     if config.name.count("/") == 1 and not config.name.startswith((".", "~", "/")):
         return config.name, "", f"the backbone {config.name}"
-    return "", "", "a backbone of its own"
+    return "", "", "a backbone from a local directory"
 
 
 def _data(stream: Stream) -> str:

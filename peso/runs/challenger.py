@@ -7,7 +7,6 @@ apply from the next stage on.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from peso.runtime.files import json_text
 from peso.runtime.manifest import replace_file
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
+from peso.runtime.provenance import timestamp
 
 
 def keep_serving(workspace: Workspace) -> None:
@@ -99,7 +99,7 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
         "stage": number,
         "champion": champion.number,
         "determined_by": {"stage": challenger.determined_by, "champion": champion.determined_by},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": timestamp(),
         "settings": _settings(gate),
         **verdict.as_json(),
         "says": verdict.says,

@@ -125,7 +125,7 @@ def require_shareable(workspace: Workspace) -> None:
 
 
 def _require_trackers(config: Config) -> None:
-    """That the libraries of the configured trackers are installed."""
+    """Raise ConfigError if the library of a configured tracker is not installed."""
     for name in config.tracking:
         if find_spec(name) is None:
             raise ConfigError(

@@ -56,6 +56,7 @@ def stage_directions(
     """Predicted and measured weights of the strongest directions of (Σ, H) of a stage.
 
     Args:
+        workspace: the workspace.
         count: number of directions.
         stage: 1 or later; None: the newest.
         examples: number of single targets of the stage from which Σ is estimated.
@@ -151,7 +152,10 @@ def _example_gradients(
     model = starting_model(stage)
     begin_new_codes(stage, model, learned=number)
     if not has_adapter(model):
-        raise ConfigError(f"stage {number} of {workspace.root} has no adapter")
+        raise ConfigError(
+            f"stage {number} of {workspace.root} trains all weights and has no adapter, so directions are "
+            "not defined; choose a stage that trains an adapter (--stage)"
+        )
     context = context_of(stage, model, stored_memory(stage.before))
     given = context.examples
     assert given is not None
@@ -159,8 +163,8 @@ def _example_gradients(
     term = strategy.term or SoftmaxKL()
     if not term.has_decoupled_form:
         raise ConfigError(
-            f"{type(term).__name__} is not a squared distance to the anchor: it has no metric H, so there "
-            "are no directions of (Σ, H)"
+            f"{type(term).__name__} is not a squared distance to the anchor: it has no metric H, so "
+            "directions are not defined; choose a workspace whose anchor is one, as that of strategy peso"
         )
     term = cast(DistanceTerm, term)
     source: Source = model.backbone
@@ -193,9 +197,11 @@ def _differences(stage: RunStage, free: RunStage) -> list[str]:
             f"{named} was trained with {configs[1].strategy.name}; use a workspace that trained it with "
             "`single`, which has no anchor"
         )
-    for key, what in (("backbone_sha256", "backbone"), ("inputs", "data")):
+    for key, what in (("backbone_sha256", "weights of the backbone"), ("inputs", "data")):
         if stage.manifest[key] != free.manifest[key]:
-            raise WorkspaceError(f"{named} was trained on another {what}")
+            raise WorkspaceError(
+                f"{named} was trained with other {what}; use a workspace with the same backbone and data"
+            )
     found = []
     if stage.before.determined_by != free.before.determined_by:
         found.append(

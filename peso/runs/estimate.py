@@ -92,8 +92,10 @@ def estimate(
     """The missing steps of a run, with minutes, memory and disk.
 
     Args:
+        workspace: the workspace; it need not exist.
         speeds: measured speeds of runs of the same shape, keyed by whether the whole backbone is trained;
             missing ones are measured and added.
+        observer: receives the progress of reading the data; by default nothing is printed.
 
     Raises:
         PesoError: as the run itself would, for invalid data or an unusable backbone.
@@ -203,7 +205,7 @@ def _stage_estimate(
         return Estimate(step, cases * speed.test * passes / 60, speed.memory_gib, disk, f"{cases:,} cases")
     disk = speed.trained_bytes / 2**20
     if not strategy.learns(stage.number):
-        return Estimate(step, 0.1, speed.memory_gib, disk, "keeps the last state")
+        return Estimate(step, 0.1, speed.memory_gib, disk, "trains nothing")
     seed, window = config.seed_of_stage(stage.number), config.prompt.window
     longer = strategy.relative_step_time if stage.number else 1.0
     steps, in_trials, seconds = 0, 0, 0.0

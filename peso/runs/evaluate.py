@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from peso.config import Config
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics, warnings
 from peso.evaluation.predictions import (
@@ -15,6 +16,7 @@ from peso.evaluation.predictions import (
     semantic_id_ranks,
     write_predictions,
 )
+from peso.items.semantic_ids import SemanticIds
 from peso.runs.stage import FORMAT, METRICS, PREDICTIONS, StageTest
 from peso.runtime.files import json_text
 from peso.runtime.machine import threads
@@ -58,6 +60,15 @@ def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
     return metrics
 
 
+def require_enough_ids(config: Config, ids: SemanticIds) -> None:
+    """Raise DataError if the evaluation asks for more items than there are distinct semantic IDs."""
+    if (asked := max(config.evaluation.k)) > ids.trie.leaves:
+        raise DataError(
+            f"evaluation.k asks for {asked} items, but the catalog has {ids.trie.leaves} distinct semantic "
+            "IDs; ask for fewer"
+        )
+
+
 def _predict(wanted: StageTest, observer: Observer) -> None:
     """Compute and write predictions.parquet; several processes share the cases."""
     from peso.decoding import search
@@ -65,11 +76,7 @@ def _predict(wanted: StageTest, observer: Observer) -> None:
     stage, on, processes = wanted.stage, wanted.cases, current()
     config, stream = stage.workspace.config, stage.workspace.stream
     model = stage.answering_model(processes=processes)
-    if model.semantic_ids.trie.leaves < max(config.evaluation.k):
-        raise DataError(
-            f"evaluation.k asks for {max(config.evaluation.k)} items, but the catalog has "
-            f"{model.semantic_ids.trie.leaves} distinct semantic IDs; ask for fewer"
-        )
+    require_enough_ids(config, model.semantic_ids)
     cases_of, cases = stream.stage(on), wanted.read_cases(config.prompt.window)
     seen = cases.seen if stage.leaves_out_seen else None
     title = f"{'test' if wanted.part == 'test' else 'validate'} stage {stage.number}"

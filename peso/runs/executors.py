@@ -169,7 +169,7 @@ PATIENCE = 120.0  # a shared file system can take this long to notice that the h
 
 @dataclass
 class _Remote:
-    """A call on a cluster: ``future`` and its functions as the library offers them."""
+    """A call on a cluster: the library's future, and functions that query and cancel it."""
 
     call: Call
     future: Any
@@ -188,7 +188,8 @@ class _Remote:
 
 
 def _started(call: Call, cpus: int) -> Call:
-    """The call with the threads that its share of a machine allows, without a stop file of an earlier one."""
+    """The call, limited to the threads of its share of a machine. The stop file of an earlier call is
+    removed."""
     call.stop.unlink(missing_ok=True)
     return replace(call, environment=_threads(cpus))
 
@@ -322,7 +323,7 @@ class Slurm:
 
 
 def open_executor(config: AnyExecutor, workers: int | Literal["auto"], device: str, folder: Path) -> Executor:
-    """Connect to what a configuration names.
+    """Create the executor that a configuration names, and connect to its cluster.
 
     Args:
         config: the executor.

@@ -31,6 +31,7 @@ from peso.events.sources import open_source
 from peso.events.sources.reading import Reading
 from peso.runs.evaluate import measure, remove_test
 from peso.runs.intake import WORK
+from peso.runs.preparation import logs_of
 from peso.runs.report import read_user_table, renew_report
 from peso.runs.stage import FORMAT, PREDICTIONS, RunStage, StageTest
 from peso.runs.workspace import Workspace
@@ -246,21 +247,18 @@ def _erase_samples(workspace: Workspace, held: Holdings) -> None:
 
 
 def own_files_with(workspace: Workspace, *users: str) -> list[str]:
-    """Those of the configured log, the appended logs and the user table that exist and contain the user or
-    one of several, or cannot be read."""
-    stream, found = workspace.stream, []
-    logs = [workspace.config.data]
-    for brought in stream.manifest.get("appended", []):
-        with suppress(ValueError):  # received events, or an entry of an earlier version
-            logs.append(DataConfig.model_validate(brought["source"]))
-    for data in logs:
-        if data.format in STREAMS or data.path is None or not _there(data.path):
+    """The existing files, of the configured log, the appended logs and the user table, that contain one of
+    the users or cannot be read."""
+    found: list[str] = []
+    for data in logs_of(workspace):
+        path = data.path
+        if data.format in STREAMS or path is None or not (is_remote(path) or Path(path).exists()):
             continue
-        if str(data.path) not in found and _log_has(data, users):
-            found.append(str(data.path))
-            if is_remote(data.path):
+        if path not in found and _log_has(data, users):
+            found.append(path)
+            if is_remote(path):
                 with suppress(DataError):
-                    found.append(local(data.path))
+                    found.append(local(path))
     table = workspace.config.report.users
     if table and Path(table).exists():
         try:
@@ -270,10 +268,6 @@ def own_files_with(workspace: Workspace, *users: str) -> list[str]:
         if any(user in column for column in values.values() for user in users):
             found.append(str(table))
     return found
-
-
-def _there(path: str) -> bool:
-    return is_remote(path) or Path(path).exists()
 
 
 def _log_has(data: DataConfig, users: Sequence[str]) -> bool:

@@ -27,7 +27,9 @@ class HybridAnswers:
     """A hybrid with the weights that were tuned at a stage. Models are loaded on first use.
 
     Args:
+        workspace: the workspace.
         name: its label, or ``hybrid`` if the workspace has only one.
+        stage: the number of the stage.
 
     Raises:
         ConfigError: the name matches no hybrid of the workspace, or several.
@@ -108,7 +110,8 @@ class HybridAnswers:
 
 
 def hybrids_not_run(workspace: Workspace, stage: int) -> list[str]:
-    """For each hybrid of the workspace that was not run for a stage: that it was not, and how to do it."""
+    """A sentence for each hybrid of the workspace that was not run for a stage, with the command that runs
+    it."""
     runs = [BaselineRun(workspace, config) for config in found_baselines(workspace) if config.fused]
     return [_not_run(run, stage) for run in runs if not run.is_done(stage)]
 

@@ -17,12 +17,7 @@ from peso.items.semantic_ids import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.runs.checks import require_shareable
-from peso.runs.models import (
-    backbone_fingerprint,
-    changed_codes,
-    trains_backbone,
-    write_memory,
-)
+from peso.runs.models import backbone_fingerprint, changed_codes, trains_backbone, write_memory
 from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
 from peso.runs.pool_weights import choose_pool_weights
 from peso.runs.stage import CHANGED_CODES, CODES_OF, ERASURES, FORMAT, LOG, METRICS, RunStage
@@ -30,12 +25,7 @@ from peso.runs.tracking import Tracking
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace
 from peso.runtime import assets
-from peso.runtime.files import (
-    commit_directory,
-    read_json_lines,
-    size_of,
-    write_json,
-)
+from peso.runtime.files import commit_directory, read_json_lines, size_of, write_json
 from peso.runtime.machine import threads
 from peso.runtime.manifest import write_manifest
 from peso.runtime.processes import current
@@ -75,7 +65,8 @@ def learn_stage(stage: RunStage, observer: Observer) -> None:
         with threads(model, workspace.config.training.threads, observer):
             training = _train(stage, model, strategy, context, unfinished, observer)
     else:
-        observer.note(f"stage {stage.number}: strategy {workspace.config.strategy.name} keeps the last state")
+        name = workspace.config.strategy.name
+        observer.note(f"stage {stage.number}: strategy {name} trains nothing and keeps the previous model")
     current().on_main(partial(_commit, stage, model, context.memory, training, unfinished, determined_by))
 
 

@@ -1,8 +1,8 @@
 """`peso users merge`: the histories of two users become one (:mod:`peso.events.merge`).
 
-The change is one rename of the stream's directory. From then on, the user who was merged is understood as the
-other one: in requests, in received events, also those from before, and in logs that are appended. Trained
-stages and their tests stay as they were; the next stage begins with the merged history.
+The change is one rename of the stream's directory. From then on, the merged user's id stands for the other
+user: in requests, in received events (also earlier ones), and in logs that are appended. Trained stages and
+their tests stay as they were; the next stage begins with the merged history.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from peso.events.simulate import EVENTS_FILE
 from peso.events.sources import open_source
 from peso.events.stream import MERGED, Stream
 from peso.runs.pairs import Pair
-from peso.runs.preparation import aliases
+from peso.runs.preparation import aliases, logs_of
 from peso.runs.workspace import Workspace
 from peso.runtime.files import commit_directory
 from peso.runtime.progress import Observer
@@ -46,9 +46,9 @@ class Merged:
     """What :func:`merge` does.
 
     Attributes:
-        users: for each user that becomes another one, who.
-        same: users that had become the other one before.
-        new: users who had no events before others were merged into them.
+        users: the merged users, and the user that each was merged into.
+        same: users that were merged into the same user before.
+        new: users that others are merged into, but that had no events themselves.
     """
 
     users: dict[str, str]
@@ -60,10 +60,11 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
     """Check pairs of users to merge.
 
     Args:
-        pairs: the user who becomes another one, and who.
+        workspace: the workspace.
+        pairs: in each, the user to merge and the user to merge it into.
 
     Raises:
-        DataError: a user to merge is unknown, was merged into somebody else before, or is the other one.
+        DataError: a user to merge is unknown, was merged into another user before, or is merged into itself.
         WorkspaceError: there is no stream, or a file is damaged.
     """
     stream = workspace.stream
@@ -75,8 +76,7 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
             if into[before] != after:
                 raise DataError(
                     f"user {before!r} was merged into {into[before]!r} before, and cannot be merged into "
-                    f"{named!r}, too; merge {into[before]!r} into that user instead, if all of them are the "
-                    "same"
+                    f"{named!r}, too; if all three are the same person, merge {into[before]!r} into {named!r}"
                 )
             same.append(before)
             continue
@@ -92,7 +92,7 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
         shown = ", ".join(map(repr, unknown[:5])) + (" …" if len(unknown) > 5 else "")
         raise DataError(
             f"{len(unknown):,} of {len(pairs):,} users to merge have no event in {workspace.root}: {shown}; "
-            "check the ids (the user who becomes another one comes first)"
+            "check the ids (the user to merge comes first)"
         )
     new = [user for user in dict.fromkeys(into[each] for each in users) if not known(user)]
     return Merged(users, same, new)
@@ -106,7 +106,9 @@ def merge(workspace: Workspace, pairs: Sequence[Pair], observer: Observer) -> Me
     stage those of the user who is merged come first; the observer gets a note.
 
     Args:
-        pairs: the user who becomes another one, and who.
+        workspace: the workspace.
+        pairs: see :func:`plan`.
+        observer: receives progress and notes.
 
     Raises:
         DataError, WorkspaceError: as :func:`plan`, or the disk is full. Nothing is changed.
@@ -190,10 +192,14 @@ def _overlap(parts: Sequence[Events]) -> bool:
 
 def _logs(workspace: Workspace, users: Collection[str], observer: Observer) -> dict[str, Log]:
     """The events of users in all logs of the stream and among the received events."""
-    stream, found = workspace.stream, {user: Log() for user in users}
-    numbers = {item: number for number, item in enumerate(stream.item_ids)}
+    found = {user: Log() for user in users}
+    numbers = {item: number for number, item in enumerate(workspace.stream.item_ids)}
     stored = workspace.names.in_files
-    for data in _sources(workspace, stream):
+    for data in logs_of(workspace):
+        if data.format == "simulate":
+            data = DataConfig(format="parquet", path=str(workspace.stream_directory / EVENTS_FILE))
+        if data.format in STREAMS or data.path is None:
+            continue
         observer.begin(f"looking for the times of {len(users):,} users in {data.path}", 0, "")
         with suppress(PesoError):  # it no longer exists: then some times are missing
             for user, item, time in _events(workspace, data, users):
@@ -207,17 +213,6 @@ def _logs(workspace: Workspace, users: Collection[str], observer: Observer) -> d
     for log in found.values():
         log.sort(key=lambda event: event[0])
     return found
-
-
-def _sources(workspace: Workspace, stream: Stream) -> list[DataConfig]:
-    """The logs that the stream was made from, without received events."""
-    logs = [workspace.config.data]
-    if logs[0].format == "simulate":
-        logs = [DataConfig(format="parquet", path=str(workspace.stream_directory / EVENTS_FILE))]
-    for brought in stream.manifest.get("appended", []):
-        with suppress(ValueError):  # received events, or an entry of an earlier version
-            logs.append(DataConfig.model_validate(brought["source"]))
-    return [data for data in logs if data.format not in STREAMS and data.path is not None]
 
 
 def _events(workspace: Workspace, data: DataConfig, users: Collection[str]) -> list[tuple[str, str, int]]:

@@ -55,7 +55,7 @@ def item_names(root: Path) -> ItemNames:
 
 
 def as_names(items: Mapping[str, Renaming]) -> ItemNames:
-    """The names in both directions."""
+    """The current name of each renamed item, and the item of each of its names."""
     if not items:
         return NONE_RENAMED
     stored = {

@@ -1,8 +1,9 @@
-"""Files with two columns of names: what becomes what."""
+"""Files with two columns of ids: the old and the new one, or the user to merge and who gets the history."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 from peso.errors import UsageError
@@ -11,15 +12,15 @@ Pair = tuple[str, str]
 
 
 def read_pairs(path: Path, what: str, header: Pair) -> list[Pair]:
-    """The pairs of a file with two columns, separated by commas or tabs, with or without a header.
+    """The pairs of ids in a file with two columns, separated by commas or tabs, with or without a header.
 
     Args:
         path: the file.
-        what: what the names are of, for messages.
-        header: the two words of the header, if there is one.
+        what: what the ids identify, for messages: ``item`` or ``user``.
+        header: the names of the columns; a first line with these names is skipped.
 
     Raises:
-        UsageError: the file cannot be read, has no pair, or a line has not exactly two names.
+        UsageError: the file cannot be read or has no pair, or a line does not have exactly two ids.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -27,18 +28,27 @@ def read_pairs(path: Path, what: str, header: Pair) -> list[Pair]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"--file {path} cannot be read: {reason}") from None
-    rows = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
     pairs: list[Pair] = []
-    for row in rows:
+    for number, row in _rows(path, text):
         if not any(row):
             continue
         if len(row) != 2 or not all(row):
             raise UsageError(
-                f"{path}, line {rows.line_num}: expected two ids ({' and '.join(header)}) of {what}s, "
+                f"{path}, line {number}: expected two ids ({' and '.join(header)}) of {what}s, "
                 f"separated by a comma or a tab, not {row!r}"
             )
         if pairs or tuple(name.strip().lower() for name in row) != header:
             pairs.append((row[0], row[1]))
     if not pairs:
-        raise UsageError(f"{path} has no pair of ids; write one `{','.join(header)}` a line")
+        raise UsageError(f"{path} has no pair of ids; write one `{','.join(header)}` per line")
     return pairs
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a file with their line numbers."""
+    rows = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {rows.line_num}: {error}; give two ids per line") from None

@@ -62,11 +62,12 @@ def begin(stage: RunStage) -> tuple[GenerativeModel, StageContext]:
     """
     memory = inherited_memory(stage)
     model, stream = starting_model(stage), stage.workspace.stream
+    head = model.vocabulary.item_head
     if stage.number and strategy_of(stage.workspace).learns(stage.number):
         begin_new_codes(stage, model, learned=stage.number)
-        if model.vocabulary.item_head is not None and model.vocabulary.item_head.arrivals:
-            model.vocabulary.item_head.arrival_bias.zero_()
-    if (head := model.vocabulary.item_head) is not None:
+        if head is not None and head.arrivals:
+            head.arrival_bias.zero_()
+    if head is not None:
         seen = [stream.stage(number) for number in range(stage.number + 1)]
         head.compete(item_counts(seen, len(model.semantic_ids.item_ids)))
     return model, context_of(stage, model, memory)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from peso.config import Config
 from peso.config.shape import changed_shape, is_later
-from peso.errors import DataError, WorkspaceError
+from peso.errors import WorkspaceError
 from peso.runs.baselines import check_data
 from peso.runs.challenger import is_judged, judge, keep_serving
 from peso.runs.checks import check_configuration, check_surroundings, rehearse
-from peso.runs.evaluate import test
+from peso.runs.evaluate import require_enough_ids, test
 from peso.runs.preparation import ingest, tokenize, tokenize_new
 from peso.runs.report import catalogue
 from peso.runs.reuse import refuse_base, take_base
@@ -68,10 +68,12 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
     Several processes (:mod:`peso.runtime.processes`) learn and test together; the main one does the rest.
 
     Args:
+        workspace: the workspace.
         base: a workspace from which stage 0 is taken over.
+        observer: receives the progress; by default nothing is printed.
 
     Raises:
-        PesoError: see the single steps. Steps that were completed before stay.
+        PesoError: a step failed. Completed steps stay.
     """
     observer = observer or Silent()
     steps, workspace.config = current().on_main(partial(_prepare, workspace, base, observer))
@@ -149,12 +151,8 @@ def rehearse_stages(workspace: Workspace, observer: Observer) -> None:
 def require_catalogue(workspace: Workspace) -> None:
     """Raise DataError if the evaluation asks for longer lists than the catalog allows, or the report for
     unknown segments."""
-    asked, ids = max(workspace.config.evaluation.k), workspace.semantic_ids
-    if workspace.config.evaluation.enabled and asked > ids.trie.leaves:
-        raise DataError(
-            f"evaluation.k asks for {asked} items, but the catalog has {ids.trie.leaves} distinct semantic "
-            "IDs; ask for fewer"
-        )
+    if workspace.config.evaluation.enabled:
+        require_enough_ids(workspace.config, workspace.semantic_ids)
     if workspace.config.report.segments:
         known = catalogue(workspace)
         for column in workspace.config.report.segments:

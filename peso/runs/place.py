@@ -22,9 +22,9 @@ HISTORIES = "histories.sqlite"  # index of the users' histories (peso.events.his
 SERVED, SERVED_LOCK = "served.json", ".served.lock"  # see peso.runs.served
 RETIRED, RETIRED_LOCK = "retired.json", ".retired.lock"  # see peso.runs.retired
 NAMES, NAMES_LOCK = "names.json", ".names.lock"  # see peso.runs.names
-# files that change without the workspace's lock
-OF_ITS_OWN = {SERVED, SERVED_LOCK, RETIRED, RETIRED_LOCK, NAMES, NAMES_LOCK}
-PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *OF_ITS_OWN, HISTORIES, SIZES, TRACKING, *MADE}
+# files that have their own lock and change without the workspace's
+WITH_OWN_LOCK = {SERVED, SERVED_LOCK, RETIRED, RETIRED_LOCK, NAMES, NAMES_LOCK}
+PARTS = {CONFIG, LOCK, EVENTS, *BESIDE_EVENTS, *WITH_OWN_LOCK, HISTORIES, SIZES, TRACKING, *MADE}
 
 
 @contextmanager
@@ -103,6 +103,7 @@ def require_place(path: Path) -> None:
 
 
 def _is_workspace(root: Path) -> bool:
-    """Whether there is more than an unrelated file named config.yaml with a directory report/ beside it."""
+    """Whether a directory is a workspace. A file config.yaml with a directory report/ beside it may belong to
+    something else, so they are not enough."""
     begun = ("stream", "semantic_ids", "stages", LOCK)
     return os.path.isfile(root / CONFIG) and any(os.path.lexists(root / name) for name in begun)

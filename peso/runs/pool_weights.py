@@ -1,4 +1,5 @@
-"""What a model with an item head chooses on validation cases after training: its counts and their weights."""
+"""Steps after the training of a model with an item head: it counts transitions between items, corrects the
+probability of new items, and chooses weights on validation cases."""
 
 from __future__ import annotations
 
@@ -26,10 +27,15 @@ TUNED_ON = 2048  # validation cases of a stage, evenly spaced, if it has more
 
 
 def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Observer) -> dict[str, Any]:
-    """Count transitions up to the stage, if the model uses them, correct the probability of new items, if it
-    does that, and weigh counts, item head and codes.
+    """Choose the weights of item head and codes. If configured, also count transitions up to the stage, and
+    correct the probability of new items.
 
-    All choices are made on the validation cases of the stage. The model is changed in place.
+    All choices are made on the validation cases of the stage.
+
+    Args:
+        stage: the stage.
+        model: the model after training; changed in place.
+        observer: receives the progress.
 
     Returns:
         What was chosen, and what was tried, for ``metrics.json``.

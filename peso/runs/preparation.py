@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,9 +49,9 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
         The manifest of the stream.
 
     Raises:
-        DataError: the data are invalid. Nothing is written.
+        DataError: the data are invalid; nothing is written. Or the log is too small for ``backbone: auto``;
+            the stream is kept.
         WorkspaceError: stages were trained on the existing stream, or events were appended to it.
-        DataError: ``backbone: auto``, but the log is too small. The stream is kept.
     """
     data = workspace.config.data
     fetch(data, observer)
@@ -89,6 +90,8 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
     appended.
 
     Args:
+        workspace: the workspace.
+        observer: receives the progress.
         data: source, cleaning and cutting of the new events; None: as configured (for example a folder to
             which files were added). The workspace's configuration does not change.
 
@@ -121,6 +124,15 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
 def aliases(workspace: Workspace, *, with_users: bool = True) -> Aliases:
     """The renamed items and merged users, whose names in new data differ from those in the stream."""
     return Aliases(workspace.names.stored, workspace.stream.merged_users if with_users else {})
+
+
+def logs_of(workspace: Workspace) -> list[DataConfig]:
+    """The configured log and the appended ones, without received events."""
+    logs = [workspace.config.data]
+    for brought in workspace.stream.manifest.get("appended", []):
+        with suppress(ValueError):  # received events, or an entry of an earlier version
+            logs.append(DataConfig.model_validate(brought["source"]))
+    return logs
 
 
 def extend(
@@ -292,6 +304,7 @@ def export_index(
     """Write the semantic IDs for other programs.
 
     Args:
+        workspace: the workspace.
         path: a new file, or for ``catalog`` a new directory.
         stage: only the items that were known at this stage, with their codes at that stage; None: all, with
             the newest codes.

@@ -9,7 +9,6 @@ What a strategy needs of earlier stages is stored with the newest one (``state.s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from peso.errors import DataError
@@ -20,6 +19,7 @@ from peso.runs.stage import FORMAT, PRUNED, RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.files import in_turn
 from peso.runtime.manifest import take_out
+from peso.runtime.provenance import timestamp
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Pruning:
 
 def pruning(workspace: Workspace, keep: int) -> Pruning:
     """The weights to remove if the newest ``keep`` stages keep theirs.
+
+    Args:
+        workspace: the workspace.
+        keep: the number of newest stages that keep their weights.
 
     Raises:
         DataError: ``keep`` is not positive.
@@ -74,7 +78,7 @@ def prune(workspace: Workspace, keep: int) -> Pruning:
                 stage.directory,
                 stage.weight_files,
                 FORMAT,
-                {PRUNED: {"time": datetime.now(UTC).isoformat(timespec="seconds")}},
+                {PRUNED: {"time": timestamp()}},
             )
             for path in _existing_files(stage):
                 path.unlink()

@@ -52,8 +52,8 @@ def require_output(path: str | Path, force: bool = False) -> None:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A call with the state of the data that it uses.
+class DataState:
+    """The state of the data that a call uses, also if it is continued later.
 
     Attributes:
         determined_by: digest of everything that determines the recommendations, except received events.
@@ -64,14 +64,17 @@ class Begun:
     until: int
 
 
-Elsewhere = Callable[[Path, Begun, int, Observer], None]
+Elsewhere = Callable[[Path, DataState, int, Observer], None]
 
 
 @dataclass(frozen=True)
-class Everybody:
+class AllUsers:
     """A call of :meth:`Recommender.recommend_all`.
 
     Attributes:
+        recommender: answers.
+        k: the number of items for each user.
+        exclude_seen: whether items of the history are left out.
         part: i and n: the i-th of n parts of the users; (1, 1): all users.
         at_once: users per batch.
     """
@@ -87,8 +90,9 @@ class Everybody:
         number of users in it.
 
         Args:
-            elsewhere: computes batches in other processes: called with the folder of batches, the call, the
-                approximate number of users and the observer, before what is missing is computed in this one.
+            elsewhere: computes batches in other processes. It is called with the folder of batches, the state
+                of the data, the approximate number of users and the observer; batches that are missing
+                afterwards are computed in this process.
         """
         number, parts = self.part
         if not 1 <= number <= parts:
@@ -98,11 +102,11 @@ class Everybody:
         with only_writer(folder):
             finished = False
             try:
-                begun = self._begun(folder, observer)
+                state = self._data_state(folder, observer)
                 if elsewhere is not None:
-                    elsewhere(folder, begun, self.recommender.histories.count() // parts, observer)
-                self.compute(folder, begun, observer)
-                users = self._collect(folder, file, begun, observer)
+                    elsewhere(folder, state, self.recommender.histories.count() // parts, observer)
+                self.compute(folder, state, observer)
+                users = self._collect(folder, file, state, observer)
                 finished = True
             finally:
                 if finished or not (any(folder.glob("*.parquet")) or any(folder.glob("*.log"))):
@@ -110,7 +114,7 @@ class Everybody:
         return users
 
     def compute(
-        self, folder: Path, begun: Begun, observer: Observer, share: tuple[int, int] = (1, 1)
+        self, folder: Path, state: DataState, observer: Observer, share: tuple[int, int] = (1, 1)
     ) -> None:
         """Compute the batches of a call that are not in the folder yet.
 
@@ -120,22 +124,23 @@ class Everybody:
         """
         recommender = self.recommender
         histories = UserHistories(
-            recommender.workspace, through=None if recommender.live else recommender.stage, until=begun.until
+            recommender.workspace, through=None if recommender.live else recommender.stage, until=state.until
         )
         observer.begin("recommend", histories.count() // self.part[1], "users")
         answered = 0
         for place, users in enumerate(self._users(histories)):
             answered += len(users)
             file = folder / _name(place)
-            if place % share[1] == share[0] - 1 and not _is_of(begun, file):
+            if place % share[1] == share[0] - 1 and not _is_of(state, file):
                 batch = pa.Table.from_pylist(self._rows(users), schema=SCHEMA)
                 with write_aside(file) as aside:
-                    pq.write_table(batch.replace_schema_metadata({CALL: _mark(begun)}), aside)
+                    pq.write_table(batch.replace_schema_metadata({CALL: _mark(state)}), aside)
             observer.advance(answered)
         observer.end()
 
-    def _begun(self, folder: Path, observer: Observer) -> Begun:
-        """The call, which continues an interrupted one with the same arguments."""
+    def _data_state(self, folder: Path, observer: Observer) -> DataState:
+        """The state of the data to use: that of an interrupted call with the same arguments, else the current
+        one."""
         determined = self.determined_by
         with suppress(OSError, ValueError, KeyError, WorkspaceError):
             earlier = json.loads(read_sealed(folder / NOTE))
@@ -144,14 +149,14 @@ class Everybody:
                 observer.note(
                     f"continues after {done * self.at_once:,} users that an interrupted call has finished"
                 )
-                return Begun(determined, int(earlier["until"]))
+                return DataState(determined, int(earlier["until"]))
         for left in folder.glob("*.parquet"):
             left.unlink()
         events = self.recommender.histories.received
         until = events.newest if events is not None else 0
         content = json.dumps({"determined_by": determined, "until": until})
         write_sealed(folder / NOTE, content.encode())
-        return Begun(determined, until)
+        return DataState(determined, until)
 
     @property
     def determined_by(self) -> str:
@@ -204,13 +209,13 @@ class Everybody:
     def _popular(self) -> list[str]:
         return self.recommender.popular(self.k)
 
-    def _collect(self, folder: Path, file: Path, begun: Begun, observer: Observer) -> int:
+    def _collect(self, folder: Path, file: Path, state: DataState, observer: Observer) -> int:
         """Combine the batches into one file; returns the number of users in it."""
         users = unknown = few = 0
         fewest = ("", self.k)
         with write_aside(file) as aside, _rows_into(aside, file.suffix.lower()) as write:
             for part in sorted(folder.glob("*.parquet")):
-                if not _is_of(begun, part):
+                if not _is_of(state, part):
                     raise WorkspaceError(f"{part} was written by an earlier call; run the same command again")
                 rows: Rows = pq.read_table(part, schema=SCHEMA).to_pylist()
                 write(rows)
@@ -223,13 +228,12 @@ class Everybody:
                 )
         if few:
             observer.note(
-                f"{few:,} of {users:,} users got fewer than {self.k} items, because they had all others "
-                "that are not retired; "
-                f"user {fewest[0]!r} got the fewest: {fewest[1]}"
+                f"{few:,} of {users:,} users got fewer than {self.k} items, because their histories contain "
+                f"all other items that are not retired; user {fewest[0]!r} got the fewest, {fewest[1]}"
             )
         if unknown:
             observer.note(
-                f"{unknown:,} of {users:,} users have no item that the model can read; they got the most "
+                f"{unknown:,} of {users:,} users have no item that the model knows; they got the most "
                 "popular items of the newest stage, without scores"
             )
         return users
@@ -239,18 +243,18 @@ def _name(place: int) -> str:
     return f"{place:08}.parquet"
 
 
-def _mark(begun: Begun) -> str:
-    return f"{begun.determined_by} {begun.until}"
+def _mark(state: DataState) -> str:
+    return f"{state.determined_by} {state.until}"
 
 
-def _is_of(begun: Begun, batch: Path) -> bool:
+def _is_of(state: DataState, batch: Path) -> bool:
     """Whether a batch exists and is one of this call: on a cluster, a process of an earlier call may still be
     writing."""
     try:
         metadata = pq.read_schema(batch).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return False
-    return bool(metadata.get(CALL) == _mark(begun).encode())
+    return bool(metadata.get(CALL) == _mark(state).encode())
 
 
 @contextmanager

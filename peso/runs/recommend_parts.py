@@ -26,7 +26,7 @@ from peso.runs.executors import (
     open_executor,
     poll,
 )
-from peso.runs.recommend_all import Begun, Everybody
+from peso.runs.recommend_all import AllUsers, DataState
 from peso.runs.tasks import Call
 from peso.runtime.failures import DONE, FAILED
 from peso.runtime.progress import Observer
@@ -39,10 +39,10 @@ TICK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one process, JSON-serializable; see :class:`~peso.runs.recommend_all.Everybody` and
+    """The work of one process, JSON-serializable; see :class:`~peso.runs.recommend_all.AllUsers` and
     :class:`~peso.runs.recommender.Recommender`.
 
-    ``folder``: of the batches; ``share``: see :meth:`~peso.runs.recommend_all.Everybody.compute`.
+    ``folder``: of the batches; ``share``: see :meth:`~peso.runs.recommend_all.AllUsers.compute`.
     """
 
     root: str
@@ -77,38 +77,40 @@ class Parts:
     """Computes batches of users in other processes.
 
     Args:
-        everybody: the call.
+        all_users: the call.
         executor: where the processes run.
         count: the number of parts; None: as many as the executor has room for. There are never more than
             batches.
     """
 
-    everybody: Everybody
+    all_users: AllUsers
     executor: AnyExecutor
     count: int | None = None
 
-    def __call__(self, folder: Path, begun: Begun, users: int, observer: Observer) -> None:
-        """Compute all batches of a call.
+    def __call__(self, folder: Path, state: DataState, users: int, observer: Observer) -> None:
+        """Compute all batches.
 
         Args:
             folder: the folder of the batches.
+            state: the state of the data to use.
             users: the approximate number of users.
+            observer: receives the progress.
 
         Raises:
             PesoError: the executor cannot be used, a part failed with an error, or its process died more than
                 ``RETRIES`` times. Finished batches stay.
         """
         folder = folder.resolve()
-        batches = max(1, math.ceil(users / self.everybody.at_once))
+        batches = max(1, math.ceil(users / self.all_users.at_once))
         asked = None if self.count is None else min(self.count, batches)
         with closing(self._opened(asked, folder)) as executor:
             count = asked or min(executor.workers, batches)
             observer.note(
                 f"{count} {'part' if count == 1 else 'parts'}, up to {min(count, executor.workers)} at once "
-                f"({self.executor.name}); batches of {self.everybody.at_once} users"
+                f"({self.executor.name}); batches of {self.all_users.at_once} users"
             )
             parts = [
-                Part(n, Call(WORKER, self._job(folder, begun, (n, count)), *_files(folder, n)))
+                Part(n, Call(WORKER, self._job(folder, state, (n, count)), *_files(folder, n)))
                 for n in range(1, count + 1)
             ]
             observer.begin("recommend", users, "users")
@@ -116,18 +118,18 @@ class Parts:
             observer.end()
 
     def _answered(self, folder: Path) -> int:
-        return self.everybody.at_once * sum(1 for _ in folder.glob("[0-9]*.parquet"))
+        return self.all_users.at_once * sum(1 for _ in folder.glob("[0-9]*.parquet"))
 
     def _opened(self, asked: int | None, folder: Path) -> Executor:
-        recommender = self.everybody.recommender
+        recommender = self.all_users.recommender
         device = recommender.device or recommender.workspace.config.training.device
         workers: int | Literal["auto"] = asked or "auto"
         if asked and isinstance(self.executor, ProcessesConfig):
             workers = min(asked, Machine.of("auto", device).workers)
         return open_executor(self.executor, workers, device, folder / "slurm")
 
-    def _job(self, folder: Path, begun: Begun, share: tuple[int, int]) -> str:
-        everybody, recommender = self.everybody, self.everybody.recommender
+    def _job(self, folder: Path, state: DataState, share: tuple[int, int]) -> str:
+        all_users, recommender = self.all_users, self.all_users.recommender
         job = Job(
             root=str(recommender.workspace.root.resolve()),
             trust=sorted(recommender.workspace.trusted),
@@ -135,22 +137,26 @@ class Parts:
             live=recommender.live,
             device=recommender.device,
             hybrid=None if recommender.hybrid is None else recommender.hybrid.label,
-            k=everybody.k,
-            exclude_seen=everybody.exclude_seen,
-            part=everybody.part,
-            at_once=everybody.at_once,
+            k=all_users.k,
+            exclude_seen=all_users.exclude_seen,
+            part=all_users.part,
+            at_once=all_users.at_once,
             folder=str(folder),
-            determined_by=begun.determined_by,
-            until=begun.until,
+            determined_by=state.determined_by,
+            until=state.until,
             share=share,
         )
         return json.dumps(asdict(job))
 
 
 def parts_of(
-    everybody: Everybody, executor: str | Mapping[str, Any] | None, count: int | None
+    all_users: AllUsers, executor: str | Mapping[str, Any] | None, count: int | None
 ) -> Parts | None:
-    """The parts that a call asks for; None: it asks for this process alone.
+    """Which processes compute the batches of a call; None: this process alone.
+
+    Args:
+        all_users: the call.
+        executor, count: ``executor`` and ``parts`` of :meth:`Recommender.recommend_all`.
 
     Raises:
         ConfigError: the executor or the number is not valid.
@@ -159,7 +165,7 @@ def parts_of(
         return None
     if count is not None and not 1 <= count <= MOST:
         raise ConfigError(f"parts must be a number from 1 to {MOST:,}, not {count}")
-    return Parts(everybody, read_executor(executor or "processes"), count)
+    return Parts(all_users, read_executor(executor or "processes"), count)
 
 
 class _Work:

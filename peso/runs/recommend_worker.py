@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peso.errors import WorkspaceError
-from peso.runs.recommend_all import Begun, Everybody
+from peso.runs.recommend_all import AllUsers, DataState
 from peso.runs.recommend_parts import Job
 from peso.runs.recommender import Recommender
 from peso.runs.tasks import do
@@ -25,11 +25,11 @@ def work(job: Job) -> None:
     """
     workspace = Workspace.open(job.root, job.trust)
     recommender = Recommender(workspace, job.stage, job.device, live=job.live, hybrid=job.hybrid)
-    everybody = Everybody(recommender, job.k, job.exclude_seen, (job.part[0], job.part[1]), job.at_once)
-    begun = Begun(job.determined_by, job.until)
-    if everybody.determined_by != begun.determined_by:
+    all_users = AllUsers(recommender, job.k, job.exclude_seen, (job.part[0], job.part[1]), job.at_once)
+    state = DataState(job.determined_by, job.until)
+    if all_users.determined_by != state.determined_by:
         raise WorkspaceError(f"{job.root} has changed since the call began; run the same command again")
-    everybody.compute(Path(job.folder), begun, Silent(), (job.share[0], job.share[1]))
+    all_users.compute(Path(job.folder), state, Silent(), (job.share[0], job.share[1]))
 
 
 def main() -> int:

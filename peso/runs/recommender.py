@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from peso.errors import DataError
+from peso.errors import ConfigError, DataError, ExportError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.hybrids import HybridAnswers
 from peso.runs.names import current_names
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
 
 
+Format = Literal["merged", "peft", "index", "catalog"]  # of an export
+
+
 class Recommender:
     """Recommendations from one stage of a workspace. The model is loaded on first use.
 
     Args:
+        workspace: the workspace.
         stage: the stage whose model is used. Default: the serving stage (``peso promote``), or the newest
             trained one if none was promoted.
         device: default: as configured.
@@ -84,6 +88,7 @@ class Recommender:
         """Open a workspace and load the model.
 
         Args:
+            workspace: the directory.
             stage, device, hybrid: see :class:`Recommender`.
             trust: classes of custom strategies that may be imported, see :meth:`Workspace.open`.
 
@@ -105,23 +110,28 @@ class Recommender:
         k: int = 10,
         exclude_seen: bool | None = None,
     ) -> list[tuple[str, float]]:
-        """The k most likely next items with their log-probabilities, best first; fewer if ``exclude_seen``
-        leaves fewer.
+        """Recommend the k most likely next items. Give either a history or a user.
 
         Args:
-            history: item ids, oldest first; or
-            user: a user id, whose stored history is used.
+            history: item ids, oldest first.
+            user: a user id; the user's stored history is used.
+            k: the number of items.
             exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`.
 
+        Returns:
+            Pairs of item id and log-probability, best first; fewer than k if ``exclude_seen`` leaves fewer.
+
         Raises:
-            DataError: unknown items or user, or k larger than the catalog.
+            DataError: the items or the user are unknown, or k is larger than the catalog.
+            ConfigError: k is not positive.
         """
         if (history is None) == (user is None):
             raise DataError("give either a history or a user")
+        if isinstance(history, str):
+            raise DataError(f"history must be a list of item ids, not a text: [{history!r}]")
         items = list(history) if history is not None else self.history(str(user))
-        return self.search([items], k, exclude_seen=exclude_seen, users=[user and self.histories.now(user)])[
-            0
-        ]
+        asking = user and self.histories.now(user)
+        return self.search([items], k, exclude_seen=exclude_seen, users=[asking])[0]
 
     def recommend_all(
         self,
@@ -147,6 +157,7 @@ class Recommender:
 
         Args:
             file: the path, or an address (``s3://``, ``gs://``) as text.
+            k: the number of items for each user.
             exclude_seen: leave out the items of the history. None: see :attr:`leaves_out_seen`. Users with
                 fewer than ``k`` items left get fewer, which is reported to the observer.
             force: overwrite an existing file.
@@ -157,6 +168,7 @@ class Recommender:
             executor: where these processes run: ``processes`` (on this machine, the default), ``ray``,
                 ``dask`` or ``slurm``, or a mapping with the options of `compare.executor`. A process that
                 dies is replaced; the result is the same as with one process.
+            observer: receives the progress; by default nothing is printed.
 
         Returns:
             The number of users written.
@@ -164,23 +176,28 @@ class Recommender:
         Raises:
             ExportError: an unknown ending, the file exists, or it is inside a workspace.
             DataError: ``k`` is larger than the catalog, or there is no such part.
-            ConfigError: the executor or ``parts`` is not valid.
+            ConfigError: the executor, ``parts`` or ``k`` is not valid.
             WorkspaceError: another call is writing the same file.
             PesoError: the executor cannot be used, or a part of the work failed.
         """
-        from peso.runs.recommend_all import Everybody, require_output
+        from peso.runs.recommend_all import AllUsers, require_output
         from peso.runs.recommend_parts import parts_of
 
         require_output(file, force)
         left_out = self.leaves_out_seen if exclude_seen is None else exclude_seen
-        everybody = Everybody(self, k, left_out, part or (1, 1))
-        elsewhere = parts_of(everybody, executor, parts)
+        call = AllUsers(self, k, left_out, part or (1, 1))
+        elsewhere = parts_of(call, executor, parts)
         with remote.output(str(file), observer) as place:
-            return everybody.write(place, observer or Silent(), elsewhere)
+            return call.write(place, observer or Silent(), elsewhere)
 
     def popular(self, k: int) -> list[str]:
         """The k items with the most events in the newest stage, most events first, without retired ones: a
-        fallback for users without a history. Raises DataError if the catalog has fewer."""
+        fallback for users without a history.
+
+        Raises:
+            DataError: k is larger than the catalog.
+            ConfigError: k is not positive.
+        """
         self.require_length(k)
         retired, ids = self.retired, self.semantic_ids.item_ids
         return [ids[row] for row in self._by_popularity if ids[row] not in retired][:k]
@@ -211,7 +228,7 @@ class Recommender:
         return UserHistories(self.workspace, through=None if self.live else self.stage)
 
     def history(self, user: str) -> list[str]:
-        """The items of a user that have a semantic ID, oldest first, see :attr:`live`.
+        """The items of a user that have a semantic ID, oldest first; see ``live`` in :class:`Recommender`.
 
         Raises:
             DataError: neither the stream nor the received events have the user.
@@ -227,7 +244,7 @@ class Recommender:
     def export(
         self,
         directory: str | Path,
-        format: Literal["merged", "peft", "index", "catalog"] = "merged",
+        format: Format = "merged",
         *,
         repository: str = "",
     ) -> Path | str:
@@ -247,8 +264,11 @@ class Recommender:
             The path or the address.
 
         Raises:
-            ExportError: the path exists or is inside a workspace, or the model cannot be exported so.
+            ExportError: there is no such format, the path exists or is inside a workspace, or the model
+                cannot be exported in this format.
         """
+        if format not in get_args(Format):
+            raise ExportError(f"{format!r} is not a format; choose one of {', '.join(get_args(Format))}")
         if remote.is_remote(address := str(directory)):
             remote.require_output(address)
             with remote.output(address) as aside:
@@ -274,11 +294,12 @@ class Recommender:
         return place
 
     def title(self, item: str) -> str | None:
-        """The item's title, or None if the item table has none."""
+        """The item's title, or None if the item table has none. Raises DataError if the item is unknown."""
         return self._titles[self.semantic_ids.row(item)]
 
     def semantic_id(self, item: str) -> list[str]:
-        """The item's semantic-ID tokens, for example ``["<a_128>", "<b_72>", "<c_95>", "<d_83>"]``."""
+        """The item's semantic-ID tokens, for example ``["<a_128>", "<b_72>", "<c_95>", "<d_83>"]``. Raises
+        DataError if the item is unknown."""
         return self.semantic_ids.semantic_id(item)
 
     def prompt_ids(self, history: Sequence[str]) -> list[int]:
@@ -299,11 +320,16 @@ class Recommender:
         exclude_seen: bool | None,
         users: Sequence[str | None] | None = None,
     ) -> list[list[tuple[str, float]]]:
-        """The k best items of each history without retired ones, see :meth:`recommend`. Arguments are checked
-        before the model is loaded.
+        """The k best items of each history without retired ones, as :meth:`recommend` returns them. Arguments
+        are checked before the model is loaded.
 
         Args:
-            users: ids of the users, for hybrids with user embeddings.
+            histories: item ids of each user, oldest first.
+            k, exclude_seen: see :meth:`recommend`.
+            users: the user of each history, for hybrids with user embeddings; None: not known.
+
+        Raises:
+            DataError, ConfigError: as :meth:`recommend`.
         """
         if exclude_seen is None:
             exclude_seen = self.leaves_out_seen
@@ -327,7 +353,9 @@ class Recommender:
             )
 
     def require_length(self, k: int) -> None:
-        """Raise DataError if the catalog has fewer than k items."""
+        """Raise DataError if the catalog has fewer than k items, and ConfigError if k is not positive."""
+        if k < 1:
+            raise ConfigError(f"k is {k}, but must be at least 1")
         if k > (items := len(self.semantic_ids.item_ids)):
             raise DataError(f"k = {k} is more than the {items} items of the catalog; ask for fewer")
 

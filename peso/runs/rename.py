@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from peso.errors import DataError
 from peso.items.names import ItemNames
 from peso.runs.names import Renaming, as_names, names_held, renamings, write_renamings
 from peso.runs.pairs import Pair
 from peso.runs.workspace import Workspace
+from peso.runtime.provenance import timestamp
 
 LONGEST = 256  # characters of an item id that the server accepts
 
@@ -20,8 +20,8 @@ class Renamed:
     """The result of :func:`rename`.
 
     Attributes:
-        items: the current name of each item before, and its new one.
-        same: new names that their items had already.
+        items: the previous and the new name of each renamed item.
+        same: names of items that already had the new name.
     """
 
     items: dict[str, str]
@@ -32,6 +32,7 @@ def rename(workspace: Workspace, pairs: Sequence[Pair], *, dry_run: bool = False
     """Give items new names, with effect from the next answer on; all pairs or none.
 
     Args:
+        workspace: the workspace.
         pairs: the old and the new name of each item. An item may be given by any name that it has or had. The
             pairs of one call may form chains (a to b, b to c) in any order: the item gets the last name.
         dry_run: only check the pairs.
@@ -48,7 +49,7 @@ def rename(workspace: Workspace, pairs: Sequence[Pair], *, dry_run: bool = False
         _require_known(workspace, list(ends), names, known)
         after, changed, same = dict(before), dict[str, str](), list[str]()
         owners = dict(names.stored)  # of every name
-        time = datetime.now(UTC).isoformat(timespec="seconds")
+        time = timestamp()
         for old, chain in ends.items():
             stored, now = names.in_files(old), names.now(old)
             for name in chain:
@@ -69,7 +70,7 @@ def rename(workspace: Workspace, pairs: Sequence[Pair], *, dry_run: bool = False
 
 
 def _ends(pairs: Sequence[Pair]) -> dict[str, list[str]]:
-    """The new names of each item that the pairs rename, from first to last, by the old name.
+    """The chain of new names of each item that the pairs rename, by its old name; the item gets the last.
 
     Raises:
         DataError: a name is renamed twice, two items would get one name, the pairs form a cycle, or a name
@@ -97,7 +98,7 @@ def _ends(pairs: Sequence[Pair]) -> dict[str, list[str]]:
     if circle := set(to) - {name for old, chain in ends.items() for name in (old, *chain)}:
         raise DataError(
             f"the pairs rename {', '.join(map(repr, sorted(circle)[:5]))} in a circle, so it is not clear "
-            "which name belongs to which item; names cannot be exchanged"
+            "which name belongs to which item; items cannot exchange their names, so give each a new one"
         )
     return ends
 

@@ -34,7 +34,7 @@ from peso.events.sources.user_files import separator_of
 from peso.events.stream import Stream
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.diagnosis import stream_drift
-from peso.runs.stage import LOG, METRICS, PREDICTIONS, RunStage
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Observer
 
@@ -45,13 +45,17 @@ INDEX = ("items", "distinct_ids", "tokens_in_use", "quality", "fitness")  # of t
 def report(workspaces: Sequence[Workspace], directory: Path) -> None:
     """Write the report of one or several runs, with their baselines, atomically.
 
+    Args:
+        workspaces: the runs; title, k and segments are those of the first one's configuration.
+        directory: the directory of the report; it is replaced.
+
     Raises:
         WorkspaceError: a workspace has no tested stage.
     """
     from peso.evaluation.report.page import write_report  # draws plots: slow to import
 
-    title = workspaces[0].config.report.title or f"peso: {', '.join(names(workspaces))}"
     config = workspaces[0].config
+    title = config.report.title or f"peso: {', '.join(names(workspaces))}"
     write_report(directory, runs_of(workspaces), title, config.evaluation.k, config.report.segments)
 
 
@@ -80,7 +84,7 @@ def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
     """The summary of each workspace, then of popularity and the baselines of the first workspace, on the
     stages that were tested. Renamed items have their names in the first workspace. Static variants of default
     baselines are left out. A baseline without all stages counts as unfinished."""
-    runs = [summarise(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
+    runs = [summarize(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
     first, ids = workspaces[0], workspaces[0].stream.item_ids
     runs = [
         run.named(first.names.after(each.names)) if of_one_log(ids, each.stream.item_ids) else run
@@ -110,7 +114,7 @@ def of_one_log(ids: Sequence[str], others: Sequence[str]) -> bool:
     return ids[:common] == others[:common]
 
 
-def summarise(workspace: Workspace, name: str) -> RunSummary:
+def summarize(workspace: Workspace, name: str) -> RunSummary:
     """The summary of all tested stages of a workspace.
 
     Raises:
@@ -201,7 +205,7 @@ def before_and_after(workspace: Workspace) -> tuple[str, list[str], list[list[An
     after it on the same test cases."""
     from peso.evaluation.comparison import Comparison
 
-    comparison = Comparison([summarise(workspace, "w")], workspace.config.evaluation.k)
+    comparison = Comparison([summarize(workspace, "w")], workspace.config.evaluation.k)
     (system,), stage, rows = comparison.systems, comparison.averaged[-1], list[list[Any]]()
     cases = len(system.first.stages[stage].predictions)
     for metric in comparison.metrics:
@@ -226,15 +230,14 @@ def metric_table(test: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 def stage_cost(stage: RunStage) -> StageCost:
     """Time and memory of a stage's training, and its size on disk (None if its weights were removed)."""
     training, manifest = stage.training, stage.manifest
-    answers = (LOG, METRICS, PREDICTIONS)
-    served = [stage.directory / name for name in manifest["files"] if not name.endswith(answers)]
+    weights = [stage.directory / name for name in stage.weight_files]
     return StageCost(
         seconds=training.get("seconds"),
         peak_memory_bytes=training.get("peak_memory"),
         trained_parameters=manifest["trained_parameters"] if training else 0,
         bytes_on_disk=(
-            manifest.get("bytes_on_disk") or sum(path.stat().st_size for path in served)
-            if stage.pruned is None and all(path.is_file() for path in served)
+            manifest.get("bytes_on_disk") or sum(path.stat().st_size for path in weights)
+            if stage.pruned is None and all(path.is_file() for path in weights)
             else None
         ),
     )

@@ -7,7 +7,6 @@ The file has its own lock, so that a change does not wait for an update in progr
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from peso.errors import DataError
 from peso.runs.place import RETIRED, RETIRED_LOCK
 from peso.runs.workspace import Workspace
 from peso.runtime.files import in_turn
+from peso.runtime.provenance import timestamp
 from peso.runtime.records import Reread, read_entries, write_entries
 
 FORMAT = 1  # of retired.json; newer versions may write higher numbers
@@ -54,12 +54,17 @@ def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None
     """Retire items, given by any of their names, with immediate effect; returns those that were not retired
     before.
 
+    Args:
+        workspace: the workspace.
+        items: ids of the items.
+        reason: why, which is recorded.
+
     Raises:
         DataError: an item is not in the stream, or no item would be left. Nothing is changed.
         WorkspaceError: there is no stream, or ``retired.json`` is damaged.
     """
     known, names = workspace.stream.item_ids, workspace.names
-    _require_known(workspace, items, known)
+    _require_known(workspace, items, known, f"not in the stream of {workspace.root}", "check the ids")
     with in_turn(workspace.root / RETIRED_LOCK):
         before = retired(workspace.root)
         new = [item for item in dict.fromkeys(map(names.in_files, items)) if item not in before]
@@ -67,7 +72,7 @@ def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None
             raise DataError(
                 f"all {len(known):,} items of {workspace.root} would be retired; keep at least one"
             )
-        entry = Retirement(time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
+        entry = Retirement(time=timestamp(), reason=reason)
         if new:
             _write(workspace.root, {**before, **dict.fromkeys(new, entry)})
     return [names.now(item) for item in new]
@@ -83,24 +88,20 @@ def restore(workspace: Workspace, items: Sequence[str]) -> list[str]:
     names = workspace.names
     with in_turn(workspace.root / RETIRED_LOCK):
         before = retired(workspace.root)
-        _require_known(workspace, items, before, "not retired")
+        cure = f"`peso items list -w {workspace.root}` shows those that are"
+        _require_known(workspace, items, before, "not retired", cure)
         gone = [*dict.fromkeys(map(names.in_files, items))]
         _write(workspace.root, {item: entry for item, entry in before.items() if item not in gone})
     return [names.now(item) for item in gone]
 
 
 def _require_known(
-    workspace: Workspace, items: Sequence[str], known: Collection[str], what: str = "not in the stream"
+    workspace: Workspace, items: Sequence[str], known: Collection[str], what: str, cure: str
 ) -> None:
     known, names = frozenset(known), workspace.names
     if others := [item for item in items if names.in_files(item) not in known]:
         shown = ", ".join(map(repr, others[:5])) + (" …" if len(others) > 5 else "")
-        raise DataError(
-            f"{len(others):,} of {len(items):,} items are {what} of {workspace.root}: {shown}; check the ids"
-            if what == "not in the stream"
-            else f"{len(others):,} of {len(items):,} items are {what}: {shown}; "
-            f"`peso items list -w {workspace.root}` shows those that are"
-        )
+        raise DataError(f"{len(others):,} of {len(items):,} items are {what}: {shown}; {cure}")
 
 
 def _write(root: Path, items: dict[str, Retirement]) -> None:

@@ -27,7 +27,8 @@ def take_data(workspace: Workspace, source: Workspace, observer: Observer) -> No
     changed += ["data_seed"] if theirs.seed_of_data != ours.seed_of_data else []
     if changed:
         raise WorkspaceError(
-            f"the data of {source.root} were made with other settings: {', '.join(changed)} differ"
+            f"the data of {source.root} were made with other settings: {', '.join(changed)} differ; make the "
+            "settings equal"
         )
     source.require_semantic_ids()
     _link_directory(source.stream_directory, workspace.stream_directory, STREAM_FORMAT)

@@ -43,9 +43,9 @@ def run(
         The workspace, with all stages trained.
 
     Raises:
-        ConfigError: an unknown key or an invalid value; the message suggests the nearest.
+        ConfigError: an unknown key or an invalid value; the message suggests the most similar one.
         UsageError: no workspace is given, and the configuration is not a file.
-        PesoError: as the single steps. Completed steps stay.
+        PesoError: a step failed. Completed steps stay.
     """
     if isinstance(config, Config):
         config = as_tree(config) if overrides else config

@@ -6,7 +6,6 @@ The file has its own lock, so that a promotion does not wait for an update in pr
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +17,7 @@ from peso.runs.workspace import Workspace
 from peso.runtime.failures import sentence
 from peso.runtime.files import in_turn
 from peso.runtime.manifest import intact
+from peso.runtime.provenance import timestamp
 from peso.runtime.records import read_record, write_record
 
 FORMAT = 1  # of served.json; newer versions may write higher numbers
@@ -138,8 +138,12 @@ def promote(
     """Make a stage the serving one.
 
     Args:
+        workspace: the workspace.
+        number: the stage.
+        by: what makes the change.
+        reason: why, which is recorded.
         force: promote the stage even if it did not pass the gate.
-        pinned: the gate does not replace it until the next manual promotion.
+        pinned: the gate does not replace the stage until the next manual promotion.
         instead_of: for the gate: the stage that was serving when it decided.
 
     Returns:
@@ -180,7 +184,7 @@ def promote(
             Change(
                 stage=number,
                 before=before,
-                time=_now(),
+                time=timestamp(),
                 by=by,
                 reason=reason,
                 forced=missed is not None,
@@ -200,7 +204,7 @@ def serve_from_now(workspace: Workspace, reason: str) -> None:
             change = Change(
                 stage=newest.number,
                 before=None,
-                time=_now(),
+                time=timestamp(),
                 by="gate",
                 reason=reason,
                 determined_by=newest.determined_by,
@@ -211,6 +215,10 @@ def serve_from_now(workspace: Workspace, reason: str) -> None:
 def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = False) -> Change:
     """Make the previous serving stage the serving one again; returns the recorded change. Repeated calls go
     back further. Stages that were removed, pruned or trained again are skipped.
+
+    Args:
+        workspace: the workspace.
+        reason, pinned: see :func:`promote`.
 
     Raises:
         WorkspaceError: no other stage served before; otherwise as :func:`promote`.
@@ -227,7 +235,7 @@ def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = 
         change = Change(
             stage=target,
             before=known.current,
-            time=_now(),
+            time=timestamp(),
             by="rollback",
             reason=reason,
             pinned=pinned,
@@ -282,7 +290,3 @@ def _record(workspace: Workspace, known: Served, change: Change) -> None:
     changes = [*known.changes, change]
     content: dict[str, Any] = {"changes": [each.model_dump(mode="json", by_alias=True) for each in changes]}
     write_record(workspace.root / SERVED, FORMAT, content)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -83,8 +83,9 @@ class Sizes:
 
 
 def settled(root: Path, config: Config) -> Config:
-    """The configuration with the sizes of the workspace at ``root``, chosen from its stream if they are not
-    yet; unchanged without ``backbone: auto``, and as long as there is no stream or too short a one."""
+    """The configuration with the sizes of the workspace at ``root``, which are chosen from its stream if they
+    were not chosen yet. Without ``backbone: auto``, and as long as there is no stream or it is too short, the
+    configuration is returned unchanged."""
     sizes = sizes_for(root, config)
     return config if sizes is None else sizes.settle(config)
 

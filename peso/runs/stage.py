@@ -38,7 +38,12 @@ FORMAT = 1  # of a stage directory; newer versions may write higher numbers
 @dataclass(frozen=True)
 class RunStage:
     """A stage of a workspace, trained or not. Members that read a file raise WorkspaceError if it is missing
-    or damaged."""
+    or damaged.
+
+    Attributes:
+        workspace: the workspace.
+        number: the stage's number, from 0.
+    """
 
     workspace: Workspace
     number: int
@@ -255,8 +260,8 @@ class RunStage:
         on, _, file = name.rpartition("/")
         if name == VERDICT or VALIDATION in on.split("/"):
             return (
-                "restore it from a copy, or remove it, and the gate decides again where this stage is the "
-                f"newest: `peso update -w {self.workspace.root}`"
+                "restore it from a copy, or remove it; if this stage is the newest, the gate then decides "
+                f"again: `peso update -w {self.workspace.root}`"
             )
         if on.startswith("on=") or file == PREDICTIONS:
             again = (
@@ -292,7 +297,13 @@ class RunStage:
 
 @dataclass(frozen=True)
 class StageTest:
-    """The test of a stage's model on the test (or validation) cases of stage ``cases``, done or not."""
+    """The test of a stage's model on the test (or validation) cases of a stage, done or not.
+
+    Attributes:
+        stage: the stage whose model is tested.
+        cases: the number of the stage whose cases are used.
+        part: ``test`` or ``validation``.
+    """
 
     stage: RunStage
     cases: int
@@ -314,7 +325,7 @@ class StageTest:
         return self.stage.workspace.stream.counts[self.cases][self.part] > 0
 
     def read_cases(self, window: int) -> Cases:
-        """The cases themselves."""
+        """The cases, with the last ``window`` items of each history."""
         return self.stage.workspace.stream.stage(self.cases).cases(self.part, window)
 
     def path(self, file: str) -> Path:
@@ -336,11 +347,20 @@ class StageTest:
     @property
     def predictions(self) -> Predictions:
         """The predictions, with the current names of renamed items; their file has the ids of the stream.
-        Raises WorkspaceError if they are damaged or missing."""
+
+        Raises:
+            WorkspaceError: the test is not done, or the file is damaged or missing.
+        """
         from peso.evaluation.predictions import read_predictions
 
         path = self.stage.file(self.name(PREDICTIONS))
-        assert path is not None
+        if path is None:
+            number, root = self.stage.number, self.stage.workspace.root
+            again = f"peso evaluate -w {root} --stage {number} --on {self.cases}"
+            raise WorkspaceError(
+                f"stage {number} of {root} is not tested on the {self.part} cases of stage {self.cases} yet; "
+                f"run `{again if self.part == 'test' else f'peso update -w {root}'}` first"
+            )
         return read_predictions(path).named(self.stage.workspace.names)
 
     @property

@@ -12,6 +12,13 @@ from peso.runs.user_histories import cuts_of
 from peso.runs.workspace import Workspace
 
 NEVER_PROMOTED = "no stage was promoted yet, so the newest trained one serves"
+NOTHING_SERVES = {
+    **dict.fromkeys(("stage", "since", "by", "reason")),
+    "forced": False,
+    "pinned": False,
+    "previous": None,
+    "problem": None,
+}
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
         WorkspaceError: a file is damaged.
     """
     trained = workspace.stages
-    serves = _serves(workspace) if trained else dict.fromkeys(("stage", "since", "by", "reason"))
+    serves = _serves(workspace) if trained else NOTHING_SERVES
     stages = workspace.stream.stages if workspace.has_stream else 0
     unrefreshed = workspace.stages_without_refresh
     return {

@@ -1,11 +1,11 @@
-"""Experiment trackers: one run a stage, grouped by workspace, through Accelerate's trackers.
+"""Experiment trackers: one run per stage, grouped by workspace, through Accelerate's trackers.
 
 While a stage is trained, the lines of its ``log.jsonl`` are sent (losses, gradient norms, the figures of the
 anchor); when it is tested, its metrics; when the report is written, the report. Nothing leaves the machine
 unless the tracker's own environment variables say so (``WANDB_MODE=online``, ``MLFLOW_TRACKING_URI``,
 ``TRACKIO_SPACE_ID``); files are in ``tracking/`` of the workspace. What was sent is noted there, so that an
-interrupted stage goes on in the same run. A tracker that fails, or does not answer in time, is reported and
-does not stop the training; the process then goes on without it.
+interrupted stage continues in the same run. A tracker that fails or does not answer in time is reported; the
+training continues without it.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Tracking:
         write_atomically(self._file, json.dumps(self._sent).encode())
 
     def _guarded(self, name: str, call: Any) -> Any:
-        """The result of a call; None if it fails, which is reported, or does not return in time."""
+        """The result of a call; None if it fails or does not return in time, which is reported."""
         try:
             with _quiet(name):
                 return self._callers[name].call(call)
@@ -193,7 +193,7 @@ class Tracking:
             if isinstance(error, TimeoutError) and not str(error):
                 said = f"no answer within {LIMIT:g} s"
                 _silent.add(name)
-            self._observer.note(f"WARNING: tracking with {name} has failed ({said}); going on without it")
+            self._observer.note(f"warning: tracking with {name} failed ({said}); continuing without it")
             return None
 
 

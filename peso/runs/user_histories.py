@@ -71,6 +71,7 @@ class UserHistories:
     """The histories of a workspace's users. Thread-safe.
 
     Args:
+        workspace: the workspace.
         through: histories as they were after this stage, without received events; None: current histories,
             which include every event for which :meth:`ReceivedEvents.add` has returned, in any process.
         until: use received events only up to this number; None: all.
@@ -140,6 +141,7 @@ class UserHistories:
         Args:
             prefix: only names with this prefix.
             after: the last name of the previous page; "" for the first page.
+            limit: the number of users of a page.
         """
         state = self._current()
         found = dict(state.index.named(prefix, after, limit))

@@ -51,8 +51,10 @@ class Workspace:
     def __init__(self, root: Path, config: Config, trust: Iterable[str] | None = None) -> None:
         """
         Args:
+            root: the directory; it need not exist.
+            config: the configuration.
             trust: classes that may be imported as strategies, as ``module.Class``. None: those that
-                ``config`` names, for a configuration of the caller's own.
+                ``config`` names; use it only for a configuration that you wrote yourself.
         """
         self.root = root
         self.config = settled(root, config)
@@ -67,6 +69,7 @@ class Workspace:
         """Open an existing workspace.
 
         Args:
+            path: the directory.
             trust: classes that may be imported as strategies, as ``module.Class``; no other class that the
                 workspace names is imported.
             anew: ``stream`` or ``semantic IDs`` if these are about to be made again: their settings may then
@@ -97,6 +100,8 @@ class Workspace:
         may always change.
 
         Args:
+            path: the directory.
+            config: the configuration.
             trust: see the constructor.
             later: settings of later stages may differ from those of finished stages; they apply to stages
                 trained from now on.
@@ -132,12 +137,14 @@ class Workspace:
         """Open an existing workspace with changed keys, holding the lock within the context.
 
         Args:
-            overrides: as for ``--set``.
-            trust, later: see :meth:`create_or_open`.
-            anew: see :meth:`open`.
+            path: the directory.
+            overrides: changed keys as ``a.b=value``, as for ``--set``.
+            trust, anew: see :meth:`open`.
+            later: see :meth:`create_or_open`.
 
         Raises:
             WorkspaceError: as :meth:`create_or_open`, or there is no workspace.
+            ConfigError: an unknown key or an invalid value.
         """
         root = Path(path)
         cls.open(root, trust, anew=anew)  # raises before anything is written
@@ -150,11 +157,10 @@ class Workspace:
             config = load_config(resolved, overrides, base=root)
             if config.backbone.is_auto and not before.backbone.is_auto:
                 raise ConfigError(
-                    f"backbone: auto chooses where nothing is given, but {root / CONFIG} has a value for "
-                    "every key; give it for a new workspace (-w), or set the keys"
+                    f"backbone: auto chooses the sizes of a new workspace, but {root / CONFIG} has them "
+                    "already; use auto with a new workspace (-w), or set the sizes themselves"
                 )
-            # later stages' settings may differ between stages; they are checked only if this call changes
-            # some
+            # settings of later stages may differ between stages: check them only if this call changes one
             kept = not any(map(is_later, changed_keys(cls.open(root, trust, anew=anew).config, config)))
             return cls._configured(root, config, trust, later or kept, anew)
 
@@ -284,7 +290,7 @@ class Workspace:
         done = self.finished_stages
         if not done:
             raise WorkspaceError(
-                f"{self.root} has no trained stage yet; `peso run` or `peso train -w {self.root}`"
+                f"{self.root} has no trained stage yet; run `peso train -w {self.root}` first"
             )
         if number is not None and number not in done:
             raise WorkspaceError(f"stage {number} of {self.root} is not trained; trained: {done}")

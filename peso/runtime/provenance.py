@@ -29,8 +29,13 @@ def provenance() -> dict[str, Any]:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         },
         "command": " ".join(["peso", *sys.argv[1:]]) if Path(sys.argv[0]).name == "peso" else None,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": timestamp(),
     }
+
+
+def timestamp() -> str:
+    """The current time in UTC, to the second, in ISO 8601 format."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str | None:

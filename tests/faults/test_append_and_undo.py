@@ -575,17 +575,29 @@ def test_an_append_says_what_came_in_and_what_to_do_next(peso, logs: Path, shelv
     status, out, err = peso("ingest", logs / "week.csv", "--append", "-w", shelves)
     assert status == 0
     assert "appended: 60 events of 14 users (2 new) as stage 2; 4 new items" in out
-    assert "WARNING" not in out
+    assert "warning" not in out
     assert f"next: peso tokenize --append -w {shelves}" in err
     assert peso("tokenize", "--append", "-w", shelves)[0] == 0
     known = write_log(logs / "known.csv", [(f"u{k % 3}", f"i{k}", T + 10**7 + k) for k in range(12)])
     status, out, _ = peso("ingest", known, "--append", "-w", shelves, "--json")
     assert status == 0
     told = json.loads(out)
-    assert told["next"] == f"peso update -w {shelves}"
+    assert told["next"] == f"peso train -w {shelves}"
     brought = told["appended"][-1]
     keys = ("events", "users", "new_users", "new_items", "new_items_without_text")
     assert [brought[key] for key in keys] == [12, 3, 0, 0, 0]
+
+
+def test_the_next_command_can_be_copied_where_a_path_has_a_space(
+    peso, logs: Path, shelves: Path, tmp_path: Path
+) -> None:
+    spaced = shutil.copytree(shelves, tmp_path / "my shop")
+    status, _, err = peso("ingest", logs / "week.csv", "--append", "-w", spaced)
+    assert status == 0
+    assert f"next: peso tokenize --append -w '{spaced}'" in err
+    assert peso("undo", "--yes", "-w", spaced)[0] == 0
+    _, out, _ = peso("ingest", logs / "week.csv", "--append", "-w", spaced, "--json")
+    assert json.loads(out)["next"] == f"peso tokenize --append -w '{spaced}'"
 
 
 def test_new_items_without_text_are_said_loudly(peso, logs: Path, shop: Path) -> None:
@@ -593,7 +605,7 @@ def test_new_items_without_text_are_said_loudly(peso, logs: Path, shop: Path) ->
         "ingest", logs / "week.csv", "--append", "--items", logs / "old_products.csv", "-w", shop
     )
     assert status == 0
-    assert "WARNING: 4 of the new items have no title and no text" in out
+    assert "warning: 4 of the new items have no title and no text" in out
     assert f"peso ingest --items FILE -w {shop}" in out
     assert peso("ingest", "--items", logs / "products.csv", "-w", shop)[0] == 0
     assert peso("tokenize", "--append", "-w", shop)[0] == 0

@@ -188,7 +188,13 @@ def test_version_and_exit_statuses_are_told(peso):
     assert "Exit status: 0 success, 1 failure, 2 incorrect use" in " ".join(out.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("call", ["frob", "run", "run --nope", "train --set", "diagnose -k", "compare"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("frob", "run", "run --nope", "train --set", "diagnose -k", "compare"),
+        *("diagnose -w w --examples 30", "diagnose -w w --at end", "report -w w -w ./w"),
+    ],
+)
 def test_wrong_use_is_exit_status_2(peso, call):
     status, _, err = peso(*call.split())
     assert status == 2

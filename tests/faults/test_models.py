@@ -163,7 +163,7 @@ def test_a_user_gets_as_many_items_as_are_left(heavy: Workspace, tmp_path: Path,
     )
     assert status == 0, err
     assert "2 of 8 users got fewer than 5 items" in err
-    assert "user 'bot' got the fewest: 0" in err
+    assert "user 'bot' got the fewest, 0" in err
     lists = {row["user"]: row["items"] for row in pq.read_table(tmp_path / "r.parquet").to_pylist()}
     assert lists["bot"] == []
     assert set(lists["fan"]) == {"i10", "i11"}  # none of those before the window

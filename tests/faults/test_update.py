@@ -38,7 +38,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     written: list[list[int]] = []
 
     def write(workspaces: list[Workspace], directory: Path) -> None:
-        written.append(sorted(report.summarise(workspaces[0], "w").stages))
+        written.append(sorted(report.summarize(workspaces[0], "w").stages))
         directory.mkdir(exist_ok=True)
         (directory / "index.html").write_text("")
 

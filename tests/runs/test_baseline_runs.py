@@ -13,6 +13,7 @@ from peso.config import baseline_label, load_config
 from peso.config.baselines import read_baseline
 from peso.errors import ConfigError, WorkspaceError
 from peso.evaluation.predictions import read_predictions
+from peso.events.stream import Stream
 from peso.runs import pipeline, preparation, report
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines, run_baselines
 from peso.runs.workspace import Workspace
@@ -85,6 +86,19 @@ def test_static_and_continual_part_after_the_base_stage(finished: Workspace) -> 
         assert last[0] != last[1], continual.name
 
 
+def test_a_stage_without_test_cases_is_left_out(
+    finished: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`peso forget` can erase the last test case of a stage."""
+    workspace = Workspace.open(shutil.copytree(finished.root, tmp_path / "w"))
+    shutil.rmtree(workspace.root / "baselines")
+    first, second, third = workspace.stream.counts
+    monkeypatch.setattr(Stream, "counts", [first, {**second, "test": 0}, third])
+    run = BaselineRun(workspace, read_baseline("popularity"))
+    run.run(Silent())
+    assert [list(summary.stages) for summary in run.summaries()] == [[0, 2], [0, 2]]
+
+
 def test_what_is_done_is_not_done_again(finished: Workspace, monkeypatch) -> None:
     monkeypatch.setattr(BaselineRun, "_make", None)  # whoever learns or tests would need it
     run_baselines(finished, finished.config.baselines, Silent())
@@ -131,6 +145,20 @@ def test_the_report_finds_them(finished: Workspace) -> None:
     assert named[0] == "run"
     assert named.count("popularity") == 1
     assert "ease items=30 (static)" in named
+
+
+def test_a_name_stands_for_every_listed_baseline_of_that_name(
+    peso, finished: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    root = shutil.copytree(finished.root, tmp_path / "w")
+    monkeypatch.setattr(
+        "peso.runs.baselines.run_baselines",
+        lambda workspace, configs, observer: asked.extend(map(baseline_label, configs)),
+    )
+    both = "baselines=[popularity, {name: popularity, last: 1}, ease]"
+    status, _, error = peso("baseline", "popularity", "item-knn", "--set", both, "-w", root)
+    assert (status, asked) == (0, ["popularity", "popularity last=1", "item-knn"]), error
 
 
 def test_the_command_prints_a_table(peso, finished: Workspace, tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_an_alert_that_fails_changes_nothing_else(
     outcome("failed")
     status, _, err = peso("update", "-w", unjudged.root, "--alert", f"{command} 3")
     assert status == 0
-    assert "WARNING: the alert command ended with status 3" in err
+    assert "warning: the alert command ended with status 3" in err
     assert len(told()) == 1
 
 

@@ -342,7 +342,7 @@ def test_the_command_says_what_became_of_the_events(
     status, out, _ = peso("update", "-w", shop.root, "--from-events")
     assert status == 0
     assert "stage 2: 12 received events of 3 users; 1 new items" in out
-    assert "WARNING: 1 items of received events (such as 'x1') are not in the product table" in out
+    assert "warning: 1 items of received events (such as 'x1') are not in the product table" in out
     assert "1 received events wait for a later stage" in out
     assert shop.items_without_id == 0, "the new item has its ID"
     status, out, _ = peso("update", "-w", shop.root, "--from-events")

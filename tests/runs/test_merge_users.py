@@ -281,7 +281,7 @@ def test_the_command(made: Path, tmp_path: Path, peso, monkeypatch: pytest.Monke
     assert json.loads(out) == {"merged": {"u1": "u2", "u3": "anna"}}
     for arguments, why in (
         ([], "name two users"),
-        (["u1"], "give the user who becomes another one"),
+        (["u1"], "give two users: the one to merge"),
         (["u2", "u1"], "which is the same user"),
     ):
         status, _, err = peso("users", "merge", *arguments, "-w", root)

@@ -221,7 +221,7 @@ def test_a_run_whose_weights_were_removed_is_still_reported(tmp_path):
     assert report.stage_cost(workspace.stage(1)).bytes_on_disk > 0
     for weights in workspace.root.glob("stages/*/**/*.safetensors"):
         weights.unlink()
-    found = report.summarise(workspace, "w")
+    found = report.summarize(workspace, "w")
     assert {stage.cost.bytes_on_disk for stage in found.stages.values()} == {None}
 
 
@@ -230,7 +230,7 @@ def test_evaluation_can_be_left_out(tmp_path):
     assert workspace.finished_stages == [0, 1, 2]
     assert not (workspace.stage(1).directory / "predictions.parquet").exists()
     with pytest.raises(WorkspaceError, match="no tested stage"):
-        report.summarise(workspace, "w")
+        report.summarize(workspace, "w")
 
 
 def test_more_items_than_the_catalogue_has_are_refused_before_anything_long(finished, tmp_path):

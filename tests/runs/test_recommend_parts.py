@@ -16,7 +16,7 @@ from peso.config.executors import read_executor
 from peso.errors import ConfigError, PesoError
 from peso.runs import recommend_all, recommend_parts
 from peso.runs.executors import LostWorker, Machine
-from peso.runs.recommend_all import Everybody
+from peso.runs.recommend_all import AllUsers
 from peso.runs.recommend_parts import Job
 from peso.runs.recommend_worker import work
 from peso.runs.recommender import Recommender
@@ -201,9 +201,9 @@ def test_what_a_process_of_an_earlier_call_writes_late_is_not_taken(
     recommender.recommend_all(tmp_path / "one.parquet", k=3)
 
     def late(job: Job, call: Call) -> int:
-        earlier = Everybody(recommender, 2, True, (1, 1))  # another k
+        earlier = AllUsers(recommender, 2, True, (1, 1))  # another k
         folder = Path(job.folder)
-        earlier.compute(folder, recommend_all.Begun(earlier.determined_by, 0), Silent())
+        earlier.compute(folder, recommend_all.DataState(earlier.determined_by, 0), Silent())
         work(job)
         return 0
 

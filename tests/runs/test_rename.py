@@ -331,6 +331,7 @@ def test_the_command(shop: Workspace, tmp_path: Path, peso) -> None:
         (b"i1\tone\ni2\t\n", r"line 2: expected"),
         (b"old,new\n", r"has no pair of ids"),
         (b"\xff\xfe", r"cannot be read: not UTF-8"),
+        (b"i1,one\n" + b"a" * 200_000, r"line 2: field larger than"),
     ],
 )
 def test_a_file_of_other_contents_is_refused(tmp_path: Path, content: bytes, why: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from small_runs import trained
 
 from peso import Recommender
-from peso.errors import DataError, WorkspaceError
+from peso.errors import ConfigError, DataError, ExportError, WorkspaceError
 from peso.runs import preparation
 from peso.runs.baselines import run_baselines
 from peso.runs.place import RETIRED
@@ -40,6 +40,23 @@ def workspace(run: Path, tmp_path: Path) -> Workspace:
 
 def items(ranked: list[tuple[str, float]]) -> list[str]:
     return [item for item, _ in ranked]
+
+
+def test_an_untested_model_has_no_predictions_and_an_impossible_question_no_answer(run: Path) -> None:
+    stage = Workspace.open(run).trained()
+    with pytest.raises(WorkspaceError, match=r"not tested on the test cases of stage 1 yet; run `peso eval"):
+        _ = stage.predictions
+    with pytest.raises(WorkspaceError, match=r"validation cases of stage 0 yet; run `peso update"):
+        _ = stage.on(0, "validation").predictions
+    recommender = Recommender(stage.workspace)
+    for k in (0, -1):
+        with pytest.raises(ConfigError, match=f"k is {k}, but must be at least 1"):
+            recommender.popular(k)
+    with pytest.raises(ExportError, match=r"'onnx' is not a format; choose one of merged, peft"):
+        recommender.export(run.parent / "exported", "onnx")
+    assert not (run.parent / "exported").exists()
+    with pytest.raises(DataError, match=r"a list of item ids, not a text: \['i4'\]"):
+        recommender.recommend("i4")
 
 
 @pytest.mark.parametrize("hybrid", [None, "hybrid"])
@@ -107,7 +124,7 @@ def test_what_cannot_be_retired_or_restored_is_named_and_changes_nothing(workspa
 
 def test_the_command(workspace: Workspace, tmp_path: Path, peso) -> None:
     ids, root = workspace.stream.item_ids, workspace.root
-    (tmp_path / "list.txt").write_text(f"{ids[1]}\n\n{ids[2]}\n")
+    (tmp_path / "list.txt").write_text(f"{ids[1]}\n\n{ids[2]}\n", encoding="utf-8-sig")  # with a BOM
     status, out, _ = peso("items", "retire", ids[0], "--file", tmp_path / "list.txt", "-w", root)
     assert (status, "3 items retired; 3 are retired now" in out) == (0, True)
     status, out, _ = peso("items", "retire", ids[0], "--reason", "again", "-w", root)
@@ -118,6 +135,9 @@ def test_the_command(workspace: Workspace, tmp_path: Path, peso) -> None:
     assert (status, list(json.loads(out)["retired"])) == (0, ids[1:3])
     status, out, err = peso("items", "retire", "-w", root)
     assert (status, "name items, or a file of items with --file" in err) == (2, True)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    status, out, err = peso("items", "retire", "--file", tmp_path / "latin.txt", "-w", root)
+    assert (status, f"--file {tmp_path / 'latin.txt'} is not UTF-8 text" in err) == (2, True)
     status, out, _ = peso("recommend", "-w", root, "--history", ids[5], "-k", len(ids), "--json")
     answered = {row["item"] for row in json.loads(out)["recommendations"]}
     assert not answered & {*ids[1:3]}

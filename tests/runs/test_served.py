@@ -288,13 +288,16 @@ def test_status_in_every_state(workspace: Workspace, peso: Call, tmp_path: Path)
     shutil.rmtree(workspace.root / "stages" / "1")
     fourth = told()
     assert "was removed or trained again" in fourth["serves"]["problem"]
-    assert "WARNING: stage 1" in peso("status", "-w", workspace.root)[1]
+    assert "warning: stage 1" in peso("status", "-w", workspace.root)[1]
 
     (workspace.root / "served.json").unlink()
     shutil.rmtree(workspace.root / "stages")
     status, out, _ = peso("status", "-w", workspace.root)
     assert status == 0
     assert "no stage serves, because none is trained yet" in out
+    nothing = json.loads(peso("status", "-w", workspace.root, "--json")[1])["serves"]
+    assert nothing.keys() == first["serves"].keys()
+    assert not any(nothing.values())
     status, _, err = peso("status", "-w", tmp_path / "nothing")
     assert status == 1
     assert "is not a workspace" in err

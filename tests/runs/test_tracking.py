@@ -212,7 +212,7 @@ def test_other_trackers_have_a_run_a_stage_the_configuration_and_the_report(
 
     sys.addaudithook(audit)  # stays until the process ends
     workspace, notes = run(tmp_path / "w", "evaluation.enabled=true", f"tracking=[{name}]")
-    assert not any("WARNING" in note for note in notes.notes)
+    assert not any("warning: tracking" in note for note in notes.notes)
     for stage in (0, 1):
         values, files, rate = found(workspace, stage)
         assert values == {k: pytest.approx(v, rel=1e-5) for k, v in expected(workspace, stage).items()}
@@ -247,7 +247,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tracking, "_tracker", failing)
     workspace, notes = run(tmp_path / "w")
     assert workspace.stage(1).is_trained
-    told = "WARNING: tracking with tensorboard has failed (no connection); going on without it"
+    told = "warning: tracking with tensorboard failed (no connection); continuing without it"
     assert told in notes.notes
 
 
@@ -266,7 +266,7 @@ def test_a_tracker_whose_server_does_not_answer_is_left_out(
     workspace, notes = run(tmp_path / "w")
     ended.set()
     assert workspace.stage(1).is_trained
-    told = "WARNING: tracking with tensorboard has failed (no answer within 0.1 s); going on without it"
+    told = "warning: tracking with tensorboard failed (no answer within 0.1 s); continuing without it"
     assert notes.notes.count(told) == len(asked) == 1, "it is not waited for again"
 
 

@@ -199,9 +199,9 @@ def test_what_another_call_left_is_not_taken_over(
 ) -> None:
     folder = tmp_path / ".r.parquet.parts"
     other = {"k": 3, "part": (1, 2), "exclude_seen": False}
-    call = recommend_all.Everybody(Recommender(workspace), 2, True, (1, 1))
+    call = recommend_all.AllUsers(Recommender(workspace), 2, True, (1, 1))
     folder.mkdir()
-    call._begun(folder, Silent())
+    call._data_state(folder, Silent())
     (folder / recommend_all._name(0)).write_bytes(b"not an answer")
     if change == "damaged":
         (folder / recommend_all.NOTE).write_bytes(b"{}")

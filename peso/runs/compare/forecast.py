@@ -109,9 +109,8 @@ def _expected(task: Task, name: str, measured: Measured) -> Expected:
 
 
 def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
-    """The estimate of the missing tests on cases of other stages; each takes as long as that stage's own
-    test.
-    """
+    """The estimate of the missing tests on cases of other stages. Each takes as long as the test of the model
+    of those cases' own stage."""
     tests = {e.step.stage: e.minutes for e in steps if e.step.name == "test" and e.step.stage is not None}
     if not tests or any(minutes is None for minutes in tests.values()):
         return Expected(name, "missing", None, next((e.note for e in steps if e.minutes is None), ""))

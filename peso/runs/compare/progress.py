@@ -10,6 +10,7 @@ from peso.config.baselines import BaselineOptions
 from peso.errors import WorkspaceError
 from peso.runs.baselines import BaselineRun
 from peso.runs.compare.plan import Candidate, Task
+from peso.runs.place import CONFIG
 from peso.runs.workspace import Workspace
 
 
@@ -39,7 +40,7 @@ def progress_of(task: Task) -> TaskProgress:
     Raises:
         WorkspaceError: its files are damaged or were written by a newer version.
     """
-    if not (task.root / "config.yaml").is_file():
+    if not (task.root / CONFIG).is_file():
         return TaskProgress(0, _stages(task))
     workspace = Workspace(task.root, task.config)
     if task.kind == "transfer":
@@ -86,6 +87,7 @@ def _baseline_progress(task: Task, workspace: Workspace, config: BaselineOptions
 
 
 def data_ready(task: Task) -> bool:
+    """Whether the workspace of a task has its stream and semantic IDs."""
     workspace = Workspace(task.root, task.config)
     return workspace.has_stream and workspace.has_semantic_ids
 
@@ -135,7 +137,10 @@ def validation_loss(task: Task) -> float:
             )
         losses.append(min(found))
     if not losses:
-        raise WorkspaceError(f"{task.root} has no later stage to tune on")
+        raise WorkspaceError(
+            f"{task.root} has no stage after stage 0, on which compare.tune compares options; set "
+            "data.stages to 2 or more"
+        )
     return sum(losses) / len(losses)
 
 

@@ -182,7 +182,7 @@ def runs_by_data(directory: Path, note: Callable[[str], None]) -> dict[str, list
                     "directory; change to the directory in which `peso compare` ran, or repeat it with "
                     "--report-only"
                 )
-            summary = report.summarise(Workspace.open(row["workspace"]), name)
+            summary = report.summarize(Workspace.open(row["workspace"]), name)
             of_data[row["workspace"]] = replace(summary, strategy=row["strategy"], seed=row["seed"])
     whole: dict[str, list[RunSummary]] = {}
     for data, runs in found.items():
@@ -197,7 +197,7 @@ def runs_by_data(directory: Path, note: Callable[[str], None]) -> dict[str, list
 
 def run_summary(run: Run, found: TaskProgress) -> RunSummary:
     """The summary of a run for the report."""
-    found_summary = report.summarise(Workspace(run.task.root, run.task.config), run.name)
+    found_summary = report.summarize(Workspace(run.task.root, run.task.config), run.name)
     return replace(
         found_summary,
         strategy=run.strategy,

@@ -146,7 +146,7 @@ class Schedule:
         return self._done[task.key]
 
     def _update_rows(self) -> None:
-        """Update the rows."""
+        """Update state, note and remaining time of every row."""
         for row in self.rows:
             if row.state in ("done", "failed"):
                 continue
