@@ -14,7 +14,8 @@ TREE = {
     "data": {"simulate": {"users": 100, "items": 60, "stages": 2}},
     "items": {"quantizer": "rq-kmeans", "levels": 3},
     "backbone": "tiny",
-    "strategy": {"name": "peso", "weight": 2.0, "reduction": "mean"},  # an anchor too weak to hold
+    # an anchor too weak to hold
+    "strategy": {"name": "peso", "weight": 2.0, "reduction": "mean", "examples": 8},
     "training": {"epochs": 1, "max_steps": 6, "learning_rate": 3e-3, "later_learning_rate_scale": 1.0},
     "evaluation": {"enabled": False},
 }

@@ -58,7 +58,10 @@ class Runs:
     def start(self, root: Path, strategy: Any, *overrides: str, backbone: str = "pretrained") -> Workspace:
         """A workspace in which nothing is done yet."""
         name, rate = ("tiny", 3e-3) if backbone == "tiny" else (str(self._pretrained()), 3e-2)
-        tree = {**TREE, "backbone": {"name": name, "layers": 1}, "strategy": strategy}
+        options = {"name": strategy} if isinstance(strategy, str) else strategy
+        if options["name"] == "peso":
+            options = {"examples": 4, **options}  # a gradient each
+        tree = {**TREE, "backbone": {"name": name, "layers": 1}, "strategy": options}
         tree["training"] = {**TREE["training"], "learning_rate": rate}
         return Workspace.create_or_open(root, load_config(tree, overrides))
 

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}},
     "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
-    "backbone": "tiny",
+    "backbone": {"name": "tiny", "layers": 1},
+    "strategy": {"name": "peso", "examples": 8},
     "training": {"epochs": 1, "max_steps": 2},
     "baselines": "none",
     "evaluation": {"enabled": False},

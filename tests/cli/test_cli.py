@@ -22,7 +22,7 @@ def config_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(
         "data: {format: simulate, simulate: {users: 80, items: 40, stages: 3}}\n"
-        "backbone: {name: tiny, layers: 1}\n"
+        "backbone: {name: tiny, layers: 1}\nstrategy: {name: peso, examples: 8}\n"
         "training: {epochs: 1, max_steps: 4, learning_rate: 3e-3}\n"
     )
     return path
@@ -110,7 +110,7 @@ def _flags(config_file: Path) -> list[str]:
     import yaml
 
     tree = yaml.safe_load(config_file.read_text())
-    flat = {"backbone.name": "tiny", "backbone.layers": 1}
+    flat = {"backbone.name": "tiny", "backbone.layers": 1, "strategy.examples": 8}
     flat |= {f"data.simulate.{k}": v for k, v in tree["data"]["simulate"].items()}
     flat |= {f"training.{k}": v for k, v in tree["training"].items()}
     return [text for key, value in flat.items() for text in ("--set", f"{key}={value}")]

@@ -245,7 +245,8 @@ def test_every_command_says_what_is_next_and_that_is_a_command(peso, tmp_path):
     root, config = tmp_path / "w", tmp_path / "shop.yaml"
     peso("init", shop(tmp_path), "--items", products(tmp_path), "-o", config)
     small = ("--set", "backbone.name=tiny", "--set", "backbone.width=16", "--set", "backbone.layers=1")
-    quick = (*small, "--set", "training.max_steps=2", "--set", "data.stages=3", "--set", "items.levels=2")
+    small = (*small, "--set", "strategy.examples=4", "--set", "items.levels=2")
+    quick = (*small, "--set", "training.max_steps=2", "--set", "data.stages=3")
     calls = [
         ("run", config, "-w", root, "--dry-run", *quick),
         ("ingest", config, "-w", root, *quick),

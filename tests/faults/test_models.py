@@ -139,6 +139,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
             "data": {"format": "csv", "path": log, "stages": 2, "items": table},
             "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 4},
             "backbone": {"name": "tiny", "layers": 1},
+            "strategy": {"name": "peso", "examples": 8},
             "prompt": {"window": 4},
             "training": {"epochs": 1, "max_steps": 2},
             "decoding": {"beams": 20},

@@ -166,7 +166,8 @@ def test_the_main_metric_stands_beside_the_name() -> None:
 
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}},
-    "backbone": "tiny",
+    "backbone": {"name": "tiny", "layers": 1},
+    "strategy": {"name": "peso", "examples": 8},
     "training": {"epochs": 1, "max_steps": 2},
 }
 CHEAP = ["popularity last=1", "item-knn", "ease", "item-graph"]

@@ -48,14 +48,20 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[Any]:
-    """A Ray cluster of two nodes with one CPU each."""
+def one_node() -> Iterator[Any]:
+    """A Ray cluster of a node with one CPU."""
     pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def two_nodes(one_node: Any) -> Any:
+    """Two such nodes."""
+    one_node.add_node(num_cpus=1)
+    one_node.wait_for_nodes()
+    return one_node

@@ -28,7 +28,7 @@ SENTENCE = "the anchor had no measurable effect at this weight"
 
 @pytest.fixture(scope="module")
 def weak(tmp_path_factory) -> tuple[Workspace, list[str]]:
-    return trained(tmp_path_factory.mktemp("runs") / "weak", "strategy={name: peso, weight: 2}")
+    return trained(tmp_path_factory.mktemp("runs") / "weak", "strategy={name: peso, weight: 2, examples: 8}")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,10 @@ def test_the_anchor_s_ratio_is_the_mean_over_the_steps(weak) -> None:
 
 
 def test_an_anchor_that_holds_and_none_at_all_give_no_warning(weak, tmp_path: Path) -> None:
-    for name, override in (("heavy", "strategy={name: peso, weight: 1e6}"), ("single", "strategy=single")):
+    for name, override in (
+        ("heavy", "strategy={name: peso, weight: 1e6, examples: 8}"),
+        ("single", "strategy=single"),
+    ):
         workspace, notes = trained(tmp_path / name, override, base=weak[0].root)
         (anchor,) = diagnose(workspace)["anchor"]
         assert anchor["finding"] is None

@@ -27,7 +27,8 @@ TOWERS = {"name": "hybrid", "candidates": 4, "two_tower": {"width": 8, "epochs":
 LABEL = "hybrid candidates=40 partners=popularity last=1+item-graph"
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}},
-    "backbone": {"name": "tiny"},
+    "backbone": {"name": "tiny", "layers": 1},
+    "strategy": {"name": "peso", "examples": 8},
     "training": {"epochs": 1, "max_steps": 4},
     "baselines": [MIXED, TOWERS],
 }

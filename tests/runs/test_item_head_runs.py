@@ -121,7 +121,7 @@ def test_a_stage_learns_it_and_says_how_much_it_counts(single: Workspace) -> Non
 @pytest.mark.parametrize(
     "strategy",
     [
-        {"name": "peso", "strength": 1.0, "vocabulary": True},
+        {"name": "peso", "strength": 1.0, "vocabulary": True, "examples": 8},
         {"name": "retrain"},
         {"name": "average"},
         {"name": "lsat"},
@@ -138,7 +138,7 @@ def test_every_strategy_trains_and_answers_with_it(single: Workspace, tmp_path: 
 
 
 def test_an_anchor_on_the_vocabulary_holds_its_rows(single: Workspace, tmp_path: Path) -> None:
-    strategy = {"name": "peso", "proximal": "l2", "strength": 1000.0, "vocabulary": True}
+    strategy = {"name": "peso", "proximal": "l2", "strength": 1000.0, "vocabulary": True, "examples": 8}
     held = run(tmp_path / "w", base=single.root, strategy=strategy)
     before = load_file(vocabulary(single, 0))
     moved, free = (

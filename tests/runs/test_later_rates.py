@@ -104,7 +104,7 @@ def test_a_stage_chooses_its_rate_and_says_so(base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("strategy", "phases"),
     [
-        ({"name": "peso", "strength": 1.0, "vocabulary": True}, [""]),
+        ({"name": "peso", "strength": 1.0, "vocabulary": True, "examples": 8}, [""]),
         ("sum_lora", [""]),
         ("full", [""]),
         ("retrain", [""]),

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 TREE = {
     "data": {"format": "simulate", "simulate": {"users": 120, "items": 60, "stages": 3}},
     "backbone": {"name": "tiny", "layers": 1},
+    "strategy": {"name": "peso", "examples": 8},
     "training": {"epochs": 2, "max_steps": 14, "learning_rate": 3e-3, "later_learning_rate_scale": 0.5},
     "baselines": [],
     "seed": 5,

@@ -281,12 +281,12 @@ def test_real_processes_one_of_which_is_killed_give_the_file_of_one(
 
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_file_of_one_process(
-    two_nodes: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_node: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recommend_all, "AT_ONCE", 16)
     recommender = Recommender(Workspace.open(root))
     recommender.recommend_all(tmp_path / "one.parquet", k=3)
-    section = {"name": "ray", "address": two_nodes.address}
+    section = {"name": "ray", "address": one_node.address}
     assert recommender.recommend_all(tmp_path / "many.parquet", k=3, executor=section) == 60
     assert (tmp_path / "many.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
     assert not list(tmp_path.glob(".*.parts"))

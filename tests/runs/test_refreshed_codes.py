@@ -208,7 +208,7 @@ def test_an_interrupted_stage_ends_the_same(shop: Workspace, tmp_path: Path, str
 @pytest.mark.parametrize(
     "strategy",
     [
-        {"name": "peso", "strength": 1.0, "vocabulary": True},
+        {"name": "peso", "strength": 1.0, "vocabulary": True, "examples": 8},
         *({"name": name} for name in ("average", "lsat", "full", "distill", "blend", "replay", "sum_lora")),
     ],
     ids=lambda strategy: strategy["name"],

@@ -44,6 +44,7 @@ def run(folder: Path, rule: str, *, repeats: bool = False) -> Workspace:
             "data": {"format": "csv", "path": str(log), "stages": 2, "items": table},
             "items": {"quantizer": "rq-kmeans", "levels": 2, "codes": 8},
             "backbone": {"name": "tiny", "layers": 1},
+            "strategy": {"name": "peso", "examples": 8},
             "prompt": {"window": 3},  # shorter than what users have had
             "training": {"epochs": 1, "max_steps": 2},
             "decoding": {"repeats": rule},

@@ -45,7 +45,7 @@ def started(tmp_path_factory) -> Path:
         "  {format: csv, path: log.csv, stages: 2,\n"
         "   items: {path: products.csv, columns: {title: title, category: kind}}}\n"
         "items: {quantizer: rq-kmeans, levels: 3, codes: 8}\n"
-        "backbone: tiny\n"
+        "backbone: tiny\nstrategy: {name: peso, examples: 8}\n"
         "training: {epochs: 1, max_steps: 3, learning_rate: 3e-3}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
