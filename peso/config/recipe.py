@@ -24,8 +24,8 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
 
     The values of the smallest size were found by validation (docs/results/recipe.md). Larger logs get wider
     and deeper models, at sizes set by judgment. The item head learns at a tenth of the rate of the codes,
-    which need many more steps. ``epochs`` is an upper bound, because ``patience`` ends the training when the
-    validation loss no longer falls.
+    which need many more steps, and the probability of new items is corrected after a stage. ``epochs`` is an
+    upper bound, because ``patience`` ends the training when the validation loss no longer falls.
 
     Args:
         events: the number of training targets of stage 0.
@@ -37,7 +37,7 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
     most, width, layers = next(size for size in SIZES if size[0] is None or events < size[0])
     batch = 2 ** round(math.log2(min(max(events / STEPS_PER_EPOCH, 32), 256)))
     epochs = 12 if events >= 20_000 else 20
-    head: dict[str, Any] = {"name": "items", "learning_rate_scale": 0.1}
+    head: dict[str, Any] = {"name": "items", "arrivals": True, "learning_rate_scale": 0.1}
     if items > EXACT_ITEMS:
         head["negatives"] = NEGATIVES
     sections = {

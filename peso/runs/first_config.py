@@ -15,10 +15,12 @@ from peso.config.data import STREAMS, LogFormat
 from peso.config.reading import given, override
 from peso.config.recipe import from_scratch, with_given
 from peso.errors import DataError, UntrainableStage
+from peso.events import columns
 from peso.events.ingest import ingest
 from peso.events.sources import format_at
 from peso.events.sources.files import kind_of
 from peso.events.sources.guess import Sampled, examples, guess_items, guess_log, guess_time, kinds, sample
+from peso.events.stream import Stream
 from peso.runs.checks import check_configuration
 from peso.runtime.progress import Observer
 from peso.runtime.remote import is_remote, local
@@ -43,6 +45,8 @@ COMMENTS = {
     "backbone": "The language model. scratch: a small Llama, fully trained at stage 0, no download.",
     "backbone.name": "pretrained, for a GPU: smollm2-135m (then learning_rate 2e-4, batch_size 32)",
     "head": "How items are scored: docs/explanation/item-head.md",
+    "head.arrivals": "corrects the probability of the items that are new in a stage",
+    "head.contents": "items are also scored by their texts",
     "strategy": "How later stages are trained: docs/reference/strategies.md",
     "training": "For a quick try: --set training.max_steps=20",
     "training.epochs": "maximum; the epoch with the lowest validation loss is kept",
@@ -148,9 +152,11 @@ def first_config(
         del tree["items"]
     for text in overrides:
         override(tree, text)
-    config, manifest = _tested(tree, target.parent, observer)
+    config, manifest, has_texts = _tested(tree, target.parent, observer)
     sections, reason = from_scratch(manifest["stages"][0]["training_targets"], manifest["items"])
     if config.backbone.name == "scratch":
+        if has_texts:
+            sections["head"]["contents"] = True
         tree |= with_given(sections, given(config))
         if "baselines" not in tree and manifest["stages"][0]["training_targets"] < SMALL:
             tree["baselines"] = BASELINES
@@ -164,8 +170,9 @@ def first_config(
     return FirstConfig(_text(tree, hint, log, reason), guessed, manifest)
 
 
-def _tested(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any]]:
-    """The configuration with the most stages that the log allows, and the manifest of its stream."""
+def _tested(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any], bool]:
+    """The configuration with the most stages that the log allows, the manifest of its stream, and whether any
+    item has a title, a text or a category."""
     fixed = "stages" in tree["data"] or tree["data"]["format"] in STREAMS
     for stages in STAGES:
         if not fixed:
@@ -174,7 +181,10 @@ def _tested(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Confi
         check_configuration(config)
         try:
             with TemporaryDirectory() as aside:
-                return config, ingest(config.data, Path(aside), config.seed_of_data, observer)
+                manifest = ingest(config.data, Path(aside), config.seed_of_data, observer)
+                items = Stream.open(Path(aside)).items
+                fields = (columns.TITLE, columns.TEXT, columns.CATEGORY)
+                return config, manifest, any(items[name].null_count < len(items) for name in fields)
         except UntrainableStage as error:
             if fixed or stages == STAGES[-1]:
                 raise

@@ -153,7 +153,10 @@ def test_what_init_writes_for_any_backbone_can_be_read(peso, tmp_path, backbone)
     log, table = shop(tmp_path), products(tmp_path)
     status, _, err = peso("init", log, "--items", table, "-o", written, "--set", f"backbone={backbone}")
     assert status == 0, err
-    assert load_config(written).backbone.name == backbone
+    config = load_config(written)
+    assert config.backbone.name == backbone
+    sized = backbone == "scratch"  # `auto` is chosen when the log is read
+    assert (config.head.arrivals, config.head.contents) == (sized, sized)
 
 
 def test_init_cuts_a_small_log_into_fewer_stages(peso, tmp_path):

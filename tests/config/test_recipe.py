@@ -17,6 +17,7 @@ def test_every_log_gets_a_valid_configuration_and_its_reason(events: int, items:
     sections, reason = from_scratch(events, items)
     config = load_config({"data": {"simulate": {}}, **sections})
     assert config.head.reads
+    assert config.head.arrivals
     assert 32 <= config.training.batch_size <= 256
     assert (config.head.negatives is None) == (items <= EXACT_ITEMS)
     assert f"{events:,} training targets" in reason
