@@ -88,17 +88,7 @@ def extend_stream(
         WorkspaceError: the earlier stream is damaged, or the disk is full.
     """
     observer = observer or Silent()
-    stream = Stream.open(earlier)
-    if "time" not in stream.manifest:
-        raise DataError(
-            f"{stream.directory} was not made from a log with times ({stream.manifest.get('source')}), so "
-            "new events cannot be placed in it; append to a stream that was ingested from a log"
-        )
-    if split := stream.manifest.get("split"):
-        raise DataError(
-            f"{stream.directory} was split {split}: its stages do not follow one another in time, so no "
-            "stage can come after them; ingest everything into a new workspace"
-        )
+    stream = _open_extensible(earlier)
     last = int(stream.manifest["time"]["last"])
     skip = data.on_error == "skip"
     with (
@@ -343,6 +333,22 @@ def _leave_out_had(
         why = "is of an item that its user had before (data.repeats: drop)"
         log = leave_out(log, None, why, "repeats of earlier stages dropped")
     return log
+
+
+def _open_extensible(directory: str | Path) -> Stream:
+    """The stream in a directory. Raises DataError if new events cannot be placed after its own."""
+    stream = Stream.open(directory)
+    if "time" not in stream.manifest:
+        raise DataError(
+            f"{stream.directory} was not made from a log with times ({stream.manifest.get('source')}), so "
+            "new events cannot be placed in it; append to a stream that was ingested from a log"
+        )
+    if split := stream.manifest.get("split"):
+        raise DataError(
+            f"{stream.directory} was split {split}: its stages do not follow one another in time, so no "
+            "stage can come after them; ingest everything into a new workspace"
+        )
+    return stream
 
 
 def _leave_out_older(log: EventTables, last: int, skip: bool, path: str) -> tuple[EventTables, int]:
