@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect
 from peso.adapters.groups import find_groups
 from peso.adapters.proximal import Term
+from peso.adapters.proximal.term import check_trained
 from peso.errors import ConfigError, TrainingError
 
 log = logging.getLogger("peso.integrations")
@@ -31,8 +32,8 @@ class Anchored:
 
     Raises:
         ConfigError: the term must watch forward passes.
-        TrainingError: the model has no such adapter or one that does not match the anchor, or the stage
-            continues and the term has no anchor.
+        TrainingError: the model has no such adapter, one that is frozen, or one that does not match the
+            anchor, or the stage continues and the term has no anchor.
     """
 
     def __init__(self, term: Term, model: nn.Module, steps: int, done: int = 0, stage: int = 1) -> None:
@@ -51,7 +52,9 @@ class Anchored:
             term.anchor(model)
         self.term, self.stage = term, stage
         self.groups = find_groups(model, term.adapter)
-        self.parameters = [group.tensor for group in term.groups_of(self.groups)]
+        anchored = term.groups_of(self.groups)
+        check_trained(anchored)
+        self.parameters = [group.tensor for group in anchored]
         self.records: list[dict[str, Any]] = []
         self._steps, self._done = steps, done
         self._monitor = AnchorMonitor(stage, steps, self._rho)

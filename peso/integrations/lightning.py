@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 try:
@@ -44,9 +45,9 @@ class ProximalCallback(Callback):
         """Check the training, and anchor the term unless it has an anchor.
 
         Raises:
-            ConfigError: gradients are scaled or sharded, the total of the learning rates is missing, or the
-                term cannot be used in a callback.
-            TrainingError: the module has no LoRA adapter, or another one than the anchor.
+            ConfigError: gradients are scaled or sharded, optimization is manual, the number of steps or the
+                total of the learning rates is missing, or the term cannot be used in a callback.
+            TrainingError: the module has no LoRA adapter, a frozen one, or another one than the anchor.
         """
         kind = type(trainer.strategy).__name__
         if str(trainer.precision).startswith("16") or any(name in kind for name in ("DeepSpeed", "FSDP")):
@@ -54,14 +55,23 @@ class ProximalCallback(Callback):
                 f"ProximalCallback does not support precision {trainer.precision} with {kind}, which scales "
                 "or shards gradients; train in bf16 or 32-bit with replicated parameters"
             )
+        if not pl_module.automatic_optimization:
+            raise ConfigError(
+                "ProximalCallback needs automatic optimization, because it acts once per batch; add the "
+                "term in your own training_step"
+            )
         decoupled = self.term.coupling == "decoupled"
         if decoupled and self.term.strength is not None and self._total is None:
             raise ConfigError(
                 "the strength of a decoupled term is spread over the stage; give the sum of its learning "
                 "rates: ProximalCallback(term, total_learning_rate=…)"
             )
-        steps = int(trainer.estimated_stepping_batches)
-        self._anchored = Anchored(self.term, pl_module, steps, trainer.global_step, self.stage)
+        if not math.isfinite(steps := trainer.estimated_stepping_batches):
+            raise ConfigError(
+                "ProximalCallback needs the number of steps: give Trainer max_epochs or max_steps, also "
+                "beside max_time"
+            )
+        self._anchored = Anchored(self.term, pl_module, int(steps), trainer.global_step, self.stage)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Add the gradient of the term; gradients are not clipped yet."""

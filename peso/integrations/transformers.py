@@ -53,7 +53,7 @@ class ProximalCallback(TrainerCallback):
         Raises:
             ConfigError: the training is in fp16 or sharded, the learning rates of the scheduler are not known
                 in advance, or the term cannot be used in a callback.
-            TrainingError: the model has no LoRA adapter, or another one than the anchor.
+            TrainingError: the model has no LoRA adapter, a frozen one, or another one than the anchor.
         """
         kinds = {"fp16": args.fp16, "DeepSpeed": args.deepspeed, "FSDP": args.fsdp}
         for kind in (kind for kind, used in kinds.items() if used):

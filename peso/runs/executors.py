@@ -307,7 +307,14 @@ class Slurm:
 
     def start(self, call: Call, slot: int) -> Handle:
         call = _started(call, self.config.cpus)
-        return _Remote(call, self.executor.submit(run, call), self._found, lambda job: job.cancel())
+        try:
+            job = self.executor.submit(run, call)
+        except (RuntimeError, OSError) as error:  # RuntimeError: what sbatch says
+            raise PesoError(
+                f"executor slurm: Slurm did not accept a job ({_cause(error)}); check the executor's "
+                "options, such as slurm_partition, and the limits of your account"
+            ) from None
+        return _Remote(call, job, self._found, lambda job: job.cancel())
 
     @staticmethod
     def _found(job: Any) -> int | None:

@@ -82,8 +82,12 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
             continue
         if before == after:
             raise DataError(f"user {before!r} cannot be merged into {named!r}, which is the same user")
-        if not after or "\0" in after:
-            raise DataError(f"{after!r} cannot be the id of a user; give the id in the log")
+        odd = not after.isprintable() or after != after.strip()  # " anna" in a file; merges are final
+        if not after or "\0" in after or (odd and not known(after)):
+            raise DataError(
+                f"{after!r} cannot be the id of a new user: an id has visible characters, without spaces "
+                "around them; give the id in the log"
+            )
         if not known(before):
             unknown.append(before)
         users[before] = after

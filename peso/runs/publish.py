@@ -37,6 +37,7 @@ def push_to_hub(recommender: Recommender, name: str, form: Form = "merged", *, p
         ExportError: the model cannot be exported so, or the hub does not accept it; see
             :mod:`peso.runtime.hub`.
     """
+    hub.require_name(name)
     user = hub.account()
     full = name if "/" in name else f"{user}/{name}"
     with TemporaryDirectory() as aside:

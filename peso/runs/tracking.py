@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from peso.errors import PesoError
 from peso.runs.place import TRACKING
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
@@ -102,9 +103,13 @@ class Tracking:
         names = stage.workspace.config.tracking if current().is_main else []
         if not names:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._give_up(error)
+            return
         self._sent = _sent(stage)
-        for name in names:
+        for name in dict.fromkeys(names):
             if name not in _silent:
                 self._callers[name] = _Caller()
                 if (opened := self._guarded(name, lambda name=name: self._open(name))) is not None:
@@ -180,7 +185,18 @@ class Tracking:
 
     def _note(self, **told: Any) -> None:
         self._sent.update(told)
-        write_atomically(self._file, json.dumps(self._sent).encode())
+        try:
+            write_atomically(self._file, json.dumps(self._sent).encode())
+        except (OSError, PesoError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without trackers: without the note, a stage that is continued would send its lines again."""
+        self.close()
+        self._observer.note(
+            f"WARNING: tracking has failed ({error}); going on without it. Check that "
+            f"{self._stage.workspace.root / TRACKING} is a folder that can be written"
+        )
 
     def _guarded(self, name: str, call: Any) -> Any:
         """The result of a call; None if it fails or does not return in time, which is reported."""

@@ -91,6 +91,24 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     return Path(folder) / place.path_in_repo
 
 
+def require_name(name: str) -> None:
+    """Check the name of a model to upload: before an export, which takes a while.
+
+    Raises:
+        ExportError: it is neither ``owner/model`` nor ``model``, or the hub does not allow it.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ExportError(
+            f"{name!r} cannot be the name of a model ({first_line(error)}); give OWNER/MODEL, or MODEL for "
+            "your own"
+        ) from None
+
+
 def account() -> str:
     """The name of the user who is logged in. It is checked before an export, which takes a while.
 

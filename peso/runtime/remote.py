@@ -148,7 +148,7 @@ def require_output(path: str, *, force: bool = False) -> None:
         raise ExportError(f"{shown(path)} can only be read; write to s3://, gs:// or a local path")
     with _explained(path, "cannot be written", ExportError):
         bucket = root.split("/")[0]
-        if not system.exists(bucket):
+        if not bucket or not system.exists(bucket):
             raise FileNotFoundError(f"there is no bucket {bucket}")
         there = system.exists(root)
     if there and not force:

@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 import peso
 from peso.adapters.groups import find_groups
-from peso.errors import ConfigError
+from peso.errors import ConfigError, TrainingError
 from peso.integrations.lightning import ProximalCallback
 from peso.model.backbone import small_llama
 
@@ -79,3 +79,24 @@ def test_a_decoupled_term_takes_back_the_share_that_its_strength_says(tmp_path: 
         fitted(tmp_path, module, ProximalCallback(term))
     fitted(tmp_path, module, ProximalCallback(term, total_learning_rate=4 * 0.05))
     assert torch.allclose(values(module) - before, torch.full_like(before, 0.1 * 0.36788), atol=1e-4)
+
+
+def test_what_a_callback_cannot_do_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    def train(module: Counting, **changes: Any) -> None:
+        usual: dict[str, Any] = {"max_steps": 4, "accelerator": "cpu", "logger": False}
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callback = ProximalCallback(peso.L2(weight=1.0))
+        trainer = Trainer(callbacks=[callback], default_root_dir=str(tmp_path), **usual | quiet | changes)
+        trainer.fit(module, torch.utils.data.DataLoader(torch.ones(4, 5, dtype=torch.long)))
+
+    manual = Counting()
+    manual.automatic_optimization = False
+    with pytest.raises(ConfigError, match="needs automatic optimization"):
+        train(manual)
+    with pytest.raises(ConfigError, match="give Trainer max_epochs or max_steps"):
+        train(Counting(), max_steps=-1, max_epochs=-1, max_time="00:00:00:01")
+    frozen = Counting()
+    frozen.model.requires_grad_(False)
+    frozen.model.base_model.model.model.norm.requires_grad_(True)
+    with pytest.raises(TrainingError, match="is anchored but frozen"):
+        train(frozen)

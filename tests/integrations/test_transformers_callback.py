@@ -141,6 +141,10 @@ def test_what_a_callback_cannot_do_is_refused_before_the_first_step(tmp_path: Pa
     assert _sum_of_rates(halves, 3) == pytest.approx(0.1 * 1.75)
     with pytest.raises(TrainingError, match="no LoRA adapter"):
         train(peso.L2(weight=1.0), small_llama(32, 1, seed=0))
+    frozen = adapted().requires_grad_(False)
+    frozen.base_model.model.model.norm.requires_grad_(True)
+    with pytest.raises(TrainingError, match=r"is anchored but frozen"):
+        train(peso.L2(weight=1.0), frozen)
 
 
 def test_the_callback_works_with_trl(tmp_path: Path) -> None:

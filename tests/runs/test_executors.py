@@ -209,6 +209,20 @@ def test_slurm_without_sbatch_is_refused(tmp_path: Path) -> None:
         Slurm(SlurmConfig(), "auto", tmp_path)
 
 
+def test_a_job_that_slurm_does_not_accept_is_told_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    words = "sbatch: error: invalid partition specified: lnog"
+    for name, text in (("sbatch", f"echo '{words}' >&2; exit 1"), ("srun", ""), ("sacct", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    executor = Slurm(SlurmConfig(options={"slurm_partition": "lnog"}), "auto", tmp_path / "jobs")
+    with pytest.raises(PesoError, match=rf"did not accept a job .*{words}.*check the executor's options"):
+        executor.start(call_of(tmp_path), 0)
+
+
 # -- Dask ----------------------------------------------------------------------------------------------
 
 

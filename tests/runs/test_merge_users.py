@@ -137,7 +137,9 @@ def test_somebody_without_events_can_be_who_they_become(shop: Workspace) -> None
         ([("u2", "u1")], r"user 'u2' cannot be merged into 'u1', which is the same user"),
         ([("u3", "u4"), ("u4", "u3")], r"user 'u4' cannot be merged into 'u3', which is the same user"),
         ([("u1", "u3")], r"user 'u1' was merged into 'u2' before, and cannot be merged into 'u3', too"),
-        ([("u3", "")], r"'' cannot be the id of a user"),
+        ([("u3", "")], r"'' cannot be the id of a new user"),
+        ([("u3", " anna")], r"' anna' cannot be the id of a new user: .* without spaces around them"),
+        ([("u3", "  ")], r"'  ' cannot be the id of a new user"),
     ],
 )
 def test_pairs_that_cannot_be_are_refused_and_nothing_changes(shop: Workspace, pairs, why: str) -> None:

@@ -225,6 +225,15 @@ def test_nothing_is_uploaded_offline(
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("name", ["two words", "me/games/2", "-games", "me/games..2"])
+def test_a_name_that_the_hub_does_not_allow_is_refused_before_the_export(
+    runs: dict[str, Recommender], hub: Hub, name: str
+) -> None:
+    with pytest.raises(ExportError, match=r"cannot be the name of a model .*; give OWNER/MODEL"):
+        publish.push_to_hub(runs["codes"], name)
+    assert hub.asked == []
+
+
 # -- MLflow -------------------------------------------------------------------------------------------------
 
 
