@@ -98,7 +98,7 @@ def require_name(name: str) -> None:
         ExportError: it is neither ``owner/model`` nor ``model``, or the hub does not allow it.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
