@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 import peso
 from peso.adapters.groups import find_groups
@@ -79,6 +80,27 @@ def test_a_decoupled_term_takes_back_the_share_that_its_strength_says(tmp_path: 
         fitted(tmp_path, module, ProximalCallback(term))
     fitted(tmp_path, module, ProximalCallback(term, total_learning_rate=4 * 0.05))
     assert torch.allclose(values(module) - before, torch.full_like(before, 0.1 * 0.36788), atol=1e-4)
+
+
+def test_a_training_that_continues_from_the_end_of_an_epoch_gives_the_same_result(tmp_path: Path) -> None:
+    def train(directory: Path, steps: int, start: Path | None = None) -> torch.Tensor:
+        module, term = Counting(), peso.L2(strength=1.0, coupling="decoupled")
+        term.anchor(module.model)
+        saved = ModelCheckpoint(directory, "{step}", every_n_train_steps=2, save_top_k=-1)
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=str(directory),
+            callbacks=[ProximalCallback(term, total_learning_rate=4 * 0.05), saved],
+        )  # fmt: skip
+        ids = (torch.arange(8).unsqueeze(1) + torch.arange(12)) % 32 + 2
+        trainer.fit(
+            module, torch.utils.data.DataLoader(ids, batch_size=4), ckpt_path=start, weights_only=False
+        )
+        return values(module)
+
+    whole = train(tmp_path / "whole", 4)
+    train(tmp_path / "part", 2)
+    assert torch.equal(train(tmp_path / "rest", 4, tmp_path / "part" / "step=2.ckpt"), whole)
 
 
 def test_what_a_callback_cannot_do_is_refused_before_the_first_step(tmp_path: Path) -> None:
