@@ -296,6 +296,8 @@ def _explain(problem: Any) -> str:
         return f"{key} is missing{hint}"
     if problem["type"] in ("model_type", "model_attributes_type"):
         return f"{key} is a section: give its keys below it, or remove it; got {value}"
+    if problem["type"] == "list_type":
+        return f"{key} is a list: write it in brackets, such as [a, b]; got {value}"
     message: str = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and (not parts or message.startswith(f"{parts[0]}.")):
         # raised by a check of a section, whose message names the keys

@@ -43,6 +43,7 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ({"codes": 1}, "items.codes: .*got 1"),
         ({"levels": 26}, "items.levels: .*got 26"),
         ({"rq_vae": {"step": 1}}, "the nearest valid key is 'items.rq_vae.steps'"),
+        ({"vectors": "a.npz"}, r"items.vectors is a list: write it in brackets.*got .a.npz."),
         ({"behavior": True}, "items.behavior is a section"),
         ({"behavior": {"weight": 0}}, "items.behavior.weight: .*greater than 0; got 0"),
         ({"behavior": {"weight": 1}}, "items.behavior.weight: .*less than 1; got 1"),
