@@ -194,7 +194,7 @@ class Tracking:
         """Go on without trackers: without the note, a stage that is continued would send its lines again."""
         self.close()
         self._observer.note(
-            f"WARNING: tracking has failed ({error}); going on without it. Check that "
+            f"warning: tracking failed ({error}); continuing without it. Check that "
             f"{self._stage.workspace.root / TRACKING} is a folder that can be written"
         )
 

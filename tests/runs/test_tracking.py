@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path) -
     (workspace.root / "tracking").write_text("not a folder")
     _, notes = run(tmp_path / "w")
     assert workspace.stage(1).is_trained
-    told = [note for note in notes.notes if note.startswith("WARNING: tracking has failed")]
+    told = [note for note in notes.notes if note.startswith("warning: tracking failed")]
     assert told
     assert f"Check that {workspace.root / 'tracking'} is a folder that can be written" in told[0]
 
@@ -271,7 +271,7 @@ def test_when_the_note_cannot_be_written_the_run_goes_on_without_trackers(
     monkeypatch.setattr(tracking, "write_atomically", full)
     workspace, notes = run(tmp_path / "w")
     assert workspace.stage(1).is_trained
-    assert any("tracking has failed (No space left on device)" in note for note in notes.notes)
+    assert any("tracking failed (No space left on device)" in note for note in notes.notes)
 
 
 def test_a_tracker_whose_server_does_not_answer_is_left_out(
