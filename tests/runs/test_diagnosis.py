@@ -205,7 +205,7 @@ def test_runs_that_are_no_comparison_are_refused(weak, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none does not train the same adapter"):
         stage_directions(none, 2)
     other, _ = trained(tmp_path / "other", "strategy=single", "seed=7", "data_seed=0")
-    with pytest.raises(WorkspaceError, match="another backbone"):
+    with pytest.raises(WorkspaceError, match="other weights of the backbone"):
         stage_directions(workspace, 2, examples=20, free=other)
     longer, _ = trained(
         tmp_path / "longer", "strategy=single", "training.later_learning_rate_scale=0.5", base=workspace.root
