@@ -234,26 +234,16 @@ class Stream:
         """
         wanted = pa.array(list(users), pa.string())
         path = intact(self.directory, name, self.manifest)
-        try:
-            with pq.ParquetFile(path) as file:
-                found = [batch.filter(pc.is_in(batch[columns.USER], wanted)) for batch in file.iter_batches()]
-                rows = pa.Table.from_batches(found, file.schema_arrow)
-        except (pa.ArrowException, OSError) as error:
-            raise WorkspaceError(
-                f"{path} is not readable Parquet ({error}); restore it from a copy"
-            ) from None
+        with readable(path), pq.ParquetFile(path) as file:
+            found = [batch.filter(pc.is_in(batch[columns.USER], wanted)) for batch in file.iter_batches()]
+            rows = pa.Table.from_batches(found, file.schema_arrow)
         return as_stage(0, rows)
 
     def _pieces(self, name: str, number: int) -> Iterator[Stage]:
         path = intact(self.directory, name, self.manifest)
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(PIECE):
-                    yield as_stage(number, batch)
-        except (pa.ArrowException, OSError) as error:
-            raise WorkspaceError(
-                f"{path} is not readable Parquet ({error}); restore it from a copy"
-            ) from None
+        with readable(path), pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(PIECE):
+                yield as_stage(number, batch)
 
     def training_events(self, stages: Iterable[int]) -> Iterator[np.ndarray]:
         """The item numbers of each user in each of some stages, int32, oldest first, without the user's
@@ -297,13 +287,9 @@ class Stream:
 
     def _read(self, name: str) -> pa.Table:
         path = intact(self.directory, name, self.manifest)
-        try:
+        with readable(path):
             # read as a single file, because `stage=0` in the path is not a column
             return pq.ParquetFile(path).read()
-        except (pa.ArrowException, OSError) as error:
-            raise WorkspaceError(
-                f"{path} is not readable Parquet ({error}); restore it from a copy"
-            ) from None
 
 
 @contextmanager

@@ -392,12 +392,10 @@ def _trials(tuned: Sequence[Variant]) -> dict[str, list[Variant]]:
 
 def _task(root: Path, folder: str, names: tuple[str, str, str], config: Config) -> Task:
     """The task of a run, with the shared tasks for its data and base stage."""
-    data_config = Config(data=config.data, items=config.items, seed=config.seed_of_data)
-    contents = []
-    if config.head.contents:  # these semantic IDs are kept with the items' content vectors
-        data_config = data_config.model_copy(update={"head": HeadConfig(name="items", contents=True)})
-        contents = ["contents"]
-    of_data = digest(data_config.model_dump(mode="json", include={"data", "items", "seed"}), *contents)
+    # with head.contents, semantic IDs are kept with the items' content vectors
+    head = HeadConfig(name="items", contents=True) if config.head.contents else HeadConfig()
+    data_config = Config(data=config.data, items=config.items, head=head, seed=config.seed_of_data)
+    of_data = digest(data_config.model_dump(mode="json", include={"data", "items", "head", "seed"}))
     data = Task(root / "data" / names[0] / of_data[:8], data_config, -1)
     of_base = digest(of_data, stage_shape(config, 0), *_given(config))
     base = Task(root / "base" / names[0] / names[1] / of_base[:8], _base_config(config), 0, data)
