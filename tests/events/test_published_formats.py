@@ -62,6 +62,8 @@ def test_recbole_s_split_files_are_read_in_the_order_of_the_split(tmp_path: Path
     )
     stream = read(tmp_path / "s", data, "recbole", stages=1)
     assert histories(stream) == [{"u": ([], ["a", "b", "c", "d", "e"])}]
+    (data / "shop.inter").write_text(lines([head[::2], *(("w", item) for item in "xyz")]))  # beside its parts
+    assert histories(read(tmp_path / "t", data, "recbole", stages=1)) == [{"w": ([], ["x", "y", "z"])}]
 
 
 def test_recbole_s_names_may_have_dots_and_a_folder_has_one_data_set(tmp_path: Path) -> None:
