@@ -105,7 +105,7 @@ def test_a_training_that_continues_from_the_end_of_an_epoch_gives_the_same_resul
 
 def test_what_a_callback_cannot_do_is_refused_before_the_first_step(tmp_path: Path) -> None:
     def train(module: Counting, **changes: Any) -> None:
-        usual: dict[str, Any] = {"max_steps": 4, "accelerator": "cpu", "logger": False}
+        usual: dict[str, Any] = {"max_steps": 4, "max_epochs": 4, "accelerator": "cpu", "logger": False}
         quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         callback = ProximalCallback(peso.L2(weight=1.0))
         trainer = Trainer(callbacks=[callback], default_root_dir=str(tmp_path), **usual | quiet | changes)

@@ -201,12 +201,13 @@ def test_files_of_items_may_have_any_name(shop: Workspace, tmp_path: Path, kind:
         return shop.semantic_ids.codes
 
     before = codes(values)
-    rename(shop, [("i1", "one"), ("i2", "two"), ("two", "second"), ("i3", "three")])
+    rename(shop, [("i1", "one"), ("i2", "two"), ("two", "2nd"), ("2nd", "second"), ("i3", "three")])
     to = {"i1": "one", "i2": "two"}  # i2 by the name between, i3 by its first
     assert (codes({to.get(item, item): row for item, row in values.items()}) == before).all()
     newest = {"one": values["i1"], "second": values["i2"]}  # of several names, the newest counts
     other = {"i1": [4, 6], "i2": [4, 6], "two": [4, 6]}
     assert (codes({**values, **newest, **other}) == before).all()
+    assert (codes({**values, "one": values["i1"], "2nd": values["i2"], **other}) == before).all()
 
 
 # -- new data under any name -----------------------------------------------------------------------------
