@@ -164,9 +164,11 @@ def _first(what: str, names: list[str]) -> str:
 def _parts(source: Source) -> list[nn.Module | Tensor | Group]:
     if isinstance(source, nn.Module):
         return [source]
-    parts = [] if isinstance(source, Tensor) else list(source)
-    if not parts or not all(isinstance(part, Tensor | nn.Module | Group) for part in parts):
-        raise TypeError(f"expected a model or a list of models and tensors, got {type(source).__name__}")
+    parts = list(source) if isinstance(source, Iterable) and not isinstance(source, Tensor | str) else []
+    wrong = [part for part in parts if not isinstance(part, Tensor | nn.Module | Group)]
+    if wrong or not parts:
+        got = type(wrong[0] if wrong else source).__name__
+        raise TypeError(f"expected a model or a list of models and tensors, got {got}")
     return parts
 
 

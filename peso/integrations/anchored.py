@@ -13,11 +13,33 @@ from torch import Tensor, nn
 from peso.adapters.anchor_report import AnchorMonitor, anchor_effect
 from peso.adapters.groups import find_groups
 from peso.adapters.proximal import Term
-from peso.adapters.proximal.term import check_trained
+from peso.adapters.proximal.term import check_trained, is_number
 from peso.errors import ConfigError, TrainingError
 
 log = logging.getLogger("peso.integrations")
 MEASURED_EVERY = 8  # steps between two measurements of norms, which take a copy of the adapter
+
+
+def require_usable(term: object, total_learning_rate: object) -> None:
+    """Check the arguments of a callback.
+
+    Raises:
+        ConfigError: the term is not an object of a class of terms, or must watch forward passes; or the sum
+            of the learning rates is not a number above 0.
+    """
+    if not isinstance(term, Term):
+        what = f"the class {term.__name__}" if isinstance(term, type) else repr(term)
+        raise ConfigError(
+            f"ProximalCallback needs a proximal term, not {what}; give an object, such as "
+            "peso.SoftmaxKL(weight=2.0) or peso.L2(strength=1.0, coupling='decoupled')"
+        )
+    if term.watches_outputs:
+        raise ConfigError(
+            f"{type(term).__name__} watches forward passes, which a callback cannot add to the loss; add "
+            "the term in your own compute_loss or training_step"
+        )
+    if total_learning_rate is not None and not is_number(total_learning_rate, above=0):
+        raise ConfigError(f"total_learning_rate {total_learning_rate!r} must be a finite number above 0")
 
 
 class Anchored:
@@ -31,17 +53,11 @@ class Anchored:
         stage: the number of the stage, for messages.
 
     Raises:
-        ConfigError: the term must watch forward passes.
         TrainingError: the model has no such adapter, one that is frozen, or one that does not match the
             anchor, or the stage continues and the term has no anchor.
     """
 
     def __init__(self, term: Term, model: nn.Module, steps: int, done: int = 0, stage: int = 1) -> None:
-        if term.watches_outputs:
-            raise ConfigError(
-                f"{type(term).__name__} watches forward passes, which a callback cannot add to the loss; add "
-                "the term in your own compute_loss or training_step"
-            )
         self._from_elsewhere = term.is_anchored
         if not term.is_anchored:
             if done:

@@ -14,7 +14,7 @@ except ModuleNotFoundError:
 
 from peso.adapters.proximal import Term
 from peso.errors import ConfigError
-from peso.integrations.anchored import Anchored, gradient_norm, log
+from peso.integrations.anchored import Anchored, gradient_norm, log, require_usable
 
 
 class ProximalCallback(Callback):
@@ -31,11 +31,15 @@ class ProximalCallback(Callback):
         stage: the number of the stage, for messages.
         total_learning_rate: the sum of the learning rates of all steps, for the strength of a decoupled term.
 
+    Raises:
+        ConfigError: the term is not an object such as ``peso.L2(…)``, or cannot be used in a callback.
+
     Attributes:
         effect: after the training, what :func:`peso.adapters.anchor_report.anchor_effect` says; else None.
     """
 
     def __init__(self, term: Term, *, stage: int = 1, total_learning_rate: float | None = None) -> None:
+        require_usable(term, total_learning_rate)
         self.term, self.stage, self._total = term, stage, total_learning_rate
         self.effect: dict[str, Any] | None = None
         self._anchored: Anchored | None = None
@@ -45,8 +49,8 @@ class ProximalCallback(Callback):
         """Check the training, and anchor the term unless it has an anchor.
 
         Raises:
-            ConfigError: gradients are scaled or sharded, optimization is manual, the number of steps or the
-                total of the learning rates is missing, or the term cannot be used in a callback.
+            ConfigError: gradients are scaled or sharded, optimization is manual, or the number of steps or
+                the total of the learning rates is missing.
             TrainingError: the module has no LoRA adapter, a frozen one, or another one than the anchor.
         """
         kind = type(trainer.strategy).__name__

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peso.adapters.proximal import Term
 from peso.errors import ConfigError
-from peso.integrations.anchored import Anchored, gradient_norm, log
+from peso.integrations.anchored import Anchored, gradient_norm, log, require_usable
 
 
 class ProximalCallback(TrainerCallback):
@@ -32,11 +32,15 @@ class ProximalCallback(TrainerCallback):
         total_learning_rate: the sum of the learning rates of all steps, for the strength of a decoupled
             term. None: computed from a scheduler that is a ``LambdaLR``, as Transformers' own are.
 
+    Raises:
+        ConfigError: the term is not an object such as ``peso.L2(…)``, or cannot be used in a callback.
+
     Attributes:
         effect: after the training, what :func:`peso.adapters.anchor_report.anchor_effect` says; else None.
     """
 
     def __init__(self, term: Term, *, stage: int = 1, total_learning_rate: float | None = None) -> None:
+        require_usable(term, total_learning_rate)
         self.term, self.stage = term, stage
         self.effect: dict[str, Any] | None = None
         self._given_total = self._total = total_learning_rate
@@ -51,8 +55,8 @@ class ProximalCallback(TrainerCallback):
         """Check the training, and anchor the term unless it has an anchor.
 
         Raises:
-            ConfigError: the training is in fp16 or sharded, the learning rates of the scheduler are not known
-                in advance, or the term cannot be used in a callback.
+            ConfigError: the training is in fp16 or sharded, or the learning rates of the scheduler are not
+                known in advance.
             TrainingError: the model has no LoRA adapter, a frozen one, or another one than the anchor.
         """
         kinds = {"fp16": args.fp16, "DeepSpeed": args.deepspeed, "FSDP": args.fsdp}

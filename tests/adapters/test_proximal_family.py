@@ -168,7 +168,7 @@ def test_an_automatic_temperature_has_a_floor_and_never_lets_a_weight_vanish() -
     assert peso.SoftmaxKL.value(moved, outlier, "auto").item() == pytest.approx(
         peso.SoftmaxKL.value(moved, outlier, 3.0 / WIDEST).item(), rel=1e-4
     )
-    with pytest.raises(ConfigError, match="temperature automatic must be a finite number above 0, or 'auto'"):
+    with pytest.raises(ConfigError, match="'automatic' must be a finite number above 0, or 'auto'"):
         peso.SoftmaxKL(temperature="automatic")
 
 

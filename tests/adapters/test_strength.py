@@ -173,6 +173,8 @@ def test_what_cannot_be_calibrated_says_why() -> None:
         ({"weight": 1.0, "strength": 1.0}, "weight 1.0 and strength 1.0 exclude each other"),
         ({"strength": -1.0}, "strength -1.0 must be 0 or more"),
         ({"strength": math.inf}, "strength inf"),
+        ({"weight": "2"}, "weight '2' must be 0 or more"),
+        ({"strength": [1.0]}, r"strength \[1.0\] must be 0 or more"),
         ({"coupling": "tight"}, "coupling 'tight' is not one of loss, decoupled"),
     ],
 )
@@ -182,7 +184,16 @@ def test_impossible_options_are_refused(options: dict, message: str) -> None:
             term(**options)
 
 
+@pytest.mark.parametrize("source", [None, "model", torch.nn.Linear, [], [3]], ids=repr)
+def test_an_anchor_is_a_model_or_tensors(source: object) -> None:
+    with pytest.raises(TypeError, match="expected a model or a list of models and tensors"):
+        peso.L2(weight=1.0).anchor(source)  # type: ignore[arg-type]
+
+
 def test_other_groups_than_there_are_are_refused() -> None:
+    for temperature in ("1", None, 0):
+        with pytest.raises(ConfigError, match=f"temperature {temperature!r} must be a finite number above 0"):
+            peso.SoftmaxKL(temperature=temperature)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="groups 'layer' is not one of factor, module, rank, all"):
         peso.SoftmaxKL(groups="layer")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from peso.adapters.proximal.term import Coupling, DistanceTerm, Reduction
+from peso.adapters.proximal.term import Coupling, DistanceTerm, Reduction, is_number
 from peso.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,8 +62,8 @@ class SoftmaxKL(DistanceTerm):
         groups: Grouping = "factor",
     ) -> None:
         super().__init__(weight, reduction, adapter, strength=strength, coupling=coupling, groups=groups)
-        if temperature != "auto" and (isinstance(temperature, str) or not 0 < temperature < math.inf):
-            raise ConfigError(f"temperature {temperature} must be a finite number above 0, or 'auto'")
+        if temperature != "auto" and not is_number(temperature, above=0):
+            raise ConfigError(f"temperature {temperature!r} must be a finite number above 0, or 'auto'")
         self.temperature = temperature
 
     def metric(self, stack: Stack) -> SoftmaxMetric:

@@ -99,8 +99,8 @@ class Term(ABC):
                 f"{type(self).__name__} has no curvature at the anchor, which a strength needs: give a weight"
             )
         for name, value in (("weight", weight), ("strength", strength)):
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} {value} must be 0 or more, and finite")
+            if value is not None and not (is_number(value) and value >= 0):
+                raise ConfigError(f"{name} {value!r} must be 0 or more, and finite")
         if weight is None and strength is None:
             weight = self.default_weight if coupling == "loss" else None
             strength = 1.0 if weight is None else None
@@ -374,6 +374,14 @@ class DistanceTerm(Term):
         self._places = [placement(group.tensor) for group in groups]
         stacks = stack_anchors(anchors, layouts(groups, self.groups), self._places)
         self._stacks = [(stack, self.metric(stack)) for stack in stacks]
+
+
+def is_number(value: object, above: float = -math.inf) -> bool:
+    """Whether an argument is a finite number above a bound. The digits of a number, as text, are not."""
+    try:
+        return bool(math.isfinite(value) and value > above)  # type: ignore[arg-type, operator]
+    except TypeError:
+        return False
 
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
