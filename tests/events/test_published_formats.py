@@ -74,11 +74,13 @@ def test_recbole_s_names_may_have_dots_and_a_folder_has_one_data_set(tmp_path: P
     (data / "shop-1.0.inter").rename(data / "shop-1.0.part1.inter")
     assert of_item(read(tmp_path / "t", data, "recbole"), "i0")[0] == "Lamp"
     (data / "shop.inter").write_text(log)
-    with pytest.raises(DataError, match=r"several data sets \(shop-1.0.part1.inter, shop.inter\); name the"):
+    several = (
+        r"several data sets, or variants of one \(shop-1.0.part1.inter, shop.inter\); give the file of one"
+    )
+    with pytest.raises(DataError, match=several):
         read(tmp_path / "u", data, "recbole")
-    notes = Notes()
-    assert format_at(str(data), notes) == "csv"
-    assert "named like those of recbole, but cannot be read as such (" in notes.told[0]
+    with pytest.raises(DataError, match=several):
+        format_at(str(data), Silent())
 
 
 # -- news, games, music, fashion, video --------------------------------------------------------------
@@ -271,6 +273,11 @@ def test_otto(tmp_path: Path, reference: object) -> None:
     write_json_lines(data / "otto-recsys-train.jsonl", [*sessions, {"session": 9, "events": "none"}])
     with pytest.raises(DataError, match=r"row 5 .* has no item"):
         read(tmp_path / "u", data, "otto")
+    competition = folder(data, **{"train.jsonl": json.dumps(sessions[0]) + "\n"})
+    assert found(competition) == "otto"
+    (competition / "train.jsonl").write_text(json.dumps({"session": "a", "item": "b", "time": T}) + "\n")
+    notes = Notes()
+    assert (format_at(str(competition), notes), notes.told) == ("jsonl", [])
 
 
 @pytest.mark.parametrize(
@@ -307,6 +314,63 @@ def test_amazon_2023_as_the_hub_has_it(tmp_path: Path, reference: object, log: s
 
 
 # -- what is recognized ------------------------------------------------------------------------------
+
+
+def test_a_folder_above_a_data_set_is_read_as_the_only_variant_or_names_the_variants(tmp_path: Path) -> None:
+    rows = pa.table({name: pa.array([1, 2, 3], pa.uint32()) for name in ("uid", "timestamp", "item_id")})
+
+    def add(name: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows, tmp_path / name)
+
+    add("embeddings.parquet")
+    add(".cache/flat/50m/listens.parquet")
+    assert found(tmp_path) is None
+    add("flat/50m/listens.parquet")
+    notes = Notes()
+    assert format_at(str(tmp_path), notes) == "yambda"
+    assert f"recognized from the files of {tmp_path}/flat/50m; --format" in notes.told[0]
+    (source,) = open_source(data_config(format="yambda", path=str(tmp_path))).log.table.files
+    assert source == tmp_path / "flat/50m/listens.parquet"
+    add("flat/50m/multi_event.parquet")  # a larger file of the same variant
+    assert found(tmp_path) == found(tmp_path / "flat") == "yambda"
+    add("flat/500m/likes.parquet")
+    add("sequential/50m/listens.parquet")
+    (tmp_path / "games").mkdir()
+    (tmp_path / "games" / "a.inter").write_text("user_id:token\titem_id:token\nu\ti\n")
+    told = (
+        r"or variants of one \(flat/500m: yambda, flat/50m: yambda, games: recbole, sequential/50m: yambda\)"
+    )
+    with pytest.raises(DataError, match=f"{told}; give the folder of one"):
+        format_at(str(tmp_path), Silent())
+    told = r"\(flat/500m: yambda, flat/50m: yambda, sequential/50m: yambda\); give the folder of one"
+    with pytest.raises(DataError, match=told):
+        open_source(data_config(format="yambda", path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"has no userid-timestamp.*; give the folder of the unpacked"):
+        open_source(data_config(format="lastfm-1k", path=str(tmp_path)))
+
+
+def test_variants_within_one_data_set_are_not_mixed(tmp_path: Path) -> None:
+    row = lines([(1, "U1", "11/11/2019 9:05:58 AM", "N0 N1", "N2-1 N3-0 N4-1")])
+    hub = tmp_path / "hub"
+    for name in ("mind/MINDsmall_dev", "mind/MINDsmall_train", "above/small/train", "above/small/dev"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "behaviors.tsv").write_text(row)
+    files = [f"review_categories/{name}.jsonl" for name in "AB"]
+    review = {"user_id": "u", "parent_asin": "i", "timestamp": T * 1000, "rating": 5.0}
+    (hub / "raw" / "review_categories").mkdir(parents=True)
+    write_json_lines(hub / "raw" / files[0], [review])
+    for path, name in ((tmp_path / "above", "mind"), (tmp_path / "mind", "mind"), (hub, "amazon-2023")):
+        assert found(path) == name
+    assert len(open_source(data_config(format="mind", path=str(tmp_path / "above"))).log.table.files) == 2
+    (tmp_path / "mind" / "MINDsmall_dev").rename(tmp_path / "mind" / "MINDlarge_dev")
+    write_json_lines(hub / "raw" / files[1], [review])
+    for path, told in (
+        (tmp_path / "mind", r"\(MINDlarge_dev, MINDsmall_train\); give one of them"),
+        (hub, rf"\(raw/{files[0]}, raw/{files[1]}\); give the file of one"),
+    ):
+        with pytest.raises(DataError, match=told):
+            format_at(str(path), Silent())
 
 
 def test_other_folders_are_not_taken_for_a_data_set(tmp_path: Path) -> None:

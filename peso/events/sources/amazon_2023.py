@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peso.errors import DataError
-from peso.events.sources.files import bare_suffix, first_of, require_content
+from peso.events.sources.files import ChoiceError, bare_suffix, first_of, require_content
 from peso.events.sources.lines import first_object
 from peso.events.sources.tables import (
     PATH,
@@ -28,6 +28,13 @@ from peso.events.sources.tables import (
     plain,
 )
 
+# the folders of logs on the hub, seen from that of the data set
+HUB = (
+    "raw/review_categories",
+    "review_categories",
+    "benchmark/5core/rating_only",
+    "benchmark/0core/rating_only",
+)
 USER, ITEM, TIME, RATING = "user_id", "parent_asin", "timestamp", "rating"
 
 
@@ -35,11 +42,12 @@ class Amazon2023(DataSet):
     """Amazon Reviews 2023."""
 
     name = "amazon-2023"
-    signs = ("meta_*.jsonl", "*.csv", "*.jsonl")
+    signs = ("meta_*.jsonl", *(f"{folder}/*.*" for folder in HUB), "*.csv", "*.jsonl")
 
     @staticmethod
     def open(path: str) -> Source:
-        """Open the reviews at ``path``, a file or a folder with one file of reviews.
+        """Open the reviews at ``path``: a file, a folder with one file of reviews, or a copy of the hub's
+        folders with one such file.
 
         The metadata are in the same folder, in a file whose name begins with ``meta_``, or where the hub has
         them: in ``raw/meta_categories/`` or ``raw_meta_NAME/``, beside ``raw/review_categories/`` or
@@ -84,12 +92,15 @@ def _log_file(path: Path) -> Path:
         return path
     found = sorted(
         file
-        for file in path.iterdir()
+        for folder in (path, *map(path.joinpath, HUB))
+        if folder.is_dir()
+        for file in folder.iterdir()
         if bare_suffix(file) in (".jsonl", ".csv") and not file.name.startswith("meta_")
     )
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise DataError(f"{path} should contain one file of reviews (found: {names}); name the file itself")
+    if len(found) > 1:
+        raise ChoiceError(path, [str(file.relative_to(path)) for file in found], "the file of one")
+    if not found:
+        raise DataError(f"{path} has no file of reviews; give the file itself")
     return found[0]
 
 

@@ -34,6 +34,7 @@ _MAGIC = {
     b"ARROW1": "is an Arrow (Feather) file: export the table as Parquet",
     b"SQLite format 3": "is an SQLite database: export the table as CSV or Parquet",
 }
+SHOWN = 12  # names in a message
 HEADER = 1 << 20  # characters; a longer first line is not the header of a table
 
 
@@ -189,20 +190,31 @@ def first_of(folder: Path, *names: str) -> Path | None:
     return None
 
 
-def find_named(path: str, name: str) -> list[Path]:
-    """The files of this name, gzipped or not, in a folder or in the folders in it; or the file itself.
+def find_named(path: str, *names: str) -> Path:
+    """The first of these names that exists in a folder, gzipped or not; or the file itself.
 
     Raises:
         DataError: there is no such file.
     """
     given = Path(path)
-    if not given.is_dir():
-        return [given]
-    folders = [given, *sorted(each for each in given.iterdir() if each.is_dir())]
-    found = [file for folder in folders if (file := first_of(folder, name))]
-    if not found:
-        raise DataError(f"{given} has no {name}; give the folder of the unpacked data set")
+    found = first_of(given, *names) if given.is_dir() else given
+    if found is None:
+        raise DataError(f"{given} has no {names[0]}; give the folder of the unpacked data set")
     return found
+
+
+class ChoiceError(DataError):
+    """A path has several data sets, or variants of one, of which the user must name one."""
+
+    def __init__(self, path: str | Path, variants: Sequence[str], what: str = "the folder of one") -> None:
+        more = f" and {len(variants) - SHOWN} more" if len(variants) > SHOWN else ""
+        listed = f"{', '.join(variants[:SHOWN])}{more}"
+        super().__init__(f"{path} has several data sets, or variants of one ({listed}); give {what}")
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, in the order of their names, except hidden ones."""
+    return sorted(each for each in folder.iterdir() if each.is_dir() and each.name[0] != ".")
 
 
 def bare_suffix(file: Path) -> str:

@@ -24,11 +24,11 @@ class HAndM(DataSet):
         Raises:
             DataError: there is no file of transactions, or it lacks the published columns.
         """
-        logs = find_named(path, TRANSACTIONS)
-        table = csv_table([require_content(file) for file in logs], ",", header=True)
+        sales = find_named(path, TRANSACTIONS)
+        table = csv_table([require_content(sales)], ",", header=True)
         for name in ("customer_id", "article_id", "t_dat"):
             table.require(name, "data.format (csv with data.columns reads other files)")
-        articles = first_of(logs[0].parent, ARTICLES)
+        articles = first_of(sales.parent, ARTICLES)
         log = Log(table, "customer_id", "article_id", "t_dat", time_format="iso")
         return Source(log, _items(articles) if articles else None)
 

@@ -27,11 +27,11 @@ class KuaiRec(DataSet):
         Raises:
             DataError: there is no matrix, or it lacks the published columns.
         """
-        logs = find_named(path, "big_matrix.csv")
-        table = csv_table([require_content(file) for file in logs], ",", header=True)
+        matrix = find_named(path, "big_matrix.csv", "data/big_matrix.csv")
+        table = csv_table([require_content(matrix)], ",", header=True)
         for name in ("user_id", "video_id", "timestamp", "watch_ratio"):
             table.require(name, "data.format (csv with data.columns reads other files)")
-        captions = first_of(logs[0].parent, "kuairec_caption_category.csv")
+        captions = first_of(matrix.parent, "kuairec_caption_category.csv")
         log = Log(table, "user_id", "video_id", "timestamp", "watch_ratio", time_format="seconds")
         return Source(log, _items(captions) if captions else None)
 

@@ -28,9 +28,7 @@ class LastFm1k(DataSet):
         Raises:
             DataError: there is no file of plays, or it does not have six columns.
         """
-        table = csv_table(
-            [require_content(file) for file in find_named(path, PLAYS)], "\t", header=False, quote=""
-        )
+        table = csv_table([require_content(find_named(path, PLAYS))], "\t", header=False, quote="")
         if len(table.columns) != 6:
             raise DataError(
                 f"{table.files[0]} has {len(table.columns)} columns instead of user, time, artist id, "

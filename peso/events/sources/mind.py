@@ -13,9 +13,14 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.database import literal
-from peso.events.sources.files import find_named, require_content
+from peso.events.sources.files import ChoiceError, first_of, folders_in, require_content
 from peso.events.sources.tables import PATH, DataSet, ItemTable, Log, Source, csv_table, reshaped
 
+SIZES = (
+    "demo",
+    "small",
+    "large",
+)  # in the names of the folders: MINDsmall_train; a size has all of the smaller
 TIMES = "%m/%d/%Y %I:%M:%S %p"
 
 
@@ -30,9 +35,10 @@ class Mind(DataSet):
         """Open a folder with ``behaviors.tsv`` and ``news.tsv``, or with several such folders (train, dev).
 
         Raises:
-            DataError: there is no ``behaviors.tsv``, or it does not have five columns.
+            DataError: there is no ``behaviors.tsv``, there are several sizes, or it does not have
+                five columns.
         """
-        logs = find_named(path, "behaviors.tsv")
+        logs = _logs(Path(path))
         table = csv_table([require_content(file) for file in logs], "\t", header=False, quote="")
         if len(table.columns) != 5:
             raise DataError(
@@ -59,6 +65,18 @@ class Mind(DataSet):
         made = reshaped(table, shape, dict.fromkeys(("user", "item", "time"), "VARCHAR"))
         news = [file for log in logs if (file := log.parent / "news.tsv").is_file()]
         return Source(Log(made, "user", "item", "time", time_format=TIMES), _items(news) if news else None)
+
+
+def _logs(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = [file for folder in (path, *folders_in(path)) if (file := first_of(folder, "behaviors.tsv"))]
+    names = [file.parent.name for file in found]
+    if len([size for size in SIZES if any(size in name.lower() for name in names)]) > 1:
+        raise ChoiceError(path, names, "one of them, or a folder with those of one size")
+    if not found:
+        raise DataError(f"{path} has no behaviors.tsv; give the folder of the unpacked data set")
+    return found
 
 
 def _items(files: list[Path]) -> ItemTable:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.sources.files import require_content
+from peso.events.sources.lines import first_object
 from peso.events.sources.tables import DataSet, Log, Source, jsonl_table, reshaped
 
 
@@ -18,7 +19,7 @@ class Otto(DataSet):
     """The sessions of OTTO, with the column ``type`` for ``data.events``."""
 
     name = "otto"
-    signs = ("otto-recsys-*.jsonl",)
+    signs = ("otto-recsys-*.jsonl", "train.jsonl")
 
     @staticmethod
     def open(path: str) -> Source:
@@ -34,6 +35,11 @@ class Otto(DataSet):
             found = [file for file in there if "train" in file.name] or there
         if not found:
             raise DataError(f"{given} has no otto-recsys-train.jsonl; give the folder of the OTTO data set")
+        if not {"session", "events"} <= {*(first_object(found[0]) or ())}:
+            raise DataError(
+                f"{found[0]} has no session or no events in its first line; set data.format to jsonl, with "
+                "data.columns"
+            )
         table = jsonl_table([require_content(file) for file in found], ["session", "events"])
         session, events = (
             table.require(name, "data.format (jsonl with data.columns reads other files)")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peso.errors import DataError
 from peso.events.database import literal
-from peso.events.sources.files import first_of, require_content
+from peso.events.sources.files import ChoiceError, first_of, require_content
 from peso.events.sources.sequences import Roles, in_reading_order, sequences
 from peso.events.sources.tables import LIST, DataSet, FileTable, ItemTable, Log, Source, csv_table
 
@@ -67,10 +67,7 @@ def _of_one(found: Sequence[Path]) -> list[Path]:
             return [file]
     names = {stem.rpartition(".")[0] for stem in stems}
     if len(names) > 1 or "" in names:
-        raise DataError(
-            f"{found[0].parent} has files of several data sets ({', '.join(file.name for file in found)}); "
-            "name the file itself"
-        )
+        raise ChoiceError(found[0].parent, [file.name for file in found], "the file of one")
     return in_reading_order(found)
 
 

@@ -7,10 +7,7 @@ The files in ``sequential/`` have lists: a row has all events of a user.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from peso.errors import DataError
-from peso.events.sources.files import first_of, require_content
+from peso.events.sources.files import find_named, require_content
 from peso.events.sources.sequences import Roles, sequences
 from peso.events.sources.tables import DataSet, Log, Source, parquet_table
 
@@ -21,7 +18,7 @@ class Yambda(DataSet):
     """The plays and likes of Yambda, with the column ``event_type`` for ``data.events`` in multi_event."""
 
     name = "yambda"
-    signs = ("multi_event.parquet", "listens.parquet")
+    signs = FILES
 
     @staticmethod
     def open(path: str) -> Source:
@@ -33,11 +30,7 @@ class Yambda(DataSet):
         Raises:
             DataError: there is no such file, or it lacks the published columns.
         """
-        given = Path(path)
-        log = first_of(given, *FILES) if given.is_dir() else given
-        if log is None:
-            raise DataError(f"{given} has none of {', '.join(FILES)}; give a folder such as flat/50m")
-        table = parquet_table([require_content(log)])
+        table = parquet_table([require_content(find_named(path, *FILES))])
         for name in ("uid", "item_id", "timestamp"):
             table.require(name, "data.format (parquet with data.columns reads other files)")
         if table.columns["item_id"].kind.endswith("]"):
