@@ -1,9 +1,10 @@
-"""An S3 server on this machine (moto) and a small HTTP server."""
+"""On this machine: an S3 server (moto), an emulator of Google Cloud Storage, and a small HTTP server."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,15 +50,33 @@ def use_s3(monkeypatch: pytest.MonkeyPatch, address: str) -> Any:
 
 
 @contextmanager
-def running_http(files: dict[str, bytes], asked: list[str]) -> Iterator[str]:
-    """Serve files by path, with ETags; the methods and paths of requests are added to ``asked``."""
+def running_gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let fsspec in this process use a server; yields its file system, with an empty bucket `shop`."""
+    import fsspec
+
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="shop"):
+        yield fsspec.filesystem("gs", skip_instance_cache=True, use_listings_cache=False)
+
+
+@contextmanager
+def running_http(files: dict[str, bytes], asked: list[str], refuse: int | None = None) -> Iterator[str]:
+    """Serve files by path, with ETags; the methods and paths of requests are added to ``asked``. With
+    ``refuse``, every answer has this status."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             asked.append(f"{self.command} {path}")
-            if path not in files:
-                return self.send_error(404)
+            if refuse or path not in files:
+                return self.send_error(refuse or 404)
             self.send_response(200)
             self.send_header("Content-Length", str(len(files[path])))
             self.send_header("ETag", hashlib.sha256(files[path]).hexdigest())

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from peso.config.data import expand_data
 from peso.config.model import AUTO, BUILT_IN
-from peso.config.parsing import DEEPEST, expand_name, parse, read_tree, shown
+from peso.config.parsing import DEEPEST, expand_name, matching, parse, read_tree, shown
 from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, Options, registry_of
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
@@ -151,7 +151,7 @@ def _absolute(text: str, base: Path | None) -> str:
     path = Path(text).expanduser()
     if not path.is_absolute():
         beside = (base or Path()) / path
-        path = beside if beside.exists() else path
+        path = beside if beside.exists() or matching(str(beside)) else path
     return str(path.resolve())
 
 

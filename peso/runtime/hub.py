@@ -205,11 +205,9 @@ def _of_model(name: str, sizes: dict[str, int]) -> list[str]:
 def _of_path(name: str, path: str, sizes: dict[str, int]) -> list[str]:
     """The files of a data set at a path, below it, or that match it as a pattern."""
     files = [file for file in sizes if not file.startswith(".")]
-    wanted = [
-        file
-        for file in files
-        if not path or file == path or file.startswith(f"{path}/") or fnmatchcase(file, path)
-    ]
+    # what exists is not a pattern, whatever characters its name has
+    wanted = [file for file in files if not path or file == path or file.startswith(f"{path}/")]
+    wanted = wanted or [file for file in files if fnmatchcase(file, path)]
     if not wanted:
         there = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
         raise AssetError(f"{name}: the data set has no {path or 'files'}; it has {there or 'none'}")

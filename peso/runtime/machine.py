@@ -32,6 +32,7 @@ OPTIONAL = {
     "sentence-transformers": ("text", "sentence encoders as items.encoder"),
     "fastapi": ("serve", "`peso serve`"),
     "s3fs": ("s3", "addresses with s3://"),
+    "gcsfs": ("gcs", "addresses with gs://"),
     "pyspark": ("spark", "data.engine: spark"),
 }
 

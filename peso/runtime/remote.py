@@ -9,6 +9,8 @@ variables of each service (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLI
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,11 +24,23 @@ from filelock import FileLock
 from peso.errors import AssetError, DataError, ExportError, PesoError
 from peso.runtime import hub
 from peso.runtime.assets import cache_directory
-from peso.runtime.failures import first_line
 from peso.runtime.files import digest, write_atomically
 from peso.runtime.progress import Observer, Silent, in_percent
 
 PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}  # extras by scheme
+MARKS = "*?["  # of patterns
+# what to check if a service refuses, by extra
+CREDENTIALS = {
+    "s3": "the credentials (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and what they allow",
+    "gcs": "the credentials (GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`) and "
+    "what they allow",
+    "http": "that the address is public, or that its signature has not expired",
+}
+# words in errors of the services, which have no common classes
+REFUSED = re.compile(
+    r"(?i)credential|token|signature|access key|profile|denied|forbidden|permission|\b40[13]\b"
+)
+UNREACHED = re.compile(r"(?i)connect|timed? ?out|resolv")
 # properties of a file that a service may report, and that change with its content
 TAGS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "Last-Modified", "LastModified")
 
@@ -68,7 +82,7 @@ def local(path: str, observer: Observer | None = None) -> str:
     with _explained(path, "cannot be read", DataError):
         files = _files(system, root)
     if not files:
-        raise DataError(f"there is no file at {shown(path)}; check the address")
+        raise DataError(f"no file matches {shown(path)}; check the address")
     base, below = _parts(root, files)
     name = re.sub(r"[^\w.-]+", "-", shown(path))[-60:].strip("-")  # for messages of readers
     folder = cache_directory() / "remote" / f"{name}-{digest(urlsplit(path).scheme, root)[:12]}"
@@ -124,11 +138,11 @@ def output(path: str, observer: Observer | None = None) -> Iterator[Path]:
                 done.append(target)
                 sent += file.stat().st_size
                 watched.advance(sent // 1_000_000)
-    except ExportError:
+    except ExportError as error:
         for target in done:
             with suppress(Exception):
                 system.rm_file(target)
-        raise
+        raise ExportError(f"{error}. The result is in {place} until the next attempt") from error
     watched.end()
     shutil.rmtree(place.parent, ignore_errors=True)
 
@@ -146,11 +160,16 @@ def require_output(path: str, *, force: bool = False) -> None:
     system, root = _opened(path, ExportError)
     if urlsplit(path).scheme.startswith("http"):
         raise ExportError(f"{shown(path)} can only be read; write to s3://, gs:// or a local path")
+    there = False
     with _explained(path, "cannot be written", ExportError):
-        bucket = root.split("/")[0]
-        if not bucket or not system.exists(bucket):
-            raise FileNotFoundError(f"there is no bucket {bucket}")
-        there = system.exists(root)
+        try:  # not exists, which takes a refusal for a missing bucket
+            there = bool(_info(system, root))
+        except FileNotFoundError as error:
+            bucket = root.split("/")[0]
+            if "gs" in system.protocol and bucket != root:  # which does not say whether the bucket is missing
+                system.info(bucket)
+            elif "bucket" in str(error) or bucket == root:
+                raise
     if there and not force:
         raise ExportError(f"{shown(path)} already exists; give another address, or remove it")
 
@@ -171,12 +190,22 @@ def _opened(path: str, kind: type[PesoError]) -> tuple[Any, str]:
     if scheme not in PACKAGES:
         known = ", ".join(f"{each}://" for each in [*PACKAGES, "hf"])
         raise kind(f"{shown(path)}: addresses of {scheme}:// are not supported; use {known} or a local path")
+    logger = logging.getLogger("gcsfs")
+    if not logger.level:  # it also raises what it logs, with a traceback
+        logger.setLevel(logging.CRITICAL)
     try:
         with _explained(path, "cannot be opened", kind):
+            if scheme in ("gs", "gcs") and os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+                import google.auth
+
+                google.auth.default()  # gcsfs goes on without credentials if the file cannot be read
             # listings of an earlier call must not hide new files
-            return fsspec.core.url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)
+            found = fsspec.core.url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)
     except ImportError:
         raise kind(f"{scheme}:// needs a package: pip install 'peso[{PACKAGES[scheme]}]'") from None
+    if not found[1]:
+        raise kind(f"{path} names no bucket; give {scheme}://BUCKET/PATH")
+    return found
 
 
 @contextmanager
@@ -186,17 +215,22 @@ def _explained(path: str, what: str, kind: type[PesoError]) -> Iterator[None]:
     except (PesoError, ImportError):
         raise
     except Exception as error:  # each service has errors of its own
-        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        if is_web(path) and isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
             error = error.__cause__  # over HTTP, fsspec calls every failure a missing file
+        cause = " ".join(str(error).split()).replace(path, shown(path)) or type(error).__name__
+        if isinstance(error, FileNotFoundError) and " " not in cause:  # only the path
+            cause = "there is no such file, folder or bucket"
+        told = f"{type(error).__name__}: {cause}"
         cure = "check the address, the credentials and the connection, and try again"
         if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
             cure = "check the address"
-        elif isinstance(error, PermissionError) or "credentials" in str(error).lower():
-            cure = "check the credentials in the environment, and what they allow"
-        cause = first_line(error).replace(path, shown(path)) or type(error).__name__
+        elif REFUSED.search(told):
+            cure = f"check {CREDENTIALS[PACKAGES[urlsplit(path).scheme.lower()]]}"
+        elif UNREACHED.search(told):
+            cure = "check the connection, and try again"
         if is_web(path):
-            cause = re.sub(r"\?[^\s'\")]*", "", cause)  # as in shown
-        raise kind(f"{shown(path)} {what} ({type(error).__name__}: {cause}); {cure}") from error
+            told = re.sub(r"\?[^\s'\")]*", "", told)  # as in shown
+        raise kind(f"{shown(path)} {what} ({told}); {cure}") from error
 
 
 def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
@@ -204,14 +238,26 @@ def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
     name."""
     if is_remote(root):  # over HTTP there are no folders
         return {root: system.info(root)}
-    if any(mark in root for mark in "*?["):
+    try:  # what exists is not a pattern, whatever characters its name has
+        told = _info(system, root)
+        found = system.find(root, detail=True) if told["type"] == "directory" else {root: told}
+    except FileNotFoundError:
+        if not any(mark in root for mark in MARKS):
+            raise
         found = system.glob(root, detail=True)
-    elif system.isdir(root):
-        found = system.find(root, detail=True)
-    else:
-        found = {root: system.info(root)}
     # an object whose name ends in a slash stands for a folder
     return {name: told for name, told in found.items() if told["type"] == "file" and name[-1:] != "/"}
+
+
+def _info(system: Any, root: str) -> Any:
+    """The properties of a file or a folder. Raises the error of the service, with its reason."""
+    try:
+        return system.info(root)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        system.isdir(root)  # unlike an answer without content, a refused listing says why
+        raise
 
 
 def _parts(root: str, files: dict[str, Any]) -> tuple[str, str]:
@@ -222,7 +268,7 @@ def _parts(root: str, files: dict[str, Any]) -> tuple[str, str]:
         base, _, name = root.rpartition("/")
         return base, name
     parts = root.rstrip("/").split("/")
-    fixed = next((n for n, part in enumerate(parts) if any(mark in part for mark in "*?[")), len(parts))
+    fixed = next((n for n, part in enumerate(parts) if any(mark in part for mark in MARKS)), len(parts))
     return "/".join(parts[:fixed]), "/".join(parts[fixed:])
 
 

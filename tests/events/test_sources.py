@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from event_logs import histories, ingested, write_json_lines, write_log
 
+from peso.config import load_config
+from peso.errors import DataError
 from peso.events import columns
-from peso.events.sources.files import kind_of
+from peso.events.sources.files import find_files, kind_of
 from peso.events.stream import Stream
 from peso.events.times import iso
 
@@ -236,6 +238,21 @@ def test_a_product_table_in_parquet_or_csv_reads_alike(tmp_path: Path) -> None:
     ]
     assert item_rows(streams[0])["i1"]["text"] == item_rows(streams[1])["i1"]["text"] == "B\nx"
     assert streams[0].titles == streams[1].titles == [f"Name {k}" for k in range(6)]
+
+
+def test_names_of_files_and_folders_that_exist_are_not_patterns(tmp_path: Path, reference: object) -> None:
+    home = tmp_path / "shop [new]" / "logs*"
+    home.mkdir(parents=True)
+    log = write_log(home / "a[b].csv", LOG, "user,item,time,rating")
+    (home / "b.csv").write_text("another,table\n")
+    (home.parent / "c.yaml").write_text("data: {format: csv, path: 'logs*/a*.csv', stages: 3}\n")
+    configured = load_config(home.parent / "c.yaml").data.path
+    for number, path in enumerate((str(log), f"{home}/a*.csv", f"{home}/[a]*", configured)):
+        assert histories(ingested(tmp_path / f"s{number}", format="csv", path=path, stages=3)) == reference
+    with pytest.raises(DataError, match=r"no file matches .*a\[c\]\.csv; check data.path"):
+        find_files(f"{home}/a[c].csv", "csv")
+    with pytest.raises(DataError, match=r"there is no file at none\.csv; check data.path"):
+        find_files("none.csv", "csv")
 
 
 # -- well-known data sets, in miniature --------------------------------------------------------------

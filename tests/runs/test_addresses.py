@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from buckets import SECRET, running_http, running_s3, use_s3
+from buckets import SECRET, running_gs, running_http, running_s3, use_s3
 from event_logs import write_log
 from hub_server import Hub, running_hub
 from small_runs import trained
@@ -123,6 +123,37 @@ def test_a_data_set_of_the_hub_is_ingested_by_its_name(
 def _offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.asked.clear()
+
+
+def test_google_storage_takes_the_whole_loop(
+    web: str, tmp_path: Path, peso: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PESO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--set", "backbone.name=tiny", "--set", "training.max_steps=2", "--set", "data.stages=1"]
+    with running_gs(monkeypatch) as system:
+        system.pipe_file("shop/logs/log.csv", write(tmp_path / "log.csv", EVENTS))
+        system.pipe_file("shop/later.csv", write(tmp_path / "later.csv", LATER))
+        system.pipe_file("shop/products.csv", Path(local(web)).read_bytes())
+        for command in (
+            ("init", "gs://shop/logs/", "--items", "gs://shop/products.csv", "-o", "c.yaml", *tiny),
+            ("run", "c.yaml", "-w", "w"),
+            ("ingest", "gs://shop/later.csv", "--append", "-w", "w"),
+            ("recommend", "-w", "w", "--all", "-o", "gs://shop/out/r.jsonl"),
+            ("recommend", "-w", "w", "--all", "-o", "r.jsonl"),
+            ("export", "-w", "w", "-o", "gs://shop/out/model"),
+        ):
+            status, _, err = peso(*command)
+            assert status == 0, err
+        assert system.cat_file("shop/out/r.jsonl") == Path("r.jsonl").read_bytes()
+        assert system.exists("shop/out/model/model.safetensors")
+        again = ("recommend", "-w", "w", "--all", "-o", "gs://shop/out/r.jsonl")
+        assert "gs://shop/out/r.jsonl already exists" in peso(*again)[2]
+        assert peso(*again, "--force")[0] == 0
+    data = Workspace.open("w").config.data
+    assert data.path == "gs://shop/logs/"
+    assert data.items is not None
+    assert data.items.path == "gs://shop/products.csv"
 
 
 def test_predictions_and_exports_go_to_a_bucket(bucket: Any, tmp_path: Path, peso: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import io
 import os
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
+from peso.config.parsing import MARKS, matching
 from peso.errors import ConfigError, DataError
 
 ENDINGS = {
@@ -62,9 +62,11 @@ def find_files(path: str, kind: str, key: str = "data.path") -> list[Path]:
     elif Path(path).is_file():
         found = [Path(path)]
     else:
-        found = [Path(name) for name in glob.glob(path, recursive=True) if not Path(name).is_dir()]
+        found = [file for file in matching(path) if not file.is_dir()]
         if not found:
-            raise DataError(f"there is no file at {path}; check {key}")
+            is_pattern = any(mark in path for mark in MARKS)
+            what = f"no file matches {path}" if is_pattern else f"there is no file at {path}"
+            raise DataError(f"{what}; check {key}")
     for file in found:
         require_content(file)
     return sorted(found)

@@ -5,7 +5,6 @@ The workspace of a shared task is named by a digest of everything that determine
 
 from __future__ import annotations
 
-import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -27,6 +26,7 @@ from peso.config import (
 )
 from peso.config.baselines import BaselineOptions, baseline_label, is_random
 from peso.config.compare import MOST_VARIANTS, CompareConfig, Variant, grid, load_comparison, variants
+from peso.config.parsing import matching
 from peso.config.reading import given, leaves
 from peso.config.shape import is_later, stage_shape
 from peso.config.strategy import UNCHANGED
@@ -439,12 +439,7 @@ def _require_distinct(runs: Sequence[Run]) -> None:
 
 def _require_data(run: Run) -> None:
     path = run.task.config.data.path
-    if (
-        path is not None
-        and not is_remote(path)
-        and not Path(path).exists()
-        and not glob.glob(path, recursive=True)
-    ):
+    if path is not None and not is_remote(path) and not Path(path).exists() and not matching(path):
         raise DataError(f"data set {run.data}: {path} does not exist")
 
 
