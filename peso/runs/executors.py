@@ -177,7 +177,10 @@ class _Remote:
     withdraw: Any  # function: future → None
 
     def poll(self) -> int | None:
-        return self.found(self.future)
+        status: int | None = self.found(self.future)
+        if status is not None and status < 0 and not self.call.stop.exists():
+            raise LostWorker(self.call.explained(status))  # killed there: for want of memory, or by hand
+        return status
 
     def cancel(self) -> None:
         self.call.stop.touch()

@@ -208,7 +208,11 @@ class _Work:
         if status == DONE:
             return
         name = f"part {part.number} of {len(self.parts)}"
-        cause = part.call.explained(status) if isinstance(status, int) else f"its machine was lost: {status}"
+        cause = (
+            part.call.explained(status)
+            if isinstance(status, int)
+            else f"its machine or process was lost: {status}"
+        )
         part.died += 1
         if status == FAILED:
             self.message = f"{name}: {cause}"

@@ -152,7 +152,7 @@ def test_after_the_allowed_retries_the_run_fails_with_the_cause(tmp_path: Path) 
     plan, lost = plan_of(tmp_path, {**ONE, "retries": 1}), Lost()
     (row,) = Schedule(plan, lost).run()
     assert (row.state, lost.started) == ("failed", 2)
-    assert row.note.endswith("its machine was lost 2 times; the last time: node 7 is down")
+    assert row.note.endswith("its machine or process was lost 2 times; the last time: node 7 is down")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,19 @@ def test_a_job_that_raises_or_dies_counts_as_lost(tmp_path: Path) -> None:
     handle = executor.start(call_of(tmp_path / "nowhere"), 0)  # no such directory: not a shared file system
     with pytest.raises(LostWorker, match=r"^job \d+, FINISHED: FileNotFoundError: .*nowhere/x.log"):
         ended(handle)
+
+
+def test_a_process_that_is_killed_on_a_cluster_is_lost_unless_it_was_stopped(tmp_path: Path) -> None:
+    """`run` starts the process on a machine of the cluster and returns how it ended."""
+    call = call_of(tmp_path)
+    dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    with call.log.open("wb") as log:
+        status = subprocess.run(dies, stderr=log).returncode
+    handle = executors._Remote(call, status, lambda status: status, lambda status: None)
+    with pytest.raises(LostWorker, match=r"killed by SIGKILL; last lines of .*x.log"):
+        handle.poll()
+    handle.cancel()
+    assert handle.poll() == -signal.SIGKILL
 
 
 def test_slurm_without_sbatch_is_refused(tmp_path: Path) -> None:

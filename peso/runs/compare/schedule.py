@@ -260,7 +260,9 @@ class Schedule:
         if isinstance(status, LostWorker):
             self._lost[key] += 1
             if self._lost[key] > self.plan.compare.retries:
-                self._failed[key] = f"its machine was lost {self._lost[key]} times; the last time: {status}"
+                self._failed[key] = (
+                    f"its machine or process was lost {self._lost[key]} times; the last time: {status}"
+                )
         elif status == 0 and is_done(working.task):
             self._done[key] = True
         elif status != OUT_OF_TIME:
