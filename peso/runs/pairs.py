@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def read_pairs(path: Path, what: str, header: Pair) -> list[Pair]:
         if len(row) != 2 or not all(row):
             raise UsageError(
                 f"{path}, line {number}: expected two ids ({' and '.join(header)}) of {what}s, "
-                f"separated by a comma or a tab, not {row!r}"
+                f"separated by a comma or a tab, not {reprlib.repr(row)}"
             )
         if pairs or tuple(name.strip().lower() for name in row) != header:
             pairs.append((row[0], row[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -132,9 +133,11 @@ def test_notes_of_several_lines_are_notes(tmp_path: Path) -> None:
         f'{u},{i},{t},"first, line\nsecond ""quoted"", line, {k}\n\nlast"' for k, (u, i, t) in enumerate(LOG)
     ]
     path.write_text("\n".join(["user,item,time,note", *lines]) + "\n")
+    limit = csv.field_size_limit()
     stream, _ = read(tmp_path / "s", path)
     assert histories(stream) == expected()
     assert stream.manifest["skipped"] == 0
+    assert csv.field_size_limit() == limit  # of the whole process
 
 
 def test_quotes_may_be_part_of_the_text(tmp_path: Path) -> None:

@@ -333,6 +333,7 @@ def test_the_command(shop: Workspace, tmp_path: Path, peso) -> None:
         (b"old,new\n", r"has no pair of ids"),
         (b"\xff\xfe", r"cannot be read: not UTF-8"),
         (b"i1,one\n" + b"a" * 200_000, r"line 2: field larger than"),
+        (b"i1,one\n" + b"a" * 100_000, r"line 2: expected .{1,150}$"),
     ],
 )
 def test_a_file_of_other_contents_is_refused(tmp_path: Path, content: bytes, why: str) -> None:

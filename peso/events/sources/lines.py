@@ -182,13 +182,15 @@ def _quoted_record(
                 raise csv.Error(f"the quoted field does not end before line {number}")
             yield line + "\n"
 
-    csv.field_size_limit(LONGEST)
+    usual = csv.field_size_limit(LONGEST)  # of the whole process
     try:
         fields = csv.reader(record(), delimiter=dialect.separator, quotechar=dialect.quote, strict=True)
         return next(fields)
     except csv.Error as error:
         lines.give_back(taken)
         return Unreadable(f"has a missing or misplaced quote: {error} ({first[:80]!r})")
+    finally:
+        csv.field_size_limit(usual)
 
 
 def json_rows(
