@@ -16,11 +16,8 @@ from peso.events.database import literal
 from peso.events.sources.files import ChoiceError, first_of, folders_in, require_content
 from peso.events.sources.tables import PATH, DataSet, ItemTable, Log, Source, csv_table, reshaped
 
-SIZES = (
-    "demo",
-    "small",
-    "large",
-)  # in the names of the folders: MINDsmall_train; a size has all of the smaller
+# in the names of the folders (MINDsmall_train); a size has all of the smaller ones
+SIZES = ("demo", "small", "large")
 TIMES = "%m/%d/%Y %I:%M:%S %p"
 
 
