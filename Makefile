@@ -46,6 +46,8 @@ docs: $(VENV)/.docs  # (--quiet would silence the warnings that --strict fails o
 	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.docs: $(VENV)/.installed
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || \
+	  { echo "make docs needs Python 3.11.5 or newer: make docs VENV=.venv-docs PYTHON=python3.12"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
