@@ -6,7 +6,6 @@ accept unknown keys.
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from peso.errors import ConfigError
 
-MARKS = "*?["  # the characters that make a path a pattern, unless it exists
 MOST_BYTES = 1_000_000
 MOST_VALUES = 50_000  # with aliases expanded
 DEEPEST = 40
@@ -192,12 +190,3 @@ def _number(value: Any) -> Any:
 def plain_types(annotation: Any) -> frozenset[Any]:
     """The plain types that an annotation allows, including those within lists and unions."""
     return frozenset([annotation]).union(*map(plain_types, get_args(annotation)))
-
-
-def matching(pattern: str) -> list[Path]:
-    """The files and folders that a path refers to, if it is a pattern. Of the folders before the first one
-    that does not exist, the names are not patterns, whatever characters they have."""
-    parts = Path(pattern).parts
-    there = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).exists())
-    folder, rest = Path(*parts[:there]), parts[there:]
-    return [folder / name for name in glob.glob("/".join(rest), root_dir=folder, recursive=True)]

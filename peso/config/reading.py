@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from peso.config.data import expand_data
 from peso.config.model import AUTO, BUILT_IN
-from peso.config.parsing import DEEPEST, expand_name, matching, parse, read_tree, shown
+from peso.config.parsing import DEEPEST, expand_name, parse, read_tree, shown
 from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, Options, registry_of
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config
@@ -23,6 +24,7 @@ from peso.errors import ConfigError
 # parts of pydantic's locations that are not keys: the member of a union of plain values
 MEMBER = re.compile(r"(constrained-)?(int|float|bool|str)$|(literal|list)\[|function-")
 MOST_PROBLEMS = 5  # problems of a configuration that one message lists
+MARKS = "*?["  # the characters that make a path a pattern, unless it exists
 SIZED = ("backbone", "head", "training")  # the sections that `backbone: auto` chooses
 
 
@@ -143,6 +145,15 @@ def _is_backbone(name: str, base: Path | None) -> bool:
     if name.startswith((".", "~", "/")):
         return True
     return any((folder / name / "config.json").is_file() for folder in (base or Path(), Path()))
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files and folders that a path refers to, if it is a pattern. Of the folders before the first one
+    that does not exist, the names are not patterns, whatever characters they have."""
+    parts = Path(pattern).parts
+    there = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).exists())
+    folder, rest = Path(*parts[:there]), parts[there:]
+    return [folder / name for name in glob.glob("/".join(rest), root_dir=folder, recursive=True)]
 
 
 def _absolute(text: str, base: Path | None) -> str:

@@ -103,22 +103,6 @@ def test_a_training_that_continues_from_the_end_of_an_epoch_gives_the_same_resul
     assert torch.equal(train(tmp_path / "rest", 4, tmp_path / "part" / "step=2.ckpt"), whole)
 
 
-@pytest.mark.parametrize(
-    ("term", "message"),
-    [
-        ("l2", "needs a proximal term, not 'l2'; give an object, such as peso"),
-        (peso.L2, "needs a proximal term, not the class L2"),
-        (None, "needs a proximal term, not None"),
-        (peso.OutputKL(weight=1.0), "OutputKL watches forward passes"),
-    ],
-)
-def test_what_is_not_a_term_for_a_callback_is_refused_at_once(term: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ProximalCallback(term)
-    with pytest.raises(ConfigError, match="total_learning_rate 'all' must be a finite number above 0"):
-        ProximalCallback(peso.L2(weight=1.0), total_learning_rate="all")  # type: ignore[arg-type]
-
-
 def test_what_a_callback_cannot_do_is_refused_before_the_first_step(tmp_path: Path) -> None:
     def train(module: Counting, **changes: Any) -> None:
         usual: dict[str, Any] = {"max_steps": 4, "max_epochs": 4, "accelerator": "cpu", "logger": False}

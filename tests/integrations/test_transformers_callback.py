@@ -126,22 +126,6 @@ def test_the_log_says_whether_the_anchor_restrains(tmp_path: Path, caplog: pytes
     assert anchor_report(before, find_groups(model))["distance"] > 0
 
 
-@pytest.mark.parametrize(
-    ("term", "message"),
-    [
-        ("l2", "needs a proximal term, not 'l2'; give an object, such as peso"),
-        (peso.L2, "needs a proximal term, not the class L2"),
-        (None, "needs a proximal term, not None"),
-        (peso.OutputKL(weight=1.0), "OutputKL watches forward passes"),
-    ],
-)
-def test_what_is_not_a_term_for_a_callback_is_refused_at_once(term: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ProximalCallback(term)
-    with pytest.raises(ConfigError, match="total_learning_rate 'all' must be a finite number above 0"):
-        ProximalCallback(peso.L2(weight=1.0), total_learning_rate="all")  # type: ignore[arg-type]
-
-
 def test_what_a_callback_cannot_do_is_refused_before_the_first_step(tmp_path: Path) -> None:
     def train(term: Any, model: Any = None, **changes: Any) -> None:
         model = model or adapted()

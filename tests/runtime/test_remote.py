@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from buckets import SECRET, running_gs, running_http, running_s3, use_s3
 
-from peso.config.parsing import matching
+from peso.config.reading import matching
 from peso.errors import DataError, ExportError
 from peso.runtime import remote
 from peso.runtime.remote import local, output, require_output

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from peso.config.parsing import MARKS, matching
+from peso.config.reading import MARKS, matching
 from peso.errors import ConfigError, DataError
 
 ENDINGS = {

@@ -26,8 +26,7 @@ from peso.config import (
 )
 from peso.config.baselines import BaselineOptions, baseline_label, is_random
 from peso.config.compare import MOST_VARIANTS, CompareConfig, Variant, grid, load_comparison, variants
-from peso.config.parsing import matching
-from peso.config.reading import given, leaves
+from peso.config.reading import given, leaves, matching
 from peso.config.shape import is_later, stage_shape
 from peso.config.strategy import UNCHANGED
 from peso.errors import ConfigError, DataError, PesoError, WorkspaceError
