@@ -80,7 +80,6 @@ def anchor_effect(
     """The effect of the anchor during a stage.
 
     Args:
-        stage: the number of the stage.
         records: the records of the stage's ``log.jsonl``, in order.
         rho: ρ̄ of the term, if it was measured.
 
@@ -195,7 +194,6 @@ def anchor_finding(stage: int, ratio: float | None, rho: float | None = None) ->
     """A sentence if the gradient ratio is below ``NO_EFFECT``, else None.
 
     Args:
-        stage: the number of the stage.
         ratio: the gradient ratio; None without a penalty.
         rho: ρ̄ of the term, if it was measured. The sentence then gives the weight of a suggested strength.
 
@@ -224,7 +222,6 @@ class AnchorMonitor:
     anchor has no effect.
 
     Args:
-        stage: the number of the stage.
         steps: the number of steps of the whole stage.
         rho: see :func:`anchor_effect`.
     """

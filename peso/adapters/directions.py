@@ -293,7 +293,6 @@ class ExampleGradients:
         """The composition of directions.
 
         Args:
-            directions: the directions.
             batch: the number of targets whose gradients are averaged in a step: D² = ḡ² + Var(g)/batch.
         """
         count = directions.coefficients.shape[1]

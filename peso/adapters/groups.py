@@ -257,7 +257,6 @@ def layouts(groups: Sequence[Group], grouping: Grouping) -> list[Layout]:
     ranks.
 
     Args:
-        groups: the tensors.
         grouping: ``factor``: each tensor is a group. ``module``: A and B of a module are one group. ``rank``:
             row i of A and column i of B are a group, for every rank i of every module. ``all``: all values
             are one group.

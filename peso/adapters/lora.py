@@ -41,8 +41,6 @@ def add_adapter(
     precision.
 
     Args:
-        causal_lm: the model.
-        rank: the rank of the adapter.
         alpha: the scale of the adapter; its output is multiplied by alpha / rank.
         dropout: the dropout probability of the adapter's input.
         targets: the names of linear layers, such as ``q_proj``. Every layer with such a name gets its own A
@@ -303,7 +301,6 @@ def start_new_adapter(
     """Freeze the trained adapter beside the earlier ones, and reinitialize the trained one.
 
     Args:
-        backbone: the model.
         memory: the tensors of the earlier adapters (:meth:`Past.state`), if there are any. The trained
             adapter is added to them.
         seed: the seed of the new adapter.
@@ -325,8 +322,6 @@ def put_past(backbone: PeftModel, past: Past, *, train_magnitudes: bool = False)
     """Activate frozen past adapters together with the trained one. They replace earlier past adapters.
 
     Args:
-        backbone: the model.
-        past: the past adapters.
         train_magnitudes: whether to train their magnitudes (one number per adapter).
     """
     remove_past(backbone)

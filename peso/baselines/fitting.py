@@ -188,7 +188,6 @@ class Training:
 
     Args:
         model: the network to train.
-        stage: the stage.
         validation: the validation cases of the stage.
     """
 

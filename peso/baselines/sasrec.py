@@ -146,7 +146,6 @@ def training_rows(
     than half a window of items before them.
 
     Args:
-        sequences: the sequences.
         window: the length of a row.
         padding: the item row of padding.
 

@@ -134,7 +134,6 @@ class Validation:
     """The validation cases of a stage, and the metric by which settings are compared.
 
     Args:
-        cases: the validation cases.
         depth: the length of the lists.
         repeats: whether items that a user has had are ranked like others.
     """

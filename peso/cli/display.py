@@ -126,7 +126,6 @@ def confirm(question: str, nothing: str) -> bool:
     """Ask a question on stderr.
 
     Args:
-        question: the question.
         nothing: what did not happen, for the message if nobody answers.
 
     Raises:

@@ -251,7 +251,6 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
     """Print the cleaning steps and the stages of a stream.
 
     Args:
-        opened: the workspace.
         manifest: the stream's manifest.
         read: the manifest's entry for the log that was just read.
     """

@@ -92,7 +92,6 @@ def parse(text: str, where: str) -> Any:
     """The value of a YAML text.
 
     Args:
-        text: the YAML text.
         where: a description of the text for messages, such as the name of its file.
 
     Raises:

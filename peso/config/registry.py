@@ -126,7 +126,6 @@ class Registry:
         """The typed options of a part with their defaults, as an instance of its class ``Options``.
 
         Args:
-            name: the name of the part.
             given: the options that a configuration gives.
 
         Raises:

@@ -51,7 +51,6 @@ def moved(config: Config, now: Config) -> Config:
     device, the sharding and, if it is a directory, the backbone. (Weights are compared when they are loaded.)
 
     Args:
-        config: the configuration.
         now: the configuration whose locations are used.
     """
     here, there = config.backbone, now.backbone

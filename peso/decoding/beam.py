@@ -94,7 +94,6 @@ def search(
     only by rounding.
 
     Args:
-        model: the model.
         histories: for each user, the int item rows of the history, oldest first. It may be empty; the last
             ``window`` items are used.
         beams: the number of partial IDs to keep for each user at each level.
@@ -216,7 +215,6 @@ def _search_batch(
     """Search one batch of users.
 
     Args:
-        model: the model.
         catalogue: the trie to search.
         prompts: the prompt of each user.
         histories: int (n,) each, the users' item rows, oldest first.

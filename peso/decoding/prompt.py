@@ -186,7 +186,6 @@ def run_prompts(model: GenerativeModel, prompts: Sequence[Prompt], room: int) ->
     known ones in its first columns, and the others after the longest of these.
 
     Args:
-        model: the model.
         prompts: the prompts, in descending order of the number of tokens to compute.
         room: the number of columns that the cache needs in addition to the prompts.
     """

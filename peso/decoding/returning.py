@@ -107,7 +107,6 @@ class Returning:
         """The prompt of a history, which continues the user's last prompt if possible.
 
         Args:
-            model: the model.
             history: int item rows, oldest first.
         """
         history, window = np.asarray(history, dtype=np.int64), model.layout.window

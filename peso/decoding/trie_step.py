@@ -93,7 +93,6 @@ def select(
     compare like integers (IEEE 754).
 
     Args:
-        trie: the trie.
         level: the level of the codes to choose; the beams are on the level above.
         beams: the beams to extend.
         log_probabilities: float32 (users, beams, codes of the level).

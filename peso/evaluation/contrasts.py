@@ -307,7 +307,6 @@ def sign_flips(shares: np.ndarray, draws: int, generator: np.random.Generator) -
     Args:
         shares: float (users, columns), what each user adds to the difference y_u.
         draws: the number of random sign vectors.
-        generator: the source of random numbers.
 
     Returns: float64 (draws, columns).
     """
@@ -326,7 +325,6 @@ def user_resamples(influence: np.ndarray, draws: int, generator: np.random.Gener
     Args:
         influence: float (users, columns), the influence z_u of each user on the mean.
         draws: the number of resamples.
-        generator: the source of random numbers.
 
     Returns: float64 (draws, columns).
     """

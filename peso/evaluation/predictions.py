@@ -49,7 +49,6 @@ def user_segments(users: Sequence[str], last: AbstractSet[str], earlier: Abstrac
     """The segment of each user.
 
     Args:
-        users: the user ids.
         last: users seen in the previous stage.
         earlier: users seen in any stage before the previous one; they may also be in ``last``.
 
@@ -264,7 +263,6 @@ def make_predictions(
     """Combine the result of a beam search with the labels of the cases. Items have their stored ids.
 
     Args:
-        cases: the test cases.
         labels: the segments of the cases.
         leaves: int (n, depth), the semantic IDs found for each case, best first, padded with -1.
         scores: float (n, depth), the score of each semantic ID.

@@ -177,7 +177,6 @@ def decide(
     """Decide whether a challenger may replace the champion.
 
     Args:
-        settings: the configuration of the gate.
         new: the answers to the cases of the new stage that decide.
         earlier: the answers to the test cases of the champion's stage; None if there are none.
         list_length: the length of the lists whose coverage is compared.
@@ -206,7 +205,6 @@ def compare(pair: Pair, metric: Metric, delta: float, confidence: float) -> dict
 
     Args:
         pair: the answers of the two models.
-        metric: the metric.
         delta: the relative margin δ.
         confidence: the one-sided confidence c.
 

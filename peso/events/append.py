@@ -69,8 +69,6 @@ def extend_stream(
     Args:
         data: the configuration of the new events. Cleaning and stages should be as for the stream.
         earlier: the directory of the stream to extend. It does not change.
-        directory: the directory to write to.
-        observer: receives progress and notes.
         source: a log and an item table to read instead of those that ``data`` names.
         told: further contents of the entry in ``appended``.
         aliases: names in the log and the item table that differ from the ids in the stream.
@@ -188,7 +186,6 @@ def shorten_stream(earlier: str | Path, directory: Path) -> None:
 
     Args:
         earlier: the directory of the stream. It does not change.
-        directory: the directory to write to.
 
     Raises:
         WorkspaceError: the stream is damaged.
@@ -229,8 +226,6 @@ def correct_items(
     Args:
         data: the configuration of the item table.
         earlier: the directory of the stream. It does not change.
-        directory: the directory to write to.
-        observer: receives progress and notes.
         aliases: names in the table that differ from the ids in the stream.
 
     Returns:

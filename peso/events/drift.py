@@ -36,7 +36,6 @@ def drift(
     """Compare each stage with those before it.
 
     Args:
-        stream: the stream.
         first_codes: int (items,), the first-level code of each item; None if it is not known.
         engine: the name of the engine that computes the figures (`data.engine`); they do not depend on it.
 

@@ -45,7 +45,6 @@ def erase_user(earlier: str | Path, directory: Path, *users: str) -> None:
 
     Args:
         earlier: the directory of the stream.
-        directory: the empty directory.
         users: the user's id, and the ids of the users that were merged into this one.
 
     Raises:

@@ -265,7 +265,6 @@ def require_trainable(stage: Stage, source: str) -> None:
     """Check that a stage has training targets.
 
     Args:
-        stage: the stage.
         source: where the stage comes from, for the message.
 
     Raises:
@@ -278,7 +277,6 @@ def refuse_untrainable(number: int, users: int, most: int, source: str) -> None:
     """The check of :func:`require_trainable` for a stage of which only counts are known.
 
     Args:
-        number: the number of the stage.
         users: the number of users in the stage.
         most: the largest number of events of a user in the stage.
         source: where the stage comes from, for the message.

@@ -71,7 +71,6 @@ class HistoryIndex:
         """Open the index of a stream. It is built or extended if ``path`` is missing or out of date.
 
         Args:
-            stream: the stream.
             path: the file of the index. If its folder cannot be written, a temporary index is built for this
                 call.
             through: the last stage to include; by default all stages. An index of only some stages is

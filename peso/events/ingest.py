@@ -43,11 +43,8 @@ def ingest(
     """Write the stream of ``data`` to an existing empty directory (see ``peso.events.stream``).
 
     Args:
-        data: the configuration of the data.
-        directory: the directory to write to.
         seed: the seed of the simulator and of the shuffle of ``split: user-disjoint``. Nothing else is
             random.
-        observer: receives progress and notes.
         aliases: names in the log and its item table, and the ids that replace them.
 
     Returns:

@@ -143,8 +143,6 @@ def load(
     """Load a log into the tables ``users``, ``items`` and ``events``.
 
     Args:
-        connection: the database.
-        log: the log to load.
         skip: whether to leave out and count unreadable rows instead of refusing the log.
         rating: whether to keep the ratings. Rows without a rating are then unreadable.
         aliases: names in the log, and the ids that replace them.

@@ -139,7 +139,6 @@ def write_merged(
 
     Args:
         stream: the stream. It does not change.
-        directory: the directory to write to.
         merges: for each merge, the user who is merged, and the user into whom.
         histories: the new history of each user that others were merged into.
 
@@ -165,7 +164,6 @@ def shorten_merged(stream: Stream, stages: int, directory: Path) -> list[dict[st
     The events of the removed stages are at the ends of the merged histories, and are removed from them.
 
     Args:
-        stream: the stream.
         stages: the number of stages that stay.
         directory: the directory of the shorter stream.
     """

@@ -99,7 +99,6 @@ def number_by_arrival(
     """Number users and items in the order of their first events.
 
     Args:
-        log: the loaded log.
         ordered: the events by time (:func:`peso.events.cleaning.order_by_time`).
         first_item: the number of the first item.
         known_items: items (i) that have a number already.
@@ -140,7 +139,6 @@ def by_user(
     """The events of all users, some users at a time: those of about ``SLICE`` events, at least one user.
 
     Args:
-        engine: the engine.
         events: u (the number of the user), i and the columns ``by``.
         users: the users (n, name), numbered from 0. Some may have no events.
         by: int64 columns by which the events of a user are ordered.
@@ -189,7 +187,6 @@ def write_stages(
     """Write the stages of events.
 
     Args:
-        engine: the engine.
         events: u, i (numbers) and place, an event's position in time. It is negative for events before the
             first stage to write.
         users: the users (n, name).
@@ -230,7 +227,6 @@ def write_rare(
     are none, no file is written.
 
     Args:
-        log: the loaded log.
         rare: the events of these users (``peso.events.cleaning.Cleaned``).
         numbers: the numbers of the items of the stream (i, n).
         directory: the directory of the stream.
@@ -271,10 +267,8 @@ def new_items(
     """The rows of the item table for the table ``item_numbers``, in their order, with the texts of ``items``.
 
     Args:
-        connection: the database.
         items: the product table; None if there is none.
         skip: whether to leave out rows of ``items`` that cannot be read instead of refusing the table.
-        observer: receives notes.
         aliases: names in ``items``, and the ids that replace them.
 
     Returns:
@@ -319,7 +313,6 @@ def texts_in_catalogue(connection: duckdb.DuckDBPyConnection, numbers: str) -> p
     product table, which :func:`new_items` has read.
 
     Args:
-        connection: the database.
         numbers: a table with the items (name, n).
     """
     query = f"""

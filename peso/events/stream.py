@@ -62,7 +62,6 @@ def write_stream(
     """Write a stream to an existing empty directory. The manifest is written last.
 
     Args:
-        directory: the directory to write to.
         items: the item table (``peso.events.columns.ITEMS``), one row per item, in the order of the numbers.
         stages: the stages 0, 1, … in this order. They are used one by one and need not all be in memory.
         manifest: further contents of the manifest, such as the source of the data, in addition to
@@ -152,7 +151,6 @@ class Stream:
         """The sha256 of the file of a stage. Raises DataError if there is no such stage.
 
         Args:
-            number: the number of the stage.
             erasures: return the sha256 after this number of erasures of users; None for the current one.
         """
         self._require_stage(number)

@@ -111,7 +111,6 @@ def fillable(codes: int, items: int, levels: int) -> int:
     Args:
         codes: the configured number of codes.
         items: the number of items.
-        levels: the number of levels.
     """
     enough = 1
     while enough**levels < items:

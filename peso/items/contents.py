@@ -37,11 +37,8 @@ def vectors_beside(
     as contents.
 
     Args:
-        items: the item table.
-        config: the configuration of the items.
         seed: the seed of the encoder.
         cache: a directory that keeps vectors of text encoders between runs; None to keep none.
-        observer: receives progress and notes.
         directory: the directory to which the encoder is written if the vectors are kept as contents.
         fitted: the rows of the items to fit the encoder to, if the vectors are kept as contents. None: it is
             fitted to all items, because the vectors only measure the IDs.

@@ -41,7 +41,6 @@ class HashingEncoder:
         """Fit the encoder to the distinct texts, so that a text that many items share counts once.
 
         Args:
-            texts: the texts.
             dimensions: the number of directions to keep. There are fewer if the texts span fewer.
             seed: the seed of the SVD.
         """

@@ -44,11 +44,8 @@ def adopt(
             (:data:`peso.items.vectors.NAMES`), the first of an item's ids that the index has counts.
         index: the index. Items that are not in the item table are ignored and counted.
         source: where the index comes from, for the manifest and for messages.
-        config: the configuration of the items.
-        directory: the directory to write to.
         seed: the seed for measuring the IDs.
         cache: a directory that keeps vectors of text encoders between runs; None to keep none.
-        observer: receives progress and notes.
         fitted: the rows of the items to fit the encoder of contents to (``head.contents``); None to keep no
             contents.
         earlier: the directory of the IDs that these extend. If those have contents, contents are kept.

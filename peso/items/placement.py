@@ -40,7 +40,6 @@ def resolve(
 
     Args:
         rule: the rule for collisions.
-        codebooks: the codebooks.
         latent: float32 (n, width), the items in the latent space of the codebooks.
         wanted: int32 (n, levels), the nearest codes of the items.
         taken: int32 (m, levels), the final codes of earlier items, including an extra level.
@@ -100,7 +99,6 @@ class Occupancy:
         """The free ID that shares the longest prefix with the wanted one, with the nearest codes after it.
 
         Args:
-            codebooks: the codebooks.
             latent: float32 (width,), the item in the latent space.
             wanted: the nearest codes of the item. They are returned if no ID is free.
         """

@@ -53,10 +53,7 @@ class Refresher:
 
     Args:
         item_ids: the item ids, in the order of the item table.
-        config: the configuration of the items, with ``refresh``.
-        encoder: the frozen encoder.
         assigner: the frozen codebooks, and the vectors of all items with the fitted behavior.
-        log: the training events.
         changes: the changes so far; None if there are none.
         earlier: the entry of the manifest about these changes; None at first. The events of the earlier
             stages are counted again.
@@ -132,7 +129,6 @@ class Refresher:
         Args:
             codes: int32 (items, levels), the first codes of all items.
             done: bool (items,), which rows of ``codes`` are known; only these items are tested.
-            observer: receives a note.
         """
         stage = self._through
         self._count_next()
@@ -224,7 +220,6 @@ def by_stage(
     Args:
         groups, codes, done: see :meth:`peso.items.placement.CodeAssigner.place_stages`.
         refresher: None without ``items.refresh``.
-        observer: receives notes.
 
     Returns:
         The measures of the new items of each stage.

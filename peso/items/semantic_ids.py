@@ -294,8 +294,6 @@ def write_semantic_ids(ids: SemanticIds, directory: Path, manifest: Mapping[str,
     """Write semantic IDs to an existing empty directory. The manifest is written last.
 
     Args:
-        ids: the semantic IDs.
-        directory: the directory to write to.
         manifest: further contents of the manifest, such as the source of the codes.
     """
     codes = pa.FixedSizeListArray.from_arrays(pa.array(ids.codes.ravel(), pa.int32()), ids.levels)
@@ -342,7 +340,6 @@ def read_release_index(path: str | Path, sizes: Sequence[int] | None = None) -> 
     """Read an ``index.json``: ``{item_id: ["<a_12>", "<b_7>", …]}``, items in the order of the file.
 
     Args:
-        path: the file.
         sizes: the number of codes of each level. The file does not contain it. By default it is the smallest
             power of two that fits every code, the same for all levels, as in released indices (256 in the
             PESO and MiniOneRec releases).

@@ -87,11 +87,8 @@ def tokenize(
 
     Args:
         items: the item table; the row is the item number.
-        config: the configuration of the items.
-        directory: the directory to write to.
         seed: the seed of everything random.
         cache: a directory that keeps vectors of text encoders between runs; None to keep none.
-        observer: receives progress and notes.
         first_stage: int (items,), the stage in which each item first occurs. With ``fit: base`` the codebooks
             are fitted to the items of stage 0; those of stages 1, 2, … then get codes in this order. None if
             all items are in stage 0.
@@ -175,12 +172,10 @@ def extend_semantic_ids(
 
     Args:
         items: the whole item table; its first rows are the items of ``source``.
-        config: the configuration of the items.
         source: a directory that :func:`tokenize` or this function wrote.
         directory: another directory to write to, existing and empty. It gets all items; existing codes do
             not change.
         cache: a directory that keeps vectors of text encoders between runs; None to keep none.
-        observer: receives progress and notes.
         first_stage: int (items,), the stage in which each item first occurs. None if all new items are in
             the stage after the last one.
         log: with ``items.refresh``, the training events of all stages. Otherwise unused.

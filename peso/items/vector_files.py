@@ -36,7 +36,6 @@ def read_vectors(
 
     Args:
         path: the file. Vectors of other items are ignored.
-        item_ids: the items.
         observer: receives a note about items without a vector.
         names: all ids of each item; the first one that the file has counts. None: only those of
             ``item_ids``.

@@ -138,12 +138,9 @@ class ItemEncoder:
         """Fit the encoder to the items of ``rows``.
 
         Args:
-            items: the item table.
             rows: the rows of the items to fit to.
-            config: the configuration of the items.
             seed: the seed of everything random.
             cache: a directory that keeps vectors of text encoders between runs; None to keep none.
-            observer: receives progress and notes.
             sequences: with ``items.behavior``, the item rows of each user in the stages to fit to, oldest
                 first.
 
@@ -286,7 +283,6 @@ def encode_cached(
     """Encode texts. Each distinct text is encoded once, unless it is in the cache.
 
     Args:
-        texts: the texts.
         encode: a function from texts to vectors, float32 (texts, width).
         identity: JSON values that determine the results of ``encode``.
         directory: the cache; None to keep nothing.

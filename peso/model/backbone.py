@@ -75,7 +75,6 @@ def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> Lla
 
     Args:
         width: the hidden width.
-        layers: the number of layers.
         seed: the seed of the weights.
         tied: whether the input embedding and the output head share their weights.
 

@@ -48,11 +48,8 @@ def build_model(
     The vocabulary rows and the adapter are trainable. The same arguments give the same weights.
 
     Args:
-        backbone: the configuration of the backbone.
-        prompt: the configuration of the prompt.
         adapter: the configuration of the adapter; None to train the backbone itself.
         loss_vocabulary: the normalization of probabilities, see :class:`GenerativeModel`.
-        semantic_ids: the catalog.
         seed: the seed of everything random. Backbone, vocabulary, adapter and head have separate random
             streams.
         head: the configuration of the head; None to use only codes.
@@ -119,7 +116,6 @@ def save_stage_weights(model: GenerativeModel, directory: str | Path, *, whole_b
     """Write the trained weights of a stage.
 
     Args:
-        model: the model.
         directory: the directory to write to; it is created if it is missing.
         whole_backbone: whether the backbone itself was trained (it then has no adapter). Its weights are
             also written, as a directory that Transformers can load.

@@ -79,7 +79,6 @@ def export_merged(
     IDs of all items.
 
     Args:
-        model: the model.
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
         retired: ids of items that must not be recommended.
@@ -112,7 +111,6 @@ def export_peft(
     the head has a bias, its rows are in the backbone instead.
 
     Args:
-        model: the model.
         directory: the directory to write to, missing or empty.
         leaves_out_seen: whether items of the history are left out of the answers.
         retired: ids of items that must not be recommended.
@@ -165,7 +163,6 @@ def _plain(model: GenerativeModel, input_rows: Tensor, output_rows: Tensor, *, m
     """The backbone without PEFT and with the semantic rows, on the CPU. Unchanged weights are not copied.
 
     Args:
-        model: the model.
         input_rows: (tokens, width), rows to append to the embedding.
         output_rows: (tokens, width), rows to append to the head.
         merged: whether to add the active adapters to their weights, in float32.

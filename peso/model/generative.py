@@ -51,9 +51,6 @@ class GenerativeModel(nn.Module):
     Args:
         backbone: a Transformers causal LM, plain or wrapped by PEFT.
         tokenizer: its tokenizer, without the semantic tokens.
-        vocabulary: the rows of the semantic tokens.
-        layout: the prompt layout.
-        semantic_ids: the catalog.
         loss_vocabulary: the normalization of all probabilities: ``full``, ``semantic`` or ``level``.
     """
 

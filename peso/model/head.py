@@ -22,7 +22,6 @@ def log_probabilities(
     """The log-probabilities of all tokens that compete with each target token under ``loss_vocabulary``.
 
     Args:
-        model: the model.
         hidden: (n, width), the state that predicts each token.
         target_ids: int64 (n,), the target tokens. With ``level`` they determine the level whose codes
             compete; tokens of other levels get ``MASKED``.
@@ -54,7 +53,6 @@ def token_log_probabilities(
     after the last level.
 
     Args:
-        model: the model.
         hidden: (n, width), the state that predicts each token.
         target_ids: int64 (n,), the target tokens.
         temperature: the logits are divided by it.

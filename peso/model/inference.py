@@ -42,7 +42,6 @@ def for_inference(model: GenerativeModel | Ensemble, *, packed: bool = False) ->
     affect it.
 
     Args:
-        model: the model.
         packed: on a CPU, store the weights of linear layers as oneDNN reads them (:class:`PackedLinear`),
             and compute a decoder of the Llama shape with fewer operations
             (:class:`~peso.model.plain_decoder.PlainDecoder`). This needs the memory of the weights again,

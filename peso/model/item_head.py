@@ -36,7 +36,6 @@ class ItemHead(nn.Module):
     of every item of the history. Input and output then share what they learn about an item, as in SASRec.
 
     Args:
-        semantic_ids: the catalog.
         width: the width of the states.
         negatives: the number of items to draw for each training pass. By default all items are used, or
             ``NEGATIVES`` if there are more than ``EXACT``.

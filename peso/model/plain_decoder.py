@@ -133,7 +133,6 @@ def plain(decoder: Any, linear: Callable[[nn.Linear], nn.Module]) -> PlainDecode
 
     Args:
         decoder: a decoder of Transformers.
-        linear: see :class:`PlainDecoder`.
     """
     config = decoder.config
     limited = any(getattr(config, name, None) for name in _LIMITS)

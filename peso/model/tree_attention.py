@@ -42,7 +42,6 @@ def tree_attention(
         query: (rows, heads, length, width).
         key, value: (rows, key heads, length, width).
         attention_mask: an additive mask, used only if there is no tree.
-        peso_tree: the tree.
 
     Returns:
         The output (rows, length, heads, width), and None instead of weights.

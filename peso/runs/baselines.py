@@ -51,7 +51,6 @@ def check_data(config: Config, stream: Stream) -> None:
     """Check a configuration against the size of the log.
 
     Args:
-        config: the configuration.
         stream: the stream of the log.
 
     Raises:

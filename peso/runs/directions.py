@@ -56,7 +56,6 @@ def stage_directions(
     """Predicted and measured weights of the strongest directions of (Σ, H) of a stage.
 
     Args:
-        workspace: the workspace.
         count: number of directions.
         stage: 1 or later; None: the newest.
         examples: number of single targets of the stage from which Σ is estimated.

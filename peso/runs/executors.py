@@ -336,7 +336,6 @@ def open_executor(config: AnyExecutor, workers: int | Literal["auto"], device: s
     """Create the executor that a configuration names, and connect to its cluster.
 
     Args:
-        config: the executor.
         workers: tasks at once; ``auto``: as many as the machine or the cluster has room for.
         device: `training.device`, for processes on this machine.
         folder: a directory for the files of Slurm jobs.

@@ -84,7 +84,6 @@ def first_config(
         log: a file, a directory of files of one kind, or an address.
         target: the file to which the configuration will be written; paths below its directory are made
             relative to it.
-        observer: receives progress and notes.
         form: the ``data.format``; None: guessed.
         columns: column names of the log, by ``user``, ``item``, ``time``, ``rating``; missing ones are
             guessed.

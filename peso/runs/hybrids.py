@@ -27,9 +27,7 @@ class HybridAnswers:
     """A hybrid with the weights that were tuned at a stage. Models are loaded on first use.
 
     Args:
-        workspace: the workspace.
         name: its label, or ``hybrid`` if the workspace has only one.
-        stage: the number of the stage.
 
     Raises:
         ConfigError: the name matches no hybrid of the workspace, or several.

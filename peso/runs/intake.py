@@ -84,8 +84,6 @@ def cut_received(workspace: Workspace, observer: Observer, items: str | None = N
     Nothing is appended while an update is unfinished, or if no user has the three events that a stage needs.
 
     Args:
-        workspace: the workspace.
-        observer: receives progress and notes.
         items: the product table to read instead of the configured one.
 
     Raises:

@@ -60,7 +60,6 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
     """Check pairs of users to merge.
 
     Args:
-        workspace: the workspace.
         pairs: in each, the user to merge and the user to merge it into.
 
     Raises:
@@ -110,9 +109,7 @@ def merge(workspace: Workspace, pairs: Sequence[Pair], observer: Observer) -> Me
     stage those of the user who is merged come first; the observer gets a note.
 
     Args:
-        workspace: the workspace.
         pairs: see :func:`plan`.
-        observer: receives progress and notes.
 
     Raises:
         DataError, WorkspaceError: as :func:`plan`, or the disk is full. Nothing is changed.

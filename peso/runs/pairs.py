@@ -16,7 +16,6 @@ def read_pairs(path: Path, what: str, header: Pair) -> list[Pair]:
     """The pairs of ids in a file with two columns, separated by commas or tabs, with or without a header.
 
     Args:
-        path: the file.
         what: what the ids identify, for messages: ``item`` or ``user``.
         header: the names of the columns; a first line with these names is skipped.
 

@@ -68,7 +68,6 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
     Several processes (:mod:`peso.runtime.processes`) learn and test together; the main one does the rest.
 
     Args:
-        workspace: the workspace.
         base: a workspace from which stage 0 is taken over.
         observer: receives the progress; by default nothing is printed.
 

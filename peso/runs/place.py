@@ -35,7 +35,6 @@ def writing(root: Path, patience: float = 0.0) -> Iterator[None]:
     any step was completed, config.yaml is restored, or removed if there was none.
 
     Args:
-        root: the workspace.
         patience: seconds to wait for another process that holds the lock.
 
     Raises:

@@ -33,9 +33,7 @@ def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Obser
     All choices are made on the validation cases of the stage.
 
     Args:
-        stage: the stage.
         model: the model after training; changed in place.
-        observer: receives the progress.
 
     Returns:
         What was chosen, and what was tried, for ``metrics.json``.
@@ -100,7 +98,6 @@ def correct_arrivals(
 
     Args:
         model: the model after training; changed in place.
-        cases: the validation cases.
         first_now: bool (items,), whether an item first occurs in the stage. Items that only validation and
             test cases have are not counted.
         batch_size: the number of cases to compute together; 64 by default.

@@ -90,8 +90,6 @@ def append(workspace: Workspace, observer: Observer, data: DataConfig | None = N
     appended.
 
     Args:
-        workspace: the workspace.
-        observer: receives the progress.
         data: source, cleaning and cutting of the new events; None: as configured (for example a folder to
             which files were added). The workspace's configuration does not change.
 
@@ -304,7 +302,6 @@ def export_index(
     """Write the semantic IDs for other programs.
 
     Args:
-        workspace: the workspace.
         path: a new file, or for ``catalog`` a new directory.
         stage: only the items that were known at this stage, with their codes at that stage; None: all, with
             the newest codes.

@@ -41,7 +41,6 @@ def pruning(workspace: Workspace, keep: int) -> Pruning:
     """The weights to remove if the newest ``keep`` stages keep theirs.
 
     Args:
-        workspace: the workspace.
         keep: the number of newest stages that keep their weights.
 
     Raises:

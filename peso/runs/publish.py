@@ -25,7 +25,6 @@ def push_to_hub(recommender: Recommender, name: str, form: Form = "merged", *, p
     """Export a stage's model and upload it to the Hugging Face hub with its card.
 
     Args:
-        recommender: the stage.
         name: ``owner/model``, or ``model`` for the user's own.
         form: as in :meth:`Recommender.export`.
         private: whether a new repository is private; an existing one does not change.
@@ -53,7 +52,6 @@ def save_mlflow(recommender: Recommender, directory: str | Path) -> Path:
     It answers a history as the stage does. Loading it needs ``peso``, but no workspace.
 
     Args:
-        recommender: the stage.
         directory: a new directory.
 
     Raises:
@@ -75,7 +73,6 @@ def register_mlflow(recommender: Recommender, name: str) -> str:
     where the runs of ``tracking: [mlflow]`` are.
 
     Args:
-        recommender: the stage.
         name: the name of the registered model; every call adds a version.
 
     Returns:

@@ -77,7 +77,6 @@ class Parts:
     """Computes batches of users in other processes.
 
     Args:
-        all_users: the call.
         executor: where the processes run.
         count: the number of parts; None: as many as the executor has room for. There are never more than
             batches.
@@ -94,7 +93,6 @@ class Parts:
             folder: the folder of the batches.
             state: the state of the data to use.
             users: the approximate number of users.
-            observer: receives the progress.
 
         Raises:
             PesoError: the executor cannot be used, a part failed with an error, or its process died more than
@@ -155,7 +153,6 @@ def parts_of(
     """Which processes compute the batches of a call; None: this process alone.
 
     Args:
-        all_users: the call.
         executor, count: ``executor`` and ``parts`` of :meth:`Recommender.recommend_all`.
 
     Raises:

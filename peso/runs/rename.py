@@ -32,7 +32,6 @@ def rename(workspace: Workspace, pairs: Sequence[Pair], *, dry_run: bool = False
     """Give items new names, with effect from the next answer on; all pairs or none.
 
     Args:
-        workspace: the workspace.
         pairs: the old and the new name of each item. An item may be given by any name that it has or had. The
             pairs of one call may form chains (a to b, b to c) in any order: the item gets the last name.
         dry_run: only check the pairs.

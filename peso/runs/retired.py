@@ -55,8 +55,6 @@ def retire(workspace: Workspace, items: Sequence[str], reason: str | None = None
     before.
 
     Args:
-        workspace: the workspace.
-        items: ids of the items.
         reason: why, which is recorded.
 
     Raises:

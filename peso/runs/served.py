@@ -138,8 +138,6 @@ def promote(
     """Make a stage the serving one.
 
     Args:
-        workspace: the workspace.
-        number: the stage.
         by: what makes the change.
         reason: why, which is recorded.
         force: promote the stage even if it did not pass the gate.
@@ -217,7 +215,6 @@ def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = 
     back further. Stages that were removed, pruned or trained again are skipped.
 
     Args:
-        workspace: the workspace.
         reason, pinned: see :func:`promote`.
 
     Raises:

@@ -88,7 +88,6 @@ class Tracking:
     but the main one.
 
     Args:
-        stage: the stage.
         observer: receives a warning if a tracker fails.
     """
 

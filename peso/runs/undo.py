@@ -115,9 +115,7 @@ def undo(workspace: Workspace, step: LastStep, observer: Observer) -> None:
     If it is killed, the workspace stays usable, and the same call completes the removal.
 
     Args:
-        workspace: the workspace.
         step: the result of :func:`last_step`.
-        observer: receives progress and notes.
 
     Raises:
         WorkspaceError: a file is damaged, the disk is full, or the stage was promoted since. Nothing is

@@ -71,7 +71,6 @@ class UserHistories:
     """The histories of a workspace's users. Thread-safe.
 
     Args:
-        workspace: the workspace.
         through: histories as they were after this stage, without received events; None: current histories,
             which include every event for which :meth:`ReceivedEvents.add` has returned, in any process.
         until: use received events only up to this number; None: all.

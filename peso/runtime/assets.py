@@ -58,7 +58,6 @@ def find(name: str, cache: Path | None = None) -> Path | None:
     """The directory of an asset in the cache, after verifying its checksums; None if it was not pulled.
 
     Args:
-        name: the name of the asset.
         cache: a cache directory to use instead of ``PESO_CACHE`` or ``~/.cache/peso``.
 
     Raises:
@@ -79,7 +78,6 @@ def pull(name: str, cache: Path | None = None, on_progress: Progress | None = No
     ``HF_HUB_OFFLINE`` is set, nothing is downloaded from any source.
 
     Args:
-        name: the name of the asset.
         cache: a cache directory to use instead of ``PESO_CACHE`` or ``~/.cache/peso``.
         on_progress: called with a description of the current step and the share of it that is done (0 to 1).
 

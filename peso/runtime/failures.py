@@ -222,7 +222,6 @@ def printable(text: str, *, one_line: bool = False) -> str:
     r"""The text with control characters escaped as ``\u001b``, which JSON reads back as the same character.
 
     Args:
-        text: the text to escape.
         one_line: whether to escape tabs and line ends too.
 
     >>> printable("red \x1b[31m\n"), printable("a\nb", one_line=True)

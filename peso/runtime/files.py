@@ -101,7 +101,6 @@ def only_writer(directory: Path, patience: float = 0.0) -> Iterator[None]:
     Afterwards the lock file is as it was before, so that a refused command leaves no trace.
 
     Args:
-        directory: the directory.
         patience: seconds to wait for another process that holds the lock.
 
     Raises:
@@ -261,7 +260,6 @@ def remove_left(directory: Path, whose: str | None = None) -> None:
     """Remove the temporary files that killed processes of this machine left in a directory.
 
     Args:
-        directory: the directory.
         whose: the prefix of the names of the files to remove; None for all temporary files.
     """
     for left in directory.iterdir():

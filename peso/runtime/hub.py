@@ -134,7 +134,6 @@ def upload(folder: Path, name: str, message: str, *, private: bool) -> str:
     Args:
         folder: the exported model.
         name: ``owner/model``, or ``model`` for the user's own.
-        message: the message of the commit.
         private: whether a new repository is private; an existing one does not change.
 
     Returns:

@@ -105,7 +105,6 @@ def take_out(
     """Remove files from the manifest of a finished directory, before the files are removed.
 
     Args:
-        directory: the directory.
         names: the names of the files.
         number: the version of the format.
         entry: an entry to add to the manifest, as one key and its value. The value gets the checksums of the

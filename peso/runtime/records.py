@@ -21,7 +21,6 @@ def read_record(path: Path, newest: int) -> dict[str, Any]:
     """The content that :func:`write_record` wrote.
 
     Args:
-        path: the file.
         newest: the highest format number that can be read.
 
     Raises:
@@ -52,7 +51,6 @@ def read_entries(path: Path, newest: int, entry: type[Entry], lost: str, cure: s
     none.
 
     Args:
-        path: the file.
         newest: the highest format number that can be read.
         entry: the type of an entry.
         lost: what is unknown if the file is damaged, for the message.

@@ -65,7 +65,6 @@ def local(path: str, observer: Observer | None = None) -> str:
 
     Args:
         path: a path, or the address of a file, of a folder or of a pattern; over HTTP, of a file.
-        observer: receives the progress.
 
     Raises:
         DataError: there is no such file, it cannot be fetched, or a package is missing; the message names the
@@ -149,10 +148,6 @@ def output(path: str, observer: Observer | None = None) -> Iterator[Path]:
 
 def require_output(path: str, *, force: bool = False) -> None:
     """Check an address before work begins: its package, the permission to list it, and that nothing is there.
-
-    Args:
-        path: the address.
-        force: whether an existing file may be overwritten.
 
     Raises:
         ExportError: as for :func:`output`; or something is there, and ``force`` is not set.

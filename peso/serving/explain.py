@@ -143,7 +143,6 @@ def reason(
     """A few sentences on why the score of an item differs from that under the previous stage.
 
     Args:
-        item: the item.
         now, before: the serving and the previous stage, each with the likelihood of the item.
         events: the number of events of the item, by stage of the stream.
     """

@@ -65,7 +65,6 @@ class Guard:
     """ASGI middleware that checks and counts every request before the application answers it.
 
     Args:
-        app: the application.
         meters: receives the number and duration of requests.
         tokens: accepted tokens; None: no token is required.
         hosts: accepted names in the Host header, to prevent DNS rebinding; None: any.

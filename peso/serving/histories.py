@@ -18,7 +18,6 @@ class LiveHistories:
     """The histories of a workspace's users: the stream and the events received since.
 
     Args:
-        root: the workspace.
         received: the events that this server stores; None: it is read-only, and reads the events that another
             server stores.
         trust: classes of custom strategies that may be imported.

@@ -32,7 +32,6 @@ class LiveStage:
     its last batch.
 
     Args:
-        root: the workspace.
         stage: a fixed stage; None: the promoted one, or the newest trained one if none was promoted.
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
         remember: makes the memory of answers for a snapshot; None: answers are not kept.

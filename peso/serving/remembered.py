@@ -24,7 +24,6 @@ def key_of(request: Request, history: Sequence[str], leave_out: bool, stock: Sto
     """Everything that determines the items and scores of an answer from one snapshot.
 
     Args:
-        request: the request.
         history: the items of the history that the snapshot knows.
         leave_out: whether items of the history are left out.
         stock: the filters for all requests.

@@ -72,8 +72,6 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
     """Open the workspace and load the catalog. The model is loaded later.
 
     Args:
-        root: the workspace.
-        settings: the options.
         trust: classes of custom strategies that may be imported.
 
     Raises:
@@ -154,8 +152,6 @@ def serve(
     """Serve until SIGTERM or Ctrl-C. Requests in progress are completed.
 
     Args:
-        root: the workspace.
-        settings: the options.
         tokens: the accepted tokens; None: no token is required.
         trust: classes of custom strategies that may be imported.
         on_listening: called with the address when requests are accepted.

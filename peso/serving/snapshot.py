@@ -86,7 +86,6 @@ class Snapshot:
         """Make a snapshot of a stage without its model.
 
         Args:
-            stage: the stage.
             hybrid: the label of a hybrid, or ``hybrid`` if there is only one; None: no hybrid.
 
         Raises:
@@ -128,7 +127,6 @@ class Snapshot:
         """The answer to each question, or the error.
 
         Args:
-            questions: the questions.
             stock: the filters for all questions.
         """
         stocked = stock.among(self.semantic_ids)

@@ -19,7 +19,6 @@ def gradient_checkpointing(model: GenerativeModel, wanted: bool) -> Iterator[Non
     backward pass. This needs less memory and about a third more computation.
 
     Args:
-        model: the model.
         wanted: whether to use gradient checkpointing; if not, nothing changes.
 
     Raises:
@@ -50,7 +49,6 @@ def compiled(model: GenerativeModel, wanted: bool | Literal["auto"]) -> Iterator
     serves all of them.
 
     Args:
-        model: the model.
         wanted: whether to compile; ``auto`` to compile only on a GPU.
 
     Raises:

@@ -44,7 +44,6 @@ def cut(sequences: Sequence[TargetSequence], window: int, most: int) -> list[Chu
     first target and ends before a history exceeds this limit.
 
     Args:
-        sequences: the sequences.
         window: the window of the prompt layout, in items.
         most: the largest number of targets of a chunk.
     """
@@ -148,7 +147,6 @@ def lay_out(
     separate prompt. The last token of a branch predicts nothing and is left out.
 
     Args:
-        layout: the prompt layout.
         items: int64 (n, levels), the token ids of a chunk's items, oldest first.
         first: the number of items before the targets, which are ``items[first:]``.
         predict_end: whether the layout's end token is also a target.
@@ -250,7 +248,6 @@ def pack(
     target does not depend on the limits.
 
     Args:
-        pieces: the pieces.
         prefix: the token ids of the root.
         row_tokens: the largest length of a row. The cost of attention grows with it. A row is longer only if
             a single piece is.

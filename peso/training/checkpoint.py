@@ -70,7 +70,6 @@ class TrainingLog:
     """The file ``log.jsonl``, which has one JSON object per line. It is flushed after each line.
 
     Args:
-        path: the file.
         keep: the number of bytes of an existing file to keep, which is its length at the checkpoint.
         sha256: the digest of these bytes; if it is empty, they are not checked.
 

@@ -131,8 +131,6 @@ def target_level_log_probabilities(
     Probabilities are at temperature 1, and normalized over the tokens of the model's ``loss_vocabulary``.
 
     Args:
-        model: the model.
-        cases: the cases.
         batch_tokens: the number of tokens per forward pass.
         on_progress: called with the number of cases done so far.
         processes: the processes that share the passes. Each gets the whole result.
@@ -186,7 +184,6 @@ def _continuations(trie: ItemTrie, codes: np.ndarray, sizes: tuple[int, ...]) ->
     """Which codes continue each path to some item: for each level, bool (n, codes of the level).
 
     Args:
-        trie: the trie of the catalog.
         codes: int (n, levels), semantic IDs of existing items.
         sizes: the number of codes of each level.
     """

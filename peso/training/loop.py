@@ -41,7 +41,6 @@ def train_stage(model: GenerativeModel, task: StageTask) -> StageResult:
 
     Args:
         model: the model, on its device. Trained parameters require a gradient and are float32.
-        task: the training.
 
     Returns:
         The losses, counts and cost of the training.
@@ -69,7 +68,6 @@ def train_until(model: GenerativeModel, task: StageTask, step: int) -> tuple[flo
 
     Args:
         model: see :func:`train_stage`. Its training is not complete, so it cannot be used afterwards.
-        task: the training.
         step: the number of steps that are completed at the end, unless patience ends the training earlier.
 
     Returns:

@@ -25,7 +25,6 @@ class Penalty:
     """The penalties of one step.
 
     Args:
-        parameters: the trained parameters.
         adapter: the parameters whose gradient norms are reported, for the penalty as for the loss; if it is
             empty, all of them.
         measured: whether to compute the gradient of penalties on outputs separately from that of the loss.

@@ -77,7 +77,6 @@ class StagePlan:
         settings: the section ``training`` of the configuration, for the epochs, the batch size and the
             largest number of steps.
         seed: the seed of the run. Together with the stage, it determines the order of every epoch.
-        stage: the number of the stage.
         most: the largest number of targets in one chunk, see :func:`most_targets`. The batch size is always a
             limit.
 

@@ -32,7 +32,6 @@ def forward_backward(
 
     Args:
         model: the model in training.
-        task: the training.
         state: its state before the step.
         step: the number of the step, counted from 0.
         passes: the forward passes of this process.
@@ -61,11 +60,8 @@ def backward(
     """Accumulate the gradients of the part of a batch's loss that these passes contribute.
 
     Args:
-        model: the model.
-        passes: the forward passes.
         count: the number of target tokens of the whole batch.
         temperature: the logits are divided by it.
-        precision: the precision of the passes.
         item_weight: the weight of the items' log-probabilities under the item head; 0 for a model without
             one.
         penalized: a function of the loss of a pass, the pass, and its share of the batch's target tokens. It
@@ -99,11 +95,9 @@ def optimizer_step(
     parameters.
 
     Args:
-        task: the training.
         state: its state; the parameters have the gradients of :func:`forward_backward`.
         step: the number of the step, counted from 0.
         loss: the loss of the whole batch.
-        penalty: the penalties on outputs.
 
     Returns:
         The values that are logged with the step.

@@ -42,8 +42,6 @@ def write_report(
 
     Args:
         directory: the directory of the report.
-        runs: the runs to compare.
-        title: the title of the page.
         ks: the list lengths k of Hit@k and NDCG@k.
         columns: columns of the item or user table. Each adds a way to split the cases.
         paired: whether to refuse runs that answered different cases. Otherwise they are shown side by side

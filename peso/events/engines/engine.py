@@ -30,7 +30,6 @@ class Engine(ABC):
     """Computes the tables of an ingestion.
 
     Args:
-        connection: the database in which the log was read.
         work: an empty directory for temporary files.
     """
 

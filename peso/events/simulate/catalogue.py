@@ -161,7 +161,6 @@ def make_catalogue(items: int, stages: int, rng: np.random.Generator) -> Catalog
     Args:
         items: the number of items.
         stages: the number of stages over which they are released, including stage 0.
-        rng: the source of random numbers.
 
     Raises:
         DataError: there are fewer items than the smallest tree has leaves.

@@ -75,11 +75,9 @@ def simulate(
     """Simulate a log.
 
     Args:
-        users: the number of users.
         items: the number of items.
         stages: the number of stages, including stage 0.
         seed: the same seed, sizes and behavior give exactly the same log.
-        behaviour: how users behave.
 
     Raises:
         DataError: there are too few users or items for the number of stages.
@@ -152,9 +150,6 @@ def _draw(
         last: int64 (n,), the previous item of each user; None for the first event.
         stage: int64 (n,), the stage of each event.
         favourites: int64 (n, 3), the favorite leaves of each user.
-        market: the market.
-        behaviour: how users behave.
-        rng: the source of random numbers.
     """
     n = len(stage)
     trends = market.trending.shape[1]
@@ -202,7 +197,6 @@ def write_simulation(
     """Simulate a log and write it, the truth and the stream to an existing empty directory.
 
     Args:
-        directory: the directory to write to.
         users, items, stages, seed: see :func:`peso.events.simulate.simulate`. The manifest records them as
             ``source``.
         manifest: further contents of the manifest, see :func:`peso.events.stream.write_stream`.

@@ -111,8 +111,6 @@ def guess_time(sampled: Sampled, name: str, given: str = "auto") -> str | None:
     """The ``time_format`` of a column; None if its values are not times.
 
     Args:
-        sampled: the table.
-        name: the column.
         given: the configured format. A pattern is only compared with the values.
 
     Raises:
@@ -141,7 +139,6 @@ def guess_log(sampled: Sampled, given: dict[str, str], time_format: str = "auto"
     """Guess the columns of a log: ``user``, ``item``, ``time`` and, if there are any, ``rating``, ``kind``.
 
     Args:
-        sampled: the log.
         given: the columns that the user named; they are not guessed.
         time_format: the configured format of times.
 
@@ -174,7 +171,6 @@ def guess_items(sampled: Sampled, given: dict[str, list[str]], log: str | None) 
     ``text``.
 
     Args:
-        sampled: the product table.
         given: the columns that the user named; they are not guessed.
         log: the item column of the log if the log is also the product table; None if they are two files.
 

@@ -63,7 +63,6 @@ def count_plain_rows(file: Path, dialect: Dialect | None = None, keys: Sequence[
     Every byte is read, so damaged gzip files are detected.
 
     Args:
-        file: the file.
         dialect: the format of delimited text; None for JSON lines.
         keys: for JSON lines, keys that every row may have only once. The result is also None if a line may
             have one of them twice, or a key that is written with escapes.
@@ -119,8 +118,6 @@ def delimited_rows(
     If a record cannot be read, only its first line is lost: reading continues with the next line.
 
     Args:
-        file: the file.
-        dialect: the format of the text.
         width: the number of columns.
         check: when a quoted field counts as an error; None: never.
     """
@@ -162,7 +159,6 @@ def _quoted_record(
     Args:
         first: the first line of the record.
         lines: the lines after it.
-        dialect: the format of the text.
         looks_like_row: whether a line looks like a row.
         limit: the number of lines in the record that look like rows at which the record counts as unreadable;
             None for no limit.
@@ -199,7 +195,6 @@ def json_rows(
     """The objects of JSON lines, each with the number of its line.
 
     Args:
-        file: the file.
         read_line: reads a line that is not JSON; None for JSON.
     """
     read_line = read_line or _json_object

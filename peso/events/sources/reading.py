@@ -32,8 +32,6 @@ class Reading:
     """Reads a table with DuckDB if every line is a row, otherwise line by line.
 
     Args:
-        connection: the database.
-        table: the table to read.
         skip: whether to leave out lines that cannot be read instead of refusing the file.
         key: the column by which a line is recognized as a row
             (:class:`peso.events.sources.lines.QuoteCheck`).

@@ -112,7 +112,6 @@ class FileTable:
         """The column with this name.
 
         Args:
-            name: the name of the column.
             key: the key of the configuration that names it, for the message.
 
         Raises:
@@ -208,7 +207,6 @@ def jsonl_table(files: Sequence[Path], wanted: Sequence[str] | None = None) -> F
     """A table of JSON lines.
 
     Args:
-        files: the files.
         wanted: the keys to read from the objects; None for every key that occurs.
 
     Raises:

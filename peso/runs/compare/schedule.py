@@ -67,7 +67,6 @@ class Schedule:
     """Runs a plan.
 
     Args:
-        plan: the plan.
         executor: where the processes run.
         deadline: seconds since the epoch after which nothing is started; None: no limit.
         watch: called with all rows after every change.
