@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from peso.baselines.baseline import Setting, padded
 from peso.baselines.fitting import LossOf, Network
 from peso.config.model import MOST_EPOCHS
+from peso.config.parsing import new_key
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import LAYER, TRAINED
 
@@ -55,11 +56,10 @@ class SasRec(Network):
         patience: int = Field(
             5, ge=1, description="training stops after this many epochs without a better NDCG"
         )
-        negatives: int | None = Field(
+        negatives: int | None = new_key(
             None,
             ge=0,
             le=MOST_NEGATIVES,
-            exclude_if=lambda negatives: negatives is None,
             description="sampled negative items per step, with logQ correction; 0: full softmax over all "
             "items; default: 0 for catalogs of up to 5,000 items, 512 for larger ones",
         )

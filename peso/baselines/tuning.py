@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
 
 from peso.baselines.baseline import Baseline, batches, repeats_occur
+from peso.config.parsing import new_key
 from peso.evaluation.metrics import ndcg
 from peso.events.histories import Cases, Stage
 from peso.runtime.files import read_json_object, write_json
@@ -37,11 +37,10 @@ class Tuned(Baseline):
     """At most ``MOST_TRIALS`` settings, each with a value for every option that can be left open."""
 
     class Options(Baseline.Options):
-        trials: int = Field(
+        trials: int = new_key(
             MOST_TRIALS,
             ge=1,
             le=MOST_TRIALS,
-            exclude_if=lambda trials: trials == MOST_TRIALS,
             description="number of settings compared on validation for options without a value; 1: use "
             "the defaults",
         )

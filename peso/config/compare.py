@@ -17,7 +17,7 @@ from peso.config.baselines import Baselines
 from peso.config.data import expand_data
 from peso.config.executors import ExecutorConfig, ProcessesConfig, explain_executor
 from peso.config.parsing import Section, expand_name, read_tree, shown
-from peso.config.reading import explained, leaves, merged, nearest, override, place
+from peso.config.reading import explained, leaves, merged, override, place, unknown_key
 from peso.config.registry import UNKNOWN_NAME
 from peso.config.strategy import expand_strategy
 from peso.config.tree import Config, Seed
@@ -221,8 +221,7 @@ def _explain(problem: Any) -> str:
         return explain_executor(problem, "compare.executor", problem["loc"][1:])
     key, value = ".".join(parts), shown(problem.get("input"))
     if problem["type"] == "extra_forbidden":
-        names = [f"compare.{name}" for name in CompareConfig.model_fields]
-        return f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, names)!r}"
+        return unknown_key(key, value, [f"compare.{name}" for name in CompareConfig.model_fields])
     if problem["type"] == UNKNOWN_NAME:
         name, known = shown(problem["ctx"]["name"]), problem["ctx"]["known"]
         return f"{key}: {name} is unknown; known are {known}"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import date
-from functools import partial
-from operator import eq, not_
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from peso.config.parsing import Section, shown
+from peso.config.parsing import Section, new_key, shown
 from peso.config.registry import Registry
 
 MOST_STAGES = 10_000  # each stage is a directory and is trained
@@ -155,9 +153,7 @@ class ColumnsConfig(Section):
     time: Column = Field("time", description="the time of the event")
     rating: Column | None = Field(None, description="the rating; needed only for min_rating")
     # not written if it is the default, because earlier versions do not have this key
-    history: Column | None = Field(
-        None, exclude_if=partial(eq, None), description="sequences only: the list of items before `item`"
-    )
+    history: Column | None = new_key(None, description="sequences only: the list of items before `item`")
 
 
 class EventsConfig(Section):
@@ -218,8 +214,8 @@ class DataConfig(Section):
     )
     encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="csv only")
     # as above
-    quote: Annotated[Literal['"', "'", ""], BeforeValidator(_quote)] = Field(
-        '"', exclude_if=partial(eq, '"'), description="csv only; none: quotes are part of the text"
+    quote: Annotated[Literal['"', "'", ""], BeforeValidator(_quote)] = new_key(
+        '"', description="csv only; none: quotes are part of the text"
     )
     time_format: str = Field(
         "auto", description="auto, seconds, milliseconds, microseconds, iso, or a pattern such as %d/%m/%Y"
@@ -227,8 +223,8 @@ class DataConfig(Section):
     items: ItemTableConfig | None = Field(
         None, description="the product table, instead of that of the data set"
     )
-    events: EventsConfig | None = Field(
-        None, exclude_if=not_, description="the types of events that are used; by default, all"
+    events: EventsConfig | None = new_key(
+        None, description="the types of events that are used; by default, all"
     )
     min_rating: float | None = Field(None, description="leave out events with a lower rating")
     repeats: Literal["keep", "drop"] = Field(
@@ -246,10 +242,8 @@ class DataConfig(Section):
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="skip: unreadable rows are skipped and counted"
     )
-    engine: Literal["duckdb", "spark"] = Field(
-        "duckdb",
-        exclude_if=partial(eq, "duckdb"),
-        description="what cleans and cuts the log; spark for logs beyond one machine (extra: spark)",
+    engine: Literal["duckdb", "spark"] = new_key(
+        "duckdb", description="what cleans and cuts the log; spark for logs beyond one machine (extra: spark)"
     )
     simulate: SimulateConfig = SimulateConfig()
 

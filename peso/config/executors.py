@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from peso.config.parsing import Section, expand_name, shown
-from peso.config.reading import explained, nearest
+from peso.config.reading import explained, unknown_key
 from peso.errors import ConfigError
 
 
@@ -92,8 +92,7 @@ def explain_executor(problem: Any, key: str, loc: tuple[Any, ...]) -> str:
     full, value = ".".join(filter(None, [key, *parts])), shown(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         (section,) = [s for s in get_args(AnyExecutor) if s.model_fields["name"].default == name]
-        close = nearest(full, [f"{key}.{field}" for field in section.model_fields])
-        return f"unknown key {shown(full)} (value {value}); the nearest valid key is {close!r}"
+        return unknown_key(full, value, [f"{key}.{field}" for field in section.model_fields])
     if problem["type"] == "missing":
         return f"{full} is missing"
     if problem["type"].startswith("union_tag"):

@@ -5,20 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
-from operator import eq
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from peso.config.parsing import Section
+from peso.config.parsing import Section, new_key
 
 METRIC = re.compile(r"(hit|ndcg|mrr)@([1-9][0-9]{0,3})|log_probability")
 Margin = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _unset(value: Any) -> bool:
-    return value is None
 
 
 def _metric(name: str) -> str:
@@ -31,19 +25,13 @@ class GateSegmentsConfig(Section):
     """The groups of cases for which the new stage must not be worse, and the margin of each (relative to the
     stage that serves). A group that is not given is not checked."""
 
-    new_users: Margin | None = Field(None, exclude_if=_unset, description="users without an earlier event")
-    dormant_users: Margin | None = Field(
-        None, exclude_if=_unset, description="users with earlier events, but none in the stage before"
+    new_users: Margin | None = new_key(None, description="users without an earlier event")
+    dormant_users: Margin | None = new_key(
+        None, description="users with earlier events, but none in the stage before"
     )
-    continuing_users: Margin | None = Field(
-        None, exclude_if=_unset, description="users with events in the stage before"
-    )
-    new_items: Margin | None = Field(
-        None, exclude_if=_unset, description="cases whose target did not occur before the stage"
-    )
-    known_items: Margin | None = Field(
-        None, exclude_if=_unset, description="cases whose target occurred before the stage"
-    )
+    continuing_users: Margin | None = new_key(None, description="users with events in the stage before")
+    new_items: Margin | None = new_key(None, description="cases whose target did not occur before the stage")
+    known_items: Margin | None = new_key(None, description="cases whose target occurred before the stage")
 
     @model_validator(mode="before")
     @classmethod
@@ -67,63 +55,43 @@ class GateConfig(Section):
     new stage is not worse than the stage that serves by more than ``delta``
     (docs/how-to/gate-and-promote.md)."""
 
-    enabled: bool = Field(
-        False,
-        exclude_if=partial(eq, False),
-        description="true: `peso update` promotes a stage only if it passes the gate",
+    enabled: bool = new_key(
+        False, description="true: `peso update` promotes a stage only if it passes the gate"
     )
-    metric: Annotated[str, AfterValidator(_metric)] = Field(
-        "ndcg@10",
-        exclude_if=partial(eq, "ndcg@10"),
-        description="hit@K, ndcg@K, mrr@K, where K is at most decoding.beams, or log_probability",
+    metric: Annotated[str, AfterValidator(_metric)] = new_key(
+        "ndcg@10", description="hit@K, ndcg@K, mrr@K, where K is at most decoding.beams, or log_probability"
     )
-    delta: Margin = Field(
-        0.05,
-        exclude_if=partial(eq, 0.05),
-        description="how much worse the new stage may be, relative to the stage that serves",
+    delta: Margin = new_key(
+        0.05, description="how much worse the new stage may be, relative to the stage that serves"
     )
-    confidence: float = Field(
-        0.95,
-        ge=0.5,
-        lt=1,
-        exclude_if=partial(eq, 0.95),
-        description="one-sided confidence of every comparison of the gate",
+    confidence: float = new_key(
+        0.95, ge=0.5, lt=1, description="one-sided confidence of every comparison of the gate"
     )
-    cases: Literal["validation", "test"] = Field(
+    cases: Literal["validation", "test"] = new_key(
         "validation",
-        exclude_if=partial(eq, "validation"),
         description="the cases of the new stage that decide; results on test cases are always reported",
     )
-    segments: GateSegmentsConfig = Field(
-        GateSegmentsConfig(), exclude_if=lambda segments: segments == GateSegmentsConfig()
+    segments: GateSegmentsConfig = new_key(GateSegmentsConfig())
+    forgetting: Margin | None = new_key(
+        None, description="margin on the test cases of the stage that serves; none given: only reported"
     )
-    forgetting: Margin | None = Field(
-        None,
-        exclude_if=_unset,
-        description="margin on the test cases of the stage that serves; none given: only reported",
-    )
-    guards: Literal["no-harm", "proof"] = Field(
+    guards: Literal["no-harm", "proof"] = new_key(
         "no-harm",
-        exclude_if=partial(eq, "no-harm"),
         description="segments and forgetting refuse a stage if it is shown to be worse than the margin "
         "(no-harm), or if it is not shown to be within the margin (proof)",
     )
-    coverage: float | None = Field(
+    coverage: float | None = new_key(
         0.8,
         ge=0,
         le=1,
-        exclude_if=partial(eq, 0.8),
         description="smallest number of distinct recommended items, relative to the stage that serves; none "
         "given: not checked",
     )
-    anchor: Literal["any", "held"] = Field(
-        "any",
-        exclude_if=partial(eq, "any"),
-        description="held: the update's anchor, if it has one, must have had a measurable effect",
+    anchor: Literal["any", "held"] = new_key(
+        "any", description="held: the update's anchor, if it has one, must have had a measurable effect"
     )
-    drift: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    drift: Annotated[float, Field(gt=0, le=1)] | None = new_key(
         None,
-        exclude_if=_unset,
         description="warn, and alert, if the divergence of a stage's items from those of the previous stage "
         "is greater (Jensen-Shannon, in bits; set it above the values that `peso diagnose` shows for usual "
         "stages); none given: never",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from operator import eq
 from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from peso.config.model import WIDEST
-from peso.config.parsing import Section
+from peso.config.parsing import Section, new_key
 
 HASHING, FILES = "hashing", "vectors"  # the encoders that are not models
 
@@ -100,12 +98,12 @@ class ItemsConfig(Section):
     max_tokens: int = Field(256, ge=1, description="text encoders only: most tokens of an item that are read")
     vectors: list[str] = Field([], description="files of vectors, which are fused with those of the encoder")
     # written only if it is given, because earlier versions do not have this key
-    behavior: BehaviorConfig | None = Field(
-        None, exclude_if=partial(eq, None), description="none: codes are made from the items' contents alone"
+    behavior: BehaviorConfig | None = new_key(
+        None, description="none: codes are made from the items' contents alone"
     )
     # as above
-    refresh: RefreshConfig | None = Field(
-        None, exclude_if=partial(eq, None), description="none: the code of an existing item never changes"
+    refresh: RefreshConfig | None = new_key(
+        None, description="none: the code of an existing item never changes"
     )
     index: str | None = Field(
         None, description="an existing index.json, whose semantic IDs are used; nothing is fitted"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
-from operator import eq, not_
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from peso.config.parsing import Section
+from peso.config.parsing import Section, new_key
 from peso.errors import ConfigError
 
 # whether items of the history may be recommended; auto: only if a training target was one
@@ -43,17 +41,15 @@ class BackboneConfig(Section):
         None, ge=1, description="use only the first n layers; for scratch and tiny: the number of layers"
     )
     width: int | None = Field(None, ge=8, description="scratch and tiny only: the hidden width")
-    dropout: float | None = Field(
+    dropout: float | None = new_key(
         None,
         ge=0,
         lt=1,
-        exclude_if=lambda dropout: dropout is None,
         description="scratch and tiny only: dropout of the embeddings and of the outputs of attention and "
         f"feed-forward layers; none given: {SCRATCH_DROPOUT} for scratch, 0 for tiny and with pretrained",
     )
-    pretrained: str | None = Field(
+    pretrained: str | None = new_key(
         None,
-        exclude_if=lambda path: path is None,
         description="scratch and tiny only: a workspace whose stage 0 trained such a backbone, usually on "
         "another stream; the backbone is used as it is, frozen, and stage 0 trains an adapter",
     )
@@ -77,7 +73,7 @@ class BackboneConfig(Section):
         return tree
 
     @model_validator(mode="after")
-    def _has_pretrained_weights(self) -> BackboneConfig:
+    def _fits_together(self) -> BackboneConfig:
         if self.pretrained is not None and self.is_auto:
             raise ValueError(
                 "backbone.pretrained gives a backbone with its sizes, so backbone.name: auto has nothing to "
@@ -88,19 +84,11 @@ class BackboneConfig(Section):
                 f"backbone.pretrained is for {' and '.join(BUILT_IN)} only; {self.name!r} is pretrained "
                 "already, so leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_dropout_of_its_own(self) -> BackboneConfig:
         if self.dropout is not None and self.name not in (*BUILT_IN, AUTO):
             raise ValueError(
                 f"backbone.dropout is for {' and '.join(BUILT_IN)} only; {self.name!r} is trained by its "
                 "adapter, which has adapter.dropout"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_whole_heads(self) -> BackboneConfig:
         if self.width is not None and self.name not in (*BUILT_IN, AUTO):
             raise ValueError(
                 f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} has a fixed width"
@@ -170,34 +158,29 @@ class HeadConfig(Section):
         description="items only: number of negative items sampled for each forward pass, with a correction "
         "for the sampling; none given: a softmax over all items up to 100,000 items, beyond that 8,192",
     )
-    reads: bool | None = Field(
+    reads: bool | None = new_key(
         None,
-        exclude_if=lambda reads: reads is None,
         description="items only: whether the model also reads the vectors of the history's items, which are "
         "added to the embedding of each item's last code; none given: true",
     )
-    transitions: bool | None = Field(
+    transitions: bool | None = new_key(
         None,
-        exclude_if=lambda transitions: transitions is None,
         description="items only: whether counts of the transitions between items are used in addition to "
         "what the model has learned; none given: true",
     )
-    contents: bool = Field(
+    contents: bool = new_key(
         False,
-        exclude_if=not_,
         description="items only: whether a learned projection of an item's content vector, from which its "
         "semantic ID is made, is added to the item's vector; needs items with texts or vectors",
     )
-    arrivals: bool = Field(
+    arrivals: bool = new_key(
         False,
-        exclude_if=not_,
         description="items only: whether the probability of items that are new in a stage is corrected after "
         "training, because their share of the targets is larger in validation than in training",
     )
-    learning_rate_scale: float = Field(
+    learning_rate_scale: float = new_key(
         1.0,
         gt=0,
-        exclude_if=partial(eq, 1.0),
         description="items only: the learning rate of the item head, relative to that of the other rows of "
         "the vocabulary; below 1 where the head overfits before the codes are learned",
     )
@@ -243,20 +226,19 @@ class TrialsConfig(Section):
 class LaterTrainingConfig(Section):
     """The settings of the updates after stage 0. A key that is not given has the value of stage 0."""
 
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = new_key(
         None,
-        exclude_if=not_,
         description="auto: chosen by trials; none given: training.learning_rate x "
         "training.later_learning_rate_scale",
     )
-    epochs: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
-    rows_learning_rate_scale: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
-        None, exclude_if=not_, description="auto: chosen by trials; none given: as stage 0"
+    epochs: int | None = new_key(None, ge=1, description="none given: as stage 0")
+    rows_learning_rate_scale: Annotated[float, Field(gt=0)] | Literal["auto"] | None = new_key(
+        None, description="auto: chosen by trials; none given: as stage 0"
     )
-    batch_size: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
-    patience: int | None = Field(None, ge=1, exclude_if=not_, description="none given: as stage 0")
-    trials: TrialsConfig | None = Field(
-        None, exclude_if=not_, description="the trials for the values that are auto; unused if none is"
+    batch_size: int | None = new_key(None, ge=1, description="none given: as stage 0")
+    patience: int | None = new_key(None, ge=1, description="none given: as stage 0")
+    trials: TrialsConfig | None = new_key(
+        None, description="the trials for the values that are auto; unused if none is"
     )
 
     @model_validator(mode="before")
@@ -307,45 +289,35 @@ class TrainingConfig(Section):
         None, ge=1, description="validate on a random sample of this number of cases; none given: on all"
     )
     # not written if not used, so that the files of earlier versions stay the same
-    patience: int | None = Field(
+    patience: int | None = new_key(
         None,
         ge=1,
-        exclude_if=not_,
         description="end a stage after this number of epochs without a lower validation loss; none given: "
         "train all epochs",
     )
-    rows_learning_rate_scale: float = Field(
+    rows_learning_rate_scale: float = new_key(
         1.0,
         gt=0,
-        exclude_if=partial(eq, 1.0),
         description="the learning rate of the vocabulary's rows and the item head, relative to that of the "
         "adapter (or of the backbone where its weights are trained)",
     )
-    rows: Literal["semantic", "all"] = Field(
+    rows: Literal["semantic", "all"] = new_key(
         "semantic",
-        exclude_if=partial(eq, "semantic"),
         description="which rows of embedding and head are trained beside the adapter: those of the semantic "
         "tokens, or all, words included, as in the paper's released code (the paper's preset: all)",
     )
-    later: LaterTrainingConfig = Field(
-        LaterTrainingConfig(), exclude_if=lambda later: later == LaterTrainingConfig()
+    later: LaterTrainingConfig = new_key(LaterTrainingConfig())
+    gradient_checkpointing: bool = new_key(
+        False, description="use less memory for a third more computation; same results"
     )
-    gradient_checkpointing: bool = Field(
-        False, exclude_if=not_, description="use less memory for a third more computation; same results"
+    compile: bool | Literal["auto"] = new_key(
+        False, description="use torch.compile; auto: only on a GPU; results differ only by rounding"
     )
-    compile: bool | Literal["auto"] = Field(
-        False,
-        exclude_if=not_,
-        description="use torch.compile; auto: only on a GPU; results differ only by rounding",
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = new_key(
+        "auto", description="PyTorch threads on a CPU; auto: OMP_NUM_THREADS, else by the size of the model"
     )
-    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
-        "auto",
-        exclude_if=partial(eq, "auto"),
-        description="PyTorch threads on a CPU; auto: OMP_NUM_THREADS, else by the size of the model",
-    )
-    sharding: Literal["none", "full"] = Field(
+    sharding: Literal["none", "full"] = new_key(
         "none",
-        exclude_if=partial(eq, "none"),
         description="full: several processes share the weights of a frozen backbone, each stores a part "
         "(docs/how-to/several-processes.md); none: each stores all",
     )
@@ -383,12 +355,11 @@ class DecodingConfig(Section):
         10, ge=1, le=MOST_BEAMS, description="width of the beam search, and the most items in a ranked list"
     )
     # not written if not given, as above
-    batch_size: int | None = Field(
-        None, ge=1, exclude_if=not_, description="users decoded together; none given: 64, or 256 on a GPU"
+    batch_size: int | None = new_key(
+        None, ge=1, description="users decoded together; none given: 64, or 256 on a GPU"
     )
-    repeats: Repeats = Field(
+    repeats: Repeats = new_key(
         "auto",
-        exclude_if=partial(eq, "auto"),
         description="whether items of the history may be recommended; auto: only if some training target was "
         "one (the paper's preset: keep)",
     )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
+from operator import eq
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peso.errors import ConfigError
 
@@ -175,6 +177,17 @@ class Section(BaseModel):
             if too_large and int in kinds and not {float, str} & kinds:
                 raise ValueError(f"{key} is too large: the largest allowed count is {LARGEST:,}")
         return result
+
+
+def new_key(default: Any, **about: Any) -> Any:
+    """A field of a section that is written only if its value is not the default. Earlier versions do not have
+    the key, so the files of a run that does not use it stay the same.
+
+    Args:
+        default: the default.
+        about: further arguments of ``pydantic.Field``.
+    """
+    return Field(default, exclude_if=partial(eq, default), **about)
 
 
 def expand_name(value: Any) -> Any:

@@ -112,32 +112,28 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 
 
 def _absolute_paths(config: Config, base: Path | None) -> Config:
-    items = config.items.model_copy(
-        update={"vectors": [_absolute(path, base) for path in config.items.vectors]}
-    )
-    if items.encoder.startswith((".", "~", "/")):  # anything else may be a name on the hub
-        items = items.model_copy(update={"encoder": _absolute(items.encoder, base)})
-    if items.index is not None:
-        items = items.model_copy(update={"index": _absolute(items.index, base)})
-    config = config.model_copy(update={"items": items})
-    if (name := config.backbone.name) not in (*BUILT_IN, AUTO) and _is_backbone(name, base):
-        backbone = config.backbone.model_copy(update={"name": _absolute(name, base)})
-        config = config.model_copy(update={"backbone": backbone})
-    if config.backbone.pretrained is not None:
-        path = _absolute(config.backbone.pretrained, base)
-        backbone = config.backbone.model_copy(update={"pretrained": path})
-        config = config.model_copy(update={"backbone": backbone})
-    if config.report.users is not None:
-        users = _absolute(config.report.users, base)
-        config = config.model_copy(update={"report": config.report.model_copy(update={"users": users})})
-    if config.data.path is None:
-        return config
-    update: dict[str, Any] = {"path": _absolute(config.data.path, base)}
-    if config.data.items is not None:
-        table = config.data.items
-        update["items"] = table.model_copy(update={"path": _absolute(table.path, base)})
-    data = config.data.model_copy(update=update)
-    return config.model_copy(update={"data": data})
+    def absolute(section: Any, *keys: str) -> Any:
+        """The section with absolute paths at these keys; the section itself if it has none."""
+        given = {key: path for key in keys if (path := getattr(section, key)) not in (None, [])}
+        paths = {
+            key: [_absolute(each, base) for each in path] if isinstance(path, list) else _absolute(path, base)
+            for key, path in given.items()
+        }
+        return section.model_copy(update=paths) if paths else section
+
+    data, backbone = absolute(config.data, "path"), config.backbone.name
+    if data.items is not None:
+        data = data.model_copy(update={"items": absolute(data.items, "path")})
+    is_path = backbone not in (*BUILT_IN, AUTO) and _is_backbone(backbone, base)
+    is_file = config.items.encoder.startswith((".", "~", "/"))  # anything else may be a name on the hub
+    sections = {
+        "data": data,
+        "items": absolute(config.items, "vectors", "index", *["encoder"] * is_file),
+        "backbone": absolute(config.backbone, "pretrained", *["name"] * is_path),
+        "report": absolute(config.report, "users"),
+    }
+    changed = {name: each for name, each in sections.items() if each is not getattr(config, name)}
+    return config.model_copy(update=changed)
 
 
 def _is_backbone(name: str, base: Path | None) -> bool:
@@ -283,14 +279,18 @@ def nearest(key: str, names: Sequence[str]) -> str:
     return (difflib.get_close_matches(key[:80], names, n=1, cutoff=0) or names)[0]
 
 
+def unknown_key(key: str, value: str, names: Sequence[str]) -> str:
+    """A sentence about a key that is none of these names."""
+    return f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, names)!r}"
+
+
 def _explain(problem: Any) -> str:
     parts = [str(part) for part in problem["loc"]]
     if len(parts) > 1 and parts[0] == "baselines":
         del parts[1]  # the place in the list
     key, value, context = ".".join(parts), shown(problem.get("input")), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        close = nearest(key, valid_keys(parts=False))
-        return f"unknown key {shown(key)} (value {value}); the nearest valid key is {close!r}"
+        return unknown_key(key, value, valid_keys(parts=False))
     if problem["type"] == UNKNOWN_OPTION:
         *above, option = parts
         there = [".".join([*above, each]) for each in context["there"]]

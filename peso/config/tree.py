@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -22,7 +21,7 @@ from peso.config.model import (
     ReportConfig,
     TrainingConfig,
 )
-from peso.config.parsing import Section, expand_name
+from peso.config.parsing import Section, expand_name, new_key
 from peso.config.strategy import DEFAULT, StrategyConfig, strategy_options
 
 # what `strategy: paper` sets in other sections, beside training.loss_vocabulary (_default_loss_vocabulary)
@@ -38,21 +37,17 @@ class Config(Section):
     backbone: Annotated[BackboneConfig, BeforeValidator(expand_name)] = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
     adapter: AdapterConfig = AdapterConfig()
-    head: Annotated[HeadConfig, BeforeValidator(expand_name)] = Field(
-        HeadConfig(), exclude_if=lambda head: head == HeadConfig()
-    )
+    head: Annotated[HeadConfig, BeforeValidator(expand_name)] = new_key(HeadConfig())
     strategy: StrategyConfig = Field(default_factory=lambda: strategy_options(DEFAULT))
     training: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: Baselines = Field(default_factory=default_baselines, description="none: no baseline")
     report: ReportConfig = ReportConfig()
-    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
-        [],
-        exclude_if=not_,
-        description="experiment trackers, such as [tensorboard]; one run a stage (docs/how-to/track.md)",
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = new_key(
+        [], description="experiment trackers, such as [tensorboard]; one run a stage (docs/how-to/track.md)"
     )
-    gate: GateConfig = Field(GateConfig(), exclude_if=lambda gate: gate == GateConfig())
+    gate: GateConfig = new_key(GateConfig())
     seed: Seed = Field(0, description="fixes all random numbers; on the same machine, all results")
     data_seed: Seed | None = Field(
         None, description="seed of simulated data and semantic IDs; none given: seed"
@@ -81,52 +76,34 @@ class Config(Section):
         return {**tree, "items": {**items, "quantizer": "category-path"}}
 
     @model_validator(mode="after")
-    def _behavior_makes_ids(self) -> Config:
+    def _fits_together(self) -> Config:
         if self.items.behavior is not None and self.data.format == "peso-release":
             raise ValueError(
                 "items.behavior has no meaning for data.format: peso-release, whose data contain the "
                 "semantic IDs; remove it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _watched_modules_run_once(self) -> Config:
         if self.training.gradient_checkpointing and self.strategy.observing:
             raise ValueError(
                 f"training.gradient_checkpointing runs every module twice, but {self.strategy.observing} "
                 "observes every forward pass; turn one of them off"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _sharded_weights_are_frozen(self) -> Config:
         if self.training.sharding != "none" and self.backbone.trained_at_base:
             raise ValueError(
                 f"training.sharding: {self.training.sharding} is for a pretrained backbone, which stays "
                 f"frozen; stage 0 trains all weights of {self.backbone.name}, which fits one device. Set "
                 "training.sharding: none"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _lists_reach_k(self) -> Config:
         if max(self.evaluation.k) > self.decoding.beams:
             raise ValueError(
                 f"evaluation.k asks for {max(self.evaluation.k)} items, but decoding.beams is "
                 f"{self.decoding.beams}; give at least as many beams"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _gate_has_answers(self) -> Config:
-        if not self.gate.enabled:
-            return self
-        if not self.evaluation.enabled:
+        if self.gate.enabled and not self.evaluation.enabled:
             raise ValueError(
                 "gate.enabled needs tests, but evaluation.enabled is false; set evaluation.enabled: true, or "
                 "gate.enabled: false"
             )
-        if (self.gate.k or 0) > self.decoding.beams:
+        if self.gate.enabled and (self.gate.k or 0) > self.decoding.beams:
             raise ValueError(
                 f"gate.metric {self.gate.metric} needs {self.gate.k} items, but decoding.beams is "
                 f"{self.decoding.beams}; give at least as many beams"
