@@ -123,7 +123,15 @@ class Stage:
     def cases(self, part: Part, window: int) -> Cases:
         """The validation or test cases, one for each eligible user, with the last ``window`` items before the
         target."""
-        return self._cases(LEFT_OUT[part], window)
+        rows, from_end = self.eligible(), LEFT_OUT[part]
+        full = [np.concatenate([self.previous[i], self.current[i]]) for i in rows]
+        before = [f[: len(f) - from_end] for f in full]
+        return Cases(
+            [self.users[i] for i in rows],
+            [items[-window:] for items in before],
+            np.array([f[-from_end] for f in full], dtype=np.int32),
+            before,
+        )
 
     def validation_cases(self, window: int) -> Cases:
         return self.cases("validation", window)
@@ -142,17 +150,6 @@ class Stage:
         """
         full = [np.concatenate([p, c])[-window:] for p, c in zip(self.previous, self.current, strict=True)]
         return self.users, full
-
-    def _cases(self, from_end: int, window: int) -> Cases:
-        rows = self.eligible()
-        full = [np.concatenate([self.previous[i], self.current[i]]) for i in rows]
-        before = [f[: len(f) - from_end] for f in full]
-        return Cases(
-            [self.users[i] for i in rows],
-            [items[-window:] for items in before],
-            np.array([f[-from_end] for f in full], dtype=np.int32),
-            before,
-        )
 
 
 BASE_SHARE = 0.6  # the share of the events in stage 0; the rest is cut into equal parts
@@ -198,13 +195,14 @@ def cut_stages(
     by_user = by_time[np.argsort(users[by_time], kind="stable")]  # grouped by user, oldest first
     stage_of = np.empty(events, dtype=np.int64)
     stage_of[by_time] = np.searchsorted(bounds, np.arange(events), side="right")
-    return slice_stages(user_names, users[by_user], items[by_user], stage_of[by_user], stages)
+    stage = stage_slicer(user_names, users[by_user], items[by_user], stage_of[by_user], stages)
+    return list(map(stage, range(stages)))
 
 
-def slice_stages(
+def stage_slicer(
     user_names: list[str], users: np.ndarray, items: np.ndarray, stage_of: np.ndarray, stages: int
-) -> list[Stage]:
-    """The stages of events that are grouped by user, oldest first.
+) -> Callable[[int], Stage]:
+    """A function that returns a stage by its number, so that not all need to be in memory together.
 
     Args:
         user_names: the ids of the users.
@@ -213,14 +211,6 @@ def slice_stages(
         stage_of: int (events,), the stage of each event, ascending for each user.
         stages: the number of stages, including stage 0.
     """
-    return list(map(stage_slicer(user_names, users, items, stage_of, stages), range(stages)))
-
-
-def stage_slicer(
-    user_names: list[str], users: np.ndarray, items: np.ndarray, stage_of: np.ndarray, stages: int
-) -> Callable[[int], Stage]:
-    """A function that returns a stage by its number, so that not all need to be in memory together. The
-    arguments are those of :func:`slice_stages`."""
     values = items.astype(np.int32, copy=False)
     # counts[u, t]: events of user u in stage t. Because (user, stage) ascends, cumulative sums are positions.
     counts = np.bincount(users * stages + stage_of, minlength=len(user_names) * stages)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from peso.config import DataConfig, ItemColumnsConfig, ItemTableConfig
 from peso.errors import DataError
@@ -16,7 +17,7 @@ from peso.events.engines.engine import open_engine
 from peso.events.histories import user_disjoint
 from peso.events.loading import NO_ALIASES, Aliases, event_tables, load
 from peso.events.release import read_release
-from peso.events.simulate import EVENTS_FILE, write_simulation
+from peso.events.simulate import EVENTS_FILE, simulate, write_simulation
 from peso.events.sources import open_source
 from peso.events.stage_writer import (
     in_numbers,
@@ -28,7 +29,7 @@ from peso.events.stage_writer import (
 )
 from peso.events.stream import FORMAT, ITEMS_FILE, Stream, replace_stages, write_stream
 from peso.events.times import iso
-from peso.runtime.manifest import MANIFEST, write_manifest
+from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Observer, Silent
 
 
@@ -158,11 +159,11 @@ def _ingest_simulation(data: DataConfig, directory: Path, seed: int, observer: O
     """Write the simulated log and item table as files, and ingest them like any other log."""
     sizes = data.simulate
     source = {"format": "simulate", **sizes.model_dump(), "seed": seed}
-    with TemporaryDirectory() as temporary:  # not in the stream's directory, where the manifest lists all
-        aside = Path(temporary)
-        write_simulation(aside, sizes.users, sizes.items, sizes.stages, seed)
-        for path in [p for p in aside.iterdir() if p.is_file() and p.name not in (ITEMS_FILE, MANIFEST)]:
-            shutil.move(path, directory / path.name)
+    simulation = simulate(sizes.users, sizes.items, sizes.stages, seed)
+    write_simulation(simulation, directory)
+    with TemporaryDirectory() as aside:  # not in the stream's directory, where the manifest lists all
+        products = Path(aside) / ITEMS_FILE
+        pq.write_table(simulation.items, products)
         log = DataConfig.model_validate(
             {
                 "format": "parquet",
@@ -170,7 +171,7 @@ def _ingest_simulation(data: DataConfig, directory: Path, seed: int, observer: O
                 "stages": sizes.stages,
                 "engine": data.engine,
                 "items": ItemTableConfig(
-                    path=str(aside / ITEMS_FILE),
+                    path=str(products),
                     columns=ItemColumnsConfig(
                         item=columns.ITEM_ID,
                         title=columns.TITLE,

@@ -8,22 +8,6 @@ that is not updated, while dormant users return with the taste they had in stage
 """
 
 from peso.events.simulate.market import KINDS, Behaviour
-from peso.events.simulate.simulation import (
-    EVENTS_FILE,
-    TRUTH_FILE,
-    TRUTH_SUMMARY_FILE,
-    Simulation,
-    simulate,
-    write_simulation,
-)
+from peso.events.simulate.simulation import EVENTS_FILE, Simulation, simulate, write_simulation
 
-__all__ = [
-    "EVENTS_FILE",
-    "KINDS",
-    "TRUTH_FILE",
-    "TRUTH_SUMMARY_FILE",
-    "Behaviour",
-    "Simulation",
-    "simulate",
-    "write_simulation",
-]
+__all__ = ["EVENTS_FILE", "KINDS", "Behaviour", "Simulation", "simulate", "write_simulation"]

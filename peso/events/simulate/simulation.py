@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,6 @@ from peso.events.simulate.market import (
     make_shoppers,
     make_times,
 )
-from peso.events.stream import write_stream
 from peso.runtime.files import write_json
 
 RECENT = 20  # users rarely choose an item that is among their last 20
@@ -186,31 +184,11 @@ TRUTH = pa.schema(
 )
 
 
-def write_simulation(
-    directory: Path,
-    users: int = 600,
-    items: int = 400,
-    stages: int = 5,
-    seed: int = 0,
-    manifest: Mapping[str, Any] | None = None,
-) -> Simulation:
-    """Simulate a log and write it, the truth and the stream to an existing empty directory.
-
-    Args:
-        users, items, stages, seed: see :func:`peso.events.simulate.simulate`. The manifest records them as
-            ``source``.
-        manifest: further contents of the manifest, see :func:`peso.events.stream.write_stream`.
-
-    Raises:
-        DataError: there are too few users or items for the number of stages.
-    """
-    simulation = simulate(users, items, stages, seed)
+def write_simulation(simulation: Simulation, directory: Path) -> None:
+    """Write the log of a simulation and the truth behind it to an existing directory."""
     pq.write_table(simulation.events, directory / EVENTS_FILE)
     pq.write_table(_truth(simulation), directory / TRUTH_FILE)
     write_json(directory / TRUTH_SUMMARY_FILE, _summary(simulation))
-    source = {"format": "simulate", "users": users, "items": items, "stages": stages, "seed": seed}
-    write_stream(directory, simulation.items, simulation.stages, {"source": source, **(manifest or {})})
-    return simulation
 
 
 def _truth(simulation: Simulation) -> pa.Table:
