@@ -52,12 +52,10 @@ class Amazon2014(DataSet):
                     "check data.format"
                 )
             return Source(Log(table, "1", "2", "4", "3", time_format="seconds"), items)
-        keys = ["reviewerID", "asin", "unixReviewTime", "overall"]
+        keys = ("reviewerID", "asin", "unixReviewTime", "overall")
         table = dictionary_table([file], keys)
-        for key in keys:
-            table.require(key, "data.format (jsonl with data.columns reads other files)")
-        user, item, time, rating = keys
-        return Source(Log(table, user, item, time, rating, time_format="seconds"), items)
+        table.require_published(*keys)
+        return Source(Log(table, *keys, time_format="seconds"), items)
 
 
 def _log_file(path: Path) -> Path:

@@ -17,7 +17,6 @@ from peso.errors import DataError
 from peso.events.sources.files import ChoiceError, bare_suffix, first_of, require_content
 from peso.events.sources.lines import first_object
 from peso.events.sources.tables import (
-    PATH,
     DataSet,
     ItemTable,
     Log,
@@ -25,7 +24,7 @@ from peso.events.sources.tables import (
     csv_table,
     jsonl_table,
     parquet_table,
-    plain,
+    published_items,
 )
 
 # the folders of logs on the hub, seen from that of the data set
@@ -67,8 +66,7 @@ class Amazon2023(DataSet):
                     "data.columns"
                 )
             table = jsonl_table([log_file], [USER, ITEM, TIME, RATING])
-        for column in (USER, ITEM, TIME, RATING):
-            table.require(column, "data.format (csv or jsonl with data.columns reads other files)")
+        table.require_published(USER, ITEM, TIME, RATING)
         category = log_file.name.split(".")[0]
         meta = _meta_files(log_file.absolute().parent, category)
         return Source(Log(table, USER, ITEM, TIME, RATING), _items(meta) if meta else None)
@@ -109,12 +107,5 @@ def _items(files: list[Path]) -> ItemTable:
     found = [require_content(file) for file in files]
     parquet = bare_suffix(files[0]) == ".parquet"
     table = parquet_table(found) if parquet else jsonl_table(found, [ITEM, *documents])
-    for name in [ITEM, *(documents if parquet else [])]:
-        table.require(name, "data.format")
-    return ItemTable(
-        table,
-        ITEM,
-        plain(table, "title"),
-        plain(table, "features", "description"),
-        plain(table, "categories", join=PATH),
-    )
+    title, *texts, category = documents
+    return published_items(table, ITEM, title, texts, [category], optional=not parquet)

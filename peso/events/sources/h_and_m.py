@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peso.events.sources.files import find_named, first_of, require_content
-from peso.events.sources.tables import PATH, DataSet, ItemTable, Log, Source, csv_table, plain
+from peso.events.sources.tables import DataSet, ItemTable, Log, Source, csv_table, published_items
 
 ARTICLES = "articles.csv"
 TRANSACTIONS = "transactions_train.csv"
@@ -26,8 +26,7 @@ class HAndM(DataSet):
         """
         sales = find_named(path, TRANSACTIONS)
         table = csv_table([require_content(sales)], ",", header=True)
-        for name in ("customer_id", "article_id", "t_dat"):
-            table.require(name, "data.format (csv with data.columns reads other files)")
+        table.require_published("customer_id", "article_id", "t_dat")
         articles = first_of(sales.parent, ARTICLES)
         log = Log(table, "customer_id", "article_id", "t_dat", time_format="iso")
         return Source(log, _items(articles) if articles else None)
@@ -36,12 +35,4 @@ class HAndM(DataSet):
 def _items(file: Path) -> ItemTable:
     table = csv_table([require_content(file)], ",", header=True)
     path = ("index_group_name", "product_group_name", "product_type_name")
-    for name in ("article_id", "prod_name", "colour_group_name", "detail_desc", *path):
-        table.require(name, "data.format")
-    return ItemTable(
-        table,
-        "article_id",
-        plain(table, "prod_name"),
-        plain(table, "colour_group_name", "detail_desc"),
-        plain(table, *path, join=PATH),
-    )
+    return published_items(table, "article_id", "prod_name", ("colour_group_name", "detail_desc"), path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peso.events.sources.files import find_named, first_of, require_content
-from peso.events.sources.tables import PATH, DataSet, ItemTable, Log, Source, csv_table, plain
+from peso.events.sources.tables import DataSet, ItemTable, Log, Source, csv_table, published_items
 
 
 class KuaiRec(DataSet):
@@ -29,8 +29,7 @@ class KuaiRec(DataSet):
         """
         matrix = find_named(path, "big_matrix.csv", "data/big_matrix.csv")
         table = csv_table([require_content(matrix)], ",", header=True)
-        for name in ("user_id", "video_id", "timestamp", "watch_ratio"):
-            table.require(name, "data.format (csv with data.columns reads other files)")
+        table.require_published("user_id", "video_id", "timestamp", "watch_ratio")
         captions = first_of(matrix.parent, "kuairec_caption_category.csv")
         log = Log(table, "user_id", "video_id", "timestamp", "watch_ratio", time_format="seconds")
         return Source(log, _items(captions) if captions else None)
@@ -39,12 +38,4 @@ class KuaiRec(DataSet):
 def _items(file: Path) -> ItemTable:
     table = csv_table([require_content(file)], ",", header=True)
     path = [f"{level}_level_category_name" for level in ("first", "second", "third")]
-    for name in ("video_id", "caption", "manual_cover_text", "topic_tag", *path):
-        table.require(name, "data.format")
-    return ItemTable(
-        table,
-        "video_id",
-        plain(table, "caption"),
-        plain(table, "manual_cover_text", "topic_tag"),
-        plain(table, *path, join=PATH),
-    )
+    return published_items(table, "video_id", "caption", ("manual_cover_text", "topic_tag"), path)

@@ -47,8 +47,7 @@ class MovieLens(DataSet):
             return ratings_dat(log, first_of(folder, "movies.dat"))
         if log := first_of(folder, "ratings.csv"):
             table = csv_table([require_content(log)], ",", header=True)
-            for name in ("userId", "movieId", "rating", "timestamp"):
-                table.require(name, "data.format (csv with data.columns reads other files)")
+            table.require_published("userId", "movieId", "rating", "timestamp")
             return Source(
                 Log(table, "userId", "movieId", "timestamp", "rating"),
                 _latest(first_of(folder, "movies.csv")),

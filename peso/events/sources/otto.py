@@ -41,10 +41,8 @@ class Otto(DataSet):
                 "data.columns"
             )
         table = jsonl_table([require_content(file) for file in found], ["session", "events"])
-        session, events = (
-            table.require(name, "data.format (jsonl with data.columns reads other files)")
-            for name in ("session", "events")
-        )
+        table.require_published("session", "events")
+        session, events = table.columns["session"], table.columns["events"]
         # what is not a list is one event without an item, which is refused or skipped like any such row
         shape = f"""
             SELECT row_of_files, "user", event ->> 'aid' AS item, event ->> 'ts' AS "time",

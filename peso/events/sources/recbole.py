@@ -51,8 +51,7 @@ class RecBole(DataSet):
         items = _items(item) if item else None
         at = _fields(log)
         user = next((name for name in USERS if name in at), USERS[0])
-        for name in (user, "item_id"):
-            log.require(at.get(name, name), "data.format (csv with data.columns reads other files)")
+        log.require_published(at.get(user, user), at.get("item_id", "item_id"))
         roles = Roles(at[user], at["item_id"], at.get("timestamp"), at.get("item_id_list"))
         if roles.history is not None or roles.time is None:
             return Source(sequences(log, roles), items)

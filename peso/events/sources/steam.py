@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peso.errors import DataError
-from peso.events.sources.files import first_of, require_content
+from peso.events.sources.files import find_named, first_of, require_content
 from peso.events.sources.tables import LIST, DataSet, ItemTable, Log, Source, dictionary_table, plain
 
 REVIEWS = ("steam_reviews.json", "steam_new.json")
@@ -30,17 +29,12 @@ class Steam(DataSet):
         Raises:
             DataError: there is no file of reviews, or it lacks the published keys.
         """
-        given = Path(path)
-        folder = given if given.is_dir() else given.parent
-        reviews = first_of(folder, *REVIEWS) if given.is_dir() else given
-        if reviews is None:
-            raise DataError(f"{folder} has no {REVIEWS[0]}; give the folder of the Steam data set")
-        keys = ["username", "product_id", "date", "hours"]
+        reviews = find_named(path, *REVIEWS)
+        keys = ("username", "product_id", "date", "hours")
         table = dictionary_table([require_content(reviews)], keys)
-        for name in keys[:3]:
-            table.require(name, "data.format (jsonl with data.columns reads other files)")
-        games = first_of(folder, "steam_games.json")
-        log = Log(table, "username", "product_id", "date", "hours", time_format="iso")
+        table.require_published(*keys[:3])
+        games = first_of(reviews.parent, "steam_games.json")
+        log = Log(table, *keys, time_format="iso")
         return Source(log, _items(games) if games else None)
 
 

@@ -140,6 +140,11 @@ class FileTable:
         there = ", ".join(name if name and name == name.strip() else repr(name) for name in names)
         raise DataError(f"{self.files[0]} has no column {name!r}; it has {there}. Set {key}{hint}")
 
+    def require_published(self, *names: str) -> None:
+        """Check that the log of a data set has the columns with which it is published. Raises DataError."""
+        for name in names:
+            self.require(name, f"data.format ({self.kind} with data.columns reads other files)")
+
     def id(self, name: str, key: str) -> str:
         """SQL for the ids in a column as text; null for missing ids.
 
@@ -446,6 +451,29 @@ def plain(table: FileTable, *names: str, join: str = "\n") -> str:
     """SQL that joins the texts of columns; null if all are null. Lists in a column are joined, too."""
     parts = [f"nullif({_as_text(table.columns[name], join)}, '')" for name in names]
     return f"nullif(concat_ws({literal(join)}, {', '.join(parts)}), '')" if parts else "NULL"
+
+
+def published_items(
+    table: FileTable,
+    item: str,
+    title: str,
+    texts: Sequence[str],
+    path: Sequence[str],
+    *,
+    optional: bool = False,
+) -> ItemTable:
+    """The item table of a data set, with the columns with which it is published.
+
+    Args:
+        path: the columns of the category, from broad to narrow.
+        optional: whether the table may lack all columns but ``item``.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    for name in [item] if optional else [item, title, *texts, *path]:
+        table.require(name, "data.format")
+    return ItemTable(table, item, plain(table, title), plain(table, *texts), plain(table, *path, join=PATH))
 
 
 def _as_text(column: Column, join: str) -> str:

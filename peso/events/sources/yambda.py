@@ -31,8 +31,7 @@ class Yambda(DataSet):
             DataError: there is no such file, or it lacks the published columns.
         """
         table = parquet_table([require_content(find_named(path, *FILES))])
-        for name in ("uid", "item_id", "timestamp"):
-            table.require(name, "data.format (parquet with data.columns reads other files)")
+        table.require_published("uid", "item_id", "timestamp")
         if table.columns["item_id"].kind.endswith("]"):
             roles = Roles("uid", "item_id", "timestamp", listed=True, timed_each=True)
             return Source(sequences(table, roles, time_format="seconds"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peso.errors import DataError
-from peso.events.sources.files import first_of, require_content
-from peso.events.sources.tables import DataSet, ItemTable, Log, Source, jsonl_table, plain
+from peso.events.sources.files import find_named, first_of, require_content
+from peso.events.sources.tables import DataSet, ItemTable, Log, Source, jsonl_table, published_items
 
 REVIEWS = ("yelp_academic_dataset_review.json", "review.json")
 BUSINESSES = ("yelp_academic_dataset_business.json", "business.json")
@@ -25,27 +24,15 @@ class Yelp(DataSet):
         Raises:
             DataError: there is no review file, or it lacks the published fields.
         """
-        given = Path(path)
-        folder = given if given.is_dir() else given.parent
-        reviews = first_of(folder, *REVIEWS) if given.is_dir() else given
-        if reviews is None:
-            raise DataError(f"{folder} has no {REVIEWS[0]}; unpack the Yelp data set there")
-        table = jsonl_table([require_content(reviews)], ["user_id", "business_id", "date", "stars"])
-        for name in ("user_id", "business_id", "date", "stars"):
-            table.require(name, "data.format (jsonl with data.columns reads other files)")
-        log = Log(table, "user_id", "business_id", "date", "stars", time_format="iso")
-        businesses = first_of(folder, *BUSINESSES)
+        reviews = find_named(path, *REVIEWS)
+        names = ("user_id", "business_id", "date", "stars")
+        table = jsonl_table([require_content(reviews)], names)
+        table.require_published(*names)
+        log = Log(table, *names, time_format="iso")
+        businesses = first_of(reviews.parent, *BUSINESSES)
         return Source(log, _items(businesses) if businesses else None)
 
 
 def _items(file: Path) -> ItemTable:
     table = jsonl_table([require_content(file)], ["business_id", "name", "city", "categories"])
-    for name in ("business_id", "name", "city", "categories"):
-        table.require(name, "data.format")
-    return ItemTable(
-        table,
-        "business_id",
-        plain(table, "name"),
-        plain(table, "city"),
-        plain(table, "categories"),
-    )
+    return published_items(table, "business_id", "name", ["city"], ["categories"])
