@@ -104,12 +104,13 @@ def _wide(anchor: Tensor) -> Tensor:
 def softmax_kl(displacement: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """KL(softmax(a/τ + d) ‖ softmax(a/τ)) of every group, and its gradient with respect to d.
 
-    In float32, the relative error of the value is about 1e-7 to 1e-6 for any d, from 1e-6, where the KL is
-    5e-13, to displacements that move all of the mass. The error of the gradient (in norm) is at most 1e-5 of
-    the gradient plus 2⁻²³·max|d|·‖s‖. The second part is the rounding of d itself. It matters where many
-    values have moved by about the same large amount, for instance half of a group by 20 τ: the KL is then
-    nearly flat, and its gradient depends on differences that float32 does not hold. The gradient with respect
-    to v is the gradient with respect to d divided by τ.
+    In float32, the relative error of the value is about 1e-7 to 1e-6, from d of 1e-6, where the KL is 5e-13,
+    to displacements that move all of the mass. In general, the error of the value is at most 1e-5 of it plus
+    2⁻²³·max|d|·‖∂KL/∂d‖₁, and that of the gradient (in norm) at most 1e-5 of it plus 2⁻²³·max|d|·‖s‖. The
+    second parts are the rounding of d itself. They matter where many values have moved by about the same
+    large amount, for instance half of a group by 20 τ (a relative error of the gradient of 6e-4), or all of
+    it by 20 τ ± 0.001 τ (of the value, too): the KL is then nearly flat, and depends on differences that
+    float32 does not hold. The gradient with respect to v is the gradient with respect to d divided by τ.
 
     Args:
         displacement: d (groups, n), float32 or float64. It is overwritten.

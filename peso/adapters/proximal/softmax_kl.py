@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 class SoftmaxKL(DistanceTerm):
     """λ · Σ_g KL( softmax(v⁽ᵍ⁾/τ) ‖ softmax(a⁽ᵍ⁾/τ) ): the proximal term of PESO (arXiv 2510.25093).
 
-    A group is the flattened A, or the flattened B, of one module. The relative error of the value is at most
-    1e-5 at any distance and for any dtype of the parameters. So is that of the gradient, except where many
-    values have moved far by the same amount (:func:`~peso.adapters.proximal.metrics.softmax_kl` has the
-    bound). ::
+    A group is the flattened A, or the flattened B, of one module. The relative error of the value and of the
+    gradient is at most 1e-5 at any distance and for any dtype of the parameters, except where many values
+    have moved far by the same amount (:func:`~peso.adapters.proximal.metrics.softmax_kl` has the bounds). ::
 
         term = peso.SoftmaxKL(weight=2.0)
         term.anchor(model)                    # the current state: the end of the previous stage

@@ -33,10 +33,11 @@ class SaCaisr(Strategy):
     where z are the logits of all candidate tokens, centered and normalized, and T is ``temperature``.
 
     This follows the paper and the authors' code, with these differences. F is estimated once at the start of
-    the stage, and not as a moving average over batches. Only the adapter and the semantic vocabulary are
-    screened, because the backbone is frozen. A target is a code and not an item. All other targets of a pass
-    are negatives. Logits are centered, because they are defined up to a constant. The defaults are those of
-    the code, rounded.
+    the stage and from single targets, and not as a moving average over the squared gradients of batches. Only
+    the adapter and the semantic vocabulary are screened, because the backbone is frozen. A target is a code
+    and not an item. All other targets of a pass are negatives; the code takes the ``topk`` most similar ones,
+    and with its default of 0 there are none and the loss is 0. Logits are centered, because they are defined
+    up to a constant. The other defaults are those of the code, rounded.
     """
 
     name = "sa_caisr"

@@ -7,33 +7,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from peso.errors import TrainingError
 from peso.training.strategies.strategy import StageContext, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROW_NORM = 1 / math.sqrt(3)  # the norm of a row of A in PEFT's initialization
-NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding errors
+Gradients = dict[str, "Tensor"]  # of the loss with respect to the weight of each module, by its name
+LEAST = 1e-30  # keeps divisions by the norm of a zero gradient finite
 
 
 class Slice(Strategy):
-    """A new adapter along the strongest directions on which new and old gradients agree (SLICE).
+    """A new adapter along directions of the new gradient that do not conflict with the old one (SLICE).
 
-    The weights of stage t are W + s Σ_{i<t} B_i A_i + s B_t A_t. For each module, G is the mean gradient of
-    the loss with respect to the weight over ``examples`` single targets of the new stage, and G' is the same
-    over an equal number of targets of all earlier stages. If they conflict, ⟨G, G'⟩ < 0, each loses its
-    component along the other (PCGrad, Yu et al. 2020, arXiv 2001.06782). The rows of A_t are the first right
-    singular vectors of the sum of both, with the norm of PEFT's initialization. B_t is initially zero, so a
-    stage starts with the function of the previous one, and the first gradient of B_t is in the span of the
-    left singular vectors.
+    For each module, G is the mean gradient of the loss with respect to the weight over ``examples`` single
+    targets of the new stage, and G' is that over as many targets of the earlier stages, in equal parts. If
+    they conflict, ⟨G, G'⟩ < 0, the new gradient loses its component along the old one (PCGrad, Yu et al.
+    2020, arXiv 2001.06782), or the part ``correction`` of it:
 
-    This is implemented from the abstract, which mentions gradients of the current task and of a replay
-    buffer, "a projection operator" and a truncated SVD. The use of PCGrad for each module, and B = 0, are
-    choices of this implementation. The buffer is drawn from the log of earlier stages.
+        P = G + correction · max(0, -⟨G, G'⟩) / ‖G'‖² · G'
+
+    The inner product is over all modules, or separate for each, as ``scope`` says. With P = U S Vᵀ and rank
+    r, the adapter starts from
+
+        B⁰ = β (u_1 … u_r),  A⁰ = β (v_{r+1} … v_{2r})ᵀ,  β⁴ = log_m(r) · Var(W) / Var(B⁰A⁰ / β²)
+
+    where m is the smaller size of the weight W. The product B⁰A⁰ is subtracted from the frozen weights, so a
+    stage starts with the function of the previous one:
+
+        W + s Σ_{i<t} (B_i A_i - B_i⁰ A_i⁰) + s (B_t A_t - B_t⁰ A_t⁰)
+
+    This follows the authors' code with its settings for the main results of the paper. There, gradients are
+    those of batches, the scale s is alpha / √rank, adapters are merged into the weights after each stage, and
+    Var(W) is that of the merged weights.
     """
 
     name = "slice"
@@ -42,28 +52,48 @@ class Slice(Strategy):
 
     class Options(Strategy.Options):
         examples: int = Field(128, ge=1, description="number of targets for each of the two mean gradients")
+        correction: float = Field(
+            1.0, ge=0, le=1, description="part of the conflicting component that is removed: 1 is PCGrad"
+        )
+        scope: Literal["all", "module"] = Field(
+            "all", description="whether gradients conflict over all modules, or for each module separately"
+        )
 
     options: Options
+    _cosine = math.nan
 
     def begin(self, context: StageContext) -> None:
-        from torch import no_grad
-
         from peso.adapters.groups import lora_layers
-        from peso.adapters.lora import TRAINED, start_new_adapter
+        from peso.adapters.lora import Past, put_adapter, put_past, read_adapter, start_new_adapter
 
-        start_new_adapter(context.backbone, context.memory, (context.seed, context.number))
-        # B is zero, so the gradients are those of the previous stage's model
+        past = start_new_adapter(context.backbone, context.memory, (context.seed, context.number))
+        # B is zero here, so the gradients are those of the previous stage's model
         new, old = self._gradients(context)
-        with no_grad():
-            for name, layer in lora_layers(context.backbone).items():
-                down = layer.lora_A[TRAINED].weight
-                gradient = reconciled(new[name], old[name])
-                if layer.fan_in_fan_out:  # GPT-2's layers have transposed weights
-                    gradient = gradient.T
-                rows = strongest_inputs(gradient, len(down))
-                down[: len(rows)] = ROW_NORM * rows.to(down)
+        self._cosine = float(inner(new, old) / (inner(new, new) * inner(old, old)).sqrt().clamp_min(LEAST))
+        projected = without_conflict(new, old, self.options.correction, self.options.scope)
+        drawn = read_adapter(context.backbone)
+        (rank,), down, up = drawn.ranks, {}, {}
+        for name, layer in lora_layers(context.backbone).items():
+            # GPT-2's layers have transposed weights
+            gradient = projected[name].T if layer.fan_in_fan_out else projected[name]
+            if min(gradient.shape) < 2 * rank:
+                raise TrainingError(
+                    f"strategy slice needs {2 * rank} singular directions of each weight (twice adapter.rank), "
+                    f"but {name} has {min(gradient.shape)}: use a smaller rank, or leave the layer out of "
+                    "adapter.targets"
+                )
+            variance = float(layer.get_base_layer().weight.detach().float().var())
+            down[name], up[name] = (part.cpu() for part in initial_factors(gradient, rank, variance))
+        put_adapter(context.backbone, Past(down, up, drawn.ranks, drawn.magnitudes))
+        offset = Past(down, up, drawn.ranks, -drawn.magnitudes)
+        past = offset if past is None else past + offset
+        put_past(context.backbone, past)
+        context.memory.update(past.state())
 
-    def _gradients(self, context: StageContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def figures(self) -> dict[str, float]:
+        return {} if math.isnan(self._cosine) else {"cosine_of_gradients": self._cosine}
+
+    def _gradients(self, context: StageContext) -> tuple[Gradients, Gradients]:
         """The mean gradients with respect to each module's weight, of the new stage and of earlier stages."""
         from peso.adapters.groups import lora_layers
 
@@ -87,7 +117,7 @@ class Slice(Strategy):
         return new, old
 
 
-def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Iterable[Tensor]) -> Gradients:
     """The mean of the gradients of the losses by name, in float32, with the shapes of the weights."""
     from torch import float32, zeros_like
     from torch.autograd import grad
@@ -101,21 +131,42 @@ def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Iterable[Tensor]
     return {name: total.div_(count) for name, total in zip(weights, sums, strict=True)}
 
 
-def reconciled(one: Tensor, other: Tensor) -> Tensor:
-    """one + other. If their inner product is negative, each without its component along the other."""
-    product = (one * other).sum()
-    if product >= 0:
-        return one + other
-    return (one - product / other.square().sum() * other) + (other - product / one.square().sum() * one)
+def inner(one: Gradients, other: Gradients) -> Tensor:
+    """⟨one, other⟩ over all modules, float64, 0-d."""
+    from torch import stack
+
+    return stack([(gradient.double() * other[name]).sum().cpu() for name, gradient in one.items()]).sum()
 
 
-def strongest_inputs(gradient: Tensor, count: int) -> Tensor:
-    """The first right singular vectors of a matrix (out, in) as rows (count, in), in float32. There are fewer
-    if its rank is lower. Their signs are such that the largest entry is positive."""
+def without_conflict(new: Gradients, old: Gradients, correction: float, scope: str) -> Gradients:
+    """The new gradients without the part ``correction`` of their component along the old ones, if that is
+    negative; see :class:`Slice`."""
+    if scope == "module":
+        return {name: _without(new, old, correction, [name])[name] for name in new}
+    return _without(new, old, correction, list(new))
+
+
+def _without(new: Gradients, old: Gradients, correction: float, names: list[str]) -> Gradients:
+    of_new, of_old = ({name: gradients[name] for name in names} for gradients in (new, old))
+    factor = correction * (-inner(of_new, of_old)).clamp_min(0) / inner(of_old, of_old).clamp_min(LEAST)
+    return {name: gradient + float(factor) * old[name] for name, gradient in of_new.items()}
+
+
+def initial_factors(gradient: Tensor, rank: int, variance: float) -> tuple[Tensor, Tensor]:
+    """A⁰ (rank, in) and B⁰ (out, rank) in float32; see :class:`Slice`.
+
+    Args:
+        gradient: P, (out, in), with at least 2 · rank rows and columns.
+        rank: r.
+        variance: Var(W), of the entries of the weight.
+    """
     from torch.linalg import svd
 
-    _, values, rows = svd(gradient.double(), full_matrices=False)
-    rows = rows[:count][values[:count] > NEGLIGIBLE * values[0].clamp_min(1e-300)]
-    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    result: Tensor = rows * largest.sign()
-    return result.float()
+    left, _, right = svd(gradient.double(), full_matrices=False)
+    up, down = left[:, :rank], right[rank : 2 * rank]
+    # the signs of singular vectors are arbitrary: the largest entry is positive
+    up = up * up.gather(0, up.abs().argmax(0, keepdim=True)).sign()
+    down = down * down.gather(1, down.abs().argmax(1, keepdim=True)).sign()
+    share = math.log(max(rank, 2)) / math.log(min(gradient.shape))
+    beta = (share * variance / (up @ down).var()) ** 0.25
+    return (beta * down).float(), (beta * up).float()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from strategy_runs import RANK, SCALE, STILL, Runs, changes_at, factors, state
 
 from peso.adapters.groups import lora_layers
 from peso.adapters.lora import Past
+from peso.errors import TrainingError
+from peso.runs import pipeline
 from peso.runs.models import context_of, starting_model
 from peso.training.strategies.slao import orthonormal_rows
-from peso.training.strategies.slice import ROW_NORM, reconciled, strongest_inputs
+from peso.training.strategies.slice import initial_factors, without_conflict
 
 pytestmark = pytest.mark.slow
 
@@ -59,24 +62,52 @@ def test_a_stage_starts_from_the_orthogonal_basis_of_the_last_and_from_its_b(run
 # --- slice ----------------------------------------------------------------------------------------------
 
 
-def test_gradients_that_agree_are_added_and_others_lose_what_conflicts() -> None:
-    one, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
-    torch.testing.assert_close(reconciled(one, other), one + other)
-    against = torch.tensor([[-1.0, 0.0]])
-    result = reconciled(one, against)
-    # (1, 2) without its part along (-1, 0) is (0, 2); (-1, 0) without that along (1, 2) is (-0.8, 0.4)
-    torch.testing.assert_close(result, torch.tensor([[-0.8, 2.4]]))
-    assert (result * one).sum() >= 0
-    assert (result * against).sum() >= 0
+def test_a_conflict_is_removed_from_the_new_gradient_alone() -> None:
+    new = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[0.0, -4.0]])}
+    old = {"a": torch.tensor([[3.0, 1.0]]), "b": torch.tensor([[0.0, 2.0]])}
+    # over all modules ⟨new, old⟩ = 5 - 8 = -3 and ‖old‖² = 14; of module a alone nothing conflicts
+    everything = without_conflict(new, old, 1.0, "all")
+    for name in new:
+        torch.testing.assert_close(everything[name], new[name] + 3 / 14 * old[name])
+    half = without_conflict(new, old, 0.5, "all")
+    torch.testing.assert_close(half["a"], new["a"] + 3 / 28 * old["a"])
+    each = without_conflict(new, old, 1.0, "module")
+    torch.testing.assert_close(each["a"], new["a"])
+    torch.testing.assert_close(each["b"], torch.zeros(1, 2))
+    agreeing = without_conflict({"a": new["a"]}, {"a": old["a"]}, 1.0, "all")
+    torch.testing.assert_close(agreeing["a"], new["a"])
+    nothing = {"a": torch.zeros(1, 2)}
+    torch.testing.assert_close(without_conflict(new, nothing | {"b": nothing["a"]}, 1.0, "all")["b"], new["b"])
 
 
-def test_strongest_inputs_are_right_singular_vectors() -> None:
-    matrix = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    rows = strongest_inputs(matrix, 3)
-    _, _, true = torch.linalg.svd(matrix)
-    torch.testing.assert_close((rows @ true[:3].T).abs(), torch.eye(3), atol=1e-5, rtol=0)
-    assert len(strongest_inputs(torch.outer(matrix[:, 0], matrix[0]), 3)) == 1
-    assert len(strongest_inputs(torch.zeros(4, 4), 3)) == 0
+def reference_factors(gradient: np.ndarray, rank: int, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A⁰ and B⁰ up to the signs of their rows and columns: from the eigenvectors of P Pᵀ and Pᵀ P."""
+    p = gradient.astype(np.float64)
+    left = np.linalg.eigh(p @ p.T)[1][:, ::-1][:, :rank]
+    right = np.linalg.eigh(p.T @ p)[1][:, ::-1][:, rank : 2 * rank].T
+    wanted = math.log(rank, min(p.shape)) * weight.astype(np.float64).var(ddof=1)
+    beta = (wanted / (left @ right).var(ddof=1)) ** 0.25
+    return beta * right, beta * left
+
+
+def alike(found: torch.Tensor, expected: np.ndarray, axis: int) -> bool:
+    """Whether the rows (axis 0) or columns (axis 1) are equal up to their signs."""
+    a, b = (np.moveaxis(np.asarray(x, np.float64), axis, 0) for x in (found, expected))
+    signs = np.sign((a * b).sum(1, keepdims=True))
+    return bool(np.allclose(a, signs * b, rtol=2e-3, atol=2e-3 * np.abs(b).max()))
+
+
+def test_the_factors_are_disjoint_singular_directions_with_the_variance_of_the_weight() -> None:
+    gradient, weight = torch.randn(12, 9), torch.randn(12, 9) / 3
+    down, up = initial_factors(gradient, 3, float(weight.var()))
+    a, b = reference_factors(gradient.numpy(), 3, weight.numpy())
+    assert alike(down, a, 0)
+    assert alike(up, b, 1)
+    wanted = math.log(3) / math.log(9) * float(weight.var())
+    assert float((up @ down).var()) == pytest.approx(wanted, rel=1e-5)
+    again = initial_factors(-gradient, 3, float(weight.var()))  # signs do not depend on the decomposition
+    torch.testing.assert_close(again[0], down)
+    torch.testing.assert_close(again[1], up)
 
 
 def plain_gradients(workspace: Any, stage: int, counts: dict[int, int]) -> dict[str, torch.Tensor]:
@@ -93,23 +124,56 @@ def plain_gradients(workspace: Any, stage: int, counts: dict[int, int]) -> dict[
     return {name: torch.as_tensor(layer.get_base_layer().weight.grad) for name, layer in layers.items()}
 
 
-def test_a_is_the_basis_of_the_reconciled_gradients_and_b_zero(runs: Runs) -> None:
-    """At stage 1, where the model of the last stage is one adapter."""
+def test_a_stage_starts_from_the_factors_of_the_projected_gradient(runs: Runs) -> None:
+    """At stage 1, where the model of the last stage is one adapter; in NumPy."""
     still = runs({"name": "slice", "examples": 12}, STILL)
-    new, old = plain_gradients(still, 1, {1: 12}), plain_gradients(still, 1, {0: 12})
+    new, old = ({m: g.double().numpy() for m, g in plain_gradients(still, 1, {n: 12}).items()} for n in (1, 0))
+    product = sum((new[module] * old[module]).sum() for module in new)
+    size = sum((old[module] ** 2).sum() for module in new)
+    layers = lora_layers(starting_model(still.stage(1)).backbone)
     for module, (a, b) in factors(still, 1).items():
-        assert b.abs().max() < 1e-29
-        expected = strongest_inputs(reconciled(new[module], old[module]), RANK) * ROW_NORM
-        torch.testing.assert_close(a, expected, atol=1e-4, rtol=0)
+        projected = new[module] + max(0.0, -product) / size * old[module]
+        weight = layers[module].get_base_layer().weight.detach().numpy()
+        down, up = reference_factors(projected, RANK, weight)
+        assert alike(a, down, 0), module
+        assert alike(b, up, 1), module
+    cosine = still.stage(1).metrics["training"]["strategy"]["cosine_of_gradients"]
+    norm = math.sqrt(size * sum((new[module] ** 2).sum() for module in new))
+    assert cosine == pytest.approx(product / norm, rel=1e-3)
 
 
-def test_slice_answers_with_the_sum_of_all_adapters(runs: Runs) -> None:
-    workspace = runs({"name": "slice", "examples": 12})
+@pytest.mark.parametrize("backbone", ["pretrained", "tiny"])
+def test_a_stage_starts_with_the_function_of_the_last(runs: Runs, backbone: str) -> None:
+    """A stage that learns nothing ends as it begins."""
+    still = runs({"name": "slice", "examples": 12}, STILL, backbone=backbone)
+    first = 0 if backbone == "pretrained" else 1
+    for stage in (first + 1, 3):
+        before = changes_at(still, first) if backbone == "pretrained" else None
+        for module, change in changes_at(still, stage).items():
+            expected = before[module] if before else torch.zeros_like(change)
+            torch.testing.assert_close(change, expected, atol=1e-5, rtol=0)
+            assert factors(still, stage)[module][1].abs().max() > 1e-3
+
+
+def test_slice_answers_with_the_sum_of_what_each_adapter_learned(runs: Runs) -> None:
+    learning = runs({"name": "slice", "examples": 12})
     for stage in (1, 2, 3):
-        past = Past.of_state(state(workspace, stage))
+        past = Past.of_state(state(learning, stage))
         assert past is not None
-        assert past.ranks == (RANK,) * stage
-        for module, change in changes_at(workspace, stage).items():
-            parts = [factors(workspace, i)[module] for i in range(stage + 1)]
-            expected = SCALE * sum(b @ a for a, b in parts)
-            torch.testing.assert_close(change, expected, atol=2e-6, rtol=1e-5)
+        assert past.ranks == (RANK,) * (2 * stage)  # of stage 0; then pairs of a start and what was learned
+        torch.testing.assert_close(past.magnitudes[1::2], torch.full((stage,), -SCALE))
+        for module, change in changes_at(learning, stage).items():
+            parts = [SCALE * b @ a for b, a in (factors(learning, i)[module][::-1] for i in range(stage + 1))]
+            starts = [
+                SCALE * up @ down
+                for up, down in zip(
+                    past.up[module].split(RANK, 1)[1::2], past.down[module].split(RANK)[1::2], strict=True
+                )
+            ]
+            torch.testing.assert_close(change, sum(parts) - sum(starts), atol=2e-5, rtol=1e-4)
+
+
+def test_a_rank_without_enough_directions_is_refused(runs: Runs, tmp_path: Any) -> None:
+    workspace = runs.start(tmp_path / "w", {"name": "slice", "examples": 2}, "adapter.rank=17")
+    with pytest.raises(TrainingError, match="needs 34 singular directions .* has 32"):
+        pipeline.run(workspace)
