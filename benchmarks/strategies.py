@@ -51,6 +51,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "o_lora": {"name": "o_lora"},
     "lsat": {"name": "lsat"},
     "replay": {"name": "replay", "budget": 100},
+    "recent": {"name": "recent"},
     "distill": {"name": "distill"},
     "blend": {"name": "blend"},
     "ema": {"name": "ema"},

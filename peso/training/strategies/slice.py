@@ -78,7 +78,7 @@ class Slice(Strategy):
             gradient = projected[name].T if layer.fan_in_fan_out else projected[name]
             if min(gradient.shape) < 2 * rank:
                 raise TrainingError(
-                    f"strategy slice needs {2 * rank} singular directions of each weight (twice adapter.rank), "
+                    f"strategy slice needs {2 * rank} singular directions of a weight (twice adapter.rank), "
                     f"but {name} has {min(gradient.shape)}: use a smaller rank, or leave the layer out of "
                     "adapter.targets"
                 )

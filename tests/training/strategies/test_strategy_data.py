@@ -25,6 +25,7 @@ from peso.runtime.manifest import replace_file
 from peso.training.batches import cut
 from peso.training.plan import StageExamples
 from peso.training.strategies.inf_lora import InfLora
+from peso.training.strategies.recent import Recent, latest
 from peso.training.strategies.replay import Replay, stored, trimmed
 from peso.training.strategies.retrain import Retrain
 from peso.training.strategies.strategy import StageContext
@@ -119,6 +120,41 @@ def test_a_run_keeps_no_more_than_the_budget(runs: Runs) -> None:
         stream = workspace.stream
         assert seen == sum(len(stream.stage(earlier).training_sequences()) for earlier in range(stage))
         assert all(sequence.first_target <= window for sequence in kept)
+
+
+@given(targets=st.lists(st.integers(0, 9), max_size=12), count=st.integers(0, 60), seed=st.integers(0, 9))
+def test_the_latest_targets_are_taken_from_the_end_of_every_sequence_alike(
+    targets: list[int], count: int, seed: int
+) -> None:
+    sequences = [
+        TargetSequence(str(user), np.arange(3 + number, dtype=np.int32), 3)
+        for user, number in enumerate(targets)
+    ]
+    found = latest(sequences, count, np.random.default_rng(seed))
+    taken = {int(sequence.user): sequence.targets for sequence in found}
+    assert sum(taken.values()) == min(count, sum(targets))
+    assert all(0 < number <= targets[user] for user, number in taken.items())
+    for sequence in found:  # the history before the first target is complete
+        assert sequence.items.tolist() == sequences[int(sequence.user)].items.tolist()
+    shortened = [taken.get(user, 0) for user, number in enumerate(targets) if taken.get(user, 0) < number]
+    assert all(number <= min(shortened, default=9) + 1 for number in taken.values())
+
+
+def test_recent_replays_a_share_of_the_new_targets_from_the_last_stage_alone(runs: Runs) -> None:
+    workspace = runs({"name": "recent", "share": 0.5})
+    examples = examples_at(workspace, 2)
+    plain = StageContext(2, nn.Identity(), 0, examples=examples)
+    chosen = Recent(share=0.5).choose(plain)
+    new, before = (workspace.stream.stage(number).training_sequences() for number in (2, 1))
+    assert chosen is not None
+    assert [s.user for s in chosen[: len(new)]] == [s.user for s in new]
+    replayed = chosen[len(new) :]
+    assert sum(s.targets for s in replayed) == round(0.5 * sum(s.targets for s in new))
+    last = {s.user: s.items.tolist() for s in before}
+    assert all(last[s.user] == s.items.tolist() for s in replayed)
+    assert state(workspace, 2) == {}
+    other = dataclasses.replace(plain, seed=1)
+    assert [s.targets for s in Recent(share=0.5).choose(other)[len(new) :]] != [s.targets for s in replayed]
 
 
 def examples_at(workspace: Workspace, stage: int) -> StageExamples:
