@@ -6,7 +6,7 @@ The file has its own lock, so that a promotion does not wait for an update in pr
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -176,20 +176,7 @@ def promote(
             before = latest.stage
             if (number, pinned, determined_by) == (before, latest.pinned, latest.determined_by):
                 return False
-        _record(
-            workspace,
-            known,
-            Change(
-                stage=number,
-                before=before,
-                time=timestamp(),
-                by=by,
-                reason=reason,
-                forced=missed is not None,
-                pinned=pinned,
-                determined_by=determined_by,
-            ),
-        )
+        _record(stage, known, before, by, reason, forced=missed is not None, pinned=pinned)
     return True
 
 
@@ -199,15 +186,7 @@ def serve_from_now(workspace: Workspace, reason: str) -> None:
     with in_turn(workspace.root / SERVED_LOCK):
         known, newest = served(workspace), workspace.trained()
         if known.current is None:
-            change = Change(
-                stage=newest.number,
-                before=None,
-                time=timestamp(),
-                by="gate",
-                reason=reason,
-                determined_by=newest.determined_by,
-            )
-            _record(workspace, known, change)
+            _record(newest, known, None, "gate", reason)
 
 
 def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = False) -> Change:
@@ -229,17 +208,7 @@ def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = 
                 f"number: `peso promote -w {workspace.root} --stage T`"
             )
         _require_weights(workspace.stage(target))
-        change = Change(
-            stage=target,
-            before=known.current,
-            time=timestamp(),
-            by="rollback",
-            reason=reason,
-            pinned=pinned,
-            determined_by=workspace.stage(target).determined_by,
-        )
-        _record(workspace, known, change)
-    return change
+        return _record(workspace.stage(target), known, known.current, "rollback", reason, pinned=pinned)
 
 
 def previous(workspace: Workspace, known: Served | None = None) -> int | None:
@@ -283,7 +252,19 @@ def _require_weights(stage: RunStage) -> None:
         intact(stage.directory, name, manifest)
 
 
-def _record(workspace: Workspace, known: Served, change: Change) -> None:
-    changes = [*known.changes, change]
-    content: dict[str, Any] = {"changes": [each.model_dump(mode="json", by_alias=True) for each in changes]}
-    write_record(workspace.root / SERVED, FORMAT, content)
+def _record(
+    stage: RunStage, known: Served, before: int | None, by: By, reason: str | None, **flags: bool
+) -> Change:
+    """Add the change to a stage to ``served.json``."""
+    change = Change(
+        stage=stage.number,
+        before=before,
+        time=timestamp(),
+        by=by,
+        reason=reason,
+        determined_by=stage.determined_by,
+        **flags,
+    )
+    changes = [each.model_dump(mode="json", by_alias=True) for each in (*known.changes, change)]
+    write_record(stage.workspace.root / SERVED, FORMAT, {"changes": changes})
+    return change
