@@ -39,7 +39,7 @@ from peso.events.stage_writer import (
 )
 from peso.events.stream import FORMAT, ITEMS_FILE, MERGED, Stream, merged_file, rare_file, stage_file
 from peso.events.times import Clock, iso
-from peso.runtime.manifest import intact, write_manifest
+from peso.runtime.manifest import write_manifest
 from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
@@ -372,9 +372,7 @@ def _remarks_on_new_ids(
     connection: duckdb.DuckDBPyConnection, stream: Stream, observer: Observer
 ) -> list[str]:
     """Warnings about new users and items whose ids are almost the same as known ids."""
-    files = ", ".join(
-        literal(str(intact(stream.directory, stage_file(n), stream.manifest))) for n in range(stream.stages)
-    )
+    files = ", ".join(literal(str(stream.file(stage_file(n)))) for n in range(stream.stages))
     known_users = f'SELECT "user" AS name FROM read_parquet([{files}], hive_partitioning = false)'
     known_items = f"SELECT item_id AS name FROM read_parquet({literal(str(stream.directory / ITEMS_FILE))})"
     remarks = []

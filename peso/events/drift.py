@@ -21,7 +21,6 @@ from peso.events.database import temporary_database
 from peso.events.engines.engine import Engine, open_engine
 from peso.events.histories import MIN_STAGE_ITEMS
 from peso.events.stream import Stream, stage_file
-from peso.runtime.manifest import intact
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -56,7 +55,7 @@ def drift(
         WorkspaceError: a file of the stream is damaged.
         ConfigError: what the engine needs is not installed.
     """
-    files = [intact(stream.directory, stage_file(number), stream.manifest) for number in range(stream.stages)]
+    files = [stream.file(stage_file(number)) for number in range(stream.stages)]
     with (
         TemporaryDirectory(prefix="peso-") as directory,
         temporary_database(Path(directory)) as connection,

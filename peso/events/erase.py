@@ -19,7 +19,7 @@ from peso.events import columns
 from peso.events.histories import stage_counts
 from peso.events.stream import ERASED, FORMAT, MERGED, Stream, readable, stage_file
 from peso.runtime.files import link
-from peso.runtime.manifest import intact, write_manifest
+from peso.runtime.manifest import write_manifest
 
 
 def files_with(stream: Stream, *users: str) -> list[str]:
@@ -28,7 +28,8 @@ def files_with(stream: Stream, *users: str) -> list[str]:
     Raises:
         WorkspaceError: if a file is damaged.
     """
-    return [name for name in stream.manifest["files"] if _has(_checked(stream, name), users)]
+    files = {name: stream.file(name) for name in stream.manifest["files"]}
+    return [name for name, path in files.items() if path.suffix == ".parquet" and has_user(path, *users)]
 
 
 def stages_with(stream: Stream, *users: str) -> list[int]:
@@ -54,7 +55,7 @@ def erase_user(earlier: str | Path, directory: Path, *users: str) -> None:
     known, before, counts = dict[str, str](), dict[str, str](), stream.counts
     held = files_with(stream, *users)
     for name, sha256 in stream.manifest["files"].items():
-        path = _checked(stream, name)
+        path = stream.file(name)
         if name in held:
             before[name] = sha256
             (directory / name).parent.mkdir(exist_ok=True)
@@ -99,14 +100,6 @@ def write_without(path: Path, new: Path, *users: str) -> None:
     with pq.ParquetFile(path) as file, pq.ParquetWriter(new, file.schema_arrow) as writer:
         for batch in file.iter_batches():
             writer.write_batch(batch.filter(pc.invert(pc.is_in(batch[columns.USER], gone))))
-
-
-def _checked(stream: Stream, name: str) -> Path:
-    return intact(stream.directory, name, stream.manifest)
-
-
-def _has(path: Path, users: Sequence[str]) -> bool:
-    return path.suffix == ".parquet" and has_user(path, *users)
 
 
 def _without_names(told: Mapping[str, Any], users: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from peso.events.cleaning import Known
 from peso.events.loading import EventTables
 from peso.events.stage_writer import Numbers, in_numbers
 from peso.events.stream import Stream, merged_file, stage_file
-from peso.runtime.manifest import intact
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -54,8 +53,7 @@ def overlap_of(log: EventTables, stream: Stream) -> StreamOverlap:
 
     # a merged history is newer than the stage with which it is stored
     names_of_files = [file(n) for n in range(stream.stages) for file in (stage_file, merged_file)]
-    listed = [name for name in names_of_files if name in stream.manifest["files"]]
-    files = [intact(stream.directory, name, stream.manifest) for name in listed]
+    files = [stream.file(name) for name in names_of_files if name in stream.manifest["files"]]
     stages = engine.stages(files).rename(name="user")
     newest = stages.semi_join(log.users, "name").group_by("name").aggregate(stage=lambda of: of.stage.max())
     found = stages.join(newest, ["name", "stage"]).join(log.users, "name")

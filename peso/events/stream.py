@@ -231,14 +231,14 @@ class Stream:
             WorkspaceError: the file is missing or damaged.
         """
         wanted = pa.array(list(users), pa.string())
-        path = intact(self.directory, name, self.manifest)
+        path = self.file(name)
         with readable(path), pq.ParquetFile(path) as file:
             found = [batch.filter(pc.is_in(batch[columns.USER], wanted)) for batch in file.iter_batches()]
             rows = pa.Table.from_batches(found, file.schema_arrow)
         return as_stage(0, rows)
 
     def _pieces(self, name: str, number: int) -> Iterator[Stage]:
-        path = intact(self.directory, name, self.manifest)
+        path = self.file(name)
         with readable(path), pq.ParquetFile(path) as file:
             for batch in file.iter_batches(PIECE):
                 yield as_stage(number, batch)
@@ -265,6 +265,10 @@ class Stream:
             counts += np.bincount(users.current.values, minlength=len(counts))
         return counts
 
+    def file(self, name: str) -> Path:
+        """The path of a file of the stream. Raises WorkspaceError if the file is damaged."""
+        return intact(self.directory, name, self.manifest)
+
     def link_files(self, directory: Path, but: Collection[str]) -> dict[str, str]:
         """Link the files of the stream into another directory, except those whose names are in ``but``.
 
@@ -276,7 +280,7 @@ class Stream:
         """
         linked = {name: sha256 for name, sha256 in self.manifest["files"].items() if name not in but}
         for name in linked:
-            link(intact(self.directory, name, self.manifest), directory / name)
+            link(self.file(name), directory / name)
         return linked
 
     def _require_stage(self, number: int) -> None:
@@ -284,7 +288,7 @@ class Stream:
             raise DataError(f"{self.directory} has no stage {number}; it has 0 to {self.stages - 1}")
 
     def _read(self, name: str) -> pa.Table:
-        path = intact(self.directory, name, self.manifest)
+        path = self.file(name)
         with readable(path):
             # read as a single file, because `stage=0` in the path is not a column
             return pq.ParquetFile(path).read()

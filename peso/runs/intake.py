@@ -39,7 +39,6 @@ from peso.runs import pipeline, preparation
 from peso.runs.names import names_held
 from peso.runs.user_histories import RECEIVED, cuts_of
 from peso.runs.workspace import Workspace
-from peso.runtime.manifest import intact
 from peso.runtime.progress import Observer
 
 WORK = ".received.writing"  # temporary directory in the workspace
@@ -207,7 +206,7 @@ def _select(workspace: Workspace, work: Path, table: ItemTable | None) -> _Selec
     """
     stream, config = workspace.stream, workspace.config
     last = int(stream.manifest.get("time", {}).get("last", 0))  # if missing, the append is refused later
-    known = literal(str(intact(stream.directory, ITEMS_FILE, stream.manifest)))
+    known = literal(str(stream.file(ITEMS_FILE)))
     log = work / "log.parquet"
     with temporary_database(work) as connection:
         connection.execute(
