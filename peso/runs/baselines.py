@@ -285,8 +285,7 @@ class BaselineRun:
         partners = [BaselineRun(self.workspace, partner).restored(stage) for partner in self.config.fused]
         model = self.workspace.stage(stage).answering_model()
         batch = self.workspace.config.decoding.batch_size
-        fused: Fusion = BASELINES.find(self.config.name).of(self.config, partners, model, settings, batch)
-        return fused
+        return BASELINES.find(self.config.name).of(self.config, partners, model, settings, batch)
 
     def _make(self, stage: int) -> Baseline:
         from peso.baselines.baseline import Setting
@@ -296,8 +295,7 @@ class BaselineRun:
         device = Precision.of("float32", settings.training.device).device
         depth = settings.decoding.beams
         setting = Setting(self.ids(stage).trie, settings.prompt.window, settings.seed, device, depth)
-        baseline: Baseline = BASELINES.find(self.config.name).of(self.config, setting)
-        return baseline
+        return BASELINES.find(self.config.name).of(self.config, setting)
 
     def _until(self, stage: int) -> list[Stage]:
         return [self.stream.stage(number) for number in range(stage + 1)]

@@ -43,8 +43,9 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
         repository: the name of the model on the hub, which the examples then use.
     """
     workspace, number, stream = stage.workspace, stage.number, stage.workspace.stream
-    base, licence, backbone = _backbone(workspace.config.backbone)
-    catalogue, item_head = workspace.semantic_ids.item_ids, workspace.config.head.name == "items"
+    config = workspace.config
+    base, licence, backbone = _backbone(config.backbone)
+    catalogue, item_head = workspace.semantic_ids.item_ids, config.head.name == "items"
     transitions = (stage.directory / FILE).is_file()
     adapted = (stage.directory / ADAPTER).is_dir()
     tested = [each for each in workspace.stages[: number + 1] if each.is_tested]
@@ -55,9 +56,7 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
         "metadata": _metadata(base, licence, form),
         "licensed": bool(licence),
         "backbone": backbone,
-        "how": f"with LoRA of rank {workspace.config.adapter.rank}"
-        if adapted
-        else "with all weights trained",
+        "how": f"with LoRA of rank {config.adapter.rank}" if adapted else "with all weights trained",
         "stage": number,
         "levels": workspace.semantic_ids.levels,
         "data": _data(stream),
@@ -67,14 +66,15 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
         "retired": len(retired(workspace.root)),
         "training": [_trained(each) for each in workspace.stages[: number + 1]],
         "machine": _machine(stage.manifest.get("hardware", {})),
-        "seed": workspace.config.seed,
+        "seed": config.seed,
         "metrics": [_tested(each, names) for each in tested],
         "names": names,
         "leaves_out_seen": stage.leaves_out_seen,
-        "loss_vocabulary": workspace.config.training.loss_vocabulary,
-        "window": workspace.config.prompt.window,
+        "loss_vocabulary": config.training.loss_vocabulary,
+        "window": config.prompt.window,
         "warnings": stage.metrics["test"].get("warnings", ()) if stage.is_tested else (),
         "item_head": item_head,
+        "transitions": transitions,
         "needs": ", ".join(
             ["Transformers", *["PEFT"] * (form == "peft"), *["SciPy"] * (item_head and transitions)]
         ),
@@ -83,17 +83,10 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
         "repository": repository,
         "history": [*catalogue[: min(2, len(catalogue))]],
     }
-    example = {
-        "form": form,
-        "repository": repository,
-        "item_head": item_head,
-        "transitions": transitions,
-        "history": values["history"],
-    }
     environment = Environment(
         loader=PackageLoader("peso.runs"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    values["code"] = environment.get_template("use_without_peso.py.j2").render(example)
+    values["code"] = environment.get_template("use_without_peso.py.j2").render(values)
     return environment.get_template("model_card.md.j2").render(values) + "\n"
 
 

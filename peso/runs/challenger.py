@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from peso.config import GateConfig
 from peso.evaluation.verdict import Pair, compare, decide, metric_of
 from peso.runs.diagnosis import stream_drift
 from peso.runs.evaluate import test
@@ -100,7 +99,7 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
         "champion": champion.number,
         "determined_by": {"stage": challenger.determined_by, "champion": champion.determined_by},
         "time": timestamp(),
-        "settings": _settings(gate),
+        "settings": {**dict(gate), "segments": gate.segments.margins},  # with defaults
         **verdict.as_json(),
         "says": verdict.says,
         "promote": verdict.decision == "passed" and not known.pinned,
@@ -144,11 +143,6 @@ def _anchor(stage: RunStage) -> tuple[bool, str] | None:
     if strategy.get("weight") or strategy.get("strength"):
         return False, f"anchor: stage {stage.number} has one, but it restrained no step"
     return True, f"anchor: stage {stage.number} was trained without one"
-
-
-def _settings(gate: GateConfig) -> dict[str, Any]:
-    """All settings, including defaults."""
-    return {**dict(gate), "segments": gate.segments.margins}
 
 
 def high_drift(stage: RunStage) -> str | None:

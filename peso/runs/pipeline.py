@@ -15,12 +15,12 @@ from pathlib import Path
 from peso.config import Config
 from peso.config.shape import changed_shape, is_later
 from peso.errors import WorkspaceError
-from peso.runs.baselines import check_data
+from peso.runs import report
+from peso.runs.baselines import check_data, run_baselines
 from peso.runs.challenger import is_judged, judge, keep_serving
 from peso.runs.checks import check_configuration, check_surroundings, rehearse
 from peso.runs.evaluate import require_enough_ids, test
 from peso.runs.preparation import ingest, tokenize, tokenize_new
-from peso.runs.report import catalogue
 from peso.runs.reuse import refuse_base, take_base
 from peso.runs.sizes import require_sizes
 from peso.runs.stage import METRICS, RunStage
@@ -114,22 +114,14 @@ def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> tup
 
 def _run_hybrids(workspace: Workspace, observer: Observer) -> None:
     """Run the configured hybrids before the gate promotes a stage, because a server may answer with one."""
-    if hybrids := [config for config in workspace.config.baselines if config.fused]:
-        from peso.runs.baselines import run_baselines
-
-        run_baselines(workspace, hybrids, observer)
+    run_baselines(workspace, [config for config in workspace.config.baselines if config.fused], observer)
 
 
 def _conclude(workspace: Workspace, observer: Observer) -> None:
     """Run the baselines and write the report."""
-    if workspace.config.baselines:
-        from peso.runs.baselines import run_baselines
-
-        run_baselines(workspace, workspace.config.baselines, observer)
-    from peso.runs.report import report
-
+    run_baselines(workspace, workspace.config.baselines, observer)
     observer.begin("writing the report", 0, "")
-    report([workspace], workspace.report_directory)
+    report.report([workspace], workspace.report_directory)
     observer.end()
     if workspace.config.tracking:
         from peso.runs.tracking import publish
@@ -153,7 +145,7 @@ def require_catalogue(workspace: Workspace) -> None:
     if workspace.config.evaluation.enabled:
         require_enough_ids(workspace.config, workspace.semantic_ids)
     if workspace.config.report.segments:
-        known = catalogue(workspace)
+        known = report.catalogue(workspace)
         for column in workspace.config.report.segments:
             known.require_column(column)
 

@@ -130,7 +130,7 @@ class AllUsers:
         answered = 0
         for place, users in enumerate(self._users(histories)):
             answered += len(users)
-            file = folder / _name(place)
+            file = folder / f"{place:08}.parquet"
             if place % share[1] == share[0] - 1 and not _is_of(state, file):
                 batch = pa.Table.from_pylist(self._rows(users), schema=SCHEMA)
                 with write_aside(file) as aside:
@@ -237,10 +237,6 @@ class AllUsers:
                 "popular items of the newest stage, without scores"
             )
         return users
-
-
-def _name(place: int) -> str:
-    return f"{place:08}.parquet"
 
 
 def _mark(state: DataState) -> str:

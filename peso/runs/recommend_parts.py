@@ -107,10 +107,10 @@ class Parts:
                 f"{count} {'part' if count == 1 else 'parts'}, up to {min(count, executor.workers)} at once "
                 f"({self.executor.name}); batches of {self.all_users.at_once} users"
             )
-            parts = [
-                Part(n, Call(WORKER, self._job(folder, state, (n, count)), *_files(folder, n)))
-                for n in range(1, count + 1)
-            ]
+            parts = []
+            for n in range(1, count + 1):
+                files = folder / f"part-{n}.log", folder / f"part-{n}.progress"
+                parts.append(Part(n, Call(WORKER, self._job(folder, state, (n, count)), *files)))
             observer.begin("recommend", users, "users")
             _Work(parts, executor, lambda: min(users, self._answered(folder)), observer).run()
             observer.end()
@@ -222,8 +222,3 @@ class _Work:
             raise PesoError(self.message)
         self.observer.note(f"{name} is continued by another process ({cause})")
         self.waiting.insert(0, part)
-
-
-def _files(folder: Path, number: int) -> tuple[Path, Path]:
-    """The log and the progress of a part."""
-    return folder / f"part-{number}.log", folder / f"part-{number}.progress"

@@ -162,7 +162,9 @@ class Tracking:
     def _open(self, name: str) -> Any:
         stage, folder = self._stage, self._folder / name
         group, run = stage.workspace.root.resolve().name, f"stage-{stage.number}"
-        tracker = _tracker(name, folder, group, run, self._sent.setdefault("id", _new_id()), self._sent)
+        tracker = _tracker(
+            name, folder, group, run, self._sent.setdefault("id", os.urandom(8).hex()), self._sent
+        )
         tracker.start()
         if name == "mlflow":
             self._sent["mlflow"] = tracker.tracker.info.run_id
@@ -354,7 +356,3 @@ def _leaves(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]
             yield from _leaves(value, path)
         else:
             yield path, value
-
-
-def _new_id() -> str:
-    return os.urandom(8).hex()

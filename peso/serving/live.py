@@ -36,7 +36,6 @@ class LiveStage:
         prompt_memory: bytes for the cached prompts of returning users; 0: no cache.
         remember: makes the memory of answers for a snapshot; None: answers are not kept.
         trust: classes of custom strategies that may be imported.
-        device: the device of the model; None: as configured.
         hybrid: the hybrid that answers: its label, or ``hybrid`` if there is only one; None: the model alone.
         on_change: called with the snapshot of every stage that starts to serve.
         on_problem: called with the reason if a stage cannot be loaded. The old one continues to serve.
@@ -54,14 +53,13 @@ class LiveStage:
         prompt_memory: int = 0,
         remember: Callable[[], RememberedAnswers] | None = None,
         trust: Iterable[str] = (),
-        device: str | None = None,
         hybrid: str | None = None,
         on_change: Callable[[Snapshot], None] | None = None,
         on_problem: Callable[[str], None] | None = None,
     ) -> None:
         self.root, self.pinned = root, stage
         self._prompt_memory, self._remember = prompt_memory, remember
-        self._trust, self._device = tuple(trust), device
+        self._trust = tuple(trust)
         self._on_change, self._on_problem = on_change, on_problem
         self.problem: str | None = None
         self.lacks_hybrid: str | None = None  # why an earlier stage serves: the newest one has no hybrid yet
@@ -97,7 +95,8 @@ class LiveStage:
     def _refresh(self) -> None:
         before = self.current
         wanted = self._stage_to_serve()
-        same = before.identity == identity(wanted, self._hybrid_of(wanted))
+        hybrid = None if self.hybrid is None else HybridAnswers(self.workspace, self.hybrid, wanted.number)
+        same = before.identity == identity(wanted, hybrid)
         if before.model is not None and same:
             self.problem = None
             # titles, popularity and names as they are now; a user may have been erased
@@ -130,10 +129,6 @@ class LiveStage:
         if self._on_change is not None:
             self._on_change(after)
 
-    def _hybrid_of(self, stage: RunStage) -> HybridAnswers | None:
-        """The hybrid of a stage, not loaded. Raises WorkspaceError if it was not run for the stage."""
-        return None if self.hybrid is None else HybridAnswers(stage.workspace, self.hybrid, stage.number)
-
     def another(self, stage: RunStage) -> Snapshot:
         """A snapshot of another stage with its model; the serving stage does not change.
 
@@ -148,7 +143,7 @@ class LiveStage:
 
         hybrid, catalog = snapshot.hybrid, snapshot.semantic_ids.stored_ids
         if hybrid is None:
-            model = for_inference(stage.model(self._device), packed=True)
+            model = for_inference(stage.model(), packed=True)
         else:
             model = hybrid.models.llm
         if model.semantic_ids.stored_ids != catalog or (hybrid and hybrid.item_ids != catalog):
