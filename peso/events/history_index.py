@@ -129,8 +129,7 @@ class HistoryIndex:
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         try:
             with self._lock:
-                rows: list[tuple[Any, ...]] = self._connection.execute(query, values).fetchall()
-                return rows
+                return self._connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise WorkspaceError(
                 f"{self._path} is damaged ({error}); remove it, and it will be rebuilt from the stream"

@@ -222,8 +222,7 @@ class ReceivedEvents:
 
     def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         with self._reading, _explained(self.path):
-            rows: list[tuple[Any, ...]] = self._reader.execute(query, values).fetchall()
-            return rows
+            return self._reader.execute(query, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -290,8 +290,7 @@ def _frozen_tree(
     source: Path, manifest: Mapping[str, Any], items: pa.Table, old: SemanticIds
 ) -> list[list[str]]:
     if CATEGORIES_FILE in manifest["files"]:
-        tree: list[list[str]] = json.loads(intact(source, CATEGORIES_FILE, manifest).read_text("utf-8"))
-        return tree
+        return json.loads(intact(source, CATEGORIES_FILE, manifest).read_text("utf-8"))
     paths = items["category"].slice(0, len(old.codes)).to_pylist()
     if (category_path_ids(old.item_ids, paths, old.sizes).codes != old.codes).any():
         raise DataError(

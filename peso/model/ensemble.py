@@ -90,8 +90,7 @@ class Ensemble(nn.Module):
     @property
     def transitions(self) -> Transitions | None:
         """The counts of the second model, which are the newer ones."""
-        counted: Transitions | None = self.members[1].transitions
-        return counted
+        return self.members[1].transitions
 
     def item_log_probabilities(self, hidden: Tensor) -> Tensor:
         return self._average(hidden, lambda member, own: member.item_log_probabilities(own)).log_softmax(-1)

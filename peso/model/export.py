@@ -319,8 +319,7 @@ def _input_words(model: GenerativeModel) -> Tensor:
     """The rows of the words in the embedding module's table, whether trained or not: (words, width)."""
     own, causal_lm = model.vocabulary.input_words, model.causal_lm
     if own is None:
-        table: Tensor = causal_lm.get_input_embeddings().weight[: model.vocabulary.first_id]
-        return table
+        return causal_lm.get_input_embeddings().weight[: model.vocabulary.first_id]
     return own.detach() / embedding_scale(causal_lm)
 
 

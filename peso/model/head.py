@@ -89,8 +89,7 @@ def _normalised(temperature: float, targets: Tensor, *parts: Tensor) -> Tensor:
         targets: int64 (n,), the column of each target in the concatenated parts.
         parts: logits, each float32 (n, columns).
     """
-    result: Tensor = _Normalised.apply(temperature, targets, *parts)
-    return result
+    return _Normalised.apply(temperature, targets, *parts)
 
 
 class _Normalised(torch.autograd.Function):

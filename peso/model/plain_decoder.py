@@ -111,8 +111,7 @@ class _Layer(nn.Module):
         seen = seen.reshape(rows, self.heads, length, self.width).transpose(1, 2).reshape(rows, length, -1)
         hidden = hidden + self.out(seen)
         gate, up = self.gate_up(self.between(hidden)).chunk(2, -1)
-        result: Tensor = hidden + self.down(self.activation(gate).mul_(up))
-        return result
+        return hidden + self.down(self.activation(gate).mul_(up))
 
 
 def _joined(*parts: nn.Linear) -> nn.Linear:

@@ -88,8 +88,7 @@ def trained_model(stage: RunStage, device: str | None) -> GenerativeModel:
 def answering_model(stage: RunStage, device: str | None, processes: Processes) -> GenerativeModel:
     """See :meth:`RunStage.answering_model`."""
     if not _shares(stage.workspace, processes):
-        answering: GenerativeModel = for_inference(trained_model(stage, device))
-        return answering
+        return for_inference(trained_model(stage, device))
     # merge first: the adapters are whole, the weights soon are not
     return _placed(stage.workspace, lambda: for_inference(_trained(stage, device)), device, processes)
 

@@ -291,8 +291,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return _as_json([])
     try:
-        found: dict[str, Any] = json.loads(read_sealed(file))
-        return found
+        return json.loads(read_sealed(file))
     except (OSError, ValueError, WorkspaceError) as error:
         raise WorkspaceError(f"{file} is damaged ({error}); remove it to repeat the trials") from None
 
