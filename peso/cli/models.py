@@ -88,8 +88,7 @@ def export(
         ),
     ] = None,
     public: Annotated[
-        bool,
-        typer.Option("--public", help="--push-to-hub: a new repository is public. Default: private."),
+        bool, typer.Option("--public", help="--push-to-hub: a new repository is public. Default: private.")
     ] = False,
     register: Annotated[
         str | None,

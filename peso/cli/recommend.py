@@ -7,17 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peso.cli.display import (
-    Directory,
-    Json,
-    ServingStage,
-    Terminal,
-    Trust,
-    next_steps,
-    say,
-    say_json,
-    table,
-)
+from peso.cli.display import Directory, Json, ServingStage, Terminal, Trust, next_steps, say, say_json, table
 from peso.errors import UsageError
 
 

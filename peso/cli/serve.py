@@ -38,7 +38,7 @@ def serve(
         Path | None,
         typer.Option(
             help="File of bearer tokens, one per line, in plain text or as sha256:DIGEST. Default: the "
-            "tokens in the environment variable PESO_TOKENS, separated by commas.",
+            "tokens in the environment variable PESO_TOKENS, separated by commas."
         ),
     ] = None,
     allow_file: Annotated[

@@ -49,8 +49,7 @@ class CompareConfig(Section):
     data: Variants = Field({}, description="the data sets; none given: only the common `data`")
     backbones: Variants = Field({}, description="the backbones; none given: only the common `backbone`")
     strategies: Variants = Field(
-        {},
-        description="the strategies by name; `[none, single]` is short for `{none: none, single: single}`",
+        {}, description="the strategies by name; `[none, single]` is short for `{none: none, single: single}`"
     )
     grid: dict[str, Any] = Field(
         {}, description="strategies with lists of values; each combination becomes a run"

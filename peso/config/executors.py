@@ -56,10 +56,7 @@ class SlurmConfig(Section):
 AnyExecutor = ProcessesConfig | RayConfig | DaskConfig | SlurmConfig
 
 
-ExecutorConfig = Annotated[
-    Annotated[AnyExecutor, Field(discriminator="name")],
-    BeforeValidator(expand_name),
-]
+ExecutorConfig = Annotated[Annotated[AnyExecutor, Field(discriminator="name")], BeforeValidator(expand_name)]
 
 
 def read_executor(value: Any, key: str = "executor") -> AnyExecutor:

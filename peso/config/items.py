@@ -109,8 +109,7 @@ class ItemsConfig(Section):
         None, description="an existing index.json, whose semantic IDs are used; nothing is fitted"
     )
     quantizer: Literal["rq-vae", "rq-kmeans", "balanced-rq-kmeans", "category-path"] = Field(
-        "rq-vae",
-        description="how vectors become codes; the default for simulated items is category-path",
+        "rq-vae", description="how vectors become codes; the default for simulated items is category-path"
     )
     levels: int = Field(4, ge=1, le=25, description="number of codes in a semantic ID")
     codes: int = Field(256, ge=2, le=65_536, description="codes per level; fewer if the catalog is small")

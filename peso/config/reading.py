@@ -222,10 +222,7 @@ def _expand(key: str, short: Any) -> dict[str, Any]:
 
 
 def sections(
-    annotation: Any,
-    metadata: Sequence[Any] = (),
-    parts: bool = True,
-    within: type[BaseModel] | None = None,
+    annotation: Any, metadata: Sequence[Any] = (), parts: bool = True, within: type[BaseModel] | None = None
 ) -> list[tuple[str, Any, type[BaseModel]]]:
     """The section types that an annotation allows, as tuples of a part's name, the part and the type.
 

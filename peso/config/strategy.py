@@ -40,9 +40,7 @@ class StrategyOptions(Options):
 
 
 StrategyConfig = Annotated[
-    SerializeAsAny[StrategyOptions],
-    typed(STRATEGIES),
-    BeforeValidator(lambda value: expand_strategy(value)),
+    SerializeAsAny[StrategyOptions], typed(STRATEGIES), BeforeValidator(lambda value: expand_strategy(value))
 ]
 
 

@@ -113,9 +113,7 @@ class Stage:
         """The items and training targets of each eligible user."""
         return [
             TargetSequence(
-                self.users[i],
-                np.concatenate([self.previous[i], self.current[i][:-2]]),
-                len(self.previous[i]),
+                self.users[i], np.concatenate([self.previous[i], self.current[i][:-2]]), len(self.previous[i])
             )
             for i in self.eligible()
         ]

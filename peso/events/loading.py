@@ -243,10 +243,7 @@ def _first_unreadable(
 def _remarks_on_ids(connection: duckdb.DuckDBPyConnection, log: Log) -> Iterator[str]:
     for table, column in (("users", log.user), ("items", log.item)):
         for condition, what in (
-            (
-                f"name <> trim(name, {BLANKS})",
-                "with spaces around them, which count as part of the id",
-            ),
+            (f"name <> trim(name, {BLANKS})", "with spaces around them, which count as part of the id"),
             (f"lower(name) IN {MISSING}", "that look like missing values but are treated as ids"),
             (
                 r"regexp_full_match(name, '-?\d(\.\d+)?[eE]\+?\d+')",

@@ -130,11 +130,7 @@ def in_numbers(events: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
 
 
 def by_user(
-    engine: Engine,
-    events: ir.Table,
-    users: ir.Table,
-    by: Sequence[str],
-    last_use: Sequence[ir.Table] = (),
+    engine: Engine, events: ir.Table, users: ir.Table, by: Sequence[str], last_use: Sequence[ir.Table] = ()
 ) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
     """The events of all users, some users at a time: those of about ``SLICE`` events, at least one user.
 

@@ -29,25 +29,13 @@ from peso.config import ItemsConfig
 from peso.errors import ConfigError, DataError
 from peso.items import quality
 from peso.items.category_path import LIMIT, Frozen, category_path_ids, category_tree
-from peso.items.codebooks import (
-    Fitted,
-    ResidualCodebooks,
-    fillable,
-    fit_balanced_rq_kmeans,
-    fit_rq_kmeans,
-)
+from peso.items.codebooks import Fitted, ResidualCodebooks, fillable, fit_balanced_rq_kmeans, fit_rq_kmeans
 from peso.items.contents import ENCODER_FILE, extended, known_contents, save_arrays, vectors_beside
 from peso.items.ids_by_stage import Changes
 from peso.items.placement import CodeAssigner, groups_of
 from peso.items.refresh import Refresher, TrainingLog, by_stage
 from peso.items.rq_vae import fit_rq_vae
-from peso.items.semantic_ids import (
-    FORMAT,
-    ITEM_ID,
-    SemanticIds,
-    read_semantic_ids,
-    write_semantic_ids,
-)
+from peso.items.semantic_ids import FORMAT, ITEM_ID, SemanticIds, read_semantic_ids, write_semantic_ids
 from peso.items.vectors import ItemEncoder
 from peso.runtime.files import write_json
 from peso.runtime.manifest import intact, read_manifest

@@ -255,12 +255,7 @@ def _save_item_head(model: GenerativeModel, directory: Path) -> None:
     head = model.vocabulary.item_head
     if head is None:
         return
-    tensors = {
-        "vectors": head.vectors(),
-        "biases": head.biases(),
-        "query": head.query,
-        "shares": head.shares,
-    }
+    tensors = {"vectors": head.vectors(), "biases": head.biases(), "query": head.query, "shares": head.shares}
     ids = model.semantic_ids
     if head.reads:  # items that share a semantic ID are read as the first of them
         first = ids.trie.items[ids.trie.item_starts[:-1]][ids.trie.leaf_of]

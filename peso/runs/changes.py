@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from peso.runs.workspace import Workspace
 
 # sections and keys that cannot change once the step is done
-DEPENDS = {
-    "stream": ("data", "seed", "data_seed"),
-    "semantic IDs": ("data", "seed", "data_seed", "items"),
-}
+DEPENDS = {"stream": ("data", "seed", "data_seed"), "semantic IDs": ("data", "seed", "data_seed", "items")}
 PATHS = {"data.path", "data.items.path"}
 
 

@@ -111,11 +111,7 @@ def diagnosis_tables(found: dict[str, Any]) -> list[Titled]:
     users = [[*(s[key] for key in USERS), *s["history_lengths"].values()] for s in stages]
     lengths = [f"history, {name}" for name in stages[0]["history_lengths"]]
     tables: list[Titled] = [
-        (
-            "users, and the lengths of their histories",
-            ["stage", "events", "users", *STATES, *lengths],
-            users,
-        ),
+        ("users, and the lengths of their histories", ["stage", "events", "users", *STATES, *lengths], users),
         (
             "items; Jensen-Shannon divergence from the stage before, in bits",
             ["stage", "items", *STATES, "JS items", "JS first codes", "new targets"],

@@ -27,13 +27,7 @@ from peso.evaluation.report.plots import Plot, Series
 from peso.model.build import has_adapter
 from peso.model.generative import GenerativeModel
 from peso.runs.diagnosis import require_later_stage
-from peso.runs.models import (
-    begin_new_codes,
-    context_of,
-    load_stage,
-    starting_model,
-    stored_memory,
-)
+from peso.runs.models import begin_new_codes, context_of, load_stage, starting_model, stored_memory
 from peso.runs.stage import RunStage
 from peso.runs.trust import strategy_of
 from peso.runs.workspace import Workspace

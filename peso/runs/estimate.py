@@ -85,9 +85,7 @@ class Speed:
 
 
 def estimate(
-    workspace: Workspace,
-    speeds: dict[bool, Speed] | None = None,
-    observer: Observer | None = None,
+    workspace: Workspace, speeds: dict[bool, Speed] | None = None, observer: Observer | None = None
 ) -> list[Estimate]:
     """The missing steps of a run, with minutes, memory and disk.
 
@@ -191,11 +189,7 @@ def baseline_estimate(workspace: Workspace, options: BaselineOptions) -> Estimat
 
 
 def _stage_estimate(
-    workspace: Workspace,
-    step: Step,
-    stage: Stage,
-    speed: Speed,
-    trainings: Sequence[Training],
+    workspace: Workspace, step: Step, stage: Stage, speed: Speed, trainings: Sequence[Training]
 ) -> Estimate:
     config = workspace.config
     cases, strategy = len(stage.eligible()), strategy_of(workspace)

@@ -223,10 +223,7 @@ class Ray:
 
     def start(self, call: Call, slot: int) -> Handle:
         task = self.ray.remote(run).options(
-            num_cpus=self.config.cpus,
-            num_gpus=self.config.gpus,
-            max_retries=0,
-            scheduling_strategy="SPREAD",
+            num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=0, scheduling_strategy="SPREAD"
         )
         call = _started(call, self.config.cpus)
         return _Remote(call, task.remote(call), self._found, lambda future: self.ray.cancel(future))

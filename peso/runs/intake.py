@@ -151,8 +151,7 @@ def _cut(
         return replace(waits, why="the stream already has every received event", waiting=0)
     except (NothingLeft, UntrainableStage):
         return replace(
-            waits,
-            why="no user has enough events yet: a stage needs three, and a new user also data.min_user",
+            waits, why="no user has enough events yet: a stage needs three, and a new user also data.min_user"
         )
     brought = manifest["appended"][-1]
     return replace(

@@ -19,15 +19,7 @@ from peso.errors import DataError, PesoError
 from peso.events.database import temporary_database
 from peso.events.history_index import HistoryIndex
 from peso.events.loading import load
-from peso.events.merge import (
-    Events,
-    events_of,
-    first_merges,
-    in_order,
-    members_of,
-    times_of,
-    write_merged,
-)
+from peso.events.merge import Events, events_of, first_merges, in_order, members_of, times_of, write_merged
 from peso.events.received import ReceivedEvents
 from peso.events.simulate import EVENTS_FILE
 from peso.events.sources import open_source

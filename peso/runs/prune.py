@@ -73,12 +73,7 @@ def prune(workspace: Workspace, keep: int) -> Pruning:
         removed = pruning(workspace, keep)
         for number in removed.stages:
             stage = workspace.stage(number)
-            take_out(
-                stage.directory,
-                stage.weight_files,
-                FORMAT,
-                {PRUNED: {"time": timestamp()}},
-            )
+            take_out(stage.directory, stage.weight_files, FORMAT, {PRUNED: {"time": timestamp()}})
             for path in _existing_files(stage):
                 path.unlink()
     return removed

@@ -143,9 +143,6 @@ def _exported(recommender: Recommender) -> Iterator[tuple[Any, dict[str, Any]]]:
                     ParamSchema(rules),
                 ),
                 "pip_requirements": [f"peso=={__version__}", "mlflow", "pandas"],
-                "metadata": {
-                    "stage": recommender.stage,
-                    "determined_by": recommender.determined_by,
-                },
+                "metadata": {"stage": recommender.stage, "determined_by": recommender.determined_by},
             },
         )

@@ -241,13 +241,7 @@ class Recommender:
             raise DataError(f"user {user!r} is in none of {where}")
         return [*map(self._names.current().now, known.items)]
 
-    def export(
-        self,
-        directory: str | Path,
-        format: Format = "merged",
-        *,
-        repository: str = "",
-    ) -> Path | str:
+    def export(self, directory: str | Path, format: Format = "merged", *, repository: str = "") -> Path | str:
         """Write the stage's model, or the semantic IDs, for other tools, as `peso export` does. A model has a
         card (``README.md``).
 

@@ -21,15 +21,7 @@ from peso.events.database import identifier, temporary_database
 from peso.events.merge import members_of
 from peso.events.sources.files import kind_of, require_content
 from peso.events.sources.reading import Reading
-from peso.events.sources.tables import (
-    ALIKE,
-    FileTable,
-    csv_table,
-    folded,
-    jsonl_table,
-    parquet_table,
-    plain,
-)
+from peso.events.sources.tables import ALIKE, FileTable, csv_table, folded, jsonl_table, parquet_table, plain
 from peso.events.sources.user_files import separator_of
 from peso.events.stream import Stream
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines

@@ -123,11 +123,7 @@ OF_TEXT = (
     ("gloo/transport", "another process that trains with this one has ended", LOST),
     ("symlink loop", "the symbolic links in a path form a loop", "correct them"),
     ("os error 28", "no space left on the device", FULL),
-    (
-        "can't start new thread",
-        "no more threads can be started",
-        "raise the limit on processes (ulimit -u)",
-    ),
+    ("can't start new thread", "no more threads can be started", "raise the limit on processes (ulimit -u)"),
 )
 
 

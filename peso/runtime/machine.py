@@ -139,11 +139,7 @@ def examine() -> dict[str, Any]:
             f"{os.cpu_count()}, {usable_cores()} of them usable",
             f"{NUMBER}={of_user}" if of_user else own,
         ),
-        (
-            "memory",
-            _gib(machine_memory()),
-            "as much as a run needs, see `peso run CONFIG --dry-run`",
-        ),
+        ("memory", _gib(machine_memory()), "as much as a run needs, see `peso run CONFIG --dry-run`"),
         (
             "GPU",
             ", ".join(f"{gpu.name} ({_gib(gpu.total_memory)})" for gpu in gpus) or "none",
@@ -226,9 +222,7 @@ def check_environment() -> None:
 
 @contextmanager
 def threads(
-    network: nn.Module | None = None,
-    number: int | Literal["auto"] = "auto",
-    observer: Observer | None = None,
+    network: nn.Module | None = None, number: int | Literal["auto"] = "auto", observer: Observer | None = None
 ) -> Iterator[None]:
     """A context in which PyTorch uses a number of threads that suits the network.
 

@@ -279,8 +279,7 @@ class StageView(Message):
         description="The codes of the semantic ID, with conditional log-probabilities."
     )
     item_head: float | None = Field(
-        None,
-        description="What the item head adds: the score minus the sum of the codes; null without one.",
+        None, description="What the item head adds: the score minus the sum of the codes; null without one."
     )
 
 

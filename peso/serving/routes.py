@@ -125,9 +125,7 @@ def _add_recommendations(app: FastAPI, service: Service) -> None:
         response_model_exclude_none=True,
         summary="Get recommendations for one or several users",
     )
-    async def recommend(
-        body: Annotated[Requests, Body(openapi_examples=EXAMPLES)],
-    ) -> Answer | list[Answer]:
+    async def recommend(body: Annotated[Requests, Body(openapi_examples=EXAMPLES)]) -> Answer | list[Answer]:
         """A list of requests gets a list of answers in the same order, all from one stage."""
         requests = body if isinstance(body, list) else [body]
         questions = [await question_of(service, request) for request in requests]
@@ -257,10 +255,7 @@ def _stages(live: LiveStage) -> tuple[int | None, Promotion | None]:
 EXAMPLES: Any = {
     "user": {"summary": "A user of the log", "value": {"user": "7", "k": 5}},
     "history": {"summary": "A history", "value": messages.EXAMPLE},
-    "several": {
-        "summary": "Several requests",
-        "value": [{"user": "7"}, {"history": ["25"], "k": 3}],
-    },
+    "several": {"summary": "Several requests", "value": [{"user": "7"}, {"history": ["25"], "k": 3}]},
 }
 
 EVENT_EXAMPLES: Any = {

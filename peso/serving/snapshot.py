@@ -269,12 +269,7 @@ class Snapshot:
         ranked = [(ids.item_ids[row], float(self.shares[row])) for row in best]
         return self._message(asked, "popularity", ranked)
 
-    def _message(
-        self,
-        asked: _Resolved,
-        source: Source,
-        ranked: Collection[tuple[str, float]],
-    ) -> Answer:
+    def _message(self, asked: _Resolved, source: Source, ranked: Collection[tuple[str, float]]) -> Answer:
         items = [
             Item(item=item, score=score, title=self.title(item) if asked.request.titles else None)
             for item, score in ranked

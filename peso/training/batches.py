@@ -131,12 +131,7 @@ class Piece:
 
 
 def lay_out(
-    layout: PromptLayout,
-    items: np.ndarray,
-    first: int,
-    *,
-    predict_end: bool,
-    rows: np.ndarray | None = None,
+    layout: PromptLayout, items: np.ndarray, first: int, *, predict_end: bool, rows: np.ndarray | None = None
 ) -> Piece:
     """The tokens of a history and its targets, arranged so that each target is predicted as in a separate
     prompt.

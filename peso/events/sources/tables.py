@@ -170,11 +170,7 @@ class FileTable:
 
 
 def csv_table(
-    files: Sequence[Path],
-    separator: str,
-    header: bool,
-    encoding: str = "utf-8",
-    quote: str = '"',
+    files: Sequence[Path], separator: str, header: bool, encoding: str = "utf-8", quote: str = '"'
 ) -> FileTable:
     """A table of delimited text. Every column is read as text. Without a header the columns are 1, 2, ….
 

@@ -91,12 +91,7 @@ def own_items(data: DataConfig) -> ItemTable:
 
 
 def _table(
-    data: DataConfig,
-    path: str,
-    kind: str,
-    separator: str | None,
-    columns: Sequence[str | int],
-    key: str,
+    data: DataConfig, path: str, kind: str, separator: str | None, columns: Sequence[str | int], key: str
 ) -> FileTable:
     files = find_files(path, kind, key)
     if kind == "parquet":

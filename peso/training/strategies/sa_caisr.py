@@ -47,10 +47,7 @@ class SaCaisr(Strategy):
     class Options(Strategy.Options):
         weight: float = Field(1.0, ge=0, description="factor of the contrastive loss")
         forget: float = Field(
-            0.4,
-            ge=0,
-            lt=1,
-            description="highest probability of dropping a value of the previous model",
+            0.4, ge=0, lt=1, description="highest probability of dropping a value of the previous model"
         )
         temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss")
         examples: int = Field(

@@ -30,13 +30,13 @@ def segments(comparison: Comparison) -> Section:
             "the previous one, a new user never. A known item occurred before the stage; a new one did not. "
             f"Every case of {stage_range(comparison.averaged)} counts the same. Bars and lines are 95 % "
             "intervals. In the plots of stability and plasticity, systems further up are better for new "
-            "users, and systems further right are better for dormant users.",
+            "users, and systems further right are better for dormant users."
         ],
         notes=[
             f"The further tables split cases by history (up to {LONG_HISTORY} items or more), by activity "
             "(quarters of users by their number of items so far, with the gap between the best and worst "
             "served quarter), and by popularity of the target (head, middle and tail: a third of the "
-            "earlier events).",
+            "earlier events)."
         ],
         plots=[
             *(_bars(comparison, metric) for metric in comparison.headline),

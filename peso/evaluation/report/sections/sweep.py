@@ -33,7 +33,7 @@ def sweep(comparison: Comparison) -> Section | None:
         [
             "The mean over stages and seeds against the value of one option. Dashed lines are systems "
             "without this option. The best point of a curve is selected on these test cases, so it is "
-            "optimistic.",
+            "optimistic."
         ],
         plots=plots,
     )
