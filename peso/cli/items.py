@@ -9,6 +9,7 @@ import typer
 
 from peso.cli.display import Directory, Json, say, say_json, table
 from peso.errors import UsageError
+from peso.runtime.files import read_given
 
 Items = Annotated[list[str] | None, typer.Argument(metavar="[ITEM]", help="Ids of items in the log.")]
 File = Annotated[
@@ -150,10 +151,7 @@ def show(workspace: Directory, as_json: Json = False) -> None:
 
 def _given(items: list[str] | None, file: Path | None) -> list[str]:
     """The ids of the command line and of the file."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
-    except UnicodeDecodeError:
-        raise UsageError(f"--file {file} is not UTF-8 text; convert it to UTF-8") from None
+    lines = read_given(file, "--file").splitlines() if file else []
     given = [*(items or []), *(line.strip() for line in lines if line.strip())]
     if not given:
         raise UsageError("name items, or a file of items with --file")

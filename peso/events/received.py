@@ -27,7 +27,7 @@ from typing import Any
 from peso.errors import DataError, FullDisk, WorkspaceError
 from peso.events.history_index import LAST
 from peso.events.times import END, iso
-from peso.runtime.files import fsync
+from peso.runtime.files import fsync, require_known_format
 
 FORMAT = 1  # the version of the file format
 APPLICATION = 0x7065736F  # "peso", in the header of the file
@@ -241,11 +241,7 @@ class ReceivedEvents:
         number = self._reader.execute("PRAGMA user_version").fetchone()[0]
         if application != APPLICATION:
             raise _damaged(self.path, "it is not a file of received events")
-        if number > FORMAT:
-            raise WorkspaceError(
-                f"{self.path} was written by a newer version of peso (format {number}; this one reads up to "
-                f"{FORMAT}); update peso"
-            )
+        require_known_format(self.path, number, FORMAT)
         return str(self._reader.execute("SELECT id FROM log").fetchone()[0])
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import reprlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from peso.errors import UsageError
+from peso.runtime.files import read_given
 
 Pair = tuple[str, str]
 
@@ -22,33 +22,20 @@ def read_pairs(path: Path, what: str, header: Pair) -> list[Pair]:
     Raises:
         UsageError: the file cannot be read or has no pair, or a line does not have exactly two ids.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"--file {path} cannot be read: {reason}") from None
+    text = read_given(path, "--file")
+    rows = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
     pairs: list[Pair] = []
-    for number, row in _rows(path, text):
-        if not any(row):
-            continue
-        if len(row) != 2 or not all(row):
-            raise UsageError(
-                f"{path}, line {number}: expected two ids ({' and '.join(header)}) of {what}s, "
-                f"separated by a comma or a tab, not {reprlib.repr(row)}"
-            )
-        if pairs or tuple(name.strip().lower() for name in row) != header:
-            pairs.append((row[0], row[1]))
+    try:
+        for row in filter(any, rows):
+            if len(row) != 2 or not all(row):
+                raise UsageError(
+                    f"{path}, line {rows.line_num}: expected two ids ({' and '.join(header)}) of {what}s, "
+                    f"separated by a comma or a tab, not {reprlib.repr(row)}"
+                )
+            if pairs or tuple(name.strip().lower() for name in row) != header:
+                pairs.append((row[0], row[1]))
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {rows.line_num}: {error}; give two ids per line") from None
     if not pairs:
         raise UsageError(f"{path} has no pair of ids; write one `{','.join(header)}` per line")
     return pairs
-
-
-def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a file with their line numbers."""
-    rows = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
-    try:
-        for row in rows:
-            yield rows.line_num, row
-    except csv.Error as error:
-        raise UsageError(f"{path}, line {rows.line_num}: {error}; give two ids per line") from None

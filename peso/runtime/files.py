@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from peso.errors import DataError, ExportError, FullDisk, WorkspaceError
+from peso.errors import DataError, ExportError, FullDisk, UsageError, WorkspaceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SEAL = b"sha256:"  # separates the content of a sealed file from its digest
@@ -388,6 +388,31 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_known_format(path: Path, number: object, newest: int) -> None:
+    """Raise WorkspaceError if a file has a format number beyond the newest one that can be read."""
+    if type(number) is int and number > newest:
+        raise WorkspaceError(
+            f"{path} was written by a newer version of peso "
+            f"(format {number}; this one reads up to {newest}); update peso"
+        )
+
+
+def read_given(path: Path, option: str) -> str:
+    """The text of a file that an option of a command names.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path} cannot be read: {error.strerror}; check the file and its path"
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{option} {path} is not UTF-8 text; convert it to UTF-8") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from typing import Any
 
 from peso.errors import DataError, WorkspaceError
 from peso.runtime.failures import sentence
-from peso.runtime.files import checksum, json_text, read_json_object, write_aside, write_atomically
+from peso.runtime.files import (
+    checksum,
+    json_text,
+    read_json_object,
+    require_known_format,
+    write_aside,
+    write_atomically,
+)
 
 MANIFEST = "manifest.json"
 FILES, OWN = "files", "sha256"
@@ -144,11 +151,7 @@ def read_manifest(directory: Path, number: int) -> Manifest:
         raise WorkspaceError(f"{path} is missing; {_cure(directory)}")
     try:
         content = read_json_object(path)
-        if type(content["format"]) is int and content["format"] > number:
-            raise WorkspaceError(
-                f"{path} was written by a newer version of peso (format {content['format']}; this one reads "
-                f"up to {number}); update peso"
-            )
+        require_known_format(path, content["format"], number)
         stated = content.get(OWN)
         if stated is not None and stated != _own({k: v for k, v in content.items() if k != OWN}):
             raise ValueError("its content does not match its own sha256")

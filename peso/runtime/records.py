@@ -11,7 +11,14 @@ from pydantic import BaseModel, ValidationError
 
 from peso.errors import DataError, WorkspaceError
 from peso.runtime.failures import first_line
-from peso.runtime.files import digest, file_state, json_text, read_json_object, write_atomically
+from peso.runtime.files import (
+    digest,
+    file_state,
+    json_text,
+    read_json_object,
+    require_known_format,
+    write_atomically,
+)
 
 Entry = TypeVar("Entry", bound=BaseModel)
 Value = TypeVar("Value")
@@ -30,11 +37,7 @@ def read_record(path: Path, newest: int) -> dict[str, Any]:
     """
     content = read_json_object(path)
     number, stated = content.pop("format", None), content.pop("sha256", None)
-    if type(number) is int and number > newest:
-        raise WorkspaceError(
-            f"{path} was written by a newer version of peso (format {number}; this one reads up to "
-            f"{newest}); update peso"
-        )
+    require_known_format(path, number, newest)
     if number != newest or stated != digest(content):
         raise ValueError("its content does not match its own sha256")
     return content

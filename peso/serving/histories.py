@@ -27,26 +27,18 @@ class LiveHistories:
         self.workspace = Workspace.open(root, trust)
         self._received = received
         self._refused = False
-        self._users = UserHistories(self.workspace, events=self._open, background=True)
+        self.users = UserHistories(self.workspace, events=self._open, background=True)
 
     def of(self, user: str) -> list[str] | None:
         """The item ids of a user's history, oldest first, with items without a semantic ID before all others;
         None if neither the log nor a received event has the user."""
-        found = self._users.of(user)
+        found = self.users.of(user)
         return None if found is None else [*found.left_out, *found.items]
-
-    def now(self, user: str) -> str:
-        """See :meth:`UserHistories.now`."""
-        return self._users.now(user)
-
-    def named(self, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
-        """See :meth:`UserHistories.named`."""
-        return self._users.named(prefix, after, limit)
 
     def prepare(self) -> None:
         """Read the stream now, so that the first answer does not wait for it."""
         try:
-            self._users.renew()
+            self.users.renew()
         except (PesoError, OSError) as error:  # the first answer reports it
             log.error("histories cannot be read", extra={"fields": {"problem": str(error)}})
 

@@ -105,7 +105,7 @@ def add_insight(app: FastAPI, service: Service) -> None:
         after: Annotated[messages.Id | None, Query(description="`after` of the previous page.")] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> Users:
-        named = service.histories.named
+        named = service.histories.users.named
         found = await run_in_threadpool(named, prefix or "", after or "", limit + 1)
         return Users(
             users=[KnownUser(user=name, items=items) for name, items in found[:limit]],

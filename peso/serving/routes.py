@@ -162,7 +162,7 @@ async def question_of(service: Service, request: Request) -> Question:
     if request.user is None:
         return Question(request, request.history)
     history = await run_in_threadpool(service.histories.of, request.user)
-    user = service.histories.now(request.user)
+    user = service.histories.users.now(request.user)
     return Question(request.model_copy(update={"user": user}), history)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from peso.errors import UsageError, WorkspaceError
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.retired import retired_items
-from peso.runtime.files import file_state
+from peso.runtime.files import file_state, read_given
 
 log = logging.getLogger("peso.serving")
 
@@ -105,14 +105,7 @@ class StockFiles:
     def _items(option: str, path: Path | None) -> frozenset[str] | None:
         if path is None:
             return None
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UsageError(
-                f"{option} {path} cannot be read: {reason}; check the file and its path"
-            ) from None
-        items = frozenset(line.strip() for line in lines) - {""}
+        items = frozenset(line.strip() for line in read_given(path, option).splitlines()) - {""}
         if option == "--allow-file" and not items:
             raise UsageError(
                 f"{option} {path} has no item, so nothing could be recommended; write one id per line"

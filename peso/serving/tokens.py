@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peso.errors import UsageError
+from peso.runtime.files import read_given
 
 VARIABLE = "PESO_TOKENS"
 SHORTEST = 16  # characters of a token
@@ -77,13 +78,7 @@ def read_tokens(file: Path | None) -> Tokens | None:
         UsageError: the file cannot be read, or as :class:`Tokens`.
     """
     if file is not None:
-        try:
-            return Tokens(file.read_text(encoding="utf-8-sig").splitlines(), str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UsageError(
-                f"--token-file {file} cannot be read: {reason}; check the file and its path"
-            ) from None
+        return Tokens(read_given(file, "--token-file").splitlines(), str(file))
     text = os.environ.get(VARIABLE)
     return None if text is None else Tokens(text.split(","), f"the environment variable {VARIABLE}")
 
