@@ -331,7 +331,7 @@ def test_the_command(shop: Workspace, tmp_path: Path, peso) -> None:
         (b"i1,one\ni2,two,three\n", r"line 2: expected"),
         (b"i1\tone\ni2\t\n", r"line 2: expected"),
         (b"old,new\n", r"has no pair of ids"),
-        (b"\xff\xfe", r"cannot be read: not UTF-8"),
+        (b"\xff\xfe", r"is not UTF-8 text; convert it"),
         (b"i1,one\n" + b"a" * 200_000, r"line 2: field larger than"),
         (b"i1,one\n" + b"a" * 100_000, r"line 2: expected .{1,150}$"),
     ],

@@ -202,7 +202,7 @@ def test_what_another_call_left_is_not_taken_over(
     call = recommend_all.AllUsers(Recommender(workspace), 2, True, (1, 1))
     folder.mkdir()
     call._data_state(folder, Silent())
-    (folder / recommend_all._name(0)).write_bytes(b"not an answer")
+    (folder / "00000000.parquet").write_bytes(b"not an answer")
     if change == "damaged":
         (folder / recommend_all.NOTE).write_bytes(b"{}")
     settings = {"k": 2, "exclude_seen": True, **({change: other[change]} if change in other else {})}
