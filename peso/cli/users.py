@@ -9,6 +9,7 @@ import typer
 
 from peso.cli.display import Directory, Json, Terminal, confirm, say, say_json, table
 from peso.errors import UsageError
+from peso.runtime.failures import listed
 
 SHOWN = 20  # merged users that are printed
 
@@ -60,7 +61,7 @@ def merge(
     with opened.lock():
         planned = plan(opened, pairs)
         known = f"; {len(planned.same):,} were merged before" if planned.same else ""
-        fresh = f" ({_listed(planned.new)} without events so far)" if planned.new else ""
+        fresh = f" ({listed(planned.new, 3)} without events so far)" if planned.new else ""
         what = f"{len(planned.users):,} users into others{fresh}{known}"
         if rows := list(planned.users.items()):
             if not as_json:
@@ -93,7 +94,3 @@ def show(workspace: Directory, as_json: Json = False) -> None:
         return
     rows = [[before, now, times[before]] for before, now in stream.merged_users.items()]
     table(f"{workspace}: {len(rows):,} users were merged", ["user", "is now", "since"], rows)
-
-
-def _listed(users: list[str]) -> str:
-    return ", ".join(users[:3]) + (f" and {len(users) - 3:,} more" if len(users) > 3 else "")

@@ -18,6 +18,7 @@ from peso.errors import DataError
 from peso.events import columns
 from peso.events.histories import Ragged, Stage, require_trainable
 from peso.items.semantic_ids import SemanticIds, read_release_index
+from peso.runtime.failures import listed
 from peso.runtime.files import read_json_object
 from peso.runtime.remote import local
 
@@ -114,10 +115,9 @@ def _read_block(path: Path, number: int, ids: SemanticIds, index: Path) -> Stage
             unknown.extend((user, item) for item in items if item not in rows)
             side.append([rows.get(item, -1) for item in items])
     if unknown:
-        some = ", ".join(f"user {user!r} item {item!r}" for user, item in unknown[:5])
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        some = listed(f"user {user!r} item {item!r}" for user, item in unknown)
         raise DataError(
-            f"{path} has items that are not in {index.name}: {some}{more}; "
+            f"{path} has items that are not in {index.name}: {some}; "
             "use the index made for these blocks, or remove these events"
         )
     stage = Stage(number, list(block), Ragged.of(sides[PREVIOUS]), Ragged.of(sides[CURRENT]))

@@ -19,7 +19,7 @@ import torch
 from peso.errors import ConfigError
 from peso.items.encoder_assets import find_encoder
 from peso.runtime import assets
-from peso.runtime.failures import first_line
+from peso.runtime.failures import first_line, listed
 from peso.runtime.files import checksum
 from peso.runtime.hugging_face import loading
 
@@ -146,10 +146,7 @@ def _mean_pooling(directory: Path, max_tokens: int) -> Encode:
     )
     # the pooler is not used
     if lacking := sorted(name for name in report["missing_keys"] if "pooler" not in name):
-        more = ", …" if len(lacking) > 3 else ""
-        raise ValueError(
-            f"{len(lacking)} weights are missing from its files ({', '.join(lacking[:3])}{more})"
-        )
+        raise ValueError(f"{len(lacking)} weights are missing from its files ({listed(lacking, 3)})")
     model = model.to(_device()).eval()
     positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
     limit = min(max_tokens, positions, tokenizer.model_max_length)

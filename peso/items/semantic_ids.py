@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from peso.errors import DataError, WorkspaceError
 from peso.items.names import NONE_RENAMED, ItemNames
+from peso.runtime.failures import listed
 from peso.runtime.files import read_json_object, write_atomically
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 
@@ -267,9 +268,9 @@ class SemanticIds:
         """
         unknown = [item for item in item_ids if item not in self._rows]
         if unknown:
-            shown = ", ".join(repr(item) for item in unknown[:5]) + (" …" if len(unknown) > 5 else "")
             raise DataError(
-                f"{len(unknown)} of {len(item_ids)} items are not in the semantic-ID index: {shown}"
+                f"{len(unknown)} of {len(item_ids)} items are not in the semantic-ID index: "
+                f"{listed(map(repr, unknown))}"
             )
         return np.array([self._rows[item] for item in item_ids], dtype=np.int32)
 

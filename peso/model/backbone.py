@@ -22,6 +22,7 @@ from peso.config.model import BUILT_IN, CONTEXT, head_size
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
 from peso.model.source import source_of, source_of_pretrained
+from peso.runtime.failures import listed
 from peso.runtime.hugging_face import loading
 
 BEGIN, END = "<|begin|>", "<|end|>"
@@ -193,10 +194,10 @@ def _pretrained(name: str, source: str, layers: int | None, dtype: torch.dtype) 
             cause = "its weights are a pickle with more than tensors; convert it to safetensors"
         raise BackboneError(f"backbone {name!r} cannot be loaded from {source}: {cause}") from error
     if report["missing_keys"]:
-        some = ", ".join(sorted(report["missing_keys"])[:3])
+        missing = sorted(report["missing_keys"])
         raise BackboneError(
-            f"backbone {name!r} is incomplete: {len(report['missing_keys'])} weights are missing from its "
-            f"files ({some}, …); use a directory with a complete causal LM"
+            f"backbone {name!r} is incomplete: {len(missing)} weights are missing from its files "
+            f"({listed(missing, 3)}); use a directory with a complete causal LM"
         )
     return causal_lm, tokenizer
 

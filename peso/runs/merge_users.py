@@ -27,6 +27,7 @@ from peso.events.stream import MERGED, Stream
 from peso.runs.pairs import Pair
 from peso.runs.preparation import aliases, logs_of
 from peso.runs.workspace import Workspace
+from peso.runtime.failures import listed
 from peso.runtime.files import commit_directory
 from peso.runtime.progress import Observer
 
@@ -84,10 +85,9 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
         users[before] = after
         into = {user: after if now == before else now for user, now in into.items()} | {before: after}
     if unknown:
-        shown = ", ".join(map(repr, unknown[:5])) + (" …" if len(unknown) > 5 else "")
         raise DataError(
-            f"{len(unknown):,} of {len(pairs):,} users to merge have no event in {workspace.root}: {shown}; "
-            "check the ids (the user to merge comes first)"
+            f"{len(unknown):,} of {len(pairs):,} users to merge have no event in {workspace.root}: "
+            f"{listed(map(repr, unknown))}; check the ids (the user to merge comes first)"
         )
     new = [user for user in dict.fromkeys(into[each] for each in users) if not known(user)]
     return Merged(users, same, new)

@@ -10,6 +10,7 @@ from peso.items.names import ItemNames
 from peso.runs.names import Renaming, as_names, names_held, renamings, write_renamings
 from peso.runs.pairs import Pair
 from peso.runs.workspace import Workspace
+from peso.runtime.failures import listed
 from peso.runtime.provenance import timestamp
 
 LONGEST = 256  # characters of an item id that the server accepts
@@ -96,7 +97,7 @@ def _ends(pairs: Sequence[Pair]) -> dict[str, list[str]]:
         ends[old] = chain
     if circle := set(to) - {name for old, chain in ends.items() for name in (old, *chain)}:
         raise DataError(
-            f"the pairs rename {', '.join(map(repr, sorted(circle)[:5]))} in a circle, so it is not clear "
+            f"the pairs rename {listed(map(repr, sorted(circle)))} in a circle, so it is not clear "
             "which name belongs to which item; items cannot exchange their names, so give each a new one"
         )
     return ends
@@ -112,10 +113,9 @@ def _require_known(
     workspace: Workspace, items: Sequence[str], names: ItemNames, known: frozenset[str]
 ) -> None:
     if others := [item for item in items if names.in_files(item) not in known]:
-        shown = ", ".join(map(repr, others[:5])) + (" …" if len(others) > 5 else "")
         raise DataError(
             f"{len(others):,} of {len(items):,} items to rename are not in the stream of {workspace.root}: "
-            f"{shown}; check the ids (the old one comes first)"
+            f"{listed(map(repr, others))}; check the ids (the old one comes first)"
         )
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from peso.errors import DataError
 from peso.runs.place import RETIRED, RETIRED_LOCK
 from peso.runs.workspace import Workspace
+from peso.runtime.failures import listed
 from peso.runtime.files import in_turn
 from peso.runtime.provenance import timestamp
 from peso.runtime.records import Reread, read_entries, write_entries
@@ -98,7 +99,7 @@ def _require_known(
 ) -> None:
     known, names = frozenset(known), workspace.names
     if others := [item for item in items if names.in_files(item) not in known]:
-        shown = ", ".join(map(repr, others[:5])) + (" …" if len(others) > 5 else "")
+        shown = listed(map(repr, others))
         raise DataError(f"{len(others):,} of {len(items):,} items are {what}: {shown}; {cure}")
 
 

@@ -19,6 +19,7 @@ from peso.runs.names import current_names
 from peso.runs.place import CONFIG, EVENTS, HISTORIES, MADE, hold_lock, refuse_foreign, writing
 from peso.runs.sizes import Sizes, chosen_sizes, record, require_sizes, settled, sizes_for
 from peso.runs.stage import RunStage
+from peso.runtime.failures import listed
 from peso.runtime.files import write_atomically
 from peso.runtime.machine import require_device
 from peso.runtime.manifest import MANIFEST, Manifest, read_manifest
@@ -410,9 +411,8 @@ def _read_resolved(path: Path) -> Config:
         named = "" if str(path) in str(error) else f"{path}: "
         raise ConfigError(f"{named}{error}") from None
     if missing := missing_keys(tree, config):
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise WorkspaceError(
-            f"{path} is incomplete: {', '.join(missing[:5])}{more} are missing, which peso always writes. It "
+            f"{path} is incomplete: {listed(missing)} are missing, which peso always writes. It "
             f"was truncated or edited; {RESTORE}"
         )
     return config

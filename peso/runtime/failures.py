@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -212,6 +213,16 @@ def _first_line(text: str) -> str:
 # C0 and C1 control characters, line separators, bidirectional overrides, lone surrogates
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BREAKS = re.compile("[\t\n]")
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first of several names, and the number of the others.
+
+    >>> listed(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def printable(text: str, *, one_line: bool = False) -> str:

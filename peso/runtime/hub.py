@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from peso.errors import AssetError, ExportError
 from peso.runtime.downloads import TIMEOUT, Progress
-from peso.runtime.failures import first_line
+from peso.runtime.failures import first_line, listed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -208,8 +208,7 @@ def _of_path(name: str, path: str, sizes: dict[str, int]) -> list[str]:
     wanted = [file for file in files if not path or file == path or file.startswith(f"{path}/")]
     wanted = wanted or [file for file in files if fnmatchcase(file, path)]
     if not wanted:
-        there = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
-        raise AssetError(f"{name}: the data set has no {path or 'files'}; it has {there or 'none'}")
+        raise AssetError(f"{name}: the data set has no {path or 'files'}; it has {listed(files) or 'none'}")
     return wanted
 
 

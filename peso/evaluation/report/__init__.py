@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peso.errors import WorkspaceError
+from peso.runtime.failures import listed
 
 PAGE, TABLES, PLOTS = "index.html", "tables", "plots"
 
@@ -22,6 +23,6 @@ def refuse_foreign(directory: Path) -> None:
     foreign = sorted(path.name for path in found if path.name not in own)
     if foreign:
         raise WorkspaceError(
-            f"{directory} has files that are not part of a report ({', '.join(foreign[:3])}"
-            f"{' …' if len(foreign) > 3 else ''}) and would be removed. Choose another directory"
+            f"{directory} has files that are not part of a report ({listed(foreign, 3)}) and would "
+            "be removed. Choose another directory"
         )

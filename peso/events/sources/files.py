@@ -15,6 +15,7 @@ from typing import IO, BinaryIO, cast
 
 from peso.config.reading import MARKS, matching
 from peso.errors import ConfigError, DataError
+from peso.runtime.failures import listed
 
 ENDINGS = {
     "csv": (".csv", ".tsv", ".tab", ".txt", ".dat", ".data", ".inter"),
@@ -209,9 +210,9 @@ class ChoiceError(DataError):
     """A path has several data sets, or variants of one, of which the user must name one."""
 
     def __init__(self, path: str | Path, variants: Sequence[str], what: str = "the folder of one") -> None:
-        more = f" and {len(variants) - SHOWN} more" if len(variants) > SHOWN else ""
-        listed = f"{', '.join(variants[:SHOWN])}{more}"
-        super().__init__(f"{path} has several data sets, or variants of one ({listed}); give {what}")
+        super().__init__(
+            f"{path} has several data sets, or variants of one ({listed(variants, SHOWN)}); give {what}"
+        )
 
 
 def folders_in(folder: Path) -> list[Path]:

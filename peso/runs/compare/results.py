@@ -26,6 +26,7 @@ from peso.runs.place import require_place
 from peso.runs.sizes import sizes_for
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
+from peso.runtime.failures import listed
 from peso.runtime.files import write_aside
 
 RESULTS, ENDINGS = "results", (".parquet", ".csv")
@@ -87,7 +88,7 @@ def collect(plan: Plan) -> Collected:
     if open_tests:
         remarks.append(
             f"forgetting and transfer: tests on other stages are missing in {len(open_tests)} of "
-            f"{len(plan.transfers)} runs ({', '.join(open_tests[:3])}{' …' if len(open_tests) > 3 else ''})"
+            f"{len(plan.transfers)} runs ({listed(open_tests, 3)})"
         )
     return Collected(runs, baselines, remarks)
 
