@@ -20,12 +20,11 @@ from peso.cli.baseline import baseline
 from peso.cli.compare import compare
 from peso.cli.diagnose import diagnose
 from peso.cli.display import called, clear_bars
-from peso.cli.forget import forget
 from peso.cli.ingest import ingest
 from peso.cli.models import export, pull
 from peso.cli.promotion import promote, rollback, status
-from peso.cli.prune import prune
 from peso.cli.recommend import recommend
+from peso.cli.removal import forget, prune, undo
 from peso.cli.run import run
 from peso.cli.serve import serve
 from peso.cli.start import demo, doctor, init
@@ -87,7 +86,7 @@ app = typer.Typer(
     epilog="Exit status: 0 success, 1 failure, 2 incorrect use of the command line, 130 interrupted "
     "(Ctrl-C), 143 terminated (SIGTERM).",
 )
-STEPS = (ingest, steps.tokenize, steps.train, steps.update, steps.undo, steps.evaluate, steps.report)
+STEPS = (ingest, steps.tokenize, steps.train, steps.update, undo, steps.evaluate, steps.report)
 SERVING = (serve, status, promote, rollback)
 OTHERS = (recommend, baseline, diagnose, pull, export)
 for command in (demo, init, doctor, run, compare, *STEPS, *SERVING, *OTHERS, forget, prune):

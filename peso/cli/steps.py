@@ -1,4 +1,4 @@
-"""The steps of `peso run` after `ingest` (tokenize, train, update, evaluate, report), and undo."""
+"""The steps of `peso run` after `ingest` (tokenize, train, update, evaluate, report)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from peso.cli.display import (
     Stage,
     Terminal,
     Trust,
-    confirm,
     next_step_of,
     next_steps,
     say,
@@ -203,42 +202,6 @@ def _cut_received(opened: Workspace, items: str | None) -> None:
     if cut.waiting:
         say(f"{cut.waiting:,} received events wait for a later stage")
     _give_new_ids(opened)
-
-
-def undo(
-    workspace: Directory,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Undo the last step: the training of the last stage, or the last append if it is not trained yet.
-
-    Undoing the training of a stage removes its model and its tests; the events stay, and `peso update` trains
-    the stage again. Undoing an append removes its events, its new items and their semantic IDs. The report is
-    updated. Stage 0 and the first ingested stream are never removed. If the command is interrupted, run it
-    again: it finishes the removal and removes nothing else.
-
-    Example: peso undo -w runs/shop
-    """
-    from dataclasses import asdict
-
-    from peso.runs.undo import last_step
-    from peso.runs.undo import undo as remove
-
-    opened = Workspace.open(workspace)
-    with opened.lock():
-        step = last_step(opened)
-        go = yes or step.gone or confirm(f"{workspace}: remove {step}?", "nothing was removed")
-        if go:
-            remove(opened, step, Terminal())
-    if as_json:
-        say_json({**asdict(step), "stages": list(step.stages), "removed": go})
-    elif not go:
-        say("nothing was removed")
-    else:
-        say(f"{workspace}: removed {step}")
-        if step.gone:
-            say("an earlier undo was interrupted; it is finished now, and nothing else was removed")
-        next_steps(next_step_of(opened))
 
 
 def evaluate(
