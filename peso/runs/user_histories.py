@@ -20,6 +20,7 @@ from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.events.stream import Stream
 from peso.items.names import ItemNames
 from peso.runs.place import NAMES as NAMES_FILE
+from peso.runtime.files import file_state
 from peso.runtime.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def cuts_of(stream: Stream, log: str) -> list[str]:
 class _State:
     """A snapshot of the stream with the index of its users."""
 
-    stamp: tuple[int, ...]
+    stamp: tuple[object, ...]
     stream: Stream
     index: HistoryIndex
     last: int  # time of its last event, microseconds
@@ -211,19 +212,11 @@ class UserHistories:
         except PesoError as error:  # the next call tries again
             log.warning("the changed stream cannot be read yet", extra={"fields": {"problem": str(error)}})
 
-    def _stamp(self) -> tuple[int, ...]:
-        """Inodes and modification times of the manifests of stream and semantic IDs, and of the names of
-        items."""
-        stamp: list[int] = []
+    def _stamp(self) -> tuple[object, ...]:
+        """The states of the manifests of stream and semantic IDs, and of the names of items."""
         workspace = self.workspace
         made = (workspace.stream_directory / MANIFEST, workspace.semantic_ids_directory / MANIFEST)
-        for path in (*made, workspace.root / NAMES_FILE):
-            try:
-                found = path.stat()
-                stamp += [found.st_ino, found.st_mtime_ns]
-            except FileNotFoundError:  # being replaced, or nothing was renamed
-                stamp += [0, 0]
-        return tuple(stamp)
+        return tuple(map(file_state, (*made, workspace.root / NAMES_FILE)))
 
     def _waiting(self, user: str, state: _State) -> list[ReceivedEvent]:
         """The received events of a user, and of users that were merged into this one, that are in no stage of

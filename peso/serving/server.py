@@ -107,7 +107,7 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
         on_change=changed,
         on_problem=failed,
     )
-    stock = StockFiles(settings.allow_file, settings.deny_file, root)
+    stock = StockFiles(root, settings.allow_file, settings.deny_file)
     received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)
     histories = LiveHistories(root, received, trust)
     engine = Engine(

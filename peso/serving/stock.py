@@ -44,17 +44,17 @@ class StockFiles:
     """Reads the filters from files.
 
     Args:
+        root: the workspace, whose retired items are denied.
         allow, deny: files of item ids, one per line; None: no filter.
-        root: the workspace, whose retired items are denied; None: no workspace.
 
     Raises:
         UsageError: a file cannot be read, or the allow file is empty.
         WorkspaceError: the record of retired items is damaged.
     """
 
-    def __init__(self, allow: Path | None = None, deny: Path | None = None, root: Path | None = None) -> None:
-        self._retired = None if root is None else retired_items(root)
-        self._never = frozenset[str]() if self._retired is None else self._retired.current()
+    def __init__(self, root: Path, allow: Path | None = None, deny: Path | None = None) -> None:
+        self._retired = retired_items(root)
+        self._never = self._retired.current()
         self._problem = ""
         self._files = {"--allow-file": allow, "--deny-file": deny}
         self._seen = self._fingerprint()
@@ -81,8 +81,7 @@ class StockFiles:
         """The retired items; if the record cannot be read, the last known ones, and the error is logged
         once."""
         try:
-            if self._retired is not None:
-                self._never, self._problem = self._retired.current(), ""
+            self._never, self._problem = self._retired.current(), ""
         except WorkspaceError as error:
             if self._problem != str(error):
                 log.error("retired items stay as they were", extra={"fields": {"problem": str(error)}})

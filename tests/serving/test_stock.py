@@ -53,13 +53,13 @@ def test_a_file_that_cannot_be_read_is_refused_at_the_start(tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     with pytest.raises(UsageError, match="has no item"):
-        StockFiles(allow=empty)
-    assert StockFiles(deny=empty).current() == Stock()
+        StockFiles(tmp_path, allow=empty)
+    assert StockFiles(tmp_path, deny=empty).current() == Stock()
     marked = tmp_path / "marked.txt"
     marked.write_text("7\n8\n", encoding="utf-8-sig")  # with a byte order mark, as spreadsheets write it
-    assert StockFiles(deny=marked).current().deny == {"7", "8"}
+    assert StockFiles(tmp_path, deny=marked).current().deny == {"7", "8"}
     with pytest.raises(UsageError, match=r"--deny-file .* No such file"):
-        StockFiles(deny=tmp_path / "gone")
+        StockFiles(tmp_path, deny=tmp_path / "gone")
 
 
 def test_retired_items_are_gone_with_the_next_answer_and_a_damaged_record_changes_nothing(serving, copy):
