@@ -28,6 +28,16 @@ SCRATCH_DROPOUT = 0.2
 COST_ONLY = ("gradient_checkpointing", "compile", "threads", "sharding")
 
 
+def is_path(name: str) -> bool:
+    """Whether the name of a model is written as a path; any other may be known, or a name on the hub."""
+    return name.startswith((".", "~", "/"))
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether the name of a model has the form of those on the hub, owner/model."""
+    return name.count("/") == 1 and not is_path(name)
+
+
 class BackboneConfig(Section):
     """The language model. ``name`` is a name on the hub, a path, an asset of ``peso pull``, ``scratch``,
     ``tiny`` or ``auto``."""

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from peso.config.data import expand_data
-from peso.config.model import AUTO, BUILT_IN
+from peso.config.model import AUTO, BUILT_IN, is_path
 from peso.config.parsing import DEEPEST, expand_name, parse, read_tree, shown
 from peso.config.registry import UNKNOWN_NAME, UNKNOWN_OPTION, Options, registry_of
 from peso.config.strategy import expand_strategy
@@ -124,12 +124,11 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
     data, backbone = absolute(config.data, "path"), config.backbone.name
     if data.items is not None:
         data = data.model_copy(update={"items": absolute(data.items, "path")})
-    is_path = backbone not in (*BUILT_IN, AUTO) and _is_backbone(backbone, base)
-    is_file = config.items.encoder.startswith((".", "~", "/"))  # anything else may be a name on the hub
+    in_folder = backbone not in (*BUILT_IN, AUTO) and _is_backbone(backbone, base)
     sections = {
         "data": data,
-        "items": absolute(config.items, "vectors", "index", *["encoder"] * is_file),
-        "backbone": absolute(config.backbone, "pretrained", *["name"] * is_path),
+        "items": absolute(config.items, "vectors", "index", *["encoder"] * is_path(config.items.encoder)),
+        "backbone": absolute(config.backbone, "pretrained", *["name"] * in_folder),
         "report": absolute(config.report, "users"),
     }
     changed = {name: each for name, each in sections.items() if each is not getattr(config, name)}
@@ -138,9 +137,8 @@ def _absolute_paths(config: Config, base: Path | None) -> Config:
 
 def _is_backbone(name: str, base: Path | None) -> bool:
     """Whether a name is the path of a backbone. Any other name may be one on the hub or of ``peso pull``."""
-    if name.startswith((".", "~", "/")):
-        return True
-    return any((folder / name / "config.json").is_file() for folder in (base or Path(), Path()))
+    places = (base or Path(), Path())
+    return is_path(name) or any((folder / name / "config.json").is_file() for folder in places)
 
 
 def matching(pattern: str) -> list[Path]:

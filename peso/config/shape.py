@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peso.config.data import DataConfig, SimulateConfig
-from peso.config.model import BUILT_IN, OF_ITEMS
+from peso.config.model import BUILT_IN, OF_ITEMS, is_path
 from peso.config.reading import leaves
 from peso.config.tree import Config
 
@@ -55,7 +55,7 @@ def moved(config: Config, now: Config) -> Config:
     """
     here, there = config.backbone, now.backbone
     names = here.name, there.name
-    is_directory = any(map(_is_path, names)) and not set(names) & set(BUILT_IN)
+    is_directory = any(map(_is_directory, names)) and not set(names) & set(BUILT_IN)
     backbone = here.model_copy(
         update={
             "name": there.name if is_directory else here.name,
@@ -119,5 +119,5 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
-def _is_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or os.path.isdir(name)
+def _is_directory(name: str) -> bool:
+    return is_path(name) or os.path.isdir(name)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peso.config.model import is_path
 from peso.errors import ConfigError
 from peso.items.encoder_assets import find_encoder
 from peso.runtime import assets
@@ -88,7 +89,7 @@ def _find(name: str) -> tuple[Path, str]:
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory, _checksums(directory)
-    if name.startswith((".", "~", "/")):
+    if is_path(name):
         raise OSError("there is no such directory")
     from huggingface_hub import snapshot_download
 

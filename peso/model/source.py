@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peso.config.model import AUTO, BUILT_IN
+from peso.config.model import AUTO, BUILT_IN, is_on_hub
 from peso.errors import BackboneError
 from peso.runtime import assets
 
@@ -25,8 +25,7 @@ def source_of(name: str) -> str:
         return str(path)
     if path.exists():
         raise BackboneError(f"backbone {name!r} is a file; use the directory of a Transformers model")
-    # names on the hub are owner/model; anything else is meant as a known name or a path
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+    if not is_on_hub(name):
         known = ", ".join([AUTO, *BUILT_IN, *assets.names("backbone")])
         raise BackboneError(
             f"backbone {name!r} is neither a directory nor a known name ({known}), and names on the hub have "

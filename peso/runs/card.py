@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peso import __version__
-from peso.config.model import BUILT_IN
+from peso.config.model import BUILT_IN, is_on_hub
 from peso.events.stream import Stream
 from peso.model.build import ADAPTER
 from peso.model.transitions import FILE
@@ -114,7 +114,7 @@ def _backbone(config: Any) -> tuple[str, str, str]:
         if asset.name == config.name:
             hub = next(source for source in asset.sources if isinstance(source, Hub))
             return hub.repository, asset.licence.lower(), f"the backbone {hub.repository}"
-    if config.name.count("/") == 1 and not config.name.startswith((".", "~", "/")):
+    if is_on_hub(config.name):
         return config.name, "", f"the backbone {config.name}"
     return "", "", "a backbone from a local directory"
 

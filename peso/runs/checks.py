@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from peso.config import Config, ItemsConfig, baseline_label
 from peso.config.data import LogFormat
 from peso.config.items import FILES, HASHING
-from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS
+from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS, is_path
 from peso.errors import BackboneError, ConfigError, PesoError
 from peso.events.columns import ITEM_ID, ITEMS
 from peso.items.encoder_assets import find_encoder
@@ -49,7 +49,7 @@ def check_configuration(config: Config) -> None:
             )
     for key, path in [("items.vectors", path) for path in config.items.vectors] + [
         ("items.index", config.items.index),
-        ("items.encoder", config.items.encoder if config.items.encoder.startswith(("/", "~", ".")) else None),
+        ("items.encoder", config.items.encoder if is_path(config.items.encoder) else None),
     ]:
         if path is not None and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}: {path} does not exist")
