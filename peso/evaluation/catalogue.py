@@ -52,7 +52,7 @@ class Catalogue:
         cls,
         stream: Stream,
         semantic_ids: SemanticIds,
-        user_columns: Mapping[str, Mapping[str, str]] | None = None,
+        user_columns: Mapping[str, Mapping[str, str]],
     ) -> Catalogue:
         """Build the catalog of a stream and its index, for the stages whose items all have semantic IDs."""
         seen, before = {}, np.zeros(len(stream.item_ids), dtype=np.int64)
@@ -75,7 +75,7 @@ class Catalogue:
         columns = {
             name: stream.items[name].to_pylist() for name in stream.items.column_names if name != "item_id"
         }
-        return cls(semantic_ids.item_ids, seen, semantic_ids.codes, columns, user_columns or {}, cases)
+        return cls(semantic_ids.item_ids, seen, semantic_ids.codes, columns, user_columns, cases)
 
     @cached_property
     def rows(self) -> dict[str, int]:

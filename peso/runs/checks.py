@@ -62,8 +62,7 @@ def check_configuration(config: Config) -> None:
     if config.report.users is not None or config.report.segments:
         from peso.runs.report import read_user_table
 
-        users = read_user_table(config.report.users) if config.report.users is not None else {}
-        known = [name for name in ITEMS.names if name != ITEM_ID] + list(users)
+        known = [name for name in ITEMS.names if name != ITEM_ID] + list(read_user_table(config.report.users))
         for segment in config.report.segments:
             if segment not in known:
                 raise ConfigError(

@@ -70,7 +70,7 @@ def ingest(workspace: Workspace, observer: Observer) -> dict[str, Any]:
             "(-w)"
         )
     observer.note(f"ingest: {data.format} {shown(data.path or '')}".rstrip())
-    user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
+    user_table = read_user_table(workspace.config.report.users)
     with names_held(workspace.root), commit_directory(workspace.stream_directory) as directory:
         seed = workspace.config.seed_of_data
         names = aliases(workspace, with_users=False)
@@ -145,7 +145,7 @@ def extend(
     Raises:
         PesoError: as :func:`append`.
     """
-    user_table = read_user_table(users) if (users := workspace.config.report.users) else {}
+    user_table = read_user_table(workspace.config.report.users)
     with commit_directory(workspace.stream_directory) as directory:
         stream = workspace.stream
         manifest = fill(directory)

@@ -147,8 +147,8 @@ def summarize(workspace: Workspace, name: str) -> RunSummary:
 
 def catalogue(workspace: Workspace) -> Catalogue:
     """The catalog of a workspace, for metrics that depend on items and users."""
-    users, stream = workspace.config.report.users, workspace.stream
-    table = of_merged(read_user_table(users), stream.merged_users) if users else None
+    stream = workspace.stream
+    table = of_merged(read_user_table(workspace.config.report.users), stream.merged_users)
     return Catalogue.of(stream, workspace.semantic_ids, table)
 
 
@@ -264,15 +264,17 @@ def _span(stages: list[int]) -> str:
 USER = "user_id"
 
 
-def read_user_table(path: str | Path) -> Mapping[str, Mapping[str, str]]:
+def read_user_table(path: str | Path | None) -> Mapping[str, Mapping[str, str]]:
     """The values of the user table: column name → user → value.
 
     Args:
-        path: CSV or TSV with a header, Parquet or JSON lines, with a column ``user_id``.
+        path: CSV or TSV with a header, Parquet or JSON lines, with a column ``user_id``. None: no table.
 
     Raises:
         DataError: the file is missing or unreadable, has no column ``user_id``, or two rows for a user.
     """
+    if path is None:
+        return {}
     path = Path(path)
     try:
         table = _table(path)
