@@ -7,7 +7,6 @@ which the manifest keeps under ``erased``. Stages that are trained later are bas
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from peso.events.histories import stage_counts
 from peso.events.stream import ERASED, FORMAT, MERGED, Stream, readable, stage_file
 from peso.runtime.files import link
 from peso.runtime.manifest import write_manifest
+from peso.runtime.provenance import timestamp
 
 
 def files_with(stream: Stream, *users: str) -> list[str]:
@@ -67,7 +67,7 @@ def erase_user(earlier: str | Path, directory: Path, *users: str) -> None:
         if stage_file(number) in held:
             own = stage_counts(stream.rows_of(stage_file(number), users))
             counts[number] = {key: count - own.get(key, 0) for key, count in counts[number].items()}
-    erased = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "before": before}
+    erased = {"time": timestamp(), "before": before}
     content = {
         **_without_names(stream.manifest, users),
         "stages": counts,

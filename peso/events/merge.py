@@ -13,7 +13,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from peso.events.histories import Ragged, Stage
 from peso.events.stream import FORMAT, MERGED, Stream, merged_file, rare_file, stage_file, stage_table
 from peso.runtime.manifest import write_manifest
+from peso.runtime.provenance import timestamp
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def write_merged(
         WorkspaceError: a file of the stream is damaged, or the disk is full.
     """
     number = stream.stages - 1
-    name, time = merged_file(number), datetime.now(UTC).isoformat(timespec="seconds")
+    name, time = merged_file(number), timestamp()
     known_ones = {user: items for user, items in histories.items() if items}
     gone: dict[str, Sequence[int]] = {before: [] for before, _ in merges}
     rows: dict[str, Sequence[int]] = {**_merged_at(stream, number), **known_ones, **gone}
