@@ -16,7 +16,7 @@ from peso.runs.evaluate import test
 from peso.runs.served import promote, serve_from_now, served, serving_stage
 from peso.runs.stage import FORMAT, VERDICT, RunStage
 from peso.runs.workspace import Workspace
-from peso.runtime.files import json_text
+from peso.runtime.files import write_json
 from peso.runtime.manifest import replace_file
 from peso.runtime.processes import current
 from peso.runtime.progress import Observer
@@ -108,7 +108,7 @@ def _decide(challenger: RunStage, champion: RunStage) -> None:
         "earlier": {"cases": 0} if earlier is None else compared(earlier),
     }
     with replace_file(challenger.directory, VERDICT, FORMAT) as aside:
-        aside.write_text(json_text(content), encoding="utf-8")
+        write_json(aside, content)
 
 
 def _act(stage: RunStage, observer: Observer) -> None:

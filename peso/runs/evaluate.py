@@ -18,7 +18,7 @@ from peso.evaluation.predictions import (
 )
 from peso.items.semantic_ids import SemanticIds
 from peso.runs.stage import FORMAT, METRICS, PREDICTIONS, StageTest
-from peso.runtime.files import json_text
+from peso.runtime.files import write_json
 from peso.runtime.machine import threads
 from peso.runtime.manifest import replace_file, take_out
 from peso.runtime.processes import current
@@ -135,7 +135,7 @@ def measure(wanted: StageTest) -> dict[str, Any]:
         "metrics": {name: estimate.as_json() for name, estimate in estimates.items()},
     }
     with replace_file(stage.directory, wanted.name(METRICS), FORMAT) as aside:
-        aside.write_text(json_text({**known, "test": metrics}), encoding="utf-8")
+        write_json(aside, {**known, "test": metrics})
     return metrics
 
 
@@ -145,7 +145,7 @@ def remove_test(gone: StageTest) -> None:
     if gone.is_own:  # the figures of training stay
         left = {key: value for key, value in gone.known_metrics.items() if key != "test"}
         with replace_file(directory, gone.name(METRICS), FORMAT) as aside:
-            aside.write_text(json_text(left), encoding="utf-8")
+            write_json(aside, left)
     else:
         names.append(gone.name(METRICS))
     take_out(directory, names, FORMAT, {})
