@@ -69,7 +69,7 @@ class Measured:
 
     def data_of(self, task: Task) -> tuple[Workspace, dict[str, float]]:
         if task.root not in self.data:
-            source = readable(Workspace(task.root, task.config), Silent())
+            source = readable(task.workspace, Silent())
             self.data[task.root] = self.temporary.enter_context(source)
         return self.data[task.root]
 
@@ -85,7 +85,7 @@ def _expected(task: Task, name: str, measured: Measured) -> Expected:
     if task.kind == "baseline":
         state = f"{at.done} of {at.stages} stages" if at.done else "missing"
         assert task.baseline is not None
-        left = baseline_estimate(Workspace(task.root, task.config), task.baseline)
+        left = baseline_estimate(task.workspace, task.baseline)
         return Expected(name, state, left.minutes if left else 0.0, left.note if left else "")
     steps = _steps(task, measured)
     if task.kind == "transfer":
@@ -114,7 +114,7 @@ def _across(task: Task, name: str, steps: list[Estimate]) -> Expected:
     tests = {e.step.stage: e.minutes for e in steps if e.step.name == "test" and e.step.stage is not None}
     if not tests or any(minutes is None for minutes in tests.values()):
         return Expected(name, "missing", None, next((e.note for e in steps if e.minutes is None), ""))
-    workspace = Workspace(task.root, task.config)
+    workspace = task.workspace
     pairs = pairs_across(len(tests))
     missing = [(i, j) for i, j in pairs if not workspace.stage(i).on(j).is_done]
     state = f"{len(pairs) - len(missing)} of {len(pairs)} tests" if len(missing) < len(pairs) else "missing"

@@ -70,6 +70,11 @@ class Task:
         return self.root, self.kind == "transfer"
 
     @property
+    def workspace(self) -> Workspace:
+        """The workspace, which need not exist yet."""
+        return Workspace(self.root, self.config)
+
+    @property
     def needs(self) -> list[Task]:
         return [task for task in (self.data, self.base) if task is not None]
 
@@ -180,9 +185,7 @@ class Plan:
                     check_sources(run.task.config)
                 except PesoError as error:
                     raise type(error)(f"data set {run.data}: {error}") from None
-        self._of_each(
-            lambda task: check_surroundings(Workspace(task.root, task.config), data=False, models=models)
-        )
+        self._of_each(lambda task: check_surroundings(task.workspace, data=False, models=models))
 
     def rehearse(self) -> None:
         """Check that every run can be trained, see :func:`peso.runs.checks.rehearse`.
@@ -193,7 +196,7 @@ class Plan:
         seen = set[str]()
 
         def rehearsed(task: Task) -> None:
-            workspace = Workspace(task.root, task.config)
+            workspace = task.workspace
             if 0 not in workspace.finished_stages:
                 rehearse(workspace, seen)
 

@@ -42,7 +42,7 @@ def progress_of(task: Task) -> TaskProgress:
     """
     if not (task.root / CONFIG).is_file():
         return TaskProgress(0, _stages(task))
-    workspace = Workspace(task.root, task.config)
+    workspace = task.workspace
     if task.kind == "transfer":
         return _transfer_progress(task, workspace)
     if task.baseline is not None:
@@ -88,7 +88,7 @@ def _baseline_progress(task: Task, workspace: Workspace, config: BaselineOptions
 
 def data_ready(task: Task) -> bool:
     """Whether the workspace of a task has its stream and semantic IDs."""
-    workspace = Workspace(task.root, task.config)
+    workspace = task.workspace
     return workspace.has_stream and workspace.has_semantic_ids
 
 
@@ -106,7 +106,7 @@ def open_needs(task: Task) -> tuple[Task | None, Task | None]:
         return data, None
     if task.kind == "transfer":
         return data, None if is_done(task.base) else task.base
-    taken = Workspace(task.root, task.config).finished_stages
+    taken = task.workspace.finished_stages
     enough = task.kind == "baseline" and len(taken) == _stages(task)
     return data, None if enough or (task.kind == "strategy" and 0 in taken) else task.base
 
@@ -115,7 +115,7 @@ def _stages(task: Task) -> int | None:
     if task.last_stage is not None:
         return task.last_stage + 1
     for source in (task, task.data):
-        if source is not None and (workspace := Workspace(source.root, source.config)).has_stream:
+        if source is not None and (workspace := source.workspace).has_stream:
             return workspace.stream.stages
     return None
 
@@ -126,7 +126,7 @@ def validation_loss(task: Task) -> float:
     Raises:
         WorkspaceError: a stage was not trained, so it has no validation loss.
     """
-    workspace = Workspace(task.root, task.config)
+    workspace = task.workspace
     losses = []
     for stage in workspace.stages[1:]:
         found = stage.training.get("validation_losses")

@@ -198,7 +198,7 @@ def runs_by_data(directory: Path, note: Callable[[str], None]) -> dict[str, list
 
 def run_summary(run: Run, found: TaskProgress) -> RunSummary:
     """The summary of a run for the report."""
-    found_summary = report.summarize(Workspace(run.task.root, run.task.config), run.name)
+    found_summary = report.summarize(run.task.workspace, run.name)
     return replace(
         found_summary,
         strategy=run.strategy,
@@ -213,7 +213,7 @@ def run_summary(run: Run, found: TaskProgress) -> RunSummary:
 def _baselines(first: Run, entries: Sequence[tuple[Run, TaskProgress]]) -> list[RunSummary]:
     """The summaries of a cell's baselines: those of the comparison, those that `peso baseline` has run in the
     first run's workspace, and popularity in any case."""
-    workspace = Workspace(first.task.root, first.task.config)
+    workspace = first.task.workspace
     found = [each for run, at in entries for each in baseline_summary(run, at)]
     own = {baseline_label(run.task.baseline) for run, _ in entries if run.task.baseline is not None}
     others = [config for config in found_baselines(workspace) if baseline_label(config) not in own]
@@ -236,7 +236,7 @@ def baseline_summary(run: Run, at: TaskProgress) -> list[RunSummary]:
             seed=run.seed,
             expected_stages=at.stages or 0,
         )
-        for found in BaselineRun(Workspace(run.task.root, run.task.config), run.task.baseline).summaries()
+        for found in BaselineRun(run.task.workspace, run.task.baseline).summaries()
     ]
 
 
@@ -306,4 +306,4 @@ def _baseline_rows(run: Run, at: TaskProgress) -> Iterator[dict[str, Any]]:
 
 
 def _tested(run: Run) -> list[RunStage]:
-    return [stage for stage in Workspace(run.task.root, run.task.config).stages if stage.is_tested]
+    return [stage for stage in run.task.workspace.stages if stage.is_tested]
