@@ -21,7 +21,7 @@ from peso.cli.display import (
     table,
 )
 from peso.config import DataConfig
-from peso.config.data import FORMATS
+from peso.config.data import FORMATS, LOG_FORMATS
 from peso.errors import ConfigError, DataError, UsageError
 from peso.runs.place import CONFIG
 from peso.runs.workspace import Workspace
@@ -177,8 +177,8 @@ def _keys_of_format(data: DataConfig, source: str | None, data_format: str | Non
     """
     from peso.events.sources.files import find_files, format_of, kind_of
 
-    own, wanted = ("csv", "jsonl", "parquet"), data_format
-    if wanted is None and source is not None and data.format in own:
+    wanted = data_format
+    if wanted is None and source is not None and data.format in LOG_FORMATS:
         wanted = kind_of(source)
         if Path(source).is_dir():
             try:
@@ -190,7 +190,8 @@ def _keys_of_format(data: DataConfig, source: str | None, data_format: str | Non
     keys = [f"data.format={wanted}"]
     if data.format == "csv":  # keys that only CSV has; the product table keeps its format
         keys += ["data.separator=null", "data.encoding=utf-8", "data.quote='\"'"]
-    if data.items and wanted in own and data.items.format is None and kind_of(data.items.path) is None:
+    items = data.items
+    if items and items.format is None and kind_of(items.path) is None and wanted in LOG_FORMATS:
         keys += [f"data.items.format={data.format}"]
     return keys
 
@@ -210,7 +211,7 @@ def _update_items(path: Path, items: str, overrides: list[str], as_json: bool) -
     data, known = opened.config.data, opened.config.data.items
     kind = kind_of(items) or (known and known.format) or data.format
     tree = {
-        "format": kind if kind in ("csv", "jsonl", "parquet") else "csv",
+        "format": kind if kind in LOG_FORMATS else "csv",
         "path": items,
         "items": {**(known.model_dump(mode="json") if known else {}), "path": items, "format": None},
         **({"encoding": data.encoding} if kind == data.format == "csv" else {}),

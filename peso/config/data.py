@@ -60,7 +60,8 @@ Column = Annotated[int | str, BeforeValidator(_column)]
 Separator = Annotated[
     str, BeforeValidator(lambda v: "\t" if v == r"\t" else v), Field(min_length=1, max_length=4)
 ]
-LogFormat = Literal["csv", "parquet", "jsonl"]
+LogFormat = Literal["csv", "parquet", "jsonl"]  # of a user's own files
+LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 STREAMS = ("peso-release", "simulate")  # formats that contain stages and semantic IDs
 DATA_SETS = Registry(
     "data set",
@@ -70,7 +71,7 @@ DATA_SETS = Registry(
     beside=["files", "guess", "lines", "reading", "tables", "user_files"],
     hyphens=True,
 )
-FORMATS = [*get_args(LogFormat), *DATA_SETS.built_in(), *STREAMS]
+FORMATS = [*LOG_FORMATS, *DATA_SETS.built_in(), *STREAMS]
 TIME_FORMATS = ("auto", "seconds", "milliseconds", "microseconds", "iso")
 DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 PERIOD = re.compile(r"([1-9]\d*) (hour|day|week|month|year)s?")
@@ -251,7 +252,7 @@ class DataConfig(Section):
     def _fits_its_format(self) -> DataConfig:
         if self.format != "simulate" and self.path is None:
             raise ValueError(f"data.path is required for data.format: {self.format}")
-        own = self.format in get_args(LogFormat)
+        own = self.format in LOG_FORMATS
         unused = set() if own else {"columns", "separator", "encoding", "quote", "time_format"}
         if own and self.format != "csv":
             unused |= {"separator", "encoding", "quote"}

@@ -180,6 +180,12 @@ class Stream:
         """The category path of each item, None if it is unknown."""
         return self.items[columns.CATEGORY].to_pylist()
 
+    @property
+    def is_described(self) -> bool:
+        """Whether any item has a title, a text or a category."""
+        fields = (columns.TITLE, columns.TEXT, columns.CATEGORY)
+        return any(self.items[name].null_count < len(self.items) for name in fields)
+
     def items_known(self, stage: int) -> int:
         """The number of items known when this stage was added. Later appends add rows to the item table."""
         later = [brought for brought in self.manifest.get("appended", []) if brought["first_stage"] > stage]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from peso.config import Config, ItemsConfig, baseline_label
-from peso.config.data import LogFormat
+from peso.config.data import LOG_FORMATS
 from peso.config.items import FILES, HASHING
 from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS, is_path
 from peso.errors import BackboneError, ConfigError, PesoError
@@ -137,7 +137,7 @@ def _require_item_content(config: Config) -> None:
     """Raise ConfigError if the configuration has no source of semantic IDs: texts, vectors, categories or an
     index."""
     table, items = config.data.items, config.items
-    if config.data.format not in get_args(LogFormat) or items.index is not None:
+    if config.data.format not in LOG_FORMATS or items.index is not None:
         return
     if items.quantizer == "category-path":
         if table is None or table.columns.category is None:

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from peso.config import Config, load_config
-from peso.config.data import STREAMS, LogFormat
+from peso.config.data import LOG_FORMATS, STREAMS
 from peso.config.reading import given, override
 from peso.config.recipe import from_scratch, with_given
 from peso.errors import DataError, UntrainableStage
-from peso.events import columns
 from peso.events.ingest import ingest
 from peso.events.sources import format_at
 from peso.events.sources.files import kind_of
@@ -101,7 +100,7 @@ def first_config(
     here = local(log, observer)
     guessed: list[tuple[str, str, str, str]] = []
     hint = ""
-    if form in get_args(LogFormat):
+    if form in LOG_FORMATS:
         of_data = [text for text in overrides if text.startswith("data.")]
         of_log = load_config({"data": {"format": form, "path": log}}, of_data, base=Path()).data
         sampled = sample(here, form, of_log.separator, of_log.encoding)
@@ -181,9 +180,7 @@ def _tested(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Confi
         try:
             with TemporaryDirectory() as aside:
                 manifest = ingest(config.data, Path(aside), config.seed_of_data, observer)
-                items = Stream.open(Path(aside)).items
-                fields = (columns.TITLE, columns.TEXT, columns.CATEGORY)
-                return config, manifest, any(items[name].null_count < len(items) for name in fields)
+                return config, manifest, Stream.open(Path(aside)).is_described
         except UntrainableStage as error:
             if fixed or stages == STAGES[-1]:
                 raise

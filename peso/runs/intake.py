@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from peso.config import DataConfig, ItemTableConfig
-from peso.config.data import STREAMS
+from peso.config.data import LOG_FORMATS, STREAMS
 from peso.errors import DataError, NothingLeft, NothingNew, UntrainableStage
 from peso.events import columns
 from peso.events.append import extend_stream
@@ -189,7 +189,7 @@ def _product_table(data: DataConfig, items: str | None, observer: Observer) -> I
         return own_items(data.model_copy(update={"items": table}))
     if data.items is not None:
         return own_items(data)
-    if data.format in STREAMS or data.format in ("csv", "jsonl", "parquet"):
+    if data.format in (*STREAMS, *LOG_FORMATS):
         return None
     try:
         return open_source(data).items
@@ -236,10 +236,6 @@ def _add_products(
     skip: bool,
 ) -> None:
     """Add to the table ``known`` the items that may be appended to the stream."""
-    described = any(
-        stream.items[name].null_count < len(stream.items)
-        for name in (columns.TITLE, columns.TEXT, columns.CATEGORY)
-    )
     if index is not None:
         ids = pa.table({"item_id": read_release_index(index).item_ids})
         connection.from_arrow(ids).insert_into("known")
@@ -247,7 +243,7 @@ def _add_products(
         reading = Reading(connection, table.table, skip, table.item)
         reading.create("products", f"{reading.id(table.item, 'data.items.columns.item')} AS item_id")
         connection.execute("INSERT INTO known SELECT item_id FROM products WHERE item_id IS NOT NULL")
-    elif not described:
+    elif not stream.is_described:
         connection.execute("INSERT INTO known SELECT item FROM received")
 
 

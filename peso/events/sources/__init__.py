@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 from peso.config import DataConfig
-from peso.config.data import DATA_SETS, LogFormat
+from peso.config.data import DATA_SETS, LOG_FORMATS
 from peso.errors import ConfigError, DataError
 from peso.events.sources.files import ChoiceError, folders_in, format_of
 from peso.events.sources.tables import DataSet, ItemTable, Log, Source
@@ -41,7 +40,7 @@ def open_source(data: DataConfig) -> Source:
     """
     if data.path is not None:
         data = data.model_copy(update={"path": local(data.path)})
-    if data.format in get_args(LogFormat):
+    if data.format in LOG_FORMATS:
         return own_source(data)
     data_set = DATA_SETS.find(data.format)
     source = data_set.read(data.model_copy(update={"path": _place(data.path, data_set)}))

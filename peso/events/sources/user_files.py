@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 from peso.config import DataConfig
-from peso.config.data import LogFormat
+from peso.config.data import LOG_FORMATS
 from peso.errors import ConfigError
 from peso.events.sources.files import bare_suffix, find_files, kind_of
 from peso.events.sources.tables import (
@@ -65,7 +64,7 @@ def own_items(data: DataConfig) -> ItemTable:
     assert data.items is not None
     given = data.items
     kind = given.format or kind_of(given.path) or data.format
-    if kind not in get_args(LogFormat):
+    if kind not in LOG_FORMATS:
         raise ConfigError(
             f"the format of {given.path} cannot be recognized from its extension; set data.items.format"
         )
