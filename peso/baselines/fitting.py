@@ -1,5 +1,9 @@
 """The training loop of small networks, which keeps the epoch with the best validation result.
 
+Training goes on while the ranking or the loss of validation improves. Either alone can stand still for many
+epochs while the other one improves: the ranking as long as only the popularity of items has been learned, the
+loss as soon as probabilities become too high.
+
 Options without a value are chosen at stage 0 by successive halving (Jamieson and Talwalkar 2016, arXiv
 1502.07943): all settings are trained for a few epochs, then the better half for the same number again, until
 one is left, which is trained to the end. Later stages keep the choice. All random numbers depend only on the
@@ -42,7 +46,7 @@ LossOf = Callable[[np.ndarray], "Tensor"]
 class Network(Tuned):
     """A baseline with a network. Training stops early by the NDCG of validation targets."""
 
-    random = True
+    random, revision = True, 1
 
     class Options(Tuned.Options):
         width: int = Field(64, ge=1, le=WIDEST, description="embedding width")
@@ -53,7 +57,9 @@ class Network(Tuned):
             description="maximum; the epoch with the best NDCG on validation is kept",
         )
         patience: int = Field(
-            3, ge=1, description="training stops after this many epochs without a better NDCG"
+            3,
+            ge=1,
+            description="training stops after this many epochs without a better NDCG or a lower loss",
         )
         batch_size: int = Field(256, ge=1, description="targets (two-tower) or sequences (sasrec) per step")
         learning_rate: float | None = Field(
@@ -62,7 +68,7 @@ class Network(Tuned):
         later_learning_rate_scale: float = Field(
             1.0, gt=0, description="learning rate of later stages, relative to stage 0"
         )
-        weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+        weight_decay: float | None = Field(0.01, ge=0, description="of AdamW")
         dropout: float | None = Field(
             None, ge=0, lt=1, description="dropout rate; default: chosen on validation"
         )
@@ -213,13 +219,19 @@ class Training:
         return {"ndcg": max(self.fit.validation_ndcg, default=0.0), "epochs": len(self.fit.validation_ndcg)}
 
     @property
+    def last_gain(self) -> int:
+        """The last epoch with a better NDCG or a lower loss than all before it; 0 before the first epoch."""
+        losses = self.fit.validation_loss
+        return max(self.fit.best_epoch, 1 + losses.index(min(losses))) if losses else 0
+
+    @property
     def best_is_missing(self) -> bool:
         """Whether no epoch so far has a finite loss."""
         return not self.fit.validation_ndcg
 
     def run(self, until: int, observer: Observer) -> None:
-        """Train until ``until`` epochs are completed, until ``patience`` epochs brought no improvement, or
-        until the loss is not finite."""
+        """Train until ``until`` epochs are completed, until ``patience`` epochs improved neither the NDCG nor
+        the loss of validation, or until the loss is not finite."""
         import torch
 
         from peso.runtime.device import reproducible
@@ -233,7 +245,7 @@ class Training:
             threads(model.network),
         ):
             for epoch in range(len(fit.validation_loss), until):
-                if self.diverged or epoch - fit.best_epoch >= model.used.patience:
+                if self.diverged or epoch - self.last_gain >= model.used.patience:
                     break
                 torch.manual_seed(int(self.generator.integers(2**31)))  # for dropout and negatives
                 model.network.train()

@@ -37,7 +37,12 @@ class Towers(nn.Module):
 
 class CausalItems(nn.Module):
     """The Transformer of :mod:`peso.baselines.sasrec`. Row ``items`` of the items is padding. It comes after
-    all items of a history, so the causal mask hides it."""
+    all items of a history, so the causal mask hides it.
+
+    Item embeddings are multiplied by √width where they are read, as in SASRec and other Transformers that
+    read and score with one table (Vaswani et al. 2017, section 3.4). Without it, what the layers add exceeds
+    the embeddings at first, and the scores remain those of popularity for many epochs.
+    """
 
     def __init__(self, items: int, window: int, width: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -58,7 +63,7 @@ class CausalItems(nn.Module):
         """The states after each item: item rows (n, length) → (n, length, width)."""
         length = items.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=items.device)
-        states = self.dropout(self.item(items) + self.place.weight[:length])
+        states = self.dropout(self.item.embedding_dim**0.5 * self.item(items) + self.place.weight[:length])
         return self.layers(states, mask=mask, is_causal=True)
 
     def log_probabilities(self, states: Tensor) -> Tensor:

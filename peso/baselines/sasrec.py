@@ -1,8 +1,8 @@
 """SASRec is a small causal Transformer over items (Kang and McAuley 2018, arXiv 1808.09781).
 
-The last ``window`` items, each the sum of an item and a position embedding, are processed by ``layers``
-pre-norm layers of causal self-attention. The state at item n scores item n + 1 by its product with the item
-embeddings, which input and output share.
+The last ``window`` items, each the sum of an item embedding times √width and a position embedding, are
+processed by ``layers`` pre-norm layers of causal self-attention. The state at item n scores item n + 1 by its
+product with the item embeddings, which input and output share.
 
 The loss is the cross-entropy over the whole catalog, on which the quality of SASRec depends (Klenitskiy and
 Vasilev 2023, arXiv 2309.07602). For large catalogs, it is approximated by a sampled softmax with logQ
@@ -12,6 +12,7 @@ rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,9 +42,12 @@ class SasRec(Network):
     name = "sasrec"
     WEIGHTS, PADDED = "sasrec.safetensors", "item"
     SETTINGS = tuple(
-        {"learning_rate": rate, "dropout": dropout}
-        for rate in (1e-3, 3e-3)
-        for dropout in (0.2, 0.1, 0.3, 0.5)
+        {"learning_rate": rate, "dropout": dropout, "weight_decay": decay}
+        for rate, dropout, decay in [
+            (1e-3, 0.2, 0.01),
+            *itertools.product((3e-3, 1e-3), (0.2, 0.5), (1.0,)),
+            *[(1e-3, 0.5, 0.01), (3e-3, 0.2, 0.01), (3e-3, 0.5, 0.01)],
+        ]
     )
 
     class Options(Network.Options):
@@ -54,8 +58,11 @@ class SasRec(Network):
             description="maximum; the epoch with the best NDCG on validation is kept",
         )
         patience: int = Field(
-            5, ge=1, description="training stops after this many epochs without a better NDCG"
+            5,
+            ge=1,
+            description="training stops after this many epochs without a better NDCG or a lower loss",
         )
+        weight_decay: float | None = Field(None, ge=0, description="of AdamW; default: chosen on validation")
         negatives: int | None = new_key(
             None,
             ge=0,

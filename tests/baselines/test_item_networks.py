@@ -12,9 +12,11 @@ from catalogs import setting
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peso.baselines import fitting
 from peso.baselines.baseline import Baseline
 from peso.baselines.fitting import Network, shuffled
 from peso.baselines.sasrec import NO_TARGET, SasRec, training_rows
+from peso.baselines.tuning import Validation
 from peso.baselines.two_tower import Examples, TwoTower
 from peso.errors import ConfigError, Divergence
 from peso.events.histories import Cases, Ragged, Stage, TargetSequence
@@ -30,8 +32,8 @@ def two_tower(seed: int = 0, items: int = ITEMS, **options) -> TwoTower:
 
 
 def sasrec(seed: int = 0, items: int = ITEMS, **options) -> SasRec:
-    options = {"width": 16, "epochs": 12, "learning_rate": 0.01, "batch_size": 16, "dropout": 0.1, **options}
-    return SasRec(setting(items, WINDOW, seed), **options)
+    given = {"width": 16, "epochs": 12, "learning_rate": 0.01, "batch_size": 16, "dropout": 0.1}
+    return SasRec(setting(items, WINDOW, seed), **{**given, "weight_decay": 0.01, **options})
 
 
 MAKERS = pytest.mark.parametrize("make", [two_tower, sasrec])
@@ -220,13 +222,34 @@ def test_the_best_epoch_is_kept(make: Callable[..., Network]) -> None:
     assert found == pytest.approx(-max(results)[1], rel=1e-5)
 
 
-def test_patience_ends_a_stage() -> None:
+def test_patience_ends_a_stage_after_epochs_without_a_better_ranking_or_a_lower_loss() -> None:
     stage = clubs(0, range(8))
     long = sasrec(epochs=12, patience=12, learning_rate=0.05).learn([stage], Silent())
     figures = sasrec(epochs=12, patience=2, learning_rate=0.05).learn([stage], Silent())
     done = len(figures["validation_ndcg"])
-    assert done == figures["best_epoch"] + 2 < 12
+    losses = figures["validation_loss"]
+    assert done == max(figures["best_epoch"], 1 + losses.index(min(losses))) + 2 < 12
     assert figures["validation_ndcg"] == long["validation_ndcg"][:done]
+
+
+def test_a_stage_goes_on_while_only_one_of_ranking_and_loss_improves(monkeypatch: pytest.MonkeyPatch) -> None:
+    ndcg, loss = iter([0.2, 0.1, 0.1, 0.1, 0.3, 0.3, 0.3]), iter([5.0, 4.0, 3.0, 2.0, 4.0, 4.0, 4.0])
+    monkeypatch.setattr(Validation, "ndcg_of", lambda *_: next(ndcg))
+    monkeypatch.setattr(fitting, "_target_loss", lambda *_: next(loss))
+    figures = sasrec(epochs=12, patience=2).learn([clubs(0, range(8))], Silent())
+    assert (figures["best_epoch"], len(figures["validation_loss"])) == (5, 7)
+
+
+def test_what_is_read_is_larger_than_what_the_layers_add_at_first() -> None:
+    network = SasRec(setting(200, WINDOW), width=64).network
+    items = torch.arange(198).reshape(-1, WINDOW)
+    with torch.no_grad():
+        read = 8.0 * network.item(items) + network.place.weight[:WINDOW]
+        after = read
+        for layer in network.layers.layers:
+            after = layer(after, src_mask=torch.nn.Transformer.generate_square_subsequent_mask(WINDOW))
+    torch.testing.assert_close(network(items), network.layers.norm(after), atol=1e-5, rtol=1e-5)
+    assert (after - read).square().mean() < read.square().mean()
 
 
 @MAKERS

@@ -261,3 +261,19 @@ def test_answers_are_made_again_where_the_same_options_mean_others(
     before = mixed.determination(1)
     monkeypatch.setattr(Ease, "revision", 0)
     assert mixed.determination(1) != before
+
+
+def test_results_of_a_version_with_another_default_are_made_again_in_the_same_place(
+    finished: Workspace, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root)
+    (ease,) = [config for config in finished.config.baselines if config.name == "ease"]
+    run = BaselineRun(Workspace.open(root), ease)
+    manifest = dict(read_manifest(run.stage_directory(1), 1))
+    manifest["baseline"] = {**manifest["baseline"], "regularisation": 50.0}
+    manifest["determined_by"] = "of other defaults"
+    write_manifest(run.stage_directory(1), 1, manifest, manifest["files"])
+    assert [run.is_done(stage) for stage in range(3)] == [True, False, True]
+    run.run(Silent())
+    assert run.is_done(1)
