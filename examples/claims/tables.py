@@ -25,11 +25,13 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import LEVEL, holm
 from peso.evaluation.metrics import LOG_PROBABILITY
 from peso.evaluation.predictions import DORMANT, NEW, USER_SEGMENTS
+from peso.evaluation.run_summary import RunSummary
 from peso.runs.compare.results import runs_by_data
 
 DOCS = Path(__file__).parents[2] / "docs"
 TABLES = DOCS / "results" / "tables"
 REFERENCE, SEEDS = "single", 3
+DIFFERENCE = ("value", "low", "high", "p")
 METRICS = {"ndcg@5": 4, "ndcg@10": 4, "hit@5": 4, "hit@10": 4, LOG_PROBABILITY: 3}  # and decimals
 GROUPS = {"dormant": (USERS, 0), "continuing": (USERS, 1), "new users": (USERS, 2), "new items": (ITEMS, 1)}
 STREAMS = {"movietweetings": "MovieTweetings", "video-games": "`Video_Games`"}
@@ -37,7 +39,8 @@ SYSTEM_COLUMNS = [
     *("bed", "stream", "strategy", "seeds", "cases"),
     *(name for metric in METRICS for name in (metric, f"{metric} half")),
     *GROUPS,
-    *(f"minus single {part}" for part in ("value", "low", "high", "p")),
+    *(f"minus single {part}" for part in DIFFERENCE),
+    *(f"nats minus single {part}" for part in DIFFERENCE),
 ]
 TEST_COLUMNS = [
     *("bed", "stream", "claim", "system", "other", "metric", "group", "seeds", "cases"),
@@ -117,9 +120,10 @@ CLAIMS = [
 
 
 def system_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str, Any]]:
-    """One row per system: means over stages 1 to 4 and seeds, and NDCG@10 minus that of `single`."""
+    """One row per system: means over stages 1 to 4 and seeds, and NDCG@10 and log-probability (nats) minus
+    those of `single`."""
     rows = []
-    ndcg = comparison.metric("ndcg@10")
+    ndcg, nats = comparison.metric("ndcg@10"), comparison.metric(LOG_PROBABILITY)
     for system in comparison.systems:
         name = system.first.strategy
         row: dict[str, Any] = {"bed": bed, "stream": stream, "strategy": name, "seeds": len(system.seeds)}
@@ -132,12 +136,13 @@ def system_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str,
             row[group] = None if inside is None else round(inside.value, 4)
         reference = _system(comparison, REFERENCE)
         if reference is not None and system is not reference:
-            found_pair = comparison.contrasts(ndcg).contrast(ndcg.name, system.name, reference.name)
-            parts = (found_pair.value, found_pair.low, found_pair.high, found_pair.p_adjusted)
-            row |= {
-                f"minus single {part}": round(x, 4)
-                for part, x in zip(("value", "low", "high", "p"), parts, strict=True)
-            }
+            for metric, begin in ((ndcg, ""), (nats, "nats ")):
+                pair = comparison.contrasts(metric).contrast(metric.name, system.name, reference.name)
+                parts = (pair.value, pair.low, pair.high, pair.p_adjusted)
+                row |= {
+                    f"{begin}minus single {part}": round(x, METRICS[metric.name] if part != "p" else 4)
+                    for part, x in zip(DIFFERENCE, parts, strict=True)
+                }
         rows.append(row)
     return rows
 
@@ -153,6 +158,16 @@ def claim_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str, 
             row["p"] = round(float(p), 4)
         rows += [{"bed": bed, "stream": stream, **row} for row in of_metric]
     return rows
+
+
+def rows_by_seed(bed: str, stream: str, runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
+    """The rows of :func:`claim_rows` for each seed by itself; none if there is only one seed."""
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    return [
+        {"seed": seed, **row}
+        for seed in (seeds if len(seeds) > 1 else [])
+        for row in claim_rows(bed, stream, Comparison([run for run in runs if run.seed == seed], [5, 10]))
+    ]
 
 
 def _tested(claim: Claim, metric_name: str, comparison: Comparison) -> dict[str, Any] | None:
@@ -338,14 +353,17 @@ def _write(path: Path, columns: Sequence[str], bed: str, new: Sequence[dict[str,
 
 
 def collect(directory: Path, bed: str, tables: Path = TABLES) -> None:
-    """Write a comparison's rows into the tables."""
-    systems, tests = list[dict[str, Any]](), list[dict[str, Any]]()
+    """Write a comparison's rows into the tables: those of all seeds together, and, if there are several, the
+    tests of each seed by itself."""
+    systems, tests, alone = (list[dict[str, Any]]() for _ in range(3))
     for stream, runs in runs_by_data(directory, print).items():
         comparison = Comparison(runs, [5, 10])
         systems += system_rows(bed, stream, comparison)
         tests += claim_rows(bed, stream, comparison)
+        alone += rows_by_seed(bed, stream, runs)
     _write(tables / "claims_systems.csv", SYSTEM_COLUMNS, bed, systems)
     _write(tables / "claims_tests.csv", TEST_COLUMNS, bed, tests)
+    _write(tables / "claims_seeds.csv", ["seed", *TEST_COLUMNS], bed, alone)
 
 
 def main() -> None:

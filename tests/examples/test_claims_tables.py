@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ def test_a_claim_is_tested_where_both_of_its_strategies_are_there() -> None:
     assert dormant["p"] is None
     ndcg = rows["sum, all", "ndcg@5"]
     assert ndcg["percent low"] < ndcg["percent"] < ndcg["percent high"]
+
+
+def test_each_seed_is_also_tested_by_itself() -> None:
+    runs = [
+        replace(run(name, name, skill, seed=seed), name=f"{name}/{seed}", seed=seed)
+        for name, skill in {"single": 0.5, "sum-all": -0.5}.items()
+        for seed in range(2)
+    ]
+    rows = tables.rows_by_seed("bed", "video-games", runs)
+    assert {(row["seed"], row["seeds"]) for row in rows} == {(0, 1), (1, 1)}
+    first = [row for row in rows if row["seed"] == 0]
+    alone = tables.claim_rows("bed", "video-games", Comparison([r for r in runs if r.seed == 0], [5, 10]))
+    assert first == [{"seed": 0, **row} for row in alone]
+    assert tables.rows_by_seed("bed", "video-games", [r for r in runs if r.seed == 0]) == []
 
 
 def test_p_values_are_corrected_over_the_claims_about_all_cases() -> None:
@@ -107,6 +122,8 @@ def test_rows_of_systems_have_means_groups_and_the_difference_from_single() -> N
     assert rows["good"]["dormant"] == pytest.approx(np.mean(dormant), abs=1e-4)
     difference = rows["good"]["ndcg@10"] - rows["single"]["ndcg@10"]
     assert rows["good"]["minus single value"] == pytest.approx(difference, abs=2e-4)
+    assert rows["good"]["nats minus single value"] == pytest.approx(1.5, abs=0.05)  # as the runs have it
+    assert rows["good"]["nats minus single low"] > 0
     assert "minus single value" not in rows["single"]
 
 
@@ -124,16 +141,99 @@ def test_the_pages_equal_the_committed_tables() -> None:
         )
 
 
+RESULTS = ROOT / "docs" / "results.md"
 NUMBER = re.compile(r"\d+\.\d+|\d+(?= %)")
 
 
+def among(number: str, values: Iterable[float]) -> bool:
+    """Whether one of the values, rounded to the digits of the number, is the number."""
+    digits = len(number.partition(".")[2])
+    return any(f"{value:.{digits}f}" == number for value in values)
+
+
 def test_every_figure_of_what_holds_is_on_the_page_that_its_row_names() -> None:
-    results = ROOT / "docs" / "results.md"
-    text = results.read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line]
+    rows = [line for line in RESULTS.read_text(encoding="utf-8").splitlines() if "](results/" in line]
+    rows = [row for row in rows if row.startswith("|")]
     assert rows
     for row in rows:
         targets = re.findall(r"\]\((results/[\w-]+\.md)\)", row)
-        there = "".join((results.parent / target).read_text(encoding="utf-8") for target in targets)
-        missing = [number for number in NUMBER.findall(row) if number not in there]
+        there = "".join((RESULTS.parent / target).read_text(encoding="utf-8") for target in targets)
+        found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", there)]
+        missing = [number for number in NUMBER.findall(row) if not among(number, found)]
         assert not missing, f"{', '.join(missing)} of {row!r}"
+
+
+# what the sentences below the table of claims call the strategies of the tables
+WORDS = {
+    "summing": ["sum-all", "sum-all-tenth", "sum-latest-tenth", "single-tenth"],
+    "sum of all": ["sum-all", "sum-all-tenth", "single-tenth"],
+    "inherit": ["sum-all-inherit", "sum-all-inherit-tenth", "sum-all"],
+    "softmax-kl": ["peso"],
+    "anchor": ["peso"],
+    "dormant": ["peso"],
+    "l2": ["released-l2"],
+    "stale": ["none"],
+    "updating": ["none"],
+    "paper's rate": ["single-tenth"],
+}
+
+
+def sentences(text: str) -> list[str]:
+    """The items of the list below the table of claims."""
+    part = text.split("<!-- end of claims -->", 1)[1].split("\n## ", 1)[0]
+    return [re.sub(r"\s+", " ", item) for item in re.split(r"\n(?=- )", part.strip())]
+
+
+def without_source(sentence: str) -> list[str]:
+    """The figures of a sentence that no committed table has, rounded as there, in a row of a strategy that
+    the sentence names."""
+    committed = [
+        row
+        for name in ("systems", "tests", "seeds")
+        for row in tables._read(tables.TABLES / f"claims_{name}.csv")
+    ]
+    every = {row["strategy"] for row in committed if "strategy" in row}
+    named = {name for name in re.findall(r"`([\w-]+)`", sentence) if name in every} | {"single"}
+    for word, strategies in WORDS.items():
+        named |= set(strategies) if word in sentence.lower() else set()
+    said = sentence.lower()
+    unsaid = {name for name in (*tables.GROUPS, "ndcg@5", "hit@5", "hit@10") if name not in said}
+    unsaid |= {f"{metric} half" for metric in tables.METRICS if "±" not in said}
+    unsaid |= {"bed", "stream", "strategy", "claim", "system", "other", "metric", "group"}
+    values = [
+        abs(float(value))
+        for row in committed
+        if (row.get("strategy") or row.get("system")) in named and row.get("other", "single") in named
+        for column, value in row.items()
+        if value and column not in unsaid
+    ]
+    values += [abs(claim.published) for claim in tables.CLAIMS if claim.published and claim.system in named]
+    return [number for number in NUMBER.findall(sentence) if not among(number, values)]
+
+
+def test_every_figure_below_the_claims_is_in_a_committed_table() -> None:
+    items = sentences(RESULTS.read_text(encoding="utf-8"))
+    assert sum(len(NUMBER.findall(item)) for item in items) > 20
+    for item in items:
+        assert not (missing := without_source(item)), f"{', '.join(missing)} of {item!r}"
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    """Of the last digits of all figures with three decimals or more, nearly all. Some neighbors are figures
+    of the other stream."""
+    noticed = []
+    for item in sentences(RESULTS.read_text(encoding="utf-8")):
+        for match in re.finditer(r"\d+\.\d{3,}", item):
+            last = str((int(match[0][-1]) + 1) % 10)
+            changed = item[: match.end() - 1] + last + item[match.end() :]
+            noticed.append(len(without_source(changed)) > 0)
+    assert sum(noticed) > 0.8 * len(noticed) > 10
+
+
+def test_every_figure_of_what_is_not_decided_is_on_a_page_of_results_or_in_a_table() -> None:
+    part = RESULTS.read_text(encoding="utf-8").split("\n## Not decided", 1)[1].split("\n## ", 1)[0]
+    pages = (*(ROOT / "docs" / "results").glob("*.md"), *tables.TABLES.glob("*.csv"))
+    there = "".join(page.read_text(encoding="utf-8") for page in pages)
+    found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", there)]
+    missing = [number for number in NUMBER.findall(part) if not among(number, found)]
+    assert not missing, ", ".join(missing)
