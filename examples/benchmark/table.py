@@ -3,24 +3,31 @@
     python examples/benchmark/table.py runs/benchmark [--to examples/benchmark/table.csv]
 
 One row per stream and strategy: means over stages 1 to 4 and over seeds, and the paired difference from
-`single` with its 95 % interval over users and seeds, and p after Holm's correction over all pairs of the
-stream. Rows of strategies that the table already has for a stream are replaced.
+`single` of the same comparison with its 95 % interval over users and seeds, and p after Holm's correction
+over all pairs of the stream. With ``--to``, the streams must be the frozen ones, and a row that the table
+already has for the stream and strategy is replaced, unless the new one has fewer seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+from streams import FROZEN, describe, differences
+
 import peso
+from peso.errors import PesoError
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.run_summary import RunSummary
 from peso.runs.compare.results import runs_by_data
+from peso.runs.workspace import Workspace
 
 REFERENCE, SEEDS = "single", 3
 METRICS = {"ndcg@10": 4, "hit@10": 4, "log_probability": 3}  # and the digits to show
@@ -77,28 +84,55 @@ def rows_of(stream: str, runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     return rows
 
 
+def unlike_frozen(directory: Path) -> Iterator[str]:
+    """What of a comparison's streams is not as in `streams.json`."""
+    frozen = json.loads(FROZEN.read_text(encoding="utf-8"))
+    rows = pq.read_table(directory / "results.parquet", columns=["data_set", "workspace"]).to_pylist()
+    for name, place in {row["data_set"]: row["workspace"] for row in rows if row["workspace"]}.items():
+        if name not in frozen:
+            yield f"{name} is not a stream of the benchmark"
+            continue
+        workspace = Workspace.open(place)
+        found = describe(workspace.stream, workspace.semantic_ids)
+        yield from (f"{name}: {problem}" for problem in differences(found, frozen[name]))
+
+
 def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table with the new rows in place of those for the same stream and strategy."""
-    keys = {(row["stream"], row["strategy"]) for row in new}
-    kept = [row for row in old if (row["stream"], row["strategy"]) not in keys]
-    return sorted([*kept, *new], key=lambda row: (row["stream"], -float(row["ndcg@10"])))
+    """The table with the new rows in place of those for the same stream and strategy. An old row stays if it
+    has more seeds, and the reference, with which other rows were compared, also if it has as many."""
+
+    def key(row: dict[str, Any]) -> tuple[str, str]:
+        return row["stream"], row["strategy"]
+
+    seeds = {key(row): int(row["seeds"]) + (row["strategy"] == REFERENCE) for row in old}
+    taken = {key(row): row for row in new if row["seeds"] >= seeds.get(key(row), 0)}
+    kept = [row for row in old if key(row) not in taken]
+    return sorted([*kept, *taken.values()], key=lambda row: (row["stream"], -float(row["ndcg@10"])))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("directory", type=Path, help="directory of the comparison (-w)")
+    parser.add_argument("directory", type=Path, help="directory of the comparison (-o, else -w)")
     parser.add_argument("--to", type=Path, help="the table to change; without it, the rows are printed")
     arguments = parser.parse_args()
-    found = runs_by_data(arguments.directory, partial(print, file=sys.stderr))
-    new = [row for stream, runs in found.items() for row in rows_of(stream, runs)]
-    old = []
-    if arguments.to is not None and arguments.to.exists():
-        with arguments.to.open(encoding="utf-8", newline="") as file:
-            old = list(csv.DictReader(file))
+    try:
+        found = runs_by_data(arguments.directory, partial(print, file=sys.stderr))
+        rows = [row for stream, runs in found.items() for row in rows_of(stream, runs)]
+        if arguments.to is not None:
+            if unlike := "; ".join(unlike_frozen(arguments.directory)):
+                parser.error(f"the table is of the frozen streams alone, but {unlike}")
+            rows = merged(read(arguments.to) if arguments.to.exists() else [], rows)
+    except (PesoError, ValueError) as error:
+        parser.error(str(error))
     with arguments.to.open("w", encoding="utf-8", newline="") if arguments.to else sys.stdout as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(merged(old, new))
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ import copy
 import csv
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from reports import run
 
 from peso.config import load_config
@@ -31,6 +36,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+sys.path.append(str(FOLDER))  # as for `python examples/benchmark/table.py`
 streams, table = script("streams"), script("table")
 FROZEN = json.loads((FOLDER / "streams.json").read_text(encoding="utf-8"))
 
@@ -116,17 +122,76 @@ def test_without_the_reference_there_are_no_rows() -> None:
         table.rows_of("games", comparison({"good": 1.0}, 1))
 
 
-def test_new_rows_replace_those_of_the_same_strategy_alone() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "seeds", "replaced"),
+    [("mine", 1, False), ("mine", 2, True), ("single", 2, False), ("single", 3, True)],
+)
+def test_a_new_row_replaces_that_of_its_strategy_unless_it_has_fewer_seeds(
+    strategy: str, seeds: int, replaced: bool
+) -> None:
+    """The reference needs more: differences of the other rows are from the old one."""
     old = [
-        {"stream": stream, "strategy": strategy, "ndcg@10": "0.05"}
-        for stream, strategy in (("a", "single"), ("a", "mine"), ("b", "mine"))
+        {"stream": stream, "strategy": name, "seeds": "2", "ndcg@10": "0.05"}
+        for stream, name in (("a", "single"), ("a", "mine"), ("b", strategy))
     ]
-    found = table.merged(old, [{"stream": "a", "strategy": "mine", "ndcg@10": 0.07}])
-    assert [(row["stream"], row["strategy"], float(row["ndcg@10"])) for row in found] == [
-        ("a", "mine", 0.07),
-        ("a", "single", 0.05),
-        ("b", "mine", 0.05),
-    ]
+    new = {"stream": "a", "strategy": strategy, "seeds": seeds, "ndcg@10": 0.07}
+    found = {(row["stream"], row["strategy"]): float(row["ndcg@10"]) for row in table.merged(old, [new])}
+    expected = {("a", "single"): 0.05, ("a", "mine"): 0.05, ("b", strategy): 0.05}
+    assert found == expected | ({("a", strategy): 0.07} if replaced else {})
+    assert table.merged([], [new]) == [new]
+
+
+@pytest.mark.slow
+def test_a_table_is_not_changed_by_runs_on_other_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small comparison as a stranger runs it, with a strategy from outside the package."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outside.py").write_text(
+        "from peso import Strategy\n\n\nclass Mine(Strategy):\n    name = 'mine_of_the_benchmark'\n"
+    )
+    data = {"format": "simulate", "simulate": {"users": 60, "items": 40, "stages": 2}}
+    tree = yaml.safe_load((FOLDER / "benchmark.yaml").read_text(encoding="utf-8"))
+    tree |= {"data": data, "backbone": "tiny"}
+    tree["training"] |= {"epochs": 1, "max_steps": 2, "precision": "float32"}
+    tree["training"]["later"] = {"learning_rate": 1e-3, "epochs": 1}
+    tree["compare"] |= {"data": {"video-games": data}, "seeds": [0], "workers": 1}
+    Path("small.yaml").write_text(yaml.safe_dump(tree))
+    added = "compare.strategies.mine={name: custom, module: outside.Mine}"
+    command = [sys.executable, "-m", "peso", "compare", "small.yaml", "-w", "w", "--set", added]
+    path = f"{tmp_path}{os.pathsep}{FOLDER.parents[1]}"
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)
+    rows = table.rows_of("video-games", table.runs_by_data(Path("w"), print)["video-games"])
+    assert {row["strategy"] for row in rows} == {"none", "single", "mine"}
+    said = list(table.unlike_frozen(Path("w")))
+    assert said[0] == "video-games: 40 items, not 25,935"
+
+    Path("table.csv").write_bytes((FOLDER / "table.csv").read_bytes())
+    monkeypatch.setattr(sys, "argv", ["table.py", "w", "--to", "table.csv"])
+    with pytest.raises(SystemExit) as ended:
+        table.main()
+    assert ended.value.code == 2
+    assert "the table is of the frozen streams alone, but video-games: 40 items" in capsys.readouterr().err
+    assert Path("table.csv").read_bytes() == (FOLDER / "table.csv").read_bytes()
+
+
+def commands() -> dict[str, Any]:
+    """Label → value of the commands in README.md, one per strategy."""
+    lines = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    cells = [re.fullmatch(r"\| `([\w-]+)` \| `(.+)` \|", line) for line in lines]
+    return {found[1]: yaml.safe_load(found[2]) for found in cells if found}
+
+
+def test_there_is_a_command_for_every_row_and_it_is_that_of_the_claims() -> None:
+    claims = yaml.safe_load((FOLDER.parent / "claims" / "smollm2_4_layers.yaml").read_text(encoding="utf-8"))
+    own = yaml.safe_load((FOLDER / "benchmark.yaml").read_text(encoding="utf-8"))["compare"]["strategies"]
+    with (FOLDER / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["strategy"] for row in csv.DictReader(file)}
+    assert commands() | own == claims["compare"]["strategies"]
+    assert rows <= set(commands()) | set(own)
+    for value in commands().values():
+        strategy = value["strategy"] if isinstance(value, dict) and "strategy" in value else value
+        load_config({"data": "simulate", "strategy": strategy})
 
 
 def test_the_table_has_the_columns_of_the_script() -> None:
