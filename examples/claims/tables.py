@@ -41,6 +41,7 @@ SYSTEM_COLUMNS = [
     *GROUPS,
     *(f"minus single {part}" for part in DIFFERENCE),
     *(f"nats minus single {part}" for part in DIFFERENCE),
+    *("forgetting", "nats forgetting"),
 ]
 TEST_COLUMNS = [
     *("bed", "stream", "claim", "system", "other", "metric", "group", "seeds", "cases"),
@@ -120,8 +121,9 @@ CLAIMS = [
 
 
 def system_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str, Any]]:
-    """One row per system: means over stages 1 to 4 and seeds, and NDCG@10 and log-probability (nats) minus
-    those of `single`."""
+    """One row per system: means over stages 1 to 4 and seeds, NDCG@10 and log-probability (nats) minus those
+    of `single`, and by how much later stages changed them on the cases of stage 0 (`forgetting`), where the
+    last model was tested on these."""
     rows = []
     ndcg, nats = comparison.metric("ndcg@10"), comparison.metric(LOG_PROBABILITY)
     for system in comparison.systems:
@@ -134,6 +136,10 @@ def system_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str,
         for group, (segmentation, number) in GROUPS.items():
             inside = comparison.in_group(system, ndcg, segmentation, number)
             row[group] = None if inside is None else round(inside.value, 4)
+        for metric, begin in ((ndcg, ""), (nats, "nats ")):
+            change = comparison.change(system, metric, [(0, max(system.stages), 0)])
+            if change is not None:
+                row[f"{begin}forgetting"] = round(change.value, METRICS[metric.name])
         reference = _system(comparison, REFERENCE)
         if reference is not None and system is not reference:
             for metric, begin in ((ndcg, ""), (nats, "nats ")):
@@ -243,7 +249,8 @@ def tables_of_systems(rows: Sequence[dict[str, str]]) -> str:
         found = [row for row in rows if (row["bed"], row["stream"]) == (bed, stream)]
         cases = int(found[0]["cases"])
         head = ["strategy (seeds)", "NDCG@10", "minus `single`", "p", "NDCG@5", "Hit@10", "log-probability"]
-        lines = [[*head, *GROUPS]]
+        forgetting = any(row.get("forgetting") for row in found)
+        lines = [[*head, *GROUPS, *(["stage 0's cases"] if forgetting else [])]]
         for row in sorted(found, key=lambda row: -float(row["ndcg@10"])):
             difference = ""
             if row["minus single value"]:
@@ -260,6 +267,7 @@ def tables_of_systems(rows: Sequence[dict[str, str]]) -> str:
                     *(f"{float(row[metric]):.4f}" for metric in ("ndcg@5", "hit@10")),
                     _plus_minus(row, LOG_PROBABILITY),
                     *(row[group] and f"{float(row[group]):.4f}" for group in GROUPS),
+                    *([row["forgetting"] and _signed(float(row["forgetting"]), 4)] if forgetting else []),
                 ]
             )
         parts.append(f"{bed}, {STREAMS[stream]}, {cases:,} cases:\n\n{_markdown(lines)}")

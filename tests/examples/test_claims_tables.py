@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reports import run
+from reports import across, run
 
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.run_summary import RunSummary
@@ -125,6 +125,25 @@ def test_rows_of_systems_have_means_groups_and_the_difference_from_single() -> N
     assert rows["good"]["nats minus single value"] == pytest.approx(1.5, abs=0.05)  # as the runs have it
     assert rows["good"]["nats minus single low"] > 0
     assert "minus single value" not in rows["single"]
+
+
+def test_what_later_stages_change_on_the_cases_of_stage_0_is_in_the_table_where_it_was_tested() -> None:
+    tested = replace(run("single", "single", 0.8), seed=0, across=across(0.8, 0))
+    compared = Comparison([tested, replace(run("peso", "peso", 0.9), seed=0)], [5, 10])
+    rows = {row["strategy"]: row for row in tables.system_rows("bed", "video-games", compared)}
+    metric = compared.metric("log_probability")
+    of_last, of_first = tested.across[4, 0], tested.stages[0].predictions
+    expected = np.mean(metric.values(of_last)) - np.mean(metric.values(of_first))
+    assert rows["single"]["nats forgetting"] == pytest.approx(expected, abs=1e-3)
+    assert "forgetting" not in rows["peso"]
+    written = [
+        {column: str(row.get(column, "")) for column in tables.SYSTEM_COLUMNS} for row in rows.values()
+    ]
+    text = tables.tables_of_systems(written)
+    assert "stage 0's cases |" in text
+    for row in written:
+        row["forgetting"] = ""
+    assert "stage 0's cases" not in tables.tables_of_systems(written)
 
 
 def test_a_strategy_with_the_answers_of_single_is_said_to_have_them() -> None:
