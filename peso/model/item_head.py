@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peso.items.semantic_ids import SemanticIds
+from peso.model.normalized import normalized
 
 OF_ITEMS = ("rows", "bias", "arrival_bias")  # the stored tensors with an entry for each item
 EXACT = 100_000  # up to this number of items, the softmax is over all of them
@@ -161,7 +162,7 @@ class ItemHead(nn.Module):
             whole &= (code >= 0) & (code < size) & (keys[node] == wanted)
             offset += size
         items = self.first_items[node[whole]]
-        vectors = F.embedding(items, self.rows) + self._shared(items)
+        vectors = self._own(items) + self._shared(items)
         result = vectors.new_zeros(*numbers.shape, vectors.shape[-1])
         return result.masked_scatter(whole.unsqueeze(-1), self.input_scale * vectors)
 
@@ -208,23 +209,44 @@ class ItemHead(nn.Module):
             negatives = self.negatives or (NEGATIVES if len(self.rows) > EXACT else None)
             if negatives is not None:
                 return self._sampled(self.queries(hidden), targets, negatives)
-            scores = torch.addmm(self.biases(), self.queries(hidden), self.vectors().t())
-            own = scores.gather(-1, targets.unsqueeze(-1))
-            # a validation target may be an item that does not compete in training
-            rivals = scores.masked_fill(self.counts == 0, -torch.inf).scatter(-1, targets.unsqueeze(-1), own)
-            return own.squeeze(-1) - rivals.logsumexp(-1)
+            return self._exact(self.queries(hidden), targets)
+
+    def _exact(self, queries: Tensor, targets: Tensor) -> Tensor:
+        vectors, biases, unmet = self.vectors(), self.biases(), self.counts == 0
+        # a bias of -inf leaves an item out without another tensor as large as the scores
+        scores = torch.addmm(biases.masked_fill(unmet, -torch.inf), queries, vectors.t())
+        outside = unmet[targets].nonzero().squeeze(-1)
+        if len(outside):  # a validation target may be an item that does not compete in training
+            items = targets[outside]
+            own = (queries[outside] * vectors[items]).sum(-1) + biases[items]
+            scores = scores.index_put((outside, items), own)
+        return normalized(1.0, targets, scores)
 
     def _sampled(self, queries: Tensor, targets: Tensor, negatives: int) -> Tensor:
         proposal = self.counts / self.counts.sum()
         drawn = torch.multinomial(proposal, negatives, replacement=True)
-        rows = torch.cat([targets, drawn])
-        vectors = self.rows[rows] + self._shared(rows)
+        rows, count = torch.cat([targets, drawn]), len(targets)
+        vectors = self._own(rows) + self._shared(rows)
         biases = self.bias[rows] + self.code_bias[self.tokens[rows]].sum(-1)
-        own = (queries * vectors[: len(targets)]).sum(-1) + biases[: len(targets)]  # (n,)
-        others = torch.addmm(biases[len(targets) :], queries, vectors[len(targets) :].t())  # (n, negatives)
-        others = others - (negatives * proposal[drawn]).log()
-        others = others.masked_fill(drawn == targets.unsqueeze(-1), -torch.inf)  # counted as the target
-        return own - torch.cat([own.unsqueeze(-1), others], dim=-1).logsumexp(-1)
+        own = (queries * vectors[:count]).sum(-1) + biases[:count]  # (n,)
+        corrected = biases[count:] - (negatives * proposal[drawn]).log()
+        others = torch.addmm(corrected, queries, vectors[count:].t())  # (n, negatives)
+        with torch.no_grad():  # those that are the target are counted once; their gradient is exactly 0
+            others.masked_fill_(drawn == targets.unsqueeze(-1), -torch.inf)
+        return normalized(1.0, torch.zeros_like(targets), own.unsqueeze(-1), others)
+
+    def expect_gradients(self) -> None:
+        """Prepare the gradient of the rows before the passes of a training step, on a CPU.
+
+        Each pass then adds to the gradient only the rows that it used, instead of a tensor for all items.
+        """
+        if self.rows.requires_grad and self.rows.grad is None and self.rows.device.type == "cpu":
+            self.rows.grad = torch.zeros_like(self.rows)
+
+    def _own(self, items: Tensor) -> Tensor:
+        """The rows r_i of these items: (n, width)."""
+        # a sparse gradient is only for adding to a dense one, see `expect_gradients`
+        return F.embedding(items, self.rows, sparse=self.rows.is_leaf and self.rows.grad is not None)
 
     def share_of(self, lengths: Tensor) -> Tensor:
         """The share of the head for histories of these lengths: int64 (n,) → float32 (n,)."""

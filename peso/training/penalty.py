@@ -81,6 +81,7 @@ class Penalty:
         self.value += float(penalty.detach())
         for number, gradient in enumerate(found):
             if gradient is not None:
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient
                 known = self._gradients.get(number)
                 self._gradients[number] = gradient if known is None else known + gradient
 

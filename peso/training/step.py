@@ -42,6 +42,8 @@ def forward_backward(
     count = state.plan.targets(step) * tokens_of_target(model)
     penalty = Penalty(state.parameters, state.adapter, measured=step % MEASURED_EVERY == 0)
     penalized = partial(_penalized, task.strategy, state.context, penalty)
+    if model.vocabulary.item_head is not None:
+        model.vocabulary.item_head.expect_gradients()
     with gradient_checkpointing(model, task.settings.gradient_checkpointing):
         return penalty, backward(
             model, passes, count, task.settings.temperature, state.precision, task.item_weight, penalized

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbone_families import SERVES
+from backbone_families import build as build_family
 from torch import nn
 
 from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig
@@ -81,6 +83,34 @@ def test_the_sampled_loss_approaches_the_exact_one(head: ItemHead) -> None:
     torch.testing.assert_close(first, exact, rtol=0, atol=0.05)
     torch.manual_seed(0)
     assert torch.equal(head.log_probabilities(hidden, targets), first)
+
+
+@pytest.mark.parametrize("negatives", [None, 30])
+def test_prepared_gradients_are_those_of_each_pass_added_up(head: ItemHead, negatives: int | None) -> None:
+    """Of the loss and of the vectors that are read, over two passes."""
+    head.negatives = negatives
+    numbers = head.tokens[torch.tensor([3, 7, 7, 20])].flatten()
+    reads = ItemHead(catalogue(), WIDTH, reads=True)
+
+    def gradients(prepared: bool) -> dict[str, torch.Tensor]:
+        result = {}
+        for name, each in ("", head), ("reads.", reads):
+            each.zero_grad()
+            if prepared:
+                each.expect_gradients()
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                loss = each.log_probabilities(states(5), torch.arange(5) * 7).sum()
+                (loss + (each.inputs(numbers).square().sum() if each.reads else 0)).backward()
+            result |= {name + key: p.grad for key, p in each.named_parameters() if p.grad is not None}
+        return result
+
+    reads.initialise(0)
+    plain, prepared = gradients(False), gradients(True)
+    assert plain.keys() == prepared.keys()
+    for name, gradient in plain.items():
+        assert not prepared[name].is_sparse
+        torch.testing.assert_close(prepared[name], gradient)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -226,6 +256,38 @@ def test_an_item_is_read_by_its_vector_at_its_last_code(layout: str) -> None:
     torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
     spread = (head.input_scale * head.code_rows).std() / model.causal_lm.get_input_embeddings().weight.std()
     assert spread.item() == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("gemma", "q_proj"), ("gpt2", "c_attn"), ("qwen3", "v_proj")]
+)
+def test_it_learns_on_frozen_backbones_of_other_families(family: str, targets: str, tmp_path: Path) -> None:
+    model = build_model(
+        BackboneConfig(name=build_family(family, SERVES[family], tmp_path)),
+        PromptConfig(),
+        AdapterConfig(rank=2, targets=[targets]),
+        "semantic",
+        catalogue(ITEMS - 10),
+        seed=0,
+        head=HeadConfig(name="items"),
+    )
+    head, targets_of = model.vocabulary.item_head, torch.tensor([4, 9])
+    tokens = torch.from_numpy(model.item_token_ids(np.array([3, 17, 25, 8]))).reshape(2, -1)
+    places = torch.arange(tokens.shape[1]).expand(2, -1)
+    trained = [*model.vocabulary.parameters()]
+    optimizer = torch.optim.Adam(trained, lr=0.02)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = -head.log_probabilities(model.hidden(tokens, None, places)[:, -1], targets_of).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    own = dict(head.named_parameters())
+    assert all(
+        own[name].grad.any() for name in ("rows", "code_rows", "query", "bias", "code_bias", "input_scale")
+    )
+    assert losses[-1] < losses[0] - 1
 
 
 def test_codes_that_are_no_item_are_read_as_codes_alone() -> None:
