@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -244,65 +244,123 @@ def forgetting_terms(results: np.ndarray) -> list[Term]:
 
 FEWEST = 30  # with fewer cases there are no warnings, because they would be unreliable
 FEW_FIRST_ITEMS = 3.0  # below this effective number of first items, nearly all users get the same one
+# Lists of k items are nearly the same for all if the effective number of items in them is below the first
+# number times k, unless the catalog is smaller than the second number times k.
+FEW_ITEMS, SMALL_CATALOGUE = 2.0, 5.0
 
 
-def first_items(predictions: Predictions) -> tuple[float, float]:
+class Answered(Protocol):
+    """Answers to test or validation cases, such as :class:`~peso.evaluation.predictions.Predictions`.
+
+    Attributes:
+        items: the list of each case, best first.
+        rank_semantic_id: int (n,), the rank of each target, 0 if it is not in the list.
+        target_level_log_probabilities: float (n, levels) or None.
+        depth: the length of the lists.
+    """
+
+    @property
+    def items(self) -> Sequence[Sequence[Any]]: ...
+    @property
+    def rank_semantic_id(self) -> np.ndarray: ...
+    @property
+    def target_level_log_probabilities(self) -> np.ndarray | None: ...
+    @property
+    def depth(self) -> int: ...
+    def __len__(self) -> int: ...
+
+
+def effective_number(items: Iterable[Hashable]) -> float:
+    """e^H, where H is the entropy in nats of the shares of the different items; 0 without items.
+
+    >>> effective_number("abab")
+    2.0
+    """
+    counts = np.array(list(Counter(items).values()), dtype=np.float64)
+    shares = counts / max(1.0, counts.sum())
+    return round(math.exp(-float((shares * np.log(shares)).sum())), 6) if len(counts) else 0.0
+
+
+def first_items(answers: Answered) -> tuple[float, float]:
     """The effective number of first items, and the share of users whose list begins with the most common one.
-
-    The effective number is e^H, where H is the entropy in nats of the shares of the first items.
 
     >>> from types import SimpleNamespace
     >>> first_items(SimpleNamespace(items=[["a", "b"], ["a"], ["b"], ["b", "c"]]))
     (2.0, 0.5)
     """
-    counts = Counter(items[0] for items in predictions.items if items)
-    shares = np.array(list(counts.values())) / max(1, sum(counts.values()))
-    entropy = -float((shares * np.log(shares)).sum())
-    return round(math.exp(entropy), 6), float(shares.max(initial=0.0))
+    first = [items[0] for items in answers.items if len(items)]
+    most = max(Counter(first).values(), default=0)
+    return effective_number(first), most / max(1, len(first))
 
 
 def warnings(
-    predictions: Predictions,
+    answers: Answered,
     popular_ranks: np.ndarray,
     code_log_frequencies: np.ndarray | None,
     *,
+    ease_ranks: np.ndarray | None = None,
+    catalogue: int | None = None,
     item_head: bool = False,
-) -> list[str]:
-    """Problems with a model's answers, each with a likely remedy. The list is empty if there are none.
+) -> dict[str, str]:
+    """Problems with a model's answers by kind, each with a likely remedy. Empty if there are none.
 
     Args:
-        predictions: the model's answers at one stage.
+        answers: the model's answers at one stage.
         popular_ranks: int (n,), the rank of each target in the list of the stage's most popular items, 0 if
             it is not in the list.
         code_log_frequencies: float (n,), ln of the share that the first code of each target has in the
             stage's training targets; None if it is not known.
+        ease_ranks: the same as ``popular_ranks`` in the list of EASE; None if it is not known.
+        catalogue: the number of semantic IDs that a list can have; None if it is not known.
         item_head: whether the model has an item head, which is a remedy.
+
+    Returns:
+        Sentences by ``first_items``, ``lists``, ``codes``, ``popularity`` and ``ease``.
     """
-    if len(predictions) < FEWEST:
-        return []
-    found = []
-    effective, share = first_items(predictions)
+    if len(answers) < FEWEST:
+        return {}
+    found = {}
+    cure = (
+        "the model has learned what is popular, not what a user wants. Train longer (training.epochs) or "
+        "with a higher training.learning_rate, and check the quality of the semantic IDs that `peso "
+        "tokenize` prints"
+    )
+    effective, share = first_items(answers)
+    listed = effective_number(item for items in answers.items for item in items)
     if effective < FEW_FIRST_ITEMS:
-        found.append(
-            f"{share:.0%} of all users get the same first item: the model has learned what is popular, not "
-            "what a user wants. Train longer (training.epochs) or with a higher training.learning_rate, and "
-            "check the quality of the semantic IDs that `peso tokenize` prints"
+        found["first_items"] = f"{share:.0%} of all users get the same first item: {cure}"
+    elif (
+        catalogue is not None
+        and catalogue >= SMALL_CATALOGUE * answers.depth
+        and listed < FEW_ITEMS * answers.depth
+    ):
+        found["lists"] = (
+            f"all users get nearly the same list (in effect {listed:.0f} different items in lists of "
+            f"{answers.depth}, of {catalogue:,}): {cure}"
         )
-    levels = predictions.target_level_log_probabilities
+    levels = answers.target_level_log_probabilities
     if levels is not None and code_log_frequencies is not None:
         own, frequency = float(levels[:, 0].mean()), float(code_log_frequencies.mean())
         if own <= frequency:
-            found.append(
+            found["codes"] = (
                 f"the first code of the next item is predicted no better ({own:.3f} nats) than by how often "
                 f"each code occurs ({frequency:.3f}): by likelihood, a model without the history would be "
                 "as good. Train longer, or with another training.learning_rate"
             )
-    k = min(10, predictions.depth)
-    own, popular = (float(ndcg(ranks, k).mean()) for ranks in (predictions.rank_semantic_id, popular_ranks))
+    k = min(10, answers.depth)
+    own, popular = (float(ndcg(ranks, k).mean()) for ranks in (answers.rank_semantic_id, popular_ranks))
+    with_head = "" if item_head else "`head: items`, "
     if own <= popular:
-        found.append(
+        found["popularity"] = (
             f"recommending the newest stage's most popular items to everyone is at least as good "
-            f"(NDCG@{k} {popular:.4f}, the model {own:.4f}). Try {'' if item_head else '`head: items`, '}"
+            f"(NDCG@{k} {popular:.4f}, the model {own:.4f}). Try {with_head}"
             "more epochs with training.patience, or a smaller backbone"
+        )
+    if ease_ranks is not None and own <= (ease := float(ndcg(ease_ranks, k).mean())):
+        found["ease"] = (
+            f"EASE, a linear model of which items users have together, is at least as good (NDCG@{k} "
+            f"{ease:.4f}, the model {own:.4f}). Combine both: `peso baseline '{{name: hybrid, partners: "
+            f"[ease]}}'`, then `peso recommend --with hybrid`; or try {with_head}more epochs, or another "
+            "width"
         )
     return found

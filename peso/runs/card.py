@@ -12,6 +12,7 @@ from peso.config.model import BUILT_IN, is_on_hub
 from peso.events.stream import Stream
 from peso.model.build import ADAPTER
 from peso.model.transitions import FILE
+from peso.runs.health import known_warnings
 from peso.runs.report import strategy_label
 from peso.runs.retired import retired
 from peso.runs.stage import RunStage
@@ -72,7 +73,7 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
         "leaves_out_seen": stage.leaves_out_seen,
         "loss_vocabulary": config.training.loss_vocabulary,
         "window": config.prompt.window,
-        "warnings": stage.metrics["test"].get("warnings", ()) if stage.is_tested else (),
+        "warnings": known_warnings(stage) if stage.is_tested else (),
         "item_head": item_head,
         "transitions": transitions,
         "needs": ", ".join(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from peso.config import Config
 from peso.errors import DataError, WorkspaceError
 from peso.evaluation.metrics import default_metrics, level_metrics, stage_metrics, warnings
@@ -13,16 +11,16 @@ from peso.evaluation.predictions import (
     Predictions,
     label_cases,
     make_predictions,
-    semantic_id_ranks,
     write_predictions,
 )
 from peso.items.semantic_ids import SemanticIds
+from peso.runs.health import Rivals
 from peso.runs.stage import FORMAT, METRICS, PREDICTIONS, StageTest
 from peso.runtime.files import write_json
 from peso.runtime.machine import threads
 from peso.runtime.manifest import replace_file, take_out
 from peso.runtime.processes import current
-from peso.runtime.progress import Observer, Silent
+from peso.runtime.progress import Observer
 
 
 def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def measure(wanted: StageTest) -> dict[str, Any]:
         "repeats": "leave-out" if stage.leaves_out_seen else "keep",
         "determined_by": wanted.determination,
         "predictions": stage.manifest["files"][wanted.name(PREDICTIONS)],
-        "warnings": _warnings(wanted, predictions),
+        "warnings": list(_warnings(wanted, predictions).values()),
         "metrics": {name: estimate.as_json() for name, estimate in estimates.items()},
     }
     with replace_file(stage.directory, wanted.name(METRICS), FORMAT) as aside:
@@ -153,22 +151,14 @@ def remove_test(gone: StageTest) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def _warnings(wanted: StageTest, predictions: Predictions) -> list[str]:
+def _warnings(wanted: StageTest, predictions: Predictions) -> dict[str, str]:
     """See :func:`peso.evaluation.metrics.warnings`."""
-    from peso.baselines.baseline import BaselineAnswers, Setting
-    from peso.baselines.popularity import Popularity
-
-    stage, ids = wanted.stage, wanted.stage.semantic_ids
-    stream, trie = stage.workspace.stream, ids.trie
-    known = [stream.stage(number) for number in range(stage.number + 1)]
-    cases = wanted.read_cases(window=1)
-    popular = Popularity(Setting(trie, window=1), last=1)
-    popular.learn(known, Silent())
-    answers = BaselineAnswers(popular, trie, repeats=not stage.leaves_out_seen)
-    found = answers.answer(cases, min(predictions.depth, trie.leaves), lambda done: None)
-    targets = np.concatenate([s.items[s.first_target :] for s in known[-1].training_sequences()])
-    counts = np.bincount(ids.codes[targets, 0], minlength=ids.sizes[0]) + 1.0
-    frequencies = np.log(counts / counts.sum())[ids.codes[cases.targets, 0]]
-    ranks = semantic_id_ranks(found.leaves, trie.leaf_of[cases.targets])
-    item_head = stage.config.head.name == "items"
-    return warnings(predictions, ranks, frequencies, item_head=item_head)
+    stage = wanted.stage
+    rivals = Rivals(stage, wanted.read_cases(window=1), predictions.depth)
+    return warnings(
+        predictions,
+        rivals.popular_ranks,
+        rivals.code_log_frequencies,
+        catalogue=stage.semantic_ids.trie.leaves,
+        item_head=stage.config.head.name == "items",
+    )

@@ -17,6 +17,7 @@ from peso.items.semantic_ids import INDEX_FILE
 from peso.model.build import has_adapter, save_stage_weights
 from peso.model.generative import GenerativeModel
 from peso.runs.checks import require_shareable
+from peso.runs.health import check_health
 from peso.runs.models import backbone_fingerprint, changed_codes, trains_backbone, write_memory
 from peso.runs.phases import FINISHED, begin, begin_phase, directory_of, keep, restore, training_of
 from peso.runs.pool_weights import choose_pool_weights
@@ -153,6 +154,7 @@ def _train(
     chosen = None
     if model.vocabulary.item_head is not None:
         chosen = choose_pool_weights(stage, model, observer)
+    health = check_health(stage, model, observer) if stage.workspace.config.evaluation.enabled else {}
     if not current().is_main:  # only the main process writes figures
         return {}
     figures: dict[str, Any] = {"learning_rate": task.learning_rate, **asdict(result)}
@@ -165,6 +167,8 @@ def _train(
         figures["trials"] = trials
     if chosen is not None:
         figures["item_head"] = chosen
+    if health:
+        figures["health"] = health
     if own := strategy.figures():
         figures["strategy"] = own
     if number and before:

@@ -26,6 +26,7 @@ from peso.events.sources.user_files import separator_of
 from peso.events.stream import Stream
 from peso.runs.baselines import BaselineRun, baseline_summaries, found_baselines
 from peso.runs.diagnosis import stream_drift
+from peso.runs.health import known_warnings
 from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Observer
@@ -244,7 +245,7 @@ def _stage(stage: RunStage) -> StageSummary:
         _curve(stage.log),
         {**training.get("anchor", {}), **held},
         stage.metrics["test"].get("repeats") == "leave-out",
-        stage.metrics["test"].get("warnings", ()),
+        known_warnings(stage),
         training.get("trials", ()),
     )
 

@@ -50,34 +50,53 @@ FREQUENCIES = np.full(CASES, -2.0)
 
 
 def test_a_good_model_raises_none(good: np.ndarray, targets: np.ndarray) -> None:
-    assert warnings(predictions(good, targets), POPULAR, FREQUENCIES) == []
+    assert warnings(predictions(good, targets), POPULAR, FREQUENCIES, ease_ranks=POPULAR, catalogue=100) == {}
 
 
 def test_one_list_for_everyone_is_a_collapse(good: np.ndarray, targets: np.ndarray) -> None:
     same = np.tile(good[:1], (CASES, 1))
     same[:3] = good[:3]
     found = warnings(predictions(same, targets), np.zeros(CASES, int), FREQUENCIES)
-    assert len(found) == 1
-    assert "9" in found[0]
-    assert "of all users get the same first item" in found[0]
+    assert [*found] == ["first_items"]
+    assert "9" in found["first_items"]
+    assert "of all users get the same first item" in found["first_items"]
+
+
+def test_the_same_few_items_in_any_order_are_a_collapse(good: np.ndarray, targets: np.ndarray) -> None:
+    same = np.stack([np.random.default_rng(row).permutation(DEPTH + 2)[:DEPTH] for row in range(CASES)])
+    answers = predictions(same, targets)
+    found = warnings(answers, np.zeros(CASES, int), FREQUENCIES, catalogue=100)
+    assert [*found] == ["lists"]
+    assert "nearly the same list (in effect 7 different items in lists of 5, of 100)" in found["lists"]
+    assert not warnings(answers, np.zeros(CASES, int), FREQUENCIES, catalogue=20)  # a small catalog
+    spread = predictions((same + 7 * (np.arange(CASES)[:, None] % 5)) % 50, targets)
+    assert not warnings(spread, np.zeros(CASES, int), FREQUENCIES, catalogue=100)
 
 
 def test_codes_predicted_no_better_than_by_frequency(good: np.ndarray, targets: np.ndarray) -> None:
-    (found,) = warnings(predictions(good, targets, first_code=-2.1), POPULAR, FREQUENCIES)
+    found = warnings(predictions(good, targets, first_code=-2.1), POPULAR, FREQUENCIES)["codes"]
     assert "predicted no better (-2.100 nats) than by how often each code occurs (-2.000)" in found
 
 
 def test_the_most_popular_items_as_good_for_all(good: np.ndarray, targets: np.ndarray) -> None:
-    (found,) = warnings(predictions(good, targets), np.ones(CASES, int), FREQUENCIES)
+    found = warnings(predictions(good, targets), np.ones(CASES, int), FREQUENCIES)["popularity"]
     assert "recommending the newest stage's most popular items to everyone is at least as good" in found
     assert "`head: items`" in found
-    (found,) = warnings(predictions(good, targets), np.ones(CASES, int), FREQUENCIES, item_head=True)
+    ones = np.ones(CASES, int)
+    found = warnings(predictions(good, targets), ones, FREQUENCIES, item_head=True)["popularity"]
     assert "`head: items`" not in found
+
+
+def test_a_linear_model_that_is_as_good(good: np.ndarray, targets: np.ndarray) -> None:
+    found = warnings(predictions(good, targets), POPULAR, FREQUENCIES, ease_ranks=np.ones(CASES, int))
+    assert [*found] == ["ease"]
+    assert "EASE, a linear model" in found["ease"]
+    assert "--with hybrid" in found["ease"]
 
 
 def test_a_handful_of_cases_says_nothing(good: np.ndarray, targets: np.ndarray) -> None:
     few = predictions(np.tile(good[:1], (20, 1)), targets[:20])
-    assert warnings(few, np.ones(20, int), FREQUENCIES[:20]) == []
+    assert warnings(few, np.ones(20, int), FREQUENCIES[:20]) == {}
 
 
 def test_the_effective_number_of_first_items(good: np.ndarray, targets: np.ndarray) -> None:

@@ -1,0 +1,168 @@
+"""Whether a model has learned enough: a check on the validation cases of its stage, when training ends, and
+what the check of its test needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peso.evaluation.metrics import FEWEST, first_items, ndcg, warnings
+from peso.evaluation.predictions import semantic_id_ranks
+from peso.events.histories import Cases, Stage
+from peso.runs.stage import RunStage
+from peso.runtime.processes import current
+from peso.runtime.progress import Observer, Silent
+
+if TYPE_CHECKING:
+    from peso.model.generative import GenerativeModel
+
+CHECKED_ON = 500  # validation cases of a stage, evenly spaced, if it has more
+EASE_ITEMS = 2500  # with the most users; a solution for more takes longer than some trainings
+EASE_PENALTY = 50.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to validation cases, as :func:`peso.evaluation.metrics.warnings` reads them: ``items`` are
+    leaves of the trie."""
+
+    items: Sequence[Sequence[int]]
+    rank_semantic_id: np.ndarray
+    target_level_log_probabilities: np.ndarray | None
+    depth: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Simple recommenders that know the events up to a stage, and their answers to some cases.
+
+    Attributes:
+        stage: the stage.
+        cases: the cases, with whole prompts as histories.
+        depth: the length of the lists.
+    """
+
+    stage: RunStage
+    cases: Cases
+    depth: int
+
+    @cached_property
+    def _known(self) -> list[Stage]:
+        return [self.stage.workspace.stream.stage(number) for number in range(self.stage.number + 1)]
+
+    @property
+    def popular_ranks(self) -> np.ndarray:
+        """int (n,): the rank of each target among the stage's most popular items, 0 if it is not listed."""
+        from peso.baselines.popularity import Popularity
+
+        return self._ranks(Popularity, last=1)
+
+    @property
+    def ease_ranks(self) -> np.ndarray:
+        """int (n,): the rank of each target in the list of EASE, 0 if it is not listed."""
+        from peso.baselines.ease import Ease
+
+        return self._ranks(Ease, items=EASE_ITEMS, regularisation=EASE_PENALTY)
+
+    @property
+    def code_log_frequencies(self) -> np.ndarray:
+        """float (n,): ln of the share that the first code of each target has in the stage's training
+        targets."""
+        ids = self.stage.semantic_ids
+        targets = np.concatenate([s.items[s.first_target :] for s in self._known[-1].training_sequences()])
+        counts = np.bincount(ids.codes[targets, 0], minlength=ids.sizes[0]) + 1.0
+        result: np.ndarray = np.log(counts / counts.sum())[ids.codes[self.cases.targets, 0]]
+        return result
+
+    def _ranks(self, kind: Any, **options: Any) -> np.ndarray:
+        from peso.baselines.baseline import BaselineAnswers, Setting
+
+        trie, keeps = self.stage.semantic_ids.trie, not self.stage.leaves_out_seen
+        rival = kind(Setting(trie, self.stage.workspace.config.prompt.window), **options)
+        rival.learn(self._known, Silent())
+        answers = BaselineAnswers(rival, trie, repeats=keeps)
+        found = answers.answer(self.cases, min(self.depth, trie.leaves), lambda done: None)
+        return semantic_id_ranks(found.leaves, trie.leaf_of[self.cases.targets])
+
+
+def check_health(stage: RunStage, model: GenerativeModel, observer: Observer) -> dict[str, Any]:
+    """Compare a trained model with popularity and EASE on validation cases, and look for a collapse.
+
+    Every problem is a note that begins with "warning:".
+
+    Args:
+        stage: the stage.
+        model: the model after training, in evaluation mode.
+        observer: receives progress and notes.
+
+    Returns:
+        For ``metrics.json``: the number of ``cases``, the mean NDCG of the model (``ndcg@10``), of the most
+        popular items and of EASE, the effective number of first items, and the ``warnings`` by kind. Empty
+        if there are too few cases.
+    """
+    from peso.decoding import search
+
+    config, trie = stage.workspace.config, stage.semantic_ids.trie
+    cases = stage.workspace.stream.stage(stage.number).validation_cases(config.prompt.window)
+    if len(cases) < FEWEST:
+        return {}
+    rows = np.linspace(0, len(cases) - 1, min(len(cases), CHECKED_ON)).astype(np.int64)
+    cases = cases.take(np.unique(rows))
+    observer.begin(f"stage {stage.number}: check on validation", len(cases), "users")
+    found = search(
+        model,
+        cases.histories,
+        beams=config.decoding.beams,
+        batch_size=config.decoding.batch_size,
+        exclude=cases.seen if stage.leaves_out_seen else None,
+        targets=cases.targets,
+        on_progress=observer.advance,
+    )
+    observer.end()
+    if not current().is_main:  # only the main process writes figures
+        return {}
+    depth = min(10, config.decoding.beams)
+    leaves = found.leaves[:, :depth]
+    answers = Answers(
+        [row[row >= 0].tolist() for row in leaves],
+        semantic_id_ranks(leaves, trie.leaf_of[cases.targets]),
+        found.targets,
+        depth,
+    )
+    rivals = Rivals(stage, cases, depth)
+    popular, ease = rivals.popular_ranks, rivals.ease_ranks
+    told = warnings(
+        answers,
+        popular,
+        rivals.code_log_frequencies,
+        ease_ranks=ease,
+        catalogue=trie.leaves,
+        item_head=model.has_item_head,
+    )
+    for text in told.values():
+        observer.note(f"warning: stage {stage.number}, on {len(cases):,} validation cases: {text}")
+    ranks = {f"ndcg@{depth}": answers.rank_semantic_id, "popularity": popular, "ease": ease}
+    return {
+        "cases": len(cases),
+        **{name: float(ndcg(each, depth).mean()) for name, each in ranks.items()},
+        "first_items": first_items(answers)[0],
+        "warnings": told,
+    }
+
+
+def known_warnings(stage: RunStage) -> list[str]:
+    """The warnings of a tested stage: those of its test, and those of training that the test cannot have, or
+    all of training if the test has none."""
+    tested = stage.metrics["test"].get("warnings", ())
+    trained = stage.training.get("health", {})
+    others = {
+        kind: text for kind, text in trained.get("warnings", {}).items() if kind == "ease" or not tested
+    }
+    return [*tested, *(f"on {trained['cases']:,} validation cases, {text}" for text in others.values())]
