@@ -325,6 +325,40 @@ def test_padding_is_no_part_of_the_loss() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_the_states_of_sasrec_are_those_of_gpt2_with_its_weights() -> None:
+    """GPT-2 of Transformers is another implementation of pre-norm causal layers with learned positions."""
+    from transformers import GPT2Config, GPT2Model
+
+    own = sasrec(layers=2, heads=4).network
+    sizes = {"n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": WINDOW, "vocab_size": ITEMS + 1}
+    other = GPT2Model(GPT2Config(**sizes, activation_function="gelu")).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    state = {"wte.weight": own.item.weight, "wpe.weight": own.place.weight}
+    state |= {f"ln_f.{name}": p for name, p in own.layers.norm.named_parameters()}
+    for number, layer in enumerate(own.layers.layers):
+        parts = {
+            "ln_1": layer.norm1,
+            "attn.c_proj": layer.self_attn.out_proj,
+            "ln_2": layer.norm2,
+            "mlp.c_fc": layer.linear1,
+            "mlp.c_proj": layer.linear2,
+        }
+        named = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
+        named["attn.c_attn.weight"] = layer.self_attn.in_proj_weight
+        named["attn.c_attn.bias"] = layer.self_attn.in_proj_bias
+        # GPT-2 stores the matrices of its linear layers transposed
+        state |= {f"h.{number}.{name}": p.T if p.ndim == 2 else p for name, p in named.items()}
+    missing = other.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys
+    assert not [name for name in missing.missing_keys if not name.endswith(("attn.bias", "masked_bias"))]
+    items = torch.randint(0, ITEMS, (5, WINDOW), generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(own.eval()(items), other(items).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
 def test_the_sampled_softmax_approaches_the_exact_one() -> None:
     network = sasrec().network
     generator = torch.Generator().manual_seed(0)
