@@ -73,6 +73,11 @@ class Sizes:
                 place(tree, key, value)
         return _with(config, tree)
 
+    def leaves_out_contents(self, config: Config) -> bool:
+        """Whether the settled configuration has an item head without contents, and none was asked for."""
+        head = config.head
+        return head.name == "items" and not head.contents and "contents" not in self.kept.get("head", {})
+
     def __str__(self) -> str:
         ruled = (
             {f"head.{key}": True for key in OF_ITEMS} | dict(leaves(self.sections)) | {"backbone.name": AUTO}

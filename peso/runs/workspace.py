@@ -213,6 +213,12 @@ class Workspace:
         self.config = sizes.settle(config)
         self._write(sizes)
         observer.note(str(sizes))
+        if sizes.leaves_out_contents(self.config) and self.stream.is_described:
+            observer.note(
+                "backbone: auto does not choose head.contents, because it decides how semantic IDs are "
+                "stored. These items have texts; with --set head.contents=true in a new workspace, they are "
+                "also scored by them, which ranks new items better (docs/results/item-head.md)"
+            )
 
     def _write(self, sizes: Sizes | None) -> None:
         """Write config.yaml, and before it the sizes that it has from ``backbone: auto``."""

@@ -58,6 +58,25 @@ def test_sizes_are_chosen_with_the_stream_written_and_told(tmp_path):
     assert written.head.name == "items"
 
 
+def test_contents_are_suggested_where_items_have_texts(tmp_path):
+    path = log(tmp_path / "log.csv")
+    table = tmp_path / "items.csv"
+    table.write_text("item_id,title\n" + "".join(f"i{n},red shoe {n}\n" for n in range(12)))
+
+    def notes(name: str, with_texts: bool, **sections: object) -> list[str]:
+        products = {"items": {"path": str(table), "columns": {"item": "item_id", "title": "title"}}}
+        data = tree(path)["data"] | (products if with_texts else {})
+        return made(tmp_path / name, path, data=data, **sections)[1]
+
+    assert "--set head.contents=true" in notes("texts", True)[-1]
+    silent = [("none", False, {}), ("codes", True, {"head": "codes"})]
+    silent += [
+        (f"given-{value}", True, {"head": {"name": "items", "contents": value}}) for value in (True, False)
+    ]
+    for name, with_texts, sections in silent:
+        assert "head.contents=true" not in " ".join(notes(name, with_texts, **sections))
+
+
 def test_the_choice_outlives_a_longer_log_and_another_rule(tmp_path, monkeypatch):
     path = log(tmp_path / "log.csv")
     workspace, _ = made(tmp_path / "w", path)
