@@ -146,27 +146,27 @@ def _core(engine: Engine, events: ir.Table, min_user: int, min_item: int, known:
     if known is not None:
         counts = {"u": counts["u"].anti_join(known.users, "u"), "i": counts["i"].anti_join(known.items, "i")}
     first = {column: engine.keep("counts", table) for column, table in counts.items()}
-    left = {column: engine.keep("counts", table) for column, table in first.items()}
+    left = dict(first)
 
     def keep_instead(column: str, rows: ir.Table) -> None:
         before, left[column] = left[column], engine.keep("counts", rows)
-        engine.drop(before)
+        if before is not first[column]:
+            engine.drop(before)
 
     for number, (column, other) in enumerate(cycle([("u", "i"), ("i", "u")])):
         rare = left[column].n < least[column]
-        few = engine.keep("few", left[column].filter(rare))
-        removes = engine.count(few) > 0
+        few = left[column].filter(rare)
+        removes = bool(engine.rows(few.limit(1)))
         if removes:
             lost = events.semi_join(few, column).group_by(other).aggregate(lost=lambda gone: gone.count())
             both = left[other].left_join(lost, other)
             keep_instead(other, both.select(other, n=both.n - both.lost.fill_null(0)))
             keep_instead(column, left[column].filter(~rare))
-        engine.drop(few)
         # the other column was cleaned in the pass before; if this pass removes nothing, both are clean
         if number and not removes:
             break
     gone = {column: engine.keep("gone", first[column].anti_join(left[column], column)) for column in least}
-    engine.drop(*first.values(), *left.values())
+    engine.drop(*first.values(), *(left[name] for name in least if left[name] is not first[name]))
     core = events.anti_join(gone["u"], "u").anti_join(gone["i"], "i")
     of_rare = engine.keep("rare", events.semi_join(gone["u"], "u"))
     return Cleaned(core, (events, *gone.values()), of_rare)

@@ -90,16 +90,18 @@ class Spark(Engine):
 
     def keep(self, name: str, rows: ir.Table) -> ir.Table:
         name = self.new_name(name)
-        self._write(self._frame(rows), name)
-        return self._view(name, rows.schema())
+        frame = self._frame(rows)
+        self._write(frame, name)
+        return self._view(name, rows.schema(), frame)
 
     def numbered(self, name: str, rows: ir.Table, number: str) -> ir.Table:
         from pyspark.sql.functions import monotonically_increasing_id
 
         # partitions are in order, but a row has its number only within its partition
         with_ids, name = self.new_name(name), self.new_name(name)
-        self._write(self._frame(rows).withColumn("id", monotonically_increasing_id()), with_ids)
-        self._view(with_ids, {})
+        frame = self._frame(rows).withColumn("id", monotonically_increasing_id())
+        self._write(frame, with_ids)
+        self._view(with_ids, {}, frame)
         with _explained():
             counts = self._session.sql(
                 f"SELECT shiftright(id, {ROW_BITS}), count(*) FROM {with_ids} GROUP BY 1 ORDER BY 1"
@@ -145,9 +147,11 @@ class Spark(Engine):
         with _explained():
             frame.write.parquet(f"file://{self._directory(name).resolve()}")
 
-    def _view(self, name: str, schema: Mapping[str, str]) -> ir.Table:
+    def _view(self, name: str, schema: Mapping[str, str], written: Any = None) -> ir.Table:
+        """A view of a directory; without the frame ``written`` to it, Spark runs a job to find its schema."""
         with _explained():
-            self._session.read.parquet(_escaped(self._directory(name))).createOrReplaceTempView(name)
+            reader = self._session.read if written is None else self._session.read.schema(written.schema)
+            reader.parquet(_escaped(self._directory(name))).createOrReplaceTempView(name)
         return ibis.table(schema, name=name)
 
 

@@ -170,7 +170,7 @@ def test_types_ratings_repeats_and_boundaries_give_the_same_files(tmp_path: Path
 
 
 def test_movietweetings_gives_the_same_files(tmp_path: Path, spark: None, movietweetings_dir: Path) -> None:
-    with_both(tmp_path, ingest, format="movietweetings", path=str(movietweetings_dir), min_user=5, min_item=5)
+    with_both(tmp_path, ingest, format="movietweetings", path=str(movietweetings_dir), min_item=5)
 
 
 def test_the_drift_of_a_stream_is_the_same(tmp_path: Path, spark: None) -> None:
@@ -188,8 +188,9 @@ def test_an_error_leaves_nothing(tmp_path: Path, spark: None) -> None:
     path = log(tmp_path / "log.csv", T, 60, events=200)
     directory = tmp_path / "stream"
     directory.mkdir()
-    data = data_config(format="csv", path=str(path), engine="spark", min_user=1000)
-    with pytest.raises(NothingLeft, match="core: users of 1000 or more"):
+    columns = {"rating": "stars"}
+    data = data_config(format="csv", path=str(path), engine="spark", columns=columns, min_rating=6)
+    with pytest.raises(NothingLeft, match="rating of 6 or more"):
         ingest(data, directory)
     assert not list(directory.iterdir())
 
