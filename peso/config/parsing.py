@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
+from copy import deepcopy
+from functools import lru_cache, partial
 from operator import eq
 from pathlib import Path
 from typing import Any, get_args
@@ -100,10 +101,8 @@ def parse(text: str, where: str) -> Any:
         ConfigError: if the text is not valid YAML, has a key twice in one section, is too large or too deeply
             nested, or has an alias that refers to a value that contains it. The message names the line.
     """
-    loader = None
     try:
-        loader = _Loader(text)
-        return loader.get_single_data()
+        return deepcopy(_value(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1})" if mark is not None else ""
@@ -111,9 +110,16 @@ def parse(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         cause = str(error).strip().splitlines()[0][:200]
         raise ConfigError(f"{where} is not readable YAML: {cause}") from None
+
+
+@lru_cache(maxsize=8)
+def _value(text: str) -> Any:
+    """The value of a YAML text. A command reads the configuration of its workspace several times."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
     finally:
-        if loader is not None:
-            loader.dispose()
+        loader.dispose()
 
 
 def read_tree(path: Path) -> dict[str, Any]:

@@ -69,15 +69,16 @@ def results(workspaces: Sequence[Workspace]) -> tuple[list[str], list[list[Any]]
     from peso.evaluation.comparison import Comparison
     from peso.evaluation.report.findings import findings
 
-    runs, ks = runs_of(workspaces), workspaces[0].config.evaluation.k
+    runs, ks = runs_of(workspaces, drift=False), workspaces[0].config.evaluation.k
     return *run_table(runs, ks), findings(Comparison(runs, ks))
 
 
-def runs_of(workspaces: Sequence[Workspace]) -> list[RunSummary]:
+def runs_of(workspaces: Sequence[Workspace], drift: bool = True) -> list[RunSummary]:
     """The summary of each workspace, then of popularity and the baselines of the first workspace, on the
     stages that were tested. Renamed items have their names in the first workspace. Static variants of default
     baselines are left out. A baseline without all stages counts as unfinished."""
-    runs = [summarize(workspace, name) for workspace, name in zip(workspaces, names(workspaces), strict=True)]
+    named = zip(workspaces, names(workspaces), strict=True)
+    runs = [summarize(workspace, name, drift) for workspace, name in named]
     first, ids = workspaces[0], workspaces[0].stream.item_ids
     runs = [
         run.named(first.names.after(each.names)) if of_one_log(ids, each.stream.item_ids) else run
@@ -107,8 +108,13 @@ def of_one_log(ids: Sequence[str], others: Sequence[str]) -> bool:
     return ids[:common] == others[:common]
 
 
-def summarize(workspace: Workspace, name: str) -> RunSummary:
+def summarize(workspace: Workspace, name: str, drift: bool = True) -> RunSummary:
     """The summary of all tested stages of a workspace.
+
+    Args:
+        workspace: the workspace.
+        name: the name of the run.
+        drift: whether to compute the drift of the stream, which reads all of its events.
 
     Raises:
         WorkspaceError: no stage is tested, or a file that the report needs is missing or damaged.
@@ -130,7 +136,7 @@ def summarize(workspace: Workspace, name: str) -> RunSummary:
         stages={stage.number: _stage(stage) for stage in tested},
         configuration=dump_config(workspace.config),
         manifests=[stage.manifest for stage in stages],
-        drift=stream_drift(workspace),
+        drift=stream_drift(workspace) if drift else [],
         semantic_ids={key: ids[key] for key in INDEX if key in ids},
         seed=workspace.config.seed,
         item_head=workspace.config.head.name == "items",
@@ -198,7 +204,7 @@ def before_and_after(workspace: Workspace) -> tuple[str, list[str], list[list[An
     after it on the same test cases."""
     from peso.evaluation.comparison import Comparison
 
-    comparison = Comparison([summarize(workspace, "w")], workspace.config.evaluation.k)
+    comparison = Comparison([summarize(workspace, "w", drift=False)], workspace.config.evaluation.k)
     (system,), stage, rows = comparison.systems, comparison.averaged[-1], list[list[Any]]()
     cases = len(system.first.stages[stage].predictions)
     for metric in comparison.metrics:

@@ -416,7 +416,12 @@ def read_given(path: Path, option: str) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that contains one JSON object.
+    """Read a file that contains one JSON object. Raises DataError as :func:`read_json_and_text`."""
+    return read_json_and_text(path)[0]
+
+
+def read_json_and_text(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a file that contains one JSON object: the object, and the text of the file.
 
     Raises:
         DataError: the file is missing, unreadable, not UTF-8, truncated or malformed (the message gives the
@@ -459,7 +464,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
             f"{path} contains a JSON {type(value).__name__} instead of an object {{…}}; "
             "check that it is the right file"
         )
-    return value
+    return value, text
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

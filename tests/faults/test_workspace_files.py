@@ -215,7 +215,10 @@ def test_a_manifest_is_checked_by_its_content_and_not_by_its_spaces(tmp_path: Pa
     text, written = path.read_text(), read_manifest(tmp_path, 1)
     path.write_text(json.dumps(written))
     assert read_manifest(tmp_path, 1) == written
-    for changed in (text.replace(": 3", ": 4"), json.dumps({**written, "title": "of b"})):
+    further = text.replace(',\n  "sha256"', ',\n  "sizes": [1],\n  "sha256"')
+    after = text.replace('"\n}\n', '",\n  "sizes": [1]\n}\n')
+    assert len({text, further, after}) == 3
+    for changed in (text.replace(": 3", ": 4"), json.dumps({**written, "title": "of b"}), further, after):
         path.write_text(changed)
         with pytest.raises(WorkspaceError, match="does not match its own sha256"):
             read_manifest(tmp_path, 1)
