@@ -86,6 +86,17 @@ def _few_threads() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_seeds_for_absent_devices() -> Iterator[None]:
+    """For each kind of device that is not in use yet, `torch.manual_seed` keeps the seed and a stack trace,
+    which takes as long as a step of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _not_forced_to_disk() -> Iterator[None]:
     """No test cuts the power, and waiting for the disk takes as long as half of the work."""
     with pytest.MonkeyPatch.context() as patch:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_all_figures_are_told() -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--quick", "--device", "cpu", "--peak-tflops", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    found = json.loads(output.stdout)["toy"]
+def test_all_figures_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = ROOT / "benchmarks" / "gpu.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--device", "cpu", "--peak-tflops", "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    found = json.loads(capsys.readouterr().out)["toy"]
     for part in ("training", "decoding"):
         for key in ("instruct_ratio", "stream_ratio", "instruct_expert_ratio", "stream_expert_ratio"):
             assert found[part][key] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any
 
@@ -121,13 +122,19 @@ def test_attention_with_shared_keys_equals_transformers(heads: tuple[int, int]) 
         torch.testing.assert_close(ours, theirs)
 
 
-def slow_model(layout: str, loss_vocabulary: str, layers: int | None) -> GenerativeModel:
+@pytest.fixture(scope="module")
+def smollm2() -> Callable[[int | None], tuple[Any, Any]]:
+    """smollm2(layers) → model and tokenizer, which are loaded and checked once for all tests in a row."""
     from peso.model.backbone import load_backbone
     from peso.runtime import assets
 
     if assets.find("smollm2-135m") is None:
         pytest.skip("SmolLM2-135M is not in the cache: `peso pull smollm2-135m`")
-    causal_lm, tokenizer = load_backbone("smollm2-135m", layers=layers)
+    return lru_cache(maxsize=1)(lambda layers: load_backbone("smollm2-135m", layers=layers))
+
+
+def slow_model(loaded: tuple[Any, Any], layout: str, loss_vocabulary: str) -> GenerativeModel:
+    causal_lm, tokenizer = loaded
     sizes = (64, 64, 64, 64)
     vocabulary = SemanticVocabulary(len(tokenizer), sizes, causal_lm.config.hidden_size)
     embedding = causal_lm.get_input_embeddings().weight
@@ -141,14 +148,16 @@ def slow_model(layout: str, loss_vocabulary: str, layers: int | None) -> Generat
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_vocabulary", LOSS_VOCABULARIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_top_ten_equal_generate_on_some_layers_of_smollm2(layout: str, loss_vocabulary: str) -> None:
-    check_smollm2(slow_model(layout, loss_vocabulary, layers=4), [2, 11, 20])
+def test_top_ten_equal_generate_on_some_layers_of_smollm2(
+    smollm2: Callable[..., Any], layout: str, loss_vocabulary: str
+) -> None:
+    check_smollm2(slow_model(smollm2(4), layout, loss_vocabulary), [2, 11, 20])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_top_ten_equal_generate_on_smollm2(layout: str) -> None:
-    check_smollm2(slow_model(layout, "full", layers=None), [3, 9])
+def test_top_ten_equal_generate_on_smollm2(smollm2: Callable[..., Any], layout: str) -> None:
+    check_smollm2(slow_model(smollm2(None), layout, "full"), [3, 9])
 
 
 def check_smollm2(model: GenerativeModel, lengths: list[int]) -> None:
