@@ -275,28 +275,32 @@ def tables_of_systems(rows: Sequence[dict[str, str]]) -> str:
 
 
 def table_of_claims(rows: Sequence[dict[str, str]]) -> str:
-    """Markdown: one row per claim, bed and stream."""
-    lines = [["claim", "published", "measured", "difference in NDCG@5", "in nats", "could show", "verdict"]]
+    """Markdown: one row per claim, with a column for each stream: from the bed with the most seeds."""
+    lines = [["claim", "published", *STREAMS.values()]]
     for claim in CLAIMS:
         found = [row for row in rows if row["claim"] == claim.name]
-        nats = {(r["bed"], r["stream"]): r for r in found if r["metric"] == LOG_PROBABILITY}
-        for row in (row for row in found if row["metric"] == "ndcg@5"):
-            published = "" if claim.published is None else f"{_signed(claim.published, 1)} %"
-            percent, low, high = (float(row[f"percent{x}"]) for x in ("", " low", " high"))
-            of_nats = nats[row["bed"], row["stream"]]
-            value, of_low, of_high = (_signed(float(of_nats[x]), 3) for x in ("value", "low", "high"))
-            lines.append(
-                [
-                    f"{claim.statement}: `{claim.system}` − `{claim.other}`",
-                    published,
-                    f"{row['bed']}, {STREAMS[row['stream']]}, {int(row['cases']):,} cases",
-                    f"{_signed(percent, 1)} % ({_signed(low, 1)} to {_signed(high, 1)})",
-                    f"{value} ({of_low} to {of_high})",
-                    f"{float(row['detectable percent']):.0f} %",
-                    verdict(claim, row),
-                ]
-            )
+        if not found:
+            continue
+        published = "" if claim.published is None else f"{_signed(claim.published, 1)} %"
+        cells = [_measured(claim, [row for row in found if row["stream"] == stream]) for stream in STREAMS]
+        lines.append([f"{claim.statement}: `{claim.system}` − `{claim.other}`", published, *cells])
     return _markdown(lines)
+
+
+def _measured(claim: Claim, rows: Sequence[dict[str, str]]) -> str:
+    """The verdict, the differences in NDCG@5 and in nats, and what the data could have shown."""
+    if not rows:
+        return "not run"
+    most = max(rows, key=lambda row: int(row["seeds"]))
+    of = {row["metric"]: row for row in rows if row["bed"] == most["bed"]}
+    ndcg, nats = of["ndcg@5"], of[LOG_PROBABILITY]
+    percent, low, high = (_signed(float(ndcg[f"percent{x}"]), 1) for x in ("", " low", " high"))
+    value, of_low, of_high = (_signed(float(nats[x]), 3) for x in ("value", "low", "high"))
+    return (
+        f"**{verdict(claim, ndcg)}**: {percent} % ({low} to {high}), {value} nats ({of_low} to {of_high}); "
+        f"could show {float(ndcg['detectable percent']):.0f} %; seeds {ndcg['seeds']}, "
+        f"cases {int(ndcg['cases']):,}"
+    )
 
 
 def rendered(text: str, name: str, content: str) -> str:
