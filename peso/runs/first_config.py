@@ -103,7 +103,7 @@ def first_config(
     if form in LOG_FORMATS:
         of_data = [text for text in overrides if text.startswith("data.")]
         of_log = load_config({"data": {"format": form, "path": log}}, of_data, base=Path()).data
-        sampled = sample(here, form, of_log.separator, of_log.encoding)
+        sampled = sample(here, form, of_log.separator, of_log.encoding, "the path of the log")
         found = guess_log(sampled, dict(columns or {}), of_log.time_format)
         kind = found.pop("kind", None)
         shown = {**found, **({"event type": kind} if kind else {})}
@@ -119,7 +119,8 @@ def first_config(
         if not of_log.items or items:
             table, product_kind = items or log, (kind_of(items) if items else None) or form
             there = local(items, observer) if items else here
-            sampled = sample(there, product_kind, None, of_log.encoding if product_kind == "csv" else "utf-8")
+            encoding = of_log.encoding if product_kind == "csv" else "utf-8"
+            sampled = sample(there, product_kind, None, encoding, "--items")
             fields = guess_items(sampled, dict(item_columns or {}), None if items else found["item"])
             guessed += [
                 (table, role, name, examples(sampled, name))

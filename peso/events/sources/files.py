@@ -235,7 +235,8 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
         line = handle.readline(HEADER).rstrip("\n")
     if any(mark in line for mark in ("\0", "\ufffd")) or any("\udc80" <= mark <= "\udcff" for mark in line):
         raise DataError(
-            f"the first line of {file} is not {encoding} text; set data.encoding (utf-8, latin-1, utf-16)"
+            f"the first line of {file} is not {encoding} text; set data.encoding (utf-8, latin-1 or utf-16), "
+            "for example --set data.encoding=latin-1"
         )
     fields = line.split(separator)
     if quote and quote in line:

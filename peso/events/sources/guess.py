@@ -15,7 +15,7 @@ import duckdb
 from peso.errors import DataError
 from peso.events.database import literal
 from peso.events.sources.files import HEADER, find_files, first_fields, open_text, require_text
-from peso.events.sources.lines import Dialect, delimited_rows, json_rows
+from peso.events.sources.lines import Dialect, Unreadable, delimited_rows, json_rows
 from peso.events.sources.tables import FileTable, csv_table, jsonl_table, parquet_table
 from peso.events.sources.user_files import separator_of
 from peso.events.times import recognize
@@ -74,7 +74,9 @@ class Sampled:
         return [name for *_, name in sorted(found)]
 
 
-def sample(path: str, kind: str, separator: str | None = None, encoding: str = "utf-8") -> Sampled:
+def sample(
+    path: str, kind: str, separator: str | None = None, encoding: str = "utf-8", key: str = "data.path"
+) -> Sampled:
     """Read the columns and the first rows of a table.
 
     Args:
@@ -82,11 +84,12 @@ def sample(path: str, kind: str, separator: str | None = None, encoding: str = "
         kind: ``csv``, ``jsonl`` or ``parquet``.
         separator: the separator of CSV; None to guess it from the first lines.
         encoding: the encoding of CSV.
+        key: the option or key that names the path, for messages.
 
     Raises:
-        DataError: there is no file, or it cannot be read.
+        DataError: there is no file, or it cannot be read, or none of the first rows can.
     """
-    file = find_files(path, kind)[0]
+    file = find_files(path, kind, key)[0]
     if kind == "parquet":
         table = parquet_table([file])
         columns = ", ".join(f"{column.value}::VARCHAR" for column in table.columns.values())
@@ -102,8 +105,12 @@ def sample(path: str, kind: str, separator: str | None = None, encoding: str = "
     header = not any(map(_is_moment_or_number, first_fields(file, chosen, quote, encoding)))
     table = csv_table([file], chosen, header, encoding, quote)
     dialect = Dialect(chosen, header, encoding, quote)
-    lines = [row for _, row in islice(delimited_rows(file, dialect, table.width), SAMPLE)]
-    rows = [row for row in lines if isinstance(row, list)]
+    lines = [*islice(delimited_rows(file, dialect, table.width), SAMPLE)]
+    places = [int(column.value[1:]) for column in table.columns.values()]  # of two equal names, the last
+    rows = [[row[place] for place in places] for _, row in lines if isinstance(row, list)]
+    for number, row in lines[:1]:
+        if isinstance(row, Unreadable) and not rows:
+            raise DataError(f"no row at the beginning of {file} can be read: line {number} {row.reason}")
     return Sampled(table, _by_column(table, rows), None if chosen == usual else chosen, header)
 
 
@@ -233,7 +240,8 @@ def _words(name: str) -> list[str]:
 
 
 def _separator(file: Path, usual: str, encoding: str) -> str:
-    """The separator that splits the first lines into the most fields, the same number for each line."""
+    """The separator that splits the first lines into the most fields, the same number for each line. A space
+    separates only if nothing else does, because texts and times contain spaces."""
     with open_text(file, encoding) as handle:
         lines = [line for _ in range(20) if (line := handle.readline(HEADER)).strip()]
 
@@ -241,7 +249,8 @@ def _separator(file: Path, usual: str, encoding: str) -> str:
         counts = {line.count(separator) for line in lines}
         return counts.pop() if len(counts) == 1 else 0
 
-    return max((usual, *SEPARATORS), key=fields)
+    best = max((usual, *SEPARATORS), key=fields)
+    return " " if not fields(best) and fields(" ") else best
 
 
 def _is_moment_or_number(text: str) -> bool:

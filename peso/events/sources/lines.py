@@ -294,7 +294,7 @@ def _not_text(line: str, encoding: str) -> Unreadable | None:
         pass
     return Unreadable(
         f"is not {encoding.upper()} ({line[:80]!r}); if the whole file has another encoding, set it (for "
-        "CSV, data.encoding: latin-1), or convert the file"
+        "CSV, --set data.encoding=latin-1), or convert the file"
     )
 
 
