@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Directory, Json, say, say_json, table
+from peso.cli.display import Directory, Json, next_steps, say, say_json, table
 from peso.errors import UsageError
 from peso.runtime.files import read_given
 
@@ -47,6 +47,7 @@ def retire(
         return
     known = f" ({len({*given}) - len(new):,} were retired before)" if len(new) < len({*given}) else ""
     say(f"{workspace}: {len(new):,} items retired{known}; {len(retired(opened.root)):,} are retired now")
+    next_steps(["items", "list", "-w", workspace])
 
 
 def restore(workspace: Directory, items: Items = None, file: File = None, as_json: Json = False) -> None:
@@ -64,6 +65,7 @@ def restore(workspace: Directory, items: Items = None, file: File = None, as_jso
         say_json({"restored": back})
         return
     say(f"{workspace}: {len(back):,} items restored; {len(retired(opened.root)):,} are retired now")
+    next_steps(["items", "list", "-w", workspace])
 
 
 def rename(
@@ -114,6 +116,9 @@ def rename(
     more = f", {SHOWN} of them shown" if len(rows) > SHOWN else ""
     known = f"; {len(done.same):,} have their new id already" if done.same else ""
     say(f"{workspace}: {len(rows):,} items {'would be ' * dry_run}renamed{more}{known}")
+    named = [] if old is None or new is None else [old, new]
+    given = [*named, *(["--file", file] if file else [])]
+    next_steps(["items", *(["rename", *given] if dry_run else ["list"]), "-w", workspace])
 
 
 def show(workspace: Directory, as_json: Json = False) -> None:
@@ -147,6 +152,7 @@ def show(workspace: Directory, as_json: Json = False) -> None:
         ]
         table(f"{workspace}: {len(known):,} items are renamed", ["item", "earlier ids", "since"], known)
     table(f"{workspace}: {len(rows):,} items are retired", ["item", "title", "since", "reason"], rows)
+    next_steps(["items", "restore" if rows else "retire", "ITEM", "-w", workspace])
 
 
 def _given(items: list[str] | None, file: Path | None) -> list[str]:

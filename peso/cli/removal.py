@@ -92,6 +92,8 @@ def forget(
             "reflect them. To remove these traces, train from scratch on the remaining events: when there is "
             f"a new stage, run `peso update -w {workspace} --set strategy.name=retrain`"
         )
+    again = held.anything and opened.config.baselines and opened.finished_stages
+    next_steps(["baseline" if again else "status", "-w", workspace])
 
 
 def prune(
@@ -129,3 +131,4 @@ def prune(
         say("nothing was removed" if wanted.stages else f"{workspace}: no older stage has weights to remove")
     for number, why in wanted.kept.items():
         say(f"stage {number} keeps its weights: {why}")
+    next_steps(["status", "-w", workspace])

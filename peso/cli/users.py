@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Directory, Json, Terminal, confirm, say, say_json, table
+from peso.cli.display import Directory, Json, Terminal, confirm, next_steps, say, say_json, table
 from peso.errors import UsageError
 from peso.runtime.failures import listed
 
@@ -73,10 +73,9 @@ def merge(
             go = True
     if as_json:
         say_json({"merged": planned.users, "unchanged": planned.same, "new": planned.new, "done": go})
-    elif not go:
-        say("nothing was merged")
-    else:
-        say(f"{workspace}: merged {what}")
+        return
+    say(f"{workspace}: merged {what}" if go else "nothing was merged")
+    next_steps(["users", "list", "-w", workspace])
 
 
 def show(workspace: Directory, as_json: Json = False) -> None:
@@ -94,3 +93,4 @@ def show(workspace: Directory, as_json: Json = False) -> None:
         return
     rows = [[before, now, times[before]] for before, now in stream.merged_users.items()]
     table(f"{workspace}: {len(rows):,} users were merged", ["user", "is now", "since"], rows)
+    next_steps(["users", "merge", "FROM", "INTO", "-w", workspace])

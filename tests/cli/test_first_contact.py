@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -147,6 +148,44 @@ def test_init_takes_columns_and_settings_that_it_is_given(peso, tmp_path):
     assert (config.backbone.width, config.training.learning_rate) == (128, pytest.approx(2e-3))
 
 
+def test_init_guesses_that_spaces_separate_only_if_nothing_else_does(peso, tmp_path):
+    log, written = tmp_path / "log.txt", tmp_path / "log.yaml"
+    log.write_text("user item time\n" + "".join(f"{u} {i} {int(t.timestamp())}\n" for u, i, t in EVENTS))
+    status, _, err = peso("init", log, "--items", products(tmp_path), "-o", written)
+    assert status == 0, err
+    assert load_config(written).data.separator == " "
+    written.unlink()
+    rows = [(user, item, when.isoformat(" ")) for user, item, when in EVENTS]
+    write_csv(log, rows, ("user", "item", "time"))
+    status, _, err = peso("init", log, "--items", products(tmp_path), "-o", written)
+    assert status == 0, err
+    assert load_config(written).data.separator is None  # the usual one
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("user,item,time\nu1,caf\u00e9,1700000000\n".encode("latin-1"), "line 2 is not UTF-8 .*latin-1"),
+        ("user,item,time\nu1,i1,1700000000\n".encode("utf-16"), "--set data.encoding="),
+        (b"user,item,time\nu1,i1\n", "line 2 has 2 columns instead of 3"),
+        (b"user,user,item,when\nu1,u2,i1,soon\n", r"columns are user \(u2\); item \(i1\); when \(soon\)"),
+    ],
+)
+def test_init_says_what_is_wrong_with_a_log(peso, tmp_path, content, message):
+    log = tmp_path / "log.csv"
+    log.write_bytes(content)
+    status, _, err = peso("init", log, "--items", products(tmp_path))
+    assert status == 1
+    assert re.search(message, err), err
+
+
+def test_init_names_the_option_of_a_missing_file(peso, tmp_path):
+    status, _, err = peso("init", tmp_path / "none.csv")
+    assert (status, "check the path of the log" in err) == (1, True)
+    status, _, err = peso("init", shop(tmp_path), "--items", tmp_path / "none.csv")
+    assert (status, "none.csv; check --items" in err) == (1, True)
+
+
 @pytest.mark.parametrize("backbone", ["smollm2-135m", "auto", "scratch"])
 def test_what_init_writes_for_any_backbone_can_be_read(peso, tmp_path, backbone):
     written = tmp_path / "log.yaml"
@@ -264,6 +303,15 @@ def test_every_command_says_what_is_next_and_that_is_a_command(peso, tmp_path):
         ("recommend", "-w", root, "--all", "-o", tmp_path / "all.csv"),
         ("report", "-w", root),
         ("export", "-w", root, "--format", "index", "-o", tmp_path / "index.json"),
+        ("items", "retire", "i3", "-w", root),
+        ("items", "list", "-w", root),
+        ("items", "restore", "i3", "-w", root),
+        ("items", "rename", "i3", "cup-3", "--dry-run", "-w", root),
+        ("items", "rename", "i3", "cup-3", "-w", root),
+        ("users", "merge", "u6", "u5", "--yes", "-w", root),
+        ("users", "list", "-w", root),
+        ("forget", "--user", "u7", "--yes", "-w", root),
+        ("prune", "--keep", "1", "--yes", "-w", root),
         ("promote", "-w", root, "--stage", "0"),
         ("status", "-w", root),
         ("undo", "-w", root, "--yes"),
